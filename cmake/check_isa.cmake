@@ -1,17 +1,19 @@
-# cmake -DNM=nm -DREADELF=readelf -DLEVEL=avx2 "-DOBJECTS=a.o|b.o" -P check_isa.cmake: fails where the objects of a feature
-# level define a symbol that the linker may share with other code (weak symbols: it keeps any one copy, and one compiled for
-# AVX-512 is an illegal instruction elsewhere), export a name outside the level's namespace, or run code when the module is
-# loaded, before a level is chosen (static initializers, IFUNC resolvers).
+# Usage: cmake -DNM=nm -DREADELF=readelf -DLEVEL=avx2 "-DOBJECTS=a.o|b.o" -P check_isa.cmake
+# Checks that code for a feature level cannot run on a CPU without it. Fails if an object of the level
+# - defines a weak symbol: the linker keeps one of several copies, and one for AVX-512 crashes other CPUs;
+# - exports a name outside the level's namespace;
+# - runs code when the module is loaded, before a level is chosen (static initializers, IFUNC resolvers).
 set(failures "")
 string(REPLACE "|" ";" OBJECTS "${OBJECTS}")
 
-# The output of a command on `object`, as a list of lines.
+# Sets `output` to the lines that the command ARGN prints for `object`.
 function(read_lines output)
   execute_process(COMMAND ${ARGN} ${object} OUTPUT_VARIABLE text RESULT_VARIABLE status ERROR_VARIABLE problem)
   if(NOT status EQUAL 0)
     message(FATAL_ERROR "${ARGN} ${object}: ${problem}")
   endif()
-  string(REGEX REPLACE "[];[]" "," text "${text}")  # what would part or join elements of a list
+  # Brackets and semicolons would join or split elements of a CMake list.
+  string(REGEX REPLACE "[];[]" "," text "${text}")
   string(REPLACE "\n" ";" text "${text}")
   set(${output} "${text}" PARENT_SCOPE)
 endfunction()

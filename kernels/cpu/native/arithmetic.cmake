@@ -1,13 +1,16 @@
-# The arithmetic as objects, for the Python module and for tests/kernels/native. The sources in level/ are compiled once per CPU
-# feature level, each into a namespace of its own, everything else once for any CPU. Sets `objects`, what to link, and
-# `checks`, commands that are to follow; `check_isa` is the script that they run.
+# Builds the arithmetic as object libraries, for the Python module and for tests/kernels/native. The sources in level/
+# are compiled once per CPU feature level, each time into the namespace of that level; all other sources are compiled
+# once for any CPU. Sets `objects`, which the caller links, and `checks`, the commands for its POST_BUILD step.
+# `check_isa`, set by the caller, is the path of the script that those commands run.
 set(native ${CMAKE_CURRENT_LIST_DIR})
 file(GLOB bindings CONFIGURE_DEPENDS ${native}/bindings/*.cpp)
 file(GLOB baseline CONFIGURE_DEPENDS ${native}/executor/*.cpp ${native}/frames/*.cpp ${native}/pack/*.cpp ${native}/probes/*.cpp
      ${native}/runtime/*.cpp ${native}/sampler/*.cpp)
 file(GLOB_RECURSE level_sources CONFIGURE_DEPENDS ${native}/level/*.cpp)
 
-set(levels generic)  # slowest first; amx, which has run on no machine yet, before the level that is chosen in its place
+# The slowest level comes first, because a process takes the last available one. amx has not been run on real hardware,
+# so it stands before avx512vbmi, which is chosen instead.
+set(levels generic)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   list(APPEND levels avx2 avxvnni avx512 avx512vnni amx avx512vbmi)
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
@@ -26,8 +29,8 @@ set(flags_neon -DLLAMACLUST_NEON)
 set(flags_neon_dotprod ${flags_neon} -march=armv8.2-a+dotprod)
 set(flags_neon_i8mm ${flags_neon} -march=armv8.2-a+dotprod+i8mm)
 
-# What a level adds to another one are integer dot products and look-ups of bytes, in matmul/ and attention/; all else is
-# the other one's code, if that is built as well.
+# A level with a base differs from it only in integer dot products and byte look-ups, which matmul/ and attention/
+# contain. All other code is shared with the base, if the base is also built.
 set(base_avxvnni avx2)
 set(base_avx512vnni avx512)
 set(base_avx512vbmi avx512)
@@ -37,12 +40,14 @@ set(base_amx avx512)
 set(dot_sources ${level_sources})
 list(FILTER dot_sources INCLUDE REGEX "/level/(matmul|attention)/")
 
-# Look-ups of bytes are in matmul/ alone: attention is that of the level with the same dot products, if that is built.
+# Byte look-ups are only in matmul/, so attention is shared with the level that has the same dot products, if that level
+# is built.
 set(attention_of_avx512vbmi avx512vnni)
 set(attention_of_amx avx512vnni)
 set(attention_source ${native}/level/attention/attention.cpp)
 
-# What such a level adds may be loops of panels alone (level/matmul/panels_only.cpp): then all else is that of two others.
+# Some levels add only the panel loops of matrix products (level/matmul/panels_only.cpp). All their other code is shared
+# with two other levels.
 set(panels_over_neon_i8mm neon_dotprod)
 set(panels_over_amx avx512vbmi)
 set(panels_only ${native}/level/matmul/panels_only.cpp)
@@ -51,10 +56,12 @@ list(REMOVE_ITEM dot_sources ${panels_only})
 set(panel_sources ${level_sources} ${panels_only})
 list(FILTER panel_sources INCLUDE REGEX "/level/matmul/(.*_types|panels_only)[.]cpp$")
 
-# No multiplication and addition is ever joined by the compiler: every level rounds where the source says so.
-# The AVX-512 headers of g++ 12 are full of values that look uninitialized to it.
+# -ffp-contract=off: the compiler never fuses a multiplication with an addition, so every level rounds where the source
+# says so.
+# -Wno-uninitialized: g++ 12 reports values in its own AVX-512 headers as uninitialized.
 set(LLAMACLUST_OPTIMIZATION -O3 CACHE STRING "-O1 is quicker to compile and slower to run, and gives the same bits")
-# In the generic level, whose lanes are loops, g++ makes slower code of -O3 (4 to 40 % measured) in twice the time.
+# The lanes of the generic level are loops. For these, g++ with -O3 takes twice the time and makes slower code
+# (measured: 4 to 40 %).
 if(LLAMACLUST_OPTIMIZATION STREQUAL "-O3" AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   set(flags_generic -O2 -ftree-vectorize -fvect-cost-model=dynamic)
 endif()
@@ -73,9 +80,10 @@ set(arithmetic_flags ${LLAMACLUST_OPTIMIZATION} -ffp-contract=off -Wall -Wextra 
 add_library(cpu_baseline OBJECT ${baseline})
 target_compile_options(cpu_baseline PRIVATE ${arithmetic_flags})
 target_include_directories(cpu_baseline PRIVATE ${native})
-# Without it g++ makes no vectors of a choice between two floats; floating-point traps are off anyway.
+# Without this option, g++ does not vectorize a selection between two floats. Floating-point traps are disabled anyway.
 set_source_files_properties(${native}/runtime/dtype_cast.cpp PROPERTIES COMPILE_OPTIONS "-fno-trapping-math")
-# With it g++ 12 picked other points of IQ3_XXS and IQ3_S in the generic level, where no sanitizer finds fault.
+# With this optimization, g++ 12 selected other grid points for IQ3_XXS and IQ3_S at the generic level, although no
+# sanitizer reports an error there.
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   set_source_files_properties(${native}/level/quantize/quantize.cpp PROPERTIES COMPILE_OPTIONS "-fno-ipa-modref")
 endif()

@@ -1,11 +1,12 @@
-// What every kernel stands on: how kernels are declared, and the vocabulary of lanes (simd/lanes.h). CUDA's side is in
-// ptx.cuh; without a GPU, tests bring a header of the same names.
+// The basis of all kernels: how they are declared, and operations of lanes (simd/lanes.h). CUDA's part is in ptx.cuh;
+// tests without a GPU use a header with the same names instead.
 //
 //   KERNEL(256, scale, const float* x, float factor, int32_t width, const int32_t* rows, float* out) { ... }
 //
-// declares a kernel for blocks of up to 256 threads; KERNEL_IN_BLOCKS(256, 3, scale, ...) one that may use the registers
-// which three such blocks on a multiprocessor have each. Arguments are pointers, int32_t, float and double. Static shared
-// memory is SHARED(float, lanes, [64]), dynamic shared memory uint8_t* p = DYNAMIC_SHARED: both aligned to 16.
+// declares a kernel for blocks of up to 256 threads. KERNEL_IN_BLOCKS(256, 3, scale, ...) limits its registers so that
+// three such blocks fit on a multiprocessor. Arguments are pointers, int32_t, float and double. Static
+// shared memory is SHARED(float, lanes, [64]), dynamic shared memory is uint8_t* p = DYNAMIC_SHARED; both are aligned
+// to 16 bytes.
 #pragma once
 
 #ifdef LLAMACLUST_SHIM
@@ -17,19 +18,19 @@
 #include "simd/lanes.h"
 
 #define DEVICE __device__ __forceinline__
-#define DEVICE_CALL __device__ __noinline__  // not inlined
+#define DEVICE_CALL __device__ __noinline__
 
 namespace llamaclust::cuda {
 
 inline constexpr int kWarp = 32;
 inline constexpr uint32_t kAllLanes = 0xffffffff;
 
-// Four neighbours in one access of 16 bytes, to which p is aligned.
+// Access four adjacent elements at once. p must be aligned to 16 bytes.
 DEVICE float4 load_four(const float* p) { return *reinterpret_cast<const float4*>(p); }
 DEVICE int4 load_four(const int32_t* p) { return *reinterpret_cast<const int4*>(p); }
 DEVICE void store_four(float* p, float4 x) { *reinterpret_cast<float4*>(p) = x; }
 
-// `count` neighbours, a multiple of four.
+// Loads `count` adjacent elements, a multiple of four.
 template <int count, class T>
 DEVICE void load_fours(const T* p, T (&to)[count]) {
 #pragma unroll
@@ -39,7 +40,8 @@ DEVICE void load_fours(const T* p, T (&to)[count]) {
   }
 }
 
-// x of all lanes of a warp, or of `lanes` neighbours, by f: halves are joined, 16 + 16, ... 1 + 1. Every lane gets it.
+// Reduces x over all lanes of a warp, or over `lanes` adjacent ones, by f: halves are joined, 16 + 16, ... 1 + 1. Every
+// lane gets the result.
 template <int lanes = kWarp, class T, class F>
 DEVICE T reduce(T x, F f) {
 #pragma unroll
@@ -47,7 +49,7 @@ DEVICE T reduce(T x, F f) {
   return x;
 }
 
-// Every NaN becomes the same one.
+// Replaces every NaN by the same one.
 DEVICE float canonical(float x) { return x == x ? x : __int_as_float(0x7fc00000); }
 
 }  // namespace llamaclust::cuda

@@ -1,5 +1,5 @@
-// Mixture of experts around its products: which experts a row goes to, which rows an expert has, and their sum. A line is a
-// row and a rank: row * used + rank.
+// Steps around the products of a mixture of experts: choosing the experts of each row, grouping rows by expert, and
+// adding the results. A line is a row and a rank: row * used + rank.
 #include "elementwise/lines.cuh"
 #include "math.cuh"
 
@@ -14,7 +14,7 @@ DEVICE float infinity() { return __int_as_float(0x7f800000); }
 struct Candidate {
   float value;
   int32_t id;
-  // Greater values first, ties to the lower id. What is no number never goes first.
+  // Greater values come first; of equal ones, the lower id. NaN never comes first.
   DEVICE bool before(Candidate other) const { return value > other.value || (value == other.value && id < other.id); }
 };
 
@@ -56,8 +56,8 @@ DEVICE float sum_of_best_two(const float* x, int count) {
   return count == 1 ? first : add(first, second);
 }
 
-// Experts of all but the `used` groups whose two best have the greatest sums, ties to the lower group, get -infinity. `sums`
-// and what is `kept` have a float for each group.
+// Sets the experts of all groups to -infinity, except those of the `used` groups whose two best experts have the
+// greatest sums (the lower group among equal ones). `sums` and `kept` have a float for each group.
 DEVICE void keep_groups(float* selection, int experts, int groups, int used, float* sums, float* kept) {
   const int lane = threadIdx.x % kWarp, each = experts / groups;
   for (int group = lane; group < groups; group += kWarp) {
@@ -79,12 +79,12 @@ DEVICE void keep_groups(float* selection, int experts, int groups, int used, flo
 
 }  // namespace
 
-// The `used` experts of the greatest scores + bias, and scores as their weights, divided by their sum if `normalized`,
-// then multiplied by `scale`. Scores are softmax or, if `gating` is 1, sigmoid of the logits, or, if it is 2, these, and
-// weights then the softmax of those chosen. With more `groups` than one, experts of `used_groups` of them are chosen. Last,
-// weights are multiplied by the `scales` of the chosen experts, if these are not null. A row without numbers has the first
-// expert at every rank. A warp for a row, with room for 2 * (experts + groups) + used floats in shared memory. Grid: rows /
-// 4 rounded up, blocks of 128.
+// Chooses the `used` experts with the greatest scores + bias. Scores are the softmax of the logits (gating 0), their
+// sigmoid (1), or the logits themselves (2). The weights of the chosen experts are their scores, or with gating 2 the
+// softmax of the chosen scores; they are divided by their sum if `normalized`, then multiplied by `scale`, and then by
+// the experts' `scales` unless these are null. If there are several `groups`, only experts of the best `used_groups`
+// are chosen. A row of NaN chooses expert 0 at every rank. A warp has a row, with 2 * (experts + groups) + used floats
+// of shared memory. Grid: rows / 4 rounded up, blocks of 128 threads.
 KERNEL(128, choose, const float* __restrict__ logits, const float* __restrict__ bias, const float* __restrict__ scales,
        int32_t experts, int32_t used, int32_t groups, int32_t used_groups, int32_t gating, int32_t normalized, float scale,
        const int32_t* rows, int32_t* ids, float* weights) {
@@ -123,8 +123,8 @@ KERNEL(128, choose, const float* __restrict__ logits, const float* __restrict__ 
   }
 }
 
-// Of products by head: line row * heads + h is a row of head h. Lines and items as `group` makes them, for all heads in
-// order. Grid: any, blocks of 256.
+// Lines of products by head: line row * heads + h is row `row` of head h. Writes lines and items in the format of
+// `group`, for all heads in order. Grid: any size, blocks of 256 threads.
 KERNEL(256, by_head, int32_t heads, int32_t piece, const int32_t* rows, int32_t* lines, int32_t* items,
        int32_t* item_count) {
   const int all = *rows, pieces = (all + piece - 1) / piece, step = 256 * gridDim.x;
@@ -140,7 +140,7 @@ KERNEL(256, by_head, int32_t heads, int32_t piece, const int32_t* rows, int32_t*
 
 namespace {
 
-// Over the lanes of a warp: the sum of x up to this lane, with it.
+// Returns the sum of x over the lanes of a warp up to and including this lane.
 DEVICE int sum_so_far(int x) {
   const int lane = threadIdx.x % kWarp;
   for (int by = 1; by < kWarp; by *= 2) {
@@ -150,12 +150,12 @@ DEVICE int sum_so_far(int x) {
   return x;
 }
 
-// An expert's lines and items: how many lines, and the first of each.
+// Number of an expert's lines, the place of the first line, and its first item.
 struct Group {
   int32_t count, place, item;
 };
 
-// Where each of the experts begins, by their counts; returns how many items there are. One warp.
+// Computes where each expert's lines and items begin, from the counts. Returns the number of items. Called by one warp.
 DEVICE int find_places(Group* groups, int experts, int piece) {
   const int lane = threadIdx.x % kWarp;
   int place = 0, item = 0;
@@ -171,9 +171,9 @@ DEVICE int find_places(Group* groups, int experts, int piece) {
 
 }  // namespace
 
-// Lines ordered by expert, ascending, in `lines`, and what products read as items {expert, first place in `lines`, count}
-// of `piece` lines at most. Lines of an expert are in any order, another one each time: products compute each by itself.
-// One block of 512, with room for 3 * experts int32 in shared memory.
+// Writes `lines` in ascending order of their experts, and the items {expert, first place in `lines`, count} of up to
+// `piece` lines that products read. The lines of an expert are in arbitrary order, which differs from run to run;
+// products compute each line independently. One block of 512 threads, with 3 * experts int32 of shared memory.
 KERNEL(512, group, const int32_t* __restrict__ ids, int32_t used, int32_t experts, int32_t piece, const int32_t* rows,
        int32_t* lines, int32_t* items, int32_t* item_count) {
   constexpr int kThreads = 512;
@@ -200,7 +200,8 @@ KERNEL(512, group, const int32_t* __restrict__ ids, int32_t used, int32_t expert
   for (int i = thread; i < all; i += kThreads) lines[atomicAdd(&groups[ids[i]].place, 1)] = i;
 }
 
-// out[line] = x[row] * weight. out [rows * used, width]. Grid: (width / 1024 rounded up, rows), blocks of 256.
+// out[line] = x[row] * weight. out is [rows * used, width]. Grid: (width / 1024 rounded up, rows), blocks of 256
+// threads.
 KERNEL(256, weigh, const float* __restrict__ x, const float* __restrict__ weights, int32_t used, int32_t width,
        const int32_t* rows, float* __restrict__ out) {
   const int row = blockIdx.y, first = kPiece * blockIdx.x + 4 * threadIdx.x;
@@ -210,7 +211,8 @@ KERNEL(256, weigh, const float* __restrict__ x, const float* __restrict__ weight
       out[line(row * used + rank, width) + i] = mul(x[line(row, width) + i], weights[row * used + rank]);
 }
 
-// out = sum over ranks of x[line] * weight, or of x[line] where weights are null. x [rows * used, width]. Grid: (width / 1024 rounded up, rows), blocks of 256.
+// out = the sum over ranks of x[line] * weight, or of x[line] if weights are null. x is [rows * used, width]. Grid:
+// (width / 1024 rounded up, rows), blocks of 256 threads.
 KERNEL(256, combine, const float* __restrict__ x, const float* __restrict__ weights, int32_t used, int32_t width,
        const int32_t* rows, float* __restrict__ out) {
   const int row = blockIdx.y, first = kPiece * blockIdx.x + 4 * threadIdx.x;

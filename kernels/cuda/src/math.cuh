@@ -1,4 +1,5 @@
-// exp, silu, tanh, erf and gelu of a float, sine and cosine of a double: what the CPU's levels compile, compiled for a GPU.
+// exp, silu, tanh, erf and gelu of a float, and sine and cosine of a double: the CPU levels' source, compiled for a
+// GPU.
 #pragma once
 
 #include "base.cuh"

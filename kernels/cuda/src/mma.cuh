@@ -1,14 +1,15 @@
-// Products of 8-bit matrices by a warp: d[16][8] += a[16][k] b[k][8], on GPUs of any age with the same (exact) result.
+// Products of 8-bit matrices by a warp: d[16][8] += a[16][k] b[k][8]. All GPUs give the same (exact) result.
 //
 // With row = lane / 4 and column = lane % 4:
-//   a[0]: a[row][4 column + 0..3]     a[1]: a[row + 8][the same]     a[2], a[3] (k = 32): the same rows, 16 columns on
-//   b[0]: b[4 column + 0..3][row]     b[1] (k = 32): 16 rows on
+//   a[0]: a[row][4 column + 0..3]     a[1]: a[row + 8][the same]     a[2], a[3] (k = 32): 16 columns further
+//   b[0]: b[4 column + 0..3][row]     b[1] (k = 32): 16 rows further
 //   d[0], d[1]: d[row][2 column], d[row][2 column + 1]               d[2], d[3]: row + 8
-// Four values are the bytes of a register, the first the lowest. Of a, uint32_t (k = 32) holds unsigned bytes and int32_t
-// signed ones; b is signed. Where `one`, all columns of b are equal, and d[row][0] alone is needed.
+// A register has four values as bytes, the first in the lowest byte. uint32_t registers of a (k = 32) have unsigned
+// bytes and int32_t registers signed ones; b is signed. `one` says that all columns of b are equal, and that only
+// d[row][0] is needed.
 //
-// GPUs without 8-bit matrix instructions (before compute capability 7.5) have products of four bytes, whose operands lanes
-// exchange: eight shuffles for eight of them, or with one column two for each two rows.
+// GPUs without 8-bit matrix instructions (before compute capability 7.5) multiply four bytes at a time. Lanes exchange
+// the operands with eight shuffles for eight such products, or, if all columns are equal, two for every two rows.
 #pragma once
 
 #include "base.cuh"

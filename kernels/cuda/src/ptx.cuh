@@ -1,4 +1,4 @@
-// base.cuh on a GPU: by NVRTC, which has no headers of the standard library, or by nvcc.
+// The GPU part of base.cuh, for NVRTC, which has no headers of the standard library, and for nvcc.
 #pragma once
 
 #ifdef __CUDACC_RTC__
@@ -22,7 +22,7 @@ using uint64_t = unsigned long;
 #define DYNAMIC_SHARED (::llamaclust::cuda::dynamic_shared)
 #define LLAMACLUST_ARCH __CUDA_ARCH__
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define LLAMACLUST_WGMMA 1  // matrix instructions of four warps: compute capability 9.0 alone has them
+#define LLAMACLUST_WGMMA 1  // Matrix instructions of four warps, which only compute capability 9.0 has.
 #else
 #define LLAMACLUST_WGMMA 0
 #endif
@@ -36,14 +36,14 @@ __device__ __forceinline__ float half_to_float(uint16_t h) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(h));
   return r;
 }
-// To nearest, ties to even.
+// Rounds to nearest, ties to even.
 __device__ __forceinline__ uint16_t float_to_half(float x) {
   uint16_t r;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(x));
   return r;
 }
 
-// c + two products: the int16s of a with the lower, or the upper, two bytes of b, all signed.
+// c + two products: the int16s of a times the lower, or the upper, two bytes of b, all signed.
 #define LLAMACLUST_DP2A(name, instruction)                                       \
   __device__ __forceinline__ int32_t name(int32_t a, int32_t b, int32_t c) {     \
     int32_t r;                                                                   \
@@ -54,7 +54,7 @@ LLAMACLUST_DP2A(dp2a_low, "dp2a.lo.s32.s32")
 LLAMACLUST_DP2A(dp2a_high, "dp2a.hi.s32.s32")
 #undef LLAMACLUST_DP2A
 
-// c + four products: the bytes of a, unsigned or signed, with those of b, signed.
+// c + four products: the unsigned or signed bytes of a times the signed bytes of b.
 #define LLAMACLUST_DP4A(Register, type)                                                              \
   __device__ __forceinline__ int32_t dp4a(Register a, int32_t b, int32_t c) {                        \
     int32_t r;                                                                                       \
@@ -65,8 +65,8 @@ LLAMACLUST_DP4A(uint32_t, "u32")
 LLAMACLUST_DP4A(int32_t, "s32")
 #undef LLAMACLUST_DP4A
 
-// d += a b over a whole warp: matrices of bytes, of which each lane holds some (mma.cuh), a unsigned or signed, b signed;
-// 16 columns of 16 rows are signed in all uses.
+// d += a b over a whole warp. Each lane holds a part of the byte matrices (mma.cuh); a is unsigned or signed, b is
+// signed. Products with 16 columns are only used with a signed a.
 #define LLAMACLUST_MMA(Registers, type)                                                                             \
   __device__ __forceinline__ void mma_m16n8k32(int32_t (&d)[4], const Registers (&a)[4], const int32_t (&b)[2]) {   \
     asm("mma.sync.aligned.m16n8k32.row.col.s32." type ".s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "      \
@@ -88,7 +88,7 @@ __device__ __forceinline__ void mma_m16n8k16(int32_t (&d)[4], const int32_t (&a)
       : "r"(a[0]), "r"(a[1]), "r"(b[0]));
 }
 
-// What this thread has written to shared memory is known to instructions that reach it by themselves: products of four
+// Makes this thread's writes to shared memory visible to instructions that access it asynchronously: products of four
 // warps, and bulk copies.
 __device__ __forceinline__ void publish_shared() {
 #if __CUDA_ARCH__ >= 900
@@ -97,8 +97,8 @@ __device__ __forceinline__ void publish_shared() {
 }
 
 #if LLAMACLUST_WGMMA
-// Bytes in shared memory as `b` of products of four warps: groups of eight rows, `group_bytes` from one to the next;
-// a group is sixteen columns of its rows, and sixteen more.
+// Bytes in shared memory as operand b of products of four warps. Groups of eight rows are `group_bytes` apart; a group
+// has sixteen columns of its rows, followed by sixteen more.
 struct SharedOperand {
   uint64_t descriptor;
   __device__ __forceinline__ SharedOperand operator+(int bytes) const { return {descriptor + bytes / 16}; }
@@ -108,9 +108,9 @@ __device__ __forceinline__ SharedOperand shared_operand(const void* shared, int 
   return {at >> 4 | uint64_t{128 / 16} << 16 | static_cast<uint64_t>(group_bytes / 16) << 32};
 }
 
-// d += a b, or d = a b where it does not add: 64 rows by 64 or 128, sixteen rows for each of four warps, in the order of
-// mma.cuh for each eight of b. Registers belong to it until `warpgroup_wait`; what was written to shared memory must be made known
-// (`publish_shared`) before.
+// d += a b, or d = a b if `adds` is 0, with 64 rows (sixteen for each of four warps) by 64 or 128 columns. Each eight
+// columns of d have the order of mma.cuh. The registers must not be used before `warpgroup_wait`; shared memory must be
+// published first (`publish_shared`).
 #define LLAMACLUST_WGMMA_D(i) "+r"(d[4 * i]), "+r"(d[4 * i + 1]), "+r"(d[4 * i + 2]), "+r"(d[4 * i + 3])
 #define LLAMACLUST_WGMMA_64(Registers, type)                                                                           \
   __device__ __forceinline__ void multiply_k32_by_four(int32_t (&d)[32], const Registers (&a)[4], SharedOperand b, int adds) { \
@@ -147,22 +147,23 @@ LLAMACLUST_WGMMA_128(int32_t, "s8")
 #undef LLAMACLUST_WGMMA_D
 __device__ __forceinline__ void warpgroup_begin() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
 __device__ __forceinline__ void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
-// Leaves the newest `groups` groups under way.
+// Waits until at most the newest `groups` groups are in flight.
 template <int groups>
 __device__ __forceinline__ void warpgroup_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(groups) : "memory");
 }
 #endif
 
-// What another block of the same launch has written, and __threadfence has made known.
+// Loads what another block of the same launch has written and published by __threadfence.
 __device__ __forceinline__ float load_from_all(const float* p) {
   float x;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
   return x;
 }
 
-// Named barriers, 0 (that of __syncthreads) to 15, of so many threads together: whole warps, of which those that only
-// arrive go on. A number in a register would take all sixteen, of which a multiprocessor has 64 or, from 12.0 on, 24.
+// Named barriers 0 (that of __syncthreads) to 15 for `threads` threads, in whole warps. Warps that only arrive do not
+// wait. The number is a constant, because a number in a register would reserve all sixteen barriers; a multiprocessor
+// has 64, or from 12.0 on 24.
 template <int barrier, int threads>
 __device__ __forceinline__ void barrier_wait() {
   asm volatile("barrier.sync.aligned %0, %1;" : : "n"(barrier), "n"(threads) : "memory");
@@ -172,7 +173,7 @@ __device__ __forceinline__ void barrier_arrive() {
   asm volatile("barrier.arrive.aligned %0, %1;" : : "n"(barrier), "n"(threads) : "memory");
 }
 
-// The same of a number in a register, for kernels of which a multiprocessor runs one block.
+// The variants with a number in a register, for kernels with one block per multiprocessor.
 __device__ __forceinline__ void barrier_wait_at(int barrier, int threads) {
   asm volatile("barrier.sync.aligned %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
 }
@@ -180,11 +181,11 @@ __device__ __forceinline__ void barrier_arrive_at(int barrier, int threads) {
   asm volatile("barrier.arrive.aligned %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
 }
 
-// Overlap of launches, from compute capability 9.0 on: a kernel that calls `wait_for_earlier_kernels` is launched when all
-// blocks of the one before have called `let_next_kernel_begin`, or ended. Until it has waited, it must not write to global
-// memory, and may read only weights, arguments, and what was written before the last launch that did not overlap: plans of
-// attention, angles of rotations (executor/emit.py), keys and values of earlier steps. Some thread of it must wait, or
-// later kernels would be in no order with earlier ones.
+// Overlap of launches, from compute capability 9.0. A kernel that calls `wait_for_earlier_kernels` starts once all
+// blocks of the previous kernel have called `let_next_kernel_begin` or ended. Before that wait it must not write to
+// global memory, and may read only weights, arguments, and what was written before the last launch that did not
+// overlap: plans of attention, angles of rotations (executor/emit.py), keys and values of earlier steps. At least one
+// of its threads must wait, or later kernels would not be ordered after earlier ones.
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" : : : "memory");
@@ -196,11 +197,11 @@ __device__ __forceinline__ void let_next_kernel_begin() {
 #endif
 }
 
-// Asks for the 128 bytes around p to be brought near, into the cache that all share.
+// Prefetches the 128 bytes around p into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
 
-// An address of shared memory that stays in a register: of a pointer, it is computed anew for each use, in four
-// instructions on 9.0.
+// An address in shared memory that stays in a register. From a pointer, it would be computed again for each use, with
+// four instructions on 9.0.
 struct SharedAddress {
   uint32_t bytes;
   __device__ __forceinline__ SharedAddress operator+(int by) const { return {bytes + by}; }
@@ -211,8 +212,8 @@ __device__ __forceinline__ SharedAddress shared_address(void* shared) {
   return to;
 }
 
-// Sixteen bytes, or four, from global to shared memory, there after copy_async_wait: in the background from compute
-// capability 8.0 on. What was copied since the last commit is a group; wait<n> leaves the newest n groups under way.
+// Copy sixteen bytes, or four, from global to shared memory, in the background from compute capability 8.0. The copies
+// since the last commit are a group; copy_async_wait<n> waits until at most the newest n groups are in flight.
 __device__ __forceinline__ void copy_async_16(SharedAddress to, const void* global) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to.bytes), "l"(global) : "memory");
@@ -248,7 +249,7 @@ __device__ __forceinline__ void copy_async_wait() {
 #endif
 }
 
-// Dynamic shared memory of the block, in bytes.
+// Bytes of the block's dynamic shared memory.
 __device__ __forceinline__ int dynamic_shared_bytes() {
   int bytes;
   asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
@@ -256,13 +257,14 @@ __device__ __forceinline__ int dynamic_shared_bytes() {
 }
 
 #if __CUDA_ARCH__ >= 900
-// Copies of any multiple of 16 bytes, which one thread requests: from compute capability 9.0 on. An arrival (8 bytes of shared
-// memory) tells when all bytes that were announced to it are there. Its phases have parity 0, 1, 0, ...; each is one
-// announcement, all copies that name the arrival, and `others` calls of copy_async_arrive.
+// Bulk copies of any multiple of 16 bytes, requested by one thread, from compute capability 9.0. An arrival (8 bytes of
+// shared memory) completes a phase when all bytes that were announced to it have arrived. A phase consists of one
+// announcement, all copies that name the arrival, and `others` calls of copy_async_arrive. Phases have parity 0, 1, 0,
+// ...
 __device__ __forceinline__ void arrival_init(SharedAddress arrival, int others = 0) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(arrival.bytes), "r"(1 + others) : "memory");
 }
-// When this thread's copies are there that were requested by copy_async.
+// Arrives once the earlier copy_async copies of this thread are complete.
 __device__ __forceinline__ void copy_async_arrive(SharedAddress arrival) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" : : "r"(arrival.bytes) : "memory");
 }
@@ -280,8 +282,8 @@ __device__ __forceinline__ void arrival_wait(SharedAddress arrival, int parity) 
                  : "=r"(done) : "r"(arrival.bytes), "r"(parity) : "memory");
   } while (done == 0);
 }
-// Counts calls in shared memory, which begins as 0: true for the last of `of`, which sees what the others did before. Then it
-// begins anew.
+// Counts calls in a counter in shared memory, which starts at 0. Returns true for the last of `of` calls, which sees
+// what the other callers wrote before. Then the counter restarts.
 __device__ __forceinline__ bool is_last(SharedAddress counter, int of) {
   uint32_t before;
   asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;"

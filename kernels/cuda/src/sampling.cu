@@ -1,5 +1,5 @@
-// What the host needs of logits to choose most tokens: the best ones of a row, and the sum of all weights, as the CPU's
-// sampler has them (sampler/ranked.h).
+// The records with which the host samples most tokens: the best logits of a row and sums of all weights, in the format
+// of the CPU's sampler (sampler/ranked.h).
 #include "math.cuh"
 #include "sampler/ranked.h"
 
@@ -7,19 +7,20 @@ namespace llamaclust::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kPieceLogits = 64;     // of which the greatest is looked at first
+constexpr int kPieceLogits = 64;  // Logits of a piece, whose maximum is computed first.
 constexpr int kPiecesOfWarp = 4;
-constexpr int kEach = kSummedLogits / kThreads;  // of a thread
-constexpr int kWanted = 256;         // candidates, where there are many pieces
-constexpr int kFewPieces = 16;       // all of whose logits are candidates
-constexpr int kThresholdBits = 16;   // of a value: a lower threshold has some more candidates
-constexpr uint32_t kOrderedLeast = 0x007fffff;  // -infinity
+constexpr int kEach = kSummedLogits / kThreads;  // Logits of a thread.
+constexpr int kWanted = 256;                     // Number of candidates, if there are many pieces.
+constexpr int kFewPieces = 16;                   // With up to so many pieces, all logits are candidates.
+// Bits of a threshold that are searched. Fewer bits give a lower threshold, with some more candidates.
+constexpr int kThresholdBits = 16;
+constexpr uint32_t kOrderedLeast = 0x007fffff;  // ordered_bits of -infinity.
 
 DEVICE float minus_infinity() { return __int_as_float(static_cast<int32_t>(0xff800000)); }
 DEVICE float greater(float a, float b) { return a > b ? a : b; }
 DEVICE int pieces_of(int vocabulary) { return (vocabulary + kPieceLogits - 1) / kPieceLogits; }
 
-// An integer in the order of values, of which both zeros are one.
+// Returns an integer that has the order of the values. +0 and -0 are equal.
 DEVICE uint32_t ordered_bits(float x) {
   const uint32_t bits = __float_as_uint(add(x, 0.0f));
   return bits & 0x80000000 ? ~bits : bits | 0x80000000;
@@ -45,7 +46,7 @@ struct Record {
   }
 };
 
-// f of all threads' x. Two calls in turn have a `step` that is not equal.
+// Reduces x over all threads by f. Two consecutive calls must have steps of different parity.
 template <class T, class F>
 DEVICE T of_block(T x, T (&warps)[2][kWarps], int step, F f) {
   T (&own)[kWarps] = warps[step % 2];
@@ -58,7 +59,7 @@ DEVICE T of_block(T x, T (&warps)[2][kWarps], int step, F f) {
   return all;
 }
 
-// The ordered bits, all but the upper ones zero, that the greatest of enough pieces reach; 0: all logits do.
+// Returns ordered bits (all but the upper ones 0) that the maxima of enough pieces reach; 0 if all logits reach it.
 DEVICE uint32_t threshold(const float* tops, int pieces) {
   if (pieces <= kFewPieces) return 0;
   SHARED(int32_t, counts, [2][kWarps]);
@@ -73,7 +74,7 @@ DEVICE uint32_t threshold(const float* tops, int pieces) {
   return least > kOrderedLeast ? least : 0;
 }
 
-// kEach logits of a thread, -infinity behind the last one.
+// kEach logits of a thread; -infinity beyond the last one.
 struct Logits {
   float x[kEach];
 
@@ -87,7 +88,8 @@ struct Logits {
   }
 };
 
-// As weigh_lanes of the CPU's sampler: high * 2^20 + low. `distance` is divided by the temperature.
+// Sums of weights like weigh_lanes of the CPU's sampler: high * 2^20 + low. `distance` is already divided by the
+// temperature.
 struct Weights {
   int32_t high = 0, low = 0, wrong = 0;
 
@@ -101,7 +103,7 @@ struct Weights {
     low += to_int(mul(sub(scaled, to_float(whole)), 0x1p20f));
   }
 
-  // Of all threads, by the first one.
+  // Sums over all threads; the first one stores the result.
   DEVICE void store_sum(int64_t* to) const {
     SHARED(int32_t, warps, [3][kWarps]);
     const auto sum = [](int32_t a, int32_t b) { return a + b; };
@@ -122,7 +124,8 @@ struct Weights {
 
 }  // namespace
 
-// tops[row][piece] = the greatest of 64 logits; NaN may be any of them. Grid: (pieces / 32 rounded up, rows), blocks of 256.
+// tops[row][piece] = the maximum of 64 logits, arbitrary if one is NaN. Grid: (pieces / 32 rounded up, rows), blocks of
+// 256 threads.
 KERNEL(256, maxima, const float* logits, int32_t vocabulary, const int32_t* rows, float* tops, int64_t* records) {
   const int row = blockIdx.y, lane = threadIdx.x % kWarp, pieces = pieces_of(vocabulary);
   if (row >= *rows) return;
@@ -142,7 +145,8 @@ KERNEL(256, maxima, const float* logits, int32_t vocabulary, const int32_t* rows
   }
 }
 
-// The records of rows, behind `maxima`. Grid: (logits / kSummedLogits rounded up, rows), blocks of 256.
+// Writes the records of rows; launched after `maxima`. Grid: (logits / kSummedLogits rounded up, rows), blocks of 256
+// threads.
 KERNEL(256, candidates, const float* logits, int32_t vocabulary, const int32_t* rows, const float* tops, int64_t* records) {
   const int row = blockIdx.y, pieces = pieces_of(vocabulary);
   if (row >= *rows) return;
@@ -169,7 +173,8 @@ KERNEL(256, candidates, const float* logits, int32_t vocabulary, const int32_t* 
   weights.store_sum(record.sums + blockIdx.x);
 }
 
-// totals[row][part] = sums of weights as in records, by the row's divisor, where this is not 0. Grid: as above.
+// totals[row][part] = sums of weights as in records, at the row's divisor. Rows with a divisor of 0 are skipped. Grid:
+// as above.
 KERNEL(256, totals, const float* logits, int32_t vocabulary, const int32_t* rows, const float* divisors, int64_t* records,
        int64_t* to) {
   const int row = blockIdx.y;

@@ -1,11 +1,11 @@
-// Rows of a microbatch by sequence, and where states of these are.
+// The sequence of each row of a microbatch, and the places of sequences' states.
 #pragma once
 
 #include "base.cuh"
 
 namespace llamaclust::cuda {
 
-// Sequence s with starts[s] <= row < starts[s + 1].
+// Returns the sequence s with starts[s] <= row < starts[s + 1].
 DEVICE int sequence_of(int row, const int32_t* starts, int sequences) {
   int low = 0, high = sequences;
   while (high - low > 1) {
@@ -15,8 +15,8 @@ DEVICE int sequence_of(int row, const int32_t* starts, int sequences) {
   return low;
 }
 
-// Places of states, the same for all layers. The first row of sequence s reads the state in block before[s], or zeros if it
-// is negative. Entries starts[s] to starts[s + 1] are written: the state behind rows[i] to blocks[i].
+// Places of states, the same for all layers. The first row of sequence s reads the state in block before[s], or zeros
+// if that is negative. For i in [starts[s], starts[s + 1]), the state after row rows[i] is written to blocks[i].
 struct StatePlaces {
   const int32_t *before, *starts, *rows, *blocks;
 };

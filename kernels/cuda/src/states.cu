@@ -1,4 +1,4 @@
-// Steps that read and update a state of each sequence (model/steps/states.py). States are [blocks][floats] of a layer.
+// Steps that read and update a state of each sequence (model/steps/states.py). A layer's states are [blocks][floats].
 #include "elementwise/lines.cuh"
 #include "math.cuh"
 #include "matmul/float_types.cuh"
@@ -7,11 +7,11 @@
 namespace llamaclust::cuda {
 namespace {
 
-constexpr int kMostKept = 15;  // rows behind which a convolution's state is
+constexpr int kMostKept = 15;  // Maximum number of rows in the state of a convolution.
 
-// Rows of x before a row, in its sequence: those of the batch, before them the state's.
+// Rows of x before a row of its sequence: those of the batch, and before them those of the state.
 struct History {
-  const float *x, *state;  // null: zeros
+  const float *x, *state;  // A null state is all zeros.
   int begin, kept, width;
 
   DEVICE float at(int row, int channel) const {
@@ -26,8 +26,8 @@ DEVICE const float* state_before(const int32_t* before, int sequence, const floa
 
 }  // namespace
 
-// out[row] = the taps' sum of x[row] and rows before it, weights [width, taps] in tiles. Grid: (width / 256 rounded up,
-// rows), blocks of 256.
+// out[row] = the sum over taps of x[row] and the rows before it, with weights [width, taps] in tiles. Grid: (width /
+// 256 rounded up, rows), blocks of 256 threads.
 #define CONVOLVE(Type)                                                                                                \
   KERNEL(256, convolve_##Type, const float* __restrict__ x, const uint8_t* __restrict__ tiles, int32_t tile_bytes,    \
          const float* bias, int32_t taps, int32_t width, STATE_PARAMETERS, float* __restrict__ out) {                 \
@@ -48,8 +48,9 @@ CONVOLVE(F32)
 CONVOLVE(F16)
 CONVOLVE(BF16)
 
-// The last rows of x to where they are the state of a convolution, after it. A thread has a channel of a sequence: the state
-// it reads may be one that it writes. Grid: (width / 256 rounded up, sequences), blocks of 256.
+// Writes the last rows of x to the state of a convolution, after the convolution. A thread has a channel of a sequence,
+// because the state that it reads may be one that it writes. Grid: (width / 256 rounded up, sequences), blocks of 256
+// threads.
 KERNEL(256, keep_rows, const float* __restrict__ x, int32_t taps, int32_t width, STATE_PARAMETERS) {
   const int sequence = blockIdx.y, channel = 256 * blockIdx.x + threadIdx.x, kept = taps - 1;
   if (sequence >= header[1] || channel >= width) return;
@@ -72,9 +73,9 @@ constexpr int kDeltaChannels = 32;
 
 }  // namespace
 
-// The gated delta rule. A thread has a value channel of a head of a sequence, with its part of the state in shared memory,
-// and goes through keys in order. Grid: (heads * pieces, sequences) of pieces of 32 of a head's `values` channels, blocks of
-// 32. Shared memory: keys * 32 floats.
+// The gated delta rule. A thread has a value channel of a head of a sequence, with its part of the state in shared
+// memory, and computes keys in order. Pieces are 32 of a head's `values` channels. Grid: (heads * pieces, sequences),
+// blocks of 32 threads. Shared memory: keys * 32 floats.
 KERNEL(32, delta_rule, const float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v,
        const float* __restrict__ decay, const float* __restrict__ beta, int32_t heads, int32_t key_heads, int32_t tiled,
        int32_t keys, int32_t values, int32_t decays, STATE_PARAMETERS, float* __restrict__ out) {
@@ -84,7 +85,7 @@ KERNEL(32, delta_rule, const float* __restrict__ q, const float* __restrict__ k,
   const StatePlaces places STATE_PLACES;
   const int key_head = tiled != 0 ? head % key_heads : head / (heads / key_heads), floats = heads * keys * values;
   const float* read = state_before(places.before, sequence, states, floats);
-  float* state = reinterpret_cast<float*>(DYNAMIC_SHARED) + threadIdx.x;  // every 32nd
+  float* state = reinterpret_cast<float*>(DYNAMIC_SHARED) + threadIdx.x;  // Every 32nd float.
   const size_t place = line(head * keys, values) + channel;
   for (int key = 0; key < keys; key++)
     state[kDeltaChannels * key] = read == nullptr ? 0.0f : read[place + line(key, values)];
@@ -111,9 +112,10 @@ KERNEL(32, delta_rule, const float* __restrict__ q, const float* __restrict__ k,
   }
 }
 
-// Mamba 2's scan. A thread has a channel of a head of a sequence, with its part of the state in shared memory, and goes
-// through the state's numbers in order. Rows of x: the channels of all heads, then b and c of each group. Grid: (heads *
-// pieces, sequences) of pieces of blockDim.x of a head's `channels`. Shared memory: state_size * blockDim.x floats.
+// The scan of Mamba 2. A thread has a channel of a head of a sequence, with its part of the state in shared memory, and
+// computes the state's values in order. Rows of x have the channels of all heads, then b and c of each group. Pieces
+// are blockDim.x of a head's `channels`. Grid: (heads * pieces, sequences). Shared memory: state_size * blockDim.x
+// floats.
 KERNEL(32, scan, const float* __restrict__ x, const float* __restrict__ dt, const float* __restrict__ bias,
        const float* __restrict__ rates, const float* __restrict__ skips, int32_t heads, int32_t channels, int32_t groups,
        int32_t state_size, STATE_PARAMETERS, float* __restrict__ out) {
@@ -147,8 +149,8 @@ KERNEL(32, scan, const float* __restrict__ x, const float* __restrict__ dt, cons
   }
 }
 
-// out = exp(softplus(x + bias) * weight), a weight for each of the `heads` equal parts; out may be x. Grid: (width / 256
-// rounded up, rows), blocks of 256.
+// out = exp(softplus(x + bias) * weight), with one weight for each of `heads` equal parts; out may be x. Grid: (width /
+// 256 rounded up, rows), blocks of 256 threads.
 KERNEL(256, decay, const float* x, const float* __restrict__ weight, const float* __restrict__ bias, int32_t width,
        int32_t heads, const int32_t* rows, float* out) {
   const int row = blockIdx.y, channel = 256 * blockIdx.x + threadIdx.x;

@@ -1,4 +1,4 @@
-// Arrays of a batch, as Python gives them.
+// Conversions of a batch's arrays from Python to spans.
 #pragma once
 
 #include <nanobind/stl/tuple.h>
@@ -10,7 +10,7 @@ namespace llamaclust {
 
 inline std::span<const int32_t> span_of(const Ints& x) { return {x.data(), x.size()}; }
 
-// The members of StateTables in their order.
+// The members of StateTables, in the order of their declaration.
 using PythonStates = std::optional<std::tuple<Ints, Ints, Ints, Ints>>;
 
 inline StateTables states_of(const PythonStates& states) {

@@ -1,4 +1,4 @@
-// The parts of the Python module, a function each, and the arrays that they take.
+// One function for each part of the Python module, and the array types of their arguments.
 #pragma once
 
 #include <nanobind/nanobind.h>

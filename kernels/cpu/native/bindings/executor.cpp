@@ -1,5 +1,5 @@
-// Plans and stages for Python: a plan is built step by step, a stage runs it in one call without the interpreter's
-// lock.
+// Python bindings of plans and stages. A plan is built step by step; a stage runs it in one call that releases the
+// interpreter's lock.
 #include <limits>
 
 #include "bindings/batch_inputs.h"
@@ -11,7 +11,8 @@
 namespace llamaclust {
 namespace {
 
-using PythonRotation = std::optional<std::pair<int, bool>>;  // table, neox
+// (number of the rotation table, whether pairs are in NEOX style)
+using PythonRotation = std::optional<std::pair<int, bool>>;
 
 std::vector<float> vector_of(const Floats& x) { return {x.data(), x.data() + x.size()}; }
 std::vector<float> vector_of(const std::optional<Floats>& x) { return x ? vector_of(*x) : std::vector<float>{}; }
@@ -34,7 +35,7 @@ RowOp row_op_named(const std::string& name) {
   throw std::invalid_argument("no elementwise operation " + name);
 }
 
-// A plan and the Python objects whose memory it points into.
+// A plan under construction, and the Python objects that own the memory to which it points.
 struct PlanBuilder {
   PlanBuilder(int max_tokens, int max_outputs, int max_sequences, int max_context_tokens, int kv_blocks,
               int window_blocks, int state_blocks)
@@ -42,7 +43,7 @@ struct PlanBuilder {
 
   Plan plan;
   std::vector<nb::object> kept;
-  bool is_runnable = true;  // no weight is of shape_only
+  bool is_runnable = true;  // False if a weight has a shape only, without values.
 
   const Matrix& keep(nb::handle matrix) {
     kept.push_back(nb::borrow(matrix));
@@ -143,7 +144,7 @@ void add_experts(PlanBuilder& builder, const std::vector<std::pair<std::vector<n
   builder.plan.add(std::move(step));
 }
 
-// given: a buffer, and where in its lines the ranks begin; experts: [first, end).
+// `given` is a buffer and the channel of its lines at which the ranks begin; `experts` is the range [first, end).
 void add_placed(PlanBuilder& builder, int choice, int x, std::optional<std::pair<int, int>> given, int out,
                 int out_start, int used, std::pair<int, int> experts) {
   require(!given || given->first >= 0, "unknown buffer");
@@ -191,7 +192,7 @@ void add_choice(PlanBuilder& builder, int logits, int out, int experts, int used
                               groups.second, vector_of(selection_bias), vector_of(expert_scales)});
 }
 
-// Rows one after the other; of a weight without values they are 0.
+// Returns the weights row by row, as floats. They are 0 if the matrix has a shape only.
 std::vector<float> rows_of(const Matrix& matrix) {
   require(is_supported(matrix.type), "weights of an unsupported type");
   const size_t cols = static_cast<size_t>(matrix.cols);
@@ -202,7 +203,7 @@ std::vector<float> rows_of(const Matrix& matrix) {
   return rows;
 }
 
-// weight [channels][taps] is turned to [taps][channels].
+// Transposes `weight` from [channels][taps] to [taps][channels].
 void add_convolution(PlanBuilder& builder, int x, int out, int layer, nb::handle weight,
                      const std::optional<Floats>& bias) {
   const Matrix& matrix = builder.keep(weight);
@@ -230,13 +231,13 @@ void add_norm(PlanBuilder& builder, int x, int out, const Floats& weight, float 
   builder.plan.add(NormStep{x, out, vector_of(weight), epsilon, static_cast<int>(weight.size())});
 }
 
-// Of a weight [groups][channels].
+// `weight` is [groups][channels].
 void add_group_norm(PlanBuilder& builder, int x, int out, nb::handle weight, float epsilon) {
   const Matrix& matrix = builder.keep(weight);
   builder.plan.add(NormStep{x, out, rows_of(matrix), epsilon, matrix.cols});
 }
 
-// Members of steps, from what Python gives.
+// Converts an argument from Python to the member of a step.
 template <typename T>
 T member(PlanBuilder&, T value) { return value; }
 std::vector<float> member(PlanBuilder&, const Floats& x) { return vector_of(x); }
@@ -298,9 +299,9 @@ void bind_executor(nb::module_& module) {
   nb::class_<ThreadPool>(module, "ThreadPool")
       .def(nb::init<int, bool>(), "threads"_a, "yields"_a)
       .def_prop_ro("threads", &ThreadPool::threads)
-      .def("set_speeds", &ThreadPool::set_speeds, "speeds"_a);  // for tests
+      .def("set_speeds", &ThreadPool::set_speeds, "speeds"_a);  // Used by tests only.
 
-  nb::class_<ThreadSpeeds>(module, "ThreadSpeeds")  // for tests
+  nb::class_<ThreadSpeeds>(module, "ThreadSpeeds")  // Used by tests only.
       .def(nb::init<int>(), "threads"_a)
       .def("open", &ThreadSpeeds::open, "threads"_a)
       .def("begin", &ThreadSpeeds::begin, "count"_a, "thread"_a)
@@ -308,7 +309,7 @@ void bind_executor(nb::module_& module) {
       .def("add", &ThreadSpeeds::add, "thread"_a, "ns"_a)
       .def("close", &ThreadSpeeds::close);
 
-  nb::class_<CoreContention>(module, "CoreContention")  // for tests
+  nb::class_<CoreContention>(module, "CoreContention")  // Used by tests only.
       .def(nb::init<int>(), "threads"_a)
       .def("threads", &CoreContention::threads, "rows"_a)
       .def("report", &CoreContention::report, "rows"_a, "began_ns"_a, "ended_ns"_a, "waited_ns"_a);

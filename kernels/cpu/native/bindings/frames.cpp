@@ -45,7 +45,7 @@ nb::object adapter_scales_of(nb::handle self) {
   return matrix_of(self, frame.adapter_scales, frame.positions.size());
 }
 
-// In the order of kernels.backend.Batch; those of its states and of its given rows are tuples.
+// Returns the arrays in the order of the fields of kernels.backend.Batch. The states and the given rows are tuples.
 nb::tuple arrays_of(nb::handle self) {
   const MicrobatchFrame& frame = nb::cast<ReadFrame&>(self).frame;
   nb::object windows = nb::none(), states = nb::none(), given = nb::none();
@@ -254,7 +254,7 @@ void bind_outcomes(nb::module_& module) {
   module.def("sample_ranked", &sample_ranked, "sampler"_a, "records"_a, "tasks"_a, "logits_of"_a, "totals_of"_a);
 }
 
-// As Python's readers report it.
+// Raises a ProtocolViolation in Python as ProtocolError, the exception that the Python readers raise.
 void translate(const std::exception_ptr& thrown, void*) {
   try {
     std::rethrow_exception(thrown);

@@ -5,7 +5,7 @@
 
 namespace llamaclust {
 
-// A frame that was read, and the bytes that it looks into.
+// A parsed frame, with the bytes into which its spans point.
 struct ReadFrame {
   nb::bytes data;
   MicrobatchFrame frame;
@@ -14,7 +14,7 @@ struct ReadFrame {
 
   Bytes bytes() const { return {static_cast<const uint8_t*>(data.data()), data.size()}; }
 
-  // [rows][hidden_width]; null where a first stage gets none.
+  // Hidden states [rows][hidden_width], or null for a first stage and for a frame that reports a failure.
   const float* hidden() const {
     return hidden_width == 0 || frame.failure ? nullptr : reinterpret_cast<const float*>(bytes().data() + frame.body_at);
   }

@@ -1,4 +1,5 @@
-// What puts rows of a group's members together: native objects, or functions of Python.
+// Python bindings of gatherers, which assemble whole rows from the columns of a group's members. A gatherer is a native
+// object or a Python function.
 #include "executor/gatherer.h"
 
 #include <algorithm>
@@ -8,7 +9,8 @@
 namespace llamaclust {
 namespace {
 
-// Calls a function (number, own [rows, columns], whole [rows, width]) whose arrays are there until it returns.
+// Calls a Python function with (number, own [rows, columns], whole [rows, width]). The arrays are valid only during the
+// call.
 class PythonGatherer : public Gatherer {
  public:
   explicit PythonGatherer(nb::object function) : function_(std::move(function)) {}

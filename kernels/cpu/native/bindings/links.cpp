@@ -1,4 +1,4 @@
-// Links between the members of a group. Calls that wait do so without the interpreter's lock.
+// Python bindings of the links between the members of a group. Calls that may wait release the interpreter's lock.
 #include "links/links.h"
 
 #include "bindings/bindings.h"
@@ -25,7 +25,7 @@ const char* name_of(Fault fault) {
 
 nb::bytes bytes_of(const std::vector<uint8_t>& data) { return nb::bytes(data.data(), data.size()); }
 
-// LinkError of Python has the place and the kind of fault as attributes.
+// The Python exception LinkError has the member's place and the kind of fault as attributes.
 void bind_error(nb::module_& module) {
   nb::exception<LinkError>(module, "LinkError", PyExc_ConnectionError);
   static PyObject* const type = nb::object(module.attr("LinkError")).release().ptr();
@@ -41,7 +41,7 @@ void bind_error(nb::module_& module) {
   });
 }
 
-// Takes the descriptor over, whatever comes of it.
+// Takes ownership of the descriptor, also if it throws.
 Link open_link(int descriptor, const std::string& peer, const std::optional<TlsSettings>& tls, const nb::bytes& greeting,
                const nb::bytes& expected, double deadline_s) {
   const std::string own = text_of(greeting), theirs = text_of(expected);

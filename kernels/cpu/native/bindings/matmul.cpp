@@ -1,4 +1,5 @@
-// Matrix products for tests, benchmarks and measurements of a machine; a model runs them through the executor.
+// Python bindings of matrix products, for tests, benchmarks and measurements of a machine. Models run products through
+// the executor.
 
 #include <algorithm>
 #include <chrono>
@@ -28,7 +29,7 @@ nb::object new_array(std::initializer_list<size_t> shape, T** data) {
   return nb::cast(nb::ndarray<nb::numpy, T>(*data, shape, owner));
 }
 
-// Activations of some tokens in one format, quantized.
+// Quantized activations of several tokens in one format.
 struct Activations {
   Activations(const MatmulOps& ops, ActivationFormat format, const FloatRows& x)
       : row_bytes(activation_bytes(format, static_cast<int>(x.shape(1)))), memory(row_bytes * x.shape(0)) {
@@ -40,7 +41,7 @@ struct Activations {
   Memory memory;
 };
 
-// The shape that the matrices share.
+// Returns the first matrix. Throws std::invalid_argument unless all matrices have its type and shape.
 const Matrix& shape_of(const std::vector<const PackedMatrix*>& matrices, const FloatRows& x) {
   if (matrices.empty()) throw std::invalid_argument("no matrices");
   const Matrix& first = matrices[0]->matrix();
@@ -54,8 +55,8 @@ const Matrix& shape_of(const std::vector<const PackedMatrix*>& matrices, const F
   return first;
 }
 
-// Products with the same activations: every thread computes its part of the tiles of each matrix. `out` is overwritten by
-// each of the matrices. Returns how long it took, in seconds.
+// Multiplies every matrix with the same activations; each thread computes its range of each matrix's tiles. Every
+// matrix overwrites `out`. Returns the duration in seconds.
 double run_products(const std::string& level, const std::vector<const PackedMatrix*>& matrices, const FloatRows& x,
                     const float* bias, int threads, Prefetch prefetch, float* out) {
   const MatmulOps ops = find_level(level).matmul;
@@ -176,7 +177,7 @@ void bind_matmul(nb::module_& module) {
   module.def("set_prefetches_near", &set_prefetches_near, "near"_a.none(),
              "For tests and comparisons. None: the next stage that is large enough finds the faster way.");
   module.def("prefers_near", &prefers_near, "far_ns"_a, "near_ns"_a,
-             "What is concluded from times of pairs.");  // for tests
+             "What is concluded from times of pairs.");
   module.def("quantize", &quantize, "level"_a, "format"_a, "x"_a,
              "Activations x [tokens, cols] in a format (F32, Q8_32, Q8_256), as bytes [tokens, row bytes].");
   module.def("dequantize", &dequantize, "level"_a, "matrix"_a, "A matrix's weights as float32 [rows, cols].");

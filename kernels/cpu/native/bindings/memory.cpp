@@ -1,4 +1,4 @@
-// Memory that holds the tiles of several matrices, for loading.
+// Python bindings of the memory that holds the tiles of several matrices.
 
 #include <cerrno>
 #include <system_error>

@@ -15,7 +15,8 @@ std::vector<std::string> level_names() {
 
 NB_MODULE(_native, module) {
   module.doc() = "Arithmetic of the CPU backend.";
-  nb::set_leak_warnings(false);  // a process that ends while stages are loaded is no mistake
+  // A process may end while stages are still loaded, which nanobind would report as a leak.
+  nb::set_leak_warnings(false);
   module.def("available_levels", &level_names, "Feature levels this machine can run, slowest first.");
   bind_sampler(module);
   bind_frames(module);

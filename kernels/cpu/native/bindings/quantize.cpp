@@ -1,4 +1,4 @@
-// Weights into the blocks of a model file, quantized or cast.
+// Python bindings that quantize or cast weights to the blocks of a model file.
 
 #include <algorithm>
 
@@ -12,7 +12,7 @@
 namespace llamaclust {
 namespace {
 
-// Weights that are worked on at a time: they and what belongs to them stay in a core's cache.
+// Number of weights in a batch. The batch and its temporary data fit into the cache of a core.
 constexpr int64_t kBatchWeights = 1 << 13;
 
 void quantize_rows(const std::string& level, int quant_type, const FloatRows& x,

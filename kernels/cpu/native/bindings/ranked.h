@@ -1,4 +1,4 @@
-// Rows of logits that stay on a GPU, sampled by what it says of them.
+// Sampling of rows whose logits stay on a GPU, from the records that the GPU computes of them.
 #pragma once
 
 #include <vector>
@@ -10,8 +10,9 @@ namespace llamaclust {
 
 using RankedRows = Array<const int64_t, 2>;
 
-// Of records[tasks][ranked_words]; `logits_of` gives the rows of given numbers, [rows][vocabulary], and `totals_of` sums of
-// weights by given divisors, [tasks][sums_of_row]; both are called where some are needed.
+// `records` is [tasks][ranked_words]. `logits_of(row numbers)` returns logits [rows][vocabulary]; it is called if a
+// record does not suffice. `totals_of(divisors)` returns sums of weights [tasks][sums_of_row]; it is called if a
+// divisor is not 0.
 std::vector<RowOutcome> run_ranked(Sampler& sampler, RankedRows records, const std::vector<RowTask>& tasks,
                                    const nb::callable& logits_of, const nb::callable& totals_of);
 

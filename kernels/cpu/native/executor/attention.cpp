@@ -1,5 +1,5 @@
-// Attention in the threads: whole units, or their spans apart. A unit's spans are merged in ascending order wherever
-// they were computed.
+// Attention, divided among the threads. A thread computes whole units, or single spans of units. The spans of a unit
+// are merged in ascending order, whichever threads computed them.
 #include "executor/worker.h"
 
 namespace llamaclust {
@@ -8,8 +8,8 @@ int tile_rows(int group) { return std::max(1, kTileQueries / group); }
 
 namespace {
 
-// How the work of an attention step is cut: into units (rows of one sequence x query heads of one KV head), and a unit
-// into the spans that its rows see.
+// Divides an attention step into units (rows of one sequence x query heads of one KV head), and a unit into the spans
+// that its rows attend to.
 struct AttentionUnits {
   // Query heads [head, head + heads) of one KV head, for a tile of rows.
   struct Unit {
@@ -17,8 +17,7 @@ struct AttentionUnits {
     int kv_head, head, heads;
   };
 
-  // The queries of a unit that a span concerns: [before, end) see some of it, and of those [joined, end) nothing before
-  // it.
+  // The queries of a unit that attend to a span: [before, end). Of these, [joined, end) attend to no earlier span.
   struct QueryRange {
     int before, joined, end;
   };
@@ -30,12 +29,12 @@ struct AttentionUnits {
         head_groups((group + kTileQueries - 1) / kTileQueries),
         tiles(std::ranges::find(tilings, tile_rows(group), &Tiling::rows)->tiles) {}
 
-  // Every sequence has one tile, and every KV head one unit there.
+  // Returns whether every sequence has one tile, and every KV head one unit in that tile.
   bool one_a_sequence() const { return head_groups == 1 && static_cast<int>(tiles.size()) == batch.sequences(); }
   int64_t heads_per_tile() const { return static_cast<int64_t>(step.kv_heads) * head_groups; }
   int64_t count() const { return static_cast<int64_t>(tiles.size()) * heads_per_tile(); }
   int position(int row) const { return batch.positions[row]; }
-  // The first and the last position that a row sees.
+  // The first and the last position that a row attends to.
   int first_seen(int row) const {
     if (step.grouped && !batch.groups.empty()) return batch.groups[2 * row];
     if (step.grouped) return position(row);
@@ -46,12 +45,12 @@ struct AttentionUnits {
     if (step.causal || step.grouped) return batch.groups.empty() ? position(row) : batch.groups[2 * row + 1] - 1;
     return std::min(position(batch.sequence_starts[tile.sequence + 1] - 1), position(row) + step.window / 2);
   }
-  // Spans that a tile's rows see.
+  // The range of spans to which a tile's rows attend.
   int span_begin(const RowTile& tile) const { return first_seen(tile.row_begin) / kSpanTokens; }
   int span_end(const RowTile& tile) const { return last_seen(tile, tile.row_end - 1) / kSpanTokens + 1; }
   int spans(const RowTile& tile) const { return span_end(tile) - span_begin(tile); }
 
-  // The last rows, which see the most, come first, so that the last units are short.
+  // The last rows attend to the most positions. They come first, so that the units that finish last are short.
   Unit unit(int64_t index) const {
     const RowTile& tile = tiles[tiles.size() - 1 - static_cast<size_t>(index / heads_per_tile())];
     const int rest = static_cast<int>(index % heads_per_tile()), kv_head = rest / head_groups;
@@ -89,7 +88,7 @@ struct AttentionUnits {
 
 }  // namespace
 
-// One attention step in one thread.
+// Computes one attention step in one thread.
 class AttentionWork {
   using Unit = AttentionUnits::Unit;
   using QueryRange = AttentionUnits::QueryRange;
@@ -124,7 +123,7 @@ class AttentionWork {
       });
   }
 
-  // Keys and values of all rows, before any thread reads them.
+  // Stores keys and values of all rows before any thread reads them.
   void store_all() const {
     worker_.share(static_cast<int64_t>(units_.tiles.size()), 1, [this](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
@@ -158,7 +157,8 @@ class AttentionWork {
               piece(kv_head, table(sequence)[at / kKvBlockTokens]));
   }
 
-  // Where every sequence has one tile, a unit stores the rows that only it reads, without a barrier.
+  // Stores a unit's rows of one span. Used if every sequence has one tile: only the unit itself reads these rows, so no
+  // barrier is needed.
   void store_span(const Unit& unit, int span) const {
     for (int row = unit.tile.row_begin; stores_ && row < unit.tile.row_end; row++)
       if (units_.position(row) / kSpanTokens == span) store(unit.tile.sequence, row, unit.kv_head);
@@ -174,8 +174,8 @@ class AttentionWork {
       }
   }
 
-  // Computes one span for those of the loaded queries that see some of it, and fetches the beginning of the next one if
-  // this thread goes on there.
+  // Computes one span for the loaded queries that attend to it. If this thread continues with the next span, prefetches
+  // the beginning of that.
   void compute_span(const Unit& unit, int span, bool goes_on, const QueryRange& queries, const SpanSums& sums) const {
     const int start = span * kSpanTokens;
     for (int query = queries.before; query < queries.end; query++) {
@@ -217,7 +217,8 @@ class AttentionWork {
     return {sums.maximum + query, sums.sum + query, sums.values + query * padded_head(step_.value_dim)};
   }
 
-  // Adds a span's sums to those of the spans before it; queries that see nothing before it begin with them.
+  // Adds a span's sums to those of the earlier spans. The total of a query without earlier spans starts with this
+  // span's sums.
   void merge(const QueryRange& queries, const SpanSums& total, const SpanSums& next) const {
     const int value_dim = step_.value_dim;
     if (queries.joined > queries.before)
@@ -230,7 +231,7 @@ class AttentionWork {
     std::copy_n(source.values, count * padded_head(value_dim), to.values);
   }
 
-  // A sink is one more span: its score is the maximum, with a weight of 1 and no value.
+  // A sink acts as an additional span: its maximum is the sink's score, its sum of weights is 1 and its values are 0.
   void merge_sinks(const Unit& unit, const SpanSums& total) const {
     const int queries = (unit.tile.row_end - unit.tile.row_begin) * unit.heads;
     const SpanSums& next = scratch_.next;
@@ -263,7 +264,8 @@ class AttentionWork {
     finish(unit, scratch_.total);
   }
 
-  // Few long units: their spans go to different threads, if there is room for all their sums.
+  // Returns whether the spans of units go to different threads: if there are few units with several spans, and room for
+  // the sums of all spans.
   size_t partial_floats() const { return span_sums_floats(units_.most_queries(), step_.value_dim); }
   bool splits_spans() const {
     const int threads = worker_.threads_;

@@ -1,4 +1,4 @@
-// What a batch needs of the plan, checked before it runs: it must not reach memory that is not its own.
+// Checks a batch against the plan before it runs, so that a run accesses no memory beyond its own.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -17,7 +17,7 @@ void check_range(const char* what, int64_t value, int64_t begin, int64_t end) {
   if (value < begin || value >= end) refuse(what, value, end);
 }
 
-// starts[0] = 0, then ascending to `end`.
+// Throws unless starts[0] = 0, each step is at least `least`, and the last one is `end`.
 void check_starts(const char* what, std::span<const int32_t> starts, size_t end, int least) {
   if (starts.empty() || starts.front() != 0) refuse(what, starts.empty() ? -1 : starts.front(), 0);
   for (size_t i = 1; i < starts.size(); i++)
@@ -36,7 +36,7 @@ void check_sequence(const Batch& batch, int sequence, const Limits& limits) {
   if (first + (end - begin) > room) refuse("positions of a block table", first + (end - begin), room);
 }
 
-// Blocks that rows of a windowed layer read or write must be there, others may be.
+// Only the blocks that rows of a windowed layer read or write must exist.
 void check_window(const Batch& batch, int sequence, const Plan& plan) {
   const size_t s = static_cast<size_t>(sequence);
   const int32_t first = batch.positions[batch.sequence_starts[s]];
@@ -46,7 +46,7 @@ void check_window(const Batch& batch, int sequence, const Plan& plan) {
     check_range("window block", batch.window_tables[batch.table_starts[s] + block], 0, plan.limits.window_blocks);
 }
 
-// Each sequence's last row writes its state; rows before it may.
+// The last row of each sequence writes its state; earlier rows may.
 void check_states(const Batch& batch, const Plan& plan) {
   const StateTables& states = batch.states;
   const int blocks = plan.limits.state_blocks;
@@ -68,7 +68,7 @@ void check_states(const Batch& batch, const Plan& plan) {
   }
 }
 
-// A group's rows are adjacent, in one sequence, and all there.
+// The rows of a group must be adjacent, in one sequence, and complete.
 void check_groups(const Batch& batch) {
   if (batch.groups.size() != 2 * batch.positions.size())
     refuse("groups", static_cast<int64_t>(batch.groups.size()), 2 * int64_t{batch.rows()});

@@ -1,4 +1,4 @@
-// Checks of each step's buffers and weights: the program of a hostile file reaches no memory but its own.
+// Checks each step's buffers and weights, so that the program of a malicious file accesses no memory beyond its own.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -247,7 +247,7 @@ struct Plan::Checks {
     return {{step.choice, step.x, step.given}, {step.out}, true};
   }
 
-  // A line for each expert used, and one for all of them.
+  // `lines` has one line per used expert of a row, `line` has one per row.
   Access check_ranks(const auto& step, BufferId lines, BufferId line) const {
     require(buffer(step.choice).width == 2 * step.used && is_line(step.choice), "choice width");
     require(buffer(lines).multiple == step.used && is_line(line), "a line for each expert used");

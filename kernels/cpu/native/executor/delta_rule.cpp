@@ -1,4 +1,5 @@
-// The gated delta rule in the threads: each takes some value channels of a head of a sequence, and rows in their order.
+// The gated delta rule, divided among the threads. Each computes some value channels of a head of a sequence, row after
+// row.
 #include <algorithm>
 #include <cstring>
 
@@ -7,14 +8,14 @@
 namespace llamaclust {
 namespace {
 
-// Part of a head's state [keys][channels] in memory [keys][values], and a copy that is computed with.
+// A tile [keys][channels] of a head's state [keys][values], copied from KV memory for the computation.
 struct StateTile {
   StateTile(int keys, int values, int channels) : keys(keys), values(values), channels(channels) {}
 
   const int keys, values, channels;
   alignas(64) float numbers[kMaxKeyChannels * kDeltaChannels];
 
-  // `part` is null at the beginning of a sequence.
+  // `part` is null at the start of a sequence.
   void load(const float* part) {
     if (part == nullptr) return void(std::fill_n(numbers, keys * channels, 0.0f));
     for (int key = 0; key < keys; key++)

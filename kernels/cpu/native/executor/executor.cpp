@@ -22,7 +22,7 @@ std::vector<std::vector<float>> section_angles_of(const Plan& plan) {
   return found;
 }
 
-// Of a batch with rope positions: each pair's angle is that of its section's position.
+// Sets the rotation angles of a batch with rope positions: each pair uses the position of its section.
 void set_section_angles(const Batch& batch, const RotationAngles& angles, const RotationTable& table, float* out) {
   const size_t pairs = static_cast<size_t>(angles.pairs()), rows = static_cast<size_t>(batch.rows());
   for (size_t row = 0; row < rows; row++, out += 2 * pairs)
@@ -45,8 +45,9 @@ std::vector<Tiling> tilings_of(const Plan& plan) {
   return tilings;
 }
 
-// Behind the last gather whose rows are all of a run, since those that are wanted are selected later. Rows of a run need
-// each other but for what is in KV memory where a layer has states or looks ahead.
+// Returns the index after the last gather before rows are selected, up to which each band of rows computes alone.
+// Returns 0 if there are no such bands: in a plan with states or non-causal attention, rows of a run depend on each
+// other by more than KV memory.
 size_t joins_at_of(const Plan& plan) {
   const auto looks_ahead = [](const PlannedStep& planned) {
     const auto* step = std::get_if<AttentionStep>(&planned.step);
@@ -59,7 +60,7 @@ size_t joins_at_of(const Plan& plan) {
   return found;
 }
 
-// For each step the products that come next in every run, itself included; null after the last ones.
+// For each step, the first matrix product at or after it that every run computes; null if there is none.
 std::vector<const MatmulStep*> next_matmul_of(const Plan& plan) {
   std::vector<const MatmulStep*> found(plan.steps.size());
   const MatmulStep* next = nullptr;
@@ -69,7 +70,7 @@ std::vector<const MatmulStep*> next_matmul_of(const Plan& plan) {
   return found;
 }
 
-// Of products that take most of the time, in the order of steps.
+// Returns the weights of the products, which take most of the time, in the order of steps.
 std::vector<Matrix> weights_of(const Plan& plan) {
   std::vector<Matrix> weights;
   for (const PlannedStep& planned : plan.steps) {
@@ -105,15 +106,15 @@ std::shared_ptr<const KvCache> kv_of(const Plan& plan, const Stage* other) {
 
 int bands_of(int rows, int most) { return rows < kLeastBandedRows ? 1 : std::min(most, rows / kLeastRowsOfBand); }
 
-// The first band has two thirds of the rows of each other one: its gathers then fit into the time of others' products
-// where these are short. Whole tiles of rows, but for the last band.
+// The first band has two thirds of the rows of each other band. Its gathers then fit into the time of the other bands'
+// products, where those are short. Every band but the last has whole tiles of rows.
 int band_border(int rows, int bands, int at) {
   constexpr int kTileRows = 16;
   if (at == 0 || at == bands) return at == 0 ? 0 : rows;
   return (rows * (3 * at - 1) / (3 * bands - 1) + kTileRows / 2) / kTileRows * kTileRows;
 }
 
-// Rows [first, end) of a batch.
+// Sets `band` to rows [first, end) of a batch.
 void set_band(Band& band, const Batch& batch, int first, int end) {
   const std::span<const int32_t> starts = batch.sequence_starts;
   const size_t from = static_cast<size_t>(std::ranges::upper_bound(starts, first) - starts.begin()) - 1;
@@ -153,7 +154,7 @@ void Stage::set_batch(const Batch& batch) {
   for (Tiling& tiling : whole.tilings) cut_into_tiles(batch, tiling);
 }
 
-// Between two gathers all bands are computed in turn; then what needs all rows.
+// Up to the last gather, the bands compute in turn, one gather after another. Then come the steps that need all rows.
 void Worker::work() {
   const std::vector<PlannedStep>& steps = stage_.plan.steps;
   auto [at, last] = stage_.plan.steps_of(stage_.part);
@@ -173,8 +174,8 @@ void Worker::work() {
   run(at, last);
 }
 
-// All bands in turn compute a stretch of steps and store their keys and values for the attention that follows; then comes
-// that step for all rows, or one that selects some, and all behind.
+// In turn, the bands compute a stretch of steps and store keys and values for the attention that follows. Then all rows
+// compute that attention (or, if the next step selects rows, that step and all later ones).
 void Worker::work_in_bands(size_t at, size_t last) {
   while (at < last) {
     const size_t end = stage_.plan.end_of_stretch(at);
@@ -200,7 +201,7 @@ void Worker::enter(const Band& band) {
   set_rows(band.batch.rows());
 }
 
-// False where a gather has failed.
+// Returns false if a gather has failed.
 bool Worker::run(size_t begin, size_t last) {
   const std::vector<PlannedStep>& steps = stage_.plan.steps;
   for (size_t at = begin, end; at < last; at = end) {
@@ -222,7 +223,7 @@ bool Worker::run(size_t begin, size_t last) {
   return true;
 }
 
-// By the caller of run(); the others wait before the next step, and fetch its weights.
+// Thread 0 gathers. The others wait before the next step, and prefetch its weights meanwhile.
 void Worker::execute(const GatherStep& step) {
   if (thread_ != 0 || rows_ == 0) return;
   const bool is_whole = band_ == &stage_.whole;
@@ -240,7 +241,7 @@ void Worker::execute(const GatherStep& step) {
   }
 }
 
-// Before a step that all threads wait for.
+// Called before a step for which all threads synchronize.
 void Worker::finish_gather() {
   if (thread_ != 0 || in_flight_ == 0) return;
   in_flight_--;
@@ -251,14 +252,15 @@ void Worker::finish_gather() {
   }
 }
 
-// The first failure ends the run where this thread synchronizes behind a gather next, which the others have yet to do.
+// The first failure ends the run. Threads leave it at the next synchronization after a gather, which no thread has
+// reached yet.
 void Worker::fail() {
   if (stage_.failure) return;
   stage_.failure = std::current_exception();
   stage_.ends_at.store(joins_ + 1, std::memory_order_relaxed);
 }
 
-// Row by row steps that follow each other are done for a few rows at a time, which then are still in the cache.
+// Consecutive row by row steps process a few rows at a time, which then are still in the cache.
 void Worker::compute(size_t begin, size_t end) {
   constexpr int kRowsAtOnce = 4;
   const std::vector<PlannedStep>& steps = stage_.plan.steps;

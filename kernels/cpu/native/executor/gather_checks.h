@@ -1,4 +1,4 @@
-// What gathers, and the int8 values that some of them carry, need of a plan, and slots. See checks.cpp.
+// Checks of gathers, of steps that pack activations for them, and of activation slots; used by checks.cpp.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +25,7 @@ inline const ActivationSlot& slot_of(const Plan& plan, int index) {
   return slot;
 }
 
-// A slot gets room for what a step writes into it.
+// Reserves room in the slot for what a step writes into it.
 inline Access into_slot(Plan& plan, BufferId x, int index, ActivationSlot written) {
   require(index >= 0 && index < kMaxSlots, "activation slot out of range");
   require(written.cols % segment_cols(written.format) == 0, "a width that is no multiple of the weights' blocks");

@@ -7,39 +7,39 @@
 
 namespace llamaclust {
 
-// What a stage is planned for; a run that exceeds one of them is refused.
+// The sizes for which a stage is planned. Runs that exceed them are rejected.
 struct Limits {
   int max_tokens;
   int max_outputs;
   int max_sequences;
   int max_context_tokens;
   int kv_blocks;
-  int window_blocks = 0;  // of windowed layers; 0: there are none
-  int state_blocks = 0;   // of states; 0: they are in KV blocks
+  int window_blocks = 0;  // Number of KV blocks of windowed layers; 0 if there are none.
+  int state_blocks = 0;   // Number of state blocks; 0 if states are in KV blocks.
 };
 
-// std::invalid_argument where a program does not hold together.
+// Throws std::invalid_argument with `what` unless the condition holds.
 void require(bool holds, const char* what);
 
-// What a layer keeps in each KV block: keys and values of its positions, or where there are `state_floats`, a state; in
-// KV blocks that is the one behind the last of its positions that are computed.
+// Contents of a KV block in one layer: keys and values of its positions, or a state if `state_floats` is not 0. A state
+// in a KV block is that after the last computed position of the block.
 struct KvShape {
   int kv_heads;
   int head_dim;
   KvType type;
-  bool windowed = false;  // in the group of layers whose memory is given up behind their windows
-  bool latent = false;    // values are the first channels of keys
+  bool windowed = false;  // The blocks of this layer are released outside its window.
+  bool latent = false;    // Latent attention: values are the first channels of keys.
   int state_floats = 0;
   size_t piece_bytes() const { return kv_piece_bytes(type, head_dim, latent); }
 };
 
-// Blocks of a layer of this shape.
+// Number of blocks of a layer with this shape.
 inline int block_count(const KvShape& shape, const Limits& limits) {
   if (shape.state_floats > 0 && limits.state_blocks > 0) return limits.state_blocks;
   return shape.windowed ? limits.window_blocks : limits.kv_blocks;
 }
 
-// Bytes that one block costs in a layer of this shape.
+// Bytes of one block in a layer with this shape.
 inline size_t kv_block_bytes(const KvShape& shape) {
   if (shape.state_floats > 0) return static_cast<size_t>(shape.state_floats) * sizeof(float);
   return static_cast<size_t>(shape.kv_heads) * shape.piece_bytes();

@@ -1,6 +1,6 @@
-// Matrix products: threads split tiles of 16 output rows, never the sum over k. With experts, lines are grouped by
-// expert, so that an expert's weights are read once for all of its lines. Every line is computed as if it were alone,
-// and experts are added later, row by row in the router's order: the groups are no part of the arithmetic.
+// Matrix products. Threads divide tiles of 16 output rows, never the sum over k. In mixtures of experts, lines are
+// grouped by expert, so that an expert's weights are read once for all of its lines. Grouping does not affect results:
+// each line is computed independently, and the experts' outputs are added later, row by row in the router's order.
 #include <numeric>
 
 #include "executor/prefetch_choice.h"
@@ -27,8 +27,8 @@ void Worker::multiply_tiles(const MatmulStep& step, int64_t begin, int64_t end, 
   }
 }
 
-// In how many parts of the rows panels are computed: more than one where there are too few panels for the threads to
-// share them evenly. Each part decodes them again, which takes about as long as eight rows.
+// Returns the number of parts into which rows are divided. It is more than 1 if there are too few panels to occupy the
+// threads evenly. Each part decodes the panels again, which takes about as long as multiplying eight rows.
 int64_t Worker::row_parts(int64_t panels) const {
   constexpr int64_t kPanelsPerThread = 8, kLeastRows = 96;
   const int64_t wanted = kPanelsPerThread * threads_;
@@ -55,13 +55,13 @@ void Worker::execute(const MatmulStep& step) {
 
 namespace {
 
-// Reading and decoding a tile takes about as long as multiplying it with so many lines.
+// Reading and decoding a tile takes about as long as multiplying it with this number of lines.
 constexpr int64_t kLinesOfReading = 8;
 
-// For threads to share the work: pieces of some tiles, equally many for each expert that has lines.
+// Divides experts' products among threads, in pieces of some tiles. Every expert with lines has equally many pieces.
 struct ExpertWork {
   const ExpertLines& groups;
-  int64_t pieces;  // of an expert
+  int64_t pieces;  // Number of pieces of an expert.
 
   int64_t of_piece(size_t expert) const {
     const int lines = groups.count(expert);
@@ -69,7 +69,7 @@ struct ExpertWork {
   }
   int64_t of_expert(size_t expert) const { return pieces * of_piece(expert); }
 
-  // Number of the expert's first piece that begins at `work` of the expert or later.
+  // Returns the index of the first piece whose start is at least `work` units after the start of the expert.
   int piece_from(size_t expert, int64_t work) const {
     const int64_t each = of_piece(expert);
     return static_cast<int>(std::clamp((work + each - 1) / each, int64_t{0}, pieces));
@@ -78,7 +78,7 @@ struct ExpertWork {
 
 }  // namespace
 
-// Every thread for itself: that is quicker than to wait for another.
+// Every thread groups for itself, which is faster than waiting for another one.
 ExpertLines Worker::group_by_expert(const ExpertsStep& step) const {
   const ExpertLines groups = stage_.workspace.expert_lines(thread_);
   const ExpertIds own = step.ids();
@@ -137,7 +137,7 @@ void Worker::execute(const ExpertsStep& step) {
   });
 }
 
-// Line row * parts + part of the activations and of the result, whose parts lie one after the other, is the part's.
+// Line row * parts + part of the activations and of the result belongs to `part`.
 void Worker::execute(const HeadsStep& step) {
   const int parts = step.parts(), tiles = step.weights[0].tile_count();
   int32_t* lines = stage_.workspace.expert_lines(thread_).lines;

@@ -18,10 +18,12 @@ namespace {
 constexpr int kMaxWidth = 1 << 24;
 constexpr int kMaxStateFloats = 1 << 26;
 constexpr int kMaxSections = 16;
-constexpr double kMaxAngle = 4e6;  // of sincos_double
-constexpr int kBandRows = 1024;  // decoding weights again for each band takes about as long as eight rows
+constexpr double kMaxAngle = 4e6;  // Limit of sincos_double.
+// Decoding weights again for each band takes about as long as multiplying eight rows.
+constexpr int kBandRows = 1024;
 
-// Of skipped steps, others read sums alone.
+// Kinds of steps that an adapter may have. Of what they write, other steps read only sums, which are complete without
+// them.
 bool is_of_adapters(const Step& step) {
   return std::holds_alternative<QuantizeStep>(step) || std::holds_alternative<MatmulStep>(step) ||
          std::holds_alternative<ElementwiseStep>(step) || std::holds_alternative<AddAdaptedStep>(step);
@@ -33,7 +35,8 @@ bool needs_all_rows(const Step& step) {
          std::holds_alternative<SelectStep>(step);
 }
 
-// What it writes may be parts of lines, or stays until the run has ended.
+// Returns whether the step may write only parts of lines, or a buffer whose contents must last until the end of the
+// run.
 bool keeps_lines(const Step& step) {
   return std::holds_alternative<ExpertsStep>(step) || std::holds_alternative<ExpertRowStep>(step) ||
          std::holds_alternative<PlaceExpertsStep>(step) || std::holds_alternative<OutputStep>(step);
@@ -106,9 +109,9 @@ int Plan::unpacked_cols(const UnpackStep& step) const {
   return buffer(step.x).width / packed_floats(step.format, segment) * segment;
 }
 
-// Rows are shared out among the threads, or computed by each thread for itself where there are few of them; either way
-// row by row steps follow each other without waiting. A shared step has to wait for the rows of the others (if they
-// were shared out), and for slow threads that still read what it is about to overwrite.
+// Rows are divided among the threads, or if there are few, each thread computes all of them for itself. In both cases
+// consecutive row by row steps need no synchronization. A shared step must wait until the rows of other threads are
+// computed (if they were divided), and until slow threads have read what it overwrites.
 Sync Plan::sync_before(const Access& access, bool waits) {
   Sync sync = after_shared_ ? Sync::Always : Sync::None;
   if (sync == Sync::None && (!access.row_by_row || waits)) {
@@ -130,7 +133,8 @@ Sync Plan::sync_before(const Access& access, bool waits) {
   return sync;
 }
 
-// Channels [start, end) of each line, in parts that are filled alike.
+// Records that channels [start, end) of each line are written. Lines must be filled from their first channel to the
+// last.
 void Plan::fill(Buffer& buffer, int start, int end) {
   const int before = buffer.stretch == stretch_ ? buffer.filled : 0;
   buffer.is_local &= start <= before;
@@ -143,7 +147,7 @@ void Plan::follow(const Step& step, const Access& access) {
   const auto* attention = std::get_if<AttentionStep>(&step);
   for (BufferId id : access.reads) {
     Buffer& x = buffers[id];
-    const bool is_stored = attention != nullptr && id != attention->q;  // in the stretch before
+    const bool is_stored = attention != nullptr && id != attention->q;  // It was stored in the previous stretch.
     x.is_local &= x.filled == x.width && (is_stored ? x.stretch == stretch_ - 1 : !is_whole && x.stretch == stretch_);
   }
   const auto* copied = std::get_if<CopyChannelsStep>(&step);
@@ -155,7 +159,7 @@ void Plan::follow(const Step& step, const Access& access) {
   }
 }
 
-// Rows that become one row of the result stay together.
+// Number of result rows in a band. Rows that are merged into one row of the result stay in one band.
 int Plan::band_units() const { return std::max(kBandRows / merged, 1); }
 
 bool Plan::has_bands() const {
@@ -201,7 +205,7 @@ void Plan::add(Step step) {
   follow(step, access);
   const bool is_select = std::holds_alternative<SelectStep>(step) || std::holds_alternative<MergeStep>(step);
   const Sync before = sync_before(access, is_select || in_place);
-  after_shared_ = after_shared_ || in_place;  // no thread reads what another is still writing
+  after_shared_ = after_shared_ || in_place;  // A later step must not read what another thread is still writing.
   steps.push_back({std::move(step), before, access.row_by_row && !is_select, adapter_});
 }
 
@@ -212,13 +216,13 @@ void Plan::enter_adapter(int adapter) {
   has_adapters_ = true;
 }
 
-// The threads meet before the next step, as they do where the adapter's steps are skipped.
+// The threads synchronize before the next step, as they do if the adapter's steps are skipped.
 void Plan::leave_adapter() {
   adapter_.reset();
   after_shared_ = true;
 }
 
-// The threads meet where a run begins.
+// The threads synchronize at the start of a run.
 void Plan::begin_part() {
   require(!adapter_ && !selects && (steps.empty() || !parts.empty()), "a part of a program that is whole");
   parts.push_back(steps.size());

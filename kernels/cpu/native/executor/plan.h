@@ -1,4 +1,4 @@
-// A stage's program as the executor runs it: steps over numbered buffers, every width and weight checked on the way in.
+// A stage's program for the executor: steps over numbered buffers. Adding a step checks its widths and weights.
 #pragma once
 
 #include <cstddef>
@@ -16,18 +16,18 @@ namespace llamaclust {
 
 using BufferId = int;
 
-// A matrix of float32 with `multiple` lines for each row (one for each expert a row uses) and room for `rows` rows, which
-// are fewer than those of a microbatch where rows were selected or merged before.
-// Buffers that row by row steps write are `private_copy`: with few rows every thread computes them for itself, which is
-// cheaper than to share the work and wait. All others are written by all threads together.
+// A float32 matrix with `multiple` lines per row (one per expert that a row uses) and room for `rows` rows. There are
+// fewer rows than in a microbatch if rows were selected or merged before. Buffers that row by row steps write are
+// `private_copy`: with few rows, each thread computes its own copy, which is cheaper than dividing the rows and
+// synchronizing. All threads together write the other buffers.
 struct Buffer {
   int width;
   int multiple;
   bool private_copy;
   int rows;
-  bool is_local = true;  // values are read in the stretch that wrote them, if at all; see Plan::stretch
-  int stretch = -1;      // the last that wrote
-  int filled = 0;        // channels of a line that it wrote
+  bool is_local = true;  // Values are read only in the stretch of steps that writes them (has_bands()).
+  int stretch = -1;      // The last stretch that wrote the buffer.
+  int filled = 0;        // Number of channels of a line that it wrote.
 };
 
 // Row by row steps.
@@ -35,8 +35,9 @@ struct EmbedStep {
   Matrix weight;
   BufferId out;
 };
-struct InputStep { BufferId out; };  // the hidden state that run() is given
-struct NormStep {  // of parts of so many channels, each with the same weight or with its own part of it
+struct InputStep { BufferId out; };  // The hidden state that run() is given.
+// Each part of `width` channels is normalized. The weight has one part for all, or one for each.
+struct NormStep {
   BufferId x, out;
   std::vector<float> weight;
   float epsilon;
@@ -47,7 +48,7 @@ struct LayerNormStep {
   std::vector<float> weight, bias;
   float epsilon;
 };
-struct PositionStep {  // out = x + the weight's row of the position
+struct PositionStep {  // out = x + the row of the weight for the position
   BufferId x, out;
   Matrix weight;
 };
@@ -57,7 +58,7 @@ struct AddRowStep {  // out = x + one row of the weight
   int row;
 };
 struct Rotation {
-  int table;  // index into the plan's tables
+  int table;  // Index into the plan's tables.
   RopeStyle style;
 };
 struct RopeStep {
@@ -65,13 +66,14 @@ struct RopeStep {
   int heads, head_dim;
   Rotation rotation;
 };
-struct ElementwiseStep {  // y is x where the operation has one; in place of a buffer without private copies where all
-                          // are
+// y is x if the operation has one operand. In place if the buffers have no private copies.
+struct ElementwiseStep {
   RowOp op;
   BufferId x, y, out;
   float number;
 };
-struct AddAdaptedStep {  // x += y in rows whose scale is not 0; others keep their bits. Buffers without private copies
+// x += y in rows whose scale is not 0; other rows keep their bits. No buffer has private copies.
+struct AddAdaptedStep {
   BufferId x, y, scale;
 };
 struct PositionScaleStep {  // out = x * (1 + factor * ln(1 + (position + offset) / length))
@@ -79,23 +81,26 @@ struct PositionScaleStep {  // out = x * (1 + factor * ln(1 + (position + offset
   double factor;
   int length, offset;
 };
-struct CopyChannelsStep {  // of each part of a line of x channels [x_start, x_start + channels) to the same part of out
+// Copies channels [x_start, x_start + channels) of each part of x to the same part of out, from out_start on.
+struct CopyChannelsStep {
   BufferId x, out;
   int parts, x_start, out_start, channels;
 };
-struct GivenStep {  // out = the row's part `level` of the given rows, or x and that; of rows that are not given, x
+// out = part `level` of a given row, plus x if `adds`. Rows that are not given copy x.
+struct GivenStep {
   BufferId x, out;
   int level;
   bool adds;
 };
-struct MixStep {  // part i of out = that of y + the sum over j of (coefficients[i][j] + offset) * part j of x, of `width`
-                  // channels each; those before `first` are copied
+// Part i of out = part i of y + the sum over j of (coefficients[i][j] + offset) * part j of x. Parts are `width`
+// channels. Parts before `first` are those of y.
+struct MixStep {
   BufferId x, y, out;
-  BufferId coefficients;  // -1: each factor is 1
+  BufferId coefficients;  // -1 if each factor is 1.
   int width, first;
   float offset;
 };
-struct MagnitudeStep {  // each part of out = that of x with the magnitude of y
+struct MagnitudeStep {  // Each part of out = that part of x, scaled to the magnitude of y.
   BufferId x, y, out;
   float epsilon;
 };
@@ -111,35 +116,36 @@ struct SigmoidGateStep {  // out = y * sigmoid(x . weight)
   BufferId x, y, out;
   std::vector<float> weight;
 };
-struct QuantizeStep {  // into an activation slot; each line as so many lines, equal parts of it
+// Quantizes x into an activation slot; each line of x becomes `parts` lines of equal length.
+struct QuantizeStep {
   BufferId x;
   int slot;
   ActivationFormat format;
   int parts = 1;
 };
-struct PackStep {  // out = the int8 values and scales of x that its products would quantize it to
+struct PackStep {  // out = the int8 values and scales to which a product quantizes x.
   BufferId x, out;
   ActivationFormat format;
 };
-struct UnpackStep {  // into an activation slot, what such values and scales stand for
+struct UnpackStep {  // Writes the values of a PackStep into an activation slot.
   BufferId x;
   int slot;
   ActivationFormat format;
 };
-// How the router's logits become weights: softmax or sigmoid of all, or softmax of those chosen by logits.
+// The router's weights: softmax or sigmoid of all logits, or softmax of the chosen logits.
 enum class Gating { Softmax, Sigmoid, SoftmaxOfChosen };
 inline constexpr int kGatings = 3;
-struct ChooseStep {  // out [2 * used] holds ids, then weights
+struct ChooseStep {  // out [2 * used]: expert ids, then their weights.
   BufferId logits, out;
   int experts, used;
   Gating gating;
-  bool normalized;            // weights are divided by their sum
-  float scale;                // of weights
-  int groups, used_groups;    // experts of the best groups are chosen alone
-  std::vector<float> selection_bias;  // added to weights for the choice; empty: none
-  std::vector<float> expert_scales;   // of the weights, one an expert; empty: none
+  bool normalized;                    // Weights are divided by their sum.
+  float scale;                        // Factor of the weights.
+  int groups, used_groups;            // Only experts of the best `used_groups` groups are chosen.
+  std::vector<float> selection_bias;  // Added to weights for the choice only; empty for none.
+  std::vector<float> expert_scales;   // Factor of each expert's weight; empty for none.
 };
-// The experts that a step has, of all that a choice may name. Ids outside are skipped: they may come from elsewhere.
+// The experts of a step. A choice may also name others, which are skipped because another worker may have them.
 struct ExpertIds {
   int first;
   size_t count;
@@ -149,44 +155,46 @@ struct ExpertIds {
   }
   size_t place(float id) const { return static_cast<size_t>(id) - static_cast<size_t>(first); }
 };
-struct ExpertRowStep {  // line `rank` of out = that of x + the weight's row of the rank's expert
+struct ExpertRowStep {  // Line `rank` of out = that line of x + the row of the weight for the rank's expert.
   BufferId choice, x, out;
   Matrix weight;
   int used;
-  int first;  // the expert that the first row is of; lines of experts without a row stay as they are
+  int first;  // The expert of the weight's row 0. Lines of experts without a row are not written.
   ExpertIds ids() const { return {first, static_cast<size_t>(weight.rows)}; }
 };
-struct PlaceExpertsStep {  // line `rank` of out = that of x, or of `given` (-1: 0) where the step has not the rank's expert
+// Line `rank` of out = that line of x if the step has the rank's expert, else that of `given` (zeros if it is -1).
+struct PlaceExpertsStep {
   BufferId choice, x, given, out;
-  int given_start, out_start;  // channels of a line before the first rank's
+  int given_start, out_start;  // Channel of a line at which rank 0 starts.
   int used, first, count;
   ExpertIds ids() const { return {first, static_cast<size_t>(count)}; }
 };
-struct WeighStep {  // line `rank` of out = the rank's weight * x
+struct WeighStep {  // Line `rank` of out = the rank's weight * x.
   BufferId choice, x, out;
   int used;
 };
-struct CombineStep {  // out = sum over ranks of weight * x[rank], or of x[rank] alone
+struct CombineStep {  // out = the sum over ranks of x[rank], multiplied by the rank's weight if `weighs`.
   BufferId choice, x, out;
   int used;
   bool weighs;
 };
-struct SelectStep {  // from all rows to the wanted ones
+struct SelectStep {  // Copies the requested rows. Later steps have only these.
   BufferId x, out;
 };
-struct MergeStep {  // each line of out = `factor` lines of x one after the other, or their mean; later steps have only these
+// Each line of out = `factor` lines of x concatenated, or their mean. Later steps have only these lines.
+struct MergeStep {
   BufferId x, out;
   int factor;
   bool is_mean;
 };
-struct OutputStep {  // a copy for the caller, into a buffer that no other step writes
+struct OutputStep {  // Copies a line for the caller, into a buffer that no other step writes.
   BufferId x, out;
 };
 
-// Steps that all threads share.
+// Steps that all threads compute together.
 struct Product {
   Matrix weight;
-  std::vector<float> bias;  // empty: none
+  std::vector<float> bias;  // Empty for none.
   BufferId out;
   int slot;
 };
@@ -202,69 +210,73 @@ struct ExpertProduct {
   std::vector<Matrix> experts;
   BufferId out;
 };
-struct ExpertsStep {  // line r * used + rank of every out = the rank's expert @ activations
+struct ExpertsStep {  // Line row * used + rank of every out = the rank's expert @ activations.
   std::vector<ExpertProduct> products;
   BufferId choice;
   int slot, used;
-  bool per_rank;   // activations differ from rank to rank
-  int first;       // the first of its experts; lines of ranks whose expert it has not stay as they are
-  bool is_shard;   // it need not have all experts that may be chosen
+  bool per_rank;  // Activations differ between ranks.
+  int first;      // The first expert of the step. Lines of ranks with other experts are not written.
+  bool is_shard;  // The step may lack experts that a choice names.
   ExpertIds ids() const { return {first, products[0].experts.size()}; }
 };
-struct HeadsStep {  // each part of out = the part's matrix @ its activations
+struct HeadsStep {  // Each part of out = the matrix of the part @ its activations.
   std::vector<Matrix> weights;
   BufferId out;
   int slot;
   int parts() const { return static_cast<int>(weights.size()); }
 };
 struct AttentionStep {
-  BufferId q, k, v, out;  // k is -1 where another step has stored the layer's keys and values; v, where it is latent, too
-  int layer;  // of the stage's KV memory
+  // k is -1 if an earlier step has stored the layer's keys and values. v is -1 then, and in latent attention.
+  BufferId q, k, v, out;
+  int layer;  // Index in the stage's KV memory.
   int heads, kv_heads, head_dim, value_dim;
   float scale;
-  float soft_cap;             // of scores; 0: none
-  std::vector<float> slopes;  // of a linear bias, one a query head; empty: none
-  int window;                 // a row sees its own position and window - 1 before it
-  bool chunked;               // or of those only positions from its own multiple of window on
+  float soft_cap;             // Soft cap of scores; 0 for none.
+  std::vector<float> slopes;  // ALiBi slope of each query head; empty for none.
+  int window;                 // A row attends to its own position and window - 1 before it.
+  bool chunked;               // Chunked: it attends from the last multiple of `window` instead.
   std::optional<Rotation> rotate_q, rotate_k;
-  bool causal;  // else a row sees those behind it, too, with a window at most window / 2 on either side
-  bool grouped;  // or exactly its group. Of causal attention, a row also sees its group's positions behind it
-  std::vector<float> sinks;  // a score without a value, one a query head; empty: none
+  bool causal;  // Rows attend to no later positions but those of their group. If false, to window / 2 on both sides.
+  bool grouped;  // If true, attention is not causal, and a row attends to exactly its group.
+  std::vector<float> sinks;  // Score without a value for each query head; empty for none.
   bool stores() const { return k >= 0; }
 };
 
-struct ConvolveStep {  // of each channel with those of the taps - 1 rows before, which are the state [taps - 1][width]
+// Convolves each channel of a row with the taps - 1 rows before it, which are the state [taps - 1][width].
+struct ConvolveStep {
   BufferId x, out;
-  int layer;  // of the stage's KV memory
+  int layer;  // Index in the stage's KV memory.
   int taps;
   std::vector<float> weight;  // [taps][width]
-  std::vector<float> bias;    // empty: none
+  std::vector<float> bias;    // Empty for none.
 };
 
 struct DecayStep {  // out = exp(weight * softplus(x + bias))
   BufferId x, out;
   std::vector<float> weight, bias;
 };
-struct DeltaRuleStep {  // value head h has key head h % key_heads if they are `tiled`, else h / (heads / key_heads)
-  BufferId q, k, v, decay, beta, out;  // decay has a number for each head, or each of its key channels
-  int layer;  // of the stage's KV memory
+struct DeltaRuleStep {  // Value head h uses key head h % key_heads if `tiled`, else h / (heads / key_heads).
+  BufferId q, k, v, decay, beta, out;  // decay has one value per head, or one per key channel of a head.
+  int layer;  // Index in the stage's KV memory.
   int heads, key_heads;
   bool tiled;
 };
-struct ScanStep {  // Mamba 2: x has the channels of all heads, then b and c of each group of heads; dt a number a head.
-                   // The state is [heads][state_size][head_dim]
+// Mamba 2. x has the channels of all heads, then b and c of each group; dt has one value per head. The state is
+// [heads][state_size][head_dim].
+struct ScanStep {
   BufferId x, dt, out;
-  int layer;  // of the stage's KV memory
+  int layer;  // Index in the stage's KV memory.
   int groups, state_size;
-  std::vector<float> bias, rates, skips;  // of each head
+  std::vector<float> bias, rates, skips;  // One value per head.
   int heads() const { return static_cast<int>(bias.size()); }
 };
 
-struct GatherStep {  // out = the columns of all members of a group, of which x has this one's, line by line; see Gathering
-  BufferId x, out;  // x: -1 for a member without columns
+// out = the columns of all members of a group, line by line; x has this member's columns (Gathering).
+struct GatherStep {
+  BufferId x, out;  // x is -1 for a member without columns.
   int number;
   std::vector<int> borders;
-  int to;  // the only member that gets them; -1: all
+  int to;  // The only member that receives them; -1 for all.
   bool has_columns() const { return x >= 0; }
 };
 
@@ -275,19 +287,19 @@ using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, Positio
                           WeighStep, CombineStep, SelectStep, MergeStep, OutputStep, MatmulStep, ExpertsStep, HeadsStep,
                           AttentionStep, ConvolveStep, DeltaRuleStep, ScanStep, GatherStep>;
 
-// Whether the threads must synchronize before a step: at all times, or only where rows were shared out among them.
+// Whether threads synchronize before a step: never, only if rows are divided among them, or always.
 enum class Sync { None, IfShared, Always };
 
 struct PlannedStep {
   Step step;
   Sync before;
   bool row_by_row;
-  std::optional<int> adapter = std::nullopt;  // runs without this adapter skip the step
+  std::optional<int> adapter = std::nullopt;  // Runs without this adapter skip the step.
 };
 
 inline constexpr int kMaxAdapters = 32;
 
-// angle(position, i) = position * frequencies[i]; `scale` multiplies cos and sin. `sections`: those of the pairs.
+// angle(position, i) = position * frequencies[i]; `scale` multiplies cosine and sine. `sections`: one per pair.
 struct RotationAngles {
   std::vector<double> frequencies;
   double scale;
@@ -296,19 +308,19 @@ struct RotationAngles {
   int pairs() const { return static_cast<int>(frequencies.size()); }
 };
 
-// Room for the activations of one step's products; what stands in it changes from step to step.
+// Room for the quantized activations of one step's products. Later steps reuse it.
 struct ActivationSlot {
   int cols = 0, multiple = 0;
   ActivationFormat format = ActivationFormat::F32;
-  int stretch = -1;          // that wrote it
-  size_t max_row_bytes = 0;  // of the `multiple` lines of one row
-  size_t max_bytes = 0;      // of all rows
-  size_t max_selected_bytes = 0;  // of all rows behind a selection, which no band computes
+  int stretch = -1;               // The stretch that wrote it.
+  size_t max_row_bytes = 0;       // Bytes of the `multiple` lines of a row.
+  size_t max_bytes = 0;           // Bytes of all rows.
+  size_t max_selected_bytes = 0;  // Bytes of all rows after a selection, which bands do not divide.
 };
 
 inline constexpr int kMaxSlots = 4;
 
-// What a step reads and writes. Row by row steps touch lines of their own row only.
+// Buffers that a step reads and writes. A row by row step accesses only lines of its own row.
 struct Access {
   std::vector<BufferId> reads, writes;
   bool row_by_row;
@@ -318,53 +330,53 @@ class Plan {
  public:
   explicit Plan(const Limits& limits);
 
-  // All of these throw std::invalid_argument for widths, ids or shapes that do not fit together.
+  // All of these throw std::invalid_argument for widths, ids or shapes that do not match.
   BufferId add_buffer(const Buffer& buffer);
   int add_rotation(RotationAngles angles);
   int add_kv_layer(const KvShape& shape);
-  int add_state(int floats);  // a layer of KV memory, too
+  int add_state(int floats);  // Returns a layer of KV memory.
   void add(Step step);
-  // Products and their sums that are added in between are skipped by runs without the adapter.
+  // Runs without the adapter skip the steps that are added between these calls.
   void enter_adapter(int adapter);
   void leave_adapter();
-  // The steps that are added next are a part of its own, which runs without the others.
+  // Starts a part: the steps that are added next can run without the others.
   void begin_part();
-  std::pair<size_t, size_t> steps_of(int part) const;  // where it begins and ends
+  std::pair<size_t, size_t> steps_of(int part) const;  // The range of the part's steps.
   int unpacked_cols(const UnpackStep& step) const;
-  void set_result(BufferId buffer);  // what run() leaves for the caller; without private copies
+  void set_result(BufferId buffer);  // The buffer (without private copies) that run() leaves for the caller.
 
   const Limits limits;
   std::vector<Buffer> buffers;
   std::vector<PlannedStep> steps;
-  std::vector<size_t> parts;  // where they begin; none: all steps are one
+  std::vector<size_t> parts;  // Index of each part's first step; empty if the steps are one part.
   std::vector<RotationAngles> rotations;
   std::vector<KvShape> kv_layers;
   std::vector<ActivationSlot> slots;
   std::optional<BufferId> result;
-  int vocabulary = 0;    // > 0: an embed step reads token ids below it
-  int hidden_width = 0;  // > 0: an input step reads a hidden state of that width
-  int window = 0;        // the largest one of windowed layers
-  int gathers = 0;       // > 0: it is a group's member, which needs a gatherer
+  int vocabulary = 0;    // If > 0, an embed step reads token ids below it.
+  int hidden_width = 0;  // If > 0, an input step reads a hidden state of this width.
+  int window = 0;        // The largest window of windowed layers.
+  int gathers = 0;       // If > 0, this is a member of a group, which needs a gatherer.
   bool has_states = false;
-  bool selects = false;  // the result has lines for the wanted rows only
-  int merged = 1;        // rows that become one row of the result
-  int sections = 0;      // at least so many sections of rope positions are read
-  int given_width = 0;   // of a part of given rows; 0: none are read
-  int given_levels = 0;  // at least so many parts
+  bool selects = false;  // The result has lines for the requested rows only.
+  int merged = 1;        // Number of rows that become one row of the result.
+  int sections = 0;      // Minimum number of sections of the rope positions.
+  int given_width = 0;   // Width of a part of given rows; 0 if none are read.
+  int given_levels = 0;  // Minimum number of parts of given rows.
   bool has_all_rows() const { return !selects && merged == 1; }
 
-  // The most rows that the steps that are added next compute.
+  // Maximum number of rows that the next added steps compute.
   int rows() const { return selects ? limits.max_outputs : (limits.max_tokens + merged - 1) / merged; }
 
-  // Where each row needs all others, in attention that looks ahead, a run is long: it cannot be cut into chunks. All else
-  // of it is computed in bands of rows: each band in turn computes a stretch of steps, up to the next that needs all rows.
-  // A buffer for values that only their stretch reads has room for one band.
+  // In non-causal attention each row needs all others, so a long run cannot be divided into chunks. Instead, its other
+  // steps run in bands of rows: each band in turn computes a stretch of steps, up to the next that needs all rows. A
+  // buffer that is read only in the stretch that writes it has room for one band.
   bool has_bands() const;
   int bands(int rows) const;
-  int stretch() const { return stretch_; }  // of the step that was added last
-  size_t end_of_stretch(size_t step) const;  // that begins there; the step itself if it needs all rows
-  size_t in_band(size_t rows_or_bytes) const;  // of those of all rows
-  size_t rows_of(const Buffer& buffer) const;  // that it has room for
+  int stretch() const { return stretch_; }     // Index of the stretch of the last added step.
+  size_t end_of_stretch(size_t step) const;    // First step from `step` on that needs all rows.
+  size_t in_band(size_t rows_or_bytes) const;  // The share of a band in a number for all rows.
+  size_t rows_of(const Buffer& buffer) const;  // Number of rows that it has room for.
 
  private:
   const Buffer& buffer(BufferId id) const;
@@ -375,13 +387,13 @@ class Plan {
   int band_units() const;
   Sync sync_before(const Access& access, bool waits);
 
-  std::optional<int> adapter_;        // of the steps that are added
+  std::optional<int> adapter_;  // Adapter of the steps that are being added.
   bool has_adapters_ = false, looks_ahead_ = false;
   int stretch_ = 0;
-  size_t choosable_ = 0;              // experts that a choice may name
-  bool after_shared_ = false;         // the last step was shared by all threads
-  bool after_rows_ = false;           // row by row steps since the threads met
-  std::vector<BufferId> read_since_;  // what these read
+  size_t choosable_ = 0;              // Number of experts that a choice may name.
+  bool after_shared_ = false;         // The last step was computed by all threads together.
+  bool after_rows_ = false;           // There were row by row steps since the threads synchronized.
+  std::vector<BufferId> read_since_;  // Buffers that those steps read.
 };
 
 }  // namespace llamaclust

@@ -19,7 +19,7 @@ static_assert(std::atomic<std::optional<Prefetch>>::is_always_lock_free);
 
 size_t bytes_of(const Matrix& matrix) { return static_cast<size_t>(matrix.tile_count()) * matrix.tile_bytes; }
 
-// The first of the weights, about twice as many as the last cache holds; none where it holds all.
+// Returns the first weights, about twice the size of the last-level cache, or none if the cache holds all weights.
 std::span<const Matrix> compared_of(std::span<const Matrix> weights, int threads) {
   const size_t cache = last_cache_bytes(threads);
   size_t count = 0, bytes = 0;
@@ -27,7 +27,7 @@ std::span<const Matrix> compared_of(std::span<const Matrix> weights, int threads
   return weights.first(bytes < cache ? 0 : count);
 }
 
-// Products of a token that is all zero, which take as long as any.
+// Products of one token whose activations are 0. They take as long as any other product.
 class Comparison {
  public:
   Comparison(const MatmulOps& ops, std::span<const Matrix> weights, int threads)
@@ -67,9 +67,10 @@ class Comparison {
 
 Prefetch faster(Comparison& comparison) {
   constexpr size_t kPairs = 9, kFewPairs = 3;
-  constexpr int64_t kEnoughNs = 100'000'000;  // where a cache is large
+  // Fewer pairs are measured if the weights take longer, as with a large cache.
+  constexpr int64_t kEnoughNs = 100'000'000;
   std::vector<int64_t> far_ns, near_ns;
-  comparison.ns(Prefetch::Far);  // what is on disk comes into memory
+  comparison.ns(Prefetch::Far);  // Loads weights from disk into memory.
   const int64_t start = now_ns();
   while (far_ns.size() < kFewPairs || (far_ns.size() < kPairs && now_ns() - start < kEnoughNs)) {
     const bool far_first = far_ns.size() % 2 == 0;
@@ -91,14 +92,15 @@ void set_known_prefetch(std::optional<Prefetch> way) { found.store(way, std::mem
 void choose_prefetch(const MatmulOps& ops, std::span<const Matrix> weights, int threads) {
   const std::span<const Matrix> compared = compared_of(weights, threads);
   if (compared.empty()) return;
-  static std::mutex one_at_a_time;  // two, of stages that are loaded together, would share the memory's bandwidth
+  // Concurrent measurements, of stages that are loaded together, would share the memory bandwidth.
+  static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
   if (known_prefetch()) return;
   try {
     Comparison comparison(ops, compared, threads);
     set_known_prefetch(faster(comparison));
   } catch (const std::bad_alloc&) {
-  } catch (const std::runtime_error&) {  // no threads
+  } catch (const std::runtime_error&) {  // Threads could not be started.
   }
 }
 

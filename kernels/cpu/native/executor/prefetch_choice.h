@@ -1,5 +1,5 @@
-// Which way of prefetching weights reads them faster: that is the processor's (internals/kernels.md), so it is measured.
-// Results do not depend on it.
+// Measures which kind of prefetching reads weights faster, because that depends on the processor
+// (docs/internals/kernels.md). Results of products do not depend on it.
 #pragma once
 
 #include <optional>
@@ -9,19 +9,19 @@
 
 namespace llamaclust {
 
-// The way of this process; Far before it is known.
+// The prefetching of this process; Far before it is known.
 Prefetch prefetch_of_process();
 
-// The same, if it is known.
+// The prefetching of this process, if it is known.
 std::optional<Prefetch> known_prefetch();
-// Nothing: the next large stage finds it.
+// std::nullopt lets the next large stage measure again.
 void set_known_prefetch(std::optional<Prefetch> way);
 
-// Finds it, unless it is known: products of one token with these weights, both ways in turns, in some tens of milliseconds.
-// Weights that a cache holds tell nothing, and are not measured.
+// Measures the prefetching unless it is known. Multiplies one token with these weights alternately both ways, for some
+// tens of milliseconds. Weights that fit into a cache are not measured, because they show no difference.
 void choose_prefetch(const MatmulOps& ops, std::span<const Matrix> weights, int threads);
 
-// Near if it is clearly faster: in the median of pairs that follow each other.
+// Returns Near if it is clearly faster in the median of consecutive pairs.
 Prefetch faster_prefetch(std::span<const int64_t> far_ns, std::span<const int64_t> near_ns);
 
 }  // namespace llamaclust

@@ -1,4 +1,4 @@
-// Row by row steps: each thread does its own rows, or all of them into buffers of its own.
+// Row by row steps. Each thread computes its own rows, or computes all rows into its own buffers.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -12,7 +12,7 @@ namespace {
 
 constexpr float kLeastWeightSum = 0x1p-14f;
 
-// The place of the greatest, the first of equal ones, which is then taken out; 0 where there is no number.
+// Removes the maximum and returns its index, the lowest of equal ones; 0 if all entries are NaN.
 int take_best(float* x, int count) {
   int best = 0;
   float greatest = -std::numeric_limits<float>::infinity();
@@ -33,7 +33,7 @@ float sum_of_best_two(const float* x, int count) {
 
 }  // namespace
 
-// A step's part for one row.
+// Computes a step for one row.
 struct RowStep {
   const Worker& worker;
   const int row;
@@ -42,7 +42,8 @@ struct RowStep {
   const Batch& batch() const { return worker.batch(); }
   const VectorOps& vector() const { return worker.stage_.level.vector; }
   const MatmulOps& matmul() const { return worker.stage_.level.matmul; }
-  // Of a step that threads share where few rows are not.
+  // Returns whether thread 0 alone does the step, because each thread computes all rows but this step's buffer is
+  // shared.
   bool is_done_elsewhere() const { return worker.alone_ && worker.thread_ != 0; }
   void copy(const float* from, BufferId out) const {
     memcpy(line(out), from, static_cast<size_t>(worker.line_width(out)) * sizeof(float));
@@ -57,7 +58,8 @@ struct RowStep {
   }
 
   void operator()(const NormStep& step) const {
-    const size_t own = step.weight.size() == static_cast<size_t>(step.width) ? 0 : 1;  // of each part
+    // 1 if each part has its own weights, else 0.
+    const size_t own = step.weight.size() == static_cast<size_t>(step.width) ? 0 : 1;
     for (int i = 0; i < worker.line_width(step.x); i += step.width)
       vector().rms_norm(line(step.x) + i, step.weight.data() + own * static_cast<size_t>(i), step.epsilon, step.width,
                         line(step.out) + i);
@@ -113,7 +115,7 @@ struct RowStep {
       memcpy(to, from, static_cast<size_t>(step.channels) * sizeof(float));
   }
 
-  // Rows are found by their numbers in the run.
+  // Given rows are identified by their row numbers in the run.
   void operator()(const GivenStep& step) const {
     const GivenTable& given = batch().given;
     const int32_t own = worker.band_->first + row;
@@ -185,8 +187,8 @@ struct RowStep {
     for (int i = 0; i < x.multiple; i++, from += x.width, to += bytes) matmul().unpack(step.format, from, cols, to);
   }
 
-  // The best experts first, ties to the lower id; the sum of their weights is added in that order. A row without numbers
-  // has the first expert at every rank.
+  // Chooses the best experts first, the lower id among equal ones, and sums their weights in that order. A row of NaN
+  // chooses expert 0 at every rank.
   void operator()(const ChooseStep& step) const {
     float* scores = reinterpret_cast<float*>(worker.stage_.workspace.scratch(worker.thread_));
     float *selection = scores + step.experts, *ids = line(step.out), *weights = ids + step.used, sum = 0.0f;
@@ -208,7 +210,7 @@ struct RowStep {
       weights[rank] *= step.expert_scales[static_cast<size_t>(ids[rank])];
   }
 
-  // What experts are chosen by; those of groups that are not chosen have -infinity.
+  // Computes the values by which experts are chosen. Experts of groups that are not chosen get -infinity.
   void select_from(const ChooseStep& step, const float* scores, float* selection) const {
     if (step.selection_bias.empty())
       memcpy(selection, scores, static_cast<size_t>(step.experts) * sizeof(float));

@@ -1,4 +1,4 @@
-// Where the states of a batch's sequences are.
+// Locates the states of a batch's sequences.
 #pragma once
 
 #include <algorithm>
@@ -7,8 +7,9 @@
 
 namespace llamaclust {
 
-// Where one sequence of a batch has a state: it is read behind the row before its first one, and written behind some of
-// its rows, the last one among them. In state blocks the batch says which; in KV blocks those are the last row in each.
+// Locates one sequence's states in a layer. A state is read before the first row of the sequence in the batch, and
+// written after some of its rows, always including the last. For state blocks, the batch names these rows; for KV
+// blocks, they are the last row in each block.
 class StateBlocks {
  public:
   StateBlocks(const Worker& worker, int layer, int sequence)
@@ -21,14 +22,14 @@ class StateBlocks {
         memory_(reinterpret_cast<float*>(worker.stage_.kv->layer(layer))),
         has_blocks_(worker.stage_.plan.limits.state_blocks > 0) {}
 
-  // Null at the beginning of a sequence.
+  // Returns null at the start of a sequence.
   const float* before() const {
     if (first_ == 0) return nullptr;
     return at(has_blocks_ ? batch_.states.before[sequence_] : kv_block((first_ - 1) / kKvBlockTokens));
   }
 
-  // Calls f(row, state) for the rows behind which the state is written, in ascending order; the last state may be where
-  // `before` was.
+  // Calls f(row, state) for each row after which the state is written, in ascending order. The last state may be the
+  // memory that `before` returned.
   template <typename F>
   void each_end(F f) const {
     if (has_blocks_) {
@@ -42,7 +43,7 @@ class StateBlocks {
       f(begin + std::min(last, block * kKvBlockTokens + kKvBlockTokens - 1) - first_, at(kv_block(block)));
   }
 
-  const int begin, end;  // rows
+  const int begin, end;  // Rows [begin, end) of the batch.
 
  private:
   static size_t index(int id) { return static_cast<size_t>(id); }
@@ -51,7 +52,7 @@ class StateBlocks {
 
   const Batch& batch_;
   const size_t sequence_;
-  const int first_;  // position
+  const int first_;  // Position of the first row.
   const size_t floats_;
   float* const memory_;
   const bool has_blocks_;

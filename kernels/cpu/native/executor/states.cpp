@@ -1,5 +1,5 @@
-// States of sequences in the threads, of convolutions and of scans (Mamba 2): each takes some channels or heads of a
-// sequence, and rows in their order.
+// States of convolutions and scans (Mamba 2), divided among the threads. Each computes some channels or heads of a
+// sequence, row after row.
 #include <algorithm>
 #include <cstring>
 
@@ -9,7 +9,7 @@ namespace llamaclust {
 namespace {
 
 constexpr int kRowsAtOnce = 16;
-constexpr int kPartChannels = 128;  // of a convolution, in one thread at once
+constexpr int kPartChannels = 128;  // Channels of a convolution that a thread computes at a time.
 
 }  // namespace
 
@@ -21,7 +21,8 @@ void Worker::execute(const ConvolveStep& step) {
       lookahead_.fetch();
       const StateBlocks blocks(*this, step.layer, static_cast<int>(i / parts));
       const int start = static_cast<int>(i % parts) * kPartChannels, n = std::min(kPartChannels, width - start);
-      float history[kMaxTaps - 1][kPartChannels];  // a copy, since the state is written where it was read
+      // A copy, because the state may be written where it was read.
+      float history[kMaxTaps - 1][kPartChannels];
       const float* before = blocks.before();
       for (int j = 0; j < kept; j++)
         if (before == nullptr)
@@ -56,7 +57,7 @@ void Worker::execute(const ScanStep& step) {
   });
 }
 
-// The head's part of the state is updated where it is stored: its rows go on from block to block.
+// Updates the head's part of the state in place, continuing from block to block.
 void Worker::scan_head(const ScanStep& step, int sequence, int head) {
   const StateBlocks blocks(*this, step.layer, sequence);
   const size_t floats = static_cast<size_t>(buffer(step.out).width / step.heads()) * static_cast<size_t>(step.state_size);

@@ -8,14 +8,14 @@
 
 namespace llamaclust {
 
-// How many tiles the threads are given to begin with where few rows synchronize them, and memory is the limit. Most: each
-// change of place costs the fetches that ran ahead.
+// Number of tiles that are assigned to threads in advance, for few rows, where memory is the bottleneck. It is most of
+// them, because a thread that takes tiles elsewhere loses the lines that were prefetched.
 inline int64_t fixed_tiles(int64_t tiles) { return tiles * 7 / 8; }
 
-// Weights that a thread is to read next, fetched into its cache while it waits for the others or does small work.
+// Prefetches the weights that a thread reads next, while it waits for other threads or does small work.
 class Lookahead {
  public:
-  // Sets the target to the step's tiles from that one on.
+  // Sets the target to the step's tiles, starting with `tile`.
   void set_target(const MatmulStep& step, int64_t tile) {
     if (target_ == &step) return;
     target_ = &step;
@@ -31,7 +31,7 @@ class Lookahead {
     }
   }
 
-  // Prefetches some cache lines, about as many as can be in flight at once; false where there are none left.
+  // Prefetches some cache lines, about as many as can be in flight at once. Returns false if none are left.
   bool fetch() {
     for (int lines = kLines; lines > 0 && next_ < end_; lines--, next_ += 64) __builtin_prefetch(next_, 0, 2);
     return next_ < end_;
@@ -39,7 +39,7 @@ class Lookahead {
 
  private:
   static constexpr int kLines = 64;
-  static constexpr size_t kMostBytes = 256 << 10;  // a quarter of a common second-level cache
+  static constexpr size_t kMostBytes = 256 << 10;  // A quarter of a common L2 cache.
 
   const MatmulStep* target_ = nullptr;
   const uint8_t *next_ = nullptr, *end_ = nullptr;
@@ -64,7 +64,7 @@ class Worker {
     int begin, end;
   };
 
-  // Steps of their own.
+  // Steps that are not row by row.
   void execute(const SelectStep& step);
   void execute(const MergeStep& step);
   void execute(const MatmulStep& step);
@@ -83,7 +83,7 @@ class Worker {
   bool run(size_t begin, size_t last);
   void finish_gather();
   void fail();
-  // What a thread does while a gather goes on.
+  // Returns what a thread does during a gather.
   std::function<void()> fetching() {
     return [this] {
       for (int i = 0; i < 4 && lookahead_.fetch(); i++) continue;
@@ -92,7 +92,7 @@ class Worker {
   void scan_head(const ScanStep& step, int sequence, int head);
   void scan_rows(const ScanStep& step, int head, int row, int rows, float* state);
   void compute(size_t begin, size_t end);
-  void compute_row(const Step& step, int row);  // of a row by row step
+  void compute_row(const Step& step, int row);  // For row by row steps.
   void multiply_tiles(const MatmulStep& step, int64_t begin, int64_t end, Range rows);
   int64_t row_parts(int64_t panels) const;
   ExpertLines group_by_expert(const ExpertsStep& step) const;
@@ -109,7 +109,7 @@ class Worker {
   const Batch& batch() const { return band_->batch; }
   const float* angles(int table, int row) const { return stage_.angles(table, band_->first + row); }
 
-  // A row's lines: this thread's own copy where it does all rows for itself.
+  // Returns a row's lines, in this thread's private copy if each thread computes all rows.
   float* line(BufferId id, int row) const {
     const bool own = rows_ <= kPrivateRows && buffer(id).private_copy;
     float* base = own ? stage_.workspace.own(id, thread_) : stage_.workspace.shared(id);
@@ -120,7 +120,7 @@ class Worker {
     return rows_ <= kPrivateRows ? stage_.workspace.own_slot(index, thread_) : stage_.workspace.shared_slot(index);
   }
 
-  // Rows of the row by row steps that are this thread's.
+  // Rows that this thread computes in row by row steps.
   Range own_rows() const {
     if (alone_) return {0, rows_};
     return {static_cast<int>(speeds_.begin(rows_, thread_)), static_cast<int>(speeds_.begin(rows_, thread_ + 1))};
@@ -131,14 +131,14 @@ class Worker {
     barrier_.arrive([this] { return lookahead_.fetch(); }, !after_gather, spin_ns);
   }
 
-  // Where this thread's, or another's, part of the first `fixed` units begins, all together.
+  // Returns the start of a thread's part of the first `fixed` units.
   int64_t fixed_begin(int64_t fixed, int64_t grain, int thread) const {
     return speeds_.begin(fixed / grain, thread) * grain;
   }
 
-  // Calls f(begin, end) with pieces of [0, count) so that the threads together cover it: first a part of `fixed` for
-  // each, by their speeds, then shrinking pieces for the threads that are ready. Pieces are multiples of `grain` but for
-  // the last. Between two calls the threads synchronize. Where it `measures`, all units take equally long.
+  // Calls f(begin, end) so that the threads together cover [0, count). Each thread first gets a part of the `fixed`
+  // units by its speed; ready threads then take shrinking pieces of the rest. Pieces are multiples of `grain`, except
+  // the last. The threads must synchronize between two calls. If `measures`, all units must take equally long.
   template <typename F>
   void share(int64_t count, int64_t grain, int64_t fixed, F f, bool measures = false) {
     if (threads_ == 1) return cover(0, count, grain, f);
@@ -162,7 +162,7 @@ class Worker {
     }
   }
 
-  // In small pieces while gathers go on, so that their bytes are neither late nor in the way of others.
+  // While gathers are in flight, works in small pieces, between which bytes are sent and received in time.
   template <typename F>
   void cover(int64_t begin, int64_t end, int64_t grain, F f) {
     constexpr int64_t kPieces = 64;
@@ -174,7 +174,7 @@ class Worker {
     }
   }
 
-  // Half of all pieces are fixed.
+  // Shares with half of the units assigned in advance.
   template <typename F>
   void share(int64_t count, int64_t grain, F f) {
     share(count, grain, count / 2, f);
@@ -189,12 +189,12 @@ class Worker {
   Barrier& barrier_;
   ThreadSpeeds& speeds_;
   const int thread_, threads_;
-  int first_ = 0;  // of its rows in buffers of all rows
+  int first_ = 0;  // Index of the band's first row in buffers of all rows.
   int rows_ = 0;
-  bool alone_ = false;  // row by row steps are not shared out
+  bool alone_ = false;  // Each thread computes all rows of row by row steps.
   uint32_t round_ = 0;
-  int joins_ = 0;  // how often it has synchronized behind a gather in this run
-  int in_flight_ = 0;  // gathers that this thread has started and not finished
+  int joins_ = 0;      // Number of synchronizations after a gather in this run.
+  int in_flight_ = 0;  // Number of gathers that this thread has started and not finished.
   Lookahead lookahead_;
 };
 

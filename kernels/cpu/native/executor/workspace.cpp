@@ -15,7 +15,7 @@ size_t attention_scratch_bytes(int head_dim) {
                           2 * span_sums_floats(kTileQueries, head_dim));
 }
 
-// The greatest of what steps need: in one thread, but for the sums of spans.
+// Collects the maximum needs of the steps. They are per thread, except the sums of spans.
 struct Needs {
   const Limits& limits;
   size_t scratch_bytes = 0, expert_lines = 0, experts = 0, partial_floats = 0;
@@ -30,11 +30,11 @@ struct Needs {
     add_scratch(kMatmulScratchBytes);
     expert_lines = std::max(expert_lines, static_cast<size_t>(limits.max_tokens));
   }
-  // Scores and what is chosen by, of experts and groups.
+  // Scores and selection values, of experts and groups.
   void operator()(const ChooseStep& step) {
     add_scratch(2 * static_cast<size_t>(step.experts + step.groups) * sizeof(float));
   }
-  // Sums of spans: enough for two sequences that decode at the end of the longest context.
+  // Room for sums of spans suffices for two sequences that decode at the end of the maximum context.
   void operator()(const AttentionStep& step) {
     add_scratch(attention_scratch_bytes(step.head_dim));
     const size_t spans = static_cast<size_t>(limits.max_context_tokens + kSpanTokens - 1) / kSpanTokens;

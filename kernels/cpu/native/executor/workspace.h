@@ -1,4 +1,4 @@
-// Where the buffers of a plan lie: once for all threads, and for few rows once more for each thread. And its KV memory.
+// Memory layout of a plan's buffers (one for all threads, and for few rows one more per thread), and KV memory.
 #pragma once
 
 #include <algorithm>
@@ -9,14 +9,15 @@
 
 namespace llamaclust {
 
-// Up to this many rows, every thread does the row by row steps for itself.
+// Up to this number of rows, every thread computes row by row steps for itself.
 inline constexpr int kPrivateRows = 4;
-// A group's member computes so many rows or more in bands, which gather in turn, of so many rows in the mean.
+// A member of a group computes runs of at least kLeastBandedRows rows in bands, which gather in turn. Bands have at
+// least kLeastRowsOfBand rows on average.
 inline constexpr int kLeastBandedRows = 64, kLeastRowsOfBand = 32;
-// Up to this many, products wait for weights rather than for multipliers.
+// Up to this number of rows, products are limited by memory rather than by arithmetic.
 inline constexpr int kFewRows = 8;
 
-// Room for a unit of attention in one thread.
+// Room for one unit of attention in one thread.
 struct AttentionScratch {
   float* q;       // [kTileQueries][padded_head]
   float* scores;  // [kScoredQueries][kSpanTokens]
@@ -28,26 +29,27 @@ struct AttentionScratch {
   SpanSums total, next;
 };
 
-// Lines of a microbatch (row * used + rank) in the order of the experts that compute them.
+// Lines of a microbatch (row * used + rank), ordered by the expert that computes them.
 struct ExpertLines {
   int32_t* lines;
-  int32_t* rows;    // of the lines
-  int32_t* starts;  // [experts + 1], where in `lines` an expert's begin
+  int32_t* rows;  // Row of each line.
+  // [experts + 1]: index in `lines` at which an expert's lines begin.
+  int32_t* starts;
   int count(size_t expert) const { return starts[expert + 1] - starts[expert]; }
 };
 
 class Workspace {
  public:
-  // Only says where everything will lie.
+  // Computes only the layout.
   Workspace(const Plan& plan, int threads);
 
-  // Takes the memory, all zero. To be called once, before anything is read or written.
+  // Allocates zeroed memory. Called once, before any access.
   void allocate() { memory_ = Memory(bytes_); }
 
-  // See Memory; before the first run.
+  // Calls Memory::touch() before the first run.
   void touch() const { memory_.touch(0, bytes_); }
 
-  // First line of a buffer; `own` returns that thread's copy, which holds kPrivateRows rows.
+  // Returns the first line of a buffer. `own` returns that of the thread's copy, which holds kPrivateRows rows.
   float* shared(BufferId id) const { return reinterpret_cast<float*>(memory_.data() + shared_[index(id)]); }
   float* own(BufferId id, int thread) const { return reinterpret_cast<float*>(thread_base(thread) + own_[index(id)]); }
   uint8_t* shared_slot(int slot) const { return memory_.data() + shared_slots_[index(slot)]; }
@@ -56,7 +58,7 @@ class Workspace {
   AttentionScratch attention_scratch(int thread, int head_dim) const;
   ExpertLines expert_lines(int thread) const;
 
-  // Sums of spans that went to different threads; float32 values that fit.
+  // Room for sums of spans that different threads compute; its size in floats.
   float* partials() const { return reinterpret_cast<float*>(memory_.data() + partials_); }
   size_t partial_floats() const { return partial_floats_; }
 
@@ -71,15 +73,15 @@ class Workspace {
   Memory memory_;
 };
 
-// Floats of a SpanSums of that many queries, a multiple of 16.
+// Number of floats of a SpanSums for this number of queries; a multiple of 16.
 constexpr size_t span_sums_floats(int queries, int head_dim) {
   const size_t count = static_cast<size_t>(queries);
   return 2 * ((count + 15) / 16 * 16 + 16) + count * static_cast<size_t>(padded_head(head_dim));
 }
 SpanSums span_sums_at(float* memory, int queries);
 
-// Paged KV memory of a stage: for each layer, pieces of 16 positions of one KV head (attention_ops.h), or a state, by
-// block id of the layer's group.
+// Paged KV memory of a stage. Each layer has, for each block id of its group, a piece of 16 positions per KV head
+// (attention_ops.h), or a state.
 class KvCache {
  public:
   KvCache() = default;
@@ -90,11 +92,12 @@ class KvCache {
     memory_ = Memory(layout.bytes());
   }
 
-  // The piece of KV head 0 in block 0; heads lie one after another, then comes the next block.
+  // Returns the piece of KV head 0 in block 0. The heads of a block follow each other, then comes the next block.
   uint8_t* layer(int index) const { return memory_.data() + offsets_[index]; }
   size_t bytes() const { return memory_.bytes(); }
 
-  // See Memory; before the first run. Up to `layer_bytes` of each layer: of the blocks that are used first.
+  // Calls Memory::touch() for up to `layer_bytes` of each layer, whose first blocks are used first. Called before the
+  // first run.
   void touch(size_t layer_bytes) const {
     for (size_t i = 0; i < offsets_.size(); i++) {
       const size_t end = i + 1 < offsets_.size() ? offsets_[i + 1] : memory_.bytes();

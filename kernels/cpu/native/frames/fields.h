@@ -1,5 +1,6 @@
-// Fields of protobuf messages as their writers give them: ascending, none twice. Arrays come as bytes of little-endian
-// records. What is damaged or out of bounds is a ProtocolViolation that names it.
+// Reads fields of protobuf messages as this project's writers encode them: in ascending order, without repetition.
+// Arrays are bytes of little-endian records. Damaged fields and values out of bounds throw a ProtocolViolation that
+// names the field.
 #pragma once
 
 #include <bit>
@@ -22,7 +23,7 @@ struct ProtocolViolation : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// ProtocolError of Python has the same words.
+// The Python class ProtocolError has the same text.
 template <typename T>
 T bounded(const char* what, T value, T low, T high) {
   if (value >= low && value <= high) return value;
@@ -30,14 +31,14 @@ T bounded(const char* what, T value, T low, T high) {
                           std::to_string(low) + ".." + std::to_string(high));
 }
 
-// Every read stays within the bytes.
+// Iterates over the fields of a message. Reads never go past the end of the bytes.
 class Fields {
  public:
-  // Only the field `repeated` may come several times.
+  // Only the field with number `repeated` may occur several times.
   Fields(const char* message, Bytes bytes, uint32_t repeated = 0)
       : message_(message), at_(bytes.data()), end_(at_ + bytes.size()), repeated_(repeated) {}
 
-  // The number of the next field; 0: there is none. Its value is to be read before the next call.
+  // Returns the number of the next field, or 0 at the end. The caller reads its value before the next call.
   uint32_t next() {
     if (at_ == end_) return 0;
     const uint8_t tag = *at_++;
@@ -76,7 +77,7 @@ class Fields {
 
  private:
   static constexpr uint8_t kVarint = 0, kFixed64 = 1, kBytes = 2;
-  static constexpr int kVarintBytes = 10, kLengthBytes = 5;  // at most, as protobuf reads them
+  static constexpr int kVarintBytes = 10, kLengthBytes = 5;  // Maximum lengths, as protobuf has them.
 
   void expect(uint8_t kind) const {
     if (kind_ != kind) fail();
@@ -106,7 +107,7 @@ class Fields {
   uint8_t kind_ = 0;
 };
 
-// An array of T in a field's bytes, which may lie at any address.
+// An array of T in the bytes of a field, which need not be aligned.
 template <typename T>
 class Records {
  public:
@@ -126,7 +127,7 @@ class Records {
     return record;
   }
 
-  // Records [first, first + count).
+  // Returns records [first, first + count).
   std::vector<T> slice(uint64_t first, uint64_t count) const {
     if (first > size() || count > size() - first)
       throw ProtocolViolation(std::string(what_) + ": " + std::to_string(count) + " from " + std::to_string(first) +

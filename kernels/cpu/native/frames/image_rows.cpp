@@ -20,7 +20,7 @@ class Reading {
     frame_.given_values = values.slice(0, values.size());
   }
 
-  // A row outside of all groups is one of its own.
+  // A row outside all groups forms a group of its own.
   void groups(Records<Rows> groups) {
     for (size_t i = 0; groups.size() > 0 && i < frame_.positions.size(); i++)
       frame_.groups.insert(frame_.groups.end(), {frame_.positions[i], frame_.positions[i] + 1});
@@ -56,7 +56,7 @@ class Reading {
   int32_t chunks() const { return static_cast<int32_t>(frame_.sequence_starts.size()) - 1; }
   int32_t start(size_t chunk) const { return frame_.sequence_starts[chunk]; }
 
-  // Calls `take` with the rows of each record, counted from the microbatch's first one.
+  // Calls `take` for each record with its rows, counted from the first row of the microbatch.
   template <typename Take>
   void for_each(const char* what, const Records<Rows>& records, Take take) const {
     if (records.size() > 0 && limits_.given_width == 0)

@@ -138,8 +138,8 @@ class Reading {
       throw ProtocolViolation("token " + text(token) + " is not in the vocabulary of " + text(vocabulary));
   }
 
-  // Runs of blocks below `end`, from `at` on, behind which `at` then is. No table has more than `most` blocks, or a frame
-  // would make arrays of any size.
+  // Appends `count` runs of block numbers, each below `end`, starting with run `at`, which is advanced. A table may
+  // have `most` blocks: without a limit, a frame could create arrays of any size.
   static void add_runs(const char* what, const Records<Run>& runs, size_t& at, int32_t count, int32_t end, int64_t most,
                        std::vector<int32_t>& to) {
     const size_t before = to.size();
@@ -181,7 +181,7 @@ class Reading {
     check_all_used("runs of tables", runs, at);
   }
 
-  // The index of a chunk in a section whose records are in ascending order.
+  // Returns the index of a chunk in a section whose records are in ascending order.
   size_t chunk_of(const char* what, int64_t chunk, int64_t least) const {
     return static_cast<size_t>(bounded<int64_t>(what, chunk, least, static_cast<int64_t>(chunks_.size()) - 1));
   }
@@ -220,7 +220,7 @@ class Reading {
     check_all_used("runs of windows", runs, at);
   }
 
-  // Where the blocks are there that its rows see, or are stored in.
+  // Checks that the table has all blocks that the chunk's rows read or write, and copies it.
   void add_window(const Chunk& chunk, const Window& window, const std::vector<int32_t>& blocks, size_t table_start) {
     const int64_t last = blocks_of(int64_t{chunk.position} + chunk.tokens);
     const int64_t first = std::max<int64_t>(0, int64_t{chunk.position} - limits_.window + 1) / kBlockTokens;
@@ -305,7 +305,7 @@ class Reading {
       throw ProtocolViolation("state block " + text(block) + " of " + text(limits_.state_blocks));
   }
 
-  // A block that one sequence writes, no other one reads or writes.
+  // Throws if a state block that one sequence writes is read or written by another one.
   void check_sharing() const {
     std::vector<std::pair<int32_t, size_t>> writers;  // block and chunk
     for (size_t i = 0; i < chunks_.size(); i++)

@@ -6,7 +6,7 @@
 namespace llamaclust {
 namespace {
 
-// Fields of a message, as protobuf's writers give them: in ascending order, none for a 0 or an empty value.
+// Writes fields of a message as protobuf does: in ascending order, without fields that are 0 or empty.
 class Message {
  public:
   void number(uint32_t field, uint64_t value) {
@@ -52,7 +52,7 @@ static_assert(sizeof(TokenValue) == 8, "a token and its logprob, as they lie in 
 
 int32_t size_of(const auto& values) { return static_cast<int32_t>(values.size()); }
 
-// The fields of Result that are records, of which most have a row at most.
+// The fields of Result that are arrays of records. Most have at most one record per row.
 struct Columns {
   explicit Columns(const std::vector<RowAnswer>& rows) {
     for (size_t i = 0; i < rows.size(); i++) add(static_cast<int32_t>(i), rows[i]);

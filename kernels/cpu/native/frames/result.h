@@ -1,4 +1,4 @@
-// The result of a microbatch (proto/sampling.proto) as bytes.
+// Encodes the result of a microbatch (proto/sampling.proto).
 #pragma once
 
 #include <optional>
@@ -10,7 +10,11 @@
 
 namespace llamaclust {
 
+<<<<<<< HEAD
 // As RowResult in core/sampler/results.py.
+=======
+// RowResult in core/sampling/results.py.
+>>>>>>> h/x8
 struct RowAnswer : RowOutcome {
   RowAnswer() = default;
   explicit RowAnswer(RowOutcome outcome) : RowOutcome(std::move(outcome)) {}
@@ -22,9 +26,9 @@ struct RowAnswer : RowOutcome {
 
 struct StageResult {
   const MicrobatchFrame& frame;
-  std::optional<Timing> timing;  // of this stage; none where it failed
+  std::optional<Timing> timing;  // Timing of this stage; absent if it failed.
   const std::vector<RowAnswer>& rows;
-  const std::string& failure;  // empty: none
+  const std::string& failure;  // Empty if there was no failure.
   Bytes embeddings;
   uint64_t drafting_ns;
 

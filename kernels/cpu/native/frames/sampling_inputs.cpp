@@ -8,14 +8,14 @@
 namespace llamaclust {
 namespace {
 
-constexpr uint32_t kSecondDraw = 1u << 31;  // added to a choice's index, which is far below
+constexpr uint32_t kSecondDraw = 1u << 31;  // Added to a choice's index, which is always far smaller.
 
 // Records of proto/sampling.proto.
 struct TaskRecord {
-  int32_t params, token;  // params -1: the token is scored
+  int32_t params, token;  // If params is -1, the token is scored.
   uint64_t seed;
   uint32_t choice, position, top_logprobs, history_rows;
-  int32_t penalty_window, dry_window;  // -1: all
+  int32_t penalty_window, dry_window;  // -1 for all tokens.
   uint32_t history, history_tokens, suppressed, suppressed_tokens;
 };
 struct ChainedRecord {
@@ -112,7 +112,7 @@ class Reading {
     return choice;
   }
 
-  // Each row has a copy of its own, of which a message must not make too many.
+  // Limits the total number of history tokens of a message, because each row gets its own copy.
   void look_at(uint64_t tokens) {
     looked_at_ = bounded<uint64_t>("tokens that rows look at", looked_at_ + tokens, 0, bounds_.max_tokens);
   }
@@ -200,7 +200,7 @@ class Reading {
       chain->order = steps(Records<int32_t>("steps", fields.bytes()));
       field = fields.next();
     }
-    // Numbers of the table are fields from 2 on in its order; a field that is missing is 0.
+    // The fields of the sampling table are numbered from 2 in its order. A missing field is 0.
     const auto read = [&]<typename T>(const char* name, T& to) {
       const Range& range = bounds_.chain[number - 2];
       T value = 0;
@@ -265,7 +265,7 @@ void SamplingTasks::complete(const MicrobatchFrame& frame) {
   if (rows.size() != frame.output_rows.size())
     throw ProtocolViolation(std::to_string(rows.size()) + " tasks for " + std::to_string(frame.output_rows.size()) +
                             " output rows");
-  const auto start_of = [&](int32_t row) {  // the first row of its chunk
+  const auto start_of = [&](int32_t row) {  // The first row of the row's chunk.
     return *std::prev(std::upper_bound(frame.sequence_starts.begin(), frame.sequence_starts.end(), row));
   };
   for (const GrowingHistory& history : histories) {
@@ -280,7 +280,7 @@ void SamplingTasks::complete(const MicrobatchFrame& frame) {
   }
   histories.clear();
   for (MatcherRow& each : matcher_rows) {
-    size_t behind = each.row;  // the sampled row before it
+    size_t behind = each.row;  // Index of the previous sampled row, plus one.
     while (behind > 0 && rows[behind - 1].scored) behind--;
     const int32_t row = frame.output_rows[each.row];
     if (behind > 0 && frame.output_rows[behind - 1] >= start_of(row)) each.drafted = frame.tokens[static_cast<size_t>(row)];

@@ -1,5 +1,5 @@
-// The gated delta rule: one pass over the state a row, in which a row's update and result and the next row's sums are
-// computed together.
+// The gated delta rule. Each row takes one pass over the state, which computes the row's update and output and the next
+// row's sums.
 #pragma once
 
 #include "level/state_ops.h"
@@ -18,7 +18,7 @@ struct DeltaRule {
   explicit DeltaRule(const DeltaRows& rows) : task(rows) {}
 
   const DeltaRows& task;
-  float weights[kMaxKeyChannels];  // what the next row's sums weigh the state by
+  float weights[kMaxKeyChannels];  // Factors of the state in the next row's sums.
 
   const float* decay_of(int row) const { return task.decay + static_cast<ptrdiff_t>(row) * task.decay_width; }
   const float* keys_of(const float* first, int row) const { return first + static_cast<ptrdiff_t>(row) * task.key_width; }
@@ -37,7 +37,7 @@ struct DeltaRule {
     return seen;
   }
 
-  // From the row's sums to those of the next one, if there is one.
+  // Computes the sums of the next row (if there is one) from those of this row.
   template <bool has_next>
   INLINE DeltaSums<pieces> update(int row, const DeltaSums<pieces>& seen) {
     const float *q = keys_of(task.q, row), *k = keys_of(task.k, row), *decay = decay_of(row);

@@ -1,21 +1,22 @@
-// The quant types that weights can have in products, in one table, and how their tiles lie in memory: the same for
-// every feature level and for a GPU. Number, layout, packer, decoder and the list that Python sees follow from a row.
+// One table of the quant types that products support, and the layout of their tiles, which is the same for every
+// feature level and for GPUs. A row of the table defines a type's number, layout, packer and decoder, and its entry in
+// the list that Python gets.
 //
-// A tile holds 16 rows. Its columns are cut into segments: the stretch of k over which integer sums are exact and after
-// which floats come in (32 or 256 columns). A segment is a body (quants and sub-block scales, whole cache lines) and a
-// tail (its float scales). Where a tail is less than a cache line, the bodies of 2 or 4 segments stand before their
-// tails, so that everything loaded is aligned; only the last group of a tile may be short.
+// A tile holds 16 rows. Its columns are divided into segments of 32 or 256 columns, within which sums are exact
+// integers. A segment consists of a body (quants and sub-block scales, in whole cache lines) and a tail (float scales).
+// If a tail is smaller than a cache line, the bodies of 2 or 4 segments precede their tails, so that all loads are
+// aligned. Only the last group of a tile may have fewer segments.
 //
-// Inside a body, a k-group is 64 bytes: four columns of sixteen rows, byte 4 * row + column. Tiles of float types are
-// columns of sixteen values. level/quants/ defines how a type's bits stand in body and tail.
+// In a body, a k-group is 64 bytes: four columns of sixteen rows, byte 4 * row + column. Tiles of float types are
+// columns of sixteen values. level/quants/ defines the bits of each type's body and tail.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-// X(name, ggml's number, columns of a segment, bytes of a row's segment in a model file, bytes of a tile's tail, bytes
-//   that a tile's segment takes beyond sixteen of the file's, packer in pack/); a header of level/quants/ has the
-// decoders of a group.
+// X(name, number in ggml, columns of a segment, bytes of a row's segment in a model file, bytes of a tile's tail, bytes
+// of a tile's segment beyond sixteen times those in the file, packer in pack/). The decoders of a group are in a header
+// of level/quants/.
 #define LLAMACLUST_FLOAT_TYPES(X) \
   X(F32, 0, 1, 4, 0, 0, 32_bits)  \
   X(F16, 1, 1, 2, 0, 0, 16_bits)  \
@@ -56,15 +57,15 @@ namespace llamaclust {
 enum class QuantType : int32_t { LLAMACLUST_QUANT_TYPES(NUMBER) };
 #undef NUMBER
 
-// How a row of activations is stored for a product: float32, or int8 with one float scale per 32 or per 256 values.
+// Storage of a row of activations for a product: float32, or int8 with one float scale per 32 or per 256 values.
 enum class ActivationFormat : int32_t { F32, Q8_32, Q8_256 };
 
 inline constexpr int kTileRows = 16;
 
 struct TileLayout {
   int segment_cols;
-  int file_bytes;  // of a segment of one row in a model file
-  int body_bytes;  // of a segment of a tile
+  int file_bytes;  // Bytes of a row's segment in a model file.
+  int body_bytes;  // Bytes of a tile's segment.
   int tail_bytes;
   ActivationFormat activation;
   constexpr __attribute__((always_inline)) int group_segments() const {
@@ -72,7 +73,7 @@ struct TileLayout {
   }
 };
 
-// All zero for a type that is not in the table.
+// All members are 0 for a type that is not in the table.
 constexpr TileLayout tile_layout(QuantType type) {
   switch (type) {
 #define LAYOUT(name, number, cols, file, tail, extra, packer)          \
@@ -87,8 +88,8 @@ constexpr TileLayout tile_layout(QuantType type) {
   return {};
 }
 
-// A tile's segment may take a tenth more bytes than the file's where that speeds up decoding, a quarter for types below
-// four bits a weight; bodies are whole cache lines.
+// To speed up decoding, a tile's segment may be a tenth larger than in the file, and a quarter larger for types below
+// four bits per weight. Bodies are whole cache lines.
 constexpr bool is_near_file_size(const TileLayout& t) {
   const int allowed_percent = 8 * t.file_bytes < 4 * t.segment_cols ? 125 : 110;
   return 100 * (t.body_bytes + t.tail_bytes) <= allowed_percent * kTileRows * t.file_bytes;

@@ -13,14 +13,14 @@ float block_maximum(const float* x) {
   return max_tree(max(max(load(x), load(x + 16)), max(load(x + 32), load(x + 48))));
 }
 
-// x[0, n) and -infinity, for n < 16.
+// Loads x[0, n), followed by -infinity, for n < 16.
 F32x16 load_tail(const float* x, int n) {
   alignas(64) float v[16];
   for (int i = 0; i < 16; i++) v[i] = i < n ? x[i] : kLowest;
   return load(v);
 }
 
-// Of x[0, n), n < 64.
+// Returns the maximum of x[0, n), for n < 64.
 float short_block_maximum(const float* x, int n) {
   float greatest = kLowest;
   for (int i = 0; i < n; i++) greatest = x[i] > greatest ? x[i] : greatest;
@@ -37,17 +37,17 @@ float maxima(const float* x, int n, float* blocks) {
   return greatest;
 }
 
-// Weights as high * 2^20 + low: each half fits an int32 and is exact.
+// Weights as high * 2^20 + low. Both parts are exact int32s.
 struct Weights {
   I32x16 high, low;
 };
 
-// `wrong` becomes NaN where a weight is.
+// `wrong` becomes NaN if a weight is NaN.
 INLINE Weights weigh_lanes(F32x16 x, F32x16 maximum, F32x16 divisor, F32x16* wrong) {
   const F32x16 scale = broadcast(0x1p20f);
   F32x16 w = exp(div(sub(x, maximum), divisor));
   *wrong = add(*wrong, w);
-  w = select_less(w, broadcast(2.0f), w, zero());  // NaN has no integer
+  w = select_less(w, broadcast(2.0f), w, zero());  // NaN cannot be converted to an integer.
   const I32x16 high = to_int(mul(w, scale));
   const F32x16 rest = sub(mul(w, scale), to_float(high));
   return {high, to_int(mul(rest, scale))};
@@ -67,7 +67,7 @@ int64_t total(Weights w) {
   return sum;
 }
 
-// One int32 lane holds the sum of this many weights.
+// Number of weights whose sum fits into an int32 lane.
 constexpr int kSummands = 1024;
 
 int64_t weigh(const float* x, int n, float maximum, float divisor, int64_t* weights) {

@@ -1,5 +1,5 @@
-// Scans of Mamba 2: a lane owns a channel, whose sums over the state are taken in order. Several rows pass over the state
-// at once; each number of it still sees them one after the other.
+// Scans of Mamba 2. A lane has one channel and sums over the state in order. One pass over the state computes several
+// rows, but each value of the state is updated row after row.
 #include "level/level.h"
 #include "simd/math.h"
 #include "simd/pieces.h"
@@ -17,7 +17,7 @@ void time_steps(float* steps, float bias, float rate, int n, float* decays) {
   });
 }
 
-// Channels i to i + 16 of rows [first, first + rows).
+// Computes channels [i, i + 16) of rows [first, first + rows).
 template <int rows, typename Read, typename Write>
 INLINE void scan_rows(const ScanRows& task, int first, int i, Read read, Write write) {
   const float *b[rows], *c[rows];

@@ -1,4 +1,4 @@
-// Updates of states: rows in their order, so that no cut of a sequence into chunks changes a bit.
+// Updates of states. Rows are computed in order, so dividing a sequence into chunks changes no bit.
 #include "level/delta_rule.h"
 #include "level/level.h"
 #include "simd/pieces.h"

@@ -1,4 +1,4 @@
-// Row by row arithmetic: every output is a fixed list of IEEE operations, whatever the register width.
+// Row by row arithmetic. Every output is a fixed sequence of IEEE operations, independent of the register width.
 #include "level/level.h"
 #include "simd/math.h"
 #include "simd/pieces.h"
@@ -6,8 +6,8 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// Element i is added to lane i % 64 by `accumulate(lanes, i, load)`, sixteen at a time; then halves are added: 32 + 32,
-// 16 + 16, ... 1 + 1. Missing lanes of the last piece are read as zero.
+// Sums n elements in 64 interleaved lanes. accumulate(lanes, i, load) adds sixteen elements, which start at i; element
+// i goes to lane i % 64. Then halves are added: 32 + 32, 16 + 16, ... 1 + 1. Missing elements of the last piece are 0.
 template <typename Accumulate>
 INLINE float sum_interleaved(int n, Accumulate accumulate) {
   F32x16 lanes[4] = {zero(), zero(), zero(), zero()};
@@ -65,7 +65,7 @@ struct RopePairs {
   F32x16 first, second;
 };
 
-// Sixteen pairs of floats that are neighbours.
+// Load and store sixteen pairs of adjacent floats.
 INLINE RopePairs load_neighbours(const float* x) {
   alignas(64) float first[16], second[16];
   for (int i = 0; i < 16; i++) {
@@ -166,7 +166,7 @@ void decay(const float* x, const float* weight, const float* bias, int n, float*
 }
 
 void match_magnitude(const float* x, const float* y, float epsilon, int n, float* out) {
-  const float mean = mean_of_squares(x, n), least = epsilon > mean ? epsilon : mean;  // NaN of NaN
+  const float mean = mean_of_squares(x, n), least = epsilon > mean ? epsilon : mean;  // NaN for NaN
   const F32x16 factor = broadcast(__builtin_sqrtf(mean_of_squares(y, n)) / __builtin_sqrtf(least));
   each_lanes(n, [&](int i, auto read, auto write) { write(out + i, mul(read(x + i), factor)); });
 }

@@ -1,4 +1,4 @@
-// Bytes both ways between two processes, in order: as they are, or encrypted.
+// A bidirectional byte stream between two processes, plain or encrypted.
 #pragma once
 
 #include <cstddef>
@@ -10,19 +10,19 @@
 
 namespace llamaclust {
 
-// No call blocks. ConnectionEnded where no more bytes can follow.
+// No call blocks. Throws ConnectionEnded if no more bytes can follow.
 class Channel {
  public:
   explicit Channel(Socket socket) : socket_(std::move(socket)) {}
   virtual ~Channel() = default;
 
-  // Takes as many bytes as there is room for. `more`: others follow at once.
+  // Writes as many bytes as there is room for. `more` says that other bytes follow immediately.
   virtual size_t write(std::span<const uint8_t> data, bool more) = 0;
 
-  // Whether the system has everything that was written.
+  // Returns whether the system has accepted everything that was written.
   virtual bool flush() = 0;
 
-  // As many bytes as are there; 0 for none yet, and only where the socket has nothing either.
+  // Reads the available bytes. Returns 0 if there are none yet, in the channel and in the socket.
   virtual size_t read(std::span<uint8_t> room) = 0;
 
   const Socket& socket() const { return socket_; }

@@ -45,7 +45,7 @@ Channel& Link::channel() const {
   return *channel_;
 }
 
-// What ends a connection names the peer.
+// Adds the name of the peer to the error that ends a connection.
 template <typename F>
 auto Link::named(F call) const {
   try {
@@ -113,7 +113,7 @@ bool Link::send() {
   return moved || flushed_;
 }
 
-// What there is room for of the first frame; false for nothing.
+// Sends as much of the first frame as there is room for. Returns false if that is nothing.
 bool Link::send_first() {
   Outgoing& frame = outgoing_.front();
   const size_t before = sent_, all = frame.bytes();
@@ -139,7 +139,7 @@ bool Link::receive() {
   return moved;
 }
 
-// What is there of the first frame; false for nothing.
+// Receives as much of the first frame as is available. Returns false if that is nothing.
 bool Link::receive_first() {
   const Incoming& frame = incoming_.front();
   const size_t before = received_, all = frame.bytes();

@@ -1,4 +1,4 @@
-// A connection between two members of a group, and the frames that it carries: a header and bytes of known size.
+// A connection between two members of a group. It carries frames: a header and a known number of bytes.
 #pragma once
 
 #include <cstdint>
@@ -14,61 +14,66 @@
 
 namespace llamaclust {
 
-// The end of a link. The text is a line that names the worker at the other end.
+// A link has ended. The text is one line that names the worker at the other end.
 class LinkError : public std::runtime_error {
  public:
   LinkError(const std::string& text, Fault fault, int place)
       : std::runtime_error(text), fault(fault), place(place) {}
-  LinkError(const LinkError&) = default;  // no move: that of std::runtime_error needs a libstdc++ of GCC 9 or later
+  // No move constructor: that of std::runtime_error needs a libstdc++ of GCC 9 or later.
+  LinkError(const LinkError&) = default;
   const Fault fault;
-  const int place;  // of the member at fault; -1 where that is none, or has no place yet
+  // Place of the member at fault; -1 if no member is, or if it has no place yet.
+  const int place;
 };
 
-// Precedes the bytes of a frame, little-endian. The receiver knows what each field must be, but for the bytes of a step.
+// Precedes the bytes of a frame, in little-endian order. The receiver checks every field against the expected value,
+// except the number of bytes of a step.
 struct FrameHeader {
   uint64_t epoch, step;
-  uint32_t number;  // of the gather in its step, or kStepNumber
-  uint32_t bytes;   // behind the header
+  uint32_t number;  // Number of the gather in its step, or kStepNumber.
+  uint32_t bytes;   // Number of bytes that follow the header.
 };
 
-// The number of the frame that tells members what to compute in a step.
+// Number of the frame with which the first member tells the others what to compute in a step.
 inline constexpr uint32_t kStepNumber = std::numeric_limits<uint32_t>::max();
 
-// Rows of so many bytes, `stride` bytes from each other.
+// Rows of `row_bytes` bytes, at a distance of `stride` bytes.
 struct Block {
   uint8_t* data;
   size_t rows, row_bytes, stride;
 
   size_t bytes() const { return rows * row_bytes; }
-  // What follows the first `done` bytes, to the end of its row.
+  // Returns the memory after the first `done` bytes, up to the end of that row.
   std::span<uint8_t> rest(size_t done) const;
 };
 
 class Link {
  public:
-  // Sends `greeting` and waits for the peer's `expected`. LinkError for another one, or none in time.
+  // Sends `greeting` and waits for the peer to send `expected`. Throws LinkError if the peer sends anything else, or
+  // nothing by `until_ns`.
   Link(std::string peer, std::unique_ptr<Channel> channel, std::span<const uint8_t> greeting,
        std::span<const uint8_t> expected, int64_t until_ns);
 
-  // Sends one and waits for the other one, either of which may be empty. LinkError as in the constructor.
+  // Exchanges greetings again; either may be empty. Throws LinkError as the constructor does.
   void greet(std::span<const uint8_t> greeting, std::span<const uint8_t> expected, int64_t until_ns);
 
-  // The peer's, for errors.
+  // The peer's place in the group, for errors.
   void set_place(int place) { place_ = place; }
   int place() const { return place_; }
 
-  // A frame of `header.bytes` bytes is to be sent next, behind others; they must stay until then.
+  // Queues a frame of `header.bytes` bytes for sending. The data must stay valid until it is sent.
   void begin_sending(const FrameHeader& header, const uint8_t* data);
 
-  // Exactly this frame is to come next, behind others; its bytes arrive in `room`, as many as it has.
+  // Queues the expectation of exactly this frame. Its bytes go to `room`, which has the size of the frame.
   void begin_receiving(const FrameHeader& header, const Block& room);
 
-  // The header of a frame of at most `most.bytes` is to come next; then `announced` bytes for receive_into().
+  // Queues the expectation of a frame with at most `most.bytes` bytes. Once its header is received, announced() is its
+  // size, and receive_into() provides the room.
   void begin_receiving(const FrameHeader& most);
   uint32_t announced() const { return received_header_.bytes; }
   void receive_into(const Block& room);
 
-  // Send and receive what is possible now; false where that is nothing. LinkError for any other frame.
+  // Send or receive what is possible now; return false if that is nothing. Throw LinkError if another frame arrives.
   bool send();
   bool receive();
 
@@ -77,7 +82,7 @@ class Link {
   bool is_received() const { return incoming_.empty(); }
   bool is_complete() const { return is_sent() && is_received(); }
 
-  // How many frames have begun each way; later, whether all of these are through.
+  // Number of frames begun in each direction. has_reached() later tells whether all of them are complete.
   struct Mark {
     uint64_t sent, received;
   };
@@ -87,15 +92,15 @@ class Link {
            (flushed_ || !outgoing_.empty());
   }
 
-  // The peer has not sent or taken its bytes by the deadline.
+  // Returns the error that the peer has not sent or taken its bytes by the deadline.
   LinkError late(double deadline_s) const;
 
-  // LinkError where the network does not reach the peer any more; see Socket.
+  // Throws LinkError if the network no longer reaches the peer (Socket::is_reached).
   void check_reached(double answer_s) const;
 
   const Socket& socket() const { return channel().socket(); }
 
-  // Closes the descriptor: nothing more is sent or received.
+  // Closes the descriptor. Nothing more is sent or received.
   void close() { channel_.reset(); }
 
  private:
@@ -107,7 +112,7 @@ class Link {
   struct Incoming {
     FrameHeader expected;
     Block room;
-    bool is_exact;  // else `expected` has the most bytes
+    bool is_exact;  // If false, expected.bytes is a maximum.
     size_t bytes() const { return sizeof expected + room.bytes(); }
   };
 
@@ -126,9 +131,9 @@ class Link {
   std::unique_ptr<Channel> channel_;
   std::deque<Outgoing> outgoing_;
   std::deque<Incoming> incoming_;
-  size_t sent_ = 0, received_ = 0;  // bytes of the first of these, with its header
+  size_t sent_ = 0, received_ = 0;  // Bytes of the first frame in each queue, including the header.
   Mark begun_{0, 0};
-  FrameHeader sent_header_{}, received_header_{};  // the last ones
+  FrameHeader sent_header_{}, received_header_{};  // Headers of the most recent frames.
   bool flushed_ = true;
 };
 

@@ -11,7 +11,7 @@
 namespace llamaclust {
 namespace {
 
-constexpr size_t kMostBytes = std::numeric_limits<uint32_t>::max();  // of a frame
+constexpr size_t kMostBytes = std::numeric_limits<uint32_t>::max();  // Maximum size of a frame.
 
 LinkError closed() { return {"the links of this group were closed by this process", Fault::Closed, -1}; }
 
@@ -31,7 +31,7 @@ void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(std::string("links: ") + what);
 }
 
-// A time that is 0 as long as this exists, and that of its end afterwards.
+// Sets a time to 0 for the lifetime of this object, and to the current time at its end.
 class Within {
  public:
   explicit Within(std::atomic<int64_t>& ended_ns) : ended_ns_(ended_ns) { ended_ns_ = 0; }
@@ -57,7 +57,7 @@ Links::Links(int own, std::vector<std::shared_ptr<Link>> links, double deadline_
   counters_.waited_for_s.resize(links_.size());
 }
 
-// One call at a time. The first error ends the links, and is that of later calls.
+// Runs one call at a time. The first error ends all links, and later calls throw it again.
 template <typename F>
 void Links::in_turn(F work) {
   const std::lock_guard locked(in_use_);
@@ -144,7 +144,7 @@ void Links::finish(const std::function<void()>& idle) {
 
 int64_t Links::deadline_ns() const { return now_ns() + static_cast<int64_t>(deadline_s_ * 1e9); }
 
-// Sends and receives what links have begun, until each of them is ready.
+// Sends and receives the frames that have begun, until all links are ready.
 template <typename F>
 void Links::move(F is_ready, int64_t until_ns, const std::function<void()>& idle) {
   const auto look_ns = static_cast<int64_t>(answer_s_ / 4 * 1e9);
@@ -172,8 +172,8 @@ void Links::move(F is_ready, int64_t until_ns, const std::function<void()>& idle
   }
 }
 
-// A member without columns sends a header alone, which is read with a later frame: others see what it takes this gather
-// for, even where it finds their frames wrong.
+// A member without columns sends only a header, which its peers read with a later frame. It shows them which gather the
+// member is in, even if the member rejects their frames.
 void Links::begin_frames(const Gathering& gathering) {
   require(gathering.borders.size() == links_.size() + 1, "as many members as the gather has");
   const std::span<const uint8_t> own = own_bytes(gathering);
@@ -206,7 +206,7 @@ void Links::send(size_t member, uint32_t number, std::span<const uint8_t> data) 
   counters_.sent_bytes += sizeof(FrameHeader) + data.size();
 }
 
-// A wait is for the member that was ready last.
+// The wait is attributed to the member that was ready last.
 void Links::count_gather(int64_t ns) {
   const std::lock_guard locked(counting_);
   counters_.gathers++;
@@ -247,7 +247,7 @@ void Links::check_reached() const {
     if (!link->is_complete()) link->check_reached(answer_s_);
 }
 
-// At fault is the first of the members that are named.
+// The first of the named members is at fault.
 template <typename F>
 LinkError Links::late(F is_ready) const {
   std::optional<LinkError> first;
@@ -261,7 +261,8 @@ LinkError Links::late(F is_ready) const {
   return {text, first->fault, first->place};
 }
 
-// A member that closes its link may have found another one at fault, whose wrong frame has come here as well.
+// A member may have closed its link because another member sent a wrong frame. If that member has sent a wrong frame
+// here as well, this is the actual cause.
 LinkError Links::cause_of(const LinkError& error) {
   if (error.fault != Fault::Closed) return error;
   for (Link* link : peers_) try {
@@ -272,7 +273,8 @@ LinkError Links::cause_of(const LinkError& error) {
   return error;
 }
 
-// Peers that wait for this member's rows learn at once that none will come, after what it has sent before.
+// Ends sending, so that peers that wait for this member's rows learn at once that no more will come. They still receive
+// what was sent.
 void Links::end(const LinkError& reason) {
   const std::lock_guard locked(ending_);
   if (ended_) return;
@@ -287,7 +289,7 @@ void Links::close() {
     if (!ended_)
       for (const Link* link : peers_) link->socket().shut_down();
   }
-  const std::lock_guard locked(in_use_);  // once a gather has noticed
+  const std::lock_guard locked(in_use_);  // Waits until the running call has noticed.
   const std::lock_guard also(ending_);
   if (!ended_) ended_.emplace(closed());
   for (Link* link : peers_) link->close();

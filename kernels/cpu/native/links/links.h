@@ -15,44 +15,46 @@
 
 namespace llamaclust {
 
-// Since the links began.
+// Totals since the links were created.
 struct LinkCounters {
   int64_t gathers = 0;
-  uint64_t sent_bytes = 0, received_bytes = 0;  // with headers, of steps as well
-  double waited_s = 0;                          // in gathers
-  std::vector<double> waited_for_s;             // the same by member: each wait is for the last one that was ready
+  uint64_t sent_bytes = 0, received_bytes = 0;  // With headers, including those of steps.
+  double waited_s = 0;                          // Seconds of waiting in gathers.
+  // The same seconds by member: each wait is attributed to the member that was ready last.
+  std::vector<double> waited_for_s;
 };
 
 class Links : public Gatherer {
  public:
-  // One link for each member, and none at the place of this one, `own`. A gather ends all links where it takes longer
-  // than `deadline_s`, and any call where the network does not bring a member's answers for `answer_s`.
+  // `links` has one link for each member, and null at this member's place, `own`. A gather that takes longer than
+  // `deadline_s` ends all links. So does any call if the network has not acknowledged data to a member for `answer_s`.
   Links(int own, std::vector<std::shared_ptr<Link>> links, double deadline_s, double answer_s);
 
-  // What the next gathers belong to: all members must say the same.
+  // Sets the epoch and step of the next gathers, which must be the same at all members.
   void begin(uint64_t epoch, uint64_t step);
 
-  // The first member begins a step and tells all others what to compute in it; they take it within the deadline. For
-  // errors of these and of gathers, see start().
+  // Called by the first member: begins a step and tells all others what to compute in it. They must take the message
+  // within the deadline. Errors are those of start().
   void send_step(uint64_t epoch, uint64_t step, std::span<const uint8_t> data);
 
-  // Another member waits until the first one begins that step, however long it takes; then the deadline counts.
+  // Called by the other members: waits without limit until the first member begins this step. From then on the deadline
+  // counts.
   std::vector<uint8_t> receive_step(uint64_t epoch, uint64_t step, size_t most_bytes);
 
-  // Gathers go on in their order. A thread that waits polls its links at first, then parks. LinkError, in this call and
-  // all later ones, where a peer sends anything else than its rows, or not all of them in time.
+  // Gathers complete in order. A waiting thread polls its links at first and then parks. This call and all later ones
+  // throw LinkError if a peer sends anything but its rows, or does not send all of them in time.
   void start(const Gathering& gathering) override;
   void advance() override;
   void finish(const std::function<void()>& idle) override;
 
-  // On any thread, at any time.
+  // Callable on any thread, at any time.
   LinkCounters counters() const;
 
-  // Seconds since the last call ended: so long, no other member has been waited for. 0 within a call, and before the first.
-  // On any thread.
+  // Seconds since the last call ended, during which this member has waited for no other one. 0 within a call, and
+  // before the first one. Callable on any thread.
   double computing_s() const;
 
-  // Ends all links, also on another thread than one that gathers or waits: that call fails. No descriptor is left open.
+  // Ends all links and closes their descriptors. Another thread that gathers or waits gets an error.
   void close();
 
  private:
@@ -74,16 +76,18 @@ class Links : public Gatherer {
 
   const int own_;
   const double deadline_s_, answer_s_;
-  std::vector<std::shared_ptr<Link>> links_;  // by member
-  std::vector<Link*> peers_;                  // the same without a place for this member
+  std::vector<std::shared_ptr<Link>> links_;  // One per member.
+  std::vector<Link*> peers_;                  // The same links without the null at this member's place.
   uint64_t epoch_ = 0, step_ = 0;
-  std::deque<std::vector<Link::Mark>> started_;  // gathers that are not finished: where each link is when they are
-  std::optional<size_t> last_;                   // the member that was ready last
+  // For each unfinished gather, the mark at which each link has completed it.
+  std::deque<std::vector<Link::Mark>> started_;
+  std::optional<size_t> last_;  // The member that was ready last.
   LinkCounters counters_;
   std::atomic<bool> closing_{false};
-  std::atomic<int64_t> called_ns_{0};  // the end of the last call; 0 within one
-  std::optional<LinkError> ended_;  // the first reason
-  std::mutex in_use_, ending_;      // `ending_`: for the descriptors, which may not be closed while another thread uses them
+  std::atomic<int64_t> called_ns_{0};  // Time when the last call ended; 0 within a call.
+  std::optional<LinkError> ended_;     // The first error.
+  // `ending_` guards the descriptors, which must not be closed while another thread uses them.
+  std::mutex in_use_, ending_;
   mutable std::mutex counting_;
 };
 

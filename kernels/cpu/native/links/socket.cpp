@@ -20,19 +20,20 @@
 namespace llamaclust {
 namespace {
 
-constexpr int kProbeS = 1;         // of an idle connection, the system's shortest interval
-constexpr double kSilentS = 3.0;  // two probes may be lost
-constexpr int kLostProbes = 3;    // of a connection whose other side has no room, at intervals that double from 0.2 s on
+constexpr int kProbeS = 1;        // Seconds between probes of an idle connection; the system's minimum.
+constexpr double kSilentS = 3.0;  // Seconds; two probes may be lost.
+// Unanswered probes of a peer that has no room for bytes. Their intervals double, starting at 0.2 s.
+constexpr int kLostProbes = 3;
 
 std::string reason_of(int number) { return std::generic_category().message(number); }
 
-// The network has lost the peer, or acknowledges nothing.
+// Returns whether the error means that the network does not reach the peer, or that nothing is acknowledged.
 bool is_unreachable(int number) {
   return number == ETIMEDOUT || number == EHOSTUNREACH || number == ENETUNREACH || number == EHOSTDOWN ||
          number == ENETDOWN;
 }
 
-// Nothing yet, or the reason for the end of a connection.
+// Returns 0 if the error means that no bytes are available yet. Throws ConnectionEnded for any other error.
 size_t nothing_yet(int number) {
   if (number == EAGAIN || number == EWOULDBLOCK || number == EINTR) return 0;
   throw ConnectionEnded("the connection has ended: " + reason_of(number),
@@ -81,12 +82,12 @@ bool Socket::wait(short events, int64_t until_ns) const {
   return wait_for({&waited, 1}, until_ns);
 }
 
-// Not by TCP_USER_TIMEOUT, which also ends a connection to a process that computes and has not read all bytes yet.
+// TCP_USER_TIMEOUT is not used: it also ends a connection to a process that computes and has not yet read all bytes.
 bool Socket::is_reached(double answer_s) const {
   tcp_info info{};
   socklen_t length = sizeof info;
-  if (getsockopt(descriptor_, IPPROTO_TCP, TCP_INFO, &info, &length) != 0) return true;  // a Unix socket
-  int unsent = 0;  // bytes, or not acknowledged
+  if (getsockopt(descriptor_, IPPROTO_TCP, TCP_INFO, &info, &length) != 0) return true;  // A Unix socket.
+  int unsent = 0;  // Bytes that are not sent or not acknowledged.
   ioctl(descriptor_, TIOCOUTQ, &unsent);
   if (info.tcpi_unacked == 0 && unsent > 0) return info.tcpi_probes < kLostProbes;
   const double silent_s = std::min(info.tcpi_last_ack_recv, info.tcpi_last_data_recv) * 1e-3;

@@ -17,8 +17,9 @@ namespace llamaclust {
 namespace {
 
 constexpr size_t kRecordBytes = 16384, kMostUnsent = 1 << 18;
-constexpr size_t kReadAhead = 1 << 17;  // several records by one system call
-constexpr int kRecordsOfKey = 1 << 16;  // at most 2^24.5 of AES-GCM are safe, and OpenSSL does not count them
+constexpr size_t kReadAhead = 1 << 17;  // Reads several records in one system call.
+// A key is renewed after this number of records. AES-GCM is safe for 2^24.5, but OpenSSL does not count them.
+constexpr int kRecordsOfKey = 1 << 16;
 constexpr int kMostRenewals = 8;
 
 template <typename T, void (*free)(T*)>
@@ -61,13 +62,14 @@ bool has_aes_instructions() {
 #endif
 }
 
-// Without instructions for it, AES takes several times as long as ChaCha20: then either side may ask for that.
+// Without AES instructions, AES takes several times as long as ChaCha20. A side without them offers ChaCha20 first, and
+// the other side follows.
 const char* cipher_suites() {
   return has_aes_instructions() ? "TLS_AES_128_GCM_SHA256:TLS_CHACHA20_POLY1305_SHA256"
                                 : "TLS_CHACHA20_POLY1305_SHA256:TLS_AES_128_GCM_SHA256";
 }
 
-// Nothing of the system's settings, no sessions that are resumed, and no certificates between authority and member.
+// Uses no system-wide settings, does not resume sessions, and accepts no intermediate certificates.
 Context context_of(const TlsSettings& settings) {
   OPENSSL_init_ssl(OPENSSL_INIT_NO_LOAD_CONFIG | OPENSSL_INIT_NO_ATEXIT, nullptr);
   ERR_clear_error();
@@ -125,8 +127,8 @@ class TlsChannel : public Channel {
     }
   }
 
-  // Records are encrypted into memory first, so that those of a frame go by one system call. A piece that `more` follow
-  // is in one record with these.
+  // Encrypts records into memory first, so that all records of a frame go out in one system call. A piece with `more`
+  // is held back and shares a record with the bytes that follow.
   size_t write(std::span<const uint8_t> data, bool more) override {
     if (unsent() >= kMostUnsent && !flush()) return 0;
     const std::span<const uint8_t> piece = data.first(std::min(data.size(), kRecordBytes - held_.size()));
@@ -165,7 +167,7 @@ class TlsChannel : public Channel {
  private:
   size_t unsent() const { return out_.size() - sent_; }
 
-  // One record.
+  // Encrypts one record.
   void encrypt(std::span<const uint8_t> data) {
     if (records_++ % kRecordsOfKey == kRecordsOfKey - 1)
       check(SSL_key_update(session_.get(), SSL_KEY_UPDATE_NOT_REQUESTED) == 1, "another key of TLS");
@@ -173,7 +175,7 @@ class TlsChannel : public Channel {
     check(call([&] { return SSL_write(session_.get(), data.data(), bytes); }) == bytes, "a record of TLS");
   }
 
-  // The result of a call of OpenSSL, or 0 where it wants more of the socket.
+  // Returns the result of an OpenSSL function, or 0 if it needs more bytes from the socket or room in it.
   template <typename F>
   int call(F function) {
     ERR_clear_error();
@@ -186,13 +188,14 @@ class TlsChannel : public Channel {
     if (const long refused = SSL_get_verify_result(session_.get()); refused != X509_V_OK)
       text += std::string(", ") + X509_verify_cert_error_string(refused);
     try {
-      flush();  // the alert
-    } catch (const ConnectionEnded&) {  // the other side has gone: `text` tells why this one ends
+      flush();  // Sends the TLS alert.
+    // The peer has gone; `text` already says why this side ends.
+    } catch (const ConnectionEnded&) {
     }
     throw ConnectionEnded(text, error == SSL_ERROR_ZERO_RETURN ? Fault::Closed : Fault::Wrong);
   }
 
-  // What OpenSSL writes to and reads from. No exception may pass through it.
+  // The BIO through which OpenSSL reads and writes. Exceptions must not pass through it.
   static BIO_METHOD* method() {
     static BIO_METHOD* const made = [] {
       BIO_METHOD* found = BIO_meth_new(BIO_get_new_index() | BIO_TYPE_SOURCE_SINK, "link");
@@ -207,7 +210,7 @@ class TlsChannel : public Channel {
   static TlsChannel& of(BIO* bio) { return *static_cast<TlsChannel*>(BIO_get_data(bio)); }
 
   int take(const char* data, int bytes) {
-    if (unsent() > 2 * kMostUnsent) {  // a peer that asks for new keys again and again
+    if (unsent() > 2 * kMostUnsent) {  // The peer requests new keys repeatedly.
       broken_.emplace("the other side does not read", Fault::Wrong);
       return -1;
     }
@@ -217,7 +220,7 @@ class TlsChannel : public Channel {
 
   int give(BIO* bio, char* data, int bytes) {
     BIO_clear_retry_flags(bio);
-    if (renewals_ > kMostRenewals) {  // OpenSSL goes on reading, whatever the caller's deadline
+    if (renewals_ > kMostRenewals) {  // OpenSSL would go on reading regardless of the caller's deadline.
       broken_.emplace("the other side sends new keys or tickets and no bytes", Fault::Wrong);
       return -1;
     }
@@ -233,12 +236,13 @@ class TlsChannel : public Channel {
 
   const Context context_;
   const Session session_;
-  std::vector<uint8_t> held_;  // not encrypted: others share their record
-  std::vector<uint8_t> out_;  // encrypted, of which `sent_` bytes are with the system
+  std::vector<uint8_t> held_;  // Not yet encrypted; later bytes share their record.
+  std::vector<uint8_t> out_;   // Encrypted; the first `sent_` bytes are with the system.
   size_t sent_ = 0;
-  uint64_t records_ = 0;  // encrypted so far
-  int renewals_ = 0;      // new keys and tickets of the other side since it sent other bytes
-  std::optional<ConnectionEnded> broken_;  // why the socket takes or gives no more
+  uint64_t records_ = 0;  // Number of records encrypted so far.
+  // Number of new keys and tickets since the peer last sent data.
+  int renewals_ = 0;
+  std::optional<ConnectionEnded> broken_;  // Set once the socket takes and gives no more bytes.
 };
 
 }  // namespace

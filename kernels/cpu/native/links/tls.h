@@ -1,4 +1,4 @@
-// TLS 1.3 between two members, both of which show a certificate; absent where there was no OpenSSL to build with.
+// TLS 1.3 between two members with certificates on both sides. Not available in a build without OpenSSL.
 #pragma once
 
 #include <cstdint>
@@ -9,18 +9,19 @@
 
 namespace llamaclust {
 
-// Certificates and keys are PEM.
+// Certificates and keys are in PEM format.
 struct TlsSettings {
-  std::string authority;  // the only one that is trusted
+  std::string authority;  // The only trusted authority.
   std::string certificate, private_key;
-  std::string host;  // the name that the peer's certificate must have
-  bool accepts;      // the peer has opened the connection
+  std::string host;  // The name that the peer's certificate must have.
+  bool accepts;      // True if the peer has opened the connection.
 };
 
-// The library with its version; empty where there is none.
+// Name and version of the library; empty in a build without one.
 std::string tls_library();
 
-// ConnectionEnded where the peer is not the one that is meant, or the handshake has not ended by then.
+// Throws ConnectionEnded if the peer's certificate is not the expected one, or if the handshake has not completed by
+// `until_ns`.
 std::unique_ptr<Channel> open_tls(Socket socket, const TlsSettings& settings, int64_t until_ns);
 
 }  // namespace llamaclust

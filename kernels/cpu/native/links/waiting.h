@@ -1,4 +1,4 @@
-// Waiting for sockets until a time of now_ns().
+// Waits for sockets until a time of now_ns().
 #pragma once
 
 #include <poll.h>
@@ -8,7 +8,7 @@
 
 namespace llamaclust {
 
-// Parks the thread until an event, which `waited` then has, or a signal; false once that time is over.
+// Parks the thread until an event, which is then set in `waited`, or a signal. Returns false at time `until_ns`.
 bool wait_for(std::span<pollfd> waited, int64_t until_ns);
 
 }  // namespace llamaclust

@@ -1,4 +1,4 @@
-// In place of tls.cpp where the build found no OpenSSL.
+// Replaces tls.cpp in a build without OpenSSL.
 #include "links/tls.h"
 
 namespace llamaclust {

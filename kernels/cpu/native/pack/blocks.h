@@ -1,6 +1,6 @@
-// What the packers of single quant types share. A packer writes one row's part of a tile's segment: of its body, which
-// is zero before, and its tail (level/quant_types.h), from the row's segment as it is in a model file. level/quants/
-// defines the bit layouts of tiles.
+// Shared code of the packers of the quant types. A packer writes one row's part of a segment of a tile: the body, which
+// is zero before, and the tail (level/quant_types.h). Its input is the row's segment as a model file has it.
+// level/quants/ defines the bit layouts of tiles.
 #pragma once
 
 #include <array>
@@ -10,7 +10,7 @@
 
 namespace llamaclust {
 
-// Four quants of a row as one word, and back, into a k-group.
+// Read four quants of a row as a word, and write a word to the row's place in a k-group.
 inline uint32_t word_at(const uint8_t* p) {
   uint32_t word;
   memcpy(&word, p, 4);
@@ -18,7 +18,7 @@ inline uint32_t word_at(const uint8_t* p) {
 }
 inline void put_word(uint32_t word, int row, uint8_t* out) { memcpy(out + 4 * row, &word, 4); }
 
-// Bytes of a row as `count` k-groups, a line each.
+// Writes `count` k-groups of a row, each to a line of its own.
 inline void put_groups(const uint8_t* from, int count, int row, uint8_t* lines) {
   for (int g = 0; g < count; g++) put_word(word_at(from + 4 * g), row, lines + 64 * g);
 }
@@ -27,22 +27,24 @@ inline void put_half(const uint8_t* from, int row, uint8_t* out) { memcpy(out + 
 
 constexpr uint32_t kLowHalves = 0x0f0f0f0f, kLowTriples = 0x07070707, kLowPairs = 0x03030303, kLowBits = 0x01010101;
 
-// The three-bit quants of eight k-groups of a row, in three lines (three_bit_group of level/quants/decoder.h).
+// Writes the three-bit quants of eight k-groups of a row to three lines (three_bit_group in level/quants/decoder.h).
 void put_three_bits(const uint32_t (&groups)[8], int row, uint8_t* lines);
 
-// Levels of 0, 1 or 2 of a row as pairs of bits, four columns of four k-groups a word (level/quants/thirds.h).
+// Writes levels (0, 1 or 2) of a row, given as bit pairs: a word has four columns of four k-groups
+// (level/quants/thirds.h).
 void put_thirds(const std::array<uint32_t, 16>& pairs, int row, uint8_t* lines);
 
-// The five-bit quants of eight k-groups of a row, in five lines (five_bit_group of level/quants/decoder.h).
+// Writes the five-bit quants of eight k-groups of a row to five lines (five_bit_group in level/quants/decoder.h).
 void put_five_bits(const uint32_t (&groups)[8], int row, uint8_t* lines);
 
-// One for each name of a packer in the table: simple.cpp, k.cpp, grid.cpp, those of float types in pack.cpp.
+// One packer for each packer name in the table. They are in simple.cpp, k.cpp and grid.cpp; those of float types in
+// pack.cpp.
 #define DECLARE(name, number, cols, file_bytes, tail_bytes, extra, packer) \
   void pack_##packer(const uint8_t* block, int row, uint8_t* body, uint8_t* tail);
 LLAMACLUST_QUANT_TYPES(DECLARE)
 #undef DECLARE
 
-// Into tiles of another type.
+// Packers into tiles of another type.
 void pack_iq2_xxs_as_iq2_s(const uint8_t* block, int row, uint8_t* body, uint8_t* tail);
 void pack_iq2_xs_as_iq2_s(const uint8_t* block, int row, uint8_t* body, uint8_t* tail);
 void pack_tq1_0_as_tq2_0(const uint8_t* block, int row, uint8_t* body, uint8_t* tail);

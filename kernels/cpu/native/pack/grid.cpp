@@ -15,21 +15,22 @@ uint16_t half_at(const uint8_t* p) {
 
 uint8_t nibble_at(const uint8_t* p, int i) { return p[i / 2] >> (i % 2 * 4) & 15; }
 
-// Seven bits, and an eighth that makes their number even.
+// Adds an eighth bit to seven sign bits, so that the number of set bits is even.
 uint8_t with_parity(uint32_t seven) { return static_cast<uint8_t>(seven | (std::popcount(seven) & 1) << 7); }
 
-// The signs of eight weights, the i-th of four times seven bits in a word that also holds a scale.
+// Returns the signs of eight weights: field i of four seven-bit fields in a word, whose upper bits hold a scale.
 uint8_t signs_in(uint32_t word, int i) { return with_parity(word >> (7 * i) & 127); }
 
-// What follows writes one row's part of the lines of a body that was zero.
+// The functions below write one row's part of the lines of a body, which are zero before.
 
-// The signs of columns 8 i to 8 i + 7, as two k-groups: bits in the order of their bytes, eight bytes a k-group.
+// Writes the signs of columns 8i to 8i + 7 as two k-groups. A k-group has eight bytes, with four bits for each row.
 void put_signs(uint8_t signs, int i, int row, uint8_t* lines) {
   for (int h = 0; h < 2; h++)
     lines[16 * i + 8 * h + row / 2] |= static_cast<uint8_t>((signs >> (4 * h) & 15) << (row % 2 * 4));
 }
 
-// The same, a line for 32 columns with one bit of each of its k-groups in every byte (iq2_group in level/quants/grid.h).
+// Writes the same signs to a line of 32 columns. Each byte has one bit for each k-group (iq2_group in
+// level/quants/grid.h).
 void put_sign_bits(uint8_t signs, int i, int row, uint8_t* lines) {
   for (int c = 0; c < 8; c++) {
     const int g = i % 4 * 2 + c / 4, bit = 4 * (g % 2) + 2 * (1 - g / 2 % 2) + g / 4;
@@ -37,24 +38,25 @@ void put_sign_bits(uint8_t signs, int i, int row, uint8_t* lines) {
   }
 }
 
-// Index i, four to a line.
+// Writes point index i. A line has four indices of each row.
 void put_index(uint16_t index, int i, int row, uint8_t* lines) {
   lines[i / 4 * 64 + 4 * row + kIndexPlace[i % 4]] = static_cast<uint8_t>(index);
 }
 
-// Scale i of four bits, eight to a line.
+// Writes the four-bit scale i. A line has eight scales of each row.
 void put_scale(int scale, int i, int row, uint8_t* lines) {
   lines[i / 8 * 64 + 4 * row + i % 4] |= static_cast<uint8_t>(scale << (i % 8 / 4 * 4));
 }
 
-// The levels of the eight columns of a point as pairs of bits, the lowest of their byte.
+// Returns the levels of a point's eight columns, one per byte, in the two lowest bits.
 uint64_t levels_of(uint16_t point) {
   uint64_t levels = 0;
   for (int c = 0; c < 8; c++) levels |= static_cast<uint64_t>(level_of(point, 8, c)) << (8 * c);
   return levels;
 }
 
-// Pairs of 16 columns, k-groups 0, 2, 1 and 3 from the lowest pair of a byte on; point(i) is the i-th of a row.
+// Returns words of 16 columns: bit pairs of k-groups 0, 2, 1 and 3, starting with the lowest pair of each byte.
+// point(i) is the row's i-th point.
 template <class PointOf>
 std::array<uint32_t, 16> pairs_of_16(PointOf point) {
   std::array<uint32_t, 16> pairs;
@@ -66,7 +68,7 @@ std::array<uint32_t, 16> pairs_of_16(PointOf point) {
   return pairs;
 }
 
-// Pairs of 128 columns: k-groups i of the first to the last 32.
+// Returns words with bit pairs of one k-group in each of four sub-blocks of 32 columns, the first sub-block lowest.
 template <class PointOf>
 std::array<uint32_t, 16> pairs_of_128(PointOf point) {
   std::array<uint32_t, 16> pairs{};
@@ -79,7 +81,7 @@ std::array<uint32_t, 16> pairs_of_128(PointOf point) {
   return pairs;
 }
 
-// In a tile of IQ2_S: the same three levels, signs and scales of four bits, of 16 columns.
+// Writes a row into a tile of IQ2_S. The type of the file has the same three levels, and four-bit scales of 16 columns.
 template <class PointOf, class SignsOf, class ScaleOf>
 void put_iq2_s(PointOf point, SignsOf signs, ScaleOf scale, int row, uint8_t* body) {
   put_thirds(pairs_of_16(point), row, body);
@@ -89,7 +91,7 @@ void put_iq2_s(PointOf point, SignsOf signs, ScaleOf scale, int row, uint8_t* bo
 
 }  // namespace
 
-// File: d, then for 32 columns four indices and a word: four times seven sign bits, four bits of scale.
+// File block: d; for each 32 columns four indices and a word with four times seven sign bits and a four-bit scale.
 void pack_iq2_xxs(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   for (int j = 0; j < 8; j++) {
     const uint8_t* part = block + 2 + 8 * j;
@@ -103,7 +105,7 @@ void pack_iq2_xxs(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   put_half(block, row, tail);
 }
 
-// File: d, 32 times nine bits of index and seven sign bits, 16 scales of four bits.
+// File block: d; 32 words with nine bits of index and seven sign bits; 16 four-bit scales.
 void pack_iq2_xs(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   for (int i = 0; i < 32; i++) {
     const uint16_t code = half_at(block + 2 + 2 * i);
@@ -115,7 +117,7 @@ void pack_iq2_xs(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   put_half(block, row, tail);
 }
 
-// File: d, 32 low bytes of indices, 32 bytes of signs, 32 times two high bits of indices, 16 scales of four bits.
+// File block: d; 32 low bytes of indices; 32 bytes of signs; the two high bits of 32 indices; 16 four-bit scales.
 void pack_iq2_s(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   const auto high = [&](int i) { return block[66 + i / 4] >> (i % 4 * 2) & 3; };
   const auto point = [&](int i) { return kIQ2_SGrid.point[block[2 + i] | high(i) << 8]; };
@@ -138,7 +140,7 @@ void pack_iq2_xs_as_iq2_s(const uint8_t* block, int row, uint8_t* body, uint8_t*
   put_half(block, row, tail);
 }
 
-// File: d, 64 indices, then for 32 columns a word: four times seven sign bits, four bits of scale.
+// File block: d; 64 indices; for each 32 columns a word with four times seven sign bits and a four-bit scale.
 void pack_iq3_xxs(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   for (int i = 0; i < 64; i++) put_index(block[2 + i], i, row, body);
   for (int i = 0; i < 32; i++) put_signs(signs_in(word_at(block + 66 + i / 4 * 4), i % 4), i, row, body + 1024);
@@ -146,7 +148,7 @@ void pack_iq3_xxs(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   put_half(block, row, tail);
 }
 
-// File: d, 64 low bytes of indices, 64 ninth bits, 32 bytes of signs, 8 scales of four bits.
+// File block: d; 64 low bytes of indices; their ninth bits; 32 bytes of signs; 8 four-bit scales.
 void pack_iq3_s(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   for (int i = 0; i < 64; i++) {
     const uint16_t point = kIQ3_SGrid.point[block[2 + i] | (block[66 + i / 8] >> (i % 8) & 1) << 8];
@@ -161,8 +163,8 @@ void pack_iq3_s(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   put_half(block, row, tail);
 }
 
-// File: d, 32 low bytes of indices, then for 32 columns a half: four times three high bits of indices, three bits of
-// scale, and one that is set for - 1.
+// File block: d; 32 low bytes of indices; for each 32 columns a 16-bit word with the three high bits of four indices, a
+// three-bit scale, and a bit that is set if the shift of the weights is -1 instead of +1.
 void pack_iq1_s(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   const auto half = [&](int j) { return half_at(block + 34 + 2 * j); };
   const auto point = [&](int i) { return kIQ1Grid.point[block[2 + i] | (half(i / 4) >> (i % 4 * 3) & 7) << 8]; };
@@ -171,8 +173,8 @@ void pack_iq1_s(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   put_half(block, row, tail);
 }
 
-// File: 32 low bytes of indices, 32 times three high bits and one that is set for - 1, four halves: four times three
-// bits of scale, four bits of d.
+// File block: 32 low bytes of indices; 32 nibbles with the three high bits of an index and a bit that is set if the
+// shift is -1; four 16-bit words, each with four three-bit scales and four bits of d.
 void pack_iq1_m(const uint8_t* block, int row, uint8_t* body, uint8_t*) {
   const auto high = [&](int i) { return nibble_at(block + 32, i); };
   const auto point = [&](int i) { return kIQ1Grid.point[block[i] | (high(i) & 7) << 8]; };

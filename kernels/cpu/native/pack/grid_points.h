@@ -1,5 +1,5 @@
-// The grids' points, for one source of a program or of a GPU's. kernels/reference/iq_tables.py reads them here; tests compare
-// every weight with gguf-py.
+// The points of the grids, compiled once for the CPU and once for a GPU. kernels/reference/iq_tables.py parses this
+// file; tests compare every weight with gguf-py.
 #pragma once
 
 #include "pack/grids.h"
@@ -7,8 +7,9 @@
 namespace llamaclust {
 namespace {
 
-// Points are in ascending order of the number whose digits, lowest first, are their levels; `steps` are the differences
-// of one number to the one before, from '$' on, where '~' adds 56 and goes on.
+// Decodes a grid. The digits of a number, lowest first, are the levels of a point; points are in ascending order of
+// their numbers. `steps` has the difference of each number to the one before as a character: '$' is 0, and each '~'
+// adds 56 to the next character.
 template <int points, int levels>
 constexpr Grid<points> unpack(const char* steps) {
   constexpr int count = levels == 3 ? 8 : 4, bits = 16 / count;

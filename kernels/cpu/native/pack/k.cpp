@@ -1,17 +1,18 @@
-// Packers of types with blocks of 256 columns whose quants stand in the tile.
+// Packers of weights in blocks of 256 columns whose tiles hold the quants themselves.
 #include "pack/blocks.h"
 
 namespace llamaclust {
 namespace {
 
-// Bit pairs of the four k-groups of sub-block j of 16, per 128 columns in 32 bytes: the first 32 columns lowest.
+// Returns the bit pairs of the four k-groups of sub-block j (16 columns). The file has 32 bytes for each 128 columns,
+// with the first 32 columns in the lowest pairs.
 void bit_pairs(const uint8_t* quants, int j, uint32_t (&groups)[4]) {
   const uint8_t* source = quants + j / 8 * 32 + j % 2 * 16;
   for (int g = 0; g < 4; g++) groups[g] = word_at(source + 4 * g) >> (j % 8 / 2 * 2) & kLowPairs;
 }
 
-// Sixteen scales of six bits. File: low halves of the first and the last eight in eight bytes, then the upper bits of
-// scales 0-3, 4-7, 8-11, 12-15 from the lowest bit pair to the highest of four bytes.
+// Sixteen six-bit scales. File: eight bytes with the low four bits of scales 0-7 and 8-15; then four bytes, whose bit
+// pairs, from the lowest to the highest, are the upper bits of scales 0-3, 4-7, 8-11 and 12-15.
 void pack_q3_k_scales(const uint8_t* packed, int row, uint8_t* out) {
   const uint32_t first = word_at(packed), second = word_at(packed + 4), high = word_at(packed + 8);
   const uint32_t low[4] = {first & kLowHalves, second & kLowHalves, first >> 4 & kLowHalves, second >> 4 & kLowHalves};
@@ -35,8 +36,8 @@ void pack_six_bit_scales(const uint8_t* packed, int row, uint8_t* out) {
   }
 }
 
-// The quants of columns 4 * group to 4 * group + 3.
-// File: per 128 columns 64 bytes of low nibbles and 32 bytes of high bit pairs; 16 signed scales; d.
+// Returns the quants of columns 4 * group to 4 * group + 3. File block: for each 128 columns 64 bytes of low nibbles;
+// for each 128 columns 32 bytes of high bit pairs; 16 signed scales; d.
 uint32_t q6_k_group(const uint8_t* block, int group) {
   const int half = group / 32, quarter = group % 32 / 8, i = group % 8 * 4;
   const uint32_t low = word_at(block + 64 * half + 32 * (quarter % 2) + i) >> (quarter / 2 * 4);
@@ -44,23 +45,23 @@ uint32_t q6_k_group(const uint8_t* block, int group) {
   return (low & kLowHalves) | (high & kLowPairs) << 4;
 }
 
-// Quants of 256 columns, below four, as pairs of bits: columns 4 i to 4 i + 3 and those 32, 64 and 96 further on, of i
-// below 8 and, past 128 columns, below 16.
+// Returns word i (0 to 15) of 256 two-bit quants. Its lowest bit pairs are four columns, the first of which is 128 * (i
+// / 8) + 4 * (i % 8); the higher pairs are those 32, 64 and 96 columns further on.
 uint32_t four_pairs(const uint8_t (&quants)[256], int i) {
   uint32_t word = 0;
   for (int k = 0; k < 4; k++) word |= word_at(quants + i / 8 * 128 + 32 * k + i % 8 * 4) << (2 * k);
   return word;
 }
 
-// Digits to base three of `count` bytes, the highest of each first: a byte is a fraction of 256.
+// Writes the base-3 digits of `count` bytes, the highest digit of all bytes first. A byte is a fraction of 256. Returns
+// the end of the output.
 uint8_t* put_digits(const uint8_t* bytes, int count, int digits, uint8_t* out) {
   for (int power = 1; digits > 0; digits--, power *= 3)
     for (int i = 0; i < count; i++) *out++ = static_cast<uint8_t>((bytes[i] * power & 255) * 3 >> 8);
   return out;
 }
 
-// The four pairs of each group of 16 columns, from blocks of digits to base three: 160 columns in 32 bytes, 80 in 16, 16
-// in 4.
+// Returns the 16 words (four_pairs) of a block of base-3 digits: 160 columns in 32 bytes, 80 in 16, and 16 in 4.
 std::array<uint32_t, 16> pairs_of_digits(const uint8_t* block) {
   uint8_t quants[256];
   uint8_t* next = put_digits(block, 32, 5, quants);
@@ -80,7 +81,7 @@ void put_three_bits(const uint32_t (&groups)[8], int row, uint8_t* lines) {
   put_word(q[4] | q[5] << 3 | (q[6] >> 2 & kLowBits) << 6 | (q[7] >> 2 & kLowBits) << 7, row, lines + 128);
 }
 
-// File: 16 bytes of scale and, above it, min; bit pairs; d, dmin.
+// File block: 16 bytes with a scale in the low and a min in the high four bits; bit pairs; d; dmin.
 void pack_q2_k(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   uint32_t lines[16] = {};
   for (int j = 0; j < 16; j++) {
@@ -94,7 +95,7 @@ void pack_q2_k(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   put_half(block + 82, row, tail + 32);
 }
 
-// File: 32 bytes of third bits, bit i those of columns 32 i to 32 i + 31; bit pairs; scales; d.
+// File block: 32 bytes of third bits, with bit i for columns 32i to 32i + 31; bit pairs; scales; d.
 void pack_q3_k(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   for (int pair = 0; pair < 8; pair++) {
     uint32_t q[8];
@@ -110,7 +111,7 @@ void pack_q3_k(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   put_half(block + 108, row, tail);
 }
 
-// File: d, dmin, scales and mins, then per 64 columns 32 bytes: low halves the first 32 columns, high halves the others.
+// File block: d; dmin; scales and mins; 32 bytes for each 64 columns, with the first 32 columns in the low nibbles.
 void pack_q4_k(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   for (int j = 0; j < 8; j++)
     for (int g = 0; g < 4; g++) {
@@ -123,7 +124,7 @@ void pack_q4_k(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   put_half(block + 2, row, tail + 32);
 }
 
-// File: as Q4_K with, before the halves, 32 bytes of fifth bits: bit j those of sub-block j.
+// File block: that of Q4_K, with 32 bytes of fifth bits before the nibbles. Bit j belongs to sub-block j.
 void pack_q5_k(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   const uint8_t *high = block + 16, *low = block + 48;
   for (int j = 0; j < 8; j++) {
@@ -138,8 +139,8 @@ void pack_q5_k(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   put_half(block + 2, row, tail + 32);
 }
 
-// Tile: per sub-block of 16 two lines of nibbles (k-groups 0 and 2, 1 and 3) and one of bit pairs (k-groups 0 to 3);
-// then the scales of sub-blocks 4 i to 4 i + 3 as k-group i.
+// Tile: for each sub-block of 16 columns two lines of nibbles (k-groups 0 and 2, 1 and 3) and one of bit pairs
+// (k-groups 0 to 3); then the scales, those of sub-blocks 4i to 4i + 3 as k-group i.
 void pack_q6_k(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   for (int j = 0; j < 16; j++) {
     uint32_t low[4], high[4];
@@ -157,8 +158,8 @@ void pack_q6_k(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   put_half(block + 208, row, tail);
 }
 
-// File: d, the upper two bits of eight scales, their lower four bits, then nibbles, 32 columns in 16 bytes. The scales
-// are 32 too big.
+// File block: d; the upper two bits of eight scales; their lower four bits; nibbles, 16 bytes for each 32 columns.
+// Scales have an offset of 32.
 void pack_iq4_xs(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   put_groups(block + 8, 32, row, body);
   for (int j = 0; j < 8; j++) {
@@ -168,7 +169,7 @@ void pack_iq4_xs(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   put_half(block, row, tail);
 }
 
-// File: 128 columns in 32 bytes, the first 32 in the lowest two bits; d.
+// File block: 32 bytes for each 128 columns, with the first 32 columns in the lowest bit pairs; d.
 void pack_tq2_0(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   uint8_t quants[256];
   for (int i = 0; i < 256; i++) quants[i] = block[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3;
@@ -176,7 +177,7 @@ void pack_tq2_0(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   put_half(block + 64, row, tail);
 }
 
-// File: 160 columns in 32 bytes, 80 in 16, 16 in 4; d.
+// File block: base-3 digits of 160 columns in 32 bytes, of 80 in 16 and of 16 in 4; d.
 void pack_tq1_0(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   put_thirds(pairs_of_digits(block), row, body);
   put_half(block + 52, row, tail);

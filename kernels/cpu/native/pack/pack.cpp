@@ -13,7 +13,7 @@ namespace {
 
 constexpr uint8_t kZeroBlock[256] = {};
 
-// A segment of sixteen rows.
+// Packs a segment of sixteen rows.
 using Packer = void (*)(const uint8_t* const (&blocks)[kTileRows], uint8_t* body, uint8_t* tail);
 
 template <auto pack>
@@ -31,8 +31,8 @@ Packer packer_of(QuantType type) {
   return nullptr;
 }
 
-// The same where blocks of one type become tiles of another, which hold the same weights and take less time to decode for
-// more bytes; null where there is no such way.
+// Returns the packer of blocks of one type into tiles of the same or another type, or null if there is none. Tiles of
+// another type hold the same weights; they have more bytes, but take less time to decode.
 Packer packer_of(QuantType file, QuantType tile) {
   if (file == tile) return packer_of(tile);
   if (tile == QuantType::IQ2_S && file == QuantType::IQ2_XXS) return pack_rows<pack_iq2_xxs_as_iq2_s>;
@@ -51,7 +51,7 @@ Packer checked_packer(QuantType file, QuantType tile) {
 
 constexpr size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// Bytes of a tile's segments.
+// Bytes of all segments of a tile.
 size_t used_bytes(const TileLayout& layout, int cols) {
   return static_cast<size_t>(cols / layout.segment_cols) * (layout.body_bytes + layout.tail_bytes);
 }
@@ -59,7 +59,7 @@ size_t used_bytes(const TileLayout& layout, int cols) {
 // Bytes of a tile of 16 rows, a multiple of 64.
 size_t tile_bytes(QuantType type, int cols) { return whole_lines(used_bytes(tile_layout(type), cols)); }
 
-// Packs `rows` (1 to 16) rows that lie one after the other in blocks of `file_type`; further rows of the tile become zero.
+// Packs `rows` (1 to 16) consecutive rows in blocks of `file_type`. The other rows of the tile become zero.
 void pack_tile(Packer pack, QuantType file_type, QuantType type, const uint8_t* file_rows, int rows, int cols,
                uint8_t* tile) {
   const TileLayout layout = tile_layout(type);
@@ -154,7 +154,8 @@ void PackedMatrix::pack_rows(int first_row, std::span<const uint8_t> data, Quant
 }
 
 uint64_t packing_fingerprint(int file_type, int type) {
-  constexpr int kSegments = 11;  // groups of 4, 2 or 1, and a short one
+  // Neither a multiple of 4 nor of 2, so that the last group of segments is incomplete.
+  constexpr int kSegments = 11;
   const int cols = kSegments * tile_layout(checked(type, 1, 256)).segment_cols;
   const auto from = static_cast<QuantType>(file_type), to = static_cast<QuantType>(type);
   const Packer pack = checked_packer(from, to);

@@ -1,4 +1,4 @@
-// From rows as they lie in a model file to tiles, and the sizes of what kernels read.
+// Packs rows of a model file into tiles, and computes the sizes of both.
 #pragma once
 
 #include <memory>
@@ -9,28 +9,30 @@
 
 namespace llamaclust {
 
-// Whether the type is in the table of level/quant_types.h; the functions below take no other.
+// Returns whether the type is in the table of level/quant_types.h. The functions below require that.
 bool is_supported(QuantType type);
 
-// Bytes of a row in a model file; cols is a multiple of the type's segment_cols.
+// Bytes of a row in a model file. `cols` is a multiple of the type's segment_cols.
 size_t file_row_bytes(QuantType type, int cols);
-// Columns that an activation format quantizes together.
+// Number of columns that an activation format quantizes together.
 int segment_cols(ActivationFormat format);
 
-// A weight matrix in tiles, in memory of its own or in a part of what several share.
+// A weight matrix in tiles, in memory of its own or in a part of shared memory.
 class PackedMatrix {
  public:
-  // All zero at first. std::invalid_argument for a type without products or a width that is not whole segments.
+  // Creates zeroed tiles. Throws std::invalid_argument for a type without products, or if `cols` is not a number of
+  // whole segments.
   PackedMatrix(int type, int rows, int cols);
 
-  // Tiles that are, or are to be, at an offset of `memory`. Throws as above, and where they do not fit there.
+  // Uses tiles at `offset` of `memory`, which may be filled later. Throws as above, and if the tiles do not fit there.
   PackedMatrix(int type, int rows, int cols, std::shared_ptr<const Memory> memory, size_t offset);
 
-  // Only the type and the shape, for planning: it has no memory and must not be read. Throws as above.
+  // Creates a type and a shape for planning, without memory; the weights must not be read. Throws as above.
   static PackedMatrix shape_only(int type, int rows, int cols);
 
-  // Packs rows as a model file holds them, in blocks of `file_type`; first_row is a multiple of 16, as is their number but
-  // at the matrix's end. std::invalid_argument for a type that is not packed into tiles of this one.
+  // Packs rows as a model file has them, in blocks of `file_type`. `first_row` is a multiple of 16; so is the number of
+  // rows, except at the end of the matrix. Throws std::invalid_argument for a type that cannot be packed into tiles of
+  // this one.
   void pack_rows(int first_row, std::span<const uint8_t> data, QuantType file_type);
   void pack_rows(int first_row, std::span<const uint8_t> data) { pack_rows(first_row, data, matrix_.type); }
 
@@ -42,11 +44,11 @@ class PackedMatrix {
 
   std::shared_ptr<const Memory> memory_;
   Matrix matrix_;
-  uint8_t* tiles_ = nullptr;  // null where they must not be written
+  uint8_t* tiles_ = nullptr;  // Null if the tiles must not be written.
 };
 
-// A number that changes with what packing into tiles of `type` makes of blocks of `file_type`. std::invalid_argument as
-// above.
+// Returns a number that changes if packing blocks of `file_type` into tiles of `type` gives different bytes. Throws
+// std::invalid_argument as above.
 uint64_t packing_fingerprint(int file_type, int type);
 
 }  // namespace llamaclust

@@ -3,10 +3,10 @@
 namespace llamaclust {
 namespace {
 
-// Four bits, the first of them lowest, to the lowest bits of four bytes.
+// Moves four bits, the first of which is the lowest, to the lowest bits of the four bytes of a word.
 uint32_t spread(uint32_t bits) { return (bits & 1) | (bits & 2) << 7 | (bits & 4) << 14 | (bits & 8) << 21; }
 
-// File: the fifth bits of 32 columns, a bit each, then 16 bytes of halves as in Q4_0.
+// File: a word with the fifth bits of 32 columns; then 16 bytes of nibbles as in Q4_0.
 void pack_five_bits(const uint8_t* packed, int row, uint8_t* body) {
   const uint32_t high = word_at(packed);
   uint32_t groups[8];
@@ -48,13 +48,13 @@ void pack_q5_1(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   put_half(block + 2, row, tail + 32);
 }
 
-// Quants are stored plus 128.
+// Quants are stored with an offset of 128.
 void pack_q8_0(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   for (int g = 0; g < 8; g++) put_word(word_at(block + 2 + 4 * g) ^ 0x80808080, row, body + 64 * g);
   put_half(block, row, tail);
 }
 
-// File: an exponent byte, then nibbles.
+// File block: an exponent byte; nibbles.
 void pack_mxfp4(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   put_groups(block + 1, 4, row, body);
   tail[row] = block[0];

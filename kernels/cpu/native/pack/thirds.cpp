@@ -6,7 +6,8 @@
 namespace llamaclust {
 namespace {
 
-// By four levels of two bits each, the indices of kThirdsPlace and, from bit 4 on, of kThirdsAround.
+// Maps four levels of two bits each to an index of kThirdsPlace (bits 0 to 3) and an index of kThirdsAround (bits 4 to
+// 6).
 constexpr std::array<uint8_t, 256> kThirds = [] {
   std::array<uint8_t, 256> codes{};
   for (int place = 0; place < 15; place++)

@@ -8,7 +8,7 @@ constexpr int kRounds = 4000;
 
 #if defined(__x86_64__)
 
-// Twelve independent accumulators cover the latency of any of these instructions; the registers hold whatever they held.
+// Twelve independent accumulators hide the latency of any of these instructions.
 #define TWELVE(op) op(0) op(1) op(2) op(3) op(4) op(5) op(6) op(7) op(8) op(9) op(10) op(11)
 #define CLOBBERS                                                                                                  \
   "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", \
@@ -17,7 +17,8 @@ constexpr int kRounds = 4000;
 #define DOT_ZMM(i) "vpdpbusd %%zmm14, %%zmm15, %%zmm" #i "\n"
 #define FMA_ZMM(i) "vfmadd231ps %%zmm14, %%zmm15, %%zmm" #i "\n"
 #define CLEAR_YMM(i) "vpxor %%ymm" #i ", %%ymm" #i ", %%ymm" #i "\n"
-#define DOT_VEX(i) "%{vex%} vpdpbusd %%ymm14, %%ymm15, %%ymm" #i "\n"  // of AVX-VNNI: no assembler's own choice
+// VEX encoding of AVX-VNNI; otherwise the assembler may choose EVEX.
+#define DOT_VEX(i) "%{vex%} vpdpbusd %%ymm14, %%ymm15, %%ymm" #i "\n"
 #define FMA_YMM(i) "vfmadd231ps %%ymm14, %%ymm15, %%ymm" #i "\n"
 #define PAIRS(r, i)                                                                         \
   "vpmaddubsw %%" r "14, %%" r "15, %%" r "12\nvpmaddwd %%" r "14, %%" r "12, %%" r "12\n" \
@@ -42,7 +43,7 @@ PEAK(fma_avx2, 8, CLEAR_YMM, FMA_YMM)
 
 #elif defined(__aarch64__)
 
-// Twenty-four independent accumulators: four pipes with a latency of four need sixteen.
+// Twenty-four independent accumulators. Four pipes with a latency of four cycles need sixteen.
 #define EIGHT(op, n) op(n##0) op(n##1) op(n##2) op(n##3) op(n##4) op(n##5) op(n##6) op(n##7)
 #define TWENTY_FOUR(op) EIGHT(op, ) EIGHT(op, 1) op(8) op(9) op(18) op(19) op(20) op(21) op(22) op(23)
 #define CLOBBERS                                                                                                     \
@@ -68,7 +69,8 @@ PEAK(fma_neon, 4, FMA_V)
 
 #endif
 
-// What a compiler makes of plain loops for any CPU of this kind; the operands come from memory that it cannot know.
+// Plain loops, as the compiler vectorizes them for any CPU of this architecture. The operands are volatile, so that the
+// compiler cannot compute the results.
 constexpr int kPlainLanes = 64;
 volatile signed char unknown_byte = 3;
 volatile float unknown_float = 1e-3f;

@@ -16,9 +16,11 @@
 namespace llamaclust {
 
 struct ReadPattern {
-  int streams;          // places that one thread reads from in turn, a cache line each
-  bool interleaved;     // threads take turns at chunks; else each has a region of its own
-  int prefetch_chunks;  // how many chunks ahead of the reads lines are prefetched; 0: left to the hardware
+  int streams;  // Number of places that a thread reads in turn, a cache line each.
+  // Threads read successive chunks in turn; otherwise each has a region of its own.
+  bool interleaved;
+  // Number of chunks by which prefetches are ahead of reads; 0 leaves prefetching to the hardware.
+  int prefetch_chunks;
 };
 
 constexpr ReadPattern kReadPatterns[] = {{1, false, 0}, {1, false, 1}, {1, true, 0}, {1, true, 1}, {2, false, 0},
@@ -28,12 +30,12 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Does a small piece of work (some microseconds) on a thread and returns how many units it was.
+// Does some microseconds of work on a thread and returns the number of units.
 using Piece = std::function<double(int thread)>;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-// Units a second, all threads together.
+// Returns units per second of all threads together.
 double rate(int threads, double seconds, const Piece& piece) {
   std::vector<double> rates(threads);
   std::barrier start(threads);
@@ -71,14 +73,15 @@ double peak(const ArithmeticPiece piece, int threads, double seconds) {
 }
 
 constexpr size_t kChunkBytes = 4096;
-constexpr int kFilling = 1;  // of every byte of the buffer
-constexpr uint64_t kWordsOfSum = ~uint64_t{254};  // the inverse of a word of the buffer, modulo 2^64
+constexpr int kFilling = 1;  // Value of every byte of the buffer.
+// Inverse of a word of the buffer, modulo 2^64. A sum of words times it is the number of words.
+constexpr uint64_t kWordsOfSum = ~uint64_t{254};
 static_assert(kWordsOfSum * 0x0101010101010101 == 1);
 constexpr size_t kPieceBytes = 64 * kChunkBytes;
 constexpr size_t kMaxStreams = 8;
 constexpr size_t kMostBytes = size_t{1} << 30;
 
-// Of the part of a buffer that a thread reads.
+// Number of chunks in the part of the buffer that a thread reads.
 size_t chunks_of(int threads, int cache_multiple) {
   const size_t wanted = last_cache_bytes(threads) * static_cast<size_t>(cache_multiple);
   const size_t free = static_cast<size_t>(sysconf(_SC_AVPHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
@@ -86,7 +89,7 @@ size_t chunks_of(int threads, int cache_multiple) {
   return std::max<size_t>(pieces, 1) * (kPieceBytes / kChunkBytes);
 }
 
-// Reads `lines` cache lines of each stream, in turn.
+// Reads a chunk of each stream, one cache line of each in turn. Returns the sum of the words.
 template <int streams, bool prefetch>
 uint64_t read_lines(const uint8_t* const* chunks, const uint8_t* const* ahead) {
   uint64_t sums[8] = {};
@@ -138,7 +141,8 @@ ReadProbe::ReadProbe(int threads, int cache_multiple)
       chunks_(chunks_of(threads, checked(cache_multiple, 64, "cache_multiple"))),
       memory_(chunks_ * kChunkBytes * static_cast<size_t>(threads)),
       places_(threads) {
-  rate(threads, 0, [this](int thread) {  // so that memory is really there, near the thread
+  // Each thread writes the memory that it reads, so that the pages exist and are near the thread.
+  rate(threads, 0, [this](int thread) {
     memset(memory_.data() + thread * chunks_ * kChunkBytes, kFilling, chunks_ * kChunkBytes);
     return 1.0;
   });

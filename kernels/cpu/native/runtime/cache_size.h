@@ -4,7 +4,7 @@
 
 namespace llamaclust {
 
-// What so many threads reach of the last cache together, at most.
+// Maximum number of bytes of the last-level cache that `threads` threads can use together.
 size_t last_cache_bytes(int threads);
 
 }  // namespace llamaclust

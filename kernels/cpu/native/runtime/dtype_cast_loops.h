@@ -1,11 +1,13 @@
-// The loops of dtype_cast.cpp, which includes this once for any CPU and once for those with AVX2: the compiler makes
-// vectors of them, and every way gives the same bits. No include guard, no includes.
+// The loops of dtype_cast.cpp, which includes this file twice: once for any CPU and once for CPUs with AVX2. The
+// compiler vectorizes them; both versions give the same bits. Therefore the file has no include guard and includes
+// nothing.
 
-constexpr int kTile = 256;  // weights at a time, on the stack
+constexpr int kTile = 256;  // Weights of one iteration, which are held on the stack.
 constexpr int32_t kMagnitude = 0x7fffffff, kInfinite = 0x7f800000;
-constexpr int32_t kSmallestHalf = 113 << 23;  // 2^-14, the least float16 with a whole mantissa
-constexpr int32_t kTooLarge = 0x477ff000;     // 65520, which rounds to infinity
-constexpr int32_t kHalfBits = 126 << 23;      // 0.5f: added to a small number, it leaves float16's bits behind
+constexpr int32_t kSmallestHalf = 113 << 23;  // 2^-14, the smallest normal float16.
+constexpr int32_t kTooLarge = 0x477ff000;     // 65520, the smallest number that rounds to infinity in float16.
+// Bits of 0.5f. The low mantissa bits of x + 0.5f are the float16 bits of a subnormal x.
+constexpr int32_t kHalfBits = 126 << 23;
 
 inline int32_t bits_of(float x) { return __builtin_bit_cast(int32_t, x); }
 inline float float_of(int32_t bits) { return __builtin_bit_cast(float, bits); }
@@ -17,7 +19,8 @@ inline int32_t half_bits(int32_t x) {
   return sign | (a < kSmallestHalf ? small : large);
 }
 
-// Numbers that are none stay so. Small float16 are multiples of 2^-24, which the float32 beside them is made of.
+// Converts float16 to float32; a NaN remains one. Subnormal float16 numbers are multiples of 2^-24, which the integer
+// `a` counts.
 inline float widened(int32_t half) {
   const int32_t a = half & 0x7fff;
   const int32_t large = (a << 13) + ((a >= 0x7c00 ? 224 : 112) << 23);
@@ -65,7 +68,8 @@ inline void store_bfloat(const float* x, int n, uint8_t* to) {
 }
 
 inline bool store_block(const float* x, uint8_t* to) {
-  constexpr float kAlmostHalf = 0x1.fffffep-2f;  // added before the rest is cut off, it rounds every number right
+  // The float below 0.5, added with the sign of y before truncation, rounds every y to nearest.
+  constexpr float kAlmostHalf = 0x1.fffffep-2f;
   const float most = float_of(largest_bits(x, 32)), d = most / 127.0f, factor = d != 0.0f ? 1.0f / d : 0.0f;
   const uint16_t scale = static_cast<uint16_t>(half_bits(bits_of(d)));
   const bool fits = bits_of(d) < kTooLarge;

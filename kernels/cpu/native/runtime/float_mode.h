@@ -1,5 +1,5 @@
-// The floating-point environment of native calls: round to nearest, keep subnormals, no traps. A host program may have
-// set another one (some libraries flush subnormals to zero), which would change results.
+// Sets the floating-point environment of native calls: round to nearest, keep subnormals, no traps. The host program
+// may have set another one (some libraries flush subnormals to zero), which would change results.
 #pragma once
 
 #include <cstdint>

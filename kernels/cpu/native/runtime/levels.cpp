@@ -16,9 +16,10 @@
 #endif
 #endif
 
-// LLAMACLUST_LEVELS(X), of the build: X(name, attention, base) for each level that is there (arithmetic.cmake). Whose code
-// it runs besides its own: `attention` is the level of attention's, `base` that of all but products and attention.
-// Tables are copied here and not in level/: code of a level must not run before the CPU is known to have it.
+// The build defines LLAMACLUST_LEVELS(X) as a list of X(name, attention, base), one for each compiled level
+// (arithmetic.cmake). `attention` is the level whose attention code a level shares, `base` the level whose code it
+// shares for all but products and attention. The tables are copied in this file because code in level/ must not run
+// before the CPU is known to support it.
 #define DECLARE(name, attention, base)     \
   namespace llamaclust::name {             \
   extern const MatmulOps matmul_ops;       \
@@ -40,15 +41,15 @@ namespace {
 
 bool bit(unsigned int word, int index) { return (word >> index & 1) != 0; }
 
-// Which register files the operating system saves at a task switch; without it, wide registers would lose their upper
-// parts or fault, whatever the chip can do.
+// Returns XCR0, the register files that the operating system saves at a task switch. Wide registers that it does not
+// save would fault or lose their upper parts, even on a CPU that has them.
 uint64_t saved_state() {
   uint32_t low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return static_cast<uint64_t>(high) << 32 | low;
 }
 
-// The registers of tiles, saved only for processes that have requested them and are permitted them.
+// AMX tile registers. The system saves them only for processes that have requested and obtained the permission.
 constexpr int kTileConfig = 17, kTileData = 18;
 #ifndef ARCH_GET_XCOMP_SUPP
 #define ARCH_GET_XCOMP_SUPP 0x1021
@@ -60,7 +61,8 @@ bool system_has_tiles(uint64_t saved) {
          syscall(SYS_arch_prctl, ARCH_GET_XCOMP_SUPP, &supported) == 0 && (supported >> kTileData & 1) != 0;
 }
 
-// Why a process on a CPU with tiles may not use them, asked once; 0: it may.
+// Returns the error number with which the system refuses tile registers to this process, or 0 if it permits them.
+// Requests the permission once.
 int tiles_error() {
   static const int error = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, kTileData) == 0 ? 0 : errno;
   return error;

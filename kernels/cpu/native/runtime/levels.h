@@ -1,4 +1,4 @@
-// The feature levels built into this program and which of them this machine can run.
+// The feature levels that are built into this program, and which of them this machine can run.
 #pragma once
 
 #include <string>
@@ -8,30 +8,31 @@
 
 namespace llamaclust {
 
-// What this CPU can run and its operating system lets it run, by feature level.
+// Feature levels that both the CPU and its operating system support.
 struct CpuFeatures {
-  bool generic = true;        // plain C++
-  bool avx2 = false;          // with FMA and F16C
-  bool avxvnni = false;       // and the 8-bit dot product in 256 bits
-  bool avx512 = false;        // F, BW, DQ, VL
-  bool avx512vnni = false;    // and the 8-bit dot product
-  bool avx512vbmi = false;    // and look-ups of bytes
-  bool amx = false;           // and tile registers, with products of them
-  bool neon = false;          // ARMv8's vectors
-  bool neon_dotprod = false;  // and its 8-bit dot product
-  bool neon_i8mm = false;     // and products of two rows with two
+  bool generic = true;        // Plain C++.
+  bool avx2 = false;          // With FMA and F16C.
+  bool avxvnni = false;       // AVX2 with AVX-VNNI, the 8-bit dot product in 256-bit registers.
+  bool avx512 = false;        // Subsets F, BW, DQ and VL.
+  bool avx512vnni = false;    // AVX-512 with VNNI, the 8-bit dot product.
+  bool avx512vbmi = false;    // The level above with VBMI, byte look-ups.
+  bool amx = false;           // The level above with AMX tile registers and their int8 products.
+  bool neon = false;          // ARMv8 Advanced SIMD.
+  bool neon_dotprod = false;  // NEON with the 8-bit dot product.
+  bool neon_i8mm = false;     // The level above with int8 products of two rows with two rows.
 };
 
 CpuFeatures cpu_features();
 
-// Why the system refuses this process a level whose instructions the CPU has; empty: it does not.
+// Returns why the system does not permit this process a level that the CPU supports; empty if it permits the level.
 std::string refusal(const std::string& level);
 
-// Those that this process may use, slowest first; the last is what an unforced choice takes. Asks the system for what
-// levels need.
+// Returns the levels that this process may use, slowest first; the last one is the default. Requests the permission
+// that AMX needs.
 std::vector<Level> available_levels();
 
-// The level of that name, or the best for an empty one; std::invalid_argument names what there is.
+// Returns the level with this name, or the fastest one for an empty name. Throws std::invalid_argument, which lists the
+// available levels.
 Level find_level(const std::string& name);
 
 }  // namespace llamaclust

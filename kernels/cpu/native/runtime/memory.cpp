@@ -25,7 +25,8 @@ void* map(size_t bytes, int protection, int flags, int descriptor) {
   return data;
 }
 
-// Maps what begins on a huge page if it is as large as one: otherwise the system could use none at its ends.
+// Maps memory at an address aligned to huge pages if it is at least as large as one. Otherwise the system could not use
+// huge pages at its ends.
 uint8_t* map_aligned(size_t bytes, int protection, int flags, int descriptor) {
   if (bytes < kHugePage) return static_cast<uint8_t*>(map(bytes, protection, flags, descriptor));
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), whole = (bytes + page - 1) / page * page;
@@ -43,8 +44,9 @@ uint8_t* map_aligned(size_t bytes, int protection, int flags, int descriptor) {
 }
 
 constexpr int kLanes = 8;
-// The step of xxHash64. Its factors are odd, so that it can be undone: two states, or two words, never become one. A
-// word is multiplied before it comes in: few bits of one and few of the next must not cancel out.
+// The mixing step of xxHash64. Both factors are odd, so the step is invertible: two different states or words never
+// give the same result. The word is multiplied before it is added, so that bit differences of successive words do not
+// cancel each other.
 constexpr uint64_t kFirst = 0x9e3779b185ebca87, kSecond = 0xc2b2ae3d27d4eb4f;
 
 uint64_t mixed(uint64_t state, uint64_t word) { return std::rotl(state + word * kSecond, 31) * kFirst; }
@@ -65,19 +67,21 @@ Memory::Memory(size_t bytes) : bytes_(bytes) {
   if (bytes == 0) return;
   if (bytes > SIZE_MAX / 2) throw std::bad_alloc();
   data_ = map_aligned(bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
-  madvise(data_, bytes, MADV_HUGEPAGE);  // weights stream some 6 % faster; a system without huge pages refuses, no matter
+  // Weights are read some 6 % faster from huge pages. The call fails harmlessly on systems without them.
+  madvise(data_, bytes, MADV_HUGEPAGE);
 }
 
 Memory Memory::mapped(int descriptor, size_t bytes) {
   Memory memory;
   memory.is_writable_ = false;
   if (bytes == 0) return memory;
-  // A file that cannot be mapped is refused here. Refused over reserved room, it could leave a hole there, which the map
-  // of another thread may take before the room is given back.
+  // Fails here if the file cannot be mapped. A failure of the mapping over reserved address space could leave a hole,
+  // which a mapping of another thread may fill before the reserved space is released.
   munmap(map(1, PROT_READ, MAP_SHARED, descriptor), 1);
   memory.data_ = map_aligned(bytes, PROT_READ, MAP_SHARED, descriptor);
   memory.bytes_ = bytes;
-  madvise(memory.data_, bytes, MADV_HUGEPAGE);  // pages that are not in the page cache yet are read into huge pages
+  // Pages that are not yet in the page cache are read into huge pages.
+  madvise(memory.data_, bytes, MADV_HUGEPAGE);
   return memory;
 }
 
@@ -105,9 +109,9 @@ void Memory::touch(size_t begin, size_t end) const {
 
 void Memory::collapse() {
 #ifndef MADV_COLLAPSE
-  constexpr int MADV_COLLAPSE = 25;  // of headers older than the kernel
+  constexpr int MADV_COLLAPSE = 25;  // The kernel supports it, but older headers lack it.
 #endif
-  madvise(data_, bytes_ / kHugePage * kHugePage, MADV_COLLAPSE);  // older systems refuse, no matter
+  madvise(data_, bytes_ / kHugePage * kHugePage, MADV_COLLAPSE);  // Older systems refuse the call, which is harmless.
 }
 
 uint64_t checksum(const uint8_t* data, size_t bytes) {

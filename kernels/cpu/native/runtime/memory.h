@@ -1,4 +1,4 @@
-// Memory straight from the operating system: its own, or a file's.
+// Memory from the operating system: anonymous, or a mapped file.
 #pragma once
 
 #include <cstddef>
@@ -9,26 +9,27 @@ namespace llamaclust {
 
 class Memory {
  public:
-  static constexpr size_t kHugePage = size_t{1} << 21;  // of x86-64, and of most ARM systems
+  static constexpr size_t kHugePage = size_t{1} << 21;  // Huge pages of x86-64 and of most ARM systems.
 
   Memory() = default;
-  // Zero, aligned to pages (to huge ones from their size on), and not there until it is touched. std::bad_alloc where
-  // the system refuses.
+  // Allocates zeroed memory, aligned to pages, or to huge pages if it is at least as large as one. The system provides
+  // pages when they are first touched. Throws std::bad_alloc if the system refuses.
   explicit Memory(size_t bytes);
-  // The first bytes of a file, aligned likewise, shared with every process that maps it, and read-only. Reading
-  // past the end of a truncated file is a crash: map only files that are never truncated. std::bad_alloc where memory is short, std::system_error
-  // where the file cannot be mapped: some file systems cannot.
+  // Maps the first bytes of a file with the same alignment, read-only and shared with every process that maps the file.
+  // Reading past the end of a truncated file crashes the process, so map only files that are never truncated. Throws
+  // std::bad_alloc if memory is short, std::system_error if the file cannot be mapped (some file systems do not support
+  // it).
   static Memory mapped(int descriptor, size_t bytes);
   Memory(Memory&& other) noexcept;
   Memory& operator=(Memory&& other) noexcept;
   ~Memory();
 
-  // Writes zero to every page of bytes [begin, end), so that they are there before they are first used: the system takes
-  // longer to give a page than to write it again. Only as long as they are zero.
+  // Writes 0 to every page of bytes [begin, end), so that the system provides the pages before their first use.
+  // Providing a page takes longer than writing it. Call it only while the memory still holds zeros.
   void touch(size_t begin, size_t end) const;
 
-  // Moves what is in small pages into huge ones, as far as the system has free ones and can (Linux 6.1): a page that was
-  // touched while no huge one was free stays small otherwise.
+  // Moves small pages into huge ones, if the system has free huge pages and supports the call (Linux 6.1). Without it,
+  // a page that was touched while no huge page was free stays small.
   void collapse();
 
   uint8_t* data() const { return data_; }
@@ -41,10 +42,10 @@ class Memory {
   bool is_writable_ = true;
 };
 
-// Offsets of things that lie one after another, each on a cache line of its own.
+// Assigns offsets to consecutive objects, each of which starts on a cache line of its own (64 bytes).
 class Layout {
  public:
-  // std::bad_alloc before sizes that no machine has could overflow.
+  // Throws std::bad_alloc for more than 2^60 bytes, before a sum of sizes could overflow.
   size_t add(size_t bytes) {
     const size_t offset = bytes_;
     if (bytes > kMostBytes || offset > kMostBytes) throw std::bad_alloc();
@@ -59,8 +60,8 @@ class Layout {
   size_t bytes_ = 0;
 };
 
-// A checksum at the speed of memory, against damage and not against forgery: it differs for any two pieces of memory of
-// one size that differ in one 64-bit word, and for others all but surely.
+// A fast checksum against damage, not against forgery. It always differs between two memory areas of one size that
+// differ in a single 64-bit word, and almost always between others.
 uint64_t checksum(const uint8_t* data, size_t bytes);
 
 }  // namespace llamaclust

@@ -14,7 +14,7 @@
 namespace llamaclust {
 namespace {
 
-// Pauses between two looks at the clock.
+// Number of pauses between two readings of the clock.
 constexpr int kSpinsPerLook = 64;
 
 void pause() {

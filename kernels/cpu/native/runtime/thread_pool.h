@@ -1,5 +1,5 @@
-// Threads that work on one job together and synchronize at barriers. They spin for some microseconds, then sleep in the
-// kernel: two workers on one machine must not keep each other's cores busy.
+// Threads that work on one job together and synchronize at barriers. A waiting thread spins for some microseconds and
+// then sleeps in the kernel, so that two workers on one machine do not occupy each other's cores.
 #pragma once
 
 #include <algorithm>
@@ -20,28 +20,29 @@
 
 namespace llamaclust {
 
-// Of a clock that does not go back.
+// Time of a monotonic clock, in nanoseconds.
 int64_t now_ns();
 
-// Waits until `word` is no longer `old`, spinning first, then parked; returns nanoseconds if it took more than a
-// moment. It spins for `spin_ns` at most.
+// Waits until `word` differs from `old`: spins for up to `spin_ns` nanoseconds, then parks. Returns the nanoseconds
+// waited, or 0 for a short wait.
 int64_t wait_while_equal(const std::atomic<int32_t>& word, int32_t old, int64_t spin_ns = kShortWaitNs);
 
-// All callers of arrive() leave it together.
+// A barrier: arrive() returns once all participating threads have called it.
 class Barrier {
  public:
-  // For that many callers from now on; no thread may be inside.
+  // Prepares the barrier for `threads` callers. No thread may be inside arrive().
   void open(int threads) {
     threads_ = threads;
     opening_++;
     waited_.store(opening_ << kWaitedBits, std::memory_order_relaxed);
   }
 
-  // `idle` is called again and again while others are waited for, until it returns false. `counts`: what the caller
-  // waits here is added to waited_ns(). `spin_ns`: see wait_while_equal().
+  // `idle` is called repeatedly while the caller waits, until it returns false. If `counts`, this wait is added to
+  // waited_ns(). `spin_ns` is the parameter of wait_while_equal().
   template <typename Idle = bool (*)()>
   void arrive(Idle idle = [] { return false; }, bool counts = true, int64_t spin_ns = kShortWaitNs) {
-    const int threads = threads_;  // before the increment: after it, the next open() may have changed it
+    // Read before the increment, because the next open() may change it afterwards.
+    const int threads = threads_;
     if (threads == 1) return;
     const uint64_t opening = opening_;
     const int32_t phase = phase_.load(std::memory_order_relaxed);
@@ -56,12 +57,12 @@ class Barrier {
     phase_.notify_all();
   }
 
-  // What all callers together have waited since open(), without short waits and those that are noticed after the next
-  // open().
+  // Total nanoseconds that all callers have waited since open(). Excludes short waits, and waits that end only after
+  // the next open().
   int64_t waited_ns() const { return static_cast<int64_t>(waited_.load(std::memory_order_relaxed) & kWaitedMask); }
 
  private:
-  static constexpr int kWaitedBits = 44;  // of nanoseconds: five hours
+  static constexpr int kWaitedBits = 44;  // Bits for nanoseconds, which suffice for almost five hours.
   static constexpr uint64_t kWaitedMask = (uint64_t{1} << kWaitedBits) - 1;
 
   void add_waited(uint64_t opening, uint64_t ns) {
@@ -71,26 +72,30 @@ class Barrier {
   }
 
   int threads_ = 1;
-  uint64_t opening_ = 0;  // how often it was opened
+  uint64_t opening_ = 0;  // Number of calls of open().
   alignas(64) std::atomic<int32_t> arrived_{0};
   alignas(64) std::atomic<int32_t> phase_{0};
-  alignas(64) std::atomic<uint64_t> waited_{0};  // the opening's number above nanoseconds
+  // The number of the opening in the upper bits, nanoseconds in the lower ones.
+  alignas(64) std::atomic<uint64_t> waited_{0};
 };
 
-// How many threads are worth using for jobs that are alike while other programs want the same cores: a thread that is not
-// running keeps all others waiting at the next barrier. Found by experiment; results do not depend on the number.
+// Chooses the number of threads for similar jobs while other programs use the same cores. A thread that is not running
+// keeps all others waiting at the next barrier, so fewer threads may be faster. The choice is found by trials; results
+// do not depend on it.
 class SimilarJobs {
  public:
-  // Where arithmetic is the limit, half the threads do as well only if one is missing for more than half of the time;
-  // where memory is, which it is with few rows, much earlier.
+  // Half the threads are a match for all of them only if a thread is missing for more than half of the time, where
+  // arithmetic is the bottleneck. Where memory is (with few rows), they are already if a thread is missing much more
+  // rarely.
   SimilarJobs(int threads, bool few_rows)
       : all_(threads), compared_(few_rows ? 8 : 3), contended_share_(few_rows ? 0.2 : 0.5), threads_(threads) {}
 
-  // How many should take part in the next job.
+  // Number of threads for the next job.
   int threads() const { return trying_ ? other_ : threads_; }
 
-  // After a job that cost so much, in which threads waited that share of the time for one that was missing. Another
-  // number is tried for a few jobs where they wait much or are not all there, less often each time it is in vain.
+  // Records a job with its cost and the share of its time in which threads waited for a missing one. Starts a trial of
+  // another number of threads for a few jobs if threads waited much or if not all of them took part. Each
+  // failed trial doubles the number of jobs until the next one.
   void report(double cost, double waited_share) {
     costs_[seen_++] = cost;
     waited_ += waited_share;
@@ -103,7 +108,8 @@ class SimilarJobs {
     forget();
     if (held_jobs_ > 0) return;
     if (threads_ == all_ && !contended) hold_ = kShortestHold;
-    const bool fewer = contended && (threads_ == all_ || other_ > threads_);  // below all, more and fewer take turns
+    // Below the full number, trials of more and of fewer threads alternate.
+    const bool fewer = contended && (threads_ == all_ || other_ > threads_);
     other_ = fewer ? std::max(threads_ / 2, 1) : std::min(2 * threads_, all_);
     trying_ = other_ != threads_;
   }
@@ -114,14 +120,15 @@ class SimilarJobs {
 
   double least() const { return *std::min_element(costs_.begin(), costs_.begin() + seen_); }
 
-  // The mean, to which a hiccup adds no more than twice the least.
+  // Returns the mean cost, in which a single slow job counts at most twice the minimum.
   double typical() const {
     double sum = 0;
     for (int i = 0; i < seen_; i++) sum += std::min(costs_[i], 2 * least());
     return sum / seen_;
   }
 
-  // Each job so far cost far more than usual, or they cost as much as the whole trial may.
+  // Returns whether a trial can be ended early: each job cost far more than usual, or together they cost as much as the
+  // usual jobs of a whole trial.
   bool hopeless() const { return seen_ > 1 && (least() > kFarMore * usual_ || seen_ * typical() > compared_ * usual_); }
 
   void end_probe(bool pays) {
@@ -138,12 +145,14 @@ class SimilarJobs {
 
   const int all_, compared_;
   const double contended_share_;
-  int threads_, other_ = 0;  // the one that seems best, the one that is tried or was last
+  // The number of threads that seems best; the number on trial, or of the last trial.
+  int threads_, other_ = 0;
   bool trying_ = false;
-  std::array<double, kMostCompared> costs_{};  // of the last jobs with the same number of threads
+  std::array<double, kMostCompared> costs_{};  // Costs of the last jobs with the same number of threads.
   int seen_ = 0;
   double waited_ = 0, usual_ = 0;
-  int hold_ = kShortestHold, held_jobs_ = 0;  // jobs between two trials; how many are left
+  // Number of jobs between two trials; number of jobs that remain until the next one.
+  int hold_ = kShortestHold, held_jobs_ = 0;
 };
 
 class CoreContention {
@@ -154,11 +163,11 @@ class CoreContention {
     for (size_t kind = 0; kind < kKinds; kind++) kinds_.emplace_back(threads, kind < size_t{kFewRows});
   }
 
-  // How many should take part in the next job of so many rows.
+  // Number of threads for the next job of `rows` rows.
   int threads(int rows) const { return kinds_[kind_of(rows)].threads(); }
 
-  // After that job. The time before it counts, too: waiting threads keep the caller that submits jobs
-  // from the cores. No more of it counts than the job itself took.
+  // Records a finished job. The time since the previous job counts as well, because waiting threads keep the caller
+  // that submits jobs from the cores. It counts for no more than the duration of the job itself.
   void report(int rows, int64_t began_ns, int64_t ended_ns, int64_t waited_ns) {
     const int64_t wall_ns = std::max<int64_t>(ended_ns - began_ns, 1), others = std::max(threads(rows) - 1, 1);
     const int64_t cost_ns = wall_ns + std::clamp<int64_t>(began_ns - last_ended_ns_, 0, wall_ns);
@@ -170,7 +179,7 @@ class CoreContention {
  private:
   static constexpr size_t kKinds = 16;
 
-  // Few rows by their number, more by its power of two.
+  // Kinds of jobs: one for each number of rows up to kFewRows, then one for each power of two.
   static size_t kind_of(int rows) {
     const auto many = static_cast<size_t>(rows);
     return rows <= kFewRows ? many - 1 : std::min(static_cast<size_t>(kFewRows - 4 + std::bit_width(many)), kKinds - 1);
@@ -182,26 +191,29 @@ class CoreContention {
 
 class ThreadPool {
  public:
-  // Called at once on every thread that takes part; must not throw.
+  // Called concurrently on every participating thread. Must not throw.
   using Job = std::function<void(int thread)>;
 
-  // The caller of run() is one of the threads. Where `yields`, fewer take part while others keep the cores busy.
-  // std::invalid_argument outside 1 to 1024, std::runtime_error where the system refuses.
+  // The caller of run() is one of the threads. If `yields`, fewer threads take part while other programs keep the cores
+  // busy. Throws std::invalid_argument unless `threads` is 1 to 1024, std::runtime_error if the system refuses to start
+  // a thread.
   explicit ThreadPool(int threads, bool yields = false);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int threads() const { return threads_; }
-  // How many take part in the job that is running, all of them unless the pool yields.
+  // Number of threads that take part in the running job: all, unless the pool yields.
   int active_threads() const { return active_threads_; }
   Barrier& barrier() { return barrier_; }
-  // Of those in the job that is running.
+  // Speeds of the threads in the running job.
   ThreadSpeeds& speeds() { return *speeds_; }
-  // Of all threads, to begin with: they are measured. std::invalid_argument but for a positive one for each.
+  // Sets initial speeds, which measurements replace. Throws std::invalid_argument unless there is one positive speed
+  // per thread.
   void set_speeds(const std::vector<double>& speeds);
 
-  // The caller is thread 0; jobs of several callers run one by one. Those with as many rows are taken to be alike.
+  // Runs the job with the caller as thread 0. Jobs of several callers run one after another. Jobs with equal `rows` are
+  // assumed to be similar.
   void run(const Job& job, int rows = 1);
 
  private:
@@ -219,9 +231,10 @@ class ThreadPool {
   std::mutex job_mutex_;
   CoreContention contention_;
   Barrier barrier_;
-  const Job* job_ = nullptr;  // null: a called thread ends
+  const Job* job_ = nullptr;  // Null tells a woken thread to end.
   int active_threads_ = 1;
-  std::array<ThreadSpeeds, 2> speeds_of_;  // with few rows, where memory is the limit, and with many
+  // Two sets of speeds: for few rows, where memory is the bottleneck, and for many.
+  std::array<ThreadSpeeds, 2> speeds_of_;
   ThreadSpeeds* speeds_ = speeds_of_.data();
   const std::unique_ptr<Call[]> calls_;
   std::vector<std::thread> others_;

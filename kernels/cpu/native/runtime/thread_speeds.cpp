@@ -55,8 +55,8 @@ void ThreadSpeeds::close() {
   set_bounds();
 }
 
-// A thread that did a part of weight w in time t has speed w / t. The median of the samples: a thread that was not
-// running for a while is not slow.
+// A thread that took time t for work of weight w has the speed w / t. The median of several samples is used, so that a
+// thread that was descheduled for a while does not count as slow.
 std::vector<double> ThreadSpeeds::measured_weights() const {
   std::vector<double> found(static_cast<size_t>(threads_));
   for (size_t thread = 0; thread < found.size(); thread++) {

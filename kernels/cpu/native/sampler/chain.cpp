@@ -1,4 +1,5 @@
-// All samplers of a request in the order that it gives: logits, with their penalties, then candidates, then one token.
+// Runs a request's samplers in the order that the request gives. Penalties change the logits; the other samplers reduce
+// the candidates; finally one token is drawn.
 #include <algorithm>
 #include <cmath>
 #include <map>
@@ -14,22 +15,23 @@ namespace {
 
 constexpr double kUnit = static_cast<double>(kUnitWeight);
 constexpr double kLn2 = 0x1.62e42fefa39efp-1;
-constexpr double kFarBelow = 1e6;  // no logit of a model is: a bias put it there
+// No model has logits that far below the greatest one, so a logit bias has put them there.
+constexpr double kFarBelow = 1e6;
 constexpr int kMirostatTokens = 100;
 
-// base^exponent for a base within [0, 1].
+// Returns base^exponent for a base in [0, 1].
 double power(double base, double exponent) {
   if (base == 0) return exponent == 0 ? 1 : 0;
   return exp_double(exponent * log_double(base));
 }
 
-// The newest tokens of a history, newest first; all where `window` is negative.
+// Returns the newest `window` tokens of a history, newest first; all of them if `window` is negative.
 std::vector<int32_t> newest(const std::vector<int32_t>& history, int32_t window) {
   const size_t count = window < 0 ? history.size() : std::min(history.size(), static_cast<size_t>(window));
   return {history.rbegin(), history.rbegin() + static_cast<std::ptrdiff_t>(count)};
 }
 
-// The tokens that penalties count, sorted.
+// Returns the sorted tokens that penalties count.
 std::vector<int32_t> counted(const Choice& c) {
   std::vector<int32_t> seen = newest(c.history, c.chain ? c.chain->penalty_window : -1);
   std::sort(seen.begin(), seen.end());
@@ -38,14 +40,14 @@ std::vector<int32_t> counted(const Choice& c) {
 
 bool is_among(const std::vector<int32_t>& ids, int32_t id) { return std::find(ids.begin(), ids.end(), id) != ids.end(); }
 
-// Tokens before the end, newest first, as far as a repetition may reach: back to the newest breaker.
+// Returns the maximum length of a repetition: the number of tokens at the end of the history, after the newest breaker.
 size_t reach(const std::vector<int32_t>& newest_first, const Breakers& breakers) {
   std::unordered_multimap<int32_t, const std::vector<int32_t>*> by_head;
   for (const auto& sequence : breakers)
     if (!sequence.empty()) by_head.emplace(sequence[0], &sequence);
   if (by_head.empty()) return newest_first.size();
   for (size_t i = 0; i < newest_first.size(); i++) {
-    size_t longest = 0;  // tokens of the longest breaker that begins here, none where no one does
+    size_t longest = 0;  // Length of the longest breaker that begins here, or 0.
     for (auto [at, end] = by_head.equal_range(newest_first[i]); at != end; ++at) {
       const std::vector<int32_t>& sequence = *at->second;
       if (sequence.size() > i + 1 || sequence.size() <= longest) continue;
@@ -57,11 +59,13 @@ size_t reach(const std::vector<int32_t>& newest_first, const Breakers& breakers)
   return newest_first.size();
 }
 
-// matches[k] = how many tokens before place k (newest first) are those at the end, in the same order; `reach` at most.
+// Returns for each index k (newest first) how many tokens before it equal the tokens at the end, in the same order, up
+// to `reach`.
 std::vector<size_t> matches(const std::vector<int32_t>& newest_first, size_t reach) {
   const size_t n = newest_first.size();
   std::vector<size_t> found(n, 0);
-  size_t begin = 0, end = 0;  // the match that reaches furthest: places [begin, end) equal [0, end - begin)
+  // The match that reaches furthest: places [begin, end) equal places [0, end - begin).
+  size_t begin = 0, end = 0;
   for (size_t k = 1; k < n; k++) {
     size_t length = k < end ? std::min(found[k - begin], end - k) : 0;
     while (k + length < n && newest_first[length] == newest_first[k + length]) length++;
@@ -72,7 +76,7 @@ std::vector<size_t> matches(const std::vector<int32_t>& newest_first, size_t rea
   return found;
 }
 
-// multiplier * base^exponent, by repeated squaring.
+// Returns multiplier * base^exponent by repeated squaring.
 float penalty_of(const Chain& chain, size_t exponent) {
   double power = 1, square = chain.dry_base;
   for (; exponent > 0; exponent >>= 1, square *= square)
@@ -80,7 +84,7 @@ float penalty_of(const Chain& chain, size_t exponent) {
   return static_cast<float>(std::min(chain.dry_multiplier * power, static_cast<double>(kLargest)));
 }
 
-// logits[vocabulary]: DRY, for each token that would go on with a repetition of the history's end.
+// DRY (logits[vocabulary]): penalizes each token that would continue a repetition of the history's end.
 void penalize_repetitions(const Choice& c, const Chain& chain, float* logits) {
   const std::vector<int32_t> newest_first = newest(c.history, chain.dry_window);
   const size_t allowed = static_cast<size_t>(chain.dry_allowed_length);
@@ -88,7 +92,7 @@ void penalize_repetitions(const Choice& c, const Chain& chain, float* logits) {
   const size_t limit = reach(newest_first, chain.breakers);
   if (limit < allowed) return;
   const std::vector<size_t> lengths = matches(newest_first, limit);
-  std::map<int32_t, size_t> longest;  // repetition that a token would go on with
+  std::map<int32_t, size_t> longest;  // Length of the longest repetition that a token would continue.
   for (size_t k = 1; k < newest_first.size(); k++) {
     if (lengths[k] < allowed) continue;
     size_t& most = longest[newest_first[k - 1]];
@@ -124,8 +128,8 @@ class ChainRun {
   }
 
  private:
-  // Candidates are values above -infinity until a step ranks them: then they are the first `ids_`, best first, with their
-  // values, which count as divided by the temperature.
+  // At first, candidates are the entries of values_ above -infinity. Once a step has ranked them, they are ids_ with
+  // their values in ranked_, best first; these values still have to be divided by divisor_, the temperature.
   void step(Step step) {
     switch (step) {
       case Step::kPenalties:
@@ -148,7 +152,7 @@ class ChainRun {
     }
   }
 
-  // Makes the best candidates ready: all of them, or `most` where the next step keeps no more.
+  // Ranks the best candidates: all of them, or `most` if the next step keeps no more than that.
   void rank(int most) {
     if (is_ranked_) return;
     is_ranked_ = true;
@@ -159,7 +163,7 @@ class ChainRun {
     for (int i = 0; i < count; i++) ids_[i] = ranking.id(i);
   }
 
-  // Back to values by id, divided by the temperature where it was there before.
+  // Writes the ranked candidates back to values_, divided by the temperature if that step has run.
   void spread() {
     if (!is_ranked_) return;
     is_ranked_ = false;
@@ -187,12 +191,12 @@ class ChainRun {
     log_total_ = log_double(static_cast<double>(total_) / kUnit);
   }
 
-  // -ln of its probability; weigh() comes first
+  // Returns -ln of the candidate's probability. Requires a previous weigh().
   double information(int rank) const {
     return log_total_ - static_cast<double>((ranked_[rank] - ranked_[0]) / divisor_);
   }
 
-  // likewise
+  // Returns the entropy in nats. Requires a previous weigh().
   double entropy() const {
     double sum = 0;
     for (int i = 0; i < size(); i++)
@@ -216,7 +220,8 @@ class ChainRun {
       if (values_[i] < limit) values_[i] = -kInfinity;
   }
 
-  // Cuts where the second differences of the ranked probabilities, all positive, have come to a share of their sum.
+  // Tail-free sampling: cuts where the sum of the absolute second differences of the ranked probabilities reaches a
+  // share of their total.
   void tail_free() {
     if (chain_.tfs_z >= 1) return;
     weigh();
@@ -235,7 +240,8 @@ class ChainRun {
     }
   }
 
-  // Keeps those whose information is nearest to the entropy, until they are probable enough together.
+  // Locally typical sampling: keeps the candidates whose information is nearest to the entropy, until their
+  // probabilities sum to typical_p.
   void typical() {
     if (chain_.typical_p >= 1) return;
     weigh();
@@ -274,7 +280,7 @@ class ChainRun {
       if (static_cast<double>(weights_[i]) < least) return keep(i);
   }
 
-  // Now and then takes out all that are probable enough but the last of them.
+  // XTC: with the configured probability, removes all candidates above the threshold except the least probable of them.
   void xtc() {
     if (chain_.xtc_probability <= 0 || chain_.xtc_threshold > 0.5) return;
     const uint64_t bits = random_bits(choice_.seed, choice_.choice, choice_.position, 1);
@@ -296,7 +302,8 @@ class ChainRun {
       keep(1);
   }
 
-  // Between the least and the greatest one by the entropy, as a share of the greatest there can be.
+  // Returns a temperature between the minimum and the maximum of the range, by the entropy relative to the maximum
+  // entropy.
   double dynamic_temperature() {
     weigh();
     const double share = std::min(1.0, std::max(0.0, entropy() / log_double(size())));
@@ -305,8 +312,8 @@ class ChainRun {
     return low + (high - low) * power(share, chain_.dynatemp_exponent);
   }
 
-  // Of version 1: how many to keep, so that the surprise expected of them is mu: by the exponent of Zipf's law that fits
-  // the best ones.
+  // Mirostat 1: returns how many candidates to keep so that the expected surprise is mu. Fits the exponent of Zipf's
+  // law to the best candidates.
   int mirostat_candidates() {
     if (size() < 2) return 1;
     double products = 0, squares = 0;
@@ -343,7 +350,7 @@ class ChainRun {
   float divisor_ = 1;
   std::vector<int32_t> ids_;
   std::vector<float> ranked_;
-  std::vector<int64_t> weights_;  // exp((value - best) / divisor) in units of 2^-40
+  std::vector<int64_t> weights_;  // exp((value - best) / divisor) in units of 2^-40.
   int64_t total_ = 0;
   double log_total_ = 0;
 };

@@ -1,5 +1,5 @@
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", 2011): random bits as a pure
-// function of a key and a counter, so that a draw depends on nothing that happened before it.
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", 2011). Random bits are a
+// pure function of a key and a counter, so a draw does not depend on earlier draws.
 #pragma once
 
 #include <array>
@@ -21,14 +21,15 @@ inline PhiloxCounter philox(PhiloxCounter c, PhiloxKey k) {
   return c;
 }
 
-// 64 random bits of the token at `position` of one of a request's choices. `purpose`: 0 samples it, 1 is for XTC.
+// Returns 64 random bits for the token at `position` of one of the request's choices. `purpose` is 0 for sampling and 1
+// for XTC.
 inline uint64_t random_bits(uint64_t seed, uint32_t choice, uint32_t position, uint32_t purpose = 0) {
   const PhiloxKey key = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
   const PhiloxCounter r = philox({position, choice, purpose, 0}, key);
   return uint64_t{r[1]} << 32 | r[0];
 }
 
-// The high 64 bits of the product: uniform over [0, bound) for uniform bits.
+// Returns the high 64 bits of the product, which are uniform over [0, bound) if `bits` are uniform.
 inline int64_t scaled(uint64_t bits, int64_t bound) {
   return static_cast<int64_t>(static_cast<unsigned __int128>(bits) * static_cast<uint64_t>(bound) >> 64);
 }

@@ -1,25 +1,27 @@
-// What a GPU says of a row of logits, in place of the row: its best candidates and the sum of all weights.
+// The record that a GPU returns in place of a row of logits: the best candidates and sums of the weights.
 #pragma once
 
 #include <cstdint>
 
 namespace llamaclust {
 
-inline constexpr int kMostCandidates = 1024;  // of a record
-inline constexpr int kSummedLogits = 4096;    // whose weights a record sums together
+inline constexpr int kMostCandidates = 1024;  // Maximum number of candidates in a record.
+inline constexpr int kSummedLogits = 4096;    // Number of logits whose weights form one sum.
 
-// Behind the rest of a record.
+// The last bytes of a record.
 struct RankedEnd {
   float maximum;
-  uint32_t least;  // ordered_bits of the least value that all candidates reach, and no other logit does; 0: all do
-  int32_t count;   // of candidates; if more than kMostCandidates, keys are of no use
+  // ordered_bits of a threshold that all candidates reach and no other logit does; 0 if all logits are candidates.
+  uint32_t least;
+  // Number of candidates. If it exceeds kMostCandidates, the keys are invalid.
+  int32_t count;
   int32_t unused;
 };
-inline constexpr int kEndWords = 2;  // int64s of it
+inline constexpr int kEndWords = 2;  // Size of RankedEnd in int64s.
 static_assert(sizeof(RankedEnd) == 16);
 
-// A record is int64: keys of candidates in any order [kMostCandidates], sums of weights, negative where a logit is no
-// number [vocabulary / kSummedLogits, rounded up], and a RankedEnd. A key has the complement of the value's ordered bits
-// above the id.
+// A record is an array of int64: keys of candidates in any order [kMostCandidates]; sums of weights [vocabulary /
+// kSummedLogits, rounded up], negative if a logit is NaN or +infinity; and a RankedEnd. A key has the complement of the
+// value's ordered bits in its upper half and the token id in its lower half.
 
 }  // namespace llamaclust

@@ -12,7 +12,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// An integer that grows as the value falls, then as the id grows. Both zeros are one value.
+// Returns an integer that grows as the value falls, and for equal values as the id grows. +0 and -0 are equal.
 uint64_t key_of(float value, int id) {
   const uint32_t bits = std::bit_cast<uint32_t>(value + 0.0f);
   const uint32_t ascending = bits & 0x80000000 ? ~bits : bits | 0x80000000;
@@ -24,7 +24,8 @@ float value_of(uint64_t key) {
   return std::bit_cast<float>(ascending & 0x80000000 ? ascending & 0x7FFFFFFF : ~ascending);
 }
 
-// Sorts by the values in the upper halves; keys that come in order of id stay so within a value.
+// Sorts by the values in the upper halves. The radix sort is stable, so keys that arrive in order of id stay so among
+// equal values.
 void sort_by_value(std::vector<uint64_t>& keys) {
   std::vector<uint64_t> other(keys.size());
   for (int shift = 32; shift < 64; shift += 8) {
@@ -45,7 +46,7 @@ float nth_greatest(std::vector<float> values, int n) {
 
 Ranking::Ranking(const SamplerOps& ops, const float* values, int n)
     : ops_(ops), values_(values), n_(n), blocks_((n + kRankBlock - 1) / kRankBlock) {
-  maximum_ = ops.maxima(values, n, blocks_.data()) + 0.0f;  // both zeros are one value
+  maximum_ = ops.maxima(values, n, blocks_.data()) + 0.0f;  // Adding 0 turns -0 into +0.
 }
 
 Ranking::Ranking(const SamplerOps& ops, const Ranked& ranked, int n)
@@ -56,7 +57,7 @@ int64_t Ranking::checked_total() const {
   return values_ == nullptr ? total_ : ops_.weigh(values_, n_, maximum_, 1.0f, nullptr);
 }
 
-// Blocks without a candidate have no weight; they would be slow, since exp is subnormal there.
+// Blocks without a candidate have no weight. They are skipped because exp is slow for them, with subnormal results.
 int64_t Ranking::total(float divisor) {
   if (values_ == nullptr) {
     if (divisor == 1) return total_;
@@ -91,9 +92,9 @@ float Ranking::value(int id) {
   return 0;
 }
 
-// A value that probably at least `count` entries reach, and not many more.
+// Returns a value that probably at least `count` entries reach, and not many more.
 float Ranking::threshold(int count) const {
-  // `count` blocks reach it, so certainly as many entries do.
+  // The maxima of `count` blocks reach it, so at least `count` entries do.
   if (2 * count <= static_cast<int>(blocks_.size())) return nth_greatest(blocks_, count - 1);
   constexpr int kStride = 37;
   std::vector<float> sample;
@@ -102,7 +103,7 @@ float Ranking::threshold(int count) const {
   return rank < static_cast<int>(sample.size()) ? nth_greatest(std::move(sample), rank) : -kInfinity;
 }
 
-// Makes every entry ready that reaches the threshold.
+// Collects every entry that reaches the threshold.
 void Ranking::collect(float threshold) {
   complete_ = threshold == -kInfinity;
   size_t count = 0;

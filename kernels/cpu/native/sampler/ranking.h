@@ -1,5 +1,5 @@
-// Logits in order of rank, sorted only as far as they are read, and their weights: of a whole row, or of what a GPU says of
-// one (sampler/ranked.h).
+// Ranks logits, sorting only as many as are read, and computes their weights. The source is a whole row, or the record
+// that a GPU returns in place of it (sampler/ranked.h).
 #pragma once
 
 #include <cstddef>
@@ -14,14 +14,15 @@ namespace llamaclust {
 constexpr int sums_of_row(int vocabulary) { return (vocabulary + kSummedLogits - 1) / kSummedLogits; }
 constexpr size_t ranked_words(int vocabulary) { return kMostCandidates + sums_of_row(vocabulary) + kEndWords; }
 
-// A record of a GPU (sampler/ranked.h) as it is read.
+// A parsed record of a GPU (sampler/ranked.h).
 struct Ranked {
   const uint64_t* keys;
-  int count;  // 0 where there were too many
+  int count;  // 0 if there were more than kMostCandidates.
   float maximum;
-  bool is_complete;  // no logit above -infinity is missing
-  int64_t total;     // of weights at a temperature of 1; 0 where a logit is no number
-  float divisor = 1;  // a temperature, and the total at this one
+  bool is_complete;  // True if the keys include every logit above -infinity.
+  // Sum of the weights at temperature 1; 0 if a logit is NaN or +infinity.
+  int64_t total;
+  float divisor = 1;  // A temperature, and below the sum of the weights at it.
   int64_t divided_total = 0;
 };
 
@@ -37,32 +38,33 @@ inline Ranked read_ranked(const int64_t* record, int vocabulary) {
           is_number ? total : 0};
 }
 
-// Logits ordered by (value descending, id ascending).
+// Logits ordered by value (descending), then by id (ascending).
 class Ranking {
  public:
-  // values[n] has no NaN and stays where it is. -infinity is never ranked.
+  // values[n] has no NaN and must outlive the ranking. -infinity is never ranked.
   Ranking(const SamplerOps& ops, const float* values, int n);
-  // Of a row of n values that is elsewhere. What needs more of it than there is makes `lacks_values`, and its result is
-  // of no use.
+  // Ranks a record; its row of n values is not available. A function that needs more than the record sets
+  // lacks_values(), and then its result is meaningless.
   Ranking(const SamplerOps& ops, const Ranked& ranked, int n);
 
   float maximum() const { return maximum_; }
   int size() const { return n_; }
-  int best();  // id of the first entry; needs a maximum above -infinity
+  int best();  // Id of the first entry; requires a maximum above -infinity.
   float value(int id);
 
-  // Makes entries [0, count) ready, or as many as there are; returns how many are.
+  // Makes entries [0, count) ready, or as many as exist. Returns the number of ready entries.
   int extend(int count);
   int id(int rank) const { return static_cast<int>(keys_[rank] & 0xFFFFFFFF); }
-  const float* ready_values() const { return ready_values_.data(); }  // of the ready entries, best first
+  const float* ready_values() const { return ready_values_.data(); }  // Values of the ready entries, best first.
 
-  // Sum of the weights of all values (SamplerOps::weigh), which are numbers.
+  // Returns the sum of the weights of all values (SamplerOps::weigh), none of which may be NaN.
   int64_t total(float divisor);
-  // Likewise at 1; 0 where they are not.
+  // Returns this sum at temperature 1, or 0 if a value is NaN or +infinity.
   int64_t checked_total() const;
   const SamplerOps& ops() const { return ops_; }
 
-  bool is_complete() const { return complete_; }  // whether no value can be ranked behind the ready ones
+  // Returns whether the ready entries include every value that can be ranked.
+  bool is_complete() const { return complete_; }
   bool lacks_values() const { return lacks_values_; }
   void need_values() { lacks_values_ = lacks_values_ || values_ == nullptr; }
 
@@ -72,16 +74,17 @@ class Ranking {
   void make_ready();
 
   const SamplerOps& ops_;
-  const float* values_;  // null where they are elsewhere
+  const float* values_;  // Null if only a record is available.
   int n_;
-  std::vector<float> blocks_;  // greatest value of each 64
+  std::vector<float> blocks_;  // Maximum of each block of 64 values.
   float maximum_;
-  int64_t total_ = 0, divided_total_ = 0;  // of weights at 1 and at the divisor, where the values are elsewhere
+  // Sums of the weights at temperature 1 and at divisor_, if only a record is available.
+  int64_t total_ = 0, divided_total_ = 0;
   float divisor_ = 1;
   bool lacks_values_ = false;
-  bool complete_ = false;       // every value that can be ranked is ready
+  bool complete_ = false;  // Every value that can be ranked is ready.
   bool is_sorted_ = true;
-  std::vector<uint64_t> keys_;  // of the ready entries, ascending
+  std::vector<uint64_t> keys_;  // Keys of the ready entries, ascending.
   std::vector<float> ready_values_;
 };
 
@@ -92,7 +95,7 @@ class RankedWeights {
 
   bool has(int rank) { return rank < static_cast<int>(weights_.size()) || grow(rank + 1); }
   int64_t operator[](int rank) const { return weights_[rank]; }
-  int64_t sum(int count);  // of entries [0, count), as many as there are
+  int64_t sum(int count);  // Sum over entries [0, count), or over as many as exist.
 
  private:
   bool grow(int count);

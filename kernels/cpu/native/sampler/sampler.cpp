@@ -25,7 +25,7 @@ std::optional<int32_t> foreign_token(const RowTask& task, int vocabulary) {
   return std::nullopt;
 }
 
-// -infinity for tokens whose bit is not set.
+// Sets the logits of tokens whose bit is not set to -infinity.
 void keep_allowed(const std::vector<uint32_t>& allowed, float* logits, int vocabulary) {
   for (int begin = 0; begin < vocabulary; begin += 32) {
     const uint32_t bits = allowed[begin / 32];
@@ -44,7 +44,7 @@ bool is_plain(const Choice& c) { return c.logit_bias.empty() && c.suppressed.emp
 
 float divisor_of(const Choice& c) { return std::min(c.temperature, kLargest); }
 
-// How many of the best candidates top-k, top-p and min-p keep; the vocabulary's size where they keep all.
+// Returns how many of the best candidates top-k, top-p and min-p keep, or the vocabulary's size if they keep all.
 int kept_candidates(Ranking& ranking, const Choice& c) {
   const int limit = c.top_k > 0 ? std::min(c.top_k, ranking.size()) : ranking.size();
   if (c.top_p >= 1 && c.min_p <= 0) return limit;
@@ -75,7 +75,7 @@ int draw(Ranking& ranking, const Choice& c) {
   return ranking.lacks_values() ? 0 : ranking.id(rank);
 }
 
-// -1 where every token is suppressed.
+// Returns the sampled token, or -1 if every token is suppressed.
 int sample(Ranking& ranking, const Choice& c) {
   if (ranking.maximum() == -kInfinity) return -1;
   return c.temperature > 0 ? draw(ranking, c) : ranking.best();
@@ -93,9 +93,9 @@ RowOutcome failed(std::string why) {
 Sampler::Sampler(const SamplerOps& ops, int vocabulary, int threads)
     : ops_(ops), vocabulary_(vocabulary), pool_(threads), scratch_(threads) {}
 
-// The sampled token, -1 where every one is suppressed; *mu is set where Mirostat chose.
+// Returns the sampled token, or -1 if every token is suppressed. Sets *mu if Mirostat sampled.
 int32_t Sampler::sampled(Ranking& raw, const float* logits, const Choice& c, Scratch& scratch, double* mu) const {
-  const bool is_penalized = !c.chain && penalizes(c);  // a chain says when
+  const bool is_penalized = !c.chain && penalizes(c);  // In a chain, penalties are one of its steps.
   if (!c.chain && is_plain(c) && !is_penalized) return sample(raw, c);
   raw.need_values();
   if (logits == nullptr) return 0;
@@ -109,7 +109,7 @@ int32_t Sampler::sampled(Ranking& raw, const float* logits, const Choice& c, Scr
   return sample_by_chain(ops_, scratch.data(), vocabulary_, c, mu);
 }
 
-// Why there can be no answer; empty: there can.
+// Returns why the task cannot be computed; empty if it can.
 std::string Sampler::refusal(const RowTask& task) const {
   if (const auto id = foreign_token(task, vocabulary_))
     return "token " + std::to_string(*id) + " is outside the vocabulary of " + std::to_string(vocabulary_);
@@ -128,7 +128,7 @@ RowOutcome Sampler::run_row(Ranking raw, const float* logits, const RowTask& tas
     outcome.token = sampled(raw, logits, task.choice, scratch, &outcome.mu);
     if (outcome.token < 0) return failed("every token is suppressed");
   }
-  // Log-softmax over raw logits.
+  // Log-softmax over the raw logits.
   constexpr double kUnit = static_cast<double>(kUnitWeight);
   const double maximum = raw.maximum(), log_sum = log_double(static_cast<double>(total) / kUnit);
   const auto logprob = [&](float x) { return static_cast<float>(static_cast<double>(x) - maximum - log_sum); };
@@ -144,8 +144,9 @@ RowOutcome Sampler::run_row(Ranking raw, const float* logits, const RowTask& tas
 
 template <class F>
 void Sampler::each_row(size_t rows, F f) {
-  constexpr size_t kWorthWaking = 4;  // fewer rows are done before another core is awake
-  std::atomic<size_t> next = 0;       // each thread takes the next row that is free
+  // Fewer rows are finished before another core would be awake.
+  constexpr size_t kWorthWaking = 4;
+  std::atomic<size_t> next = 0;  // Each thread takes the next free row.
   const auto work = [&](int thread) {
     for (size_t row = next++; row < rows; row = next++) f(row, scratch_[thread]);
   };

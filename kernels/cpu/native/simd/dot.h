@@ -1,26 +1,29 @@
-// Integer dot products on every instruction set: sixteen rows a step, four columns each.
+// Integer dot products on every instruction set. A step multiplies four columns of sixteen rows.
 //
-// A `Bytes` is a k-group: 64 unsigned bytes, byte 4 * row + column. `step` adds one k-group times four activation bytes
-// (each in [-127, 127], packed in an int32) to `Sums`, which hold kGroupsPerSum<kBits> such steps if no byte has more
-// than kBits bits; then they go to int32 lanes, plain or times a scale per row. All of it is exact.
+// `Bytes` is a k-group: 64 unsigned bytes, byte 4 * row + column. `step` adds the products of a k-group with four
+// activations (in [-127, 127], packed in an int32) to `Sums`. Sums have room for kGroupsPerSum<kBits> steps if no byte
+// has more than kBits bits; then they are added to int32 lanes, optionally times a scale per row. All results are
+// exact.
 //
-// field<shift, mask>: each byte shifted right (left where negative), then masked; no bit that crosses into another byte
-// may be in the mask. lookup: each byte becomes an entry of a table, by its low four bits; the highest is clear.
-// column<n>, signed_column<n>: column n of a k-group as lanes.
+// field<shift, mask> shifts each byte right (left if `shift` is negative) and masks it. The mask must exclude bits that
+// come from another byte. lookup replaces each byte by an entry of a table, by its low four bits; the highest bit must
+// be clear. column<n> and signed_column<n> return column n of a k-group as lanes.
 //
-// kCentred<kBits>: `step` takes bytes of eight bits as signed, less 128, so that the caller need not subtract it.
-// kAnyByte: bytes of eight bits are multiplied as they are, and sums of them have room (tiles take signed bytes).
-// kUnrollsSegments: a segment's loop for one token is unrolled; registers hold what its sub-blocks share, and loads may be
-// left to the hardware prefetcher (kFollowed).
-// kSumsFrom: sums may begin with any int32 (sums_from), with what an offset subtracts.
-// kPanelRows, kPanelTokens, kFloatRows, kFloatTokens: tiles times tokens whose sums fit in the registers, for quantized
-// and for float weights. kDirectTokens<kBits>: up to how many tokens decoding a tile again for every kDirectWidth costs
+// kCentred<kBits>: `step` takes bytes of eight bits as signed, less 128, so the caller need not subtract the offset.
+// kAnyByte: eight-bit bytes can be multiplied unsigned, and sums have room for them. (Tile registers take signed
+// bytes.)
+// kUnrollsSegments: the loop over a segment for one token is unrolled. Then values that sub-blocks share stay in
+// registers, and loads may be left to the hardware prefetcher (kFollowed).
+// kSumsFrom: sums can start with any int32 (sums_from), for example with a subtracted offset.
+// kPanelRows, kPanelTokens, kFloatRows, kFloatTokens: numbers of tiles and tokens whose sums fit into the registers,
+// for quantized and for float weights.
+// kDirectTokens<kBits>: maximum number of tokens for which decoding a tile again for every kDirectWidth tokens costs
 // less than a panel.
 #pragma once
 
 #include "simd/lanes.h"
 
-// Loops over rows, tokens and k-groups whose counts are constants: unrolled, so that arrays of registers are registers.
+// Unrolls loops with constant counts over rows, tokens and k-groups, so that arrays of vectors stay in registers.
 #if defined(__AVX2__) || defined(LLAMACLUST_NEON)
 #define UNROLL _Pragma("GCC unroll 16")
 #else
@@ -32,7 +35,7 @@ namespace {
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || (defined(LLAMACLUST_NEON) && defined(__ARM_FEATURE_DOTPROD))
 
-// An instruction adds four products of bytes to an int32 lane: sums are lanes.
+// One instruction adds four byte products to an int32 lane, so sums are lanes.
 using Sums = I32x16;
 using Scale = I32x16;
 
@@ -45,14 +48,15 @@ INLINE I32x16 add_sums(I32x16 total, Sums sums) { return add(total, sums); }
 INLINE Scale make_scale(I32x16 scale) { return scale; }
 INLINE I32x16 scale_lanes(Scale scale) { return scale; }
 INLINE I32x16 add_scaled(I32x16 total, Sums sums, Scale scale) { return add(total, mul(sums, scale)); }
-// total + scale * (sums - offset); offset is even.
+// Returns total + scale * (sums - offset). `offset` is even.
 INLINE I32x16 add_scaled(I32x16 total, Sums sums, int32_t offset, Scale scale) {
   return add_scaled(total, sub(sums, broadcast(offset)), scale);
 }
 
 #elif !defined(LLAMACLUST_NEON)
 
-// Sums are pairs of columns in 16 bits, below 32768: 2 columns * 127 * the greatest byte (128 for eight bits) * groups.
+// Sums of column pairs in 16 bits. They stay below 32768: 2 columns * 127 * the maximum byte (128 for eight bits) *
+// groups.
 template <int kBits>
 constexpr int kGroupsPerSum = kBits <= 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
 
@@ -93,11 +97,12 @@ constexpr bool kAnyByte = true;
 constexpr bool kAnyByte = false;
 #endif
 
-// What decoders read: lines of a tile, and 16 bits a row. (Where a lane is a thread, that also says which row it has.)
+// Operands of decoders: lines of a tile, and one 16-bit number per row. (On a GPU, where a lane is a thread, Lines also
+// has the row of the thread.)
 using Lines = const uint8_t*;
 INLINE const uint16_t* halves(Lines p) { return reinterpret_cast<const uint16_t*>(p); }
 
-// For each of up to eight k-groups, how its bits come out of a line: shifted, as `field` does it, and masked.
+// For each of up to eight k-groups, the shift (as in `field`) and the mask that extract its bits from a line.
 struct Places {
   int8_t shift[8];
   uint8_t mask[8];
@@ -116,10 +121,10 @@ INLINE Bytes field_of(Bytes line, int g) {
   }
 }
 
-// Two points of a grid a lane, each of 16 bits. lookup_points<n>: both halves of a lane, below n, become entries of a
-// table that is aligned to 64. spread<bits>: one half of each lane in both, shifted right by `bits` in the upper.
-// with_signs<offset>: bytes offset + x become offset - x where their bit is set, bit i for byte i. AVX2 has four_of_eight,
-// four_of_four and nine_bits in place of the first two.
+// A lane holds two points of a grid, 16 bits each. lookup_points<n> replaces both halves of each lane (indices below n)
+// by entries of a table that is aligned to 64 bytes. spread<bits> copies one half of each lane to both halves, and
+// shifts the upper copy right by `bits`. with_signs<offset> turns bytes offset + x into offset - x where their bit is
+// set; bit i belongs to byte i. AVX2 has four_of_eight, four_of_four and nine_bits instead of the first two.
 #if !defined(__AVX2__)
 template <int n>
 INLINE I32x16 lookup_points(const uint16_t* table, I32x16 index) {

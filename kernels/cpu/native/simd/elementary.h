@@ -1,4 +1,4 @@
-// How elementary functions and their coefficients are declared: for a GPU they are defined before (kernels/cuda).
+// Declares elementary functions and their coefficients. GPU sources define these macros first (kernels/cuda).
 #pragma once
 
 #ifndef ELEMENTARY

@@ -1,5 +1,5 @@
-// Int8 values in memory: as float lanes, and in pairs for integer dot products with int16, all of it exact; and how
-// floats are rounded to integers, in plain loops of which compilers make vectors.
+// Int8 values in memory as float lanes, and as pairs for integer dot products with int16; all of it is exact. The file
+// also rounds floats to integers, in plain loops that compilers vectorize.
 #pragma once
 
 #include "simd/dot.h"
@@ -7,7 +7,7 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// `Pairs` are two int16 a lane; `dot_pairs` adds to each lane's sum its two products with the int16s in `two`.
+// `Pairs` has two int16 per lane. `dot_pairs` adds to each lane of `sum` its two products with the int16s in `two`.
 #if defined(__AVX512BW__)
 
 INLINE F32x16 from_i8(const int8_t* p) {
@@ -89,10 +89,11 @@ INLINE I32x16 dot_pairs(I32x16 sum, const Pairs& a, int32_t two) {
 
 #endif
 
-// Loops over values are not to be unrolled before they become vectors.
+// Prevents loops over values from being unrolled before they are vectorized.
 #define AS_VECTORS _Pragma("GCC unroll 1")
 
-// Bits of the greatest magnitude of n values: floats' magnitudes are in the order of their bits, infinities and NaNs last.
+// Returns the bits of the greatest magnitude of n values. Bits of magnitudes have the order of the numbers, with
+// infinity and NaN last.
 INLINE int32_t greatest_magnitude(const float* x, int n) {
   int32_t greatest = 0;
   AS_VECTORS for (int i = 0; i < n; i++) {
@@ -103,7 +104,7 @@ INLINE int32_t greatest_magnitude(const float* x, int n) {
 }
 constexpr int32_t kNotFinite = 0x7f800000;
 
-// To nearest, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves the integer in the low bits.
+// Rounds to nearest, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves the integer in the low bits.
 INLINE int32_t nearest_int(float x) { return __builtin_bit_cast(int32_t, x + 0x1.8p23f) - 0x4b400000; }
 
 }  // namespace

@@ -1,7 +1,7 @@
-// Sixteen float32 or int32 lanes on every instruction set: the vocabulary that level code is written in.
-// Every operation is one IEEE-754 operation per lane (fma rounds once), so all levels give the same bits.
-// LLAMACLUST_LEVEL names the namespace; the compiler's own macros choose the implementation, and LLAMACLUST_NEON, since
-// every ARMv8 compiler has NEON, also for the level that is to do without it.
+// Sixteen float32 or int32 lanes on every instruction set: the operations in which level code is written. Each is one
+// IEEE 754 operation per lane (fma rounds once), so all levels give the same bits. LLAMACLUST_LEVEL is the name of the
+// namespace. The compiler's own macros select the implementation, except LLAMACLUST_NEON: every ARMv8 compiler has
+// NEON, also for the generic level.
 #pragma once
 
 #ifndef LLAMACLUST_LEVEL
@@ -27,7 +27,7 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// Lanes [0, n) from memory, the others zero.
+// Loads lanes [0, n) from memory; the others are 0.
 [[maybe_unused]] F32x16 load_first(int n, const float* p) {
   alignas(64) float v[16] = {};
   memcpy(v, p, static_cast<size_t>(n) * sizeof(float));
@@ -40,7 +40,7 @@ namespace {
   memcpy(p, v, static_cast<size_t>(n) * sizeof(float));
 }
 
-// A float16 nearest to x, and back.
+// Convert x to the nearest float16, and back.
 INLINE uint16_t half_bits(float x) {
   alignas(64) uint16_t halves[16];
   to_f16(halves, broadcast(x));
@@ -53,7 +53,7 @@ INLINE float half_value(uint16_t bits) {
   return values[0];
 }
 
-// Fixed tree over sixteen lanes: halves are added, 8 + 8, 4 + 4, 2 + 2, 1 + 1.
+// Adds sixteen lanes in a fixed tree of halves: 8 + 8, 4 + 4, 2 + 2, 1 + 1.
 [[maybe_unused]] float sum_tree(F32x16 x) {
   alignas(64) float v[16];
   store(v, x);

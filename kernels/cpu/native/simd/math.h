@@ -1,4 +1,5 @@
-// exp, silu, tanh and gelu on sixteen lanes: a fixed list of IEEE operations, so every feature level gives the same bits.
+// exp, silu, tanh and gelu of sixteen lanes. Each is a fixed sequence of IEEE operations, so every feature level gives
+// the same bits.
 #pragma once
 
 #include "simd/activations.h"
@@ -8,17 +9,17 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// 2^n for the n that sits in the low bits of `shifted` = n + 1.5 * 2^23, n in [-126, 127].
+// Returns 2^n for n in [-126, 127], which is in the low bits of `shifted` = n + 1.5 * 2^23.
 ELEMENTARY F32x16 power_of_two(F32x16 shifted) {
   return bits_to_float(shift_left<23>(sub(float_to_bits(shifted), broadcast(0x4B400000 - 127))));
 }
 
-// e^x within 1 ulp; 0 below -104, infinity above 88.73, NaN of NaN.
+// e^x with an error below 1 ulp; 0 below -104, infinity above 88.73, NaN for NaN.
 ELEMENTARY F32x16 exp(F32x16 x) {
-  const F32x16 shift = broadcast(0x1.8p23f);  // adding it rounds to an integer, to nearest even
-  x = max(broadcast(-104.0f), min(broadcast(89.0f), x));  // the second operand wins where one is NaN
+  const F32x16 shift = broadcast(0x1.8p23f);  // Adding it rounds to the nearest integer, ties to even.
+  x = max(broadcast(-104.0f), min(broadcast(89.0f), x));  // If an operand is NaN, the second one is returned.
   const F32x16 n = sub(fma(x, broadcast(0x1.715476p+0f), shift), shift);  // x / ln 2
-  // r = x - n ln 2 in two parts; the first subtraction is exact.
+  // r = x - n * ln 2, with ln 2 in two parts. The first subtraction is exact.
   const F32x16 r = fnma(n, broadcast(-0x1.05c61p-29f), fnma(n, broadcast(0x1.62e43p-1f), x));
   F32x16 p = fma(broadcast(0x1.6a4d5ap-10f), r, broadcast(0x1.12398ep-7f));
   p = fma(p, r, broadcast(0x1.5558bp-5f));
@@ -27,9 +28,10 @@ ELEMENTARY F32x16 exp(F32x16 x) {
   p = fma(p, r, broadcast(1.0f));
   p = fma(p, r, broadcast(1.0f));
 #if defined(__AVX512F__)
-  return _mm512_scalef_ps(p, n);  // p * 2^n, rounded once: what the two factors below give
+  // p * 2^n, rounded once. The two factors below give the same bits.
+  return _mm512_scalef_ps(p, n);
 #else
-  // 2^n in two factors, so that n down to -150 rounds once into the subnormals and n = 128 overflows.
+  // 2^n is applied as two factors, so that n down to -150 rounds once to a subnormal, and n = 128 overflows.
   const F32x16 half = fma(n, broadcast(0.5f), shift);
   const F32x16 rest = add(sub(n, sub(half, shift)), shift);
   return mul(mul(p, power_of_two(half)), power_of_two(rest));
@@ -44,7 +46,7 @@ ELEMENTARY F32x16 polynomial(const float (&coefficients)[n], F32x16 z) {
   return r;
 }
 
-// x P(x^2) / Q(x^2) for x between -limit and limit, and beyond what it is there; NaN of NaN.
+// x P(x^2) / Q(x^2) with x limited to [-limit, limit]; NaN for NaN.
 template <int n, int m>
 ELEMENTARY F32x16 odd_quotient(F32x16 x, float limit, const float (&p)[n], const float (&q)[m]) {
   x = max(broadcast(-limit), min(broadcast(limit), x));
@@ -52,7 +54,8 @@ ELEMENTARY F32x16 odd_quotient(F32x16 x, float limit, const float (&p)[n], const
   return div(mul(x, polynomial(p, z)), polynomial(q, z));
 }
 
-// Minimax of relative error, 2e-9 for tanh and 2e-8 for erf; beyond the limit they are 1 to half an ulp.
+// Minimax approximations with a relative error of 2e-9 for tanh and 2e-8 for erf. Beyond the limits, both functions are
+// 1 to half an ulp.
 COEFFICIENTS float kTanhLimit = 0x1.2058p+3f, kErfLimit = 0x1.f5ap+1f;
 COEFFICIENTS float kTanhP[] = {0x1p+0f,          0x1.182c6p-3f,    0x1.fb1956p-9f,
                             0x1.d6112cp-16f, 0x1.06f208p-25f, -0x1.ae0c58p-37f};
@@ -86,16 +89,16 @@ ELEMENTARY F32x16 silu(F32x16 x) { return div(x, add(broadcast(1.0f), exp(sub(ze
 // x / (1 + e^(-1.702 x))
 ELEMENTARY F32x16 gelu_quick(F32x16 x) { return div(x, add(broadcast(1.0f), exp(mul(x, broadcast(-1.702f))))); }
 
-// max(x, 0)^2; NaN of NaN
+// max(x, 0)^2; NaN for NaN
 ELEMENTARY F32x16 relu_squared(F32x16 x) {
-  const F32x16 positive = max(zero(), x);  // the second operand wins where one is NaN
+  const F32x16 positive = max(zero(), x);  // If an operand is NaN, the second one is returned.
   return mul(positive, positive);
 }
 
 // 1 / (1 + e^-x)
 ELEMENTARY F32x16 sigmoid(F32x16 x) { return div(broadcast(1.0f), add(broadcast(1.0f), exp(sub(zero(), x)))); }
 
-// ln(1 + y) / (2 s) of s = y / (2 + y) up to 1/3, in powers of s^2; the next one is below 2e-9.
+// Coefficients of ln(1 + y) / (2 s) in powers of s^2, with s = y / (2 + y) <= 1/3. The next term is below 2e-9.
 COEFFICIENTS float kLog1p[] = {1.0f, 1.0f / 3, 1.0f / 5, 1.0f / 7, 1.0f / 9, 1.0f / 11, 1.0f / 13, 1.0f / 15};
 
 // ln(1 + e^x) = max(x, 0) + ln(1 + e^-|x|)
@@ -104,7 +107,7 @@ ELEMENTARY F32x16 softplus(F32x16 x) {
   return fma(mul(s, broadcast(2.0f)), polynomial(kLog1p, mul(s, s)), max(zero(), x));
 }
 
-// g / (1 + e^(-1.702 g)) * (u + 1), g = min(gate, limit), u = up between -limit and limit
+// g / (1 + e^(-1.702 g)) * (u + 1), with g = min(gate, limit), and u = up limited to [-limit, limit]
 ELEMENTARY F32x16 clamped_swiglu(F32x16 gate, F32x16 up, F32x16 limit) {
   const F32x16 g = min(limit, gate), u = max(sub(zero(), limit), min(limit, up));
   const F32x16 divisor = add(broadcast(1.0f), exp(mul(g, broadcast(-1.702f))));

@@ -6,7 +6,7 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// Calls f(i, load, store) for i = 0, 16, ... n; the last piece may be partial, its missing lanes read as zero.
+// Calls f(i, load, store) for i = 0, 16, ... below n. The last piece may be partial; its missing lanes are read as 0.
 template <typename F>
 INLINE void each_lanes(int n, F f) {
   int i = 0;

@@ -1,4 +1,4 @@
-// Four bytes a lane: keys or values of int8, in dot products with four bytes that all lanes share. All of it is exact.
+// Four int8 keys or values per lane, in dot products with four bytes that all lanes share. All results are exact.
 #pragma once
 
 #include "simd/int8.h"
@@ -6,9 +6,9 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// `load_quads` reads 64 bytes at any address. `add_products` adds to each lane its four products with signed bytes in
-// `four`; the lane's bytes are signed and stored 128 higher, of which kQuadOffset * the sum of `four` must be subtracted.
-// `add_weighted` is the same for bytes that are stored as they are, and unsigned ones in `four`, each at most 254.
+// `load_quads` reads 64 bytes at any address. `add_products` adds to each lane its four products with the signed bytes
+// in `four`. The lane's bytes are signed with an offset of 128; the caller subtracts kQuadOffset * the sum of `four`.
+// `add_weighted` takes signed bytes without an offset, and unsigned bytes up to 254 in `four`.
 using Quads = Bytes;
 
 INLINE I32x16 add_products(I32x16 sum, Quads a, int32_t four) {
@@ -20,7 +20,7 @@ INLINE I32x16 add_products(I32x16 sum, Quads a, int32_t four) {
 }
 constexpr int kQuadOffset = kCentred<8> ? 0 : 128;
 
-// Of four bytes, halves that are rounded down, and what is left of each: both have seven bits.
+// Returns the halves of four bytes, rounded down. They and the remainders have seven bits each.
 INLINE int32_t lower_halves(int32_t four) { return four >> 1 & 0x7f7f7f7f; }
 
 #if defined(__AVX512BW__)
@@ -68,7 +68,7 @@ INLINE I32x16 add_weighted(I32x16 sum, Quads a, int32_t four) {
 #if defined(__ARM_FEATURE_DOTPROD)
   EACH_QUARTER(I32x16, vdotq_s32(vdotq_s32(sum.v[i], values(i), low), values(i), high));
 #else
-  // Two products of seven bits and one sign have room in 16 bits.
+  // The sum of two products of a seven-bit and a signed byte fits into 16 bits.
   const auto pairs = [&](int i, bool upper) __attribute__((always_inline)) {
     const int8x16_t v = values(i);
     return upper ? vpaddlq_s16(vmlal_high_s8(vmull_high_s8(v, low), v, high))
@@ -92,7 +92,7 @@ INLINE I32x16 add_weighted(const I32x16& sum, const Quads& a, int32_t four) {
 
 #endif
 
-// Lowest bytes of 64 lanes.
+// Stores the lowest bytes of 64 lanes.
 INLINE void store_low_bytes(uint8_t* p, const I32x16 (&x)[4]) {
 #if defined(__AVX512BW__)
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -121,7 +121,7 @@ INLINE void store_low_bytes(uint8_t* p, const I32x16 (&x)[4]) {
 #endif
 }
 
-// Of sixteen integers.
+// Returns the maximum of sixteen integers.
 INLINE int32_t greatest_lane(const I32x16& x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_epi32(x);
@@ -139,14 +139,14 @@ INLINE int32_t greatest_lane(const I32x16& x) {
 #endif
 }
 
-// out[i] = the greatest lane of x[i].
+// out[i] = the maximum lane of x[i].
 template <int R>
 INLINE void greatest_lanes(const I32x16 (&x)[R], int32_t (&out)[16]) {
   for (int r = 0; r < R; r++) out[r] = greatest_lane(x[r]);
 }
 
 #if defined(__AVX512F__)
-// Pairs share registers: a quarter of each, then an eighth, and so on.
+// Combines pairs of vectors into one register after each halving of their lanes.
 template <>
 INLINE void greatest_lanes<8>(const I32x16 (&x)[8], int32_t (&out)[16]) {
   __m512i a[4], b[2];

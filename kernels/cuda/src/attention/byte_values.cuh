@@ -1,6 +1,6 @@
-// Weighted values of a span in integers. Of 64 positions at a time, values lie in shared memory as bytes, and weights times
-// the scales of values as unsigned bytes, with one scale for each query and 32 channels; a thread has four channels of some
-// queries.
+// Weighted values of a span in integers. For 64 positions at a time, shared memory has values as bytes, and weights
+// (multiplied by the scales of the values) as unsigned bytes with one scale for each query and 32 channels. A thread
+// has four channels of some queries.
 #pragma once
 
 #include "span.cuh"
@@ -8,21 +8,21 @@
 namespace llamaclust::cuda {
 inline namespace SEEN_NAMESPACE {
 
-// C channels at a time.
+// Computes C channels at a time.
 template <int TQ, int C>
 struct ByteValues {
   static constexpr int kPositions = 64, kGroups = C / kGroupChannels, kChannels = 4;
-  static constexpr int kQuerySteps = kThreads / (C / kChannels);         // between two queries of a thread
-  static constexpr int kQueries = (TQ + kQuerySteps - 1) / kQuerySteps;  // of a thread
+  static constexpr int kQuerySteps = kThreads / (C / kChannels);         // Distance between two queries of a thread.
+  static constexpr int kQueries = (TQ + kQuerySteps - 1) / kQuerySteps;  // Number of queries of a thread.
   static constexpr float kMostWeight = 254.0f, kLeastTop = 0x1p-100f;
 
   const Span<Int8Kv, TQ>& span;
-  const int channel;  // the first one
+  const int channel;  // The first channel.
 
   using Sums = float[kQueries][kChannels];
 
-  // In shared memory, behind each other: values [position][channel], scales [position][group], scales of weights
-  // [query][group], weights [query][group][position].
+  // Layout of shared memory: values [position][channel], scales [position][group], scales of weights [query][group],
+  // weights [query][group][position].
   DEVICE uint8_t* values() const { return reinterpret_cast<uint8_t*>(span.stage); }
   DEVICE float* scales() const { return span.stage + kPositions * C / 4; }
   DEVICE float* units() const { return scales() + kPositions * kGroups; }
@@ -30,7 +30,7 @@ struct ByteValues {
 
   DEVICE bool there(int at) const { return at >= span.first() && at < span.end(); }
 
-  // Zeros where no query sees anything.
+  // Loads values and their scales, or zeros at positions to which no query attends.
   DEVICE void load(int begin) const {
     const int head_dim = span.step.head_dim, width = padded_head(head_dim);
     for (int i = threadIdx.x; i < kPositions * C / 16; i += kThreads) {
@@ -52,7 +52,7 @@ struct ByteValues {
     }
   }
 
-  // A warp has a query's weights for a group of channels.
+  // Rounds weights. A warp has a query's weights for a group of channels.
   DEVICE void round_weights(int begin) const {
     const int lane = threadIdx.x % kWarp;
     for (int item = threadIdx.x / kWarp; item < TQ * kGroups; item += kWarps) {
@@ -81,7 +81,7 @@ struct ByteValues {
   DEVICE static int first_query() { return threadIdx.x / (C / kChannels); }
   DEVICE static int first_channel() { return threadIdx.x % (C / kChannels) * kChannels; }
 
-  // Of four positions' words of four channels, words of a channel each.
+  // Transposes four words, of four channels of a position each, to words of four positions of a channel.
   DEVICE static void transpose(uint32_t (&x)[4]) {
     const uint32_t low[2] = {__byte_perm(x[0], x[1], 0x5140), __byte_perm(x[2], x[3], 0x5140)};
     const uint32_t high[2] = {__byte_perm(x[0], x[1], 0x7362), __byte_perm(x[2], x[3], 0x7362)};
@@ -116,7 +116,7 @@ struct ByteValues {
     }
   }
 
-  // All threads together; the weights are there.
+  // Called by all threads together. The weights of the span are in shared memory.
   DEVICE void run() const {
     Sums sums = {};
     const bool works = channel + first_channel() < span.step.head_dim && first_query() < TQ;

@@ -1,4 +1,4 @@
-// Attention of few queries, as in decoding: as fast as keys and values come.
+// Attention of few queries, as in decoding. Reading keys and values limits its speed.
 #include "few.cuh"
 #include "byte_values.cuh"
 #include "heads.cuh"
@@ -9,15 +9,15 @@
 namespace llamaclust::cuda {
 namespace {
 
-// Whose values are on their way together: all that fits into 48 KiB beside the scores.
+// Number of blocks whose values are loaded together: as many as fit into 48 KiB beside the scores.
 template <int TQ>
 inline constexpr int kValueBlocks = TQ < 16 ? 2 : 1;
 
-// For scores, or for what merges spans.
+// Floats for scores, or for merging spans.
 template <int TQ>
 inline constexpr int kScoreFloats = TQ * kScoreStride > SpanMerger::kRoom ? TQ * kScoreStride : SpanMerger::kRoom;
 
-// Of a slice: in floats, or in integers.
+// Computes values of a slice, in floats or in integers.
 template <class Kv, int TQ, int BLOCKS>
 struct SliceOf {
   using Type = Values<Kv, TQ, BLOCKS, kSliceChannels>;
@@ -29,23 +29,23 @@ struct SliceOf<Int8Kv, TQ, BLOCKS> {
 template <class Kv, int TQ, int BLOCKS>
 using SliceValues = typename SliceOf<Kv, TQ, BLOCKS>::Type;
 
-// All channels, or those of the block's slice, of four times as many positions at a time.
+// Computes the values of all channels; or those of the block's slice, for four times as many positions at a time.
 template <int BLOCKS, class Kv, int TQ>
 DEVICE void add_slice(const Span<Kv, TQ>& span) {
   if (span.slices == 1) return add_values<BLOCKS>(span);
   SliceValues<Kv, TQ, 4 * BLOCKS>{span, span.slice * kSliceChannels}.run();
 }
 
-// What rows bring along that are alone in their sequences, where k is not null: queries that are not transformed yet, and
-// a key and a value that are to be stored.
+// Inputs of rows that are alone in their sequences, if k is not null: queries that are not transformed yet, and a key
+// and a value that are not stored yet.
 struct Fresh {
   static constexpr int kLineBytes = 128;
   const float *k, *v;
   uint8_t* kv;
   HeadTransform transform;
 
-  // Asks for keys and values of earlier positions, which no kernel of the step writes, and for weights; each slice for a
-  // part of the pieces.
+  // Prefetches weights, and keys and values of earlier positions, which no kernel of this step writes. Each slice
+  // prefetches a part of the pieces.
   template <class Kv, int TQ>
   DEVICE void bring_near(const Span<Kv, TQ>& span) const {
     const int lines = (span.step.piece_bytes + kLineBytes - 1) / kLineBytes, earlier = span.end() - (span.ends(0) ? 1 : 0);
@@ -57,8 +57,9 @@ struct Fresh {
         prefetch(weight + threadIdx.x * (kLineBytes / 4));
   }
 
-  // Transforms the span's queries in its stage. Whatever block sees the row's own position stores its key and value: of
-  // several, with slices, each the same bytes. In the stage: queries, the key, the value, the angles.
+  // Transforms the span's queries in its stage. A block whose span includes the row's own position stores the row's key
+  // and value; with slices, several blocks store the same bytes. The stage has queries, the key, the value, and the
+  // angles.
   template <class Kv, int TQ>
   DEVICE void bring(const Span<Kv, TQ>& span, bool is_first) const {
     const Step& step = span.step;
@@ -87,10 +88,11 @@ struct Fresh {
 
 }  // namespace
 
-// Grid: (KV heads times parts of TQ query heads that share one, any number of blocks), blocks of 256: those that have
-// items come first. The others end at once; but one waits, so that later kernels are in order with earlier ones. A tile has as many
-// rows times heads of a part as the name says at most (attention_rows.plan's few_rows). With `k`, each row is of another
-// sequence, and brings what `Fresh` says; so it may be where spans of `together` KV heads are merged, of heads in one part.
+// Grid: (KV heads times parts of TQ query heads that share one, any number of blocks), blocks of 256 threads. Blocks
+// with items come first. The others end at once, except for one that waits, so that later kernels are ordered after
+// earlier ones. The product of a tile's rows and the heads of a part is at most the number in the kernel's name
+// (attention_rows.plan's few_rows). With `k`, each row belongs to another sequence, and brings what `Fresh` describes.
+// This also works if spans of `together` KV heads are merged here, whose query heads form one part.
 #define FEW(kv_name, TQ, Kv, Scores)                                                                                  \
   KERNEL_IN_BLOCKS(256, 2, few_##kv_name##_##TQ, ATTENTION_ARGUMENTS, const float* k, const float* v,                 \
                    HEAD_ARGUMENTS, int32_t together, uint8_t* by_32, uint8_t* by_256) {                               \

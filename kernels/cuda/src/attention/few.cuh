@@ -1,5 +1,5 @@
-// Scores of few queries, as fast as keys come: a thread has two positions of a span, or one of the first half, and reads
-// their keys itself, sixteen bytes at a time, once for all queries of a block.
+// Scores of few queries, as fast as keys can be read. A thread has two positions of a span, or one if only the first
+// half is needed. It reads their keys itself, sixteen bytes at a time, once for all queries of a block.
 #pragma once
 
 #include "queries.cuh"
@@ -7,7 +7,7 @@
 namespace llamaclust::cuda {
 namespace {
 
-// P positions of a thread: threadIdx.x and, of two, 256 on.
+// P positions of a thread: threadIdx.x and, if P is 2, threadIdx.x + 256.
 template <class Kv, int TQ, int P>
 struct Keys {
   const Span<Kv, TQ>& span;
@@ -24,7 +24,7 @@ struct Keys {
     }
   }
 
-  // A whole chunk, or one that may end early; zeros where there is none.
+  // Read a chunk that is whole, or one that may end early; zeros if there is none.
   DEVICE uint4 whole(int p, int chunk) const {
     return there[p] ? load_16_bytes(pieces[p] + (chunk * kBlockTokens + slot) * 16) : make_uint4(0, 0, 0, 0);
   }
@@ -34,7 +34,7 @@ struct Keys {
   }
 
   DEVICE void store(const float (&scores)[P][TQ]) const {
-    __syncthreads();  // the queries are where scores come
+    __syncthreads();  // Scores overwrite the queries.
 #pragma unroll
     for (int p = 0; p < P; p++)
 #pragma unroll
@@ -44,7 +44,7 @@ struct Keys {
   }
 };
 
-// Of some neighbouring channels, or pairs of them, so many that all their queries are whole sixteen bytes.
+// Number of adjacent channels, or pairs of them, whose queries fill at least sixteen bytes.
 template <int TQ>
 inline constexpr int kSixteen = TQ < 4 ? 4 / TQ : 1;
 
@@ -67,7 +67,7 @@ struct F16Scores {
     }
   }
 
-  // AHEAD chunks are asked for together.
+  // Loads AHEAD chunks together.
   template <int P, int AHEAD>
   DEVICE static void compute(const Span<F16Kv, TQ>& span, const float* queries) {
     const Keys<F16Kv, TQ, P> keys(span);
@@ -125,7 +125,7 @@ struct ByteScores {
     }
   }
 
-  // AHEAD groups of channels are asked for together.
+  // Loads AHEAD groups of channels together.
   template <int P, int AHEAD>
   DEVICE static void compute(const Span<Kv, TQ>& span, const int32_t* queries) {
     const Keys<Kv, TQ, P> keys(span);

@@ -1,5 +1,5 @@
-// Attention of rows that see later positions: their group (as an image's rows in a prompt do), or in an encoder their group
-// alone or the whole sequence. Kernels as in rows.cu and tile.cu.
+// Attention of rows that attend to later positions: those of their group (such as an image's rows in a prompt), or in
+// an encoder those of their group only, or the whole sequence. The kernels are those of rows.cu and tile.cu.
 #define LLAMACLUST_GROUPS
 #include "tile.cuh"
 #include "byte_values.cuh"

@@ -1,4 +1,4 @@
-// What queries and keys go through before they meet.
+// Transformations of queries and keys before attention.
 #pragma once
 
 #include "elementwise/norm.cuh"
@@ -6,20 +6,21 @@
 
 namespace llamaclust::cuda {
 
-// Weight [head_dim] of the norm of each head; null: none.
+// Norm of each head, with a weight [head_dim]; null for none.
 struct HeadNorm {
   const float* weight;
   float epsilon;
 };
 
-// A norm of each head, then rotation, whose angles are those of row 0.
+// A norm of each head, followed by a rotation. The angles start with those of row 0.
 struct HeadTransform {
   HeadNorm of_queries, of_key;
   Rotation rotation;
 };
 
-// Queries [heads, head_dim] and a key of a row, in place. All of so many threads together, which then have met. What it
-// computes from its arguments would, inlined, take registers from the sums of attention.
+// Transforms queries [heads, head_dim] and a key of a row in place. All `threads` threads call it together, and are
+// synchronized at its end. It is not inlined, because values that it computes from its arguments would take registers
+// from the sums of attention.
 template <int threads>
 DEVICE_CALL void transform_heads(HeadTransform by, int row, float* queries, int heads, float* key, int head_dim) {
   const auto head = [=](int i) { return i < heads ? queries + i * head_dim : key; };

@@ -1,16 +1,16 @@
-// Latent attention: all heads share one key a position, whose first channels are its value.
+// Latent attention: all heads share one key per position, and its first channels are the value.
 #include "few.cuh"
 #include "tile.cuh"
 
 namespace llamaclust::cuda {
 namespace {
 
-// Weighted values of a span: sixteen lanes have a position of each block and some channels of some queries, which they add
-// in order of positions; then the lanes are added by a tree.
+// Weighted values of a span. Sixteen lanes compute some channels of some queries. Each lane has one position of each
+// block and adds them in order; then the lanes are added in a tree.
 template <class Kv, int TQ>
 struct LatentValues {
-  static constexpr int kChannels = Kv::kChannels;    // of sixteen bytes of a key
-  static constexpr int kQueries = 32 / kChannels;    // together
+  static constexpr int kChannels = Kv::kChannels;  // In sixteen bytes of a key.
+  static constexpr int kQueries = 32 / kChannels;  // Queries that are computed together.
   static constexpr bool kScaled = Kv::kChannelBytes == 1;
 
   struct Sums {
@@ -33,7 +33,7 @@ struct LatentValues {
       x[c] = kScaled ? mul(element_of(Kv{}, key, c), scale) : element_of(Kv{}, key, c);
   }
 
-  // What a query does not see counts as zeros: it may be no number.
+  // Positions to which a query does not attend count as 0, because they may hold NaN.
   DEVICE Sums sums_of(int chunk, int first_query) const {
     Sums sums = {};
     int ends[kQueries], end = 0;
@@ -72,8 +72,8 @@ struct LatentValues {
   }
 };
 
-// Of all channels or those of the block's slice. All threads together; the weights are there. Half a warp has one of the
-// items.
+// Computes all channels, or those of the block's slice. Called by all threads together, after the weights. Half a warp
+// computes one item.
 template <class Kv, int TQ>
 DEVICE void add_latent_values(const Span<Kv, TQ>& span) {
   using Values = LatentValues<Kv, TQ>;
@@ -93,7 +93,7 @@ DEVICE void add_latent_values(const Span<Kv, TQ>& span) {
 
 }  // namespace
 
-// As attention.tile, without a window.
+// Kernels like attention.tile, without a window.
 #define LATENT(kv_name, TQ, Kv, Scores)                                                                               \
   ATTENTION_KERNEL(latent_##kv_name##_##TQ, TQ, Kv, Scores, Work::kMany, scores_floats<TQ>(Scores<TQ>{}, head_dim),   \
                    add_latent_values)
@@ -102,7 +102,8 @@ LATENT(f16, 32, F16Kv, F16Tile)
 LATENT(q8_0, 16, Q8Kv, Q8Tile)
 LATENT(int8, 16, Int8Kv, Int8Tile)
 
-// As attention.few, of one row a tile: heads in parts of few, so that more blocks have fewer sums in order.
+// Kernels like attention.few, with one row per tile. Few heads form a part, so that there are more blocks with fewer
+// sequential sums.
 #define FEW(kv_name, TQ, Kv, Scores)                                                                                  \
   ATTENTION_KERNEL(few_##kv_name##_##TQ, TQ, Kv, Scores, Work::kFew, 0, add_latent_values)
 FEW(f16, 4, F16Kv, F16Scores)

@@ -1,5 +1,5 @@
-// Spans of a row that were computed apart, put together in ascending order by the block that has computed the last of them,
-// and where quantized results go.
+// Merges the spans of a row that were computed separately, in ascending order, in the block that computed the last of
+// them; and stores quantized results.
 #pragma once
 
 #include "elementwise/quantize.cuh"
@@ -7,12 +7,12 @@
 
 namespace llamaclust::cuda {
 
-// Rows in one of the formats; both null: nowhere.
+// Destination of rows in one of the formats; both pointers are null for none.
 struct QuantizedOut {
   uint8_t *by_32, *by_256;
 
   DEVICE bool is_wanted() const { return by_32 != nullptr || by_256 != nullptr; }
-  // 256 channels in shared memory, by a warp.
+  // Quantizes 256 channels in shared memory, by a warp.
   DEVICE void store(const float* from, int row, int piece, int cols) const {
     Eight eight;
     load_fours(from + 8 * (threadIdx.x % kWarp), eight);
@@ -21,25 +21,25 @@ struct QuantizedOut {
   }
 };
 
-// The spans of a row, for up to kMostHeads heads, by a block. Factors of some spans come first, a thread for each of a head;
-// then threads take channels. `room` is for kRoom floats, `merged` for all channels.
+// Merges the spans of a row, for up to kMostHeads heads, by a block. The factors of some spans are computed first, by
+// one thread for each span of a head; then threads have channels. `room` has kRoom floats, `merged` all channels.
 struct SpanMerger {
   static constexpr int kMostHeads = 16, kRoom = 4 * kThreads + 3 * kMostHeads;
 
   const Partials& from;
-  int spans, first, stride;  // as the plan has them
+  int spans, first, stride;  // Values of the plan (Work).
   int head, heads;
   const float* sinks;
   float *room, *merged;
 
-  // Spans at a time, as many as there are threads for.
+  // Number of spans at a time, for which there are threads.
   DEVICE int shift() const { return __clz(heads - 1) - 24; }
   DEVICE int together() const { return 1 << shift(); }
   DEVICE float* maxima() const { return room; }
   DEVICE float* sums() const { return room + kThreads; }
   DEVICE float* keep() const { return room + 2 * kThreads; }
   DEVICE float* gain() const { return room + 3 * kThreads; }
-  DEVICE float* of_heads() const { return room + 4 * kThreads; }  // sums of weights; factors of sinks
+  DEVICE float* of_heads() const { return room + 4 * kThreads; }  // Sums of weights; later, factors of sinks.
   DEVICE int channels() const { return heads * from.head_dim; }
 
   DEVICE void load_sums(int begin, int count, int query, int i) const {
@@ -49,7 +49,7 @@ struct SpanMerger {
     sums()[threadIdx.x] = load_from_all(from.sums + index);
   }
 
-  // Returns the maximum with these spans; `before` is that of the spans before them.
+  // Returns the maximum including these spans. `before` is that of the earlier spans.
   DEVICE float find_factors(int begin, int count, int query, int i, float before) const {
     const float* own = maxima() + (query << shift());
     float top = begin == 0 ? own[0] : before, until = top;
@@ -81,7 +81,7 @@ struct SpanMerger {
     }
   }
 
-  // All threads together.
+  // Called by all threads together.
   DEVICE void run() const {
     const int query = threadIdx.x >> shift(), i = threadIdx.x & (together() - 1), own = query << shift();
     float top = 0, sum = 0;
@@ -118,13 +118,13 @@ struct SpanMerger {
   }
 };
 
-// What a block of few queries does behind its items: the last one that is done with `together` neighbouring KV heads of a
-// row merges their spans. Heads that are quantized have whole pieces of 256 channels together.
+// The end of a block of few queries. The block that is last to finish `together` adjacent KV heads of a row merges
+// their spans. Heads that are quantized have a multiple of 256 channels together.
 struct Ending {
-  int together;  // 0: spans are merged elsewhere, if there are any
+  int together;  // 0 if spans are merged elsewhere, or not at all.
   QuantizedOut quantized;
 
-  // All threads together, when the block's sums are stored.
+  // Called by all threads together, once the block's sums are stored.
   DEVICE bool is_last(int32_t& done, int blocks) const {
     SHARED(int32_t, last, [1]);
     __threadfence();
@@ -153,7 +153,7 @@ struct Ending {
       SpanMerger{from, spans, work.slot(row), work.stride(row), head, heads, step.sinks, room, merged}.run();
     }
     if (!quantized.is_wanted()) {
-      for (int c = threadIdx.x; c < own; c += kThreads) out[c] = merged[c];  // its own ones
+      for (int c = threadIdx.x; c < own; c += kThreads) out[c] = merged[c];  // A thread merged these channels itself.
       return;
     }
     if (spans == 0)

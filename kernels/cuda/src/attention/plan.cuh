@@ -1,4 +1,4 @@
-// What rows are cut into: the kernel that plans a microbatch's attention.
+// The kernel that plans a microbatch's attention: it divides rows into tiles and items.
 #pragma once
 
 #include "sequences.cuh"
@@ -7,7 +7,7 @@
 namespace llamaclust::cuda {
 namespace {
 
-// The tile that begins with a row.
+// The tile that starts with a row.
 struct Tile {
   int table, rows, span_begin, spans, kind;
   DEVICE int slots() const { return spans > 1 ? rows * spans : 0; }
@@ -18,7 +18,7 @@ struct Cutter {
   int sequences, tile_rows, few_rows;
   Window window;
 
-  // rows = 0: none begins here.
+  // Returns a tile without rows if none starts with this row.
   DEVICE Tile tile(int row) const {
     const int sequence = sequence_of(row, sequence_starts, sequences);
     if ((row - sequence_starts[sequence]) % tile_rows != 0) return {0, 0, 0, 0, 0};
@@ -53,7 +53,7 @@ DEVICE void write_items(const Tile& tile, int row, int position, int slot, int f
   }
 }
 
-// Where values of few queries are divided: see PLAN.
+// The division of the values of few queries (see PLAN).
 struct Slices {
   int count, places;
 };
@@ -93,11 +93,12 @@ DEVICE void cut_rows(const Cutter& cutter, int rows, int kv_heads, int slots, in
 
 }  // namespace
 
-// Cuts rows into tiles of up to tile_rows of one sequence, and these into spans, where blocks are wanted and there are
-// slots for all their sums: those of up to few_rows rows always, the others where there are fewer tiles than split_below.
-// Long tiles come first. Where `places` blocks for a KV head, or a part of its query heads, are not taken by items of few
-// queries, values of these are divided by slices of channels, if all slices find a place: scores are computed for each of
-// them. Once for a microbatch, whatever the number of its rows: one block of 256.
+// Divides the rows of each sequence into tiles of up to tile_rows rows, and tiles into spans for different blocks. A
+// tile of up to few_rows rows is always divided, another one if there are fewer tiles than split_below; there must be
+// slots for all sums. Long tiles come first. The values of few queries are divided into slices of channels if their
+// items, times the slices, are at most `places`, the number of blocks for a KV head or for a part of its query heads;
+// each slice computes the scores again. Launched once per microbatch, for any number of rows, with one block of 256
+// threads.
 #define PLAN                                                                                                          \
   KERNEL(256, plan, const int32_t* header, const int32_t* positions, const int32_t* sequence_starts,                  \
          const int32_t* table_starts, int32_t tile_rows, int32_t few_rows, int32_t window, int32_t chunked,           \

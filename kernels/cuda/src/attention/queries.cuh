@@ -1,4 +1,4 @@
-// Queries in shared memory as scores want them: all queries of a channel, or of a pair of channels, side by side.
+// Queries in shared memory, in the layout for scores: all queries of a channel, or of a pair of channels, are adjacent.
 #pragma once
 
 #include "span.cuh"
@@ -6,7 +6,7 @@
 namespace llamaclust::cuda {
 inline namespace SEEN_NAMESPACE {
 
-// Float32 [channels, filled up to whole chunks of keys][TQ]; others are zero.
+// Layout: float32 [channels, rounded up to whole chunks of keys][TQ]. Missing queries and channels are 0.
 template <int TQ>
 DEVICE void load_queries(const Span<F16Kv, TQ>& span, float* to) {
   const int channels = key_chunks<F16Kv>(span.step.head_dim) * F16Kv::kChannels;
@@ -16,14 +16,16 @@ DEVICE void load_queries(const Span<F16Kv, TQ>& span, float* to) {
   }
 }
 
-inline constexpr int32_t kLeastQuery = 0x0d800000;  // 2^-100: below it a group of a query counts as zero
+// 2^-100: a query's group with a smaller maximum magnitude counts as 0.
+inline constexpr int32_t kLeastQuery = 0x0d800000;
 
 struct RoundedQuery {
   int32_t q;
   float scale;
 };
 
-// A group of 32 channels of a query that meets keys in bytes, one a lane: q = x * (most / m) to nearest, scale = m / most.
+// Rounds a group of 32 channels of a query, one per lane, for keys in bytes: q = x * (most / m) to nearest, scale = m /
+// most.
 DEVICE RoundedQuery round_query(float x, float most) {
   const int32_t greatest = greatest_of(magnitude(x));
   const float maximum = __int_as_float(greatest);
@@ -32,7 +34,7 @@ DEVICE RoundedQuery round_query(float x, float most) {
   return {nearest(mul(x, div(most, maximum))), div(maximum, most)};
 }
 
-// Calls f(query, group, channel of the group, rounded) for every channel of every query; a warp has a group.
+// Calls f(query, group, channel of the group, rounded) for every channel of every query. A warp has a group.
 template <class Kv, int TQ, class F>
 DEVICE void round_queries(const Span<Kv, TQ>& span, F f) {
   const int groups = groups_of(span.step.head_dim), lane = threadIdx.x % kWarp;
@@ -43,7 +45,7 @@ DEVICE void round_queries(const Span<Kv, TQ>& span, F f) {
   }
 }
 
-// Pairs of int16 [16 a group of 32 channels][TQ], then scales [groups][TQ].
+// Layout: pairs of int16 [16 for each group of 32 channels][TQ], then scales [groups][TQ].
 template <class Kv, int TQ>
 DEVICE void load_queries(const Span<Kv, TQ>& span, int32_t* to) {
   const int groups = groups_of(span.step.head_dim);

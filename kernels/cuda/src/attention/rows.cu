@@ -1,4 +1,4 @@
-// Attention around its sums: what rows are cut into, keys and values into memory, spans put together.
+// The steps around the sums of attention: planning, storing keys and values, and merging spans.
 #include "rounding.cuh"
 #include "work.cuh"
 #include "heads.cuh"
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kMaxHeadDim = 576;
 
-// Transforms the key, and in place the queries that share the KV head. All threads together.
+// Transforms the key, and in place the queries that share its KV head. Called by all threads together.
 DEVICE Stored transformed(int row, const int32_t* positions, const Work& work, const int32_t* tables, float* q,
                           const float* k, const float* v, int heads, int kv_heads, int head_dim, int piece_bytes,
                           uint8_t* kv, const HeadTransform& transform) {
@@ -32,8 +32,9 @@ DEVICE Stored transformed(int row, const int32_t* positions, const Work& work, c
 
 }  // namespace
 
-// Keys and values of all rows into memory, before any is read; keys and queries are transformed before, these in place.
-// q [rows][heads * head_dim]; k, v [rows][kv_heads * head_dim], or v is null. Grid: (rows, KV heads), blocks of 128.
+// Stores keys and values of all rows before any is read. Transforms keys first, and queries in place. q is [rows][heads
+// * head_dim]; k and v are [rows][kv_heads * head_dim], but v may be null. Grid: (rows, KV heads), blocks of 128
+// threads.
 #define STORE_ARGUMENTS                                                                                               \
   const int32_t *rows, const int32_t *positions, int32_t *plan, int32_t max_rows, int32_t slots,                      \
       const int32_t *tables, float *q, const float *k, const float *v, int32_t heads, int32_t kv_heads,               \
@@ -51,11 +52,11 @@ STORE(f16, F16Kv)
 STORE(q8_0, Q8Kv)
 STORE(int8, Int8Kv)
 
-// Merges the spans of rows that have them apart, in ascending order, and divides. The factors of all spans come first, by
-// as many threads: what is left in order is one multiplication and one multiply-add a span. Grid: (rows, heads / those of a
-// block), blocks of 128 by up to 8 heads. Where there is a place for quantized rows, all rows go there and not into out: the
-// heads of a block have 256 channels then. Spans of other rows are merged already, with the `sinks` of the heads, if these
-// are not null.
+// Merges the spans of rows whose spans were computed separately, in ascending order, and divides by the sum of weights.
+// A thread per span computes the factors first, so only one multiplication and one fused multiply-add per span are
+// sequential. Other rows are merged already, including the heads' `sinks`, which may be null. Grid: (rows, heads /
+// heads of a block), blocks of 128 threads times up to 8 heads. If there is room for quantized rows, all rows go there
+// instead of to `out`; the heads of a block then have 256 channels together.
 KERNEL(1024, merge, const int32_t* rows, int32_t* plan, int32_t max_rows, int32_t slots, float* partials,
        const float* sinks, int32_t heads, int32_t head_dim, float* out, uint8_t* by_32, uint8_t* by_256) {
   let_next_kernel_begin();
@@ -73,7 +74,7 @@ KERNEL(1024, merge, const int32_t* rows, int32_t* plan, int32_t max_rows, int32_
   SHARED(float, all_gain, [8][128]);
   SHARED(float, merged, [256]);
   float *maxima = all_maxima[place], *sums = all_sums[place], *keep = all_keep[place], *gain = all_gain[place];
-  float before = 0, sum = 0, total[4];  // of up to 512 channels, 128 a thread
+  float before = 0, sum = 0, total[4];  // Up to 512 channels, four per thread.
   for (int begin = 0; begin < spans; begin += 128) {
     const int count = spans - begin < 128 ? spans - begin : 128, i = threadIdx.x;
     __syncthreads();

@@ -1,5 +1,5 @@
-// One span of positions for the queries of one KV head: what is done around the scores. The order of every sum is that of
-// docs/internals/numerics.md: a warp weighs a query's scores, a thread owns a channel of some queries.
+// One span of positions for the queries of one KV head: everything but the scores. The order of every sum is that of
+// docs/internals/numerics.md. A warp weighs a query's scores; a thread has a channel of some queries.
 #pragma once
 
 #include "rounding.cuh"
@@ -10,43 +10,48 @@ namespace llamaclust::cuda {
 inline namespace SEEN_NAMESPACE {
 
 inline constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-// Scores [queries][kSpanTokens]: neighbouring queries are four banks apart.
+// Scores are [queries][kSpanTokens]. With this stride, adjacent queries are four banks apart.
 inline constexpr int kScoreStride = kSpanTokens + 4;
 
 struct Step {
   const int32_t* tables;
   const float* q;
   const uint8_t* kv;
-  const float *slopes, *sinks;  // null: none
+  const float *slopes, *sinks;  // Null for none.
   float *partials, *out;
   int heads, kv_heads, head_dim, value_dim, piece_bytes, slots;
   Window window;
-  float scale, soft_cap;  // 0: none
+  float scale, soft_cap;  // soft_cap is 0 for none.
 };
 
-// Of up to TQ queries, in shared memory.
+// Up to TQ queries, in shared memory.
 template <int TQ>
 struct Queries {
-  int32_t blocks[kSpanBlocks];   // ids of the span's
-  int32_t firsts[TQ], ends[TQ];  // which of the span's positions a query sees; none where both are 0
-  float maxima[TQ], sums[TQ];    // of the spans so far
-  float keep[TQ], gain[TQ];      // what their values and the span's are multiplied by
-  float sink_keep[TQ], sink_gain[TQ];  // likewise at the end, those of a sink
+  int32_t blocks[kSpanBlocks];  // Ids of the span's blocks.
+  // Positions of the span to which a query attends; none if both are 0.
+  int32_t firsts[TQ], ends[TQ];
+  float maxima[TQ], sums[TQ];  // Maxima and sums of weights of the spans so far.
+  // Factors of the earlier values, and of those of the span.
+  float keep[TQ], gain[TQ];
+  // Factors at the end, of the values and of a sink.
+  float sink_keep[TQ], sink_gain[TQ];
 };
 
-// Queries are the tile's rows times `heads` heads that share a KV head.
+// The queries are the tile's rows times `heads` heads that share a KV head.
 template <class Kv, int TQ>
 struct Span {
   const Step& step;
   const Item& item;
   int kv_head, head, heads;
-  int from;  // position of the first row
+  int from;  // Position of the first row.
   int span;
-  int slice, slices;     // which kSliceChannels of the values are this block's; of one slice, all
-  const float* turned;   // transformed queries in shared memory, where those of the step are not; may be null
+  // The slice of kSliceChannels value channels that the block computes; with one slice, all channels.
+  int slice, slices;
+  // Transformed queries in shared memory, if the step's are not transformed; else null.
+  const float* turned;
   Queries<TQ>& queries;
   float* scores;
-  float* stage;  // for some blocks' values
+  float* stage;  // Room for the values of some blocks.
 
   DEVICE int start() const { return span * kSpanTokens; }
   DEVICE int count() const { return item.rows * heads; }
@@ -64,7 +69,7 @@ struct Span {
   DEVICE bool begins(int query) const { return first_seen(query) / kSpanTokens == span; }
   DEVICE bool ends(int query) const { return (end_seen(query) - 1) / kSpanTokens == span; }
 
-  // Positions of the span, from its start, that some query sees, and that all see.
+  // Positions of the span, relative to its start, to which some query attends, and to which all queries attend.
   DEVICE int within(int position) const {
     const int at = position - start();
     return at < 0 ? 0 : at < kSpanTokens ? at : kSpanTokens;
@@ -92,7 +97,7 @@ struct Span {
     queries.ends[i] = first < end ? end : 0;
   }
 
-  // Soft cap, then the linear bias, of which both factors are exact.
+  // Applies the soft cap, then ALiBi, both of whose factors are exact.
   DEVICE void adjust() const {
     for (int i = threadIdx.x; i < count() * kSpanTokens; i += kThreads) {
       const int query = i / kSpanTokens, at = i % kSpanTokens;
@@ -106,7 +111,7 @@ struct Span {
     }
   }
 
-  // Scores become exp(score - maximum); a query is a warp's.
+  // Turns scores into exp(score - maximum). A warp has a query.
   DEVICE void weigh() const {
     for (int query = threadIdx.x / kWarp; query < count(); query += kWarps)
       if (sees(query)) weigh(query);
@@ -125,7 +130,7 @@ struct Span {
       if (at >= first && at < end) top = greater(top, score[i]);
     }
     top = reduce(top, [](float a, float b) { return greater(a, b); });
-    // Positions 16 apart are added in order: a lane's own ones and those of the lane 16 on take turns.
+    // Positions 16 apart are added in order: a lane's own ones alternate with those of the lane 16 further on.
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < kEach; i++) {
@@ -169,8 +174,8 @@ struct Span {
     queries.sink_gain[query] = sink.gain;
   }
 
-  // Puts a channel's sum over the span where it belongs: into its slot, or beside the spans before it. These wait in the
-  // output itself until the last span is there and all is divided.
+  // Stores a channel's sum over the span: in its slot, or merged with the earlier spans. Their sums are kept in the
+  // output until the last span is merged and the result is divided.
   DEVICE void keep_value(int query, int channel, float value) const {
     if (item.slot >= 0) {
       const Partials partials(step.partials, step.slots, step.heads, step.value_dim);
@@ -188,15 +193,14 @@ struct Span {
   }
 };
 
-// Which part of the heads a block has, and which items, one after the other.
+// The part of the heads that a block has, and its items: first, first + step, ...
 struct Share {
   int part, first, step;
 };
 
-// Computes items one after the other. Scores::compute(span) leaves the scores
-// of all positions from span.first() to span.end() in span.scores, as products times the attention scale, and has the
-// threads meet. prepare(span) comes before; finish(item, KV head, slices) behind all
-// spans of an item.
+// Computes items one after the other. prepare(span) comes first. Scores::compute(span) then leaves the scores of all
+// positions from span.first() to span.end() in span.scores, as products times the attention scale, and synchronizes the
+// threads. finish(item, KV head, slices) comes after all spans of an item.
 template <class Kv, int TQ, class Scores, class Prepare, class AddValues, class Finish>
 DEVICE void attend(const Step& step, const Work& work, int kind, const Share& share, Queries<TQ>& queries, float* scores, float* stage,
                    const float* turned, Prepare prepare, AddValues add_values, Finish finish) {
@@ -237,8 +241,8 @@ DEVICE void attend(const Step& step, const Work& work, int kind, const Share& sh
   {tables, q, kv, slopes, sinks, partials, out, heads, kv_heads, head_dim, value_dim, piece_bytes, slots,  \
    {window, chunked SEEN_VALUES}, scale, soft_cap}
 
-// A kernel for tiles of up to TQ queries; `stage` floats after the scores' begin there is room for values, which
-// add_values(span) computes and keeps.
+// A kernel for tiles of up to TQ queries. add_values(span) computes and stores the values; its shared memory starts
+// `stage` floats after the start of the scores.
 #define ATTENTION_KERNEL(name, TQ, Kv, Scores, kind, stage, add_values)                                               \
   KERNEL_IN_BLOCKS(256, 2, name, ATTENTION_ARGUMENTS) {                                                               \
     float* scores = reinterpret_cast<float*>(DYNAMIC_SHARED);                                                         \

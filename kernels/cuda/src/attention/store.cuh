@@ -1,4 +1,4 @@
-// One key and value into KV memory, rounded to its type.
+// Stores a key and a value in KV memory, rounded to its type.
 #pragma once
 
 #include "kv.cuh"
@@ -6,14 +6,15 @@
 
 namespace llamaclust::cuda {
 
-// Of one KV head of a row.
+// A key and a value of one KV head of a row, and their place.
 struct Stored {
-  const float *key, *value;  // the key in shared memory; null: values are part of keys
+  // The key is in shared memory. The value is null if it is a part of the key.
+  const float *key, *value;
   uint8_t* piece;
   int slot;
 };
 
-// Eight channels from x on in float16, `count` of them; others are zero.
+// Returns `count` of the eight channels from x on as float16; the others are 0.
 DEVICE uint4 eight_halves(const float* x, int count) {
   uint4 halves = make_uint4(0, 0, 0, 0);
 #pragma unroll
@@ -22,7 +23,7 @@ DEVICE uint4 eight_halves(const float* x, int count) {
   return halves;
 }
 
-// By all of so many threads of a block.
+// Called by all `threads` threads of a block.
 template <int threads>
 DEVICE void store(F16Kv, const Stored& stored, int head_dim) {
   const int chunks = key_chunks<F16Kv>(head_dim);
@@ -48,17 +49,17 @@ struct Rounded {
   uint16_t scale;
 };
 
-// A group of 32 channels, one a lane: m / 127 rounded to float16 is the scale; q = x * (1 / scale) to nearest.
+// Rounds a group of 32 channels, one per lane. The scale is m / 127 rounded to float16; q = x * (1 / scale) to nearest.
 DEVICE Rounded round_group(float x) {
   const int32_t greatest = greatest_of(magnitude(x));
-  if (greatest >= kNotFinite) return {0, 0x7e00};  // not a number
+  if (greatest >= kNotFinite) return {0, 0x7e00};  // NaN
   const uint16_t half = float_to_half(div(__int_as_float(greatest), 127.0f));
   const float scale = half_to_float(half), inverse = scale > 0.0f ? div(1.0f, scale) : 0.0f;
   const float q = mul(x, inverse), low = q > -127.0f ? q : -127.0f;
   return {nearest(low < 127.0f ? low : 127.0f), half};
 }
 
-// The same in bytes: a warp rounds 32 channels.
+// The variant for bytes, in which a warp rounds 32 channels.
 template <int threads, int together, int most>
 DEVICE void store(ByteKv<together, most>, const Stored& stored, int head_dim) {
   using Kv = ByteKv<together, most>;

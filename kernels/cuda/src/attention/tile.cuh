@@ -1,4 +1,4 @@
-// Scores of many queries, as fast as multiply-adds go. Keys are read once for all queries of a tile.
+// Scores of many queries, which multiply-adds limit. Keys are read once for all queries of a tile.
 #pragma once
 
 #include "queries.cuh"
@@ -7,10 +7,10 @@
 namespace llamaclust::cuda {
 namespace {
 
-inline constexpr int kColumns = 8, kColumnStep = kSpanTokens / kColumns;  // positions of a thread
-inline constexpr int kLoads = kSpanTokens / kThreads;                     // keys that a thread brings
+inline constexpr int kColumns = 8, kColumnStep = kSpanTokens / kColumns;  // Positions of a thread, and their distance.
+inline constexpr int kLoads = kSpanTokens / kThreads;                     // Keys that a thread loads.
 
-// One chunk of every key that some query sees, on the way to shared memory.
+// One chunk of every key to which some query attends, on the way to shared memory.
 template <int TQ>
 struct Chunk {
   uint4 keys[kLoads];
@@ -26,14 +26,14 @@ struct Chunk {
   }
 };
 
-// Columns that hold a position which some query sees: halves are skipped, not single ones. (Written in place, this gives
-// larger and other machine code.)
+// Returns whether no query attends to the second half of the span, whose columns are then skipped. (Written inline,
+// this gives larger and different machine code.)
 template <int TQ>
 DEVICE bool is_half(const Span<F16Kv, TQ>& span) {
   return span.end() <= kSpanTokens / 2;
 }
 
-// Scores of a thread to where they are weighed. The queries were there before.
+// Stores the scores of a thread, overwriting the queries.
 template <int TQ>
 DEVICE void store_scores(const Span<F16Kv, TQ>& span, const float (&scores)[TQ / 4][kColumns]) {
   __syncthreads();
@@ -46,19 +46,19 @@ DEVICE void store_scores(const Span<F16Kv, TQ>& span, const float (&scores)[TQ /
   __syncthreads();
 }
 
-// A chunk of channels of all the span's keys is in shared memory at a time; a thread has TQ / 4 queries and every 64th
+// Shared memory has one chunk of channels of all the span's keys at a time. A thread has TQ / 4 queries and every 64th
 // position.
 template <int TQ>
 struct F16Tile {
   static constexpr int kRows = TQ / 4, kChannels = F16Kv::kChannels;
   using Sums = float[kRows][kColumns];
 
-  // Queries and a chunk of keys.
+  // Room for queries and a chunk of keys.
   DEVICE static int staged_floats(int head_dim) {
     return kChannels * (key_chunks<F16Kv>(head_dim) * TQ + kSpanTokens);
   }
 
-  // Floats [channel][position]
+  // Layout: floats [channel][position].
   DEVICE static void store(const Chunk<TQ>& chunk, float* to) {
 #pragma unroll
     for (int n = 0; n < kLoads; n++)
@@ -106,19 +106,19 @@ struct F16Tile {
   }
 };
 
-// By matrix instructions: the bytes of 16 queries' int16s times keys, which come to the registers as they lie in memory. A
-// warp has every eighth piece of 8 positions. As rows of a product a thread has queries lane / 4 and 8 more, as columns
-// of the result positions 2 (lane % 4) and the next one.
+// Uses matrix instructions: the bytes of 16 queries' int16s times keys, which are loaded into registers as they are in
+// memory. A warp has every eighth piece of 8 positions. A thread has queries lane / 4 and lane / 4 + 8 as rows of a
+// product, and positions 2 (lane % 4) and the next one as columns of the result.
 template <class Kv, int TQ>
 struct ByteTile {
   static_assert(TQ == 16);
   static constexpr int kPieces = kSpanTokens / 8 / kWarps, kPiece = 8;
 
-  // Lower bytes [TQ][groups of 32, and 16 that keep rows in banks of their own], upper bytes, scales [groups][TQ].
+  // Layout: lower bytes [TQ][32 * groups + 16, so that rows are in different banks], upper bytes, scales [groups][TQ].
   DEVICE static int row_bytes(int head_dim) { return groups_of(head_dim) * kGroupChannels + 16; }
   DEVICE static int staged_floats(int head_dim) { return 2 * TQ * row_bytes(head_dim) / 4 + TQ * groups_of(head_dim); }
 
-  // What a thread reads of the keys for one group of channels.
+  // The keys that a thread reads for one group of channels.
   struct Keys {
     int32_t words[kPieces][2];
     float scales[kPieces][2];
@@ -227,7 +227,7 @@ using Q8Tile = ByteTile<Q8Kv, TQ>;
 template <int TQ>
 using Int8Tile = ByteTile<Int8Kv, TQ>;
 
-// Where scores are weighed, what they are made of was before. Values have room behind it.
+// Scores overwrite their operands in shared memory. The room for values follows.
 template <int TQ, class Scores>
 DEVICE int scores_floats(Scores, int head_dim) {
   const int staged = Scores::staged_floats(head_dim), scores = TQ * kScoreStride;
@@ -236,8 +236,8 @@ DEVICE int scores_floats(Scores, int head_dim) {
 
 }  // namespace
 
-// Grid: (any number of blocks, KV heads times parts of TQ query heads that share one), blocks of 256. A tile has TQ
-// divided by these heads rows, one at least (attention_rows.plan's tile_rows).
+// Grid: (any number of blocks, KV heads times parts of TQ query heads that share one), blocks of 256 threads. A tile
+// has TQ / (heads of a part) rows, at least one (attention_rows.plan's tile_rows).
 #define TILE(kv_name, TQ, Kv, Scores)                                                                                 \
   ATTENTION_KERNEL(tile_##kv_name##_##TQ, TQ, Kv, Scores, Work::kMany, scores_floats<TQ>(Scores<TQ>{}, head_dim), \
                    add_values<1>)

@@ -1,5 +1,5 @@
-// Weighted values of a span: some blocks' values at a time lie in shared memory as floats, a thread has some channels of
-// some queries and walks the positions in order.
+// Weighted values of a span. Shared memory has the values of some blocks at a time as floats. A thread has some
+// channels of some queries and adds the positions in order.
 #pragma once
 
 #include "span.cuh"
@@ -7,22 +7,22 @@
 namespace llamaclust::cuda {
 inline namespace SEEN_NAMESPACE {
 
-// C channels at a time, of BLOCKS blocks.
+// Computes C channels, of BLOCKS blocks at a time.
 template <class Kv, int TQ, int BLOCKS, int C>
 struct Values {
   static constexpr int kPositions = BLOCKS * kBlockTokens;
-  static constexpr int kChannels = TQ >= 16 && C >= 64 ? 4 : TQ * C >= 512 ? 2 : 1;  // of a thread
+  static constexpr int kChannels = TQ >= 16 && C >= 64 ? 4 : TQ * C >= 512 ? 2 : 1;  // Channels of a thread.
   static constexpr int kEach = TQ * C / kThreads / kChannels;
-  static constexpr int kQueries = kEach > 1 ? kEach : 1;                  // of a thread; some have none
-  static constexpr int kQuerySteps = TQ / kQueries;                       // between two queries of a thread
-  static constexpr int kPieces = kPositions * C / Kv::kChannels;          // of 16 bytes
-  static constexpr int kLoads = (kPieces + kThreads - 1) / kThreads;      // of a thread
+  static constexpr int kQueries = kEach > 1 ? kEach : 1;              // Queries of a thread; some threads have none.
+  static constexpr int kQuerySteps = TQ / kQueries;                   // Distance between two queries of a thread.
+  static constexpr int kPieces = kPositions * C / Kv::kChannels;      // Number of 16-byte pieces.
+  static constexpr int kLoads = (kPieces + kThreads - 1) / kThreads;  // Number of pieces of a thread.
   static constexpr bool kScaled = Kv::kChannelBytes == 1;
-  static constexpr int kScales = C / kGroupChannels;  // of a position, behind all values
+  static constexpr int kScales = C / kGroupChannels;  // Scales of a position, stored after all values.
 
   using Block = Span<Kv, TQ>;
   const Block& span;
-  const int channel;  // the first one
+  const int channel;  // The first channel.
 
   struct Loaded {
     uint4 pieces[kLoads];
@@ -69,7 +69,7 @@ struct Values {
       if (i < kPositions * kScales) span.stage[kPositions * C + i] = loaded.scale;
   }
 
-  // Which queries and channels a thread has: a warp's lanes share what they read in twos at least.
+  // The first query and channel of a thread. At least two lanes of a warp share each value that they read.
   DEVICE static int first_query() {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     if constexpr (kChannels == 4)
@@ -96,7 +96,7 @@ struct Values {
       return weight;
   }
 
-  // Position `at` of those that are in shared memory, for the queries that see it.
+  // Adds position `at` of those in shared memory, for the queries that attend to it.
   template <class Weight, class Sees>
   DEVICE void add_position(int at, Weight weight_of, Sees sees, Sums& sums) const {
     float x[kChannels];
@@ -120,7 +120,7 @@ struct Values {
     }
   }
 
-  // Positions that every query sees, four at a time.
+  // Adds positions to which every query attends, four at a time.
   DEVICE void add_all(int begin, Sums& sums) const {
     const float* weights = span.scores + first_query() * kScoreStride + begin;
 #pragma unroll 1
@@ -136,7 +136,8 @@ struct Values {
     }
   }
 
-  // Others. What a query does not see is multiplied with nothing: it may be no number.
+  // Adds other positions. One to which a query does not attend is skipped, not multiplied by 0, because it may hold
+  // NaN.
   DEVICE void add_some(int begin, Sums& sums) const {
     const float* weights = span.scores + first_query() * kScoreStride;
     int firsts[kQueries], ends[kQueries];
@@ -154,7 +155,7 @@ struct Values {
           [&](int q) { return at >= firsts[q] && at < ends[q]; }, sums);
   }
 
-  // All threads together; the weights are there.
+  // Called by all threads together, after the weights.
   DEVICE void run() const {
     Sums sums = {};
     const int from = span.first() / kPositions * kPositions, to = span.end();

@@ -1,4 +1,4 @@
-// What a microbatch's rows are cut into, as attention_rows.plan writes it and the other kernels of attention read it.
+// The division of a microbatch's rows, as attention_rows.plan writes it and the other kernels of attention read it.
 #pragma once
 
 #include "kv.cuh"
@@ -6,16 +6,20 @@
 
 namespace llamaclust::cuda {
 
-// Rows of one sequence that attend together, and spans of positions that a block computes for them one after the other.
-// With a slot, it is one span of several: sums go to the slots from there on, one a row, and are merged later. `position` is
-// that of the first row; `spans` are those of all rows that are merged later, 0 without a slot.
+// Rows of one sequence that are computed together, and the spans of positions that a block computes for them one after
+// the other. An item with a slot is one span of several; its sums go to the slots that start there, one per row, and
+// are merged later. `position` is that of the first row. `spans` is the number of spans of the tile; 0 without a slot.
 struct Item {
   int32_t row, rows, table, span_begin, span_end, slot, position, spans;
 };
 
-// Items of few queries and of many; for how many blocks the values of one of few queries are divided; of each row where its block table begins and, if its spans are merged later, how
-// many there are, the first one's slot and the step to the next; of each row and KV head, or the first one of some, how many blocks have
-// done their part of it, if these merge spans: the last one sets it back to 0.
+// Contents of the plan:
+// - the numbers of items of few and of many queries;
+// - the number of slices into which the values of an item of few queries are divided;
+// - for each row the start of its block table, and if its spans are merged later: how many there are, the first one's
+// slot, and the step to the next slot;
+// - for each row and KV head, or for the first of several KV heads: the number of blocks that have finished it, if
+// these merge the spans. The last block resets it to 0.
 struct Work {
   DEVICE Work(int32_t* plan, int max_rows, int slots)
       : base(plan), max_rows(max_rows), max_items(max_rows + slots) {}
@@ -39,7 +43,8 @@ struct Work {
   int max_rows, max_items;
 };
 
-// Sums of spans that are merged later: for each slot and head the maximum, the sum of weights, the weighted values.
+// Sums of spans that are merged later: for each slot and head, the maximum, the sum of weights, and the weighted
+// values.
 struct Partials {
   DEVICE Partials(float* memory, int slots, int heads, int head_dim)
       : maxima(memory), sums(memory + slots * heads), values(memory + 2 * slots * heads), heads(heads), head_dim(head_dim) {}
@@ -53,7 +58,8 @@ struct Partials {
 
 DEVICE float greater(float a, float b) { return a > b ? a : b; }
 
-// A sink is merged as one more span: its score is the maximum, with a weight of 1 and no value.
+// Merges a sink, which acts as an additional span: its maximum is the sink's score, its sum of weights is 1, its values
+// are 0.
 struct SinkFactors {
   float keep, gain;
 
@@ -64,15 +70,15 @@ struct SinkFactors {
   static DEVICE float value(float before, float keep, float gain) { return fma(0.0f, gain, mul(before, keep)); }
 };
 
-// The first position that a row of causal attention sees: it sees its own one and the `length` - 1 before it; or, if
+// Returns the first position to which a row attends in causal attention: its own and the `length` - 1 before it; or if
 // `chunked`, those from the last multiple of `length` on.
 DEVICE int first_in_window(int position, int length, int chunked) {
   if (chunked != 0) return position / length * length;
   return position - length + 1 > 0 ? position - length + 1 : 0;
 }
 
-// Which positions a row sees, from the first one to the end. Rows that see later positions have kernels of their own
-// (grouped.cu): what depends on this is in a namespace of the same name.
+// The range of positions to which a row attends. Rows that attend to later positions have kernels of their own
+// (grouped.cu), so code that depends on the range is in a namespace for each kind.
 #ifndef LLAMACLUST_GROUPS
 #define SEEN_NAMESPACE causal
 #define SEEN_ARGUMENTS
@@ -84,7 +90,7 @@ struct Window {
 
   DEVICE int first_seen(int, int position) const { return first_in_window(position, length, chunked); }
   DEVICE int end_seen(int, int position) const { return position + 1; }
-  // From an own position to `ahead` positions behind it, the negative distance.
+  // Returns minus the distance to the position `ahead` of a row's own (negative for an earlier one).
   DEVICE static int away(int ahead) { return ahead; }
 };
 
@@ -95,13 +101,15 @@ struct Window {
 #define SEEN_VALUES , seen, sees
 inline namespace SEEN_NAMESPACE {
 
-// `seen` has four numbers of each row: its group's first position and end, its sequence's end in the microbatch, 0.
+// `seen` has four numbers per row: the first position and the end of its group, the end of its sequence in the batch,
+// and 0.
 struct Window {
   int length, chunked;
   const int32_t* seen;
   int sees;
 
-  static constexpr int kGroup = 1, kSequence = 2;  // else causal, and all of the group
+  // Values of `sees`. With any other, attention is causal but includes the whole group.
+  static constexpr int kGroup = 1, kSequence = 2;
 
   DEVICE int first_seen(int row, int position) const {
     if (sees == kSequence) return 0;

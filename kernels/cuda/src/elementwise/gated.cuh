@@ -1,4 +1,4 @@
-// What feed-forward networks and experts make of gate and up.
+// The combinations of gate and up in feed-forward networks and experts.
 #pragma once
 
 #include "math.cuh"
@@ -7,7 +7,8 @@ namespace llamaclust::cuda {
 
 inline constexpr float kSwigluLimit = 7.0f;
 
-// Each as GATED(name, value), which those who use it define: the value of a, an element of the gate, and b, one of up.
+// Lists them as GATED(name, value), a macro that the user defines. `value` is an expression of a, an element of the
+// gate, and b, an element of up.
 #define LLAMACLUST_GATED LLAMACLUST_ACTIVATIONS(GATED_BY) GATED(clamped_swiglu, clamped_swiglu(a, b, kSwigluLimit))
 #define GATED_BY(function) GATED(function##_mul, mul(function(a), b))
 

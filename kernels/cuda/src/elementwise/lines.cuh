@@ -1,17 +1,17 @@
-// Rows of matrices [rows, width], element by element and summed up in the order of the CPU's kernels.
+// Rows of matrices [rows, width]: elementwise operations, and sums in the order of the CPU's kernels.
 #pragma once
 
 #include "base.cuh"
 
 namespace llamaclust::cuda {
 
-// Where a row begins.
+// Index of the first element of a row.
 DEVICE size_t line(int row, int width) { return static_cast<size_t>(row) * static_cast<size_t>(width); }
 
-inline constexpr int kPiece = 1024;  // elements of a row that a block of 256 threads has, four each
+inline constexpr int kPiece = 1024;  // Elements of a row for a block of 256 threads, four each.
 
-// out = f(x...) on one piece of a row, of one matrix or more. Grid: (pieces of a row, rows); neither x nor out are
-// restricted: they may be the same.
+// out = f(x...) for one piece of a row, of one or more matrices. Grid: (pieces of a row, rows). The pointers are not
+// restricted, because x and out may be the same.
 template <class F, class... Matrix>
 DEVICE void each(int width, const int32_t* rows, float* out, F f, const Matrix*... x) {
   const int row = blockIdx.y, first = kPiece * blockIdx.x + 4 * threadIdx.x;
@@ -26,12 +26,12 @@ DEVICE void each(int width, const int32_t* rows, float* out, F f, const Matrix*.
   }
 }
 
-// A sum in 64 interleaved lanes (docs/internals/numerics.md): a thread of a warp has lanes `lane` and `lane` + 32.
+// A sum in 64 interleaved lanes (docs/internals/numerics.md). A thread of a warp has lanes `lane` and `lane` + 32.
 struct Lanes {
   float low = 0.0f, high = 0.0f;
 
-  // Elements i = lane, lane + 64, ... of `count` go in by sum = term(sum, i). Whole steps have no condition, so that what
-  // terms read is on its way for several of them.
+  // Adds elements i = lane, lane + 64, ... below `count` by sum = term(sum, i). Whole steps have no condition, so that
+  // loads of several steps overlap.
   template <class Term>
   DEVICE void add_elements(int count, Term term) {
     const int n = count / 64 * 64;
@@ -45,7 +45,7 @@ struct Lanes {
     if (last + 32 < count) high = term(high, last + 32);
   }
 
-  // Halves are added: 32 + 32, 16 + 16, ... 1 + 1. Every lane gets the sum.
+  // Adds halves: 32 + 32, 16 + 16, ... 1 + 1. Every lane gets the sum.
   DEVICE float total() const {
     float sum = add(low, high);
     for (int half = 16; half > 0; half /= 2) sum = add(sum, __shfl_down_sync(kAllLanes, sum, half));
@@ -55,13 +55,14 @@ struct Lanes {
 
 inline constexpr int kStaged = 4096;
 
-// Where a block keeps elements of a row: one place, however many sums it makes.
+// Shared memory of a block for elements of a row. All sums of a kernel use the same memory.
 DEVICE float* staged_elements() {
   SHARED(float, staged, [kStaged]);
   return staged;
 }
 
-// The sum by sum = term(sum, x[i]) for all 256 threads of a block. They bring x into shared memory; one warp sums.
+// Computes sum = term(sum, x[i]) over a row, called by all 256 threads of a block. They load x to shared memory; one
+// warp sums.
 template <class Term>
 DEVICE float sum_of_row(const float* x, int n, Term term) {
   SHARED(float, result, [1]);

@@ -1,10 +1,10 @@
-// Row by row steps that weigh channels by a weight, or mix the equal parts of a row.
+// Row by row steps that scale channels by a weight, or combine the equal parts of a row.
 #include "lines.cuh"
 #include "math.cuh"
 
 namespace llamaclust::cuda {
 
-// out = x * weight; out may be x. Grid: (width / 1024 rounded up, rows of the bucket), blocks of 256.
+// out = x * weight; out may be x. Grid: (width / 1024 rounded up, rows of the bucket), blocks of 256 threads.
 KERNEL(256, scale_channels, const float* x, const float* __restrict__ weight, int32_t width, const int32_t* rows,
        float* out) {
   const int row = blockIdx.y;
@@ -14,8 +14,8 @@ KERNEL(256, scale_channels, const float* x, const float* __restrict__ weight, in
     if (i < width) out[begin + i] = mul(x[begin + i], weight[i]);
 }
 
-// out_i = y_i + the sum over j of (coefficients[i][j] + offset) * x_j, for parts of `width` channels; those of y before
-// `first` are copied. Without coefficients, parts of x are added. out may be y. Grid: that of out, as above.
+// out_i = y_i + the sum over j of (coefficients[i][j] + offset) * x_j, for parts of `width` channels; parts before
+// `first` are those of y. Without coefficients, the factors are 1. out may be y. Grid: as above, for the width of out.
 KERNEL(256, mix, const float* __restrict__ x, const float* y, const float* __restrict__ coefficients, float offset,
        int32_t width, int32_t first, int32_t x_parts, int32_t parts, const int32_t* rows, float* out) {
   const int row = blockIdx.y;
@@ -34,7 +34,8 @@ KERNEL(256, mix, const float* __restrict__ x, const float* y, const float* __res
   }
 }
 
-// out[row] = the sum of `count` parts of x[row], in their order, times `share`. Grid: that of out, which is not x, as above.
+// out[row] = the sum of `count` parts of x[row], in order, times `share`. out is not x. Grid: as above, for the width
+// of out.
 KERNEL(256, mean_parts, const float* __restrict__ x, int32_t count, float share, int32_t width, const int32_t* rows,
        float* __restrict__ out) {
   const int row = blockIdx.y;
@@ -48,8 +49,9 @@ KERNEL(256, mean_parts, const float* __restrict__ x, int32_t count, float share,
   }
 }
 
-// Each of the `parts` of x, which are as wide as y, times the root of y's mean square over its own, which is at least
-// epsilon; out may be x. A warp for a part. Grid: (parts / 8 rounded up, rows), blocks of 256.
+// Multiplies each of the `parts` of x, which have the width of y, by the root mean square of y divided by its own; its
+// own mean square is at least epsilon. out may be x. A warp has a part. Grid: (parts / 8 rounded up, rows), blocks of
+// 256 threads.
 KERNEL(256, match_magnitude, const float* x, const float* __restrict__ y, float epsilon, int32_t parts, int32_t width,
        const int32_t* rows, float* out) {
   const int row = blockIdx.y, part = 8 * blockIdx.x + threadIdx.x / kWarp;
@@ -63,7 +65,8 @@ KERNEL(256, match_magnitude, const float* x, const float* __restrict__ y, float 
   for (int i = threadIdx.x % kWarp; i < width; i += kWarp) out[i] = mul(x[i], factor);
 }
 
-// out = max((x - mean) - factor * standard deviation, 0), NaN of NaN; out may be x. Grid: (1, rows), blocks of 256.
+// out = max((x - mean) - factor * standard deviation, 0), NaN for NaN; out may be x. Grid: (1, rows), blocks of 256
+// threads.
 KERNEL(256, gaussian_top_k, const float* x, float factor, int32_t width, const int32_t* rows, float* out) {
   const int row = blockIdx.y;
   if (row >= *rows) return;

@@ -1,10 +1,10 @@
-// Row by row steps that sum a row up.
+// Row by row steps that sum over a row.
 #include "norm.cuh"
 #include "quantize.cuh"
 
 namespace llamaclust::cuda {
 
-// out = x * scale * weight; out may be x. Grid: (1, rows), blocks of 256: one for a row.
+// out = x * scale * weight; out may be x. Grid: (1, rows), blocks of 256 threads, one per row.
 KERNEL(256, rms_norm, const float* x, const float* __restrict__ weight, float epsilon, int32_t width,
        const int32_t* rows, float* out) {
   const int row = blockIdx.y;
@@ -17,7 +17,7 @@ KERNEL(256, rms_norm, const float* x, const float* __restrict__ weight, float ep
 
 namespace {
 
-// x, or x + y where there is a y, which goes to `sum` too, into shared memory.
+// Copies x to shared memory; or x + y, if y is not null, which is also written to `sum`.
 DEVICE void share_row(const float* x, const float* y, int width, float* sum, float* shared) {
   if (width % 4 == 0) {
     for (int i = 4 * threadIdx.x; i < width; i += 4 * blockDim.x) {
@@ -34,7 +34,7 @@ DEVICE void share_row(const float* x, const float* y, int width, float* sum, flo
   }
 }
 
-// x * scale * weight of a row in shared memory, quantized.
+// Quantizes x * scale * weight of a row in shared memory.
 template <class Activations>
 DEVICE void quantize_normed(const float* shared, float scale, const float* weight, int row, int width, uint8_t* out) {
   const int pieces = (width + 255) / 256, warps = blockDim.x / kWarp;
@@ -52,9 +52,9 @@ DEVICE void quantize_normed(const float* shared, float scale, const float* weigh
 
 }  // namespace
 
-// All that comes between two products: sum = x + y, if there is a y; the norm of that, as floats into `out` and quantized
-// for products by segments of 32 and of 256, where there is such a place. Grid: (1, rows), blocks of whole warps. Shared
-// memory: a row.
+// All that happens between two products: sum = x + y, if y is not null; and the norm of that, as floats to `out` and
+// quantized for products with segments of 32 and of 256 columns, each if its pointer is not null. Grid: (1, rows),
+// blocks of whole warps. Shared memory: a row of floats.
 KERNEL(1024, add_rms_norm, const float* x, const float* y, const float* __restrict__ weight, float epsilon,
        int32_t width, const int32_t* rows, float* sum, float* out, uint8_t* by_32, uint8_t* by_256) {
   SHARED(float, scale, [1]);
@@ -79,8 +79,8 @@ KERNEL(1024, add_rms_norm, const float* x, const float* y, const float* __restri
   if (by_256 != nullptr) quantize_normed<Activations256>(shared, scale[0], weight, row, width, by_256);
 }
 
-// The same for each of the `parts` of a row, of `width` each: a warp for a part. Grid: (parts / 8 rounded up, rows), blocks
-// of 256.
+// The norm of each of the `parts` of a row, of `width` channels each. A warp has a part. Grid: (parts / 8 rounded up,
+// rows), blocks of 256 threads.
 KERNEL(256, rms_norm_parts, const float* x, const float* __restrict__ weight, float epsilon, int32_t parts,
        int32_t width, const int32_t* rows, float* out) {
   const int row = blockIdx.y, part = 8 * blockIdx.x + threadIdx.x / kWarp;
@@ -89,7 +89,8 @@ KERNEL(256, rms_norm_parts, const float* x, const float* __restrict__ weight, fl
   norm_by_warp(x + begin, weight, epsilon, width, out + begin);
 }
 
-// The same with weights [parts, width] in tiles of 16 parts, column by column. Grid: (parts, rows), blocks of 256.
+// The norm of parts with weights [parts, width], in tiles of 16 parts, column by column. Grid: (parts, rows), blocks of
+// 256 threads.
 KERNEL(256, rms_norm_groups, const float* x, const uint8_t* __restrict__ tiles, int32_t tile_bytes, float epsilon,
        int32_t width, const int32_t* rows, float* out) {
   const int row = blockIdx.y, part = blockIdx.x, parts = gridDim.x;
@@ -101,7 +102,7 @@ KERNEL(256, rms_norm_groups, const float* x, const uint8_t* __restrict__ tiles, 
   for (int i = threadIdx.x; i < width; i += 256) out[i] = mul(mul(x[i], scale), weight[16 * i]);
 }
 
-// out = (x - mean) * scale * weight + bias, the last two one operation; out may be x. Grid: (1, rows), blocks of 256.
+// out = (x - mean) * scale * weight + bias, with a final fma; out may be x. Grid: (1, rows), blocks of 256 threads.
 KERNEL(256, layer_norm, const float* x, const float* __restrict__ weight, const float* __restrict__ bias,
        float epsilon, int32_t width, const int32_t* rows, float* out) {
   const int row = blockIdx.y;
@@ -114,7 +115,7 @@ KERNEL(256, layer_norm, const float* x, const float* __restrict__ weight, const 
   for (int i = threadIdx.x; i < width; i += 256) out[i] = fma(mul(sub(x[i], mean), scale), weight[i], bias[i]);
 }
 
-// out = y * 1 / (1 + exp(-x . weight)); out may be y. Grid: (1, rows), blocks of 256.
+// out = y * 1 / (1 + exp(-x . weight)); out may be y. Grid: (1, rows), blocks of 256 threads.
 KERNEL(256, sigmoid_gate, const float* __restrict__ x, const float* __restrict__ weight, const float* y,
        int32_t x_width, int32_t width, const int32_t* rows, float* out) {
   SHARED(float, factor, [1]);

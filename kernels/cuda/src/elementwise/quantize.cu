@@ -1,13 +1,13 @@
-// Rows of activations in eight bits, as they are or of an inner layer's gate and up. Grid: (columns / 256 rounded up,
-// rows / 8 rounded up), blocks of 256: a warp has 256 columns of a row. *count * multiple rows are there. Bound by
-// memory: five bytes a value, or nine.
+// Quantizes rows of activations to eight bits: as they are, or combined from an inner layer's gate and up. There are
+// *count * multiple rows. Grid: (columns / 256 rounded up, rows / 8 rounded up), blocks of 256 threads, in which a warp
+// has 256 columns of a row. Limited by memory: five bytes per value, or nine.
 #include "gated.cuh"
 #include "quantize.cuh"
 
 namespace llamaclust::cuda {
 namespace {
 
-// `load` brings eight values of a row from a column on.
+// load(row, column, values) loads eight values of a row.
 template <class Activations, class Load>
 DEVICE void quantize_rows(int cols, const int32_t* count, int multiple, uint8_t* out, Load load) {
   let_next_kernel_begin();
@@ -20,7 +20,7 @@ DEVICE void quantize_rows(int cols, const int32_t* count, int multiple, uint8_t*
   quantize(values, row, blockIdx.x, cols, reinterpret_cast<Activations*>(out));
 }
 
-// Rows of gate and up begin `stride` elements apart.
+// Rows of gate and up start `stride` elements apart.
 template <class Activations, class F>
 DEVICE void quantize_gated(const float* gate, const float* up, int stride, int cols, const int32_t* count, int multiple,
                            uint8_t* out, F f) {

@@ -1,5 +1,6 @@
-// Activations as int8 with one scale a segment: the rule of kernels/cpu/native/level/matmul/matmul.cpp, in the layout
-// of activations.cuh. A warp has 256 columns of a row, a lane eight of them.
+// Quantizes activations to int8 with one scale per segment, with the arithmetic of
+// kernels/cpu/native/level/matmul/matmul.cpp and the layout of activations.cuh. A warp has 256 columns of a row, a lane
+// eight of them.
 #pragma once
 
 #include "matmul/activations.cuh"
@@ -7,11 +8,11 @@
 
 namespace llamaclust::cuda {
 
-inline constexpr int32_t kSmallestMaximum = 0x04800000;  // 2^-118: below it a segment counts as zero
+inline constexpr int32_t kSmallestMaximum = 0x04800000;  // 2^-118: a segment with a smaller maximum counts as 0.
 
 struct SegmentScale {
   float scale;
-  float inverse;  // 0: every q is 0
+  float inverse;  // If 0, every q is 0.
 };
 
 DEVICE SegmentScale scale_of(int32_t greatest) {
@@ -26,14 +27,14 @@ DEVICE int32_t quant_of(float x, float inverse) { return inverse == 0.0f ? 0 : n
 // Eight columns of one row.
 using Eight = float[8];
 
-// They as two k-groups and their sum.
+// Eight quantized columns as two k-groups, and their sum.
 struct QuantizedEight {
   uint32_t groups[2];
   int32_t sum;
   float scale;
 };
 
-// `lanes` have a segment together.
+// `lanes` lanes have one segment together.
 template <int lanes>
 DEVICE QuantizedEight quantize_eight(const Eight& values) {
   int32_t greatest = 0;
@@ -48,12 +49,12 @@ DEVICE QuantizedEight quantize_eight(const Eight& values) {
   return r;
 }
 
-// Lane n of four has k-groups 2 n and 2 n + 1 of 32 columns.
+// Lane n of four has k-groups 2n and 2n + 1 of 32 columns.
 DEVICE void store_groups(const QuantizedEight& eight, int row, int n, Quants& q) {
   for (int i = 0; i < 2; i++) *q.group(row, 2 * n + i) = eight.groups[i];
 }
 
-// Columns 256 * piece to 256 * piece + 255 of a row; values past the last column are zeros.
+// Quantizes columns 256 * piece to 256 * piece + 255 of a row. Values beyond the last column are 0.
 DEVICE void quantize(const Eight& values, int row, int piece, int cols, Activations256* out) {
   const int place = row % kGroupRows, lane = threadIdx.x % kWarp;
   Activations256& to = out[static_cast<size_t>(row / kGroupRows) * (cols / 256) + piece];

@@ -5,8 +5,8 @@
 
 namespace llamaclust::cuda {
 
-// rotation[row] = cosines, then sines, of position * frequencies, times scale: once for all layers that have this table.
-// Grid: (pairs / 64 rounded up, rows), blocks of 64.
+// rotation[row] = cosines, then sines, of position * frequencies, both times `scale`. Computed once for all layers with
+// this table. Grid: (pairs / 64 rounded up, rows), blocks of 64 threads.
 KERNEL(64, rotation, const int32_t* __restrict__ positions, const double* __restrict__ frequencies, double scale,
        int32_t pairs, const int32_t* rows, float* __restrict__ rotation) {
   const int row = blockIdx.y, i = 64 * blockIdx.x + threadIdx.x;
@@ -17,7 +17,7 @@ KERNEL(64, rotation, const int32_t* __restrict__ positions, const double* __rest
   rotation[line(row, 2 * pairs) + pairs + i] = static_cast<float>(sine * scale);
 }
 
-// Likewise, of pairs that turn by positions[sections[i]][row]. A section of positions has max_rows numbers.
+// The same with sections: pair i uses positions[sections[i]][row]. A section has max_rows positions.
 KERNEL(64, rotation_in_sections, const int32_t* __restrict__ positions, int32_t max_rows,
        const int32_t* __restrict__ sections, const double* __restrict__ frequencies, double scale, int32_t pairs,
        const int32_t* rows, float* __restrict__ rotation) {
@@ -29,8 +29,8 @@ KERNEL(64, rotation_in_sections, const int32_t* __restrict__ positions, int32_t 
   rotation[line(row, 2 * pairs) + pairs + i] = static_cast<float>(sine * scale);
 }
 
-// x[row] in place: of each head the pairs (2i, 2i + 1), or (i, i + pairs) where neox; channels after them stay. Grid:
-// (heads * pairs / 256 rounded up, rows), blocks of 256.
+// Rotates x[row] in place: in each head the pairs (2i, 2i + 1), or (i, i + pairs) if `neox`. Later channels are
+// unchanged. Grid: (heads * pairs / 256 rounded up, rows), blocks of 256 threads.
 KERNEL(256, rope, float* __restrict__ x, const float* __restrict__ rotation, int32_t heads, int32_t head_dim,
        int32_t pairs, int32_t neox, const int32_t* rows) {
   const int row = blockIdx.y, n = 256 * blockIdx.x + threadIdx.x, head = n / pairs, i = n % pairs;

@@ -1,5 +1,5 @@
-// Row by row steps (model/steps/rows.py) element by element. Matrices are [rows, width], one row after the other. Grids, for
-// blocks of 256 threads: (width / 1024 rounded up, rows of the bucket), of which *rows are there; out may be x.
+// Row by row steps (model/steps/rows.py), element by element. Matrices are [rows, width], row after row. Grid: (width /
+// 1024 rounded up, rows of the bucket), blocks of 256 threads; *rows rows exist. out may be x.
 #include "gated.cuh"
 #include "lines.cuh"
 
@@ -20,8 +20,8 @@ ROWS_OF_TWO(silu_mul, mul(silu(a), b))
 ROWS_BY(scale, mul(a, by))
 ROWS_BY(soft_cap, soft_cap(a, by))
 
-// Lines of experts: rows of gate and up begin `stride` elements apart; *rows * multiple of them are there. Grid: (lines,
-// width / 1024 rounded up).
+// Lines of experts. Rows of gate and up start `stride` elements apart; there are *rows * multiple. Grid: (lines, width
+// / 1024 rounded up).
 #define GATED(name, value)                                                                                            \
   KERNEL(256, name##_lines, const float* gate, const float* up, int32_t stride, int32_t width, const int32_t* rows,   \
          int32_t multiple, float* out) {                                                                              \
@@ -34,7 +34,7 @@ ROWS_BY(soft_cap, soft_cap(a, by))
   }
 LLAMACLUST_GATED
 
-// out = x * the number at `by`.
+// out = x * *by.
 KERNEL(256, scale_by_weight_rows, const float* x, const float* by, int32_t width, const int32_t* rows, float* out) {
   each(width, rows, out, [factor = *by](float a) { return mul(a, factor); }, x);
 }
@@ -59,8 +59,8 @@ DEVICE void copy_line(const float* from, int width, float* to) {
     if (i < width) to[i] = from[i];
 }
 
-// out[row] = channels [start, start + width) of each of the `parts` of x[row], which have x_width channels. The grid is
-// that of out, which is not x.
+// out[row] = channels [start, start + width) of each of the `parts` of x[row], which have x_width channels. out is not
+// x. Grid: as above, for the width of out.
 KERNEL(256, slice, const float* __restrict__ x, int32_t x_width, int32_t start, int32_t width, int32_t parts,
        const int32_t* rows, float* __restrict__ out) {
   const int row = blockIdx.y;
@@ -71,8 +71,8 @@ KERNEL(256, slice, const float* __restrict__ x, int32_t x_width, int32_t start, 
     if (i < width * parts) out[i] = x[i / width * x_width + i % width];
 }
 
-// out[row] = for each of the `parts`, x_width channels of x[row], then y_width of y[row]. The grid is that of out, a third
-// matrix.
+// out[row] = for each of the `parts`, x_width channels of x[row] and then y_width channels of y[row]. out is a third
+// matrix. Grid: as above, for the width of out.
 KERNEL(256, join, const float* __restrict__ x, const float* __restrict__ y, int32_t x_width, int32_t y_width,
        int32_t parts, const int32_t* rows, float* __restrict__ out) {
   const int row = blockIdx.y, width = x_width + y_width;
@@ -85,7 +85,7 @@ KERNEL(256, join, const float* __restrict__ x, const float* __restrict__ y, int3
   }
 }
 
-// out[row] = x[output_rows[row]], for *outputs rows. The grid is that of out, which is not x.
+// out[row] = x[output_rows[row]], for *outputs rows. out is not x. Grid: as above, for the width of out.
 KERNEL(256, select_rows, const float* __restrict__ x, int32_t width, const int32_t* __restrict__ output_rows,
        const int32_t* outputs, float* __restrict__ out) {
   const int row = blockIdx.y;

@@ -1,6 +1,6 @@
-// Quantized activations as matrix units take them: eight rows and one segment of k together. Of 32 columns, lane
-// 4 * row + c needs k-group c (columns 4 c to 4 c + 3) and k-group c + 4 as `b` (mma.cuh). A matrix of activations is
-// [rows / 8 rounded up][segments]; what stands for rows that are not there is never looked at.
+// Quantized activations in the layout of matrix units: one segment of k of eight rows. In 32 columns, lane 4 * row + c
+// needs k-group c (columns 4c to 4c + 3) and k-group c + 4 as operand b (mma.cuh). A matrix of activations is [rows / 8
+// rounded up][segments]; what it has for missing rows is not used.
 #pragma once
 
 #include "base.cuh"
@@ -9,14 +9,14 @@ namespace llamaclust::cuda {
 
 inline constexpr int kGroupRows = 8;
 
-// Quants of 32 columns of eight rows: both k-groups of a lane together; or, where instructions of four warps read them
-// from shared memory (wgmma.cuh), sixteen columns of all rows and then the other sixteen.
+// Quants of 32 columns of eight rows. Both k-groups of a lane are adjacent; or, if instructions of four warps read them
+// from shared memory (wgmma.cuh), sixteen columns of all rows precede the other sixteen.
 struct Quants {
 #if LLAMACLUST_WGMMA
   uint32_t half[2][32];
   DEVICE uint2 operator[](int lane) const { return {half[0][lane], half[1][lane]}; }
   DEVICE uint32_t* group(int row, int g) { return &half[g / 4][4 * row + g % 4]; }
-  // Sixteen bytes of a row, piece 0 or 1.
+  // Sixteen bytes of a row; `which` is 0 or 1.
   DEVICE const uint32_t* piece(int row, int which) const { return &half[which][4 * row]; }
 #else
   uint2 pair[32];
@@ -34,11 +34,11 @@ struct Quants {
 struct Activations32 {
   Quants q;
   float scale[8];
-  float scaled_sum[8];  // scale * sum of q, one rounding
+  float scaled_sum[8];  // scale * sum of q, rounded once.
 };
 
-// Sums of q over 16 columns are 128 * high + low with low in [-64, 63]: sixteen bytes a row, lane 4 * row + c has 4 c
-// to 4 c + 3.
+// Sums of q over 16 columns are 128 * high + low, with low in [-64, 63]. A row has sixteen bytes of each; lane 4 * row
+// + c has bytes 4c to 4c + 3.
 struct Activations256 {
   Quants q[8];
   uint32_t high[32];
@@ -46,6 +46,6 @@ struct Activations256 {
   float scale[8];
 };
 
-static_assert(sizeof(Activations32) == 320 && sizeof(Activations256) == 2336);  // whole pieces of sixteen bytes
+static_assert(sizeof(Activations32) == 320 && sizeof(Activations256) == 2336);  // Multiples of sixteen bytes.
 
 }  // namespace llamaclust::cuda

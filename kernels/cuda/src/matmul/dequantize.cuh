@@ -1,4 +1,4 @@
-// Rows of weights as float32, by the rule of kernels/cpu/native/level/matmul/matmul.cpp.
+// Rows of weights as float32, with the arithmetic of kernels/cpu/native/level/matmul/matmul.cpp.
 #pragma once
 
 #include "matmul.cuh"
@@ -6,7 +6,7 @@
 namespace llamaclust::cuda {
 namespace {
 
-// Scale and min of sub-block j of one row.
+// Computes scale and min of sub-block j of one row.
 template <class Type>
 DEVICE void scale_of(const Segment& w, int j, int row, float& scale, float& min) {
   scale = Type::scale({w.tail, row});
@@ -24,7 +24,7 @@ DEVICE void scale_of(const Segment& w, int j, int row, float& scale, float& min)
   }
 }
 
-// Columns 4 * group to 4 * group + 3 of a row of a tile.
+// Dequantizes columns 4 * group to 4 * group + 3 of a row of a tile.
 template <class Type>
 DEVICE float4 dequantize_group(const uint8_t* tile, int row, int segments, int group) {
   constexpr int of_segment = Type::kLayout.segment_cols / 4, of_sub_block = of_segment / Type::kSubBlocks;
@@ -37,7 +37,7 @@ DEVICE float4 dequantize_group(const uint8_t* tile, int row, int segments, int g
   return make_float4(value(0), value(1), value(2), value(3));
 }
 
-// out[row] = weights of tokens[row]. Grid: (width / 1024 rounded up, rows), blocks of 256.
+// out[row] = weights of tokens[row]. Grid: (width / 1024 rounded up, rows), blocks of 256 threads.
 template <class Type>
 DEVICE void embed(const int32_t* tokens, const uint8_t* tiles, int tile_bytes, int width, const int32_t* rows,
                   float* out) {

@@ -1,4 +1,4 @@
-// What a lane computes of up to eight rows: a matrix unit takes eight, so all cost what one does.
+// Products of up to eight rows, for one lane. A matrix unit computes eight rows, so fewer rows take as long.
 #pragma once
 
 #include "pieces.cuh"
@@ -6,22 +6,22 @@
 namespace llamaclust::cuda {
 namespace {
 
-// What a segment adds: total = fma(factor, sum, total), and for types with a min another one.
+// The contribution of a segment: total = fma(factor, sum, total). Types with a min have a second one.
 struct Term {
   float factor, sum;
 };
-// Of a lane's outputs.
+// Terms of a lane's outputs.
 template <class Type, int outputs>
 using Terms = Term[outputs][Type::kHasMin ? 2 : 1];
 
-// Where a lane finds its activations: those it multiplies (row lane / 4), and the scales of its results (rows 2 c, 2 c
-// + 1).
+// The location of a lane's activations: those that it multiplies (row lane / 4), and the scales of its results (rows 2c
+// and 2c + 1, with c = lane % 4).
 template <class Type>
 struct LaneActivations {
   const Activations<Type>* all;
-  int first, first_of[2];  // of the groups' segments
-  int quants, scales[2];   // inside a segment
-  bool one;                // row, whose results count alone
+  int first, first_of[2];  // Index of the first segment of each group of rows.
+  int quants, scales[2];   // Offsets in a segment.
+  bool one;                // There is one row, so only its results count.
   DEVICE LaneActivations(const Products& p, const Share& share, int segments, int lane)
       : all(reinterpret_cast<const Activations<Type>*>(p.activations)) {
     const int row = activation_row(p, share, lane / 4);
@@ -54,7 +54,8 @@ DEVICE void segment_terms(const Segment& w, const LaneActivations<Type>& a, int 
   }
 }
 
-// Scales of block i of a segment. Lines are read once for all blocks and taken apart for each: so they take few registers.
+// Scales of block i of a segment. Lines are read once for all blocks and unpacked for each block, which takes few
+// registers.
 template <class Type>
 DEVICE void scales_of(const Lines (&rows)[2], int i, Scale (&scales)[2][2]) {
   if constexpr (kSubScaled<Type>) UNROLL for (int r = 0; r < 2; r++) {
@@ -92,8 +93,8 @@ DEVICE void segment_terms(const Segment& w, const LaneActivations<Type>& a, int 
   }
 }
 
-// Up to eight rows of activations. A lane's outputs are those of d in mma.cuh: n / 2 says which row of weights, n % 2 which
-// row of activations.
+// Up to eight rows of activations. A lane's outputs have the order of d in mma.cuh: n / 2 selects the row of weights, n
+// % 2 the row of activations.
 template <class Type>
 class EightRows {
  public:
@@ -104,8 +105,9 @@ class EightRows {
 
   DEVICE void look_ahead(int) {}
 
-  // The terms of segments first, first + 1, ... of which `left` are left. Whole: kTogether or more are, so that they have
-  // one address and distances from it; else each has its own, which costs as much as its arithmetic.
+  // Computes the terms of segments first, first + 1, ...; `left` segments remain. `whole` says that these are at least
+  // kTogether, so that all have one address with constant offsets. Otherwise each has its own address, which costs as
+  // much as the arithmetic.
   template <bool whole>
   DEVICE void terms(const uint8_t* piece, int first, int left, Terms<Type, kOutputs> (&terms)[kTogether<Type>]) const {
     UNROLL for (int i = 0; i < kTogether<Type>; i++) {

@@ -1,5 +1,5 @@
-// Products with float weights: one fused multiply-add a weight, in k order, one thread an output. Activations are
-// float32 rows.
+// Products with float weights: one fused multiply-add per weight, in the order of k, with one thread per output.
+// Activations are float32 rows.
 #include "float_teams.cuh"
 #include "float_types.cuh"
 #include "rows.cuh"
@@ -7,7 +7,7 @@
 namespace llamaclust::cuda {
 namespace {
 
-// Asks for `bytes`, a multiple of 16.
+// Starts copying `bytes` bytes, a multiple of 16.
 DEVICE void copy_bytes(const uint8_t* from, int bytes, uint8_t* to) {
   for (int i = 16 * threadIdx.x; i < bytes; i += 16 * blockDim.x) copy_async_16(to + i, from + i);
 }
@@ -21,8 +21,9 @@ struct GemvStage {
   float x[8][kGemvRowStride];
 };
 
-// Up to eight rows, where weights are not copied in bulk: a block has a tile. Bound by memory, or for short matrices by the latency of K dependent
-// multiply-adds: all threads copy, two stages of 128 columns ahead, sixteen a row of activations compute.
+// Up to eight rows, on GPUs without bulk copies. A block has a tile. All threads copy, two stages of 128 columns ahead,
+// and sixteen threads for each row of activations compute. Limited by memory, or for short matrices by the latency of K
+// dependent multiply-adds.
 template <class Type>
 DEVICE void gemv_floats(const Products& all) {
   SHARED(GemvStage<Type>, stages, [kGemvStages]);
@@ -57,7 +58,8 @@ DEVICE void gemv_floats(const Products& all) {
     const auto add = [&](int k) {
       total = fma(Type::value(stage.weights + k * kColumnBytes<Type> + row * Type::kBytes), stage.x[token][k], total);
     };
-    if (token < share.n && count == kGemvColumns)  // loads of the next ones go beside additions, which wait for each other
+    // Loads of the next elements overlap with additions, which depend on each other.
+    if (token < share.n && count == kGemvColumns)
 #pragma unroll 32
       for (int k = 0; k < kGemvColumns; k++) add(k);
     else if (token < share.n)
@@ -72,15 +74,15 @@ DEVICE void gemv_floats(const Products& all) {
 
 constexpr int kGemmColumns = 16, kGemmRows = 64, kGemmTiles = 4, kGemmRowStride = kGemmColumns + 4;
 
-// Tiles begin on other banks than their neighbours.
+// With this padding, adjacent tiles start in different banks.
 template <class Type>
 struct GemmStage {
   uint8_t weights[kGemmTiles][(kGemmColumns + 1) * kColumnBytes<Type>];
   float x[kGemmRows][kGemmRowStride];
 };
 
-// Any number of rows: a block has 64 by four tiles, a thread 4 x 4 outputs: per column it reads four weights and, all
-// four columns, four rows of activations. Bound by multiply-adds.
+// Any number of rows. A block has 64 rows and four tiles, a thread 4 x 4 outputs. Per column a thread reads four
+// weights, and per four columns four rows of activations. Limited by multiply-adds.
 template <class Type>
 DEVICE void gemm_floats(const Products& all) {
   SHARED(GemmStage<Type>, stages, [2]);
@@ -134,7 +136,7 @@ DEVICE void gemm_floats(const Products& all) {
       store_result(result, p.bias_rows, out_row(p, share, token + i), 16 * (first_tile + tile) + row + r, totals[i][r]);
 }
 
-// out[row] = weights of tokens[row]. Grid: (width / 1024 rounded up, rows), blocks of 256.
+// out[row] = weights of tokens[row]. Grid: (width / 1024 rounded up, rows), blocks of 256 threads.
 template <class Type>
 DEVICE void embed(const int32_t* tokens, const uint8_t* tiles, int tile_bytes, int width, const int32_t* rows,
                   float* out) {
@@ -149,8 +151,9 @@ DEVICE void embed(const int32_t* tokens, const uint8_t* tiles, int tile_bytes, i
 
 }  // namespace
 
-// Grids: (groups of eight rows or items, tiles of all matrices), blocks of 128, or teams of them (float_teams.cuh); (groups
-// of 64 or items, for each matrix tiles / 4 rounded up), blocks of 256.
+// Grid of gemv: (groups of eight rows, or items; tiles of all matrices), blocks of 128 threads, or of teams
+// (float_teams.cuh). Grid of gemm: (groups of 64 rows, or items; tiles / 4 rounded up for each matrix), blocks of 256
+// threads.
 #define FLOAT_KERNELS(TYPE)                                                                                           \
   KERNEL_IN_BLOCKS(128, 4, gemv_##TYPE, MATMUL_PARAMETERS) { gemv_floats<TYPE>(MATMUL_ARGUMENTS); }                                \
   KERNEL(256, gemm_##TYPE, MATMUL_PARAMETERS) { gemm_floats<TYPE>(MATMUL_ARGUMENTS); }                                \

@@ -1,9 +1,10 @@
-// Products of up to eight rows with float weights, where weights are copied in bulk (from compute capability 9.0 on).
+// Products of up to eight rows with float weights that are copied in bulk (from compute capability 9.0).
 //
-// A team, one warp or two of a block, goes through tiles: stages of their columns, also of the next tile, are on their way
-// into a ring in shared memory, the first ones before the kernels before are done. A lane has one row of weights, and one
-// row of activations of its warp, or two. Bound by memory, or where every tile has a team of its own by the latency of K
-// dependent multiply-adds: nothing else may hold them up, so a lane reads values of the next columns before it adds.
+// A team is one warp or two of a block, and computes tile after tile. Stages of a tile's columns, and of the next
+// tile's, are copied to a ring in shared memory; the first copies start before earlier kernels have finished. A lane
+// has one row of weights, and one or two of its warp's rows of activations. Limited by memory; or, if every tile has a
+// team of its own, by the latency of K dependent multiply-adds. Nothing else may delay these, so a lane reads values of
+// the next columns before it adds.
 #pragma once
 
 #include "float_types.cuh"
@@ -17,22 +18,22 @@ namespace {
 constexpr int kArrivalBytes = 8, kStageBytes = 8192;
 template <class Type>
 constexpr int kStageColumns = kStageBytes / kColumnBytes<Type>;
-// Of a row of activations: rows begin on other banks than their neighbours.
+// Floats of a row of activations. With this padding, adjacent rows start in different banks.
 template <class Type>
 constexpr int kRowStride = kStageColumns<Type> + 4;
 
-// Blocks are (kWarp * warps of a team, teams).
+// The place of a thread in blocks of (kWarp * warps of a team, teams) threads.
 struct TeamPlace {
   int warp, warps, lane;
-  int first_tile, step;  // its tiles: first_tile, first_tile + step, ...
+  int first_tile, step;  // The team's tiles are first_tile, first_tile + step, ...
 };
 
-// Shared memory of a team: its stages; activations of each of its warps, two stages of two rows for each warp of the
-// team; and for each stage an arrival when it is full, and one when the second warp has read it.
+// Shared memory of a team: its stages; the activations of each of its warps (two stages of two rows for each warp of
+// the team); and two arrivals for each stage, for when it is full and for when the second warp has read it.
 template <class Type>
 constexpr int kActivationBytes = 2 * 2 * 4 * kRowStride<Type>;
 
-// The weights of a team, of which lane 0 of its first warp requests stages.
+// The weights of a team. Lane 0 of its first warp requests stages.
 template <class Type>
 class TeamWeights {
  public:
@@ -48,7 +49,7 @@ class TeamWeights {
 
   DEVICE float* activations() const { return reinterpret_cast<float*>(memory_ + stages_ * kStageBytes); }
 
-  // Requests the first stages, of this expert's matrices (0 without experts).
+  // Requests the first stages of this expert's matrices (0 without experts).
   DEVICE void start(int expert) {
     if (!requests_) return;
     expert_ = expert;
@@ -56,12 +57,12 @@ class TeamWeights {
     NO_UNROLL for (int i = 0; i < stages_; i++) request(i);
   }
 
-  // The next stage, when it is there; it stays until `release`, which requests another one in its place.
+  // Waits for the next stage. It stays in place until `release`, which requests another one instead.
   DEVICE const uint8_t* take() const {
     arrival_wait(full(at_), parity_);
     return memory_ + at_ * kStageBytes;
   }
-  // When all lanes of the warp have read it.
+  // Called once all lanes of the warp have read the stage.
   DEVICE void release() {
     if (is_second_) arrival_announce(read(at_), 0);
     if (requests_ && next_tile_ < all_.tile_count()) {
@@ -72,7 +73,7 @@ class TeamWeights {
     at_ = 0;
     parity_ ^= 1;
   }
-  // Waits for what was requested, where nothing was taken: none may be under way when the block ends.
+  // Waits for the requested copies if nothing was taken. No copy may be in flight when the block ends.
   DEVICE void drop() const {
     NO_UNROLL for (int i = 0; i < requested_; i++) arrival_wait(full(i), 0);
   }
@@ -102,22 +103,22 @@ class TeamWeights {
   }
 
   const Products& all_;
-  bool requests_, is_second_;  // this lane
+  bool requests_, is_second_;  // Roles of this lane.
   int warps_, stages_, step_;
   uint8_t* memory_;
   SharedAddress to_, arrivals_;
-  int at_ = 0, parity_ = 0;  // the stage of the next one to take
-  // Of the lane that requests: the rest of a tile.
+  int at_ = 0, parity_ = 0;  // The stage that take() returns next, and its parity.
+  // State of the requesting lane: the rest of a tile.
   int next_tile_, expert_ = 0, left_ = 0, requested_ = 0;
   const uint8_t* from_ = nullptr;
 };
 
-// Rows of activations of a warp, twice `outputs`, those that are there: stage after stage of their columns, the next one
-// on its way.
+// Rows of activations of a warp, up to 2 * `outputs`. They are loaded in stages of columns, with the next stage in
+// flight.
 template <class Type, int outputs>
 class WarpActivations {
  public:
-  // Of a stage: 32 columns of a row each; as many as the stage has `Columns`.
+  // Parts of a stage, each of 32 columns of a row; as many as there are `Columns` in the stage.
   static constexpr int kParts = 2 * outputs * kStageColumns<Type> / kWarp;
 
   DEVICE WarpActivations(const Products& all, const Share& share, const TeamPlace& at, float* memory)
@@ -132,7 +133,7 @@ class WarpActivations {
     request(0, kParts);
   }
 
-  // The next stage, when it is there; row i of the warp begins at i * kRowStride.
+  // Waits for the next stage. Row i of the warp starts at i * kRowStride.
   DEVICE const float* take() {
     copy_async_commit();
     copy_async_wait<0>();
@@ -144,7 +145,7 @@ class WarpActivations {
     UNROLL for (int i = 0; i < 2 * outputs; i++) next_[i] = from_[i] + column_;
     return taken;
   }
-  // Requests these parts of the stage after the one that was taken.
+  // Requests parts [begin, end) of the stage after the one that was taken.
   DEVICE void request(int begin, int end) const {
     const SharedAddress to = to_ + at_ * (4 * kBufferFloats);
     UNROLL for (int part = begin; part < end; part++) {
@@ -152,7 +153,7 @@ class WarpActivations {
       if (i < there_ && k < left_) copy_async_4(to + 4 * (i * kRowStride<Type> + k), next_[i] + k);
     }
   }
-  // Where the lane finds its row i of activations: rows past the last are the last one.
+  // Offset of the lane's row i of activations. Rows beyond the end repeat the last one.
   DEVICE int row(int i) const {
     const int row = lane_ / 16 * outputs + i;
     return (row < there_ ? row : there_ - 1) * kRowStride<Type>;
@@ -163,15 +164,15 @@ class WarpActivations {
 
   int cols_, lane_, there_;
   float* memory_;
-  SharedAddress to_;  // the lane's
+  SharedAddress to_;  // Address of the lane.
   const float* from_[2 * outputs];
-  // Of the stage to request: its memory, its first column, what is left there, and where it is.
+  // The stage to request: its memory, its first column, the columns left there, and its source.
   int at_ = 0, column_ = 0, left_;
   const float* next_[2 * outputs];
 };
 
-// Some columns of a lane's row of weights, and of its rows of activations. Weights are widened when they are added, so
-// that this is spread between additions.
+// Some columns of a lane's row of weights and rows of activations. Weights are widened when they are added, so that the
+// conversions are spread between additions.
 template <class Type, int outputs>
 struct Columns {
   using Stored = typename Type::Stored;
@@ -190,7 +191,7 @@ struct Columns {
   }
 };
 
-// A stage, whole or the rest of a tile, while the next one's activations are requested.
+// Adds a stage, whole or the rest of a tile, while the activations of the next stage are requested.
 template <class Type, int outputs>
 DEVICE void add_stage(const uint8_t* weights, const float* const (&rows)[outputs], int columns,
                       const WarpActivations<Type, outputs>& next, float (&totals)[outputs]) {
@@ -240,18 +241,19 @@ DEVICE void multiply_tiles(const Products& all, const Share& share, const TeamPl
   copy_async_wait<0>();
 }
 
-// Grid: (groups of eight rows or items, any number of blocks for the tiles of all matrices); a warp has two rows or four,
-// so that one warp of a team is for up to two, two are for up to eight.
+// Grid: (groups of eight rows, or items; any number of blocks for the tiles of all matrices). A warp has two rows or
+// four, so a team of one warp is for up to two rows, and one of two warps for up to eight.
 template <class Type>
 DEVICE void gemv_floats(const Products& all) {
-  const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarp, 0);  // so that the compiler knows
-  const int team = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.y), 0);          // them to be uniform
+  // The shuffles tell the compiler that these values are uniform in a warp.
+  const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarp, 0);
+  const int team = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.y), 0);
   const TeamPlace at{warp, static_cast<int>(blockDim.x) / kWarp, static_cast<int>(threadIdx.x) % kWarp,
                      static_cast<int>(blockIdx.y + gridDim.y * team), static_cast<int>(gridDim.y * blockDim.y)};
   const int team_bytes = dynamic_shared_bytes() / static_cast<int>(blockDim.y);
   TeamWeights<Type> weights(all, at, DYNAMIC_SHARED + team * team_bytes, team_bytes);
   let_next_kernel_begin();
-  if (all.items == nullptr) weights.start(0);  // while the block is still to learn which rows there are
+  if (all.items == nullptr) weights.start(0);  // It does not depend on the rows, which the block does not know yet.
   __syncthreads();
   wait_for_earlier_kernels();
   const Share share = share_of(all, blockIdx.x, 8);

@@ -6,7 +6,7 @@
 namespace llamaclust::cuda {
 namespace {
 
-// A tile is columns of sixteen values, widened exactly.
+// A tile consists of columns of sixteen values, which are widened exactly.
 struct F32 {
   using Stored = float;
   static constexpr int kBytes = 4;

@@ -1,14 +1,15 @@
-// Products of many rows: a block has 64 rows of activations and a tile of sixteen rows of weights for each of its 4 to
+// Products of many rows. A block has 64 rows of activations, and a tile of sixteen rows of weights for each of its 4 to
 // 16 warps.
 //
-// Activations of 256 columns are copied to shared memory while those before are computed with (38 to 41 KB in all, free
-// of bank conflicts: a warp reads 256 bytes in their order); weights are decoded once for all 64 rows, a block of 32
-// columns ahead. With at most 128 registers a thread, sixteen warps share a multiprocessor. Per matrix instruction (16
-// x 8 x 32) a warp issues one shared load and, for types of 256, four integer multiply-adds by sub-block scales (eight
-// where sub-blocks have 16 columns), for Q4_K thirteen instructions in all. On compute capability 8.6, 8.9 and 12.0 a
-// matrix instruction takes 16 cycles of a quarter of a multiprocessor and is the limit; on 8.0 it takes 8, as load and
-// multiply-adds do. Types of 32 have twelve float operations in their place, which bound them. Compute capability 9.0 has
-// another way (wgmma.cuh).
+// Activations of 256 columns are copied to shared memory while the previous ones are multiplied (38 to 41 KB in total,
+// without bank conflicts: a warp reads 256 bytes in order). Weights are decoded once for all 64 rows, one block of 32
+// columns ahead. With at most 128 registers per thread, sixteen warps share a multiprocessor.
+//
+// Per matrix instruction (16 x 8 x 32), a warp issues one shared load and, for types with segments of 256, four integer
+// multiply-adds by sub-block scales (eight for sub-blocks of 16 columns); for Q4_K thirteen instructions in total. On
+// compute capability 8.6, 8.9 and 12.0, a matrix instruction takes 16 cycles of a quarter of a multiprocessor and is
+// the bottleneck. On 8.0 it takes 8, as many as the load and the multiply-adds. Types with segments of 32 have twelve
+// float operations instead, which are their bottleneck. Compute capability 9.0 uses wgmma.cuh instead.
 #pragma once
 
 #include "many_rows.cuh"
@@ -18,8 +19,8 @@ namespace {
 
 constexpr int kBlockRows = 64, kBlockGroups = kBlockRows / kGroupRows;
 
-// Both ways of adding a stage to the totals are given the weights of its first 32 columns in `next`, and load those of
-// the next ones while products are made.
+// Both variants of add_stage get the weights of the stage's first 32 columns in `next`, and load those of the next
+// columns during products.
 template <class Type>
 DEVICE void add_stage(const uint8_t* tile, int first, int count, int segments, int groups, const Stage<Type, kBlockGroups>& stage,
                       uint32_t*, int lane, int32_t (&next)[4], Totals<kBlockGroups>& totals)
@@ -68,12 +69,12 @@ DEVICE void add_stage(const uint8_t* tile, int s, int, int segments, int groups,
   add_sums<Type, kBlockGroups>(segment, groups, stage, lane, sums, totals);
 }
 
-// Grid: (groups of 64 rows or items, for each matrix tiles / warps rounded up), so that what reads the same weights runs at the same
-// time; blocks of 128 to 512 threads. Shared memory: two stages and the scales of each warp.
+// Grid: (groups of 64 rows, or items; tiles / warps rounded up for each matrix), so that blocks that read the same
+// weights run at the same time. Blocks of 128 to 512 threads. Shared memory: two stages, and the scales of each warp.
 template <class Type>
 DEVICE void gemm(const Products& all) {
   SHARED(int32_t, of_row, [kBlockRows]);
-  SHARED(Matrix, matrix, [1]);  // for the end: registers are scarce
+  SHARED(Matrix, matrix, [1]);  // Used at the end; it is in shared memory to save registers.
   const Product p = product_of(all, blockDim.x / kWarp, blockIdx.y);
   const Share share = share_of(p, blockIdx.x, kBlockRows);
   if (share.n <= 0) return;
@@ -84,7 +85,8 @@ DEVICE void gemm(const Products& all) {
   auto* stages = reinterpret_cast<Stage<Type, kBlockGroups>*>(DYNAMIC_SHARED);
   uint32_t* scales = reinterpret_cast<uint32_t*>(stages + 2) + warp * 16 * kScaleWords<Type>;
   const int segments = p.cols / Type::kLayout.segment_cols, groups = (share.n + 7) / 8;
-  const int tile = p.block * warps + warp, last_tile = p.matrix().tile_count() - 1;  // past the last: thrown away
+  // A tile beyond the last one repeats it, and its results are discarded.
+  const int tile = p.block * warps + warp, last_tile = p.matrix().tile_count() - 1;
   const uint8_t* weights = tile_of(p, share, tile < last_tile ? tile : last_tile);
   constexpr int at_once = kStageSegments<Type>;
   const auto count_of = [&](int first) { return segments - first < at_once ? segments - first : at_once; };

@@ -1,14 +1,18 @@
-// Products of up to eight rows: a block goes through tiles of sixteen rows of weights, its warps take pieces of them in
-// turn. GPUs without a matrix unit, and from 9.0 on all types of 256 columns, have a shorter way for one row.
+// Products of up to eight rows. A block computes tiles of sixteen rows of weights, whose pieces its warps take in turn.
+// For one row there is a shorter variant, on GPUs without a matrix unit, and from compute capability 9.0 for all types
+// with segments of 256 columns.
 //
-// Bound by memory: each weight is read once, and from 8.0 on pieces are requested ahead, also of the next tile: one or two
-// of every warp are under way at any time, from 9.0 on as many as shared memory has room for, the first ones before the
-// kernels before are done. Older GPUs have other warps meanwhile. Where memory is fastest, issuing instructions comes next.
-// Activations come from the first cache: all blocks of a multiprocessor read the same. What a piece adds to outputs is in
-// registers, two floats a segment and output (four with mins), until the warp before is done with the piece before: totals
-// pass from warp to warp, so that all segments are added in k order while other warps multiply. That takes 160 clocks a time,
-// so from 9.0 on a warp multiplies several neighbouring pieces of types of 256 columns before its turn, and keeps what they
-// add in shared memory.
+// Limited by memory: each weight is read once. From 8.0, pieces are requested ahead, also those of the next tile. Each
+// warp has one or two in flight at any time; from 9.0, as many as fit into shared memory, and the first requests
+// precede the end of earlier kernels. Older GPUs run other warps during a load. Where memory is fastest, issuing
+// instructions is the next bottleneck. Activations come from the L1 cache, because all blocks of a multiprocessor read
+// the same ones.
+//
+// A warp keeps the contribution of a piece to the outputs in registers (two floats per segment and output, four with
+// mins) until the previous warp has added the previous piece. Totals pass from warp to warp, so all segments are added
+// in the order of k while other warps multiply. Passing takes 160 cycles. Therefore, from 9.0, a warp multiplies
+// several adjacent pieces of types with segments of 256 columns before its turn, and keeps their contributions in
+// shared memory.
 #pragma once
 
 #include "one_row.cuh"
@@ -17,7 +21,8 @@
 namespace llamaclust::cuda {
 namespace {
 
-// Blocks on a multiprocessor: 128 threads with 96 registers each, 128 without matrix units; from 9.0 on 256 threads with 128.
+// Blocks per multiprocessor: 128 threads with 96 registers each, or 128 registers without matrix units; from 9.0, 256
+// threads with 128 registers.
 #if LLAMACLUST_ARCH >= 900
 inline constexpr int kGemvBlocks = 2;
 #elif LLAMACLUST_ARCH < 750
@@ -49,11 +54,11 @@ DEVICE void store_totals(float* to, const float (&from)[count]) {
     UNROLL for (int i = 0; i < count; i++) to[i] = from[i];
 }
 
-// Terms of a turn's pieces, for each lane its own. A turn of several pieces is one of types of 256 columns.
+// Terms of a turn's pieces, for each lane. Turns of several pieces exist only for types with segments of 256 columns.
 template <class Type, int outputs>
 struct KeptTerms {
   static constexpr int kParts = Type::kHasMin ? 2 : 1;
-  float2* lane;  // the lane's first one
+  float2* lane;  // The lane's first term.
   int pieces = 0;
 
   DEVICE float2& at(int piece, int n, int part) const { return lane[((piece * outputs + n) * kParts + part) * kWarp]; }
@@ -72,7 +77,8 @@ struct KeptTerms {
   }
 };
 
-// All pieces of a warp. `passed`: the lane's totals, which go from warp to warp; `kept`: its own place.
+// Multiplies all pieces of a warp. `passed` has the lane's totals, which go from warp to warp; `kept_at` is the lane's
+// own place.
 template <class Type, class Rows>
 DEVICE void multiply_pieces(const Products& all, const Share& share, Pieces<Type>& pieces, Place now, Turns& turns, Rows rows,
                             float* passed, float2* kept_at) {
@@ -112,18 +118,18 @@ DEVICE void multiply_pieces(const Products& all, const Share& share, Pieces<Type
   }
 }
 
-// Grid: (groups of eight rows or items, any number of blocks for the tiles of all matrices), so that what reads the same
-// weights runs at the same time; blocks of kGemvWarps warps, of which each takes `turn` pieces in a row. Shared memory: pieces
-// for each warp (pieces.cuh).
+// Grid: (groups of eight rows, or items; any number of blocks for the tiles of all matrices), so that blocks that read
+// the same weights run at the same time. Blocks of kGemvWarps warps, each of which takes `turn` pieces in a row. Shared
+// memory: pieces of each warp (pieces.cuh).
 template <class Type>
 DEVICE void gemv(const Products& all, int turn) {
   SHARED(float, passed, [4 * kWarp]);
   const int lane = threadIdx.x % kWarp;
-  const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);  // so that the compiler knows it to be uniform
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);  // Tells the compiler that it is uniform in a warp.
   Pieces<Type> pieces(all, turn, warp, lane, DYNAMIC_SHARED);
   const Place first = pieces.next();
   let_next_kernel_begin();
-  if (all.items == nullptr) pieces.start(0);  // while the block is still to learn which rows there are
+  if (all.items == nullptr) pieces.start(0);  // It does not depend on the rows, which the block does not know yet.
 #if LLAMACLUST_ARCH >= 900
   SHARED(uint64_t, arrivals, [kGemvWarps]);
   Turns turns(warp, lane, arrivals);

@@ -1,4 +1,4 @@
-// Products with types of 256-wide blocks whose quants stand in the tile.
+// Products with weights in blocks of 256 columns whose tiles hold the quants themselves.
 #include "kernels.cuh"
 #include "level/quants/k.h"
 

@@ -1,4 +1,4 @@
-// The kernels of one quant type, by its name; the macro takes a row of level/quant_types.h.
+// Defines the kernels of one quant type with its name. The macro takes a row of level/quant_types.h.
 #pragma once
 
 #include "dequantize.cuh"

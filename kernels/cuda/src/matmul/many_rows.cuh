@@ -1,5 +1,5 @@
-// What both ways of multiplying many rows share: 64 or 128 rows of activations a block, copied to shared memory by 256 columns
-// while those before are computed with, and a tile of sixteen rows of weights for each warp.
+// Shared code of both ways to multiply many rows. A block has 64 or 128 rows of activations, which are copied to shared
+// memory 256 columns at a time while the previous ones are multiplied. Each warp has a tile of sixteen rows of weights.
 #pragma once
 
 #include "matmul.cuh"
@@ -7,14 +7,15 @@
 namespace llamaclust::cuda {
 namespace {
 
-constexpr int kStageBlocks = 8;  // of 32 columns
+constexpr int kStageBlocks = 8;  // Blocks of 32 columns.
 template <class Type>
 constexpr int kStageSegments = kStageBlocks / kSegmentBlocks<Type>;
-// Of so many groups of eight rows.
+// Activations of `groups` groups of eight rows.
 template <class Type, int groups>
 using Stage = Activations<Type>[groups][kStageSegments<Type>];
 
-// Asks for `count` segments of activations of `groups` groups; of_row has their rows. `thread` of `threads` does it.
+// Starts copying `count` segments of activations of `groups` groups, as thread `thread` of `threads`. of_row has the
+// row numbers.
 template <class Type, int most>
 DEVICE void copy_lines(const Product& p, const int32_t* of_row, int groups, int first, int count, Stage<Type, most>& to,
                        int thread, int threads) {
@@ -23,7 +24,7 @@ DEVICE void copy_lines(const Product& p, const int32_t* of_row, int groups, int 
   const auto from = [=](int row, int s) -> const Activations<Type>& {
     return all[static_cast<size_t>(row / 8) * segments + s];
   };
-  for (int i = thread; i < groups * 128; i += threads) {  // half a row's quants of 32 columns
+  for (int i = thread; i < groups * 128; i += threads) {  // Half of a row's quants of 32 columns.
     const int g = i / 128, block = i / 16 % 8, place = i / 2 % 8, half = i % 2;
     const int row = of_row[8 * g + place];
     if constexpr (kWide<Type>) {
@@ -47,14 +48,14 @@ DEVICE void copy_lines(const Product& p, const int32_t* of_row, int groups, int 
   }
 }
 
-// `count` of at most `most` bytes, by a warp.
+// Starts copying `count` bytes, at most `most`, by a warp.
 template <int most>
 DEVICE void copy_bytes_async(const uint8_t* from, SharedAddress to, int count, int lane) {
   UNROLL for (int i = 0; i < most; i += 16 * kWarp)
     if (i + 16 * lane < count) copy_async_16(to + (i + 16 * lane), from + i + 16 * lane);
 }
 
-// The same; where rows follow each other, groups are copied as they are, each by a warp.
+// Copies a stage as above. If rows are consecutive, each group is copied whole by a warp.
 template <class Type, int most>
 DEVICE void copy_stage(const Product& p, const Share& share, const int32_t* of_row, int groups, int first, int count,
                        Stage<Type, most>& to) {
@@ -71,15 +72,16 @@ DEVICE void copy_stage(const Product& p, const Share& share, const int32_t* of_r
   copy_async_commit();
 }
 
-// The sums of a warp: for each group of eight rows as d in mma.cuh.
+// The sums of a warp: for each group of eight rows in the order of d in mma.cuh.
 template <int groups>
 using Totals = float[groups][4];
-// Groups come by fours or twos, so that those past the last cost little; inside, loads and products overlap. As many as
-// registers allow.
+// Number of groups that are computed together, as many as registers allow: missing groups then cost little, but loads
+// and products overlap.
 template <class Type>
 constexpr int kGroupsTogether = kOf16<Type> ? 2 : 4;
 
-// Sub-block scales of a warp's tile as int16 [row][sub-block] in shared memory, two in a word; rows on different banks.
+// Words of a row's sub-block scales in shared memory. A warp's tile has them as int16 [row][sub-block], two per word;
+// rows start in different banks.
 template <class Type>
 constexpr int kScaleWords = kSubScaled<Type> ? Type::kSubBlocks / 2 + 1 : 0;
 template <class Type>
@@ -92,7 +94,7 @@ DEVICE void share_scales(const uint8_t* body, int lane, uint32_t* shared) {
     __syncwarp();
   }
 }
-// Scales of rows lane / 4 and lane / 4 + 8: of two sub-blocks of 16 columns, or of one of 32.
+// Reads the scales of rows lane / 4 and lane / 4 + 8: those of two sub-blocks of 16 columns, or of one of 32.
 template <class Type>
 DEVICE void read_scales(const uint32_t* shared, int i, int lane, Scale (&scales)[2][2]) {
   if constexpr (kSubScaled<Type>) UNROLL for (int r = 0; r < 2; r++) {
@@ -103,7 +105,7 @@ DEVICE void read_scales(const uint32_t* shared, int i, int lane, Scale (&scales)
   }
 }
 
-// Adds a segment's integer sums to the totals, and its mins.
+// Adds a segment's integer sums, and its mins, to the totals.
 template <class Type, int most>
 DEVICE void add_sums(const Segment& segment, int groups, const Stage<Type, most>& stage, int lane,
                      const int32_t (&sums)[most][4], Totals<most>& totals) {

@@ -1,11 +1,12 @@
-// What products with quantized weights of few and of many rows share: tiles of the CPU's layout
+// Shared code of products with quantized weights, for few and for many rows: tiles in the CPU's layout
 // (kernels/cpu/native/level/quant_types.h) as operands of matrix units.
 //
-// A tile has sixteen rows of weights, a k-group of it is four bytes a row: register a[0] of lane 4 * r + c is k-group c
-// of row r (mma.cuh), so every lane reads its own words and decodes them: with many rows from the tile itself, with few
-// from a copy in shared memory. The eight rows of a line that a warp reads together are a sector of 32 bytes. The order of float
-// operations is that of kernels/cpu/native/level/matmul/segment.h: integers exact in a segment, then total =
-// fma(scale_w * scale_a, sum, total), segments in k order, and a second fma for types with a min.
+// A tile has sixteen rows of weights, and a k-group has four bytes of each row. Register a[0] of lane 4 * r + c is
+// k-group c of row r (mma.cuh), so every lane reads and decodes its own words: from the tile itself for many rows, from
+// a copy in shared memory for few. The eight rows of a line that a warp reads at once are a sector of 32 bytes. The
+// order of float operations is that of kernels/cpu/native/level/matmul/segment.h: sums within a segment are exact
+// integers; then total = fma(scale_w * scale_a, sum, total), segment after segment in the order of k, with a second fma
+// for types with a min.
 #pragma once
 
 #include "activations.cuh"
@@ -21,7 +22,7 @@ constexpr bool kWide = Type::kLayout.segment_cols == 256;
 template <class Type>
 constexpr int kSegmentBlocks = Type::kLayout.segment_cols / 32;
 template <class Type>
-constexpr bool kOf16 = Type::kSubBlocks == 16;  // sub-blocks of 16 columns, not of 32
+constexpr bool kOf16 = Type::kSubBlocks == 16;  // Sub-blocks have 16 columns instead of 32.
 template <class Type>
 constexpr bool kSubScaled = requires { Type::sub_scales; };
 
@@ -51,7 +52,7 @@ DEVICE Segment segment_of(const uint8_t* tile, int s, int segments) {
   return {bodies + (s - first) * body_bytes, bodies + count * body_bytes + (s - first) * tail_bytes};
 }
 
-// Quants less their offset, as signed bytes: no byte borrows from another.
+// Returns quants less their offset as signed bytes. No byte borrows from another.
 template <int offset>
 DEVICE int32_t signed_bytes(Bytes b) {
   if (offset == 0) return static_cast<int32_t>(b);
@@ -59,7 +60,7 @@ DEVICE int32_t signed_bytes(Bytes b) {
   return static_cast<int32_t>(((b | 0x80808080u) - four_times(offset)) ^ 0x80808080u);
 }
 
-// The operand `a` of a warp for 32 columns, block i of a segment.
+// Loads operand a of a warp for 32 columns, block i of a segment.
 template <class Type>
 DEVICE void load_weights(const uint8_t* body, int i, int lane, int32_t (&a)[4]) {
   const int row = lane / 4, c = lane % 4;
@@ -69,8 +70,8 @@ DEVICE void load_weights(const uint8_t* body, int i, int lane, int32_t (&a)[4]) 
   }
 }
 
-// total += the products of 32 columns of a segment of 256, times the scales of the two rows: of two sub-blocks, or of
-// one. `one`: of a single row of activations (mma.cuh).
+// total += the products of 32 columns of a segment of 256, times the scales of the two rows, which have two sub-blocks
+// or one. `one` says that there is a single row of activations (mma.cuh).
 template <class Type>
 DEVICE void add_products(const int32_t (&w)[4], uint2 q, const Scale (&scales)[2][2], int32_t (&total)[4],
                          bool one = false) {
@@ -90,7 +91,7 @@ DEVICE void add_products(const int32_t (&w)[4], uint2 q, const Scale (&scales)[2
   }
 }
 
-// Scales of the two rows of weights that a lane has results of, rows lane / 4 and lane / 4 + 8.
+// Scales of the two rows of weights for which a lane has results: rows lane / 4 and lane / 4 + 8.
 struct RowPair {
   float scale[2], min[2];
 };
@@ -104,7 +105,7 @@ DEVICE RowPair row_scales(const uint8_t* tail, int lane) {
   return r;
 }
 
-// Mins of one row for the sums of sub-blocks of 16, 4 * c to 4 * c + 3.
+// Returns the mins of one row for the sums over 16 columns with numbers 4c to 4c + 3.
 template <class Type>
 DEVICE int32_t mins_of(Lines body, int c) {
   Bytes mins[Type::kSubBlocks / 4];
@@ -115,13 +116,14 @@ DEVICE int32_t mins_of(Lines body, int c) {
     return static_cast<int32_t>(__byte_perm(c < 2 ? mins[0] : mins[1], 0, c % 2 == 0 ? 0x1100 : 0x3322));
 }
 
-// Small sums as floats, of 32 products of bytes or of mins: a float's low bits count from 1.5 * 2^23 on, and sums that begin
-// with its bits end with those of it plus the sum, if that is below 2^22. (Conversions are slower than additions.)
+// Converts small sums, of 32 products of bytes or of mins, to floats. The low bits of a float from 1.5 * 2^23 on count
+// integers, so a sum that starts with the bits of 1.5 * 2^23 ends as the bits of that plus the sum, if the sum is below
+// 2^22. (Conversions are slower than additions.)
 constexpr int32_t kFloatBegin = 0x4b400000;
 constexpr float kBegin = 12582912.0f;
 DEVICE float sum_as_float(int32_t sum) { return sub(__int_as_float(sum), kBegin); }
 
-// - sum of mins times sums of activations, over the sub-blocks of a segment.
+// Computes minus the sum of mins times sums of activations, over the sub-blocks of a segment.
 DEVICE void minus_mins(const int32_t (&mins)[2], uint32_t high, uint32_t low, float (&out)[4], bool one = false) {
   int32_t highs[4] = {0, 0, 0, 0}, lows[4] = {kFloatBegin, kFloatBegin, kFloatBegin, kFloatBegin};
   multiply_k16(highs, mins, {static_cast<int32_t>(high)}, one);

@@ -1,6 +1,7 @@
-// What a lane computes of a single row, of types with segments of 256 columns. Each block of 32 columns has a column of the
-// matrix unit's result for itself: there alone its activations stand in b, so that one product adds to one column. The sums
-// of eight blocks are then apart, two a lane and row of weights, and are scaled once, where with eight rows each block's are.
+// Products of a single row with types with segments of 256 columns, for one lane. Each block of 32 columns has its own
+// column of the matrix unit's result: only in that column of b are its activations not 0, so a product adds to one
+// column only. The sums of eight blocks are then separate, two for each lane and row of weights, and are scaled once at
+// the end; with eight rows, the sums of every block must be scaled.
 #pragma once
 
 #include "eight_rows.cuh"
@@ -8,15 +9,15 @@
 namespace llamaclust::cuda {
 namespace {
 
-// One segment's, of a lane: block lane / 4, k-groups lane % 4 and lane % 4 + 4, and sums of the sub-blocks of which it has
-// results.
+// A lane's activations of one segment: block lane / 4, k-groups lane % 4 and lane % 4 + 4; and sums of the sub-blocks
+// for which it has results.
 struct RowActivations {
   uint2 q;
   uint32_t high, low;
   float scale;
 };
 
-// Integer scales of what column of results 2 c, and 2 c + 1, are: of one sub-block, or of two.
+// Integer scales of the result columns 2c and 2c + 1: each belongs to one sub-block, or to two.
 template <class Type>
 DEVICE void column_scales(Lines body, int c, Scale (&out)[kOf16<Type> ? 4 : 2])
   requires(kSubScaled<Type>)
@@ -36,7 +37,7 @@ DEVICE void column_scales(Lines body, int c, Scale (&out)[kOf16<Type> ? 4 : 2])
 template <class Type>
 class OneRow {
  public:
-  static constexpr int kOutputs = 1;  // of row lane / 4 of the weights, or 8 further in lanes with lane % 4 >= 2
+  static constexpr int kOutputs = 1;  // Row lane / 4 of the weights, or in lanes with lane % 4 >= 2 the row 8 further.
 
   DEVICE OneRow(const Products& all, const Share& share, int segments, int lane) : lane_(lane) {
     const int row = activation_row(all, share, 0);
@@ -44,7 +45,7 @@ class OneRow {
     row_ = row % 8;
   }
 
-  // Asks for the activations of the piece after the one whose terms come next.
+  // Loads the activations of the piece that follows the one of the next call of terms().
   DEVICE void look_ahead(int piece) {
     now_ = next_;
     const Activations256& a = all_[piece];
@@ -82,8 +83,8 @@ class OneRow {
   }
 
  private:
-  // Of types with sub-blocks of 16 columns, halves of blocks have sums of their own. Two products in a row add to different
-  // sums: one waits for the other no longer.
+  // Halves of blocks have separate sums in types with sub-blocks of 16 columns. Consecutive products add to different
+  // sums, so that they need not wait for each other.
   DEVICE static void add_block(const int32_t (&w)[4], int32_t b, int32_t b_2, int i, int32_t (&sums)[2][4]) {
     if constexpr (kOf16<Type>) {
       multiply_k16(sums[0], {w[0], w[1]}, {b});
@@ -93,7 +94,7 @@ class OneRow {
     }
   }
 
-  // The lane's part of the sum of a row, r of its two.
+  // Returns the lane's part of the sum of its row r (0 or 1).
   DEVICE int32_t scaled(Lines row, const int32_t (&sums)[2][4], int r) const {
     const int32_t *first = sums[0] + 2 * r, *second = sums[1] + 2 * r;
     if constexpr (!kSubScaled<Type>) {
@@ -113,7 +114,7 @@ class OneRow {
     return -(128 * dp4a(mins, static_cast<int32_t>(now_.high), 0) + dp4a(mins, static_cast<int32_t>(now_.low), 0));
   }
 
-  // The sum over the four lanes of both rows, of which each lane gets that of its output.
+  // Sums both rows over the four lanes. Each lane gets the sum of its output.
   DEVICE int32_t of_quad(const int32_t (&x)[2]) const {
     const bool is_second = lane_ % 4 >= 2;
     const int32_t mine = (is_second ? x[1] : x[0]) + __shfl_xor_sync(kAllLanes, is_second ? x[0] : x[1], 2);

@@ -1,4 +1,4 @@
-// Weights on their way to a warp: piece after piece of tile after tile, copied into shared memory in the background.
+// Copies the weights of a warp to shared memory in the background, piece after piece of tile after tile.
 #pragma once
 
 #include "matmul.cuh"
@@ -6,23 +6,24 @@
 namespace llamaclust::cuda {
 namespace {
 
-// Of a block: more where all of a warp's pieces can be under way, so that few tiles keep many warps busy.
+// Warps of a block. There are more if all pieces of a warp can be in flight, so that few tiles keep many warps busy.
 #if LLAMACLUST_ARCH >= 900
 inline constexpr int kGemvWarps = 8;
 #else
 inline constexpr int kGemvWarps = 4;
 #endif
-// Of a warp, for terms of the pieces of a turn but the last.
+// Bytes of a warp for the terms of a turn's pieces, except the last one.
 inline constexpr int kKeptBytes = 2560;
-// Segments of a piece: of 32 columns, addresses would take as many instructions as arithmetic, so four share theirs.
+// Segments of a piece. Four segments of 32 columns share an address, because computing one for each would take as many
+// instructions as the arithmetic.
 template <class Type>
 constexpr int kTogether = kWide<Type> ? 1 : 4;
 template <class Type>
 constexpr int kSegmentBytes = Type::kLayout.body_bytes + Type::kLayout.tail_bytes;
 template <class Type>
 constexpr int kPieceBytes = kTogether<Type> * kSegmentBytes<Type>;
-// Pieces of a warp in shared memory: one that it multiplies, and one or two on their way; GPUs that copy no piece in the
-// background have one.
+// Pieces of a warp in shared memory: one that it multiplies, and one or two in flight. There is one on GPUs that cannot
+// copy in the background.
 #if LLAMACLUST_ARCH < 800
 template <class Type>
 constexpr int kStages = 1;
@@ -31,11 +32,12 @@ template <class Type>
 constexpr int kStages = kPieceBytes<Type> > 1536 ? 2 : 3;
 #endif
 
-// A warp's pieces in order: of the tiles blockIdx.y, blockIdx.y + gridDim.y, ... warps take turns of several neighbouring
-// pieces each, the last of a tile of those that are left.
+// Position in a warp's sequence of pieces. The block has tiles blockIdx.y, blockIdx.y + gridDim.y, ... In each tile,
+// warps take turns of several adjacent pieces; the last turn has those that are left.
 struct Place {
-  int tile, begin, at;      // the first piece of the turn, and how many were before this one
-  int pieces, whole, turn;  // of each tile, also rounded up to whole turns; of a turn
+  int tile, begin, at;  // First piece of the turn; number of its pieces before this one.
+  // Pieces of a tile; the same rounded up to whole turns; pieces of a turn.
+  int pieces, whole, turn;
 
   DEVICE Place(int pieces, int turn, int warp)
       : tile(blockIdx.y), begin(0), at(0), pieces(pieces), whole((pieces + turn - 1) / turn * turn), turn(turn) {
@@ -60,7 +62,7 @@ struct Place {
 };
 
 #if LLAMACLUST_ARCH < 900
-// The pieces of one warp of the block: each takes one in turn.
+// The pieces of one warp of the block. A turn is one piece.
 template <class Type>
 class Pieces {
  public:
@@ -70,16 +72,16 @@ class Pieces {
         next_((segments_ + kTogether<Type> - 1) / kTogether<Type>, turn, warp) {}
 
   DEVICE Place next() const { return next_; }
-  DEVICE float2* kept(int, uint8_t*) const { return nullptr; }  // a turn is one piece
+  DEVICE float2* kept(int, uint8_t*) const { return nullptr; }
 
-  // Requests the first ones, of this expert's matrices (0 without experts).
+  // Requests the first pieces of this expert's matrices (0 without experts).
   DEVICE void start(int expert) {
     expert_ = expert;
     find_tile();
     for (int i = 0; i < kStages<Type> - 1; i++) request(i);
   }
 
-  // The next one, which is there, while another one is requested. It stays until `release`.
+  // Requests another piece, and waits for the next one, which stays in place until `release`.
   DEVICE const uint8_t* take() {
     request(at_ == 0 ? kStages<Type> - 1 : at_ - 1);
     copy_async_wait<kStages<Type> - 1>();
@@ -90,7 +92,7 @@ class Pieces {
     __syncwarp();
     at_ = at_ + 1 == kStages<Type> ? 0 : at_ + 1;
   }
-  // Waits for what was requested, where nothing was taken: none may be under way when the block ends.
+  // Waits for the requested copies if nothing was taken. No copy may be in flight when the block ends.
   DEVICE void drop(Place) const { copy_async_wait<0>(); }
 
  private:
@@ -107,7 +109,7 @@ class Pieces {
       next_.advance();
       if (next_.tile != tile) find_tile();
     }
-    copy_async_commit();  // also of nothing: as many groups as pieces
+    copy_async_commit();  // A group may be empty: there are as many groups as pieces.
   }
 
   DEVICE void copy(SharedAddress to) const {
@@ -122,7 +124,7 @@ class Pieces {
       copy<tail_bytes>(segment.tail, tail_bytes, to + body_bytes);
     }
   }
-  // `bytes`, or as many as are left; both places are the lane's.
+  // Copies `bytes` bytes, or as many as are left. Both addresses are those of the lane.
   template <int bytes>
   DEVICE void copy(const uint8_t* from, int left, SharedAddress to) const {
     const int end = (left < bytes ? left : bytes) - lane_;
@@ -131,16 +133,16 @@ class Pieces {
   }
 
   const Products& all_;
-  int segments_, lane_;            // of a tile; in bytes
+  int segments_, lane_;  // Segments of a tile; offset in bytes.
   uint8_t* memory_;
-  SharedAddress to_;               // the lane's
-  Place next_;                     // to request
-  int expert_ = 0, at_ = 0;        // the stage of the next one to take
-  const uint8_t* from_ = nullptr;  // the tile of the next one to request
+  SharedAddress to_;               // Address of the lane.
+  Place next_;                     // The next piece to request.
+  int expert_ = 0, at_ = 0;        // at_ is the stage that take() returns next.
+  const uint8_t* from_ = nullptr;  // The tile of the next piece to request, at the lane's offset.
 };
 #else
-// The same by bulk copies: lane 0 requests whole pieces, as many as the block's dynamic shared memory has stages for.
-// Behind all pieces are their arrivals, and behind these what warps keep of pieces until the turn ends.
+// The variant with bulk copies. Lane 0 requests whole pieces, as many as fit into the block's dynamic shared memory.
+// The arrivals follow all pieces, and are followed by the terms that warps keep until the end of a turn.
 template <class Type>
 class Pieces {
  public:
@@ -162,26 +164,26 @@ class Pieces {
     return reinterpret_cast<float2*>(shared + kGemvWarps * stages_ * kStageBytes + warp * kKeptBytes);
   }
 
-  // Requests the first ones, of this expert's matrices (0 without experts).
+  // Requests the first pieces of this expert's matrices (0 without experts).
   DEVICE void start(int expert) {
     expert_ = expert;
     find_tile();
     NO_UNROLL for (int i = 0; i < stages_; i++) request(i);
   }
 
-  // The next one, when it is there; it stays until `release`, which requests another one in its place.
+  // Waits for the next piece. It stays in place until `release`, which requests another one instead.
   DEVICE const uint8_t* take() const {
     arrival_wait(arrival(at_), parity_);
     return memory_ + at_ * kPieceBytes<Type>;
   }
   DEVICE void release() {
-    __syncwarp();  // all lanes have read it
+    __syncwarp();  // All lanes have read it.
     request(at_);
     if (++at_ < stages_) return;
     at_ = 0;
     parity_ ^= 1;
   }
-  // Waits for what was requested, where nothing was taken: none may be under way when the block ends.
+  // Waits for the requested copies if nothing was taken. No copy may be in flight when the block ends.
   DEVICE void drop(Place first) const {
     NO_UNROLL for (int i = 0; i < stages_ && first.tile < all_.tile_count(); i++, first.advance()) arrival_wait(arrival(i), 0);
   }
@@ -221,14 +223,14 @@ class Pieces {
   }
 
   const Products& all_;
-  int segments_;   // of a tile
-  bool requests_;  // this lane
+  int segments_;   // Segments of a tile.
+  bool requests_;  // Whether this lane requests pieces.
   int stages_;
   uint8_t* memory_;
-  SharedAddress to_, arrivals_;  // of the warp
-  Place next_;                   // to request
-  int expert_ = 0, at_ = 0, parity_ = 0;  // the stage of the next one to take
-  const uint8_t* from_ = nullptr;         // the tile of the next one to request
+  SharedAddress to_, arrivals_;           // Addresses of the warp.
+  Place next_;                            // The next piece to request.
+  int expert_ = 0, at_ = 0, parity_ = 0;  // at_ and parity_ belong to the stage that take() returns next.
+  const uint8_t* from_ = nullptr;         // The tile of the next piece to request.
 };
 #endif
 

@@ -1,4 +1,4 @@
-// Which rows a product is of, for all products: all that there are, or with experts the lines that each has.
+// The rows of a product, for all kinds of products: all rows, or with experts the lines of each expert.
 #pragma once
 
 #include "base.cuh"
@@ -6,11 +6,12 @@
 namespace llamaclust::cuda {
 namespace {
 
-// Arguments of every product. Weights are up to three matrices [out_rows, cols] in tiles, of one type, with a result each;
-// those that are not there have no rows. Without `items`, row i of *count of the activations gives row i of out. With them,
-// block (x, _) serves items[x] = {expert, first, n}: n lines from lines[first] on; line l takes row l / divisor of the
-// activations and gives row l of out; an expert's matrix begins matrix_bytes after the one before. Its bias is a row of a
-// matrix in which `bias_rows` rows lie in columns together: 16 in a tile of float32, 1 where rows follow each other.
+// Arguments of every product. Weights are up to three matrices [out_rows, cols] of one type in tiles, each with a
+// result; missing ones have no rows. Without `items`, row i of *count rows of activations gives row i of out. With
+// `items`, block (x, _) computes items[x] = {expert, first, n}: n lines from lines[first] on. Line l takes row l /
+// divisor of the activations and gives row l of out. An expert's matrix starts matrix_bytes after the previous one. Its
+// bias is a row of a matrix in which `bias_rows` rows are interleaved column by column: 16 in a tile of float32, 1 if
+// rows are consecutive.
 #define MATMUL_PARAMETERS                                                                                            \
   const uint8_t *tiles, int32_t out_rows, const float *bias, float *out, const uint8_t *tiles_2, int32_t out_rows_2,  \
       const float *bias_2, float *out_2, const uint8_t *tiles_3, int32_t out_rows_3, const float *bias_3,             \
@@ -47,15 +48,15 @@ struct Products {
   DEVICE int tile_count() const { return first.tile_count() + second.tile_count() + third.tile_count(); }
 };
 
-// What a block has of them: a matrix, and its place among the blocks that have the same one.
+// The matrix of a block, and the index of the block among those of the same matrix.
 struct Product : Products {
   int which, block;
 
-  // Chosen anew where it is asked for, so that no registers hold it meanwhile.
+  // Selected again at each use, so that it takes no registers in between.
   DEVICE Matrix matrix() const { return which == 0 ? first : which == 1 ? second : third; }
 };
 
-// Blocks have `each` tiles; those of the first matrix come first.
+// Each block has `each` tiles. Blocks of the first matrix come first.
 DEVICE Product product_of(const Products& p, int each, int place) {
   const int first = (p.first.tile_count() + each - 1) / each, block = place - first;
   if (block < 0) return {p, 0, place};
@@ -63,7 +64,7 @@ DEVICE Product product_of(const Products& p, int each, int place) {
   return block < second ? Product{p, 1, block} : Product{p, 2, block - second};
 }
 
-// What one block computes, n rows at most; none: n <= 0.
+// The rows of one block, n of them; none if n <= 0.
 struct Share {
   int expert, first, n;
 };
@@ -80,7 +81,7 @@ DEVICE int groups_of(const Share& share) { return (share.n + 7) / 8; }
 DEVICE int out_row(const Products& p, const Share& share, int i) {
   return p.items == nullptr ? share.first + i : p.lines[share.first + i];
 }
-// Rows past the last are the last one: they are computed like it and thrown away.
+// Rows beyond the end repeat the last one, and their results are discarded.
 DEVICE int activation_row(const Products& p, const Share& share, int i) {
   const int row = out_row(p, share, i < share.n ? i : share.n - 1);
   return p.items == nullptr ? row : row / p.divisor;
@@ -89,7 +90,7 @@ DEVICE const uint8_t* tile_of(const Product& p, const Share& share, int tile) {
   return p.matrix().tiles + static_cast<size_t>(share.expert) * p.matrix_bytes + static_cast<size_t>(tile) * p.tile_bytes;
 }
 
-// The matrix of which a block computes some rows, with the bias of its expert.
+// Returns the matrix of a block, with the bias of its expert.
 DEVICE Matrix result_of(const Product& p, const Share& share) {
   Matrix matrix = p.matrix();
   const int column = share.expert % p.bias_rows;

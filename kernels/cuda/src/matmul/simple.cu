@@ -1,4 +1,4 @@
-// Products with types of 32-wide blocks.
+// Products with weights in blocks of 32 columns.
 #include "kernels.cuh"
 #include "level/quants/simple.h"
 

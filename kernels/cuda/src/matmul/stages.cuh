@@ -1,6 +1,6 @@
-// Activations and weights of 256 columns on their way to a block of products of many rows (compute capability 9.0), by bulk
-// copies into as many stages as the block's dynamic shared memory has. The last warp that is done with a stage asks for the
-// columns that are next in its place, so that no warp waits for others but by what is not there yet.
+// Activations and weights of 256 columns, copied in bulk for a block of products of many rows (compute capability 9.0).
+// The block's dynamic shared memory has two or three stages. The last warp to finish a stage requests the next columns
+// for it, so a warp waits only for copies, never for other warps.
 #pragma once
 
 #include "many_rows.cuh"
@@ -12,11 +12,11 @@ constexpr int kMostStages = 3;
 template <class Type>
 constexpr int kWeightBytes = kStageSegments<Type> * (Type::kLayout.body_bytes + Type::kLayout.tail_bytes);
 
-// What a block has in static shared memory: registers are scarce.
+// A block's state in static shared memory, to save registers.
 template <int most>
 struct BlockState {
   uint64_t arrivals[kMostStages];
-  uint32_t readers[kMostStages];  // that are done with a stage
+  uint32_t readers[kMostStages];  // Warps that have finished a stage.
   int32_t of_row[kGroupRows * most];
   Share share;
   int which, block;
@@ -24,13 +24,13 @@ struct BlockState {
   DEVICE Product product(const Products& all) const { return {all, which, block}; }
 };
 
-// Blocks of 128 rows have eight warps, others 4 to 16. `scratch` bytes of each warp are behind the stages.
+// Blocks of 128 rows have eight warps, others 4 to 16. `scratch` bytes per warp follow the stages.
 template <class Type, int most, int scratch>
 class Stages {
  public:
   using State = BlockState<most>;
 
-  // All threads of the block together, when the state has the rest.
+  // Called by all threads of the block together, once the rest of the state is set.
   DEVICE Stages(const Products& all, State& state) : all_(all), state_(state) {
     if (threadIdx.x < kMostStages) {
       arrival_init(arrival(threadIdx.x), all.items == nullptr ? 0 : kWarp);
@@ -47,17 +47,17 @@ class Stages {
     return DYNAMIC_SHARED + (count() * bytes() + threadIdx.x / kWarp * scratch);
   }
 
-  // Waits for the next stage, which stays until `release`.
+  // Waits for the next stage, which stays in place until `release`.
   DEVICE void take() const {
     arrival_wait(arrival(at_), parity_);
-    if (all_.items != nullptr) publish_shared();  // of lines, ordinary copies
+    if (all_.items != nullptr) publish_shared();  // Experts' lines arrive by copies that must be published.
   }
   DEVICE Stage<Type, most>& activations() const { return activations(at_); }
   DEVICE const uint8_t* weights() const { return DYNAMIC_SHARED + (at_ * bytes() + weights_at(threadIdx.x / kWarp)); }
 
-  // `first`: the first segment of the stage.
+  // `first` is the first segment of the stage.
   DEVICE void release(int first) {
-    __syncwarp();  // all lanes have read it
+    __syncwarp();  // All lanes have read it.
     bool last = threadIdx.x % kWarp == 0 && is_last(shared_address(&state_.readers[at_]), warps());
     if (__shfl_sync(kAllLanes, last ? 1 : 0, 0) != 0) request(first + count() * kStageSegments<Type>, at_);
     if (++at_ < count()) return;
@@ -76,7 +76,7 @@ class Stages {
     return *reinterpret_cast<Stage<Type, most>*>(DYNAMIC_SHARED + stage * bytes());
   }
 
-  // By a warp: a lane has a group of rows, and weights of a warp.
+  // Requests a stage, by a warp. A lane copies a group of rows, and the weights of a warp.
   DEVICE void request(int first, int stage) const {
     const int segments = all_.cols / Type::kLayout.segment_cols, lane = threadIdx.x % kWarp;
     if (first >= segments) return;
@@ -87,7 +87,8 @@ class Stages {
     const int count = segments - first < at_once ? segments - first : at_once, groups = groups_of(share);
     const SharedAddress to = shared_address(DYNAMIC_SHARED + stage * bytes());
     if (lane < warps()) {
-      const int tile = p.block * warps() + lane, last_tile = p.matrix().tile_count() - 1;  // past the last: thrown away
+      // A tile beyond the last one repeats it, and its results are discarded.
+      const int tile = p.block * warps() + lane, last_tile = p.matrix().tile_count() - 1;
       const uint8_t* weights = tile_of(p, share, tile < last_tile ? tile : last_tile);
       const SharedAddress place = to + weights_at(lane);
       if constexpr (kWide<Type>) {
@@ -116,7 +117,7 @@ class Stages {
 
   const Products& all_;
   State& state_;
-  int at_ = 0, parity_ = 0;  // the stage of the next one to take
+  int at_ = 0, parity_ = 0;  // The stage that take() returns next, and its parity.
 };
 
 template <bool first, class A, class B>
@@ -130,7 +131,8 @@ struct ChoiceOf<false, A, B> {
 template <bool first, class A, class B>
 using Choice = typename ChoiceOf<first, A, B>::Type;
 
-// Two groups of four warps take turns to multiply, so that one adds floats meanwhile. Each has as many turns.
+// Two groups of four warps multiply alternately, so that one adds floats while the other multiplies. Both have the same
+// number of turns.
 class Alternation {
  public:
   DEVICE explicit Alternation(int group) : mine_(1 + group) {
@@ -138,13 +140,13 @@ class Alternation {
   }
   DEVICE void begin() const { barrier_wait_at(mine_, 256); }
   DEVICE void end() const { barrier_arrive_at(3 - mine_, 256); }
-  // Of all turns.
+  // Called after all turns.
   DEVICE void finish() const {
     if (mine_ == 1) barrier_wait_at(1, 256);
   }
 
  private:
-  int mine_;  // barrier
+  int mine_;  // Number of a named barrier.
 };
 struct NoAlternation {
   DEVICE explicit NoAlternation(int) {}

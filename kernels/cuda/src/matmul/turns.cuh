@@ -1,4 +1,4 @@
-// Turns, which go from warp to warp of a block.
+// Turns that pass from warp to warp of a block.
 #pragma once
 
 #include "pieces.cuh"
@@ -7,30 +7,30 @@ namespace llamaclust::cuda {
 namespace {
 
 #if LLAMACLUST_ARCH >= 900
-// Each warp has an arrival, on which it waits and to which the warp before announces nothing.
+// Each warp waits for an arrival of its own, to which the previous warp announces 0 bytes.
 class Turns {
  public:
   DEVICE Turns(int warp, int lane, uint64_t (&arrivals)[kGemvWarps])
       : mine_(shared_address(&arrivals[warp])), next_(shared_address(&arrivals[(warp + 1) % kGemvWarps])), gives_(lane == 0) {}
 
-  // Once for a block, by one thread; all must know of it.
+  // Called once per block, by one thread. The block must be synchronized afterwards.
   DEVICE void init() const { arrival_init(mine_); }
   DEVICE void wait() {
     arrival_wait(mine_, parity_);
     parity_ ^= 1;
   }
   DEVICE void give() const {
-    __syncwarp();  // all lanes have written what they pass on
+    __syncwarp();  // All lanes have written what they pass on.
     if (gives_) arrival_announce(next_, 0);
   }
 
  private:
   SharedAddress mine_, next_;
-  bool gives_;  // this lane
+  bool gives_;  // Whether this lane announces.
   int parity_ = 0;
 };
 #else
-// Each warp has a named barrier, on which it waits and at which the one before arrives.
+// Each warp waits at a named barrier of its own, at which the previous warp arrives.
 class Turns {
  public:
   DEVICE Turns(int warp) : warp_(warp) {}

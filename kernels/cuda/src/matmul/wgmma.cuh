@@ -1,10 +1,10 @@
-// Products of many rows by instructions of four warps (compute capability 9.0): a block has 64 or 128 rows of activations and
-// a tile of sixteen rows of weights for each of its 4 to 16 warps, which multiply by fours.
+// Products of many rows with instructions of four warps (compute capability 9.0). A block has 64 or 128 rows of
+// activations, and a tile of sixteen rows of weights for each of its 4 to 16 warps, which multiply in groups of four.
 //
-// Such an instruction reads activations from shared memory by itself and adds in its own registers, so that a warp only
-// decodes weights. Integer scales of sub-blocks are multiplied into the weights. Products that are no bytes become two digits:
-// weights times two digits of the scale, or two bytes of each product. Each digit has sums of its own, which are put together
-// after a segment.
+// Such an instruction reads activations from shared memory and adds in its own registers, so a warp only decodes
+// weights. Integer scales of sub-blocks are multiplied into the weights. If these products do not fit into a byte, they
+// are divided into two digits: weights times two digits of the scale, or the two bytes of each product. Each digit has
+// its own sums, which are combined after a segment.
 #pragma once
 
 #include "stages.cuh"
@@ -12,30 +12,30 @@
 namespace llamaclust::cuda {
 namespace {
 
-// With 128 rows and 8 warps, groups of four warps multiply in turn; otherwise as it happens.
+// With 128 rows and 8 warps, the groups of four warps multiply alternately; otherwise their order is not controlled.
 constexpr bool kInTurn = true;
-// Operands of a warp, of 64 columns or of both digits of 32: some are decoded while others are multiplied.
+// Operands of a warp, each of 64 columns, or of both digits of 32: some are decoded while others are multiplied.
 constexpr int kOperands = 3;
 
-// Bits of scales where weights times them, or times digits of three bits of them, are bytes; 0: others.
+// Bits of scales if weights times the scales, or times three-bit digits of them, fit into bytes; 0 for other types.
 template <class Type>
 constexpr int kScaleBits = 0;
 template <class Type>
 constexpr int kDigits = kSubScaled<Type> && kScaleBits<Type> != 4 ? 2 : 1;
 template <class Type>
 constexpr int kDigitBits = kScaleBits<Type> == 0 ? 8 : 3;
-// Of a warp, the scales that it shares.
+// Bytes of a warp for the scales that its lanes share.
 template <class Type>
 constexpr int kScratchBytes = kScaleBits<Type> == 0 ? 16 * 4 * kScaleWords<Type> : 0;
 
-// Registers of 32 columns, four for each digit, the lowest first.
+// Registers of 32 columns, four for each digit, the lowest digit first.
 template <class Type>
 using Operand = uint32_t[kDigits<Type>][4];
 template <int groups>
 using Sums = int32_t[4 * groups];
 
-// Products of four weights, less the offset, with their scale: as bytes, the lower ones without a sign. They are lifted
-// meanwhile, so that none borrows from another.
+// Splits the products of four weights (less the offset) and their scale into bytes, of which the lower ones are
+// unsigned. An offset is added meanwhile, so that no product borrows from another.
 template <int offset>
 DEVICE void split_products(Bytes weights, Scale scale, uint32_t& low, uint32_t& high) {
   const uint32_t by = static_cast<uint32_t>(scale), lift = 0x80008000u - offset * 0x10001u * by;
@@ -73,7 +73,7 @@ class Operands {
   const uint32_t* shared_;
   int lane_;
 };
-// The same by digits of scales, of rows lane / 4 and lane / 4 + 8.
+// The variant with digits of scales, for rows lane / 4 and lane / 4 + 8.
 template <class Type>
   requires(kScaleBits<Type> > 0)
 class Operands<Type> {
@@ -101,7 +101,7 @@ class Operands<Type> {
   uint32_t digits_[kDigits<Type>][2][kWords];
 };
 
-// sums = or += 32 columns of a digit.
+// Multiplies 32 columns of a digit: sums = the products, or sums += the products if `adds`.
 template <class Type, int digit, class Sums>
 DEVICE void multiply_digit(Sums& sums, const Operand<Type>& a, SharedOperand b, int adds) {
   if constexpr (kScaleBits<Type> == 0 && digit + 1 == kDigits<Type>)
@@ -113,7 +113,7 @@ DEVICE void multiply_digit(Sums& sums, const Operand<Type>& a, SharedOperand b, 
 struct ScaledSum {
   float scale, sum;
 };
-// Adds terms to half the totals, from a group on.
+// Adds terms to half of the totals, starting with group `first`.
 template <class Type, int most, class Terms>
 DEVICE void add_scaled(int first, int groups, Totals<most>& totals, Terms terms) {
   UNROLL for (int begin = first; begin < first + most / 2; begin += 4) if (begin < groups)
@@ -123,7 +123,7 @@ DEVICE void add_scaled(int first, int groups, Totals<most>& totals, Terms terms)
     }
 }
 
-// Sums of a segment of 256 columns, when it is this group's turn.
+// Computes the sums of a segment of 256 columns, in this group's turn.
 template <class Type, int most, class Turn>
 DEVICE void sum_segment(const Operands<Type>& operands, SharedOperand b, const Turn& turn,
                         Sums<most>* sums) {
@@ -131,7 +131,7 @@ DEVICE void sum_segment(const Operands<Type>& operands, SharedOperand b, const T
   Operand<Type> a[kOperands][together];
   UNROLL for (int step = 0; step < 8 / together; step++) {
     auto& now = a[step % kOperands];
-    if (step >= kOperands) warpgroup_wait<kOperands - 1>();  // the registers are free again
+    if (step >= kOperands) warpgroup_wait<kOperands - 1>();  // The registers are free again.
     UNROLL for (int n = 0; n < together; n++) operands.load(step * together + n, now[n]);
     if (step == 0) turn.begin();
     warpgroup_begin();
@@ -168,7 +168,7 @@ DEVICE void add_stage(const uint8_t* weights, int, int groups, const Stage<Type,
     add_sums(0);
     add_sums(most / 2);
   } else {
-    // Mins times sums of activations in two digits, in the registers that the sums have left.
+    // Multiplies mins with sums of activations, in two digits, in registers that the sums no longer need.
     Sums<most>& products = sums[1];
     const SharedOperand digits = shared_operand(stage[0][0].high, sizeof stage[0]);
     int32_t high[4] = {}, low[4] = {};
@@ -190,7 +190,8 @@ DEVICE void add_stage(const uint8_t* weights, int, int groups, const Stage<Type,
   }
 }
 
-// Of 32 columns each: the next one is multiplied while the sums of one are added; those that are not there for nothing.
+// Adds segments of 32 columns. One is multiplied while the sums of the previous one are added; missing ones are
+// computed in vain.
 template <class Type, int most, class Turn>
 DEVICE void add_stage(const uint8_t* weights, int count, int groups, const Stage<Type, most>& stage, uint32_t*, int lane,
                       const Turn&, Totals<most>& totals)
@@ -228,9 +229,9 @@ DEVICE void add_stage(const uint8_t* weights, int count, int groups, const Stage
 template <class Type, int rows>
 using TurnOf = Choice<kInTurn && kWide<Type> && rows == 128, Alternation, NoAlternation>;
 
-// Grid: (groups of `rows` rows or items, for each matrix tiles / warps rounded up), so that what reads the same weights runs
-// at the same time; blocks of 128, 256 or, of 64 rows, 512 threads. Shared memory: two to four stages, and the scales of each
-// warp.
+// Grid: (groups of `rows` rows, or items; tiles / warps rounded up for each matrix), so that blocks that read the same
+// weights run at the same time. Blocks of 128, 256 or (with 64 rows) 512 threads. Shared memory: two or three stages,
+// and the scales of each warp.
 template <class Type, int rows>
 DEVICE void gemm(const Products& all) {
   constexpr int most = rows / kGroupRows, at_once = kStageSegments<Type>;

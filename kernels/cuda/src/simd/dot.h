@@ -1,6 +1,6 @@
-// What decoders of quant types (kernels/cpu/native/level/quants/) are written in, for one thread. Where a CPU has a
-// line of a tile in one register, sixteen rows, a thread has one of its rows: `Bytes` are four columns. Found in the
-// place of kernels/cpu/native/simd/dot.h, where it is said what each operation does.
+// The operations in which decoders of quant types (kernels/cpu/native/level/quants/) are written, for one thread. A
+// register of a CPU has a line of a tile, with sixteen rows; a thread has one of these rows, so `Bytes` are four
+// columns. This file replaces kernels/cpu/native/simd/dot.h, which describes the operations.
 #pragma once
 
 #include "base.cuh"
@@ -23,7 +23,7 @@ namespace {
 using Bytes = uint32_t;
 using Scale = int32_t;
 
-// Lines as all threads see them, and the row of this one.
+// Lines, which are the same for all threads, and the row of this thread.
 struct Lines {
   const uint8_t* at;
   int row;
@@ -32,7 +32,7 @@ struct Lines {
 };
 DECODE Lines halves(Lines p) { return p; }
 
-// Plain loads: decoders ask for a line once for each k-group in it, and compilers join those, but not calls of __ldg.
+// Plain loads: decoders load a line once for each of its k-groups. Compilers merge such loads, but not calls of __ldg.
 DECODE Bytes load_bytes(Lines p) { return reinterpret_cast<const uint32_t*>(p.at)[p.row]; }
 DECODE uint16_t load_half(Lines p) { return reinterpret_cast<const uint16_t*>(p.at)[p.row]; }
 
@@ -42,8 +42,8 @@ DECODE Bytes field(Bytes b) {
   return (shift >= 0 ? b >> (shift & 7) : b << (-shift & 7)) & four_times(mask);
 }
 
-// On a CPU it is known when the code is compiled which k-group is meant. Here each thread has another one, but the same
-// all the time, so shift and mask are found once: two instructions are left.
+// On a CPU, the k-group is known at compile time. Here it differs between threads but is constant in each, so shift and
+// mask are found once, and two instructions remain.
 struct Places {
   int8_t shift[8];
   uint8_t mask[8];
@@ -66,8 +66,8 @@ DECODE Bytes both(Bytes a, Bytes b) { return a & b; }
 DECODE Bytes add_bytes(Bytes a, Bytes b) {
   return ((a & 0x7f7f7f7fu) + (b & 0x7f7f7f7fu)) ^ ((a ^ b) & 0x80808080u);
 }
-// The table is sixteen bytes of registers. A selector of `__byte_perm` reaches eight of them, so both halves are asked,
-// and the fourth bit of each index chooses.
+// The table is in four registers. A selector of `__byte_perm` reaches eight bytes, so both halves are looked up, and
+// the fourth bit of each index selects one.
 DECODE Bytes lookup(const uint8_t (&table)[16], Bytes b) {
   uint32_t words[4];
   UNROLL for (int i = 0; i < 4; i++) {
@@ -77,7 +77,7 @@ DECODE Bytes lookup(const uint8_t (&table)[16], Bytes b) {
   const uint32_t index = b & 0x0f0f0f0fu;
   const uint32_t selectors = __byte_perm(index | index >> 4, 0, 0x4420);
   const uint32_t low = __byte_perm(words[0], words[1], selectors & 0x7777);
-  if ((words[2] | words[3]) == 0) return low;  // known at compile time: such tables have no higher half
+  if ((words[2] | words[3]) == 0) return low;  // Known at compile time: such a table has no upper half.
   const uint32_t high = __byte_perm(words[2], words[3], selectors & 0x7777);
   return __byte_perm(low, high, 0x3210 | (selectors & 0x8888) >> 1);
 }
@@ -102,7 +102,7 @@ DECODE F32x16 from_halved_e8m0(Lines p) {
   return __uint_as_float(e < 2 ? 0x200000u << e : (e - 1) << 23);
 }
 
-// A thread wants one of two points: it is looked up when it is known which.
+// A thread needs one of two points, which is looked up once it is known which.
 struct Points {
   const uint16_t* table;
   uint32_t index;
@@ -116,7 +116,7 @@ DECODE Bytes spread(Points points, int half) {
   const uint32_t point = points.table[half == 0 ? points.index & 0xffff : points.index >> 16];
   return point | point >> bits << 16;
 }
-// No byte is zero, so that none carries; or none is above twice a small offset, so that none borrows.
+// Either no byte is 0, so none carries; or no byte exceeds twice a small offset, so none borrows.
 template <int offset>
 DECODE Bytes with_signs(Bytes b, Lines bits) {
   const uint32_t four = bits.at[bits.row / 2] >> bits.row % 2 * 4 & 15;

@@ -1,5 +1,5 @@
-// The vocabulary of kernels/cpu/native/simd/lanes.h where a lane is a thread of a GPU: every operation is one IEEE operation,
-// and no compiler joins two.
+// The operations of kernels/cpu/native/simd/lanes.h with a GPU thread as a lane. Every operation is one IEEE operation,
+// and compilers do not fuse two of them.
 #pragma once
 
 namespace llamaclust::cuda {
@@ -32,7 +32,7 @@ LANES int32_t shift_right(int32_t a, int n) { return static_cast<int32_t>(static
 LANES int32_t keep(int32_t a, int32_t mask) { return a & mask; }
 LANES int32_t either(int32_t a, int32_t b) { return a | b; }
 LANES float to_float(int32_t a) { return __int2float_rn(a); }
-// Nearest, ties to even; |x| < 2^31 is the caller's duty.
+// Rounds to nearest, ties to even. The caller ensures |x| < 2^31.
 LANES int32_t to_int(float a) { return __float2int_rn(a); }
 LANES float bits_to_float(int32_t a) { return __int_as_float(a); }
 LANES int32_t float_to_bits(float a) { return __float_as_int(a); }

@@ -1,5 +1,5 @@
-// Attention over one span: keys one lane a position, values one lane a channel, both walked in order, so that register
-// tiles and the number of queries computed together change nothing.
+// Attention over one span. Scores have one lane per position, values one lane per channel. Both are summed in order, so
+// results do not depend on register tiles or on the number of queries that are computed together.
 #include "level/attention/byte_values.h"
 #include "level/attention/kv_types.h"
 #include "level/attention/seen.h"
@@ -8,9 +8,10 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// Queries that are computed together at most, and for R of them how many blocks of positions and groups of 16 channels:
-// as many sums as registers hold, and no fewer than hide the latency of a multiply-add. Keys and values that have to be
-// converted are worth more queries; other types and latent attention have fewer.
+// kQueries is the maximum number of queries that are computed together. For a number of queries, blocks_at_once() and
+// channels_at_once() return how many blocks of 16 positions and groups of 16 channels are. There are as many sums as
+// registers can hold, but enough to hide the latency of a multiply-add. Keys and values that must be converted justify
+// more queries; other types and latent attention have fewer.
 #if defined(__AVX512F__)
 template <typename Kv>
 constexpr int kQueries = kScoredQueries;
@@ -27,11 +28,11 @@ constexpr int kQueries = 2;
 constexpr int blocks_at_once(int queries) { return queries == 1 ? 4 : queries == 2 ? 2 : 1; }
 constexpr int channels_at_once(int queries) { return queries == 1 ? 4 : queries == 2 ? 2 : 1; }
 #endif
-// Queries whose scores become weights together: enough for their chains of operations to overlap, and their maxima and
-// sums beside what exp needs fit into the registers.
+// Number of queries whose scores become weights together. It is large enough for their chains of operations to overlap;
+// their maxima and sums still fit into the registers beside the intermediate values of exp.
 constexpr int kWeighed = 4;
 
-// scores[query][position] of R queries, P blocks of 16 positions at a time.
+// Computes scores[query][position] of R queries, for P blocks of 16 positions at a time.
 template <typename Kv, int R, int P>
 void score_tile(const SpanTask& task, const float* queries, int block, const KeyValuePrefetch<Kv>& units) {
   const uint8_t *keys[P], *next[P];
@@ -52,7 +53,7 @@ void score_queries(const SpanTask& task, int query, const KeyValuePrefetch<Kv>& 
   for (; block < end; block++) score_tile<Kv, R, 1>(task, queries, block, units);
 }
 
-// Puts the soft cap on the scores of R queries, unseen ones included.
+// Applies the soft cap to the scores of R queries, including those of masked positions.
 template <typename Kv, int R>
 void cap_scores(const SpanTask& task, const KeyValuePrefetch<Kv>& units) {
   const F32x16 cap = broadcast(task.soft_cap);
@@ -63,7 +64,7 @@ void cap_scores(const SpanTask& task, const KeyValuePrefetch<Kv>& units) {
     }
 }
 
-// Adds -slope * the distance of a position to the query's to the scores of R queries. Both factors are exact.
+// Adds -slope * |key position - query position| to the scores of R queries. Both factors are exact.
 template <typename Kv, int R>
 void bias_scores(const SpanTask& task, int query, const KeyValuePrefetch<Kv>& units) {
   alignas(64) static const float kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -80,8 +81,8 @@ void bias_scores(const SpanTask& task, int query, const KeyValuePrefetch<Kv>& un
   }
 }
 
-// Calls f(i, seen) for the sixteen positions from i on, all that Q queries see; seen(q, x, other) replaces what query q
-// does not see.
+// Calls f(i, seen) for each i = 0, 16, ... whose sixteen positions include one to which one of Q queries attends.
+// seen(q, x, other) returns x, with lanes to which query q does not attend replaced by those of `other`.
 template <int Q, typename F>
 INLINE void for_lanes(const int* firsts, const int* ends, F f) {
   const int end = ends[Q - 1];
@@ -93,8 +94,8 @@ INLINE void for_lanes(const int* firsts, const int* ends, F f) {
   for (; i < end; i += 16) f(i, edge);
 }
 
-// Turns scores of Q queries into exp(score - maximum); lanes of positions that a query does not see count as nothing.
-// Meanwhile `bytes` of `units` are fetched, one a query.
+// Turns scores of Q queries into exp(score - maximum), and sums these. Positions to which a query does not attend count
+// as nothing. Meanwhile prefetches `bytes` of each of `units`, one for each query.
 template <int Q>
 void weigh(float* scores, const int* firsts, const int* ends, const SpanSums& sums, const uint8_t* const* units,
            int bytes) {
@@ -122,7 +123,7 @@ void weigh(float* scores, const int* firsts, const int* ends, const SpanSums& su
   UNROLL for (int q = 0; q < Q; q++) sums.sum[q] = sum_tree(total[q]);
 }
 
-// R queries, a few at a time.
+// Computes the weights of R queries, kWeighed at a time.
 template <typename Kv, int R>
 void weigh_queries(const SpanTask& task, int query, const SpanSums& sums, const KeyValuePrefetch<Kv>& units) {
   static_assert(R <= kMostAhead - kUnitsAhead);
@@ -184,7 +185,7 @@ void value_range(const SpanTask& task, const float* weights, int query, int begi
   for (; channel < width; channel += 16) value_tile<Kv, R, 1>(task, weights, query, channel, begin, end, values, units);
 }
 
-// Positions that all R queries see are walked together, those before and after one query at a time.
+// Positions to which all R queries attend are computed together; earlier and later ones, one query at a time.
 template <typename Kv, int R>
 void value_queries(const SpanTask& task, int query, float* values, const KeyValuePrefetch<Kv>& units) {
   const int width = padded_head(task.head_dim), last = query + R - 1;
@@ -202,8 +203,8 @@ void value_queries(const SpanTask& task, int query, float* values, const KeyValu
   }
 }
 
-// values[query][channel] = the sum of weight * key over the positions that a query sees, for R queries and C channels: a
-// lane adds every sixteenth position in ascending order, then the lanes are added by a tree.
+// values[query][channel] = the sum of weight * key over the positions to which a query attends, for R queries and C
+// channels. Each lane adds every sixteenth position in ascending order; then the lanes are added in a tree.
 template <typename Kv, int R, int C>
 void latent_tile(const SpanTask& task, int query, int channel, float* values) {
   const int width = padded_head(task.value_dim), common = task.ends[query] / kKvBlockTokens;
@@ -254,14 +255,16 @@ void span_queries(const SpanTask& task, int query, const SpanSums& sums, const K
     value_queries<Kv, R>(task, query, sums.values, units);
 }
 
-// Of fewer than R queries, how many are computed together. Latent attention has many heads, a power of two as a rule: few
-// queries are left over, and code for each number of them would be half of this file's.
+// Number of queries that are computed together if fewer than R remain. In latent attention it is halved: the number of
+// heads is large and usually a power of two, so few queries remain, and code for every number of them would be half of
+// this file's.
 template <typename Kv>
 constexpr int fewer(int queries) {
   return Kv::kLatent ? queries / 2 : queries - 1;
 }
 
-// All queries, R at a time, then the rest. The first ones prefetch for the next.
+// Computes all queries, R at a time, then the rest with smaller R. The first R queries prefetch the keys of the next
+// span.
 template <typename Kv, int R>
 void span_from(const SpanTask& task, int query, const SpanSums& sums) {
   for (; query + R <= task.queries; query += R) {
@@ -276,7 +279,7 @@ void span(const SpanTask& task, const SpanSums& sums) {
   span_from<Kv, kQueries<Kv>>(task, 0, sums);
 }
 
-// Sixteen queries at most.
+// Merges up to sixteen queries.
 void merge_some(const SpanSums& total, const SpanSums& next, int queries, int width) {
   alignas(64) float kept[16], added[16];
   const F32x16 a = load(total.maximum), b = load(next.maximum), top = max(a, b);

@@ -1,5 +1,6 @@
-// Weighted values in integers. The weights of 64 positions, times the scales of their values, become bytes with one scale;
-// sums of bytes times int8 are exact, and float sums go over the 64s in ascending order.
+// Weighted sums of values in integers. The weights of 64 positions, multiplied by the scales of their values, are
+// rounded to bytes with one scale. Sums of bytes times int8 are exact; float sums add groups of 64 positions in
+// ascending order.
 #pragma once
 
 #include "level/attention/int8_kv.h"
@@ -9,17 +10,18 @@ namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
 constexpr int kWeightTokens = 64, kWeightBlocks = kWeightTokens / kKvBlockTokens;
-constexpr float kMostWeight = 254.0f;      // two halves of it have seven bits each
-constexpr float kLeastTop = 0x1p-100f;     // below it 64 weights count as zero
+constexpr float kMostWeight = 254.0f;   // Its two halves have seven bits each.
+constexpr float kLeastTop = 0x1p-100f;  // If the maximum of 64 weights is below it, all of them count as 0.
 
-// Weights of R queries for one group of channels. Those of positions that a query does not see are zero.
+// Weights of R queries for one group of channels. They are 0 at positions to which a query does not attend.
 template <int R>
 struct ByteWeights {
   alignas(64) uint8_t bytes[R][kSpanTokens];
   float scales[R][kSpanTokens / kWeightTokens];
 };
 
-// The blocks of 16 positions that R queries see some of, and groups of 64 positions that hold them.
+// The blocks of 16 positions to which any of R queries attends, and the groups of 64 positions that contain these
+// blocks.
 template <int R>
 struct SeenBlocks {
   SeenBlocks(const SpanTask& task, int query)
@@ -31,7 +33,8 @@ struct SeenBlocks {
   const int begin, end;
 };
 
-// Byte weights of the 64 positions of `group` for R queries, by the scales of values; `whole`: all queries see them all.
+// Rounds the weights of the 64 positions of `group` for R queries, multiplied by the scales of the values. `whole` says
+// that all queries attend to all of these positions.
 template <bool whole, int R>
 INLINE void round_weights(const SpanTask& task, int query, int group, const F32x16 (&scales)[kWeightBlocks],
                           ByteWeights<R>& out) {
@@ -81,7 +84,8 @@ void round_all_weights(const SpanTask& task, int query, int channel_group, ByteW
   }
 }
 
-// values[query][channel] of R queries and C times 16 channels of one group. Few sums are made of several chains.
+// Computes values[query][channel] of R queries and C * 16 channels of one group. If that is few sums, each is divided
+// into several chains, to hide latency.
 template <int R, int C, bool fetches>
 void byte_value_tile(const SpanTask& task, const ByteWeights<R>& weights, int channel, const SeenBlocks<R>& blocks,
                      const KeyValuePrefetch<Int8Kv>& units, float* values) {

@@ -1,5 +1,5 @@
-// Keys and values in int8 with which scores and weighted values are computed in integers: queries and weights have eight
-// bits as well.
+// Int8 keys and values for integer scores and integer weighted sums: queries and weights are rounded to eight bits as
+// well.
 #pragma once
 
 #include "level/attention/kv_types.h"
@@ -8,8 +8,8 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// Rounded as in q8_0. Keys are stored 128 higher, four channels of a position side by side; values are stored as they
-// are, four positions of a channel side by side.
+// Keys and values are rounded as in q8_0. Keys are stored with an offset of 128, four channels of a position together;
+// values without an offset, four positions of a channel together.
 struct Int8Kv : Q8Kv {
   static constexpr KvType kType = KvType::Int8;
 
@@ -21,8 +21,9 @@ struct Int8Kv : Q8Kv {
     return reinterpret_cast<const uint16_t*>(values + kKvBlockTokens * width);
   }
 
-  // A query becomes int8s, as many as there are in whole quads, then a scale for each group, then what an offset of its
-  // keys adds to each group's sum, negated: q = x * (127 / m) to nearest, scale = m / 127.
+  // Rewrites a query as int8s (a whole number of quads), a float scale for each group, and an int32 for each group:
+  // minus the sum that the offset of the keys adds. q = x * (127 / m) to nearest and scale = m / 127, with m the
+  // group's maximum magnitude.
   static void prepare(float* query, int head_dim) {
     int8_t q[kMaxHeadChannels];
     float scales[kMaxHeadChannels / kKvGroup];
@@ -68,7 +69,8 @@ struct Int8Kv : Q8Kv {
             sums[r][p] = add_products(sums[r][p], k[p], word_of(queries + r * stride, quad));
       }
       UNROLL for (int p = 0; p < P; p++) fetch_line(next[p], quads * 64 + g * 32);
-      asm volatile("" ::: "memory");  // else totals of all tiles are kept beside the sums, for which there is no room
+      // Prevents the compiler from keeping the totals of all tiles in registers, which the sums need.
+      asm volatile("" ::: "memory");
       UNROLL for (int p = 0; p < P; p++) {
         const F32x16 scale = from_f16(key_scales(keys[p], task.head_dim) + g * kKvBlockTokens);
         UNROLL for (int r = 0; r < R; r++) {
@@ -86,7 +88,7 @@ struct Int8Kv : Q8Kv {
     return word;
   }
 
-  // Exact products of int8 and scale; the channels begin at an even one, in one group.
+  // Computes exact products of int8 keys and their scale. The first channel is even; all channels belong to one group.
   template <int C>
   INLINE static void key_channels(const uint8_t* keys, int head_dim, int channel, F32x16 (&out)[C]) {
     const F32x16 scale = from_f16(key_scales(keys, head_dim) + channel / kKvGroup * kKvBlockTokens);

@@ -1,5 +1,5 @@
-// The types of keys and values. What they share: where a span's keys and values lie, and which of them are fetched into the
-// cache next.
+// The types of keys and values; and what they share: the location of a span's keys and values, and the order of
+// prefetching.
 #pragma once
 
 #include "level/attention_ops.h"
@@ -8,8 +8,8 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// How many units ahead of what is computed others are fetched: enough to cover the memory's latency, and more from
-// the softmax on, which reads nothing.
+// Number of units by which prefetches are ahead of the computation: enough to cover the latency of memory. The softmax,
+// which reads no units, prefetches up to kMostAhead.
 constexpr int kUnitsAhead = 8, kMostAhead = 16;
 
 INLINE const uint8_t* keys_at(const SpanTask& task, int block) {
@@ -20,15 +20,14 @@ INLINE const uint8_t* values_at(const SpanTask& task, int block) {
   return keys_at(task, block) + kv_key_bytes(Kv::kType, task.head_dim);
 }
 
-// A type of latent attention: values are the first channels of keys.
+// The variant of a type for latent attention, where values are the first channels of keys.
 template <typename Base>
 struct Latent : Base {
   static constexpr bool kLatent = true;
 };
 
-// What queries of a span read, in order, in units of the keys or the values of one block: keys, values unless they are
-// part of these, and then the keys of the next span. Units are fetched into the cache some time before they are computed
-// with.
+// The order in which queries read units of a span, for prefetching. A unit is the keys or the values of one block.
+// First come the keys, then the values (unless these are a part of the keys), then the keys of the next span.
 template <typename Kv>
 struct KeyValuePrefetch {
   KeyValuePrefetch(const SpanTask& task, int query, int count)
@@ -37,7 +36,7 @@ struct KeyValuePrefetch {
         blocks((task.ends[query + count - 1] + kKvBlockTokens - 1) / kKvBlockTokens - begin),
         last(query > 0 ? 0 : (Kv::kLatent ? 1 : 2) * blocks + task.blocks_after) {}
 
-  // `other`, which is in the cache, where there is nothing to fetch.
+  // Returns `other`, which is in the cache, if there is no such unit to prefetch.
   INLINE const uint8_t* at(int unit, const uint8_t* other) const {
     if (unit >= last) return other;
     const int block = begin + unit;
@@ -47,12 +46,12 @@ struct KeyValuePrefetch {
   }
 
   const SpanTask& task;
-  const int begin, blocks, last;  // blocks of the span that queries [query, query + count) see
+  const int begin, blocks, last;  // Blocks of the span to which queries [query, query + count) attend.
 };
 
 INLINE void fetch_line(const uint8_t* unit, int offset) { __builtin_prefetch(unit + offset, 0, 2); }
 
-// Keys and values in float16.
+// Float16 keys and values.
 struct F16Kv {
   static constexpr KvType kType = KvType::F16;
   static constexpr bool kLatent = false;
@@ -61,7 +60,7 @@ struct F16Kv {
 
   static void prepare(float*, int) {}
 
-  // out[query][position] of R queries and P blocks of 16 positions; `next` are units to fetch meanwhile.
+  // Computes out[query][position] of R queries and P blocks of 16 positions, and meanwhile prefetches the units `next`.
   template <int R, int P>
   INLINE static void score(const SpanTask& task, const float* queries, const uint8_t* const* keys,
                            const uint8_t* const* next, float* out) {
@@ -84,7 +83,7 @@ struct F16Kv {
         store(out + r * kSpanTokens + p * kKvBlockTokens, mul(sums[r][p], broadcast(task.scale)));
   }
 
-  // The weights of one block's positions, for R queries and C groups of 16 channels from `channel`.
+  // The weights of one block's positions, for R queries and C groups of 16 channels that start at `channel`.
   template <int R, int C>
   struct Weights {
     Weights(const float* weights, const uint8_t*, int, int) : weights(weights) {}
@@ -96,13 +95,13 @@ struct F16Kv {
     return from_f16(halves(values) + position * width + channel);
   }
 
-  // out[c] = channel `channel` + c of a block's keys, a lane a position.
+  // out[c] = channel `channel` + c of a block's keys, with one lane per position.
   template <int C>
   INLINE static void key_channels(const uint8_t* keys, int, int channel, F32x16 (&out)[C]) {
     UNROLL for (int c = 0; c < C; c++) out[c] = from_f16(halves(keys) + (channel + c) * kKvBlockTokens);
   }
 
-  // The cache lines of C groups of 16 channels.
+  // Prefetches the cache lines of C groups of 16 channels.
   template <int C>
   INLINE static void fetch_channels(const uint8_t* values, int width, int position, int channel) {
     for (int c = 0; c < C; c += 2) fetch_line(values, 2 * (position * width + channel + c * 16));
@@ -123,10 +122,11 @@ struct F16Kv {
   }
 };
 
-constexpr int32_t kLeastQuery = 0x0d800000;  // 2^-100: below it a group of a query counts as zero
+constexpr int32_t kLeastQuery = 0x0d800000;  // 2^-100: a query's group with a smaller maximum magnitude counts as 0.
 
-// Keys and values in int8, a float16 scale for each 32 channels. Scores are exact integers for each such group: queries
-// are rounded to int16, a float scale a group. Values are multiplied as floats, their scales go into the weights.
+// Int8 keys and values with a float16 scale for each group of 32 channels. Queries are rounded to int16 with a float
+// scale for each group, so that the score of a group is an exact integer. Values are multiplied as floats; their scales
+// are multiplied into the weights.
 struct Q8Kv {
   static constexpr KvType kType = KvType::Q8_0;
   static constexpr bool kLatent = false;
@@ -134,8 +134,8 @@ struct Q8Kv {
   INLINE static const int8_t* bytes(const uint8_t* p) { return reinterpret_cast<const int8_t*>(p); }
   INLINE static int pairs_of(int head_dim) { return (head_dim + 1) / 2; }
 
-  // A query becomes int16s, as many as there are channels and one more if that is odd, then a scale for each group:
-  // q = x * (32767 / m) to nearest, scale = m / 32767.
+  // Rewrites a query as int16s (an even number of them), followed by a float scale for each group: q = x * (32767 / m)
+  // to nearest, scale = m / 32767, with m the group's maximum magnitude.
   static void prepare(float* query, int head_dim) {
     float scales[kMaxHeadChannels / kKvGroup];
     int16_t* q = reinterpret_cast<int16_t*>(query);
@@ -192,7 +192,8 @@ struct Q8Kv {
       }
       if (pair < end) add_pair<R, P>(sums, keys, queries, stride, pair);
       UNROLL for (int p = 0; p < P; p++) fetch_line(next[p], pairs * 32 + g * 32);
-      asm volatile("" ::: "memory");  // else totals of all tiles are kept beside the sums, for which there is no room
+      // Prevents the compiler from keeping the totals of all tiles in registers, which the sums need.
+      asm volatile("" ::: "memory");
       const F32x16 last = broadcast(g + 1 == groups ? task.scale : 1.0f);
       UNROLL for (int p = 0; p < P; p++) {
         const F32x16 scale = from_f16(reinterpret_cast<const uint16_t*>(keys[p] + pairs * 32) + g * kKvBlockTokens);
@@ -206,7 +207,7 @@ struct Q8Kv {
     }
   }
 
-  // weight * scale of one block's positions, rounded once, for each group of 32 channels that the tile has a part in.
+  // weight * scale of one block's positions, rounded once, for each group of 32 channels that the tile overlaps.
   template <int R, int C>
   struct Weights {
     static constexpr int kGroups = (C + 1) / 2;
@@ -225,7 +226,7 @@ struct Q8Kv {
     return from_i8(bytes(values) + position * width + channel);
   }
 
-  // Exact products of int8 and scale; the channels begin at an even one, in one group.
+  // Computes exact products of int8 keys and their scale. The first channel is even; all channels belong to one group.
   template <int C>
   INLINE static void key_channels(const uint8_t* keys, int head_dim, int channel, F32x16 (&out)[C]) {
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(keys + pairs_of(head_dim) * 32);
@@ -237,7 +238,7 @@ struct Q8Kv {
     }
   }
 
-  // The cache lines of C groups of 16 channels.
+  // Prefetches the cache lines of C groups of 16 channels.
   template <int C>
   INLINE static void fetch_channels(const uint8_t* values, int width, int position, int channel) {
     for (int c = 0; c < C; c += 4) fetch_line(values, position * width + channel + c * 16);
@@ -247,12 +248,13 @@ struct Q8Kv {
     for (int byte = 0; byte < width; byte += 64) fetch_line(values, kKvBlockTokens * width + byte);
   }
 
-  // A group in int8 and its scale: m / 127 rounded to float16; q = x * (1 / scale) to nearest, 127 in magnitude at most.
+  // Rounds a group to int8 and returns its scale: m / 127 rounded to float16; q = x * (1 / scale) to nearest, limited
+  // to [-127, 127].
   INLINE static uint16_t round_group(const float* __restrict x, int n, int8_t* __restrict out) {
     const int32_t greatest = greatest_magnitude(x, n);
     if (greatest >= kNotFinite) {
       for (int i = 0; i < n; i++) out[i] = 0;
-      return 0x7e00;  // not a number
+      return 0x7e00;  // NaN
     }
     const uint16_t half = half_bits(__builtin_bit_cast(float, greatest) / 127.0f);
     const float scale = half_value(half), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;

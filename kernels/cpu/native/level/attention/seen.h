@@ -1,4 +1,4 @@
-// Which positions of a span queries see.
+// Masks positions of a span to which a query does not attend.
 #pragma once
 
 #include "level/attention_ops.h"
@@ -9,7 +9,7 @@ namespace {
 
 #define INLINE_LAMBDA __attribute__((always_inline))
 
-// The sixteen lanes from position `i`, those outside [first_position, end) replaced.
+// Returns the sixteen lanes from position `i`. Lanes outside [first_position, end) are those of `other`.
 INLINE F32x16 seen(F32x16 x, int i, int first_position, int end, F32x16 other) {
   const int before = first_position - i, until = end - i;
   if (before > 0) x = first(before < 16 ? before : 16, other, x);

@@ -1,4 +1,5 @@
-// The loop of a panel on most levels: a k-group of kPanelRows tiles times four columns of kPanelTokens tokens a step.
+// The panel loop of most levels. A step multiplies a k-group of kPanelRows tiles with four columns of kPanelTokens
+// tokens.
 #pragma once
 
 #include "level/matmul/panel_segment.h"
@@ -9,7 +10,7 @@ namespace {
 using PanelForm = AsDecoded;
 constexpr int kBlockTiles = kPanelRows, kBlockTokens = kPanelTokens;
 
-// What is set up for the products of a type.
+// State that the products of a type need; none here.
 template <class Type>
 struct PanelScope {};
 

@@ -1,5 +1,6 @@
-// The loop of a panel where an instruction multiplies eight columns of two rows with those of two tokens: two k-groups
-// are zipped once, as they are decoded, and sums stay in blocks of two rows and two tokens until the end of a segment.
+// The panel loop of levels with an instruction that multiplies eight columns of two rows with those of two tokens.
+// Pairs of k-groups are zipped once, when they are decoded. Sums stay in blocks of two rows and two tokens until the
+// end of a segment.
 #pragma once
 
 #include "level/matmul/panel_segment.h"
@@ -10,7 +11,7 @@ namespace {
 
 constexpr int kBlockTiles = 1, kBlockTokens = 4;
 
-// Sub-block scales, each twice, beside both tokens of a block.
+// Sub-block scales, each repeated for both tokens of a block.
 template <class Type, bool has = kSubScaled<Type>>
 struct PairScales {
   DECODE explicit PairScales(const SubScales<Type>&) {}
@@ -36,7 +37,7 @@ struct PanelForm {
 template <class Type>
 struct PanelScope {};
 
-// The integer sums of a segment.
+// Computes the integer sums of a segment.
 template <class Type, class View, int T>
 DECODE void sum_blocks(const View& w, const Activation<Type>* const (&a)[T], BlockSums (&total)[T / 2]) {
   constexpr int groups = kGroups<Type>;

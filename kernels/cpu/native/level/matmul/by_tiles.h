@@ -1,5 +1,5 @@
-// The loop of a panel with tile registers: sixteen rows times sixteen tokens. The k-groups of a sub-block are a tile as
-// they are. Sums of sub-blocks go through memory to vectors, which multiply them with the scales.
+// The panel loop with AMX tile registers, sixteen rows times sixteen tokens. The k-groups of a sub-block already have
+// the layout of a tile. Sums of sub-blocks go through memory to vectors, which multiply them with the scales.
 #pragma once
 
 #include <utility>
@@ -19,17 +19,17 @@ struct PanelForm : AsDecoded {
 template <class Type>
 using PanelScope = TileShapes<kGroups<Type>>;
 
-// Segments at a time: so many that several sums are on their way.
+// Number of segments per step, so that several sums are in flight.
 template <class Type>
 constexpr int kSegmentsTogether = Type::kSubBlocks == 1 ? 4 : 1;
 
-// Where the quants of a block's tokens are, at equal distances in bytes.
+// The quants of a block's tokens, at equal distances in bytes.
 struct TokenRows {
   const int8_t* q;
   int64_t token_stride, segment_stride;
 };
 
-// As they lie in memory.
+// Uses the activations in place.
 template <class Type>
 DECODE TokenRows rows_in_place(const Activation<Type>* const (&a)[kBlockTokens]) {
   const int64_t stride = reinterpret_cast<const int8_t*>(a[1]) - reinterpret_cast<const int8_t*>(a[0]);
@@ -45,7 +45,7 @@ DECODE bool at_equal_distances(const Activation<Type>* const (&a)[kBlockTokens])
   return equal;
 }
 
-// Copied.
+// Copies the activations of tokens that are not at equal distances.
 template <class Type, int segments>
 struct RowCopies {
   static constexpr int kCols = Type::kLayout.segment_cols;
@@ -60,7 +60,7 @@ struct RowCopies {
 
 using BlockSums = int32_t[kBlockTokens][kTileRows];
 
-// Tile registers 0 to 3 hold sums, 4 and 5 activations, 6 and 7 weights.
+// Uses tile registers 0 to 3 for sums, 4 and 5 for activations, and 6 and 7 for weights.
 template <class Type, int n>
 DECODE void sum_sub_block(const DecodedSegment<Type, PanelForm>* segments, const TokenRows& rows, BlockSums& out) {
   constexpr int groups = kGroups<Type>, s = n / Type::kSubBlocks, j = n % Type::kSubBlocks;
@@ -82,7 +82,7 @@ DECODE I32x16 lanes_of(const int32_t (&row)[kTileRows]) {
   return as_lanes(load_bytes(reinterpret_cast<const uint8_t*>(row)));
 }
 
-// The sum of a segment for one token, its sub-blocks' sums being given.
+// Returns the sum of a segment for one token, from the sums of its sub-blocks.
 template <class Type, class View>
 DECODE I32x16 token_sum(const View& w, const BlockSums* sums, int t) {
   I32x16 total = broadcast(0);

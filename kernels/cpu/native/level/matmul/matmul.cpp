@@ -1,20 +1,20 @@
-// The matrix operations of a level: quantized activations, and which code serves which quant type. Families of types
-// are compiled apart (*_types.cpp), since they take most of a build's time.
+// The matrix operations of a level: quantizing activations, and dispatching on the quant type. Families of types are
+// compiled separately (*_types.cpp), because they take most of a build's time.
 #include "level/matmul/type_ops.h"
 #include "simd/int8.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// Activations as int8 with one scale a segment (level/matmul_ops.h says how each value comes about). Plain loops: what
-// they do is exact or one IEEE operation a value.
+// Quantizes activations to int8 with one scale per segment (rounding: level/matmul_ops.h). The loops are plain, because
+// each value needs only exact operations or a single IEEE operation.
 
-// Below this a segment counts as zero: 127 / maximum would not be finite much further down.
+// A segment with a smaller maximum counts as 0: 127 / maximum would overflow for numbers that are not much smaller.
 constexpr int32_t kSmallestMaximum = 0x04800000;  // 2^-118
 
 struct SegmentScale {
   float scale;
-  float inverse;  // 0: every q is 0
+  float inverse;  // If 0, every q is 0.
 };
 
 template <int n>
@@ -26,7 +26,7 @@ INLINE SegmentScale scale_of(const float* x) {
   return {maximum / 127.0f, 127.0f / maximum};
 }
 
-// Quantizes n values and returns their sum.
+// Quantizes n values and returns the sum of the quants.
 template <int n>
 INLINE int32_t quantize_values(const float* __restrict x, float inverse, int8_t* __restrict out) {
   if (inverse == 0.0f) {
@@ -75,7 +75,7 @@ INLINE int32_t sum_of(const int8_t* q) {
   return sum;
 }
 
-// What follows from q and scale.
+// Sets the members that follow from q and scale.
 INLINE void set_sums(Q8_32& out) {
   out.sum = sum_of<32>(out.q);
   out.scaled_sum = out.scale * static_cast<float>(out.sum);
@@ -130,7 +130,8 @@ void matmul(const Matrix& weights, const uint8_t* activations, int tokens, const
             size_t out_stride, const float* bias, int tile_begin, int tile_end, uint8_t* scratch,
             Prefetch prefetch) {
   const TypeOps& ops = ops_of(weights.type);
-  if (tokens > kPrefetchedTokens) prefetch = Prefetch::Far;  // the last ones read a tile that is in the cache
+  // The second and later tokens read tiles that are already in the cache.
+  if (tokens > kPrefetchedTokens) prefetch = Prefetch::Far;
   const Product product = product_of(ops.layout, weights, activations, lines, out, out_stride, bias, prefetch);
   if (tokens > ops.direct_tokens)
     ops.multiply_by_panels(product, tokens, tile_begin, tile_end, scratch);

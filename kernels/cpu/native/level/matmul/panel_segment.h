@@ -1,4 +1,4 @@
-// Decoded segments, of which panels consist.
+// Decoded segments, the elements of a panel.
 #pragma once
 
 #include "level/matmul/segment.h"
@@ -13,7 +13,7 @@ struct SegmentMin<Type, true> {
   F32x16 value;
 };
 
-// k-group g of sub-block j as signed bytes, without the offset unless mins subtract it.
+// Returns k-group g of sub-block j as signed bytes. The offset is subtracted, unless the mins subtract it.
 template <class Type>
 DECODE Bytes signed_group(const TileSegment<Type>& w, int j, int g) {
   constexpr int offset = kOffsetInMins<Type> ? 0 : Type::kOffset;
@@ -23,8 +23,8 @@ DECODE Bytes signed_group(const TileSegment<Type>& w, int j, int g) {
   return add_bytes(group, as_bytes(broadcast(static_cast<int32_t>(0x01010101u * (256 - offset)))));
 }
 
-// A decoded segment. Form is what the panel's loop takes: whether bytes are signed (kSigned); how the k-groups of a
-// sub-block lie (arrange) and its scales (Scales<Type>).
+// A decoded segment. Form describes what the panel's loop takes: whether bytes are signed (kSigned), and the layout of
+// a sub-block's k-groups (arrange) and scales (Scales<Type>).
 template <class Type, class Form>
 struct DecodedSegment {
   static constexpr bool kSigned = Form::kSigned;
@@ -52,7 +52,7 @@ struct DecodedSegment {
   }
 };
 
-// What a product sees of it.
+// The view of a decoded segment that products take.
 template <class Type, class Form>
 struct DecodedView {
   static constexpr bool kDecoded = true;
@@ -68,7 +68,7 @@ struct DecodedView {
   DECODE F32x16 min() const { return segment->min_.value; }
 };
 
-// The k-groups as decoders make them.
+// Leaves k-groups as decoders return them.
 struct AsDecoded {
   static constexpr bool kSigned = false;
   template <class Type>

@@ -1,11 +1,11 @@
-// Products of quantized weights with many tokens: a few tiles are decoded once for all of them, a stretch of k at a time,
-// into a panel that stays in the second-level cache. In between, the sums wait in memory, so that each of them is the same
-// chain of operations as without panels.
+// Products of quantized weights with many tokens. A stretch of k of a few tiles is decoded once for all tokens, into a
+// panel that stays in the L2 cache. Between stretches the sums are kept in memory, so each sum is the same chain of
+// operations as without panels.
 #pragma once
 
 #include <new>
 
-// A block of tiles and tokens is multiplied by the loop of the level.
+// The loop of the level multiplies a block of tiles and tokens.
 #if defined(LLAMACLUST_TILES)
 #include "level/matmul/by_tiles.h"
 #elif defined(LLAMACLUST_NEON) && defined(__ARM_FEATURE_MATMUL_INT8)
@@ -22,21 +22,21 @@ using PanelSegment = DecodedSegment<Type, PanelForm>;
 template <class Type>
 using PanelView = DecodedView<Type, PanelForm>;
 
-// Of a tile in a panel.
+// Number of segments of a tile in a panel.
 template <class Type>
 constexpr int kPanelSegments = static_cast<int>(kPanelTileBytes / sizeof(PanelSegment<Type>));
 
 static_assert(kPanelTiles % kBlockTiles == 0);
 static_assert(kPanelMostTokens % kBlockTokens == 0 || kBlockTokens <= kPanelMorePlaces);
 
-// What is computed at a time: tiles, tokens and segments from the first to before the end.
+// Half-open ranges of tiles, tokens and segments.
 struct PanelBlock {
   int tile, tile_end, token, token_end, segment, segment_end;
 };
 
-// kBlockTiles tiles of the panel times kBlockTokens tokens, added to `sums`. Tiles and tokens past the last are computed
-// from whatever is there and thrown away. (Results are stored elsewhere: around a call, compilers would keep the sums out
-// of registers.)
+// Multiplies kBlockTiles tiles of the panel with kBlockTokens tokens, and adds the products to `sums`. Tiles and tokens
+// beyond the end are computed from arbitrary data and discarded. (Another function stores the results, because a call
+// would keep compilers from holding the sums in registers.)
 template <class Type>
 DECODE void add_products(const Product& p, const PanelBlock& part, const PanelSegment<Type>* panel, float* sums) {
   constexpr int R = kBlockTiles, T = kBlockTokens;
@@ -58,7 +58,8 @@ DECODE void add_products(const Product& p, const PanelBlock& part, const PanelSe
       store_rows(p.output, part.tile + r, part.token + t, load(sums + kTileRows * (r * kBlockTokens + t)));
 }
 
-// One stretch of k for all tiles of the panel, each token's activations once. Sums of all of k need no places of their own.
+// Multiplies one stretch of k of all tiles of the panel. If the stretch is all of k, all blocks share one place for
+// sums.
 template <class Type>
 void multiply_panel(const Product& p, const PanelBlock& block, const PanelSegment<Type>* panel, float* sums) {
   const bool last = block.segment_end == p.segments;
@@ -71,11 +72,12 @@ void multiply_panel(const Product& p, const PanelBlock& block, const PanelSegmen
     }
 }
 
-// How many nearly equal parts of at most `most` there are of `all`, and where part i begins.
+// parts_of divides `all` into nearly equal parts of at most `most` and returns their number; part_begin returns the
+// start of part i.
 DECODE int parts_of(int all, int most) { return (all + most - 1) / most; }
 DECODE int part_begin(int all, int i, int parts) { return static_cast<int>(int64_t{all} * i / parts); }
 
-// All of k.
+// Multiplies all of k.
 template <class Type>
 void multiply_by_panel(const Product& p, PanelBlock block, uint8_t* scratch) {
   auto* const panel = reinterpret_cast<PanelSegment<Type>*>(scratch);

@@ -1,4 +1,5 @@
-// The matrix operations of a level that adds only a loop for many tokens to those of another one, LLAMACLUST_PANELS_OVER.
+// The matrix operations of a level that has its own loop for many tokens, and shares all others with the level
+// LLAMACLUST_PANELS_OVER.
 #include "level/matmul/type_ops.h"
 
 namespace llamaclust::LLAMACLUST_PANELS_OVER {

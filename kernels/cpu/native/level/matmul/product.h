@@ -1,4 +1,5 @@
-// A product as its loops see it: where the tokens, the segments of a tile (level/quant_types.h) and finished rows are.
+// A matrix product for the loops: the location of activations, of segments of tiles (level/quant_types.h) and of output
+// rows.
 #pragma once
 
 #include "level/matmul_ops.h"
@@ -8,19 +9,19 @@ namespace llamaclust::LLAMACLUST_LEVEL {
 
 struct Output {
   float* out;
-  size_t stride;         // from one line to the next
-  const int32_t* lines;  // of the tokens, or null
-  const float* bias;     // or null
+  size_t stride;         // Floats from one line to the next.
+  const int32_t* lines;  // Line of each token, or null.
+  const float* bias;     // May be null.
   int rows;
 };
 
-// One product, of any type.
+// One product of any type.
 struct Product {
   const uint8_t* tiles;
   size_t tile_bytes;
   const uint8_t* activations;
-  size_t activation_stride;         // bytes
-  const int32_t* activation_lines;  // of the tokens, or null
+  size_t activation_stride;         // In bytes.
+  const int32_t* activation_lines;  // Line of each token, or null.
   int segments;
   Prefetch prefetch;
   Output output;
@@ -41,12 +42,13 @@ INLINE Product product_of(const TileLayout& layout, const Matrix& weights, const
           {out, out_stride, lines.out, bias, weights.rows}};
 }
 
-// Of a token among lines that may be given by TokenLines.
+// Returns the line of a token; `lines` may be null (TokenLines).
 INLINE size_t line_of(const int32_t* lines, int token) {
   return static_cast<size_t>(lines ? lines[token] : token);
 }
 
-// Every NaN becomes the same one: which payload survives an operation is the compiler's choice of operand order.
+// Replaces every NaN by the same one. Otherwise its payload would depend on the operand order that the compiler
+// chooses.
 INLINE F32x16 canonical(F32x16 x) {
   const F32x16 infinity = broadcast(__builtin_inff()), nan = broadcast(__builtin_nanf(""));
   return select_less(x, infinity, x, select_less(zero(), x, x, nan));

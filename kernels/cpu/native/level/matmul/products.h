@@ -1,5 +1,5 @@
-// The loops of products: few tokens straight from the tiles, which are then read at the speed of memory; many, of
-// quantized weights, by panels.
+// The loops of products. Few tokens are multiplied directly from the tiles, at the speed of memory; many tokens with
+// quantized weights, through panels.
 #pragma once
 
 #include "level/matmul/panels.h"
@@ -7,7 +7,7 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// Float weights: one fused multiply-add per weight, in k order.
+// Float weights: one fused multiply-add per weight, in the order of k.
 struct F32 {
   static constexpr TileLayout kLayout = tile_layout(QuantType::F32);
   static DECODE F32x16 column(const uint8_t* p) { return load(reinterpret_cast<const float*>(p)); }
@@ -21,7 +21,8 @@ struct BF16 {
   static DECODE F32x16 column(const uint8_t* p) { return from_bf16(halves(p)); }
 };
 
-// Few tokens wait for memory, as those of quantized weights do; for more, tiles are read again and again from a cache.
+// Few tokens prefetch as with quantized weights, because memory limits them. More tokens read tiles repeatedly from a
+// cache.
 template <int R, int T, Prefetch way>
 DECODE void prefetch_floats(const uint8_t* tile) {
   if constexpr (T <= kPrefetchedTokens)
@@ -30,7 +31,7 @@ DECODE void prefetch_floats(const uint8_t* tile) {
     __builtin_prefetch(tile + 2048);
 }
 
-// Calls f with p's way to prefetch as a constant.
+// Calls f with the product's kind of prefetching as a constant.
 template <typename F>
 void with_prefetch(const Product& p, F f) {
   if (p.prefetch == Prefetch::Near)
@@ -39,8 +40,8 @@ void with_prefetch(const Product& p, F f) {
     f(std::integral_constant<Prefetch, Prefetch::Far>());
 }
 
-// R tiles times T tokens: as many independent sums as hide the latency of a multiply-add. Tiles and tokens past the
-// last are computed like it and thrown away.
+// Multiplies R tiles with T tokens, enough independent sums to hide the latency of a multiply-add. Tiles and tokens
+// beyond the end repeat the last one, and their results are discarded.
 template <class Type, int R, int T, Prefetch way>
 void multiply_float_block(const Product& p, int first_tile, int tile_end, int first_token, int tokens) {
   const uint8_t* w[R];
@@ -104,7 +105,8 @@ void multiply_tile(const Product& p, int tile, int first_token, int tokens) {
 template <class Type>
 constexpr bool kFloat = Type::kLayout.activation == ActivationFormat::F32;
 
-// Up to how many tokens, those of float types always; types that take long to decode say less than others.
+// Maximum number of tokens that are multiplied directly: unlimited for float types, and smaller for types that take
+// long to decode.
 template <class Type>
 constexpr int direct_tokens() {
   if constexpr (kFloat<Type>)

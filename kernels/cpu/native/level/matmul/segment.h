@@ -1,5 +1,6 @@
-// The order of operations of every product with quantized weights, in one place (internals/numerics.md): integers exact in a
-// segment, then, in k order, total = fma(scale_w * scale_a, sum, total), and a second fma for types with a min.
+// The order of operations of every product with quantized weights (docs/internals/numerics.md). Within a segment, sums
+// are exact integers. Segments are added in the order of k: total = fma(scale_w * scale_a, sum, total), with a second
+// fma for types with a min.
 #pragma once
 
 #include <type_traits>
@@ -18,13 +19,14 @@ using Activation = std::conditional_t<Type::kLayout.activation == ActivationForm
                                       std::conditional_t<kWide<Type>, Q8_256, Q8_32>>;
 
 template <class Type>
-constexpr int kGroups = Type::kLayout.segment_cols / Type::kSubBlocks / 4;  // k-groups in a sub-block
+constexpr int kGroups = Type::kLayout.segment_cols / Type::kSubBlocks / 4;  // Number of k-groups in a sub-block.
 
-// No sum of a segment overflows: 256 products of a quant, an activation and a sub-block scale of eight bits each.
+// No sum of a segment overflows: it has 256 products of a quant, an activation and a sub-block scale, of eight bits
+// each.
 static_assert(256LL * 255 * 127 * 128 < 1LL << 31);
 
-// Sub-blocks that share lines of a body: loops over tiles take so many at a time, and which of them is meant is known when
-// the code is compiled.
+// Number of sub-blocks that share lines of a body. Loops over tiles compute that many at a time, so that the index
+// within them is a compile-time constant.
 template <class Type>
 constexpr int kTogether = 1;
 template <class Type>
@@ -35,23 +37,25 @@ constexpr int kTogether<Type> = Type::kTogether;
 template <class Type>
 constexpr bool kSubScaled = requires { Type::sub_scales; };
 
-// Whether they have integer mins: for the float min of a type, or for its offset. In the latter case the offset times mins
-// times sums of activations is subtracted once a segment, which costs less than the offset of each sub-block.
+// Whether sub-blocks have integer mins. They serve either the type's float min, or its offset. In the second case, the
+// offset is subtracted once per segment, as mins times sums of activations, which costs less than subtracting it in
+// each sub-block.
 template <class Type>
 constexpr bool kSubMins = requires { Type::sub_mins; };
 template <class Type>
 constexpr bool kOffsetInMins = kSubMins<Type> && !Type::kHasMin;
 
-// Lines of mins, four each. Where there are more than sub-blocks, those past the last belong to the first again.
+// Number of lines of mins, each with those of four sub-blocks. If there are more than sub-blocks need, the additional
+// ones start with the first sub-block again.
 template <class Type>
 constexpr int kMinLines = Type::kSubBlocks / 4;
 template <class Type>
   requires requires { Type::kMinLines; }
 constexpr int kMinLines<Type> = Type::kMinLines;
 
-// A type that has bit pairs of four sub-blocks in bytes (`pairs`), with pairs left where they are: only masks are between
-// lines and products, and sums of sub-block j are 4^(j % 4) times too great. Scales make up for it, those of the first
-// sub-blocks most, and all is divided by 64 in the end.
+// A type that stores bit pairs of four sub-blocks in a byte (`pairs`). The pairs are masked but not shifted, so the
+// sums of sub-block j are 4^(j % 4) times too large. The scales of the other sub-blocks are multiplied to match, and
+// the total is divided by 64.
 template <class Type>
 struct InPlace : Type {
   static constexpr bool kScaledUp = true;
@@ -71,7 +75,7 @@ DECODE I32x16 scaled_up(I32x16 x, int j) {
   }
 }
 
-// What a decoder prepares once per segment, however many tokens follow.
+// Values that a decoder prepares once per segment, for any number of tokens.
 template <class Type, bool has = kSubScaled<Type>>
 struct SubScales {
   DECODE explicit SubScales(const uint8_t*) {}
@@ -94,7 +98,7 @@ struct SubMins<Type, true> {
   DECODE explicit SubMins(const uint8_t* body) { Type::sub_mins(body, mins); }
 };
 
-// What k-groups are decoded from: the body as it is, or what a type makes of it.
+// The operand from which k-groups are decoded: the body itself, or a type's own form of it.
 template <class Type>
 struct BodyOf {
   using Body = const uint8_t*;
@@ -105,29 +109,30 @@ struct BodyOf<Type> {
   using Body = typename Type::Body;
 };
 
-// Prefetches the line that is so far behind one that is read; R lines of as many places are read together.
+// Prefetches a line at the distance of the prefetching kind from a line that is being read. R streams are read
+// together, so the distance is divided by R.
 template <Prefetch way, int R = 1>
 DECODE void prefetch_behind(const uint8_t* line) {
   constexpr int bytes = way == Prefetch::Far ? 20480 : 6144;
   __builtin_prefetch(line + bytes / R, 0, way == Prefetch::Far ? 2 : 0);
 }
 
-// Whether the hardware prefetcher follows one token's reads better than Prefetch::Far: each load of the loop is as
-// far from the one of the segment before as any other, and is an instruction of its own. Shares of read bandwidth with
-// prefetches and without: on Zen 4 (AVX-512, unrolled) Q4_K 0.85 and 0.93, Q5_K 0.77 and 0.96; with four tokens 0.87 and
-// 0.58, and Q6_K, whose tails lie together, 0.77 and 0.45; on Zen 3 (AVX2, not unrolled) Q4_K 1.00 and 0.72, Q5_K 0.96 and
-// 0.71.
+// Whether the hardware prefetcher follows the reads of one token better than Prefetch::Far. It can if every load of the
+// loop is an instruction of its own and advances by the same distance from segment to segment. Measured shares of the
+// read bandwidth, with software prefetches and without: on Zen 4 (AVX-512, unrolled) 0.85 and 0.93 for Q4_K, 0.77 and
+// 0.96 for Q5_K; with four tokens 0.87 and 0.58; for Q6_K, whose tails are adjacent, 0.77 and 0.45; on Zen 3 (AVX2, not
+// unrolled) 1.00 and 0.72 for Q4_K, 0.96 and 0.71 for Q5_K.
 template <class Type, int T>
 constexpr bool kFollowed = kUnrollsSegments && T == 1 && Type::kLayout.tail_bytes == 64 && kTogether<Type> == 1;
 
-// A segment of a tile, decoded as it is read.
+// A segment of a tile, decoded while it is read.
 template <class Type, Prefetch way = Prefetch::Far>
 struct TileSegment {
   static constexpr bool kDecoded = false;
-  static constexpr bool kMayUnroll = way == Prefetch::Far;  // for the hardware prefetcher
+  static constexpr bool kMayUnroll = way == Prefetch::Far;  // Unrolling serves the hardware prefetcher.
   template <int T>
   static constexpr bool kPrefetches = way == Prefetch::Near || !kFollowed<Type, T>;
-  static constexpr bool kSigned = false;  // whether the bytes of a group are signed, their offset subtracted
+  static constexpr bool kSigned = false;  // Whether the bytes of a group are signed, without an offset.
   const uint8_t *body, *tail;
   typename BodyOf<Type>::Body groups;
   SubScales<Type> sub_scales;
@@ -139,8 +144,8 @@ struct TileSegment {
   DECODE Bytes mins(int i) const { return sub_mins.mins[i]; }
   DECODE F32x16 scale() const { return Type::scale(tail); }
   DECODE F32x16 min() const { return Type::min(tail); }
-  // Prefetches sub-block j's share of the lines to come. All at once would fill the queue of cache misses and stop the
-  // arithmetic behind it.
+  // Prefetches sub-block j's share of the lines ahead. Prefetching all lines at once would fill the queue of cache
+  // misses and stall the arithmetic.
   DECODE void prefetch(int j) const {
     constexpr int lines = (Type::kLayout.body_bytes + Type::kLayout.tail_bytes + 63) / 64;
     constexpr int share = (lines + Type::kSubBlocks - 1) / Type::kSubBlocks;
@@ -154,20 +159,20 @@ DECODE int32_t load_four(const int8_t* p) {
   return r;
 }
 
-// Sum of the activations that sub-block j is multiplied with.
+// Returns the sum of the activations that sub-block j multiplies.
 template <class Type>
 DECODE int32_t sub_sum(const Q8_256& a, int j) {
   return Type::kSubBlocks == 16 ? a.sums[j] : a.sums[2 * j] + a.sums[2 * j + 1];
 }
 
-// Sum of all activations of a segment.
+// Returns the sum of all activations of a segment.
 DECODE int32_t sum_of(const Q8_256& a) {
   int32_t sum = 0;
   for (int i = 0; i < 16; i++) sum += a.sums[i];
   return sum;
 }
 
-// What the offset of the quants subtracts from the sum of sub-block j.
+// Returns minus the sum that the offset of the quants adds to sub-block j.
 template <class Type>
 DECODE I32x16 minus_offset(const Q8_32& a, int) {
   return sub(broadcast(0), mul(broadcast(a.sum), broadcast(Type::kOffset)));
@@ -179,19 +184,19 @@ DECODE I32x16 minus_offset(const Q8_256& a, int j) {
   return sub(broadcast(0), mul(sum, broadcast(Type::kOffset)));
 }
 
-// Whether sums begin with the offset, so that it need not be subtracted.
+// Whether sums start with minus_offset(), so that it need not be added later.
 template <class Type>
 constexpr bool kOffsetFirst =
     kSumsFrom && Type::kOffset != 0 && !kOffsetInMins<Type> && (!kWide<Type> || kSubScaled<Type>);
 
-// total = what sub-block j adds, before the segment's float scale.
+// Adds sub-block j to total, before the segment's float scale.
 template <class Type, class Segment, class Activations, int R, int T>
 DECODE void add_sub_block(const Segment (&w)[R], const Activations* const (&a)[T], int j, I32x16 (&total)[R][T]) {
   constexpr int bits = Type::kBits, groups = kGroups<Type>;
   constexpr int chunk = groups < kGroupsPerSum<bits> ? groups : kGroupsPerSum<bits>;
   constexpr int offset = kCentred<bits> || kOffsetFirst<Type> || kOffsetInMins<Type> ? 0 : Type::kOffset;
   static_assert(!kOffsetFirst<Type> || chunk == groups);
-  // Half of what the offset adds goes through 16 bits on some levels; there, bytes of eight bits are centred.
+  // On some levels, half of the sum that the offset adds goes through 16 bits; on those, eight-bit bytes are centred.
   static_assert(!kWide<Type> || bits == 8 || offset * 127 * (4 * groups) / 2 < 32768);
   if constexpr (Segment::template kPrefetches<T>) UNROLL for (int r = 0; r < R; r++) w[r].prefetch(j);
   UNROLL for (int first = 0; first < groups; first += chunk) {
@@ -222,7 +227,8 @@ DECODE void add_sub_block(const Segment (&w)[R], const Activations* const (&a)[T
   }
 }
 
-// Sum over sub-blocks of min times the sum of its activations: 128 * high + low, each an exact dot product.
+// Returns the sum over sub-blocks of min times the sum of its activations. That sum is 128 * high + low, and each part
+// is an exact dot product.
 template <class Type, class Segment>
 DECODE I32x16 sum_of_mins(const Segment& w, const Q8_256& a) {
   constexpr bool of_16 = Type::kSubBlocks == 16;
@@ -236,12 +242,12 @@ DECODE I32x16 sum_of_mins(const Segment& w, const Q8_256& a) {
   return add(shift_left<7>(high), low);
 }
 
-// Whether the offset is still in the sums of a segment of 32 columns.
+// Whether the sums of a segment of 32 columns still contain the offset.
 template <class Type, class Segment>
 constexpr bool kOffsetLeft =
     Type::kOffset != 0 && !kCentred<Type::kBits> && !kOffsetFirst<Type> && !Segment::kSigned;
 
-// What a segment adds to the outputs, `total` being the sums of its sub-blocks.
+// Adds a segment to the outputs. `total` has the sums of its sub-blocks.
 template <class Type, class Segment, int R, int T>
 DECODE void add_total(const Segment (&w)[R], const Activation<Type>* const (&a)[T], I32x16 (&total)[R][T],
                       F32x16 (&acc)[R][T]) {
@@ -270,11 +276,12 @@ template <class Type, class Segment, int R, int T>
 DECODE void add_segment(const Segment (&w)[R], const Activation<Type>* const (&a)[T], F32x16 (&acc)[R][T]) {
   I32x16 total[R][T];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) total[r][t] = broadcast(0);
-  // On a Zen 5, loops of one token read Q4_K from near at 1.0 of the bandwidth, unrolled at 0.78.
+  // On a Zen 5, the loop for one token of Q4_K reaches 1.0 of the bandwidth with Prefetch::Near, but 0.78 if it is
+  // unrolled.
   if constexpr (kUnrollsSegments && Segment::kMayUnroll && R * T == 1) {
     UNROLL for (int j = 0; j < Type::kSubBlocks; j++) add_sub_block<Type>(w, a, j, total);
   } else {
-    // Decoded k-groups share no lines: one sub-block at a time is less code.
+    // Decoded k-groups share no lines, so one sub-block at a time needs less code.
     constexpr int together = Segment::kDecoded && !kScaledUp<Type> ? 1 : kTogether<Type>;
 #pragma GCC unroll 1
     for (int j = 0; j < Type::kSubBlocks; j += together)
@@ -283,7 +290,7 @@ DECODE void add_segment(const Segment (&w)[R], const Activation<Type>* const (&a
   add_total<Type>(w, a, total, acc);
 }
 
-// Where a token's activations begin; tokens past the last are computed like it and thrown away.
+// Returns the activations of a token. Tokens beyond the end repeat the last one, and their results are discarded.
 template <class Type>
 DECODE const Activation<Type>* token_activations(const Product& p, int token, int tokens) {
   const size_t line = line_of(p.activation_lines, token < tokens ? token : tokens - 1);

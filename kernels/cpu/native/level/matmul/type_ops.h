@@ -1,15 +1,15 @@
-// Products of a quant type and its rows as float32, from its decoder; in tables by family of types.
+// Products of a quant type, and its rows as float32, generated from its decoder; in one table per family of types.
 #pragma once
 
 #include "level/matmul/products.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 
-// Of a level that has nothing but panels of its own (panels_only.cpp), the last two are null.
+// The last two are null for a level that has only its own panels (panels_only.cpp).
 struct TypeOps {
   QuantType type;
   TileLayout layout;
-  int direct_tokens;  // up to how many `multiply_few` serves
+  int direct_tokens;  // Maximum number of tokens for `multiply_few`.
   void (*multiply_by_panels)(const Product& p, int tokens, int tile_begin, int tile_end, uint8_t* scratch);
   void (*multiply_few)(const Product& p, int tokens, int tile_begin, int tile_end);
   void (*dequantize)(const uint8_t* tile, int row, int cols, float* out);
@@ -38,7 +38,7 @@ INLINE const TypeOps& ops_of(QuantType type) {
   __builtin_unreachable();
 }
 
-// One row of a tile as float32: every product is exact; types with a min round once, when it comes in.
+// Dequantizes one row of a tile. Every product is exact; in types with a min, adding it rounds once.
 
 DECODE float lane(F32x16 x, int row) {
   float v[16];
@@ -94,7 +94,7 @@ void dequantize_tile_row(const uint8_t* tile, int row, int cols, float* out) {
 
 }  // namespace
 
-// What products take, where that is another decoder of the same tiles than the one that tells single weights.
+// The decoder for products. A type may use another one than for single weights, on the same tiles.
 template <class Type>
 struct InProducts {
   using Decoder = Type;
@@ -124,7 +124,7 @@ constexpr TypeOps type_ops(QuantType type) {
 
 }  // namespace
 
-// A row of a family's X macro as an entry, and a table of entries.
+// An entry for each row of a family's X macro, and a table of entries.
 #define TYPE_OPS(name, ...) type_ops<name>(QuantType::name),
 #define TYPE_OPS_TABLE(table, ...)                  \
   namespace {                                       \

@@ -1,6 +1,7 @@
-// The best scale, or scale and offset, of each sub-block by itself, sixteen sub-blocks side by side in the lanes, so that
-// searches need no sums across lanes: some scales are tried, each with the levels nearest to it and then the scale that
-// is best for those levels. And scales of sub-blocks as multiples of one scale of their block.
+// Searches the best scale, or scale and offset, of each sub-block independently. Sixteen sub-blocks are computed in the
+// lanes, so that searches need no sums across lanes. A search tries some scales. For each, it takes the nearest levels,
+// and then the scale that is best for those levels. The file also fits scales of sub-blocks as multiples of their
+// block's scale.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +13,7 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// Element i of sub-block j is x[i], lane j. Lanes beyond the end of the data are all zero.
+// Element i of sub-block j is lane j of x[i]. Lanes beyond the end of the data are 0.
 template <int size>
 struct Batch {
   F32x16 x[size], w[size];
@@ -29,7 +30,7 @@ struct Batch {
   }
 };
 
-// Calls f(batch, first, subs) for every sixteen sub-blocks: `subs` of them are there, from `first` on.
+// Calls f(batch, first, subs) for every sixteen sub-blocks; `subs` of them exist, starting with `first`.
 template <int size, typename F>
 void each_batch(const Source& from, F f) {
   for (int64_t first = 0; first < from.count / size; first += 16) {
@@ -38,7 +39,7 @@ void each_batch(const Source& from, F f) {
   }
 }
 
-// Levels, level(i) of elements i -> bytes [16 * size], in the order of the data.
+// Stores the levels as bytes [16 * size] in the order of the data. level(i) returns those of elements i.
 template <int size, typename F>
 void store_levels(F level, uint8_t* out) {
   alignas(64) int32_t lanes[size][16];
@@ -49,24 +50,25 @@ void store_levels(F level, uint8_t* out) {
 
 [[maybe_unused]] F32x16 rounded(F32x16 x) { return to_float(to_int(x)); }
 [[maybe_unused]] F32x16 clamp(F32x16 x, float low, float high) { return min(max(x, broadcast(low)), broadcast(high)); }
-// x / y, and 0 where y is not above zero.
+// x / y; 0 unless y > 0.
 [[maybe_unused]] F32x16 ratio(F32x16 x, F32x16 y) {
   return select_less(zero(), y, div(x, select_less(zero(), y, y, broadcast(1.0f))), zero());
 }
-// 1 / x, and 0 for 0.
+// 1 / x; 0 for 0.
 [[maybe_unused]] F32x16 inverse(F32x16 x) {
   const F32x16 size = max(x, sub(zero(), x));
   return select_less(zero(), size, div(broadcast(1.0f), select_less(zero(), size, x, broadcast(1.0f))), zero());
 }
 
-// What x becomes as a half.
+// Rounds x to float16.
 [[maybe_unused]] float as_half(float x) { return half_value(half_bits(x)); }
 [[maybe_unused]] void put_half(float x, uint8_t* out) {
   const uint16_t bits = half_bits(x);
   memcpy(out, &bits, 2);
 }
 
-// Sums over the elements of each sub-block, of weights w, values x and levels l.
+// Sums over the elements of each sub-block. The names have w for the weight (importance), x for the value and l for the
+// level.
 struct Sums {
   F32x16 wl = zero(), wll = zero(), wxl = zero();
 };
@@ -83,12 +85,12 @@ INLINE Sums sums_of(const Batch<size>& batch, F level) {
   return s;
 }
 
-// A scale, and what an error of it costs.
+// A scale, and the curvature of the error around it.
 struct Scaled {
   F32x16 scale, curvature;
 };
 
-// The element of each sub-block that is furthest from zero.
+// Returns the element of each sub-block with the greatest magnitude.
 template <int size>
 F32x16 largest(const Batch<size>& batch) {
   F32x16 largest = zero(), extent = zero();
@@ -100,7 +102,8 @@ F32x16 largest(const Batch<size>& batch) {
   return largest;
 }
 
-// The best of the scales that were considered, each by its inverse; `fit` has the sums with the levels nearest to it.
+// Keeps the best of the scales that were considered, each given by its inverse. fit.sums() uses the levels nearest to
+// that scale.
 template <typename Fit>
 struct ScaleSearch {
   const Fit& fit;
@@ -114,7 +117,7 @@ struct ScaleSearch {
     gain = max(explained, gain);
   }
 
-  // With the levels nearest to itself once more.
+  // Considers the best scale itself as well, with the levels nearest to it.
   Scaled best() {
     consider(inverse(scale));
     return {scale, bend};
@@ -135,7 +138,7 @@ struct SymmetricFit {
     return sums_of(batch, [&](int i) { return level(i, inv); });
   }
 
-  // Tried are scales that put the largest weight at -(n + k / 10) for k from `first` on.
+  // Tries scales that put the largest weight at -(n + k / 10), for k from `first` to 9.
   Scaled best(int first = -9) const {
     ScaleSearch<SymmetricFit> search{*this};
     const F32x16 unit = inverse(largest(batch));
@@ -144,7 +147,7 @@ struct SymmetricFit {
   }
 };
 
-// x = scale * l + offset, with l from 0 to n; the offset is at most zero where `falls`.
+// x = scale * l + offset, with l from 0 to n. If `falls`, the offset is at most 0.
 template <int size>
 struct AffineFit {
   const Batch<size>& batch;
@@ -171,7 +174,7 @@ struct AffineFit {
     return clamp(rounded(mul(sub(batch.x[i], offset), inv)), 0, n);
   }
 
-  // The best line through the values over the levels that this one gives them.
+  // Returns the best line through the values, for the levels that the given line assigns to them.
   Line fitted(F32x16 inv, F32x16 offset) const {
     const Sums s = sums_of(batch, [&](int i) { return level(i, inv, offset); });
     const F32x16 d = sub(mul(w, s.wll), mul(s.wl, s.wl));
@@ -205,9 +208,9 @@ struct AffineFit {
   }
 };
 
-// The multiples of d that a type can say.
+// The multiples of d that a type can represent.
 struct Multiples {
-  float low, high, top;  // `top` stands for the largest scale
+  float low, high, top;  // The multiple of the largest scale.
   static Multiples up_to(float n) { return {0, n, n}; }
   static Multiples with_sign(float n) { return {-n, n - 1, -n}; }
   float nearest(float x) const { return __builtin_rintf(std::clamp(x, low, high)); }
@@ -217,8 +220,8 @@ struct OddMultiples {  // 1, 3, ... 2 n + 1
   float nearest(float x) const { return 2.0f * __builtin_rintf(std::clamp((x - 1.0f) * 0.5f, 0.0f, n)) + 1.0f; }
 };
 
-// d and multiples q [n] with the least sum of a (s - d q)^2 among seventeen tries: the largest scale is the largest
-// multiple, or up to eight steps from it.
+// Finds d and multiples q [n] with the smallest sum of a (s - d q)^2 among seventeen tries. A try gives the largest
+// scale the multiple `top`, or one up to eight steps away.
 template <typename Grid>
 float fit_scales(const float* s, const float* a, int n, Grid grid, float* q, float step = 0.1f) {
   float largest = 0;

@@ -1,4 +1,4 @@
-// Types whose weights are points of a grid, as files hold them: the best points for a block, and scales for them.
+// Types whose weights are points of a grid: the best points for a block, their scales, and the blocks in a model file.
 #pragma once
 
 #include "level/quantize/fit.h"
@@ -7,34 +7,36 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-enum class Signs { None, Even, Any };  // what a file holds of them: nothing, an even number for eight weights, all
+// Signs in the file: none, an even number for every eight weights, or any.
+enum class Signs { None, Even, Any };
 
-// A type whose weights are d * m * (value of a level + shift), m odd. `value` ends with the levels that there are.
+// A type whose weights are d * m * (value of a level + shift), with an odd m. `value` has `levels` entries.
 struct GridType {
   int dims, levels;
   float value[8];
-  int size;          // weights that have an m in common
-  int top;           // m is at most 2 top + 1
+  int size;  // Number of weights that share an m.
+  int top;   // m is at most 2 * top + 1.
   Signs signs;
-  float shift;       // 0, or what is added or taken away
-  int shared;        // points whose shift has one sign
-  float first, step;  // scales that are tried: the largest weight is `first`, first + step ... of them
+  float shift;  // 0, or the amount that is added or subtracted.
+  int shared;   // Number of points that share the sign of the shift.
+  // Scales that are tried: with them, the largest weight is first, first + step, ... scales.
+  float first, step;
   int tries;
 };
 
-// What a block of 256 becomes.
+// The quantized form of a block of 256 weights.
 struct GridBlock {
   uint16_t index[64];
-  uint8_t signs[32];   // of eight weights each, set where negative
-  uint8_t lowered[64];  // of each point: whether the shift is taken away
+  uint8_t signs[32];    // One byte for eight weights; a bit is set for a negative weight.
+  uint8_t lowered[64];  // One for each point: whether the shift is subtracted.
   float multiple[16];
   uint16_t d;
 };
 
-// Sums over weights with fixed points: of w x v and w v v.
+// Sums over weights of w x v and w v v, for fixed points.
 struct GridSums {
   float xv = 0, vv = 0;
-  // What the points explain of the squares, at that scale.
+  // Returns how much the points at this scale reduce the weighted sum of squares.
   float gain(float scale) const { return scale * (2 * xv - scale * vv); }
 };
 
@@ -45,7 +47,8 @@ struct GridSearch {
 
   const NearPoints& near;
 
-  // The loss of each combination of levels of half a point: loss [kHalf][kLevels] by weight -> out by half_code.
+  // Adds up the loss of each combination of levels of half a point: loss [kHalf][kLevels] of each weight -> out,
+  // indexed by half_code.
   static void tabulate(const float (*loss)[8], float* out) {
     if constexpr (kDims == 4) {
       for (int b = 0; b < 8; b++)
@@ -60,7 +63,7 @@ struct GridSearch {
     }
   }
 
-  // The point for weights y, in units of the scale, whose sum of w (y - v)^2 is least.
+  // Returns the point with the smallest sum of w (y - v)^2, for weights y in units of the scale.
   uint16_t nearest(const float* y, const float* w, float shift) const {
     uint8_t levels[kDims];
     int number = 0;
@@ -104,7 +107,7 @@ struct GridSearch {
     return s;
   }
 
-  // The points of one sub-block at a scale. x are magnitudes where the type has signs.
+  // Assigns points to one sub-block at a given scale. x are magnitudes if the type has signs.
   GridSums assign(const float* x, const float* w, float scale, uint16_t* index, uint8_t* lowered) const {
     const float inv = scale > 0 ? 1 / scale : 0;
     float y[type.size];
@@ -134,7 +137,7 @@ struct GridSearch {
     return all;
   }
 
-  // The best scale of one sub-block, and in `curvature` what an error of it costs.
+  // Returns the best scale of one sub-block, and in `curvature` the curvature of the error around it.
   float fit(const float* x, const float* w, float* curvature) const {
     float extent = 0;
     for (int i = 0; i < type.size; i++) extent = std::max(extent, __builtin_fabsf(x[i]));
@@ -157,8 +160,8 @@ struct GridSearch {
     return best;
   }
 
-  // Magnitudes of eight weights and their signs, of which an even number may be set: else one that matters little is
-  // turned over, its magnitude being negative then.
+  // Splits eight weights into magnitudes and signs. If only an even number of signs may be set, the sign of the least
+  // important weight may be flipped; its magnitude is then negative.
   static uint8_t split(const float* x, const float* w, float* magnitude) {
     int signs = 0, count = 0, least = 0;
     for (int i = 0; i < 8; i++) {
@@ -187,7 +190,8 @@ struct GridSearch {
     *best_d = aa > 0 && xa > 0 ? xa / aa : d;
   }
 
-  // Another multiple where it is better by itself: the nearest was best only for points that may be others now.
+  // Tries neighbouring multiples for each sub-block. The nearest one was best only for the previous points, and the
+  // points may have changed.
   void settle(const float* x, const float* w, GridBlock* block) const {
     const float d = half_value(block->d);
     for (int j = 0; j < kSubs; j++) {
@@ -233,7 +237,7 @@ constexpr GridType kIQ1_M = {8, 3, {-1, 0, 1}, 16, 7, Signs::None, 0.125f, 1, 1.
 #undef THIRDS
 #undef EIGHTHS
 
-// Calls put(block, its bytes in the file), which begin with d and are zero from there on.
+// Calls put(block, bytes of the block in the file). The bytes begin with d; the others are 0.
 template <const GridType& type, int block_bytes, typename Put>
 void each_grid_block(const Source& from, uint8_t* out, Put put) {
   const GridSearch<type> search{*from.near};
@@ -253,7 +257,7 @@ void each_grid_block(const Source& from, uint8_t* out, Put put) {
     out[j / 2] = static_cast<uint8_t>(scale_of(block, j) | scale_of(block, j + 1) << 4);
 }
 
-// Four times seven signs, and a scale above them.
+// Writes four times seven signs, and a scale above them.
 [[maybe_unused]] void put_signs_and_scale(const GridBlock& block, int j, uint8_t* out) {
   uint32_t word = static_cast<uint32_t>(scale_of(block, j)) << 28;
   for (int i = 0; i < 4; i++) word |= (block.signs[4 * j + i] & 127u) << (7 * i);

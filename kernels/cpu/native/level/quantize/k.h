@@ -1,5 +1,5 @@
-// The K types' blocks of 256 weights as files hold them: sub-blocks have scales, and offsets in some types, that are
-// multiples of the block's own. And types of three values.
+// Blocks of 256 weights of the K types in a model file. Sub-blocks have scales, and in some types offsets, that are
+// multiples of the block's own. Also ternary types.
 #pragma once
 
 #include "level/quantize/fit.h"
@@ -7,12 +7,12 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// What a sub-block's line adds up to with fixed levels: for the block's scales, once more, with those levels.
+// Sums of the sub-blocks with fixed levels, from which the block's scales are fitted again.
 struct alignas(64) BlockSums {
   float wl[16], wll[16], wxl[16];
 };
 
-// x = d * a * l - m * b in sixteen sub-blocks of `size`, of one block or two; a and b are small whole numbers.
+// x = d * a * l - m * b in sixteen sub-blocks of `size`, of one block or two. a and b are small integers.
 template <int size>
 struct AffineBlocks {
   static constexpr int kSubs = 256 / size, kBlocks = size / 16;
@@ -48,8 +48,8 @@ struct AffineBlocks {
     }
   }
 
-  // Other multiples next to those there are, where they are better together: with few of them, rounding each by itself
-  // is far from the best.
+  // Tries neighbouring pairs of multiples. If there are few multiples, rounding each independently is far from the
+  // best.
   void settle(const AffineFit<size>& fit, float top) {
     alignas(64) float d_each[16], m_each[16];
     for (int j = 0; j < 16; j++) {
@@ -76,7 +76,7 @@ struct AffineBlocks {
     store(b, best_b);
   }
 
-  // Levels at the scales and offsets that there are.
+  // Returns a function of the levels at the current scales and offsets.
   auto level_of(const AffineFit<size>& fit) const {
     alignas(64) float scale[16], offset[16];
     for (int j = 0; j < 16; j++) {
@@ -86,7 +86,7 @@ struct AffineBlocks {
     return [&fit, inv = inverse(load(scale)), shift = load(offset)](int i) { return fit.level(i, inv, shift); };
   }
 
-  // The best d and m of block k for the levels and multiples there are; kept as they were where there is no such pair.
+  // Finds the best d and m of block k for the current levels and multiples. Keeps the old ones if there is no solution.
   void refit(int k, const BlockSums& s) {
     double aa = 0, ab = 0, bb = 0, xa = 0, xb = 0;
     for (int j = k * kSubs; j < (k + 1) * kSubs; j++) {
@@ -106,7 +106,7 @@ struct AffineBlocks {
   }
 };
 
-// x = d * a * l in sixteen sub-blocks of 16, l from -n to n - 1, a from -top to top - 1. `levels` are l + n.
+// x = d * a * l in sixteen sub-blocks of 16, with l from -n to n - 1 and a from -top to top - 1. `levels` are l + n.
 struct SymmetricBlock {
   alignas(64) float a[16] = {};
   uint16_t d;
@@ -133,7 +133,8 @@ struct SymmetricBlock {
   }
 };
 
-// Two bits of each of 256 levels, from bit `shift` on: byte l of 32 holds those of l, l + 32, l + 64 and l + 96.
+// Writes two bits, starting at bit `shift`, of 256 levels. In each half of 128, byte l of 32 holds those of levels l, l
+// + 32, l + 64 and l + 96.
 [[maybe_unused]] void put_pairs_of_bits(const uint8_t* levels, int shift, uint8_t* out) {
   for (int half = 0; half < 2; half++)
     for (int l = 0; l < 32; l++) {
@@ -143,7 +144,7 @@ struct SymmetricBlock {
     }
 }
 
-// One bit of each of 256 levels: bit i of byte l is that of 32 i + l.
+// Writes bit `shift` of 256 levels. Bit i of byte l belongs to level 32i + l.
 [[maybe_unused]] void put_bits(const uint8_t* levels, int shift, uint8_t* out) {
   for (int l = 0; l < 32; l++) {
     int byte = 0;
@@ -152,14 +153,15 @@ struct SymmetricBlock {
   }
 }
 
-// Four bits of each level, those of the first `run` of 2 `run` levels below those of the rest.
+// Writes four bits of each level. Of every 2 * `run` levels, the first half is in the low nibbles.
 [[maybe_unused]] void put_low_bits(const uint8_t* levels, int run, uint8_t* out) {
   for (int first = 0; first < 256; first += 2 * run, out += run)
     for (int l = 0; l < run; l++)
       out[l] = static_cast<uint8_t>((levels[first + l] & 15) | (levels[first + run + l] & 15) << 4);
 }
 
-// Scales and offsets of six bits: the first four of each whole, the upper two bits of the others above them.
+// Writes eight scales and eight offsets of six bits: the first four of each in whole bytes, whose upper two bits are
+// those of the others.
 [[maybe_unused]] void put_six_bit_pairs(const float* a, const float* b, uint8_t* out) {
   for (int j = 0; j < 4; j++) {
     const int a0 = static_cast<int>(a[j]), b0 = static_cast<int>(b[j]);
@@ -172,7 +174,7 @@ struct SymmetricBlock {
 
 [[maybe_unused]] void quantize_Q2_K(const Source& from, uint8_t* out) {
   each_batch<16>(from, [&](const Batch<16>& batch, int64_t, int) {
-    const AffineBlocks<16> block(batch, 3, 15, 17, -0.32f, 0.08f);  // as in kKeepsLargest
+    const AffineBlocks<16> block(batch, 3, 15, 17, -0.32f, 0.08f);  // The range is chosen as in kKeepsLargest.
     for (int j = 0; j < 16; j++)
       out[j] = static_cast<uint8_t>(static_cast<int>(block.a[j]) | static_cast<int>(block.b[j]) << 4);
     put_pairs_of_bits(block.levels, 0, out + 16);
@@ -227,8 +229,8 @@ constexpr auto quantize_Q4_K = quantize_q45_k<false>, quantize_Q5_K = quantize_q
   });
 }
 
-// Of types of three values: for models that were trained with such weights, so the largest of a block is its scale, which
-// is returned; levels 0 to 2.
+// Quantizes a block to levels 0 to 2 and returns its scale, the maximum magnitude. Models with ternary types are
+// trained with such weights.
 [[maybe_unused]] float ternary_levels(const float* x, uint8_t* levels) {
   float extent = 0;
   for (int i = 0; i < 256; i++) extent = std::max(extent, __builtin_fabsf(x[i]));
@@ -237,14 +239,14 @@ constexpr auto quantize_Q4_K = quantize_q45_k<false>, quantize_Q5_K = quantize_q
   return extent;
 }
 
-// Base-3 digits as a fraction of 256, rounded up so that multiplying gets the digits back.
+// Encodes five base-3 digits as a fraction of 256, rounded up so that multiplication recovers the digits.
 [[maybe_unused]] uint8_t fraction(const uint8_t* digits, int count, int apart) {
   int number = 0;
   for (int i = 0; i < 5; i++) number = 3 * number + (i < count ? digits[i * apart] : 0);
   return static_cast<uint8_t>((number * 256 + 242) / 243);
 }
 
-// 160, 80 and 16 weights in 32, 16 and 4 bytes | d f16.
+// File block: base-3 digits of 160, 80 and 16 weights in 32, 16 and 4 bytes; float16 d.
 [[maybe_unused]] void quantize_TQ1_0(const Source& from, uint8_t* out) {
   for (int64_t first = 0; first < from.count; first += 256, out += 54) {
     uint8_t levels[256];
@@ -255,7 +257,7 @@ constexpr auto quantize_Q4_K = quantize_q45_k<false>, quantize_Q5_K = quantize_q
   }
 }
 
-// 256 x 2 bits, 128 weights in 32 bytes | d f16.
+// File block: two bits per weight, 128 weights in 32 bytes; float16 d.
 [[maybe_unused]] void quantize_TQ2_0(const Source& from, uint8_t* out) {
   for (int64_t first = 0; first < from.count; first += 256, out += 66) {
     uint8_t levels[256];

@@ -1,4 +1,4 @@
-// Weights into blocks: how much each matters, and which code serves which type.
+// Quantizes weights to blocks: the importance of each weight, and dispatching on the type.
 #include "level/level.h"
 
 #include "level/quantize/grid.h"

@@ -1,5 +1,5 @@
-// Types of 32 weights with one scale, or one scale and an offset, a block; types whose weights come out of a table of
-// uneven steps.
+// Types with blocks of 32 weights that have one scale, or a scale and an offset; and types whose weights come from a
+// table with uneven steps.
 #pragma once
 
 #include "level/quantize/fit.h"
@@ -7,7 +7,7 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// Halves of sixteen values, and what those are.
+// Sixteen values rounded to float16: their bits, and their values as floats.
 struct Halves {
   uint16_t bits[16];
   F32x16 values;
@@ -17,12 +17,12 @@ struct Halves {
   }
 };
 
-// The lower four bits of 32 levels, those of 0 to 15 below those of 16 to 31.
+// Writes the lower four bits of 32 levels: levels 0 to 15 in the low nibbles, 16 to 31 in the high ones.
 [[maybe_unused]] void put_nibbles(const uint8_t* levels, uint8_t* out) {
   for (int i = 0; i < 16; i++) out[i] = static_cast<uint8_t>((levels[i] & 15) | levels[16 + i] << 4);
 }
 
-// Of each of `subs` blocks: d f16 | m f16 where there is an offset | 32 fifth bits where there are | 32 x 4 bits.
+// Writes `subs` blocks: float16 d; float16 m if there are offsets; 32 fifth bits if `bits` is 5; 32 nibbles.
 template <int bits, typename F>
 void put_blocks(const Halves& d, const Halves* m, F level, int subs, uint8_t* out) {
   uint8_t levels[512];
@@ -44,8 +44,8 @@ void put_blocks(const Halves& d, const Halves* m, F level, int subs, uint8_t* ou
   }
 }
 
-// Coarser scales would take the outermost level from the largest weight. They have 1.3 % less error, but more divergence
-// from the unquantized model: 1.02 times ggml's, in place of 0.94, over 24 chunks of WikiText-2.
+// Coarser scales would clip the largest weight. They reduce the error by 1.3 % but increase the divergence from the
+// unquantized model: 1.02 instead of 0.94 times that of ggml, over 24 chunks of WikiText-2.
 constexpr int kKeepsLargest = -3;
 
 template <int bits>
@@ -74,7 +74,7 @@ void quantize_affine(const Source& from, uint8_t* out) {
 }
 constexpr auto quantize_Q4_1 = quantize_affine<4>, quantize_Q5_1 = quantize_affine<5>;
 
-// d f16 | 32 x int8. With 255 levels there is nothing to gain from a search.
+// File block: float16 d; 32 int8. With 255 levels, a search gains nothing.
 [[maybe_unused]] void quantize_Q8_0(const Source& from, uint8_t* out) {
   each_batch<32>(from, [&](const Batch<32>& batch, int64_t first, int subs) {
     F32x16 extent = zero();
@@ -96,9 +96,9 @@ struct Table {
 };
 
 constexpr Table kUneven = {16, {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}};
-constexpr Table kFloat4 = {8, {0, 1, 2, 3, 4, 6, 8, 12}};  // without sign
+constexpr Table kFloat4 = {8, {0, 1, 2, 3, 4, 6, 8, 12}};  // Magnitudes.
 
-// Of each lane, the number of the value nearest to x and that value itself.
+// Returns in each lane the table value nearest to x, and in *index its number.
 INLINE F32x16 nearest(const Table& table, F32x16 x, F32x16* index) {
   F32x16 value = broadcast(table.value[0]), at = zero();
   for (int k = 1; k < table.count; k++) {
@@ -110,7 +110,7 @@ INLINE F32x16 nearest(const Table& table, F32x16 x, F32x16* index) {
   return value;
 }
 
-// x = scale * value, over the uneven table.
+// x = scale * value, with values of the uneven table.
 struct TableFit {
   const Batch<32>& batch;
 
@@ -144,7 +144,7 @@ struct TableFit {
   });
 }
 
-// d f16 | upper two bits of eight scales | lower four | 256 x 4 bits.
+// File block: float16 d; the upper two bits of eight scales; their lower four bits; 256 nibbles.
 [[maybe_unused]] void put_iq4_xs(uint16_t d, const float* multiples, const uint8_t* levels, uint8_t* out) {
   memset(out, 0, 8);
   memcpy(out, &d, 2);
@@ -186,7 +186,8 @@ struct TableFit {
   });
 }
 
-// Sixteen exponents e, of 2^(e - 128), that leave the largest weight just within the numbers there are, or one more.
+// Sixteen exponents e, for scales 2^(e - 128). They bring the largest weight just into the range of values; `more` is
+// added to them.
 struct Exponents {
   alignas(64) float number[16], unit[16], inv[16];
 
@@ -213,7 +214,7 @@ struct Exponents {
   }
 };
 
-// Exponent byte | 32 x (sign, float of three bits).
+// File block: exponent byte; 32 nibbles of a sign and a three-bit float.
 [[maybe_unused]] void quantize_MXFP4(const Source& from, uint8_t* out) {
   each_batch<32>(from, [&](const Batch<32>& batch, int64_t first, int subs) {
     const F32x16 furthest = largest(batch), extent = max(furthest, sub(zero(), furthest));

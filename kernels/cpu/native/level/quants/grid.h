@@ -1,5 +1,5 @@
-// Decoders of the IQ types whose weights are points of a grid (pack/grids.h). Signs are a bit a weight, set where it is
-// negative; sub-block scales are odd, 2 s + 1 of three or four bits.
+// Decoders of the IQ types whose weights are points of a grid (pack/grids.h). A weight has a sign bit, which is set for
+// a negative weight. Sub-block scales are odd: 2 s + 1, with s of three or four bits.
 #pragma once
 
 #include "level/quants/signed_levels.h"
@@ -15,15 +15,15 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// Of 256 columns. The float scale is a float16 of the file divided by `divisor`; decoding a tile again costs more than a
-// panel from nine tokens on.
+// A type with 256 columns per segment. The float scale is a float16 of the file divided by `divisor`. From nine tokens
+// on, a panel costs less than decoding tiles again.
 template <QuantType type, int sub_blocks, int bits, int offset, int divisor>
 struct GridDecoder : Decoder<type, sub_blocks, bits, offset> {
   static constexpr int kDirectTokens = 8;
   static DECODE F32x16 scale(Lines tail) { return mul(load_f16(tail), broadcast(1.0f / divisor)); }
 };
 
-// Eight numbers of four bits in each lane of a line, as two k-groups of what they stand for.
+// Looks up four of the eight four-bit numbers in each lane of a line, the low or the high nibbles, as a k-group.
 [[maybe_unused]] DECODE Bytes four_scales(const uint8_t (&table)[16], Lines line, int half) {
   const Bytes nibbles = load_bytes(line);
   return lookup(table, half == 0 ? field<0, 15>(nibbles) : field<4, 15>(nibbles));
@@ -32,7 +32,8 @@ struct GridDecoder : Decoder<type, sub_blocks, bits, offset> {
 TABLE uint8_t kOdd[16] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
 TABLE uint8_t kThreeBitOdd[16] = {1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15};
 
-// Of a type that has lines of odd scales in its body, `at` bytes from its beginning; mins are the same, times the offset.
+// A type with lines of odd scales in its body, at byte `at`. Its mins are the same scales, which products multiply with
+// the offset.
 template <QuantType type, int sub_blocks, int bits, int offset, int divisor, int at>
 struct OddScaled : GridDecoder<type, sub_blocks, bits, offset, divisor> {
   static DECODE void sub_scales(Lines body, Scale (&out)[sub_blocks]) {
@@ -43,7 +44,7 @@ struct OddScaled : GridDecoder<type, sub_blocks, bits, offset, divisor> {
   }
 };
 
-// IQ2_XXS: weight = scale / 8 * s[j] * +-v in sub-block j of 32, v one of three.
+// IQ2_XXS: weight = scale / 8 * s[j] * +-v in sub-block j of 32; v is one of three values.
 // Body: the indices of four points as bytes 0, 2, 1, 3 of line j; signs; s. Tail: scale.
 struct IQ2_XXS : OddScaled<QuantType::IQ2_XXS, 8, 7, 44, 8, 1024> {
   static DECODE Bytes group(Lines body, int j, int g) {
@@ -51,7 +52,7 @@ struct IQ2_XXS : OddScaled<QuantType::IQ2_XXS, 8, 7, 44, 8, 1024> {
   }
 };
 
-// IQ2_XS: weight = scale / 8 * s[j] * +-v in sub-block j of 16, v one of three.
+// IQ2_XS: weight = scale / 8 * s[j] * +-v in sub-block j of 16; v is one of three values.
 // Body: low bytes of the indices of the points of 32 columns as bytes 0, 2, 1, 3 of a line; a line of their ninth bits,
 // bit i for line i; signs; two lines of s. Tail: scale.
 struct IQ2_XS : OddScaled<QuantType::IQ2_XS, 16, 7, 44, 8, 1088> {
@@ -62,7 +63,7 @@ struct IQ2_XS : OddScaled<QuantType::IQ2_XS, 16, 7, 44, 8, 1088> {
   }
 };
 
-// IQ3_XXS: weight = scale / 2 * s[j] * +-v in sub-block j of 32, v one of eight.
+// IQ3_XXS: weight = scale / 2 * s[j] * +-v in sub-block j of 32; v is one of eight values.
 // Body: the indices of four points as bytes 0, 2, 1, 3 of a line; signs in the order of a k-group's bytes, 8 bytes a
 // k-group; s. Tail: scale.
 struct IQ3_XXS : OddScaled<QuantType::IQ3_XXS, 8, 6, 32, 2, 1536> {
@@ -72,8 +73,8 @@ struct IQ3_XXS : OddScaled<QuantType::IQ3_XXS, 8, 6, 32, 2, 1536> {
   }
 };
 
-// IQ3_S: weight = scale * s[j] * (2 n - 15) in sub-block j of 32, its grid resolved: every level with its sign is four
-// bits. Body: nibbles of 8 sub-blocks; s. Tail: scale.
+// IQ3_S: weight = scale * s[j] * (2 n - 15) in sub-block j of 32. Packing resolves the grid: n, four bits, is a level
+// with its sign. Body: nibbles of 8 sub-blocks; s. Tail: scale.
 struct IQ3_S : Decoder<QuantType::IQ3_S, 8, 5, 16> {
   static DECODE Bytes group(Lines body, int j, int g) {
     const Bytes line = load_bytes(body + 256 * j + 64 * (g & 3));
@@ -84,8 +85,9 @@ struct IQ3_S : Decoder<QuantType::IQ3_S, 8, 5, 16> {
   }
 };
 
-// IQ2_S: weight = scale / 8 * s[j] * +-v in sub-block j of 16, v one of three.
-// Body: thirds of sub-blocks, of whose k-groups 0, 2, 1 and 3 are the pairs; signs; two lines of s. Tail: scale.
+// IQ2_S: weight = scale / 8 * s[j] * +-v in sub-block j of 16; v is one of three values.
+// Body: the points as thirds of sub-blocks, with k-groups 0, 2, 1 and 3 in the pairs; signs; two lines of s. Tail:
+// scale.
 struct IQ2_S : OddScaled<QuantType::IQ2_S, 16, 7, 44, 8, 1408> {
   static constexpr int kTogether = 8;
   static DECODE Bytes group(Lines body, int j, int g) {
@@ -94,8 +96,9 @@ struct IQ2_S : OddScaled<QuantType::IQ2_S, 16, 7, 44, 8, 1408> {
   }
 };
 
-// IQ1 weights are scale / 8 * s[j] * (8 v +- 1) with v -1, 0 or 1: twice 4 (v + 1), or one more for + 1, less nine.
-// Products take them so; as single weights they are 16 above it. `up` has 1 in the lanes of + 1, others 0.
+// IQ1 weights are scale / 8 * s[j] * (8 v +- 1), with v = -1, 0 or 1. With f = 4 (v + 1), plus 1 if the sign is +, 8 v
+// +- 1 is 2 f - 9. Products use f; single weights are bytes 2 f + 7, which is 16 too large. `up` is 1 in lanes with the
+// sign +, else 0.
 [[maybe_unused]] DECODE Bytes four_thirds(Lines lines, I32x16 up, int j, int g) {
   constexpr Places fourfold{{-2, 2, 0, 4}, {12, 12, 12, 12}};
   return merge(field_of<fourfold>(thirds(lines, j), g), as_bytes(keep(sub(broadcast(0), up), 0x01010101)));
@@ -107,11 +110,12 @@ struct IQ2_S : OddScaled<QuantType::IQ2_S, 16, 7, 44, 8, 1408> {
 TABLE uint8_t kTwiceOdd[16] = {2, 6, 10, 14, 18, 22, 26, 30, 2, 6, 10, 14, 18, 22, 26, 30};
 TABLE uint8_t kEightTimesOdd[16] = {8, 24, 40, 56, 72, 88, 104, 120, 8, 24, 40, 56, 72, 88, 104, 120};
 
-// By the four bits of a scale of IQ1_S: seven times it, and twice it unless the bit above it is set.
+// Tables indexed by the four bits of an IQ1_S scale: seven times the scale; and twice the scale, or 0 if the highest
+// bit is set.
 TABLE uint8_t kSevenTimesOdd[16] = {7, 21, 35, 49, 63, 77, 91, 105, 7, 21, 35, 49, 63, 77, 91, 105};
 TABLE uint8_t kTwiceOddDown[16] = {2, 6, 10, 14, 18, 22, 26, 30};
 
-// IQ1_S in products: scale / 8 * (8 s[j] * (v + 1) - m[j]) in sub-block j of 32, m nine or seven times s.
+// IQ1_S in products: scale / 8 * (8 s[j] * (v + 1) - m[j]) in sub-block j of 32, with m[j] nine or seven times s[j].
 struct IQ1_SProducts : GridDecoder<QuantType::IQ1_S, 8, 2, 1, 8> {
   static constexpr int kTogether = 4, kMinLines = 4;
   static DECODE Bytes pairs(Lines body, int j, int g) { return thirds(body, j / 4 * 8 + g); }
@@ -127,9 +131,9 @@ struct IQ1_SProducts : GridDecoder<QuantType::IQ1_S, 8, 2, 1, 8> {
   }
 };
 
-// IQ1_S: weight = scale / 8 * s[j] * (8 v +- 1) in sub-block j of 16 columns (s and the sign of 1 of 32), v -1, 0 or 1.
-// Body: thirds, of 128 columns the k-groups i of all 32; a line of s in three bits, above them a bit that is set for + 1.
-// Tail: scale.
+// IQ1_S: weight = scale / 8 * s[j] * (8 v +- 1), with v = -1, 0 or 1, in sub-block j of 16 columns; s and the sign are
+// equal in pairs of sub-blocks. Body: thirds, which combine k-group i of each 32 of 128 columns; a line of s in three
+// bits, with a fourth bit that is set for +1. Tail: scale.
 struct IQ1_S : GridDecoder<QuantType::IQ1_S, 16, 5, 16, 8> {
   using InProducts = IQ1_SProducts;
   static DECODE Bytes group(Lines body, int j, int g) {
@@ -145,9 +149,9 @@ struct IQ1_S : GridDecoder<QuantType::IQ1_S, 16, 5, 16, 8> {
   }
 };
 
-// IQ1_M: weight = scale / 8 * s[j] * (8 v +- 1) in sub-block j of 16 (the sign of 1 of eight columns), v -1, 0 or 1.
-// Body: thirds as of IQ2_S; two lines of s in three bits, above them a bit that is set for + 1 in the first eight
-// columns; such bits of the other eight, 16 of each row; scale.
+// IQ1_M: weight = scale / 8 * s[j] * (8 v +- 1), with v = -1, 0 or 1, in sub-block j of 16; the sign belongs to eight
+// columns. Body: thirds as in IQ2_S; two lines of s in three bits, with a fourth bit that is set for +1 in the first
+// eight columns; 16 such bits of each row for the other eight columns; scale.
 [[maybe_unused]] DECODE Bytes iq1_m_group(Lines body, int j, int g) {
   Lines lines = body + kThirdsBytes;
   const int place = j % 4 * 8 + j % 8 / 4 * 4 + 3;

@@ -1,4 +1,4 @@
-// Decoders of types with blocks of 256 columns whose sub-blocks have integer scales, and of types of three values.
+// Decoders of types with blocks of 256 columns whose sub-blocks have integer scales, and of ternary types.
 #pragma once
 
 #include "level/quants/thirds.h"
@@ -7,8 +7,8 @@ namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
 // Q2_K: weight = scale * s[j] * q - min * m[j] in sub-block j of 16; s and m have 4 bits.
-// Body: for each four sub-blocks four lines of bit pairs, of k-group g in line g, the first sub-block's lowest; then four
-// lines as k-groups over j: s low, m high. Tail: scale, min.
+// Body: for every four sub-blocks four lines of bit pairs, with k-group g in line g and the first sub-block in the
+// lowest pairs; then four lines of k-groups over j, with s in the low and m in the high bits. Tail: scale, min.
 struct Q2_K : DecoderWithMin<QuantType::Q2_K, 16, 2> {
   static constexpr bool kScaleLines = true;
   static constexpr int kTogether = 4;
@@ -24,8 +24,8 @@ struct Q2_K : DecoderWithMin<QuantType::Q2_K, 16, 2> {
 };
 
 // Q3_K: weight = scale * s[j] * (q - 4) in sub-block j of 16; s is six bits less 32.
-// Body: three lines for each pair of the 16 sub-blocks; then three lines as k-groups over j: s[0-3] | s[12-15] bits 0-1,
-// s[4-7] | bits 2-3, s[8-11] | bits 4-5. Tail: scale.
+// Body: three lines for each pair of the 16 sub-blocks; then three lines of k-groups over j, with six bits and two
+// bits: s[0-3] and bits 0-1 of s[12-15]; s[4-7] and bits 2-3; s[8-11] and bits 4-5. Tail: scale.
 struct Q3_K : Decoder<QuantType::Q3_K, 16, 3, 4> {
   static constexpr int kTogether = 2;
   static DECODE Bytes group(Lines body, int j, int g) { return three_bit_group(body + 192 * (j / 2), 4 * (j % 2) + g); }
@@ -38,8 +38,8 @@ struct Q3_K : Decoder<QuantType::Q3_K, 16, 3, 4> {
   }
 };
 
-// Eight scales s and eight mins m of six bits in three lines, as k-groups over j, six bits and two: s[0-3] | m[4-7] bits
-// 0-1, s[4-7] | m[4-7] bits 2-3, m[0-3] | m[4-7] bits 4-5. `at`: where the lines are in a body.
+// Eight scales s and eight mins m of six bits, in three lines of k-groups over j at byte `at` of the body, with six
+// bits and two bits: s[0-3] and bits 0-1 of m[4-7]; s[4-7] and bits 2-3 of m[4-7]; m[0-3] and bits 4-5 of m[4-7].
 template <QuantType type, int bits, int at>
 struct SixBitScales : DecoderWithMin<type, 8, bits> {
   static constexpr bool kScaleLines = true;
@@ -55,19 +55,19 @@ struct SixBitScales : DecoderWithMin<type, 8, bits> {
 };
 
 // Q4_K: weight = scale * s[j] * q - min * m[j] in sub-block j of 32; s and m have 6 bits.
-// Body: nibbles of 8 sub-blocks, then s and m. Tail: scale, min.
+// Body: nibbles of 8 sub-blocks; then s and m. Tail: scale, min.
 struct Q4_K : SixBitScales<QuantType::Q4_K, 4, 2048> {
   static DECODE Bytes group(Lines body, int j, int g) { return nibble_group(body + 256 * j, g); }
 };
 
-// Q5_K: as Q4_K, with five lines of quants for each of 8 sub-blocks.
+// Q5_K: like Q4_K, but with five lines of quants for each of the 8 sub-blocks.
 struct Q5_K : SixBitScales<QuantType::Q5_K, 5, 2560> {
   static DECODE Bytes group(Lines body, int j, int g) { return five_bit_group(body + 320 * j, g); }
 };
 
 // Q6_K: weight = scale * s[j] * (q - 32) in sub-block j of 16; s is signed.
-// Body: per sub-block a line of nibbles for k-groups 0 (low) and 2 (high), one for 1 and 3, one of bits 4-5 of them;
-// then four lines of s as k-groups over j. Tail: scale.
+// Body: for each sub-block a line of nibbles of k-groups 0 (low) and 2 (high), one of 1 and 3, and one of bits 4-5 of
+// all four; then four lines of s as k-groups over j. Tail: scale.
 struct Q6_K : Decoder<QuantType::Q6_K, 16, 6, 32> {
   static constexpr bool kScaleLines = true;
   static DECODE Bytes group(Lines body, int j, int g) {
@@ -82,7 +82,7 @@ struct Q6_K : Decoder<QuantType::Q6_K, 16, 6, 32> {
 
 // IQ4_XS: weight = scale * s[j] * value[q] in sub-block j of 32; s is signed, the values are those of IQ4_NL.
 // A segment's integers stay within 256 * 127 * 127 * 32 < 2^27.
-// Body: nibbles of 8 sub-blocks, then two lines of s as k-groups over j. Tail: scale.
+// Body: nibbles of 8 sub-blocks; then two lines of s as k-groups over j. Tail: scale.
 struct IQ4_XS : Decoder<QuantType::IQ4_XS, 8, 8, 128> {
   static constexpr bool kScaleLines = true;
   static DECODE Bytes group(Lines body, int j, int g) { return lookup(kIQ4Values, nibble_group(body + 256 * j, g)); }
@@ -91,17 +91,18 @@ struct IQ4_XS : Decoder<QuantType::IQ4_XS, 8, 8, 128> {
   }
 };
 
-// TQ2_0: weight = scale * (q - 1), q one of 0, 1, 2 and, in files that no quantizer wrote, 3.
-// Body: for every 128 columns eight lines of bit pairs, of k-groups i of 32 columns in line i, the first 32 lowest.
-// Tail: scale. Its sub-blocks have no scales.
+// TQ2_0: weight = scale * (q - 1). q is 0, 1 or 2; a 3 occurs only in files that no quantizer wrote. Sub-blocks have no
+// scales.
+// Body: for every 128 columns eight lines of bit pairs, with k-group i of each 32 columns in line i and the first 32
+// columns in the lowest pairs. Tail: scale.
 struct TQ2_0 : Decoder<QuantType::TQ2_0, 8, 2, 1> {
   static constexpr int kTogether = 4;
   static DECODE Bytes pairs(Lines body, int j, int g) { return load_bytes(body + j / 4 * 512 + 64 * g); }
   static DECODE Bytes group(Lines body, int j, int g) { return bit_pair(pairs(body, j, g), j % 4); }
 };
 
-// TQ1_0: the same, q one of 0, 1 and 2. Body: the pairs as thirds. (Digits to base three would take fewer bytes, and more
-// time than these take to be read.) Tail: scale.
+// TQ1_0: weight = scale * (q - 1), with q = 0, 1 or 2. Body: the bit pairs as thirds. (Base-3 digits would take fewer
+// bytes, but decoding them would take longer than reading these.) Tail: scale.
 struct TQ1_0 : Decoder<QuantType::TQ1_0, 8, 2, 1> {
   static constexpr int kTogether = 4;
   static DECODE Bytes pairs(Lines body, int j, int g) { return thirds(body, j / 4 * 8 + g); }

@@ -1,4 +1,5 @@
-// What points_by_words.h has, on levels that look up bytes: 64 halves of points at once, of which a k-group's are spread.
+// The functions of points_by_words.h for levels with byte look-ups. 64 half points are looked up at once, and the bits
+// of one k-group are then spread over bytes.
 #pragma once
 
 #include "level/quants/signed_levels.h"
@@ -7,8 +8,8 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// Where codes of six bits have the level and the sign of each k-group: below each other where they are in their lines, but
-// for two signs that are moved down from bits 6 and 7.
+// Bits of a six-bit code that hold the level and the sign of each k-group. They have the positions of their lines,
+// except two signs, which are moved down from bits 6 and 7.
 constexpr int kLevelBit[8] = {0, 0, 2, 0, 0, 0, 2, 0}, kSignBit[8] = {2, 2, 0, 4, 3, 3, 1, 5};
 constexpr bool kSignMoved[8] = {false, true, false, false, false, true, false, false};
 
@@ -37,7 +38,7 @@ using NineBitPoints = Lines;
   return iq2_points(grid, body + 64 * i, body + 512, i, body + 576 + 64 * i, g);
 }
 
-// By a level of three bits; bits 3 to 5 of codes are those of its neighbours.
+// Values by a level of three bits. Bits 3 to 5 of an index belong to adjacent levels and are ignored.
 struct IQ3ValuesByCode {
   alignas(64) uint8_t of[64];
   constexpr IQ3ValuesByCode() : of{} {

@@ -1,4 +1,5 @@
-// As points_by_words.h, for AVX2, where words would be put together one by one: a load a row reads all columns of its point.
+// The functions of points_by_words.h for AVX2, which would have to assemble words one by one. One load per row reads
+// all columns of its point.
 #pragma once
 
 #include "level/quants/signed_levels.h"
@@ -8,11 +9,12 @@ namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
 [[maybe_unused]] DECODE Bytes with_iq2_signs(Bytes levels, Lines signs, int g) {
-  constexpr Places places{{0, 4, -2, 2, 0, 4, -2, 2}, {4, 4, 4, 4, 8, 8, 8, 8}};  // to bit 2, of the last four to bit 3
+  // Signs go to bit 2, and those of the last four k-groups to bit 3.
+  constexpr Places places{{0, 4, -2, 2, 0, 4, -2, 2}, {4, 4, 4, 4, 8, 8, 8, 8}};
   return lookup(kIQ2Values.of[0][g / 4], merge(levels, field_of<places>(load_bytes(signs), g)));
 }
 
-// k-group g of 32 columns, of points with indices of eight bits.
+// Returns k-group g of 32 columns, with point indices of eight bits.
 [[maybe_unused]] DECODE Bytes iq2_points(const Grid<256>&, Lines line, Lines signs, int g) {
   const auto point = [&](int row) __attribute__((always_inline)) {
     return kIQ2_XXSColumns.of[line[4 * row + kIndexPlace[g / 2]]];
@@ -20,7 +22,7 @@ namespace {
   return with_iq2_signs(four_of_eight(point, g % 2), signs, g);
 }
 
-// A body whose points have indices of nine bits, put together once a segment.
+// A body with point indices of nine bits, which are assembled once per segment.
 struct NineBitPoints {
   Lines signs;
   alignas(64) uint16_t index[8][64];

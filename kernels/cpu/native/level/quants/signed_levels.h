@@ -1,4 +1,4 @@
-// Weights of IQ2 types, +-8, +-25 or +-43, from levels and signs, and those of IQ3_XXS from levels.
+// Weights of IQ2 types (+-8, +-25 or +-43) by level and sign, and weights of IQ3_XXS by level.
 #pragma once
 
 #include "level/quants/decoder.h"
@@ -6,13 +6,14 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// How far above -44 they are.
+// Returns the weight with an offset of 44.
 constexpr uint8_t signed_level(int level, bool negative) {
   constexpr int values[4] = {8, 25, 43, 0};
   return static_cast<uint8_t>(44 + (negative ? -values[level] : values[level]));
 }
 
-// By four bits: a level in bits 2 * high and 2 * high + 1, and its sign in the lower or the upper of the two other bits.
+// Weights by four bits: a level in bits 2 * high and 2 * high + 1, and its sign in the lower or the upper of the other
+// two.
 struct SignedLevels {
   uint8_t of[2][2][16];  // [high][upper]
   constexpr SignedLevels() : of{} {
@@ -24,10 +25,12 @@ struct SignedLevels {
 };
 TABLE SignedLevels kIQ2Values;
 
-TABLE uint8_t kIQ3Values[16] = {32 + 2, 32 + 6, 32 + 10, 32 + 14, 32 + 18, 32 + 22, 32 + 26, 32 + 31};  // plus 32
+// With an offset of 32.
+TABLE uint8_t kIQ3Values[16] = {32 + 2, 32 + 6, 32 + 10, 32 + 14, 32 + 18, 32 + 22, 32 + 26, 32 + 31};
 
-// k-group g of 32 columns, of even ones the levels in the low halves of bytes and of odd ones in the high, from their bit 0
-// on or, if `high`, 2. A line has the sign of k-group g in bit 4 * (g % 2) + 2 * (1 - g / 2 % 2) + g / 4.
+// Returns k-group g of 32 columns. Levels of even groups are in the low nibbles of bytes and those of odd groups in the
+// high ones, starting at bit 0 of the nibble, or at bit 2 if `high`. A line of signs has the sign of k-group g in bit 4
+// * (g % 2) + 2 * (1 - g / 2 % 2) + g / 4.
 template <bool high>
 DECODE Bytes iq2_group(Bytes levels, Bytes signs, int g) {
   constexpr int mask = high ? 0xcc : 0x33;

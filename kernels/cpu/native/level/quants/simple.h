@@ -1,4 +1,5 @@
-// Decoders of types with blocks of 32 columns: one scale, perhaps a min, and quants as they are or out of a table.
+// Decoders of types with blocks of 32 columns: a scale, in some types a min, and quants that are used directly or
+// looked up.
 #pragma once
 
 #include "level/quants/decoder.h"
@@ -26,21 +27,21 @@ struct Q5_1 : DecoderWithMin<QuantType::Q5_1, 1, 5> {
   static DECODE Bytes group(Lines body, int, int g) { return five_bit_group(body, g); }
 };
 
-// Q8_0: weight = scale * (q - 128). Body: a line a k-group; tail: scale.
+// Q8_0: weight = scale * (q - 128). Body: one line per k-group; tail: scale.
 struct Q8_0 : Decoder<QuantType::Q8_0, 1, 8, 128> {
   static DECODE Bytes group(Lines body, int, int g) { return load_bytes(body + 64 * g); }
 };
 
-// IQ4_NL: weight = scale * value[q], sixteen values of uneven steps. Body: nibbles; tail: scale.
+// IQ4_NL: weight = scale * value[q], with sixteen values in uneven steps. Body: nibbles; tail: scale.
 struct IQ4_NL : Decoder<QuantType::IQ4_NL, 1, 8, 128> {
   static DECODE Bytes group(Lines body, int, int g) { return lookup(kIQ4Values, nibble_group(body, g)); }
 };
 
-// 0, 1, 2, 3, 4, 6, 8, 12 and their negatives, plus 12: below 25, so that five bits hold them.
+// 0, 1, 2, 3, 4, 6, 8, 12 and their negatives, with an offset of 12. They are below 25, so five bits suffice.
 alignas(16) TABLE uint8_t kFP4Values[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
-// MXFP4: weight = scale * value[q], the values twice the numbers of E2M1, the scale 2^(e - 128).
-// Body: nibbles; tail: e, a byte a row.
+// MXFP4: weight = scale * value[q]. The values are twice those of E2M1, so the scale is 2^(e - 128). Body: nibbles;
+// tail: e, one byte per row.
 struct MXFP4 : Decoder<QuantType::MXFP4, 1, 5, 12> {
   static DECODE Bytes group(Lines body, int, int g) { return lookup(kFP4Values, nibble_group(body, g)); }
   static DECODE F32x16 scale(Lines tail) { return from_halved_e8m0(tail); }

@@ -1,4 +1,4 @@
-// Tile registers of AMX: up to 16 rows of 64 bytes, and products of tiles of bytes (Intel's manual, volume 1, chapter 18).
+// AMX tile registers of up to 16 rows of 64 bytes, and products of byte tiles (Intel's manual, volume 1, chapter 18).
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// What LDTILECFG reads.
+// The memory operand of LDTILECFG.
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];
   uint16_t row_bytes[16];
@@ -16,8 +16,8 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
-// In its lifetime, the calling thread has tiles 0 to 3 of 16 x 16 sums, 4 and 5 of the activations of 16 tokens, and 6 and
-// 7 of so many k-groups. Without them, the system has nothing to save at a task switch.
+// Configures the tiles of the calling thread during its lifetime: 0 to 3 are 16 x 16 sums, 4 and 5 activations of 16
+// tokens, and 6 and 7 `k_groups` k-groups. Afterwards the system has no tiles to save at a task switch.
 template <int k_groups>
 class TileShapes {
  public:
@@ -31,7 +31,7 @@ class TileShapes {
   TileShapes& operator=(const TileShapes&) = delete;
 };
 
-// Rows from memory and to it, `stride` bytes apart.
+// Load and store rows that are `stride` bytes apart.
 template <int tile>
 INLINE void tile_load(const void* p, int64_t stride) {
   __asm__ volatile("tileloadd (%0,%1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(tile) : "memory");
@@ -44,8 +44,8 @@ template <int tile>
 INLINE void tile_zero() {
   __asm__ volatile("tilezero %%tmm%c0" : : "i"(tile));
 }
-// To sum [m, n], each row k of `b` adds the products of four signed bytes: 4k to 4k + 3 of row m of `a`, 4n to 4n + 3 of
-// its own.
+// Adds to sum [m, n] the products of signed bytes, four for each row k of `b`: bytes 4k to 4k + 3 of row m of `a` times
+// bytes 4n to 4n + 3 of row k of `b`.
 template <int sums, int a, int b>
 INLINE void tile_dot() {
   __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(a), "i"(b));

@@ -1,5 +1,5 @@
-// A k-group in two AVX2 registers, and integer dot products: with vpdpbusd in 256 bits, or without it pairs of columns in
-// 16 bits, eight rows a register.
+// A k-group in two AVX2 registers of eight rows each, and integer dot products: with 256-bit vpdpbusd, or without it as
+// sums of column pairs in 16 bits.
 #pragma once
 
 namespace llamaclust::LLAMACLUST_LEVEL {
@@ -48,7 +48,8 @@ INLINE __m128i two_rows(At at, int row) {
   const auto second = reinterpret_cast<const __m64*>(at(row + 1));
   return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(first), second));
 }
-// k-groups of what `at` says of each row: the first or the second four of eight bytes, or four.
+// Gather k-groups from at(row) of each row. four_of_eight takes bytes 4 * part to 4 * part + 3 of eight; four_of_four
+// takes four bytes.
 template <class At>
 INLINE Bytes four_of_eight(At at, int part) {
   const auto four_rows = [&](int row) __attribute__((always_inline)) {
@@ -73,7 +74,7 @@ INLINE Bytes four_of_four(At at) {
   EACH_HALF(Bytes, _mm256_set_m128i(rows(8 * i + 4), rows(8 * i)));
 }
 
-// Bytes of a line with bit i of those of another as ninth bits.
+// Writes 16-bit numbers: the bytes of one line, with bit i of each byte of another line as ninth bit.
 INLINE void nine_bits(const uint8_t* low, const uint8_t* ninths, int i, uint16_t* out) {
   const __m128i place = _mm_cvtsi32_si128(8 - i);
   const auto words = [](const uint8_t* p) { return _mm256_cvtepu8_epi16(_mm_load_si128(reinterpret_cast<const __m128i*>(p))); };
@@ -118,10 +119,10 @@ INLINE Sums step(Sums sums, Bytes w, int32_t activations) {
 #else
 
 using Sums = I32x16;   // [row][2 pairs of columns], 16 bits
-using Scale = I32x16;  // [row][2 times the same], 16 bits
+using Scale = I32x16;  // [row][the same number twice], 16 bits
 
 INLINE Sums no_sums() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
-// Sums as they come: else the compiler adds in a tree, for which it must keep every product.
+// Prevents the compiler from adding in a tree, for which it would keep all products in registers.
 INLINE __m256i in_order(__m256i sums) {
   asm("" : "+x"(sums));
   return sums;
@@ -148,7 +149,7 @@ INLINE Scale make_scale(I32x16 scale) {
   EACH_HALF(Scale, _mm256_blend_epi16(scale.v[i], _mm256_slli_epi32(scale.v[i], 16), 0xAA));
 }
 INLINE I32x16 scale_lanes(Scale scale) { EACH_HALF(I32x16, _mm256_srai_epi32(scale.v[i], 16)); }
-// total + scale * (sums - offset); offset is even.
+// Returns total + scale * (sums - offset). `offset` is even.
 INLINE I32x16 add_scaled(I32x16 total, Sums sums, int32_t offset, Scale scale) {
   const __m256i halves = _mm256_set1_epi16(static_cast<int16_t>(-offset / 2));
   return add_scaled(add_scaled(total, sums, scale), {{halves, halves}}, scale);

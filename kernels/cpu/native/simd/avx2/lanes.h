@@ -1,4 +1,4 @@
-// Lanes on AVX2 with FMA and F16C: two half registers.
+// Sixteen lanes in two AVX2 registers. FMA and F16C are required.
 #pragma once
 
 #include <immintrin.h>
@@ -13,7 +13,7 @@ struct I32x16 {
   __m256i v[2];
 };
 
-// Returns the expression for each half i.
+// Returns a vector whose half i is the expression.
 #define EACH_HALF(T, expression)                                                        \
   const auto half_of = [&](int i) __attribute__((always_inline)) { return expression; }; \
   return T{{half_of(0), half_of(1)}}
@@ -35,7 +35,7 @@ INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { EACH_HALF(F32x16, _mm256_fmadd
 INLINE F32x16 fnma(F32x16 a, F32x16 b, F32x16 c) { EACH_HALF(F32x16, _mm256_fnmadd_ps(a.v[i], b.v[i], c.v[i])); }
 INLINE F32x16 max(F32x16 a, F32x16 b) { EACH_HALF(F32x16, _mm256_max_ps(a.v[i], b.v[i])); }  // a > b ? a : b
 INLINE F32x16 min(F32x16 a, F32x16 b) { EACH_HALF(F32x16, _mm256_min_ps(a.v[i], b.v[i])); }  // a < b ? a : b
-// Lanes [0, n) from a, the others from b.
+// Returns lanes [0, n) of a and the other lanes of b.
 INLINE F32x16 first(int n, F32x16 a, F32x16 b) {
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   const auto mask = [&](int i) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n - 8 * i), lanes)); };
@@ -57,7 +57,7 @@ INLINE __m256 widen_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
 }
 INLINE F32x16 from_bf16(const uint16_t* p) { EACH_HALF(F32x16, widen_bf16(p + 8 * i)); }
-// 2^(e - 128) of exponent bytes e: exact, the two least are subnormal.
+// Returns 2^(e - 128) for exponent bytes e. It is exact; the results for e = 0 and e = 1 are subnormal.
 INLINE __m256 widen_halved_e8m0(const uint8_t* p) {
   const __m256i e = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   const __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
@@ -77,13 +77,14 @@ INLINE I32x16 max(I32x16 a, I32x16 b) { EACH_HALF(I32x16, _mm256_max_epi32(a.v[i
 template <int n>
 INLINE I32x16 shift_left(I32x16 a) { EACH_HALF(I32x16, _mm256_slli_epi32(a.v[i], n)); }
 INLINE I32x16 shift_right(I32x16 a, int n) { EACH_HALF(I32x16, _mm256_srli_epi32(a.v[i], n)); }
-// To an integer that is less or equal.
+// Divides by 2^n and rounds down.
 template <int n>
 INLINE I32x16 divide_by_power(I32x16 a) { EACH_HALF(I32x16, _mm256_srai_epi32(a.v[i], n)); }
 INLINE I32x16 keep(I32x16 a, int32_t mask) { EACH_HALF(I32x16, _mm256_and_si256(a.v[i], _mm256_set1_epi32(mask))); }
 INLINE I32x16 either(I32x16 a, I32x16 b) { EACH_HALF(I32x16, _mm256_or_si256(a.v[i], b.v[i])); }
 INLINE F32x16 to_float(I32x16 a) { EACH_HALF(F32x16, _mm256_cvtepi32_ps(a.v[i])); }
-// Nearest, ties to even; |x| < 2^31 is the caller's duty (out of range differs between machines).
+// Rounds to nearest, ties to even. The caller ensures |x| < 2^31, because results outside that range differ between
+// machines.
 INLINE I32x16 to_int(F32x16 a) { EACH_HALF(I32x16, _mm256_cvtps_epi32(a.v[i])); }
 INLINE F32x16 bits_to_float(I32x16 a) { EACH_HALF(F32x16, _mm256_castsi256_ps(a.v[i])); }
 INLINE I32x16 float_to_bits(F32x16 a) { EACH_HALF(I32x16, _mm256_castps_si256(a.v[i])); }

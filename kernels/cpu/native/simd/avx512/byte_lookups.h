@@ -1,4 +1,4 @@
-// Look-ups by more than four bits of a byte: AVX-512 VBMI.
+// Byte look-ups with an index of more than four bits (AVX-512 VBMI).
 #pragma once
 
 #define LLAMACLUST_BYTE_LOOKUPS
@@ -6,12 +6,13 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// By the low six bits of each byte.
+// Looks up the low six bits of each byte.
 INLINE Bytes lookup(const uint8_t (&table)[64], Bytes b) {
   return _mm512_permutexvar_epi8(b, _mm512_load_si512(table));
 }
 
-// By bytes and, in a table of 512, bit `bit` of those of a line.
+// Looks up bytes in a table of 256 entries, or of 512 with bit `bit` of the bytes of a line as the ninth bit of the
+// index.
 template <int n>
 INLINE Bytes lookup_byte(const uint8_t (&table)[n], Bytes index, const uint8_t* line, int bit) {
   const auto half = [&](int begin) __attribute__((always_inline)) {
@@ -27,7 +28,7 @@ INLINE Bytes lookup_byte(const uint8_t (&table)[n], Bytes index, const uint8_t* 
   }
 }
 
-// Byte i of each lane: bits of the lane from `bits` * i + `from` on.
+// Byte i of each lane becomes the eight bits of the lane that start at bit `bits` * i + `from`.
 template <int bits>
 INLINE Bytes spread_bits(Bytes b, int from) {
   uint64_t shifts = 0;
@@ -35,7 +36,7 @@ INLINE Bytes spread_bits(Bytes b, int from) {
   return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(static_cast<int64_t>(shifts)), b);
 }
 
-// The bits of a that are in the mask of every lane, other bits of b.
+// Returns the bits of a that are set in `mask`, and the other bits of b, in every lane.
 template <int32_t mask>
 INLINE Bytes choose(Bytes a, Bytes b) {
   return _mm512_ternarylogic_epi32(_mm512_set1_epi32(mask), a, b, 0xca);

@@ -1,4 +1,5 @@
-// A k-group in one AVX-512 register, and integer dot products: with vpdpbusd, or else pairs of columns in 16 bits.
+// A k-group in one AVX-512 register, and integer dot products: with vpdpbusd, or without it as sums of column pairs in
+// 16 bits.
 #pragma once
 
 namespace llamaclust::LLAMACLUST_LEVEL {
@@ -81,7 +82,7 @@ INLINE Sums step(Sums sums, Bytes w, int32_t activations) {
 #else
 
 using Sums = __m512i;   // [row][2 pairs of columns], 16 bits
-using Scale = __m512i;  // [row][2 times the same], 16 bits
+using Scale = __m512i;  // [row][the same number twice], 16 bits
 
 template <int kBits>
 constexpr int kDirectTokens = 32;
@@ -89,7 +90,8 @@ constexpr int kDirectTokens = 32;
 INLINE Sums no_sums() { return _mm512_setzero_si512(); }
 INLINE Sums add_pairs(Sums sums, __m512i products) {
   __m512i r = _mm512_add_epi16(sums, products);
-  asm("" : "+v"(r));  // else the compiler adds in a tree, for which it must keep every product
+  // Prevents the compiler from adding in a tree, for which it would keep all products in registers.
+  asm("" : "+v"(r));
   return r;
 }
 template <int kBits>
@@ -106,7 +108,7 @@ INLINE Scale make_scale(I32x16 scale) {
   return _mm512_mask_blend_epi16(0xAAAAAAAA, scale, _mm512_slli_epi32(scale, 16));
 }
 INLINE I32x16 scale_lanes(Scale scale) { return _mm512_srai_epi32(scale, 16); }
-// total + scale * (sums - offset); offset is even.
+// Returns total + scale * (sums - offset). `offset` is even.
 INLINE I32x16 add_scaled(I32x16 total, Sums sums, int32_t offset, Scale scale) {
   const __m512i halves = _mm512_set1_epi16(static_cast<int16_t>(-offset / 2));
   return add_scaled(add_scaled(total, sums, scale), halves, scale);

@@ -1,4 +1,4 @@
-// Lanes on AVX-512F/BW/DQ/VL: one register.
+// Sixteen lanes in one AVX-512 register. The subsets F, BW, DQ and VL are required.
 #pragma once
 
 #include <immintrin.h>
@@ -21,7 +21,7 @@ INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return _mm512_fmadd_ps(a, b, c
 INLINE F32x16 fnma(F32x16 a, F32x16 b, F32x16 c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a * b
 INLINE F32x16 max(F32x16 a, F32x16 b) { return _mm512_max_ps(a, b); }                   // a > b ? a : b
 INLINE F32x16 min(F32x16 a, F32x16 b) { return _mm512_min_ps(a, b); }                   // a < b ? a : b
-// Lanes [0, n) from a, the others from b.
+// Returns lanes [0, n) of a and the other lanes of b.
 INLINE F32x16 first(int n, F32x16 a, F32x16 b) {
   return _mm512_mask_blend_ps(static_cast<__mmask16>((1u << n) - 1), b, a);
 }
@@ -39,7 +39,7 @@ INLINE F32x16 from_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
 }
-// 2^(e - 128) of exponent bytes e: exact, the two least are subnormal.
+// Returns 2^(e - 128) for exponent bytes e. It is exact; the results for e = 0 and e = 1 are subnormal.
 INLINE F32x16 from_halved_e8m0(const uint8_t* p) {
   const __m512i e = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   const __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(1)), 23);
@@ -55,13 +55,14 @@ INLINE I32x16 max(I32x16 a, I32x16 b) { return _mm512_max_epi32(a, b); }
 template <int n>
 INLINE I32x16 shift_left(I32x16 a) { return _mm512_slli_epi32(a, n); }
 INLINE I32x16 shift_right(I32x16 a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
-// To an integer that is less or equal.
+// Divides by 2^n and rounds down.
 template <int n>
 INLINE I32x16 divide_by_power(I32x16 a) { return _mm512_srai_epi32(a, n); }
 INLINE I32x16 keep(I32x16 a, int32_t mask) { return _mm512_and_si512(a, _mm512_set1_epi32(mask)); }
 INLINE I32x16 either(I32x16 a, I32x16 b) { return _mm512_or_si512(a, b); }
 INLINE F32x16 to_float(I32x16 a) { return _mm512_cvtepi32_ps(a); }
-// Nearest, ties to even; |x| < 2^31 is the caller's duty (out of range differs between machines).
+// Rounds to nearest, ties to even. The caller ensures |x| < 2^31, because results outside that range differ between
+// machines.
 INLINE I32x16 to_int(F32x16 a) { return _mm512_cvtps_epi32(a); }
 INLINE F32x16 bits_to_float(I32x16 a) { return _mm512_castsi512_ps(a); }
 INLINE I32x16 float_to_bits(F32x16 a) { return _mm512_castps_si512(a); }

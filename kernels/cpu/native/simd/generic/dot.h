@@ -1,4 +1,4 @@
-// Integer dot products in plain C++: pairs of columns in 16 bits, loops that a compiler turns into whatever there is.
+// Integer dot products in plain C++, as sums of column pairs in 16 bits. The compiler vectorizes the loops for any CPU.
 #pragma once
 
 namespace llamaclust::LLAMACLUST_LEVEL {
@@ -35,7 +35,7 @@ template <int n>
 INLINE I32x16 signed_column(const Bytes& b) { EACH(I32x16, static_cast<int8_t>(b.v[4 * i + n])); }
 
 INLINE Sums no_sums() { return {}; }
-// Bytes 0 and 2, or 1 and 3, of four activations as every pair's factors.
+// Repeats bytes 0 and 2 of `even` as the two factors of every column pair.
 INLINE void broadcast_pair(int32_t even, int16_t (&out)[32]) {
   const int32_t low = static_cast<int8_t>(even), high = static_cast<int8_t>(even >> 16);
   const uint32_t pair = (static_cast<uint32_t>(low) & 0xffff) | static_cast<uint32_t>(high) << 16;
@@ -72,7 +72,7 @@ INLINE I32x16 scale_lanes(const Scale& scale) { return scale; }
 INLINE I32x16 add_scaled(const I32x16& total, const Sums& sums, const Scale& scale) {
   return add(total, mul(in_lanes(sums), scale));
 }
-// total + scale * (sums - offset); offset is even.
+// Returns total + scale * (sums - offset). `offset` is even.
 INLINE I32x16 add_scaled(const I32x16& total, const Sums& sums, int32_t offset, const Scale& scale) {
   return add(total, mul(sub(in_lanes(sums), broadcast(offset)), scale));
 }

@@ -1,4 +1,4 @@
-// Lanes in plain C++: no instruction set is assumed; what a compiler can vectorize keeps its IEEE meaning.
+// Lanes in plain C++ without any instruction set. The compiler may vectorize the loops, which keeps their IEEE results.
 #pragma once
 
 namespace llamaclust::LLAMACLUST_LEVEL {
@@ -11,7 +11,7 @@ struct I32x16 {
   int32_t v[16];
 };
 
-// Every lane i of the result, or every byte.
+// Returns a vector whose lane or byte i is the expression.
 #define EACH(T, expression)                                                                      \
   T r;                                                                                           \
   for (int i = 0; i < static_cast<int>(sizeof r.v / sizeof *r.v); i++) r.v[i] = (expression); \
@@ -29,12 +29,12 @@ INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { EACH(F32x16, __builtin_fmaf(a.
 INLINE F32x16 fnma(F32x16 a, F32x16 b, F32x16 c) { EACH(F32x16, __builtin_fmaf(-a.v[i], b.v[i], c.v[i])); }  // c - a * b
 INLINE F32x16 max(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 INLINE F32x16 min(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
-// Lanes [0, n) from a, the others from b.
+// Returns lanes [0, n) of a and the other lanes of b.
 INLINE F32x16 first(int n, F32x16 a, F32x16 b) { EACH(F32x16, i < n ? a.v[i] : b.v[i]); }
 // a < b ? x : y
 INLINE F32x16 select_less(F32x16 a, F32x16 b, F32x16 x, F32x16 y) { EACH(F32x16, a.v[i] < b.v[i] ? x.v[i] : y.v[i]); }
-// Exact: 2^112 moves a half's exponent to where a float has it, subnormal halves included. (The compiler's own conversion
-// is a call per value where the CPU has none.)
+// Exact, also for subnormal halves: multiplying by 2^112 moves the exponent of a half to the bias of a float. (On a CPU
+// without the conversion instruction, the compiler's own conversion is a function call per value.)
 INLINE float half_to_float(uint16_t h) {
   const uint32_t magnitude = (h & 0x7fffu) << 13, special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
   const float scaled = __builtin_bit_cast(float, magnitude) * 0x1p112f;
@@ -42,7 +42,7 @@ INLINE float half_to_float(uint16_t h) {
 }
 INLINE uint16_t float_to_half(float x) {
 #if defined(__aarch64__)
-  return __builtin_bit_cast(uint16_t, static_cast<__fp16>(x));  // g++ 12 knows the other name on x86 only
+  return __builtin_bit_cast(uint16_t, static_cast<__fp16>(x));  // g++ 12 has _Float16 on x86 only.
 #else
   return __builtin_bit_cast(uint16_t, static_cast<_Float16>(x));
 #endif
@@ -53,7 +53,7 @@ INLINE void to_f16(uint16_t* p, F32x16 x) {
   for (int i = 0; i < 16; i++) p[i] = float_to_half(x.v[i]);
 }
 INLINE F32x16 from_bf16(const uint16_t* p) { EACH(F32x16, bfloat_to_float(p[i])); }
-// 2^(e - 128) of exponent bytes e: exact, the two least are subnormal.
+// Returns 2^(e - 128) for an exponent byte e. It is exact; the results for e = 0 and e = 1 are subnormal.
 INLINE float halved_e8m0_to_float(uint8_t e) {
   return __builtin_bit_cast(float, e < 2 ? 0x200000u << e : (e - 1u) << 23);
 }
@@ -67,13 +67,14 @@ INLINE I32x16 max(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] > b.v[i] ? a.v[i] : 
 template <int n>
 INLINE I32x16 shift_left(I32x16 a) { EACH(I32x16, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << n)); }
 INLINE I32x16 shift_right(I32x16 a, int n) { EACH(I32x16, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> n)); }
-// To an integer that is less or equal.
+// Divides by 2^n and rounds down.
 template <int n>
 INLINE I32x16 divide_by_power(I32x16 a) { EACH(I32x16, a.v[i] >> n); }
 INLINE I32x16 keep(I32x16 a, int32_t mask) { EACH(I32x16, a.v[i] & mask); }
 INLINE I32x16 either(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] | b.v[i]); }
 INLINE F32x16 to_float(I32x16 a) { EACH(F32x16, static_cast<float>(a.v[i])); }
-// Nearest, ties to even; |x| < 2^31 is the caller's duty (out of range differs between machines).
+// Rounds to nearest, ties to even. The caller ensures |x| < 2^31, because results outside that range differ between
+// machines.
 INLINE I32x16 to_int(F32x16 a) { EACH(I32x16, static_cast<int32_t>(__builtin_lrintf(a.v[i]))); }
 INLINE F32x16 bits_to_float(I32x16 a) { return __builtin_bit_cast(F32x16, a); }
 INLINE I32x16 float_to_bits(F32x16 a) { return __builtin_bit_cast(I32x16, a); }

@@ -1,5 +1,5 @@
 // A k-group in four NEON registers of four rows each, and integer dot products: with sdot, whose operands are both
-// signed, or on any ARMv8 processor one 16-bit sum a column.
+// signed, or without it, on any ARMv8 processor, with one 16-bit sum per column.
 #pragma once
 
 namespace llamaclust::LLAMACLUST_LEVEL {
@@ -38,7 +38,7 @@ INLINE I32x16 signed_column(Bytes b) {
   EACH_QUARTER(I32x16, (vreinterpretq_s32_u8(b.v[i]) << (24 - 8 * n)) >> 24);
 }
 
-// What `step` multiplies: bytes of fewer than eight bits are signed as they are, others become so less 128.
+// The operand of `step`. Bytes of eight bits become signed by subtracting 128; smaller ones are signed as they are.
 template <int kBits>
 INLINE int8x16_t signed_bytes(uint8x16_t b) {
   return vreinterpretq_s8_u8(kBits < 8 ? b : veorq_u8(b, vdupq_n_u8(0x80)));
@@ -81,7 +81,7 @@ struct Sums {
 };
 using Scale = I32x16;
 
-// 127 * the greatest byte (128 for eight bits, see signed_bytes) * groups stays below 32768.
+// 127 * the maximum byte (128 for eight bits, see signed_bytes) * groups stays below 32768.
 template <int kBits>
 constexpr int kGroupsPerSum = kBits <= 4 ? 16 : kBits == 5 ? 8 : kBits == 6 ? 4 : 2;
 
@@ -111,7 +111,7 @@ INLINE I32x16 add_scaled(I32x16 total, I32x16 sums, Scale scale) {
   EACH_QUARTER(I32x16, vmlaq_s32(total.v[i], sums.v[i], scale.v[i]));
 }
 INLINE I32x16 add_scaled(I32x16 total, Sums sums, Scale scale) { return add_scaled(total, in_lanes(sums), scale); }
-// total + scale * (sums - offset); offset is even.
+// Returns total + scale * (sums - offset). `offset` is even.
 INLINE I32x16 add_scaled(I32x16 total, Sums sums, int32_t offset, Scale scale) {
   return add_scaled(total, sub(in_lanes(sums), broadcast(offset)), scale);
 }

@@ -1,4 +1,4 @@
-// Products of two rows with two tokens, eight columns each, in one instruction (smmla).
+// Products of two rows with two tokens in eight columns, by one instruction (smmla).
 #pragma once
 
 #include "simd/dot.h"
@@ -6,7 +6,7 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// Sums of sixteen rows and two tokens: v[i] has rows 2i and 2i + 1, each with both tokens.
+// Sums of sixteen rows with two tokens. v[i] has rows 2i and 2i + 1, each with both tokens.
 struct BlockSums {
   int32x4_t v[8];
 };
@@ -14,12 +14,12 @@ struct BlockSums {
   const auto pair = [&](int i) __attribute__((always_inline)) { return expression; }; \
   return BlockSums{{pair(0), pair(1), pair(2), pair(3), pair(4), pair(5), pair(6), pair(7)}}
 
-// Of sixteen columns: v[i] has columns 8i to 8i + 7 of both.
+// Sixteen columns of two tokens. v[i] has columns 8i to 8i + 7 of both.
 struct TokenPairs {
   int8x16_t v[2];
 };
 
-// Two k-groups become rows 0 to 7 and rows 8 to 15 of their eight columns.
+// Rearranges two k-groups: `first` becomes rows 0 to 7 of the eight columns, `second` rows 8 to 15.
 INLINE void zip_columns(Bytes& first, Bytes& second) {
   const auto low = [&](int i) __attribute__((always_inline)) {
     return vreinterpretq_u8_u32(vzip1q_u32(vreinterpretq_u32_u8(first.v[i]), vreinterpretq_u32_u8(second.v[i])));
@@ -42,7 +42,7 @@ INLINE BlockSums no_block_sums() {
   EACH_ROW_PAIR(((void)i, none));
 }
 
-// Adds the products of eight columns of zipped k-groups.
+// Adds the products of eight columns of zipped k-groups with two tokens.
 INLINE BlockSums step(const BlockSums& sums, const Bytes& upper, const Bytes& lower, int8x16_t tokens) {
   EACH_ROW_PAIR(vmmlaq_s32(sums.v[i], vreinterpretq_s8_u8(i < 4 ? upper.v[i & 3] : lower.v[i & 3]), tokens));
 }
@@ -52,12 +52,12 @@ INLINE BlockSums add_scaled(const BlockSums& total, const BlockSums& sums, const
   EACH_ROW_PAIR(vmlaq_s32(total.v[i], sums.v[i], scales.v[i]));
 }
 
-// A number of each row for both tokens.
+// Repeats the number of each row for both tokens.
 INLINE BlockSums twice(I32x16 x) {
   EACH_ROW_PAIR(i % 2 == 0 ? vzip1q_s32(x.v[i / 2], x.v[i / 2]) : vzip2q_s32(x.v[i / 2], x.v[i / 2]));
 }
 
-// The lanes of each token.
+// Separates the lanes of the two tokens.
 INLINE void unzip_tokens(const BlockSums& sums, I32x16& first, I32x16& second) {
   UNROLL for (int i = 0; i < 4; i++) {
     first.v[i] = vuzp1q_s32(sums.v[2 * i], sums.v[2 * i + 1]);

@@ -10,11 +10,7 @@
 
 namespace llamaclust {
 
-<<<<<<< HEAD
-// As RowResult in core/sampler/results.py.
-=======
-// RowResult in core/sampling/results.py.
->>>>>>> h/x8
+// RowResult in core/sampler/results.py.
 struct RowAnswer : RowOutcome {
   RowAnswer() = default;
   explicit RowAnswer(RowOutcome outcome) : RowOutcome(std::move(outcome)) {}

@@ -55,7 +55,7 @@ struct Chain {
   double mu;
 };
 
-// Fields of SamplingParams and SampleTask in core/sampling/.
+// Fields of SamplingParams and SampleTask in core/sampler/.
 struct Choice {
   float temperature;
   int32_t top_k;

@@ -27,9 +27,9 @@ _ROLES = frozenset({*_SYSTEM_ROLES, "user", "assistant", "tool"})
 class Session(Generic[WholeT, StreamT]):
     """A conversation with a model. `messages` are in OpenAI's form and may be changed between answers. `options` are
     those of `Client.chat` and apply to every answer. A turn is a user's message with all messages up to the next user's
-    message. If the conversation exceeds the context, RequestError is raised. If its images exceed a request, UsageError
-    is raised. With `drop_oldest`, the oldest turns or images are left out of the request instead, but stay in
-    `messages`. The client stays open when the session is dropped. Only one thread at a time may use a session."""
+    message. If the conversation exceeds the context, RequestError is raised. If its images do not fit into a request,
+    UsageError is raised. With `drop_oldest`, the oldest turns or images are left out of the request instead, but stay
+    in `messages`. The client stays open when the session is dropped. Only one thread at a time may use a session."""
 
     def __init__(
         self,

@@ -66,7 +66,7 @@ def web_options(url: httpx.URL | None, verify: ssl.SSLContext | None = None) -> 
     for name, value in proxy_variables().items():
         wrong = _wrong_hosts(value) if name.lower() == "no_proxy" else _wrong_proxy(value)
         if wrong:
-            raise UsageError(f"{name}={value}: {wrong}; correct or unset this environment variable")
+            raise UsageError(f"{name}={value} {wrong}; correct or unset this environment variable")
     return {"verify": trusted, "mounts": {f"all://{host}": None for host in _NEVER_PROXIED}}
 
 
@@ -78,11 +78,11 @@ def _wrong_proxy(value: str) -> str:
     try:
         url = httpx.URL(value if "://" in value else f"http://{value}")
     except httpx.InvalidURL as error:
-        return f"not the address of a proxy ({error})"
+        return f"is not the address of a proxy ({error})"
     if url.scheme not in _SCHEMES or not url.host or not 0 <= (url.port or 0) <= _MOST_PORT:
-        return "not the address of a proxy; write it like http://HOST:PORT"
+        return "is not the address of a proxy, such as http://HOST:PORT"
     if url.scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
-        return "SOCKS proxies need the package socksio (`pip install socksio`)"
+        return "is a SOCKS proxy, which needs the package socksio (`pip install socksio`)"
     return ""
 
 
@@ -92,7 +92,7 @@ def _wrong_hosts(value: str) -> str:
             if not is_address(host) and "/" not in host:
                 httpx.URL(f"all://*{host}")
         except httpx.InvalidURL as error:
-            return f"{host} is not a valid host ({error})"
+            return f"contains {host!r}, which is not a valid host ({error})"
     return ""
 
 
@@ -114,14 +114,16 @@ def authorities(file: Path | None = None) -> ssl.SSLContext:
         context = httpx.create_ssl_context()
         context.load_default_certs()
     except OSError as error:
-        reason = "holds no certificate in PEM" if isinstance(error, ssl.SSLError) else error.strerror
+        reason = "the file holds no certificate in PEM" if isinstance(error, ssl.SSLError) else error.strerror
         variables = trust_variables()
         names = [name for name in variables if file is None or name == _KEY_LOG]
         wrong = [name for name in names if variables[name] == error.filename]
         if file is None and not wrong:
             wrong = [name for name in names if name != _KEY_LOG]
         if wrong:
-            raise UsageError(f"{wrong[0]}={variables[wrong[0]]}: {reason}; correct or unset this variable") from error
+            raise UsageError(
+                f"{wrong[0]}={variables[wrong[0]]} cannot be used: {reason}; correct or unset this variable"
+            ) from error
         if file is None:
             raise
         raise UsageError(f"{file}: cannot read the certificates to trust: {reason}") from error

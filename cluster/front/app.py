@@ -72,7 +72,7 @@ _CONVERSATION: Final = QueryParameter("conv_id", "string", "the conversation's n
 def create_app(
     models: Sequence[ApiModel], admission: Admission | None = None, workers: WorkerOperations | None = None
 ) -> Starlette:
-    """Makes the app for all models. `admission` can refuse new requests. The caller must call `Replies.aclose`."""
+    """Makes the app for all models. `admission` can refuse requests. The caller must close the models' `replies`."""
     router, store = ModelRouter(models), ResponseStore()
     app = Starlette(middleware=_gates(router.settings, admission), routes=[*_routes(router, store, workers)])
     app.router.redirect_slashes = False  # `Paths` removes trailing slashes.

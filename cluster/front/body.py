@@ -165,7 +165,7 @@ def _not_finite(value: Any) -> str | None:
     if not isinstance(value, dict | list):
         return None
     if isinstance(value, list) and set(map(type, value)).isdisjoint((float, dict, list)):
-        return None  # A list of ids or texts may be long and has no such numbers.
+        return None  # A list of only ids or texts may be long, and none of them is NaN or infinite.
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         if (place := _not_finite(item)) is not None:
             return f".{key}{place}" if isinstance(value, dict) else f"[{key}]{place}"
@@ -212,7 +212,7 @@ _YES: Final = ("1", "true", "yes")
 _MOST_LOGGED: Final = 256
 _MOST_CHARACTERS: Final = 160
 _MOST_OF_A_HEADER: Final = 3072
-"""Maximum length of the header. Some proxies accept at most 4 KiB for all headers of a reply."""
+"""Maximum length of the header X-Llamaclust-Ignored. Some proxies accept at most 4 KiB for all headers of a reply."""
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.$:/\[\]-]")
 
 _log = logging.getLogger(__name__)
@@ -221,7 +221,7 @@ _is_strict: ContextVar[bool] = ContextVar("is_strict", default=False)
 
 
 class IgnoredFields:
-    """Middleware that adds a header with the fields that had no effect. Logs each field once per path."""
+    """Middleware that lists fields without effect in the header X-Llamaclust-Ignored. Logs each field once per path."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

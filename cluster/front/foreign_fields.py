@@ -40,8 +40,8 @@ _HINTS: Final = {
     **_names("store early_stopping backend_sampling cache_reuse", only(False)),
     "priority": number(0),
 }
-"""Hints of all endpoints. `metadata` belongs to stored completions, and `n_keep` and `n_discard` to context shift. This
-server has neither feature."""
+"""Fields that all endpoints ignore. `metadata` belongs to stored completions, and `n_keep` and `n_discard` to context
+shift. This server has neither feature."""
 
 _SLOTS: Final = _names("id_slot slot_id", anything)
 _NOT_DRAFTED: Final = _names("speculative speculative.n_max", anything)
@@ -59,7 +59,7 @@ _REFUSED: Final = {
     "n_indent": number(0),
     "min_keep": only(0, 1),
 }
-"""Samplers, constraints and forms of output that no endpoint has."""
+"""Fields for samplers, constraints and forms of output that no endpoint has."""
 
 _OTHER_NAMES: Final = {"typ_p": "typical_p", "tfs": "tfs_z", "speculative.n_max": "speculative"}
 
@@ -174,7 +174,7 @@ MESSAGES: Final = ForeignFields(
     ),
     other_names={**_OPENAI_NAMES, **_BUDGETS, "stop": "stop_sequences"},
 )
-"""Anthropic's fields. The hints concern costs, caches and regions. `context_management` would only shorten chats."""
+"""Anthropic's fields. The ignored fields concern costs, caches, regions, and the shortening of chats."""
 
 THINKING: Final = ForeignFields(hints={"display": only("summarized")})
 
@@ -193,7 +193,7 @@ OLLAMA_OPTIONS: Final = ForeignFields(
     | _OTHER_NAMES
     | _BUDGETS,
 )
-"""Ollama's options. The hints configure how a model is computed, which the cluster file decides on this server."""
+"""Ollama's options. The ignored options set how a model is computed, which only the cluster file can set here."""
 
 OLLAMA_GENERATE: Final = ForeignFields(
     refused={**_CHAT_ONLY, **_names("template adapters lora", only())},

@@ -60,7 +60,7 @@ MAX_FIELD_VALUES: Final = 1 << 15
 """Maximum number of JSON values in a field that holds no prompt, such as a grammar or a list of texts."""
 
 _BLOCK_BYTES: Final = 1 << 18
-"""Number of bytes to count at a time. NumPy releases the interpreter lock for most of this work."""
+"""Number of bytes of a JSON text to scan at a time. NumPy releases the interpreter lock for most of this work."""
 _MOST_MEMBERS: Final = 1024
 _MOST_NAME_BYTES: Final = 1024
 _IS_MARK: Final = np.isin(np.arange(256), [*b"[]{},"])

@@ -226,7 +226,7 @@ def _declared(name: str, own_name: str, dialect: Dialect) -> tuple[Any, Any]:
         kind = _TOP_K[dialect]
     elif own_name == name:
         kind = Annotated[kind, documented(row.low, row.high)]
-    else:  # An error of the scheduler would contain the table's name of the field, not this body's name.
+    else:  # An error of the scheduler would contain the sampling table's name, not the body's name.
         kind = Annotated[kind, Field(ge=row.low, le=row.high)]
     return kind, Field(row.default_in(dialect), description=row.doc)
 

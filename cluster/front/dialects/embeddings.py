@@ -106,8 +106,8 @@ class LlamaCppEmbeddingBody(EmbeddingFields):
     content: InputsField | None = None
     """Another name for `input`, as in llama.cpp."""
     embd_normalize: int = Field(default=EUCLIDEAN, ge=-1, le=_MAX_NORM)
-    """The norm that is scaled to 1, such as 2 for the Euclidean norm. For 0, the largest absolute value is scaled to
-    32760. For -1, vectors are not scaled."""
+    """Order of the norm by which each vector is divided, such as 2 for the Euclidean norm. 0 scales each vector so that
+    its largest absolute value is 32760. -1 does not scale vectors."""
 
     @property
     def inputs(self) -> tuple[Input, ...]:

@@ -34,7 +34,7 @@ from llamaclust.wire.security.server_context import server_context
 
 _LOOK_S: Final = 1.0
 _RETRY_S: Final = 60.0
-"""Seconds until unusable files are read again. By then, the clock may be correct, or the disk may have space."""
+"""Seconds until an unusable certificate is read again. By then, the clock may be right, or the disk may have space."""
 _END_S: Final = 1.0
 _MOST_BYTES: Final = 1 << 20
 _WARNING: Final = timedelta(days=7)
@@ -69,7 +69,7 @@ class LoadedCertificate:
         try:
             certificate = x509.load_pem_x509_certificate(chain)
         except (ValueError, x509.InvalidVersion) as error:
-            raise UsageError(f"{files.certificate}: holds no certificate in PEM") from error
+            raise UsageError(f"{files.certificate} holds no certificate in PEM") from error
         _check_key(files, certificate, key)
         _check_time(files.certificate, certificate)
         try:
@@ -77,7 +77,7 @@ class LoadedCertificate:
             context = server_context(both, ssl.TLSVersion.TLSv1_2)
         except OSError as error:
             reason = error.reason if isinstance(error, ssl.SSLError) else error
-            raise UsageError(f"{files.certificate}: the certificate cannot be used: {reason}") from error
+            raise UsageError(f"the certificate {files.certificate} cannot be used: {reason}") from error
         context.set_alpn_protocols(["http/1.1"])
         pem = certificate.public_bytes(Encoding.PEM).decode()
         fingerprint = certificate.fingerprint(hashes.SHA256()).hex(":").upper()
@@ -126,7 +126,7 @@ class ServerCertificate:
             thread.join(_END_S)
 
     def look(self) -> None:
-        """Reads changed files once they are the same as at the previous check. Warns before the certificate expires."""
+        """Reads changed files once two checks in a row find the same version. Warns before the certificate expires."""
         version, last = self._files.version, self._seen
         self._seen = version
         must_wait = version == self._failed and time.monotonic() < self._retry_at_s
@@ -169,9 +169,9 @@ def _read(path: Path, *, is_private: bool = False) -> bytes:
             mode = os.fstat(file.fileno()).st_mode
             data = file.read(_MOST_BYTES)
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     if is_private and mode & 0o007:
-        raise UsageError(f"{path}: all users of this machine can read this key: chmod o= {path}")
+        raise UsageError(f"all users of this machine can read the private key {path}; run `chmod o= {path}`")
     return data
 
 
@@ -179,19 +179,19 @@ def _check_key(files: CertificateFiles, certificate: x509.Certificate, pem: byte
     try:
         is_its_key = load_pem_private_key(pem, None).public_key() == certificate.public_key()
     except TypeError as error:  # The key needs a password.
-        what = f"{files.key}: the key is protected by a password"
-        raise UsageError(f"{what}; write the key without a password: openssl pkey -in {files.key} -out FILE") from error
+        what = f"the private key {files.key} is protected by a password"
+        raise UsageError(f"{what}; remove the password with `openssl pkey -in {files.key} -out FILE`") from error
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise UsageError(f"{files.key}: holds no private key in PEM") from error
+        raise UsageError(f"{files.key} holds no private key in PEM") from error
     if not is_its_key:
-        raise UsageError(f"{files.key}: is not the key of the certificate in {files.certificate}")
+        raise UsageError(f"{files.key} is not the key of the certificate in {files.certificate}")
 
 
 def _check_time(path: Path, certificate: x509.Certificate) -> None:
     begin, end, now = certificate.not_valid_before_utc, certificate.not_valid_after_utc, datetime.now(UTC)
     if not begin <= now <= end:
-        valid = f"the certificate is valid from {_shown(begin)} to {_shown(end)}"
-        raise UsageError(f"{path}: {valid}, but this machine's clock says {_shown(now)}: renew it, or set the clock")
+        valid = f"the certificate {path} is valid from {_shown(begin)} to {_shown(end)}"
+        raise UsageError(f"{valid}, but this machine's clock says {_shown(now)}; renew it, or set the clock")
 
 
 def _shown(time: datetime) -> str:

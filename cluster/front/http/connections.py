@@ -87,7 +87,7 @@ class HttpConnection(h11.Connection):
         self._body_bytes += len(data.data)
         if self._chunks > _FEW_CHUNKS and self._body_bytes < _LEAST_CHUNK_BYTES * self._chunks:
             raise h11.RemoteProtocolError(
-                f"the body has {self._chunks} chunks of {self._body_bytes} bytes in all, too few: send larger chunks"
+                f"the body has {self._chunks} chunks of {self._body_bytes} bytes in all; send larger chunks"
             )
 
     # Implements only the last overload of the base method.

@@ -120,7 +120,7 @@ class Security:
         except HttpError as error:
             is_preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
             is_unanswered = error.code == _FOREIGN_ORIGIN and is_preflight
-            # The reply lacks CORS headers, so the browser refuses the page.
+            # An empty reply without CORS headers makes the browser refuse the page's request.
             reply = Response() if is_unanswered else error_response(error, scope)
         await reply(scope, receive, send)
 

@@ -78,7 +78,7 @@ class _Room:
 
     def wait(self, connection: _Connection, wait_s: float) -> None:
         """Marks a connection as idle, and closes it unless the head of a request arrives within `wait_s`. An idle
-        connection still counts as one of the `places`."""
+        connection still counts toward the maximum number of connections."""
         timer = self._idle.get(connection)
         if timer is not None:
             timer.cancel()
@@ -203,7 +203,7 @@ class _Body:
         self._pieces: list[bytes] = []
 
     def write(self, data: bytes) -> bool:
-        """Queues a piece. If it must go through ASGI instead, writes the pieces in the queue and returns False."""
+        """Queues a piece. If the piece must go through ASGI instead, flushes the queue and returns False."""
         if self._reply is None:
             return False
         connection, cycle = self._reply

@@ -120,8 +120,8 @@ class EventResponse(PartsResponse):
 
 
 class JsonParts(PartsResponse):
-    """A JSON body in parts. A body of a single part gets a Content-Length. An error before the third part still sets
-    the HTTP status, because the status is sent with the first two parts."""
+    """A JSON body in parts. A body of a single part gets a Content-Length. An error in one of the
+    first two parts still sets the HTTP status, because the status is sent when both parts are made."""
 
     media_type = "application/json"
 
@@ -134,7 +134,7 @@ class JsonParts(PartsResponse):
             await send({"type": "http.response.body", "body": begin.pop(0), "more_body": True})
         async for part in self._parts:
             await send({"type": "http.response.body", "body": part, "more_body": True})
-        await asyncio.sleep(0)  # Lets the watcher notice a connection that was closed earlier.
+        await asyncio.sleep(0)  # Lets `_watch` notice a connection that was closed earlier.
         self._is_sent = not self._is_cut
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -58,7 +58,7 @@ def _client() -> httpx.AsyncClient:
 
 
 async def _fetched(client: httpx.AsyncClient, url: ImageUrl, most_bytes: int) -> bytes:
-    """Connects to the address that was checked, because a second lookup could return another address."""
+    """Fetches an image. Connects to the address that was checked, because a second lookup could return another."""
     address = await _public_address(url)
     request = client.build_request(
         "GET",

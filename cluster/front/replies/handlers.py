@@ -141,7 +141,7 @@ class Replies:
 
     async def replay(self, request: Request) -> Response:
         """Sends a reply to llama.cpp's `GET /v1/stream/ID?from=N` or `/v1/stream?conv_id=ID&from=N`. A stream begins at
-        byte N. N must be 0 if the reply is not streamed, or if its stream has measurements and was computed again."""
+        byte N. N must be 0 if the reply is not streamed, or if its stream shows times and was computed again."""
         kept = self._find(request)
         start = request.query_params.get("from", "0")
         if not (start.isascii() and start.isdigit() and len(start) < 16):
@@ -153,13 +153,13 @@ class Replies:
             return await self._whole(request, kept)
         if int(start) and kept.context.is_restored and kept.context.has_measurements:
             why = "a restarted coordinator computed this stream again, and measurements such as times changed its bytes"
-            raise HttpError(409, "stream_computed_again", f"from: {why}: read the stream from 0", param="from")
+            raise HttpError(409, "stream_computed_again", f"from: {why}; read the stream from 0", param="from")
         framing = Framing(self._form(kept), kept.context.id, self.settings.keepalive_s, skipped_bytes=int(start))
         framing.with_comments = False
         return self._stream(kept, framing)
 
     async def stop(self, request: Request) -> Response:
-        """Ends a reply (`DELETE` on either path). Answers with status 204 even if there is no such reply."""
+        """Ends a reply (`DELETE /v1/streams/ID` or `/v1/stream/ID`). Answers 204 even if there is no such reply."""
         with suppress(HttpError):
             await self.cache.forget(self._find(request))
         return Response(status_code=204)

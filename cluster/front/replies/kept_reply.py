@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from llamaclust.cluster.front.replies.reply_cache import ReplyCache
 
 _TURN_COST: Final = 2048
-"""A reader lets other tasks run after this cost. A log entry costs `_ENTRY_COST`, plus 1 for each token or logprob."""
+"""Cost after which a reader lets other tasks run. A log entry costs `_ENTRY_COST`, plus 1 for each token or logprob."""
 _ENTRY_COST: Final = 8
 _FRAME_BYTES: Final = 250
 """Estimated bytes of JSON around a token's text, both in a stream event and in a whole reply."""
@@ -50,7 +50,7 @@ _log = logging.getLogger(__name__)
 
 class KeptReply:
     """A reply and its log. The log grows from `begin` until the reply ends or is closed. If `is_kept` is false, the log
-    drops rows that were sent, and the reply ends with its connection. A kept reply expires if no client reads it for
+    drops entries that were read, and the reply ends with its connection. A kept reply expires if no client reads it for
     `resume_s`. A background reply expires if no client reads it for `background_s` after its end."""
 
     def __init__(self, context: RequestContext, owner: ReplyCache, *, is_kept: bool = True) -> None:
@@ -105,8 +105,8 @@ class KeptReply:
         self, reply: Reply, *, admitted: bytes | None = None, until_s: float | None = None
     ) -> asyncio.Future[None] | None:
         """Submits the request. Raises an error if the request is refused or the reply was closed. `admitted` is the
-        body if the request must be journalled. The returned future is done when the record is on disk. Readers of a
-        kept reply wait for the record. `until_s` (event loop time) is the deadline for retries in a busy cluster."""
+        body if the request must be journalled. The returned future is done when the journal has the request on disk.
+        Readers of a kept reply wait until then. In a busy cluster, retries end at `until_s` (event loop time)."""
         try:
             await self._submit(reply, until_s, is_recorded=admitted is not None or self.context.is_restored)
             # No `await` may separate this call from the submission.
@@ -174,7 +174,7 @@ class KeptReply:
             self.context.adapters = used
         elif not {*used} <= {*self.context.adapters}:
             raise AdapterUnloadedError(
-                "model: another adapter was loaded under this name meanwhile: send the request again"
+                "model: another adapter was loaded under this name meanwhile; send the request again"
             )
 
     async def _run(self, is_stored: bool, until_s: float | None, on_disk: asyncio.Future[None] | None) -> None:

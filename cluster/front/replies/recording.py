@@ -14,7 +14,7 @@ from llamaclust.core.sampler.results import RowResult
 
 _RECORDED_ROWS = 64
 _RECORDED_S = 1.0
-"""Maximum seconds that a row waits to share a record with later rows. A crash loses only the waiting rows."""
+"""Maximum seconds that a token waits to share a record with later tokens. A crash loses only the waiting tokens."""
 
 
 class Recording:
@@ -31,7 +31,7 @@ class Recording:
         self._came: Counter[ChoiceKey] = Counter()
         self._most = 1 if context.is_restored else _RECORDED_ROWS
         self._rows: dict[ChoiceKey, list[RowResult]] = {}
-        self._oldest_s = 0.0  # Arrival time of the oldest row in `_rows`.
+        self._oldest_s = 0.0  # Arrival time of the oldest token in `_rows`.
 
     def follow(self, log: AnswerLog) -> None:
         """Records the log's tokens, unless its answers have top logprobs, scored prompts or sampler state. Tokens alone

@@ -86,7 +86,7 @@ def _name(headers: Headers, header: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A part of a stream. If the reply is computed again, the events of each slot come in the same order."""
+    """A part of a stream. Events with the same `slot` come in the same order if the reply is computed again."""
 
     slot: int  # Index of the event's choice, or the number of choices if the event belongs to none.
     value: Any  # Rendered as JSON, or sent unchanged if it is bytes.
@@ -154,7 +154,7 @@ class Reply:
 
     def sizes(self, requests: Sequence[CompletionRequest], generations: Sequence[GenerationRequest]) -> list[ReplySize]:
         """Returns an upper bound on the size of each prompt's answers. In a stream, the first prompt's answers are read
-        while they are computed, so fewer rows are held."""
+        while they are computed, so fewer of their tokens are held in memory."""
         first = MAX_UNREAD_ROWS if self._storage is RowStorage.STREAMED else None
         return [
             ReplySize.of(generation, request.n, self._storage, None if prompt else first)

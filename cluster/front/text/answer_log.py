@@ -18,8 +18,8 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptProgr
 from llamaclust.core.errors import DeadlineError, LlamaclustError
 
 MAX_UNREAD_ROWS = 4096
-"""Maximum number of unread rows in a streamed log, not counting rows that had to wait for the end of an earlier
-prompt."""
+"""Maximum number of unread tokens in a streamed log. Tokens that had to wait for the end of an earlier prompt do not
+count."""
 
 LogItem = TextChunk | PromptProgress
 Entry = tuple[int, LogItem]

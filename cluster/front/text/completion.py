@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _PROGRESS_S = 0.1
 _QUEUE_S = 120.0
-"""Maximum seconds that each later choice of a prompt waits for a place in a full queue."""
+"""Maximum seconds that each later choice of a prompt waits while the scheduler's queue is full."""
 _TURN_TOKENS = 1 << 16
 """Maximum number of prompt tokens to submit in one turn of the event loop. A single choice may have more."""
 SCORED_TOKENS = 256
@@ -305,7 +305,7 @@ class StopPattern:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        # Entry i: length of the longest proper prefix of text[: i + 1] that is also its suffix.
+        # Failure table: entry i is the length of the longest proper prefix of text[: i + 1] that is also its suffix.
         self._fallback = array("I", bytes(4 * len(text)))
         length = 0
         for i in range(1, len(text)):

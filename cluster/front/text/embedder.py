@@ -1,4 +1,4 @@
-"""Embeddings and reranking scores. Pools hidden states in order in float64, so chunked prefill changes no result."""
+"""Embeddings and reranking scores. Chunked prefill does not change them, because hidden states are summed in order."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _INT16 = 32760.0
 class Pooler:
     def __init__(self, pooling: Pooling) -> None:
         self._pooling = pooling
-        self._rows: list[Float64] = []  # For Pooling.MEAN, one row: the sum of all rows.
-        self.count = 0  # Number of rows so far.
+        self._rows: list[Float64] = []  # Hidden states so far. For Pooling.MEAN, only their sum.
+        self.count = 0  # Number of hidden states so far.
 
     def add(self, event: PromptEmbedded) -> None:
         hidden = np.frombuffer(event.data, "<f4").reshape(event.count, -1)

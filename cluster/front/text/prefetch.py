@@ -33,7 +33,7 @@ class Prefetch(Generic[_Result]):
         room: Callable[[int, int], Awaitable[None]],
     ) -> None:
         """`room(own_bytes, size)` waits until `size` more bytes are free. `own_bytes` is the memory that the caller has
-        already. Raises RowMemoryError if other requests hold the memory."""
+        already. `room` raises RowMemoryError if other requests hold the memory."""
         self._sources = deque(sources)
         self._begin = begin
         self._room = room

@@ -50,7 +50,7 @@ class AnswerReading:
     splits_reasoning: bool = True
     most_calls: int | None = None
     begun: str = ""  # Beginning of the answer that the prompt already contains.
-    reads_unmarked: bool = False  # True to find calls without markers in an answer that has no other text.
+    reads_unmarked: bool = False  # True to find tool calls without markers in an answer that has no other text.
     shown_control_ids: frozenset[int] = frozenset()  # Control tokens whose text the parser must see.
 
     @property
@@ -157,7 +157,7 @@ class ToolUse:
 
     @classmethod
     def of(cls, mode: ToolMode, name: str | None, is_parallel: bool | None) -> ToolUse:
-        """Makes the rule. If `is_parallel` is None, several calls are allowed unless a call is required."""
+        """Makes a ToolUse. If `is_parallel` is None, several calls are allowed unless a call is required."""
         return cls(mode, name, mode is not ToolMode.REQUIRED if is_parallel is None else is_parallel)
 
     def check(self, tools: Sequence[Variables]) -> None:

@@ -45,7 +45,7 @@ _Arguments = ParamSpec("_Arguments")
 
 
 class Places:
-    """Limits how many tasks work at once. Owners take turns. One owner has at most `most` places (None: no limit)."""
+    """Limits the tasks at work: `count` in all, and `most` of one owner (None: no limit). Owners take turns."""
 
     def __init__(self, count: int, most: int | None = None) -> None:
         self._count = count
@@ -97,7 +97,7 @@ MAX_REPLY_ENTRIES = 1 << 21
 """Maximum number of tokens and top logprobs in one reply."""
 UNIT_BYTES = 200
 MAX_HELD_UNITS = 1 << 21
-"""Maximum memory of one owner's replies and prompts to rank, in `UNIT_BYTES`. The total maximum is twice as high."""
+"""Maximum `UNIT_BYTES` of one owner's replies and prompts to rank. All owners together may hold twice as many."""
 _UNIT_NUMBERS = 5
 """Number of embedding values, or of tokens in prompts to rank, that count as one unit of memory."""
 _TOP_BYTES = 8

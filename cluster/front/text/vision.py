@@ -90,7 +90,7 @@ class _Tiles:
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """An image in a prompt. `tiles` is None if, at the beginning, the image's rows were cached or being computed."""
+    """An image in a prompt. Holds its tiles, unless its rows were cached, were being computed, or are not needed."""
 
     source: ImageSource
     digest: bytes
@@ -118,7 +118,7 @@ class Vision:
         rope_sections: int = 0,
         rows: RowCache | None = None,
     ) -> None:
-        """Models may share `rows`. `rope_sections` is the number of positions of a row in M-RoPE. 0: no M-RoPE."""
+        """Models may share `rows`. `rope_sections` is the number of M-RoPE positions per row, or 0 without M-RoPE."""
         self._projector = projector
         self._tokenizer = tokenizer
         self._encoder = encoder
@@ -201,8 +201,7 @@ class Vision:
 
     async def _room(self, place: Place, own_bytes: int, size: int) -> None:
         """Makes room for `size` more bytes. If there is no room, the request that is first in line waits, and any other
-        request gets RowMemoryError. Raises ParameterError if the request, which has `own_bytes`, can never have so
-        much."""
+        request gets RowMemoryError. Raises ParameterError if `own_bytes + size` exceeds the limit of a request."""
         self._rows.check(own_bytes + size)
         if place.is_first:
             await self._rows.wait_for(size)
@@ -257,7 +256,7 @@ class Vision:
         return await run_on(TOKENIZING, settings.digest, source.data, self._projector.identity)
 
     async def _tiles_of(self, digest: bytes, source: ImageSource, place: Place | None = None) -> Lease[_Tiles]:
-        """Raises RowMemoryError if the request of `place` must wait for another request in the line."""
+        """Prepares the tiles of an image. Raises RowMemoryError if the request must first wait for its turn in line."""
         if place is not None and digest not in self._preparing:
             self._check_open(place)
         owner = current_owner.get()
@@ -289,7 +288,7 @@ class Vision:
         return layout.rows * self._projector.width * self._projector.levels * _FLOAT_BYTES
 
     async def _rows_of(self, image: _Begun, place: Place) -> Lease[Rows]:
-        """Raises RowMemoryError with the number of bytes that the request lacks for the rows and any missing tiles."""
+        """Returns the rows of an image. Raises RowMemoryError with the bytes that the rows and missing tiles need."""
         digest, owner = image.digest, current_owner.get()
         lacking = self._bytes_of(image.layout) + image.layout.tile_bytes - image.tile_bytes
         if digest not in self._encoding:
@@ -298,7 +297,7 @@ class Vision:
             self._check_open(place, lacking)
         try:
             return await self._encoding.take(digest, owner, self._encoder.turn(owner), partial(self._compute, image))
-        except RowMemoryError as error:  # Other requests may share the computation and lack another number of bytes.
+        except RowMemoryError as error:  # Another request that shares the computation may lack fewer or more bytes.
             raise RowMemoryError(error.held_bytes, lacking) from error
 
     async def _compute(self, image: _Begun, owners: Owners) -> Rows:
@@ -336,7 +335,7 @@ class Vision:
             start = end
 
     def _rope_positions(self, rows: TileRows, columns: int) -> NDArray[np.int32] | None:
-        """Returns M-RoPE positions [sections, rows]. Section 1 has lines in the span, section 2 columns, others 0."""
+        """Returns M-RoPE positions [sections, rows]. Section 1 has each row's line, section 2 its column, others 0."""
         if not self._rope_sections:
             return None
         positions = np.zeros((self._rope_sections, rows.end - rows.start), np.int32)

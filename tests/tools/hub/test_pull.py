@@ -146,7 +146,7 @@ def test_settings_that_cannot_work_are_named(tiny: Server, tmp_path: Path, monke
         with pytest.raises(UsageError, match=r"none.pem: cannot read the certificates to trust: No such file"):
             pull_model("tiny", models_dir=tmp_path, patience=QUICK)
     monkeypatch.setenv("ALL_PROXY", "nonsense://proxy")
-    with pytest.raises(UsageError, match="ALL_PROXY=nonsense://proxy: not the address of a proxy"):
+    with pytest.raises(UsageError, match="ALL_PROXY=nonsense://proxy is not the address of a proxy"):
         pull_model("tiny", models_dir=tmp_path, patience=QUICK)
 
 

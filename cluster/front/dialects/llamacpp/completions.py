@@ -312,7 +312,7 @@ class LlamaCppView(View):
 
     def frames(self, prompt: int, item: LogItem) -> list[Event]:
         answer = self._answers[prompt]
-        # Progress events have a separate slot, because a second computation of the reply may have other ones.
+        # Progress events have their own slot, because their number may change if the reply is computed again.
         if isinstance(item, PromptProgress):
             return [Event(len(self._answers) + 1, answer.progress(item))]
         return [Event(prompt, answer.part(item))]

@@ -43,8 +43,8 @@ async def stored_response(response: dict[str, Any], input_items: Sequence[Item],
 
 
 class ResponseStore:
-    """Stored responses by owner and id. A store without free memory deletes the oldest response of the owner who uses
-    most memory. At the limit on responses, it deletes the oldest of the owner who has most. Not thread-safe."""
+    """Stored responses by owner and id. To make room, `put` deletes the oldest response of the owner who uses the most
+    memory, or who has the most responses if their number is at its limit. Not thread-safe."""
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self._max_responses = max_responses
@@ -132,7 +132,7 @@ class ResponseStore:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Storing:
-    """Stores a response and its input once, even if many readers call `complete`. Created in the store's event loop."""
+    """Stores a response and its input once, even if many readers call `complete`. Make it on the store's event loop."""
 
     store: ResponseStore
     owner: str

@@ -206,7 +206,7 @@ class ResponseView(View):
         self._reasoning = ReasoningCount(tokenizer)
 
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
-        """Returns the response's JSON. With logprobs, an answer has several chunks, to tell the text of each token."""
+        """Returns the response's JSON. If logprobs are shown, several chunks tell the text of each token."""
         (chunks,) = parts
         for chunk in chunks:
             for _ in self._take(chunk):
@@ -214,8 +214,8 @@ class ResponseView(View):
         return self._ended(chunks[-1])
 
     def frames(self, prompt: int, item: LogItem) -> Iterator[Event]:
-        """Yields the events of a log item. Progress events have a separate slot, because a second computation of the
-        reply may have other ones. They repeat the last event's number."""
+        """Yields the events of a log item. Progress events have their own slot, because their number may change if
+        the reply is computed again. A progress event repeats the `sequence_number` of the event before it."""
         if not self._events:
             yield from map(self._numbered, self._head.first_events)
         if isinstance(item, TextChunk):

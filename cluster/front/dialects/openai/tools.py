@@ -232,7 +232,7 @@ _HOSTED_ENVIRONMENTS: Final = ("container_auto", "container_reference")
 
 @dataclass(frozen=True, slots=True)
 class BuiltInTool:
-    """A tool that requests select only by type, such as `shell`. A call has its arguments in the object `field`."""
+    """A tool that requests define only by its type, such as `shell`. The object `field` of a call has the arguments."""
 
     field: str
     fixed: Mapping[str, Any]  # Default values in the object `field`.

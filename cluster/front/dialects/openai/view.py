@@ -73,7 +73,8 @@ class OpenAiView(View, Generic[AnyGeneration]):
         """Returns the content and logprobs that a chunk adds. If `is_whole`, the chunk is the choice's whole answer."""
 
     def frames(self, prompt: int, item: LogItem) -> Sequence[Event]:
-        """Returns the events of a log item. Progress events get a separate slot: a new computation may have others."""
+        """Returns the events of a log item. Progress events have their own slot, because their number may change if the
+        reply is computed again."""
         if isinstance(item, PromptProgress):
             progress = shown_progress(item, with_timings=self._body.timings_per_token)
             return (Event(self._choices + 1, self._event([], progress)),)

@@ -33,17 +33,17 @@ from support.wire.api_certificates import SignedFiles, self_signed, write_signed
 
 def _missing(signed: SignedFiles) -> str:
     signed.files.certificate.unlink()
-    return f"{signed.files.certificate}: cannot be read: No such file"
+    return f"{signed.files.certificate} cannot be read: No such file"
 
 
 def _no_certificate(signed: SignedFiles) -> str:
     signed.files.certificate.write_text("hello")
-    return f"{signed.files.certificate}: holds no certificate in PEM"
+    return f"{signed.files.certificate} holds no certificate in PEM"
 
 
 def _no_key(signed: SignedFiles) -> str:
     signed.files.key.write_bytes(signed.files.certificate.read_bytes())
-    return f"{signed.files.key}: holds no private key in PEM"
+    return f"{signed.files.key} holds no private key in PEM"
 
 
 def _open_key(signed: SignedFiles) -> str:
@@ -54,7 +54,7 @@ def _open_key(signed: SignedFiles) -> str:
 def _folder(signed: SignedFiles) -> str:
     signed.files.key.unlink()
     signed.files.key.mkdir(mode=0o700)
-    return f"{signed.files.key}: cannot be read"
+    return f"{signed.files.key} cannot be read"
 
 
 def _password(signed: SignedFiles) -> str:

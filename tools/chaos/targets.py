@@ -19,7 +19,7 @@ _GONE = ("left", "lost")
 @dataclass(frozen=True, slots=True)
 class Permissions:
     """The allowed faults. `coordinator` allows killing a coordinator without a standby, and `joined_workers` allows
-    killing workers that joined by themselves. Another program must restart them."""
+    killing workers that joined by themselves. For both, another program must restart the killed process."""
 
     coordinator: bool = False
     joined_workers: bool = False

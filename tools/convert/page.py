@@ -23,7 +23,7 @@ _NOT_NEEDED: Final = re.compile(
 
 
 class Page:
-    """Metadata and tensors to write. `vocabulary_rules` is an architecture: its rules convert the vocabulary."""
+    """Metadata and tensors to write. `vocabulary_rules` names the architecture whose rules convert the vocabulary."""
 
     def __init__(self, checkpoint: Checkpoint, architecture: str) -> None:
         self.settings = checkpoint.settings

@@ -196,7 +196,7 @@ def _growth(factor: float, share: float = 1.0) -> float:
 
 
 def _dynamic(page: Page, said: Settings) -> None:
-    """Adds a note. No metadata is written, because this scaling has no effect within the trained context length."""
+    """Adds a note for the user, but no metadata, because dynamic scaling begins after the trained context length."""
     if said.has("alpha"):
         raise said.error("alpha", "a stretch of all texts by alpha is not supported")
     context = page.metadata[f"{page.architecture}.context_length"]

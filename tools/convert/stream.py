@@ -148,8 +148,6 @@ def encoded(values: Array, storage: Storage, quant_type: QuantType, origin: str)
 
 def _range_error(values: NDArray[np.float32], quant_type: QuantType, origin: str) -> ModelFileError:
     if not np.isfinite(values).all():
-        return ModelFileError(
-            f"{origin}: holds numbers that are not finite; convert with --type f32 or bf16 to keep them"
-        )
+        return ModelFileError(f"{origin} has numbers that are not finite; convert with --type f32 or bf16 to keep them")
     what = f"{np.abs(values).max():g} does not fit {quant_type.name.lower()}"
     return ModelFileError(f"{origin}: {what} (largest: {_LARGEST_F16}); convert with --type bf16")

@@ -266,6 +266,6 @@ def _charsmap(path: Path, steps: list[dict[str, Any]]) -> bytes:
     try:
         data = base64.b64decode(said, validate=True)
     except (binascii.Error, TypeError, ValueError):
-        raise ModelFileError(f"{path}: its map of characters is not base64") from None
+        raise ModelFileError(f"{path}: the map of characters is not base64") from None
     check_charsmap(data, f"{path}: its map of characters")
     return data

@@ -358,7 +358,7 @@ class Target:
         given = [option for option, value in places.items() if value is not None]
         if len(given) > 1:
             served = "; --served-model chooses a model of a cluster" if self.model is not None else ""
-            raise UsageError(f"{' and '.join(given)} name different places: give one of them{served}")
+            raise UsageError(f"{' and '.join(given)} cannot be combined: give one of them{served}")
         if self.served is not None and self.model is not None:
             raise UsageError("--served-model is for a cluster: --model runs one model in this process")
         if self.draft is not None and self.model is None:
@@ -378,7 +378,7 @@ class Target:
                 "--chat-template is for --model: for a cluster, set it in the cluster file or give it to `up`"
             )
         if self.ca_file is not None and self.endpoint is None:
-            raise UsageError("--ca-file is for --endpoint: the certificate of a cluster on this machine is known")
+            raise UsageError("--ca-file is for --endpoint: a local cluster's certificate is already known")
         if self.api_key_file is not None and self.model is not None:
             raise UsageError("--api-key-file is for a cluster: a model in this process needs no key")
 

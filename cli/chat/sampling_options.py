@@ -37,9 +37,9 @@ def _json_of(path: Path) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path}: is not JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     except RecursionError:
-        raise ValueError(f"{path}: is nested too deeply") from None
+        raise ValueError(f"{path} is nested too deeply") from None
 
 
 _FILES: dict[str, Callable[[Path], Any]] = {"json_schema": _json_of, "grammar": text_of}
@@ -82,7 +82,7 @@ def _with_most_drafted(more: dict[str, Any]) -> dict[str, Any]:
 
     when, most = more.pop("speculative", "auto"), more.pop("draft_max", None)
     if (is_on := switched(when)) is None:
-        raise UsageError(f"--speculative {when}: give auto, on or off; --draft-max N limits drafted tokens")
+        raise UsageError(f"--speculative {when}: give auto, on or off; --draft-max N limits the drafted tokens")
     if most is not None and not 0 <= most <= MAX_WINDOW:
         raise UsageError(f"--draft-max {most}: give 0 to {MAX_WINDOW}")
     if not is_on:

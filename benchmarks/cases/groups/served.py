@@ -51,7 +51,7 @@ _GOALS = {
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A kind of cluster. `cores` and `speeds` have one value for each worker, in order."""
+    """A kind of cluster, such as a group of workers. `cores` and `speeds` have one value for each worker, in order."""
 
     name: str
     cores: tuple[int, ...]
@@ -288,8 +288,8 @@ class Served(Case):
         return [[source.randrange(_PLAIN_WORDS, words) for _ in range(length)] for _ in range(count)]
 
     async def _repeated(self, served: ServedWay) -> list[int]:
-        """Returns a prompt that its greedy answer repeats. Such prompts exist, because layers add nothing to the
-        state."""
+        """Returns a prompt whose greedy answer repeats the prompt. Such a prompt exists, because the model's layers add
+        nothing to the hidden state."""
         for turn in range(1_000):
             begin = self._prompts_begin(turn)
             ids = (await answer(served.bench.api, begin, _REPEATED_PROMPT)).ids

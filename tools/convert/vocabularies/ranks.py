@@ -161,7 +161,7 @@ def read_tekken(path: Path) -> Words:
 
 
 def _special(said: dict[str, Any], path: Path, count: int) -> list[str]:
-    """Returns the texts of special tokens by id. They precede all words. A token without a text gets a placeholder."""
+    """Returns the texts of special tokens by id, which begin at 0. A token without a text gets a placeholder."""
     texts = [f"<SPECIAL_{number}>" for number in range(count)]
     listed = said.get("special_tokens")
     if listed is None:

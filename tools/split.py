@@ -81,7 +81,7 @@ def plan_merge(model: ModelFile, out: Path) -> Part:
 
 
 def write_parts(parts: Sequence[Part], progress: Progress) -> None:
-    """Writes all files or none. The files get their names when all of them are complete, and the first file is named
+    """Writes all files or none. When all files are complete, they are renamed to their final names, the first file
     last. Raises UsageError if a file exists or the disk lacks space. `progress` receives file names and bytes."""
     for part in parts:
         if part.path.exists():

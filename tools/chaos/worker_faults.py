@@ -28,12 +28,12 @@ def break_steps(is_active: Active) -> None:
 
     def fails(loop: StageLoop, *given: Any) -> Any:
         if is_active():
-            raise RuntimeError("a fault of `llamaclust chaos`")
+            raise RuntimeError("`llamaclust chaos` injected this error")
         return run_layers(loop, *given)
 
     def fails_to_follow(stage: FollowingStage, data: bytes) -> None:
         if is_active():
-            raise RuntimeError("a fault of `llamaclust chaos`")
+            raise RuntimeError("`llamaclust chaos` injected this error")
         follow(stage, data)
 
     StageLoop._run_layers = fails  # type: ignore[method-assign, assignment]

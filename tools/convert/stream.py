@@ -54,7 +54,7 @@ def write_stream(
     check: Callable[[], None],
 ) -> None:
     """Writes a file. Raises UsageError before writing if the disk lacks space. `check` is called at the end, before the
-    file gets its name."""
+    file is renamed to `path`."""
     header = header_bytes(
         metadata, [TensorSource(output.name, output.quant_type, output.tensor.shape, bytes) for output in outputs]
     )

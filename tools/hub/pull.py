@@ -1,4 +1,4 @@
-"""Downloads a model into the models directory. A file gets its name only after its bytes were checked."""
+"""Downloads a model into the models directory. A file gets its final name only after its bytes were checked."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _WRITTEN = "llamaclust_worker_kv_disk_written_bytes_total{"
 class KvDisk(Case):
     """Measures the time to the first token after a full restart, if a long shared prefix is read from disk.
     The first cluster computes the prefix and writes its KV memory. The second cluster answers another prompt with the
-    same prefix. Both clusters' answers to the first prompt must have equal ids and logprobs. Clients measure the times."""
+    same prefix. Both clusters' answers to the first prompt must have equal ids and logprobs. Clients measure times."""
 
     rounds = 3
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")

@@ -67,7 +67,7 @@ class Way:
 
 
 def ways_of(cores: Sequence[int], shares: Sequence[int], speeds: Sequence[float]) -> list[Way]:
-    """Returns the clusters to compare: one worker of the highest speed, stages if all speeds are equal, a group."""
+    """Returns the clusters to compare: the fastest worker alone, stages (only for equal speeds), and a group."""
     found = [Way(ONE, (cores[0],), speeds=(max(speeds),))]
     if len(set(speeds)) == 1:
         found.append(Way(STAGES, tuple(cores), speeds=tuple(speeds)))

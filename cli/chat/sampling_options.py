@@ -82,7 +82,7 @@ def _with_most_drafted(more: dict[str, Any]) -> dict[str, Any]:
 
     when, most = more.pop("speculative", "auto"), more.pop("draft_max", None)
     if (is_on := switched(when)) is None:
-        raise UsageError(f"--speculative {when}: give auto, on or off; --draft-max N limits the drafted tokens")
+        raise UsageError(f"--speculative {when}: give auto, on or off; --draft-max N limits drafted tokens")
     if most is not None and not 0 <= most <= MAX_WINDOW:
         raise UsageError(f"--draft-max {most}: give 0 to {MAX_WINDOW}")
     if not is_on:

@@ -53,7 +53,7 @@ class Watched:
         """Finds a cluster. Raises UsageError if it does not run on this machine or if options contradict each other."""
         if endpoint is None:
             if ca_file is not None:
-                raise UsageError("--ca-file is for --endpoint: a local cluster's certificate is already known")
+                raise UsageError("--ca-file is for --endpoint; a local cluster's certificate is already known")
             folder, record = find_running(environment().state_dir, name)
             return cls(record.name, ClusterApi.of(record, api_key_file), folder, record)
         if name is not None:

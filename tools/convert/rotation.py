@@ -104,7 +104,7 @@ def rotating_channels(page: Page, default_share: float = 1.0) -> int:
 
 
 def sections(settings: Settings, pairs: int) -> list[int]:
-    """Returns four numbers of channel pairs, one for each coordinate of an image's rows (M-RoPE)."""
+    """Returns M-RoPE's four sections: the number of channel pairs that rotate with each coordinate of a position."""
     listed = _parameters(settings).values.get("mrope_section")
     if listed is None:
         return [(pairs + 2 - number) // 3 for number in range(3)] + [0]

@@ -99,7 +99,7 @@ class ServedWay:
     pids: tuple[int, ...]
 
     async def reading(self) -> tuple[float, ...]:
-        """Returns milliseconds since the start: computing time of the stages, waiting time of the leader in gathers,
+        """Returns milliseconds since the start: computing time of stages, a leader's wait for its group,
         and processor time of each process. Waits until heartbeats have counted all steps."""
         used = tuple(map(_processor_ms, self.pids))  # Read first, because waiting for heartbeats takes processor time.
         for _ in range(_LOOKS):

@@ -1,13 +1,13 @@
 """Measures a model on a GPU: decode as a share of memory bandwidth, prefill as a share of the peak of 8-bit products,
 and eight sequences relative to one. Can also compare llama.cpp, and keep layers or experts in RAM.
 
-    python benchmarks/gpu.py MODEL.gguf                              # the three figures
+    python benchmarks/gpu.py MODEL.gguf                              # these three figures
     python benchmarks/gpu.py MODEL.gguf --llama-bench PROGRAM        # in turns with llama.cpp's CUDA backend
     python benchmarks/gpu.py MODEL.gguf --gpu-memory 24GiB           # layers beyond that size in RAM
     python benchmarks/gpu.py MODEL.gguf --cpu-moe                    # experts in RAM, and copies of them on the GPU
 
-For one sequence, the bytes read are those of the experts that it uses. For several sequences, the number of experts
-is an expected value. Copies of experts are switched on and off. A GPU and the extra `cuda13` or `cuda12` are needed.
+The bytes of a decode step include only the experts that the step uses (for several sequences, an expected number).
+Decode is measured with and without copies of experts. A GPU and the extra `cuda13` or `cuda12` are needed.
 docs/gpu.md says how to build llama-bench. The best rates of GPU and CPU are measured before and after each round.
 Figures are medians with minimum and maximum. Progress goes to standard error, and all figures go to standard output
 as JSON."""

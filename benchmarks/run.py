@@ -1,9 +1,9 @@
-"""Runs a benchmark case. Its variants take turns. Prints medians, minima, maxima and ratios.
+"""Runs a benchmark case, whose variants take turns. Prints medians, minima, maxima and ratios.
 
     python benchmarks/run.py CASE [options]        # --help: the options of a case
     python benchmarks/run.py CASE [options] --rounds 9 --json FILE --against CHECKOUT
 
-With `--against`, another built checkout of this repository takes turns with this one."""
+With `--against`, the case runs in this checkout and in CHECKOUT in turns. CHECKOUT must be built already."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def parser_of(name: str, case: type[Case]) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=positive, help=f"number of turns (default: {case.rounds})")
     parser.add_argument("--json", type=Path, help="append a JSON line to this file for each turn and variant")
     parser.add_argument(
-        "--against", type=Path, metavar="CHECKOUT", help="another built checkout, which takes turns with this one"
+        "--against", type=Path, metavar="CHECKOUT", help="folder of a built checkout to run the case in, too, in turns"
     )
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     return parser

@@ -27,7 +27,7 @@ def chaos(
         float, Option(metavar="M", min=0.01, max=10_000.0, help="Minutes during which faults are injected.")
     ] = 1.0,
     seed: Annotated[
-        int | None, Option(metavar="N", min=0, help="Seed for choosing the faults and their times. Default: random.")
+        int | None, Option(metavar="N", min=0, help="Seed of the random choice of faults and times. Default: random.")
     ] = None,
     faults: Annotated[
         str | None,
@@ -40,11 +40,11 @@ def chaos(
     streams: Annotated[int, Option(metavar="K", min=1, max=64, help="Number of concurrent requests.")] = 8,
     coordinator: Annotated[
         bool,
-        Option("--coordinator", help="Kill the coordinator even without a standby. Something else must restart it."),
+        Option("--coordinator", help="Kill the coordinator even without a standby; another program must restart it."),
     ] = False,
     kill_joined: Annotated[
         bool,
-        Option("--kill-joined", help="Also kill workers that the launcher did not start and will not restart."),
+        Option("--kill-joined", help="Also kill workers that joined by themselves; another program must restart them."),
     ] = False,
     yes: Annotated[bool, Option("--yes", "-y", help="Run even if other clients have active requests.")] = False,
     cluster: Cluster = None,

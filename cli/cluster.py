@@ -69,9 +69,9 @@ def up(
     discover: Annotated[
         bool, Option("--discover", help="Let workers on the local network find the cluster by multicast DNS.")
     ] = False,
-    detach: Annotated[bool, Option("--detach", "-d", help="Return when the cluster is ready.")] = False,
+    detach: Annotated[bool, Option("--detach", "-d", help="Return when the cluster is ready; it runs on.")] = False,
     standby: Annotated[
-        bool, Option("--standby", help="Wait, and take over when the running coordinator ends unexpectedly.")
+        bool, Option("--standby", help="Run a standby, which takes over if the running coordinator ends unexpectedly.")
     ] = False,
     notify: Annotated[int | None, Option("--notify", hidden=True)] = None,
     ranked: Annotated[bool, Option("--ranked", hidden=True)] = False,
@@ -93,7 +93,7 @@ def down(
 ) -> None:
     """Stop a running cluster. Running requests get up to 30 seconds to finish. A second `down` does not wait."""
     if every and cluster is not None:
-        raise UsageError("--all and --cluster: choose one")
+        raise UsageError("--all and --cluster cannot be combined: give one of them")
     clusters = _all_running() if every else [_running(cluster)]
     failures: list[LlamaclustError] = []
     for step in (_signal_end, _await_end):  # All clusters get the signal before the command waits for any of them.
@@ -249,7 +249,7 @@ def plan(
         Option(
             "--acceptance",
             metavar="SHARE",
-            help="Assumed share of accepted draft tokens, e.g. 0.8 or 80%, to predict the gain of drafts; repeatable.",
+            help="Share of draft tokens that are accepted, e.g. 0.8 or 80%, to predict the gain of drafts; repeatable.",
         ),
     ] = [],  # noqa: B006  typer reads the default
 ) -> None:

@@ -358,29 +358,29 @@ class Target:
         given = [option for option, value in places.items() if value is not None]
         if len(given) > 1:
             served = "; --served-model chooses a model of a cluster" if self.model is not None else ""
-            raise UsageError(f"{' and '.join(given)} name different places: give one of them{served}")
+            raise UsageError(f"{' and '.join(given)} cannot be combined: give one of them{served}")
         if self.served is not None and self.model is not None:
-            raise UsageError("--served-model is for a cluster: --model runs one model in this process")
+            raise UsageError("--served-model is for a cluster, but --model runs one model in this process")
         if self.draft is not None and self.model is None:
-            raise UsageError("--model-draft is for --model: for a cluster, set `speculative.model` in the cluster file")
+            raise UsageError("--model-draft is for --model; for a cluster, set `speculative.model` in the cluster file")
         if self.mtp and self.model is None:
-            raise UsageError("--mtp is for --model: for a cluster, set `speculative.mtp` in the cluster file")
+            raise UsageError("--mtp is for --model; for a cluster, set `speculative.mtp` in the cluster file")
         if self.mmproj is not None and self.model is None:
             raise UsageError(
-                "--mmproj is for --model: for a cluster, set `mmproj` in the cluster file or give --mmproj to `up`"
+                "--mmproj is for --model; for a cluster, set `mmproj` in the cluster file or give --mmproj to `up`"
             )
         if self.threads is not None and self.model is None:
-            raise UsageError("--threads is for --model: for a cluster, set the workers' `threads` in the cluster file")
+            raise UsageError("--threads is for --model; for a cluster, set the workers' `threads` in the cluster file")
         if (option := self.gpus.first_option) is not None and self.model is None:
-            raise UsageError(f"{option} is for --model: for a cluster, set it for the workers in the cluster file")
+            raise UsageError(f"{option} is for --model; for a cluster, set it for the workers in the cluster file")
         if self.chat_template is not None and self.model is None:
             raise UsageError(
-                "--chat-template is for --model: for a cluster, set it in the cluster file or give it to `up`"
+                "--chat-template is for --model; for a cluster, set it in the cluster file or give it to `up`"
             )
         if self.ca_file is not None and self.endpoint is None:
-            raise UsageError("--ca-file is for --endpoint: the certificate of a cluster on this machine is known")
+            raise UsageError("--ca-file is for --endpoint; a local cluster's certificate is already known")
         if self.api_key_file is not None and self.model is not None:
-            raise UsageError("--api-key-file is for a cluster: a model in this process needs no key")
+            raise UsageError("--api-key-file is for a cluster; a model in this process needs no key")
 
 
 def connect(endpoint: str, api_key_file: Path | None, ca_file: Path | None = None, model: str | None = None) -> Client:

@@ -14,7 +14,7 @@ from llamaclust.cli.terminal import print_error
 from llamaclust.core.errors import LlamaclustError
 
 _REPEAT_S = 0.01
-"""Seconds until a signal's handler is called again, if Python discarded the exception that the first call raised."""
+"""Seconds until a signal handler is called again, if Python discarded the exception that the handler raised."""
 
 
 _FIRST_PROCESS = 1
@@ -62,7 +62,7 @@ def end_at_once(code: int) -> NoReturn:
 
 
 Held = Callable[[], AbstractContextManager[None]]
-"""A function that makes a context. If a signal arrives within the context, the process ends after the context."""
+"""Returns a context manager for a `with` block. A signal that arrives in the block ends the process after the block."""
 
 
 @contextmanager

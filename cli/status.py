@@ -50,14 +50,14 @@ class Watched:
     def find(
         cls, name: str | None, endpoint: str | None, api_key_file: Path | None, ca_file: Path | None = None
     ) -> Watched:
-        """Finds a cluster. Raises UsageError if the cluster does not run here, or if options contradict each other."""
+        """Finds a cluster. Raises UsageError if it does not run on this machine or if options contradict each other."""
         if endpoint is None:
             if ca_file is not None:
-                raise UsageError("--ca-file is for --endpoint: the certificate of a cluster on this machine is known")
+                raise UsageError("--ca-file is for --endpoint; a local cluster's certificate is already known")
             folder, record = find_running(environment().state_dir, name)
             return cls(record.name, ClusterApi.of(record, api_key_file), folder, record)
         if name is not None:
-            raise UsageError("--cluster and --endpoint name different places: give one of them")
+            raise UsageError("--cluster and --endpoint cannot be combined: give one of them")
         api = ClusterApi(f"the cluster at {endpoint}", endpoint, api_key_file, ca_file)
         return cls(endpoint, api, None, None)
 

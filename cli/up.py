@@ -47,13 +47,13 @@ def run_cluster(
         return
     if standby and (detach or config.launcher_facts.is_one_program):
         other = "--detach" if detach else "launcher mpi, which runs workers and coordinator as one program"
-        raise UsageError(f"--standby: cannot be used together with {other}")
+        raise UsageError(f"--standby cannot be used together with {other}")
     if config.launcher_facts.is_one_program and not ranked:
         from llamaclust.cluster.launchers.mpi_rank import run_ranks
 
         if detach:
             raise UsageError(
-                "--detach: a cluster of launcher mpi ends with mpirun; run mpirun in the background instead"
+                "--detach has no effect on launcher mpi: its cluster ends with mpirun; run mpirun in the background"
             )
         raise SystemExit(run_ranks(config, [*_arguments(file, overrides), *(["--lan"] if lan else [])]))
     key = lan_key(config.api_keys_file) if lan and config.api_keys_file else None

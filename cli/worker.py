@@ -29,7 +29,7 @@ def worker(
         Option(
             "--join",
             metavar="HOST[:PORT]",
-            help="Address where the coordinator admits workers (`join.listen`); repeatable for standbys.",
+            help="Address where the coordinator admits workers (`join.listen`); repeat it for each standby.",
         ),
     ] = [],  # noqa: B006  typer reads the default
     discover: Annotated[
@@ -48,12 +48,12 @@ def worker(
         str,
         Option(
             metavar="HOST:PORT",
-            help="Address for other members. Default: a free port at the local address that reaches --join.",
+            help="Address where other members connect. Default: a free port at the local address that reaches --join.",
         ),
     ] = "",
     advertise: Annotated[
         str,
-        Option(metavar="HOST[:PORT]", help="Address announced to other members, for machines behind NAT."),
+        Option(metavar="HOST[:PORT]", help="Address to announce in place of --listen, for machines behind NAT."),
     ] = "",
     link_port: Annotated[
         int | None,
@@ -62,7 +62,7 @@ def worker(
             min=1,
             max=65535,
             metavar="N",
-            help="Port for links to members of a group. Default: the port of --listen plus 1000, if given.",
+            help="Port for links within a group of workers. Default: the port of --listen plus 1000, if given.",
         ),
     ] = None,
     device: Devices = [],  # noqa: B006  typer reads the default
@@ -87,7 +87,7 @@ def worker(
         Option(
             "--kv-disk",
             metavar="SIZE",
-            help="Limit for KV memory on disk; give it to all workers or none. Default: none.",
+            help="Limit for KV memory kept on disk, e.g. 4GiB; for all workers or none. Default: keep none on disk.",
         ),
     ] = None,
     model_dir: Annotated[
@@ -102,11 +102,11 @@ def worker(
         Option(
             "--ready-file",
             metavar="FILE",
-            help="File for readiness probes; it exists while the worker has loaded its layers or is idle.",
+            help="File for readiness probes. It exists while the worker is idle or has loaded its layers.",
         ),
     ] = None,
     insecure: Annotated[
-        bool, Option("--insecure", help="Use no encryption and no authentication, for a cluster with `insecure: true`.")
+        bool, Option("--insecure", help="Use no encryption and no authentication, if the cluster has `insecure: true`.")
     ] = False,
 ) -> None:
     """Join a static cluster with one worker on this machine, until the cluster ends."""

@@ -51,7 +51,7 @@ def plan_split(model: ModelFile, prefix: Path, rules: SplitRules) -> list[Part]:
     """Returns the parts PREFIX-00001-of-0000N.gguf. Raises UsageError if the model is already split, if a tensor is
     larger than a part may be, or if there are too many parts."""
     if len(model.parts) > 1:
-        raise UsageError(f"{model.path}: is already split; merge it first with `llamaclust model merge`")
+        raise UsageError(f"{model.path} is already split; merge it first with `llamaclust model merge`")
     alignment = _alignment(model)
     groups = _groups(list(model.tensors.values()), rules, alignment)
     if len(groups) > _MOST_PARTS:
@@ -76,16 +76,16 @@ def plan_split(model: ModelFile, prefix: Path, rules: SplitRules) -> list[Part]:
 def plan_merge(model: ModelFile, out: Path) -> Part:
     """Returns the file into which to merge a split model. Raises UsageError if the model is already one file."""
     if len(model.parts) == 1:
-        raise UsageError(f"{model.path}: is already one file, so there is nothing to merge")
+        raise UsageError(f"{model.path} is already one file, so there is nothing to merge")
     return Part(out, _whole_metadata(model), tuple(model.tensors.values()), _alignment(model))
 
 
 def write_parts(parts: Sequence[Part], progress: Progress) -> None:
-    """Writes all files or none. The files get their names when all of them are complete, and the first file is named
+    """Writes all files or none. When all files are complete, they are renamed to their final names, the first file
     last. Raises UsageError if a file exists or the disk lacks space. `progress` receives file names and bytes."""
     for part in parts:
         if part.path.exists():
-            raise UsageError(f"{part.path}: already exists; delete it or choose another name")
+            raise UsageError(f"{part.path} already exists; delete it or choose another name")
     done = ByteProgress(progress, sum(tensor.n_bytes for part in parts for tensor in part.tensors))
     files = {}
     for part in parts:

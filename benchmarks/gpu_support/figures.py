@@ -13,15 +13,15 @@ from llamaclust.tools.bench.limits import Spread
 
 DECODE_SHARE, MIXED_SHARE, PREFILL_SHARE, TIMES_ONE, RATIO = 0.80, 0.85, 0.35, 6.0, 1.0
 """Goals. DECODE_SHARE is for decode on a GPU alone, MIXED_SHARE for decode with layers or experts in RAM, and TIMES_ONE
-for eight sequences relative to one. RATIO is for llamaclust relative to llama.cpp, and for copies relative to no
-copies."""
+for eight sequences relative to one. RATIO is for llamaclust relative to llama.cpp, and for decode with
+GPU copies of experts relative to decode without copies."""
 _TOGETHER = 8
 
 
 @dataclass(frozen=True, slots=True)
 class CopiedSteps:
     step_s: float  # Seconds per step.
-    hits: int  # Uses of experts that had copies.
+    hits: int  # Number of times that a step used an expert with a GPU copy.
     misses: int
 
     @property
@@ -31,8 +31,8 @@ class CopiedSteps:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Seconds of a prefill and of decode steps with one and with several sequences. They are measured one after
-    another, without copies of experts. `copied` has the decode steps with copies."""
+    """Seconds of a prefill, and of decode steps with one and with several sequences, without GPU copies of experts.
+    `copied` has the times of decode steps with GPU copies of experts."""
 
     rates: Rates
     prefill_s: float
@@ -74,7 +74,7 @@ class Figures:
         return self.spread(lambda round_: self.work.sequences * round_.step_s / round_.many_s)
 
     def copies_share(self, sequences: int) -> Spread:
-        """The minimum time to read all bytes, with hits on the GPU, as a share of the time of a step with copies."""
+        """The minimum time to read a step's bytes, as a share of its time. The GPU reads experts that have copies."""
 
         def best_s(round_: Round) -> float:
             return self.work.copied_step_s(sequences, round_.copied[sequences].hit_share, round_.rates.read)
@@ -185,8 +185,8 @@ class Figures:
 
     def _wanted_of_sequences(self, decode_share: float) -> Wanted:
         """Returns the figure for several sequences and its goal. For a dense model, the figure is the speed relative to
-        one sequence. In a mixture of experts, several sequences read more experts, so the figure is the share of the
-        minimum time to read them. A dense model that just meets both goals has the same share."""
+        one sequence. A mixture of experts reads more experts for several sequences, so the figure is the minimum time
+        to read them, as a share of the step's time. The goal is the share of a dense model that just meets its own."""
         count, is_mixture = self.work.sequences, self.work.is_mixture
         least = decode_share * TIMES_ONE / _TOGETHER if is_mixture else TIMES_ONE
         found = self.many_share if is_mixture else self.times_one

@@ -121,7 +121,7 @@ class Record:
         try:
             self._outcomes = _outcomes(self._path.read_bytes()) if self._path.exists() else {}
         except (ValueError, RecursionError):  # RecursionError is raised for thousands of nested brackets.
-            raise UsageError(f"{self._path}: has no outcomes of steps; remove it to run all steps again") from None
+            raise UsageError(f"{self._path} has no outcomes of steps; remove it to run all steps again") from None
 
     def outcome(self, step: Step) -> Outcome | None:
         found = self._outcomes.get(step.name)

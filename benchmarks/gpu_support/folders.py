@@ -27,7 +27,7 @@ def ready_folder(folder: Path) -> None:
 
 @contextmanager
 def only_run(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which also ends with the process. Raises UsageError if another run holds the lock."""
+    """Holds the folder's lock until the context or the process ends. Raises UsageError if another run holds it."""
     lock = FileLock(folder / _LOCK)
     if not lock.take():
         raise UsageError(f"another run uses {folder}")

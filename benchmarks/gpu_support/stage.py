@@ -124,7 +124,7 @@ class Loaded:
         wanted_bytes = self.task.experts_cache_bytes
         if wanted_bytes and not self._stage.has_copies:
             why = f"none is in RAM, fits into {mib(wanted_bytes)} MiB or has a gate"
-            raise UsageError(f"--experts-cache: there are no copies of experts: {why}; leave it out")
+            raise UsageError(f"--experts-cache would make no copies of experts, since {why}; leave it out")
 
     def _device(self, held: ExitStack) -> Device:
         task, kernels = self.task, environment().kernels_dir

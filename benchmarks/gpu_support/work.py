@@ -46,7 +46,7 @@ class Rates:
 @dataclass(frozen=True, slots=True)
 class Work:
     """The work of a model whose last layers and head are on the GPU. The experts of some of these layers are in RAM.
-    Sizes of weights are those in the file. In a mixture, more rows use more experts (`LayerCost.touched_bytes`)."""
+    Sizes of weights are those in the file. If a layer has experts, more rows use more of them (`touched_bytes`)."""
 
     prompt: int
     generate: int

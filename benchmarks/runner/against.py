@@ -1,4 +1,4 @@
-"""Runs a case in another checkout and in this checkout, in turns. Each has a process that measures on request."""
+"""Runs a case in another checkout and in this checkout, in turns. Each checkout has a process that measures a turn."""
 
 from __future__ import annotations
 

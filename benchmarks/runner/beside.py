@@ -1,4 +1,4 @@
-"""Sends other clients' requests during a measurement (streams and short requests), and watches memory."""
+"""Acts as other clients during a measurement: keeps streams open, sends short requests, and watches memory."""
 
 from __future__ import annotations
 

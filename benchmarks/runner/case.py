@@ -16,8 +16,8 @@ Variant = Callable[[int], Awaitable[Measures]]
 
 @dataclass(slots=True)
 class Group:
-    """Variants to compare with the first variant. `goals` has goals for the ratios or, if there is one variant, for its
-    figures. If there are goals, only figures with a goal are summarized."""
+    """Variants, which are compared with the first one. `goals` maps a figure to the goal for its ratio or, if there is
+    only one variant, for the figure itself. If there are goals, only figures with a goal are summarized."""
 
     name: str
     variants: Mapping[str, Variant]

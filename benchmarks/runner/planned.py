@@ -22,7 +22,7 @@ from support.network.namespaces import entered
 _COORDINATOR = "coordinator"
 _END_S = 10.0
 PROMPT, TOKENS = 224, 48
-"""Numbers of tokens of prompt and answer. Attention reads as many keys for them as in a worker's measurement."""
+"""Numbers of tokens of prompt and answer. Attention then reads as many keys as when a worker measures itself."""
 NEAR = "0.85 .. 1.15"
 
 Times = Mapping[str, float]

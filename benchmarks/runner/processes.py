@@ -24,7 +24,7 @@ _LOOK_S = 0.2
 
 @dataclass(slots=True)
 class Instructions:
-    """`count` is None until the counting ends, and also if the machine lacks `perf` or its counters."""
+    """A number of instructions. It is None until the counting ends, or if `perf` or its counters are missing."""
 
     count: int | None = None
 

@@ -43,7 +43,7 @@ class RowCosts:
         return self.ns[0] / self.prefill_row_ns
 
     def allowed_gain(self, acceptance: float) -> float:
-        """Returns the gain of the best fixed number of drafted tokens, which may be 0. `acceptance` is the probability
+        """Returns the gain with the best fixed number of drafted tokens (maybe 0). `acceptance` is the probability
         that a drafted token is accepted if all earlier drafted tokens were accepted."""
         return max(
             sum(acceptance**depth for depth in range(window + 1)) * self.at(1) / self.at(window + 1)

@@ -36,13 +36,13 @@ async def event(reader: asyncio.StreamReader) -> bytes:
             return b""
         if line.startswith(b"data: {"):
             if b'"error"' in line[:20]:
-                raise LlamaclustError(f"an answer ended: {line[6:300].decode(errors='replace').strip()}")
+                raise LlamaclustError(f"an answer ended with an error: {line[6:300].decode(errors='replace').strip()}")
             return line[6:]
         if line.startswith(b"HTTP/1.1 ") and not line.startswith(b"HTTP/1.1 200"):
             head, _, rest = (await reader.read(2000)).partition(b"\r\n\r\n")
             rest = rest or await reader.read(2000)  # The body may come later.
             raise LlamaclustError(f"the request was refused: {line.decode().strip()} {(rest or head)[-300:]!r}")
-    raise LlamaclustError("an answer ended before its end")
+    raise LlamaclustError("the connection was closed before the answer was complete")
 
 
 @dataclass(frozen=True, slots=True)

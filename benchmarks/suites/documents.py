@@ -14,7 +14,7 @@ class Document:
     """An OpenAPI document and the checks of replies. The server may accept requests that the document forbids, such as
     unknown fields and nulls. It may refuse requests that the document allows, such as those that fill the context."""
 
-    place: str  # A path in a checkout, or a path of the server, which begins with /.
+    place: str  # The document's path in a checkout, or its URL path on the server, which begins with /.
     checks: tuple[str, ...] = ()  # Checks in addition to server errors, content types and schemas of replies.
     filters: tuple[str, ...] = ()  # Options that choose operations.
 

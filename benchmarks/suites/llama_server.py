@@ -119,7 +119,7 @@ def addresses(hosts: str, port: str) -> dict[str, Any]:
 
 
 def names(flags: dict[str, str]) -> dict[str, Any]:
-    """Returns the cluster file's keys for names and tags, if there is only one model. The first alias names it."""
+    """Returns a single model's keys of the cluster file for names and tags. The first alias becomes its name."""
     if "models" in served(flags):
         return {}
     aliases = sorted(name for name in flags.get("--alias", "").split(",") if name)

@@ -37,9 +37,9 @@ def _json_of(path: Path) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path}: is not JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     except RecursionError:
-        raise ValueError(f"{path}: is nested too deeply") from None
+        raise ValueError(f"{path} is nested too deeply") from None
 
 
 _FILES: dict[str, Callable[[Path], Any]] = {"json_schema": _json_of, "grammar": text_of}

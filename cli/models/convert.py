@@ -50,7 +50,7 @@ def convert(
             metavar="N",
             min=1,
             max=1 << 30,
-            help="Context length in tokens, for checkpoints that do not have it.",
+            help="Context length in tokens, for checkpoints that do not state it.",
         ),
     ] = None,
     name: Annotated[str | None, Option("--name", metavar="NAME", help="Model name to write into the file.")] = None,
@@ -75,7 +75,7 @@ def merge_lora(
     kind: TypeOption = "f16",
     tokenizer: Annotated[
         Path | None,
-        Option("--tokenizer", metavar="PATH", help="Tokenizer file or its folder, if neither folder has it."),
+        Option("--tokenizer", metavar="PATH", help="Tokenizer file or its folder, if BASE and ADAPTER have none."),
     ] = None,
 ) -> None:
     """Merge a LoRA adapter of PEFT into its model. Sums are computed in float32."""

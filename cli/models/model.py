@@ -49,7 +49,7 @@ def pull(
     models: Annotated[list[str], Argument(metavar="MODEL...", help=MODEL_HELP)],
     as_lines: Annotated[
         bool,
-        Option("--json-lines", help="Print progress as JSON lines, without a final path."),
+        Option("--json-lines", help="Print progress as JSON lines, and do not print the model's path at the end."),
     ] = False,
 ) -> None:
     """Download models. An interrupted download is resumed, and the bytes are checked before use."""
@@ -134,9 +134,9 @@ def info(
     model: LocalModel,
     memory: Annotated[
         str | None,
-        Option("--memory", metavar="SIZE", help="Memory for the calculation, e.g. 8GiB. Default: free memory."),
+        Option("--memory", metavar="SIZE", help="Memory that the model may use, e.g. 8GiB. Default: free memory."),
     ] = None,
-    threads: Annotated[int, Option("--threads", "-t", metavar="N", min=1, max=1024, help="Number of threads.")] = 1,
+    threads: Annotated[int, Option("--threads", "-t", metavar="N", min=1, max=1024, help="Threads of a worker.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Show metadata, parameters, bits per weight, bytes per type and layer, and what fits in memory.
@@ -185,7 +185,7 @@ def tokenize(
     text: Annotated[str | None, Argument(metavar="TEXT", help="Text to tokenize. Default: standard input.")] = None,
     no_special: Annotated[bool, Option("--no-special", help="Add no BOS or EOS token.")] = False,
     parse_special: Annotated[
-        bool, Option("--parse-special", help="Read names of special tokens in the text as special tokens.")
+        bool, Option("--parse-special", help="Treat text such as </s> as the special token of that name.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -272,9 +272,7 @@ def perplexity(
     chunks: Chunks = None,
     base: Annotated[
         Path | None,
-        Option(
-            "--kl-divergence-base", metavar="FILE", help="File to write logits to, or to read with --kl-divergence."
-        ),
+        Option("--kl-divergence-base", metavar="FILE", help="Write logits to FILE; with --kl-divergence, read them."),
     ] = None,
     compare: Annotated[
         bool,

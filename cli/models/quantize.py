@@ -57,9 +57,9 @@ def quantize(
         Option("--allow-requantize", help="Accept weights that are already quantized; quality is lost a second time."),
     ] = False,
     keep_split: Annotated[
-        bool, Option("--keep-split", help="Write as many files as the model has. Default: one.")
+        bool, Option("--keep-split", help="Write as many files as MODEL has. Default: one file.")
     ] = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="Only show types and sizes.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only print types and sizes.")] = False,
     threads: Threads = None,
 ) -> None:
     """Write a copy of MODEL with smaller quant types. Each tensor gets the type that llama-quantize would give it."""
@@ -110,7 +110,7 @@ def imatrix(
     ],
     context: Annotated[int, Option("-c", "--context", metavar="N", min=4, help="Number of tokens in a chunk.")] = 512,
     chunks: Chunks = None,
-    process_output: Annotated[bool, Option("--process-output", help="Include output.weight.")] = False,
+    process_output: Annotated[bool, Option("--process-output", help="Add data for output.weight.")] = False,
     threads: Threads = None,
 ) -> None:
     """Run MODEL over a text and write an importance matrix."""

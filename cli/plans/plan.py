@@ -44,7 +44,7 @@ def show_plan(
     config = load_config(file, overrides)
     models = config.of_each_model()
     if acceptances is not None and any(own.speculative is None for own in models):
-        raise UsageError("--acceptance: the cluster drafts nothing: `speculative` is off")
+        raise UsageError("--acceptance has no effect: the cluster drafts nothing, because `speculative` is off")
     acceptances = USUAL_ACCEPTANCES if acceptances is None else acceptances
     if config.models:
         check_distinct((own.model_name, _model_id(own)) for own in models)
@@ -63,7 +63,7 @@ class PlannedStart:
     """The plan with which a cluster would start on this machine, and further values that `plan` prints."""
 
     plan: Plan
-    row_bytes: int  # Maximum memory, in bytes, that the coordinator uses for rows of images.
+    row_bytes: int  # Maximum memory, in bytes, that the coordinator uses for encoded images.
     own_bytes: int
     """Bytes of memory of a worker process without a model, estimated from the memory of this process."""
     draft_model: DraftModelMemory | None
@@ -133,7 +133,7 @@ def planned(config: ClusterConfig) -> PlannedStart:
     facts = config.launcher_facts
     if not (facts.is_local or (facts.uses_ray and config.ray.address == "none")):
         why = "its machines' resources are known only after their workers have joined"
-        raise UsageError(f"launcher {config.launcher}: {why}; `llamaclust up` prints the plan then")
+        raise UsageError(f"launcher {config.launcher}: {why}; start the cluster, which then prints the plan")
     read_api_keys(config.api_keys_file)
     own_bytes, specs = resident_bytes() + LOADING_BYTES, worker_settings(config)
     with _opened(config) as (model, unused_projectors):
@@ -150,7 +150,7 @@ def planned(config: ClusterConfig) -> PlannedStart:
         profiles = {name: known[key] for name, key in used.items()} | stated
         check_devices(((spec.device, spec.feature_level) for spec in specs), model)
         links = kept_links(fingerprints, config.state_dir) if hops_matter(profiles) else Links()
-        # The workers as they would register. Without a limit, a worker may take all free memory.
+        # Settings with which workers would register. Without a limit, a worker may take all free memory.
         workers = {
             spec.name: WorkerResources(
                 "",

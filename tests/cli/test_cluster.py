@@ -178,7 +178,7 @@ def test_plans_of_measured_workers_predict_gains_of_speculation(line: CommandLin
     off = ("--set", "speculative=off")
     assert "speculation" not in line.run("plan", file, *off).out
     refused = line.run("plan", file, "--acceptance", "0.8", *off)
-    assert refused.code == 2 and "the cluster drafts nothing: `speculative` is off" in refused.error
+    assert refused.code == 2 and "the cluster drafts nothing, because `speculative` is off" in refused.error
     several = line.run("plan", file, "--json", "--acceptance", "90%", "--acceptance", "0.5").json["speculation"]
     assert [gain["acceptance"] for gain in several] == [0.9, 0.5]
     none = line.run("plan", file, "--acceptance", "101%")

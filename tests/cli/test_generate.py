@@ -297,7 +297,7 @@ async def test_the_running_cluster_is_found_with_its_key(tmp_path: Path, monkeyp
         (("chat", "--cluster", "a", "--model", "b"), 2, "--cluster and --model"),
         (("generate", "x", "--threads", "2"), 2, "--threads is for --model"),
         (("generate", "x", "--cpu-moe"), 2, "--cpu-moe is for --model"),
-        (("chat", "--mtp"), 2, "--mtp is for --model: for a cluster, set `speculative.mtp`"),
+        (("chat", "--mtp"), 2, "--mtp is for --model; for a cluster, set `speculative.mtp`"),
         (("generate", "x", "--endpoint", "http://a", "--api-key-file", "/nonexistent"), 2, "cannot read the API key"),
         (("generate", "x", "--model", "/nonexistent.gguf"), 2, "no such file"),
         (("generate", "x", "--json-schema", "/nonexistent"), 2, "--json-schema: /nonexistent: No such file"),

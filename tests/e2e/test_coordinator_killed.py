@@ -85,6 +85,6 @@ def test_a_standby_ends_with_a_cluster_that_is_stopped_in_order(line: CommandLin
 
 def test_a_standby_is_not_detached(line: CommandLine, model: Path) -> None:
     assert (
-        "--standby: cannot be used together with --detach"
+        "--standby cannot be used together with --detach"
         in line.run("up", line.cluster_file(model), "--standby", "-d").error
     )

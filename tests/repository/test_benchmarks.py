@@ -201,7 +201,7 @@ REFUSED = [
     ("kernels", ("--levels", "sse"), "choose from generic"),
     ("kernels", ("--shapes", "3x3"), "give ROWSxCOLS with 65536 weights or more"),
     ("kernels", ("--shapes", "512by512"), "give ROWSxCOLS"),
-    ("kernels", ("--shapes", "1000x1000", "--types", "Q4_K"), "a multiple of the type's block, 256 or more"),
+    ("kernels", ("--shapes", "1000x1000", "--types", "Q4_K"), "a number of columns that 256 divides"),
     ("kernels", ("--types", "Q9"), "choose from F32, F16"),
     ("compare", (MODEL, "--llama-bench", "nope"), "no such file; the docstring of benchmarks/runner/llama.py says"),
     ("compare", (MODEL, "--llama-bench", "."), "a folder"),

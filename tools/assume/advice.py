@@ -19,11 +19,11 @@ _SMALLER_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K"
 _FEW_BITS = 3.0
 """Answers become clearly worse below this number of bits per weight."""
 _FURTHER = 3
-"""Maximum number of machines to try beyond the number whose memory suffices."""
+"""Advice tries the smallest number of further machines with enough memory, and up to this many more."""
 _NETWORKS = ((1.0, 1.0), (1.0, 0.3), (1.0, 0.1), (2.5, 0.1), (10.0, 0.1), (10.0, 0.05), (25.0, 0.03))
 """Networks to try for groups of machines, slowest first. Each network is (Gbit/s, round trip in ms)."""
 _WORTH_DECODE, _WORTH_PROMPT = 0.95, 0.9
-"""A change is mentioned only if the time of a token, or of a prompt, falls below this share of the current time."""
+"""Advice names a change only if the time of a token, or of a prompt, falls below this share of the present time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,9 @@ def fastest_alone(cluster: AssumedCluster, model: AssumedModel) -> Alone | None:
 
 
 def what_fits(cluster: AssumedCluster, model: AssumedModel, error: InsufficientMemoryError) -> Iterator[str]:
-    """Yields advice for a model that does not fit: the largest quantization that fits, preferably from the catalog, and
-    the number of further machines, equal to the last machine, that would suffice. All experts of a layer stay on one
-    machine in these plans, since dividing the experts would take many searches."""
+    """Yields advice for a model that does not fit in memory: the largest quantization that fits (preferably one in the
+    catalog), and how many more machines like the last machine would be enough. Plans made for this advice keep all
+    experts of a layer on one machine, because dividing experts would take many searches."""
     for smaller in _smaller(model):
         if cluster.fitting_plan(smaller) is not None:
             yield f"{smaller.mix}, {gigabytes(smaller.file.size_bytes)}{_remark(smaller)}"
@@ -81,7 +81,7 @@ def what_helps(cluster: AssumedCluster, model: AssumedModel, plan: Plan) -> Iter
 
 
 def _what_groups_need(cluster: AssumedCluster, model: AssumedModel, plan: Plan) -> Iterator[str]:
-    """Yields the slowest network with which groups of machines would be faster. Yields nothing if `plan` has groups."""
+    """Yields the slowest network on which tensor-parallel groups would be faster, unless `plan` already has groups."""
     assumed, now = cluster.assumed, prediction_of(plan)
     is_grouped = any(stage.shares for stage in plan.stages)
     if len(assumed.machines) < 2 or is_grouped or any(text.startswith("groups=") for text in cluster.overrides):

@@ -1,5 +1,5 @@
-"""Models without weights. Their tensors have the exact sizes of a known model or a file. A mix, such as Q4_K_M, gives
-each tensor the type that `model quantize` would choose."""
+"""Models without weights. Their tensors have the exact sizes of a known model or a file. A quantization mix, such as
+Q4_K_M, gives each tensor the type that `model quantize` would choose."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _MIXES: Final = {
 
 @dataclass(frozen=True)  # No slots, because cached_property stores the opened model in the instance.
 class AssumedModel:
-    """A model to plan for described machines. `mix` is None if the tensors keep the types of the file."""
+    """A model to plan on described machines. `mix` is a key of MIXES, or None if tensors keep the types in the file."""
 
     title: str
     file: ModelFile
@@ -89,7 +89,7 @@ class AssumedModel:
         return not self.has_file and model is not None and bool(model.mmproj)
 
     def quantized(self, mix: str) -> AssumedModel:
-        """Returns the model in another mix. Raises UsageError if `quantize` has no rules for the architecture."""
+        """Returns the model in another quantization mix. Raises UsageError if its architecture has no rules."""
         return replace(self, file=_quantized(self.file, MIXES[mix]), mix=mix)
 
     @property

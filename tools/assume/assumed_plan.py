@@ -178,7 +178,7 @@ class Survey:
 
 
 def plan_shapes(machines: str, overrides: Sequence[str], planned: Callable[[str], None]) -> Survey:
-    """Plans each shape in its usual mix, after calling `planned` with its name. Raises UsageError if all plans fail."""
+    """Plans each known model, and calls `planned` with each name first. Raises UsageError if all plans fail."""
     cluster = AssumedCluster.of(parse_machines(machines), overrides)
     plans, errors = list[ShapePlan](), list[UsageError]()
     for name in SHAPES:

@@ -55,7 +55,7 @@ class AssumedCluster:
         return self.changed(replace(self.assumed, machines=(*machines, *((machines[-1],) * count))))
 
     def with_one(self, machine: Machine) -> AssumedCluster:
-        """Keeps only this machine. Drops the override `plan`, which would assign layers to other machines."""
+        """Returns a cluster of this machine only. Drops the override `plan`, which may name other machines."""
         overrides = tuple(text for text in self.overrides if text.partition("=")[0].strip() != "plan")
         return AssumedCluster(replace(self.assumed, machines=(machine,)), overrides)
 

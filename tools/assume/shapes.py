@@ -13,7 +13,7 @@ Scalar = int | float | bool
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """The shape of a public model. `ffn` is the width of layers without experts. `mix` is the usual quantization."""
+    """The shape of a public model. `ffn` is the width of dense feed-forward layers. `mix` is the usual quantization."""
 
     architecture: str
     title: str
@@ -30,8 +30,8 @@ class ModelShape:
     used: int = 0
     expert_ffn: int = 0
     shared_ffn: int = 0
-    leading_layers: int = 0  # Number of layers without experts at the start.
-    period: int = 0  # If not 0, the last of every `period` layers has other tensors.
+    leading_layers: int = 0  # Number of first layers, which have no experts.
+    period: int = 0  # If not 0, the last layer of every `period` layers has different tensors.
     delta_heads: int = 0  # Number of heads in layers with a gated delta net.
     delta_key_heads: int = 0
     delta_dim: int = 0
@@ -39,7 +39,7 @@ class ModelShape:
     is_tied: bool = False  # True if the embedding is also the output matrix.
     has_nextn: bool = False  # True if the file has an additional MTP layer, which is not loaded.
     mix: str = "Q4_K_M"
-    keys: Mapping[str, Scalar | str] = field(default_factory=dict)  # Keys lack the architecture's prefix.
+    keys: Mapping[str, Scalar | str] = field(default_factory=dict)  # No key has the architecture's prefix.
     arrays: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def size(self, name: str) -> int:

@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 from llamaclust.model.costs import ModelCosts
 
 _PROMPT_TOKENS, _STEPS = 512, 16
-"""Prompt tokens and decode steps of one answer. (Eight answers of 128 tokens share 128 steps.)"""
+"""Assumed work of an answer. (Eight simultaneous answers of 128 tokens take 128 steps, which is 16 steps each.)"""
 _MACS_PER_BYTE = 15.0
 """Number of multiply-adds that take about as long as reading one byte."""
 _SHARPNESS = 8
-"""The split minimizes the sum of stage times to this power. The slowest stage dominates so large a power."""
+"""Stage times are raised to this power and summed. The power is so large that the slowest stage dominates the sum."""
 
 
 def even_split(costs: ModelCosts, workers: int) -> list[tuple[int, int]]:

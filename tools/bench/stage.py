@@ -81,8 +81,8 @@ class BenchStage:
 
     @contextmanager
     def without_copies(self) -> Iterator[None]:
-        """Waits until experts that are being copied to GPUs have arrived. After that, all experts are computed in RAM
-        until the context ends."""
+        """Switches off the GPU copies of experts in RAM, so that the CPU computes these experts until the context ends.
+        Waits for unfinished copies first."""
         stages = self._runner.split_stages
         caches = [stage.cache for stage in stages]
         for stage, cache in zip(stages, caches, strict=True):
@@ -99,7 +99,7 @@ class BenchStage:
         self._runner.close()
 
     def _chunks(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """Yields (first token, number of tokens) of the chunks that the scheduler would make of a single prompt."""
+        """Yields (first token, number of tokens) of each chunk into which the scheduler would divide one prompt."""
         start = 0
         while start < tokens:
             rows = min(chunk_rows(self._settings, self._times, tokens, tokens - start, 0, alone=True), tokens - start)

@@ -93,8 +93,8 @@ class ClusterRunner:
         return (perf_counter_ns() - started_ns) / 1e9
 
     async def decode(self) -> float:
-        """Returns the seconds to generate all tokens. Only the part in which all sequences have their first token is
-        measured, and scaled to the number of all tokens."""
+        """Returns the seconds to generate all tokens. The measurement begins when every sequence has its first token.
+        The measured time is then scaled to the number of all tokens."""
         requests = (self._token_times(self._task.depth + 1, self._task.generate + 1) for _ in range(self._task.batch))
         times = await asyncio.gather(*requests)
         start_ns, end_ns = max(each[0] for each in times), max(each[-1] for each in times)

@@ -57,7 +57,7 @@ class FullDisks:
 
 
 class DisturbedLinks:
-    """Disturbs links of workers. The kernel ends a disturbance after its time, even if `end` is not called."""
+    """Disturbs links of workers. The kernel ends a disturbance after `hold_s` seconds, even without `end`."""
 
     def __init__(self, firewall: Firewall | None) -> None:
         self._firewall = firewall

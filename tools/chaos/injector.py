@@ -223,7 +223,7 @@ class Drains:
         return frozenset(self._workers)
 
     def add(self, name: str) -> None:
-        """Must be called before `begin`. If `end` is called first, `begin` does nothing."""
+        """Registers a worker before `begin` drains it. If `end` is called before `begin`, `begin` does nothing."""
         self._workers[name] = threading.Lock()
 
     def begin(self, name: str) -> None:

@@ -23,7 +23,7 @@ class Disturbance(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerLink:
-    """A worker's link to the members on this machine. `own_ports` are the local ports to which the worker connects. For
+    """A worker's link to cluster members on this machine. `own_ports` are local ports to which the worker connects. For
     a worker on this machine, `own_ports` is empty, since its connections look like those of other processes."""
 
     hosts: frozenset[str]  # IP addresses of the worker.

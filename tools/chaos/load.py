@@ -35,7 +35,7 @@ _TOP_EVERY, _TOP = 7, 5
 @dataclass(frozen=True, slots=True)
 class Requests:
     """A source of requests. The number of a request determines its prompt, its sampling parameters, the number of
-    choices, its logprobs, and if it is a chat."""
+    choices, its logprobs, and whether it is a chat."""
 
     tokens: int = _TOKENS
     longest: int = max(_LENGTHS)  # Number of words in the longest prompt.

@@ -14,11 +14,11 @@ from llamaclust.tools.chaos.worker_faults import FAILING_S, MUTE_S
 
 _BETWEEN_S = (0.5, 3.0)
 _LOST_S = (0.1, 10.0)
-"""Minimum and maximum seconds, drawn log-uniformly. `timeouts.worker` is between them, so a worker that does not answer
-for this time is sometimes late and sometimes lost."""
+"""Minimum and maximum seconds for which a worker is stopped or cut off, drawn log-uniformly. `timeouts.worker` is
+between them, so the worker is sometimes only late and sometimes lost."""
 _DRAINED_S = (0.5, 5.0)
 _COORDINATOR_STOPPED_S = (0.1, 4.0)
-"""Minimum and maximum seconds, both below `timeouts.worker`. The maximum is longer than many heartbeats."""
+"""Minimum and maximum seconds for which the coordinator is stopped. Both are below `timeouts.worker`."""
 _FULL_S = (0.5, 5.0)
 _SLOW_S = (0.5, 8.0)
 _LOSSES = 5
@@ -115,8 +115,8 @@ class Schedule:
     def next_fault(
         self, now_s: float, targets: Mapping[FaultKind, Sequence[str]], held: Iterable[str] = ()
     ) -> Fault | None:
-        """Draws a fault for a target that is not in `held`. Returns None if there is no such target. If only one worker
-        is not in `held`, the only faults for this worker are a kill and a slow link."""
+        """Draws a fault for a target outside of `held`, the targets with a lasting fault. Returns None if no fault is
+        possible. If all other workers are in `held`, a worker can only be killed or get a slow link."""
         kind_draw, target_draw, hold_draw = (self._source.random() for _ in range(3))
         able = {kind: names for kind in FaultKind if (names := self._able(kind, now_s, targets, frozenset(held)))}
         if not able:

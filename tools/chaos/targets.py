@@ -19,7 +19,7 @@ _GONE = ("left", "lost")
 @dataclass(frozen=True, slots=True)
 class Permissions:
     """The allowed faults. `coordinator` allows killing a coordinator without a standby, and `joined_workers` allows
-    killing workers that joined by themselves. Another program must restart them."""
+    killing workers that joined by themselves. For both, another program must restart the killed process."""
 
     coordinator: bool = False
     joined_workers: bool = False
@@ -69,7 +69,7 @@ def find_targets(
 
 
 def _links(record: ClusterRecord, workers: Sequence[Mapping[str, Any]], coordinator: Process) -> dict[str, WorkerLink]:
-    """Returns the links of workers, or {} in another network namespace. Links of API clients are never targets."""
+    """Returns the links that can be disturbed, by worker. Returns {} if the cluster has another network namespace."""
     if not processes.is_in_our_network(coordinator.pid):
         return {}
     own_ports = processes.listening_ports(coordinator.pid) - {int(record.api.rpartition(":")[2])}

@@ -19,7 +19,7 @@ Active = Callable[[], bool]
 
 
 def break_steps(is_active: Active) -> None:
-    """Lets all steps of this process's stages fail while `is_active()` is True, including steps of groups."""
+    """Makes each step of this process's stages raise an error while `is_active()` is True, also in a worker group."""
     # The process that only sends signals must not import the worker.
     from llamaclust.worker.stage.following import FollowingStage
     from llamaclust.worker.stage.loop import StageLoop
@@ -28,12 +28,12 @@ def break_steps(is_active: Active) -> None:
 
     def fails(loop: StageLoop, *given: Any) -> Any:
         if is_active():
-            raise RuntimeError("a fault of `llamaclust chaos`")
+            raise RuntimeError("`llamaclust chaos` injected this error")
         return run_layers(loop, *given)
 
     def fails_to_follow(stage: FollowingStage, data: bytes) -> None:
         if is_active():
-            raise RuntimeError("a fault of `llamaclust chaos`")
+            raise RuntimeError("`llamaclust chaos` injected this error")
         follow(stage, data)
 
     StageLoop._run_layers = fails  # type: ignore[method-assign, assignment]
@@ -41,7 +41,7 @@ def break_steps(is_active: Active) -> None:
 
 
 def silence(is_active: Active) -> None:
-    """Prevents this process's stages from sending while `is_active()` is True, and delays their steps in groups."""
+    """Keeps this process's stages from sending results while `is_active()` is True. Steps in a worker group wait."""
     from llamaclust.worker.stage.following import FollowingStage
     from llamaclust.worker.stage.loop import StageLoop
 

@@ -97,7 +97,7 @@ def _check_replaceable(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(len(MAGIC))
     if start not in (b"", MAGIC):
-        raise UsageError(f"{path}: already exists and is not a model file; give another name")
+        raise UsageError(f"{path} already exists and is not a model file; give another name")
 
 
 def thread_count() -> int:

@@ -69,10 +69,10 @@ def _write_folder(
     if type_name not in _STORAGE:
         raise UsageError(f"--type {type_name}: a folder holds one of {', '.join(_STORAGE)}; q8_0 is for .gguf files")
     if whole.settings.inner("quantization_config").values.get("quant_method") == KEPT_METHOD:
-        raise UsageError(f"{out}: a base in {KEPT_METHOD} is written to one file only; give a name that ends in .gguf")
+        raise UsageError(f"{out}: a base with {KEPT_METHOD} weights becomes a GGUF file; give a name ending in .gguf")
     weights = out / "model.safetensors"
     if out.exists() and (not out.is_dir() or set(out.iterdir()) - {hidden_name(weights)}):
-        raise UsageError(f"{out}: already exists; give another name, or one that ends in .gguf")
+        raise UsageError(f"{out} already exists; give another name, or one that ends in .gguf")
     created = not out.exists()
     out.mkdir(exist_ok=True)
     made: list[Path] = []
@@ -149,7 +149,7 @@ def _read_adapter(files: SourceFiles, folder: Path) -> _Adapter:
     settings = PeftSettings.read(folder)
     weights = next((folder / name for name in _NAMES if (folder / name).is_file()), None)
     if weights is None:
-        raise ModelFileError(f"{folder}: has no weights: expected {' or '.join(_NAMES)}")
+        raise ModelFileError(f"{folder} has no weights: expected {' or '.join(_NAMES)}")
     halves: dict[str, dict[str, Lazy]] = {}
     replaced = {}
     for name, tensor in read_weight_file(files, weights).items():
@@ -189,11 +189,11 @@ def _merged(tensors: Mapping[str, Lazy], adapter: _Adapter) -> dict[str, Lazy]:
         base = found.get(name)
         if base is None:
             raise ModelFileError(
-                f"{adapter.path}: the base has no tensor {shown(name)}: the adapter belongs to another model"
+                f"{adapter.path}: the base has no tensor {shown(name)}, so the adapter belongs to another model"
             )
         if base.shape != factors.shape:
             shapes = f"expected shape {list(base.shape)} as in the base, found {list(factors.shape)}"
-            raise ModelFileError(f"{adapter.path}: {shown(name)}: {shapes}: the adapter belongs to another model")
+            raise ModelFileError(f"{adapter.path}: {shown(name)}: {shapes}, so the adapter belongs to another model")
         found[name] = _added(base, factors)
     return found
 
@@ -202,11 +202,11 @@ def _replacement(tensor: Lazy, base: Lazy | None, name: str) -> Lazy:
     """Checks a tensor that replaces a tensor of the base. The number of rows may differ, because of added tokens."""
     if base is None and not name.startswith("lm_head"):
         raise ModelFileError(
-            f"{tensor.origin}: the base has no tensor {shown(name)}: the adapter belongs to another model"
+            f"{tensor.origin}: the base has no tensor {shown(name)}, so the adapter belongs to another model"
         )
     if base is not None and tensor.shape[1:] != base.shape[1:]:
         shapes = f"expected shape {list(base.shape)} as in the base, found {list(tensor.shape)}"
-        raise ModelFileError(f"{tensor.origin}: {shapes}: the adapter belongs to another model")
+        raise ModelFileError(f"{tensor.origin}: {shapes}, so the adapter belongs to another model")
     return tensor
 
 

@@ -19,11 +19,11 @@ from llamaclust.tools.convert.settings import MAX_HEADS, MAX_LAYERS, MAX_WORDS, 
 _NOT_NEEDED: Final = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias|rope\.freqs)"
 )
-"""Names of tables and masks that no page needs, because they follow from the settings."""
+"""Names of tables and masks that no page needs, because settings determine their values."""
 
 
 class Page:
-    """Metadata and tensors to write. `vocabulary_rules` is an architecture: its rules convert the vocabulary."""
+    """Metadata and tensors to write. `vocabulary_rules` names the architecture whose rules convert the vocabulary."""
 
     def __init__(self, checkpoint: Checkpoint, architecture: str) -> None:
         self.settings = checkpoint.settings

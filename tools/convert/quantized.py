@@ -26,7 +26,7 @@ _ONE: Final = (1, 1)
 _EIGHT: Final = 8
 _SHIFTS: Final = np.arange(0, 32, 4, dtype=np.uint32)
 _AWQ_ORDER: Final = np.array([0, 4, 1, 5, 2, 6, 3, 7])
-"""Position in an int32 of each of the eight outputs that AWQ packs into it."""
+"""Positions of eight consecutive outputs in the int32 into which AWQ packs them."""
 
 
 def dequantized(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent) -> Mapping[str, Lazy]:

@@ -104,7 +104,7 @@ def rotating_channels(page: Page, default_share: float = 1.0) -> int:
 
 
 def sections(settings: Settings, pairs: int) -> list[int]:
-    """Returns four numbers of channel pairs, one for each coordinate of an image's rows (M-RoPE)."""
+    """Returns M-RoPE's four sections: the number of channel pairs that rotate with each coordinate of a position."""
     listed = _parameters(settings).values.get("mrope_section")
     if listed is None:
         return [(pairs + 2 - number) // 3 for number in range(3)] + [0]
@@ -196,7 +196,7 @@ def _growth(factor: float, share: float = 1.0) -> float:
 
 
 def _dynamic(page: Page, said: Settings) -> None:
-    """Adds a note. No metadata is written, because this scaling has no effect within the trained context length."""
+    """Adds a note for the user, but no metadata, because dynamic scaling begins after the trained context length."""
     if said.has("alpha"):
         raise said.error("alpha", "a stretch of all texts by alpha is not supported")
     context = page.metadata[f"{page.architecture}.context_length"]

@@ -54,7 +54,7 @@ def write_stream(
     check: Callable[[], None],
 ) -> None:
     """Writes a file. Raises UsageError before writing if the disk lacks space. `check` is called at the end, before the
-    file gets its name."""
+    file is renamed to `path`."""
     header = header_bytes(
         metadata, [TensorSource(output.name, output.quant_type, output.tensor.shape, bytes) for output in outputs]
     )
@@ -148,8 +148,6 @@ def encoded(values: Array, storage: Storage, quant_type: QuantType, origin: str)
 
 def _range_error(values: NDArray[np.float32], quant_type: QuantType, origin: str) -> ModelFileError:
     if not np.isfinite(values).all():
-        return ModelFileError(
-            f"{origin}: holds numbers that are not finite; convert with --type f32 or bf16 to keep them"
-        )
+        return ModelFileError(f"{origin} has numbers that are not finite; convert with --type f32 or bf16 to keep them")
     what = f"{np.abs(values).max():g} does not fit {quant_type.name.lower()}"
     return ModelFileError(f"{origin}: {what} (largest: {_LARGEST_F16}); convert with --type bf16")

@@ -93,7 +93,7 @@ def _task(path: Path, tokenizer: Tokenizer, lines: Sequence[str], line: int) -> 
     shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*encoded, strict=False)))
     shared = min(shared, min(map(len, encoded)) - 1)
     if shared < 1:
-        raise UsageError(f"{path}: line {line}: the context has no token that all endings follow")
+        raise UsageError(f"{path}: line {line}: context and ending must begin with the same token for all four endings")
     return Task(encoded, shared, int(right))
 
 

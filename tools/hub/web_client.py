@@ -58,7 +58,7 @@ class _Connections:
             self._sockets.add(stream.get_extra_info("socket"))
 
     def cut(self) -> None:
-        """Shuts all sockets down. Pending reads end, which they would not if the sockets were only closed."""
+        """Shuts all sockets down, which ends pending reads. (Closing a socket would not end a pending read.)"""
         with self._lock:
             sockets = list(self._sockets)
         for connection in sockets:

@@ -47,8 +47,8 @@ def collect(
 
 
 def _run(stage: CpuStage, chunk: tuple[int, ...], rows: int, blocks: int) -> Iterator[int]:
-    """Runs a chunk in microbatches, and yields each microbatch's number of rows. All rows are output rows, because the
-    last layer computes only such rows."""
+    """Runs a chunk in microbatches, and yields each microbatch's number of rows. All rows are marked as output rows,
+    because the last layer would skip other rows."""
     for start in range(0, len(chunk), rows):
         tokens = np.array(chunk[start : start + rows], np.int32)
         count = len(tokens)

@@ -83,7 +83,7 @@ def _check(tensor: Tensor, kind: QuantType, allow_requantize: bool) -> None:
         raise UsageError(f"tensor {name} is {was.name}, which cannot be quantized")
     if width % kind.info.block_size:
         raise UsageError(
-            f"tensor {name} has rows of {width}, but {kind.name} needs multiples of {kind.info.block_size}"
+            f"tensor {name} has rows of {width} weights, but {kind.name} needs a multiple of {kind.info.block_size}"
         )
 
 

@@ -132,7 +132,7 @@ _KNOWN = (*BODIES, *FLOODS)
 
 @dataclass(frozen=True)
 class Attacks(Case):
-    """Measures how a hostile client affects other clients: gaps in streams, `/live`, first tokens, memory.
+    """Measures how a hostile client affects others: pauses in streams, times of `/live` and of first tokens, memory.
     The attacker and the other clients have different API keys. Most attacks send --at-once request bodies of 15 MB at
     the same time. `background` sends 300 background responses. `tokenize` sends 40 texts of 1 MiB. `answers` requests
     128 answers that obey a large schema. `logprobs` requests 32 answers of 1,900 tokens with 20 logprobs each (needs a
@@ -143,7 +143,7 @@ class Attacks(Case):
     rounds = 1
     model: Path = argument("path of a .gguf", existing)
     attack: tuple[str, ...] = option(
-        _KNOWN, "attacks to run", listed(chosen("attack", {name: name for name in _KNOWN}))
+        _KNOWN, "names of the attacks to run", listed(chosen("attack", {name: name for name in _KNOWN}))
     )
     at_once: int = option(8, "number of request bodies that are sent at once", positive)
     streams: int = option(4, "number of streams of other clients", positive)

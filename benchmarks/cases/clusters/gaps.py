@@ -27,7 +27,7 @@ _PARTS = ("logprobs", "breakers")
 
 @dataclass(frozen=True)
 class Gaps(Case):
-    """Measures how expensive requests affect other streams: gaps between tokens, first tokens, memory.
+    """Measures how expensive requests affect other streams: time between tokens, time to the first token, memory.
     `logprobs` sends a request of 8 prompts of 2,000 tokens with 128 logprobs each, and a request of 64 prompts that
     fill the context. `breakers` sends 8 requests with 64 new DRY breakers each, and 8 more while a worker is killed."""
 

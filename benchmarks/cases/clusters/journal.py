@@ -35,7 +35,7 @@ main()
 @dataclass(frozen=True)
 class Journal(Case):
     """Compares the throughput of short requests with and without the journal of admitted requests.
-    Two clusters take turns at bursts of streamed requests. The journal is in the folder of temporary files or in
+    Bursts of streamed requests go to two clusters in turns. The journal is in the folder of temporary files or in
     --state-dir. The folder should be on a disk, not on a tmpfs."""
 
     rounds = 15

@@ -36,7 +36,7 @@ class KvDisk(Case):
     workers: int = option(2, "number of workers in the cluster", positive)
     threads: int = option(1, "number of threads of each worker", positive)
     prefix: int = option(4000, "number of tokens in the shared prefix", positive)
-    damage: bool = option(False, "flip a byte of each file before the restart")
+    damage: bool = option(False, "damage each file of KV memory before the restart, by flipping a byte")
 
     async def groups(self) -> AsyncIterator[Group]:
         with TemporaryDirectory(prefix="llamaclust-") as home:

@@ -106,7 +106,7 @@ class SoakCase(Case):
     rounds = 1
     model: Path = argument("path of a .gguf", existing)
     minutes: float = option(10.0, "duration of the streams in minutes")
-    warm_up: float = option(2.0, "minutes before memory is compared")
+    warm_up: float = option(2.0, "minutes of warm-up, which do not count in the comparison of memory")
     streams: int = option(300, "number of simultaneous streams", positive)
     sequences: int = option(64, "max_sequences in the cluster file", positive)
     tokens: int = option(48, "number of tokens in an answer", positive)

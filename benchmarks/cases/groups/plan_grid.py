@@ -150,7 +150,7 @@ def _planned(cluster: AssumedCluster, model: AssumedModel, *overrides: str) -> _
 
 
 def _outcome(case: _Case, most: int, source: random.Random) -> Measures | None:
-    """Compares the chosen plan with others that have at least as much KV memory. Returns None if no plan fits."""
+    """Compares the planner's choice with plans that have at least as much KV memory. Returns None if no plan fits."""
     cluster, model = AssumedCluster(parse_machines(case.machines)), assumed_model(case.model)
     model.opened.costs  # noqa: B018  Computed here, so that it does not count as planning time.
     begun_s = process_time()
@@ -172,7 +172,7 @@ def _outcome(case: _Case, most: int, source: random.Random) -> Measures | None:
 
 @dataclass(frozen=True)
 class PlanGrid(Case):
-    """Compares the planner's choices with other plans over a grid of assumed clusters. None may be clearly faster.
+    """Compares the planner's choices with other plans on assumed clusters. No other plan may be clearly faster.
     The case compares predicted times for a prompt of 512 tokens and an answer of 128 tokens. The other plans are the
     best plan without groups, and manual plans. Manual plans divide up to three machines into stages and groups in every
     way, and more machines at random. Members' shares follow speed or memory, or are equal. Layer borders follow memory,

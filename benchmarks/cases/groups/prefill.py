@@ -147,7 +147,7 @@ class Prefill(Case):
     hidden: int | None = option(None, "width in channels, for tests (default: the shape's width)", positive)
     hosts: tuple[str, ...] = option(("127.0.0.1", "127.0.0.1"), "addresses of the two members", listed(str))
     bands: tuple[int, ...] = option(
-        (2,), "numbers of parts of the prompt (bands) that members exchange one by one", listed(positive)
+        (2,), "numbers of bands to try; members exchange a prompt in this many parts", listed(positive)
     )
     round_trip: float = option(0.0, "milliseconds to add to the round trips of links", zero_or_more)
     gbit: float = option(0.0, "rate in Gbit/s at which a member receives (default: no limit)", zero_or_more)

@@ -51,7 +51,7 @@ _GOALS = {
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A kind of cluster. `cores` and `speeds` have one value for each worker, in order."""
+    """A kind of cluster, such as a group of workers. `cores` and `speeds` have one value for each worker, in order."""
 
     name: str
     cores: tuple[int, ...]
@@ -67,7 +67,7 @@ class Way:
 
 
 def ways_of(cores: Sequence[int], shares: Sequence[int], speeds: Sequence[float]) -> list[Way]:
-    """Returns the clusters to compare: one worker of the highest speed, stages if all speeds are equal, a group."""
+    """Returns the clusters to compare: the fastest worker alone, stages (only for equal speeds), and a group."""
     found = [Way(ONE, (cores[0],), speeds=(max(speeds),))]
     if len(set(speeds)) == 1:
         found.append(Way(STAGES, tuple(cores), speeds=tuple(speeds)))
@@ -99,7 +99,7 @@ class ServedWay:
     pids: tuple[int, ...]
 
     async def reading(self) -> tuple[float, ...]:
-        """Returns milliseconds since the start: computing time of the stages, waiting time of the leader in gathers,
+        """Returns milliseconds since the start: computing time of stages, a leader's wait for its group,
         and processor time of each process. Waits until heartbeats have counted all steps."""
         used = tuple(map(_processor_ms, self.pids))  # Read first, because waiting for heartbeats takes processor time.
         for _ in range(_LOOKS):
@@ -288,8 +288,8 @@ class Served(Case):
         return [[source.randrange(_PLAIN_WORDS, words) for _ in range(length)] for _ in range(count)]
 
     async def _repeated(self, served: ServedWay) -> list[int]:
-        """Returns a prompt that its greedy answer repeats. Such prompts exist, because layers add nothing to the
-        state."""
+        """Returns a prompt whose greedy answer repeats the prompt. Such a prompt exists, because the model's layers add
+        nothing to the hidden state."""
         for turn in range(1_000):
             begin = self._prompts_begin(turn)
             ids = (await answer(served.bench.api, begin, _REPEATED_PROMPT)).ids

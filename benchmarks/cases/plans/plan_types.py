@@ -26,7 +26,7 @@ from llamaclust.model.quant_types import QuantType
 from llamaclust.wire.control.profiles import ProfileWorker
 
 _TOKENS, _PROMPT, _CONTEXT = 32, 512, 1024
-_SHORT_PROMPT = 224  # Attention reads as many keys for such a prompt as in a worker's measurement.
+_SHORT_PROMPT = 224  # With this length, attention reads as many keys as when a worker measures itself.
 _KINDS = ("steps", "products", "limits")
 
 

@@ -24,8 +24,8 @@ _GOALS = {0.95: ">= 0.85", 0.0: ">= 0.97"}
 @dataclass(frozen=True)
 class Replay(Case):
     """Measures the gain of drafted tokens by acceptance, which is the share of drafted tokens that are right.
-    Drafts are recorded answers. The gain is compared with the maximum gain: that of the best fixed number of drafted
-    tokens, computed from the measured time of a microbatch by its number of rows. With --together, random prompts are
+    Drafts are recorded answers. The gain is compared with the maximum gain of any fixed number of drafted tokens,
+    which is computed from the measured time of a microbatch by its number of rows. With --together, random prompts are
     answered at the same time, with and without n-gram drafts. Drafts must not change tokens or logprobs."""
 
     warm = 1

@@ -44,8 +44,8 @@ Step = Callable[[Microbatch, SamplingInputs], Awaitable[Result]]
 @dataclass(frozen=True)
 class Hop(Case):
     """Measures the cost of a hop: decode microbatches through a local stage, one worker, or two workers.
-    `added us` is a worker's round trip minus its computing time, which is the time of the stream (a Unix socket) and of
-    Python. The cost of a hop is the round trip with two workers minus the round trip with one worker."""
+    `added us` is a worker's round trip minus its computing time. The rest is spent on a stream over a Unix socket and
+    in Python. The cost of a hop is the round trip with two workers minus the round trip with one worker."""
 
     rounds = 3
     warm = 1

@@ -25,7 +25,7 @@ WORK = 4e9
 """Number of multiply-adds in a measurement with many tokens."""
 _READ_S, _PEAK_S = 0.2, 0.05
 FAR, NEAR = "far", "near"
-_FEW_TOKENS = 2  # Products of up to this many tokens have two ways to prefetch.
+_FEW_TOKENS = 2  # Products of more tokens have only one way to prefetch weights.
 _MOST_THREADS = 1024
 _LEAST_WEIGHTS = 1 << 16
 
@@ -59,18 +59,18 @@ class Kernels(Case):
     )
     prefetch: tuple[str, ...] = option(
         (FAR,),
-        "ways to prefetch with one or two tokens: far, near",
+        "ways to prefetch weights for one or two tokens: far, near",
         listed(chosen("way to prefetch", {FAR: FAR, NEAR: NEAR})),
     )
     threads: int = option(2, "number of threads that compute", positive)
 
     def __post_init__(self) -> None:
         if self.threads > _MOST_THREADS:
-            raise UsageError(f"--threads {self.threads} is too many: {_MOST_THREADS} at most")
+            raise UsageError(f"--threads is {self.threads}, but the limit is {_MOST_THREADS}")
         if all(cols % each.info.block_size for each in self.types for _, cols in self.shapes):
             least = min(each.info.block_size for each in self.types)
             raise UsageError(
-                f"no type fits the columns of --shapes; give a multiple of the type's block, {least} or more"
+                f"the columns of --shapes fit no type of --types; give a number of columns that {least} divides"
             )
 
     async def groups(self) -> AsyncIterator[Group]:

@@ -20,7 +20,7 @@ class Load(Case):
     """Measures the time until a model is ready, and peak memory, with and without packed layers.
     Each load runs in its own process, with files in the page cache. `ready` counts from opening the file, and `process`
     counts from the start of Python. `limit` is the allowed peak of resident memory after a prefill: 1.10 times the
-    weights, plus KV memory, plus 150 MiB. In "packed, copied", packed layers are in small pages and are copied."""
+    weights, plus KV memory, plus 150 MiB. "packed, copied" copies packed layers out of small pages."""
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)
@@ -34,7 +34,7 @@ class Load(Case):
             goals = {"ready s": "1.1B Q4_K on two cores: 2 s from the file, 0.5 packed"}
             loads = {"from the file": partial(self._measure, None), "packed": partial(self._measure, folder)}
             yield Group("loads", loads, goals)
-            for path in folder.glob("*.tiles"):  # Reads the images again, in small pages.
+            for path in folder.glob("*.tiles"):  # Reads the packed layers again, in small pages.
                 with path.open("rb") as file:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 _read(path, 1 << 16)

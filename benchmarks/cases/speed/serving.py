@@ -34,9 +34,9 @@ class Served:
 
 @dataclass(frozen=True)
 class Serving(Case):
-    """Compares many streams with llama.cpp's server for a minute: tokens per second, first tokens, errors.
-    A stream sends its next chat when its last chat has ended. Prompts begin with different words. Both servers run all
-    the time, but one of them is idle. A ratio of `tok/s` above 1 means that llamaclust is faster."""
+    """Compares many streams with llama.cpp's server for a minute: tokens per second, time to the first token, errors.
+    Each stream sends a chat when its previous chat has ended. Prompts begin with different words. Both servers run all
+    the time, but only one of them gets requests. A ratio of `tok/s` above 1 means that llamaclust is faster."""
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)

@@ -18,5 +18,5 @@ def model() -> str:
 
 @pytest.fixture(scope="session")
 def checkout() -> Path:
-    """The checkout of the suite's repository, which has the tests if they are in no package."""
+    """The checkout of a repository whose tests the suite runs, for suites whose tests no package contains."""
     return Path(os.environ["SUITE_CHECKOUT"])

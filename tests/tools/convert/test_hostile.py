@@ -237,11 +237,11 @@ def test_meta_s_parts_that_do_not_belong_together(tmp_path: Path) -> None:
     refused(tmp_path / "m", "found consolidated.00.pth, consolidated.02.pth")
     (tmp_path / "m/consolidated.02.pth").unlink()
     write_torch(tmp_path / "m/consolidated.01.pth", {"norm.weight": one["norm.weight"]})
-    refused(tmp_path / "m", "is not in all parts")
+    refused(tmp_path / "m", "is not in every .pth file")
     write_torch(
         tmp_path / "m/consolidated.01.pth", one | {"layers.0.attention.wq.weight": np.ones((32, 32), np.float32)}
     )
-    refused(tmp_path / "m", r"expected shape \[32, 64\] as in the first part, found \[32, 32\]")
+    refused(tmp_path / "m", r"expected shape \[32, 64\] as in the first file, found \[32, 32\]")
 
 
 @pytest.mark.parametrize("data", [b"", b"GGUF" + bytes(99), bytes(300), b"\x10\0\0\0" * 80, np.arange(9999).tobytes()])
@@ -264,8 +264,8 @@ def test_paths_without_a_checkpoint(tmp_path: Path) -> None:
 def test_hints_that_a_checkpoint_has_no_use_for_are_refused(tmp_path: Path) -> None:
     model = folder(tmp_path)
     for hints, message in (
-        (Hints(config=tmp_path / "x.json"), "--config .*x.json: is for TencentPretrain's files"),
-        (Hints(context_length=99), "--context-length 99: is not for a folder of Hugging Face's form"),
+        (Hints(config=tmp_path / "x.json"), "--config .*x.json is only for TencentPretrain's files"),
+        (Hints(context_length=99), "--context-length 99 is not for a folder in Hugging Face's format"),
     ):
         with pytest.raises(UsageError, match=message):
             convert(model, tmp_path / "out.gguf", "f32", hints, lambda done, total: None, None)

@@ -239,7 +239,7 @@ def test_the_tokenizer_of_another_model(rows: int, message: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("tokenizer.model", b"\xff\xfe\x00garbage" * 9, "neither a SentencePiece model nor a list of ranks"),
+        ("tokenizer.model", b"\xff\xfe\x00garbage" * 9, "neither a SentencePiece model nor a tiktoken file"),
         ("tokenizer.model", b"", "has no pieces"),
         ("tokenizer.model", b"YQ== 0\n!!! 1\n", "line 2 is not a word in base64"),
         ("tokenizer.json", b"{", "the JSON cannot be read"),
@@ -248,7 +248,7 @@ def test_the_tokenizer_of_another_model(rows: int, message: str, tmp_path: Path)
         ("tokenizer.json", b'{"model": {"type": "WordPiece"}}', "'WordPiece' is not supported; supported: BPE"),
         ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": 5e3}}}', "not whole numbers"),
         ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": 99999999999}}}', "not whole numbers"),
-        ("tokenizer.bin", b"\0\0\0\0\0\0\0\0\xff\xff\xff\xff", "ends in word 0: cut short"),
+        ("tokenizer.bin", b"\0\0\0\0\0\0\0\0\xff\xff\xff\xff", "ends in word 0: it was cut short"),
     ],
 )
 def test_damaged_tokenizers_are_named(name: str, data: bytes, message: str, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def read_weights(files: SourceFiles, folder: Path) -> dict[str, Lazy]:
     shards = sorted(path for path in folder.iterdir() if _SHARD.fullmatch(path.name))
     if not shards:
         names = " or ".join(f"{stem}.{suffix}" for stem, suffix in _STEMS)
-        raise ModelFileError(f"{folder}: has no weights: expected {names}, or shards of one of them")
+        raise ModelFileError(f"{folder} has no weights: expected {names}, or shards of such a file")
     return _all_shards(files, shards)
 
 

@@ -80,7 +80,7 @@ def _merged(files: SourceFiles, parts: list[Path], width: int) -> dict[str, Lazy
     for path, shard in zip(parts, shards, strict=True):
         if shard.keys() != shards[0].keys():
             strange = sorted(shard.keys() ^ shards[0].keys())[0]
-            raise ModelFileError(f"{path}: {shown(strange)} is not in all parts; get all parts of one model")
+            raise ModelFileError(f"{path}: tensor {shown(strange)} is not in every .pth file; get all files of a model")
     return {name: _joined(name, [shard[name] for shard in shards], width) for name in shards[0]}
 
 
@@ -88,11 +88,11 @@ def _joined(name: str, parts: list[Lazy], width: int) -> Lazy:
     stem = name.removesuffix(".weight")
     first = parts[0]
     if len(parts) == 1 or not (_ROWS.fullmatch(stem) or _COLUMNS.fullmatch(stem) or stem == _EMBEDDING):
-        return first  # The tensor is a norm, and every part has all of it.
+        return first  # The tensor is a norm, and every file has all of it.
     strange = next((part for part in parts if part.shape != first.shape or len(part.shape) != 2), None)
     if strange is not None:
         raise ModelFileError(
-            f"{strange.origin}: expected shape {list(first.shape)} as in the first part, found {list(strange.shape)}"
+            f"{strange.origin}: expected shape {list(first.shape)} as in the first file, found {list(strange.shape)}"
         )
     by_columns = first.shape[1] * len(parts) == width if stem == _EMBEDDING else _COLUMNS.fullmatch(stem)
     return beside(parts) if by_columns else below(parts)
@@ -135,7 +135,7 @@ def _context(params: Settings, values: dict[str, Any]) -> int:
 
 
 def _tokenizer(folder: Path) -> Path:
-    """Returns the tokenizer in the folder, or in its parent, where Meta's download script puts it."""
+    """Returns the path of tokenizer.model in the folder, or in its parent, where Meta's download script puts it."""
     above = folder.resolve().parent / "tokenizer.model"
     return above if not (folder / "tokenizer.model").is_file() and above.is_file() else folder / "tokenizer.model"
 

@@ -24,10 +24,10 @@ class Hints:
 
     def check(self, kind: str, *, config: bool = False, context_length: bool = False) -> None:
         if self.config is not None and not config:
-            raise UsageError(f"--config {self.config}: is for TencentPretrain's files, but the source is {kind}")
+            raise UsageError(f"--config {self.config} is only for TencentPretrain's files, but the source is {kind}")
         if self.context_length is not None and not context_length:
             raise UsageError(
-                f"--context-length {self.context_length}: is not for {kind}, which states its own context length"
+                f"--context-length {self.context_length} is not for {kind}, which states its own context length"
             )
 
 
@@ -43,7 +43,7 @@ def open_checkpoint(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:
         hints.check("a folder in Meta's format", context_length=True)
         return meta.read_meta(files, path, hints.context_length)
     what = f"neither {hugging_face.CONFIG} (Hugging Face's format) nor {meta.PARAMS} (Meta's format)"
-    raise ModelFileError(f"{path}: not a checkpoint: {what} is in the folder")
+    raise ModelFileError(f"{path} is not a checkpoint: the folder has {what}")
 
 
 def _file(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:

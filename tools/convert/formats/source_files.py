@@ -52,7 +52,7 @@ def lazy_tensor(file: SourceFile, name: str, offset: int, shape: tuple[int, ...]
     row_bytes = prod(shape[1:]) * storage.dtype.itemsize
     if offset < 0 or offset + shape[0] * row_bytes > file.size_bytes:
         end = offset + shape[0] * row_bytes
-        raise ModelFileError(f"{origin}: ends at byte {end}, but the file ends at {file.size_bytes}: it was cut short")
+        raise ModelFileError(f"{origin} ends at byte {end}, but the file ends at {file.size_bytes}: it was cut short")
 
     def read(start: int, end: int) -> Array:
         values = np.empty((end - start, *shape[1:]), storage.dtype)

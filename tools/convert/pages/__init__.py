@@ -1,5 +1,5 @@
-"""Maps a checkpoint's architecture to GGUF's name and to the function that builds its page. Only the text model of a
-multimodal checkpoint is converted."""
+"""Maps a checkpoint's architecture to GGUF's name for it and to the function that converts its tensors. Only the text
+model of a multimodal checkpoint is converted."""
 
 from __future__ import annotations
 

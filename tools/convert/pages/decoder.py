@@ -89,7 +89,7 @@ def feed_forward_width(page: Page) -> int:
 
 
 def windowed_layers(page: Page, period: int) -> list[bool]:
-    """Returns, for each layer, True if it has a window. Without `layer_types`, every `period`th layer has no window."""
+    """Returns, for each layer, True if its attention has a window. By default, every `period`th layer has no window."""
     listed = page.settings.values.get("layer_types")
     if not isinstance(listed, list):
         return [(layer + 1) % period != 0 for layer in range(page.layers)]
@@ -120,7 +120,7 @@ def numbered_layers(page: Page, name: str, listed: Sequence[Any], first: int = 0
 
 
 def refuse(page: Page, *names: str) -> None:
-    """Raises ModelFileError if one of these flags is set, because the architecture cannot express it."""
+    """Raises ModelFileError if one of the named settings is true, because the GGUF architecture cannot express it."""
     for name in names:
         if page.settings.flag(name):
             raise page.settings.error(name, f"true is not supported by {page.architecture}")

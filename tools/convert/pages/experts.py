@@ -45,8 +45,8 @@ def group_keys(page: Page, count: int, chosen: int) -> None:
 
 
 def matrices(page: Page, place: str, source: str, count: int, width: int, names: tuple[str, str, str] = PARTS) -> None:
-    """Writes the expert matrices. `source` has a tensor for each expert and part, or one tensor for all experts, in
-    which the rows of gate come before the rows of up."""
+    """Writes the expert matrices gate, up and down. `source` has three tensors for each expert, or `gate_up_proj` and
+    `down_proj` for all experts. The first rows of `gate_up_proj` are gate, the others up."""
     if not page.has(f"{source}.gate_up_proj"):
         decoder.experts(page, place, count, width, names, source)
         return
@@ -57,8 +57,8 @@ def matrices(page: Page, place: str, source: str, count: int, width: int, names:
 
 
 def column_matrices(page: Page, place: str, source: str, count: int, width: int) -> None:
-    """Writes the expert matrices. `source` has one transposed tensor for all experts, in which the columns of gate come
-    before the columns of up."""
+    """Writes the expert matrices gate, up and down. `source` has transposed tensors `gate_up_proj` and `down_proj` for
+    all experts. The first columns of `gate_up_proj` are gate, the others up."""
     both = exchanged(page.take(f"{source}.gate_up_proj", count, page.width, 2 * width))
     page.put(f"{place}.ffn_gate_exps.weight", part_of_each(both, 0, width))
     page.put(f"{place}.ffn_up_exps.weight", part_of_each(both, width, 2 * width))

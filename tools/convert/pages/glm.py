@@ -9,7 +9,7 @@ from llamaclust.tools.convert.rotation import rotating_channels, rotation
 
 
 def build(page: Page) -> None:
-    """Builds Hugging Face's form. GLM-4-0414 also has norms after attention and after the feed-forward network."""
+    """Converts Hugging Face's form. GLM-4-0414 also has norms after attention and after the feed-forward network."""
     width, hidden = decoder.feed_forward_width(page), page.width
     decoder.usual_keys(page, width)
     decoder.rms_epsilon(page)

@@ -58,7 +58,7 @@ def _experts(page: Page, layer: int, count: int, width: int) -> None:
 
 
 def _matrices(page: Page, source: str, shape: tuple[int, int, int], parts: int) -> list[Lazy]:
-    """Splits blocks [experts, rows, columns], or floats [experts, columns, rows], into `parts` of alternating rows."""
+    """Splits MXFP4 [experts, rows, columns] or floats [experts, columns, rows]. Part i gets row i, i + `parts`, ..."""
     count, rows, columns = shape
     if not page.has(f"{source}_blocks"):
         whole = exchanged(page.take(source, count, columns, rows))

@@ -12,7 +12,7 @@ from llamaclust.tools.convert.settings import MAX_LAYERS
 
 
 def build(page: Page) -> None:
-    """Ignores the configured window, which takes effect only with `use_sliding_window`."""
+    """Refuses models with `use_sliding_window`. Without it, the setting `sliding_window` has no effect."""
     if page.settings.flag("use_sliding_window"):
         raise page.settings.error("use_sliding_window", "true is not supported")
     width = decoder.feed_forward_width(page)
@@ -75,6 +75,6 @@ def _experts(page: Page, layer: int, count: int) -> None:
 
 
 def _has_columns_first(page: Page, source: str, count: int, width: int) -> bool:
-    """Returns True for the form of Qwen 3 VL's published checkpoints. transformers writes another form."""
+    """Returns True if experts are stored as [experts, inputs, outputs], as in Qwen 3 VL's published checkpoints."""
     both, down = page.shape(f"{source}.gate_up_proj"), page.shape(f"{source}.down_proj")
     return both == (count, page.width, 2 * width) and down == (count, width, page.width)

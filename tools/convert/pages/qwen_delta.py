@@ -28,8 +28,8 @@ _PREDICTION = (
 
 @dataclass(frozen=True, slots=True)
 class _DeltaNet:
-    """Sizes of a delta net. In a checkpoint, value head j belongs to key head j // (heads // key_heads). If `tiled`,
-    value head j of the GGUF file belongs to key head j % key_heads."""
+    """Sizes of a delta net. Several value heads share a key head, and are neighbours in a checkpoint. If `tiled`, the
+    GGUF file has another order: value head j belongs to key head j % key_heads."""
 
     key_heads: int
     heads: int
@@ -50,7 +50,7 @@ class _DeltaNet:
         return 2 * self.keys + self.values
 
     def order(self, width: int) -> NDArray[np.int64]:
-        """Returns, for each row in GGUF, the row in the checkpoint. A value head has `width` rows."""
+        """Returns the checkpoint's row for each row in GGUF's order of value heads, which have `width` rows each."""
         numbers = np.arange(self.heads * width, dtype=np.int64)
         if not self.tiled:
             return numbers
@@ -194,8 +194,8 @@ def _delta_net(page: Page, place: str, source: str, net: _DeltaNet) -> None:
 
 
 def _grouped_products(page: Page, place: str, source: str, net: _DeltaNet) -> None:
-    """Splits a matrix with a group of rows (q, k, v, gates) for each key head. One tensor gets q, k and v, and another
-    gets the gates."""
+    """Splits a matrix that has a group of rows (q, k, v, gates) for each key head. The tensor `attn_qkv` gets q, k and
+    v, and `attn_gate` gets the gates."""
     shared = net.values // net.key_heads
     group = 2 * net.width + 2 * shared
     whole = page.take(f"{source}.in_proj_qkvz.weight", net.key_heads * group, page.width)

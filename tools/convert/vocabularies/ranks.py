@@ -45,7 +45,7 @@ _BEHIND: Final = {
     "qwen2": (_QWEN_SPECIAL, {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}),
     "hunyuan": (_HUNYUAN_SPECIAL, {"bos": "<|startoftext|>", "eos": "<|eos|>", "padding": "<|pad|>"}),
 }
-"""Control tokens that follow the words, and roles of some of them. Other models list them in tokenizer_config.json."""
+"""Control tokens after the file's words, and roles of some tokens. Other models have them in tokenizer_config.json."""
 _OLD_SPECIAL: Final = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
     *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]"),
@@ -161,7 +161,7 @@ def read_tekken(path: Path) -> Words:
 
 
 def _special(said: dict[str, Any], path: Path, count: int) -> list[str]:
-    """Returns the texts of special tokens by id. They precede all words. A token without a text gets a placeholder."""
+    """Returns the texts of special tokens by id, which begin at 0. A token without a text gets a placeholder."""
     texts = [f"<SPECIAL_{number}>" for number in range(count)]
     listed = said.get("special_tokens")
     if listed is None:

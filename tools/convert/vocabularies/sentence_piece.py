@@ -29,7 +29,7 @@ def read_sentence_piece(path: Path, data: bytes) -> Words:
         model.ParseFromString(data)
     except DecodeError:
         raise ModelFileError(
-            f"{path}: this is neither a SentencePiece model nor a list of ranks: it may be cut short"
+            f"{path} is neither a SentencePiece model nor a tiktoken file; it may be cut short"
         ) from None
     if not model.pieces:
         raise ModelFileError(f"{path}: the SentencePiece model has no pieces")
@@ -115,4 +115,4 @@ def _word(path: Path, number: int, data: bytes) -> tuple[str, TokenType]:
 
 
 def _cut_short(path: Path, count: int) -> ModelFileError:
-    return ModelFileError(f"{path}: ends in word {count}: cut short, or not a tokenizer.bin of llama2.c")
+    return ModelFileError(f"{path} ends in word {count}: it was cut short, or is not a tokenizer.bin of llama2.c")

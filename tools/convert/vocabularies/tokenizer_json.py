@@ -207,7 +207,7 @@ def _object(value: Any, path: Path, name: str) -> dict[str, Any]:
 
 
 def _unigrams(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
-    """Reads SentencePiece's pieces, character map and treatment of spaces from the library's steps. Raises
+    """Reads SentencePiece's pieces, character map and treatment of spaces from tokenizer.json. Raises
     ModelFileError if an entry is malformed, or if the piece for unknown text is missing."""
     steps = _parts(said.get("normalizer"), "normalizers")
     cutters = _parts(said.get("pre_tokenizer"), "pretokenizers")
@@ -266,6 +266,6 @@ def _charsmap(path: Path, steps: list[dict[str, Any]]) -> bytes:
     try:
         data = base64.b64decode(said, validate=True)
     except (binascii.Error, TypeError, ValueError):
-        raise ModelFileError(f"{path}: its map of characters is not base64") from None
+        raise ModelFileError(f"{path}: the map of characters is not base64") from None
     check_charsmap(data, f"{path}: its map of characters")
     return data

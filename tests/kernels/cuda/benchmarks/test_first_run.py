@@ -178,7 +178,7 @@ DAMAGED += [json.dumps({"gpu": OUTCOME, "call": OUTCOME | {name: value}}) for na
 @pytest.mark.parametrize("damaged", DAMAGED, ids=range(len(DAMAGED)))
 def test_damaged_results_are_named(tmp_path: Path, damaged: str) -> None:
     (tmp_path / "steps.json").write_bytes(damaged.encode(errors="surrogatepass"))
-    with pytest.raises(UsageError, match=r"steps.json: has no outcomes of steps; remove it"):
+    with pytest.raises(UsageError, match=r"steps.json has no outcomes of steps; remove it"):
         first_run.main([str(tmp_path), "--models", str(tmp_path)])
 
 

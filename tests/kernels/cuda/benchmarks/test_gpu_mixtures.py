@@ -212,7 +212,7 @@ def test_options_that_cannot_be_obeyed(mixture: Path, tmp_path: Path, capsys: py
     for option in (("--cpu-moe",), ("--n-cpu-moe", "1"), ("--experts-cache", "4MiB")):
         with pytest.raises(UsageError, match=r"dense\.gguf has no experts; leave out --cpu-moe, --n-cpu-moe"):
             gpu.main([str(dense), *SMALL, *option])
-    with pytest.raises(UsageError, match="no copies of experts: none is in RAM, fits into 4 MiB or has a gate"):
+    with pytest.raises(UsageError, match="no copies of experts, since none is in RAM, fits into 4 MiB or has a gate"):
         gpu.main([str(mixture), *SMALL, "--n-cpu-moe", "0", "--experts-cache", "4MiB"])
     for options in (("--cpu-moe", "--n-cpu-moe", "1"), ("--experts-cache", "many"), ("--n-cpu-moe", "-1")):
         with pytest.raises(SystemExit):

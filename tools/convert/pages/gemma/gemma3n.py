@@ -1,5 +1,5 @@
-"""Gemma 3n. It has copies of the hidden state, a low-rank branch parallel to attention, sparse activations, and inputs
-per layer. Its last layers use the keys and values of other layers."""
+"""Gemma 3n. It has several hidden states (AltUp), a low-rank branch parallel to attention (LAuReL), sparse activations,
+and per-layer embeddings. Its last layers use the keys and values of other layers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Gemma 4. Layers with a window and layers without a window have different heads. Experts are parallel to the
-feed-forward network. There are inputs per layer, and the last layers use other layers' keys and values."""
+feed-forward network. There are per-layer embeddings, and the last layers use other layers' keys and values."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _Heads:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """Values that differ between layers. Layers from `own` on use the keys and values of earlier layers."""
+    """Settings that differ between layers. The first `own` layers have keys and values, which later layers reuse."""
 
     windowed: list[bool]
     part: _Heads

@@ -1,4 +1,4 @@
-"""Inputs per layer in Gemma's E2B and E4B models: their projection, and the tensors that add them to a layer."""
+"""Per-layer embeddings in Gemma's E2B and E4B models: the matrix that computes them, and tensors of each layer."""
 
 from __future__ import annotations
 

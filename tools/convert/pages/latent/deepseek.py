@@ -30,7 +30,7 @@ _MISTRAL4 = _Mixture("softmax", experts.SOFTMAX, has_bias=False)
 
 
 def build_v2(page: Page) -> None:
-    """DeepSeek V2 and V2.5. The full models choose groups by their best expert. GGUF cannot express that."""
+    """DeepSeek V2. Full models are refused, since they choose expert groups by the best expert, unlike GGUF."""
     settings = page.settings
     method = settings.text("topk_method", default="greedy")
     if method != "greedy" and settings.count("n_group", default=1) != 1:

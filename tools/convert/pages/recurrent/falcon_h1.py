@@ -32,7 +32,7 @@ def build(page: Page) -> None:
     for layer in range(page.layers):
         place, source = f"blk.{layer}", f"model.layers.{layer}"
         page.copy(f"{place}.attn_norm", f"{source}.input_layernorm", page.width)
-        # The GGUF name of this norm is llama.cpp's.
+        # llama.cpp's name of this norm has no suffix `.weight`.
         page.put(f"{place}.ffn_norm", page.take(f"{source}.pre_ff_layernorm.weight", page.width))
         decoder.attention(page, layer)
         write_mamba(page, place, f"{source}.mamba", mamba, has_norm=has_norm)

@@ -52,7 +52,7 @@ def build(page: Page) -> None:
 
 
 def _kinds(page: Page) -> list[str]:
-    """Returns each layer's kind, which settings give as names or letters. Adds the number of layers to the settings."""
+    """Returns each layer's kind. Settings have names or letters of kinds. Adds the layer count to the settings."""
     settings = page.settings
     values = dict(settings.values)
     listed = next((values[name] for name in ("layers_block_type", "layer_types") if settings.has(name)), None)

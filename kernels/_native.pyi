@@ -305,7 +305,7 @@ class ThreadPool:
         """Sets the initial speed of each thread. Only tests call this."""
 
 class ThreadSpeeds:
-    """Divides a pool's work among threads by the time that each thread took for its earlier parts."""
+    """Divides a job among a pool's threads, in proportion to the speeds that were measured in earlier jobs."""
     def __init__(self, threads: int) -> None: ...
     def open(self, threads: int) -> None: ...
     def begin(self, count: int, thread: int) -> int: ...
@@ -322,7 +322,8 @@ class CoreContention:
     def report(self, rows: int, began_ns: int, ended_ns: int, waited_ns: int) -> None: ...
 
 class Plan:
-    """A list of steps over numbered buffers. A rotation is a pair: a table's number, and True for the style NEOX."""
+    """A list of steps over numbered buffers. The arguments `rotation`, `rotate_q` and `rotate_k` have a number that
+    `add_rotation` returned, and a flag that is True for RoPE in NEOX style."""
 
     def __init__(
         self,

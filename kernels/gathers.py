@@ -1,5 +1,5 @@
-"""Rules for gathers, in which the members of a group exchange rows: the format of rows, and the bands that are gathered
-one by one. The native executor has the same limits (`executor/workspace.h`, `executor/gatherer.h`)."""
+"""Rules for gathers, in which the members of a group exchange rows: the format of rows, and their division into bands,
+which are gathered one by one. `executor/workspace.h` and `executor/gatherer.h` have the same limits."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _PACKED = (ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 
 
 def band_borders(program: ir.Program, rows: int, most: int) -> list[int]:
-    """Returns the borders of up to `most` bands, which divide the rows. All gathers before output rows are selected run
-    once per band. The first band has two thirds as many rows as another band."""
+    """Divides a microbatch's `rows` rows into up to `most` bands, and returns the bands' borders. Each gather before
+    `SelectRows` runs once per band. The first band has two thirds as many rows as another band."""
     before = takewhile(lambda step: not isinstance(step, ir.SelectRows), program.steps)
     is_whole = rows < LEAST_BANDED_ROWS or program.states or not program.is_causal
     if is_whole or not any(isinstance(step, ir.Gather) for step in before):

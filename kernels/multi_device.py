@@ -157,8 +157,8 @@ def layers_of(program: Program, start: int, end: int) -> Program:
 
 @dataclass(frozen=True, slots=True)
 class _Carried:
-    """The row that goes from one device to the next. It has the hidden state, followed by the channels of the buffer
-    `further` from index `start` on, of which each later layer reads a slice."""
+    """The row that a device passes to the next device. It has the hidden state, followed by the channels of `further`
+    that later layers read, which begin at channel `start`. For example, Gemma has inputs for each layer there."""
 
     hidden: Buffer
     further: Buffer

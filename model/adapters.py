@@ -142,8 +142,8 @@ def _numbers(model: ModelFile) -> tuple[int, ...]:
 
 
 def adapted(program: Program, model: ModelFile) -> Program:
-    """Adds the adapters' steps to the program, after each group of consecutive MatMul steps with the same input. They
-    change the products' results. Raises ModelFileError if an adapter's shapes do not fit the products."""
+    """Returns the program with the adapters' `Adapt` steps. They follow each group of consecutive MatMul steps with the
+    same input, and add LoRA's term to the results. Raises ModelFileError if an adapter's shapes do not fit."""
     numbers = _numbers(model)
     return replace(program, steps=tuple(_adapted(program.steps, model, numbers))) if numbers else program
 
@@ -179,8 +179,8 @@ def _adapt(product: MatMul, model: ModelFile, number: int) -> Adapt | None:
 
 
 def own_names(names: Iterable[str], number: int | None) -> list[str]:
-    """Selects the names of adapter `number` and removes their prefix. If `number` is None, selects the model's own
-    names."""
+    """Returns the tensor names of adapter `number`, without the prefix `adapter.N.`. If `number` is None, returns the
+    names of the model's own tensors."""
     if number is None:
         return [name for name in names if not name.startswith(_PREFIX)]
     prefix = f"{_PREFIX}{number}."

@@ -87,8 +87,8 @@ def all_macs(steps: Iterable[Step]) -> int:
 class LayerCost:
     """The cost of a layer, or of a part of a layer. `weight_bytes` is the size in memory. `used_file_bytes` is the size
     in the file of the weights that one token uses. `idle_bytes` is the part of `weight_bytes` for experts that a token
-    does not choose, and `idle_share` is their share of all experts. Multiply-accumulates exclude attention, because its
-    cost grows with the context."""
+    does not choose. `idle_share` is the fraction of experts that a token does not choose. Multiply-accumulates (`macs`)
+    exclude attention, because its cost grows with the context."""
 
     weight_bytes: int
     macs_per_token: int
@@ -104,7 +104,8 @@ class LayerCost:
     expert_bytes: int = 0  # The part of `weight_bytes` for the router and the experts.
     expert_macs_per_token: int = 0
     is_joined: bool = False  # True if no stage may begin at this layer or part.
-    saved_bytes: int = 0  # Bytes that a stage with all parts of a layer saves. Set in the first part.
+    # Bytes by which one stage with the whole layer is smaller than stages with its parts. Set in the first part.
+    saved_bytes: int = 0
     state_macs_per_token: int = 0  # The part of `float_macs_per_token` that updates states.
     weights: tuple[TypedWeights, ...] = ()  # Matrices that multiply rows, without those of experts.
     expert_weights: tuple[TypedWeights, ...] = ()
@@ -142,8 +143,8 @@ class ModelCosts:
     layers: tuple[LayerCost, ...]
     float_head_macs: int = 0
     head_file_bytes: int = 0
-    hidden_bytes: int = 0  # Size of one token between two stages.
-    cut_bytes: int = 0  # Maximum size of one token that comes from a stage that ends inside a layer.
+    hidden_bytes: int = 0  # Bytes that a stage sends to the next stage for each token.
+    cut_bytes: int = 0  # Maximum bytes per token that a stage sends if it ends inside a layer.
     expert_shards: int = 1  # Number of entries in `layers` for each layer.
     nextn_bytes: int = 0  # Size of the MTP head's weights outside its layer, in the last stage.
     nextn_embedding_bytes: int = 0  # Size of the embedding that an MTP head needs in a last stage that is not first.
@@ -207,6 +208,6 @@ def steps_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
 
 
 def is_before_head(program: Program, step: Step) -> bool:
-    """Returns False only for the output head's first step, which is the norm of all rows or `SelectRows`."""
+    """Returns False if `step` is the first step of the output head, which is the norm of all rows or `SelectRows`."""
     has_norm = program.normed is not None and program.normed != program.hidden
     return not isinstance(step, SelectRows) and not (has_norm and step.out == program.normed)

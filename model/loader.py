@@ -186,14 +186,14 @@ class Model:
 
     def check_projector(self, projector: Projector) -> None:
         """Raises ModelFileError if the model reads no images, or if the projector's rows do not fit the model."""
-        which = f"{projector.file.path}: not for {self.file.path.name}"
+        which = f"{projector.file.path}: the projector cannot be used with {self.file.path.name}, because"
         if not self.image_width:
             what = f"images for architecture {self.hyperparameters.architecture} are not supported"
-            raise ModelFileError(f"{which}: {what}; set mmproj: off")
+            raise ModelFileError(f"{which} {what}; set 'mmproj: off'")
         projector.check_text_model(self.plain, self.hyperparameters)
         if projector.family.sections and not self.rope_sections:
             what = "images need the key rope.dimension_sections, which the model lacks"
-            raise ModelFileError(f"{which}: {what}; convert the model again")
+            raise ModelFileError(f"{which} {what}; convert the model again")
 
     @property
     def rope_sections(self) -> int:
@@ -295,7 +295,6 @@ class Model:
             raise keys.error("attention.causal", f"{not self.is_causal} is not supported")
 
     def _refuse_unknown_tensors(self) -> None:
-        """Raises ModelFileError if the file has a tensor that no step reads. It could be a scale that answers need."""
         known = {*self._whole.weights, *FACTOR_TENSORS, *nextn_tensors(self.file), *idle_kv_tensors(self.file)}
         unknown = set(self.file.tensors) - known
         if (error := unread_adapter_tensor(self.file, unknown)) is not None:

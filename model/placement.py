@@ -122,11 +122,11 @@ def _decided(model: Model, rules: Sequence[PlacementRule]) -> dict[str, int]:
 class _Part:
     what: str
     deciding: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)  # Small tensors. They go to the device of the `deciding` tensors.
+    others: list[str] = field(default_factory=list)  # Small tensors, which follow the `deciding` tensors.
 
     def place(self, decided: Mapping[str, PlacementRule]) -> tuple[str, PlacementRule] | None:
-        """Returns a tensor and the rule that decides for the whole part, or None. Raises UsageError if rules
-        disagree."""
+        """Returns one tensor of the part, and the rule for it, which applies to the whole part. Returns None if no rule
+        applies. Raises UsageError if the rules would divide the part between devices."""
         ruled = [(name, decided[name]) for name in (*self.deciding, *self.others) if name in decided]
         if not ruled:
             return None
@@ -150,7 +150,7 @@ class _Layer:
     def place(self, decided: Mapping[str, PlacementRule]) -> tuple[str | None, bool | None]:
         """Returns the layer's device, and whether its experts are in RAM. Each is None if no rule decides it."""
         broad = {rule for name in self.rest.deciding if (rule := decided.get(name)) is not None}
-        # Small tensors of the experts, matched by a rule that is meant for the rest of the layer.
+        # Small tensors of the experts that a rule for the rest of the layer matches by accident.
         follow = {name for name in self.experts.others if decided.get(name) in broad}
         own = {name: rule for name, rule in decided.items() if name not in follow | self._following_vectors(decided)}
         rest, experts = self.rest.place(own), self.experts.place(own)

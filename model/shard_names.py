@@ -18,7 +18,7 @@ def shard_name(name: str, part: range) -> str:
 
 
 def rows_name(name: str, rows: range) -> str:
-    """Names some rows of each expert's matrix, or some channels of each expert's bias."""
+    """Returns `name[:,0:8]` for rows 0 to 7 of each expert's matrix, or for channels 0 to 7 of each expert's bias."""
     assert _SHARD.fullmatch(name) is None, name
     return f"{name}[:,{rows.start}:{rows.stop}]"
 

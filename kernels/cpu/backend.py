@@ -32,9 +32,9 @@ from llamaclust.model.program import Program
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The input x of the products of `weights` in the last run. The next run overwrites x [rows, width]. For matrices
-    of experts or heads, `chosen` [rows, used] has the numbers of each row's experts or heads. If each expert or head
-    has its own input, x is [rows * used, width]."""
+    """The rows x [rows, width] that the matrices named in `weights` multiplied in the last run. The next run overwrites
+    x. For matrices of experts or heads, `chosen` [rows, used] has the numbers of each row's experts or heads. If each
+    expert or head has its own input, x is [rows * used, width]."""
 
     weights: tuple[str, ...]
     x: Float32

@@ -31,9 +31,9 @@ _SLOTS = 4
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """Describes a copy of the inputs of the matrices `weights`. Each run writes the copy to `buffer`. For experts, the
-    buffer `choice` has the ids of each row's experts. `used` is the number of inputs per row if each expert has its own
-    input, and otherwise 1. `heads` is the number of heads in a row."""
+    """Describes the buffer with number `buffer`, to which each run copies the rows that the matrices named in `weights`
+    multiply. For experts, the buffer `choice` has the ids of each row's experts. `used` is the number of inputs per row
+    if each expert has its own input, and otherwise 1. `heads` is the number of heads in a row."""
 
     weights: tuple[str, ...]
     buffer: int
@@ -44,7 +44,7 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class RowScales:
-    """A buffer of factors. Before a run, it is filled with each row's scale of the adapter times `factor`."""
+    """A buffer with one number for each row: the row's scale of LoRA adapter number `adapter`, times `factor`."""
 
     buffer: int
     adapter: int

@@ -18,8 +18,9 @@ GATINGS = tuple(Gating)
 
 @dataclass(frozen=True, slots=True)
 class PlanExperts:
-    """Emits the steps of mixtures of experts into a plan. `quantize` returns a slot for each quant type. `observe`
-    copies the inputs of observed weights. `copy` copies a buffer, or is None if no weights are observed."""
+    """Emits the steps of mixtures of experts into a plan. `quantize` quantizes a buffer for products with weights of
+    some types, and returns the number of the quantized input for each. `observe` copies the inputs of weights for
+    `CpuStage.inputs`. `copy` copies a buffer, or is None if the stage keeps no inputs."""
 
     plan: Plan
     buffers: Buffers

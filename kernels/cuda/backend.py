@@ -198,7 +198,7 @@ def _check_part(program: Program) -> None:
             stored.add(step.layer)
         if missing:
             what = f"layers {program.start} to {program.end} read {min(missing)}, which are on another device"
-            raise ModelFileError(f"{what}; give all layers of the worker to the GPU, or set gpu_layers: 0")
+            raise ModelFileError(f"{what}; give all layers of the worker to the GPU, or set 'gpu_layers: 0'")
 
 
 def _plan(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, gpu: LaunchLimits = ANY_GPU) -> Plan:
@@ -211,13 +211,13 @@ def _has_windows_ahead(program: Program) -> bool:
 
 def _checked_weights(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Weights]:
     if any(isinstance(step, MixtureStep) for step in program.steps):
-        raise ModelFileError("GPUs cannot compute only some of a layer's experts; set device: cpu for the worker")
+        raise ModelFileError("GPUs cannot compute only some of a layer's experts; set 'device: cpu' for the worker")
     if not program.is_causal and (program.is_first or program.is_last or _has_windows_ahead(program)):
-        raise ModelFileError("encoders are not supported on GPUs; set device: cpu for the workers of the encoder")
+        raise ModelFileError("encoders are not supported on GPUs; set 'device: cpu' for the workers of the encoder")
     if program.is_last and not program.has_logits:
-        raise ModelFileError("rerankers are not supported on GPUs; set device: cpu for the workers of the reranker")
+        raise ModelFileError("rerankers are not supported on GPUs; set 'device: cpu' for the workers of the reranker")
     if any(isinstance(step, Adapt) for step in program.steps):
-        raise UsageError("adapters are supported only on CPUs; set device: cpu for all workers, or remove the adapters")
+        raise UsageError("adapters are supported only on CPUs; set 'device: cpu' for all workers, or remove adapters")
     _check_part(program)
     check_weights(program, tensors)
     check_attention(program)

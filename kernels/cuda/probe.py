@@ -27,7 +27,6 @@ _FLUSHED_BYTES = 256 << 20
 """Bytes that exceed the largest last-level cache of any GPU (126 MiB)."""
 _SCALES = (1 / 1024, 1 / 64, 1 / 8, 1.0)
 _LONG_S = 0.002
-"""The minimum seconds of work that is long enough to measure a rate."""
 _REPEATED_S = 0.02
 
 _Work = tuple[Sequence[Launch], float]

@@ -144,7 +144,8 @@ class PackedCache:
 
 
 def layer_key(layer: PackedLayer) -> str | None:
-    """Returns None if the file has changed, or is so new that another change might leave its times equal."""
+    """Returns the key of a layer's cache entry, in hex. Returns None if the layer must not be stored, because the file
+    has changed, or is so new that another change might leave its times equal."""
     parts: list[object] = [sys.byteorder]
     for tensor in layer.tensors:
         bytes_of_it = _bytes_key(tensor)
@@ -181,7 +182,7 @@ def _counted(
 
 
 def _quickest(found: Sequence[_Found]) -> list[_Found]:
-    """Chooses copies instead of maps in small pages, since computing from copies in huge pages is faster."""
+    """Replaces maps that are not in huge pages by copies in huge pages, because computing from huge pages is faster."""
     maps = [cached.memory for cached in found if cached.memory is not None]
     huge = {memory.address for memory, is_huge in zip(maps, in_huge_pages(maps), strict=True) if is_huge}
     return [

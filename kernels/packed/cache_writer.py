@@ -27,10 +27,7 @@ _log = logging.getLogger(__name__)
 _LOWEST_PRIORITY = 19
 
 _FINISH_S = 1.0
-"""Seconds for which process exit waits for the current write."""
-
 _STOP_S = 0.2
-"""Seconds for which process exit then waits for the stopped writer."""
 
 
 @dataclass(frozen=True, slots=True)

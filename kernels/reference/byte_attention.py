@@ -30,9 +30,10 @@ def round_queries(queries: Float32) -> Float64:
 
 
 def weighted_values(weights: Float64, values: Float64, scales: Float64, first: int) -> Float64:
-    """Sums values [positions, kv_heads, channels] with weights [kv_heads, heads per KV head, positions]. Returns
-    [kv_heads, heads per KV head, channels]. `first` is the first position. For every 32 channels, each 64 weights are
-    multiplied by their values' scales [positions, kv_heads, groups] and rounded to integers up to 254."""
+    """Sums values [positions, kv_heads, channels], multiplied by attention weights [kv_heads, heads per KV head,
+    positions], to [kv_heads, heads per KV head, channels]. `first` is the first position. For every 32 channels, the
+    weights are first multiplied by scales [positions, kv_heads, groups], and each 64 are rounded to integers up to 254.
+    """
     parts = []
     for group in range(scales.shape[2]):
         channels = slice(group * KV_GROUP_CHANNELS, (group + 1) * KV_GROUP_CHANNELS)

@@ -1,5 +1,5 @@
-"""Quant types whose weights are points of a fixed grid. Docstrings list the parts of a block in order. Layouts and the
-order of float operations are ggml's."""
+"""Quant types whose weights are points of a fixed grid. Docstrings list the parts of a block in order, where d is the
+block's scale. Layouts and the order of float operations are ggml's."""
 
 from __future__ import annotations
 

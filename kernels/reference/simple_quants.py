@@ -1,5 +1,5 @@
 """Float types, and quant types with blocks of 32 to 128 weights and few scales. Docstrings list the parts of a block in
-order. Layouts and the order of float operations are ggml's."""
+order, where d is its scale and m its minimum. Layouts and the order of float operations are ggml's."""
 
 from __future__ import annotations
 

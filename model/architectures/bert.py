@@ -37,7 +37,7 @@ def nomic_bert(builder: EncoderBuilder) -> None:
 
 
 def nomic_bert_moe(builder: EncoderBuilder) -> None:
-    """Nomic Embed 2. It is XLM-RoBERTa with RoPE. Layers 1, n + 1, 2 n + 1, ... have experts without gates."""
+    """Nomic Embed 2. It is XLM-RoBERTa with RoPE. Every `moe_every_n_layers`-th layer, from layer 1, has experts."""
     table, every = builder.rope_table(), builder.keys.count("moe_every_n_layers", 0, minimum=0, maximum=1 << 10)
     builder.use_layer_norms()
     for layer in builder.sentence_layers():

@@ -15,8 +15,8 @@ _GATINGS = {1: Gating.SOFTMAX, 2: Gating.SIGMOID, 3: Gating.SOFTMAX_OF_CHOSEN}
 
 @dataclass(frozen=True, slots=True)
 class ExpertsVariant:
-    """Options of a mixture. The shared expert has `shared_width` channels, and 0 means that there is none. If
-    `shared_gate`, a sigmoid gate weights the shared expert's result."""
+    """Options of a mixture-of-experts layer. The shared expert, which every token uses, has `shared_width` channels. 0
+    means that there is none. If `shared_gate`, a sigmoid gate weights the shared expert's result."""
 
     options: ExpertOptions = USUAL_EXPERTS
     shared_width: int = 0
@@ -32,8 +32,8 @@ def read_experts(
     activation: ActivationFunction | GatedActivation = GatedActivation.SILU_MUL,
     shared_width: int = 0,
 ) -> ExpertsVariant:
-    """Reads a mixture's options. `gating` and `normalized` apply if the file lacks their keys. Raises ModelFileError if
-    the gating function is unknown, or if the file's groups cannot have equal numbers of experts."""
+    """Reads the options of a model's mixture-of-experts layers. `gating` and `normalized` apply if the file lacks their
+    keys. Raises ModelFileError if the gating function is unknown, or if the groups of experts do not fit the counts."""
     number = keys.count(_GATING_KEY, 0, minimum=0, maximum=255)
     if number not in (0, *_GATINGS):
         known = ", ".join(f"{key} ({value})" for key, value in _GATINGS.items())
@@ -65,8 +65,8 @@ def expert_step(
     buffers: tuple[Buffer, Buffer],
     routed: Buffer | None = None,
 ) -> Moe:
-    """Returns a step that reads the first of `buffers` and writes the second. The router reads `routed` instead if it
-    is given. Biases and scales are optional in the file. Gate and up may be one tensor."""
+    """Returns the step of a mixture of experts. It reads the first of `buffers` and writes the second. If `routed` is
+    given, the router reads `routed` instead. Biases and scales are optional. Gate and up may be one tensor."""
     (x, out), count, ffn = buffers, hp.expert_count, hp.expert_feed_forward_length
     old = f"{prefix}.ffn_gate.0.weight"
     if tensors.has(old):

@@ -145,7 +145,7 @@ class ProgramBuilder(CheckedTensors):
         self._steps.append(steps.AddPosition(embedded, out, weight))
 
     def _head(self, soft_cap: float | None, factor: float) -> None:
-        """Emits the output rows and their logits. A model without `output.weight` uses the embedding's tensor."""
+        """Emits the output rows' logits. A model without `output.weight` uses the tensor of the token embedding."""
         self.out = Buffer(steps.LOGITS, self.hyperparameters.vocabulary_size)
         selected = Buffer("selected", self._hidden.width)
         self._steps.append(steps.SelectRows(self._last_normed, selected))
@@ -211,8 +211,8 @@ class ProgramBuilder(CheckedTensors):
         self._steps += added
 
     def mix(self, layer: int, mixer: Iterable[steps.Step], *, beside: bool = False) -> None:
-        """hidden += projected, a buffer that `mixer` computes. If `beside`, the mixer reads the norm that attention has
-        already computed. Otherwise, a new norm is emitted."""
+        """Emits a norm of the hidden state, the steps of `mixer`, and hidden += projected. `mixer` writes `projected`.
+        If `beside`, no norm is emitted, and `mixer` reads the norm of the preceding attention."""
         if not beside:
             self._norm(f"blk.{layer}.attn_norm", self._hidden)
         self.append(mixer)

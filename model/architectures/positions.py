@@ -46,8 +46,9 @@ def _plain_frequencies(rope: RopeParameters, factors: tuple[float, ...] | None) 
 
 
 def _yarn_shares(rope: RopeParameters) -> list[Decimal]:
-    """Returns the share of the unscaled frequency for each pair. The share is 1 for pairs that turn often within the
-    original context and 0 for slow pairs, with a ramp between them. (YaRN, arXiv 2309.00071, section 3.2.)"""
+    """YaRN mixes the unscaled and the scaled frequency of each channel pair. Returns the unscaled frequency's share for
+    each pair. The share is 1 for pairs that turn often within the original context and 0 for slow pairs, with a ramp
+    between them. (arXiv 2309.00071, section 3.2.)"""
     if rope.frequency_base <= 1:
         raise ModelFileError(f"metadata rope.freq_base: expected more than 1 with YaRN, found {rope.frequency_base:g}")
     last = Decimal(rope.dimension_count - 1)

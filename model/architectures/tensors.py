@@ -14,7 +14,7 @@ from llamaclust.model.quant_types import QuantType
 
 _FACTORS, _SHORT_FACTORS, _LONG_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 FACTOR_TENSORS = (_FACTORS, _SHORT_FACTORS, _LONG_FACTORS)
-"""Names of tensors whose values become part of the program. No step has them as weights."""
+"""Names of the tensors with RoPE factors. Their values become part of the program, so no step names these tensors."""
 
 
 class CheckedTensors:
@@ -79,7 +79,7 @@ class CheckedTensors:
 
 
 def nextn_tensors(model: ModelFile) -> Iterator[str]:
-    """Yields the names of tensors of MTP heads. Their layers come after all others and are in no program."""
+    """Yields the tensor names of heads for multi-token prediction (MTP), which are the model's last layers."""
     keys = ModelKeys(model)
     count = keys.count(NEXTN_KEY, 0, minimum=0, maximum=MAX_LAYERS)
     layers = keys.count("block_count", maximum=MAX_LAYERS)
@@ -88,7 +88,7 @@ def nextn_tensors(model: ModelFile) -> Iterator[str]:
 
 
 def idle_kv_tensors(model: ModelFile) -> Iterator[str]:
-    """Yields names of tensors that a file may omit, because their layers use other layers' keys and values."""
+    """Yields names of key and value weights that no step reads, because their layers use other layers' KV memory."""
     keys = ModelKeys(model)
     layers = keys.count("block_count", maximum=MAX_LAYERS)
     shared = keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers)

@@ -65,6 +65,6 @@ def _guard_words(text: str, words: Sequence[str]) -> str:
 
 
 def _guard_end(text: str, starts: frozenset[str], longest: int) -> str:
-    """Appends GUARD if the text ends with the beginning of a control word, which the next text could complete."""
+    """Appends GUARD to a text that ends with the beginning of a control word, because later text could complete it."""
     ends = (text[-length:] for length in range(1, min(longest, len(text)) + 1))
     return text + GUARD if any(end in starts for end in ends) else text

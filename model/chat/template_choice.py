@@ -55,8 +55,8 @@ def built_in(name: str) -> str:
 
 
 def chosen_template(choice: str) -> str:
-    """Returns the Jinja text of the built-in template `choice`, or of the file at the path `choice`. Raises UsageError,
-    with the names of built-in templates, if there is neither."""
+    """Returns the Jinja text of the built-in template named `choice`, or of the file at the path `choice`. Raises
+    UsageError, which lists the built-in templates, if neither exists."""
     names = built_in_names()
     if choice in names:
         return built_in(choice)

@@ -20,7 +20,7 @@ def read_json(path: Path) -> dict[str, Any]:
     with open_regular(path) as descriptor:
         size = FileIdentity.of(descriptor).size_bytes
         if size > _MAX_JSON_BYTES:
-            raise ModelFileError(f"{path}: it has {size >> 20} MiB of JSON; the limit is {_MAX_JSON_BYTES >> 20} MiB")
+            raise ModelFileError(f"{path}: the file has {size >> 20} MiB; the limit is {_MAX_JSON_BYTES >> 20} MiB")
         buffer = bytearray(size)
         read_exactly(descriptor, path, 0, memoryview(buffer))
     return parse_json(bytes(buffer), str(path))

@@ -61,7 +61,7 @@ class PeftSettings:
 
     @classmethod
     def read(cls, folder: Path) -> PeftSettings:
-        """Raises ModelFileError if the file is damaged, or if the adapter is anything but W + factor * B @ A."""
+        """Raises ModelFileError if `adapter_config.json` is damaged, or if the adapter is not W + factor * B @ A."""
         settings = Settings(read_json(folder / CONFIG), str(folder / CONFIG))
         _check_kind(settings)
         return cls(settings)

@@ -110,7 +110,7 @@ class _Reader:
         self._alphas.setdefault(scaling.plain_alpha, module)
 
     def _paired_heads(self, name: str, stored: StoredTensor) -> int:
-        """Returns the number of heads if GGUF has another order of this matrix's rows than PEFT, and otherwise 0."""
+        """Returns the number of heads if GGUF has another order of the rows of matrix `name`, and otherwise 0."""
         part = name.rpartition(".")[2]
         if self.architecture not in PAIRED or part not in ("attn_q", "attn_k"):
             return 0

@@ -79,11 +79,11 @@ def _check_room(path: Path, size_bytes: int, advice: str) -> None:
     free = shutil.disk_usage(path.parent).free
     if size_bytes + _RESERVE_BYTES > free:
         needed = -(-(size_bytes + _RESERVE_BYTES) // MIB)
-        raise UsageError(f"{path}: needs {needed} MiB on the disk, {free // MIB} MiB are free{advice}")
+        raise UsageError(f"{path}: the file needs {needed} MiB on the disk, {free // MIB} MiB are free{advice}")
 
 
 def _no_links(path: str, flags: int) -> int:
-    """Opens a file without following links, because another user may have put a link at the hidden name."""
+    """Opens a file without following links. Another user may have put a link at the name of the partial file."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
@@ -118,7 +118,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _clear(paths: Sequence[Path]) -> None:
-    """Deletes partial files of killed processes: paths[1:], and the same model's parts with another part count."""
+    """Deletes partial files of killed processes, also those of the same model with another number of parts."""
     for path in paths[1:]:
         hidden_name(path).unlink(missing_ok=True)
     mine = _PART.fullmatch(paths[0].name)

@@ -321,8 +321,6 @@ def _check_overlaps(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _digest(cursor: _Cursor, descriptor: int, path: Path, data_start: int) -> bytes:
-    """Returns a SHA-256 over the header, the size and samples of the weights. Fine-tunes of a model have different
-    digests."""
     size_bytes = cursor.position + cursor.remaining_bytes
     hashed = hashlib.sha256(size_bytes.to_bytes(8, "little"))
     with cursor.consumed as header:

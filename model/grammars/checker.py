@@ -21,7 +21,7 @@ _KEPT_CHARACTERS: Final = 1 << 16  # Maximum length of a converted definition in
 
 
 class GuardedGrammarError(ParameterError):
-    """A grammar's check reached a limit of time or memory. Checks of the grammar's parts may reach the limit too."""
+    """The check of a grammar reached its limit of CPU time or memory."""
 
 
 class GrammarChecker:

@@ -75,7 +75,8 @@ def _reply(message: str, converted: str = "") -> dict[str, str]:
 
 
 def main() -> None:
-    """Builds the vocabulary, sets limits, and checks grammars. Its stack is smaller than those of workers."""
+    """Builds the vocabulary, sets limits, and checks grammars. The stack is smaller than a worker's, so that a grammar
+    that passes the check cannot overflow a worker's stack."""
     threading.stack_size(_STACK_BYTES)
     end_with_parent()
     first = read_frame()

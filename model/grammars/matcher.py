@@ -45,8 +45,8 @@ def _limits(definition: str) -> LLParserLimits:
 
 
 def compiled(definition: str, vocabulary: GrammarVocabulary) -> LLMatcher:
-    """Returns the state before the first token. Each answer compiles the grammar, because copies share the lexer's
-    limits."""
+    """Returns the state before the first token. Each answer compiles its grammar again, because copies of one state
+    would share the lexer's limits."""
     from llguidance import LLMatcher
 
     return LLMatcher(vocabulary.native, definition, log_level=0, limits=_limits(definition))
@@ -58,17 +58,18 @@ def one_line(message: str, most: int = 400) -> str:
 
 
 class TokenRefusedError(RequestError):
-    """The grammar does not allow a token. The answer may go on after its state is computed again."""
+    """The grammar does not allow a token. The answer may continue with a new matcher that takes the tokens again."""
 
 
 class LexerUsedUpError(RequestError):
-    """The lexer's limit is used up, and the state is lost. A costly matcher can compute the state again."""
+    """The lexer's limit is used up, and the state is lost. A new matcher with `is_costly` can compute it again."""
 
 
 class GrammarMatcher:
     """The state of one answer, for one thread at a time. Methods release the GIL, and raise RequestError if the grammar
-    cannot be followed. llguidance limits the lexer's work between two computations of allowed tokens. A usual matcher
-    rarely computes them, and raises LexerUsedUpError at the limit. A costly matcher computes them at each token."""
+    cannot be followed. llguidance limits the lexer's work between two computations of the allowed tokens. If
+    `is_costly`, the matcher computes the allowed tokens at each token. Otherwise, it does so rarely, and raises
+    LexerUsedUpError at the limit."""
 
     def __init__(self, grammar: Grammar, vocabulary: GrammarVocabulary, *, is_costly: bool = False) -> None:
         self.position = 0  # Number of tokens that were taken.

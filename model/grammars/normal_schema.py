@@ -126,7 +126,7 @@ class _Reader:
         return made | self._property_counts(schema, made, place)
 
     def _name_properties(self, schema: Mapping[str, Any], made: dict[str, Any], place: str) -> None:
-        """Converts `propertyNames` to properties or to a pattern of names. Other properties make this impossible."""
+        """Converts `propertyNames` to `properties` or `patternProperties`, if the schema has neither of them."""
         given = schema.get("propertyNames")
         rule = {} if given is None else self.read(given, f"{place}.propertyNames")
         if rule is True or rule in ({}, {"type": "string"}):

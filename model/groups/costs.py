@@ -33,9 +33,10 @@ _SUMS = (
 
 @dataclass(frozen=True, slots=True)
 class GatherCost:
-    """A gather of `lines` lines of `width` channels for each row. Members divide a line into `units`. Values are sent
-    in the quantized format `form` if each member has whole blocks of it, and otherwise as float32. If `to_leader`, only
-    the leader receives. If `from_leader`, only the leader sends, and its lines are undivided."""
+    """An exchange in which the members of a group send each other the parts of a row that they computed. A row has
+    `lines` times `width` channels, and members divide each width into `units` equal units. Values are sent in the
+    quantized format `form` if each member has whole blocks of this format, and otherwise as float32. If `to_leader`,
+    only the leader receives. If `from_leader`, only the leader sends, and the row is not divided."""
 
     width: int
     units: int
@@ -78,7 +79,7 @@ class PortionCost:
 
 @dataclass(frozen=True, slots=True)
 class DividedLayer:
-    """A layer or the head: the cost that every member has in full, the divided parts, and the gathers for a row."""
+    """The costs of a layer or of the head. Every member has the cost `whole`, and its share of each of `portions`."""
 
     whole: LayerCost
     portions: tuple[PortionCost, ...]

@@ -11,7 +11,8 @@ from llamaclust.model.quant_types import ActivationFormat, QuantType
 def format_of_readers(
     steps: Sequence[Step], buffer: Buffer, results: Sequence[Buffer | None], type_of: Callable[[str], QuantType]
 ) -> ActivationFormat | None:
-    """Returns the format to which all readers quantize a buffer, or None if they differ. `results` count as readers."""
+    """Returns the format to which all steps that read `buffer` quantize it. Returns None if there is no such format, or
+    if `buffer` is one of the program's `results`."""
     formats = set[ActivationFormat | None]()
     for step in steps:
         if buffer in step.reads:

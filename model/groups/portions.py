@@ -1,5 +1,5 @@
-"""Finds the values of a program that members of a group divide, and their units. Members divide the results of
-products, and values that are computed from these channel by channel or head by head. Other steps read whole rows."""
+"""Finds which results of a program's steps the members of a group divide, and into how many equal units. Members divide
+the results of products, and results that are computed from them channel by channel or head by head."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LEAST_UNITS = {ActivationFormat.Q8_256: 16, ActivationFormat.Q8_32: 8}
 
 
 def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """Returns the borders of the portions. Each portion has one unit or more, and nearly its share of all units."""
+    """Divides `units` units nearly in proportion to `shares`, at least one for each share. Returns the borders."""
     assert units >= len(shares)
     found, total = [0], sum(shares)
     for i in range(1, len(shares)):
@@ -40,7 +40,8 @@ def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
 
 @dataclass(slots=True)
 class _Portion:
-    """Values that are divided into `units` in the same way. `joined` is the portion that replaced this portion."""
+    """Buffers that members divide into the same `units`. If two such sets must be divided alike, they are joined into
+    one. `joined` is then the joined set, which replaces this one."""
 
     units: int = 0
     has_heads: bool = False
@@ -72,9 +73,9 @@ class Gathered:
 
 @dataclass(frozen=True, slots=True)
 class DividedStep:
-    """A step of the undivided program. Members divide its result into `units`. If `units` is 0, every member computes
-    all of it. `gathered` buffers are assembled from all members before the step. Each member takes its columns of `cut`
-    buffers."""
+    """A step of the undivided program. Members divide the step's result into `units`. If `units` is 0, every member
+    computes the whole result. Before the step, buffers in `gathered` are assembled from all members. Members read only
+    their own columns of the buffers in `cut`, although they have them whole."""
 
     step: Step
     units: int
@@ -84,7 +85,7 @@ class DividedStep:
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """The division of a program among members, for any shares. `gathered` are results to gather after all steps."""
+    """The division of a program among members. Buffers in `gathered` are assembled from all members after all steps."""
 
     program: Program
     steps: tuple[DividedStep, ...]
@@ -102,7 +103,7 @@ class Division:
 
 
 def _units_of(steps: Sequence[Step], members: int) -> list[int]:
-    """Returns the units of each step's result. 0 means that the result stays whole, for example for lack of units."""
+    """Returns the number of units into which each step's result is divided, or 0 if every member computes all of it."""
     found, current, kept = list[_Portion | None](), dict[str, _Portion | None](), dict[int, _Portion | None]()
     shared = _products_of_shared_keys(steps)
     for at, step in enumerate(steps):

@@ -9,9 +9,8 @@ from typing import Final
 
 MAX_IMAGE_BYTES: Final = 20 << 20
 CHANNELS: Final = 3
-"""The number of bytes of one pixel in a tile."""
 _ROUNDING: Final = 2
-"""The factor by which a tile may exceed its limit because of rounding up and padding."""
+"""The factor by which the pixels of a tile may exceed the limit, because sides are rounded up or padded."""
 
 
 class ImageError(ValueError):

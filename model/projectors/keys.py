@@ -30,7 +30,6 @@ _UNSUPPORTED = (
     "vision.mm_patch_merge_type",
     "vision.wa_layer_indexes",
 )
-"""Keys that change the arithmetic. No supported family has these keys."""
 
 Colours = tuple[float, float, float]
 

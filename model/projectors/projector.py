@@ -112,12 +112,12 @@ class Projector:
         side, size = self.patch_size * self.merge, self.images.image_size
         if self.family.tokens is None and (height, width) != (size, size):
             raise RequestError(
-                f"a tile: expected {size} x {size} pixels, found {width} x {height}; send the image again"
+                f"an image tile must have {size} x {size} pixels, but has {width} x {height}; send the image again"
             )
         most = self.max_tile_pixels
         if height % side or width % side or not 0 < height * width <= most:
-            what = f"expected multiples of {side} and at most {most} pixels, found {width} x {height}"
-            raise RequestError(f"a tile: {what}; send a smaller image")
+            what = f"sides in multiples of {side} and at most {most} pixels, but has {width} x {height}"
+            raise RequestError(f"an image tile must have {what}; send a smaller image")
         return height * width // (side * side)
 
     def check_text_model(self, model: ModelFile, hyperparameters: Hyperparameters) -> None:
@@ -126,11 +126,11 @@ class Projector:
         advice = f"give the projector of {model.path.name}"
         if found != self.width:
             what = f"its rows have {self.width} channels, but the text model's have {found}"
-            raise ModelFileError(f"{path}: the projector is of another model: {what}; {advice}")
+            raise ModelFileError(f"{path}: the projector does not fit the model, because {what}; {advice}")
         levels = ModelKeys(model).count(_DEEPSTACK_KEY, 0, minimum=0, maximum=1 << 10)
         if levels != self.levels - 1:
             what = f"it has rows for {self.levels - 1} first layers (deepstack), but the text model takes {levels}"
-            raise ModelFileError(f"{path}: the projector is of another model: {what}; {advice}")
+            raise ModelFileError(f"{path}: the projector does not fit the model, because {what}; {advice}")
 
 
 def open_projector(path: Path | str) -> Projector:
@@ -201,7 +201,6 @@ def _check_levels(keys: ModelKeys, projector: Projector) -> None:
 
 
 def _check_tensors(projector: Projector) -> None:
-    """Raises ModelFileError if the file has a tensor that no step reads. It could be a scale that the rows need."""
     known = {*projector.program.weights, *projector.family.unread, *_read_for_inputs(projector)}
     unknown = {name for name in projector.file.tensors if name not in known and not name.startswith(_AUDIO)}
     if unknown:

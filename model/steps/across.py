@@ -22,9 +22,9 @@ class Exchange(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class Gather(StepFacts):
-    """out = the columns of all members. `x` has this member's columns, or is None if it has none. A row has `lines`
-    lines of equal width. Member i has the columns [borders[i], borders[i + 1]) of each line. If `to` is set, only
-    member `to` gets the rows."""
+    """Assembles whole rows from the columns that the members of a group have computed. `x` has this member's columns,
+    or is None if it has none. A row consists of `lines` parts of equal width. Member i has the columns [borders[i],
+    borders[i + 1]) of each part. If `to` is set, only member `to` gets the rows."""
 
     x: Buffer | None
     out: Buffer

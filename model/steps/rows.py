@@ -204,9 +204,10 @@ class ScaleByWeight(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class Mix(BinaryStep):
-    """out_i = y_i + the sum over j of (coefficients[i, j] + offset) * x_j. x_j, y_i and out_i are parts of a row, with
-    `width` channels each. Without coefficients, every part of x is added unchanged. The first `first` parts of y are
-    copied. coefficients is [rows, parts of out * parts of x]. out may be y, but must not be x or coefficients."""
+    """Adds a weighted sum of the parts of x to each part of y, where parts have `width` channels: out_i = y_i + the sum
+    over j of (coefficients[i, j] + offset) * x_j. Without coefficients, each part of x is added with weight 1. The
+    first `first` parts of y are copied. coefficients is [rows, parts of out * parts of x]. out may be y, but must not
+    be x or coefficients."""
 
     width: int
     coefficients: Buffer | None = None
@@ -220,7 +221,8 @@ class Mix(BinaryStep):
 
 @dataclass(frozen=True, slots=True)
 class MatchMagnitude(BinaryStep):
-    """out_i = x_i * sqrt(mean(y^2)) / sqrt(max(mean(x_i^2), epsilon)). Parts x_i are as wide as y. out may be x."""
+    """Scales each part of x, which is as wide as y, to the root mean square of y: out_i = x_i * sqrt(mean(y^2)) /
+    sqrt(max(mean(x_i^2), epsilon)). out may be x."""
 
     epsilon: float
 
@@ -254,8 +256,9 @@ class SelectRows(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class GivenRows(UnaryStep):
-    """out[r] = part `level` of a row that the batch gives to replace row r (such as an image row). If `adds`, x[r] is
-    added. Other rows are copied from x. A given row has one part as wide as x for each level. out may be x."""
+    """Replaces rows of x by rows that come with the batch, such as an image's embeddings. If `adds`, adds them to x
+    instead. Other rows are copied. A given row consists of parts as wide as x, of which the step uses part number
+    `level`. out may be x."""
 
     level: int = 0
     adds: bool = False

@@ -48,9 +48,10 @@ def optional_weight(name: str | None, *shape: int) -> tuple[StepWeight, ...]:
 
 @dataclass(frozen=True, slots=True)
 class DivisionRule:
-    """The rule by which members divide a step's result: by the `rows` rows of a product's weights, or like the buffers
-    in `reads`, in whole heads if there are `heads`. Other buffers are read whole. All `lines` lines of a row are
-    divided in the same way. If `has_part`, each member holds a part of weights or KV memory."""
+    """The rule by which members of a group divide a step's result. If `rows` is not 0, they divide the `rows` rows of
+    a product's weights. Otherwise, they divide the result like the buffers in `reads`, in whole heads if `heads` is not
+    0. A result may consist of several `lines`, which are divided in the same way. If `has_part`, each member holds only
+    a part of the weights or of KV memory."""
 
     reads: tuple[Buffer, ...] = ()
     heads: int = 0
@@ -109,7 +110,7 @@ class StepFacts(ABC):
 
     @property
     def sent_format(self) -> str | None:
-        """The name of a weight, or None. Members may send x as it is quantized for a product with this weight."""
+        """The name of the weight that multiplies x, or None. Members of a group may send x in this weight's format."""
         return None
 
     @property

@@ -21,8 +21,8 @@ _NEVER_FROM_TEXT: Final = frozenset({TokenType.CONTROL, TokenType.UNKNOWN, Token
 
 
 def stand_ins() -> dict[str, bytes]:
-    """Returns GPT-2's letters and their bytes. Printable Latin-1 letters stand for themselves. Others start at
-    U+0100."""
+    """Returns the letters with which GPT-2 spells bytes. Printable Latin-1 letters stand for their own bytes. The other
+    bytes, such as the space, have the letters from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     pairs = [(chr(byte), byte) for byte in printable] + [(chr(256 + i), byte) for i, byte in enumerate(others)]

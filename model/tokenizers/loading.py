@@ -26,5 +26,5 @@ def load_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     kind = kinds.get(name) if isinstance(name, str) else None
     if kind is None:
         found = "no tokenizer" if name is None else f"a tokenizer of kind {ascii(name)[:66]}"
-        raise ModelFileError(f"tokenizer.ggml.model: the file has {found}; supported: {', '.join(kinds)}")
+        raise ModelFileError(f"tokenizer.ggml.model: the file has {found}; supported kinds are {', '.join(kinds)}")
     return kind(read_vocabulary(metadata), metadata)

@@ -103,7 +103,8 @@ def _model_proto(vocabulary: Vocabulary) -> Any:
 
 
 def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> bytes:
-    """Returns SentencePiece's types (GGUF's numbers). Only one piece may be unknown. Others become control pieces."""
+    """Returns each piece's type. Types have the same numbers in SentencePiece and GGUF. SentencePiece allows only one
+    piece of type UNKNOWN, whose id is `unknown`. Other pieces of this type become control pieces."""
     changed = {TokenType.UNDEFINED: TokenType.UNUSED, TokenType.UNKNOWN: TokenType.CONTROL}
     if not byte_fallback:
         changed[TokenType.BYTE] = TokenType.CONTROL
@@ -133,5 +134,5 @@ def check_charsmap(data: bytes, origin: str) -> None:
 
 
 def _offsets(units: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Returns the offsets of the units' branches: 22 bits, times 256 if bit 9 is set."""
+    """Returns each unit's branch offset, which is the unit's upper 22 bits, times 256 if bit 9 is set."""
     return (units >> 10) << ((units & (1 << 9)) >> 6)

@@ -18,7 +18,8 @@ _LINES: Final = r"[^\n]+|\n+"
 
 
 class SpacedBytePairTokenizer(Tokenizer):
-    """Merges by rank within lines and runs of line breaks. BOS comes first, although some early files deny it."""
+    """Merges pairs by rank. A merge never crosses the border between text and line breaks. Prompts begin with BOS, even
+    if the file's `add_bos_token` is false, which is wrong in some early files."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         super().__init__(

@@ -165,7 +165,7 @@ def test_models_without_dense_layers_embed_the_normed_rows(tmp_path: Path) -> No
 def test_gpus_compute_neither_encoders_nor_rerankers(name: str, pooling: int, kind: str, tmp_path: Path) -> None:
     model = Model.open(build_encoder(tmp_path / "model.gguf", name, pooling=pooling))
     program = model.program(0, model.layer_count)
-    with pytest.raises(ModelFileError, match=f"{kind}s are not supported on GPUs; set device: cpu for the workers of"):
+    with pytest.raises(ModelFileError, match=f"{kind}s are not supported on GPUs; set 'device: cpu' for the workers"):
         workspace_bytes(program, model.tensors_for(program), StageLimits(32, 32, 2, 256, 16))
 
 

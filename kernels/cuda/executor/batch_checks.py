@@ -49,9 +49,9 @@ def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
 def check_images(
     batch: Batch, limits: StageLimits, sections: int, given: tuple[int, int], merged: Sequence[int]
 ) -> None:
-    """Checks the additional inputs of microbatches with images. `sections` is the program's number of sections of rope
-    positions. `given` is (levels, width) of given rows. `merged` is empty, or has the number of rows that become one
-    row."""
+    """Checks the additional inputs of microbatches with images. `sections` is the number of RoPE positions that the
+    program reads for each row, or 0. `given` has the number and the width of the parts of an image's row (see
+    `ir.GivenRows`). `merged` is empty, or has the number of rows that the program merges into one row."""
     for together in merged:
         for start in batch.sequence_starts.tolist():
             if start % together:

@@ -31,8 +31,6 @@ def distinct_layers(program: Program, weights: Mapping[str, Weights]) -> Program
 
 
 def _by_layer(steps: Sequence[Step]) -> list[list[Step]]:
-    """Groups steps by layer. Steps before and after the layers have their own groups. Steps without weights join the
-    current group."""
     groups: list[list[Step]] = [[]]
     current = _OUTSIDE
     for step in steps:

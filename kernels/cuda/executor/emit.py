@@ -50,8 +50,7 @@ class Emitter:
         yield from _first_in_order(self._steps())
 
     def _program(self) -> ir.Program:
-        """Drops steps for given rows if the microbatch has no such rows. They would cost launches and prevent
-        fusion."""
+        """Drops steps for given rows if the microbatch has none, since they would cost launches and prevent fusion."""
         program = self.ops.program
         if self.ops.shape.given or not program.given_levels:
             return program

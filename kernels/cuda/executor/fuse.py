@@ -85,8 +85,8 @@ class _Reader:
         return is_read(self.program, self.done + makers, out.name)
 
     def formats(self, out: ir.Buffer, makers: int, reader: FusedStep) -> frozenset[ActivationFormat]:
-        """Returns the formats in which the `makers` steps before `reader` must write `out`. The set is empty if
-        `reader` does not multiply `out`."""
+        """Returns the formats in which `out`, the result of the `makers` steps before `reader`, must be written. The
+        set is empty if `reader` does not multiply `out`."""
         if isinstance(reader, ir.Exchange) and out in reader.reads:
             return frozenset({ActivationFormat.F32})
         weights = _weights_of(reader, out)

@@ -1,4 +1,4 @@
-"""Compiles a program to launches over buffers at fixed addresses. Each bucket of row counts has its own launches."""
+"""Compiles a program to launches over buffers at fixed addresses. Microbatches of similar size share their launches."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ class LineInputs:
         return first, first + each, first + 2 * each, first + 2 * each + items, first + 3 * each + items
 
     def fill(self, pinned: NDArray[np.uint8], weights: Float32, slots: Int32, piece: int) -> None:
-        """Fills the buffer. `slots` [rows, used] is -1 for lines that the host computes. The results of these lines are
-        stored after the results of all cached lines."""
+        """Writes the arrays to `pinned`. `slots` [rows, used] is -1 for lines that the host computes, whose results are
+        stored after the results of all cached lines. An item has up to `piece` lines of one expert."""
         numbers, floats = pinned.view(np.int32), pinned.view(np.float32)
         at_weights, at_lines, at_items, at_sources, _ = (offset // _INT for offset in self.offsets)
         flat = slots.reshape(-1)

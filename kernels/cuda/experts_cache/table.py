@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from llamaclust.kernels.backend import Int32
 
 _HALF_LIFE_STEPS = 256
-"""A use has half its weight after this number of steps."""
 _LEAD_USES = 1.0
 """An expert takes another expert's slot only if it has this many more uses."""
 _GREATEST_WEIGHT = 1e100

@@ -27,7 +27,6 @@ _MANY_QUERIES = {KvType.F16: (32, 16), KvType.Q8_0: (16,), KvType.INT8: (16,)}
 _WEIGHT_TOKENS = 64
 _SCORE_STRIDE = SPAN_TOKENS + 4
 _STATIC_BYTES = 1024
-"""An upper bound of the static shared memory of these kernels."""
 # Number of channels of values that a thread block computes.
 _SLICE_CHANNELS, _LATENT_SLICE_CHANNELS = 32, 128
 _MERGED_CHANNELS, _MERGED_HEAD_DIMS, _MOST_MERGED_HEADS = 256, (32, 64, 128, 256), 16
@@ -90,7 +89,7 @@ NO_TRANSFORM = HeadTransform()
 
 @dataclass(frozen=True, slots=True)
 class AttentionBuffers:
-    """The addresses for an attention step. `slopes` may be 0. Steps with equal `likeness` share one `plan`."""
+    """The GPU addresses that an attention step uses. Steps with equal `likeness` share one `plan`."""
 
     q: np.uint64
     k: np.uint64
@@ -135,15 +134,15 @@ def _many_queries(step: Attention, gpu: LaunchLimits) -> int:
     for queries in _MANY_QUERIES[step.kv_type]:
         if (needed := many_shared_bytes(step, queries) + _STATIC_BYTES) <= gpu.shared_bytes:
             return queries
-    found = f"{needed >> 10} KiB of shared memory in a block, and this GPU has {gpu.shared_bytes >> 10}"
+    found = f"{needed >> 10} KiB of shared memory in a block, but this GPU has {gpu.shared_bytes >> 10} KiB"
     raise ModelFileError(
-        f"heads of {step.head_dim} channels need {found} (compute capability 7.0 has enough); set device: cpu"
+        f"heads of {step.head_dim} channels need {found} (compute capability 7.0 has enough); set 'device: cpu'"
     )
 
 
 def _few_queries(step: Attention) -> int:
-    """Returns how many queries of one row a thread block computes. Returns 0 for latent attention, and if too many
-    heads share a KV head."""
+    """Returns the size of a thread block for one row. The size is a number of query heads that has room for all heads
+    of one KV head. Returns 0 for latent attention, or if too many query heads share a KV head."""
     return 0 if step.v is None else next((queries for queries in _FEW_QUERIES if queries >= _group(step)), 0)
 
 
@@ -175,7 +174,7 @@ def tile_rows(step: Attention, gpu: LaunchLimits) -> int:
 
 
 def likeness(step: Attention) -> tuple[object, ...]:
-    """Returns a key. Layers with equal keys can share a plan, because they have equal tiles on any GPU."""
+    """Returns the properties that decide a step's tiles. Steps with equal properties can share one plan of tiles."""
     seen = step.window, step.chunked, step.causal, step.grouped
     return step.heads, step.kv_heads, step.head_dim, step.kv_type, seen, step.v is None
 
@@ -185,8 +184,9 @@ def _stage_channels(step: Attention) -> int:
 
 
 def _stage_floats(step: Attention, blocks: int, queries: int, channels: int) -> int:
-    """Returns how many floats of shared memory hold the values of `blocks` KV blocks and their scales, `channels`
-    channels at a time. For int8, they hold 64 positions instead, and attention weights. Latent attention needs none."""
+    """Returns the size in floats of the shared memory for values. It holds `channels` channels of `blocks` KV blocks,
+    with their scales. For KV type INT8, it holds 64 positions instead of whole blocks, and attention weights. Latent
+    attention needs none."""
     if step.v is None:
         return 0
     if step.kv_type is KvType.INT8:
@@ -247,7 +247,8 @@ def can_quantize(step: Attention, room: Room, *, decode: bool = False) -> bool:
 
 
 def _quantized_together(step: Attention) -> int:
-    """Returns how many adjacent KV heads have a multiple of 256 channels, or 0 if a block cannot merge so many."""
+    """Returns the smallest number of KV heads whose results together fill whole segments of 256 channels. Returns 0 if
+    a thread block cannot merge so many heads."""
     own = _group(step) * step.value_dim
     kv_heads = lcm(own, _MERGED_CHANNELS) // own
     return kv_heads if kv_heads * _group(step) <= _MOST_MERGED_HEADS else 0

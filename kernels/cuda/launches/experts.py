@@ -12,7 +12,7 @@ from llamaclust.model.steps.options import Gating
 
 _GATINGS = tuple(Gating)
 """The gatings, in the order of their numbers in the kernel."""
-_HEAD_LINES = 1024  # Number of lines of a thread block.
+_HEAD_LINES = 1024  # Number of pairs of a row and a head for one thread block.
 _PIECE_CHANNELS = 1024  # Number of channels of a row for one thread block.
 
 

@@ -36,7 +36,7 @@ _WIDE_WARPS, _ENOUGH = 8, 0.9
 """The number of warps in a wide block, which has `_WIDE_ROWS` rows, and the minimum number of wide blocks per
 multiprocessor."""
 LEAST_PIECE = _GROUP_ROWS
-"""The minimum number of lines in an item of an expert's products, unless the expert has fewer lines."""
+"""The minimum number of rows that are multiplied together with an expert's matrix, unless the expert has fewer rows."""
 _GROUP_BYTES = {ActivationFormat.Q8_32: 320, ActivationFormat.Q8_256: 2336}
 """Bytes of one segment of eight quantized rows (src/matmul/activations.cuh)."""
 
@@ -48,15 +48,14 @@ _MATRIX_UNITS, _ASYNCHRONOUS, _BULK, _HOPPER = (7, 5), (8, 0), (9, 0), (9, 0)
 """The oldest compute capabilities with 8-bit matrix instructions, with asynchronous copies, and with bulk copies. Only
 `_HOPPER` has matrix instructions for four warps (src/matmul/wgmma.cuh)."""
 _ARRIVAL_BYTES, _OTHERS_PART = 8, 7
-"""Bytes of a bulk copy's barrier. 1 / `_OTHERS_PART` of shared memory stays free for concurrent kernels."""
+"""Bytes of a bulk copy's barrier, and the divisor of the shared memory that stays free for concurrent kernels."""
 _GEMM_STAGES = 3
 _KEPT_BYTES, _TERM_BYTES, _TURN_PIECE_BYTES = 2560, 16, 3072
-"""Bytes that a warp keeps for terms, bytes of a term, and the maximum bytes of a piece for which terms are kept. A warp
-adds the terms of several pieces at once, after multiplying these pieces (a turn)."""
+"""A warp multiplies several pieces (a turn), keeps the products as terms, and then adds all terms at once. The numbers
+are the bytes that a warp has for terms, the bytes of a term, and the maximum bytes of a piece in such a turn."""
 _STATIC_BYTES, _RESERVED_BYTES = 576, 1024
-"""Bytes of a block's static shared memory, and bytes that CUDA reserves."""
 _TEAM_ROWS, _TEAM_WARPS, _STAGE_BYTES = 2, 4, 8192
-"""Limits for float weights (float_teams.cuh): rows for teams of one warp, warps in a block, bytes in a stage."""
+"""Limits for float weights (float_teams.cuh): rows that a team of one warp computes, warps per block, stage bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +114,9 @@ MOST_PRODUCTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Lines grouped by expert. `items` [max_items][3] has *item_count items: {expert, index of its first line in
-    `lines`, number of lines}. An item has up to `piece` lines. Line l reads row l // divisor of the activations and
-    writes row l of the result. Biases are matrix rows in tiles of `bias_rows` rows, stored column by column."""
+    """Lines grouped by expert. A line is a row together with one of its experts. `items` [max_items][3] has *item_count
+    items: {expert, index of its first line in `lines`, number of lines, at most `piece`}. Line l reads row l // divisor
+    of the activations and writes row l of the result. Biases are in tiles of `bias_rows` rows, column by column."""
 
     items: np.uint64
     item_count: np.uint64
@@ -243,8 +242,6 @@ def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _GemvShape:
-    """Blocks for each item, warps in a block, and a block's shared memory (src/matmul/pieces.cuh)."""
-
     blocks: int
     warps: int
     shared_bytes: int
@@ -300,8 +297,6 @@ def _bulk_shape(piece_bytes: int, kept_bytes: int, gpu: LaunchLimits) -> tuple[i
 
 @dataclass(frozen=True, slots=True)
 class _TeamsShape:
-    """Blocks for each item, teams in a block, warps in a team, and shared memory (src/matmul/float_teams.cuh)."""
-
     blocks: int
     count: int
     warps: int
@@ -329,7 +324,6 @@ class _TeamsShape:
 
 
 def _gemm_warps(products: Sequence[Product], items: int, gpu: LaunchLimits) -> int:
-    """Returns the number of warps of the largest blocks of which there are enough for all multiprocessors."""
     most = 12 if gpu.compute_capability == _HOPPER else 16
     return next((warps for warps in (most, 8) if _blocks(products, warps) * items >= gpu.sms), 4)
 

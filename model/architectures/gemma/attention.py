@@ -35,8 +35,8 @@ def shared_kv_sources(keys: ModelKeys, windowed: Sequence[bool]) -> list[int]:
 def attention(
     builder: ProgramBuilder, layer: int, source: int, kind: LayerKind, buffers: tuple[Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Yields steps that read the first buffer, and the keys and values of layer `source`, and write the second
-    buffer."""
+    """Yields the steps of a layer's attention. They read the first of `buffers`, use the keys and values of layer
+    `source`, and write the result to the second of `buffers`."""
     hp, prefix, (normed, projected) = builder.hyperparameters, f"blk.{layer}", buffers
     kv_heads, shares_kv = builder.kv_heads(layer), source != layer
     query, out = (Buffer(name, hp.head_count * kind.head_dim) for name in ("query", "attended"))

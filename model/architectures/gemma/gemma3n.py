@@ -52,7 +52,7 @@ def gemma3n(builder: ProgramBuilder) -> None:
 
 
 def _sparsity(keys: ModelKeys, layers: int) -> tuple[float | None, ...]:
-    """Returns each layer's threshold, in standard deviations above the mean. Lower activations become 0."""
+    """Returns each layer's threshold for gates, in standard deviations above the mean. Smaller gates become 0."""
     key = "activation_sparsity_scale"
     numbers = keys.reals(key, layers)
     for number in numbers:
@@ -181,7 +181,7 @@ class _Layer:
         yield ir.Scale(result, result, 1 / math.sqrt(2))
 
     def _feed_forward(self, result: Buffer) -> Iterator[ir.Step]:
-        """result += norm(down(gelu(gate) * up)), where gate and up read the normed result. Sparse layers cut gates."""
+        """result += norm(down(gelu(gate) * up)), where gate and up read the normed result. `sparsity` zeroes gates."""
         normed, width = self._buffer("normed"), self.builder.hyperparameters.feed_forward_lengths[self.layer]
         gate, up, projected = Buffer("gate", width), Buffer("up", width), self._buffer("projected")
         yield self._norm("ffn_norm", result, normed)

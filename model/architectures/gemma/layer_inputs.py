@@ -14,8 +14,8 @@ _MAX_INPUT = 1 << 12
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
-    """The inputs of layers. A row has `width` input channels for each layer, which the first stage computes from the
-    row's token. A stage sends the inputs of later layers after the hidden state (`carried`)."""
+    """Per-layer inputs, which Gemma's layers read in addition to the hidden state. The first stage computes `width`
+    channels for each layer from a row's token. A stage sends the channels of later layers after the hidden state."""
 
     builder: ProgramBuilder
     width: int

@@ -16,9 +16,9 @@ from llamaclust.model.steps.options import RopeStyle
 
 @dataclass(frozen=True, slots=True)
 class LatentVariant:
-    """Widths are in channels. A key is the `latent` vector, followed by the `rotated` part. A head has a `query`, which
-    includes a rotated part, and a `value`. `query_rank` is the width of the latent query, and 0 means that there is
-    none. A `table` of None means no RoPE. `temperature` has the factor and the length of a `PositionScale` step."""
+    """Options of latent attention. `latent`, `rotated`, `query` and `value` are widths in channels. A key is a latent
+    vector, followed by a part with RoPE. `query` includes the part with RoPE. `query_rank` is the width of the latent
+    query, or 0. A `table` of None means no RoPE. `temperature` has a `PositionScale` step's factor and length."""
 
     latent: int
     rotated: int

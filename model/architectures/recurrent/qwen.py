@@ -34,7 +34,7 @@ def qwen35moe(builder: ProgramBuilder) -> None:
 
 def _layers(builder: ProgramBuilder, feed_forward: Callable[[int], None], *, tiled: bool) -> None:
     net, table, sections = read_delta_net(builder.keys, tiled=tiled), builder.rope_table(), None
-    if tiled:  # These models read images.
+    if tiled:  # Qwen 3.5 and 3.6 read images.
         sections = rope_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2, interleaved=True)
     recurrent = _recurrent_layers(builder)
     for layer in builder.layers():

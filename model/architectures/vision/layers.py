@@ -80,7 +80,7 @@ class VisionBuilder(CheckedTensors):
             self.norm("v.pre_ln", self.hidden, self.hidden)
 
     def _embed_pixels(self, embedded: Buffer, has_bias: bool) -> None:
-        """Embeds the pixels. Files may have a weight for each of two video frames. An image stands for both frames."""
+        """Embeds the pixels. A file for videos has a second weight, for the next frame, which multiplies them too."""
         shape = (embedded.width, self._pixels.width)
         bias = self.vector(PATCH_BIAS, embedded.width) if has_bias else None
         self.append(steps.MatMul(self._pixels, embedded, self.weight(PATCH_WEIGHT, shape), bias))
@@ -192,7 +192,7 @@ class VisionBuilder(CheckedTensors):
         self.hidden = out
 
     def norm(self, name: str, x: Buffer, out: Buffer, heads: int = 1, epsilon: float | None = None) -> None:
-        """out = the norm of x. If the weight is only as wide as one of x's `heads` parts, each part is normed."""
+        """Emits out = the norm of x. If the weight is only as wide as one head, each of the `heads` heads is normed."""
         epsilon = epsilon or self.hyperparameters.epsilon
         if self.rms:
             parts = heads if self.model.tensor(f"{name}.weight").shape == (x.width // heads,) else 1

@@ -67,8 +67,8 @@ def _joined(builder: VisionBuilder, rows: Buffer, level: Buffer) -> Buffer:
 
 
 def _merged(builder: VisionBuilder, parts: list[Buffer]) -> Iterator[Buffer]:
-    """Merges the rows of several buffers, and yields one result for each. They are joined first, because a program
-    merges rows only once. All results are in one buffer, so the caller must use each before it takes the next."""
+    """Merges the rows of each buffer in `parts`, and yields one merged buffer for each. The buffers are joined first,
+    because a program can merge rows only once. The next merged buffer overwrites the one before it."""
     if len(parts) == 1:
         yield builder.merge(parts[0])
         return

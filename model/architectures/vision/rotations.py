@@ -9,18 +9,19 @@ from llamaclust.model.program import RopeTable
 from llamaclust.model.steps.options import RopeStyle
 
 HEIGHT, WIDTH = 0, 1
-"""The two sections of a patch's rope positions."""
+"""Indices of a patch's two RoPE positions: its line and its column."""
 
 
 def halves(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, int]) -> Rotation:
-    """Returns RoPE by two sections. The first half of the pairs is rotated by the first section, and the second half by
-    the second section. Both halves have the frequencies base^(-4 i / head_dim)."""
+    """Returns a rotation that rotates the first half of a head's channel pairs by the position `sections[0]`, and the
+    second half by `sections[1]`. Pair i of each half has the frequency base^(-4 i / head_dim)."""
     half = frequencies(head_dim // 2, base)
     return Rotation(style, RopeTable(half + half), _sections(len(half), sections))
 
 
 def alternating(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, int]) -> Rotation:
-    """Returns RoPE where even pairs use the first section and odd pairs the second, with base^(-2 i / head_dim)."""
+    """Returns a rotation that rotates even channel pairs by the position `sections[0]`, and odd pairs by `sections[1]`.
+    Pair i has the frequency base^(-2 i / head_dim)."""
     whole = frequencies(head_dim, base)
     half = len(whole) // 2
     return Rotation(style, RopeTable(whole[::2] + whole[1::2]), _sections(half, sections))

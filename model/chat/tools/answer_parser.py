@@ -38,9 +38,9 @@ class AnswerParser:
         reads_unmarked: bool = False,
     ) -> None:
         """Creates a parser. It reads calls only if there are `tools`. Unless `splits_reasoning`, reasoning stays in the
-        content with its markers. `begun` is the beginning of the answer, which the prompt contains. Its events are
-        dropped, but a call that it leaves open is reported. If `reads_unmarked`, an answer that consists of calls
-        without markers is read as calls."""
+        content with its markers. `begun` is the beginning of the answer that the prompt contains. Events of `begun` are
+        dropped, except those of a call that continues after the prompt. If `reads_unmarked`, an answer that consists of
+        calls without markers is read as calls."""
         self._form = form
         self._source = TextSource()
         self._sink = CallSink(tools, most_calls)
@@ -64,7 +64,8 @@ class AnswerParser:
 
     def end(self) -> list[AnswerEvent]:
         if self._sink.calls and not self._sink.is_open and self._content.is_cut:
-            self._source.drop_beginning(self._triggers)  # The token limit may have cut the answer in a further call.
+            # The token limit may have ended the answer inside the first marker of one more call.
+            self._source.drop_beginning(self._triggers)
         self._source.end()
         return self._advance()
 
@@ -92,7 +93,6 @@ class AnswerParser:
         self._reasoning.end()
 
     def _next(self) -> Reading[bool]:
-        """Reads content up to a marker, and the call or reasoning after it. Returns False at the end of the answer."""
         if (yield from self._unmarked_calls()):
             return True
         tags = self._tags
@@ -150,7 +150,8 @@ class AnswerParser:
         text = self._source.recorded()
         if not is_call:
             is_cut = self._sink.calls > 0 and not (yield from self._source.ahead())
-            self._content.push("" if is_cut else trigger + text)  # The token limit may have cut this call.
+            # The token limit may have ended the answer inside this call. An incomplete call is not content.
+            self._content.push("" if is_cut else trigger + text)
             return
         self._content.cut()
         yield from self._call_ends()

@@ -21,7 +21,7 @@ class _Texts:
 
 
 class ChannelReader:
-    """Reads a whole answer. The header of its first message begins in the prompt."""
+    """Reads an answer that consists of messages. The prompt ends inside the header of the answer's first message."""
 
     def __init__(
         self, source: TextSource, sink: CallSink, calls: ChannelCalls, content: TextRun, reasoning: TextRun | None

@@ -38,7 +38,8 @@ _ARGUMENTS: Final = {KEYS[0]: VALUES[0]}
 
 
 def derive_format(source: str, render: Render) -> ToolFormat:
-    """Renders the template about twenty times with test messages. The refusal of a message gives information too."""
+    """Returns the format of a model's answers. Renders the model's template `source` about twenty times with test
+    messages, and compares the texts. A template may refuse a message, which then counts as an empty text."""
     known = next((form for form in KNOWN_FORMATS if all(mark in source for mark in form.marks)), KnownFormat(()))
     plain = Probe(render, _takes_text(Probe(render)))
     reasoning = known.reasoning or _derived_reasoning(plain) or _shown_reasoning(source, plain)
@@ -109,7 +110,7 @@ def _shown_reasoning(source: str, probe: Probe) -> ReasoningTags | None:
 
 
 def _wrappers(probe: Probe) -> tuple[str, ...]:
-    """Returns the tags that enclose only content. They are neither in a generation prompt nor before calls."""
+    """Returns the begin and end tags that the template puts around content, but not around calls, or no tags."""
     before, has_content, behind = probe.content_text().partition(CONTENT)
     call = probe.text(call_message([_ARGUMENTS], text_arguments=probe.text_arguments))
     prompt = probe.text(prompt=True)

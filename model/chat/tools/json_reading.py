@@ -13,7 +13,6 @@ _PLAIN: Final = re.compile(r'[^"{}\[\]]+')
 _IN_STRING: Final = re.compile(r'[^"\\]+')
 _SCALAR: Final = re.compile(r'[^\s,:"{}\[\]]+')
 _ESCAPE_CHARACTERS: Final = 6
-r"""The length of an escape sequence such as `\u0041`."""
 
 Sink = Callable[[str], None]
 

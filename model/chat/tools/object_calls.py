@@ -25,10 +25,10 @@ class _Call:
 
 
 class ObjectReader:
-    """Reads the template's keys and other common keys, because models do not always follow the template."""
+    """Reads JSON objects with the template's keys or other common keys, since models do not always follow templates."""
 
     def __init__(self, source: TextSource, sink: CallSink, calls: ObjectCalls, *, is_bare: bool) -> None:
-        """Creates a reader. A bare object has no marker before it, and is a call only if it names a known tool."""
+        """`is_bare` means that no marker precedes the object. It is then a call only if it names a known tool."""
         self._source = source
         self._sink = sink
         self._calls = calls

@@ -36,7 +36,7 @@ class TextRun:
         return self._skips_space
 
     def cut(self) -> None:
-        """Marks the place of a marker. White space before and after this place is dropped."""
+        """Drops the white space at the end of the text so far and at the beginning of the text that follows."""
         self._held = ""
         self._skips_space = True
 

@@ -40,7 +40,7 @@ class Frame:
 
     @property
     def triggers(self) -> tuple[str, ...]:
-        """Texts at which calls may begin: the first line, and lines like markup, because models may skip lines."""
+        """Texts at which calls may begin: the first of `lines`, and lines like `<call>`, because models skip lines."""
         lines = self.lines
         return tuple(line for place, line in enumerate(lines) if place == 0 or line[0] in "<[]")
 
@@ -75,8 +75,9 @@ class NamedCalls:
 
 @dataclass(frozen=True, slots=True)
 class TaggedCalls:
-    """Calls with a name and arguments that have markers around each key and value. If `value_begin` is set, an
-    attribute precedes it. The attribute is `string_attribute` for strings and another text for other values."""
+    """Calls with markers around each key and value of the arguments, such as <parameter=city>Rome</parameter>. If
+    `value_begin` is set, the marker between key and value is `key_end`, an attribute and `value_begin`. The attribute
+    is `string_attribute` for strings and another text for other values."""
 
     frame: Frame
     name_end: str
@@ -128,11 +129,11 @@ Calls = ObjectCalls | NamedCalls | TaggedCalls | NotatedCalls | ChannelCalls
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """The format of a model's answers, and the parts of a chat that its template can render. The default is text."""
+    """The format of a model's answers (by default plain text), and the kinds of messages that its template renders."""
 
     calls: Calls | None = None
     reasoning: ReasoningTags | None = None
-    dropped: tuple[str, ...] = ()  # Markers around content. They are removed.
+    dropped: tuple[str, ...] = ()  # Markers around content, which are removed from answers.
     calls_end_reasoning: bool = False  # True if a call may begin before the reasoning's end tag.
     takes_tools: bool = False  # True if the template shows `tools` to the model.
     takes_text_arguments: bool = False  # True if the template needs arguments as JSON text, not as an object.

@@ -28,7 +28,7 @@ class UnmarkedReader:
     """Reads calls. Holds an answer back only as long as the answer may consist of calls."""
 
     def __init__(self, source: TextSource, tools: Tools, calls: Calls | None, dropped: Iterable[str]) -> None:
-        """Creates a reader of the usual keys and the keys of `calls`. The markers in `dropped` may follow the calls."""
+        """`calls` may give more keys than `name` and `arguments`. The markers in `dropped` may follow the calls."""
         self._source = source
         self._tools = tools
         form = calls if isinstance(calls, ObjectCalls) else None

@@ -24,12 +24,13 @@ class Filter(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The tiles of an image.
+    """Describes how an image becomes tiles, which are the images that the encoder reads one by one.
 
     resizes: sizes to which the image is resized, one after the other.
     canvas: the size of a black canvas. The resized image is put into its upper left corner.
-    tile: the side of the tiles into which the result is cut, line by line. If 0, the result is the only tile.
-    overview: the size of one more tile with the whole image. It is resized from the result if `of_result`."""
+    tile: the side in pixels of the tiles into which the resized image is cut. 0 means that it is the only tile.
+    overview: the size of one more tile, which shows the whole image. If `of_result`, it is made from the resized image
+        instead of the original."""
 
     filter: Filter
     resizes: Sequence[Size]
@@ -41,7 +42,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class TileRows:
-    """The rows [start, end) of the encoder's result for a tile. Rows are in the order of the tile's lines."""
+    """A range of the embeddings that the encoder makes from tile number `tile`, line by line."""
 
     tile: int
     start: int
@@ -50,8 +51,8 @@ class TileRows:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The grid of an image. `tiles` has the columns and lines of each tile, counted in rows of the encoder's result.
-    `columns` and `rows` count tiles. They are 0 if the image is not cut."""
+    """The grid of tiles that an image was cut into. `columns` and `rows` are numbers of tiles, or 0 if the image is not
+    cut. `tiles` has, for each tile, the columns and lines of embeddings that the encoder makes from it."""
 
     tiles: Sequence[tuple[int, int]]
     columns: int
@@ -72,7 +73,7 @@ class Grid:
 
 
 Piece = str | TileRows
-"""Rows, or a text in which special tokens are written as text."""
+"""Part of an image's prompt: embeddings of a tile, or a text, such as "<image>", whose special tokens are spelled."""
 Complete = Callable[[ImageSettings, "ImageNumbers"], ImageSettings]
 CutRule = Callable[[Size, ImageSettings], Cut]
 Layout = Callable[[Grid], Iterator[Piece]]
@@ -82,7 +83,7 @@ Layout = Callable[[Grid], Iterator[Piece]]
 class ImageFamily:
     """The rules of an encoder family.
 
-    complete: adds numbers to settings, from the projector's file or the family's defaults.
+    complete: adds the numbers that the family needs to settings, from the projector's file or by default.
     cut: returns the tiles of an image of a given size. Raises ImageError if the family does not support its shape.
     layout: yields the text and the rows of an image in a prompt."""
 

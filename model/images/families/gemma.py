@@ -1,5 +1,3 @@
-"""Gemma 3 and 4."""
-
 from __future__ import annotations
 
 from math import floor, sqrt
@@ -13,7 +11,7 @@ def _square(_: Size, settings: ImageSettings) -> Size:
 
 
 def _largest(size: Size, settings: ImageSettings) -> Size:
-    """Returns the largest size within the pixel limit that keeps the aspect. Sides are multiples of a row's side."""
+    """Returns the largest size within the pixel limit that keeps the aspect. Sides are multiples of `settings.side`."""
     width, height = size
     side = settings.side
     factor = sqrt(settings.max_pixels / (height * width))

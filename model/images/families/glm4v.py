@@ -1,5 +1,3 @@
-"""GLM-4V and later."""
-
 from __future__ import annotations
 
 from llamaclust.model.images.families.family import Filter, ImageFamily, Size, between, free, whole

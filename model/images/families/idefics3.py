@@ -1,5 +1,3 @@
-"""Idefics 3 and SmolVLM."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -1,5 +1,3 @@
-"""Pixtral and Mistral 3."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator

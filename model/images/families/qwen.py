@@ -1,5 +1,3 @@
-"""Qwen 2 VL and later."""
-
 from __future__ import annotations
 
 from llamaclust.model.images.families.family import Filter, ImageFamily, between, free, whole

@@ -1,4 +1,4 @@
-"""Sizes whose sides are multiples of a row's side, with about the image's aspect."""
+"""Rounds image sizes to multiples of the square of pixels that becomes one embedding, with about the same aspect."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MAX_ASPECT = 200
 
 
 def smart_resized(size: Size, settings: ImageSettings) -> Size:
-    """Returns the size that transformers' `smart_resize` returns: rounded, and within the limits of pixels."""
+    """Returns the size that transformers' `smart_resize` returns, with `min_pixels` to `max_pixels` pixels."""
     width, height = size
     if max(size) / min(size) > _MAX_ASPECT:
         what = f"the longer side is more than {_MAX_ASPECT} times the shorter side"

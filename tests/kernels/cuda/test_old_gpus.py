@@ -78,6 +78,6 @@ def test_attention_has_the_bits_of_the_cpu(bench: Bench, tmp_path: Path, kv_type
 
 @pytest.mark.parametrize("step", [attention(2, 1, 512), latent(4, 576, 512)], ids=["wide heads", "latent"])
 def test_heads_that_need_more_shared_memory_are_refused(step: Attention) -> None:
-    wide = f"heads of {step.head_dim} channels need 5[0-9] KiB of shared memory in a block, and this GPU has 48"
+    wide = f"heads of {step.head_dim} channels need 5[0-9] KiB of shared memory in a block, but this GPU has 48 KiB"
     with pytest.raises(ModelFileError, match=wide):
         tile_rows(step, GPU)

@@ -77,7 +77,7 @@ def test_projectors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     projector = build_projector(tmp_path / "p.gguf", "idefics3")
     with pytest.raises(ModelFileError, match=r"rows have 96 channels, but the text model's have 128"):
         Model.open(build_tiny_model(tmp_path / "wide.gguf", hidden=128), mmproj=projector)
-    with pytest.raises(ModelFileError, match=r"images for architecture bert are not supported; set mmproj: off"):
+    with pytest.raises(ModelFileError, match=r"images for architecture bert are not supported; set 'mmproj: off'"):
         Model.open(build_encoder(tmp_path / "bert.gguf", "bert"), mmproj=projector)
     text = build_tiny_model(tmp_path / "text.gguf", hidden=TEXT_WIDTH, heads=4, layers=1)
     turned = build_projector(tmp_path / "turned.gguf", "qwen2.5vl_merger")

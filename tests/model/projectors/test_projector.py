@@ -180,10 +180,10 @@ def test_deepstack_levels_of_the_text_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "height", "width", "message"),
     [
-        ("gemma3", 32, 48, "a tile: expected 32 x 32 pixels, found 48 x 32"),
-        ("qwen2.5vl_merger", 12, 16, "a tile: expected multiples of 8 and at most 262144 pixels, found 16 x 12"),
-        ("qwen2.5vl_merger", 0, 16, "a tile: expected .*, found 16 x 0;"),
-        ("qwen2.5vl_merger", 520, 512, "a tile: expected .*, found 512 x 520;"),
+        ("gemma3", 32, 48, "an image tile must have 32 x 32 pixels, but has 48 x 32"),
+        ("qwen2.5vl_merger", 12, 16, "sides in multiples of 8 and at most 262144 pixels, but has 16 x 12"),
+        ("qwen2.5vl_merger", 0, 16, "an image tile must have .*, but has 16 x 0;"),
+        ("qwen2.5vl_merger", 520, 512, "an image tile must have .*, but has 512 x 520;"),
     ],
 )
 def test_tiles_of_another_size_are_refused(name: str, height: int, width: int, message: str, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_the_largest_tile_is_encoded(tmp_path: Path) -> None:
         tile = np.random.default_rng(7).integers(0, 256, (*size, 3), np.uint8)
         wanted = encoded(CpuBackend(1), path, tile)
         np.testing.assert_array_equal(encoder.rows(tile).view("u4"), wanted.view("u4"))
-    with pytest.raises(RequestError, match="a tile: expected multiples of 8 and at most 16384 pixels, found 2056 x 8"):
+    with pytest.raises(RequestError, match="sides in multiples of 8 and at most 16384 pixels, but has 2056 x 8"):
         encoder.rows(np.zeros((8, 2056, 3), np.uint8))
 
 

@@ -41,7 +41,7 @@ class CallStart(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CallGrammar:
-    """Lark rules for calls. They begin at the first trigger, or apply to the whole answer if there is no trigger."""
+    """A Lark grammar of tool calls. It begins at the first trigger, such as `<call>`, or at once without triggers."""
 
     lark: str
     triggers: tuple[str, ...] = ()
@@ -50,7 +50,7 @@ class CallGrammar:
 def call_grammar(
     form: ToolFormat, tools: Tools, split: Split, start: CallStart, *, is_parallel: bool
 ) -> CallGrammar | None:
-    """Returns the grammar, or None if no marker begins calls. `tools` has schemas from `arguments_schema`."""
+    """Returns the grammar, or None if it cannot start at `start`. `tools` has schemas from `arguments_schema`."""
     rules = LarkRules(split)
     calls = form.calls
     if calls is None or not tools:

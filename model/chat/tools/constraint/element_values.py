@@ -19,8 +19,8 @@ class _FreeValue(Exception):
 
 
 class ElementValues:
-    """Builds rules for a call's arguments. `mark` precedes each tag. If the schema allows any value for one argument,
-    all arguments of the call are unconstrained."""
+    """Builds rules for a call's arguments in elements such as <city>Rome</city>. The text `mark` precedes each tag. If
+    the schema allows any value for one argument, all arguments of the call are unconstrained."""
 
     def __init__(self, rules: LarkRules, mark: str) -> None:
         self._rules = rules

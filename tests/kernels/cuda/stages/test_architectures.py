@@ -59,7 +59,7 @@ def test_what_is_refused(opened: Open, tmp_path: Path) -> None:
     x = Buffer("x", 64)
     messages = refusal(encoder), refusal(reranker), refusal(opened("llama"), Adapt(x, x, 0, "down", "up", 4, 1.0))
     for message, refused in zip(messages, REFUSED, strict=True):
-        assert message.startswith(refused) and "set device: cpu" in message
+        assert message.startswith(refused) and "set 'device: cpu'" in message
 
 
 QUANTIZED = {

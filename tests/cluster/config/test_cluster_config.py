@@ -111,9 +111,9 @@ def test_memory_of_workers_is_placed_where_they_are_started(tmp_path: Path, text
     [
         ("{model_name: m}", "give `name` and `aliases` in the entries of `models`"),
         ("{aliases: [m]}", "give `name` and `aliases` in the entries of `models`"),
-        ("{strict_model: false}", "requests may name any of them or none"),
-        ("{strict_model: true}", "requests may name any of them or none"),
-        ("{tags: [chat]}", "with `models`, there are no tags; remove it"),
+        ("{strict_model: false}", "a request may name any of the `models` or none"),
+        ("{strict_model: true}", "a request may name any of the `models` or none"),
+        ("{tags: [chat]}", "tags are not supported with `models`; remove this key"),
         ("{pull: true}", "use `llamaclust model pull`"),
     ],
 )
@@ -247,7 +247,7 @@ def test_environment() -> None:
     assert (environment({}).weights_bytes, environment({"LLAMACLUST_WEIGHTS_SIZE": "0"}).weights_bytes) == (64 << 30, 0)
     with pytest.raises(UsageError, match="LLAMACLUST_CACHE_SIZE='much' is not a size; write it like 8GiB"):
         environment({"LLAMACLUST_CACHE_SIZE": "much"})
-    with pytest.raises(UsageError, match="LLAMACLUST_FEATURE_LEVEL=avx3: must be one of generic"):
+    with pytest.raises(UsageError, match="LLAMACLUST_FEATURE_LEVEL=avx3 is not supported; set one of generic"):
         environment({"LLAMACLUST_FEATURE_LEVEL": "avx3"})
     with pytest.raises(
         UsageError, match="LLAMACLUST_HOME='~no-such-user' begins with a home directory that does not exist"

@@ -74,7 +74,7 @@ class ClusterResources:
     """Bytes of this machine that are reserved for image embeddings, and are not part of `free_bytes`. A plan without an
     image encoder may use them."""
     encodes: bool = True
-    """True if a worker must hold the image encoder. Ignored if the model has none."""
+    """True if a worker must hold the model's image encoder, if there is one."""
 
 
 def plan_cluster(
@@ -88,8 +88,8 @@ def plan_cluster(
 
 
 def plan_text_at_least(config: ClusterConfig, model: Model, resources: ClusterResources) -> Plan:
-    """Plans like `plan_cluster`. If the model fits only without its image encoder, returns such a plan, with the reason
-    in `no_images`."""
+    """Plans like `plan_cluster`. If the model fits only without its image encoder, returns a plan without the encoder.
+    The plan's `no_images` has the reason."""
     try:
         return plan_cluster(config, model, resources)
     except InsufficientMemoryError as error:

@@ -74,7 +74,7 @@ class WorkerProfiles:
         return {name: known[found[0]] for name, found in keys.items() if found}
 
     def estimate(self, workers: Mapping[str, WorkerHandle]) -> bool:
-        """Uses profiles that equal hardware had with more or fewer workers. Returns True if any profile is known."""
+        """Uses profiles of equal hardware with another number of workers. Returns True if a profile is known."""
         for worker in workers.values():
             similar = most_similar_key(_key(worker, workers, self._model_id), self._known)
             if similar is not None:

@@ -21,11 +21,11 @@ class EngineOwner(Protocol):
 
     @property
     def may_suspect_workers(self) -> bool:
-        """True if other workers could replace a worker whose results lack rows."""
+        """True if other workers could replace a worker that computes no valid results for a request."""
         ...
 
     def rows_failed(self, key: int) -> None:
-        """Reports that a request has failed, because two workers computed no valid result for the same rows."""
+        """Reports that a request has failed, because two workers computed no valid result for the same tokens."""
         ...
 
 
@@ -35,7 +35,7 @@ class PipelineFailure:
 
     error: LlamaclustError
     requests: frozenset[int] = frozenset()  # Keys of the requests that were in flight.
-    is_repeated: bool = False  # True if the worker failed to compute the same rows before.
+    is_repeated: bool = False  # True if the worker failed to compute the same tokens before.
     # Errors of the requests that end because of this failure, by key.
     ended: Mapping[int, LlamaclustError] = field(default_factory=dict)
 

@@ -32,7 +32,7 @@ _REPOSITORY: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """A model of the catalog. Its exact `size_bytes` and `sha256` are known, or only the estimate `about_bytes`."""
+    """A model of the catalog. Either its `size_bytes` and `sha256` are known, or only the estimate `about_bytes`."""
 
     name: str
     source: str

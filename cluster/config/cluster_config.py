@@ -197,7 +197,7 @@ class ClusterConfig(Section):
         if not isinstance(values, dict) or not isinstance(models := values.get("models"), list | tuple) or not models:
             return values
         if "model" in values:
-            raise PlaceError(("model",), "is for one model: move it into `models`, or remove `models`")
+            raise PlaceError(("model",), "cannot be set with `models`; move it into `models`, or remove `models`")
         first = models[0]
         return {**values, "model": first.get("model", "") if isinstance(first, dict) else ""}
 
@@ -205,13 +205,13 @@ class ClusterConfig(Section):
     def _check_models(self) -> Self:
         for key, instead in _FOR_ONE_MODEL.items() if self.models else ():
             if getattr(self.api, key) != Api.model_fields[key].default:
-                raise PlaceError(("api", key), f"is for one model: {instead}")
+                raise PlaceError(("api", key), f"cannot be set with `models`; {instead}")
         for key in ("max_loaded_models", "load_on_demand") if not self.models else ():
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise PlaceError((key,), "is for several models: replace `model` by `models`")
         for key in ("adapters", "mmproj", "placement", "plan") if self.models else ():
             if getattr(self, key):
-                raise PlaceError((key,), f"is for one model: give `{key}` in the entries of `models`")
+                raise PlaceError((key,), f"cannot be set with `models`; give `{key}` in the entries of `models`")
         named: set[str] = set()
         for index, config in enumerate(self.of_each_model() if self.models else ()):
             for name in (config.model_name, *config.api.aliases, *(adapter.name for adapter in config.adapters)):
@@ -346,9 +346,9 @@ _THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "numa_node", "mem
 _OF_ONE_MODEL = ("chat_template", "mmproj", "context_length", "kv_memory", "adapters", "placement", "plan")
 _FOR_ONE_MODEL = {
     **dict.fromkeys(("model_name", "aliases"), "give `name` and `aliases` in the entries of `models`"),
-    "strict_model": "a request may name any of the `models` or none; remove this key",
-    "tags": "tags are not supported with `models`; remove this key",
-    "pull": "with `models`, use `llamaclust model pull`, and list each model in the cluster file",
+    "strict_model": "a request may name any model or none, so remove this key",
+    "tags": "remove this key",
+    "pull": "use `llamaclust model pull`, and list each model in the cluster file",
 }
 """Keys of `api` that are refused if `models` is set, with the advice for the error message."""
 

@@ -78,9 +78,9 @@ class WorkerConfig(Section):
     kv_disk: Size | None = None
     """Maximum size of the KV blocks that are kept on disk for use after a restart. Set it for all workers or none."""
     memory_bandwidth_gb_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
-    """Read bandwidth of RAM in GB/s, for plans. By default, the worker measures it when it starts."""
+    """Read bandwidth of RAM in GB/s, used by plans. By default, the worker measures it when it starts."""
     int8_gmac_s: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
-    """Speed of integer multiply-accumulates in GMAC/s, for plans. By default, the worker measures it when it starts."""
+    """Speed of int8 multiply-accumulates in GMAC/s, used by plans. By default, the worker measures it at its start."""
 
     @model_validator(mode="after")
     def _check_speeds(self) -> Self:

@@ -60,7 +60,7 @@ class EnrolmentServer:
         return f"{self._listen.rpartition(':')[0]}:{self._socket.getsockname()[1]}"
 
     async def __aenter__(self) -> EnrolmentServer:
-        self._socket = listener(*split_address(self._listen), "choose another: `join.listen`")
+        self._socket = listener(*split_address(self._listen), "choose another port with `join.listen`")
         self._accepting.start(self._accept(self._socket))
         return self
 

@@ -79,7 +79,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class FreshMemory:
-    """Free memory of a worker without stages. It is newer than the value in the worker's registration."""
+    """Free memory of a worker plus the memory of its stages, newer than the value in the worker's registration."""
 
     free_bytes: int
     gpus: tuple[Gpu, ...]

@@ -43,7 +43,7 @@ class ActionRunner:
     _registry: Registry
     _partitions: PartitionTracker
     _report: Report
-    # Tasks that end the processes of lost workers. A load waits for them, because it needs the memory.
+    # Tasks that end the processes of lost workers. A load waits for them, because it needs their memory.
     ending: TaskSet
     epoch: Epoch | None = field(default=None, init=False)  # Epoch that serves, or that served before it was lost.
     retiring: Epoch | None = field(default=None, init=False)  # Epoch that served before a move and still has sequences.

@@ -61,9 +61,9 @@ async def load_stages(
     loads: StageLoads, workers: Mapping[str, WorkerHandle], report: Report | None = None
 ) -> tuple[WorkerHandle, ...]:
     """Loads all stages and returns their workers in the order of the stages. Raises StageLoadError after all workers
-    have answered. Each suspect has an error: StalledError if it hangs, or DeadlineError if it holds stages of other
-    models and still answers. After a failure, stages that were loaded are freed. They are kept if
-    `loads.is_exclusive` is true, because the next epoch can use their weights."""
+    have answered. Its suspects have errors, such as StalledError for a worker that hangs, or DeadlineError for a worker
+    that holds stages of other models and still answers. After a failure, stages that were loaded are freed. They are
+    kept if `loads.is_exclusive` is true, because the next epoch can use their weights."""
     handles = tuple(workers[stage.worker] for stage in loads.stages)
     timeout_s = loads.progress_timeout_s
     # The keys of KV blocks on disk depend on the model file's content, so the workers' copies must be equal.

@@ -142,8 +142,8 @@ def _plan_in_own_tiles(
 
 
 def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources, most: int) -> Iterator[int]:
-    """Yields the numbers of shards (2, 4, ... up to `most`) to try for each layer's experts if whole layers do not fit.
-    Yields nothing if the user wants experts on GPUs, because shards are always in RAM."""
+    """Yields how many shards (2, 4, ... up to `most`) of each layer's experts to try if whole layers do not fit. Yields
+    nothing if the user wants layers or experts on GPUs, because shards are always in RAM."""
     on_gpus = says_placement(config) or any(worker.gpu_layers for worker in resources.workers.values())
     if (
         most < 2

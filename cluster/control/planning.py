@@ -344,8 +344,8 @@ class ClusterPlanner:
         *,
         needs_images: bool = False,
     ) -> Plan:
-        """Plans in a thread, because large plans take seconds. Without `needs_images`, omits an image encoder that does
-        not fit, unless other models hold memory. Raises the errors of `plan_cluster`, ModelLimitError if too many
+        """Plans in a thread, because large plans take seconds. If `needs_images` is false, omits an image encoder that
+        does not fit, unless other models hold memory. Raises the errors of `plan_cluster`, ModelLimitError if too many
         models are loaded, and WorkerError if there are no workers or a manual plan's worker is absent."""
         (beside or self.ledger).check_count(self.model.model_id)
         planned = (name for entry in self.config.plan or () for name in entry.names)

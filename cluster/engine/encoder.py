@@ -30,7 +30,7 @@ takes longer, it is encoded again later."""
 
 
 class _AttemptError(Exception):
-    """A tile could not be encoded. `is_strike` is true if the tile itself may have caused the failure."""
+    """An image tile could not be encoded. `is_strike` is true if the tile itself may have caused the failure."""
 
     def __init__(self, cause: LlamaclustError, *, is_strike: bool) -> None:
         super().__init__(str(cause))

@@ -53,8 +53,8 @@ def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
 def failure_of(
     error: LlamaclustError, scheduler: Scheduler, stages: Sequence[StageInfo], microbatch: int | None
 ) -> PipelineFailure:
-    """Describes the failure of `microbatch`, or of all microbatches in flight if it is None. If results are
-    invalid, the last stage is at fault."""
+    """Describes the failure of `microbatch`, or of all microbatches in flight if `microbatch` is None. Invalid results
+    are the fault of the last stage."""
     if isinstance(error, ProtocolError) and error.worker is None:
         error.worker = stages[-1].worker
     slices = scheduler.in_flight.slices(microbatch)

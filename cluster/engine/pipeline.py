@@ -64,7 +64,7 @@ class TileTask:
 
 
 class EncoderUnreachableError(WorkerError):
-    """The image encoder cannot be reached, and has not received the tile."""
+    """The image encoder cannot be reached, and has not received the image tile."""
 
 
 class PipelineEncoder(Protocol):

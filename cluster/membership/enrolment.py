@@ -123,7 +123,7 @@ class EnrolmentServer:
             return protocol.Refusal("its token belongs to another cluster or was rotated; copy the token file again")
         if request.protocol_version != PROTOCOL_VERSION:
             versions = f"{request.protocol_version}, this coordinator {PROTOCOL_VERSION}"
-            return protocol.Refusal(f"it speaks protocol {versions}: install the same version")
+            return protocol.Refusal(f"it speaks protocol {versions}: install the same version of llamaclust")
         if self._refusal is not None and (why := self._refusal(request.name)) is not None:
             return protocol.Refusal(why)
         try:

@@ -68,7 +68,7 @@ class Registry(Members):
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Ends the workers, with three exceptions. They continue if another coordinator has taken them over, if
+        """Ends the workers, with three exceptions. The workers continue if another coordinator has taken them over, if
         `leave_workers` was called, or if the start timed out."""
         is_late = any(isinstance(part, DeadlineError) for part in error)
         present = [] if self._superseded.done() or self._is_left or is_late else list(self.present.values())

@@ -32,7 +32,7 @@ _REPOSITORY: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """A model of the catalog. Its exact `size_bytes` and `sha256` are known, or only the estimate `about_bytes`."""
+    """A model of the catalog. Either its `size_bytes` and `sha256` are known, or only the estimate `about_bytes`."""
 
     name: str
     source: str
@@ -84,12 +84,11 @@ class WantedFile:
 
     @property
     def is_there(self) -> bool:
-        """True if the file has been downloaded. A file gets this name only after its hash was checked."""
+        """True if the file has been downloaded. A download is renamed to `path` only after its hash was checked."""
         return self.path.is_file() and self.size_bytes in (None, self.path.stat().st_size)
 
     @property
     def may_have_projector(self) -> bool:
-        """True if it is not known yet whether the file's repository has a projector."""
         if not isinstance(self.source, HubFile) or self.projector is not None or _is_projector(self.path):
             return False
         return not self.no_projector.exists() and not any(map(_is_projector, self.path.parent.glob("[!.]*.gguf")))
@@ -99,7 +98,8 @@ class WantedFile:
         return self.path.with_name(_NO_PROJECTOR)
 
     def parts(self) -> list[WantedFile]:
-        """Returns all parts of the model's file. Raises UsageError if this file is a later part of a split file."""
+        """Returns this file and, if it is the first part of a split model, all later parts. Raises UsageError if it is
+        a later part."""
         match = PART_NAME.fullmatch(self.source.file_name)
         if match is None:
             return [self]
@@ -202,7 +202,7 @@ def stored_model(spec: str, models_dir: Path | None = None) -> Path | None:
 
 
 def lacks_projector(spec: str, models_dir: Path | None = None) -> bool:
-    """Returns True if the model's repository has not been searched for a projector yet. False for catalog models."""
+    """Returns True if it is unknown whether the model's repository has a projector. False for catalog models."""
     found = locate(spec, models_dir)
     return isinstance(found, WantedFile) and found.may_have_projector and find_entry(spec) is None
 

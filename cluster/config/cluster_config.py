@@ -63,7 +63,7 @@ SCHEMA_ADDRESS = "https://json-schema.org/draft/2020-12/schema"
 class ClusterConfig(Section):
     """A cluster: one or several models, the workers that run them, and the HTTP API."""
 
-    # Sections defer building their validators, because this class builds one that includes all of theirs.
+    # Other sections build no validator (`defer_build`), because the validator of this class includes theirs.
     model_config = ConfigDict(defer_build=False)
 
     name: Name = "default"
@@ -81,7 +81,7 @@ class ClusterConfig(Section):
     mmproj: Mmproj = None
     """Projector (image encoder), given like `model`. auto uses the only one in the model's folder. off uses none."""
     adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=MAX_ADAPTERS, strict=False)] = ()
-    """LoRA adapters that requests can use, numbered in this order. Workers with GPUs do not support adapters."""
+    """LoRA adapters that requests can use, numbered from 0. Workers with GPUs do not support adapters."""
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] = 4096
     """Maximum number of tokens in a sequence, including its prompt and its answer."""
     launcher: LauncherName = "local"
@@ -104,7 +104,7 @@ class ClusterConfig(Section):
         Field(min_length=1, max_length=MAX_WORKERS, strict=False),
         OrCount(AnyWorker, MAX_WORKERS),
     ]
-    """The workers, in the order of their layers. A static cluster also accepts a number of workers to wait for."""
+    """The workers, in the order of their layers. With launcher static, a number such as 3 waits for any 3 workers."""
     plan: Annotated[tuple[PlanEntry, ...] | None, Field(min_length=1, max_length=256, strict=False), OrAuto()] = None
     """Layers of each worker. auto lets the planner choose them."""
     objective: Literal["latency", "throughput"] = "latency"
@@ -135,7 +135,7 @@ class ClusterConfig(Section):
     prefix_cache: bool = True
     """Set false to turn off the prefix cache, which shares KV memory between prompts with the same beginning."""
     wide_tiles: bool = True
-    """Set false to store some weights in narrower tiles. This saves memory, but decoding is clearly slower."""
+    """Set false to save memory. By default, some weights may take up to 1.4 times the memory to decode faster."""
     speculative: Annotated[Speculative | None, OrSwitch()] = Speculative()
     """Speculative decoding, which does not change answers. Give auto (use it where it is faster), off or a section."""
     allowed_hosts: tuple[str, ...] = Field(default=(), max_length=64, strict=False)
@@ -197,7 +197,7 @@ class ClusterConfig(Section):
         if not isinstance(values, dict) or not isinstance(models := values.get("models"), list | tuple) or not models:
             return values
         if "model" in values:
-            raise PlaceError(("model",), "is for one model: move it into `models`, or remove `models`")
+            raise PlaceError(("model",), "cannot be set with `models`; move it into `models`, or remove `models`")
         first = models[0]
         return {**values, "model": first.get("model", "") if isinstance(first, dict) else ""}
 
@@ -205,13 +205,13 @@ class ClusterConfig(Section):
     def _check_models(self) -> Self:
         for key, instead in _FOR_ONE_MODEL.items() if self.models else ():
             if getattr(self.api, key) != Api.model_fields[key].default:
-                raise PlaceError(("api", key), f"is for one model: {instead}")
+                raise PlaceError(("api", key), f"cannot be set with `models`; {instead}")
         for key in ("max_loaded_models", "load_on_demand") if not self.models else ():
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise PlaceError((key,), "is for several models: replace `model` by `models`")
         for key in ("adapters", "mmproj", "placement", "plan") if self.models else ():
             if getattr(self, key):
-                raise PlaceError((key,), f"is for one model: give `{key}` in the entries of `models`")
+                raise PlaceError((key,), f"cannot be set with `models`; give `{key}` in the entries of `models`")
         named: set[str] = set()
         for index, config in enumerate(self.of_each_model() if self.models else ()):
             for name in (config.model_name, *config.api.aliases, *(adapter.name for adapter in config.adapters)):
@@ -309,7 +309,7 @@ class ClusterConfig(Section):
                 raise PlaceError(("workers", index, "kv_disk"), why)
             if not self.prefix_cache:
                 raise PlaceError(
-                    ("workers", index, "kv_disk"), "needs prefix_cache, which is off: set prefix_cache: true"
+                    ("workers", index, "kv_disk"), "needs prefix_cache, which is off; set prefix_cache to true"
                 )
         return self
 
@@ -324,10 +324,10 @@ class ClusterConfig(Section):
                     why = f"{adapter.name!r} is also the name of another adapter or of the model; give it its own name"
                     raise PlaceError((*place, "adapters", index, "name"), why)
             if config.adapters and with_gpu is not None:
-                why = f"run on processors only, but worker {with_gpu.name} has {with_gpu.device}: set device: cpu"
+                why = f"run on processors only, but worker {with_gpu.name} has {with_gpu.device}; set its device to cpu"
                 raise PlaceError((*place, "adapters"), why)
         if self.api.adapter_folder is not None and with_gpu is not None:
-            why = f"adapters run on processors only, but worker {with_gpu.name} has {with_gpu.device}: remove it"
+            why = f"adapters run on processors only, but worker {with_gpu.name} has {with_gpu.device}; remove this key"
             raise PlaceError(("api", "adapter_folder"), why)
         return self
 
@@ -346,9 +346,9 @@ _THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "numa_node", "mem
 _OF_ONE_MODEL = ("chat_template", "mmproj", "context_length", "kv_memory", "adapters", "placement", "plan")
 _FOR_ONE_MODEL = {
     **dict.fromkeys(("model_name", "aliases"), "give `name` and `aliases` in the entries of `models`"),
-    "strict_model": "with `models`, requests may name any of them or none; remove it",
-    "tags": "with `models`, there are no tags; remove it",
-    "pull": "with `models`, use `llamaclust model pull`, and list each model in the cluster file",
+    "strict_model": "a request may name any model or none, so remove this key",
+    "tags": "remove this key",
+    "pull": "use `llamaclust model pull`, and list each model in the cluster file",
 }
 """Keys of `api` that are refused if `models` is set, with the advice for the error message."""
 

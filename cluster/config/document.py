@@ -156,7 +156,7 @@ def override(document: Document, overrides: Sequence[str]) -> Document:
         key, separator, value = text.partition("=")
         option = f"--set {' '.join(text.split())[:_MOST_SHOWN]}"
         if not separator or not key.strip():
-            raise UsageError(f"{option}: must be KEY=VALUE, for example timeouts.request=60s")
+            raise UsageError(f"{option} must be KEY=VALUE, for example timeouts.request=60s")
         parsed, _ = parse_yaml(value, option)
         place = _place(document.values, tuple(key.strip().split(".")), option)
         around = {at: origin for at, origin in document.origins.items() if at[: len(place)] != place}

@@ -61,10 +61,10 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
     variables = os.environ if variables is None else variables
     level = variables.get("LLAMACLUST_FEATURE_LEVEL") or None
     if level is not None and level not in FEATURE_LEVELS:
-        raise UsageError(f"LLAMACLUST_FEATURE_LEVEL={level}: must be one of {', '.join(FEATURE_LEVELS)}")
+        raise UsageError(f"LLAMACLUST_FEATURE_LEVEL={level} is not supported; set one of {', '.join(FEATURE_LEVELS)}")
     form = variables.get("LLAMACLUST_LOG") or LogFormat.TEXT
     if form not in set(LogFormat):
-        raise UsageError(f"LLAMACLUST_LOG={form}: must be one of {', '.join(LogFormat)}")
+        raise UsageError(f"LLAMACLUST_LOG={form} is not supported; set one of {', '.join(LogFormat)}")
     return Environment(
         state_dir=_folder(variables, "LLAMACLUST_STATE_DIR", "XDG_STATE_HOME", "~/.local/state"),
         home=_folder(variables, "LLAMACLUST_HOME", "XDG_CACHE_HOME", "~/.cache"),
@@ -91,7 +91,7 @@ def hub_settings(variables: Mapping[str, str] | None = None) -> HubSettings:
     variables = os.environ if variables is None else variables
     endpoint = (variables.get("HF_ENDPOINT") or _HUB).rstrip("/")
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", endpoint):
-        raise UsageError(f"HF_ENDPOINT={endpoint}: must be an address like {_HUB}")
+        raise UsageError(f"HF_ENDPOINT={endpoint} is not an address like {_HUB}")
     named = variables.get("HF_TOKEN_PATH")
     try:
         file = expand_home(named) if named else expand_home(variables.get("HF_HOME") or "~/.cache/huggingface")

@@ -15,7 +15,7 @@ Schema = Mapping[str, Any]
 
 
 class PlaceError(ValueError):
-    """A mistake that involves several values. `place` is the path of the value to change, relative to the section."""
+    """A mistake that involves several values. `place` is the path of the value to change, in the checked section."""
 
     def __init__(self, place: Place, message: str) -> None:
         super().__init__(message)

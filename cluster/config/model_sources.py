@@ -126,7 +126,7 @@ def shortened(spec: str) -> str:
 def _package_file(spec: str) -> PackageFile:
     match = _PACKAGE.fullmatch(spec.partition(":")[2])
     if match is None:
-        raise UsageError(f"{shortened(spec)}: must have the form pypi:PACKAGE==VERSION/FILE")
+        raise UsageError(f"{shortened(spec)} must have the form pypi:PACKAGE==VERSION/FILE")
     return PackageFile(match["name"], match["version"], match["member"])
 
 
@@ -134,7 +134,7 @@ def _hub_file(spec: str) -> HubFile:
     match = _HUB_FILE.fullmatch(spec.partition(":")[2])
     parts = f"{match['file']}/{match['revision'] or 'main'}".split("/") if match else [""]
     if match is None or not {"", ".", ".."}.isdisjoint(parts):
-        raise UsageError(f"{shortened(spec)}: must have the form hf:OWNER/NAME/FILE or hf:OWNER/NAME/FILE@REVISION")
+        raise UsageError(f"{shortened(spec)} must have the form hf:OWNER/NAME/FILE or hf:OWNER/NAME/FILE@REVISION")
     return HubFile(match["repository"], match["file"], match["revision"] or "main")
 
 
@@ -164,7 +164,7 @@ def _parts(url: str) -> SplitResult:
 
 def _safe_file_name(name: str, origin: str) -> str:
     if not name.isprintable() or "/" in name or name.startswith(".") or not 0 < len(name.encode()) <= _MAX_NAME_BYTES:
-        raise UsageError(f"{origin}: must end in a file name of at most {_MAX_NAME_BYTES} printable bytes")
+        raise UsageError(f"{origin} must end in a file name of at most {_MAX_NAME_BYTES} printable bytes")
     return name
 
 

@@ -46,7 +46,7 @@ LargestGroup = Annotated[Annotated[int, Field(ge=1, le=MAX_GROUP_MEMBERS)] | Non
 _URL = r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"
 _LEAST_SHARED = 1024
 _MOST_SHARED = 1 << 24
-"""Largest value of `shared_answers`. Each of these tokens takes about 17 bytes of memory."""
+"""Maximum value of `shared_answers`, which is a number of tokens. A token takes about 17 bytes of memory."""
 _KUBERNETES = "https://kubernetes.default.svc"
 
 
@@ -62,7 +62,7 @@ class WorkerConfig(Section):
     device: Device = "cpu"
     """cpu, or the GPUs that the worker uses together with the CPU, such as cuda:0 or [cuda:0, cuda:1]."""
     gpu_layers: Annotated[Annotated[int, Field(ge=0, le=1 << 16)] | None, OrAuto()] = None
-    """Number of the stage's last layers that are on GPUs. The CPU gets the others. auto uses as many as fit."""
+    """Number of the worker's layers to put on GPUs, counted from the last. auto puts as many there as fit."""
     gpu_memory: Size | None = None
     """Maximum memory that the worker uses on each GPU. By default, all free memory."""
     cpu_moe: CpuMoe = None
@@ -78,9 +78,9 @@ class WorkerConfig(Section):
     kv_disk: Size | None = None
     """Maximum size of the KV blocks that are kept on disk for use after a restart. Set it for all workers or none."""
     memory_bandwidth_gb_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
-    """Read bandwidth of RAM in GB/s, for plans. By default, the worker measures it when it starts."""
+    """Read bandwidth of RAM in GB/s, used by plans. By default, the worker measures it when it starts."""
     int8_gmac_s: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
-    """Speed of integer multiply-accumulates in GMAC/s, for plans. By default, the worker measures it when it starts."""
+    """Speed of int8 multiply-accumulates in GMAC/s, used by plans. By default, the worker measures it at its start."""
 
     @model_validator(mode="after")
     def _check_speeds(self) -> Self:
@@ -180,11 +180,11 @@ class Api(Section):
     tags: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
     """Tags of the model in `/v1/models`."""
     pull: bool = False
-    """Set true to let clients download catalog models by `/api/pull`. With API keys, the first one is required."""
+    """Set true to let clients download catalog models by `/api/pull`. It needs the first API key, if there are keys."""
     adapter_folder: FilePath | None = None
-    """Folder of adapters for `/v1/load_lora_adapter`. With API keys, the first one is required."""
+    """Folder of adapters for `/v1/load_lora_adapter`. Loading needs the first API key, if there are keys."""
     slot_folder: FilePath | None = None
-    """Folder for saved slots. Without it, `POST /slots` is refused."""
+    """Folder of the files that `POST /slots` saves and restores. Without a folder, these requests are refused."""
     image_urls: Annotated[tuple[ImageHost, ...], Field(max_length=64, strict=False)] = ()
     """Hosts whose images the API may fetch, such as example.com, *.example.com or example.com:8080. By default,
     requests must contain images as data URLs."""
@@ -208,7 +208,7 @@ class AdapterConfig(Section):
 
 
 class Telemetry(Section):
-    """Export of traces and metrics by OpenTelemetry. Variables OTEL_* replace keys that are not set."""
+    """Export of traces and metrics by OpenTelemetry. The OTEL_* environment variables replace keys that are not set."""
 
     endpoint: Annotated[str, Field(pattern=_URL, max_length=2048, examples=["http://localhost:4318"])] | None = None
     """URL of a collector that accepts OTLP over HTTP. `/v1/traces` and `/v1/metrics` are appended to it."""
@@ -222,9 +222,9 @@ class PlanEntry(Section):
     """One stage of a manual plan."""
 
     worker: Name | None = None
-    """Name of the worker that holds these layers."""
+    """Name of the worker that holds the layers."""
     workers: Annotated[tuple[Name, ...], Field(min_length=2, max_length=MAX_GROUP_MEMBERS, strict=False)] | None = None
-    """Names of workers that hold these layers as a group, instead of `worker`. The first worker is the leader."""
+    """Names of the workers that hold the layers as a group, instead of `worker`. The first worker is the leader."""
     shares: (
         Annotated[
             tuple[Annotated[int, Field(ge=1, le=MAX_SHARE)], ...],
@@ -234,7 +234,7 @@ class PlanEntry(Section):
     ) = None
     """Relative shares of the group's members, in the order of `workers`. By default, all shares are equal."""
     layers: Layers
-    """Half-open range of layers. [0, 12] means layers 0 to 11. A bound of 4.5 is after half of layer 4's experts."""
+    """Half-open range of layers. [0, 12] means layers 0 to 11. The bound 4.5 divides layer 4 after half its experts."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -262,8 +262,8 @@ class Speculative(Section):
     max_window: Annotated[int, Field(ge=1, le=MAX_WINDOW)] = MAX_WINDOW
     """Maximum number of drafted tokens of a sequence in a step. The actual number depends on the expected gain."""
     shared_answers: Annotated[int, Field(ge=0, le=_MOST_SHARED)] = 0
-    """Number of recent answer tokens to search for drafts, shared by requests with the same `cache_salt`. Give at least
-    1024, or 0 to share none."""
+    """Number of tokens of recent answers that are searched for drafts. Requests with the same `cache_salt` share these
+    answers. Give at least 1024, or 0 to share none."""
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)] | None = None
     """Small draft model with the same vocabulary, given like `model`. It runs on the coordinator's machine."""
     mtp: bool = False
@@ -375,7 +375,7 @@ class Timeouts(Section):
     load: Duration = 60.0
     """Time without progress after which a worker that loads weights counts as lost, at least 1 s."""
     recovery: Duration = 120.0
-    """Time that requests wait for workers if the remaining ones cannot hold the model. Then the requests fail."""
+    """Time that requests wait for lost workers if the others cannot hold the model. Then the requests fail."""
     resume: Duration = 30.0
     """Time that a reply is kept for a client whose connection was lost."""
     idle: Duration = 75.0

@@ -43,7 +43,7 @@ class ActionRunner:
     _registry: Registry
     _partitions: PartitionTracker
     _report: Report
-    # Tasks that end the processes of lost workers. A load waits for them, because it needs the memory.
+    # Tasks that end the processes of lost workers. A load waits for them, because it needs their memory.
     ending: TaskSet
     epoch: Epoch | None = field(default=None, init=False)  # Epoch that serves, or that served before it was lost.
     retiring: Epoch | None = field(default=None, init=False)  # Epoch that served before a move and still has sequences.
@@ -117,8 +117,8 @@ class ActionRunner:
             self._registry.fence(self._registry.workers[name], expulsion.reason)
 
     async def _make_plan(self, inputs: seen.PlanInputs) -> None:
-        """Plans without quarantined workers. If there is no such plan, tries again with one more quarantined worker at
-        a time, beginning with the worker that failed least often."""
+        """Plans with the workers that are not quarantined. If they do not suffice, adds quarantined workers one at a
+        time, beginning with the worker that failed least often."""
         present = self._registry.present
         usable = {name: present[name] for name, _ in inputs.workers if name in present}
         excluded = self.observed.state.pool.quarantine.worst_first(inputs.quarantined & usable.keys())
@@ -245,7 +245,7 @@ class ActionRunner:
         why = "it is another model's turn, and requests for this model wait" if gives_way else "a request wakes it"
         self._report(Notice(f"model {self.planner.config.model_name} sleeps: {why}"))
         self.observed.post(seen.Signal.ASLEEP)
-        # Requests may have arrived while the stages were freed.
+        # Requests for this model may have arrived while its stages were freed.
         if not (self.observed.state.has_given_way or self.engine.requests.are_empty):
             self.observed.post(seen.Signal.WAKE_REQUESTED)
 
@@ -264,5 +264,5 @@ class ActionRunner:
         error = loss.error if lost is None else lost.error
         self.engine.give_up(WorkerError(reason if error is None else f"{error}; {reason}"))
         self.observed.post(seen.RequestsFailed(reason))
-        if not self.observed.state.is_alone:  # The next request starts another attempt.
+        if not self.observed.state.is_alone:  # The next request tries to load the model again.
             self.observed.post(seen.Signal.SLEEP_REQUESTED)

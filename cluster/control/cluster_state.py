@@ -95,7 +95,7 @@ class PipelineLoss:
     error: LlamaclustError | None = None
     requests: frozenset[int] = frozenset()  # Keys of the requests that were in flight.
     causes: frozenset[int] = frozenset()  # Keys of the requests that caused the loss.
-    is_repeated: bool = False  # True if the worker failed to compute the same rows before.
+    is_repeated: bool = False  # True if the worker failed to compute the same tokens before.
     is_closed: bool = False
     failed_because: str | None = None  # Reason why the waiting requests were failed. None if they still wait.
 
@@ -119,7 +119,7 @@ class ClusterState:
     retiring: Retiring | None = None
     expulsions: tuple[Expulsion, ...] = ()
     is_acting: bool = False
-    waits_for: str = ""  # Text of the last notice.
+    waits_for: str = ""  # Text of the last `Notify` action, so that it is not repeated.
     is_start: bool = True  # True until an epoch has served. False from the beginning if the model is loaded on demand.
     is_wanted: bool = True  # True if the model should be loaded.
     has_given_way: bool = False  # True if the model was unloaded for another model. It may then have waiting requests.

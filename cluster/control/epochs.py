@@ -61,9 +61,9 @@ async def load_stages(
     loads: StageLoads, workers: Mapping[str, WorkerHandle], report: Report | None = None
 ) -> tuple[WorkerHandle, ...]:
     """Loads all stages and returns their workers in the order of the stages. Raises StageLoadError after all workers
-    have answered. Each suspect has an error: StalledError if it hangs, or DeadlineError if it holds stages of other
-    models and still answers. After a failure, loaded stages are freed. If `is_exclusive` is set, they are kept,
-    because the next epoch can use their weights."""
+    have answered. Its suspects have errors, such as StalledError for a worker that hangs, or DeadlineError for a worker
+    that holds stages of other models and still answers. After a failure, stages that were loaded are freed. They are
+    kept if `loads.is_exclusive` is true, because the next epoch can use their weights."""
     handles = tuple(workers[stage.worker] for stage in loads.stages)
     timeout_s = loads.progress_timeout_s
     # The keys of KV blocks on disk depend on the model file's content, so the workers' copies must be equal.
@@ -76,7 +76,7 @@ async def load_stages(
     encoders = await encoder_files(loads.encoder, loads.encoding, workers, report)
 
     lost = tuple(Suspect(handle.name, handle.error) for handle in handles if handle.loss is not None)
-    if lost:  # Raising the error now avoids loads that would be useless.
+    if lost:  # Loads of the other workers would be useless, so the error is raised before.
         raise StageLoadError(lost[0].error, lost)
 
     try:

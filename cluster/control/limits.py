@@ -35,8 +35,8 @@ _KV_TOKENS = 8192
 def context_length(config: ClusterConfig, model: Model) -> int:
     trained = model.hyperparameters.context_length
     if "context_length" in config.model_fields_set and config.context_length > trained:
-        cause = f"context_length: {config.context_length}"
-        raise UsageError(f"{cause}: the model was trained for {trained} tokens; set {trained} or less")
+        cause = f"context_length is {config.context_length}"
+        raise UsageError(f"{cause}, but the model was trained for {trained} tokens; set {trained} or less")
     return min(config.context_length, trained)
 
 
@@ -75,7 +75,7 @@ def _check_frames(config: ClusterConfig, model: Model) -> None:
     if (most := max_batch_tokens(config, model.projector)) > room:
         cause = f"prefill_chunk and max_sequences allow microbatches of {most} tokens"
         raise UsageError(
-            f"{cause}: a message between workers holds {room} tokens of {token_bytes} bytes; lower one of these keys"
+            f"{cause}, but a message between workers holds only {room} (of {token_bytes} bytes); lower one of the keys"
         )
 
 
@@ -100,8 +100,8 @@ def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> N
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // max(row_bytes, 1)
     if (most := max_batch_tokens(config, model.projector)) > room:
         cause = f"prefill_chunk and max_sequences allow microbatches of {most} tokens"
-        what = f"a message between parts of a layer holds {room} tokens of {row_bytes} bytes"
-        raise UsageError(f"{cause}: {what}; lower one of these keys")
+        what = f"a message between parts of a layer holds only {room} (of {row_bytes} bytes)"
+        raise UsageError(f"{cause}, but {what}; lower one of the keys")
 
 
 def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping[str, Sequence[str]]) -> None:
@@ -110,7 +110,7 @@ def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping
         for name in entry.names:
             if devices := gpus.get(name):
                 what = f"{', '.join(devices)} of {name} would be unused: {UNUSED_BY_PARTS}"
-                raise UsageError(f"the plan: {what}; set 'device: cpu' for {name}, or divide no layers")
+                raise UsageError(f"the plan: {what}; set the device of {name} to cpu, or divide no layers")
 
 
 def _check_kv_disk(config: ClusterConfig, model: Model) -> None:
@@ -119,10 +119,10 @@ def _check_kv_disk(config: ClusterConfig, model: Model) -> None:
     group = window_group(model.window, context_length(config, model), max_batch_tokens(config, model.projector))
     if group is not None:
         why = f"KV memory of layers with a window ({group.window} tokens) is not kept on disk"
-        raise UsageError(f"kv_disk: {why}, but this model has such layers: remove kv_disk")
+        raise UsageError(f"kv_disk: {why}, but this model has such layers; remove kv_disk")
     if model.has_states:
-        why = "states of sequences are not kept on disk"
-        raise UsageError(f"kv_disk: {why}, but layers of this model have states: remove kv_disk")
+        why = "recurrent states of sequences are not kept on disk"
+        raise UsageError(f"kv_disk: {why}, but this model has recurrent layers; remove kv_disk")
 
 
 def _check_mtp(config: ClusterConfig, model: Model) -> None:
@@ -167,7 +167,7 @@ def max_batch_tokens(config: ClusterConfig, projector: Projector | None) -> int:
 
 
 def kv_tokens(config: ClusterConfig) -> int | None:
-    """Returns the tokens to plan KV memory for: enough for one or two users, or None to plan for `max_sequences`."""
+    """Returns the number of tokens to plan KV memory for. None if the user set `max_sequences`, which determines it."""
     return None if "max_sequences" in config.model_fields_set else _KV_TOKENS
 
 

@@ -21,8 +21,8 @@ from llamaclust.wire.control.weights import AdapterFile, EncoderFile, WeightSour
 @dataclass(frozen=True, slots=True)
 class StageLoads:
     """The stages of an epoch, with one entry per member of a group. If `is_exclusive` is set, workers free the
-    model's other stages first, but keep weights that they need again. `links` decides from which
-    worker missing weights are fetched first."""
+    model's other stages first, but keep weights that they need again. `links` decides from which worker missing
+    weights are fetched first."""
 
     epoch: int
     stages: Sequence[StageInfo]

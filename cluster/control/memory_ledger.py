@@ -25,7 +25,7 @@ class ModelLimitError(InsufficientMemoryError):
 
 
 class MemoryLedger:
-    """Records the memory of one cluster. A caller holds `lock` from the start of planning until the plan is entered."""
+    """Records the memory of one cluster. A caller holds `lock` while it plans, and before a load, calls `reserve`."""
 
     def __init__(self, max_models: int | None = None) -> None:
         self.lock = asyncio.Lock()

@@ -18,7 +18,7 @@ def lost_text(error: LlamaclustError, requests: Mapping[str, int]) -> str:
 
 
 def moving_text(plan: Plan, held: Mapping[str, tuple[float, float]]) -> str:
-    """Describes a new plan and the number of layers that each worker must load. For a group, tells the shares instead,
+    """Describes a new plan and the number of layers that each worker must load. For a group, names the shares instead,
     because its members may already hold other portions of the same layers."""
     parts, shards = [], plan.expert_shards
     for stage in plan.leaders:

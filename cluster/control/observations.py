@@ -58,7 +58,7 @@ class UndrainRequested:
 class PipelineLost:
     """The pipeline failed. `error` names the worker that caused the failure, if it is known. `requests` are the keys of
     the requests in flight, and `causes` are the keys of the requests that caused the failure. `is_repeated` means that
-    the worker failed to compute the same rows before."""
+    the worker failed to compute the same tokens before."""
 
     error: LlamaclustError
     requests: frozenset[int] = frozenset()

@@ -69,7 +69,7 @@ class PartitionTracker:
             pending.add_done_callback(lambda done: self._pending.pop((caller, other)))
 
     async def settled(self) -> None:
-        """Waits until every report that has arrived so far is confirmed or dropped."""
+        """Waits until every report of a broken link that has arrived so far is confirmed or dropped."""
         if self._pending:
             await asyncio.wait(tuple(self._pending.values()))
 

@@ -74,7 +74,7 @@ class ClusterResources:
     """Bytes of this machine that are reserved for image embeddings, and are not part of `free_bytes`. A plan without an
     image encoder may use them."""
     encodes: bool = True
-    """True if a worker must hold the image encoder. Ignored if the model has none."""
+    """True if a worker must hold the model's image encoder, if there is one."""
 
 
 def plan_cluster(
@@ -88,8 +88,8 @@ def plan_cluster(
 
 
 def plan_text_at_least(config: ClusterConfig, model: Model, resources: ClusterResources) -> Plan:
-    """Plans like `plan_cluster`. If the model fits only without its image encoder, returns such a plan, with the reason
-    in `no_images`."""
+    """Plans like `plan_cluster`. If the model fits only without its image encoder, returns a plan without the encoder.
+    The plan's `no_images` has the reason."""
     try:
         return plan_cluster(config, model, resources)
     except InsufficientMemoryError as error:
@@ -142,8 +142,8 @@ def _plan_in_own_tiles(
 
 
 def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources, most: int) -> Iterator[int]:
-    """Yields the numbers of shards (2, 4, ... up to `most`) to try for each layer's experts if whole layers do not fit.
-    Yields nothing if the user wants experts on GPUs, because shards are always in RAM."""
+    """Yields how many shards (2, 4, ... up to `most`) of each layer's experts to try if whole layers do not fit. Yields
+    nothing if the user wants layers or experts on GPUs, because shards are always in RAM."""
     on_gpus = says_placement(config) or any(worker.gpu_layers for worker in resources.workers.values())
     if (
         most < 2
@@ -344,8 +344,8 @@ class ClusterPlanner:
         *,
         needs_images: bool = False,
     ) -> Plan:
-        """Plans in a thread, because large plans take seconds. Without `needs_images`, omits an image encoder that does
-        not fit, unless other models hold memory. Raises the errors of `plan_cluster`, ModelLimitError if too many
+        """Plans in a thread, because large plans take seconds. If `needs_images` is false, omits an image encoder that
+        does not fit, unless other models hold memory. Raises the errors of `plan_cluster`, ModelLimitError if too many
         models are loaded, and WorkerError if there are no workers or a manual plan's worker is absent."""
         (beside or self.ledger).check_count(self.model.model_id)
         planned = (name for entry in self.config.plan or () for name in entry.names)

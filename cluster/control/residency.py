@@ -93,7 +93,7 @@ class Resident:
         self._stay_awake()
 
     def _stay_awake(self) -> None:
-        # A model that is awake needs the signal too, because another model may just have put it to sleep.
+        # The signal is posted even if the model is awake, because it may just be going to sleep for another model.
         if not self.gives_way:
             self.observed.post(Signal.WAKE_REQUESTED)
 
@@ -135,7 +135,7 @@ class Resident:
         requests = self.engine.requests
         while not self.is_idle:
             await self._changes(requests.wait_any() if requests.are_empty else requests.wait_empty())
-            if not self.is_idle:  # During a short idle time, the model may have been put to sleep.
+            if not self.is_idle:  # The model had no requests for a short time, and may have been put to sleep.
                 self._stay_awake()
         self.idle_since_s = _now_s()
 
@@ -174,7 +174,7 @@ class Residency:
             await resident.requested()
             resident.wake()
             await resident.idle()
-            if resident.engine.state is EngineState.REFUSING:  # The next request starts another attempt.
+            if resident.engine.state is EngineState.REFUSING:  # The next request tries to load the model again.
                 await resident.sleep()
             self._idle.set()
             self._idle = asyncio.Event()
@@ -199,7 +199,7 @@ class Residency:
             elif (sleeper := self._longest_serving(resident)) is not None:
                 giving_way.append(sleeper)
                 await sleeper.give_way()
-            else:  # Memory may also become free by a move.
+            else:  # Memory may also become free when another model moves its layers.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK_S):
                         await idle.wait()

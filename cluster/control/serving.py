@@ -10,7 +10,7 @@ from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.core.gpus import DeviceLayers
 
 _CLEARLY_BETTER = 0.95
-"""Maximum ratio of new to old time of a clearly better plan. Measured times of equal workers differ slightly."""
+"""A clearly better plan takes at most this fraction of the time. Measured times of equal workers differ slightly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def is_clearly_faster(plan: Plan, other: Plan) -> bool:
 
 
 _Part = tuple[Fraction, Fraction, tuple[int, ...], int]
-"""Start and end in layers, shares of the group, and index of the member in the group."""
+"""A stage: its start and end in layers, the shares of its group, and its member's index in the group."""
 
 
 def _parts(plan: Plan) -> list[_Part]:

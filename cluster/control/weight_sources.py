@@ -43,8 +43,8 @@ class ModelReference:
 
 @dataclass(frozen=True, slots=True)
 class WantedBytes:
-    """A file to load: a model, an adapter or a projector. `own` is the coordinator's copy, or None if workers' copies
-    are not compared with it. If `is_compared` is set, copies are compared even if all workers read the same file."""
+    """A file to load: a model, an adapter or a projector. Workers' copies are compared with the coordinator's copy
+    `own`, if given. If `is_compared` is set, copies are compared even if all workers read the same file."""
 
     request: FindWeights
     own: OwnCopy | None = None
@@ -198,7 +198,7 @@ def _sources(
     coordinator: Sequence[WeightSource],
     links: Links,
 ) -> tuple[WeightSource, ...]:
-    """Lists the sources for a worker: workers with the file, the coordinator if it gives its copy, and other workers,
+    """Lists the sources for `fetcher`: workers with the file, the coordinator if it gives its copy, and other workers,
     which may have fetched the weights meanwhile. `place` varies the order of equally near sources."""
     machines = {name: worker.registration.machine for name, worker in members.items()}
     with_file = [name for name, weights in described.items() if weights.has_file]

@@ -1,4 +1,4 @@
-"""Encodes image tiles on the running pipeline. After a loss, the next pipeline encodes the tile with equal results."""
+"""Encodes image tiles on the running pipeline. If the pipeline is lost, the next pipeline encodes its tile again."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _log = logging.getLogger(__name__)
 
 _BACKOFF = Backoff(0.05, 1.0)
 _LAST_TILE_S = 120.0
-"""Maximum seconds to wait for the tile in progress before another model is loaded. The tile is then encoded again
-later."""
+"""Maximum seconds that another model, whose turn has come, waits for the image tile that is being encoded. If the tile
+takes longer, it is encoded again later."""
 
 
 class _AttemptError(Exception):
-    """A tile could not be encoded. `is_strike` is true if the tile itself may have caused the failure."""
+    """An image tile could not be encoded. `is_strike` is true if the tile itself may have caused the failure."""
 
     def __init__(self, cause: LlamaclustError, *, is_strike: bool) -> None:
         super().__init__(str(cause))
@@ -41,7 +41,7 @@ class _AttemptError(Exception):
 @dataclass(frozen=True, slots=True, eq=False)
 class _Serving:
     encoder: PipelineEncoder
-    # Completed when the pipeline ends: with its failure, or with None if another model needs the memory.
+    # Done when the pipeline has ended. The result is its failure, or None if the model was unloaded.
     lost: asyncio.Future[LlamaclustError | None]
 
 
@@ -65,31 +65,31 @@ class Encoder:
         self._serving: asyncio.Future[_Serving] = self._loop.create_future()
 
     def serve(self, encoder: PipelineEncoder) -> None:
-        """Uses `encoder` from now on. A tile in progress stays with the old encoder."""
+        """Encodes tiles with `encoder` from now on. A tile that is being encoded stays with the old encoder."""
         self.pause()
         self._present = _Serving(encoder, self._loop.create_future())
         self._serving.set_result(self._present)
 
     def lose(self, error: LlamaclustError | None) -> None:
-        """Stops the tile in progress. The next encoder encodes it again. `error` is the pipeline's failure, if any."""
+        """Stops encoding a tile. The next encoder encodes the tile again. `error` is the pipeline's failure, if any."""
         self.pause()
         if self._present is not None:
             self._present.lost.set_result(error)
             self._present = None
 
     def end(self, error: LlamaclustError) -> None:
-        """Makes tiles fail with this error until `serve` is called."""
+        """Makes all tiles fail with `error` until `serve` is called."""
         self.lose(error)
         self._serving.set_exception(error)
         self._serving.exception()  # Reading the exception avoids asyncio's warning if no tile waits.
 
     def pause(self) -> None:
-        """Lets no further tile begin until `serve` is called."""
+        """Starts no further tile until `serve` is called."""
         if self._serving.done():
             self._serving = self._loop.create_future()
 
     async def wait_idle(self) -> None:
-        """Waits for the tile in progress, at most 120 s, because a worker that hangs must not delay other models."""
+        """Waits for the tile that is being encoded, up to 120 s, so that a worker that hangs delays no other model."""
         if self._running is not None and not (await asyncio.wait((self._running,), timeout=_LAST_TILE_S))[0]:
             _log.warning("an image tile has taken longer than %g s; other models no longer wait for it", _LAST_TILE_S)
 
@@ -102,9 +102,9 @@ class Encoder:
                 yield
 
     async def encode(self, tiles: Sequence[NDArray[np.uint8]], owners: Owners) -> list[NDArray[np.float32]]:
-        """Encodes tiles [height, width, 3]. Returns an array [rows, levels * width] per tile, with one row per image
-        token. The caller must have entered `turn`. Waits until a pipeline serves. Raises RequestError if a tile is
-        refused, RequestFailedError after too many failures with a tile, and WorkerError after `end`."""
+        """Encodes image tiles [height, width, 3]. Returns an array of embeddings per tile, one row per image token.
+        The caller must have entered `turn`. Waits until a pipeline serves. Raises RequestError if a tile is refused,
+        RequestFailedError after too many failures with a tile, and WorkerError after `end`."""
         tasks = [self._task(tile) for tile in tiles]
         return [await self._encoded(task, owners) for task in tasks]
 
@@ -133,7 +133,7 @@ class Encoder:
             await asyncio.wait((working, serving.lost), return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
                 loss = serving.lost.result()
-                raise WorkerError("the pipeline was given up" if loss is None else f"the pipeline was lost: {loss}")
+                raise WorkerError("the model was unloaded" if loss is None else f"the pipeline was lost: {loss}")
             return working.result()
         except RequestError:
             raise

@@ -39,8 +39,8 @@ _log = logging.getLogger(__name__)
 
 
 def _done_ns(results: Sequence[Result], now_ns: int) -> list[int]:
-    """Estimates when each result was computed. The last result gets `now_ns`. Each earlier result gets the time of the
-    next result, minus the shortest time that any stage needed for the next result."""
+    """Estimates when each of several results that arrived together was computed. The last result gets `now_ns`. Each
+    earlier one gets the time of its successor, minus the shortest time that a stage needed for the successor."""
     ends = [now_ns]
     for result in reversed(results[1:]):
         ends.append(ends[-1] - min((timing.compute_ns for timing in result.timings), default=0))
@@ -327,7 +327,7 @@ class Engine:
         self._owner.pipeline_lost(failure)
 
     async def finish_tile(self) -> None:
-        """Waits for the image tile in progress. Other tiles wait until `resume` is called."""
+        """Waits for the image tile that is being encoded. Other tiles wait until `resume` is called."""
         if self.encoder is not None:
             self.encoder.pause()
             await self.encoder.wait_idle()

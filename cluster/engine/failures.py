@@ -21,11 +21,11 @@ class EngineOwner(Protocol):
 
     @property
     def may_suspect_workers(self) -> bool:
-        """True if other workers could replace a worker whose results lack rows."""
+        """True if other workers could replace a worker that computes no valid results for a request."""
         ...
 
     def rows_failed(self, key: int) -> None:
-        """Reports that a request has failed, because two workers computed no valid result for the same rows."""
+        """Reports that a request has failed, because two workers computed no valid result for the same tokens."""
         ...
 
 
@@ -35,7 +35,7 @@ class PipelineFailure:
 
     error: LlamaclustError
     requests: frozenset[int] = frozenset()  # Keys of the requests that were in flight.
-    is_repeated: bool = False  # True if the worker failed to compute the same rows before.
+    is_repeated: bool = False  # True if the worker failed to compute the same tokens before.
     # Errors of the requests that end because of this failure, by key.
     ended: Mapping[int, LlamaclustError] = field(default_factory=dict)
 
@@ -53,8 +53,8 @@ def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
 def failure_of(
     error: LlamaclustError, scheduler: Scheduler, stages: Sequence[StageInfo], microbatch: int | None
 ) -> PipelineFailure:
-    """Describes the failure of `microbatch`, or of all microbatches in flight if it is None. If results are
-    invalid, the last stage is at fault."""
+    """Describes the failure of `microbatch`, or of all microbatches in flight if `microbatch` is None. Invalid results
+    are the fault of the last stage."""
     if isinstance(error, ProtocolError) and error.worker is None:
         error.worker = stages[-1].worker
     slices = scheduler.in_flight.slices(microbatch)

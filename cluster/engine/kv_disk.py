@@ -32,7 +32,8 @@ _MOST_SAVES = 8
 
 
 class KvDisk:
-    """Saves and restores a lane's KV blocks. Does nothing without disks or prefix cache, or with sliding windows."""
+    """Saves and restores a lane's KV blocks. Does nothing if `disks` is None, if the prefix cache is off, or if the
+    model has layers with sliding windows."""
 
     def __init__(self, disks: KvDisks | None, scheduler: Scheduler, lane: Lane) -> None:
         settings = scheduler.settings

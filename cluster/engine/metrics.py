@@ -22,12 +22,12 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _RECOVERIES = 16
 _PREFILL_ROWS = 32
-"""Minimum number of tokens of a microbatch that counts as prefill. Arithmetic, not memory bandwidth, limits it."""
+"""Minimum number of tokens of a prefill microbatch, whose speed is limited by arithmetic, not by memory bandwidth."""
 _TTFT = "time_to_first_token_seconds", "Time from a request's arrival to its first token"
 _TPOT = "time_per_output_token_seconds", "Mean time per generated token of a request"
 _DURATION = "request_duration_seconds", "Time from a request's arrival to its last token"
 _TOKENS = "request_tokens", "Number of tokens of a request"
-_ROWS = "microbatch_rows", "Number of rows of a microbatch"
+_ROWS = "microbatch_rows", "Number of tokens that a microbatch computes"
 _RECOVERY = "recovery_seconds", "Time without a pipeline after a loss"
 _BUCKETS: dict[tuple[str, str], Sequence[float]] = {
     _TTFT: (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30, 60, 300),
@@ -57,8 +57,8 @@ class StageReport:
     compute_ms: float  # Mean time of a microbatch.
     queue_ms: float
     wire_ms: float
-    decode_ms: float | None  # Mean time of a microbatch with one row. None if there was none.
-    prefill_ms: float | None  # Mean time per row of microbatches with many rows. None if there were none.
+    decode_ms: float | None  # Mean time of microbatches with one token. None if there were none.
+    prefill_ms: float | None  # Mean time per token of prefill microbatches. None if there were none.
     utilization: float  # Fraction of the time in which the stage computed.
     tokens_per_s: float
 
@@ -238,7 +238,7 @@ class Metrics(Collector):
         yield CounterMetricFamily(
             "llamaclust_preemptions", "Sequences preempted for lack of KV memory", counts.preemptions
         )
-        again = "Sequences computed again because a row had no result"
+        again = "Sequences computed again after an invalid result"
         yield CounterMetricFamily("llamaclust_retries", again, counts.retries)
         cached = "Prompt tokens found in the prefix cache"
         yield CounterMetricFamily("llamaclust_prefix_cache_hit_tokens", cached, counts.cached_tokens)

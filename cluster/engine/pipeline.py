@@ -64,7 +64,7 @@ class TileTask:
 
 
 class EncoderUnreachableError(WorkerError):
-    """The image encoder cannot be reached, and has not received the tile."""
+    """The image encoder cannot be reached, and has not received the image tile."""
 
 
 class PipelineEncoder(Protocol):
@@ -123,8 +123,7 @@ class NoPipeline:
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
         raise AssertionError("no pipeline is loaded")
 
-    def prepare_matchers(self) -> None:
-        """Does nothing, because there are no stages."""
+    def prepare_matchers(self) -> None: ...
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
         raise AssertionError("no pipeline is loaded")

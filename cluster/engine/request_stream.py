@@ -197,5 +197,5 @@ class RequestStream:
             raise
         if event is not None and not isinstance(event, LlamaclustError):
             return event
-        self._events.put_nowait(event)  # The mark stays in the queue, so that further calls end too.
+        self._events.put_nowait(event)  # The end mark goes back into the queue, so that further calls end too.
         raise StopAsyncIteration if event is None else copy(event)

@@ -24,13 +24,13 @@ class MeasuredSpeed:
     tokens_per_s: float  # Tokens of all requests together.
     requests: int  # Number of requests that the medians are taken from.
     drafted_tokens: int  # Number of drafted tokens that were computed in the last ten seconds.
-    accepted_tokens: int  # Number of these tokens that became part of answers.
+    accepted_tokens: int  # Number of the drafted tokens that became part of answers.
     drafts: Mapping[str, Mapping[str, int]]  # Drafted and accepted tokens since the start, by kind of draft.
 
 
 class RecentSums:
     def __init__(self) -> None:
-        # One entry per second: the number of the second, and the sums of both values in it.
+        # For each second, its number and the sums of the two values that `add` received in it.
         self._seconds: deque[tuple[int, int, int]] = deque(maxlen=_WINDOW_S + 1)
 
     def add(self, now_ns: int, one: int, other: int) -> None:
@@ -46,7 +46,7 @@ class RecentSums:
         return sum(one for one, _ in recent), sum(other for _, other in recent)
 
     def rates(self, now_ns: int, since_ns: int) -> tuple[float, float]:
-        """Takes the sums as busy nanoseconds and rows. Returns the busy fraction of the time, and rows per second."""
+        """Returns (busy fraction of the time, tokens per second) if `add` received busy nanoseconds and tokens."""
         ns, rows = self.sums(now_ns)
         span_s = max((now_ns - max(_first_second(now_ns) * 1_000_000_000, since_ns)) / 1e9, 1e-3)
         return min(1.0, ns / 1e9 / span_s), rows / span_s

@@ -41,7 +41,7 @@ class WaterfallPhase:
     tokens: int = 0
     idle_ns: int = 0  # Time in which nothing of the sequence was in flight.
     links_ns: int = 0  # Time on links between stages and in the coordinator.
-    stages_ns: list[float] = field(default_factory=list)  # Compute, queue and wire time of each stage.
+    stages_ns: list[float] = field(default_factory=list)  # Three times per stage: compute, queue and wire.
 
     def stage_ns(self, stage: int) -> list[float]:
         return self.stages_ns[PARTS * stage : PARTS * (stage + 1)]
@@ -52,7 +52,7 @@ class ComputedMicrobatch:
     stages: tuple[StageInfo, ...]
     sent_ns: int
     done_ns: int
-    stages_ns: Sequence[float]  # Compute, queue and wire time of each stage.
+    stages_ns: Sequence[float]  # Three times per stage: compute, queue and wire.
     measured_ns: int  # Sum of `stages_ns`.
 
     @classmethod

@@ -52,7 +52,7 @@ class Arrivals:
         except DeadlineError as error:
             missing, joined = ", ".join(self._missing), len(self._registry.present)
             others = f"; {joined} joined, which is not enough: {self._short}" if self._short else ""
-            raise DeadlineError(f"did not join within {wait_s:g} s (`join.wait`): {missing}{others}") from error
+            raise DeadlineError(f"workers did not join within {wait_s:g} s (`join.wait`): {missing}{others}") from error
 
     @property
     def _missing(self) -> list[str]:

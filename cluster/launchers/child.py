@@ -21,7 +21,7 @@ Ended = Callable[[int], None]
 
 
 class Child:
-    """A worker process, which ends at the latest when this process ends."""
+    """A worker process. The kernel ends it when this process ends."""
 
     def __init__(self, settings: WorkerSettings, ended: Ended, log: IO[bytes] | None = None) -> None:
         """Starts the worker with this machine's cache folders. `settings` must have an enrolment address and a join

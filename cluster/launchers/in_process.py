@@ -88,16 +88,16 @@ def local_capacity(model: Model, settings: LocalSettings) -> Capacity:
     trained = model.hyperparameters.context_length
     context = settings.context_length or min(trained, _CONTEXT_TOKENS)
     if not 0 < context <= trained:
-        raise UsageError(f"context_length: {context}: the model was made for {trained} tokens; set 1 to {trained}")
+        raise UsageError(f"context_length is {context}, but the model allows only 1 to {trained} tokens")
     for name, value, most in (
         ("max_sequences", settings.max_sequences, OUTPUTS),
         ("prefill_chunk", settings.prefill_chunk, MAX_BATCH_TOKENS - settings.max_sequences),
         ("kv_blocks", settings.kv_blocks, MAX_KV_BLOCKS - blocks_of(context)),
     ):
         if value is not None and not 0 < value <= most:
-            raise UsageError(f"{name}: {value} is out of range; set 1 to {most}")
+            raise UsageError(f"{name} is {value}, which is out of range; set 1 to {most}")
     if settings.kv_type not in set(KvType):
-        raise UsageError(f"kv_type: {settings.kv_type}: set one of {', '.join(KvType)}")
+        raise UsageError(f"kv_type {settings.kv_type} is unknown; set one of {', '.join(KvType)}")
     return Capacity(
         context_length=context,
         max_sequences=settings.max_sequences,
@@ -232,7 +232,7 @@ class LocalStage:
         """Calls `use` with the logits, [rows, vocabulary], of rows [first, len(tokens)). Runs between microbatches."""
         most, vocabulary = self.scheduling.context_length, self.scheduling.vocabulary
         if not 0 < len(tokens) <= most:
-            raise RequestError(f"logits of {len(tokens)} tokens: give 1 to {most}, the context length")
+            raise RequestError(f"logits need 1 to {most} tokens (the context length), but {len(tokens)} are given")
         if not 0 <= min(tokens) <= max(tokens) < vocabulary:
             raise RequestError(f"a token id is outside the vocabulary [0, {vocabulary})")
         try:
@@ -245,7 +245,7 @@ class LocalStage:
         for start, end in (*_pieces(0, first, ROWS), *_pieces(first, len(tokens), OUTPUTS)):
             outputs = end - start if start >= first else 0
             chunk = Chunk(tokens[start:end], start, self._own, outputs, None, *self._own_window(start, end))
-            if own := self.scheduling.state_blocks:  # This state block follows those of the scheduler.
+            if own := self.scheduling.state_blocks:  # Index of a state block that the scheduler does not use.
                 chunk = replace(chunk, state_from=own if start else None, state_to=(end - start, own))
             rows = self._runner.run(Microbatch(self.model.model_id, _EPOCH, 0, (chunk,)), None)
             if start >= first:
@@ -305,9 +305,9 @@ def _device_kind(settings: LocalSettings, model: Model) -> str:
         if name in ("cpu_moe", "experts_cache_bytes") and not model.hyperparameters.expert_count:
             raise UsageError(f"{name}: {model.file.path} has no experts; remove {name}")
         if kind == "cpu":
-            raise UsageError(f"{name} is for GPUs: set device to cuda:0 as well")
+            raise UsageError(f"{name} is for GPUs; set device to cuda:0 as well")
         if name in counts and value < 0:
-            raise UsageError(f"{name}: {value} is negative; set 0 or more")
+            raise UsageError(f"{name} is {value}; set 0 or more")
     return kind
 
 

@@ -219,7 +219,7 @@ class _Coordinator:
         try:
             if ranks.count != (wanted := len(self._config.workers)):
                 what = f"{wanted} workers need {wanted} ranks, but there are {ranks.count}"
-                raise UsageError(f"launcher mpi: {what}: mpirun -n {wanted} llamaclust up FILE")
+                raise UsageError(f"launcher mpi: {what}; run: mpirun -n {wanted} llamaclust up FILE")
             return self._live() if self._meet() else 128 + signal.SIGTERM
         finally:
             self._rank.kill()
@@ -235,7 +235,7 @@ class _Coordinator:
                 ranks.lost |= missing  # The missing ranks would not take part in finalizing MPI.
                 if self._rank.is_signalled:
                     return False
-                raise WorkerError(f"these ranks have not reported within {_MEET_S:g} s: {sorted(missing)}")
+                raise WorkerError(f"ranks {sorted(missing)} have not reported within {_MEET_S:g} s")
             for other in self._others():
                 for message in ranks.received(other):
                     assert isinstance(message, Machine)

@@ -124,7 +124,7 @@ def _check(address: str, settings: Ray) -> None:
     if not open_to_all and not _probe(address, _token()):
         where = "RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token"
         raise UsageError(
-            f"the Ray cluster at {address} refuses the token of this machine: put the cluster's token into {where}"
+            f"the Ray cluster at {address} refuses the token of this machine; put the cluster's token into {where}"
         )
 
 

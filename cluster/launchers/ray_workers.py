@@ -30,7 +30,7 @@ class RayWorkers:
         found = {name: self._request(name, "given") for name in names}
         if any(given is not None and given.cluster != self._cluster for given in found.values()):
             why = "has actors of another cluster with the same name"
-            raise UsageError(f"the Ray cluster {why}: choose another `name:`, or stop the other cluster first")
+            raise UsageError(f"the Ray cluster {why}; choose another `name:`, or stop the other cluster first")
         if found == {given.settings.name: given for given in wanted} and not any(
             self._request(name, "is_over") for name in names
         ):

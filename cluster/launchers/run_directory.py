@@ -39,12 +39,12 @@ class RunDirectory:
 @contextmanager
 def run_directory(parent: Path) -> Iterator[RunDirectory]:
     """Creates a run directory in `parent`, or in the temporary directory if socket paths would be too long. Removes the
-    directory of a killed cluster first. The caller must hold the lock on `parent`. Raises UsageError if a file is in
-    the way."""
+    directory of a killed cluster first. The caller must hold the lock on `parent`. Raises UsageError if there is a file
+    of this name."""
     path = place = parent / "run"
     _clear(place)
     if os.path.lexists(place):
-        raise UsageError(f"{place} is in the way: remove it")
+        raise UsageError(f"{place} is in the way of the folder for sockets; remove it")
     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if len(os.fsencode(place / f"w1000.sock{SOCKET_ENDING}")) > _MAX_SOCKET_BYTES:
         path = Path(tempfile.mkdtemp(prefix=_PREFIX))

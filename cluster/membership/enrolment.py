@@ -60,7 +60,7 @@ class EnrolmentServer:
         return f"{self._listen.rpartition(':')[0]}:{self._socket.getsockname()[1]}"
 
     async def __aenter__(self) -> EnrolmentServer:
-        self._socket = listener(*split_address(self._listen), "choose another: `join.listen`")
+        self._socket = listener(*split_address(self._listen), "choose another port with `join.listen`")
         self._accepting.start(self._accept(self._socket))
         return self
 
@@ -123,7 +123,7 @@ class EnrolmentServer:
             return protocol.Refusal("its token belongs to another cluster or was rotated; copy the token file again")
         if request.protocol_version != PROTOCOL_VERSION:
             versions = f"{request.protocol_version}, this coordinator {PROTOCOL_VERSION}"
-            return protocol.Refusal(f"it speaks protocol {versions}: install the same version")
+            return protocol.Refusal(f"it speaks protocol {versions}: install the same version of llamaclust")
         if self._refusal is not None and (why := self._refusal(request.name)) is not None:
             return protocol.Refusal(why)
         try:

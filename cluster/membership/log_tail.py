@@ -30,8 +30,8 @@ _OF_ERRORS = "EFC"
 
 def last_error(log: Path, start: int = 0) -> str:
     """Returns the last problem in a worker's log: its warning or error, a library's error, or the last line of a
-    traceback. Returns "" if there is none. Reads the log from byte `start`, or from its beginning if it is shorter,
-    because it was emptied then."""
+    traceback. Returns "" if there is none. Reads the log from byte `start`. A log that is shorter than
+    `start` was emptied, and is read from its beginning."""
     try:
         with open_regular(log) as file:
             size = os.fstat(file.fileno()).st_size

@@ -64,11 +64,11 @@ class Registry(Members):
         try:
             self._server = await Server.start(self._listen, self._credentials, {JOIN: self._join, **given})
         except UsageError as error:
-            raise UsageError(f"{error}; choose another port: `join.members`") from error
+            raise UsageError(f"{error}; choose another port with `join.members`") from error
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Ends the workers, with three exceptions. They continue if another coordinator has taken them over, if
+        """Ends the workers, with three exceptions. The workers continue if another coordinator has taken them over, if
         `leave_workers` was called, or if the start timed out."""
         is_late = any(isinstance(part, DeadlineError) for part in error)
         present = [] if self._superseded.done() or self._is_left or is_late else list(self.present.values())
@@ -120,11 +120,11 @@ class Registry(Members):
             if record.term > former:
                 await self._prove_term()
         is_proven = is_term_proven(self._credentials, seen, register.term_proof, self._settings.cluster)
-        terms = f"term {seen}{'' if is_proven else ', without a valid signature'}, this one: {record.term}"
+        terms = f"term {seen}{'' if is_proven else ', without a valid signature'}; this coordinator has {record.term}"
         newer = f"worker {name} has seen a newer coordinator of this cluster ({terms})"
         if is_proven and name in self.workers and self.workers[name].stages:
             self._supersede(newer)
-        return f"{newer}: restart this coordinator, or end it"
+        return f"{newer}; restart this coordinator, or end it"
 
     def _supersede(self, newer: str) -> None:
         if not self._superseded.done():
@@ -135,7 +135,7 @@ class Registry(Members):
         record = self._settings.record
         while not self._superseded.done():
             if newer := await asyncio.to_thread(record.newer_term):
-                self._supersede(f"the state directory has its term {newer} (this one: {record.term})")
+                self._supersede(f"the state directory has term {newer}, and this coordinator has term {record.term}")
             await asyncio.wait([self._superseded], timeout=_LOOK_S)
         await self._superseded
 

@@ -79,14 +79,14 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class FreshMemory:
-    """Free memory of a worker without stages. It is newer than the value in the worker's registration."""
+    """Free memory of a worker plus the memory of its stages, newer than the value in the worker's registration."""
 
     free_bytes: int
     gpus: tuple[Gpu, ...]
 
 
 class UnreachablePeer:
-    """Keeps the name of the first worker that this worker could not reach."""
+    """Keeps the name of the first worker that a worker has reported as unreachable."""
 
     def __init__(self) -> None:
         self.reported = asyncio.Event()
@@ -98,7 +98,7 @@ class UnreachablePeer:
 
 
 class GroupFaults:
-    """Keeps the first report of a fault in the worker's group."""
+    """Keeps the first fault that a worker has reported in its group."""
 
     def __init__(self) -> None:
         self.reported = asyncio.Event()

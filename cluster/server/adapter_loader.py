@@ -47,7 +47,7 @@ class OpenedModel:
             assert folder is not None
             try:
                 if adapter.name in names:
-                    raise UsageError("a model or another adapter has this name now: rename it and restart")
+                    raise UsageError("a model or another adapter has this name now; rename one of them and restart")
                 free = number if number not in adapters.numbers else _free_number(adapters)
                 found, opened = await asyncio.to_thread(_opened, adapted, folder, free, adapter)
                 if found.content != adapter.content:

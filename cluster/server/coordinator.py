@@ -187,8 +187,8 @@ async def _measured(
 async def _choose_images(
     planners: Sequence[ClusterPlanner], workers: Mapping[str, WorkerHandle], report: Report
 ) -> None:
-    """Decides which models can read images. Models can if the user chose their projector, or if their encoder fits into
-    the workers' memory. If there are none, the memory that is reserved for image embeddings becomes free."""
+    """Decides which models read images: models whose projector the user chose, and models whose image encoder fits into
+    the workers' memory. If no model does, the memory that is reserved for image embeddings becomes free."""
     for planner in planners:
         if planner.config.mmproj is not None or not planner.reads_images:
             continue
@@ -214,8 +214,8 @@ async def _served(
     adapter_record: AdapterRecord,
     report: Report,
 ) -> tuple[ServedModel, ...]:
-    """Loads the first model if `load_on_demand` is set; the other models are loaded when they are needed. Raises an
-    error if a model does not fit."""
+    """Loads the first model if `load_on_demand` is true. Other models are loaded when they are needed. Raises an error
+    if a model does not fit."""
     config, workers = planners[0].config, pool.workers
     ledger = MemoryLedger(config.max_loaded_models)
     manifests = FileManifests(weight_cache())

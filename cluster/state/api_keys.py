@@ -87,9 +87,9 @@ def add_key(path: Path, name: str | None = None) -> NamedKey:
     keys = _named(lines)
     names = {each.name for each in keys}
     if name in names:
-        raise UsageError(f"{path}: has a key named {name}; choose another name, or `llamaclust keys rm {name}` first")
+        raise UsageError(f"{path} has a key named {name}; choose another name, or run `llamaclust keys rm {name}`")
     chosen = name or next(each for each in (f"key-{n}" for n in range(1, len(keys) + 2)) if each not in names)
-    # A comment with this name that is not followed by a key is removed.
+    # If a comment has this name but no key follows it, it is removed.
     lines = [line for line in lines if not line.startswith("#") or line.lstrip("# ") != chosen]
     added = NamedKey(chosen, f"lc-{secrets.token_urlsafe(_RANDOM_BYTES)}", len(lines), len(lines) + 2)
     _write(path, [*lines, f"# {chosen}", added.key])
@@ -101,7 +101,7 @@ def remove_key(path: Path, name: str) -> None:
     keys = _named(lines)
     found = next((each for each in keys if each.name == name), None)
     if found is None:
-        raise UsageError(f"{path}: has no key named {name}; it has {', '.join(each.name for each in keys) or 'none'}")
+        raise UsageError(f"{path} has no key named {name}; its keys: {', '.join(each.name for each in keys) or 'none'}")
     if len(keys) == 1:
         raise UsageError(f"{path}: {name} is the only key; add another key first, or delete the file")
     _write(path, [*lines[: found.start], *lines[found.end :]])
@@ -126,7 +126,7 @@ def _named(lines: list[str]) -> list[NamedKey]:
 def _keys_of(path: Path) -> list[str]:
     keys = [each.key for each in _named(_lines_of(path))]
     if not keys:
-        raise UsageError(f"{path}: the file has no API key; write one key per line")
+        raise UsageError(f"{path} has no API key; write one key per line")
     return keys
 
 

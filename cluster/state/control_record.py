@@ -17,7 +17,7 @@ from llamaclust.core.epochs import MAX_TERM, epoch_number
 from llamaclust.core.errors import LlamaclustError, SupersededError
 
 _MAX_EXCEEDED = MAX_TERM >> 1
-"""A larger term that a worker reports counts as this term. Otherwise, one worker could use up all terms."""
+"""Maximum term that is believed if a worker reports it. Otherwise, one worker could use up all terms."""
 _log = logging.getLogger(__name__)
 
 
@@ -56,7 +56,7 @@ class ControlRecord:
             _log.warning("%s: cannot be read: %s; no worker counts as drained", path, error)
         if last.term + 1 >= MAX_TERM:
             what = f"{path}: term {last.term} is the largest term"
-            raise LlamaclustError(f"{what}: stop the coordinator and remove this file")
+            raise LlamaclustError(f"{what}; stop the coordinator and remove this file")
         record = cls(path, last.term + 1, last.drained)
         record._written_term = last.term
         record._write(record.term, record.drained)

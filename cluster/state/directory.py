@@ -295,7 +295,7 @@ def open_log(path: Path, *, anew: bool) -> int:
     except OSError as error:
         if error.errno not in _NOT_A_FILE:
             raise
-        raise UsageError(f"{path}: is not a regular file, but must be a log file: remove it") from error
+        raise UsageError(f"{path} is not a regular file, but must be a log file; remove it") from error
     try:
         _check_owner(os.fstat(descriptor).st_uid, path)
         if anew:
@@ -308,8 +308,8 @@ def open_log(path: Path, *, anew: bool) -> int:
 
 def _check_owner(user: int, path: Path) -> None:
     if user != os.geteuid():
-        what = f"{path}: belongs to user {user}, and this process runs as user {os.geteuid()}"
-        raise UsageError(f"{what}: set `state_dir:` or LLAMACLUST_STATE_DIR to a folder of your own")
+        what = f"{path} belongs to user {user}, and this process runs as user {os.geteuid()}"
+        raise UsageError(f"{what}; set `state_dir:` or LLAMACLUST_STATE_DIR to a folder of your own")
 
 
 def read_values(path: Path, kind: TypeAdapter[dict[str, Value]]) -> dict[str, Value]:

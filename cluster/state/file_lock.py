@@ -39,7 +39,7 @@ class FileLock:
         try:
             return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except IsADirectoryError as error:
-            raise UsageError(f"{self._path}: is a folder, but must be a lock file: remove it") from error
+            raise UsageError(f"{self._path} is a folder, but must be a lock file; remove it") from error
 
     def _has_taken(self, descriptor: int) -> bool:
         if not _is_at(descriptor, self._path):

@@ -30,7 +30,7 @@ from llamaclust.core.sampler.results import RowResult
 _PAUSE_S = 0.02
 """Minimum time between the starts of two writes. All admissions within this time share one write."""
 _LATER_S = 0.1
-"""Delay of lines that need not be on disk soon. An admission may cause an earlier write, which includes these lines."""
+"""Seconds until less urgent lines are written. If an admission causes an earlier write, the write includes them."""
 _RETRY_S = 5.0
 _ENDED_BYTES = 4 << 20
 _SENT_BYTES = 16 << 20
@@ -259,8 +259,8 @@ class _Writer:
             self._write_at(asyncio.get_running_loop().time() + _LATER_S)
 
     def write(self, lines: bytes, written: asyncio.Future[None], *, is_synced: bool) -> None:
-        """Adds lines. The future ends when these and all earlier lines are written, or writing has failed. With
-        `is_synced`, fsync is called before."""
+        """Adds lines. The future ends when these and all earlier lines are written, or writing has failed. If
+        `is_synced` is true, fsync is called before that."""
         self._pending.append(lines)
         self._waiting.append(written)
         self._is_sync_due |= is_synced

@@ -66,7 +66,7 @@ class JournalFile:
 
     def _check_owner(self) -> None:
         if newer := self._record.newer_term():
-            raise SupersededError(f"a newer coordinator (term {newer}) owns this file; this one no longer writes it")
+            raise SupersededError(f"a newer coordinator (term {newer}) owns this file; this coordinator stops writing")
 
     def close(self) -> None:
         if self._descriptor is not None:

@@ -171,9 +171,9 @@ def to_line(record: Record) -> bytes:
     for name, part in parts.items():
         pieces += (b',"%b":' % name.encode(), *part(getattr(record, name)))
     line = _line(*pieces, b"}")
-    if len(line) >= _MAX_LINE_BYTES:  # Readers take a line of this length as too long.
+    if len(line) >= _MAX_LINE_BYTES:  # Readers treat a line of this length as too long.
         what = f"the request, with the chat that it continues, takes {len(line)} bytes in the journal"
-        raise RequestError(f"{what}; the limit is {_MAX_LINE_BYTES - 1}: send a shorter request")
+        raise RequestError(f"{what}, but at most {_MAX_LINE_BYTES - 1} are allowed; send a shorter request")
     return line
 
 

@@ -99,7 +99,7 @@ class LeaseLock:
     def _read(self) -> dict[str, Any]:
         reply = self._send("GET", None)
         if reply.status_code == _NOT_FOUND:
-            raise LlamaclustError(f"Lease {self._lease.namespace}/{self._lease.name}: does not exist; create it")
+            raise LlamaclustError(f"Lease {self._lease.namespace}/{self._lease.name} does not exist; create it")
         lease = _json(reply)
         spec = lease.get("spec") or {}
         if not isinstance(spec, dict) or any(not isinstance(spec.get(name) or kind(), kind) for name, kind in _FIELDS):

@@ -26,7 +26,7 @@ _CPU_TIMES = slice(11, 15)
 
 @dataclass(frozen=True, slots=True)
 class OtherLoad:
-    """Load during a measurement. Other programs used `others` of `cores` cores, other virtual machines `stolen`."""
+    """Load during a measurement. Of `cores` cores, other programs used `others` and other virtual machines `stolen`."""
 
     cores: int
     others: float
@@ -118,7 +118,7 @@ def _ticks(pid: str) -> int:
 
 
 def write_profiles(state_dir: Path, profiles: Mapping[str, Profile], load: OtherLoad | None = None) -> None:
-    """Adds profiles to the stored profiles. `load` is the load of other programs while they were measured."""
+    """Adds profiles to the stored profiles. `load` is the load during the measurement of the profiles."""
     loads = {key: other for key, other in read_other_loads(state_dir).items() if key not in profiles}
     loads |= {} if load is None else dict.fromkeys(profiles, load)
     values = {key: asdict(profile) for key, profile in ({**read_profiles(state_dir), **profiles}).items()}

@@ -188,7 +188,7 @@ def test_a_cluster_tells_of_itself_in_fields(line: CommandLine) -> None:
 def test_another_format_is_refused_by_name(line: CommandLine) -> None:
     with line.logging("xml"):
         done = line.run("up", line.cluster_file("good.gguf", "other"))
-    assert done.code == 2 and "LLAMACLUST_LOG=xml: must be one of text, logfmt, json" in done.error
+    assert done.code == 2 and "LLAMACLUST_LOG=xml is not supported; set one of text, logfmt, json" in done.error
 
 
 SHORTAGE = """

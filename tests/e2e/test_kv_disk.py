@@ -211,5 +211,5 @@ def test_models_with_a_window_are_refused(tmp_path: Path, start: Start) -> None:
 
 def test_models_with_states_are_refused(tmp_path: Path, start: Start) -> None:
     model = build_architecture(tmp_path / "lfm2.gguf", "lfm2")
-    with pytest.raises(UsageError, match="kv_disk: states of sequences are not kept on disk"):
+    with pytest.raises(UsageError, match="kv_disk: recurrent states of sequences are not kept on disk"):
         replace(start, model=model).run((0, 5))

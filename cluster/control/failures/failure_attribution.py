@@ -37,7 +37,7 @@ def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | No
 
 
 async def has_failed(epoch: int, workers: Sequence[WorkerHandle]) -> None:
-    """Waits until a worker is lost or a group member reports a failure. Even then, all streams may stay open."""
+    """Waits until a worker is lost or a group member reports a failure. The pipeline's streams may be open then."""
     signs: list[Awaitable[object]] = [worker.lost.wait() for worker in workers]
     for members in groups_of(epoch, workers):
         signs += [member.group_faults(epoch).reported.wait() for member in members]

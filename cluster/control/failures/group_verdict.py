@@ -12,8 +12,8 @@ _STRONGEST_FIRST = ("failed", "wrong", "late", "closed")
 
 
 def judge(reports: Mapping[str, GroupFault]) -> GroupFault | None:
-    """Returns the report of the strongest kind. Among several, prefers the worker that most other members accuse, and
-    then a worker that has sent no report."""
+    """Returns the report of the strongest kind. If several are of this kind, prefers a report against the worker that
+    most other members accuse, and then against a worker that has sent no report."""
     accusers = Counter((fault.kind, fault.worker) for name, fault in reports.items() if fault.worker != name)
     return min(
         reports.values(),

@@ -35,11 +35,11 @@ def owing_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
 
 @dataclass(slots=True)
 class OverdueResults:
-    # For each overdue result, the seconds waited so far and the time of the last `waited_s` call.
+    # For each overdue result, the seconds counted so far and the time of the last `waited_s` call.
     _waited: dict[Owed, tuple[float, float]] = field(default_factory=dict, init=False)
 
     def waited_s(self, owed: Owed, now_s: float) -> float:
-        """Returns the seconds waited so far. A call adds at most 1 s, because this process may have been busy."""
+        """Returns how long the result has been awaited. A call adds at most 1 s, because this process may be paused."""
         if owed not in self._waited:
             self._waited = {other: waited for other, waited in self._waited.items() if other.epoch != owed.epoch}
         waited_s, last_s = self._waited.get(owed, (0.0, now_s))

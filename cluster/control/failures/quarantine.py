@@ -1,8 +1,8 @@
-"""Decides which workers plans do not use for a time, because they failed repeatedly and the other workers suffice.
+"""Excludes workers that failed repeatedly from plans for a time. Plans use them anyway if other workers do not suffice.
 
-A request may have caused a worker's first failure, so a worker is excluded only after its second failure. Each further
-failure doubles the time. If a request turns out to be the cause, all workers are released that had this request in
-flight at each of their failures.
+A worker is excluded only after its second failure, because a request may have caused the first one. Each further
+failure doubles the time. If a request turns out to be the cause, the workers that had this request in flight at each
+of their failures are released.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FREE = 1
 _REMEMBERED_S = 600.0
 _MOST_RECORDS = 1000
 _PAUSES_REMEMBERED = 10
-"""Failures are forgotten after this multiple of the last exclusion's length, but not before `_REMEMBERED_S`."""
+"""Failures are remembered after an exclusion for this many times its length, and at least for `_REMEMBERED_S`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +31,13 @@ class FailureRecord:
     end_s: float
     reason: str  # Reason of the last failure.
     requests: frozenset[int] = frozenset()
-    # Number of quick failures during the exclusion, when the worker was used because no other plan was possible.
+    # Number of failures, in quick succession, while plans used the excluded worker because others did not suffice.
     failures_within: int = 0
     retry_at_s: float = 0.0  # Earliest time to load a plan with this worker again.
 
     def failed_within(self, reason: str, requests: frozenset[int], now_s: float) -> FailureRecord:
-        """Returns the record after another failure during the exclusion. The pause before the next attempt grows. After
-        a long time without a failure, it is short again."""
+        """Returns the record after a failure of an excluded worker that plans use anyway. The pause before the next
+        load grows with each failure. After a long time without a failure, it is short again."""
         before = self.failures_within
         if before and now_s - self.retry_at_s > _RETRY.pause_s(before - 1):
             before = 0
@@ -61,13 +61,13 @@ class FailureRecord:
 class Quarantine:
     # Records by worker name. The newest record is the last one.
     records: Mapping[str, FailureRecord] = field(default_factory=dict)
-    ignored: int = 0  # Number of requests whose rows failed on all workers.
+    ignored: int = 0  # Number of requests that failed on all workers.
     ignored_until_s: float = 0.0
 
     def failed(
         self, name: str, reason: str, requests: frozenset[int], now_s: float, *, is_repeated: bool = False
     ) -> Quarantine:
-        """Adds a serving worker's failure. `is_repeated` means that the worker failed on the same rows before."""
+        """Adds a serving worker's failure. `is_repeated` means that it failed on the same tokens before."""
         return self._add(name, reason, requests, now_s, least=_FREE + is_repeated)
 
     def exclude(self, name: str, reason: str, now_s: float) -> Quarantine:
@@ -85,7 +85,7 @@ class Quarantine:
         return replace(self, records={**records, name: record})
 
     def _kept(self, now_s: float) -> dict[str, FailureRecord]:
-        """Returns the newest records, except forgotten ones. Drops old ones, because workers may use ever new names."""
+        """Returns the newest records, except forgotten ones. Their number is limited, because names may change."""
         kept = [(name, record) for name, record in self.records.items() if not record.is_forgotten(now_s)]
         return dict(kept[-(_MOST_RECORDS - 1) :])
 
@@ -97,7 +97,7 @@ class Quarantine:
 
     def exonerate_rows(self, key: int, now_s: float) -> Quarantine:
         """Releases the workers that failed because of request `key`, which fails on every worker. Clients may repeat
-        such requests, so failing rows then exclude no worker for a time, which grows with each such request."""
+        it, so invalid results then exclude no worker for a time. This time grows with each such request."""
         released = self.exonerate(frozenset({key}))
         if len(released.records) == len(self.records):
             return self
@@ -110,8 +110,8 @@ class Quarantine:
         return frozenset(name for name, record in self.records.items() if record.end_s > now_s)
 
     def retry_at_s(self, names: Collection[str]) -> float:
-        """Returns the earliest time to load a plan with these workers. Earlier loads might fail
-        again, and requests would use up their retries."""
+        """Returns the earliest time to load a plan with these workers. If an earlier load failed again, requests would
+        use up their retries."""
         return max((self.records[name].retry_at_s for name in names if name in self.records), default=0.0)
 
     def worst_first(self, names: Collection[str]) -> list[str]:

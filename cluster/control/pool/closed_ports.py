@@ -1,4 +1,4 @@
-"""Finds workers whose port for group links is closed by a firewall, although their other port can be reached."""
+"""Finds workers whose port for group links is closed by a firewall, although their main port can be reached."""
 
 from __future__ import annotations
 

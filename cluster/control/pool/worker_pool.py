@@ -41,7 +41,7 @@ class WorkerPool:
         registry = workers.registry
         self.workers = workers
         self.runners: list[ActionRunner] = []  # One runner for each model.
-        # Tasks that end the processes of lost workers. A load waits for them, because it needs the memory.
+        # Tasks that end the processes of lost workers. A load waits for them, because it needs their memory.
         self.ending = TaskSet()
         self.partitions = PartitionTracker(
             lambda: registry.present,

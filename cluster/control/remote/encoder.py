@@ -16,9 +16,9 @@ from llamaclust.wire.rpc.methods import ENCODE
 
 _OPEN_S = 30.0
 _SEND_S = 120.0
-"""Maximum seconds to send a tile, which has up to 24 MiB."""
+"""Maximum seconds to send an image tile, which has up to 24 MiB."""
 _FRAME_S = 30.0
-"""Maximum seconds between two frames. The worker sends empty frames while a tile waits or is computed."""
+"""Maximum seconds between two frames. The worker sends empty frames until a tile is encoded."""
 
 
 class RemoteEncoder:

@@ -137,7 +137,7 @@ class RemotePipeline:
         result = decode_result(data)
         found, expected = (result.epoch, result.number), (self.epoch, number)
         if found != expected:
-            raise ProtocolError(f"result: expected {place_text(expected)}, found {place_text(found)}")
+            raise ProtocolError(f"expected result {place_text(expected)}, found {place_text(found)}")
         return result
 
     async def _watch_forward(self) -> None:

@@ -20,7 +20,7 @@ def check_groups(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequenc
         with_gpu = next((name for name in entry.workers if gpus.get(name)), None)
         if with_gpu is not None and model.hyperparameters.expert_count:
             what = f"a group divides experts on processors only, but {with_gpu} has {', '.join(gpus[with_gpu])}"
-            raise UsageError(f"{group}: {what}; set device: cpu for {with_gpu}, or give it layers of its own")
+            raise UsageError(f"{group}: {what}; set its device to cpu, or give it layers of its own")
 
 
 def largest_group(config: ClusterConfig, model: Model) -> int:
@@ -40,7 +40,7 @@ def no_groups(config: ClusterConfig, model: Model) -> str:
 def group_problems(config: ClusterConfig, model: Model) -> Iterator[str]:
     """Yields the reasons why workers cannot form groups. A text may end with ";" or "or", so that advice can follow."""
     if model.has_states:
-        yield "layers of this model have states, which groups do not divide yet;"
+        yield "layers of this model have recurrent states, which groups do not divide yet;"
     if any(worker.kv_disk is not None for worker in config.workers):
         yield "kv_disk is set, but groups do not keep KV memory on disk yet; remove kv_disk, or"
     if config.speculative is not None and config.speculative.mtp:

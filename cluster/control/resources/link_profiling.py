@@ -128,11 +128,11 @@ def _disjoint(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
 
 
 class _Place(NamedTuple):
-    """The place of a worker. It has the host name, because pods keep their names but not their addresses."""
+    """The place of a worker in the network. Pods keep their host names, but not always their addresses."""
 
     machine: str
     host: str
-    way: str = ""  # ", unix" for Unix sockets, or the address if the host has several.
+    way: str = ""  # ", unix" for Unix sockets, or ", ADDRESS" if the host has several addresses.
 
     def text(self, fingerprint: str) -> str:
         return f"{self.host} ({self.machine}{self.way}, {fingerprint})"
@@ -184,7 +184,7 @@ async def _measured(
 
 
 def _link(speed: LinkProfile) -> Link:
-    """Converts a profile. Subtracts the transfer time of the ping's bytes, because plans add that time themselves."""
+    """Converts a measured link. Subtracts the transfer time of the ping's bytes, because plans add such times."""
     byte_s = 1 / speed.bytes_s
     network_s = None if speed.network_s is None else speed.network_s / 2
     return Link(max(0.0, speed.round_trip_s - PING_BYTES * byte_s) / 2, byte_s, network_s)

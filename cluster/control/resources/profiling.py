@@ -74,7 +74,7 @@ class WorkerProfiles:
         return {name: known[found[0]] for name, found in keys.items() if found}
 
     def estimate(self, workers: Mapping[str, WorkerHandle]) -> bool:
-        """Uses profiles that equal hardware had with more or fewer workers. Returns True if any profile is known."""
+        """Uses profiles of equal hardware with another number of workers. Returns True if a profile is known."""
         for worker in workers.values():
             similar = most_similar_key(_key(worker, workers, self._model_id), self._known)
             if similar is not None:
@@ -176,7 +176,7 @@ class _Measuring:
 
     def _report_unmeasured(self, worker: WorkerHandle, error: LlamaclustError) -> None:
         limit = " (timeouts.load)" if isinstance(error, DeadlineError) else ""
-        consequence = "plans assume that all workers are equal, or omit it if the others suffice"
+        consequence = "plans assume that all workers are equal, or do not use it if other workers suffice"
         what = f"worker {worker.name} is not measured; {consequence}"
         self._report(Notice(f"{what}: {error}{limit}"))
 
@@ -184,7 +184,7 @@ class _Measuring:
         first_of_key = {self._keys[name]: self._workers[name] for name in reversed(names)}
         isolated: dict[str, DeviceProfile] = {}
         for key, worker in first_of_key.items():
-            self._report(Measuring((worker.name,), "the same again, while the machine's other workers are idle"))
+            self._report(Measuring((worker.name,), "speeds again, while the machine's other workers are idle"))
             profile = None if key in self.failed else await self._profile(worker)
             if (profile := await self._or_hardware(worker, profile)) is not None:
                 isolated[key] = profile.cpu

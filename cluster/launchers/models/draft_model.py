@@ -60,7 +60,7 @@ class DraftModelPlan:
 
 def plan_draft_model(path: Path, targets: Sequence[Model], threads: int | None, context_length: int) -> DraftModelPlan:
     """Plans the memory of a draft model from the header of its file, for sequences of `context_length` tokens. Raises
-    UsageError if the model can draft for no target, and the errors of `Model.open`."""
+    UsageError if the model can draft for none of `targets`, and the errors of `Model.open`."""
     with of_draft_model():
         model = Model.open(path)
     if threads is not None:
@@ -81,7 +81,7 @@ class LoadedDraftModel:
         self.path = plan.path
         self.memory_bytes = stage.memory.total_bytes
         self.kv_bytes = stage.memory.kv_bytes
-        """The part of `memory_bytes` that counts as free until drafts write to it."""
+        """Bytes of KV memory. This part of `memory_bytes` counts as free until drafts write to it."""
         self.is_lost = False
         self._drafter = ModelDrafter(stage, plan.model.hyperparameters.vocabulary_size)
         self.times = self._tried(min(MOST_ROWS, stage.limits.max_context_tokens - _TRIED))
@@ -199,7 +199,7 @@ def _close_loaded(loading: Future[LoadedDraftModel]) -> None:
 
 def _too_short(path: Path, context: int, own_context: int) -> str:
     if own_context < _LEAST_CONTEXT:
-        return f"draft model {path}: is made for {own_context} tokens, but needs {_LEAST_CONTEXT} or more; name another"
+        return f"draft model {path} is made for {own_context} tokens, but needs {_LEAST_CONTEXT} or more; name another"
     return f"draft model {path}: a context of {context} tokens is too short; give {_LEAST_CONTEXT} or more"
 
 

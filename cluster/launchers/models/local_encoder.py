@@ -22,8 +22,8 @@ class LocalEncoder:
     def __init__(self, device: Device, projector: Projector) -> None:
         memory, free_bytes = encoder_bytes(projector, device.threads), device.free_memory_bytes
         if memory.total_bytes > free_bytes:
-            what = f"{projector.file.path}: the encoder of images needs {missing(memory.parts, free_bytes)}"
-            raise InsufficientMemoryError(f"{what}; set mmproj: off")
+            what = f"{projector.file.path}: the image encoder needs {missing(memory.parts, free_bytes)}"
+            raise InsufficientMemoryError(f"{what}; set mmproj to off")
         self._encoder = TileEncoder(device.encoder_backend, projector, memory, None, lambda done_bytes: None)
         self._thread = ThreadPoolExecutor(1, "images")
 
@@ -35,7 +35,7 @@ class LocalEncoder:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._encoder.rows, task.tile)
 
     def close(self) -> None:
-        """Waits for the tile that is being computed, which may take long."""
+        """Waits for the image tile that is being encoded, which may take seconds. Then closes the encoder."""
         self._thread.shutdown(cancel_futures=True)
         self._encoder.close()
 

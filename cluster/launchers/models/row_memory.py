@@ -8,7 +8,7 @@ from llamaclust.worker.devices.system_info import available_memory_bytes
 
 
 def row_limits(taken_bytes: int = 0) -> RowLimits:
-    """Returns limits for image embeddings in this machine's RAM. `taken_bytes` of its free memory are reserved."""
+    """Returns limits for image embeddings in this machine's RAM. `taken_bytes` of free RAM are left for other uses."""
     return RowLimits.of(max(0, available_memory_bytes() - taken_bytes))
 
 

@@ -79,14 +79,14 @@ class TelemetrySettings:
 def _target(section: Telemetry, variables: Mapping[str, str], signal: str) -> Target | None:
     exporter = variables.get(f"OTEL_{signal.upper()}_EXPORTER", "otlp")
     if exporter not in ("otlp", "none"):
-        raise UsageError(f"OTEL_{signal.upper()}_EXPORTER={exporter}: must be otlp or none")
+        raise UsageError(f"OTEL_{signal.upper()}_EXPORTER={exporter} is not supported; set otlp or none")
     if exporter == "none":
         return None
     _check_supported(variables, signal)
     given = {name: _of_signal(variables, name, signal) for name in ("HEADERS", "TIMEOUT", "COMPRESSION", "CERTIFICATE")}
     compression = given["COMPRESSION"][1] or "gzip"
     if compression not in ("gzip", "none"):
-        raise UsageError(f"{given['COMPRESSION'][0]}={compression}: must be gzip or none")
+        raise UsageError(f"{given['COMPRESSION'][0]}={compression} is not supported; set gzip or none")
     name, headers = given["HEADERS"]
     timeout, _ = given["TIMEOUT"]
     certificate = given["CERTIFICATE"][1] or None
@@ -104,7 +104,7 @@ def _target(section: Telemetry, variables: Mapping[str, str], signal: str) -> Ta
 def _check_supported(variables: Mapping[str, str], signal: str) -> None:
     name, protocol = _of_signal(variables, "PROTOCOL", signal)
     if protocol not in ("", _PROTOCOL):
-        raise UsageError(f"{name}={protocol}: is not supported; set {_PROTOCOL}")
+        raise UsageError(f"{name}={protocol} is not supported; set {_PROTOCOL}")
     for what in ("CLIENT_KEY", "CLIENT_CERTIFICATE"):
         name, value = _of_signal(variables, what, signal)
         if value:
@@ -117,13 +117,13 @@ def _of_signal(variables: Mapping[str, str], what: str, signal: str) -> tuple[st
 
 
 def _url(section: Telemetry, variables: Mapping[str, str], signal: str) -> str:
-    """Returns the URL for traces or metrics. A variable for only one of them has the whole URL. Other settings have a
-    base URL."""
+    """Returns the URL for traces or metrics. OTEL_EXPORTER_OTLP_TRACES_ENDPOINT has the whole URL for traces. To other
+    settings, `/v1/traces` is appended. The same applies to metrics."""
     base = section.endpoint
     if base is None:
         name, value = _of_signal(variables, "ENDPOINT", signal)
         if value and not _URL.fullmatch(value):
-            raise UsageError(f"{name}: must be a URL like {_ENDPOINT}, without user and password")
+            raise UsageError(f"{name} must be a URL like {_ENDPOINT}, without user and password")
         if f"_{signal.upper()}_" in name:
             return value
         base = value or _ENDPOINT
@@ -164,7 +164,7 @@ def _sampler(section: Telemetry, variables: Mapping[str, str]) -> TraceSampler:
         return TraceSampler(section.sample_ratio)
     name = variables.get("OTEL_TRACES_SAMPLER", "parentbased_always_on")
     if name not in _SAMPLERS:
-        raise UsageError(f"OTEL_TRACES_SAMPLER={name}: must be one of {', '.join(_SAMPLERS)}")
+        raise UsageError(f"OTEL_TRACES_SAMPLER={name} is not supported; set one of {', '.join(_SAMPLERS)}")
     ratio, obeys_parent = _SAMPLERS[name]
     if ratio is None:
         ratio = _number(variables, "OTEL_TRACES_SAMPLER_ARG", 1.0, least=0.0, most=1.0)
@@ -174,7 +174,7 @@ def _sampler(section: Telemetry, variables: Mapping[str, str]) -> TraceSampler:
 def _resource(variables: Mapping[str, str]) -> dict[str, str]:
     pairs = [pair.partition("=") for pair in variables.get("OTEL_RESOURCE_ATTRIBUTES", "").split(",") if pair.strip()]
     if not all(name.strip() and equals for name, equals, _ in pairs):
-        raise UsageError("OTEL_RESOURCE_ATTRIBUTES: must be a list of NAME=VALUE, separated by commas")
+        raise UsageError("OTEL_RESOURCE_ATTRIBUTES must be a list of NAME=VALUE, separated by commas")
     given = {name.strip(): unquote(value.strip())[:_MAX_RESOURCE_CHARACTERS] for name, _, value in pairs}
     service = variables.get("OTEL_SERVICE_NAME") or given.get("service.name", "llamaclust")
     return {**given, "service.name": service}
@@ -188,7 +188,7 @@ def _number(variables: Mapping[str, str], name: str, default: float, *, least: f
     try:
         number = float(variables.get(name, default))
     except ValueError as error:
-        raise UsageError(f"{name}={variables[name]}: must be a number") from error
+        raise UsageError(f"{name}={variables[name]} is not a number") from error
     if not least <= number <= most:
-        raise UsageError(f"{name}={number:g}: must be from {least:g} to {most:g}")
+        raise UsageError(f"{name}={number:g} is out of range; set {least:g} to {most:g}")
     return number

@@ -265,7 +265,7 @@ def test_errors_name_the_field(client: LocalClient) -> None:
         (None, LocalSettings(prefill_chunk=1 << 20), "prefill_chunk"),
         (None, LocalSettings(kv_blocks=-5), "kv_blocks: -5"),
         (None, LocalSettings(kv_blocks=1 << 26), "kv_blocks"),
-        (None, LocalSettings(kv_type="q9"), "kv_type: q9: set one of f16, q8_0"),  # type: ignore[arg-type]
+        (None, LocalSettings(kv_type="q9"), "kv_type q9 is unknown; set one of f16, q8_0"),  # type: ignore[arg-type]
     ],
 )
 def test_settings_that_cannot_be(tiny: Path, level: str | None, settings: LocalSettings, words: str) -> None:

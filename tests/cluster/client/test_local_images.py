@@ -66,7 +66,7 @@ def test_without_its_projector_a_model_reads_text_only(client: LocalClient, seei
 
 def test_memory_of_the_encoder_is_checked(seeing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_encoder, "encoder_bytes", lambda *_: EncoderMemory(1 << 50, 1 << 20))
-    says, chosen = r"encoder of images needs .* are missing; set mmproj: off", str(seeing.with_name("mmproj-m.gguf"))
+    says, chosen = r"image encoder needs .* are missing; set mmproj to off", str(seeing.with_name("mmproj-m.gguf"))
     with pytest.raises(InsufficientMemoryError, match=says):
         Client.local(seeing, threads=1, settings=LocalSettings(mmproj=chosen))
     with Client.local(seeing, threads=1, settings=LocalSettings(mmproj=None)) as plain:

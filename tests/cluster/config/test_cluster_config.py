@@ -111,16 +111,16 @@ def test_memory_of_workers_is_placed_where_they_are_started(tmp_path: Path, text
     [
         ("{model_name: m}", "give `name` and `aliases` in the entries of `models`"),
         ("{aliases: [m]}", "give `name` and `aliases` in the entries of `models`"),
-        ("{strict_model: false}", "requests may name any of them or none"),
-        ("{strict_model: true}", "requests may name any of them or none"),
-        ("{tags: [chat]}", "with `models`, there are no tags; remove it"),
+        ("{strict_model: false}", "a request may name any model or none"),
+        ("{strict_model: true}", "a request may name any model or none"),
+        ("{tags: [chat]}", "cannot be set with `models`; remove this key"),
         ("{pull: true}", "use `llamaclust model pull`"),
     ],
 )
 def test_settings_of_one_model_are_refused_beside_several(tmp_path: Path, api: str, why: str) -> None:
     several = "models: [{model: m}, {model: n}]\nworkers: [{name: a}]\n"
     found = failure(tmp_path, f"{several}api: {api}\n")
-    assert f"api.{api[1:].partition(':')[0]}" in found and "is for one model" in found and why in found
+    assert f"api.{api[1:].partition(':')[0]}" in found and "cannot be set with `models`" in found and why in found
     assert load(tmp_path, f"{several}api: {{strict_model: auto, prefix: /llm}}\n").api.strict_model is None
 
 
@@ -134,12 +134,12 @@ def test_each_of_several_models_may_have_adapters_and_a_plan(tmp_path: Path) -> 
         (
             "adapters: [{name: x, path: x.gguf}]",
             "name: a",
-            "adapters: is for one model: give `adapters` in the entries of `models`",
+            "adapters: cannot be set with `models`; give `adapters` in the entries of `models`",
         ),
         (
             "plan: [{worker: a, layers: [0, 4]}]",
             "name: a",
-            "plan: is for one model: give `plan` in the entries of `models`",
+            "plan: cannot be set with `models`; give `plan` in the entries of `models`",
         ),
         ("", "name: b", "models[0].plan[0].worker: unknown worker 'a'"),
         ("", "name: a, device: cuda", "models[1].adapters: run on processors only"),
@@ -247,7 +247,7 @@ def test_environment() -> None:
     assert (environment({}).weights_bytes, environment({"LLAMACLUST_WEIGHTS_SIZE": "0"}).weights_bytes) == (64 << 30, 0)
     with pytest.raises(UsageError, match="LLAMACLUST_CACHE_SIZE='much' is not a size; write it like 8GiB"):
         environment({"LLAMACLUST_CACHE_SIZE": "much"})
-    with pytest.raises(UsageError, match="LLAMACLUST_FEATURE_LEVEL=avx3: must be one of generic"):
+    with pytest.raises(UsageError, match="LLAMACLUST_FEATURE_LEVEL=avx3 is not supported; set one of generic"):
         environment({"LLAMACLUST_FEATURE_LEVEL": "avx3"})
     with pytest.raises(
         UsageError, match="LLAMACLUST_HOME='~no-such-user' begins with a home directory that does not exist"

@@ -265,7 +265,7 @@ def test_files_that_are_wrong_as_a_whole(tmp_path: Path, text: str, message: str
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("listen", "--set listen: must be KEY=VALUE, for example timeouts.request=60s"),
+        ("listen", "--set listen must be KEY=VALUE, for example timeouts.request=60s"),
         ("workers.a.memory=8", "--set workers.a.memory=8: workers[0].memory: 8 has no unit: write 8GiB, 8MiB, or"),
         ("gpu_layers=9", "--set gpu_layers=9: unknown key 'gpu_layers'; it is a key of workers: give it under"),
         ("device=cuda:0", "--set device=cuda:0: unknown key 'device'; it is a key of workers: give it under"),

@@ -50,7 +50,7 @@ def test_it_is_a_file_or_a_word(text: str, found: str | None, tmp_path: Path) ->
 def test_each_of_several_models_has_its_own(tmp_path: Path) -> None:
     config = load(tmp_path, SEVERAL)
     assert [own.mmproj for own in config.of_each_model()] == [str(tmp_path / "p.gguf"), "off", None]
-    with pytest.raises(UsageError, match=r"mmproj: is for one model: give `mmproj` in the entries of `models`"):
+    with pytest.raises(UsageError, match="mmproj: cannot be set with `models`; give `mmproj` in the entries"):
         load(tmp_path, SEVERAL, "mmproj=p.gguf")
 
 

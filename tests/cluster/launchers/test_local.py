@@ -114,7 +114,7 @@ async def test_a_worker_whose_log_cannot_be_opened_is_given_up_by_name(tmp_path:
         with launcher.restarting(lambda name, why: given_up.append((name, why))):
             async with asyncio.timeout(30.0):
                 await launcher._watch(WorkerSettings(name="a"), lambda name, how: ends.append(name))
-    reason = f"it cannot be started: {tmp_path}/a.log: is not a regular file, but must be a log file: remove it"
+    reason = f"it cannot be started: {tmp_path}/a.log is not a regular file, but must be a log file; remove it"
     assert given_up == [("a", f"{reason}; it was restarted 2 times within 60 s")]
     assert ends == ["a"]
 

@@ -22,7 +22,7 @@ def test_what_is_no_directory_is_in_the_way(tmp_path: Path, kind: str) -> None:
             place.touch()
         else:
             bound.bind(str(place))
-        with pytest.raises(UsageError, match=r"run is in the way: remove it"), run_directory(tmp_path):
+        with pytest.raises(UsageError, match=r"run is in the way of the folder"), run_directory(tmp_path):
             pass
     assert os.path.lexists(place)
 

@@ -116,7 +116,7 @@ async def test_a_worker_of_a_newer_coordinator_is_refused_and_ends_the_cluster_t
         proven = replace(REGISTER, largest_term=4, term_proof=prove_term(trust.identity(), 4, ""))
         _, refused = await join(there, trust.identity(B), replace(proven, name="b"))
         assert isinstance(refused, Rejected) and not superseded.done(), "b held no layers: its word ends nothing"
-        assert "worker b has seen a newer coordinator of this cluster (term 4, this one: 3)" in refused.reason
+        assert "worker b has seen a newer coordinator of this cluster (term 4; this" in refused.reason
         there.workers["a"].stages[LOAD.epoch] = LOAD, SimpleNamespace()  # type: ignore[assignment]
         there.process_exited("a", "killed")
         async with asyncio.timeout(10):
@@ -170,7 +170,7 @@ async def test_a_member_that_invents_a_newer_coordinator_is_refused_and_ends_not
             for proof in proofs:
                 _, refused = await join(there, own, replace(REGISTER, largest_term=4, term_proof=proof))
                 assert isinstance(refused, Rejected) and not superseded.done(), proof
-                assert "(term 4, without a valid signature, this one: 3)" in refused.reason
+                assert "(term 4, without a valid signature; this coordinator has 3)" in refused.reason
         superseded.cancel()
 
 
@@ -232,7 +232,7 @@ async def test_a_worker_proves_a_term_to_the_superseded_coordinator_that_comes_b
         ("alpha", 5, None),
         ("beta", 2, None),
         ("alpha", 4, "superseded"),
-        ("alpha", 4, r"newer coordinator of this cluster \(term 5, this one: 4\)"),
+        ("alpha", 4, r"newer coordinator of this cluster \(term 5; this coordinator has 4\)"),
         ("beta", 3, None),
     ):
         record = ControlRecord(term=term)
@@ -257,7 +257,7 @@ async def test_a_coordinator_ends_where_the_state_directory_has_a_larger_term(pa
         await asyncio.sleep(0.05)
         assert not superseded.done()
         newer = ControlRecord.begin(path)
-        with pytest.raises(SupersededError, match=r"the state directory has its term 2 \(this one: 1\)"):
+        with pytest.raises(SupersededError, match="the state directory has term 2, and this coordinator has term 1"):
             await asyncio.wait_for(superseded, 20)
     with pytest.raises(SupersededError, match="newer coordinator"):
         await record.drain(frozenset("a"))
@@ -329,5 +329,5 @@ def test_the_last_terms_are_taken_and_then_refused_in_one_line(tmp_path: Path, b
     for _ in range(before):
         record = ControlRecord.begin(path)
         assert term_of(record.next_epoch()) == record.term and record.newer_term() == 0
-    with pytest.raises(LlamaclustError, match=rf"term {MAX_TERM - 1} is the largest term: stop the coordinator"):
+    with pytest.raises(LlamaclustError, match=rf"term {MAX_TERM - 1} is the largest term; stop the coordinator"):
         ControlRecord.begin(path)

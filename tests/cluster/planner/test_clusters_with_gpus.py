@@ -85,7 +85,7 @@ def test_layers_divided_by_hand_are_refused_beside_gpus(model: Model) -> None:
     with pytest.raises(UsageError) as refused:
         planned(model, DEVICES, plan=by_hand)
     assert str(refused.value).startswith("the plan: cuda:0 of w1 would be unused: layers are divided")
-    assert str(refused.value).endswith("; set 'device: cpu' for w1, or divide no layers")
+    assert str(refused.value).endswith("; set the device of w1 to cpu, or divide no layers")
     plan = planned(model, {"w1": "cpu", "w2": "cpu", "w3": "cuda:0"}, plan=by_hand)
     assert plan.expert_shards == 2 and plan.unused_gpus == (), "one without layers has no part"
 

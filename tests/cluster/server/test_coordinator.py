@@ -177,7 +177,7 @@ async def test_errors_of_a_start_name_the_model_of_several(tiny: Path, tmp_path:
     config, directory = ClusterConfig.model_validate(values), ClusterDir(tmp_path / "default")
     with (
         directory.locked(),
-        pytest.raises(UsageError, match="models: 'b': context_length: 257: the model was"),
+        pytest.raises(UsageError, match="models: 'b': context_length is 257, but the model was"),
     ):
         async with open_cluster(config, [tiny, tiny], directory):
             pass

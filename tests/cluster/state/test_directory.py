@@ -51,7 +51,7 @@ def test_checks_for_a_running_cluster_disturb_no_process(tmp_path: Path) -> None
 def test_a_folder_in_place_of_a_lock_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "home" / "lock").mkdir(parents=True)
     with (
-        pytest.raises(UsageError, match="home/lock: is a folder, but must be a lock file"),
+        pytest.raises(UsageError, match="home/lock is a folder, but must be a lock file"),
         ClusterDir(tmp_path / "home").locked(),
     ):
         pass
@@ -87,7 +87,7 @@ def test_a_log_is_a_plain_file(tmp_path: Path) -> None:
     folder.log_file("b").mkdir()
     os.mkfifo(folder.log_file("c"))
     for name in "abc":
-        with pytest.raises(UsageError, match=rf"{name}\.log: is not a regular file, but must be a log file"):
+        with pytest.raises(UsageError, match=rf"{name}\.log is not a regular file, but must be a log file"):
             open_log(folder.log_file(name), anew=True)
     assert victim.read_text() == "precious"
 
@@ -113,9 +113,9 @@ def test_a_state_directory_of_another_user_is_refused(tmp_path: Path, monkeypatc
     folder = ClusterDir(tmp_path / "home")
     folder.create()
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    with pytest.raises(UsageError, match=rf"home: belongs to user {os.getuid()}, and this process runs as user"):
+    with pytest.raises(UsageError, match=rf"home belongs to user {os.getuid()}, and this process runs as user"):
         folder.create()
-    with pytest.raises(UsageError, match=r"a\.log: belongs to user"):
+    with pytest.raises(UsageError, match=r"a\.log belongs to user"):
         open_log(folder.log_file("a"), anew=True)
 
 

@@ -295,7 +295,7 @@ async def test_a_superseded_coordinator_does_not_touch_its_successors_files(
     assert read_journal(path, NOW) == [left(admission(0), {(0, 0): [row(5)]})]
     assert (ControlRecord.begin(tmp_path / "control.json").term, newer.drained) == (3, frozenset())
     assert [entry.message.partition(": ")[2] for entry in caplog.records if entry.levelname == "ERROR"] == [
-        "a newer coordinator (term 2) owns this file; this one no longer writes it"
+        "a newer coordinator (term 2) owns this file; this coordinator stops writing"
     ]
 
 

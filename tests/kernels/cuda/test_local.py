@@ -240,7 +240,7 @@ def test_random_rules_change_no_bit(shim: None, mixture: Path) -> None:
         ),
         ("cuda:0", "exps=CUDA1", "placement: there is no cuda:1 among cuda:0; name one of these, or gpu"),
         ("cuda:0", "attn_q=CPU", "placement: 'attn_q=ram' puts blk.0.attn_q.weight in RAM, but not"),
-        ("cpu", "exps=CPU", "placement is for GPUs: set device to cuda:0 as well"),
+        ("cpu", "exps=CPU", "placement is for GPUs; set device to cuda:0 as well"),
     ],
 )
 def test_rules_that_cannot_be(shim: None, mixture: Path, device: str, rules: str, told: str) -> None:
@@ -267,7 +267,7 @@ def test_rules_on_the_command_line(shim: None, request: pytest.FixtureRequest, m
 def test_experts_of_models_that_have_none(shim: None, model: Path, mixture: Path) -> None:
     with pytest.raises(UsageError, match=r"cpu_moe: .*tiny.gguf has no experts; remove cpu_moe"):
         answered(model, replace(settings("cuda:0"), cpu_moe=1))
-    with pytest.raises(UsageError, match="cpu_moe is for GPUs: set device to cuda:0 as well"):
+    with pytest.raises(UsageError, match="cpu_moe is for GPUs; set device to cuda:0 as well"):
         answered(mixture, replace(settings(), cpu_moe=1))
     with pytest.raises(UsageError, match="--cpu-moe is for models on a GPU: give --device cuda:0 as well"):
         assert Gpus(all_cpu_moe=True).cpu_moe

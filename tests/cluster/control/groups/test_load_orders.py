@@ -53,5 +53,5 @@ def test_leaders_have_the_chain() -> None:
 def test_a_member_that_accepts_no_links_is_named(worker: str) -> None:
     with pytest.raises(WorkerError, match=f"worker {worker} cannot be in a group") as raised:
         orders(without_links=worker)
-    assert str(raised.value).endswith("see its log, or give it layers of its own in the plan")
+    assert str(raised.value).endswith("look at its log, or give it layers of its own in the plan")
     assert raised.value.worker == worker

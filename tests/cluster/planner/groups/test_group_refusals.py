@@ -44,7 +44,7 @@ def test_settings_are_named_and_may_be_left_out(keys: dict[str, Any], named: str
 @pytest.mark.parametrize("architecture", ["lfm2", "qwen3next", "granitehybrid"])
 def test_layers_with_states_are_named(architecture: str, tmp_path: Path) -> None:
     text = refusal(tmp_path, architecture)
-    assert "have states" in text and text.endswith(f"; {ELSE}")
+    assert "have recurrent states" in text and text.endswith(f"; {ELSE}")
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_layers_with_states_are_named(architecture: str, tmp_path: Path) -> None
             "kv_disk is set, but groups do not",
         ),
         ("qwen3", {"speculative": {"mtp": True}}, "speculative.mtp is set, but the MTP head is not divided yet"),
-        ("lfm2", {}, "layers of this model have states, which groups do not divide yet"),
+        ("lfm2", {}, "layers of this model have recurrent states, which groups do not divide yet"),
         ("qwen3", {}, ""),
         ("qwen3", {"groups": 2}, ""),
     ],

@@ -155,8 +155,8 @@ def test_a_cluster_file_has_groups(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "values", "problem"),
     [
-        ("granitehybrid", {}, "layers of this model have states"),
-        ("lfm2", {}, "layers of this model have states"),
+        ("granitehybrid", {}, "layers of this model have recurrent states"),
+        ("lfm2", {}, "layers of this model have recurrent states"),
         ("qwen3", {"workers": [{"name": name, "kv_disk": "1GiB"} for name in "abc"]}, "kv_disk is set"),
         ("qwen2moe", {"workers": [{"name": "a"}, {"name": "b", "device": "cuda:0"}, {"name": "c"}]}, "b has cuda:0"),
     ],

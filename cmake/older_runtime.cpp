@@ -1,5 +1,5 @@
-// What headers of newer versions of g++ and glibc take from the shared libraries of their own version: defined here, hidden, so
-// that a module compiled with them loads beside glibc 2.28 and the libstdc++ of g++ 8 (manylinux_2_28).
+// Hidden definitions of symbols that headers of newer g++ and glibc versions expect in their own shared libraries. With them,
+// a module that these versions compiled loads with glibc 2.28 and the libstdc++ of g++ 8 (manylinux_2_28).
 
 #include <fcntl.h>
 #include <sys/syscall.h>
@@ -13,19 +13,19 @@ extern "C" {
 // libstdc++ 4.9 and later.
 [[noreturn]] void __cxa_throw_bad_array_new_length();
 
-// glibc 2.32 and later: whether reference counts may do without atomic operations. 0: they may not.
+// glibc 2.32 and later. Nonzero means that reference counts need no atomic operations.
 HIDDEN extern char __libc_single_threaded;
 char __libc_single_threaded = 0;
 
-// libstdc++ 11 and later: what std::exception_ptr counts its copies with. By the assignment, which earlier ones have too; headers
-// of later ones may make that an inline function, which calls these.
+// libstdc++ 11 and later: std::exception_ptr counts its copies with these functions. Here they use the assignment operator, which
+// earlier versions have too. Later headers may make that operator an inline function, which calls these.
 #if _GLIBCXX_RELEASE < 15
 void assign_exception(void* to, const void* from) __asm__("_ZNSt15__exception_ptr13exception_ptraSERKS0_");
 HIDDEN void add_reference(const void* exception) __asm__("_ZNSt15__exception_ptr13exception_ptr9_M_addrefEv");
 HIDDEN void release(void* exception) __asm__("_ZNSt15__exception_ptr13exception_ptr10_M_releaseEv");
 void add_reference(const void* exception) {
   void* copy = nullptr;
-  assign_exception(&copy, exception);  // never destroyed: the count stays
+  assign_exception(&copy, exception);  // The copy is never destroyed, so the count stays raised.
 }
 void release(void* exception) {
   void* const none = nullptr;
@@ -42,8 +42,8 @@ void __throw_bad_array_new_length() { __cxa_throw_bad_array_new_length(); }
 
 }  // namespace std
 
-// OpenSSL's archive. glibc 2.34 gave functions of libpthread and libdl new versions; the old ones are those of the first glibc
-// for the processor. Before glibc 2.33, stat() and fstat() were inline functions.
+// Functions that OpenSSL's archive uses. glibc 2.34 gave functions of libpthread and libdl new symbol versions. The old version is
+// that of the first glibc for the processor. Before glibc 2.33, stat() and fstat() were inline functions.
 #if defined(__GLIBC__) && (defined(__x86_64__) || defined(__aarch64__))
 
 #ifdef __x86_64__

@@ -167,17 +167,17 @@ void bind_matmul(nb::module_& module) {
   module.def("quant_types", &quant_types, "ggml's numbers of the types that matrices may have.");
   module.def("matmul", &multiply, "level"_a, "matrix"_a, "x"_a, "threads"_a = 1, "bias"_a = nb::none(),
              "near"_a = false,
-             "Products [tokens, rows] of a matrix with activations x [tokens, cols], both float32. Weights of one or two "
-             "tokens are prefetched from near or far.");
+             "Products [tokens, rows] of a matrix with activations x [tokens, cols], both float32. `near` is the prefetch "
+             "distance of weights for one or two tokens.");
   module.def("matmul_seconds", &multiply_seconds, "level"_a, "matrices"_a, "x"_a, "threads"_a,
              "near"_a = false, "Time of the products of several matrices of one shape with x [tokens, cols], without quantizing it.");
   module.def("prefetches_near", &prefetches_near,
-             "Whether stages of this process prefetch weights of one or two tokens from near. None: that was not measured, and they "
-             "do it from far.");
+             "True if stages of this process prefetch weights of one or two tokens from near. None if that was not measured; "
+             "stages then prefetch from far.");
   module.def("set_prefetches_near", &set_prefetches_near, "near"_a.none(),
-             "For tests and comparisons. None: the next stage that is large enough finds the faster way.");
+             "Sets the prefetch distance, for tests and comparisons. None: the next large stage measures which one is faster.");
   module.def("prefers_near", &prefers_near, "far_ns"_a, "near_ns"_a,
-             "What is concluded from times of pairs.");
+             "True if prefetching from near is faster, by paired measurements of both distances.");
   module.def("quantize", &quantize, "level"_a, "format"_a, "x"_a,
              "Activations x [tokens, cols] in a format (F32, Q8_32, Q8_256), as bytes [tokens, row bytes].");
   module.def("dequantize", &dequantize, "level"_a, "matrix"_a, "A matrix's weights as float32 [rows, cols].");

@@ -15,7 +15,7 @@ from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafter
 _ORDER = 4
 """Minimum match length in tokens. Shorter matches between answers are often accidental."""
 _KEY_TOKENS = 128
-"""Each key counts as this number of stored tokens, because even an empty index takes about 2 KiB."""
+"""Number of stored tokens as which each key counts, because even the empty index of a key takes about 2 KiB."""
 
 
 class _Answers:

@@ -31,7 +31,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Windows of one sequence that are in flight together. Each window continues the draft of the one before."""
+    """Windows of one sequence's draft that are in flight together. Each window continues the window before it."""
 
     window: int  # Number of drafted tokens in each window.
     depth: int  # Maximum number of windows in flight.

@@ -64,7 +64,7 @@ class Best:
 
 
 def best_of(kinds: Iterable[Sequence[Way]], below: float = inf) -> Best | None:
-    """Returns the best split, or None. `kinds` begins with simple splits. Later kinds must be clearly better."""
+    """Returns the best split, or None. `kinds` begins with simple splits. Later kinds must be clearly faster."""
     best: Best | None = None
     for ways in kinds:
         limit = below if best is None else CLEARLY_BETTER * best.seconds

@@ -19,7 +19,7 @@ _STAGE_S = 1e-9
 def stage_tables(
     sizes: MemoryModel, contexts: int, works: Sequence[Work], worker: WorkerFacts
 ) -> tuple[StageTable, ...]:
-    """Returns a table of the worker's stages for each workload. Entries are infinite for stages that do not fit."""
+    """Returns the costs of the worker's stages, one table per workload. A stage that does not fit costs infinity."""
     division = sizes.division(worker, contexts)
     fits = (sizes.shortfall_table(worker, contexts) == 0) & sizes.stages.possible
     return tuple(_table(sizes, division, work, worker).where(fits) for work in works)

@@ -28,7 +28,7 @@ class WeightsNotFoundError(ProtocolError):
 
 @dataclass(frozen=True, slots=True)
 class WeightRange:
-    """Bytes [start, end) of the content with this SHA-256 (hex)."""
+    """Bytes [start, end) of the tensor or manifest with this SHA-256 (hex)."""
 
     content: str
     start: int

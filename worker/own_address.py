@@ -35,7 +35,7 @@ class Route:
             raise WorkerError(f"{host} is not found: {reason}; check the name, or give an address instead") from error
         lasting = [(str(address[0]), family) for family, *_, address in found if not is_link_local(str(address[0]))]
         if not lasting:
-            raise WorkerError(f"{host} has only link-local addresses, which other machines cannot use: {LASTING}")
+            raise WorkerError(f"{host} has only link-local addresses, which other machines cannot use; {LASTING}")
         return cls(*lasting[0], port)
 
     def own_host(self) -> str:

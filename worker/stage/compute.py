@@ -30,8 +30,8 @@ _HUNG_TIMES, _HUNG_LEAST_S = 20, 30.0
 
 
 def step_limit_s(last_ns: int | None, *, on_gpus: bool) -> float:
-    """Returns the seconds after which a step counts as hung. `last_ns` is the last similar step's duration. The first
-    such step may compile kernels, and weights in RAM may be read from disk again, so their limit is infinity."""
+    """Returns the seconds after which a step counts as hung. `last_ns` is the last similar step's duration. Returns
+    infinity for a first step, which may compile kernels, and for weights in RAM, which may be read from disk again."""
     return _HUNG_LEAST_S + _HUNG_TIMES * last_ns / 1e9 if on_gpus and last_ns is not None else inf
 
 

@@ -78,8 +78,7 @@ class BreakerTokens:
 
 class SeenBreakers:
     """Selects the DRY sequence breakers that the next token could complete. All tokens of such a breaker, except the
-    last, have occurred in the text, in any order. Adding tokens takes time linear in the total length of the
-    breakers."""
+    last, have occurred in the text, in any order. Adding tokens takes time linear in the length of the breakers."""
 
     __slots__ = ("_by_head", "_found", "_seen", "_sequences", "_waiting")
 

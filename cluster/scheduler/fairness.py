@@ -38,8 +38,7 @@ class Running:
         return Running(self.owners + Counter([sequence.request.owner]), self.requests + Counter([turn_of(sequence)]))
 
     def rank(self, sequence: Sequence) -> tuple[int, int]:
-        """Returns how many sequences the owner and the request run. The waiting sequence with the lowest rank is
-        next."""
+        """Returns how many sequences the owner and the request run. The sequence with the lowest rank starts next."""
         return self.owners[sequence.request.owner], self.requests[turn_of(sequence)]
 
 

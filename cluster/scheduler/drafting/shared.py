@@ -1,6 +1,5 @@
 """Drafts from recent answers to other requests. The number of stored tokens is limited. An answer that equals a stored
-answer arrives sooner, so a client could guess the answers of others. Therefore only requests with equal keys share
-answers."""
+answer arrives sooner, so clients could guess answers. Therefore only requests with equal keys share answers."""
 
 from __future__ import annotations
 

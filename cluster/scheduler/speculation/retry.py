@@ -14,7 +14,7 @@ _DRAFTS = 6
 class Retry:
     again: int = _WAIT  # Sequence length at which the source is tried again.
     _wait: int = _WAIT
-    _left: int = 0  # Number of drafts left in the current retry.
+    _left: int = 0  # Number of drafts that the current retry may still make.
 
     @classmethod
     def after(cls, tokens: int) -> Retry:

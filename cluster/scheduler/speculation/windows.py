@@ -61,7 +61,7 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
 
 
 def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
-    """Returns the number of drafted tokens per sequence (at most `most_rows` in total) for one of `groups`
+    """Returns each sequence's number of drafted tokens, at most `most_rows` in total, in one of `groups`
     microbatches."""
     sequences = len(candidates)
     windows = [0] * sequences

@@ -53,8 +53,8 @@ class WorkerFacts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageCosts:
-    """Costs of every stage [start, end) of a model. The first stage includes the embedding. The last stage includes
-    the head. Tables have the shape [layers + 1, layers + 1], by start and end. Entries with end <= start have no
+    """Costs of every stage [start, end) of a model. The first stage includes the embedding, and the last stage the
+    head. Tables have the shape [layers + 1, layers + 1], by start and end. Entries with end <= start have no
     meaning."""
 
     layers: int

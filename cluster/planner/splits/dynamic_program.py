@@ -201,8 +201,7 @@ def any_order(
     sizes: Counts, held_by: tuple[tuple[Counts, int], ...], leaders: tuple[int, ...], apart: Ways = frozenset()
 ) -> Places:
     """Returns steps for all sets of workers in all orders. Workers of a class are equal, so only one order is tried.
-    `held_by` has pairs (numbers of workers by class, holder). Workers of pairs in `apart` must have separate
-    classes."""
+    `held_by` has pairs (numbers of workers by class, holder). Pairs of workers in `apart` need separate classes."""
     numbers = dict(held_by)
     places: list[Step | Choice] = []
     found: dict[Counts, tuple[list[int], tuple[int, ...]]] = {}  # Steps and choices by used workers.

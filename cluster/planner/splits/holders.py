@@ -37,8 +37,7 @@ class StageTable:
 class Holder(Protocol):
     @property
     def members(self) -> tuple[int, ...]:
-        """Indices of the holder's workers in the cluster file, leader first. Of equal workers, only the first
-        counts."""
+        """Indices of the holder's workers in the cluster file, leader first. Only the first of equal workers counts."""
         ...
 
     def table(self, work: int) -> StageTable: ...

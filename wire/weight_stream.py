@@ -1,5 +1,5 @@
-"""Messages of a Weights stream. A request gives the SHA-256 of a content and a range of its bytes. The answer consists
-of frames with these bytes.
+"""Messages of a Weights stream. A request gives the SHA-256 of a tensor or manifest, and a range of its bytes. The
+answer consists of frames with these bytes.
 
 request   SHA-256 | start u64 | end u64                                      little-endian
 answer    1 | bytes: FRAME_BYTES of them, fewer only in the last frame of a range

@@ -87,8 +87,7 @@ class EncoderStreams:
             task.cancel()
 
     def close(self) -> asyncio.Future[None]:
-        """Ends all streams. The future is done when any tile in progress is computed and the encoder's memory is
-        free."""
+        """Ends all streams. The future is done when a tile in progress is computed and the encoder's memory is free."""
         self.end()
         freed = self._compute.queue(self.encoder.close)
         self._compute.close()

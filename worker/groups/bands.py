@@ -17,8 +17,7 @@ _REMEMBERED_RUNS = 64
 
 
 class BandChoice:
-    """Chooses the number of bands in one epoch. Microbatches with similar numbers of rows (equal bit length) share
-    measurements."""
+    """Chooses the number of bands in one epoch. Similar numbers of rows (equal bit length) share measurements."""
 
     def __init__(self) -> None:
         self._alike: dict[int, _SimilarRuns] = {}

@@ -96,8 +96,7 @@ class Compute:
             self._lost.set_exception(error)
 
     async def while_able(self, life: Coroutine[None, None, _Answer]) -> _Answer:
-        """Awaits `life` and returns its result. Raises DeviceLostError if a device is lost or a job exceeds its
-        limit."""
+        """Returns the result of `life`. Raises DeviceLostError if a device is lost or a job exceeds its limit."""
         living, watching = asyncio.create_task(life), asyncio.create_task(self._watch())
         try:
             await asyncio.wait((living, self._lost), return_when=asyncio.FIRST_COMPLETED)
@@ -157,8 +156,7 @@ class _Held:
         self._answers.append(answer)
 
     def before(self, expected_ns: float) -> None:
-        """Hands results to the event loop if they would wait too long during the next job, which takes about
-        `expected_ns`."""
+        """Hands results to the event loop if a next job of about `expected_ns` would delay them too long."""
         if self._answers and perf_counter_ns() + expected_ns > self._until_ns:
             self.hand_back()
 

@@ -102,8 +102,7 @@ class WeightFetch:
         on_others_bytes: OnBytes,
         patience: Patience = Patience(),
     ) -> None:
-        """`on_bytes` gets the number of bytes fetched here, `on_others_bytes` the number that other processes
-        cached."""
+        """`on_bytes` gets numbers of bytes fetched here, and `on_others_bytes` of bytes that other processes cached."""
         self._cache = cache
         self._sources = [_Source(name, peer) for name, peer in sources]
         self._on_bytes = on_bytes

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 MAX_WINDOW = 32
 LONGEST_DRAFT = 4 * MAX_WINDOW
-"""Maximum length of a draft in tokens. Several windows of a draft can be in flight."""
+"""Maximum length of a draft in tokens. One step computes only a part of a long draft, which is called a window."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,14 +80,14 @@ class PlanRequest:
 class MemoryModel:
     stages: StageCosts
     request: PlanRequest
-    portion: Portion | None = None  # Portion that `stages` describes.
+    portion: Portion | None = None  # Portion of the group member whose costs `stages` has.
 
     def of(self, stages: StageCosts, portion: Portion | None = None) -> MemoryModel:
         return self if stages is self.stages else replace(self, stages=stages, portion=portion)
 
     def workspace_bytes(self, worker: WorkerFacts, start: int, end: int, cpu_moe: Sequence[int] = ()) -> int:
-        """Returns the bytes of a stage's workspace plus the bytes that rounding adds to its weights. Experts in RAM
-        (`cpu_moe`) are not included."""
+        """Returns the bytes of a stage's workspace, plus the bytes that allocation in whole units adds to its weights.
+        Experts in RAM (`cpu_moe`) are not included."""
         whole, freed = self.request.rounding(worker.device), self._expert_rounding(worker)
         rounding = whole if isinstance(whole, int) else int(whole[start, end])
         return self._workspace_to(worker, end) + rounding - int(freed[list(cpu_moe)].sum())

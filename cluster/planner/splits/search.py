@@ -24,7 +24,7 @@ simpler split."""
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """Splits to try for one workload. `limits` holds limits for the slowest stage, in ascending order."""
+    """Splits to try for one workload. `limits` holds time limits for the slowest stage, in ascending order."""
 
     steps: Steps
     work: Work

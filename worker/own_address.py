@@ -70,7 +70,7 @@ class OwnAddress:
         return address
 
     def at_link_port(self, port: int) -> str:
-        """Returns the address for links, HOST:PORT. Port forwarding (NAT) must keep the same `port`."""
+        """Returns the address (HOST:PORT) for links of groups. Port forwarding (NAT) must keep the same `port`."""
         return f"{_host_of(self.at_port(port))}:{port}"
 
     async def changed(self) -> WorkerError:

@@ -1,4 +1,5 @@
-"""A worker of a static cluster. It joins a coordinator. If the coordinator is lost, it joins again with its weights."""
+"""A worker of a static cluster, whose workers are started separately. If the coordinator is lost, the worker keeps its
+weights and joins again."""
 
 from __future__ import annotations
 

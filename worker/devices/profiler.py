@@ -244,7 +244,8 @@ def _line(few: tuple[float, float], many: tuple[float, float]) -> tuple[float, f
 
 
 def _task(runner: StageRunner, vocabulary: int, rows: int, number: int) -> tuple[bytes, bytes]:
-    """Returns a random frame and its sampling inputs. 1 or 8 rows are of different sequences, more of one prompt."""
+    """Returns the frame and the sampling inputs of a random microbatch. 1 or 8 rows are decode rows of different
+    sequences. More rows are one prompt."""
     program, source = runner.program, np.random.default_rng(number)
     tokens = source.integers(vocabulary, size=rows).tolist()
     if rows in _DECODE_ROWS:

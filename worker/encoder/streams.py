@@ -18,7 +18,7 @@ from llamaclust.worker.encoder.tile_encoder import TileEncoder
 from llamaclust.worker.stage.compute import Compute
 
 _BEGIN_S = 15.0
-"""Maximum number of seconds until the first bytes of the next tile arrive."""
+"""Maximum number of seconds until the first bytes of the next image tile arrive."""
 _TILE_S = 120.0
 _FRAME_S = 30.0
 _COMPUTING_S = 5.0

@@ -26,7 +26,7 @@ def split_address(value: object, example: str = "127.0.0.1:8080 or [::1]:8080") 
         raise AddressError(f"{shown} is not an address; write it like {example}")
     host = match[1].strip("[]")
     if is_link_local(host):
-        raise AddressError(f"{host} is a link-local address, which other machines cannot use: {LASTING}")
+        raise AddressError(f"{host} is a link-local address, which other machines cannot use; {LASTING}")
     return host, int(match[2])
 
 

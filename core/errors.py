@@ -49,7 +49,7 @@ class InsufficientMemoryError(LlamaclustError):
     code = "insufficient_memory"
     missing_bytes: float | None = None
     problem: str | None = None
-    """Message of a planning error without the advice. None for other errors."""
+    """Message of a planning error without its advice. None for other errors."""
     fitting_context: int | None = None
     """Maximum context in tokens for which a plan would fit, or None if there is none."""
 

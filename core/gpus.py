@@ -118,10 +118,10 @@ class Placement:
             devices = self.devices_of(layer, gpus)
             if devices == range(1) and first_open is not None:
                 what = f"layer {layer} in RAM comes after layer {first_open}, which may be on a GPU"
-                raise UsageError(f"placement: {what}: {_ORDER}")
+                raise UsageError(f"placement: {what}, but {_ORDER}")
             if devices[-1] < least:
                 what = f"layer {layer} on {gpus[devices[-1] - 1]} comes after layer {held_up} on {gpus[least - 1]}"
-                raise UsageError(f"placement: {what}: {_ORDER}")
+                raise UsageError(f"placement: {what}, but {_ORDER}")
             if devices[0] > least:
                 least, held_up = devices[0], layer
             if devices != range(1) and first_open is None:
@@ -134,7 +134,7 @@ class Placement:
             for layer in range(part.start, part.end):
                 if self.layers[layer] not in allowed:
                     what = f"layer {layer} cannot be on {self.layers[layer]} while others are on {part.device}"
-                    raise UsageError(f"placement: {what}: layers that share keys and values must be on one device")
+                    raise UsageError(f"placement: {what}, as layers that share keys and values must be on one device")
 
 
 NO_RULES = Placement()

@@ -22,11 +22,11 @@ MAX_BODY_BYTES = 1 << 24  # Maximum size of an HTTP request's body.
 MAX_KV_BLOCKS = 1 << 26
 MAX_EXPERT_SHARDS = 64  # Maximum number of shards of one layer.
 MAX_GROUP_MEMBERS = 16  # Maximum number of workers that compute a stage together.
-MAX_SHARE = 10_000  # Maximum share of one member of a group.
+MAX_SHARE = 10_000  # Maximum of a number in a group's shares, such as 2:1.
 GROUP_ID_BYTES = 16
 MAX_ADAPTERS = 16  # Maximum number of LoRA adapters of a model.
 MAX_ADAPTER_RANK = 1024
-MAX_ADAPTER_SCALE = 1000.0  # Maximum absolute value.
+MAX_ADAPTER_SCALE = 1000.0  # Maximum absolute value of an adapter's scale.
 
 AdapterScales = tuple[tuple[int, float], ...]
 """Pairs (adapter number, scale) of a sequence's LoRA adapters, in ascending order of number. No scale is 0."""
@@ -71,8 +71,8 @@ class StageLimits:
 
 
 def layer_place(part: int, expert_shards: int) -> int | float:
-    """Returns the layer at which a part starts. For example, 4.5 is the middle of layer 4's experts. The result is
-    exact if `expert_shards` is a power of two."""
+    """Converts a shard number, counted over all layers, to a layer number. For example, 4.5 is the middle of layer 4's
+    experts. The result is exact if `expert_shards` is a power of two."""
     return part // expert_shards if part % expert_shards == 0 else part / expert_shards
 
 

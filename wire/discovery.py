@@ -173,7 +173,7 @@ def _version(hosts: Sequence[str]) -> IPVersion:
 async def _following(
     service: AsyncZeroconf, hosts: Callable[[], list[str]], renew: Callable[[], Awaitable[None]] | None = None
 ) -> AsyncIterator[None]:
-    """Keeps `service` on the addresses that `hosts` returns. Calls `renew` after these addresses have changed."""
+    """Keeps multicast DNS on the addresses that `hosts` returns, and calls `renew` after each change of them."""
     tasks = TaskSet()
     tasks.start(_follow(service, hosts, renew))
     try:

@@ -1,5 +1,5 @@
-"""Messages of a Weights stream. A request gives the SHA-256 of a content and a range of its bytes. The answer consists
-of frames with these bytes.
+"""Messages of a Weights stream. A request gives the SHA-256 of a tensor or manifest, and a range of its bytes. The
+answer consists of frames with these bytes.
 
 request   SHA-256 | start u64 | end u64                                      little-endian
 answer    1 | bytes: FRAME_BYTES of them, fewer only in the last frame of a range
@@ -28,7 +28,7 @@ class WeightsNotFoundError(ProtocolError):
 
 @dataclass(frozen=True, slots=True)
 class WeightRange:
-    """Bytes [start, end) of the content with this SHA-256 (hex)."""
+    """Bytes [start, end) of the tensor or manifest with this SHA-256 (hex)."""
 
     content: str
     start: int

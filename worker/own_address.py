@@ -35,7 +35,7 @@ class Route:
             raise WorkerError(f"{host} is not found: {reason}; check the name, or give an address instead") from error
         lasting = [(str(address[0]), family) for family, *_, address in found if not is_link_local(str(address[0]))]
         if not lasting:
-            raise WorkerError(f"{host} has only link-local addresses, which other machines cannot use: {LASTING}")
+            raise WorkerError(f"{host} has only link-local addresses, which other machines cannot use; {LASTING}")
         return cls(*lasting[0], port)
 
     def own_host(self) -> str:
@@ -70,7 +70,7 @@ class OwnAddress:
         return address
 
     def at_link_port(self, port: int) -> str:
-        """Returns the address for links, HOST:PORT. Port forwarding (NAT) must keep the same `port`."""
+        """Returns the address (HOST:PORT) for links of groups. Port forwarding (NAT) must keep the same `port`."""
         return f"{_host_of(self.at_port(port))}:{port}"
 
     async def changed(self) -> WorkerError:

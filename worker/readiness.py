@@ -10,13 +10,13 @@ from time import monotonic
 from llamaclust.worker.service import StageService
 
 IDLE_S = 10.0
-"""Seconds without an order after which a member is idle."""
+"""Seconds without a load or a measurement after which a worker counts as idle."""
 _PERIOD_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Shows a member as ready if it is idle, or if it holds layers and loads none. Evictions wait until it is ready."""
+    """Keeps a file while the worker is idle, or holds layers and loads none. Evictions wait until the file exists."""
 
     file: Path | None = None  # None if no file is wanted.
 

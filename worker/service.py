@@ -80,7 +80,8 @@ class StageService:
             await asyncio.wait((freed,))
 
     async def last_tiles(self) -> bool:
-        """Waits up to `_TILE_S` until ended encoders have freed their memory. Returns False if there are none."""
+        """Waits up to `_TILE_S` seconds until closed encoders have computed their last tile and freed their memory.
+        Returns False if there are no such encoders."""
         ending = tuple(self._ending)
         if ending:
             _log.info("waiting for the memory of an ended encoder, which computes its last tile")

@@ -32,12 +32,12 @@ class WorkerSettings:
     join_s: float = 60.0  # Seconds to wait for the coordinator.
     parent_pid: int | None = None
     packed_cache_dir: Path | None = None  # Cache of packed weights, or None for no cache.
-    packed_cache_bytes: int = 0  # Maximum size of that cache.
+    packed_cache_bytes: int = 0  # Maximum size of the cache of packed weights.
     weights_dir: Path | None = None  # Cache of weights fetched from other workers, or None to fetch no weights.
-    weights_bytes: int = 0  # Maximum size of that cache.
+    weights_bytes: int = 0  # Maximum size of the cache of fetched weights.
     kernels_dir: Path | None = None  # Cache of compiled GPU kernels, or None for no cache.
     kv_disk_dir: Path | None = None
-    kv_disk_bytes: int | None = None  # Maximum size of that folder, or None to keep no KV memory on disk.
+    kv_disk_bytes: int | None = None  # Maximum size of KV memory on disk, or None to keep none there.
     static: bool = False
     stays: bool = False  # True if a static worker waits for the next cluster when its cluster ends.
     # HOST or HOST:PORT at which other machines reach this worker, or "" for the address of `listen`.

@@ -1,4 +1,5 @@
-"""A worker of a static cluster. It joins a coordinator. If the coordinator is lost, it joins again with its weights."""
+"""A worker of a static cluster, whose workers are started separately. If the coordinator is lost, the worker keeps its
+weights and joins again."""
 
 from __future__ import annotations
 
@@ -43,8 +44,9 @@ _COORDINATOR_S = 20.0
 
 
 async def run_static_worker(settings: WorkerSettings) -> str:
-    """Returns the coordinator's reason to end the cluster. With `settings.stays`, waits for the next cluster. Raises
-    UsageError if all coordinators refuse it at first, and WorkerError if a lost coordinator does not return in time."""
+    """Runs a worker until its cluster ends, and returns the coordinator's reason. With `settings.stays`, waits for the
+    next cluster instead. Raises UsageError if all coordinators refuse the worker at first, and WorkerError if a lost
+    coordinator does not return in time."""
     worker = _StaticWorker(settings)
     try:
         return await worker.run()

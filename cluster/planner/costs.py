@@ -53,8 +53,8 @@ class WorkerFacts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageCosts:
-    """Costs of every stage [start, end) of a model. The first stage includes the embedding. The last stage includes
-    the head. Tables have the shape [layers + 1, layers + 1], by start and end. Entries with end <= start have no
+    """Costs of every stage [start, end) of a model. The first stage includes the embedding, and the last stage the
+    head. Tables have the shape [layers + 1, layers + 1], by start and end. Entries with end <= start have no
     meaning."""
 
     layers: int
@@ -210,7 +210,7 @@ def _possible(costs: ModelCosts) -> NDArray[np.bool_]:
 
 
 def _saved_bytes(costs: ModelCosts) -> Counts:
-    """Returns the bytes that each stage saves because it holds whole layers. Divided layers need more bytes."""
+    """Returns by how many bytes the whole layers of each stage are smaller than all shards of these layers."""
     shards, layers = costs.expert_shards, costs.layers
     before = np.array([0, *accumulate(layer.saved_bytes for layer in layers[::shards])], np.int64)
     borders = np.arange(len(layers) + 1)

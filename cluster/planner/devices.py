@@ -1,5 +1,5 @@
-"""Divides a stage among the devices of its worker. The last layers go to GPUs. The user or the GPU memory determines
-how many. Experts of layers on a GPU can stay in RAM."""
+"""Divides a stage among the devices of its worker. The last layers go to GPUs, as many as the user states or as fit
+into GPU memory. Experts of layers on a GPU can stay in RAM."""
 
 from __future__ import annotations
 
@@ -85,13 +85,13 @@ class Division:
         return tuple(layer for layer in range(begin, until) if fixed[layer] or (is_open[layer] and layer < moe_end))
 
     def parts(self) -> Iterator[tuple[WorkerFacts, Counts, Counts, Counts]]:
-        """Yields (device, start, end, moe_end) with tables by stage. Layers in `moe.open` before moe_end have their
-        experts in RAM."""
+        """Yields (device, start, end, moe_end) for each device, where the last three are tables by stage. The device
+        has layers [start, end). Experts of its layers in `moe.open` before moe_end are in RAM."""
         yield from zip(self.devices, self.bounds, self.bounds[1:], self.moe_ends, strict=False)
 
     def moved_ranges(self) -> Iterator[tuple[WorkerFacts, Flags, Counts, Counts]]:
-        """Yields (GPU, layers, start, end). `layers` holds a flag per layer. Experts are in RAM for flagged layers in
-        [start, end)."""
+        """Yields (GPU, layers, start, end) for layers with experts in RAM. `start` and `end` are tables by stage. Of
+        the layers [start, end), those that `layers` flags have their experts in RAM."""
         for device, begin, until, moe_end in islice(self.parts(), 1, None):
             for layers, end in ((self.moe.fixed, until), (self.moe.open, moe_end)):
                 if layers.any():
@@ -104,8 +104,8 @@ class Division:
         return total
 
     def moved(self, experts: Callable[[WorkerFacts, Flags], Table], exchange: Callable[[Flags], Table]) -> Table:
-        """Returns the seconds that experts in RAM add to each stage. `exchange` gives the seconds for moving
-        activations."""
+        """Returns the seconds that experts in RAM add to each stage. `experts` gives the seconds of flagged layers'
+        experts on a device, and `exchange` the seconds for copying their activations."""
         total: Table = np.zeros(self.bounds[0].shape)
         for device, layers, begin, end in self.moved_ranges():
             change = experts(self.devices[0], layers) + exchange(layers) - experts(device, layers)

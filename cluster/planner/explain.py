@@ -38,7 +38,7 @@ def _lacking(sizes: MemoryModel, stage_parts: StageParts) -> Iterator[str]:
         what = f"experts of layers {ranges(held.cpu_moe)}" if held.is_experts else f"layers {layers}"
         if stage_parts.shares:
             what = f"{stage_parts.shares[stage_parts.member] / sum(stage_parts.shares):.0%} of {what}"
-        stage, parts = f"worker {worker.name!r}: {what} need", sizes.parts(held, 1)
+        stage, parts = f"{what} on worker {worker.name!r} need", sizes.parts(held, 1)
         context_bytes = 0 if held.is_experts else sizes.context_bytes(start, end)
         if given is not None and context_bytes > given:
             yield f"{stage} {missing({'KV memory': context_bytes}, given, 'kv_memory is {} MiB')}"

@@ -34,10 +34,10 @@ def checked(
     span = partial(layer_span, expert_shards=expert_shards)
     for entry in plan:
         if unknown := [worker for worker in entry.workers if worker not in workers]:
-            raise UsageError(f"plan: unknown worker {unknown[0]!r}; known: {', '.join(workers)}")
+            raise UsageError(f"plan: unknown worker {unknown[0]!r}; the workers are {', '.join(workers)}")
         if not 0 <= entry.start < entry.end <= layers:
             what = "the range is empty" if entry.start == entry.end else f"the model has layers {span(0, layers)}"
-            raise UsageError(f"plan: layers {span(entry.start, entry.end)} of {entry.text}: {what}")
+            raise UsageError(f"plan: {entry.text} cannot have layers {span(entry.start, entry.end)}, because {what}")
     _check_once(plan, span)
     ordered = sorted(plan, key=lambda entry: entry.start)
     _check_covered(ordered, layers, span)
@@ -45,7 +45,7 @@ def checked(
 
 
 def check_possible(plan: Sequence[Assignment], possible: NDArray[np.bool_], expert_shards: int = 1) -> None:
-    """Raises UsageError if a border separates layers that share KV memory, or cuts an indivisible layer."""
+    """Raises UsageError if a range ends between layers that share KV memory, or inside an indivisible layer."""
     borders = np.flatnonzero(possible.diagonal())
     for entry in plan:
         if not possible[entry.start, entry.end]:
@@ -54,7 +54,7 @@ def check_possible(plan: Sequence[Assignment], possible: NDArray[np.bool_], expe
             if expert_shards > 1:
                 what += ", or a layer without so many experts"
             layers = layer_span(entry.start, entry.end, expert_shards)
-            raise UsageError(f"plan: layers {layers} of {entry.text}: a bound {what}; allowed bounds: {known}")
+            raise UsageError(f"plan: a bound of layers {layers} of {entry.text} {what}; allowed bounds are {known}")
 
 
 _Span = Callable[[int, int], str]
@@ -80,7 +80,7 @@ def _check_covered(ordered: Sequence[Assignment], layers: int, span: _Span) -> N
             )
         if start < covered:
             twice = f"layers {span(start, min(covered, end))} of {entry.text} are assigned twice"
-            raise UsageError(f"plan: {twice}: {before}")
+            raise UsageError(f"plan: {twice}; {before}")
         covered, before = end, f"{entry.text} {'has' if len(entry.workers) == 1 else 'have'} {span(start, end)}"
     if covered < layers:
         raise UsageError(

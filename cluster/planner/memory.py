@@ -36,9 +36,9 @@ class StagePlace:
 
 
 Workspace = Callable[[StagePlace], int]
-"""Returns the maximum workspace in bytes of the described stages. Must cache its results."""
+"""Returns the maximum bytes of workspace of the stages that a `StagePlace` describes. Must cache its results."""
 Rounding = Callable[[str], Counts | int]
-"""Returns the bytes that rounding adds to weights on a device. Must cache its results."""
+"""Returns the bytes that allocation in whole units adds to weights on the named device. Must cache its results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +80,14 @@ class PlanRequest:
 class MemoryModel:
     stages: StageCosts
     request: PlanRequest
-    portion: Portion | None = None  # Portion that `stages` describes.
+    portion: Portion | None = None  # Portion of the group member whose costs `stages` has.
 
     def of(self, stages: StageCosts, portion: Portion | None = None) -> MemoryModel:
         return self if stages is self.stages else replace(self, stages=stages, portion=portion)
 
     def workspace_bytes(self, worker: WorkerFacts, start: int, end: int, cpu_moe: Sequence[int] = ()) -> int:
-        """Returns the bytes of a stage's workspace plus the bytes that rounding adds to its weights. Experts in RAM
-        (`cpu_moe`) are not included."""
+        """Returns the bytes of a stage's workspace, plus the bytes that allocation in whole units adds to its weights.
+        Experts in RAM (`cpu_moe`) are not included."""
         whole, freed = self.request.rounding(worker.device), self._expert_rounding(worker)
         rounding = whole if isinstance(whole, int) else int(whole[start, end])
         return self._workspace_to(worker, end) + rounding - int(freed[list(cpu_moe)].sum())
@@ -148,7 +148,7 @@ class MemoryModel:
         return self.kv_bytes(start, end, contexts * self.request.context_blocks)
 
     def parts(self, held: Held, contexts: int) -> Mapping[str, int]:
-        """Returns bytes by kind. KV memory is for `contexts` full-length sequences, and limited to `kv_memory`."""
+        """Returns bytes by kind, such as 'weights'. KV memory holds `contexts` full-length sequences, up to a limit."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts:
             return {"weights": self.weight_bytes(held), "workspace": self._workspace_to(device, end - 1)}

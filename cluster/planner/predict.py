@@ -50,8 +50,8 @@ def predict(
     max_drafted: int = 0,
     may_chain: bool = True,
 ) -> Prediction:
-    """Predicts the speed of a plan, whose workers must all be measured. `may_chain` means that a draft need not wait
-    for the result of the previous window."""
+    """Predicts the speed of a plan, whose workers must all be measured. `may_chain` means that drafted tokens may be
+    sent before the results of earlier drafted tokens are known."""
     path = _Path.of(split, links)
     times = [time for stage in split for time in _times(stage, prompt_tokens)]
     slowest = max(times, key=lambda time: time[1].decode_s)

@@ -88,7 +88,7 @@ class ProductTimes:
 
 
 def _at(times: Sequence[ProductTime], rows: float) -> float:
-    """Interpolates linearly, and extrapolates after the last point. Never returns less than the first time."""
+    """Interpolates the seconds per byte linearly, or extrapolates them. Never returns less than the first value."""
     if len(times) == 1 or rows <= times[0].rows:
         return times[0].byte_s
     index = next((i for i in range(1, len(times) - 1) if rows <= times[i].rows), len(times) - 1)

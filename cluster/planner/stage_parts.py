@@ -75,7 +75,7 @@ class HeldStage:
         return max(self.member_prefill_s(rows, concurrent=concurrent))
 
     def member_decode_s(self, rows: int = 1, *, concurrent: bool = False) -> list[float]:
-        """Returns the seconds of each member, as if no member waited for another."""
+        """Returns the seconds of a decode step for each group member, as if no member waited for another."""
         gathers_s, concurrent = self.gathers.decode_s(rows), concurrent or self._is_group
         return [member.decode_s(rows, concurrent=concurrent) + gathers_s for member in self.members]
 

@@ -55,8 +55,8 @@ class BreakerTokens:
         return TokenIndex([self._tokenizer.token_bytes(token) for token in range(self._tokenizer.vocabulary_size)])
 
     def _find(self, text: str) -> tuple[tuple[int, ...], ...]:
-        """Returns every token that contains `text`, as a sequence of one token. A token may also end with the first
-        bytes of `text`. For each such token, returns a sequence of that token and the tokens of the remaining bytes."""
+        """Returns the token sequences that can write `text`. A token that contains `text` is a sequence of its own. A
+        token that ends with the first bytes of `text` is followed by the tokens of the remaining bytes."""
         whole = text.encode("utf-8", "surrogatepass")
         found: list[tuple[int, ...]] = [(token,) for token in self._index.containing(whole)]
         containing, tokens = {token for (token,) in found}, len(found)
@@ -77,8 +77,8 @@ class BreakerTokens:
 
 
 class SeenBreakers:
-    """Selects the breakers whose tokens, except the last, have all occurred in the text. The next token can complete
-    such a breaker. Adding all tokens takes time linear in the total length of the breakers."""
+    """Selects the DRY sequence breakers that the next token could complete. All tokens of such a breaker, except the
+    last, have occurred in the text, in any order. Adding tokens takes time linear in the length of the breakers."""
 
     __slots__ = ("_by_head", "_found", "_seen", "_sequences", "_waiting")
 
@@ -99,7 +99,7 @@ class SeenBreakers:
         return self._sequences
 
     def with_tokens(self, tokens: Iterable[int]) -> tuple[tuple[int, ...], ...]:
-        """Returns `sequences` as it would be with `tokens` added. Selecting too many breakers is harmless."""
+        """Returns the `sequences` that calling `add` with `tokens` would give, but adds nothing."""
         if not self._by_head or self._seen.issuperset(tokens):
             return self.sequences
         more = copy(self)

@@ -1,5 +1,5 @@
-"""Shares places fairly among owners (API clients), and among the requests of each owner. All prompts and choices of a
-request share one turn."""
+"""Chooses which sequences start or are preempted, so that owners (API clients) and the requests of each owner get fair
+shares. All prompts and choices of an API request count as one request."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Running:
         return Running(self.owners + Counter([sequence.request.owner]), self.requests + Counter([turn_of(sequence)]))
 
     def rank(self, sequence: Sequence) -> tuple[int, int]:
-        """Returns how many sequences the owner and the request run. The sequence with the lowest rank is next."""
+        """Returns how many sequences the owner and the request run. The sequence with the lowest rank starts next."""
         return self.owners[sequence.request.owner], self.requests[turn_of(sequence)]
 
 
@@ -65,7 +65,8 @@ def first_in_turn(waiting: Iterable[Sequence], running: Running) -> Sequence:
 
 
 def gives_way(running: Reversible[Sequence], counts: Running) -> Sequence:
-    """Returns the youngest sequence of the busiest owner's busiest request. `running` starts with the oldest."""
+    """Returns the sequence to preempt, which is the youngest of the busiest owner's busiest request. `running` begins
+    with the oldest sequence."""
     return max(reversed(running), key=counts.rank)
 
 

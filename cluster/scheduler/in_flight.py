@@ -24,7 +24,7 @@ class _Sent:
     slices: tuple[SequenceSlice, ...]
     decoding: int  # Number of decode slices, which are first in `slices`.
     is_lookahead: bool  # True if the input tokens were unknown when the microbatch was sent.
-    alone: bool  # True if no independent microbatch was in flight with this one.
+    alone: bool  # True if only lookahead steps were in flight at the same time.
     sent_ns: int
     # Time when this microbatch was sent. For a lookahead step, the time when the previous result was computed.
     begun_ns: int

@@ -41,8 +41,9 @@ class Lookahead:
         return decode_ns is not None and self._times.whole_transit_ns > _WORTH_HIDING * decode_ns
 
     def steps(self, under_way: int, *, several: bool) -> int:
-        """Returns how many tokens of a sequence may be unknown when a step is sent, or 0 to send no step. If `several`
-        is true, steps are sent until `most_steps` are in flight, and again once half of them have returned."""
+        """Returns how many tokens of a sequence may be unknown when its next step is sent, or 0 to send no step.
+        `under_way` is the number of steps in flight. If `several` is set, sending stops when more than `most_steps` are
+        in flight, and begins again when about half of them have returned."""
         most = self.most_steps if several else 1
         if under_way <= (most + 1) // 2:
             self._is_filling = True

@@ -25,9 +25,10 @@ _LONGER = 0.25
 """CPU time that slow matchers in flight may take together, as a share of a decode microbatch's time. `_LEAST_NS` and
 `_MOST_NS` limit the product."""
 _MOST_NS = 400_000_000
-"""Maximum CPU time in nanoseconds. It is granted in full if all running sequences have slow matchers and one owner."""
+"""Maximum nanoseconds of CPU time for all slow matchers in flight. All of it is granted if all running sequences have
+slow matchers and one owner."""
 _NEXT_ROWS = 1 + MAX_FORCED_TOKENS
-"""A sequence with more remaining rows than this is in prefill, and is not held back."""
+"""Maximum number of remaining rows of a sequence that may be held back. With more, the sequence is in prefill."""
 
 
 class MatcherTurns:

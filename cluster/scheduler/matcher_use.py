@@ -15,7 +15,7 @@ _SLOW_NS = 5_000_000
 class MatcherUse:
     is_started: bool = False  # True if the last stage has received the grammar and the answer so far.
     step_ns: int = 0  # Estimated processor time of a step in nanoseconds.
-    turn: int = 0  # Number of the last turn, for a slow matcher.
+    turn: int = 0  # Number of the turn in which a slow matcher last got rows.
 
     @property
     def is_slow(self) -> bool:

@@ -82,7 +82,7 @@ class SequenceQueues:
         waiting = [*self.waiting, *self.restoring]
         own = sum([other.request.owner == owner for other in waiting])
         if not fits(own, len(waiting), most_waiting + self.max_running - len(self.running)):
-            raise QueueFullError(f"{own} requests wait already, and no more are accepted: try again later")
+            raise QueueFullError(f"{own} requests wait already, and no more are accepted; try again later")
 
     def add(self, sequence: Sequence, most_waiting: int) -> None:
         self.check_room(sequence.request.owner, most_waiting)

@@ -181,7 +181,7 @@ class Sequence:
     @property
     def settled(self) -> int:
         """First row that may have to be computed again. It is the first drafted row in flight, or an earlier row if
-        there are states."""
+        layers have recurrent states."""
         ahead = self.drafting.ahead
         return self.computed if ahead and self.kv.states.is_begun else self.scheduled - len(ahead)
 

@@ -45,7 +45,7 @@ class Curve:
 
     def extended(self, other: Curve) -> Curve:
         """Returns this curve, extended with the points of `other` that have more rows. Omits stale points except the
-        first. Otherwise a time that was too long by chance would never be measured again."""
+        first point. Otherwise a time that was too long by chance would never be measured again."""
         curve, first, oldest = Curve(), min(self._points, default=0), self._learned - _FRESH
         own = {bucket: p for bucket, p in self._points.items() if bucket == first or self._learned_at[bucket] > oldest}
         if own:

@@ -28,7 +28,7 @@ SAMPLERS = tuple(SamplerName)
 """All samplers. Messages and kernels use a sampler's index as its number."""
 
 PLAIN_ORDER = (SamplerName.PENALTIES, SamplerName.TOP_K, SamplerName.TOP_P, SamplerName.MIN_P, SamplerName.TEMPERATURE)
-"""The order of samplers for requests without a chain. A chain with this order chooses the same tokens."""
+"""The order in which samplers run if a request gives no order. A chain with this order chooses the same tokens."""
 
 
 @dataclass(frozen=True, slots=True)

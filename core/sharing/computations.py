@@ -34,7 +34,7 @@ class _Shared(Generic[_Value]):
         self.claim: asyncio.Task[None] | None = None  # Task that took the turn and began `task`.
 
     async def claim_turn(self, owner: str, turn: AbstractAsyncContextManager[None], begin: Callable[[], None]) -> None:
-        """Waits for `turn`, begins the computation unless it has begun, and holds the turn until it ends."""
+        """Waits for `turn`, begins the computation if necessary, and holds the turn until the computation ends."""
         async with turn:
             if self.task is None:
                 self.claim = asyncio.current_task()

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 class Turns:
     """Shares places for concurrent work among owners. A free place goes to the waiting owner with the fewest places. On
-    a tie, the owner that freed the place comes last. An owner has at most `most` places (None: no limit). Not
+    a tie, the owner that freed the place comes last. An owner has at most `most` places (None: any). Not
     thread-safe."""
 
     def __init__(self, places: int, most: int | None = None) -> None:

@@ -24,7 +24,7 @@ from llamaclust.core.addresses import AddressError, is_link_local, joined_addres
 def test_addresses_of_one_link(host: str, expected: bool) -> None:
     assert is_link_local(host) == expected
     if expected:
-        with pytest.raises(AddressError, match=f"{host} is a link-local address, .*: give a host name"):
+        with pytest.raises(AddressError, match=f"{host} is a link-local address, .*; give a host name"):
             split_address(joined_address(host, 7100))
     else:
         assert split_address(joined_address(host, 7100)) == (host, 7100)

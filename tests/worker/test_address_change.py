@@ -93,7 +93,7 @@ async def test_an_address_that_other_machines_can_use_is_chosen(
 
 async def test_a_name_with_addresses_of_one_link_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     resolve_to(monkeypatch, LINK, LINK)
-    with pytest.raises(WorkerError, match=r"laptop\.local has only link-local addresses, .*: give a host name"):
+    with pytest.raises(WorkerError, match=r"laptop\.local has only link-local addresses, .*; give a host name"):
         await Route.to("laptop.local", 7100)
 
 

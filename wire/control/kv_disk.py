@@ -48,7 +48,9 @@ class RestoreKv:
 
     def check(self) -> None:
         if len(self.keys) != len(self.blocks) * KEY_BYTES:
-            raise ProtocolError(f"RestoreKv has {len(self.keys)} bytes of keys for {len(self.blocks)} KV blocks")
+            raise ProtocolError(
+                f"RestoreKv has {len(self.keys)} key bytes, not {KEY_BYTES} for each of {len(self.blocks)} KV blocks"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,9 @@ class SaveKv:
 
     def check(self) -> None:
         if len(self.keys) < len(self.blocks) * KEY_BYTES:
-            raise ProtocolError(f"SaveKv has only {len(self.keys)} bytes of keys for {len(self.blocks)} KV blocks")
+            raise ProtocolError(
+                f"SaveKv has {len(self.keys)} key bytes, less than {KEY_BYTES} for each of {len(self.blocks)} KV blocks"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ class ServerStream:
     def epoch(self) -> int:
         text = str(dict(self._context.invocation_metadata()).get(EPOCH_KEY, ""))
         if not (text.isascii() and text.isdigit() and len(text) <= 20 and int(text) <= UINT64):
-            raise ProtocolError(f"metadata {EPOCH_KEY}: expected a number")
+            raise ProtocolError(f"metadata {EPOCH_KEY} is not a number")
         return int(text)
 
     async def accept(self) -> None:

@@ -58,7 +58,7 @@ def check_address(address: str, credentials: Credentials) -> None:
 
 
 def check_private(address: str) -> None:
-    """Raises UsageError unless the address is a Unix socket or loopback: links with a token are not encrypted."""
+    """Raises UsageError unless the address is a Unix socket or loopback, because other links would need encryption."""
     if not (address.startswith("unix:") or is_loopback(address.rpartition(":")[0].strip("[]"))):
-        what = "only unix:PATH and loopback HOST:PORT are possible here, because these links are not encrypted"
-        raise UsageError(f"address {address!r}: {what}")
+        what = "must be unix:PATH or a loopback HOST:PORT, because connections to it are not encrypted"
+        raise UsageError(f"address {address!r} {what}")

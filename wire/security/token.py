@@ -35,7 +35,7 @@ class ClusterToken:
     def read(cls, path: Path) -> ClusterToken:
         value = read_private(path)
         if not (len(value) >= _LEAST_CHARACTERS and value.isascii() and value.isprintable()):
-            raise UsageError(f"token file {path}: expected one line of at least {_LEAST_CHARACTERS} printable letters")
+            raise UsageError(f"token file {path} must hold one line of at least {_LEAST_CHARACTERS} printable letters")
         return cls(value)
 
     def matches(self, given: str | bytes | None) -> bool:
@@ -58,7 +58,7 @@ class JoinToken:
     def read(cls, path: Path) -> JoinToken:
         token = cls.parse(read_private(path))
         if token is None:
-            raise UsageError(f"token file {path}: holds no join token (lc1.<64 hex digits>.<secret>); copy it again")
+            raise UsageError(f"token file {path} holds no join token (lc1.<64 hex digits>.<secret>); copy it again")
         return token
 
     @classmethod
@@ -79,12 +79,12 @@ def read_private(path: Path) -> str:
             data = file.read(_MOST_BYTES + 1)
         value = decode_text(data).strip()
     except OSError as error:
-        what = f"token file {path}: cannot be read: {error.strerror}"
+        what = f"token file {path} cannot be read: {error.strerror}"
         raise UsageError(f"{what}; give a readable copy of the file that `llamaclust up` names") from error
     except ValueError as error:
         raise UsageError(f"token file {path}: {error}, or copy it again") from error
     if stat.S_IMODE(mode) & 0o077:
-        raise UsageError(f"token file {path}: other users can read it; run: chmod 600 {path}")
+        raise UsageError(f"token file {path} can be read by other users; run: chmod 600 {path}")
     if len(value) > _MOST_CHARACTERS:
-        raise UsageError(f"token file {path}: longer than {_MOST_CHARACTERS} letters, so it holds no token")
+        raise UsageError(f"token file {path} is longer than {_MOST_CHARACTERS} letters, so it holds no token")
     return value

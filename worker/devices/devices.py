@@ -84,7 +84,7 @@ class Device:
         return next((gpu.free_bytes for gpu in self.gpus if gpu.device == name), self.free_memory_bytes)
 
     def backend_for(self, held: Iterable[DeviceLayers], *, apart: bool = False) -> Backend:
-        """Returns one backend for one or several devices. `apart` gives CPU backends threads of their own."""
+        """Returns a backend for layers on one or several devices. `apart` gives CPU backends threads of their own."""
         parts = [BackendLayers(self._backend_for(part), part.start, part.end) for part in held]
         if apart:
             parts = [replace(part, backend=_apart(part.backend)) for part in parts]
@@ -173,7 +173,7 @@ def _fingerprint(kind: str, threads: int, level: str, gpus: tuple[Gpu, ...], cor
 
 
 def check_devices(devices: Iterable[tuple[str, str]], model: Model) -> None:
-    """Checks (kind, feature level) pairs. Raises UsageError for a missing device, ModelFileError for a useless one."""
+    """Checks (kind, feature level) pairs. Raises UsageError if a device is missing, ModelFileError if kernels are."""
     for kind, feature_level in sorted(set(devices)):
         backends.open_processor(kind, 1, feature_level)
         if kind != _REFERENCE:

@@ -70,11 +70,11 @@ class ProfileSize:
 
 PROCESSOR = ProfileSize(96 << 20, {1: 15, 8: 7, 128: 3})
 GPU = ProfileSize(1 << 30, {1: 9, 8: 5, 128: 3, 512: 3})
-"""A GPU reads about ten times as fast as a CPU, and gains more from many rows."""
+"""Measurements on a GPU, which reads about ten times as fast as a CPU, and gains more from many rows."""
 
 
 _PROMPT_ROWS = 512
-"""Rows of one more measurement for mixtures of experts, because steps with few rows read only some of the experts."""
+"""Rows of one more step of mixture-of-experts models, because steps with few rows read only some of the experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +244,8 @@ def _line(few: tuple[float, float], many: tuple[float, float]) -> tuple[float, f
 
 
 def _task(runner: StageRunner, vocabulary: int, rows: int, number: int) -> tuple[bytes, bytes]:
-    """Returns a frame and its sampling inputs. Few rows are tokens of different sequences. Many rows are one prompt."""
+    """Returns the frame and the sampling inputs of a random microbatch. 1 or 8 rows are decode rows of different
+    sequences. More rows are one prompt."""
     program, source = runner.program, np.random.default_rng(number)
     tokens = source.integers(vocabulary, size=rows).tolist()
     if rows in _DECODE_ROWS:

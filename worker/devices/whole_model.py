@@ -127,7 +127,7 @@ class _Choice:
         return max(min(least, last_begun), first_ended), max(last_begun, first_ended)
 
     def _part(self, index: int, start: int, end: int, open_end: int) -> DeviceLayers:
-        """Returns layers on a GPU. A rule or, without a rule, layer < open_end puts a layer's experts in RAM."""
+        """Returns layers on a GPU. Experts are in RAM if a rule says so or, without a rule, if layer < open_end."""
         said = ((layer, self.placement.experts_in_ram(layer)) for layer in range(start, end) if layer in self.mixtures)
         cpu_moe = (layer for layer, in_ram in said if in_ram or (in_ram is None and layer < open_end))
         return DeviceLayers(self.device.gpus[index].device, start, end, tuple(cpu_moe))

@@ -1,4 +1,4 @@
-"""The streams of one loaded encoder. A thread of its own computes tiles in the order of arrival."""
+"""The streams of one loaded image encoder. A separate thread computes image tiles in the order of arrival."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from llamaclust.worker.encoder.tile_encoder import TileEncoder
 from llamaclust.worker.stage.compute import Compute
 
 _BEGIN_S = 15.0
-"""Maximum number of seconds until the first bytes of the next tile arrive."""
+"""Maximum number of seconds until the first bytes of the next image tile arrive."""
 _TILE_S = 120.0
 _FRAME_S = 30.0
 _COMPUTING_S = 5.0
-"""Maximum number of seconds between two frames while a tile waits. The other side waits `_FRAME_S` for a frame."""
+"""Maximum number of seconds between two frames while an image tile waits. The client waits `_FRAME_S` seconds."""
 
 
 class EncoderStreams:
@@ -87,7 +87,7 @@ class EncoderStreams:
             task.cancel()
 
     def close(self) -> asyncio.Future[None]:
-        """Ends all streams. The memory is free when the returned future is done, after a tile in progress."""
+        """Ends all streams. The future is done when a tile in progress is computed and the encoder's memory is free."""
         self.end()
         freed = self._compute.queue(self.encoder.close)
         self._compute.close()

@@ -1,5 +1,5 @@
-"""Chooses the number of bands into which a group divides a prompt's rows, from the waits of earlier gathers. More bands
-hide more of a slow network's delays, but weights are decoded again for each band."""
+"""Chooses into how many bands (ranges of rows) a group divides a prompt's rows, from the waits of earlier gathers. More
+bands hide more of a slow network's delays, but weights are decoded again for each band."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from llamaclust.kernels.gathers import LEAST_BANDED_ROWS, LEAST_ROWS_OF_BAND, MO
 _DECODED_ROWS = 8
 """Computing this number of rows takes about as long as decoding the weights."""
 _MANY_ROWS = 256
-"""Runs with at least this number of rows begin with two bands instead of one."""
+"""Microbatches with at least this number of rows begin with two bands instead of one."""
 _MUCH, _LITTLE = 0.04, 0.01
-"""Shares of a run's time spent in gathers. Above `_MUCH` more bands are tried, and below `_LITTLE` fewer."""
+"""Shares of a microbatch's time spent in gathers. Above `_MUCH` more bands are tried, and below `_LITTLE` fewer."""
 _REMEMBERED_RUNS = 64
 
 
 class BandChoice:
-    """Chooses the number of bands in one epoch. Runs with similar numbers of rows (equal bit length) share
-    measurements."""
+    """Chooses the number of bands in one epoch. Similar numbers of rows (equal bit length) share measurements."""
 
     def __init__(self) -> None:
         self._alike: dict[int, _SimilarRuns] = {}

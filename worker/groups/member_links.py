@@ -93,7 +93,7 @@ class MemberLinks:
 
     @contextmanager
     def step(self, rows: int) -> Iterator[None]:
-        """Counts the waits of steps with one row (decode). Only one thread may use it at a time."""
+        """Counts the waiting time of gathers in steps with one row (decode). Only one thread may use it at a time."""
         assert self._links is not None, "no step begins before the links are open"
         begun_s = self._links.counters().waited_s
         yield
@@ -115,8 +115,8 @@ class MemberLinks:
         return 0.0 if self._links is None else self._links.computing_s
 
     def fault(self, error: Exception) -> Fault:
-        """Returns the report to the coordinator about an error that ended this member's part. For a ProtocolError, the
-        report names the leader."""
+        """Returns a report for the coordinator about an error that ended this member's work. The report names the
+        member at fault, which is the leader for a ProtocolError."""
         if isinstance(error, LinkError) and error.place >= 0:
             worker = self._order.members[error.place].worker
             if error.kind == "unreachable":

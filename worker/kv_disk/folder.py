@@ -10,8 +10,7 @@ _SUFFIX = ".kv"
 
 
 class KvFolder(DiskCache):
-    """A folder of KV files. A file's name begins with a digest of all that determines the content, such as the
-    model."""
+    """A folder of KV files. A file's name begins with a digest of all that its content depends on, like the model."""
 
     suffixes = (_SUFFIX,)
     content, limit = "KV memory", "kv_disk"

@@ -62,8 +62,7 @@ class KvFile:
 
     @classmethod
     def read(cls, name: str, file: FileIO) -> KvFile:
-        """Reads a header. Raises OSError, or DamagedError if the header is damaged or does not match the file's
-        size."""
+        """Reads a header. Raises OSError, or DamagedError if the header is damaged or contradicts the file's size."""
         prefix = _read(file, 0, _PREFIX.size)
         magic, version, start, end, blocks = _PREFIX.unpack(prefix)
         if (magic, version) != (_MAGIC, _VERSION) or not (start < end <= MAX_LAYERS and 0 < blocks <= MAX_KEYS):

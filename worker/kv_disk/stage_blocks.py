@@ -1,4 +1,4 @@
-"""Finds, reads and writes the blocks of one stage on disk by key, outside the computing thread."""
+"""Finds, reads and writes the KV blocks of one stage on disk by key, outside the computing thread."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ _HUNG_TIMES, _HUNG_LEAST_S = 20, 30.0
 
 
 def step_limit_s(last_ns: int | None, *, on_gpus: bool) -> float:
-    """Returns the seconds after which a step counts as hung. `last_ns` is the last similar step's duration. The first
-    such step may compile kernels, and weights in RAM may be read from disk again, so their limit is infinity."""
+    """Returns the seconds after which a step counts as hung. `last_ns` is the last similar step's duration. Returns
+    infinity for a first step, which may compile kernels, and for weights in RAM, which may be read from disk again."""
     return _HUNG_LEAST_S + _HUNG_TIMES * last_ns / 1e9 if on_gpus and last_ns is not None else inf
 
 
@@ -96,8 +96,7 @@ class Compute:
             self._lost.set_exception(error)
 
     async def while_able(self, life: Coroutine[None, None, _Answer]) -> _Answer:
-        """Awaits `life` and returns its result. Raises DeviceLostError if a device is lost or a job exceeds its
-        limit."""
+        """Returns the result of `life`. Raises DeviceLostError if a device is lost or a job exceeds its limit."""
         living, watching = asyncio.create_task(life), asyncio.create_task(self._watch())
         try:
             await asyncio.wait((living, self._lost), return_when=asyncio.FIRST_COMPLETED)
@@ -157,8 +156,7 @@ class _Held:
         self._answers.append(answer)
 
     def before(self, expected_ns: float) -> None:
-        """Hands results to the event loop if they would wait too long during the next job, which takes about
-        `expected_ns`."""
+        """Hands results to the event loop if a next job of about `expected_ns` would delay them too long."""
         if self._answers and perf_counter_ns() + expected_ns > self._until_ns:
             self.hand_back()
 

@@ -143,7 +143,7 @@ class MatchedAnswer:
 
     @property
     def turn(self) -> tuple[bool, int]:
-        """Sort key in a step. Slow answers come last. Among slow answers, the most often deferred come first."""
+        """Sort key of the answers in a step. Slow answers come last, of which the most often deferred come first."""
         return self._is_slow, -self._held
 
     @property

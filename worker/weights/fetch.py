@@ -19,7 +19,7 @@ from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, WeightsNotFo
 _log = logging.getLogger(__name__)
 
 _LANES = 2  # Streams to each source. One can transfer while the other's bytes are checked and written.
-_MOST_SOURCES = 4  # Sources in use for one tensor. Others replace sources that fail.
+_MOST_SOURCES = 4  # Maximum number of sources in use for one tensor.
 _WRITE_BYTES = 8 * FRAME_BYTES
 _MOST_MIXED = 2
 _LOOK_S = 0.05
@@ -102,8 +102,7 @@ class WeightFetch:
         on_others_bytes: OnBytes,
         patience: Patience = Patience(),
     ) -> None:
-        """`on_bytes` gets the number of bytes fetched here, `on_others_bytes` the number that other processes
-        cached."""
+        """`on_bytes` gets numbers of bytes fetched here, and `on_others_bytes` of bytes that other processes cached."""
         self._cache = cache
         self._sources = [_Source(name, peer) for name, peer in sources]
         self._on_bytes = on_bytes

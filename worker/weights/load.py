@@ -197,13 +197,13 @@ class _Files(AsyncExitStack):
     def _check_bytes(self, file: ModelFile, manifest: str) -> None:
         own = self._weights.manifest_of(file, self.progress).content
         if own != manifest:
-            what = f"its bytes differ from the cluster's copies: SHA-256 is {own[:12]}, not {manifest[:12]}"
-            raise ModelFileError(f"{file.path}: {what}; it is damaged or was changed; replace it by a good copy")
+            what = f"its bytes differ from the cluster's copies (SHA-256 {own[:12]}, not {manifest[:12]})"
+            raise ModelFileError(f"{file.path}: {what}, so it is damaged or was changed; replace it by a good copy")
 
 
 async def _in_thread(work: Callable[[], _Value], progress: Progress) -> _Value:
-    """Runs `work` on a thread. Waits for the thread even if cancelled, because it holds memory. A cancelled `work` ends
-    when it next reports progress."""
+    """Runs `work` on a thread. Waits for the thread even if cancelled, because the thread holds memory. A cancelled
+    `work` ends when it next reports progress."""
     running = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(running)

@@ -102,8 +102,7 @@ class Weights:
         return _chosen(lambda place: as_programs_read(open_model(place)), places, model_id)
 
     def open_adapter(self, wanted: AdapterFile, plain: ModelFile) -> ModelFile | None:
-        """Opens an adapter like `open_file`, but reads only headers and samples. The coordinator has checked all
-        weights."""
+        """Opens an adapter like `open_file`, but reads only headers and samples, as the coordinator checked all."""
         places = [place for place in self.places(wanted.path) if is_adapter(place)]
         return _chosen(partial(read_adapter, model=plain), places, wanted.adapter_id)
 

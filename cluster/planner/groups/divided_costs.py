@@ -22,9 +22,9 @@ Shares = Table
 
 @dataclass(frozen=True, slots=True)
 class DividedCosts:
-    """Costs of a model whose layers are divided among group members. `whole` has the leader's undivided costs, and
-    `follower` has the undivided costs of any other member. An entry (units, costs) of `coarse` has the costs of `whole`
-    plus all parts with this number of units. `fine` has the costs of `whole` plus all parts divisible in any ratio."""
+    """Costs of a model whose layers are divided among group members. `whole` has the leader's costs that are not
+    divided, and `follower` those of any other member. An entry (units, costs) of `coarse` has `whole` plus the parts of
+    layers with this number of units. `fine` has `whole` plus the parts that are divisible in any ratio."""
 
     whole: StageCosts
     follower: StageCosts

@@ -1,5 +1,4 @@
-"""Adjusts the shares of a group if memory is nearly full, because shares rounded to whole units can need more
-memory."""
+"""Adjusts a group's shares if memory is nearly full. Shares that are rounded to whole units can need more memory."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class GroupTables:
     costs_of: Callable[[int], GroupCosts]
     _contexts: int
     nearly: bool = False
-    """True if stages need to fit only with exact shares. `fitted` later looks for whole units that fit."""
+    """True if stages need to fit only with unrounded shares. `fitted` then looks for whole units that fit."""
     _divided: dict[int, _DividedModel] = field(default_factory=dict)
     _seconds: dict[tuple[int, WorkerFacts, Rows], DividedTables] = field(default_factory=dict)
     _lacking: dict[tuple[int, WorkerFacts, bool, Portion | None], DividedTables] = field(default_factory=dict)
@@ -161,7 +161,7 @@ class GroupTable:
     links: GroupLinks
     divided: _DividedModel
     factor: float = 1.0
-    """Ratio of the time with whole-number shares to the time with exact shares. `GroupSearch.best` updates it."""
+    """Ratio of the time with whole-number shares to the time with unrounded shares. `GroupSearch.best` updates it."""
 
     def of_work(self, work: Work) -> StageTable:
         """Returns the seconds of each stage, without links to other stages, and infinity for stages that do not fit."""
@@ -222,7 +222,7 @@ class GroupTable:
         )
 
     def integer_shares(self, start: int, end: int, work: Work) -> tuple[tuple[int, ...], float]:
-        """Returns the fastest whole-number shares that fit, and the ratio of their time to the time of exact shares."""
+        """Returns the fastest whole-number shares that fit, and the ratio of their time to that of unrounded shares."""
         kind = np.array([self.divided.kinds.kind_of[start, end]])
         lacking, parts = self._lack.chosen(kind), self.divided.parts
         steps = [*work.slowest, *(work.each if work.adds_up else ())]

@@ -15,7 +15,7 @@ from llamaclust.cluster.planner.costs import Table
 from llamaclust.cluster.planner.splits.holders import Holder, StageTable
 
 Stage = tuple[int, int, int]
-"""A stage: (holder number, start, end). It has the layers [start, end)."""
+"""A stage as (holder number, start, end). The holder is a worker or a group, and has the layers [start, end)."""
 
 Ways = frozenset[frozenset[int]]
 """Pairs of workers, as indices in the cluster file."""
@@ -200,8 +200,8 @@ def in_order(
 def any_order(
     sizes: Counts, held_by: tuple[tuple[Counts, int], ...], leaders: tuple[int, ...], apart: Ways = frozenset()
 ) -> Places:
-    """Returns steps for all sets of workers in all orders. Workers of a class are used in their order. `held_by` lists
-    the worker counts and the number of each holder. Workers of pairs in `apart` must have separate classes."""
+    """Returns steps for all sets of workers in all orders. Workers of a class are equal, so only one order is tried.
+    `held_by` has pairs (numbers of workers by class, holder). Pairs of workers in `apart` need separate classes."""
     numbers = dict(held_by)
     places: list[Step | Choice] = []
     found: dict[Counts, tuple[list[int], tuple[int, ...]]] = {}  # Steps and choices by used workers.

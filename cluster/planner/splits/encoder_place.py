@@ -211,6 +211,6 @@ def _error(encoder: EncoderParts, workers: Sequence[WorkerFacts]) -> Insufficien
     text = needed(encoder(min(worker.threads for worker in workers)))
     rooms = ", ".join(f"{worker.name} {worker.memory_bytes // MIB}" for worker in workers if worker.memory_bytes)
     return InsufficientMemoryError(
-        f"the encoder of images does not fit: besides layers, one worker needs {text}; the workers have, in MiB: "
+        f"the encoder of images does not fit: one worker needs {text} in addition to layers; the workers have, in MiB: "
         f"{rooms or '?'}. Give one of them more memory, or set mmproj: off"
     )

@@ -37,7 +37,7 @@ class StageTable:
 class Holder(Protocol):
     @property
     def members(self) -> tuple[int, ...]:
-        """Indices of the workers in the cluster file, starting with the leader. A class has its first worker only."""
+        """Indices of the holder's workers in the cluster file, leader first. Only the first of equal workers counts."""
         ...
 
     def table(self, work: int) -> StageTable: ...

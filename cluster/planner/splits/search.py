@@ -24,7 +24,7 @@ simpler split."""
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """Splits to try for one workload. `limits` holds limits for the slowest stage, in ascending order."""
+    """Splits to try for one workload. `limits` holds time limits for the slowest stage, in ascending order."""
 
     steps: Steps
     work: Work
@@ -32,8 +32,8 @@ class Way:
     least_slowest: float = 0.0  # Lower bound of the slowest stage's time in any split.
 
     def best(self, below: float) -> Split | None:
-        """Returns the best split that takes less than `below`, or None. Bisects the limits, starting with the most
-        promising interval. The split for the upper limit of an interval has the minimum total in that interval."""
+        """Returns the best split that takes less than `below` seconds, or None. Bisects `limits`, the most promising
+        interval first. No split in an interval has a smaller total than the split for the interval's upper limit."""
         best: Split | None = None
         # (lower bound of the time, low, high) for limits[low:high].
         open_ = [(self.work.seconds(self.least_slowest, 0.0), 0, len(self.limits))]
@@ -64,7 +64,7 @@ class Best:
 
 
 def best_of(kinds: Iterable[Sequence[Way]], below: float = inf) -> Best | None:
-    """Returns the best split, or None. `kinds` begins with simple splits. Later kinds must be clearly better."""
+    """Returns the best split, or None. `kinds` begins with simple splits. Later kinds must be clearly faster."""
     best: Best | None = None
     for ways in kinds:
         limit = below if best is None else CLEARLY_BETTER * best.seconds

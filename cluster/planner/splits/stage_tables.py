@@ -19,7 +19,7 @@ _STAGE_S = 1e-9
 def stage_tables(
     sizes: MemoryModel, contexts: int, works: Sequence[Work], worker: WorkerFacts
 ) -> tuple[StageTable, ...]:
-    """Returns a table of the worker's stages for each workload. Entries are infinite for stages that do not fit."""
+    """Returns the costs of the worker's stages, one table per workload. A stage that does not fit costs infinity."""
     division = sizes.division(worker, contexts)
     fits = (sizes.shortfall_table(worker, contexts) == 0) & sizes.stages.possible
     return tuple(_table(sizes, division, work, worker).where(fits) for work in works)
@@ -56,7 +56,8 @@ def _step_s(sizes: MemoryModel, division: Division, worker: WorkerFacts, step: R
 
 
 def link_table(sizes: MemoryModel, work: Work, reach: Link) -> StageTable:
-    """Returns the seconds of a stage's links: `slow` for rows sent during computation, `total` for other messages."""
+    """Returns the seconds of each stage's links to other stages. `slow` is for rows that are sent during computation,
+    and `total` is for all other messages."""
     stages = sizes.stages
     others = np.ones(stages.held_bytes.shape)
     others[0, stages.layers] = 0  # A stage of all layers has no links.

@@ -1,5 +1,5 @@
-"""Finds where a text that repeats an earlier passage continues in that passage after a difference. The text may have
-replaced, omitted or added some tokens."""
+"""Finds where a text resumes copying an earlier passage after a difference. The text may have replaced, omitted or
+added some tokens of the passage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MOST_DIFFERENT = 16
-"""Maximum number of tokens after the last copied token. The search stops once more tokens have followed."""
+"""Maximum number of differing tokens after which a text can resume copying."""
 _NEAR = 16
 _MOST_SINCE = 160
 

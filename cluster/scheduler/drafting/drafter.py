@@ -9,23 +9,23 @@ from typing import Protocol
 CLASSES = 20
 """Number of confidence classes. Drafts of one class are accepted at about the same rate."""
 SUBSTITUTED = 1
-"""Confidence class of drafts after a token that differs from the copied passage. The 8 tokens before it are equal."""
+"""Confidence class of drafts after one token that differs from the copied passage. The 8 tokens before it are equal."""
 SHORT = 2
-"""First of 3 classes for matches of 2 or 3 tokens. The first class means that different tokens followed the matches,
-the second that there is a single match, and the third that the same token followed all matches."""
+"""First of 3 confidence classes for matches of 2 or 3 tokens. In the first class, different tokens followed the
+matches. In the second, there is only one match. In the third, the same token followed all matches."""
 MIDDLE = 5
-"""First of 3 classes for matches of 4 to 7 tokens. The classes are divided as for `SHORT`."""
+"""First of 3 confidence classes for matches of 4 to 7 tokens. They are divided like the classes for 2 or 3 tokens."""
 LONG = 8
-"""First of 2 classes for long matches: 8 to 15 tokens, and 16 tokens or more."""
+"""First of 2 confidence classes for long matches: 8 to 15 tokens, and 16 tokens or more."""
 SHARED = 10
-"""First of 2 classes for matches in answers to other requests: up to 15 tokens, and 16 tokens or more."""
+"""First of 2 confidence classes for matches in answers to other requests: up to 15 tokens, and 16 or more."""
 MODEL = 12
 FORCED = 13
 MTP = 14
 RESUMED = 15
-"""First of 2 classes for copies that resume after a difference: one matching token, and several matching tokens."""
+"""First of 2 confidence classes for copies that resume after a difference: one matching token, and several."""
 SINGLE = 17
-"""First of 3 classes for matches of the last token only. The classes are divided as for `SHORT`."""
+"""First of 3 confidence classes for matches of the last token only, divided like the classes for 2 or 3 tokens."""
 
 
 def kind_of(confidence: int) -> str:

@@ -46,7 +46,7 @@ class HashChains:
         return sys.getsizeof(self._newest) + sys.getsizeof(self._previous)
 
     def take_in(self, text: Sequence[int]) -> bool:
-        """Adds up to STEP_TOKENS new tokens of the text. Returns True once the whole text is in the index."""
+        """Adds up to STEP_TOKENS new tokens of `text` to the index. Returns True once the index has all of them."""
         assert len(text) >= len(self._previous)
         while len(self._newest) < len(text):
             self._newest.extend(self._newest)  # Both halves of the doubled table start with the existing chains.
@@ -68,8 +68,8 @@ class HashChains:
         return self._newest[hash(window) & len(self._newest) - 1]
 
     def longest(self, text: Sequence[int], place: int, tail: Sequence[int]) -> Match:
-        """Returns the longest match of `tail` (at most LONGEST tokens), or the newest of equally long matches. The
-        search begins at `place` and goes back along the list. A match contains no NONE, and no NONE follows it."""
+        """Returns the longest match of `tail` (at most LONGEST tokens), or the newest of equally long matches. `place`
+        is the newest index to compare. The separator NONE stands neither in a match nor directly after it."""
         previous, order, window = self._previous, self._order, tail[-self._order :]
         found, length, followers, follower, agree = NONE, order - 1, 0, NONE, True
         for _ in range(CANDIDATES):

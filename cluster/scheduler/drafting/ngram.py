@@ -41,7 +41,7 @@ class NgramDrafter:
         return self._chains.take_in(tokens)
 
     def draft(self, tokens: Sequence[int], most: int) -> Draft:
-        """Returns an empty draft until the whole text is in the index, which may take several calls."""
+        """Returns a draft, which is empty until all `tokens` are indexed. Indexing a long text takes several calls."""
         if not self.take_in(tokens) or most < 1:
             return NO_DRAFT
         return self.continued(tokens, self.match(tokens), most)

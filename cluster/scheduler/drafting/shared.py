@@ -1,6 +1,5 @@
 """Drafts from recent answers to other requests. The number of stored tokens is limited. An answer that equals a stored
-answer arrives sooner, so a client could guess the answers of others. Therefore only requests with equal keys share
-answers."""
+answer arrives sooner, so clients could guess answers. Therefore only requests with equal keys share answers."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafter
 _ORDER = 4
 """Minimum match length in tokens. Shorter matches between answers are often accidental."""
 _KEY_TOKENS = 128
-"""Each key counts as this number of stored tokens, because even an empty index takes about 2 KiB."""
+"""Number of stored tokens as which each key counts, because even the empty index of a key takes about 2 KiB."""
 
 
 class _Answers:

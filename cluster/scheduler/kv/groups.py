@@ -29,16 +29,16 @@ class KvSizes(Generic[Sizes]):
 
 @dataclass(frozen=True, slots=True)
 class WindowGroup:
-    """Layers that store keys and values for a sliding window only. `window` is the largest window of these layers in
-    positions, including the row's own position. A block is released once no later microbatch reads it."""
+    """Layers that store keys and values for a sliding window only. `window` is the largest number of positions that a
+    row of these layers reads, including its own. A KV block is released once no later microbatch reads it."""
 
     window: int
     rows: int  # Maximum number of rows in a microbatch.
 
     @property
     def sequence_blocks(self) -> int:
-        """Maximum number of blocks that one sequence needs, not counting the prompt rows of the current microbatch. The
-        blocks hold the window, which may begin anywhere in a block, the newest row and drafted rows."""
+        """Maximum number of blocks that one sequence needs for its window, its newest row and drafted rows. The window
+        may begin anywhere in a block. `row_blocks` has the blocks for prompt rows of the current microbatch."""
         return (self.window + KV_BLOCK_TOKENS - 3) // KV_BLOCK_TOKENS + 3
 
     @property
@@ -69,7 +69,7 @@ class StateGroup:
 
     The states of running sequences take up to half as much memory as keys and values. Checkpoints take up to the same
     amount again. There are at least three blocks: one for a running sequence, one for the checkpoint it started from,
-    and one for the checkpoint it leaves. If keys and values are small, each position counts as 1/1024 of a state."""
+    and one for the checkpoint it leaves. The keys and values of a position count as at least 1/1024 of a state."""
 
     state_bytes: int  # Bytes of one sequence's state in all layers.
     kv_token_bytes: int  # Bytes of one position's keys and values in all layers.

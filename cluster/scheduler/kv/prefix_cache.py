@@ -75,7 +75,7 @@ class PrefixCache:
     def register(
         self, keys: BlockKeys, tokens: Sequence[int], table: Sequence[int], registered: int, full: int, start: int = 0
     ) -> None:
-        """Registers a sequence's blocks number [registered, full). The id of block number n is table[n - start]."""
+        """Registers the blocks [registered, full) of a sequence. Block number n has the id table[n - start]."""
         if not self.is_enabled:
             return
         self._extend(keys, tokens, full)

@@ -61,7 +61,7 @@ class KvTransfers:
         return all(map(self._blocks.holds, transfer.blocks, keys))
 
     def end(self, transfer: Transfer, restored: int = 0) -> None:
-        """Registers the first `restored` blocks after the cached ones, and releases all blocks of the transfer."""
+        """Registers the first `restored` blocks after the cached blocks, and releases all blocks of the transfer."""
         start = transfer.found
         for key, block in zip(transfer.keys[start:], transfer.blocks[start : start + restored], strict=False):
             self._blocks.register(block, key)

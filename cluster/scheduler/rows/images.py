@@ -12,8 +12,8 @@ from llamaclust.wire.microbatch.messages import ImageRows
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """An image span. The rope position of a text row is its position plus `before` directly before the span, and its
-    position plus `after` directly after the span."""
+    """An image span in a prompt. A text row's RoPE position exceeds its position in the prompt by `before` directly
+    before the span, and by `after` directly after the span."""
 
     span: ImageSpan
     before: int

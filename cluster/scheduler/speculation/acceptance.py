@@ -6,7 +6,7 @@ _CHANGES = 1 / 256
 """Probability per token that the kind of text changes, which changes the acceptance rate."""
 _STRETCHES = 6
 _EVEN = 1.0
-"""Numbers of accepted and refused tokens at a stretch's start. With 1.0, all rates are equally probable."""
+"""Numbers of accepted and of refused tokens to start with. With 1.0, all rates are equally probable at first."""
 
 
 class _Stretch:

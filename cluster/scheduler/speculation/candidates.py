@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 MAX_WINDOW = 32
 LONGEST_DRAFT = 4 * MAX_WINDOW
-"""Maximum length of a draft in tokens. Several windows of a draft can be in flight."""
+"""Maximum length of a draft in tokens. One step computes only a part of a long draft, which is called a window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Windows of one sequence that are in flight together. Each window continues the draft of the one before."""
+    """Windows of one sequence's draft that are in flight together. Each window continues the window before it."""
 
     window: int  # Number of drafted tokens in each window.
     depth: int  # Maximum number of windows in flight.

@@ -14,7 +14,7 @@ _DRAFTS = 6
 class Retry:
     again: int = _WAIT  # Sequence length at which the source is tried again.
     _wait: int = _WAIT
-    _left: int = 0  # Number of drafts left in the current retry.
+    _left: int = 0  # Number of drafts that the current retry may still make.
 
     @classmethod
     def after(cls, tokens: int) -> Retry:
@@ -24,8 +24,8 @@ class Retry:
         return self._left > 0 or tokens >= self.again
 
     def ordered(self, tokens: int) -> None:
-        """Counts a draft. A draft outside a retry shows that the source makes decoding faster, so the next wait is
-        short again."""
+        """Records that a draft was ordered. A draft outside a retry shows that its source makes decoding faster, so the
+        next wait is short again."""
         if tokens >= self.again:
             self._left, self._wait = _DRAFTS, min(2 * self._wait, _LONGEST_WAIT)
         elif self._left:

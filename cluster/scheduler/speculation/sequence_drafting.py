@@ -32,7 +32,7 @@ class Drafting:
         self.ahead = ()
 
     def settle(self, added: list[int]) -> bool:
-        """Compares added tokens with the drafts in flight. If they are equal, returns True: later windows stay
+        """Removes the drafts in flight that `added` replaces. Returns True if they are equal, so that later drafts stay
         valid."""
         expected, self.ahead = self.ahead[: len(added)], self.ahead[len(added) :]
         return list(expected) == added[: len(expected)]

@@ -1,8 +1,8 @@
 """Chooses the number of drafted tokens for each sequence, so that the most tokens per second are expected.
 
-A round without drafts chooses n tokens for n sequences. Each drafted row makes the round longer. A row at depth d in
-its draft adds a ** d tokens on average, where a is the acceptance rate. Rows are added in order of this gain, as long
-as the expected speed grows. No row is added unless the round then becomes clearly faster."""
+A round is one decode step of all n sequences, which chooses n tokens without drafts. Each drafted row makes it longer.
+A row at depth d in its draft adds a ** d tokens on average, where a is the acceptance rate. Rows are added in order of
+this gain, as long as the expected speed grows. No row is added unless the round then becomes clearly faster."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class RoundTimes(Protocol):
 
 
 def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain | None:
-    """Returns the fastest chain for a draft of `length` tokens with the acceptance rate `rate`. Returns None if times
-    are unknown, or if the first window would return before the second is sent.
+    """Returns the fastest chain of windows for a draft of `length` tokens with the acceptance rate `rate`. Returns None
+    if times are unknown, or if the first window's result would arrive before the second window is sent.
 
     A wrong token becomes known one round after its window was sent, and all later windows are wasted. The delay by
     wasted windows is not counted. Counting half a stage's time for it made answers slower (benchmarks/notebook.md)."""
@@ -61,7 +61,7 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
 
 
 def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
-    """Returns the number of drafted tokens per sequence (at most `most_rows` in total) for one of `groups`
+    """Returns each sequence's number of drafted tokens, at most `most_rows` in total, in one of `groups`
     microbatches."""
     sequences = len(candidates)
     windows = [0] * sequences

@@ -101,7 +101,7 @@ def test_what_fits_without_the_encoder_alone_is_refused(seeing: Model, text: Pat
         (stage,) = planned(plain, config, room_of_b=0).stages
         planned(plain, config, stage.bytes + margin, 0)
     assert seeing.projector is not None and encoder_bytes(seeing.projector, THREADS).total_bytes > margin
-    with pytest.raises(InsufficientMemoryError, match="encoder of images does not fit: besides layers, one worker"):
+    with pytest.raises(InsufficientMemoryError, match="encoder of images does not fit: one worker needs"):
         planned(seeing, config, stage.bytes + margin, 0)
 
 

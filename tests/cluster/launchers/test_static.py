@@ -361,7 +361,7 @@ def test_the_systemd_unit_starts_what_the_program_accepts(line: CommandLine) -> 
     program, *arguments = shlex.split(unit["Service"]["ExecStart"])
     assert program.endswith("/llamaclust")
     done = line.run(*arguments)
-    assert done.code == 2 and done.err.startswith("error: token file /etc/llamaclust/join-token: cannot be read")
+    assert done.code == 2 and done.err.startswith("error: token file /etc/llamaclust/join-token cannot be read")
     service = unit["Service"]
     assert service["DevicePolicy"] == "closed" and service["DeviceAllow"].startswith("char-nvidia*")
     assert (

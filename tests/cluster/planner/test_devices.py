@@ -96,7 +96,7 @@ def test_more_layers_than_fit_are_refused_with_what_is_missing() -> None:
     with pytest.raises(InsufficientMemoryError, match=r"a cuda:0 60.* MiB are missing"):
         make_plan(SMALL, [with_gpus(60, gpu_layers=12)], GPU_REQUEST)
     by_hand = replace(GPU_REQUEST, manual=split_by_hand(("a", 0, 12)))
-    with pytest.raises(InsufficientMemoryError, match=r"worker 'a cuda:0': layers \[0, 12\) need .*it has 60 MiB"):
+    with pytest.raises(InsufficientMemoryError, match=r"layers \[0, 12\) on worker 'a cuda:0' need .*it has 60 MiB"):
         make_plan(SMALL, [with_gpus(60, gpu_layers=12)], by_hand)
 
 

@@ -195,18 +195,18 @@ def test_plans_by_hand() -> None:
     [
         (
             (("a", 0, 7), ("b", 6, 12)),
-            "layers [6, 7) of worker 'b' are assigned twice: worker 'a' has [0, 7)",
+            "layers [6, 7) of worker 'b' are assigned twice; worker 'a' has [0, 7)",
         ),
         (
             (("b", 2, 3), ("a", 0, 12)),
-            "layers [2, 3) of worker 'b' are assigned twice: worker 'a' has [0, 12)",
+            "layers [2, 3) of worker 'b' are assigned twice; worker 'a' has [0, 12)",
         ),
         ((("a", 0, 5), ("b", 6, 12)), "layers [5, 6) are on no worker; the model has layers [0, 12)"),
         ((("a", 0, 5), ("b", 5, 11)), "layers [11, 12) are on no worker; the model has layers [0, 12)"),
         ((("a", 1, 12),), "layers [0, 1) are on no worker; the model has layers [0, 12)"),
-        ((("a", 0, 13),), "layers [0, 13) of worker 'a': the model has layers [0, 12)"),
-        ((("a", 0, 5), ("b", 5, 5)), "layers [5, 5) of worker 'b': the range is empty"),
-        ((("x", 0, 12),), "unknown worker 'x'; known: a, b"),
+        ((("a", 0, 13),), "worker 'a' cannot have layers [0, 13), because the model has layers [0, 12)"),
+        ((("a", 0, 5), ("b", 5, 5)), "worker 'b' cannot have layers [5, 5), because the range is empty"),
+        ((("x", 0, 12),), "unknown worker 'x'; the workers are a, b"),
         ((("a", 0, 5), ("a", 5, 12)), "worker 'a' has layers [0, 5) and [5, 12); a worker holds one range"),
     ],
 )
@@ -224,9 +224,9 @@ def test_a_plan_by_hand_that_does_not_fit_names_the_mib_of_every_worker() -> Non
     assert caught.value.exit_code == 3
     assert str(caught.value) == (
         "the plan does not fit for 8192 tokens of context: "
-        "worker 'a': layers [0, 10) need 445 MiB (weights 120, KV memory 320, workspace 5), it has 100 MiB: "
+        "layers [0, 10) on worker 'a' need 445 MiB (weights 120, KV memory 320, workspace 5), it has 100 MiB: "
         "345 MiB are missing; "
-        "worker 'b': layers [10, 11) need 47 MiB (weights 10, KV memory 32, workspace 5), it has 40 MiB: "
+        "layers [10, 11) on worker 'b' need 47 MiB (weights 10, KV memory 32, workspace 5), it has 40 MiB: "
         "7 MiB are missing; change the layers, or give more memory"
     )
 

@@ -154,7 +154,7 @@ def test_a_pipe_is_no_token_file(tmp_path: Path) -> None:
     path = tmp_path / "token"
     os.mkfifo(path, 0o600)
     for kind in (ClusterToken, JoinToken):
-        with pytest.raises(UsageError, match=f"token file {path}: cannot be read: not a regular file"):
+        with pytest.raises(UsageError, match=f"token file {path} cannot be read: not a regular file"):
             kind.read(path)
 
 
@@ -163,7 +163,7 @@ def test_a_token_file_that_is_not_there_is_named_once(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as raised:
         ClusterToken.read(path)
     assert str(raised.value) == (
-        f"token file {path}: cannot be read: No such file or directory; "
+        f"token file {path} cannot be read: No such file or directory; "
         "give a readable copy of the file that `llamaclust up` names"
     )
 

@@ -211,7 +211,7 @@ async def test_a_member_without_tls_opens_no_links_to_other_machines(
     trust: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with listeners(2) as started:
-        with pytest.raises(UsageError, match="only unix:PATH and loopback"):
+        with pytest.raises(UsageError, match="must be unix:PATH or a loopback"):
             members = GroupMember("a", started[0].address), GroupMember("b", "192.0.2.1:7102")
             LinkOpener(GroupOrder(GROUP, members, 0), ClusterToken("t" * 40), started[0])
         monkeypatch.setattr(link_opener, "tls_library", lambda: "")

@@ -66,7 +66,7 @@ def test_a_group_has_room_where_no_member_has() -> None:
     with pytest.raises(InsufficientMemoryError):
         planned(Assignment(("a",), 0, 12), memory_mib=150)
     assert planned(Assignment(("a", "b"), 0, 12, (1, 1)), memory_mib=150).kv_blocks > 0
-    message = r"worker 'a': 75% of layers \[0, 12\) need 1\d\d MiB .*, it has 130 MiB: \d+ MiB are missing"
+    message = r"75% of layers \[0, 12\) on worker 'a' need 1\d\d MiB .*, it has 130 MiB: \d+ MiB are missing"
     with pytest.raises(InsufficientMemoryError, match=message):
         planned(Assignment(("a", "b"), 0, 12, (3, 1)), memory_mib=130)
 
@@ -85,7 +85,7 @@ def test_a_group_has_room_where_no_member_has() -> None:
         ),
         (
             [Assignment(("a", "b", "c"), 0, 7, (1, 1, 1)), Assignment(("d", "e"), 6, 12, (1, 1))],
-            "layers [6, 7) of workers 'd' and 'e' are assigned twice: workers 'a', 'b' and 'c' have [0, 7)",
+            "layers [6, 7) of workers 'd' and 'e' are assigned twice; workers 'a', 'b' and 'c' have [0, 7)",
         ),
         (
             [Assignment(("a", "b"), 0, 13, (1, 1))],

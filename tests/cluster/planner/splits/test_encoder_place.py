@@ -131,8 +131,8 @@ def test_unknown_memory_suffices() -> None:
 def test_too_little_memory_is_refused_with_the_numbers() -> None:
     workers = [replace(worker("a", 130), threads=2), replace(worker("b", 130), threads=2)]
     message = (
-        r"the encoder of images does not fit: besides layers, one worker needs 110 MiB \(weights 90, workspace 20\)"
-        r"; the workers have, in MiB: a 130, b 130\. Give one of them more memory, or set mmproj: off$"
+        r"the encoder of images does not fit: one worker needs 110 MiB \(weights 90, workspace 20\) in addition "
+        r"to layers; the workers have, in MiB: a 130, b 130\. Give one of them more memory, or set mmproj: off$"
     )
     with pytest.raises(InsufficientMemoryError, match=message):
         planned(workers)

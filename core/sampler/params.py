@@ -50,7 +50,7 @@ class SamplerChain:
     typical_p: float = number(
         (0.0, 1.0),
         1.0,
-        "Typical sampling: keeps the tokens with the most average surprise, up to this total probability; 1 keeps all.",
+        "Typical sampling: keeps tokens with surprise nearest the average, up to this total probability; 1 keeps all.",
         "P",
     )
     xtc_probability: float = number(

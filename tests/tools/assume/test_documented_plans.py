@@ -27,7 +27,7 @@ GAINS_PAGE = (ROOT / "docs/internals/speculation.md").read_text()
 EXAMPLE = re.compile(r"^```console\n\$ llamaclust (plan --assume [^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 EXAMPLES = [*EXAMPLE.findall(PAGE), *EXAMPLE.findall(GAINS_PAGE)]
 EXCERPTS = re.findall(
-    r"Of\s+`llamaclust (plan --assume [^`]*)`:\n\n```text\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
+    r"`llamaclust (plan --assume [^`]*)` prints \(excerpt\):\n\n```text\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
 )
 GAINS = re.findall(r"^\| `(.*?)`[^|]* \| `(.*?)` \| (\S+)x \| (\S+)x \| (\S+)x \|$", GAINS_PAGE, re.MULTILINE)
 ROWS = re.findall(r"^\| `([\w.:-]+)`: .*? \| ([\d.]+) GB \| ([\d.]+) \| ([\d.]+) s \|$", PAGE, re.MULTILINE)

@@ -7,7 +7,7 @@ NATIVE := $(shell find kernels/cpu cmake -name '*.cpp' -o -name '*.h' -o -name '
 MODEL ?= smollm2-135m-instruct
 # `make test` runs one case of each test, quickest first, up to CORE seconds of recorded time, summed over its processes.
 # If SINCE names a commit, all cases of test files that changes since the commit affect run, too.
-CORE ?= 1600
+CORE ?= 1000
 SINCE ?=
 IMAGE ?= llamaclust:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 

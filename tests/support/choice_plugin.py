@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("choice of cases")
     group.addoption("--core", type=float, metavar="S", help="a case of each test, quickest first, up to S seconds")
     group.addoption("--since", metavar="COMMIT", help="also all cases of test files that changes since then reach")
-    group.addoption("--most", type=float, default=2000.0, metavar="S", help="seconds of those files, nearest first")
+    group.addoption("--most", type=float, default=400.0, metavar="S", help="seconds of those files, nearest first")
     group.addoption("--record", action="store_true", help="write the seconds of each test to tests/seconds.json")
 
 

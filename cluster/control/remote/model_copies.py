@@ -68,8 +68,9 @@ def other_copies(
     ]
     if own is not None and own.content == chosen.content:
         same.insert(0, "the coordinator")
-    where = ", ".join(same)
-    copy, unlike = f"copy of {Path(path).name}", f"differs from the copy of {where}: it is damaged or was changed"
+    where = " and ".join(filter(None, (", ".join(same[:-1]), *same[-1:])))
+    others = f"the {'copy' if len(same) == 1 else 'copies'} of {where}"
+    copy, unlike = f"copy of {Path(path).name}", f"differs from {others}: it is damaged or was changed"
     lines = [
         f"worker {name}: its {copy} {unlike}; it is not used; replace it by a good copy"
         for name, weights in found.items()

@@ -68,7 +68,7 @@ async def test_layers_of_a_damaged_copy_are_fetched(model: Path, tmp_path: Path,
     other = "b" if worker == "a" else "a"
     (notice,) = [event.text for event in told if isinstance(event, Notice)]
     assert notice == (
-        f"worker {worker}: its copy of m.gguf differs from the copy of the coordinator, worker {other}: "
+        f"worker {worker}: its copy of m.gguf differs from the copies of the coordinator and worker {other}: "
         "it is damaged or was changed; it is not used; replace it by a good copy"
     )
 
@@ -170,7 +170,7 @@ def test_most_files_say_which_bytes_are_computed_with() -> None:
     assert chosen_manifest({"c": remembers("bb"), "d": WeightsFound(False)}, None) == replace(bad, n_bytes=9)
     assert chosen_manifest({"d": WeightsFound(False)}, None) is None
     (line,) = other_copies({"a": has("aa", "02"), "b": has("aa", "03")}, bad, good, "/m/m.gguf")
-    assert line.startswith("the coordinator's copy of m.gguf differs from the copy of worker a, worker b: ")
+    assert line.startswith("the coordinator's copy of m.gguf differs from the copies of worker a and worker b: ")
 
 
 @pytest.mark.parametrize("way", ["in place", "with its time set back", "replaced"])

@@ -55,7 +55,7 @@ def test_one_that_cannot_be_reached_keeps_no_other_from_being_listed_and_stopped
         broken = several.run("status", "--all", "--json").json["clusters"][1]
         assert broken.keys() == {"name", "api", "pid", "error"} and broken["name"] == "barn"
         stopped = several.run("down", "--all")
-        assert stopped.code == 1 and "cluster barn: pid" in stopped.err.splitlines()[-1]
+        assert stopped.code == 1 and "cluster barn: its record has pid" in stopped.err.splitlines()[-1]
         assert all(f"{name} is stopped" in stopped.err for name in NAMES)
         folder.remove_record()
 

@@ -109,7 +109,7 @@ def test_too_little_memory_is_exit_3_and_the_missing_mib(line: CommandLine, comm
         (("generate", "hello", "--endpoint", "http://127.0.0.1:1", "--model", "m"), "cannot be combined"),
         (("generate", "hello", "--model", "good.gguf", "-n", "-5"), "max_tokens"),
         (("generate", "hello", "--model", "good.gguf", "--temperature", "nan"), "temperature"),
-        (("generate", b"\xff", "--model", "good.gguf"), "not UTF-8"),
+        (("generate", b"\xff", "--model", "good.gguf"), "not valid UTF-8"),
         (("generate", "the " * 3000, "--model", "good.gguf"), "2048"),
         (("martian",), "martian"),
     ],

@@ -158,7 +158,7 @@ def test_what_are_no_logprobs_is_refused(step: float, least: float, tmp_path: Pa
 
 
 def test_a_text_without_a_chance_is_named_when_compared() -> None:
-    with pytest.raises(LlamaclustError, match="almost no chance: 1000 nats per token"):
+    with pytest.raises(LlamaclustError, match="almost impossible for a model: 1000 nats per token"):
         Estimate(1000.0, 1.0).exp()
 
 

@@ -170,7 +170,7 @@ def test_what_is_refused_leaves_nothing(model: Path, tmp_path: Path) -> None:
         ((model, out, "Q9"), "type Q9 is not known"),
         ((tmp_path / "none.gguf", out, "Q8_0"), "none.gguf"),
         ((noise, out, "Q8_0"), "noise"),
-        ((quantized, out, "Q4_0"), "is Q8_0 already"),
+        ((quantized, out, "Q4_0"), "is already Q8_0"),
         ((model, out, "IQ2_XS"), "needs an importance matrix: make one"),
         ((model, out, "Q2_K_S"), "needs an importance matrix"),
         ((model, out, "IQ2_XS", "--imatrix", gap), "blk.1.attn_q.weight as IQ2_XS needs .* has no entry for it"),

@@ -68,7 +68,7 @@ def test_wire_time_is_not_what_is_computed_while_a_result_is_sent(model: Model) 
         ((0, 1), {"chunks": (Chunk((1, 1 << 19), 0, (0, 1), 1),)}, None, "token 524288"),
         ((1, 3), {"chunks": (Chunk((1,), 90, (0, 1), 1),)}, 64, "block table of 1 blocks for 91"),
         ((1, 3), {}, 63, "hidden"),
-        ((0, 3), {"chunks": (Chunk((0,), 2, (0, 1), 1, (0, 0)),)}, None, "no token to follow"),
+        ((0, 3), {"chunks": (Chunk((0,), 2, (0, 1), 1, (0, 0)),)}, None, "sampled no token for row 0"),
     ],
 )
 async def test_a_leader_announces_no_microbatch_that_does_not_fit(

@@ -234,8 +234,8 @@ def test_a_closed_stream_frees_its_memory(tiny: Path) -> None:
 
 def test_errors_name_the_field(client: LocalClient) -> None:
     for wrong, words in (
-        ([], "0 tokens"),
-        ([1] * (CONTEXT + 1), f"{CONTEXT + 1} tokens"),
+        ([], "0 are given"),
+        ([1] * (CONTEXT + 1), f"{CONTEXT + 1} are given"),
         ([320], "vocabulary"),
         ([-1], "vocabulary"),
     ):
@@ -257,13 +257,13 @@ def test_errors_name_the_field(client: LocalClient) -> None:
     ("level", "settings", "words"),
     [
         ("mmx", LocalSettings(), "feature level 'mmx'"),
-        (None, LocalSettings(context_length=4096), "trained for 2048"),
-        (None, LocalSettings(context_length=-1), "context_length: -1"),
-        (None, LocalSettings(max_sequences=0), "max_sequences: 0"),
-        (None, LocalSettings(max_sequences=1000), "max_sequences: 1000"),
-        (None, LocalSettings(prefill_chunk=0), "prefill_chunk: 0"),
+        (None, LocalSettings(context_length=4096), "only 1 to 2048 tokens"),
+        (None, LocalSettings(context_length=-1), "context_length is -1"),
+        (None, LocalSettings(max_sequences=0), "max_sequences is 0"),
+        (None, LocalSettings(max_sequences=1000), "max_sequences is 1000"),
+        (None, LocalSettings(prefill_chunk=0), "prefill_chunk is 0"),
         (None, LocalSettings(prefill_chunk=1 << 20), "prefill_chunk"),
-        (None, LocalSettings(kv_blocks=-5), "kv_blocks: -5"),
+        (None, LocalSettings(kv_blocks=-5), "kv_blocks is -5"),
         (None, LocalSettings(kv_blocks=1 << 26), "kv_blocks"),
         (None, LocalSettings(kv_type="q9"), "kv_type q9 is unknown; set one of f16, q8_0"),  # type: ignore[arg-type]
     ],

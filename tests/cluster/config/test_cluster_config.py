@@ -260,7 +260,7 @@ def test_values() -> None:
     read = [1, 2000, 3 << 19, 3 * 10**9, 1 << 20, 1 << 20, 24 * 10**9, 24 << 30, 24 << 30, 500 * 10**6]
     assert [parse_size(text) for text in sizes] == read
     for bad in (24, "24", 24.5, (1 << 20) - 1):
-        with pytest.raises(ValueError, match=f"^{bad} has no unit: write {bad}GiB or {bad}MiB"):
+        with pytest.raises(ValueError, match=f"^{bad} has no unit: write {bad}GiB, {bad}MiB, or"):
             parse_size(bad)
     assert [parse_duration(text) for text in ("250ms", "1.5h", "10min", 3)] == [0.25, 5400.0, 600.0, 3.0]
     assert split_address("[::1]:80") == ("::1", 80)

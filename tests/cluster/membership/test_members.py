@@ -154,7 +154,7 @@ async def test_certificates_are_renewed_over_the_membership(trust: Authority) ->
         renewal.receive(answer)
         asking.cancel()
         assert identity.pair is not short and identity.pair.ends_at_s > short.ends_at_s + 3600
-        with pytest.raises(ProtocolError, match="was not requested"):
+        with pytest.raises(ProtocolError, match="did not request"):
             renewal.receive(answer)
         member.stream.cancel()
         await there.workers["a"].lost.wait()

@@ -52,7 +52,9 @@ def test_the_member_that_all_others_wait_for_is_named() -> None:
     assert [member["worker"] for member in second["members"]] == ["d", "e"], "workers of before count nothing"
     assert second["gathers_ms"] is None and second["waits_most_for"] is None
     lines = [*group_lines((first, second))]
-    assert lines[0].startswith("a+b+c: layers [0, 4) in shares 2:1:1, 5.00 ms/token in gathers (predicted 4.00), c is")
+    assert lines[0].startswith(
+        "a+b+c: layers [0, 4) in shares 2:1:1, 5.00 ms/token in gathers (predicted 4.00), slowest member c"
+    )
     assert lines[1] == "d+e: layers [4, 8) in shares 1:1, ? ms/token in gathers (predicted ?)"
 
 

@@ -129,7 +129,7 @@ async def test_memory_that_drafts_have_not_written_to_is_not_for_workers(
             partial(build_tiny_model, vocabulary=1024),
             "draft model .*draft.gguf: its 1024 tokens differ from the 320 tokens of",
         ),
-        (partial(build_architecture, name="falcon-h1"), "draft model .*draft.gguf: layers with states"),
+        (partial(build_architecture, name="falcon-h1"), "draft model .*draft.gguf: recurrent models"),
         (lambda path: path.write_bytes(b"GGML"), "draft model .*draft.gguf: "),
         (lambda path: None, "draft model .*draft.gguf: no such file"),
     ],

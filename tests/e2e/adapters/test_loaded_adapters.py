@@ -158,7 +158,7 @@ async def test_what_cannot_be_unloaded_changes_nothing(folder: Path, expected: l
         for scales in (((1, 1.0),), ((0, 1.0), (1, 0.5))):
             adapters.release(scales)
         adapters.default = ((1, 0.5),)
-        await refused("second", "set it to 0 by POST /lora-adapters first")
+        await refused("second", "set its scale to 0 by POST /lora-adapters")
         adapters.default = ()
         copied.unlink()
         await loader.unload("copied")

@@ -350,7 +350,7 @@ def test_generate_on_the_command_line(shim: None, request: pytest.FixtureRequest
     [
         (settings("tpu"), "device: 'tpu' is not a device"),
         (settings(gpu_layers=3), "set device to cuda:0 as well"),
-        (settings("cuda:0", -1), "gpu_layers: -1: set 0 or more"),
+        (settings("cuda:0", -1), "gpu_layers is -1; set 0 or more"),
     ],
 )
 def test_mistakes_are_named(model: Path, given: LocalSettings, told: str) -> None:

@@ -91,8 +91,16 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
             {"partial_rotary_factor": 0},
             "expected an even number of 2 or more channels, found 0 .0 of 16.",
         ),
-        ("Glm4MoeForCausalLM", {"partial_rotary_factor": 1e-9}, "an even number, found 0 .1e-09 of 16."),
-        ("Glm4MoeForCausalLM", {"partial_rotary_factor": 0.33}, "an even number, found 5 .0.33 of 16."),
+        (
+            "Glm4MoeForCausalLM",
+            {"partial_rotary_factor": 1e-9},
+            "an even number of 2 or more channels, found 0 .1e-09 of 16.",
+        ),
+        (
+            "Glm4MoeForCausalLM",
+            {"partial_rotary_factor": 0.33},
+            "an even number of 2 or more channels, found 5 .0.33 of 16.",
+        ),
         (_GEMMA4, {"final_logit_softcapping": 1e9}, r"expected 0 to 1e\+06, found 1000000000.0"),
         ("Gemma3ForCausalLM", {"final_logit_softcapping": 1e9}, r"expected 0.001 to 1e\+06, found 1000000000.0"),
         ("Gemma2ForCausalLM", {"attn_logit_softcapping": 1e9}, r"expected 0.001 to 1e\+06, found 1000000000.0"),

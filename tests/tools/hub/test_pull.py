@@ -311,7 +311,7 @@ def test_pips_own_settings_are_obeyed(server: Server, monkeypatch: pytest.Monkey
 def test_a_full_disk_is_noticed_first(tiny: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=download._DISK_RESERVE_BYTES + 400_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(DownloadError, match=r"needs 64 MiB on the disk of .*, 64 MiB are free"):
+    with pytest.raises(DownloadError, match=r"needs 64 MiB on the disk of .*, but 64 MiB are free"):
         pull_model("tiny", models_dir=tmp_path, patience=QUICK)
     assert not any(path.stat().st_size for path in tmp_path.rglob("*.part"))
 

@@ -342,7 +342,7 @@ def test_rows_of_answers_that_are_not_there_break_the_protocol(stage: StageMatch
 def test_no_more_answers_are_kept_than_run(stage: StageMatchers) -> None:
     step(stage, 0, *(task(key, 0, ABC) for key in range(3)), says="aaa")
     step(stage, 1, task(3, 0, ABC), says="a", released=(0,))
-    with pytest.raises(ProtocolError, match="matchers of 4 answers"):
+    with pytest.raises(ProtocolError, match="4 answers have grammar matchers"):
         step(stage, 2, task(4, 0, ABC), says="a")
 
 

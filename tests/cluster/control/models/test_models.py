@@ -52,7 +52,7 @@ async def test_no_more_models_are_loaded_than_the_cluster_file_allows(
         answers = await asyncio.gather(*together)
         assert [answers[0::2], answers[1::2]] == expected
         assert found.most_models == 1
-        (told,) = {text for text in found.run.told if "waiting for" in text}
+        (told,) = {text for text in found.run.told if "waiting until" in text}
         assert told.endswith("unloaded at the end of its turn: at most 1 model is loaded at a time (max_loaded_models)")
 
 

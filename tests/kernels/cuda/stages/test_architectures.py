@@ -27,7 +27,7 @@ from support.models.tiny_architectures import build_tiny
 from support.models.tiny_encoders import RANK, build_encoder
 from support.wire.frame_reader import build_batch
 
-REFUSED = ("an encoder is", "a reranker is", "adapters are")
+REFUSED = ("encoders are", "rerankers are", "adapters are")
 OTHERS = [name for name in ARCHITECTURES if name not in MODELS]
 """Those of MODELS are in `test_stage`, by more tests than this one."""
 

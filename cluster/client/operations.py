@@ -64,7 +64,7 @@ class ClusterApi:
         self._request("POST", f"/cluster/workers/{worker}/undrain")
 
     def log(self, worker: str) -> tuple[int, list[str]]:
-        """Returns the last lines of the worker's log, and the number of lines before them."""
+        """Returns the number of earlier lines in the worker's log, and the log's last lines."""
         tail = self._request("GET", f"/cluster/workers/{worker}/log")
         return self._field(tail, "before", int), self._field(tail, "lines", list)
 
@@ -73,7 +73,7 @@ class ClusterApi:
         return self._field(self._request("GET", "/cluster/requests"), "requests", list)
 
     def waterfall(self, request: str) -> list[dict[str, Any]]:
-        """Returns the waterfalls of a request, one per sequence. `request` is its id or at least 4 characters of it."""
+        """Returns a request's waterfalls, one per sequence. `request` is its id, or the first 4 or more characters."""
         return self._field(self._request("GET", f"/cluster/requests/{quote(request, safe='')}"), "requests", list)
 
     def _field(self, body: bytes, name: str, kind: type[_Value]) -> _Value:

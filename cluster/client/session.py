@@ -112,7 +112,7 @@ class Session(Generic[WholeT, StreamT]):
 
     async def _answer(self, message: Message | None, options: Options) -> AsyncGenerator[TextChunk, None]:
         """Answers `message`, or the user's last message again if `message` is None. An answer that was cut off joins
-        the conversation if it has text. Raises UsageError if another answer is running or the model takes no images."""
+        the conversation if it has text. Raises UsageError if another answer is running or a text model gets images."""
         if self._is_answering:
             raise UsageError("this session is still answering: read its stream to the end, or close it")
         start = self._last_turn() if message is None else len(self.messages)

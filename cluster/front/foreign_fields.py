@@ -1,5 +1,5 @@
 """Fields of other servers' APIs that this server does not implement. Each field has a predicate that is True for values
-that change nothing. With another value, a field in `refused` is an error, and a field in `hints` is ignored."""
+that change nothing. With another value, a field in `refused` is an error, and a field in `hints` may be ignored."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ SLOTS_NOT_KEPT: Final = _names("id_slot slot_id", negative)
 """Fields that have no effect unless `api.slot_folder` is set."""
 
 ALWAYS_LOADED: Final = _names("keep_alive", negative)
-"""Fields that have no effect if only one model is served, because that model is never unloaded."""
+"""Fields that have no effect without `models` in the cluster file, because the only model is never unloaded."""
 
 CHAT: Final = ForeignFields(
     refused={

@@ -133,7 +133,7 @@ class _Addressed:
 
 
 class ModelRouter:
-    """Finds the model of each request. A single served model gets all requests, and its endpoints check the name."""
+    """Finds each request's model. Without `models` in the cluster file, the only model gets all and checks names."""
 
     def __init__(self, models: Sequence[ApiModel]) -> None:
         self.models = models
@@ -221,7 +221,7 @@ def _keeps_awake(route: Route) -> bool:
 
 
 async def _fields(data: bytes) -> dict[str, Any]:
-    """Returns a body's fields, or {} for invalid JSON, which the endpoint reports. Raises ParameterError for NaN."""
+    """Returns a body's fields, or {} for any other JSON, which the endpoint reports. Raises ParameterError for NaN."""
     try:
         return await parse_object_in_time(data)
     except HttpError:

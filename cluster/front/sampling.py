@@ -60,7 +60,7 @@ class Requested:
 
 class SlotFields(Body):
     id_slot: int = -1
-    """Number of the slot that keeps the request's tokens for `POST /slots`, or -1. Requires `api.slot_folder`."""
+    """Number of the slot that keeps the request's tokens for `POST /slots`. -1: no slot. Requires `api.slot_folder`."""
 
     @property
     def slot(self) -> int | None:
@@ -281,7 +281,7 @@ class SamplerFields(Body):
         return {name: getattr(self, own_names[name]) for name in names}
 
     def params(self, logit_bias: tuple[tuple[int, float], ...] = ()) -> SamplingParams:
-        """Returns the sampling parameters. Raises ParameterError if a number for the samplers is out of bounds."""
+        """Raises ParameterError if a number of the sampler chain is out of bounds. The scheduler checks the others."""
         return SamplingParams(**self.numbers(PARAMS), logit_bias=logit_bias, chain=self._chain())
 
     def _chain(self) -> SamplerChain | None:

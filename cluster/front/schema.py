@@ -100,7 +100,7 @@ class Body(DocumentedModel):
     @model_validator(mode="before")
     @classmethod
     def _knows_its_fields(cls, fields: Any, info: ValidationInfo) -> Any:
-        """Refuses a body at its first unknown field. pydantic would take seconds for a million unknown fields."""
+        """Fails at the first unknown field, unless such fields are ignored. pydantic takes seconds for a million."""
         if not isinstance(fields, dict):
             return fields
         known = cls.model_fields

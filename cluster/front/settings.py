@@ -29,7 +29,7 @@ class ApiSettings:
     prefix: str = ""  # Prefix of all paths, such as "/llm".
     is_strict: bool = False  # True to refuse fields that are unknown or have no effect.
     strict_model: bool | None = None  # True if requests must name a served model. None: only on OpenAI's paths.
-    can_unload: bool = False  # True if several models are served. Each of them can then be unloaded.
+    can_unload: bool = False  # True if the cluster file has `models`, which can be unloaded.
     max_loaded_models: int | None = None  # Maximum number of models loaded at once. None: as many as memory allows.
     load_on_demand: bool = True  # True if requests load models that are unloaded.
     aliases: tuple[str, ...] = ()  # Additional names of the served model.

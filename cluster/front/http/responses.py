@@ -137,7 +137,7 @@ class EarlyReplies:
 
 
 _WITHOUT_V1: Final = ("/models", "/stream/", "/streams/")
-"""Prefixes of paths that clients request if their base URL lacks `/v1`. Other endpoints have routes for both paths."""
+"""Prefixes of paths that clients request if their base URL lacks `/v1`. Some other endpoints declare both paths."""
 _OTHER_NAMES: Final = {"/v1/health": "/health"}
 _PARAMETER: Final = re.compile(r"\{(\w+)(?::path)?\}")
 _STATE: Final = "traced_route"

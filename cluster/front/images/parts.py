@@ -26,7 +26,7 @@ def takes_images(context: object) -> bool:
 
 def url_part(kind: str, url: object, context: object, detail: object = None) -> Part:
     """Reads an image from a data URL or an allowed http(s) URL. For a text model, returns a text instead. Raises
-    ValueError if the URL is invalid."""
+    ValueError if the URL or `detail` is invalid."""
     if not takes_images(context):
         return media_text(kind, context)
     if not isinstance(url, str):

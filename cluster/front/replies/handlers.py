@@ -141,7 +141,7 @@ class Replies:
 
     async def replay(self, request: Request) -> Response:
         """Sends a reply to llama.cpp's `GET /v1/stream/ID?from=N` or `/v1/stream?conv_id=ID&from=N`. A stream begins at
-        byte N. N must be 0 if the reply is not streamed, or if its stream shows times and was computed again."""
+        byte N. N must be 0 if the reply is not streamed, or if its stream has measurements and was computed again."""
         kept = self._find(request)
         start = request.query_params.get("from", "0")
         if not (start.isascii() and start.isdigit() and len(start) < 16):

@@ -18,8 +18,8 @@ _RECORDED_S = 1.0
 
 
 class Recording:
-    """Records the tokens of a request. The first record of a restored request has one token, and each later record up
-    to twice as many as its predecessor."""
+    """Records the tokens of a request. Records a restored request's first token at once. Each later record waits for
+    twice as many tokens as the record before, up to `_RECORDED_ROWS`."""
 
     def __init__(self, journal: Journal, context: RequestContext, progressed: asyncio.Event) -> None:
         """Sets `progressed` when a restored request gets a token that no earlier coordinator recorded."""

@@ -81,7 +81,7 @@ class _Calls:
         self._tokenizer = tokenizer
         self._checker = checker
         self._checks = 0
-        # True once a check took too long. Further checks could take as long, so the search for single tools ends.
+        # True once a check took too much time or memory. Further checks could too, so the search for single tools ends.
         self._is_over = False
 
     async def find(self, tools: Tools) -> tuple[Grammar | None, set[str]]:

@@ -211,9 +211,9 @@ def _with_parts(message: Mapping[str, Any]) -> dict[str, Any]:
 def answer_reasoning(
     reading: AnswerReading | None, budget: ReasoningBudget | None, grammar: Grammar | None, tokenizer: Tokenizer
 ) -> Reasoning | None:
-    """Returns how the engine finds the reasoning in an answer. Returns None if no tags mark the reasoning, or if
-    neither a budget nor a grammar depends on it. `grammar` applies only after reasoning. Raises ParameterError if the
-    budget's message contains the end tag."""
+    """Returns how the engine finds the reasoning in an answer. Returns None if no usable tags mark the reasoning,
+    if it has ended, or if neither a budget nor a grammar depends on it. `grammar` does not cover reasoning. Raises
+    ParameterError if the budget's message contains the end tag."""
     calls_end = reading is not None and reading.form.calls_end_reasoning and (grammar is None or bool(grammar.triggers))
     found = None if reading is None else _open_or_closed(reading, calls_end=calls_end)
     if found is None:

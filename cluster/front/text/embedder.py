@@ -1,4 +1,4 @@
-"""Embeddings and reranking scores. Chunked prefill does not change them, because hidden states are summed in order."""
+"""Embeddings and reranking scores. They are pooled in token order in float64, so chunked prefill changes nothing."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Embedder:
 
     async def embed(self, prompts: Sequence[tuple[int, ...]], options: EmbeddingOptions) -> list[Embedding]:
         """Returns the embeddings in order. If a prompt fails, all are cancelled. Raises ParameterError for an invalid
-        prompt, QueueFullError if the queue is full, DeadlineError, or WorkerError."""
+        prompt, QueueFullError if the queue is full at the start, DeadlineError, or WorkerError."""
         group = secrets.token_hex(12)
         requests = [_request(f"{group}-{index}", group, prompt, options) for index, prompt in enumerate(prompts)]
         first = self._engine.submit(requests[0])

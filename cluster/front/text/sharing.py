@@ -97,7 +97,7 @@ MAX_REPLY_ENTRIES = 1 << 21
 """Maximum number of tokens and top logprobs in one reply."""
 UNIT_BYTES = 200
 MAX_HELD_UNITS = 1 << 21
-"""Maximum `UNIT_BYTES` of one owner's replies and prompts to rank. All owners together may hold twice as many."""
+"""Maximum memory of one owner's replies and prompts to rank, in units of `UNIT_BYTES`. All owners: twice as many."""
 _UNIT_NUMBERS = 5
 """Number of embedding values, or of tokens in prompts to rank, that count as one unit of memory."""
 _TOP_BYTES = 8
@@ -180,7 +180,7 @@ class ReplyBudget:
         raise ParameterError("logprobs" if top else "max_tokens", reason, "reply_too_large")
 
     def reserve_numbers(self, count: int, param: str, refusal: str) -> AbstractContextManager[None]:
-        """Reserves memory for `count` numbers. `refusal` is an error text with the placeholders {count} and {most}."""
+        """Reserves memory for `count` numbers. `refusal` is a text with {count} and {most}. Errors as in `reserve`."""
         most = MAX_REPLY_ENTRIES * _UNIT_NUMBERS
         if count > most:
             raise ParameterError(param, refusal.format(count=count, most=most), "reply_too_large")

@@ -68,7 +68,7 @@ _CLIENT_TOOLS: Final[dict[str, dict[str, Any]]] = {
     "memory_": _file_tool("Keeps notes in files below /memories.", *_EDITS, "delete", "rename"),
 }
 """Anthropic's tools that the client runs. Keys are tool types without the date, such as `bash_` for `bash_20250124`.
-Requests contain only a tool's type, so the definitions that the model gets are here."""
+Requests contain only a tool's type and name, so the definitions that the model gets are here."""
 
 
 class Tool(Body, foreign=ANTHROPIC_TOOL):
@@ -343,7 +343,7 @@ class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
     tool_choice: ToolChoice | None = None
     """The tool calls that the answer can or must contain."""
     thinking: ThinkingField | None = None
-    """The answer's thinking. Type `disabled` prevents thinking. With other types, the model decides."""
+    """The answer's thinking. With type `disabled`, the answer begins without it. Otherwise, the model decides."""
     output_config: OutputConfig | None = None
     output_format: Any = None
     """The older name for `output_config.format`."""

@@ -97,7 +97,7 @@ class AnswerFields(Body):
     model: str
     """Name of the model, with or without `:latest`. Any name is accepted, unless `api.strict_model` is true."""
     keep_alive: Any = None
-    """Seconds, or text like `5m`, to keep the model loaded after the reply. No effect if only one model is served."""
+    """Seconds, or text like `5m`, to keep the model loaded. No effect without `models` in the cluster file."""
     stream: bool = True
     """True to reply with a stream of JSON lines, false to reply with one JSON object."""
     format: _FormatField = None

@@ -51,7 +51,7 @@ class ModelEndpoints:
         return JsonResponse(self._entry(model, adapter))
 
     async def load(self, request: Request) -> Response:
-        """Starts to load a model and replies at once. Other models may be unloaded to make room."""
+        """Starts to load a model if memory is free or other models can be unloaded. Replies at once."""
         (await self._named(request)).resident.load()
         return JsonResponse({"success": True})
 

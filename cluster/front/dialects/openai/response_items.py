@@ -48,8 +48,8 @@ _THOUGHTS: Final = ("summary_text", "reasoning_text", "text")
 
 
 def read_items(value: Any, context: object) -> list[Item]:
-    """Converts the field `input` to items. In a `Leniency` context, removes items of unknown types, and replaces media
-    that the model cannot read by short texts. In other contexts, such items raise ValueError."""
+    """Converts the field `input` to items. In a `Leniency` context, removes unknown items without role and content, and
+    replaces media that the model cannot read by short texts. In other contexts, such items raise ValueError."""
     if isinstance(value, str):
         return [_message({"role": "user", "content": value}, context)]
     if not isinstance(value, list):

@@ -26,7 +26,7 @@ class StoredResponse:
 
     response: dict[str, Any]  # The response's JSON.
     input_items: list[Item]
-    messages: Messages  # The chat with the answer but without instructions. Empty while the answer is incomplete.
+    messages: Messages  # The chat with the answer but without instructions. Empty before the answer has ended.
     held_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class ResponseStore:
         return self._stored.pop(key, None) is not None
 
     def followed(self, owner: str, response_id: str) -> StoredResponse:
-        """Returns the response that a request continues. Raises HttpError if it is not stored or not complete."""
+        """Returns the response that a request continues. Raises HttpError if it is not stored or has no answer."""
         stored = self.get(owner, response_id)
         if stored is None or stored.response["status"] not in ("completed", "incomplete"):
             why = "is not stored on this server" if stored is None else f"is {stored.response['status']}"

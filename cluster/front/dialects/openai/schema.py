@@ -235,7 +235,7 @@ class CompletionBody(GenerationBody, foreign=COMPLETION):
     max_tokens: LimitField = DEFAULT_COMPLETION_TOKENS
     """The maximum number of tokens in an answer, or -1 for as many as fit into the context. 0 generates no tokens."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    """The number of likeliest tokens to show for each token, with logprobs. By default, no logprobs are shown."""
+    """The number of likeliest tokens to show beside each token's own logprob. By default, no logprobs are shown."""
     echo: bool = False
     """True to begin the reply's text with the prompt. With `logprobs`, the prompt's tokens also get logprobs."""
     score_from: Annotated[int, documented(0, MAX_CONTEXT_TOKENS)] | None = None

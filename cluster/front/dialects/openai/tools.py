@@ -209,7 +209,7 @@ class ToolChoice:
         return tuple(tool.function for tool in tools)
 
     def check(self) -> None:
-        """Raises ParameterError if two tools have the same name, or the choice names an unknown tool."""
+        """Raises ParameterError if two tools have the same name, or the choice does not fit the tools."""
         if isinstance(self.choice, dict):
             self._check_names()
         self.use.check(self.offered)
@@ -275,7 +275,7 @@ class ToolSet:
 
 
 def read_tools(value: Any, context: object) -> ToolSet:
-    """Validates tools. Ignores hosted tools if `context` is a `Leniency`. Raises ValueError for other invalid tools."""
+    """Validates tools. Raises ValueError for invalid tools, and for hosted tools unless `context` is a `Leniency`."""
     if not isinstance(value, list) or len(value) > MAX_TOOLS:
         raise ValueError(f"must be a list of at most {MAX_TOOLS} tools")
     client, shown = list[ClientTool](), list[dict[str, Any]]()

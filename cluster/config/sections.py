@@ -104,7 +104,7 @@ class Join(Section):
     listen: Address = f"0.0.0.0:{JOIN_PORT}"
     """HOST:PORT of the enrolment port, which only issues certificates to workers."""
     members: Address = "0.0.0.0:7101"
-    """HOST:PORT for workers that have a certificate. They learn this address at enrolment."""
+    """HOST:PORT for workers that have a certificate. They learn this port at enrolment."""
     addresses: tuple[Address, ...] = Field(default=(), max_length=16, strict=False)
     """HOST:PORT of the coordinator and its standbys. `up` prints a command with these addresses for workers."""
     discover: bool = False

@@ -119,7 +119,7 @@ class StoredModel:
 
 
 def find_entry(name: str) -> CatalogEntry | None:
-    """Finds a model by NAME or NAME:QUANTIZATION, in any case. Raises UsageError if the quantization is unknown."""
+    """Finds a model by NAME or NAME:QUANTIZATION, ignoring case. Raises UsageError if the quantization is unknown."""
     if name.lower() in CATALOG:
         return CATALOG[name.lower()]
     plain, _, wanted = name.lower().partition(":")

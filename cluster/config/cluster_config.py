@@ -143,7 +143,7 @@ class ClusterConfig(Section):
     allowed_origins: tuple[Origin, ...] = Field(default=(), max_length=64, strict=False)
     """Origins of web pages that may call the API, such as https://chat.example. The default allows no web page."""
     api_keys_file: FilePath | None = None
-    """File with one API key per line and mode 0600. It is required if `listen` is not a loopback address."""
+    """File with one API key per line and mode 0600. It is required unless all API addresses are loopback addresses."""
     api: Api = Api()
     """Paths, model names and request fields of the HTTP API."""
     state_dir: FilePath = Field(default_factory=lambda: environment().state_dir)

@@ -70,13 +70,13 @@ class WorkerConfig(Section):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Number of compute threads. By default, the workers of a machine share its cores equally."""
     numa_node: Annotated[int, Field(ge=0, le=1023)] | None = None
-    """NUMA node whose cores and memory the worker uses. By default, workers are spread evenly over the nodes."""
+    """NUMA node whose cores and memory the worker uses. By default, each node gets equally many workers if possible."""
     memory: Size | None = None
     """Maximum RAM for weights, KV memory and workspace. By default, a share of the free memory."""
     mlock: bool = False
     """Set true to lock weights in RAM, so that they are never swapped out."""
     kv_disk: Size | None = None
-    """Maximum size of the KV blocks that are kept on disk for use after a restart. Set it for all workers or none."""
+    """Maximum size of KV blocks kept on disk for use after restarts. None by default. Set for all workers or none."""
     memory_bandwidth_gb_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
     """Read bandwidth of RAM in GB/s, used by plans. By default, the worker measures it when it starts."""
     int8_gmac_s: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
@@ -104,7 +104,7 @@ class Join(Section):
     listen: Address = f"0.0.0.0:{JOIN_PORT}"
     """HOST:PORT of the enrolment port, which only issues certificates to workers."""
     members: Address = "0.0.0.0:7101"
-    """HOST:PORT for workers that have a certificate. They learn this address at enrolment."""
+    """HOST:PORT for workers that have a certificate. They learn this port at enrolment."""
     addresses: tuple[Address, ...] = Field(default=(), max_length=16, strict=False)
     """HOST:PORT of the coordinator and its standbys. `up` prints a command with these addresses for workers."""
     discover: bool = False
@@ -375,7 +375,7 @@ class Timeouts(Section):
     load: Duration = 60.0
     """Time without progress after which a worker that loads weights counts as lost, at least 1 s."""
     recovery: Duration = 120.0
-    """Time that requests wait for lost workers if the others cannot hold the model. Then the requests fail."""
+    """Time that requests wait for more workers if the connected ones cannot hold the model. Then the requests fail."""
     resume: Duration = 30.0
     """Time that a reply is kept for a client whose connection was lost."""
     idle: Duration = 75.0

@@ -47,7 +47,7 @@ class ActionRunner:
     ending: TaskSet
     epoch: Epoch | None = field(default=None, init=False)  # Epoch that serves, or that served before it was lost.
     retiring: Epoch | None = field(default=None, init=False)  # Epoch that served before a move and still has sequences.
-    engine: Engine | None = field(default=None, init=False)  # None until the first epoch serves.
+    engine: Engine | None = field(default=None, init=False)  # None until `Supervisor.run` sets it.
     plan: Plan | None = field(default=None, init=False)  # Plan of the epoch that serves or that served last.
     recoveries: int = field(default=0, init=False)
     watching: TaskSet = field(default_factory=TaskSet, init=False)  # Tasks that wait for the end of the retiring epoch.

@@ -74,7 +74,7 @@ class Expulsion:
 @dataclass(frozen=True, slots=True)
 class Loading:
     failures: int = 0
-    error: LlamaclustError | None = None  # Error of the last load that counted as a failure.
+    error: LlamaclustError | None = None  # Error of the last failed load. None if a start will plan again.
     retry_at_s: float = 0.0
     is_loaded: bool = False  # True if a new epoch is loaded but does not serve yet.
 

@@ -25,7 +25,7 @@ class ModelLimitError(InsufficientMemoryError):
 
 
 class MemoryLedger:
-    """Records the memory of one cluster. A caller holds `lock` while it plans, and before a load, calls `reserve`."""
+    """The ledger of one cluster. A caller holds `lock` while it plans and enters the plan, and while it reserves."""
 
     def __init__(self, max_models: int | None = None) -> None:
         self.lock = asyncio.Lock()

@@ -102,9 +102,9 @@ class Encoder:
                 yield
 
     async def encode(self, tiles: Sequence[NDArray[np.uint8]], owners: Owners) -> list[NDArray[np.float32]]:
-        """Encodes image tiles [height, width, 3]. Returns an array of embeddings per tile, one row per image token.
-        The caller must have entered `turn`. Waits until a pipeline serves. Raises RequestError if a tile is refused,
-        RequestFailedError after too many failures with a tile, and WorkerError after `end`."""
+        """Encodes image tiles [height, width, 3]. Returns embeddings [rows, levels * width] per tile, one row per image
+        token. The caller must have entered `turn`. Waits until a pipeline serves. Raises RequestError if a tile is
+        refused, RequestFailedError after too many failures with a tile, and WorkerError after `end`."""
         tasks = [self._task(tile) for tile in tiles]
         return [await self._encoded(task, owners) for task in tasks]
 

@@ -47,7 +47,7 @@ class KvDisk:
         self._saves: asyncio.Queue[list[bytes]] = asyncio.Queue(_MOST_SAVES)
         self._reading = asyncio.Lock()
         self._is_running = False
-        self._pending = 0  # Number of prompts that wait to be saved or restored.
+        self._pending = 0  # Number of prompts that are to be, or are being, saved or restored.
 
     @property
     def is_idle(self) -> bool:

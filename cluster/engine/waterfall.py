@@ -18,7 +18,7 @@ _MERGED_FROM, _MOST = 32, 64
 
 class PhaseKind(StrEnum):
     PREPARATION = "preparation"  # Time for the chat template, tokenization and the grammar.
-    WAITING = "waiting"  # Time in which the sequence waits for its turn or for KV memory.
+    WAITING = "waiting"  # Time of waiting for a turn, for KV memory, or for KV blocks from disk.
     PREFILL = "prefill"
     DECODE = "decode"
     RECOMPUTATION = "recomputation"  # Time to compute tokens again after a loss, a move or a preemption.

@@ -195,7 +195,7 @@ class Registry(Members):
                     if isinstance(message, messages.Heartbeat):
                         self.publish(HeartbeatReceived(handle))
             silent = f"no sign of life for {self._settings.heartbeat_timeout_s:g} s"
-            self.fence(handle, silent)  # The process has not exited, so there is no exit report to wait for.
+            self.fence(handle, silent)  # The launcher has reported no exit, so there is nothing to wait for.
             return silent
         finally:
             reading.cancel()

@@ -56,7 +56,7 @@ class ServedAdapters:
     # Scales for requests that choose no adapter. They can change, but an admitted request keeps its scales.
     default: AdapterScales = ()
     _present: dict[int, ServedAdapter] = field(init=False)
-    # Loading time (monotonic ns) of each adapter that was loaded after the start, by adapter number.
+    # Loading time (monotonic ns) of each adapter that a client loaded, by adapter number.
     _since_ns: dict[int, int] = field(default_factory=dict)
     # Number, name and removal time (ns) of each removed adapter.
     _past: deque[tuple[int, str, int]] = field(default_factory=partial(deque, maxlen=_PAST))

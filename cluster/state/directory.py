@@ -138,8 +138,8 @@ class ClusterDir:
     @contextlib.contextmanager
     def locked(self, *, is_standby: bool = False) -> Iterator[bool]:
         """Locks the cluster's name and yields True. Raises UsageError if another process holds the lock. A standby
-        waits for the lock instead. It yields False if the holder was stopped by a command, so that the standby must not
-        serve."""
+        waits for the lock instead. It yields False if the holder was stopped by SIGINT, SIGTERM, SIGHUP
+        or `llamaclust down`, so that the standby must not serve."""
         self.create()
         lock, is_stopped = FileLock(self._lock), False
         if is_standby:
@@ -153,7 +153,7 @@ class ClusterDir:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Marks the cluster as running. The caller holds a Kubernetes Lease, so the file lock is not necessary."""
+        """Marks the cluster as running for the Lease's holder. Takes the file lock unless a hung coordinator has it."""
         self.create()
         self._forget_last()
         lock = FileLock(self._lock)
@@ -185,7 +185,7 @@ class ClusterDir:
         self._stopped.unlink(missing_ok=True)
 
     def _await_end(self, lock: FileLock) -> bool:
-        """Waits for the lock. Returns True if its holder was stopped by a command."""
+        """Waits for the lock. Returns True if its holder was stopped as described in `locked`."""
         has_waited, standby = False, FileLock(self._standby)
         try:
             while not self._has_ended(lock):

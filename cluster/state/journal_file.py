@@ -20,7 +20,7 @@ class JournalFile:
         self._descriptor: int | None = None
 
     def append(self, data: bytes, is_synced: bool) -> bool:
-        """Appends all of `data` or nothing. Returns False if the file was deleted; the caller must then rewrite it."""
+        """Appends all of `data` or nothing. Returns False if the file is not in place, so that it must be rewritten."""
         descriptor = self._descriptor
         if descriptor is None or not self._is_in_place(descriptor):
             return False

@@ -58,7 +58,7 @@ async def measure_links(
     *,
     anew: bool = False,
 ) -> Links:
-    """Measures and stores the links between all workers and the coordinator. Reports failures, and raises no error."""
+    """Measures and stores the links between all workers and the coordinator. Only reports failed measurements."""
     registered = {name: worker.registration for name, worker in workers.items()}
     for name, address in _unreachable_by_others({name: own.address for name, own in registered.items()}).items():
         what = "start it with --join and an address that other machines can reach, or with --advertise"

@@ -24,7 +24,7 @@ def open_with_projector(
 
 
 def choose_projector(model: Model, mmproj: str | None) -> tuple[Projector | None, str | None]:
-    """Returns (projector, reason). The projector is None if the model has none. The reason says why a projector in the
+    """Returns (projector, reason). The projector is None if none is used. The reason says why a projector in the
     model's folder is unused, or is None. Raises UsageError if a given projector is missing, and ModelFileError if it is
     damaged or does not fit the model."""
 

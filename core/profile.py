@@ -43,7 +43,7 @@ def at_rows(times: StepTimes, rows: int) -> StepTime:
 
 @dataclass(frozen=True, slots=True)
 class ProductTime:
-    """The time of a matrix product per byte of its weights, for weights of one quant type."""
+    """The time of a matrix product per byte of its weights in memory, for weights of one quant type."""
 
     quant_type: Annotated[int, Integer(0, 255)]  # Number of the quant type in ggml.
     rows: Annotated[int, Integer(1, 1 << 16)]

@@ -65,7 +65,7 @@ def own_addresses() -> list[str]:
 
 
 def network_addresses() -> list[str]:
-    """Returns the addresses with the best rank, at which other machines probably reach this machine."""
+    """Returns the addresses at which other machines probably reach this machine, or else its best addresses."""
     return list(dict.fromkeys(address.host for address in _of_networks(interface_addresses())))
 
 

@@ -18,7 +18,7 @@ from llamaclust.model.projectors.projector import Projector
 
 _MOST_SHARE = 12
 _SPARSE = 0.75
-"""The bytes read per token are printed only if they are at most this share of all weights."""
+"""The bytes read per token are printed only if they are less than this share of all weights."""
 
 
 def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> dict[str, Any]:

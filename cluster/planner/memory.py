@@ -61,7 +61,7 @@ class PlanRequest:
     group_costs: GroupCostsOf | None = None  # None: groups are not possible.
     largest_group: int = 1  # Maximum number of workers in a group of an automatic plan.
     no_groups: str = ""  # Reason why automatic plans have no groups, even if workers could form them.
-    # Maximum number of tokens to plan KV memory for. None: `context_length` tokens for each sequence.
+    # Maximum number of tokens to plan KV memory for if `kv_memory_bytes` is None. None: `context_length` per sequence.
     kv_tokens: int | None = None
 
     @property

@@ -24,7 +24,8 @@ class _Sent:
     slices: tuple[SequenceSlice, ...]
     decoding: int  # Number of decode slices, which are first in `slices`.
     is_lookahead: bool  # True if the input tokens were unknown when the microbatch was sent.
-    alone: bool  # True if only lookahead steps were in flight at the same time.
+    # True if nothing else was in flight except steps that this one follows, and lookahead steps that follow it.
+    alone: bool
     sent_ns: int
     # Time when this microbatch was sent. For a lookahead step, the time when the previous result was computed.
     begun_ns: int

@@ -2,8 +2,8 @@
 known.
 
 Stages compute lookahead steps while results are on their way to the coordinator. A worker that holds the whole model
-receives several short steps in one message and answers them in one message. Coordinator and worker then wake up less
-often, which leaves the cores to computation."""
+receives several short steps together and sends their results together. Coordinator and worker then wake up less often,
+which leaves the cores to computation."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ _SLOW_NS = 5_000_000
 
 @dataclass(slots=True)
 class MatcherUse:
-    is_started: bool = False  # True if the last stage has received the grammar and the answer so far.
+    is_started: bool = False  # True if the last stage was sent the grammar and the answer so far.
     step_ns: int = 0  # Estimated processor time of a step in nanoseconds.
     turn: int = 0  # Number of the turn in which a slow matcher last got rows.
 

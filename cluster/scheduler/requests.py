@@ -138,7 +138,7 @@ class PromptProgress:
     total: int
     cached: int  # Number of prompt tokens found in the prefix cache.
     processed: int  # Number of prompt tokens that are computed or cached.
-    since_ms: float
+    since_ms: float  # Milliseconds from the start of the computation to the first result, or until now.
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ Tags: TypeAlias = tuple[Annotated[str, Text(1, MAX_TRIGGER_BYTES)], ...]
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A grammar in llguidance's JSON. It covers the whole answer or, with `triggers`, only text after a trigger."""
+    """A grammar in llguidance's JSON. It covers the whole answer or, with `triggers`, text that begins with one."""
 
     definition: Annotated[str, Text(1, MAX_GRAMMAR_BYTES)]
     triggers: Annotated[Tags, Size(0, MAX_TRIGGERS)] = ()

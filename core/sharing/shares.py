@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 def fits(own: int, held: int, room: int, more: int = 1) -> bool:
     """Returns True if an owner that holds `own` of all `held` units may take `more` units. An owner may hold `room`
-    units minus half of the units that other owners hold, rounded up."""
+    units minus half (rounded down) of the units that other owners hold."""
     return not more or own + more <= min(room, 2 * room - held - more + 1)
 
 

@@ -50,5 +50,6 @@ def _lacking_bytes(
         return -inf
     member = entry.workers.index(worker.name)
     costs = StageCosts.of(costs_of(len(shares)).member(shares, member))
+    # `entry.shares` gives the workspace of the original shares, because the workspace changes little.
     own = sizes.of(costs, Portion(entry.shares, member))
     return sum(own.parts(Held(worker, entry.start, entry.end), contexts).values()) - worker.memory_bytes

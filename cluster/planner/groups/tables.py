@@ -117,6 +117,7 @@ class GroupTables:
     def least_gathers_s(self, work: Work, link: Link) -> Table:
         steps = sum(step.steps for step in work.each)
         rows = sum(step.steps * step.rows * (1 - HIDDEN_SHARE * step.is_prompt) for step in work.each)
+        # In any group, a member receives at least half of each row.
         every = [
             steps * divided.layer_gathers * link.gather_s + rows * divided.layer_bytes * link.byte_s / 2
             for divided in self._divided.values()

@@ -31,6 +31,7 @@ def _least_seconds(classes: Sequence[WorkerClass], number: int, work: Work) -> f
         return float(limits[first])
     points = np.unique(np.linspace(first, len(limits) - 1, _POINTS).astype(int))
     lower = [int(points[0]), *map(int, points[:-1])]
+    # In each interval of limits, the lower limit bounds the slowest stage, and the upper limit bounds the total.
     return min(
         work.seconds(float(limits[low]), _least_total(sized, float(limits[high])))
         for low, high in zip(lower, points, strict=True)

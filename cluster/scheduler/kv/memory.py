@@ -122,7 +122,7 @@ class KvMemory:
         if self.states is not None:
             self.states.settle(sequence, is_whole=is_whole)
         if sequence.is_running:
-            self._register(sequence)
+            self._register(sequence)  # Full blocks are registered now, because there may be no later microbatch.
             if self.window is not None:
                 self.window.settle(sequence)
 

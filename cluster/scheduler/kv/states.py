@@ -15,15 +15,15 @@ class KvStates:
     another block. A checkpoint is never written again. It has the same key as the KV block that ends at its position.
     If enough blocks are free, checkpoints are kept every `span` positions and after the last full KV block of a prompt.
     A sequence can start only at a checkpoint. A sequence that has started always gets a block for its rows. A block
-    that a microbatch reads is released after the microbatch is complete. Otherwise another sequence in the same
-    microbatch could overwrite it."""
+    that a microbatch reads is released once the scheduler has made the microbatch. Otherwise another sequence in the
+    same microbatch could overwrite it."""
 
     def __init__(self, span: int, cache: PrefixCache) -> None:
         self.blocks = cache.blocks
         self._span = span
         self._cache = cache
         self._lacking = 0  # Number of started sequences without a block for their next rows.
-        self._used: list[int] = []  # Blocks to release when the current microbatch is complete.
+        self._used: list[int] = []  # Blocks to release when the current microbatch has been made.
 
     def usable(self, keys: Items[bytes], found: int) -> int:
         return next((end for end in range(found, 0, -1) if self.blocks.is_idle(keys[end - 1]) is not None), 0)

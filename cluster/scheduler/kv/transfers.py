@@ -37,7 +37,7 @@ class KvTransfers:
         return range(found, sequence.first_output // KV_BLOCK_TOKENS)
 
     def begin_restore(self, sequence: Sequence, end: int, reserve: int) -> Transfer | None:
-        """Takes free blocks for the missing blocks of the sequence, up to block number `end`. Pins the cached blocks
+        """Takes free blocks for the missing blocks of the sequence before block number `end`. Pins the cached blocks
         before them. Returns None if too few blocks are free. Microbatches in flight may still use the taken blocks."""
         found, idle = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
         if found >= end or end - found + idle + reserve > self._blocks.available:

@@ -9,9 +9,9 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class KvWindow:
-    """The KV blocks of layers with a sliding window. A sequence is promised its maximum number of blocks before it
-    starts or grows, so its rows always get a block. A block outside the window is released only after the microbatch is
-    complete. Otherwise another sequence in the same microbatch could overwrite keys and values that are still read."""
+    """The KV blocks of layers with a sliding window. Before a sequence starts or grows, it is promised the blocks that
+    it may need, so its rows always get a block. A block outside the window is released only once the microbatch has
+    been made. Otherwise another sequence in the same microbatch could overwrite keys and values that are still read."""
 
     def __init__(self, group: WindowGroup, cache: PrefixCache) -> None:
         self.group = group

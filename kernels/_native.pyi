@@ -69,7 +69,7 @@ class Sampler:
     def record_words(self) -> int: ...
 
 class FrameReader:
-    """Reads microbatches that other workers sent. Raises ProtocolError for invalid bytes, like all other readers."""
+    """Reads microbatches that this worker receives. Raises ProtocolError for invalid bytes, like all other readers."""
 
     def __init__(
         self,

@@ -56,7 +56,7 @@ class CoordinatorSearch:
         self._logged: dict[str, float] = {}
 
     def admitted(self, address: str, limit_s: float) -> None:
-        """Records that `address` admitted the worker. Forgets failures, and drops announced addresses that failed."""
+        """Forgets failures, because `address` admitted the worker. Drops other announced addresses that failed."""
         self.limit_s = limit_s
         self._begun_s, self._error, self._logged = None, None, {}
         self._places = [

@@ -201,7 +201,7 @@ class CpuBackend:
             with ThreadPoolExecutor(1, initializer=partial(lower_priority, niceness)) as starter:
                 return starter.submit(_native.ThreadPool, self.threads, self._yields).result()
         except (ValueError, RuntimeError) as error:
-            raise UsageError(f"{self.threads} threads cannot be started: {error}; choose a smaller number") from error
+            raise UsageError(f"{self.threads} threads cannot be started: {error}; choose another number") from error
 
     def apart(self, niceness: int = 0) -> CpuBackend:
         twin = copy(self)

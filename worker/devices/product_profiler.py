@@ -26,7 +26,7 @@ _LEAST_BYTES: Final = 96 << 20  # Many bytes, because some parts of memory are f
 _MOST_BYTES: Final = 160 << 20  # Maximum size of the float32 weights, activations and results.
 _TRIES: Final = 5
 _ENOUGH_S: Final = 0.3
-"""Maximum seconds for timing one matrix product with or without prefetching, including cache flushes."""
+"""Seconds after which no further try of a product begins, including cache flushes. Each way of prefetching has them."""
 
 
 def measure_products(

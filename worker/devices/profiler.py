@@ -83,7 +83,7 @@ class ProfiledDevice:
     threads: int
     feature_level: str
     free_bytes: int
-    place: int = 0  # Worker number. Workers with different numbers measure different layers.
+    place: int = 0  # Process id of the worker. Workers with different ids usually measure different layers.
     size: ProfileSize = PROCESSOR
     # Flushes the device's own cache. The CPU's caches are flushed too.
     own_cache: Callable[[], AbstractContextManager[Sweep]] | None = None

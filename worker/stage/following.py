@@ -57,7 +57,7 @@ class FollowingStage:
 
     @property
     def computing_s(self) -> float:
-        """Seconds since this member last waited for another member, or 0.0 if its thread has ended."""
+        """Seconds since this member last waited for another member, or 0.0 if its thread does not run."""
         is_at_work = self._ended is not None and not self._ended.done()
         return self._member_links.computing_s if is_at_work else 0.0
 

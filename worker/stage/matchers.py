@@ -23,7 +23,7 @@ from llamaclust.worker.stage.matched_answer import DEFERRED, MatchedAnswer, Matc
 from llamaclust.worker.stage.step_inputs import StepInputs
 
 _ALONE_S: Final = 0.05
-"""Maximum wait in seconds for matchers if every row needs a matcher. Deferred rows would only be sent again."""
+"""Maximum wait in seconds if every row waits for its matcher. Deferred rows would only be sent again."""
 _FIRST_S: Final = 0.01
 """Maximum wait in seconds for rows that have not been deferred yet, if other rows are ready."""
 

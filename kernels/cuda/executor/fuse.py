@@ -86,7 +86,7 @@ class _Reader:
 
     def formats(self, out: ir.Buffer, makers: int, reader: FusedStep) -> frozenset[ActivationFormat]:
         """Returns the formats in which `out`, the result of the `makers` steps before `reader`, must be written. The
-        set is empty if `reader` does not multiply `out`."""
+        set is empty if `reader` neither multiplies nor exchanges `out`."""
         if isinstance(reader, ir.Exchange) and out in reader.reads:
             return frozenset({ActivationFormat.F32})
         weights = _weights_of(reader, out)

@@ -19,7 +19,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS, SPAN_TOKENS, Attention, Pr
 from llamaclust.model.steps.options import RopeStyle
 
 MAX_PARTIAL_BYTES = 64 << 20
-"""The memory limit for partial results of spans. Tiles that do not fit are computed by one thread block each."""
+"""The memory limit for partial results of spans. If they do not all fit, one thread block computes each tile whole."""
 
 _MAX_HEAD_DIM, _MAX_LATENT_DIM = 512, 576
 _FEW_QUERIES, _PART_QUERIES, _FEW_LATENT_QUERIES = (1, 2, 4, 8, 16), (4, 8, 16), (4, 8)

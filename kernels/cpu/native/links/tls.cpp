@@ -62,8 +62,8 @@ bool has_aes_instructions() {
 #endif
 }
 
-// Without AES instructions, AES takes several times as long as ChaCha20. A side without them offers ChaCha20 first, and
-// the other side follows.
+// Without AES instructions, AES takes several times as long as ChaCha20. A side without them puts ChaCha20 first, and
+// its order decides.
 const char* cipher_suites() {
   return has_aes_instructions() ? "TLS_AES_128_GCM_SHA256:TLS_CHACHA20_POLY1305_SHA256"
                                 : "TLS_CHACHA20_POLY1305_SHA256:TLS_AES_128_GCM_SHA256";

@@ -93,12 +93,12 @@ DEVICE void cut_rows(const Cutter& cutter, int rows, int kv_heads, int slots, in
 
 }  // namespace
 
-// Divides the rows of each sequence into tiles of up to tile_rows rows, and tiles into spans for different blocks. A
-// tile of up to few_rows rows is always divided, another one if there are fewer tiles than split_below; there must be
-// slots for all sums. Long tiles come first. The values of few queries are divided into slices of channels if their
-// items, times the slices, are at most `places`, the number of blocks for a KV head or for a part of its query heads;
-// each slice computes the scores again. Launched once per microbatch, for any number of rows, with one block of 256
-// threads.
+// Divides the rows of each sequence into tiles of up to tile_rows rows, and tiles into spans for different blocks.
+// Tiles of up to few_rows rows are divided; others only if there are fewer of them than split_below. No tile of a kind
+// is divided unless there are slots for all sums of that kind. Long tiles come first. The values of few queries are
+// divided into slices of channels if their items, times the slices, are at most `places`, the number of blocks for a KV
+// head or for a part of its query heads; each slice computes the scores again. Launched once per microbatch, for any
+// number of rows, with one block of 256 threads.
 #define PLAN                                                                                                          \
   KERNEL(256, plan, const int32_t* header, const int32_t* positions, const int32_t* sequence_starts,                  \
          const int32_t* table_starts, int32_t tile_rows, int32_t few_rows, int32_t window, int32_t chunked,           \

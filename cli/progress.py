@@ -241,7 +241,7 @@ def _log_event(event: events.Event) -> None:
 @contextmanager
 def cluster_view(cluster: str, lan_key: str | None = None) -> Iterator[events.Report]:
     """Yields a function that shows a cluster's events on standard error. The events are shown as text, or as log lines
-    if LLAMACLUST_LOG is set. `lan_key` is passed to `ready_text`."""
+    if LLAMACLUST_LOG is logfmt or json. `lan_key` is passed to `ready_text`."""
     form = environment().log_format
     if form is LogFormat.TEXT:
         count_file_shortages()

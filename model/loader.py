@@ -47,7 +47,7 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 
 class Model:
-    """An opened model file. A file with a tensor that its architecture's program does not read is refused."""
+    """An opened model file. A file with a tensor that no step reads is refused, because the tensor may be a scale."""
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ class Fit:
     total_bytes: int  # Memory of all layers with KV memory for `kv_tokens` tokens, without an image encoder.
     kv_tokens: int
     least_bytes: int  # Memory of all layers with KV memory for one sequence.
-    layers: int  # Number of layers that fit, counted from the first. The embedding is included.
+    layers: int  # Number of first layers that fit with the embedding. If all fit, the head fits, too.
     most_context: int  # Longest context that fits with all layers. 0 if the layers do not fit.
 
     @property

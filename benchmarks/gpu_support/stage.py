@@ -117,7 +117,8 @@ class Loaded:
         trained = self.model.hyperparameters.context_length
         if self.task.context > trained:
             raise UsageError(
-                f"{self.task.context} tokens are requested, but the model's context length is {trained}; lower --prompt"
+                f"{self.task.context} tokens are requested, but the model's context length is {trained}; "
+                "lower --prompt or --generate"
             )
 
     def _check_copies(self) -> None:

@@ -109,6 +109,7 @@ def llama4(builder: ProgramBuilder) -> None:
 def _attention_variants(builder: ProgramBuilder) -> list[AttentionVariant]:
     hp, keys = builder.hyperparameters, builder.keys
     if keys.has("attention.sliding_window") and hp.sliding_window is None:
+        # A window of 0 marks models without chunks.
         raise keys.error("attention.sliding_window", "a window of 0 is not supported")
     base = keys.real("rope.freq_base_swa", hp.rope.frequency_base, minimum=1.0, maximum=1e12)
     part = AttentionVariant(

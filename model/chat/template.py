@@ -148,7 +148,7 @@ class _Renderer:
             raise RequestError("the messages are nested too deeply") from None
         except (TypeError, ValueError) as error:
             raise RequestError(f"the messages cannot be written as JSON: {error}") from error
-        except ChildUnusableError as failure:  # The template does not compile within its limits, so no retry helps.
+        except ChildUnusableError as failure:  # It does not compile, or exceeds a limit. A retry is useless.
             self._broken = f"the model's chat template cannot be used: {_line(failure)}"
             raise RequestError(self._broken) from None
         except (ChildKilledError, ChildLateError) as failure:

@@ -87,7 +87,7 @@ def has_schemas_only(definition: str) -> bool:
 
 
 def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:
-    """Returns a grammar that applies after the first trigger. It must allow a text that begins with the trigger."""
+    """Returns a grammar that begins with the first trigger. It must allow a text that begins with the trigger."""
     if not 0 < len(triggers) <= MAX_TRIGGERS or not all(
         0 < len(text.encode()) <= MAX_TRIGGER_BYTES for text in triggers
     ):

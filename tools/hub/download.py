@@ -24,7 +24,7 @@ from llamaclust.tools.progress import Progress
 _COUNT = re.compile("[0-9]{1,18}")
 _DISK_RESERVE_BYTES = 1 << 26
 _LARGE_BYTES = 1 << 26
-"""A download of at least this many bytes uses several connections."""
+"""Several connections are used if at least this many bytes are missing."""
 _CONNECTIONS = 4
 _PIECE_BYTES = 8 << 20
 _AHEAD = 6

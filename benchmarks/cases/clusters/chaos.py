@@ -36,7 +36,7 @@ class Chaos(Case):
         "local", "launcher of the cluster", chosen("launcher", {name: name for name in ("local", "static")})
     )
     workers: int = option(3, "number of workers, with one thread each", positive)
-    group: int = option(0, "number of workers in the group that holds the first layers (default: no group)", natural)
+    group: int = option(0, "number of workers in the group that holds the first layers (0: no group)", natural)
     standby: bool = option(False, "run a standby coordinator")
     silence: float = option(1.0, "timeouts.worker in seconds (default of clusters: 5)")
     streams: int = option(32, "number of simultaneous streams", positive)

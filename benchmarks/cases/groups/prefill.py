@@ -150,7 +150,7 @@ class Prefill(Case):
         (2,), "numbers of bands to try; members exchange a prompt in this many parts", listed(positive)
     )
     round_trip: float = option(0.0, "milliseconds to add to the round trips of links", zero_or_more)
-    gbit: float = option(0.0, "rate in Gbit/s at which a member receives (default: no limit)", zero_or_more)
+    gbit: float = option(0.0, "rate in Gbit/s at which a member receives (0: no limit)", zero_or_more)
     realtime: bool = option(False, "give measured processes real-time priority; needs root")
 
     async def groups(self) -> AsyncIterator[Group]:

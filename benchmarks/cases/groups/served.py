@@ -137,7 +137,7 @@ class Served(Case):
     layers: int | None = option(None, "number of layers, at least 3 (default: the shape's number)", positive)
     hidden: int | None = option(None, "width in channels, for tests (default: the shape's width)", positive)
     delays: tuple[float, ...] = option((0.0, 0.1, 0.5, 2.0), "round-trip times of links in ms", listed(zero_or_more))
-    gbit: float = option(0.0, "rate in Gbit/s at which a member receives (default: no limit)", zero_or_more)
+    gbit: float = option(0.0, "rate in Gbit/s at which a member receives (0: no limit)", zero_or_more)
     shares: tuple[int, ...] = option(
         (1, 1), "shares of the weights that the members hold, such as 2,1", listed(positive)
     )

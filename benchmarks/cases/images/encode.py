@@ -36,7 +36,7 @@ class Encode(Case):
     rounds = 3
     shapes: tuple[str, ...] = option(tuple(_NAMES), "image encoders to measure", listed(chosen("shape", _NAMES)))
     type: QuantType | None = option(None, "type of all matrices (default: the published type)", chosen("type", TYPES))
-    layers: int = option(0, "number of layers of each encoder (default: all)", natural)
+    layers: int = option(0, "number of layers of each encoder (0: all)", natural)
     threads: int = option(2, "number of threads of each program", positive)
     encode_tile: Path | None = option(None, "path of the program encode_tile, which runs mtmd", Path)
 

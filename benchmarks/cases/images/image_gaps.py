@@ -53,8 +53,8 @@ class ImageGaps(Case):
     rounds = 3
     shape: str = option("smolvlm-500m", "shape of the image encoder and the text model", chosen("shape", _NAMES))
     type: QuantType = option(QuantType.Q8_0, "type of all matrices", chosen("type", TYPES))
-    layers: int = option(0, "number of layers of the encoder (default: all)", natural)
-    text_layers: int = option(0, "number of layers of the text model (default: all)", natural)
+    layers: int = option(0, "number of layers of the encoder (0: all)", natural)
+    text_layers: int = option(0, "number of layers of the text model (0: all)", natural)
     streams: int = option(1, "number of text streams while the image is processed", positive)
     threads: int = option(2, "number of threads of the worker", positive)
     quiet: float = option(_QUIET_S, "seconds to measure streams without an image")

@@ -38,7 +38,7 @@ class Replay(Case):
     )
     tokens: int = option(260, "number of tokens in an answer", positive)
     threads: int = option(os.cpu_count() or 1, "number of threads of a stage in this process", positive)
-    together: int = option(0, "number of simultaneous requests to measure too, up to 8 (default: none)", natural)
+    together: int = option(0, "number of simultaneous requests to measure too, up to 8 (0: none)", natural)
     seed: int = option(1, "seed of prompts and drafts")
     drafters: RecordedDrafters = field(default_factory=RecordedDrafters, init=False)
 

@@ -66,7 +66,7 @@ class VisionBuilder(CheckedTensors):
         self._steps += added
 
     def embed(self, *, bias: bool = True, norm: str | None = None) -> None:
-        """hidden = norm(embedded patches + bias) + added channels, normed again by `v.pre_ln` if the file has it."""
+        """hidden = embedded patch + bias, normed if `norm` is given, + added channels. Norm `v.pre_ln` is optional."""
         hp, embedded = self.hyperparameters, self.hidden
         if hp.added_width:
             self.append(steps.Slice(self._patches, self._pixels, 0))

@@ -20,8 +20,8 @@ def halves(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, in
 
 
 def alternating(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, int]) -> Rotation:
-    """Returns a rotation that rotates even channel pairs by the position `sections[0]`, and odd pairs by `sections[1]`.
-    Pair i has the frequency base^(-2 i / head_dim)."""
+    """Returns a rotation with the sections of `halves`. The pairs of the first half have the frequencies
+    base^(-2 i / head_dim) with even i, and those of the second half with odd i."""
     whole = frequencies(head_dim, base)
     half = len(whole) // 2
     return Rotation(style, RopeTable(whole[::2] + whole[1::2]), _sections(half, sections))

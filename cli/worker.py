@@ -205,7 +205,7 @@ def rotate(
         str | None, Option(metavar="NAME", help="Name of the cluster, from its file. Default: the running cluster.")
     ] = None,
     trust_dir: Annotated[
-        Path | None, Option(metavar="DIR", help="Folder `join.trust_dir` from the cluster file, if set.")
+        Path | None, Option(metavar="DIR", help="Folder of the join token, if the cluster file sets `join.trust_dir`.")
     ] = None,
 ) -> None:
     """Replace the join token, while the cluster runs or not, and print the path of the token's file.

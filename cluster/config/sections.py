@@ -112,7 +112,7 @@ class Join(Section):
     wait: Duration = 600.0
     """Maximum time that `up` waits for workers to join."""
     trust_dir: FilePath | None = None
-    """Folder of the certificate authority and the join token. Defaults to `trust` in the cluster's state directory."""
+    """Folder of the certificate authority and the join token. Defaults to a folder in the state directory."""
 
 
 class Ray(Section):
@@ -172,7 +172,7 @@ class Api(Section):
     strict: bool = False
     """Set true to refuse request fields that are unknown or have no effect. Otherwise, a reply header lists them."""
     strict_model: Annotated[bool | None, OrAuto()] = None
-    """Set true to refuse requests that do not name the served model. auto refuses them only on OpenAI's paths."""
+    """Set true to refuse requests that name another model. auto refuses them only on OpenAI's /v1 paths."""
     model_name: Annotated[str, Field(min_length=1, max_length=255)] | None = None
     """Name of the served model. Defaults to its catalog name or its file's name."""
     aliases: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()

@@ -30,7 +30,7 @@ def test_commands_of_this_machine_need_no_option_and_others_the_file(line: Comma
 def test_what_cannot_be_used_is_one_line(line: CommandLine, tmp_path: Path) -> None:
     files = {"certificate": str(tmp_path / "none.crt"), "key": str(tmp_path / "none.key")}
     refused = line.run("up", line.cluster_file("good.gguf", listen_tls=files, **SMALL))
-    assert refused.code == 2 and "none.crt: cannot be read" in refused.error
+    assert refused.code == 2 and "none.crt cannot be read" in refused.error
     refused = line.run("generate", "x", "--endpoint", "https://127.0.0.1:9", "--ca-file", tmp_path / "none")
     assert refused.code == 2 and "cannot read the certificates to trust" in refused.error
     refused = line.run("generate", "x", "--ca-file", tmp_path / "none")

@@ -56,7 +56,7 @@ def test_positions_are_as_many_as_were_learned(tmp_path: Path) -> None:
     assert model.program(0, 1, context_tokens=2048)
     with pytest.raises(ModelFileError, match="fewer than the context of 2049 tokens; set context_length"):
         model.program(0, 1, context_tokens=2049)
-    with pytest.raises(LlamaclustError, match="context_length: 4096"):
+    with pytest.raises(LlamaclustError, match="context_length is 4096"):
         Client.local(path, 1, settings=LocalSettings(context_length=4096))
 
 

@@ -196,7 +196,7 @@ def test_another_checkout_takes_turns(folder: Path, tmp_path: Path) -> None:
 
 REFUSED = [
     ("kernels", ("--tokens", "0"), "must be 1 or more"),
-    ("kernels", ("--threads", "5000"), "1024 at most"),
+    ("kernels", ("--threads", "5000"), "the limit is 1024"),
     ("kernels", ("--rounds", "0"), "must be 1 or more"),
     ("kernels", ("--levels", "sse"), "choose from generic"),
     ("kernels", ("--shapes", "3x3"), "give ROWSxCOLS with 65536 weights or more"),

@@ -130,7 +130,7 @@ def test_short_contexts(path: Path, context: int) -> None:
 
 def test_a_model_that_is_made_for_short_contexts_is_refused(path: Path, tmp_path: Path) -> None:
     short = build_tiny_model(tmp_path / "short.gguf", layers=1, hidden=64, ffn=64, heads=4, context=16)
-    told = r"draft model .*short.gguf: is made for 16 tokens, but needs 32 or more; name another"
+    told = r"draft model .*short.gguf is made for 16 tokens, but needs 32 or more; name another"
     with Model.open(path) as target, pytest.raises(UsageError, match=told):
         plan_draft_model(short, [target], 1, CONTEXT)
 

@@ -189,7 +189,7 @@ async def test_streams_that_do_not_belong_are_refused_by_name(model: Model, tmp_
             (stages.first, SAMPLE, 1, "not the last"),
             (stages.first, FORWARD, 1, "second stream"),
             (stages.last, SAMPLE, 1, "second sampling stream"),
-            (stages.first, FORWARD, None, "expected a number"),
+            (stages.first, FORWARD, None, "is not a number"),
         ):
             with pytest.raises(StreamBrokenError, match=why):
                 await peer.open(method, epoch=epoch).opened()

@@ -152,7 +152,7 @@ async def test_a_refused_tile_is_not_tried_again(projector: Projector) -> None:
 
 async def test_a_tile_of_a_wrong_size_is_not_sent(projector: Projector) -> None:
     fake = FakeEncoder()
-    with pytest.raises(RequestError, match=r"multiples of 8 and at most .* pixels, found 4 x 8"):
+    with pytest.raises(RequestError, match=r"multiples of 8 and at most .* pixels, but has 4 x 8"):
         await encode(serving(projector, fake), [*tiles(1), np.zeros((8, 4, 3), np.uint8)], "o")
     assert fake.begun == []
 

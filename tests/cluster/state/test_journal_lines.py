@@ -159,7 +159,7 @@ async def test_a_request_that_could_not_be_read_again_is_refused(
 ) -> None:
     monkeypatch.setattr(journal_records, "_MAX_LINE_BYTES", 600)
     async with journal(tmp_path / "journal") as writing:
-        with pytest.raises(RequestError, match=r"takes \d+ bytes in the journal; the limit is 599:"):
+        with pytest.raises(RequestError, match=r"takes \d+ bytes in the journal, but at most 599 are"):
             await writing.admit(admission(1, body))
         await writing.admit(admission(2, b"a"))
         assert [request.id for request in read_journal(tmp_path / "journal", NOW)] == ["id2"]

@@ -132,7 +132,7 @@ async def test_a_long_request_that_could_not_be_read_again_is_refused_alone(
     async with journal(tmp_path / "journal") as writing:
         refused, taken = writing.admit(admission(0, LONG)), writing.admit(admission(1))
         writing.answer("id0", (0, 0), 0, [row(5)])
-        with pytest.raises(RequestError, match=r"takes \d+ bytes in the journal; the limit is 65535:"):
+        with pytest.raises(RequestError, match=r"takes \d+ bytes in the journal, but at most 65535 are"):
             await refused
         await taken
         assert read_journal(tmp_path / "journal", NOW) == [left(admission(1))]

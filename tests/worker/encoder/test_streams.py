@@ -322,7 +322,7 @@ async def test_a_tile_of_a_wrong_size_is_refused_and_the_next_one_computed(
     wrong = TileTask(np.zeros((12, 16, 3), np.uint8), *rows.shape)
     async with workers(tmp_path) as cluster:
         await load(cluster, folder, beside(folder))
-        with pytest.raises(RequestError, match=r"multiples of 8 and at most 262144 pixels, found 16 x 12"):
+        with pytest.raises(RequestError, match=r"multiples of 8 and at most 262144 pixels, but has 16 x 12"):
             await encoded_by(cluster, wrong)
         peer = peer_of(cluster, "a")
         stream = peer.open(ENCODE, epoch=1)

@@ -89,7 +89,7 @@ def test_a_group_has_room_where_no_member_has() -> None:
         ),
         (
             [Assignment(("a", "b"), 0, 13, (1, 1))],
-            "layers [0, 13) of workers 'a' and 'b': the model has layers [0, 12)",
+            "workers 'a' and 'b' cannot have layers [0, 13), because the model has layers [0, 12)",
         ),
     ],
 )

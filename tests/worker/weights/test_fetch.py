@@ -91,11 +91,10 @@ async def test_a_peer_that_ends_in_the_middle_is_resumed_at_another(
         async def stall(stream: ServerStream, asked: WeightRange) -> None:
             data = good.weights.giver._read(asked.content, asked.start, asked.start + FRAME_BYTES)
             await stream.write(next(iter(frames_of(memoryview(data)))))
-            first.set()
             await asyncio.sleep(60)
 
         async with holder(model, folder / "bad", stall) as bad:
-            getting = asyncio.create_task(fetch(cache, [bad, good], what))
+            getting = asyncio.create_task(fetch(cache, [bad, good], what, lambda n_bytes: first.set()))
             await first.wait()
             await bad.server.stop(0.0)
             came = await getting

@@ -39,7 +39,7 @@ _KEPT = re.compile(
 """Names of matrices that keep their type, because they are small or are not multiplied with activations."""
 
 _OTHER_RULES = frozenset({"glm5-next", "bailingmoe3"})
-"""Architectures with rules of their own in llama-quantize, which are not implemented here."""
+"""Architectures that are refused, because llama-quantize has special rules for them that are unknown here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Wishes:
 
 
 def choose_types(model: ModelFile, wishes: Wishes) -> dict[str, QuantType]:
-    """Returns each tensor's type in the model's order. Raises UsageError if the rules are not implemented here."""
+    """Returns each tensor's type in the model's order. Raises UsageError for an architecture in `_OTHER_RULES`."""
     architecture = model.metadata_str("general.architecture")
     if architecture in _OTHER_RULES and not wishes.pure:
         raise UsageError(

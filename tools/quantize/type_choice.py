@@ -39,7 +39,7 @@ _KEPT = re.compile(
 """Names of matrices that keep their type, because they are small or are not multiplied with activations."""
 
 _OTHER_RULES = frozenset({"glm5-next", "bailingmoe3"})
-"""Architectures that are refused, because llama-quantize has special rules for them that are unknown here."""
+"""Architectures that are refused, because llama-quantize has special rules for them that this program lacks."""
 
 
 @dataclass(frozen=True, slots=True)

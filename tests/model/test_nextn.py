@@ -41,6 +41,7 @@ class GlmNextn:
             for name, tensor in model.file.tensors.items()
         }
         self._layer = f"blk.{model.layer_count}"
+        self.margins = np.zeros(_ROWS)  # how far each row's last chosen expert is above the best of the others
 
     def logits(self, tokens: NDArray[np.int32], before: Float64) -> Float64:
         embedded = self._norm(self._tensors["token_embd.weight"][tokens], "nextn.enorm")
@@ -73,7 +74,10 @@ class GlmNextn:
 
     def _experts(self, x: Float64) -> Float64:
         gates = 1 / (1 + np.exp(-x @ self._weight("ffn_gate_inp").T))
-        chosen = np.argsort(-(gates + self._bias("exp_probs_b")), axis=1, kind="stable")[:, :3]
+        biased = gates + self._bias("exp_probs_b")
+        chosen = np.argsort(-biased, axis=1, kind="stable")[:, :3]
+        ordered = np.sort(biased, axis=1)
+        self.margins = ordered[:, -3] - ordered[:, -4]
         out = _inner(x, *(self._weight(f"ffn_{part}_shexp") for part in ("gate", "up", "down")))
         matrices = [self._weight(f"ffn_{part}_exps") for part in ("gate", "up", "down")]
         for row, experts in enumerate(chosen):
@@ -116,11 +120,13 @@ def test_logits_are_those_of_the_published_arithmetic(tmp_path: Path, backend: B
     program = nextn_program(model)
     stage = backend.load(program, model.tensors_for(program), StageLimits(64, 32, 2, 256, 8), lambda _: None)
     found = stage.run(_batch(tokens), before)
-    exact = before.astype(np.float64)
-    wanted = GlmNextn(model).logits(tokens, exact)
-    error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
-    assert error < 2e-3, f"seed {SEED}"  # keys and values are float16
-    assert np.linalg.norm(GlmNextn(model).logits(tokens, 2 * exact[::-1]) - wanted) > 0.1 * np.linalg.norm(wanted)
+    exact, head = before.astype(np.float64), GlmNextn(model)
+    wanted = head.logits(tokens, exact)
+    same_experts = head.margins > 0.01  # keys and values are float16: a row between two experts may choose the other
+    assert same_experts.sum() > _ROWS / 2, f"seed {SEED}"
+    error = np.linalg.norm((found - wanted)[same_experts]) / np.linalg.norm(wanted[same_experts])
+    assert error < 2e-3, f"seed {SEED}"
+    assert np.linalg.norm(head.logits(tokens, 2 * exact[::-1]) - wanted) > 0.1 * np.linalg.norm(wanted)
 
 
 def test_the_backends_agree_on_every_family(model: Model) -> None:

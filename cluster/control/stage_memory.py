@@ -10,15 +10,17 @@ from llamaclust.cluster.planner.costs import Counts, sums
 from llamaclust.cluster.planner.memory import Rounding, StagePlace, Workspace
 from llamaclust.cluster.planner.splits.encoder_place import EncoderParts
 from llamaclust.core.limits import StageLimits
+from llamaclust.model.groups.portion import Portion
 from llamaclust.model.loader import Model
+from llamaclust.model.program import Program
 from llamaclust.worker.devices.encoder_memory import encoder_bytes
-from llamaclust.worker.devices.workspace import program_workspace_bytes, weight_rounding_bytes
-from llamaclust.worker.stage.stage_runner import model_program
+from llamaclust.worker.devices.workspace import planned_program, program_workspace_bytes, weight_rounding_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class _Known:
     workspaces: dict[tuple[StageLimits, StagePlace], int] = field(default_factory=dict)
+    programs: dict[tuple[int, int, StageLimits, str, Portion | None], Program] = field(default_factory=dict)
     roundings: dict[tuple[str, bool], Counts] = field(default_factory=dict)
     encoders: dict[int, Mapping[str, int]] = field(default_factory=dict)  # Encoder memory by number of threads.
 
@@ -30,17 +32,19 @@ def workspace_of(model: Model, limits: StageLimits) -> Workspace:
     """Returns a function that computes the bytes of a stage's workspace. If it is not known yet which layers the stage
     gets, the result is the maximum over all possible stages."""
     known = _known.setdefault(model, _Known()).workspaces
+    programs = _known[model].programs
+
+    def stage_bytes(start: int, end: int, limits: StageLimits, place: StagePlace) -> int:
+        key = start, end, limits, place.device, place.portion
+        if key not in programs:
+            programs[key] = planned_program(model, *key)
+        return program_workspace_bytes(model, programs[key], limits, place.threads, place.device)
 
     def bytes_at(place: StagePlace) -> int:
         if (limits, place) not in known:
             at = replace(limits, max_context_tokens=place.context_length)
             stages = _largest_stages(model, at, place) if place.layers is None else [(*place.layers, at)]
-            known[limits, place] = max(
-                program_workspace_bytes(
-                    model, model_program(model, start, end, limit, place.portion), limit, place.threads, place.device
-                )
-                for start, end, limit in stages
-            )
+            known[limits, place] = max(stage_bytes(*stage, place) for stage in stages)
         return known[limits, place]
 
     return bytes_at

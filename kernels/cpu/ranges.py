@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any, Final
 
 from llamaclust.core.limits import StageLimits
@@ -18,9 +19,14 @@ def check_ranges(program: Program, limits: StageLimits) -> None:
 
 
 def _integers(value: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
-    for field in fields(value):
-        item = getattr(value, field.name)
+    for name in _field_names(value.__class__):
+        item = getattr(value, name)
         if isinstance(item, int):
-            yield f"{prefix}{field.name}", item
+            yield f"{prefix}{name}", item
         elif is_dataclass(item):
-            yield from _integers(item, f"{prefix}{field.name}.")
+            yield from _integers(item, f"{prefix}{name}.")
+
+
+@cache
+def _field_names(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))

@@ -15,7 +15,6 @@ from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.core.profile import DeviceProfile
 from llamaclust.kernels.backend import ExchangingStage, ExpertsStage, Progress, kv_bytes
 from llamaclust.kernels.cuda.device_weights import DeviceWeights, LayerMemory, LoadProgress, layers_of_weights
-from llamaclust.kernels.cuda.executor.distinct_layers import distinct_layers
 from llamaclust.kernels.cuda.executor.plan import Plan
 from llamaclust.kernels.cuda.executor.stage import CudaStage
 from llamaclust.kernels.cuda.experts_cache.cache import CudaExpertsCache
@@ -27,6 +26,7 @@ from llamaclust.kernels.cuda.probe import allocate_flush, flush_cache, limits, m
 from llamaclust.kernels.cuda.runtime.device import Device
 from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
 from llamaclust.kernels.cuda.runtime.memory import allocated, most_rounded_bytes
+from llamaclust.kernels.distinct_layers import distinct_layers
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.kernels.packed.weights import check_weights
 from llamaclust.kernels.split_experts import MOST_CACHED_ROWS
@@ -176,7 +176,7 @@ def most_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits
         # With window blocks, layers with windows have their own block table, which takes memory.
         limits = replace(limits, window_blocks=1)
     weights = _checked_weights(program, tensors)
-    plan = Plan(distinct_layers(program, weights), weights, limits, ANY_GPU)
+    plan = Plan(distinct_layers(program, tensors), weights, limits, ANY_GPU)
     return plan.buffers_allocated_bytes + most_rounded_bytes(len(program.kv_memory))
 
 

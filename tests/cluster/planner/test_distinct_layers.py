@@ -1,23 +1,27 @@
-"""Programs of distinct layers take the workspace of the whole ones, in fewer steps."""
+"""Programs of distinct layers take the workspace of the whole ones, in fewer steps, and so do their portions."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from llamaclust.core.errors import UsageError
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cuda import backend
-from llamaclust.kernels.cuda.executor.distinct_layers import distinct_layers
 from llamaclust.kernels.cuda.executor.plan import Plan
 from llamaclust.kernels.cuda.launches.matmul import Weights
+from llamaclust.kernels.distinct_layers import distinct_layers
+from llamaclust.model.groups.division import divide
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Program
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.assume.assumed_model import shape_model
 from llamaclust.tools.assume.public_shapes import public_shapes
 from llamaclust.tools.assume.shapes import SHAPES
+from llamaclust.worker.devices.workspace import program_workspace_bytes
 from support.models.tiny_architectures import MODELS, build_architecture
 
 LIMITS = StageLimits(
@@ -36,29 +40,43 @@ def sizes(program: Program, weights: dict[str, Weights]) -> dict[object, int]:
     return Plan(program, weights, LIMITS)._layout._sizes
 
 
+def check_cpu(model: Model, program: Program) -> None:
+    """The whole program, and portions of members, if the model can be divided."""
+    programs = [program]
+    limits = replace(LIMITS, max_context_tokens=min(4096, model.hyperparameters.context_length))
+    with suppress(UsageError):
+        programs += [divide(program, shares, member) for shares in ((1, 1), (3, 1)) for member in (0, 1)]
+    for part in programs:
+        few = distinct_layers(part, model.tensors_for(part))
+        found, wanted = (program_workspace_bytes(model, each, limits, 3, "cpu") for each in (few, part))
+        assert found == wanted
+
+
 @pytest.mark.parametrize("name", ["8b", "gpt-oss-20b", "glm-4.5-air", "qwen3.5-35b-a3b", "gemma-3-4b-it", "qwen3-4b"])
 def test_public_shapes_take_the_same_buffers(name: str) -> None:
     model = shape_model(name, replace(NAMED[name], layers=16, has_nextn=False)).opened
     for end in (16, 15):
         program, weights = planned(model, end)
-        few = distinct_layers(program, weights)
+        few = distinct_layers(program, model.tensors_for(program))
         assert len(few.steps) < 0.7 * len(program.steps)
         assert sizes(few, weights) == sizes(program, weights)
+        check_cpu(model, program)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture_takes_the_same_buffers(name: str, tmp_path: Path) -> None:
     with Model.open(build_architecture(tmp_path / "m.gguf", name)) as model:
         program, weights = planned(model, model.layer_count)
-        few = distinct_layers(program, weights)
+        few = distinct_layers(program, model.tensors_for(program))
         assert sizes(few, weights) == sizes(program, weights)
+        check_cpu(model, program)
         assert set(few.steps) <= set(program.steps)
 
 
 def test_layers_of_other_types_or_ends_are_kept() -> None:
     model = shape_model("8b", replace(SHAPES["8b"], layers=16)).opened
     program, weights = planned(model, 16)
-    few = distinct_layers(program, weights)
+    few = distinct_layers(program, model.tensors_for(program))
 
     def types(layers: set[str]) -> set[tuple[QuantType, ...]]:
         parts = ("ffn_down", "attn_v")

@@ -1,0 +1,69 @@
+"""Removes repeated layers from a program. Planning the shorter program is faster and gives the same buffer sizes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import fields, replace
+from functools import cache
+from typing import Any
+
+from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.program import Attention, Gather, Program, SequenceState, Step, weights_of
+from llamaclust.model.steps.step import StepFacts
+
+_LAYER = re.compile(r"blk\.(\d+)\.")
+_OUTSIDE = -1
+_TAIL = 3
+"""The maximum number of steps at a layer's end that are fused with the first steps of the next layer."""
+
+
+def distinct_layers(program: Program, tensors: Mapping[str, Tensor]) -> Program:
+    """Keeps one pair of adjacent layers of each kind. Pairs suffice, because no fused step spans more than two layers.
+    The result has all types and shapes of tensors that the program has."""
+    if any(isinstance(step, Gather) or (isinstance(step, Attention) and step.shares_kv) for step in program.steps):
+        # Around gathers, the CPU's private copies depend on more than two layers. Layers that share KV refer to other
+        # layers by number.
+        return program
+    groups = _by_layer(program.steps)
+    kinds = [_kind(steps, tensors) for steps in groups]
+    tails = [_kind(steps[-_TAIL:], tensors) for steps in groups]
+    first: dict[tuple[Hashable, Hashable], int] = {}
+    for at, pair in enumerate(zip(tails, kinds[1:], strict=False)):
+        first.setdefault(pair, at)
+    kept = sorted({at + beside for at in first.values() for beside in (0, 1)})
+    return replace(program, steps=tuple(step for at in kept for step in groups[at]))
+
+
+def _by_layer(steps: Sequence[Step]) -> list[list[Step]]:
+    groups: list[list[Step]] = [[]]
+    current = _OUTSIDE
+    for step in steps:
+        names = weights_of((step,))
+        found = [int(match[1]) for name in names if (match := _LAYER.match(name)) is not None]
+        own = found[0] if found else _OUTSIDE if names else current
+        if own != current:
+            groups.append([])
+            current = own
+        groups[-1].append(step)
+    return groups
+
+
+def _kind(steps: Sequence[Step], tensors: Mapping[str, Tensor]) -> Hashable:
+    return tuple(_form(step, tensors) for step in steps)
+
+
+def _form(value: Hashable, tensors: Mapping[str, Tensor]) -> Hashable:
+    """Returns a value that is equal for the same steps of other layers, if their tensors have the same types."""
+    if names := _part_names(type(value)):
+        return type(value), *(_form(getattr(value, name), tensors) for name in names)
+    if isinstance(value, str) and (tensor := tensors.get(value)) is not None:
+        return _LAYER.sub("", value), tensor.quant_type, tensor.packed_as, tensor.shape
+    return value
+
+
+@cache
+def _part_names(kind: type[Any]) -> tuple[str, ...]:
+    """Returns the names of a step's fields, without the layer's number. Other values have no parts."""
+    is_step = issubclass(kind, StepFacts | SequenceState)
+    return tuple(field.name for field in fields(kind) if field.name != "layer") if is_step else ()

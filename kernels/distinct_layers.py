@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from llamaclust.model.gguf.tensors import Tensor
-from llamaclust.model.program import Attention, Gather, Program, SequenceState, Step, weights_of
+from llamaclust.model.program import Attention, Program, SequenceState, Step, weights_of
 from llamaclust.model.steps.step import StepFacts
 
 _LAYER = re.compile(r"blk\.(\d+)\.")
@@ -21,10 +21,8 @@ _TAIL = 3
 def distinct_layers(program: Program, tensors: Mapping[str, Tensor]) -> Program:
     """Keeps one pair of adjacent layers of each kind. Pairs suffice, because no fused step spans more than two layers.
     The result has all types and shapes of tensors that the program has."""
-    if any(isinstance(step, Gather) or (isinstance(step, Attention) and step.shares_kv) for step in program.steps):
-        # Around gathers, the CPU's private copies depend on more than two layers. Layers that share KV refer to other
-        # layers by number.
-        return program
+    if any(isinstance(step, Attention) and step.shares_kv for step in program.steps):
+        return program  # Some layers refer to other layers by number.
     groups = _by_layer(program.steps)
     kinds = [_kind(steps, tensors) for steps in groups]
     tails = [_kind(steps[-_TAIL:], tensors) for steps in groups]

@@ -153,7 +153,11 @@ class Compiler:
 
     def _shared(self, x: ir.Buffer, lines: int) -> int:
         read = self._buffers.read(x)
-        return read if self._buffers.is_shared(x) else self._copy(read, x.width // lines, lines)
+        if self._buffers.is_shared(x):
+            return read
+        out = self._buffers.write(ir.Buffer(f"shared {x.name}", x.width // lines), lines)
+        self.plan.write_result(read, out)
+        return out
 
     def _gather_packed(self, step: ir.Gather, form: ActivationFormat) -> None:
         """Quantizes this member's columns to int8 before sending them. This does not change results: products quantize

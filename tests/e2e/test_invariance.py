@@ -25,6 +25,7 @@ from support.models.tiny_model import build_tiny_model, every_type
 VOCABULARY = 320
 KV_HEADS, HEAD_DIM = 2, 32
 SEED = 20
+ROWS_SEED = 57  # of the first 150, the one whose rows take the least time: the generic level is slow
 CUTS = ((0, 6), (0, 3, 6), (0, 1, 5, 6), (0, 1, 2, 3, 5, 6))  # test_random_ways has others
 
 
@@ -123,7 +124,7 @@ def show(row: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in row.items()).replace(", ", "-")
 
 
-@pytest.mark.parametrize("row", pairwise_rows(FACTORS, SEED), ids=show)
+@pytest.mark.parametrize("row", pairwise_rows(FACTORS, ROWS_SEED), ids=show)
 def test_every_pair_of_ways(
     row: dict[str, Any], models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

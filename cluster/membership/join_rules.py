@@ -24,7 +24,7 @@ Certify = Callable[[bytes, Principal], bytes]
 
 @dataclass(frozen=True, slots=True)
 class JoinSettings:
-    heartbeat_timeout_s: float = 5.0
+    heartbeat_timeout_s: float
     deadlines: Deadlines = field(default_factory=Deadlines)
     cluster: str = ""  # Name of the cluster, for logs of workers.
     refusal: RefusalReason | None = None

@@ -103,7 +103,7 @@ async def _workers(path: Path, cuts: Sequence[int]) -> AsyncIterator[Step]:
     stages = [StageInfo(f"w{i}", start, end) for i, (start, end) in enumerate(pairwise(cuts))]
     with tempfile.TemporaryDirectory() as folder, run_directory(Path(folder)) as run:
         launcher = LocalLauncher(run, Path(folder))
-        async with Registry(run.coordinator, run.token, launcher.last_error, JoinSettings()) as registry:
+        async with Registry(run.coordinator, run.token, launcher.last_error, JoinSettings(5.0)) as registry:
             try:
                 specs = [WorkerSettings(name=stage.worker, threads=1) for stage in stages]
                 await launcher.start(specs, registry.address, registry.process_exited)

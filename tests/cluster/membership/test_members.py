@@ -230,7 +230,7 @@ async def test_a_renewal_is_for_the_name_of_the_present_certificate_and_a_bad_on
 
 
 async def test_where_there_are_no_certificates_none_is_renewed() -> None:
-    async with registry_of(Insecure(), JoinSettings()) as there:
+    async with registry_of(Insecure(), JoinSettings(5.0)) as there:
         member, welcome = await join(there, Insecure(), REGISTER)
         assert isinstance(welcome, Admitted)
         await member.say(RenewCertificate(NewKey().request))

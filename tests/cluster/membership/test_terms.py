@@ -109,7 +109,7 @@ async def test_a_worker_cannot_use_up_all_terms(path: Path) -> None:
 async def test_a_worker_of_a_newer_coordinator_is_refused_and_ends_the_cluster_that_it_served(trust: Authority) -> None:
     record = ControlRecord(term=3)
     record.next_epoch()
-    async with registry_of(trust.identity(), JoinSettings(record=record)) as there:
+    async with registry_of(trust.identity(), JoinSettings(5.0, record=record)) as there:
         superseded = asyncio.create_task(there.superseded())
         _, welcome = await join(there, trust.identity(A), REGISTER)
         assert isinstance(welcome, Admitted) and welcome.term == 3
@@ -130,7 +130,7 @@ async def test_a_term_that_grows_is_proven_to_the_members_of_before(trust: Autho
     """Whose state directory was lost: the next member may be another's, which has to end then."""
     nothing: Any = SimpleNamespace()
     early = Worker("a", nothing, nothing, nothing, nothing)
-    async with registry_of(trust.identity(), JoinSettings(record=ControlRecord(term=1))) as there:
+    async with registry_of(trust.identity(), JoinSettings(5.0, record=ControlRecord(term=1))) as there:
         member, peer = Member(early, trust.identity(A)), Peer(there.address, trust.identity(A), COORDINATOR)
         await member.join(peer, REGISTER, 10.0)
         assert early.terms.largest.value == 1
@@ -161,7 +161,7 @@ async def test_a_member_that_invents_a_newer_coordinator_is_refused_and_ends_not
         prove_term(with_pair(own, other.identity().pair), 4, ""),
         TermProof(b"no certificate", b"no signature"),
     )
-    async with registry_of(trust.identity(), JoinSettings(record=record)) as there:
+    async with registry_of(trust.identity(), JoinSettings(5.0, record=record)) as there:
         superseded = asyncio.create_task(there.superseded())
         await join(there, own, REGISTER)
         there.workers["a"].stages[LOAD.epoch] = LOAD, SimpleNamespace()  # type: ignore[assignment]
@@ -214,7 +214,7 @@ async def test_a_worker_of_another_cluster_brings_no_term_with_it(seen: int, tru
         record = ControlRecord(term=2)
         if is_begun:
             record.next_epoch()
-        async with registry_of(trust.identity(), JoinSettings(record=record, cluster="beta")) as there:
+        async with registry_of(trust.identity(), JoinSettings(5.0, record=record, cluster="beta")) as there:
             proof = prove_term(trust.identity(), seen, "alpha")
             foreign = replace(REGISTER, largest_term=seen, term_proof=proof, cluster="alpha")
             _, refused = await join(there, trust.identity(A), replace(foreign, is_awaited=True))
@@ -237,7 +237,7 @@ async def test_a_worker_proves_a_term_to_the_superseded_coordinator_that_comes_b
     ):
         record = ControlRecord(term=term)
         record.next_epoch()
-        async with registry_of(trust.identity(), JoinSettings(record=record, cluster=name)) as there:
+        async with registry_of(trust.identity(), JoinSettings(5.0, record=record, cluster=name)) as there:
             peer = Peer(there.address, trust.identity(A), COORDINATOR)
             joining = Member(worker, trust.identity(A)).join(peer, REGISTER, 10.0)
             if error is None:
@@ -252,7 +252,7 @@ async def test_a_worker_proves_a_term_to_the_superseded_coordinator_that_comes_b
 async def test_a_coordinator_ends_where_the_state_directory_has_a_larger_term(path: Path, trust: Authority) -> None:
     """As one that was cut off from its lock on a file server, and comes back; its workers are its successor's."""
     record = ControlRecord.begin(path)
-    async with registry_of(trust.identity(), JoinSettings(record=record)) as registry:
+    async with registry_of(trust.identity(), JoinSettings(5.0, record=record)) as registry:
         superseded = asyncio.create_task(registry.superseded())
         await asyncio.sleep(0.05)
         assert not superseded.done()

@@ -16,8 +16,8 @@ from llamaclust.cluster.front.dialects.embeddings import OpenAiEmbeddingBody
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.front.images.chat_images import with_images
 from llamaclust.cluster.front.images.urls import ImageRules
-from llamaclust.cluster.front.sampling import chat_sampling
 from llamaclust.cluster.front.schema import BodyContext, read_fields
+from llamaclust.cluster.front.shared_fields import chat_sampling
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.embedder import Vector
 from llamaclust.cluster.front.text.service import TextService

@@ -65,7 +65,7 @@ def test_rooms_have_no_circle(package: str) -> None:
 
 
 def test_what_all_apis_share_knows_no_web_framework() -> None:
-    shared = ["errors", "json_text", "schema", "sampling", "settings"]
+    shared = ["errors", "json_text", "schema", "shared_fields", "settings"]
     imports = "; ".join(f"import llamaclust.cluster.front.{name}" for name in shared)
     code = f"import sys; {imports}; print(*sorted({{'starlette', 'uvicorn'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "\n"

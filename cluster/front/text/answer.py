@@ -7,11 +7,12 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import StringIO
-from typing import overload
+from typing import Any, overload
 
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
 from llamaclust.core.sampler.results import RowResult, TopLogprobs
 from llamaclust.model.chat.tools.events import AnswerEvent, ReasoningText, merged
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 
 class PackedRows(Sequence[RowResult]):
@@ -68,6 +69,17 @@ _MOST_EVENTS = 1024
 def json_logprob(value: float) -> float:
     """Returns a logprob for JSON. Minus infinity, which JSON lacks, becomes -9999."""
     return value if math.isfinite(value) else _LEAST_LOGPROB
+
+
+def row_entry(tokenizer: Tokenizer, row: RowResult) -> dict[str, Any]:
+    top = [_token_entry(tokenizer, token, logprob) for token, logprob in row.top_logprobs]
+    return {**_token_entry(tokenizer, row.token, row.logprob), "top_logprobs": top}
+
+
+def _token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+    data = tokenizer.token_bytes(token)
+    text = data.decode("utf-8", "replace")
+    return {"id": token, "token": text, "logprob": json_logprob(logprob), "bytes": list(data)}
 
 
 @dataclass(frozen=True, slots=True)

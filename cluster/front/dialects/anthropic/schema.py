@@ -13,8 +13,8 @@ from pydantic import AfterValidator, BeforeValidator, FailFast, Field, Validatio
 
 from llamaclust.cluster.front.foreign_fields import ANTHROPIC_TOOL, MESSAGES, THINKING
 from llamaclust.cluster.front.images.parts import base64_part, placed, takes_images, url_part
-from llamaclust.cluster.front.sampling import AnswerFields, ReasoningFields
 from llamaclust.cluster.front.schema import Body, LimitField, StopField, read_part
+from llamaclust.cluster.front.shared_fields import AnswerFields, ReasoningFields
 from llamaclust.cluster.front.text.images import Part, joined, text_part
 from llamaclust.cluster.front.text.request import (
     ChatRequest,

@@ -19,15 +19,6 @@ from llamaclust.cluster.front.images.parts import base64_part, placed, takes_ima
 from llamaclust.cluster.front.json_text import shown_progress, shown_timings
 from llamaclust.cluster.front.models import ApiModel
 from llamaclust.cluster.front.replies.reply import Event, Reply, View
-from llamaclust.cluster.front.sampling import (
-    AdapterFields,
-    Requested,
-    SamplerFields,
-    SlotFields,
-    SpeculativeFields,
-    row_entry,
-    sampled,
-)
 from llamaclust.cluster.front.schema import (
     MAX_PROMPTS,
     Prompt,
@@ -37,8 +28,16 @@ from llamaclust.cluster.front.schema import (
     is_token_id,
     prompt_string,
 )
+from llamaclust.cluster.front.shared_fields import (
+    AdapterFields,
+    Requested,
+    SamplerFields,
+    SlotFields,
+    SpeculativeFields,
+    sampled,
+)
 from llamaclust.cluster.front.structured_output import GrammarFields
-from llamaclust.cluster.front.text.answer import TextChunk
+from llamaclust.cluster.front.text.answer import TextChunk, row_entry
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem, Timed
 from llamaclust.cluster.front.text.images import MAX_IMAGES, MEDIA_MARKER, PLAIN_MARKER, PromptImages, source_of
 from llamaclust.cluster.front.text.request import CompletionRequest

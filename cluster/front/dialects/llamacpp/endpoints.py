@@ -20,9 +20,9 @@ from llamaclust.cluster.front.http.gates import require_first_key
 from llamaclust.cluster.front.http.responses import JsonResponse, QueryParameter, Route, unsupported
 from llamaclust.cluster.front.http.sse import rendered, unless_disconnected
 from llamaclust.cluster.front.images.urls import ImageRules
-from llamaclust.cluster.front.sampling import SCALES_SCHEMA, AdapterFields, read_scales
 from llamaclust.cluster.front.schema import Body, read_fields
 from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.shared_fields import SCALES_SCHEMA, AdapterFields, read_scales
 from llamaclust.cluster.front.text.images import MEDIA_MARKER
 from llamaclust.cluster.front.text.request import ChatRequest
 from llamaclust.cluster.front.text.service import TextService

@@ -29,9 +29,8 @@ from llamaclust.cluster.front.http.responses import JsonResponse
 from llamaclust.cluster.front.http.sse import StreamFormat
 from llamaclust.cluster.front.json_text import shown_timings
 from llamaclust.cluster.front.replies.reply import Event, Reply, View
-from llamaclust.cluster.front.sampling import row_entry
 from llamaclust.cluster.front.settings import read_keep_alive
-from llamaclust.cluster.front.text.answer import TextChunk
+from llamaclust.cluster.front.text.answer import TextChunk, row_entry
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
 from llamaclust.cluster.front.text.embedder import EUCLIDEAN, Embedding, EmbeddingOptions
 from llamaclust.cluster.front.text.images import ImageSource, PromptImages

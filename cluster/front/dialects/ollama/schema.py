@@ -18,7 +18,6 @@ from llamaclust.cluster.front.foreign_fields import (
     only,
 )
 from llamaclust.cluster.front.images.parts import base64_part, placed, takes_images
-from llamaclust.cluster.front.sampling import ReasoningFields, Requested, SamplerFields, SpeculativeFields, sampled
 from llamaclust.cluster.front.schema import (
     Body,
     ForeignFields,
@@ -28,6 +27,7 @@ from llamaclust.cluster.front.schema import (
     read_part,
     strings,
 )
+from llamaclust.cluster.front.shared_fields import ReasoningFields, Requested, SamplerFields, SpeculativeFields, sampled
 from llamaclust.cluster.front.text.images import Part, joined
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest, ToolUse, effort_variables, prompt_end
 from llamaclust.cluster.front.tools import media_text

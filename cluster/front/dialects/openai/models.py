@@ -13,7 +13,7 @@ from llamaclust.cluster.front.body import parse_object_in_time, read_bytes
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.responses import JsonResponse, Route, unsupported
 from llamaclust.cluster.front.models import ApiModel, ModelRouter
-from llamaclust.cluster.front.sampling import chat_sampling
+from llamaclust.cluster.front.shared_fields import chat_sampling
 from llamaclust.cluster.state.adapters import ServedAdapter
 from llamaclust.core.errors import ParameterError
 from llamaclust.wire.rpc.deadlines import deadline

@@ -13,8 +13,8 @@ from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, Wit
 from llamaclust.cluster.front.dialects.openai.response_items import Item, read_items
 from llamaclust.cluster.front.dialects.openai.tools import MODES, ToolChoice, ToolSet, read_choice, read_tools
 from llamaclust.cluster.front.foreign_fields import COMPACTION, RESPONSES
-from llamaclust.cluster.front.sampling import AdapterFields, AnswerFields, ReasoningFields, Requested
 from llamaclust.cluster.front.schema import Body, Leniency, LimitField, StopField, strings
+from llamaclust.cluster.front.shared_fields import AdapterFields, AnswerFields, ReasoningFields, Requested
 from llamaclust.cluster.front.structured_output import response_format_grammar
 from llamaclust.cluster.front.text.images import joined, parts_of
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest, ReasoningBudget, effort_variables

@@ -15,8 +15,7 @@ from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.sse import DONE
 from llamaclust.cluster.front.json_text import DeferredValue, shown_progress, shown_timings
 from llamaclust.cluster.front.replies.reply import Event, View
-from llamaclust.cluster.front.sampling import row_entry
-from llamaclust.cluster.front.text.answer import TextChunk
+from llamaclust.cluster.front.text.answer import TextChunk, row_entry
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
 from llamaclust.cluster.front.tools import ClientTool, call_id_of, text_of_call
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings

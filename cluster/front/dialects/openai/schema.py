@@ -10,15 +10,6 @@ from pydantic import BeforeValidator, FailFast, Field, ValidationInfo
 
 from llamaclust.cluster.front.dialects.openai.tools import CallField, ContentField, ToolFields
 from llamaclust.cluster.front.foreign_fields import CHAT, COMPLETION, MESSAGE
-from llamaclust.cluster.front.sampling import (
-    AdapterFields,
-    Requested,
-    SamplerFields,
-    SlotFields,
-    SpeculativeFields,
-    documented,
-    sampled,
-)
 from llamaclust.cluster.front.schema import (
     BiasField,
     Body,
@@ -28,6 +19,15 @@ from llamaclust.cluster.front.schema import (
     SeedField,
     StopField,
     read_part,
+)
+from llamaclust.cluster.front.shared_fields import (
+    AdapterFields,
+    Requested,
+    SamplerFields,
+    SlotFields,
+    SpeculativeFields,
+    documented,
+    sampled,
 )
 from llamaclust.cluster.front.structured_output import GrammarFields
 from llamaclust.cluster.front.text.request import (

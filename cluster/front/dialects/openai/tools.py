@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
 from llamaclust.cluster.front.images.parts import placed, takes_images, url_part
-from llamaclust.cluster.front.sampling import ReasoningFields
+from llamaclust.cluster.front.shared_fields import ReasoningFields
 from llamaclust.cluster.front.text.images import Content, Part, joined
 from llamaclust.cluster.front.text.request import ToolMode, ToolUse
 from llamaclust.cluster.front.tools import (

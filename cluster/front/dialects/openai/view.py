@@ -11,9 +11,8 @@ from llamaclust.cluster.front.dialects.openai.schema import ChatBody, Completion
 from llamaclust.cluster.front.http.sse import DONE
 from llamaclust.cluster.front.json_text import shown_progress, shown_timings, to_json
 from llamaclust.cluster.front.replies.reply import Event, View
-from llamaclust.cluster.front.sampling import row_entry
 from llamaclust.cluster.front.schema import Prompt
-from llamaclust.cluster.front.text.answer import TextChunk, json_logprob
+from llamaclust.cluster.front.text.answer import TextChunk, json_logprob, row_entry
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
 from llamaclust.cluster.front.tools import ClientTool, call_id_of, text_of_call
 from llamaclust.cluster.scheduler.requests import FinishReason, PromptProgress, Timings

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import pytest
 
-from llamaclust.cluster.front.sampling import Requested, SamplerFields
 from llamaclust.cluster.front.schema import Body, read_fields
+from llamaclust.cluster.front.shared_fields import Requested, SamplerFields
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.server.front import BODIES
 

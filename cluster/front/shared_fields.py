@@ -12,7 +12,6 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, Wit
 from llamaclust.cluster.config.values import shown, switched
 from llamaclust.cluster.front.foreign_fields import CHAT
 from llamaclust.cluster.front.schema import Body, Leniency, Prompt, SeedField
-from llamaclust.cluster.front.text.answer import json_logprob
 from llamaclust.cluster.front.text.images import PromptImages
 from llamaclust.cluster.front.text.request import (
     MAX_MESSAGE_CHARACTERS,
@@ -35,20 +34,7 @@ from llamaclust.core.sampler.params import (
     SamplerName,
     SamplingParams,
 )
-from llamaclust.core.sampler.results import RowResult
 from llamaclust.core.sampler.table import MAIN_NUMBERS, SAMPLING_TABLE
-from llamaclust.model.tokenizers.tokenizer import Tokenizer
-
-
-def row_entry(tokenizer: Tokenizer, row: RowResult) -> dict[str, Any]:
-    top = [_token_entry(tokenizer, token, logprob) for token, logprob in row.top_logprobs]
-    return {**_token_entry(tokenizer, row.token, row.logprob), "top_logprobs": top}
-
-
-def _token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    data = tokenizer.token_bytes(token)
-    text = data.decode("utf-8", "replace")
-    return {"id": token, "token": text, "logprob": json_logprob(logprob), "bytes": list(data)}
 
 
 @dataclass(frozen=True, slots=True)

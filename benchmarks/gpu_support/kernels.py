@@ -21,8 +21,8 @@ from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.cluster.config.environment import environment
 from llamaclust.kernels.cuda import probe
 from llamaclust.kernels.cuda.launches import matmul
+from llamaclust.kernels.cuda.launches.gpu_properties import LaunchLimits
 from llamaclust.kernels.cuda.launches.inputs import RowCount
-from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.runtime.cupy_device import CupyDevice
 from llamaclust.kernels.cuda.runtime.device import NULL, Device, Launch
 from llamaclust.model.quant_types import ActivationFormat, QuantType

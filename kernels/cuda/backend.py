@@ -20,7 +20,7 @@ from llamaclust.kernels.cuda.executor.stage import CudaStage
 from llamaclust.kernels.cuda.experts_cache.cache import CudaExpertsCache
 from llamaclust.kernels.cuda.experts_cache.opening import open_cache, plan_cache, slots_in
 from llamaclust.kernels.cuda.launches.attention import check_attention
-from llamaclust.kernels.cuda.launches.limits import ANY_GPU, LaunchLimits
+from llamaclust.kernels.cuda.launches.gpu_properties import ANY_GPU, LaunchLimits
 from llamaclust.kernels.cuda.launches.matmul import Weights
 from llamaclust.kernels.cuda.probe import allocate_flush, flush_cache, limits, measure
 from llamaclust.kernels.cuda.runtime.device import Device

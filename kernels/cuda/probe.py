@@ -10,8 +10,8 @@ from time import perf_counter
 import numpy as np
 
 from llamaclust.kernels.cuda.launches import matmul
+from llamaclust.kernels.cuda.launches.gpu_properties import LaunchLimits
 from llamaclust.kernels.cuda.launches.inputs import RowCount
-from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.runtime.device import NULL, Buffer, Device, Launch, Scalar
 from llamaclust.model.quant_types import QuantType
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cuda.executor.shapes import Shape
+from llamaclust.kernels.cuda.launches.gpu_properties import LaunchLimits
 from llamaclust.kernels.cuda.launches.inputs import Inputs, RowCount
-from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.launches.matmul import Weights, activation_bytes, quantize
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch
 from llamaclust.kernels.cuda.runtime.memory import aligned

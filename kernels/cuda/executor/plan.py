@@ -13,8 +13,8 @@ from llamaclust.kernels.cuda.executor.inputs import InputBuffer
 from llamaclust.kernels.cuda.executor.operands import BufferLayout, Operands, kv_name
 from llamaclust.kernels.cuda.executor.shapes import ImageReads, Shape
 from llamaclust.kernels.cuda.launches import sampling
+from llamaclust.kernels.cuda.launches.gpu_properties import ANY_GPU, LaunchLimits
 from llamaclust.kernels.cuda.launches.inputs import RowCount
-from llamaclust.kernels.cuda.launches.limits import ANY_GPU, LaunchLimits
 from llamaclust.kernels.cuda.launches.matmul import Weights
 from llamaclust.kernels.cuda.runtime.device import Buffer, Device, Launch
 from llamaclust.kernels.cuda.runtime.memory import allocated

@@ -17,8 +17,8 @@ from llamaclust.kernels.cuda.executor.operands import BufferLayout, Operands
 from llamaclust.kernels.cuda.executor.shapes import Shape
 from llamaclust.kernels.cuda.experts_cache.slots import SlotLayout
 from llamaclust.kernels.cuda.launches import elementwise, experts, matmul
+from llamaclust.kernels.cuda.launches.gpu_properties import LaunchLimits
 from llamaclust.kernels.cuda.launches.inputs import Inputs, RowCount
-from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.launches.matmul import Weights
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch
 from llamaclust.kernels.cuda.runtime.memory import aligned

@@ -13,7 +13,7 @@ from llamaclust.kernels.cuda.experts_cache.copies import ExpertCopies
 from llamaclust.kernels.cuda.experts_cache.launches import CachePlan, PoolPlace
 from llamaclust.kernels.cuda.experts_cache.slots import SlotLayout, pools_bytes, slot_counts
 from llamaclust.kernels.cuda.experts_cache.table import ExpertTable, Pool
-from llamaclust.kernels.cuda.launches.limits import LaunchLimits
+from llamaclust.kernels.cuda.launches.gpu_properties import LaunchLimits
 from llamaclust.kernels.cuda.launches.matmul import Weights
 from llamaclust.kernels.cuda.runtime.device import Buffer
 from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock

@@ -11,8 +11,8 @@ from math import lcm
 import numpy as np
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.kernels.cuda.launches.gpu_properties import LaunchLimits
 from llamaclust.kernels.cuda.launches.inputs import Inputs
-from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.runtime.device import NULL, PLAIN_SHARED_BYTES, Launch, Scalar
 from llamaclust.model.kv_type import KV_GROUP_CHANNELS, KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS, SPAN_TOKENS, Attention, Program

@@ -11,8 +11,8 @@ from typing import Self
 import numpy as np
 
 from llamaclust.kernels.cuda.launches.elementwise import GatedInputs
+from llamaclust.kernels.cuda.launches.gpu_properties import LaunchLimits
 from llamaclust.kernels.cuda.launches.inputs import RowCount
-from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch, Scalar
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat, QuantType
 

@@ -20,8 +20,8 @@ from llamaclust.kernels.cuda.launches.attention import (
     room_of,
     tile_rows,
 )
+from llamaclust.kernels.cuda.launches.gpu_properties import LaunchLimits
 from llamaclust.kernels.cuda.launches.inputs import Inputs
-from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, NULL, PLAIN_SHARED_BYTES
 from llamaclust.kernels.cuda.runtime.sources import SRC
 from llamaclust.model.architectures.positions import alibi_slopes

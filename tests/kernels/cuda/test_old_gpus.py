@@ -10,7 +10,7 @@ import pytest
 from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels import _native
 from llamaclust.kernels.cuda.launches.attention import tile_rows
-from llamaclust.kernels.cuda.launches.limits import LaunchLimits
+from llamaclust.kernels.cuda.launches.gpu_properties import LaunchLimits
 from llamaclust.kernels.cuda.runtime.device import PLAIN_SHARED_BYTES
 from llamaclust.kernels.cuda.runtime.sources import modules
 from llamaclust.model.kv_type import KvType

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from llamaclust.kernels import _native
+from llamaclust.kernels.cuda.launches.gpu_properties import LaunchLimits
 from llamaclust.kernels.cuda.launches.inputs import RowCount
-from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.launches.matmul import (
     _MODULE_OF,
     Experts,

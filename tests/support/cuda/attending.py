@@ -23,8 +23,8 @@ from llamaclust.kernels.cuda.launches.attention import (
     room_of,
 )
 from llamaclust.kernels.cuda.launches.elementwise import rotation
+from llamaclust.kernels.cuda.launches.gpu_properties import LaunchLimits
 from llamaclust.kernels.cuda.launches.inputs import Inputs, RowCount
-from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, NULL
 from llamaclust.kernels.reference.attention import seen_by
 from llamaclust.model.gguf.model_file import open_model

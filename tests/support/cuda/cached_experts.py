@@ -13,7 +13,7 @@ from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.experts_cache.cache import CudaExpertsCache
 from llamaclust.kernels.cuda.experts_cache.launches import CachePlan
 from llamaclust.kernels.cuda.experts_cache.opening import plan_cache, slots_in
-from llamaclust.kernels.cuda.launches.limits import ANY_GPU
+from llamaclust.kernels.cuda.launches.gpu_properties import ANY_GPU
 from llamaclust.kernels.cuda.launches.matmul import Weights
 from llamaclust.kernels.cuda.runtime.device import Buffer, Bytes, Device, Event
 from llamaclust.kernels.split_experts import MOST_CACHED_ROWS, SplitExpertsBackend, SplitExpertsStage, experts_of

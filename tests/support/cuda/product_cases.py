@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.kernels import _native
+from llamaclust.kernels.cuda.launches.gpu_properties import LaunchLimits
 from llamaclust.kernels.cuda.launches.inputs import RowCount
-from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.launches.matmul import (
     Product,
     Weights,

@@ -47,6 +47,13 @@ OTHERS_LIVE = ("--with-ft", "ulfm", "--enable-recovery", "--continuous")
 OF_MPI = re.compile(r"(OMPI_|PMIX_|PMI_|PRTE_|MPI)")
 
 
+@pytest.fixture(autouse=True)
+def _open_mpi_has_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open MPI does not start without one."""
+    if "HOME" not in os.environ:
+        monkeypatch.setenv("HOME", str(tmp_path))
+
+
 def start(line: CommandLine, model: Path, *flags: str, ranks: int = 3, **keys: Any) -> Running:
     join = {"listen": "0.0.0.0:0", "members": "0.0.0.0:0"}
     workers = [{**worker, "threads": 1} for worker in named("a", "b", "c")]

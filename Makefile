@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 NATIVE := $(shell find kernels/cpu cmake -name '*.cpp' -o -name '*.h' -o -name '*.cmake' -o -name CMakeLists.txt 2>/dev/null)
 MODEL ?= smollm2-135m-instruct
 # `make test` runs one case of each test, quickest first, up to CORE seconds of recorded time, summed over its processes.
+# Its random inputs are always the same, those of `make test-all` new in each run, unless LLAMACLUST_TEST_SEED names a seed.
 # If SINCE names a commit, all cases of test files that changes since the commit affect run, too.
 CORE ?= 1000
 SINCE ?=
@@ -44,6 +45,7 @@ $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not alon
 $(BIN)/python -m pytest -m alone $(1)
 endef
 
+test: export LLAMACLUST_TEST_SEED ?= 1
 test: build $(VENV)/.test $(VENV)/.helm model ## Runs tests of all packages. Downloads the demo model once.
 	$(call run_tests,--core $(CORE) $(if $(SINCE),--since $(SINCE)))
 

@@ -99,16 +99,28 @@ def _one_pass(backend: Backend, model: Model, tokens: list[int]) -> Iterator[int
 
 @pytest.mark.parametrize("backend", [CpuBackend(1), ReferenceBackend()], ids=["cpu", "reference"])
 def test_drafts_are_those_of_one_pass_however_rows_are_computed(model: Model, backend: Backend) -> None:
-    """A prompt in chunks, then steps of one token, with drafted rows that are right, partly right and wrong;
-    where there are states, which a scheduler has written elsewhere, all are right."""
-    source, sequence = Random(SEED), OneSequence(backend, model)
-    plain = OneSequence(backend, model)
+    """Prompts are drawn until one has more than three different drafts: greedy answers may repeat a token."""
+    source = Random(SEED)
+    for _ in range(20):
+        tokens, drafted = _drafts_in_pieces(source, model, backend)
+        expected = list(_one_pass(backend, model, tokens))
+        assert drafted == {count: expected[count - 2] for count in drafted}, f"seed {SEED}"
+        if len({*drafted.values()}) > 3:
+            return
+    pytest.fail(f"all prompts of seed {SEED} have at most three different drafts")
+
+
+def _drafts_in_pieces(source: Random, model: Model, backend: Backend) -> tuple[list[int], dict[int, int]]:
+    """Tokens, and drafts by the number of tokens before: a prompt in chunks, then steps of one token, with drafted rows
+    that are right, partly right and wrong; where there are states, which a scheduler has written elsewhere, all are
+    right."""
+    sequence, plain = OneSequence(backend, model), OneSequence(backend, model)
     tokens = [source.randrange(3, 320) for _ in range(13)]
     (row,) = plain.run(tuple(tokens), 0, 1)
     while len(tokens) < _TOKENS:  # what follows greedily
         tokens.append(row.token)
         (row,) = plain.run((tokens[-1],), len(tokens) - 1, 1)
-    drafted: dict[int, int] = {}  # by the number of tokens before
+    drafted: dict[int, int] = {}
     at = 0
     while at < 12:  # of the prompt, all but its last
         end = min(12, at + source.randrange(1, 6))
@@ -124,9 +136,7 @@ def test_drafts_are_those_of_one_pass_however_rows_are_computed(model: Model, ba
         at += ends[0] + 1
         assert rows[ends[0]].token == tokens[at], f"seed {SEED}"
         (drafted[at + 1],) = rows[ends[0]].drafted
-    expected = list(_one_pass(backend, model, tokens))
-    assert drafted == {count: expected[count - 2] for count in drafted}, f"seed {SEED}"
-    assert len({*drafted.values()}) > 3
+    return tokens, drafted
 
 
 def test_further_tokens_follow_from_the_heads_own(model: Model) -> None:

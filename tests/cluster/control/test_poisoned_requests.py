@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.strikes import MAX_STRIKES
 from llamaclust.core.errors import RequestFailedError
+from support.clusters.faults.worker_program import run_in_workers
 from support.clusters.recovering import Answer, Recovering, config, recovering
 
 TOKENS = 150
@@ -20,33 +18,30 @@ MIXES = 4
 
 POISON = 666
 WITHIN_S = 60.0  # five on an idle machine
-_POISONED = dedent(
-    f"""
-    # Runs in every process that the test starts: a worker cannot sample for a request with this seed.
-    import os, sys
+_POISONED = f"""
+# A worker cannot sample for a request with this seed.
+import os
 
-    if "--name" in sys.orig_argv:
-        from llamaclust.worker.stage.loop import StageLoop
-        from llamaclust.worker.stage.step_inputs import StepInputs
-        from support.wire.slow_codec import plain_inputs
+from llamaclust.worker.stage.loop import StageLoop
+from llamaclust.worker.stage.step_inputs import StepInputs
+from support.wire.slow_codec import plain_inputs
 
-        finish, read, poison = StageLoop._finish, StepInputs.read, dict()
+finish, read, poison = StageLoop._finish, StepInputs.read, dict()
 
-        def notes(data):
-            inputs = plain_inputs(data)
-            risky = [task.position for task in inputs.tasks if getattr(task, "seed", 0) == {POISON}]
-            poison[inputs.number] = any(position >= 30 for position in risky)
-            return read(data)
+def notes(data):
+    inputs = plain_inputs(data)
+    risky = [task.position for task in inputs.tasks if getattr(task, "seed", 0) == {POISON}]
+    poison[inputs.number] = any(position >= 30 for position in risky)
+    return read(data)
 
-        def poisoned(loop, arrival, logits, received):
-            if poison[arrival.frame.number]:
-                BREAK
-            return finish(loop, arrival, logits, received)
+def poisoned(loop, arrival, logits, received):
+    if poison[arrival.frame.number]:
+        BREAK
+    return finish(loop, arrival, logits, received)
 
-        StepInputs.read = notes
-        StageLoop._finish = poisoned
-    """
-)
+StepInputs.read = notes
+StageLoop._finish = poisoned
+"""
 BREAKS = {"raises": 'raise ValueError("poison")', "kills its worker": "os.kill(os.getpid(), 9)"}
 
 
@@ -72,8 +67,7 @@ async def test_a_request_that_breaks_workers_fails_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Twice: the launcher would not start a worker again so often, were it to blame."""
-    (tmp_path / "sitecustomize.py").write_text(_POISONED.replace("BREAK", BREAKS[what]))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), *filter(None, sys.path))))
+    run_in_workers(monkeypatch, tmp_path, _POISONED.replace("BREAK", BREAKS[what]))
     async with recovering(config(model, tmp_path, workers)) as run:
         others = run.start(requests)
         await run.token(100)

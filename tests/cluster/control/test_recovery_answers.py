@@ -3,63 +3,55 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
+from support.clusters.faults.worker_program import run_in_workers
 from support.clusters.recovering import Answer, config, recovering
 
 TOKENS = 100
 
-_BEGIN = """
-# Runs in every process that the test starts: the worker named {worker} answers wrongly once, at its {at}th answer.
-import os, sys
+_RESULT = """
+# One wrong answer, the {at}th.
+import os
 from dataclasses import replace
 from itertools import count
 
-if "--name" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("--name") + 1] == "{worker}":
-    answers = count()
+from llamaclust.wire.microbatch.results import decode_result
+from llamaclust.worker.stage.loop import StageLoop
+from support.wire.slow_codec import encode_result as encode
+
+answers, right = count(), StageLoop._result
+
+def wrong(loop, *given):
+    answer = right(loop, *given)
+    if next(answers) >= {at} and not os.path.exists({marker!r}):
+        open({marker!r}, "w").close()
+        message = decode_result(answer.data)
+        return replace(answer, data={answer})
+    return answer
+
+StageLoop._result = wrong
 """
-_RESULT = (
-    _BEGIN
-    + """
-    from llamaclust.wire.microbatch.results import decode_result
-    from llamaclust.worker.stage.loop import StageLoop
-    from support.wire.slow_codec import encode_result as encode
+_HEARTBEAT = """
+import os
+from dataclasses import replace
+from itertools import count
 
-    right = StageLoop._result
+import llamaclust.worker.membership as membership
 
-    def wrong(loop, *given):
-        answer = right(loop, *given)
-        if next(answers) >= {at} and not os.path.exists({marker!r}):
-            open({marker!r}, "w").close()
-            message = decode_result(answer.data)
-            return replace(answer, data={answer})
-        return answer
+answers, encode = count(), membership.encode_worker_message
 
-    StageLoop._result = wrong
+def wrong(message):
+    if type(message).__name__ == "Heartbeat" and next(answers) >= {at} and not os.path.exists({marker!r}):
+        open({marker!r}, "w").close()
+        return {answer}
+    return encode(message)
+
+membership.encode_worker_message = wrong
 """
-)
-_HEARTBEAT = (
-    _BEGIN
-    + """
-    import llamaclust.wire.control.codec as codec
-
-    encode = codec.encode_worker_message
-
-    def wrong(message):
-        if type(message).__name__ == "Heartbeat" and next(answers) >= {at} and not os.path.exists({marker!r}):
-            open({marker!r}, "w").close()
-            return {answer}
-        return encode(message)
-
-    codec.encode_worker_message = wrong
-"""
-)
 
 RESULT = (_RESULT, 20)
 CONTROL = (_HEARTBEAT, 40)
@@ -97,8 +89,7 @@ async def test_wrong_answers_change_no_token(
 ) -> None:
     program, at, answer, says = ANSWERS[what]
     marker = tmp_path / "answered"
-    (tmp_path / "sitecustomize.py").write_text(program.format(worker="c", at=at, answer=answer, marker=str(marker)))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), *filter(None, sys.path))))
+    run_in_workers(monkeypatch, tmp_path, program.format(at=at, answer=answer, marker=str(marker)), "c")
 
     async with recovering(config(model, tmp_path)) as cluster:
         answers = await asyncio.gather(*cluster.start(requests))
@@ -110,27 +101,24 @@ async def test_wrong_answers_change_no_token(
         await cluster.whole()
 
 
-_HANGING = dedent(
-    """
-    # Runs in every process that the test starts: the compute thread of worker b hangs once, in a step.
-    import os, sys, threading
+_HANGING = """
+# The compute thread hangs once, in a step.
+import os, threading
 
-    if "--name" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("--name") + 1] == "b":
-        import llamaclust.worker.stage.compute as compute
-        from llamaclust.worker.stage.loop import StageLoop
+import llamaclust.worker.stage.compute as compute
+from llamaclust.worker.stage.loop import StageLoop
 
-        run_layers = StageLoop._run_layers
-        compute.INLINE_NS = 0  # every step in the thread
+run_layers = StageLoop._run_layers
+compute.INLINE_NS = 0  # every step in the thread
 
-        def hang(self, arrival):
-            if arrival.frame.number >= 20 and not os.path.exists({marker!r}):
-                open({marker!r}, "w").close()
-                threading.Event().wait()
-            return run_layers(self, arrival)
+def hang(self, arrival):
+    if arrival.frame.number >= 20 and not os.path.exists({marker!r}):
+        open({marker!r}, "w").close()
+        threading.Event().wait()
+    return run_layers(self, arrival)
 
-        StageLoop._run_layers = hang
-    """
-)
+StageLoop._run_layers = hang
+"""
 
 
 async def test_a_compute_thread_that_hangs_is_noticed_by_the_predicted_time(
@@ -141,8 +129,7 @@ async def test_a_compute_thread_that_hangs_is_noticed_by_the_predicted_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     marker = tmp_path / "hangs"
-    (tmp_path / "sitecustomize.py").write_text(_HANGING.format(marker=str(marker)))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), *filter(None, sys.path))))
+    run_in_workers(monkeypatch, tmp_path, _HANGING.format(marker=str(marker)), "b")
     async with recovering(config(model, tmp_path)) as cluster:
         tasks = cluster.start(requests)
         await cluster.until("the hanging step", marker.exists)

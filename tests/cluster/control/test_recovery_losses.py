@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from pathlib import Path
 from random import Random
-from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -19,6 +17,7 @@ from llamaclust.cluster.membership.worker_requests import profile_worker
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.profile import Profile
 from llamaclust.wire.control.profiles import ProfileWorker
+from support.clusters.faults.worker_program import run_in_workers
 from support.clusters.recovering import (
     Answer,
     config,
@@ -127,27 +126,24 @@ async def test_a_loss_while_the_first_epoch_loads(
         await run.whole()
 
 
-_SLOW_MOVE = dedent(
-    """
-    # Runs in every process that the test starts: a load of worker c beside its serving stage takes a minute.
-    import sys, time
+_SLOW_MOVE = """
+# A load beside a serving stage takes a minute.
+import time
 
-    if "--name" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("--name") + 1] == "c":
-        import llamaclust.worker.weights.load as load
+import llamaclust.worker.weights.load as load
 
-        make_runner = load._runner
+make_runner = load._runner
 
-        def slow(order, device, model, progress):
-            if not order.exclusive:
-                open({marker!r}, "w").close()
-                for _ in range(6000):
-                    progress.add(1)
-                    time.sleep(0.01)
-            return make_runner(order, device, model, progress)
+def slow(order, device, model, progress):
+    if not order.exclusive:
+        open({marker!r}, "w").close()
+        for _ in range(6000):
+            progress.add(1)
+            time.sleep(0.01)
+    return make_runner(order, device, model, progress)
 
-        load._runner = slow
-    """
-)
+load._runner = slow
+"""
 
 
 async def test_a_loss_during_a_planned_move_is_not_kept_waiting_by_its_loads(
@@ -158,8 +154,7 @@ async def test_a_loss_during_a_planned_move_is_not_kept_waiting_by_its_loads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     marker = tmp_path / "loads"
-    (tmp_path / "sitecustomize.py").write_text(_SLOW_MOVE.format(marker=str(marker)))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), *filter(None, sys.path))))
+    run_in_workers(monkeypatch, tmp_path, _SLOW_MOVE.format(marker=str(marker)), "c")
     async with recovering(config(model, tmp_path)) as run:
         drain = asyncio.create_task(run.cluster.pool.operations.drain("a"))
         await run.until("the load", marker.exists)

@@ -6,8 +6,6 @@ Failing steps and silence are those of `llamaclust chaos`.
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -31,6 +29,7 @@ from llamaclust.worker.stage.matched_answer import DEFERRED
 from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.stage.step_inputs import StepInputs
 from llamaclust.worker.weights.weights import Weights
+from support.clusters.faults.worker_program import run_in_workers
 from support.wire.slow_codec import plain_inputs
 
 _ROW = 31
@@ -39,19 +38,15 @@ NOT_FINITE_SEED = 666
 _ROOM = np.zeros((1, 3), np.float32), [0, 1, 2, 3]
 """For one column of each of three members."""
 _PROGRAM = """
-import sys  # in every process that the test starts
+from support.clusters.faults.worker_faults import FAULTS
 
-if "--name" in sys.orig_argv and {worker!r} in ("", sys.orig_argv[sys.orig_argv.index("--name") + 1]):
-    from support.clusters.faults.worker_faults import FAULTS
-
-    FAULTS[{fault!r}]()
+FAULTS[{fault!r}]()
 """
 
 
 def break_worker(monkeypatch: pytest.MonkeyPatch, folder: Path, worker: str, fault: str) -> None:
     """Of clusters that are started from now on. Without a name, each worker."""
-    (folder / "sitecustomize.py").write_text(_PROGRAM.format(worker=worker, fault=fault))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(folder), *filter(None, sys.path))))
+    run_in_workers(monkeypatch, folder, _PROGRAM.format(fault=fault), worker)
 
 
 def _always() -> bool:

@@ -21,6 +21,9 @@ from llamaclust.wire.rpc.grpc_options import tune_grpc
 ROOM_BYTES = 4096
 """For a command line in place of the server's, and for the folder of its state."""
 STATE_DIR = "LLAMACLUST_STATE_DIR"
+WORKER_PROGRAM = "PYTHON_WORKER_PROGRAM"
+"""Names a file of Python that a process runs before its own program; workers inherit variables with this prefix. In
+processes that are not forked, `sitecustomize` runs it."""
 
 IMPORTED = {
     "llamaclust": (
@@ -67,6 +70,9 @@ def main() -> None:
     asked = _serve(socket.socket(fileno=int(sys.argv[2])), program, place)
     if asked is not None:
         sys.argv = [program, *asked.arguments]
+        sys.orig_argv = [sys.executable, "-P", "-m", *sys.argv]
+        if WORKER_PROGRAM in os.environ:
+            runpy.run_path(os.environ[WORKER_PROGRAM])
         runpy.run_module(program, run_name="__main__", alter_sys=True)
 
 

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from threading import Lock
 
-from support.clusters.forking.fork_server import ROOM_BYTES, STATE_DIR, Asked
+from support.clusters.forking.fork_server import ROOM_BYTES, STATE_DIR, WORKER_PROGRAM, Asked
 
 _SERVER = Path(__file__).with_name("fork_server.py")
 _ROOM = ROOM_BYTES * " "
@@ -78,7 +78,8 @@ def fork_server(program: str) -> ForkServer | None:
 
 
 def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(_READ_AT_START)}
+    names = [name for name in environment if name.startswith(_READ_AT_START) and name != WORKER_PROGRAM]
+    return {name: environment[name] for name in names}
 
 
 @contextmanager

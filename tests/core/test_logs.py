@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from random import SystemRandom
 
 import pytest
 
@@ -32,6 +31,7 @@ from llamaclust.wire.control.messages import CoordinatorMessage, Heartbeat
 from llamaclust.wire.security.credentials import Insecure
 from support.clusters.command_line import CommandLine, command_line, eventually
 from support.models.hostile_models import tiny
+from support.seed import SEED
 from support.wire.control_messages import REGISTER
 
 HOSTILE = ('a "b" \\ c', "two\nlines", "\x1b[31mred", "level=info msg=x", "{", "", "naïve ☃", "a=b", "\\x", "\ud800")
@@ -161,10 +161,8 @@ def test_a_cluster_tells_of_itself_in_fields(line: CommandLine) -> None:
     keys.write_text("a-secret-key\n")
     keys.chmod(0o600)
     header = {"Authorization": "Bearer a-secret-key"}
-    seed = SystemRandom().randrange(1 << 32)
-    print(f"seed {seed}")
     with line.logging("json"), line.cluster("good.gguf", api_keys_file=str(keys)) as cluster:
-        body = {"prompt": "a secret prompt", "max_tokens": 3, "ignore_eos": True, "seed": seed}
+        body = {"prompt": "a secret prompt", "max_tokens": 3, "ignore_eos": True, "seed": SEED}
         reply = cluster.http.post("/v1/completions", json=body, headers=header).json()
         token = next(line.cluster_dir("tiny").rglob("token")).read_text().strip()
         log = cluster.command.err

@@ -55,7 +55,7 @@ def check_images(
     for together in merged:
         for start in batch.sequence_starts.tolist():
             if start % together:
-                raise ValueError(f"batch: rows of sequences before merging are {start}, not a multiple of {together}")
+                raise ValueError(f"batch: number of rows before a sequence is {start}, not a multiple of {together}")
     if batch.groups is not None:
         _check_groups(batch, batch.groups)
     if sections and batch.rope_positions is not None:
@@ -115,7 +115,7 @@ def _check_positions(positions: Sequence[int], context_tokens: int, room: int) -
         if position != wanted:
             raise ValueError(f"batch: position is {position}, expected {wanted}")
     if end > room:
-        raise ValueError(f"batch: positions of a block table are {end}, at most {room} fit")
+        raise ValueError(f"batch: number of positions is {end}, a block table has {room}")
 
 
 def _check_blocks(what: str, blocks: NDArray[np.int32], end: int) -> None:

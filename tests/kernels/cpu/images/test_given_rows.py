@@ -68,12 +68,12 @@ def test_few_rows_of_which_each_thread_has_a_copy(name: str, count: int) -> None
 @pytest.mark.parametrize(
     ("rows", "width", "reason"),
     [
-        ([0, 0], LEVELS * WIDTH, "given row 0 against"),
-        ([3, 2], LEVELS * WIDTH, "given row 2 against"),
-        ([-1], LEVELS * WIDTH, "given row -1 against"),
-        ([89], LEVELS * WIDTH, "given row 89 against 89"),
-        ([5], WIDTH, "width of given rows 96 against 288"),
-        ([5], LEVELS * WIDTH + 1, "width of given rows 289 against 288"),
+        ([0, 0], LEVELS * WIDTH, r"given row is 0, outside \[1, 89\)"),
+        ([3, 2], LEVELS * WIDTH, r"given row is 2, outside \[4, 89\)"),
+        ([-1], LEVELS * WIDTH, r"given row is -1, outside \[0, 89\)"),
+        ([89], LEVELS * WIDTH, r"given row is 89, outside \[0, 89\)"),
+        ([5], WIDTH, "width of given rows is 96, expected 3 or more times 96"),
+        ([5], LEVELS * WIDTH + 1, "width of given rows is 289, expected 3 or more times 96"),
     ],
 )
 def test_given_rows_that_do_not_fit_are_refused(rows: list[int], width: int, reason: str) -> None:

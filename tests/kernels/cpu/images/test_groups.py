@@ -158,11 +158,11 @@ def test_rows_that_see_their_group_alone(tmp_path: Path, widths: list[int]) -> N
 @pytest.mark.parametrize(
     ("row", "group", "reason"),
     [
-        (5, (4, 8), "start of a group 4 against 3"),
-        (5, (3, 9), "end of a group 9 against 8"),
-        (3, (3, 3), "end of a group 3 against 3"),
-        (0, (1, 2), "start of a group 1 against 0"),
-        (9, (9, 11), "end of a group 11 against 10"),
+        (5, (4, 8), "start of a group is 4, expected 3"),
+        (5, (3, 9), "end of a group is 9, expected 8"),
+        (3, (3, 3), "end of a group is 3, a row has position 3"),
+        (0, (1, 2), "start of a group is 1, expected 0"),
+        (9, (9, 11), "end of a group is 11, expected 10"),
         (9, (9, 1 << 30), "end of a group"),
     ],
 )

@@ -75,10 +75,10 @@ def test_products_of_merged_rows(tmp_path: Path, factor: int) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     five, hidden = Buffer("five", 5 * WIDTH), np.ones((12, WIDTH), np.float32)
-    with pytest.raises(ValueError, match="rows of sequences before merging 12 against 5"):
+    with pytest.raises(ValueError, match="number of rows before a sequence is 12, not a multiple of 5"):
         run("cpu-1-thread", hidden, MergeRows(X, five, 5))
     stage = BACKENDS["cpu-1-thread"]().load(program_of(X, MERGED, MergeRows(X, MERGED, 4)), {}, LIMITS, lambda _: None)
-    with pytest.raises(ValueError, match="rows of sequences before merging 6 against 4"):
+    with pytest.raises(ValueError, match="number of rows before a sequence is 6, not a multiple of 4"):
         stage.run(batch_of([([0] * 6, range(6), [0]), ([0] * 6, range(6), [1])]), hidden)
     mean = Buffer("mean", WIDTH)
     after = Attention(mean, mean, mean, X, 1, 1, 1, WIDTH, scale=1.0), SelectRows(mean, Buffer("few", WIDTH))

@@ -116,9 +116,9 @@ def test_a_model_with_sections(tmp_path: Path, name: str, architecture: str) -> 
 @pytest.mark.parametrize(
     ("positions", "reason"),
     [
-        (np.zeros((2, 5), np.int32), "rope positions 10 against 15"),
-        (np.full((3, 5), -1, np.int32), "rope position -1"),
-        (np.full((3, 5), 4096, np.int32), "rope position 4096 against 4096"),
+        (np.zeros((2, 5), np.int32), "number of rope positions is 10, expected 3 or more for each of 5 rows"),
+        (np.full((3, 5), -1, np.int32), "rope position is -1, outside"),
+        (np.full((3, 5), 4096, np.int32), r"rope position is 4096, outside \[0, 4096\)"),
         (np.zeros((3, 4), np.int32), "shape"),
     ],
 )

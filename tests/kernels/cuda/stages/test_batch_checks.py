@@ -42,7 +42,7 @@ CASES: dict[str, tuple[str, Callable[[Batch], Int32]]] = {
     "number of window_tables is 3, expected 5 like": ("window_tables", lambda batch: windows(batch)[:3]),
     "position is -1, outside": ("positions", lambda batch: changed(batch.positions, 3, -1)),
     "position is 50, expected 35": ("positions", lambda batch: changed(batch.positions, 2, 50)),
-    "positions of a block table are 51, at most 16 fit": ("positions", lambda batch: changed(batch.positions, 3, 50)),
+    "number of positions is 51, a block table has 16": ("positions", lambda batch: changed(batch.positions, 3, 50)),
     "position is 128, outside": ("positions", lambda batch: changed(batch.positions, 3, 128)),
     "output row is 4, outside": ("output_rows", lambda batch: changed(batch.output_rows, 1, 4)),
     "output row is 2, outside": ("output_rows", lambda batch: changed(batch.output_rows, 1, 2)),

@@ -10,6 +10,7 @@ from llamaclust.cluster.planner.costs import Counts, sums
 from llamaclust.cluster.planner.memory import Rounding, StagePlace, Workspace
 from llamaclust.cluster.planner.splits.encoder_place import EncoderParts
 from llamaclust.core.limits import StageLimits
+from llamaclust.model.groups.division import divide
 from llamaclust.model.groups.portion import Portion
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Program
@@ -34,11 +35,19 @@ def workspace_of(model: Model, limits: StageLimits) -> Workspace:
     known = _known.setdefault(model, _Known()).workspaces
     programs = _known[model].programs
 
+    def stage_program(start: int, end: int, limits: StageLimits, device: str, portion: Portion | None) -> Program:
+        stage = start, end, limits, device
+        if (*stage, portion) not in programs:
+            if portion is None:
+                programs[*stage, portion] = planned_program(model, *stage)
+            else:
+                whole = stage_program(*stage, None)
+                programs[*stage, portion] = divide(whole, portion.shares, portion.member)
+        return programs[*stage, portion]
+
     def stage_bytes(start: int, end: int, limits: StageLimits, place: StagePlace) -> int:
-        key = start, end, limits, place.device, place.portion
-        if key not in programs:
-            programs[key] = planned_program(model, *key)
-        return program_workspace_bytes(model, programs[key], limits, place.threads, place.device)
+        program = stage_program(start, end, limits, place.device, place.portion)
+        return program_workspace_bytes(model, program, limits, place.threads, place.device)
 
     def bytes_at(place: StagePlace) -> int:
         if (limits, place) not in known:

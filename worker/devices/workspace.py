@@ -6,7 +6,6 @@ from llamaclust.core.gpus import gpu_names
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.distinct_layers import distinct_layers
 from llamaclust.kernels.split_experts import without_experts
-from llamaclust.model.groups.portion import Portion
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Program
 from llamaclust.worker.stage.nextn import nextn_limits, nextn_program_of
@@ -20,11 +19,10 @@ def planned_workspace_bytes(
     return program_workspace_bytes(model, program, limits, threads, device)
 
 
-def planned_program(
-    model: Model, start: int, end: int, limits: StageLimits, device: str = "cpu", portion: Portion | None = None
-) -> Program:
-    """Returns a program that needs the same workspace as layers [start, end), and may have fewer layers."""
-    program = model_program(model, start, end, limits, portion)
+def planned_program(model: Model, start: int, end: int, limits: StageLimits, device: str = "cpu") -> Program:
+    """Returns a program that needs the same workspace as layers [start, end), also divided, and may have fewer
+    layers."""
+    program = model_program(model, start, end, limits)
     if gpu_names(device):
         return program  # On GPUs, workspace contains the rounding of each layer's KV memory.
     return distinct_layers(program, model.tensors_for(program))

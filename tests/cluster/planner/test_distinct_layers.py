@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -42,13 +43,14 @@ def sizes(program: Program, weights: dict[str, Weights]) -> dict[object, int]:
 
 def check_cpu(model: Model, program: Program) -> None:
     """The whole program, and portions of members, if the model can be divided."""
-    programs = [program]
     limits = replace(LIMITS, max_context_tokens=min(4096, model.hyperparameters.context_length))
+    few = distinct_layers(program, model.tensors_for(program))
+    pairs = [(few, program)]
     with suppress(UsageError):
-        programs += [divide(program, shares, member) for shares in ((1, 1), (3, 1)) for member in (0, 1)]
-    for part in programs:
-        few = distinct_layers(part, model.tensors_for(part))
-        found, wanted = (program_workspace_bytes(model, each, limits, 3, "cpu") for each in (few, part))
+        for shares, member in product(((1, 1), (3, 1)), (0, 1)):
+            pairs.append((divide(few, shares, member), divide(program, shares, member)))
+    for pair in pairs:
+        found, wanted = (program_workspace_bytes(model, each, limits, 3, "cpu") for each in pair)
         assert found == wanted
 
 

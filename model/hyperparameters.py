@@ -237,10 +237,11 @@ class ModelKeys:
     def refuse_unread(self) -> None:
         """Raises ModelFileError if an unread key has a value that would change the arithmetic (`_NEUTRAL_VALUES`)."""
         for key in _NEUTRAL_VALUES.keys() - self._read:
-            neutral = _NEUTRAL_VALUES[key]
-            value: Any = self.model.metadata.get(self._full(key), neutral[0])
+            if not self.has(key):
+                continue
+            value: Any = self.model.metadata[self._full(key)]
             numbers = np.asarray(value)
-            if numbers.dtype.kind not in "iuf" or not np.isin(numbers, neutral).all():
+            if numbers.dtype.kind not in "iuf" or not np.isin(numbers, _NEUTRAL_VALUES[key]).all():
                 raise self.error(key, f"{shown(str(value))} is not supported")
 
     def windowed_layers(self, layers: int, default_period: int, *, full_first: bool = False) -> list[bool]:

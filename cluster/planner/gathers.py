@@ -85,11 +85,11 @@ def gather_times(
 def _seconds(gathers: Iterable[GatherCost], shares: Sequence[int], links: GroupLinks) -> tuple[float, float]:
     """Returns (fixed seconds of all gathers, additional seconds per row)."""
     fixed_s = row_s = 0.0
-    known: dict[GatherCost, float] = {}
+    known: dict[int, float] = {}  # By identity, as layers of a kind have the same gathers and hashing is slow.
     for gather in gathers:
-        if gather not in known:
+        if id(gather) not in known:
             sent = np.array(gather.sent_bytes(shares), np.float64)
-            known[gather] = float((links.to_leader_s if gather.to_leader else links.all_to_all_s)(sent))
+            known[id(gather)] = float((links.to_leader_s if gather.to_leader else links.all_to_all_s)(sent))
         fixed_s += links.gather_s
-        row_s += known[gather]
+        row_s += known[id(gather)]
     return fixed_s, row_s

@@ -122,16 +122,21 @@ class GroupCosts:
         alike: dict[DividedLayer, DividedLayer] = {}
         divided = [_DividedProgram.of(program, tensors_for, members) for program in layers]
         costs = [layer.layer_cost() for layer in divided]
-        kinds = tuple(alike.setdefault(cost, cost) for cost in costs)
-        return cls(members, model, kinds, divided[-1].head_cost(), divided[0].embedding_cost())
+        same = tuple(alike.setdefault(cost, cost) for cost in costs)
+        return cls(members, model, same, divided[-1].head_cost(), divided[0].embedding_cost())
+
+    @property
+    def kinds(self) -> dict[int, DividedLayer]:
+        """The different layers by identity: equal layers are one object. Hashes of layers take long."""
+        return {id(layer): layer for layer in self.layers}
 
     def member(self, shares: Sequence[float], member: int) -> ModelCosts:
         assert len(shares) == self.members
-        kinds = {layer: layer.member(shares, member) for layer in dict.fromkeys(self.layers)}
+        costs = {kind: layer.member(shares, member) for kind, layer in self.kinds.items()}
         head = self.head.member(shares, member)
         found = replace(
             self.model,
-            layers=tuple(kinds[layer] for layer in self.layers),
+            layers=tuple(costs[id(layer)] for layer in self.layers),
             head_bytes=head.weight_bytes,
             head_macs=head.macs_per_token,
             float_head_macs=head.float_macs_per_token,
@@ -186,7 +191,8 @@ class _DividedProgram:
             gathers += (self._gather(gathered, number) for gathered in divided.gathered)
         gathers += (self._gather(gathered, len(self.division.steps)) for gathered in results)
         whole, *portions = (PortionCost(units, self._cost(found)) for units, found in sorted(steps.items()))
-        return DividedLayer(whole.cost, tuple(portions), tuple(gathers))
+        alike: dict[GatherCost, GatherCost] = {}
+        return DividedLayer(whole.cost, tuple(portions), tuple(alike.setdefault(each, each) for each in gathers))
 
     def _cost(self, steps: Sequence[Step]) -> LayerCost:
         return steps_cost(self.tensors, replace(self.program, steps=tuple(steps)))

@@ -96,11 +96,11 @@ class DividedTables:
 
 
 def _divided(costs: GroupCosts) -> tuple[DividedLayer, ...]:
-    return (*dict.fromkeys(costs.layers), costs.head)
+    return (*costs.kinds.values(), costs.head)
 
 
 def _costs(costs: GroupCosts, kinds: set[int]) -> StageCosts:
-    alike = {id(layer): _kept(layer, kinds) for layer in costs.layers}
+    alike = {kind: _kept(layer, kinds) for kind, layer in costs.kinds.items()}
     kept = replace(
         costs, members=1, layers=tuple(alike[id(layer)] for layer in costs.layers), head=_kept(costs.head, kinds)
     )

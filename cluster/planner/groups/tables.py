@@ -37,8 +37,8 @@ class _Kinds:
         layers = len(costs.layers)
         starts, ends = np.indices((layers + 1, layers + 1))
         keys = 2 * (starts == 0) + (ends == layers)
-        for kind in dict.fromkeys(costs.layers):
-            count = sums(int(layer == kind) for layer in costs.layers)
+        for kind in costs.kinds.values():
+            count = sums(int(layer is kind) for layer in costs.layers)
             keys = np.unique(keys * (2 * layers + 1) + count + layers, return_inverse=True)[1].reshape(keys.shape)
         keys[starts >= ends] = -1
         _, firsts, kinds = np.unique(keys, return_index=True, return_inverse=True)

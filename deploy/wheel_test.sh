@@ -8,7 +8,7 @@ wheel=$(realpath "${1:?usage: deploy/wheel_test.sh WHEEL [PYTHON]}")
 root=$(realpath "$(dirname "$0")/..")
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-models=${LLAMACLUST_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/llamaclust}/models
+models=${LLAMACLUST_HOME:-${XDG_CACHE_HOME:-~/.cache}/llamaclust}/models
 export LLAMACLUST_HOME=$folder/home LLAMACLUST_STATE_DIR=$folder/state CC=false CXX=false
 mkdir "$LLAMACLUST_HOME"
 [ ! -d "$models" ] || ln -s "$models" "$LLAMACLUST_HOME/models"

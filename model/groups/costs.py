@@ -122,12 +122,12 @@ class GroupCosts:
         alike: dict[DividedLayer, DividedLayer] = {}
         divided = [_DividedProgram.of(program, tensors_for, members) for program in layers]
         costs = [layer.layer_cost() for layer in divided]
-        same = tuple(alike.setdefault(cost, cost) for cost in costs)
-        return cls(members, model, same, divided[-1].head_cost(), divided[0].embedding_cost())
+        shared = tuple(alike.setdefault(cost, cost) for cost in costs)
+        return cls(members, model, shared, divided[-1].head_cost(), divided[0].embedding_cost())
 
     @property
     def kinds(self) -> dict[int, DividedLayer]:
-        """The different layers by identity: equal layers are one object. Hashes of layers take long."""
+        """The different layers by `id`, since `of` makes equal layers one object, and hashing a layer is slow."""
         return {id(layer): layer for layer in self.layers}
 
     def member(self, shares: Sequence[float], member: int) -> ModelCosts:

@@ -45,7 +45,7 @@ FAULTS[{fault!r}]()
 
 
 def break_worker(monkeypatch: pytest.MonkeyPatch, folder: Path, worker: str, fault: str) -> None:
-    """Of clusters that are started from now on. Without a name, each worker."""
+    """Gives the named worker a fault in clusters that start from now on. Without a name, each worker has it."""
     run_in_workers(monkeypatch, folder, _PROGRAM.format(fault=fault), worker)
 
 

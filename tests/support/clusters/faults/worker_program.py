@@ -20,7 +20,7 @@ if "--name" in words and worker in ("", words[words.index("--name") + 1]):
 
 
 def run_in_workers(monkeypatch: pytest.MonkeyPatch, folder: Path, program: str, worker: str = "") -> None:
-    """Workers that are started from now on run it: the named one, or all. Its file is put into the folder."""
+    """Writes `program` into a file in `folder`. Workers that start from now on run it: the named one, or all."""
     file = folder / "worker_program.py"
     lines = dedent(program).strip().splitlines()
     file.write_text(_BEGINNING.format(tests=str(TESTS), worker=worker) + "".join(f"    {line}\n" for line in lines))

@@ -56,7 +56,7 @@ class GeneratedCode:
 
 if __name__ == "sitecustomize" and any("llamaclust" in word for word in sys.orig_argv[1:]):
     GeneratedCode()
-    if "PYTHON_WORKER_PROGRAM" in os.environ:
+    if "PYTHON_WORKER_PROGRAM" in os.environ:  # support.clusters.forking.fork_server.WORKER_PROGRAM
         import runpy
 
         runpy.run_path(os.environ["PYTHON_WORKER_PROGRAM"])

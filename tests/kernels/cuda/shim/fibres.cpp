@@ -20,7 +20,9 @@ uint64_t block_number;
 namespace {
 
 constexpr int kMaxThreads = 1024, kWarp = 32, kBarriers = 16;
-constexpr size_t kStackBytes = 256 << 10, kStaticSharedBytes = 48 << 10, kMaxSharedBytes = 227 << 10;
+// Stacks begin at different places of their pages, or all would take turns in a few lines of the cache.
+constexpr size_t kStackBytes = 256 << 10, kStackOffsetBytes = 64 * 17, kStackOffsets = 60;
+constexpr size_t kStaticSharedBytes = 48 << 10, kMaxSharedBytes = 227 << 10;
 
 Fibre fibres[kMaxThreads];
 Context contexts[kMaxThreads], outside;
@@ -55,7 +57,7 @@ std::string at(Site site) {
   return std::string(name ? name + 1 : site.file) + ":" + std::to_string(site.line);
 }
 
-bool same(Site a, Site b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
+bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || strcmp(a.file, b.file) == 0); }
 
 uint8_t* pages_before_a_gap(size_t bytes) {
   uint8_t* p = static_cast<uint8_t*>(
@@ -141,7 +143,7 @@ void run_block(size_t dynamic_shared_bytes) {
     fibre.committed.clear();
     fibre.products.clear();
     fibre.groups = 0;
-    prepare(contexts[i], stacks + i * kStackBytes, kStackBytes, run_thread);
+    prepare(contexts[i], stacks + i * kStackBytes, kStackBytes - n % kStackOffsets * kStackOffsetBytes, run_thread);
   }
   current = &fibres[backwards ? threads - 1 : 0];
   switch_to(outside, contexts[current->index]);

@@ -76,6 +76,12 @@ void wait_for_block(Site site);
 void arrive(int barrier, int threads, bool waits, Site site);
 // Waits until every lane in `mask` is here; the last one computes the results of all.
 void collective(uint32_t mask, Compute compute, Site site);
+// Operands of a lane in a product of bytes by PTX's layout (mma.cuh).
+struct Fragments {
+  int32_t d[4], a[4], b[2];
+};
+// d[rows][8] += a[rows][k] b[k][8], bytes of a unsigned or signed, of all lanes of a warp.
+void multiply_fragments(const Lanes& lanes, int rows, int k, bool a_unsigned);
 // Arrivals of bulk copies, by their place in shared memory: one announcement of bytes in each phase, and so many `others`,
 // who arrive with the copies that they requested one by one.
 void init_arrival(const void* arrival, int others);

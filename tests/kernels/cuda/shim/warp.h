@@ -47,30 +47,6 @@ inline uint32_t ballot(uint32_t mask, bool vote, Site site) {
   return together<uint32_t>(mask, static_cast<uint8_t>(vote), all, site);
 }
 
-struct Fragments {
-  int32_t d[4], a[4], b[2];
-};
-
-// d[rows][8] += a[rows][k] b[k][8] by PTX's layout of fragments (mma.cuh), bytes of a unsigned or signed.
-template <int rows, int k, bool a_unsigned>
-void multiply_fragments(const Lanes& lanes) {
-  if (lanes.mask != 0xffffffff) fail("a matrix product of a part of a warp");
-  Fragments all[32];
-  for (int i = 0; i < 32; i++) memcpy(&all[i], lanes.first[i].operands, sizeof all[i]);
-  const auto byte = [](int32_t word, int n) { return static_cast<uint8_t>(static_cast<uint32_t>(word) >> 8 * n); };
-  for (int row = 0; row < rows; row++)
-    for (int column = 0; column < 8; column++) {
-      int32_t& sum = all[row % 8 * 4 + column / 2].d[row / 8 * 2 + column % 2];
-      for (int i = 0; i < k; i++) {
-        const int32_t word_a = all[row % 8 * 4 + i % 16 / 4].a[rows / 8 * (i / 16) + row / 8];
-        const int32_t word_b = all[column * 4 + i % 16 / 4].b[i / 16];
-        const int32_t a = a_unsigned ? byte(word_a, i % 4) : static_cast<int8_t>(byte(word_a, i % 4));
-        sum += a * static_cast<int8_t>(byte(word_b, i % 4));
-      }
-    }
-  for (int i = 0; i < 32; i++) memcpy(lanes.first[i].result, all[i].d, sizeof all[i].d);
-}
-
 template <int rows, int k, class A>
 void multiply(int32_t* d, const A* a, const int32_t* b, Site site) {
   struct Result {
@@ -81,7 +57,7 @@ void multiply(int32_t* d, const A* a, const int32_t* b, Site site) {
   memcpy(fragments.a, a, static_cast<size_t>(rows * k / 32));
   memcpy(fragments.b, b, static_cast<size_t>(k / 4));
   constexpr bool is_unsigned = static_cast<A>(-1) > 0;
-  const auto all = [](const Lanes& lanes) { multiply_fragments<rows, k, is_unsigned>(lanes); };
+  const auto all = [](const Lanes& lanes) { multiply_fragments(lanes, rows, k, is_unsigned); };
   const Result result = together<Result>(0xffffffff, fragments, all, site);
   memcpy(d, result.d, rows);
 }

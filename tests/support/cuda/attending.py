@@ -30,10 +30,10 @@ from llamaclust.kernels.reference.attention import seen_by
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.kv_type import KvType
-from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, RmsNorm, Rope
+from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, RmsNorm, Rope, Slice
 from support.arithmetic.backends import all_threads
 from support.arithmetic.batches import batch_of
-from support.arithmetic.single_steps import Weight, program_of, splitter
+from support.arithmetic.single_steps import Weight, program_of
 from support.cuda.launching import Bench
 
 Float32 = NDArray[np.float32]
@@ -98,7 +98,9 @@ def by_the_cpu(folder: Path, step: Attention, rows: Float32, before: Sequence[He
     """Attention of one sequence, whole, by the CPU backend, behind other steps."""
     parts = step.reads
     hidden = Buffer("x", sum(part.width for part in parts))
-    copies, weights = splitter(hidden, parts)
+    starts = np.cumsum([0, *(part.width for part in parts)]).tolist()
+    copies = [Slice(hidden, part, start) for part, start in zip(parts, starts, strict=False)]
+    weights: dict[str, Weight] = {}
     if step.sinks is not None:
         weights[step.sinks] = Weight(sinks_of(step))
     weights |= {str(norm.weight): Weight(norm_weight(norm)) for norm in before if isinstance(norm, RmsNorm)}

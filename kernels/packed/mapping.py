@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -25,8 +25,7 @@ def in_huge_pages(memories: Sequence[Memory]) -> list[bool]:
     small pages are read 6 to 8 % slower."""
     if _no_huge_pages():
         return [True] * len(memories)
-    of_files = ("FilePmdMapped:", "ShmemPmdMapped:")
-    huge_bytes = {addresses.start: n_bytes for addresses, n_bytes in _huge_bytes(_smaps(), of_files)}
+    huge_bytes = {addresses.start: n_bytes for addresses, n_bytes in _huge_bytes("FilePmdMapped|ShmemPmdMapped")}
     return [
         huge_bytes.get(memory.address, 0) >= _ENOUGH * (memory.bytes // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES)
         for memory in memories
@@ -53,8 +52,11 @@ def move_to_huge_pages(memories: Sequence[Memory], pool: Executor) -> None:
 
 def own_huge_bytes(memories: Sequence[Memory]) -> int:
     """Returns how many bytes of `memories` are in huge pages. The kernel may list adjacent memories as one."""
-    found = _huge_bytes(_smaps(), ("AnonHugePages:",))
-    return sum(n_bytes for addresses, n_bytes in found if any(memory.address in addresses for memory in memories))
+    return sum(
+        n_bytes
+        for addresses, n_bytes in _huge_bytes("AnonHugePages")
+        if any(memory.address in addresses for memory in memories)
+    )
 
 
 def _no_huge_pages() -> bool:
@@ -70,17 +72,15 @@ def _disabled() -> str:
     return "this kernel has no transparent huge pages"
 
 
-def _smaps() -> list[str]:
+def _huge_bytes(fields: str) -> Iterator[tuple[range, int]]:
+    """Yields addresses and bytes in huge pages of this process's mappings that have any."""
     try:
-        return Path("/proc/self/smaps").read_text().splitlines()
+        smaps = Path("/proc/self/smaps").read_text()
     except OSError:
-        return []
-
-
-def _huge_bytes(smaps: Iterable[str], fields: tuple[str, ...]) -> Iterator[tuple[range, int]]:
+        return
     addresses = range(0)
-    for line in smaps:
-        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            addresses = range(int(found[1], 16), int(found[2], 16))
-        elif line.startswith(fields) and (size := int(line.split()[1])):
-            yield addresses, size * 1024
+    for begin, end, kib in re.findall(rf"^(?:([0-9a-f]+)-([0-9a-f]+) |(?:{fields}):\s+([1-9]\d*) kB)", smaps, re.MULTILINE):
+        if begin:
+            addresses = range(int(begin, 16), int(end, 16))
+        else:
+            yield addresses, int(kib) * 1024

@@ -70,7 +70,8 @@ def pull_model(
                     if not file.is_there:
                         _bring(file, progress, patience)
     except OSError as error:
-        raise DownloadError(f"{found.path}: {error.strerror or error}") from error
+        advice = "set LLAMACLUST_HOME to a folder with space that this user can write"
+        raise DownloadError(f"{found.path}: {error.strerror or error}; {advice}") from error
     if has_none:
         with suppress(OSError):
             found.no_projector.touch()

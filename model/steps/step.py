@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from enum import Enum, auto
 from math import prod
@@ -84,7 +84,7 @@ class Units:
         return Buffer(f"own {buffer.name}", len(self.of(buffer.width)))
 
 
-class StepFacts(ABC):
+class StepFacts:  # No ABC, whose isinstance takes several times as long: plans ask it millions of times.
     """The properties that all kinds of steps have. Every kind has a buffer `out` too."""
 
     __slots__ = ()

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import count
 
 import numpy as np
@@ -19,7 +20,7 @@ from llamaclust.kernels.fuse import Adapts, Attend, Products
 from llamaclust.kernels.fuse import elementwise as operation_of
 from llamaclust.kernels.gathers import gather_formats
 from llamaclust.model import program as ir
-from llamaclust.model.quant_types import ActivationFormat
+from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 
 def position_factors(step: ir.PositionScale, context_tokens: int) -> NDArray[np.float32]:
@@ -35,9 +36,19 @@ def _first_in_order(launches: Iterator[Launch | HostStep]) -> Iterator[Launch | 
         yield replace(launch, in_order=True) if number == 0 and isinstance(launch, Launch) else launch
 
 
-@dataclass(frozen=True, slots=True)
+def fused_steps(program: ir.Program, types: Mapping[str, QuantType], *, given: bool) -> tuple[GpuStep, ...]:
+    """Groups a program's steps into launches, for microbatches with given rows or without. Without them, steps for
+    given rows are dropped, since they would cost launches and prevent fusion."""
+    if not given and program.given_levels:
+        kept = (step for step in program.steps if not (isinstance(step, ir.GivenRows) and step.x == step.out))
+        program = replace(program, steps=tuple(kept))
+    return tuple(fuse_for_gpu(program, types.__getitem__))
+
+
+@dataclass(frozen=True)
 class Emitter:
     ops: Operands
+    steps: Sequence[GpuStep]
 
     def launches(self) -> Iterator[Launch | HostStep]:
         program = self.ops.program
@@ -49,19 +60,11 @@ class Emitter:
         yield from self._head_lines()
         yield from _first_in_order(self._steps())
 
-    def _program(self) -> ir.Program:
-        """Drops steps for given rows if the microbatch has none, since they would cost launches and prevent fusion."""
-        program = self.ops.program
-        if self.ops.shape.given or not program.given_levels:
-            return program
-        kept = (step for step in program.steps if not (isinstance(step, ir.GivenRows) and step.x == step.out))
-        return replace(program, steps=tuple(kept))
-
     def _steps(self) -> Iterator[Launch | HostStep]:
-        program = self._program()
+        program = self.ops.program
         numbers: defaultdict[type[ir.Step], count[int]] = defaultdict(count)
         forms = gather_formats(program, {name: weight.quant_type for name, weight in self.ops.weights.items()})
-        for step in fuse_for_gpu(program, lambda name: self.ops.weights[name].quant_type):
+        for step in self.steps:
             if isinstance(step, ir.SelectRows) and self.ops.shape.outputs == 0:
                 return
             if isinstance(step, ir.Exchange | ir.Gather):
@@ -285,7 +288,7 @@ class Emitter:
         self.ops.is_written(step.x.name)
         return elementwise.rope(step, x, self.ops.angles(step), self.ops.rows)
 
-    @property
+    @cached_property
     def _attention(self) -> attention.AttentionLaunches:
         ops, limits, shape = self.ops, self.ops.limits, self.ops.shape
         room = attention.room_of(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from llamaclust.core.limits import StageLimits
-from llamaclust.kernels.cuda.executor.emit import Emitter
+from llamaclust.kernels.cuda.executor.emit import Emitter, fused_steps
 from llamaclust.kernels.cuda.executor.host_steps import HostStep
 from llamaclust.kernels.cuda.executor.inputs import InputBuffer
 from llamaclust.kernels.cuda.executor.operands import BufferLayout, Operands, kv_name
@@ -38,6 +38,8 @@ class Plan:
         self._kv_offsets = dict(zip(map(kv_name, program.kv_memory), offsets, strict=True))
         self._kv_base, self._gpu = 0, gpu
         self.reads = ImageReads.of(program)
+        types = {name: weight.quant_type for name, weight in weights.items()}
+        self._steps = {given: fused_steps(program, types, given=given) for given in (False, True)}
         largest, *others = Shape.all(limits, looks_ahead=self.reads.looks_ahead)
         self.host_steps = self._host_steps(largest)
         for shape in others:
@@ -132,7 +134,7 @@ class Plan:
         inputs = self.inputs.addresses(int(self._layout.at("inputs", self.inputs.n_bytes)))
         kv = {name: np.uint64(self._kv_base + offset) for name, offset in self._kv_offsets.items()}
         operands = Operands(self.program, self.weights, self.limits, self._layout, inputs, kv, self._gpu, shape)
-        return Emitter(operands).launches()
+        return Emitter(operands, self._steps[shape.given]).launches()
 
 
 def block_bytes(kept: KvLayer) -> int:

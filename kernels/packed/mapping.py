@@ -78,8 +78,8 @@ def _huge_bytes(fields: str) -> Iterator[tuple[range, int]]:
         smaps = Path("/proc/self/smaps").read_text()
     except OSError:
         return
-    addresses = range(0)
-    for begin, end, kib in re.findall(rf"^(?:([0-9a-f]+)-([0-9a-f]+) |(?:{fields}):\s+([1-9]\d*) kB)", smaps, re.MULTILINE):
+    addresses, wanted = range(0), rf"^(?:([0-9a-f]+)-([0-9a-f]+) |(?:{fields}):\s+([1-9]\d*) kB)"
+    for begin, end, kib in re.findall(wanted, smaps, re.MULTILINE):
         if begin:
             addresses = range(int(begin, 16), int(end, 16))
         else:

@@ -74,7 +74,7 @@ double speed() {
   return found;
 }
 
-// Whether the code at this address is the caller's that is meant.
+// True if the code at this address belongs to the caller whose calls are emulated.
 bool is_meant(void* code) {
   static thread_local void* last = nullptr;
   static thread_local bool found = false;
@@ -88,7 +88,7 @@ bool is_meant(void* code) {
 
 std::atomic<int64_t> receiver_free_ns{0};  // when the network has delivered all bytes so far
 
-// What a connection has received and its reader has not.
+// The bytes that a connection has received and its reader has not read.
 class Arrivals {
  public:
   explicit Arrivals(int descriptor) : descriptor_(descriptor) {
@@ -96,7 +96,7 @@ class Arrivals {
     setsockopt(descriptor, SOL_SOCKET, SO_TIMESTAMPNS, &on, sizeof on);
   }
 
-  // As recv() of a descriptor that does not block.
+  // Behaves like recv() of a descriptor that does not block.
   ssize_t give(void* room, size_t bytes) {
     static const auto really = real<ssize_t(int, void*, size_t, int)>("recv");
     const std::lock_guard locked(mutex_);

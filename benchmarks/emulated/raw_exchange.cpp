@@ -1,4 +1,4 @@
-// What a gather is compared with: two processes exchange bytes over a socket, and do nothing but that.
+// The baseline for a gather: two processes exchange bytes over a socket and do nothing else.
 
 #include <sys/socket.h>
 #include <time.h>

@@ -1,4 +1,4 @@
-// How long threads that wait keep their cores: decided by the kernel's counts of cores that a thread has lost.
+// Tests how long waiting threads keep their cores, by the kernel's count of cores that a thread has lost.
 #include "runtime/core_sharing.h"
 
 #include <sched.h>

@@ -15,7 +15,7 @@ namespace {
 
 enum Kind : uint8_t { kFrame, kHiddenFrame, kStatefulFrame, kInputs, kTokens };
 
-// As tests/support/wire/frame_reader.py has them.
+// The limits of tests/support/wire/frame_reader.py.
 FrameLimits limits_of(uint8_t kind) {
   const bool is_stateful = kind == kStatefulFrame;
   const size_t width = kind == kHiddenFrame ? 3 : 0;
@@ -33,7 +33,7 @@ const InputsBounds& bounds() {
   return found;
 }
 
-// What a stage makes of a frame that it could read. The bytes of what it sends on lie exactly in their memory.
+// Handles a frame as a stage does. The bytes that it sends on fill their memory exactly.
 void answer(Bytes data, MicrobatchFrame& frame) {
   for (const Dependency& dependency : std::vector<Dependency>(frame.dependencies))
     fill_tokens(frame, dependency.number, {7, 8, 9}, 300);

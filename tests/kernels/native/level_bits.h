@@ -22,7 +22,7 @@ class Random {
     return z ^ z >> 31;
   }
   int below(int n) { return static_cast<int>((bits() >> 33) % static_cast<uint64_t>(n)); }
-  // Of either sign, magnitudes in [2^(e-4), 2^(e+1)).
+  // A value of either sign, with a magnitude in [2^(e-4), 2^(e+1)).
   float value(int e = 0) {
     const uint64_t b = bits();
     const uint32_t exponent = static_cast<uint32_t>(127 + e - static_cast<int>(b >> 32 & 0xff) % 5);

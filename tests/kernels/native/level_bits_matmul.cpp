@@ -51,7 +51,7 @@ struct Product {
   const Level& level;
   const PackedMatrix& packed;
 
-  // Of activations x [tokens, cols]; the tiles in two calls, as two threads would make them.
+  // Adds the products of activations x [tokens, cols]. Tiles are computed in two calls, as by two threads.
   void add_to(Crc& crc, const std::vector<float>& x, int tokens, const float* bias) const {
     const Matrix& matrix = packed.matrix();
     const ActivationFormat format = tile_layout(matrix.type).activation;

@@ -287,7 +287,7 @@ using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, Positio
                           WeighStep, CombineStep, SelectStep, MergeStep, OutputStep, MatmulStep, ExpertsStep, HeadsStep,
                           AttentionStep, ConvolveStep, DeltaRuleStep, ScanStep, GatherStep>;
 
-// Whether threads synchronize before a step: never, only if rows are divided among them, or always.
+// Threads synchronize before a step never, only if rows are divided among them, or always.
 enum class Sync { None, IfShared, Always };
 
 struct PlannedStep {

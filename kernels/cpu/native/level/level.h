@@ -12,7 +12,7 @@
 
 namespace llamaclust {
 
-// Which channels of a head are rotated together: (2i, 2i + 1) or (i, i + pairs).
+// The channels of a head that are rotated together: (2i, 2i + 1) or (i, i + pairs).
 enum class RopeStyle : int32_t { Norm = 0, Neox = 1 };
 
 // Elementwise operations of one row x, or of two rows x and y, with a number: x + y, x * y, x * number, tanh(x /

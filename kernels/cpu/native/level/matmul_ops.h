@@ -52,8 +52,8 @@ struct TokenLines {
   const int32_t* out = nullptr;
 };
 
-// How products of one or two tokens, which memory limits, prefetch weights. Far: 20 KiB ahead into L2. Near: 6 KiB
-// ahead into L1, bypassing L2. Products of more tokens always use Far.
+// The distance at which products of one or two tokens, which memory limits, prefetch weights. Far: 20 KiB ahead into
+// L2. Near: 6 KiB ahead into L1, bypassing L2. Products of more tokens always use Far.
 enum class Prefetch : uint8_t { Far, Near };
 constexpr int kPrefetchedTokens = 2;
 

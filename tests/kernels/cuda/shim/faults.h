@@ -30,7 +30,7 @@ class Faults {
   Faults(const Faults&) = delete;
   Faults& operator=(const Faults&) = delete;
 
-  // What went wrong in `work`, or null.
+  // Runs `work`. Returns a description of its fault, or null.
   template <class Work>
   const char* run(Work work) const {
     switch (sigsetjmp(back_, 1)) {

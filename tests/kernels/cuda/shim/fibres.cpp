@@ -29,7 +29,7 @@ Context contexts[kMaxThreads], outside;
 uint8_t* stacks;
 int threads, at_block;
 int arrived[kBarriers], expected[kBarriers];
-// Of bulk copies: the phase, whether and how many bytes were announced in it, and what was requested.
+// A barrier of bulk copies: its phase, the bytes announced in this phase, and the copies that were requested.
 struct Arrival {
   int others = 0, left = 0;  // of these, in this phase
   int phase = 0;
@@ -74,7 +74,7 @@ void take_memory() {
   dynamic_end = pages_before_a_gap(256 << 10) + (256 << 10);
 }
 
-// Which fibres wait where, and which have ended: the reason of a deadlock.
+// Describes a deadlock: where threads wait, and how many have ended.
 std::string stuck() {
   int ended = 0, waiting = 0, in_warps = 0;
   const Fibre *in_block = nullptr, *in_warp = nullptr, *at_barrier = nullptr, *at_arrival = nullptr;
@@ -251,7 +251,7 @@ void announce(const void* place, size_t bytes) {
   wake(place);
 }
 
-// What was there is lost at once, so that who still reads it, or does not wait, gets a wrong result.
+// Overwrites the target at once, so that a thread that still reads it, or does not wait, gets a wrong result.
 void request_bulk(const void* place, Copy copy) {
   Arrival& arrival = arrival_at(place);
   if ((reinterpret_cast<uintptr_t>(copy.to) | reinterpret_cast<uintptr_t>(copy.from) | copy.bytes) % 16 != 0)

@@ -14,13 +14,13 @@ struct Dimensions {
   unsigned x, y, z;
 };
 
-// Where a kernel waits.
+// The place in a kernel's source where a thread waits.
 struct Site {
   const char* file;
   int line;
 };
 
-// What a collective operation of a warp needs of each lane, and gives to it.
+// The largest operands and results of a lane in a collective operation of a warp.
 inline constexpr int kOperandBytes = 64, kResultBytes = 16;
 
 // Bytes that a kernel has asked for and may not read before it has waited.

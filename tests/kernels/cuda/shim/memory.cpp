@@ -54,7 +54,7 @@ void shim_free(uint8_t* begin) {
   allocations().erase(begin);
 }
 
-// Whether anything was written beside a buffer.
+// Returns true if bytes beside a buffer were written.
 bool shim_damaged() {
   for (const auto& [begin, one] : allocations())
     if (!is_guard(one.pages, one.before) || !is_guard(begin + one.bytes, one.whole - one.before - one.bytes)) return true;

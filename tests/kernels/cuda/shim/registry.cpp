@@ -1,4 +1,4 @@
-// What Python calls.
+// The functions that Python calls.
 #include "registry.h"
 
 #include <cstring>
@@ -14,7 +14,7 @@ std::vector<Kernel>& kernels() {
 
 extern "C" {
 
-// Of kernel `index`: its name, its parameters, its threads; false past the last.
+// Gives the name, parameters and threads of kernel `index`. Returns false past the last kernel.
 bool shim_kernel(int index, const char** name, const char** parameters, int* max_threads) {
   if (static_cast<size_t>(index) >= shim::kernels().size()) return false;
   const shim::Kernel& kernel = shim::kernels()[static_cast<size_t>(index)];

@@ -1,4 +1,4 @@
-// What the lanes of a warp do together, copies in the background, and products of bytes.
+// Collective operations of a warp's lanes, copies in the background, and products of bytes.
 #pragma once
 
 namespace shim {

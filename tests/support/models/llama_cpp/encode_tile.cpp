@@ -1,5 +1,5 @@
-// What llama.cpp's encoder of images computes for a tile of RGB bytes: for each line of standard input, it encodes the tile
-// and prints the milliseconds that this took. At the end it writes the float32 rows. With `exact`, attention has no float16.
+// Runs llama.cpp's encoder of images on a tile of RGB bytes. For each line of standard input, it encodes the tile and
+// prints how many milliseconds this took. At the end it writes the float32 rows. With `exact`, attention is float32.
 // encode_tile PROJECTOR TILE WIDTH HEIGHT THREADS exact|fast ROWS
 #include <chrono>
 #include <cstdio>

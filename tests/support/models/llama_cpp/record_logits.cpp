@@ -1,5 +1,5 @@
-// What llama.cpp computes for a model: float32 logits of every token, keys and values in float32. The first tokens are one
-// batch, those behind it one each.
+// Records llama.cpp's float32 logits of every token, with keys and values in float32. The first tokens are one batch,
+// each later token is a batch of its own.
 // record_logits MODEL CONTEXT FIRST < token ids > logits
 #include <cstdio>
 #include <cstdlib>

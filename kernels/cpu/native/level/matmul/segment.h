@@ -33,11 +33,11 @@ template <class Type>
   requires requires { Type::kTogether; }
 constexpr int kTogether<Type> = Type::kTogether;
 
-// Whether sub-blocks have integer scales.
+// True if sub-blocks have integer scales.
 template <class Type>
 constexpr bool kSubScaled = requires { Type::sub_scales; };
 
-// Whether sub-blocks have integer mins. They serve either the type's float min, or its offset. In the second case, the
+// True if sub-blocks have integer mins. They serve either the type's float min, or its offset. In the second case, the
 // offset is subtracted once per segment, as mins times sums of activations, which costs less than subtracting it in
 // each sub-block.
 template <class Type>
@@ -117,7 +117,7 @@ DECODE void prefetch_behind(const uint8_t* line) {
   __builtin_prefetch(line + bytes / R, 0, way == Prefetch::Far ? 2 : 0);
 }
 
-// Whether the hardware prefetcher follows the reads of one token better than Prefetch::Far. It can if every load of the
+// True if the hardware prefetcher follows the reads of one token better than Prefetch::Far. It can if every load of the
 // loop is an instruction of its own and advances by the same distance from segment to segment. Measured shares of the
 // read bandwidth, with software prefetches and without: on Zen 4 (AVX-512, unrolled) 0.85 and 0.93 for Q4_K, 0.77 and
 // 0.96 for Q5_K; with four tokens 0.87 and 0.58; for Q6_K, whose tails are adjacent, 0.77 and 0.45; on Zen 3 (AVX2, not
@@ -184,7 +184,7 @@ DECODE I32x16 minus_offset(const Q8_256& a, int j) {
   return sub(broadcast(0), mul(sum, broadcast(Type::kOffset)));
 }
 
-// Whether sums start with minus_offset(), so that it need not be added later.
+// True if sums start with minus_offset(), so that it need not be added later.
 template <class Type>
 constexpr bool kOffsetFirst =
     kSumsFrom && Type::kOffset != 0 && !kOffsetInMins<Type> && (!kWide<Type> || kSubScaled<Type>);
@@ -242,7 +242,7 @@ DECODE I32x16 sum_of_mins(const Segment& w, const Q8_256& a) {
   return add(shift_left<7>(high), low);
 }
 
-// Whether the sums of a segment of 32 columns still contain the offset.
+// True if the sums of a segment of 32 columns still contain the offset.
 template <class Type, class Segment>
 constexpr bool kOffsetLeft =
     Type::kOffset != 0 && !kCentred<Type::kBits> && !kOffsetFirst<Type> && !Segment::kSigned;

@@ -56,7 +56,7 @@ struct Decoder {
   static constexpr TileLayout kLayout = tile_layout(type);
   static constexpr int kSubBlocks = sub_blocks, kBits = bits, kOffset = offset;
   static constexpr bool kHasMin = false;
-  // Whether line i of the scales has those of sub-blocks 4i to 4i + 3, each in a byte or in a field at the same
+  // True if line i of the scales has those of sub-blocks 4i to 4i + 3, each in a byte or in a field at the same
   // position of a byte.
   static constexpr bool kScaleLines = false;
   static DECODE F32x16 scale(Lines tail) { return load_f16(tail); }

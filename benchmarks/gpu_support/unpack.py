@@ -21,9 +21,9 @@ _TEST_TOOLS = ("pytest", "hypothesis", "psutil")
 def unpack(archive: Path, unpacked: Path, tree: Path) -> None:
     shutil.rmtree(unpacked, ignore_errors=True)
     with tarfile.open(archive) as content:
-        content.extractall(
-            unpacked, filter="data"
-        )  # The files belong to this user and are not writable by others. Otherwise kernels are not used.
+        # The files belong to this user and are not writable by others. Otherwise kernels are not used.
+        content.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 and later have it.
+        content.extractall(unpacked)
     shutil.copy(unpacked / "native" / "_native.abi3.so", tree / "src" / "llamaclust" / "kernels")
     home, program = unpacked / "home", unpacked / "bin" / "llamaclust"
     home.mkdir()

@@ -58,7 +58,8 @@ def fetch(folder: Path) -> Path:
         wanted = [
             member for member in archive if any(f"llama.cpp/{part}/" in member.name for part in (TESTS, TEMPLATES))
         ]
-        archive.extractall(folder, wanted, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 and later have it.
+        archive.extractall(folder, wanted)
     return next(folder.glob("*/vendor/llama.cpp"))
 
 

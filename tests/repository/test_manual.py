@@ -67,7 +67,9 @@ def test_commands_of_a_page_run_as_they_stand(page: Path, line: CommandLine, dem
         (line.folder / name).symlink_to(ROOT / name)
     script = "set -e -o pipefail\n" + "\n".join(steps(page)).replace("127.0.0.1:8080", f"127.0.0.1:{port}")
     variables = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("LLAMACLUST_")},
+        **{
+            name: value for name, value in os.environ.items() if name == "LLAMACLUST_HOME" or name[:11] != "LLAMACLUST_"
+        },
         "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "LLAMACLUST_STATE_DIR": str(line.state_dir),
     }

@@ -251,7 +251,9 @@ async def test_bodies_that_do_not_come_keep_no_others_out() -> None:
         assert busy.status_code == 503 and busy.json()["error"]["code"] == "server_busy"
         engine.gate.set()
         assert [(await reply).status_code for reply in whole] == [200] * 4
-        for _, writer in halves:
+        for reader, writer in halves:
+            writer.write_eof()
+            await reader.read()  # until the server knows
             writer.close()
 
 

@@ -27,11 +27,12 @@ def fetch_source() -> Path:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
         subprocess.run([*command, "-d", scratch, PACKAGE], check=True)
         with tarfile.open(next(Path(scratch).glob("*.tar.gz"))) as archive:
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 and later have it.
             for member in archive.getmembers():
                 inner = member.name.partition("/vendor/llama.cpp/")[2]
                 if inner.startswith(_NEEDED) and member.isfile():
                     member.name = inner
-                    archive.extract(member, _FOLDER, filter="data")
+                    archive.extract(member, _FOLDER)
     return _FOLDER
 
 

@@ -16,8 +16,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamaclust.wire.rpc.grpc_options import tune_grpc
-
 ROOM_BYTES = 4096
 """For a command line in place of the server's, and for the folder of its state."""
 STATE_DIR = "LLAMACLUST_STATE_DIR"
@@ -38,6 +36,12 @@ IMPORTED = {
     "llamaclust.worker": ("llamaclust.kernels.cpu.backend", "llamaclust.worker.main"),
 }
 """By program: what it imports before it works."""
+CHILDREN = (
+    "llamaclust.model.chat.template_child",
+    "llamaclust.model.grammars.checker_child",
+    "llamaclust.model.images.child",
+)
+"""Programs that are one module, without gRPC, whose address space is limited."""
 
 _MESSAGE_BYTES = 1 << 18
 _CLONE_NEWNET = 0x40000000
@@ -61,9 +65,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, for pytest
     place = _places()
     program = sys.argv[1].removeprefix("of=")  # tests find workers by the word alone
-    tune_grpc()
-    for module in IMPORTED[program]:
-        importlib.import_module(module)
+    if program in CHILDREN:
+        importlib.import_module(program)
+        del sys.modules[program]  # which is run as `__main__`
+    else:
+        _import(program)
     gc.collect()
     gc.freeze()
     assert len(os.listdir("/proc/self/task")) == 1, "only this thread would be there after a fork"  # noqa: PTH208
@@ -74,6 +80,14 @@ def main() -> None:
         if WORKER_PROGRAM in os.environ:
             runpy.run_path(os.environ[WORKER_PROGRAM])
         runpy.run_module(program, run_name="__main__", alter_sys=True)
+
+
+def _import(program: str) -> None:
+    from llamaclust.wire.rpc.grpc_options import tune_grpc
+
+    tune_grpc()
+    for module in IMPORTED[program]:
+        importlib.import_module(module)
 
 
 def _serve(requests: socket.socket, program: str, place: tuple[int, int, int]) -> Asked | None:

@@ -18,7 +18,8 @@ from functools import cache
 from pathlib import Path
 from threading import Lock
 
-from support.clusters.forking.fork_server import ROOM_BYTES, STATE_DIR, WORKER_PROGRAM, Asked
+from llamaclust.model.child_process import _KEPT_VARIABLES
+from support.clusters.forking.fork_server import CHILDREN, ROOM_BYTES, STATE_DIR, WORKER_PROGRAM, Asked
 
 _SERVER = Path(__file__).with_name("fork_server.py")
 _ROOM = ROOM_BYTES * " "
@@ -26,6 +27,8 @@ _ANSWER_S = 60.0
 _PR_SET_CHILD_SUBREAPER = 36
 _READ_AT_START = ("PYTHON", "GRPC_", "LD_", "LC_", "LANG")
 """Variables of the environment, by how they begin, that Python or what is imported reads once."""
+_TURN = Lock()
+"""Of all servers: this process is a subreaper for one of them at a time."""
 
 
 class ForkServer:
@@ -33,7 +36,6 @@ class ForkServer:
 
     def __init__(self, program: str, environment: Mapping[str, str]) -> None:
         self._read = _read_at_start(environment)
-        self._turn = Lock()
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._requests.settimeout(_ANSWER_S)
         own = {"OPENBLAS_NUM_THREADS": "1", STATE_DIR: _ROOM}
@@ -60,7 +62,7 @@ class ForkServer:
         """Id of a new child of this process, leader of a session of its own, in a network namespace if one is named.
         The descriptors are of its standard input, output and error."""
         asked = Asked(list(arguments), dict(environment), str(folder), network)
-        with self._turn, _subreaper():
+        with _TURN, _subreaper():
             socket.send_fds(self._requests, [json.dumps(asdict(asked)).encode()], list(descriptors))
             return int(self._requests.recv(100))
 
@@ -74,7 +76,15 @@ def first_environment() -> dict[str, str]:
 @cache
 def fork_server(program: str) -> ForkServer | None:
     """This process's, started by the first who asks; None where the system has not what it takes."""
-    return ForkServer(program, first_environment()) if sys.platform == "linux" else None
+    if sys.platform != "linux":
+        return None
+    own = first_environment()
+    return ForkServer(program, kept_variables(own) if program in CHILDREN else own)
+
+
+def kept_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The part of an environment that child processes for untrusted input get."""
+    return {name: environment[name] for name in _KEPT_VARIABLES if name in environment}
 
 
 def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:

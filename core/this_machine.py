@@ -48,16 +48,28 @@ class InterfaceAddress:
 
 def interface_addresses() -> list[InterfaceAddress]:
     """Returns this machine's addresses, sorted by `rank`, without link-local (fe80::/10) and temporary addresses."""
-    import ifaddr  # Imported here because the import takes as long as a whole command.
-
     default, passing = {source_host(host, family) for host, family in _ELSEWHERE}, _passing_hosts()
+    try:
+        listed = _listed_addresses()
+    except OSError:  # A sandbox without AF_NETLINK does not list interfaces.
+        listed = [("default", host) for host in default if host is not None] + [("lo", "127.0.0.1")]
     found = [
-        InterfaceAddress(adapter.name, host, host in default)
-        for adapter in sorted(ifaddr.get_adapters(), key=lambda adapter: adapter.index or 0)
-        for host in (each.ip if isinstance(each.ip, str) else each.ip[0] for each in adapter.ips)
+        InterfaceAddress(interface, host, host in default)
+        for interface, host in listed
         if not is_link_local(host) and host not in passing
     ]
     return sorted(found, key=lambda address: address.rank)
+
+
+def _listed_addresses() -> list[tuple[str, str]]:
+    """Returns the name and host of each address. Raises OSError if the system does not list interfaces."""
+    import ifaddr  # Imported here because the import takes as long as a whole command.
+
+    return [
+        (adapter.name, each.ip if isinstance(each.ip, str) else each.ip[0])
+        for adapter in sorted(ifaddr.get_adapters(), key=lambda adapter: adapter.index or 0)
+        for each in adapter.ips
+    ]
 
 
 def own_addresses() -> list[str]:

@@ -56,6 +56,21 @@ def test_ipv6_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reachable_host("10.1.2.3") == "10.1.2.3"
 
 
+def test_a_sandbox_that_lists_no_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without AF_NETLINK, the addresses of the default routes and of loopback are known."""
+
+    def refuse() -> None:
+        raise OSError(97, "Address family not supported by protocol")
+
+    use(monkeypatch, default=("192.168.1.5",))
+    monkeypatch.setattr(ifaddr, "get_adapters", refuse)
+    assert own_addresses() == ["192.168.1.5", "127.0.0.1"]
+    assert one_of_each_interface() == ["192.168.1.5"]
+    use(monkeypatch)
+    monkeypatch.setattr(ifaddr, "get_adapters", refuse)
+    assert own_addresses() == one_of_each_interface() == ["127.0.0.1"]
+
+
 def test_without_a_network_there_are_tunnels_or_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, LOOPBACK, ("wg0", "10.9.0.2"))
     assert network_addresses() == ["10.9.0.2"]

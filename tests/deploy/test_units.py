@@ -45,6 +45,12 @@ def test_the_program_takes_its_command(name: str, command: str) -> None:
 
 
 @units
+def test_the_program_may_list_addresses(name: str, command: str) -> None:
+    unit = (ROOT / "deploy" / name).read_text()
+    assert {*setting(unit, "RestrictAddressFamilies").split()} == {"AF_INET", "AF_INET6", "AF_UNIX", "AF_NETLINK"}
+
+
+@units
 def test_the_docs_install_what_it_names(name: str, command: str) -> None:
     unit = (ROOT / "deploy" / name).read_text()
     files = [word for word in shlex.split(setting(unit, "ExecStart")) if word.startswith("/etc/llamaclust/")]

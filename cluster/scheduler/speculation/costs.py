@@ -11,6 +11,10 @@ from llamaclust.cluster.scheduler.stage_times import StageTimes
 _ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96, 128, 192, 256)
 """Numbers of drafted tokens that are considered, in addition to the maximum number."""
 _REFRESHED = 16
+MARGIN = 0.05
+"""Minimum gain of speed for which a model or an MTP head drafts."""
+HOPEFUL_RATE = 0.7
+"""The least acceptance rate that is assumed when drafting is tried again."""
 
 
 class MeasuredRounds:

@@ -10,8 +10,9 @@ from collections.abc import Sequence as Items
 
 from llamaclust.cluster.scheduler.drafting.drafter import MODEL
 from llamaclust.cluster.scheduler.sequences import Sequence
-from llamaclust.cluster.scheduler.speculation.costs import MeasuredRounds, counts_to_try
+from llamaclust.cluster.scheduler.speculation.costs import HOPEFUL_RATE, MARGIN, MeasuredRounds, counts_to_try
 from llamaclust.cluster.scheduler.speculation.draft_model import DraftModel
+from llamaclust.cluster.scheduler.speculation.drafts import expected
 from llamaclust.cluster.scheduler.speculation.retry import Retry
 from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReplies
 from llamaclust.core.sampler.tasks import SampleTask
@@ -21,8 +22,6 @@ _CLOSE = 64
 _WORTH = 2.0
 """Minimum ratio of the time that drafts save to the time for reading the prompt. It is above 1, because an answer may
 end early."""
-_HOPEFUL = 0.7
-_MARGIN = 0.05
 
 
 class ModelDrafts:
@@ -53,10 +52,11 @@ class ModelDrafts:
 
     def _length(self, drafted: Items[Sequence], longest: int, together: int, speed: float, *, hopeful: bool) -> int:
         lacking = sum(map(self._lacking, drafted))
-        rates = [max(_rate(each), _HOPEFUL) if hopeful else _rate(each) for each in drafted]
-        best, best_speed = 0, (1 + _MARGIN) * speed
+        least = HOPEFUL_RATE if hopeful else 0.0
+        rates = [max(each.drafting.rate(MODEL), least) for each in drafted]
+        best, best_speed = 0, (1 + MARGIN) * speed
         for count in counts_to_try(longest):
-            tokens = together + sum(_accepted(rate, count) for rate in rates)
+            tokens = together + sum(expected(rate, count) for rate in rates)
             drafts_ns = self._times.draft_ns(len(drafted), count, lacking, at_best=hopeful)
             round_ns = self._rounds.window_ns(together + count * len(drafted), 1) + drafts_ns
             if tokens / round_ns > best_speed:
@@ -126,21 +126,13 @@ class ModelDrafts:
         if lacking <= _CLOSE // 2 or sequence.key in self._without_room or sequence.drafting.drafts is None:
             return False
         plain_ns, is_due = self._rounds.plain_ns(1, 1), self._is_due(sequence)
-        rate = max(_rate(sequence), _HOPEFUL) if is_due else _rate(sequence)
+        rate = max(sequence.drafting.rate(MODEL), HOPEFUL_RATE) if is_due else sequence.drafting.rate(MODEL)
 
         def round_ns(count: int) -> float:
             return self._rounds.window_ns(1 + count, 1) + self._times.draft_ns(1, count, 1, at_best=is_due)
 
-        token_ns = min(round_ns(count) / (1 + _accepted(rate, count)) for count in counts_to_try(_CLOSE // 4))
-        return sequence.left * (plain_ns / (1 + _MARGIN) - token_ns) > _WORTH * self._times.take_in_ns(lacking)
-
-
-def _rate(sequence: Sequence) -> float:
-    return 0.0 if sequence.drafting.drafts is None else sequence.drafting.drafts.rate(MODEL)
-
-
-def _accepted(rate: float, count: int) -> float:
-    return rate * (1 - rate**count) / (1 - rate) if rate < 1 else count
+        token_ns = min(round_ns(count) / (1 + expected(rate, count)) for count in counts_to_try(_CLOSE // 4))
+        return sequence.left * (plain_ns / (1 + MARGIN) - token_ns) > _WORTH * self._times.take_in_ns(lacking)
 
 
 def _order(sequence: Sequence, most: int) -> DraftOrder:

@@ -8,12 +8,9 @@ from math import inf
 
 from llamaclust.cluster.scheduler.drafting.drafter import MTP
 from llamaclust.cluster.scheduler.sequences import Sequence
-from llamaclust.cluster.scheduler.speculation.costs import MeasuredRounds, counts_to_try
+from llamaclust.cluster.scheduler.speculation.costs import HOPEFUL_RATE, MARGIN, MeasuredRounds, counts_to_try
 from llamaclust.cluster.scheduler.speculation.drafts import expected
 from llamaclust.cluster.scheduler.speculation.mtp_times import MtpTimes
-
-_MARGIN = 0.05
-_HOPEFUL = 0.7
 
 
 class MtpDrafts:
@@ -26,15 +23,15 @@ class MtpDrafts:
         drafted = [sequence for sequence in sequences if may_order(sequence)]
         if not drafted or not most or self._rounds.plain_ns(len(sequences), groups) == inf:
             return 0
-        rates = list(map(_rate, drafted))
+        rates = [sequence.drafting.rate(MTP) for sequence in drafted]
         count = self._best(rates, len(sequences), speed, groups, most)
         if not count and any(map(_is_due, drafted)):
-            hopeful = [max(rate, _HOPEFUL) for rate in rates]
+            hopeful = [max(rate, HOPEFUL_RATE) for rate in rates]
             return min(1, self._best(hopeful, len(sequences), speed, groups, most))
         return count
 
     def _best(self, rates: Items[float], together: int, speed: float, groups: int, most: int) -> int:
-        best, best_speed = 0, (1 + _MARGIN) * speed
+        best, best_speed = 0, (1 + MARGIN) * speed
         for count in counts_to_try(most):
             draft_ns = self._times.draft_ns(len(rates), count)
             if draft_ns is None:
@@ -59,7 +56,3 @@ def may_order(sequence: Sequence) -> bool:
 
 def _is_due(sequence: Sequence) -> bool:
     return sequence.drafting.mtp.is_due(len(sequence.tokens))
-
-
-def _rate(sequence: Sequence) -> float:
-    return 0.0 if sequence.drafting.drafts is None else sequence.drafting.drafts.rate(MTP)

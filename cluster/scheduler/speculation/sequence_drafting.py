@@ -21,6 +21,10 @@ class Drafting:
     accepted: int = 0  # Number of drafted rows whose tokens were accepted.
     _forced_at: int = -_LATELY  # Number of answer tokens when the last forced token was added.
 
+    def rate(self, confidence: int) -> float:
+        """Returns the probability that a drafted token of this confidence is accepted, or 0.0 before any draft."""
+        return 0.0 if self.drafts is None else self.drafts.rate(confidence)
+
     def take(self) -> tuple[int, ...]:
         taken, self.next = self.next, ()
         self.rows += len(taken)

@@ -15,8 +15,9 @@ def check_groups(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequenc
         if not entry.workers:
             continue
         group = f"plan: the group of {', '.join(entry.workers)}"
-        for problem in group_problems(config, model):
-            raise UsageError(f"{group}: {problem} give each worker layers of its own")
+        for problem, remedy in group_problems(config, model):
+            advice = " or ".join(filter(None, (f"{remedy}," if remedy else "", "give each worker layers of its own")))
+            raise UsageError(f"{group}: {problem}; {advice}")
         with_gpu = next((name for name in entry.workers if gpus.get(name)), None)
         if with_gpu is not None and model.hyperparameters.expert_count:
             what = f"a group divides experts on processors only, but {with_gpu} has {', '.join(gpus[with_gpu])}"
@@ -34,16 +35,16 @@ def no_groups(config: ClusterConfig, model: Model) -> str:
     """Returns the reason why an automatic plan cannot have groups, or "" if it can."""
     if config.groups == 1:
         return "`groups` is off"
-    return next(group_problems(config, model), "").partition(";")[0]
+    return next((problem for problem, _ in group_problems(config, model)), "")
 
 
-def group_problems(config: ClusterConfig, model: Model) -> Iterator[str]:
-    """Yields the reasons why workers cannot form groups. A text may end with ";" or "or", so that advice can follow."""
+def group_problems(config: ClusterConfig, model: Model) -> Iterator[tuple[str, str | None]]:
+    """Yields each reason why workers cannot form groups, and a change of the cluster file that removes it, if any."""
     if model.has_states:
-        yield "layers of this model have recurrent states, which groups do not divide yet;"
+        yield "layers of this model have recurrent states, which groups do not divide yet", None
     if any(worker.kv_disk is not None for worker in config.workers):
-        yield "kv_disk is set, but groups do not keep KV memory on disk yet; remove kv_disk, or"
+        yield "kv_disk is set, but groups do not keep KV memory on disk yet", "remove kv_disk"
     if config.speculative is not None and config.speculative.mtp:
-        yield "speculative.mtp is set, but the MTP head is not divided yet; remove speculative.mtp, or"
+        yield "speculative.mtp is set, but the MTP head is not divided yet", "remove speculative.mtp"
     if any(place % 1 for entry in config.plan or () for place in entry.layers):
-        yield "the plan divides the experts of a layer, but groups need whole layers;"
+        yield "the plan divides the experts of a layer, but groups need whole layers", None

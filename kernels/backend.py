@@ -256,6 +256,11 @@ class HasThreads(Protocol):
         these threads. The thread that calls `run` keeps its priority."""
 
 
+def with_own_threads(backend: Backend, niceness: int = 0) -> Backend:
+    """Returns `backend.apart` if the backend has threads, or else the backend itself."""
+    return backend.apart(niceness) if isinstance(backend, HasThreads) else backend
+
+
 class ExchangingBackend(Backend, Protocol):
     def load(
         self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress

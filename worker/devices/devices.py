@@ -14,7 +14,7 @@ from llamaclust.core.gpus import DeviceLayers, Gpu, gpu_names
 from llamaclust.core.profile import Profile
 from llamaclust.core.sizes import MIB
 from llamaclust.core.this_machine import machine_id
-from llamaclust.kernels.backend import Backend, ExpertsBackend, HasThreads
+from llamaclust.kernels.backend import Backend, ExpertsBackend, with_own_threads
 from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.kernels.split_experts import SplitExpertsBackend
@@ -78,7 +78,7 @@ class Device:
 
     @property
     def encoder_backend(self) -> Backend:
-        return _apart(self.backend, ENCODER_NICENESS)
+        return with_own_threads(self.backend, ENCODER_NICENESS)
 
     def free_bytes_of(self, name: str) -> int:
         return next((gpu.free_bytes for gpu in self.gpus if gpu.device == name), self.free_memory_bytes)
@@ -87,7 +87,7 @@ class Device:
         """Returns a backend for layers on one or several devices. `apart` gives CPU backends threads of their own."""
         parts = [BackendLayers(self._backend_for(part), part.start, part.end) for part in held]
         if apart:
-            parts = [replace(part, backend=_apart(part.backend)) for part in parts]
+            parts = [replace(part, backend=with_own_threads(part.backend)) for part in parts]
         return parts[0].backend if len(parts) == 1 else MultiDeviceBackend(parts)
 
     def _backend_for(self, part: DeviceLayers) -> Backend:
@@ -142,10 +142,6 @@ class Device:
             kv_disk_bytes=self.kv_disk_bytes,
             link_address=link_address,
         )
-
-
-def _apart(backend: Backend, niceness: int = 0) -> Backend:
-    return backend.apart(niceness) if isinstance(backend, HasThreads) else backend
 
 
 def gpus_of(device: str, gpu_memory_bytes: int | None) -> tuple[Gpu, ...]:

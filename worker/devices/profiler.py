@@ -18,7 +18,7 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.core.profile import StepTime
 from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.core.sampler.tasks import SampleTask
-from llamaclust.kernels.backend import Backend, HasThreads
+from llamaclust.kernels.backend import Backend, with_own_threads
 from llamaclust.model.costs import LayerCost
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
@@ -93,10 +93,6 @@ class ProfiledDevice:
         free_bytes = gpu.free_bytes * 3 // 4  # The rest is for the buffer that flushes the cache.
         return cls(gpu, threads, feature_level, free_bytes, size=GPU, own_cache=gpu.cache_flush)
 
-    def apart(self) -> Backend:
-        """Returns a CPU backend with its own thread pool, because a pool adapts to repeated steps of equal size."""
-        return self.backend.apart() if isinstance(self.backend, HasThreads) else self.backend
-
     @contextmanager
     def cold(self, most_bytes: int, left_bytes: int) -> Iterator[Sweep]:
         """Yields a function that flushes caches. For a CPU, its buffer takes at most the smaller of the two limits."""
@@ -166,7 +162,7 @@ class _Measurement:
         with ExitStack() as opened:
             runners = []
             for start, end in ranges:
-                runner = StageRunner(device.apart(), model, start, end, limits, options)
+                runner = StageRunner(with_own_threads(device.backend), model, start, end, limits, options)
                 runners.append(opened.enter_context(closing(runner)))
             tries = device.size.tries.items()
             seconds = {rows: asyncio.run(self._taken_s(runners, rows, most)) for rows, most in tries}

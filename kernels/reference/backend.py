@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from itertools import count
 
@@ -15,7 +15,7 @@ from llamaclust.kernels.backend import Batch, Float32, Int32, Progress, Stage
 from llamaclust.kernels.reference.dequantize import SUPPORTED_TYPES, dequantize
 from llamaclust.kernels.reference.kv import LayerKv
 from llamaclust.kernels.reference.states import StateMemory
-from llamaclust.kernels.reference.steps import State, of_heads, run_step
+from llamaclust.kernels.reference.steps import State, run_step
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Buffer, Program
 from llamaclust.model.steps.across import Gather
@@ -97,39 +97,6 @@ class ReferenceStage:
 
     def share_kv(self, stage: ReferenceStage) -> None:
         self._kv, self._states = stage._kv, stage._states
-
-
-class ReferenceGroup:
-    """All members of a group in one process, run step by step. Tests compare divided programs with it."""
-
-    def __init__(self, members: Sequence[ReferenceStage]) -> None:
-        self.members = members
-
-    def run(self, batch: Batch, hidden: Float32 | None) -> list[Float32]:
-        """Returns each member's result. Rows that are gathered for one member are NaN for the others."""
-        states = [member.begin(batch, hidden) for member in self.members]
-        runs = (_run(member.program, state) for member, state in zip(self.members, states, strict=True))
-        for gathers in zip(*runs, strict=True):
-            _gather(gathers, states)
-        return [member.end(state) for member, state in zip(self.members, states, strict=True)]
-
-
-def _run(program: Program, state: State) -> Iterator[Gather]:
-    for step in program.steps:
-        if isinstance(step, Gather):
-            yield step
-        else:
-            run_step(step, state)
-
-
-def _gather(gathers: Sequence[Gather], states: Sequence[State]) -> None:
-    assert len(gathers) == len(states)
-    assert len({(step.out, step.borders, step.lines, step.to) for step in gathers}) == 1
-    given = zip(gathers, states, strict=True)
-    parts = [of_heads(state[step.x], step.lines) for step, state in given if step.x is not None]
-    whole = np.concatenate(parts, axis=2).reshape(-1, gathers[0].out.width)
-    for member, (step, state) in enumerate(zip(gathers, states, strict=True)):
-        state[step.out] = whole if step.to in (None, member) else np.full_like(whole, np.nan)
 
 
 class ReferenceBackend:

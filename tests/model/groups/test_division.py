@@ -14,7 +14,7 @@ import pytest
 from llamaclust.core.errors import UsageError
 from llamaclust.kernels.backend import Batch
 from llamaclust.kernels.gathers import gather_formats
-from llamaclust.kernels.reference.backend import ReferenceBackend, ReferenceGroup, ReferenceStage
+from llamaclust.kernels.reference.backend import ReferenceBackend, ReferenceStage
 from llamaclust.model.groups.division import divide
 from llamaclust.model.groups.portions import borders
 from llamaclust.model.kv_type import KvType
@@ -22,6 +22,7 @@ from llamaclust.model.loader import Model
 from llamaclust.model.program import Attention, Embed, HeadMatMul, MatMul, Moe, Program
 from llamaclust.model.steps.across import Gather
 from support.arithmetic.batches import LIMITS, batch_of
+from support.arithmetic.reference_group import ReferenceGroup
 from support.models.tiny_architectures import MODELS, build_architecture
 from support.paths import ROOT
 

@@ -12,7 +12,7 @@ import pytest
 from llamaclust.kernels.backend import Backend, Batch
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.packed.weights import SUPPORTED_TYPES
-from llamaclust.kernels.reference.backend import ReferenceBackend, ReferenceGroup
+from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.kernels.reference.dequantize import SUPPORTED_TYPES as REFERENCE_TYPES
 from llamaclust.model.groups.division import divide
 from llamaclust.model.kv_type import KvType
@@ -22,6 +22,7 @@ from llamaclust.model.quant_types import QuantType
 from llamaclust.model.steps.across import Gather
 from support.arithmetic.batches import LIMITS, batch_of
 from support.arithmetic.members import CpuGroup
+from support.arithmetic.reference_group import ReferenceGroup
 from support.models.tiny_adapter import build_adapter, build_peft
 from support.models.tiny_architectures import build_architecture
 from support.models.tiny_encoders import ENCODERS, RANK, RERANKERS, build_encoder

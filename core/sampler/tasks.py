@@ -54,10 +54,6 @@ class SampleTask:
             matcher,
         )
 
-    def is_next_to(self, before: SampleTask) -> bool:
-        is_near = self.position == before.position + 1 and self.seed == before.seed
-        return is_near and self == before.next()
-
 
 @dataclass(frozen=True, slots=True)
 class ScoreTask:

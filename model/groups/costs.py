@@ -85,11 +85,6 @@ class DividedLayer:
     portions: tuple[PortionCost, ...]
     gathers: tuple[GatherCost, ...]
 
-    @property
-    def divided_share(self) -> float:
-        divided = sum(portion.cost.touched_bytes(1) for portion in self.portions)
-        return divided / (divided + self.whole.touched_bytes(1)) if divided else 0.0
-
     def member(self, shares: Sequence[float], member: int) -> LayerCost:
         found = [self.whole]
         for portion in self.portions:

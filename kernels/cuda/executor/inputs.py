@@ -21,7 +21,6 @@ from llamaclust.model.program import KV_BLOCK_TOKENS, FewerRows, Program
 _HEADER = 8  # int32 counts: rows, sequences, outputs, and rows after each step that merges rows.
 _INT = 4
 _COUNTS = 3
-MOST_MERGES = _HEADER - _COUNTS
 _SEEN = 4
 
 

@@ -119,7 +119,7 @@ def test_all_members_together_have_what_is_divided_once_and_the_rest_each(tmp_pa
             for name in ("weight_bytes", "macs_per_token", "kv_bytes_per_token", "used_file_bytes"):
                 total = sum(getattr(part, name) for part in parts)
                 assert total == getattr(layer, name) + getattr(divided.whole, name)
-            assert divided.divided_share > 0.99
+            assert divided.whole.touched_bytes(1) < 0.01 * sum(part.cost.touched_bytes(1) for part in divided.portions)
         assert members[0].head_bytes + members[1].head_bytes == whole.head_bytes + costs.head.whole.weight_bytes
         assert costs.member((1, 1), 1) == costs.member((5, 5), 1) == costs.of_follower(costs.member((5, 5), 0))
         assert {portion.units for portion in costs.layers[0].portions} == {2, 16}, "KV heads, 16 or 32 rows"

@@ -21,7 +21,7 @@ from llamaclust.cli import terminal
 from llamaclust.cli.drafts import accepted_text
 from llamaclust.cluster.client.operations import ClusterApi
 from llamaclust.cluster.config.environment import environment
-from llamaclust.cluster.planner.format import choice_lines, shares_text
+from llamaclust.cluster.planner.format import choice_lines, number_text, shares_text
 from llamaclust.cluster.state.clusters import find_running
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.core.errors import ClusterStartingError, LlamaclustError, UsageError
@@ -150,7 +150,7 @@ def _line(state: State) -> str:
         f"{time.strftime('%H:%M:%S')} {state['name']}: {state['state']}",
         f"{requests['running']} running, {requests['waiting']} waiting",
         f"{speed['tokens_per_s']:.1f} tok/s",
-        f"{_number(speed['token_ms'])} ms/token (predicted {_number(state['speed']['predicted']['token_ms'])})",
+        f"{number_text(speed['token_ms'])} ms/token (predicted {number_text(state['speed']['predicted']['token_ms'])})",
         f"busy {busy or '-'}",
         f"recoveries {state['recoveries']}",
     )
@@ -228,8 +228,8 @@ def closed_port_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
 def group_lines(groups: Iterable[dict[str, Any]]) -> Iterator[str]:
     for group in groups:
         shares = shares_text([member["share"] for member in group["members"]])
-        layers, time = "[{}, {})".format(*group["layers"]), _number(group["gathers_ms"])
-        gathers = f"{time} ms/token in gathers (predicted {_number(group['predicted_gathers_ms'])})"
+        layers, time = "[{}, {})".format(*group["layers"]), number_text(group["gathers_ms"])
+        gathers = f"{time} ms/token in gathers (predicted {number_text(group['predicted_gathers_ms'])})"
         slowest = group["waits_most_for"]
         waits = f", slowest member {slowest}" if slowest else ""
         yield f"{group_name(group)}: layers {layers} in shares {shares}, {gathers}{waits}"
@@ -268,8 +268,8 @@ def _kv_disk_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _speed(speed: dict[str, Any]) -> str:
-    first = f"first token of a {speed['prompt_tokens']}-token prompt after {_number(speed['ttft_ms'])} ms"
-    return f"{_number(speed['token_ms'])} ms/token, {first}, {_number(speed['tokens_per_s'])} tok/s"
+    first = f"first token of a {speed['prompt_tokens']}-token prompt after {number_text(speed['ttft_ms'])} ms"
+    return f"{number_text(speed['token_ms'])} ms/token, {first}, {number_text(speed['tokens_per_s'])} tok/s"
 
 
 def _workers(workers: list[dict[str, Any]]) -> Table:
@@ -286,7 +286,7 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
         now = "?" if heartbeat is None else f"{heartbeat['resident_bytes'] / MIB:.0f}"
         memory = now, f"{worker['memory_bytes'] / MIB:.0f}"
         figures = (*memory, f"{worker['busy']:.0%}", f"{worker['tokens_per_s']:.1f}")
-        times = (_number(worker["decode_ms"]), _number(worker["predicted_decode_ms"]))
+        times = (number_text(worker["decode_ms"]), number_text(worker["predicted_decode_ms"]))
         marks = [mark for mark, is_set in _marks(worker) if is_set]
         what = ", ".join((worker["state"], *marks))
         table.add_row(worker["name"], str(worker["pid"]), worker["device"], layers, what, *figures, *times)
@@ -295,10 +295,6 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
 
 def _marks(worker: dict[str, Any]) -> tuple[tuple[str, bool], ...]:
     return ("drained", worker["drained"]), ("quarantined", worker.get("quarantine") is not None)
-
-
-def _number(value: float | None) -> str:
-    return "?" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
 def _drafts(measured: dict[str, Any]) -> Iterator[str]:

@@ -38,6 +38,7 @@ from llamaclust.cluster.state.directory import ClusterDir, open_log
 from llamaclust.cluster.state.log_files import limit_log
 from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import LlamaclustError, UsageError, WorkerError
+from llamaclust.core.this_machine import machine_id
 from llamaclust.wire.security.token import JoinToken
 from llamaclust.worker.devices.cores import physical_cores
 from llamaclust.worker.enrolment import pinned
@@ -45,7 +46,6 @@ from llamaclust.worker.settings import WorkerSettings
 
 RANKED = "--ranked"
 _MPI_PREFIXES = ("OMPI_", "OPAL_", "ORTE_", "PMIX_", "PMI_", "PRTE_", "MPI", "HYDRA_", "HYDI_", "I_MPI_", "MV2_")
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _REST_S = 0.01
 _LOG_LOOK_S = 0.5
 _CONNECT_S = 2.0
@@ -144,7 +144,7 @@ class _Rank:
             self._leave_s = time.monotonic() + _DRAIN_S
 
     def run(self) -> int:
-        self.ranks.send(Machine(self.ranks.own, _BOOT_ID.read_text()), 0)
+        self.ranks.send(Machine(self.ranks.own, machine_id()), 0)
         while time.monotonic() < self._leave_s:
             try:
                 for message in self.ranks.received(0):
@@ -212,7 +212,7 @@ class _Coordinator:
         self._arguments = arguments
         self._begun = b""  # Start of an incomplete message from the coordinator.
         self._unsent = b""  # Bytes for the coordinator that its socket has not accepted yet.
-        self._machines = {0: _BOOT_ID.read_text()}  # Boot id of the machine, by rank.
+        self._machines = {0: machine_id()}  # Boot id of the machine, by rank.
 
     def run(self) -> int:
         ranks = self._rank.ranks

@@ -75,7 +75,7 @@ def choice_lines(values: Mapping[str, Any]) -> Iterator[str]:
     }.get(values["objective"], "objective: none (the plan is by hand)")
     if group := values["rejected_group"]:
         who = f"{'+'.join(group['workers'])} in shares {shares_text(group['shares'])}"
-        one, many = _number(1e3 / group["token_ms"]), _number(group["tokens_per_s"])
+        one, many = number_text(1e3 / group["token_ms"]), number_text(group["tokens_per_s"])
         yield f"not as a group ({who}: {one} tok/s for one request, {many} tok/s for many): {group['reason']}"
     elif values["no_group"]:
         yield f"no group is possible: {values['no_group']}"
@@ -102,9 +102,9 @@ def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> 
     waits = {"between stages": values["links_ms"]} if len(plan.leaders) > 1 else {}
     if any(stage.shares for stage in plan.stages):
         waits["in gathers"] = values["gathers_ms"]
-    parts = " and ".join(f"{_number(ms)} {where}" for where, ms in waits.items())
+    parts = " and ".join(f"{number_text(ms)} {where}" for where, ms in waits.items())
     expected = [
-        f"{_number(values['token_ms'])} ms/token{f' ({parts})' if parts else ''}",
+        f"{number_text(values['token_ms'])} ms/token{f' ({parts})' if parts else ''}",
         *_prompts_and_requests(plan.prompt_tokens, values),
         f"bottleneck: {values['bottleneck'] or '?'}",
     ]
@@ -112,7 +112,7 @@ def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> 
     single = (
         []
         if other is None
-        else [f"{_number(other['token_ms'])} ms/token", *_prompts_and_requests(plan.prompt_tokens, other)]
+        else [f"{number_text(other['token_ms'])} ms/token", *_prompts_and_requests(plan.prompt_tokens, other)]
     )
     gap = plan.optimality_gap
     bound = [] if gap is None else [f"  within {max(1, ceil(100 * gap))} % of the best possible"]
@@ -139,8 +139,8 @@ def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> 
 
 def _prompts_and_requests(prompt_tokens: int, values: Mapping[str, Any]) -> list[str]:
     return [
-        f"first token of a {prompt_tokens}-token prompt after {_number(values['ttft_ms'])} ms",
-        f"{_number(values['tokens_per_s'])} tok/s for many requests",
+        f"first token of a {prompt_tokens}-token prompt after {number_text(values['ttft_ms'])} ms",
+        f"{number_text(values['tokens_per_s'])} tok/s for many requests",
     ]
 
 
@@ -168,12 +168,12 @@ def _gain(gain: SpeculationGain, right: str = "") -> str:
     share = f"with {100 * gain.acceptance:.3g} %{right}"
     if not gain.drafted_tokens:
         return f"no gain {share}"
-    return f"{gain.gain:.1f}x {share} ({_number(gain.tokens_per_s)} tok/s, drafts of {gain.drafted_tokens})"
+    return f"{gain.gain:.1f}x {share} ({number_text(gain.tokens_per_s)} tok/s, drafts of {gain.drafted_tokens})"
 
 
 def _stage_lines(plan: Plan, stage: StagePlan, decode_ms: float | None) -> Iterator[str]:
     shards = plan.expert_shards
-    layers, figures = layer_span(stage.start, stage.end, shards), f"{_sizes(stage)}, {_number(decode_ms)} ms/token"
+    layers, figures = layer_span(stage.start, stage.end, shards), f"{_sizes(stage)}, {number_text(decode_ms)} ms/token"
     if stage.shares:
         if stage.member == 0:
             yield f"  {stage_name(plan, stage)}: layers {layers} in shares {shares_text(stage.shares)}"
@@ -218,5 +218,5 @@ def _requests(count: int) -> str:
     return "1 request" if count == 1 else f"{count} requests"
 
 
-def _number(value: float | None) -> str:
+def number_text(value: float | None) -> str:
     return "?" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}"

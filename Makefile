@@ -24,10 +24,13 @@ define need_compiler
   echo "error: no C++ compiler found: install g++ or clang++ (Debian, Ubuntu: sudo make system-deps), or name one in CXX" >&2; exit 1
 endef
 
-.PHONY: demo model check test test-all test-unit test-gpu cuda-matrix lint structure format build wheel wheel-test proto bench chart image image-test system-deps system-deps-test clean
+.PHONY: help demo model check test test-all test-unit test-gpu cuda-matrix lint structure format build wheel wheel-test proto bench chart image image-test system-deps system-deps-test clean
 
 demo: build ## Lets a real model on two worker processes answer a question.
 	$(BIN)/python examples/demo.py
+
+help: ## Lists the targets.
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(firstword $(MAKEFILE_LIST))
 
 model: build ## Downloads the demo model, unless it is already downloaded.
 	$(BIN)/llamaclust model pull $(MODEL)

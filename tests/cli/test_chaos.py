@@ -7,7 +7,6 @@ import os
 import re
 import resource
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +21,7 @@ from llamaclust.tools.chaos.worker_faults import PRELOAD
 from support.clusters.command_line import Cluster, CommandLine, command_line, eventually
 from support.clusters.static_cluster import named
 from support.models.hostile_models import tiny
+from support.network.loopback import free_port
 
 OF_WORKERS = ("--faults", "kill,stop,drain")
 DRAIN_AND_KILLS = 2604  # drain a, SIGKILL b, SIGSTOP b, ...
@@ -159,10 +159,7 @@ def test_faults_that_cannot_be_are_refused(line: CommandLine, cluster: Cluster, 
 
 
 def test_the_coordinator_is_killed_where_a_standby_waits(line: CommandLine) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    keys: dict[str, Any] = {"listen": f"127.0.0.1:{port}", "context_length": 256}
+    keys: dict[str, Any] = {"listen": f"127.0.0.1:{free_port()}", "context_length": 256}
     with line.cluster("good.gguf", **keys) as cluster:
         standby = line.start("up", line.cluster_file("good.gguf", **keys), "--standby")
         standby.says("this standby takes over")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 import stat
 from collections.abc import Iterator
 from itertools import chain
@@ -19,6 +18,7 @@ from llamaclust.worker.devices.cores import physical_cores, read_cores
 from support.clusters.command_line import Cluster, CommandLine, eventually, float32
 from support.models.tiny_model import build_tiny_model
 from support.models.vision.tiny_projectors import TEXT_WIDTH, build_projector
+from support.network.loopback import free_port
 
 WORKER_KEYS = {"name", "pid", "address", "device", "layers", "state", "memory_bytes", "busy", "tokens_per_s"}
 
@@ -124,9 +124,7 @@ def test_what_is_left_on_disk_is_the_owners_alone(line: CommandLine, cluster: Cl
 
 def test_a_detached_cluster_from_start_to_stop(line: CommandLine) -> None:
     """Its port and a key come from the command line; the process that started it is gone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     path = line.cluster_file("good.gguf", "apart")
     keys = ("context_length=128", "workers.b.threads=2", "workers.b.mlock=true", "workers.b.numa_node=0")
     done = line.run("up", path, "--detach", "--port", str(port), *chain(*(("--set", key) for key in keys)))

@@ -16,9 +16,9 @@ from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.journal_records import Instant, read_journal
 from llamaclust.model.quant_types import QuantType
 from support.clusters.command_line import CommandLine
-from support.clusters.static_cluster import free_port
 from support.clusters.streamed_answers import STREAMS, TOKENS, answers, undisturbed
 from support.models.tiny_model import build_tiny_model
+from support.network.loopback import free_port
 from support.seed import SEED
 
 

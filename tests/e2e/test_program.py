@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from support.kubernetes.charts import (
 )
 from support.kubernetes.kubernetes_api import fake_api
 from support.kubernetes.local_pods import LocalPod
+from support.network.loopback import free_port
 
 NAME = f"{RELEASE}-llamaclust"
 _START_S = 60.0
@@ -154,21 +154,6 @@ def test_a_wrong_option_would_be_noticed() -> None:
 # -- a cluster of it ---------------------------------------------------------------------------------------------------
 
 
-def free_ports(count: int) -> list[int]:
-    """The first of a row of free ports, `count` times; two in a row are needed for enrolment and what follows it."""
-    found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("0.0.0.0", 0))
-            port = first.getsockname()[1]
-            try:
-                second.bind(("0.0.0.0", port + 1))
-            except OSError:
-                continue
-            found.append(port)
-    return found
-
-
 def eventually(check: Callable[[], bool], pods: list[LocalPod], what: str) -> None:
     end = time.monotonic() + _START_S
     while not check():
@@ -181,7 +166,7 @@ def eventually(check: Callable[[], bool], pods: list[LocalPod], what: str) -> No
 @pytest.fixture
 def manifests(tmp_path: Path) -> tuple[Manifest, ...]:
     need_launcher("static")
-    api, join, grpc = free_ports(3)
+    api, join, grpc = free_port(), free_port(1), free_port()  # Workers with certificates join at the port after `join`.
     small = {"requests": {"cpu": "1", "memory": "512Mi"}, "limits": {"memory": "2Gi"}}
     values = {
         "coordinator": {"ports": {"api": api, "join": join}, "startupSeconds": 60},

@@ -17,11 +17,12 @@ from llamaclust.cli.cluster import down
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.model.quant_types import QuantType
 from support.clusters.command_line import CommandLine, Running, eventually
-from support.clusters.static_cluster import free_port, logged, named, new_trust, start_worker
+from support.clusters.static_cluster import logged, named, new_trust, start_worker
 from support.clusters.streamed_answers import STREAMS, TOKENS, answers, undisturbed
 from support.kubernetes.lease_api import LeaseApi, lease_api, lease_values
 from support.models.tiny_model import build_tiny_model
 from support.network.front import front_of
+from support.network.loopback import free_port
 
 
 @pytest.fixture

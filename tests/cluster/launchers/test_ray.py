@@ -22,8 +22,9 @@ from llamaclust.worker.settings import WorkerSettings
 from support.clusters.command_line import Cluster, CommandLine, Running, eventually, is_there
 from support.clusters.launched import Answers, answers, logs_of
 from support.clusters.ray_nodes import left_in, ray_node
-from support.clusters.static_cluster import free_port, named, ready, token_file
+from support.clusters.static_cluster import named, ready, token_file
 from support.network.box import Box, missing
+from support.network.loopback import free_port
 
 pytest.importorskip("ray", reason="Ray is not installed here: pip install 'llamaclust[ray]'")
 pytestmark = pytest.mark.alone

@@ -18,7 +18,6 @@ from llamaclust.core.errors import UsageError
 from support.clusters.command_line import Cluster, CommandLine, eventually
 from support.clusters.launched import Answers, answers, logs_of
 from support.clusters.static_cluster import (
-    free_port,
     join_port,
     logged,
     named,
@@ -29,6 +28,7 @@ from support.clusters.static_cluster import (
     token_file,
 )
 from support.damaged_models import flip_middle
+from support.network.loopback import free_port
 from support.paths import ROOT
 
 
@@ -193,7 +193,7 @@ def test_a_start_goes_on_without_an_absent_worker_which_is_used_once_it_joins(
     port = join_port(coordinator)
     workers = [start_worker(line, port, name) for name in ("a", "b")]
     with ready(coordinator, line) as cluster:
-        coordinator.says("the start goes on with 2 of 3 workers, without worker c")
+        coordinator.says("the start continues with 2 of 3 workers, without worker c")
         assert layers(cluster) == [[0, 3], [3, 6]] and cluster.status["absent"] == ["worker c"]
         assert "absent: worker c" in line.run("status").out
         assert answers(cluster) == undisturbed

@@ -13,7 +13,6 @@ from support.clusters.command_line import command_line
 from support.clusters.launched import model_in
 from support.clusters.static_cluster import (
     ANY_PORT,
-    free_port,
     join_port,
     logged,
     named,
@@ -22,6 +21,7 @@ from support.clusters.static_cluster import (
     start_coordinator,
     start_worker,
 )
+from support.network.loopback import free_port
 
 
 @contextmanager

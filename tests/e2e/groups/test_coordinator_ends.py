@@ -11,16 +11,10 @@ import pytest
 
 from llamaclust.model.quant_types import QuantType
 from support.clusters.command_line import CommandLine
-from support.clusters.static_cluster import (
-    free_port,
-    join_port,
-    logged,
-    named,
-    start_coordinator,
-    start_worker,
-)
+from support.clusters.static_cluster import join_port, logged, named, start_coordinator, start_worker
 from support.clusters.streamed_answers import STREAMS, TOKENS, answers, undisturbed
 from support.models.tiny_model import build_tiny_model
+from support.network.loopback import free_port
 from support.wire.group_links import needs_tls
 
 pytestmark = needs_tls

@@ -18,9 +18,9 @@ from llamaclust.cluster.client.http import AsyncClient
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.journal_records import Instant, read_journal
 from support.clusters.command_line import CommandLine
-from support.clusters.static_cluster import free_port
 from support.models.tiny_model import build_tiny_model
 from support.models.vision.tiny_projectors import TEXT_WIDTH, build_projector
+from support.network.loopback import free_port
 from support.seed import SEED
 
 TOKENS = 400

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +14,6 @@ from support.clusters.command_line import Cluster, CommandLine, Running, eventua
 
 ANY_PORT = {"listen": "127.0.0.1:0", "members": "127.0.0.1:0"}
 SPEED = {"memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def named(*names: str) -> list[dict[str, Any]]:

@@ -16,8 +16,8 @@ from typing import Any
 
 import httpx
 
-from support.clusters.static_cluster import free_port
 from support.models.tiny_encoders import RANK, RERANKERS, build_encoder
+from support.network.loopback import free_port
 from support.paths import DATA
 
 SCORES = DATA / "rerank.json"

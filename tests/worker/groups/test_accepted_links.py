@@ -33,6 +33,7 @@ from llamaclust.worker.static import run_static_worker
 from llamaclust.worker.worker import Worker
 from support.clusters.members import registry
 from support.clusters.served import until
+from support.network.loopback import free_port
 from support.wire.group_links import needs_tls
 from support.wire.trust import A
 
@@ -112,13 +113,9 @@ def accepts(address: str) -> bool:
 
 
 def two_free_ports() -> tuple[int, int]:
-    """One, and the one that links have beside it."""
-    while True:
-        with socket.socket() as stages, socket.socket() as links, suppress(OSError, OverflowError):
-            stages.bind(("127.0.0.1", 0))
-            port = stages.getsockname()[1]
-            links.bind(("127.0.0.1", port + LINK_PORTS))
-            return port, port + LINK_PORTS
+    """Returns a port for stages, and the port that links have beside it."""
+    port = free_port(LINK_PORTS)
+    return port, port + LINK_PORTS
 
 
 @pytest.mark.parametrize("listen", ["", HERE, "0.0.0.0:0", "localhost:0"])

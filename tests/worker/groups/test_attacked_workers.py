@@ -20,16 +20,9 @@ from llamaclust.kernels._native import Link, LinkError, TlsSettings
 from llamaclust.wire.security.certificate_names import Principal
 from llamaclust.worker.groups.listener import Hello
 from support.clusters.command_line import Cluster, CommandLine, Running, command_line, eventually
-from support.clusters.static_cluster import (
-    free_port,
-    join_port,
-    named,
-    ready,
-    start_coordinator,
-    start_worker,
-    token_file,
-)
+from support.clusters.static_cluster import join_port, named, ready, start_coordinator, start_worker, token_file
 from support.models.tiny_model import build_tiny_model
+from support.network.loopback import free_port
 from support.seed import SEED
 from support.wire.group_links import needs_tls
 

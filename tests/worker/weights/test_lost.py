@@ -23,9 +23,10 @@ from llamaclust.worker.weights.giver import WeightGiver
 from llamaclust.worker.weights.weights import Weights
 from support.clusters.command_line import eventually
 from support.clusters.recovering import Answer, answer_of, generations, undisturbed
-from support.clusters.static_cluster import free_port, named
+from support.clusters.static_cluster import named
 from support.clusters.weight_peers import IMPATIENT
 from support.models.tiny_model import build_tiny_model
+from support.network.loopback import free_port
 
 PLAN = [{"worker": "b", "layers": [0, 2]}]
 REQUESTS = generations(1, 8)[:2]

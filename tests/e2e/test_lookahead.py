@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,13 @@ from llamaclust.core.sampler.params import SamplerChain, SamplerName, SamplingPa
 from llamaclust.core.sampler.results import RowResult
 from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.model.loader import Model
+from llamaclust.wire.microbatch.inputs import encode_inputs
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs
 from llamaclust.wire.rpc.client import StreamBrokenError
 from llamaclust.wire.rpc.methods import SAMPLED_TOKENS
 from llamaclust.worker.stage.dependencies import Dependencies
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
-from support.clusters.stage_chain import chain, runner_of
+from support.clusters.stage_chain import DEADLINES, chain, runner_of
 from support.models.tiny_model import build_tiny_model
 from support.wire.plain_tokens import PlainTokensBox, sampled_tokens_of
 
@@ -256,9 +258,10 @@ def test_a_token_that_cannot_come_is_a_failure(model: Model, tmp_path: Path, mon
 
 def test_a_step_ahead_without_sampling_inputs_is_a_failure(model: Model, tmp_path: Path) -> None:
     async def run() -> tuple[Result, Result]:
-        async with chain(model, tmp_path, (0, 3)) as stages:
+        async with chain(model, tmp_path, (0, 3), replace(DEADLINES, sampling_inputs_s=0.2)) as stages:
             first = Microbatch(model.model_id, 1, 0, (Chunk((1,), 0, (0, 2), 1),))
-            await stages.submit(first, SamplingInputs(1, 0, (task(1, ()),)))
+            await stages.sample.write(encode_inputs(SamplingInputs(1, 0, (task(1, ()),))))
+            await stages.submit(first, None)
             await stages.submit(Microbatch(model.model_id, 1, 1, (Chunk((0,), 1, (0, 2), 1, (0, 0)),)), None)
             return await stages.result(), await stages.result()
 

@@ -34,7 +34,7 @@ from llamaclust.worker.stage.streams import Neighbours, StageStreams
 from support.clusters.real_cluster import LIMITS
 
 TOKEN = ClusterToken("t" * 40)
-DEADLINES = Deadlines(sampling_inputs_s=0.2, forward_s=5.0)
+DEADLINES = Deadlines(sampling_inputs_s=30.0, forward_s=30.0)  # Longer than a stall of a busy machine.
 
 
 def runner_of(model: Model, start: int, end: int) -> StageRunner:

@@ -47,15 +47,22 @@ async def test_a_response_in_the_background_fails() -> None:
     assert ended["status"] == "failed" and ended["error"] == {"code": "server_error", "message": "lost"}
 
 
-async def test_a_response_in_the_background_expires_only_once_it_has_ended() -> None:
+async def test_a_response_in_the_background_expires_only_once_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = ScriptedEngine(says("Yes, no."))
     engine.gate.clear()
-    async with served(engine, background_s=0.01) as http:
+    async with served(engine, background_s=0.05) as http, asyncio.timeout(60):
         created = (await http.post(PATH, json={"input": "A", "background": True})).json()
-        await asyncio.sleep(0.05)
-        assert (await http.get(f"{PATH}/{created['id']}")).json()["status"] == "in_progress"
+        path = f"{PATH}/{created['id']}"
+        await asyncio.sleep(0.1)  # It would expire in this time if it had ended.
+        assert (await http.get(path)).json()["status"] == "in_progress"
         engine.gate.set()
+        # The store has the response before it can expire, so that a slow poll finds it as well.
         assert (await ended_response(http, created["id"]))["status"] == "completed"
+        monkeypatch.setattr(ResponseStore, "get", lambda store, owner, response_id: None)
+        while (reply := await http.get(path)).status_code == 200:
+            assert reply.json()["status"] == "completed"
+            await asyncio.sleep(0.1)
+    assert reply.status_code == 404
 
 
 async def test_a_repeated_request_for_a_response_in_the_background_does_not_wait_either() -> None:

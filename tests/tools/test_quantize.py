@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from llamaclust.model.quant_types import QuantType
 from support.clusters.command_line import eventually
 from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
+from support.seed import SEED
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +166,7 @@ def test_what_is_refused_leaves_nothing(model: Path, tmp_path: Path) -> None:
     run("quantize", model, quantized, "Q8_0")
     gap, narrow = _ones(model, tmp_path / "gap", "blk.1.attn_q.weight"), _ones(model, tmp_path / "narrow", width=128)
     noise = tmp_path / "noise"
-    noise.write_bytes(os.urandom(100))
+    noise.write_bytes(Random(SEED).randbytes(100))
     before, out = names(tmp_path), tmp_path / "out.gguf"
     for words, says in (
         ((model, out, "Q9"), "type Q9 is not known"),

@@ -19,8 +19,9 @@ from llamaclust.wire.microbatch.codec import encode_microbatch, encode_sampled_t
 from llamaclust.wire.microbatch.inputs import encode_inputs
 from llamaclust.wire.microbatch.messages import Chunk, ImageRows, Microbatch, SampledTokens, SamplingInputs, StageTiming
 from support.paths import ROOT
+from support.seed import SEED
 from support.wire.frame_reader import MODEL_ID
-from support.wire.fuzzed import COUNT, SEED, damaged
+from support.wire.fuzzed import COUNT, damaged
 from support.wire.slow_codec import encode_frame
 
 NATIVE = ROOT / "kernels/cpu/native"

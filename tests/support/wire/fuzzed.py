@@ -20,7 +20,6 @@ from support.wire.version_cases import CASES
 
 COUNT = int(os.environ.get("FUZZ_CASES", "2000"))
 """Cases of each test; docs/security.md says how to run more."""
-SEED = int(os.environ.get("FUZZ_SEED", "20"))
 
 
 @dataclass(frozen=True, slots=True)

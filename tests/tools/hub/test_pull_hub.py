@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import shutil
 import time
@@ -27,9 +26,10 @@ from llamaclust.tools.hub.download import Patience
 from llamaclust.tools.hub.pull import pull_model
 from llamaclust.tools.progress import silent
 from llamaclust.tools.split import SplitRules, plan_split, write_parts
-from support.clusters.static_cluster import free_port
 from support.hub.download_server import Server, running_server
 from support.hub.hub_files import COMMIT, offer
+from support.network.loopback import free_port
+from support.seed import SEED
 
 QUICK = Patience(tries=4, first_pause_s=0.01, longest_pause_s=0.05, deadline_s=30.0)
 MODEL = b"GGUF" + random.Random(7).randbytes(299_996)
@@ -280,7 +280,7 @@ def test_lost_connections_of_ranges_are_gone_on_with(drops: int, store: Server, 
 def test_a_file_that_changes_meanwhile_is_fetched_anew(store: Server, tmp_path: Path) -> None:
     """Its new ETag makes the server send the whole of it for a range."""
     store.does.files["/m.gguf"] = MODEL
-    other = b"GGUF" + os.urandom(299_996)
+    other = b"GGUF" + random.Random(f"other {SEED}").randbytes(299_996)
 
     def change(what: str, done_bytes: int, total_bytes: int | None) -> None:
         store.does.files["/m.gguf"], store.does.etag = other, '"v2"'

@@ -23,9 +23,10 @@ from llamaclust.wire.security.credentials import Insecure
 from llamaclust.wire.security.enrolment import Challenge, Grant, Request, encode_request
 from llamaclust.worker.enrolment import enrol
 from support.clusters.members import join, registry
+from support.seed import SEED
 from support.wire.control_messages import REGISTER
 from support.wire.enrolment_bytes import raw
-from support.wire.fuzzed import COUNT, SEED, Kind, damaged, kinds
+from support.wire.fuzzed import COUNT, Kind, damaged, kinds
 from support.wire.trust import A, B, authority, enrolment, refusals
 
 
@@ -33,7 +34,7 @@ from support.wire.trust import A, B, authority, enrolment, refusals
 def test_damaged_messages_are_refused_or_read(kind: Kind) -> None:
     """A ProtocolError of one line is the only way out beside a message."""
     source = random.Random(f"{SEED} {kind.name}")
-    print(f"{COUNT} cases, FUZZ_SEED={SEED}")
+    print(f"{COUNT} cases")
     refused = 0
     for case in range(COUNT):
         data = damaged(source, kind.good)
@@ -66,7 +67,7 @@ async def _rubbish_to_a_registry(tmp_path: Path) -> None:
         peer = Peer(there.address, trust.identity(B), COORDINATOR)
         for case in range(COUNT):
             stream = peer.open(JOIN)
-            async with deadline(f"the end of case {case} of FUZZ_SEED={SEED}", 10):
+            async with deadline(f"the end of case {case} of seed {SEED}", 10):
                 try:
                     await stream.write(damaged(source, good))
                     await stream.done_writing()
@@ -104,7 +105,7 @@ async def _rubbish_to_an_echo() -> None:
     try:
         for case in range(max(8, COUNT // 1000)):
             stream = peer.open(ECHO)
-            async with deadline(f"the end of case {case} of FUZZ_SEED={SEED}", 10):
+            async with deadline(f"the end of case {case} of seed {SEED}", 10):
                 with contextlib.suppress(StreamBrokenError):
                     for _ in range(300):  # more than are answered
                         await stream.write(damaged(source, sent))
@@ -133,7 +134,7 @@ async def _rubbish_to_the_enrolment_port(tmp_path: Path, caplog: pytest.LogCaptu
         framed = encode_request(good)
         for case in range(max(50, COUNT // 20)):
             data = damaged(source, [len(framed).to_bytes(4, "big") + framed])
-            async with deadline(f"the end of case {case} of FUZZ_SEED={SEED}", 15), raw(host, port) as client:
+            async with deadline(f"the end of case {case} of seed {SEED}", 15), raw(host, port) as client:
                 await client.challenge()
                 client.writer.write(data)
                 if int.from_bytes(data[:4], "big") <= len(data) - 4:

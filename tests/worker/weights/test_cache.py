@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
+from random import Random
 from threading import Lock
 from typing import Any
 
@@ -24,6 +25,7 @@ from llamaclust.model.weights.manifest import make_manifest, read_manifest
 from llamaclust.wire.control.weights import FindWeights
 from llamaclust.worker.weights.weights import Weights
 from support.models.tiny_model import build_tiny_model
+from support.seed import SEED
 
 
 def put(cache: WeightCache, data: bytes) -> str:
@@ -38,13 +40,13 @@ def put(cache: WeightCache, data: bytes) -> str:
 
 
 def test_room_is_made_from_what_was_not_used_for_longest_and_is_in_no_load(tmp_path: Path) -> None:
-    cache = WeightCache(tmp_path / "w", 3000)
-    old, newer = put(cache, os.urandom(1000)), put(cache, os.urandom(1000))
+    cache, source = WeightCache(tmp_path / "w", 3000), Random(SEED)
+    old, newer = put(cache, source.randbytes(1000)), put(cache, source.randbytes(1000))
     cache.find(old)
     cache.make_room(1500)
     assert cache.find(old) is not None and cache.find(newer) is None
     with cache.in_use():
-        held = put(cache, os.urandom(1000))
+        held = put(cache, source.randbytes(1000))
         cache.make_room(1500)
         assert cache.find(held) is not None and cache.find(old) is None
         with pytest.raises(
@@ -75,7 +77,7 @@ def test_one_at_a_time_makes_the_manifest_of_a_key(tmp_path: Path) -> None:
 def test_a_part_that_is_being_written_is_not_deleted(tmp_path: Path) -> None:
     cache = WeightCache(tmp_path / "w", 3000)
     cache.prepare()
-    data = os.urandom(2000)
+    data = Random(SEED).randbytes(2000)
     part = WeightPart.open(cache, sha256(data).hexdigest(), 2000)
     assert part is not None
     part.write([data[:1500]])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -20,6 +21,7 @@ from llamaclust.wire.rpc.server import ServerStream
 from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, frames_of
 from support.clusters.weight_peers import Answer, fetch, holder, manifest_of, wanted
 from support.models.tiny_model import build_tiny_model
+from support.seed import SEED
 
 ROOM = 1 << 30
 
@@ -169,7 +171,7 @@ async def _silent(stream: ServerStream, asked: WeightRange) -> None:
 
 
 async def _other_tensor(stream: ServerStream, asked: WeightRange) -> None:
-    for frame in frames_of(memoryview(os.urandom(asked.end - asked.start))):
+    for frame in frames_of(memoryview(Random(SEED).randbytes(asked.end - asked.start))):
         await stream.write(frame)
 
 
@@ -269,7 +271,7 @@ async def test_a_file_that_may_not_grow_is_an_error_too(model: Path, tmp_path: P
 
 
 def test_a_part_is_written_by_one_at_a_time_and_resumed(tmp_path: Path) -> None:
-    cache, data = WeightCache(tmp_path / "cache", ROOM), os.urandom(5000)
+    cache, data = WeightCache(tmp_path / "cache", ROOM), Random(SEED).randbytes(5000)
     cache.prepare()
     content = sha256(data).hexdigest()
     part = WeightPart.open(cache, content, 5000)

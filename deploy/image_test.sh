@@ -4,7 +4,7 @@
 # container is run by docker, podman or buildah. If this machine has the model, the container uses that copy.
 set -euo pipefail
 image=${1:?usage: deploy/image_test.sh IMAGE}
-models=${LLAMACLUST_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/llamaclust}/models
+models=${LLAMACLUST_HOME:-${XDG_CACHE_HOME:-~/.cache}/llamaclust}/models
 
 script='set -e
 test "$(id -u)" = 10001

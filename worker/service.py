@@ -84,7 +84,7 @@ class StageService:
         Returns False if there are no such encoders."""
         ending = tuple(self._ending)
         if ending:
-            _log.info("waiting for the memory of an ended encoder, which computes its last tile")
+            _log.info("waiting until the previous image encoder has computed its last tile and freed its memory")
             await asyncio.wait(ending, timeout=_TILE_S)
         return bool(ending)
 

@@ -1,4 +1,4 @@
-"""Reads the environment variables. No other module reads them."""
+"""Reads the variables that configure this program. Other modules only pass variables on, or set those of libraries."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Environment:
     state_dir: Path  # LLAMACLUST_STATE_DIR. Default: $XDG_STATE_HOME/llamaclust or ~/.local/state/llamaclust.
     home: Path  # LLAMACLUST_HOME, with models and caches. Default: $XDG_CACHE_HOME/llamaclust or ~/.cache/llamaclust.
     packed_cache_bytes: int  # LLAMACLUST_CACHE_SIZE, the maximum bytes of the cache of packed weights. 0: no cache.
-    # LLAMACLUST_WEIGHTS_SIZE, the maximum bytes of weights fetched from other workers. 0 fetches none.
+    # LLAMACLUST_WEIGHTS_SIZE, the maximum bytes of weights fetched from other workers. 0: neither fetches nor serves.
     weights_bytes: int
     # LLAMACLUST_FEATURE_LEVEL, the instruction set of the kernels. None chooses the best one.
     feature_level: str | None
@@ -129,8 +129,11 @@ def _size(variables: Mapping[str, str], name: str, default: str) -> int:
 
 def _folder(variables: Mapping[str, str], own: str, base: str, default: str) -> Path:
     name = own if variables.get(own) else base
+    given = variables.get(name)
     try:
-        folder = Path(expand_home(variables.get(name) or default))
+        folder = Path(expand_home(given or default))
     except ValueError as error:
+        if not given:
+            raise UsageError(f"this user has no home directory, and HOME is not set; set {own} to a folder") from None
         raise UsageError(f"{name}={error}") from error
     return folder if name == own else folder / "llamaclust"

@@ -72,7 +72,8 @@ class WorkerConfig(Section):
     numa_node: Annotated[int, Field(ge=0, le=1023)] | None = None
     """NUMA node whose cores and memory the worker uses. By default, each node gets equally many workers if possible."""
     memory: Size | None = None
-    """Maximum RAM for weights, KV memory and workspace. By default, a share of the free memory."""
+    """RAM limit of the worker process, including about 85 MiB for the program. By default, a share of the free
+    memory."""
     mlock: bool = False
     """Set true to lock weights in RAM, so that they are never swapped out."""
     kv_disk: Size | None = None

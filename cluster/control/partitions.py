@@ -120,7 +120,7 @@ class PartitionTracker:
             self._partitions[pair] = _Partition(self._earlier_probes(pair))
             self._probing[pair] = self._tasks.start(self._probe_until_healed(pair))
             what = f"workers {caller.name} and {other.name} cannot reach each other: {why}"
-            self._report(Notice(f"{what}; until they can, plans keep them apart"))
+            self._report(Notice(f"{what}; plans do not make them neighbours until the link works"))
             self._on_change(self.pairs)
         self._partitions[pair].callers[caller.name] = other.name
         return is_new

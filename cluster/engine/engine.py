@@ -353,8 +353,8 @@ class Engine:
         if self._phase is _Phase.CLOSED:
             return
         if not isinstance(error, LlamaclustError):
-            _log.error("the engine broke", exc_info=error)
-            error = LlamaclustError(f"the engine broke: {type(error).__name__}: {error}")
+            _log.error("internal error in the engine", exc_info=error)
+            error = LlamaclustError(f"internal error in the engine: {type(error).__name__}: {error}")
         self._lane.stop()
         self._end_retirement()
         self._fail(_Phase.CLOSED, error)

@@ -101,7 +101,9 @@ class Arrivals:
         self._short = await self._shortfall()
         if self._short is None:
             joined = len(self._registry.present)
-            self._report(Notice(f"the start goes on with {joined} of {self._awaited.count} workers, without {missing}"))
+            self._report(
+                Notice(f"the start continues with {joined} of {self._awaited.count} workers, without {missing}")
+            )
             return True
         self._report(Waiting(f"{missing}, because the present workers do not suffice: {self._short}"))
         return False

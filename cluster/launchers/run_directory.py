@@ -62,7 +62,8 @@ def _new_token(path: Path) -> ClusterToken:
     try:
         return ClusterToken.create(path)
     except OSError as error:
-        raise LlamaclustError(f"{path}: cannot be written: {error.strerror}; make room there") from error
+        what = f"{path}: cannot be written: {error.strerror}"
+        raise LlamaclustError(f"{what}; free disk space, or set `state_dir:` or LLAMACLUST_STATE_DIR") from error
 
 
 def _clear(place: Path) -> None:

@@ -63,7 +63,8 @@ class Authority:
             if not folder.exists():
                 _create(folder)
         except OSError as error:
-            raise LlamaclustError(f"{folder}: cannot be written: {error.strerror}; make room there") from error
+            what = f"{folder}: cannot be written: {error.strerror}"
+            raise LlamaclustError(f"{what}; free disk space, or set `join.trust_dir` to another folder") from error
         try:
             if folder.stat().st_mode & 0o077 or (folder / _CA_KEY).stat().st_mode & 0o077:
                 raise UsageError(f"{folder}: other users can read it; run: chmod -R go= {folder}")

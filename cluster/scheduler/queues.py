@@ -81,8 +81,11 @@ class SequenceQueues:
         """Raises QueueFullError if the owner has too many waiting sequences. The limit falls when others wait."""
         waiting = [*self.waiting, *self.restoring]
         own = sum([other.request.owner == owner for other in waiting])
-        if not fits(own, len(waiting), most_waiting + self.max_running - len(self.running)):
-            raise QueueFullError(f"{own} requests wait already, and no more are accepted; try again later")
+        room = most_waiting + self.max_running - len(self.running)
+        if not fits(own, len(waiting), room):
+            limit = max(0, room - (len(waiting) - own) // 2)
+            what = f"{own} sequences of this API key or client address wait; the limit is now {limit}"
+            raise QueueFullError(f"{what}: try again later")
 
     def add(self, sequence: Sequence, most_waiting: int) -> None:
         self.check_room(sequence.request.owner, most_waiting)

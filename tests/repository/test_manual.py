@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from support.clusters.command_line import CommandLine
-from support.clusters.static_cluster import free_port
+from support.network.loopback import free_port
 from support.paths import ROOT
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

@@ -82,12 +82,10 @@ def assumptions(assumed: AssumedMachines) -> Iterator[str]:
     yield from _memories(cpus)
     gpus = [gpu for machine in assumed.machines for gpu in machine.gpus]
     shares = [rates.peak_share for rates in RATES.values()]
-    yield (
-        f"decode reads weights at {READ_SHARE:.2f} of the memory bandwidth, or slower where their type takes long to "
-        f"decode, prefill multiplies at {min(shares):.2f} to {max(shares):.2f} of the 8-bit peak by type; "
-        f"in addition to products {1e6 * LAYER_S:.0f} µs a layer, and {ROW_MACS} multiply-accumulates a channel of "
-        "each row"
-    )
+    speed = f"{READ_SHARE:.2f} of the memory bandwidth"
+    yield f"decode: weights are read at {speed}, slower for types that take long to decode"
+    yield f"prefill: {min(shares):.2f} to {max(shares):.2f} of the 8-bit peak, by weight type"
+    yield f"overhead: {1e6 * LAYER_S:.0f} µs per layer, and {ROW_MACS} multiply-accumulates per channel of each row"
     if any(cpu.macs_s is None for cpu in cpus):
         default = "" if all(cpu.threads for cpu in cpus if cpu.macs_s is None) else f"{THREADS} threads a machine, "
         peak = f"{THREAD_MACS_S / 1e9:.0f} GMAC/s a thread"
@@ -105,7 +103,7 @@ def assumptions(assumed: AssumedMachines) -> Iterator[str]:
         )
     yield from map(_data_sheet, dict.fromkeys(gpu for gpu in gpus if gpu.gpu_name))
     if len(assumed.machines) > 1:
-        yield _network(assumed.network)
+        yield from _network(assumed.network)
     yield "short contexts: attention over thousands of tokens takes more"
 
 
@@ -134,12 +132,15 @@ def _memories(cpus: Sequence[Device]) -> Iterator[str]:
         yield f"memory is read at {known}{advice}"
 
 
-def _network(network: Network) -> str:
-    advice = " (none given; add it after a comma, such as `, 2.5Gbit`)" if network.bits_s is None else ""
-    default = " (none given; add it after a comma, such as `, 0.3ms`)" if network.round_trip_s is None else ""
-    return (
-        f"a network of {bits_s(network) / 1e9:g} Gbit/s{advice}, used to {NETWORK_SHARE:.2f}, "
-        f"round trip {1e3 * round_trip_s(network):g} ms{default}; half of it and {1e3 * HOP_S:g} ms of the programs "
-        f"for a message between stages, half of it and {1e6 * GATHER_S:.0f} µs for a gather of a group; "
-        f"up to {100 * HIDDEN_SHARE:.0f} % of a prompt's bytes in gathers travel while other rows are computed"
+def _network(network: Network) -> Iterator[str]:
+    rate_advice = ' (default; set it with ", 2.5Gbit")' if network.bits_s is None else ""
+    trip_advice = ' (default; set it with ", 0.3ms")' if network.round_trip_s is None else ""
+    yield (
+        f"network: {bits_s(network) / 1e9:g} Gbit/s{rate_advice}, of which {100 * NETWORK_SHARE:.0f} % is usable; "
+        f"round trip {1e3 * round_trip_s(network):g} ms{trip_advice}"
+    )
+    yield (
+        f"a message between stages takes half a round trip + {1e3 * HOP_S:g} ms; "
+        f"a gather, half a round trip + {1e6 * GATHER_S:.0f} µs; "
+        f"up to {100 * HIDDEN_SHARE:.0f} % of a prompt's gather bytes overlap with computation"
     )

@@ -169,7 +169,7 @@ class _Measuring:
             return await profile_worker(worker, ProfileWorker(quant_types=self._order.quant_types), self._limit_s)
         except LlamaclustError as error:
             if worker.loss is not None:
-                self._report(Notice(f"the start goes on without worker {worker.name}: {worker.error}"))
+                self._report(Notice(f"the start continues without worker {worker.name}: {worker.error}"))
             else:
                 self._report_unmeasured(worker, error)
             return None

@@ -96,7 +96,10 @@ def test_kv_memory_on_disk_is_refused_where_it_would_not_be_used(tmp_path: Path,
     [
         ("[{name: a, numa_node: 1}]\nlauncher: static", "llamaclust worker ... --numa-node 1"),
         ("[{name: a, mlock: true}]\nlauncher: static", "llamaclust worker ... --mlock"),
-        ("[{name: a, mlock: false}]\nlauncher: static", "llamaclust worker ... without --mlock"),
+        (
+            "[{name: a, mlock: false}]\nlauncher: static",
+            "an option of `llamaclust worker`, off by default; remove this key",
+        ),
         ("[{name: a, numa_node: 1}]\nlauncher: mpi", "start mpirun with --map-by numa --bind-to numa"),
         ("[{name: a, numa_node: -1}]", "numa_node"),
         ("[{name: a, mlock: 3}]", "mlock"),
@@ -253,6 +256,18 @@ def test_environment() -> None:
         UsageError, match="LLAMACLUST_HOME='~no-such-user' begins with a home directory that does not exist"
     ):
         environment({"LLAMACLUST_HOME": "~no-such-user"})
+
+
+def test_a_user_without_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def expand(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", expand)
+    with pytest.raises(UsageError, match="has no home directory, and HOME is not set; set LLAMACLUST_STATE_DIR to a"):
+        environment({})
+    with pytest.raises(UsageError, match="set LLAMACLUST_HOME to a folder"):
+        environment({"LLAMACLUST_STATE_DIR": "/s"})
+    assert environment({"LLAMACLUST_STATE_DIR": "/s", "LLAMACLUST_HOME": "/h"}).home == Path("/h")
 
 
 def test_values() -> None:

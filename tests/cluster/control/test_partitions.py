@@ -109,7 +109,7 @@ async def test_only_who_is_alive_is_cut_off() -> None:
         assert not members.tracker.pairs and not members.told
         await members.breaks("ca")
         assert members.tracker.pairs == {frozenset("ac")} and members.changes == 1
-        why = "workers c and a cannot reach each other: silence; until they can, plans keep them apart"
+        why = "workers c and a cannot reach each other: silence; plans do not make them neighbours until the link works"
         assert members.told == [why]
 
 

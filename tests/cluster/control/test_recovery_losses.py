@@ -45,7 +45,7 @@ async def test_a_worker_that_is_killed_while_the_start_measures_is_planned_aroun
     monkeypatch.setattr(profiling, "profile_worker", profiled)
     unmeasured = [{"name": name, "threads": 1} for name in "abc"]
     async with recovering(config(model, tmp_path, workers=unmeasured)) as run:
-        assert any("the start goes on without worker c" in text for text in run.told)
+        assert any("the start continues without worker c" in text for text in run.told)
         assert await asyncio.gather(*run.start(requests)) == expected
         await run.until("worker c again", lambda: "c" in run.cluster.registry.present)
 

@@ -266,7 +266,7 @@ async def test_documented_no_ops_are_taken_by_each_endpoint(path: str) -> None:
 
 
 async def test_failures_have_their_status() -> None:
-    full = ScriptedEngine(says("a"), refusal=QueueFullError("256 requests wait already", 2.5))
+    full = ScriptedEngine(says("a"), refusal=QueueFullError("256 sequences wait", 2.5))
     reply = await post("/v1/completions", {"prompt": "a"}, full)
     assert reply.status_code == 429 and reply.headers["retry-after"] == "3"
     assert reply.json()["error"]["code"] == "rate_limit_exceeded"

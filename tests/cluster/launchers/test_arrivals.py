@@ -75,7 +75,7 @@ async def test_a_start_goes_on_after_a_grace_with_those_that_suffice() -> None:
     start.join("a", "c")
     async with asyncio.timeout(30):
         await waiting
-    assert start.events[-1] == Notice("the start goes on with 2 of 3 workers, without worker b")
+    assert start.events[-1] == Notice("the start continues with 2 of 3 workers, without worker b")
 
 
 async def test_a_start_waits_on_where_those_that_are_here_do_not_suffice_and_says_why() -> None:

@@ -246,7 +246,7 @@ async def test_a_start_goes_on_without_a_worker_that_is_lost_while_it_times_step
     machines = Machines(a=PROFILED, b="its process was killed")
     assert "a" in await machines.measure(tmp_path)
     assert len(machines.told) == 1
-    assert "the start goes on without worker b: worker b is lost: its process was killed" in machines.told[0]
+    assert "the start continues without worker b: worker b is lost: its process was killed" in machines.told[0]
 
 
 @pytest.mark.parametrize("silent", [("a",), ("c",), ("a", "b")], ids=str)

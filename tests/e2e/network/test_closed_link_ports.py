@@ -41,7 +41,7 @@ def names_the_port_once(cluster: DistantCluster, box: Box, closed: str) -> None:
     before = box.filtered(closed)
     eventually(lambda: box.filtered(closed) >= before + SYNS, 60.0, "more tries")
     assert said(cluster, f"until then, plans put worker {closed} in no group") == 1
-    assert said(cluster, "cannot reach each other; until they can") <= 1
+    assert said(cluster, "plans do not make them neighbours until the link works") <= 1
     assert said(cluster, "reach each other again") <= 1
 
 

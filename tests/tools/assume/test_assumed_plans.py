@@ -178,7 +178,7 @@ def test_machines_on_a_fast_network_are_a_group(machines: str, model: str, least
     assert all(stage.memory_bytes is not None and stage.bytes <= stage.memory_bytes for stage in found.plan.stages)
     assert len(found.plan.chain) == 1 and 1 / token_s(found) >= least
     text = "\n".join(found.lines())
-    assert "round trip 0.1 ms (none given; add it " in text and "half of it and 35 µs for a gather" in text
+    assert "round trip 0.1 ms (default; set it with " in text and "a gather, half a round trip + 35 µs" in text
     if "16GB" not in machines or model != "70b":  # whole layers do not fit there
         assert token_s(found) < token_s(plan_assumed(machines, model, ("groups=off",))) / 1.5
 
@@ -254,11 +254,11 @@ def test_the_text_says_what_was_assumed() -> None:
     lines = list(plan_assumed("3x16GB@40GB/s", "gpt-oss-20b", ()).lines())
     assert lines[0].startswith("gpt-oss 20b MXFP4 (12.1 GB) on 3 of 3 machines: it fits, ")
     text = "\n".join(lines)
-    assert "4 threads a machine, 90 GMAC/s" in text and "1 Gbit/s (none given; add " in text and "GPUs" not in text
+    assert "4 threads a machine, 90 GMAC/s" in text and "1 Gbit/s (default; set it " in text and "GPUs" not in text
     gpu = "\n".join(plan_assumed("16GB + 24GB@900GB/s gpu", "8b", ()).lines())
     assert "30 µs a layer to launch kernels, 50 µs more where its experts are in RAM, at 12 GB/s" in gpu
     given = "\n".join(plan_assumed("2x16GB@40GB/s@1TOPS,2.5Gbit,0.2ms", "8b", ()).lines())
-    assert "none given" not in given and "GMAC/s" not in given and "2.5 Gbit/s" in given
+    assert "(default; " not in given and "GMAC/s" not in given and "2.5 Gbit/s" in given
     values = plan_assumed("3x16GB@40GB/s", "gpt-oss-20b", ()).json()
     assert values["model"] == "gpt-oss 20b" and values["quantization"] == "MXFP4" and values["machines"] == 3
     assert values["stages"][0]["touched_bytes"] > 0 and values["assumptions"] and values["token_ms"] > 0

@@ -78,15 +78,15 @@ def test_machines_without_a_bandwidth_have_ddr4_in_two_channels() -> None:
 @pytest.mark.parametrize("network", ["", ",1Gbit", ",100Mbit,2ms", ",2.5Gbit,0.3ms", ",10Gbit,40us"])
 def test_the_network_that_is_told_is_the_one_that_counts(network: str) -> None:
     assumed = parse_machines(f"3x16GB{network}")
-    (text,) = (line for line in rates.assumptions(assumed) if line.startswith("a network of "))
-    ways = r"round trip (\S+) ms.*?; half of it and (\S+) ms .* stages, half of it and (\S+) µs for a gather"
-    found = re.search(rf"a network of (\S+) Gbit/s.*? used to (\S+), {ways}", text)
-    assert found is not None and text.count("(none given") == 2 - network.count(",")
-    gbit_s, share, round_trip_ms, hop_ms, gather_us = map(float, found.groups())
+    text = "\n".join(rates.assumptions(assumed))
+    ways = r"stages takes half a round trip \+ (\S+) ms; a gather, half a round trip \+ (\S+) µs"
+    found = re.search(rf"network: (\S+) Gbit/s.*? (\S+) % is usable; round trip (\S+) ms.*\n.*{ways}", text)
+    assert found is not None and text.count("(default; set it with ") == 2 - network.count(",")
+    gbit_s, percent, round_trip_ms, hop_ms, gather_us = map(float, found.groups())
     links = rates.links_of(assumed.network, ["m1", "m2"])
     link = links.between("m1", "m2")
     assert 1e3 * link.one_way_s == pytest.approx(round_trip_ms / 2 + hop_ms)
-    assert link.byte_s == pytest.approx(8e-9 / (share * gbit_s))
+    assert link.byte_s == pytest.approx(8e-7 / (percent * gbit_s))
     gather_s = GroupLinks.of(links, ["m1", "m2"]).gather_s
     assert 1e6 * gather_s == pytest.approx(1e3 * round_trip_ms / 2 + gather_us)
 

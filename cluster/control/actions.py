@@ -94,7 +94,7 @@ class ActionRunner:
                 self._fail_requests(reason)
             case act.Interrupt(error):
                 assert self.engine is not None
-                self.engine.interrupt(error)
+                self.engine.interrupt_pipeline(error)
             case act.Notify(text):
                 if self.engine is None:
                     self._report(Waiting(text.removeprefix("waiting for ")))
@@ -262,7 +262,7 @@ class ActionRunner:
         # The lost worker's error is preferred to errors of workers that could not reach it.
         lost = None if self.epoch is None else self.epoch.root_cause
         error = loss.error if lost is None else lost.error
-        self.engine.give_up(WorkerError(reason if error is None else f"{error}; {reason}"))
+        self.engine.fail_requests(WorkerError(reason if error is None else f"{error}; {reason}"))
         self.observed.post(seen.RequestsFailed(reason))
         if not self.observed.state.is_alone:  # The next request tries to load the model again.
             self.observed.post(seen.Signal.SLEEP_REQUESTED)

@@ -59,14 +59,14 @@ class EngineState(StrEnum):
 class _Phase(Enum):
     RUNNING = auto()
     ASLEEP = auto()  # This phase lasts until `resume` is called.
-    LOST = auto()  # This phase lasts until `resume` or `give_up` is called.
-    GIVEN_UP = auto()  # This phase lasts until `resume` is called.
+    LOST = auto()  # This phase lasts until `resume` or `fail_requests` is called.
+    REFUSING = auto()  # This phase lasts until `resume` is called.
     CLOSED = auto()
 
 
 class Engine:
     """Runs requests while this context manager is open. A pipeline without stages means that the model is not loaded.
-    If there is an owner, requests wait after the loss of a pipeline until the owner calls `resume` or `give_up`.
+    If there is an owner, requests wait after the loss of a pipeline until the owner calls `resume` or `fail_requests`.
     Otherwise, a loss ends the engine. The owner closes pipelines after the engine."""
 
     def __init__(
@@ -112,7 +112,7 @@ class Engine:
     def state(self) -> EngineState:
         if self._phase is _Phase.CLOSED:
             return EngineState.DOWN
-        if self._phase is _Phase.GIVEN_UP:
+        if self._phase is _Phase.REFUSING:
             return EngineState.REFUSING
         if self._is_draining:
             return EngineState.DRAINING
@@ -151,7 +151,7 @@ class Engine:
 
     async def __aexit__(self, *_: object) -> None:
         lanes = self._lanes
-        self.break_down(ClusterStoppingError(_STOPPING))
+        self.shut_down(ClusterStoppingError(_STOPPING))
         for lane in lanes:
             await lane.wait_stopped()
 
@@ -161,7 +161,7 @@ class Engine:
     def begin(self, request: GenerationRequest, sink: Sink) -> SubmittedRequest:
         """Queues a request. Raises RequestError if it is invalid, QueueFullError if the queue is full, and WorkerError
         if the engine refuses requests. A draining engine still accepts further sequences of open API requests."""
-        if self._phase in (_Phase.GIVEN_UP, _Phase.CLOSED):
+        if self._phase in (_Phase.REFUSING, _Phase.CLOSED):
             raise WorkerError(str(self.error or _STOPPING))
         sequence = self.scheduler.add(request, monotonic_ns())
         submitted = SubmittedRequest(sequence, sink, partial(self._abort, sequence.key))
@@ -209,7 +209,7 @@ class Engine:
             self.metrics.sampled(tokens, now_ns)
             self.metrics.drafted(lane.scheduler.drafts - drafts, now_ns)
         if failed is not None:
-            self._lose(lane, stage_error(failed, lane.pipeline.stages), failed.number)
+            self._lose_pipeline(lane, stage_error(failed, lane.pipeline.stages), failed.number)
         elif faults := [fault for each in completed for fault in each.faults]:
             failure = row_failure(faults, lane.pipeline.stages)
             if lane is self._lane:
@@ -290,17 +290,14 @@ class Engine:
             self._ended += ended.end(error)
 
     def lane_lost(self, lane: Lane, error: BaseException) -> None:
-        self._lose(lane, error)
+        self._lose_pipeline(lane, error)
 
     def kv_restored(self, tokens: int) -> None:
         self.metrics.restored(tokens)
 
-    def lose(self, error: LlamaclustError) -> None:
-        self._lose(self._lane, error)
-
-    def _lose(self, lane: Lane, error: BaseException, microbatch: int | None = None) -> None:
+    def _lose_pipeline(self, lane: Lane, error: BaseException, microbatch: int | None = None) -> None:
         if self._phase is not _Phase.RUNNING or self._owner is None or not isinstance(error, LlamaclustError):
-            self.interrupt(error)
+            self.interrupt_pipeline(error)
             return
         failure = failure_of(error, lane.scheduler, lane.pipeline.stages, microbatch)
         if lane is not self._lane:
@@ -310,9 +307,9 @@ class Engine:
         for key, reason in failure.ended.items():
             self._abort(key, reason)
 
-    def interrupt(self, error: BaseException) -> None:
+    def interrupt_pipeline(self, error: BaseException) -> None:
         if self._owner is None or not isinstance(error, LlamaclustError):
-            self.break_down(error)
+            self.shut_down(error)
         elif self._phase is _Phase.RUNNING:
             self._interrupt(PipelineFailure(error))
 
@@ -345,11 +342,11 @@ class Engine:
         self.error = None
         return True
 
-    def give_up(self, error: LlamaclustError) -> None:
+    def fail_requests(self, error: LlamaclustError) -> None:
         if self._phase is not _Phase.CLOSED:
-            self._fail(_Phase.GIVEN_UP, error)
+            self._fail(_Phase.REFUSING, error)
 
-    def break_down(self, error: BaseException) -> None:
+    def shut_down(self, error: BaseException) -> None:
         if self._phase is _Phase.CLOSED:
             return
         if not isinstance(error, LlamaclustError):

@@ -316,4 +316,4 @@ async def _engine(
 def _broke(engine: Engine, supervising: asyncio.Task[None]) -> None:
     error = None if supervising.cancelled() else supervising.exception()
     if error is not None:
-        engine.break_down(error)
+        engine.shut_down(error)

@@ -247,7 +247,7 @@ async def _drain(engines: Sequence[Engine], admission: Admission, left: _Inherit
     finally:
         error = left.leave()
         for engine in engines:
-            engine.break_down(error)
+            engine.shut_down(error)
         admission.end()
 
 

@@ -129,7 +129,7 @@ async def test_failures_between_which_requests_are_answered_end_none(
                 run.cluster.engine.submit(GenerationRequest(f"short {number}", (5, 6), 1, SamplingParams()))
             )
             assert not long[0].done()
-            run.cluster.engine.lose(WorkerError("a failure"))
+            run.cluster.engine.lane_lost(run.cluster.engine._lane, WorkerError("a failure"))
         assert await asyncio.gather(*long) == expected[:1]
         assert run.cluster.supervisor.recoveries == 4
 
@@ -146,7 +146,7 @@ async def test_a_request_that_fails_again_and_again_ends_and_others_are_served(
         engine, numbers = run.cluster.engine, count()
 
         def fails(*_: object) -> None:
-            engine.lose(WorkerError(f"failure {next(numbers)}"))
+            engine.lane_lost(engine._lane, WorkerError(f"failure {next(numbers)}"))
 
         with monkeypatch.context() as patched:
             patched.setattr(engine, "completed", fails)

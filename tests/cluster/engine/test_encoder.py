@@ -313,16 +313,16 @@ async def test_tiles_wait_for_the_engine_s_pipeline(projector: Projector) -> Non
         check(await encoding, 1)
         encoding = asyncio.create_task(encode(engine.encoder, tiles(2, 3), "o"))
         await awake.encoder.has_begun(1, 2, 3)
-        engine.lose(LOST)
+        engine.lane_lost(engine._lane, LOST)
         await passes()
         assert not encoding.done()
         engine.resume(later, SETTINGS)
         check(await encoding, 2, 3)
         assert later.encoder.begun == [3]
-        engine.lose(LOST)
+        engine.lane_lost(engine._lane, LOST)
         encoding = asyncio.create_task(encode(engine.encoder, tiles(4), "o"))
         await asyncio.sleep(0)
-        engine.give_up(WorkerError("no worker is left"))
+        engine.fail_requests(WorkerError("no worker is left"))
         with pytest.raises(WorkerError, match=r"^no worker is left$"):
             await encoding
         with pytest.raises(WorkerError, match=r"^no worker is left$"):
@@ -346,7 +346,7 @@ async def test_a_pipeline_without_an_encoder_refuses_tiles_until_one_has_it(proj
         assert engine.encoder is not None
         encoding = asyncio.create_task(encode(engine.encoder, tiles(1), "o"))
         await first.encoder.reached.wait()
-        engine.lose(LOST)
+        engine.lane_lost(engine._lane, LOST)
         engine.resume(blind, SETTINGS)
         for refused in (encoding, encode(engine.encoder, tiles(2), "o")):
             with pytest.raises(WorkerError, match=r"^images are refused: no room$"):

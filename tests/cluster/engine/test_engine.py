@@ -244,8 +244,8 @@ async def test_an_engine_that_was_down_when_a_launch_was_due_serves_again() -> N
     pipeline, error = FakePipeline(SETTINGS.kv_blocks), WorkerError("worker w1 is lost")
     async with asyncio.timeout(30), Engine(pipeline, SETTINGS, owner=owner) as engine:
         failed = engine.submit(generation())
-        engine.interrupt(error)
-        engine.give_up(error)
+        engine.interrupt_pipeline(error)
+        engine.fail_requests(error)
         with pytest.raises(WorkerError, match="worker w1 is lost"):
             await collect(failed)
         await asyncio.sleep(0)  # the launch that was due runs

@@ -36,7 +36,7 @@ async def test_health_reports_the_reason() -> None:
 async def test_a_cluster_that_waits_for_a_worker_is_live() -> None:
     """A restart would not help."""
     async with real_engine() as (engine, _), client(make_app(engine)) as http:
-        engine.give_up(WorkerError("no worker came back within 0.3 s"))
+        engine.fail_requests(WorkerError("no worker came back within 0.3 s"))
         health = await http.get("/health")
         assert health.status_code == 503 and health.json()["error"]["code"] == "cluster_refusing"
         assert (await http.post("/v1/completions", json={"prompt": "a"})).status_code == 503
@@ -46,7 +46,7 @@ async def test_a_cluster_that_waits_for_a_worker_is_live() -> None:
 async def test_reasons_are_for_those_with_a_key() -> None:
     """They name workers, hosts and layers."""
     async with real_engine() as (engine, _), client(make_app(engine, api_keys=("first-key",))) as http:
-        engine.break_down(WorkerError("worker w1 (layers 2-3) was lost"))
+        engine.shut_down(WorkerError("worker w1 (layers 2-3) was lost"))
         for path in ("/health", "/live"):
             for headers in ({}, {"Authorization": "Bearer wrong"}):
                 refused = await http.get(path, headers=headers)

@@ -54,11 +54,14 @@ def build(
         for name, path in sources.items()
     ]
     jobs += [(path, ("-O3", *shim_defines)) for path in sorted(SHIM.glob("*.cpp"))]
+    objects = [_object(*job) for job in jobs]
+    library = BUILT / f"shim-{_hash(*(path.name for path in objects))}.so"
+    if library.is_file():  # Without the lock: a worker that starts must not wait while other libraries are compiled.
+        return library
     BUILT.mkdir(parents=True, exist_ok=True)
     with (BUILT / "lock").open("w") as lock, ThreadPoolExecutor(2) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait, where they would compile the same
-        objects = list(pool.map(lambda job: _compile(*job), jobs))
-        library = BUILT / f"shim-{_hash(*(path.name for path in objects))}.so"
+        list(pool.map(lambda made, job: _compile(made, *job), objects, jobs))
         if not library.is_file():
             _run(library, "-shared", *map(str, objects))
     return library
@@ -73,13 +76,15 @@ def _processor_flags() -> tuple[str, ...]:
     return tuple(f"-m{one}" for one in ("fma", "f16c", "avx2") if one in known)
 
 
-def _compile(path: Path, flags: tuple[str, ...]) -> Path:
-    includes = [f"-I{folder}" for folder in _INCLUDE]
+def _object(path: Path, flags: tuple[str, ...]) -> Path:
     flags = (*_FLAGS, *flags, *_processor_flags())
-    made = BUILT / f"{path.stem}-{_hash(whole_text(path, _INCLUDE), *flags, compiler())}.o"
+    return BUILT / f"{path.stem}-{_hash(whole_text(path, _INCLUDE), *flags, compiler())}.o"
+
+
+def _compile(made: Path, path: Path, flags: tuple[str, ...]) -> None:
     if not made.is_file():
-        _run(made, *flags, *includes, "-x", "c++", "-c", str(path))
-    return made
+        includes = [f"-I{folder}" for folder in _INCLUDE]
+        _run(made, *_FLAGS, *flags, *_processor_flags(), *includes, "-x", "c++", "-c", str(path))
 
 
 def _run(made: Path, *arguments: str) -> None:

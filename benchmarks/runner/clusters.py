@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +22,6 @@ import psutil
 
 from llamaclust.cluster.membership.authority import trust_folder
 from llamaclust.cluster.state.directory import ClusterDir
-from support.network.loopback import free_port
 
 _READY_S = 600.0
 _END_S = 60.0
@@ -31,6 +31,13 @@ _COMMAND = (sys.executable, "-P", "-m", "llamaclust")
 _NAMES = "abcdefgh"
 MOST_WORKERS = len(_NAMES)
 _SPEED = {"threads": 1, "memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -21,8 +22,6 @@ from pathlib import Path
 
 from llamacpp_models import build_stand_ins
 from results import count, outcomes, print_comparison, print_table
-
-from support.network.loopback import free_port
 
 PACKAGE = "llama-cpp-python==0.3.36"
 TESTS = Path("tools/server/tests")
@@ -97,12 +96,19 @@ class Run:
             "LLAMACLUST_SUITE_MODEL": str(self.model.resolve()),
             "LLAMACLUST_SUITE_STAND_INS": str(self.folder / "stand-ins"),
             "LLAMACLUST_SUITE_FOLDER": str(self.folder),
-            "PORT": str(free_port()),
+            "PORT": str(_free_port()),
             "PYTHONPATH": os.pathsep.join([str(HERE.resolve()), os.environ.get("PYTHONPATH", "")]),
         }
         if self.server is not None:
             own |= {"LLAMACLUST_SUITE_SERVER": str(self.server.resolve()), "OMP_WAIT_POLICY": "passive"}
         return os.environ | own
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def run_all(options: argparse.Namespace, folder: Path, results: Path) -> list[Path]:

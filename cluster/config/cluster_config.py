@@ -125,13 +125,11 @@ class ClusterConfig(Section):
     """Number type of keys and values in KV memory. q8_0 needs about half the memory of f16, but answers differ
     slightly. int8 is stored like q8_0, and attention uses 8-bit integers, which is faster after long prompts."""
     kv_memory: Annotated[Size | None, OrAuto()] = None
-    """Maximum KV memory of each worker. auto has room for 8,192 tokens or one longer context. If `max_sequences` is
-    set, it has room for that many contexts. It takes at most half of the free memory, or more for a single context."""
+    """Maximum KV memory of each worker. auto: 8,192 tokens or one longer context, at most about half of the rest."""
     max_sequences: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] = 32
     """Maximum number of sequences that are decoded together. Further sequences wait."""
     max_waiting: Annotated[int, Field(ge=0, le=100_000)] = 256
-    """Maximum number of waiting sequences of one API key or, without keys, client address. The limit falls when others
-    wait. Further requests are answered with status 429."""
+    """Maximum number of waiting sequences of one API key or client. Further requests are answered with status 429."""
     prefill_chunk: Annotated[Annotated[int, Field(ge=1, le=MAX_BATCH_TOKENS // 2)] | None, OrAuto()] = None
     """Maximum number of prompt tokens in a microbatch. auto chooses it from measured stage times."""
     prefix_cache: bool = True
@@ -141,8 +139,7 @@ class ClusterConfig(Section):
     speculative: Annotated[Speculative | None, OrSwitch()] = Speculative()
     """Speculative decoding, which does not change answers. Give auto (use it where it is faster), off or a section."""
     allowed_hosts: tuple[str, ...] = Field(default=(), max_length=64, strict=False)
-    """Host names of the API, besides loopback names, the hosts in `listen` and, unless all are loopback, IP addresses.
-    Other names are refused. Warning: ['*'] turns this check off, so web pages can reach the API by DNS rebinding."""
+    """Host names of the API besides loopback names, hosts in `listen` and IP addresses. Warning: * allows any name."""
     allowed_origins: tuple[Origin, ...] = Field(default=(), max_length=64, strict=False)
     """Origins of web pages that may call the API, such as https://chat.example. The default allows no web page."""
     api_keys_file: FilePath | None = None
@@ -277,15 +274,11 @@ class ClusterConfig(Section):
     def _check_workers(self) -> Self:
         facts = self.launcher_facts
         for index, worker in enumerate(self.workers):
-            own = [key for key in _THEIR_OWN if key in worker.model_fields_set and not facts.starts_workers]
-            given = [key for key in own if key != "mlock" or worker.mlock]
-            if given:
+            given = [key for key in _THEIR_OWN if key in worker.model_fields_set]
+            if given and not facts.starts_workers:
                 options = " ".join(_as_option(worker, key) for key in given)
                 why = f"in a static cluster, give this on the worker's command line: llamaclust worker ... {options}"
                 raise PlaceError(("workers", index, given[0]), why)
-            if own:
-                why = "in a static cluster, this is an option of `llamaclust worker`, off by default; remove this key"
-                raise PlaceError(("workers", index, "mlock"), why)
             for key in ("gpu_layers", "gpu_memory", "cpu_moe") if facts.starts_workers else ():
                 if worker.device == "cpu" and getattr(worker, key) is not None:
                     why = "is for workers with a GPU: set device to cuda:0 as well"
@@ -363,7 +356,7 @@ _FOR_ONE_MODEL = {
 def _as_option(worker: WorkerConfig, key: str) -> str:
     value = getattr(worker, key)
     if key == "mlock":
-        return "--mlock"
+        return "--mlock" if value else "without --mlock"
     if key in ("memory", "gpu_memory", "kv_disk") and value is not None:
         value = f"{value / (1 << 30):g}GiB"
     return f"--{key.replace('_', '-')} {'auto' if value is None else value}"

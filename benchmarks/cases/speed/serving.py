@@ -14,12 +14,11 @@ from typing import Any
 
 import httpx
 from runner.case import Case, Group, Measures, argument, option
-from runner.clusters import Layout, running
+from runner.clusters import Layout, free_port, running
 from runner.options import existing, listed, positive
 from runner.streams import event, requested
 
 from llamaclust.core.errors import LlamaclustError, UsageError
-from support.network.loopback import free_port
 
 _READY_S, _LOOK_S = 120.0, 0.1
 _WORDS = ("sea", "wind", "stone", "river", "house", "light", "road", "bird", "night", "tree", "song", "fire")

@@ -96,10 +96,7 @@ def test_kv_memory_on_disk_is_refused_where_it_would_not_be_used(tmp_path: Path,
     [
         ("[{name: a, numa_node: 1}]\nlauncher: static", "llamaclust worker ... --numa-node 1"),
         ("[{name: a, mlock: true}]\nlauncher: static", "llamaclust worker ... --mlock"),
-        (
-            "[{name: a, mlock: false}]\nlauncher: static",
-            "an option of `llamaclust worker`, off by default; remove this key",
-        ),
+        ("[{name: a, mlock: false}]\nlauncher: static", "llamaclust worker ... without --mlock"),
         ("[{name: a, numa_node: 1}]\nlauncher: mpi", "start mpirun with --map-by numa --bind-to numa"),
         ("[{name: a, numa_node: -1}]", "numa_node"),
         ("[{name: a, mlock: 3}]", "mlock"),

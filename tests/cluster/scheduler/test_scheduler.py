@@ -241,7 +241,7 @@ def test_a_full_queue_refuses() -> None:
     run = simulation(max_sequences=2, max_waiting=3)
     for _ in range(5):
         run.add(generation(10, 5))
-    with pytest.raises(QueueFullError, match="5 sequences of .* wait"):
+    with pytest.raises(QueueFullError, match=r"5 sequences of .* wait"):
         run.add(generation(10, 5))
     run.finish()
 
@@ -253,7 +253,7 @@ def test_a_full_queue_refuses_before_any_work() -> None:
     prompt = Counted(range(10))
     cases: list[dict[str, Any]] = [{}, {"max_new_tokens": 0, "embedded": (0, 10)}]
     for changes in cases:
-        with pytest.raises(QueueFullError, match="3 sequences of .* wait"):
+        with pytest.raises(QueueFullError, match=r"3 sequences of .* wait"):
             run.add(replace(generation(1, 5), prompt=prompt, **changes))
     assert prompt.reads == 0
     run.add(replace(generation(1, 0), prompt=prompt))  # nothing to compute

@@ -11,7 +11,7 @@ from itertools import cycle
 from pathlib import Path
 from random import SystemRandom
 
-_FIRST_PORT = 10_000  # The ports of common programs, and the default ports of llamaclust, are lower.
+_FIRST_PORT = 20_000  # Common programs, the workers of Ray (10002 to 19999) and llamaclust use lower ports.
 _BLOCK_PORTS = 2000
 _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _USUAL_START = 32768

@@ -16,8 +16,8 @@ def check_groups(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequenc
             continue
         group = f"plan: the group of {', '.join(entry.workers)}"
         for problem, remedy in group_problems(config, model):
-            advice = " or ".join(filter(None, (f"{remedy}," if remedy else "", "give each worker layers of its own")))
-            raise UsageError(f"{group}: {problem}; {advice}")
+            first = f"{remedy}, or " if remedy else ""
+            raise UsageError(f"{group}: {problem}; {first}give each worker layers of its own")
         with_gpu = next((name for name in entry.workers if gpus.get(name)), None)
         if with_gpu is not None and model.hyperparameters.expert_count:
             what = f"a group divides experts on processors only, but {with_gpu} has {', '.join(gpus[with_gpu])}"

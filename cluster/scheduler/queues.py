@@ -12,7 +12,7 @@ from llamaclust.cluster.scheduler.fairness import Running, first_in_turn, gives_
 from llamaclust.cluster.scheduler.kv.memory import RESERVE_BLOCKS, KvMemory
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.core.errors import QueueFullError
-from llamaclust.core.sharing.shares import fits
+from llamaclust.core.sharing.shares import largest_share
 
 _OVERTAKING = 8
 
@@ -81,9 +81,8 @@ class SequenceQueues:
         """Raises QueueFullError if the owner has too many waiting sequences. The limit falls when others wait."""
         waiting = [*self.waiting, *self.restoring]
         own = sum([other.request.owner == owner for other in waiting])
-        room = most_waiting + self.max_running - len(self.running)
-        if not fits(own, len(waiting), room):
-            limit = max(0, room - (len(waiting) - own) // 2)
+        limit = largest_share(own, len(waiting), most_waiting + self.max_running - len(self.running))
+        if own >= limit:
             what = f"{own} sequences of this API key or client address wait; the limit is now {limit}"
             raise QueueFullError(f"{what}: try again later")
 

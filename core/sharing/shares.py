@@ -7,10 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def largest_share(own: int, held: int, room: int) -> int:
+    """Returns the number of units that an owner may hold if it now holds `own` of all `held` units: `room` units minus
+    half (rounded down) of the units that other owners hold, and at least 0."""
+    return max(0, room - (held - own) // 2)
+
+
 def fits(own: int, held: int, room: int, more: int = 1) -> bool:
-    """Returns True if an owner that holds `own` of all `held` units may take `more` units. An owner may hold `room`
-    units minus half (rounded down) of the units that other owners hold."""
-    return not more or own + more <= min(room, 2 * room - held - more + 1)
+    """Returns True if an owner that holds `own` of all `held` units may take `more` units."""
+    return not more or own + more <= largest_share(own, held, room)
 
 
 class Shares:

@@ -8,28 +8,34 @@ from contextlib import ExitStack
 from llamaclust.core.addresses import ANYWHERE
 from llamaclust.core.errors import UsageError
 
-_BACKLOG = 128
+BACKLOG = 128
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """Opens a non-blocking listening TCP socket. A host in ANYWHERE means all IPv4 and IPv6 addresses; a name means its
+    first IPv4 address, or its first address if it has no IPv4 address. Raises OSError."""
+    is_anywhere = host in ANYWHERE and socket.has_dualstack_ipv6()
+    places = socket.getaddrinfo("::" if is_anywhere else host, port, type=socket.SOCK_STREAM)
+    family, _, _, _, place = min(places, key=lambda found: found[0] != socket.AF_INET)
+    with ExitStack() as undo:
+        # asyncio sets TCP_NODELAY only if the protocol is named here. Otherwise, parts of a reply would be delayed.
+        opened = undo.enter_context(socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP))
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_anywhere)
+        opened.bind(place)
+        opened.listen(BACKLOG)
+        opened.setblocking(False)
+        undo.pop_all()
+    return opened
 
 
 def listener(host: str, port: int, cure: str) -> socket.socket:
-    """Opens a non-blocking listening TCP socket. A host in ANYWHERE means all IPv4 and IPv6 addresses. Raises
-    UsageError, whose text ends with `cure`, if the port cannot be opened."""
-    is_anywhere = host in ANYWHERE and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if is_anywhere or ":" in host else socket.AF_INET
+    """Opens a `listening_socket`. Raises UsageError, whose text ends with `cure`, if the port cannot be opened."""
     try:
-        with ExitStack() as undo:
-            # asyncio sets TCP_NODELAY only if the protocol is named here. Otherwise, parts of a reply would be delayed.
-            opened = undo.enter_context(socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP))
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_anywhere)
-            opened.bind(("::" if is_anywhere else host, port))
-            opened.listen(_BACKLOG)
-            opened.setblocking(False)
-            undo.pop_all()
+        return listening_socket(host, port)
     except OSError as error:
         raise UsageError(f"cannot listen on {host} port {port}: {error.strerror}; {cure}") from error
-    return opened
 
 
 def listening_host(opened: socket.socket) -> str:

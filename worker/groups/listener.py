@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from llamaclust.core.addresses import ANYWHERE, joined_address, split_address
+from llamaclust.core.addresses import joined_address, split_address
 from llamaclust.core.errors import DeadlineError
+from llamaclust.wire.listening import BACKLOG, listening_socket
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.rejections import RefusalLog
 from llamaclust.wire.rpc.unix_streams import PREFIX
@@ -28,7 +29,6 @@ _VERSION = b"lcgroup2"
 HELLO_S = 5.0
 _MOST_SILENT = 64
 """Maximum number of connections without a hello. For a new one, the busiest host's oldest connection is closed."""
-_BACKLOG = 128
 SOCKET_ENDING = ".l"
 LINK_PORTS = 1000
 """The port for links is the stage port plus this number. The ports between them may belong to other workers."""
@@ -87,8 +87,6 @@ class LinkListener:
             listening = _listening_socket(joined_address(host, 0))
             instead = f"port {listening.getsockname()[1]} is used instead, which firewalls may close"
             _log.warning("port %d for links of groups is in use: %s; --link-port N chooses one", port, instead)
-        listening.listen(_BACKLOG)
-        listening.setblocking(False)
         is_unix = address.startswith(PREFIX)
         self.address = address if is_unix else joined_address(*listening.getsockname()[:2])
         self._requested, self._listening = address, listening
@@ -162,20 +160,17 @@ class LinkListener:
 
 
 def _listening_socket(address: str) -> socket.socket:
-    if address.startswith(PREFIX):
-        listening = socket.socket(socket.AF_UNIX)
-        try:
-            listening.bind(address.removeprefix(PREFIX))
-        except OSError:
-            listening.close()
-            raise
-        return listening
-    host, port = split_address(address)
-    if host in ANYWHERE and socket.has_dualstack_ipv6():  # All IPv4 and IPv6 addresses, like gRPC.
-        return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
-    # gRPC has resolved the same host before.
-    family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    return socket.create_server(place, family=family)
+    if not address.startswith(PREFIX):
+        return listening_socket(*split_address(address))
+    listening = socket.socket(socket.AF_UNIX)
+    try:
+        listening.bind(address.removeprefix(PREFIX))
+        listening.listen(BACKLOG)
+        listening.setblocking(False)
+    except OSError:
+        listening.close()
+        raise
+    return listening
 
 
 async def _first_bytes(connection: socket.socket) -> bytes:

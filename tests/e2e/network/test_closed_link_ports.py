@@ -71,7 +71,11 @@ def has_group(cluster: DistantCluster) -> bool:
 def test_an_automatic_plan_has_no_group_until_the_port_is_open(
     small_model: Path, small_answers: list[Answer], refuses: bool
 ) -> None:
-    keys: dict[str, Any] = {"objective": "latency", "workers": [{"name": name, **SLOW} for name in "ab"]}
+    keys: dict[str, Any] = {
+        "objective": "latency",
+        "groups": "auto",
+        "workers": [{"name": name, **SLOW} for name in "ab"],
+    }
     with Box((COORDINATOR, *"ab")) as box:
         box.close_port("a", PORT, refuses=refuses)
         with workers(box, small_model, **keys) as cluster:

@@ -28,6 +28,7 @@ COMMAND = (sys.executable, "-P", "-m", "llamaclust")
 _START_S = 120.0
 _END_S = 20.0  # two seconds on an idle machine
 _POLL_S = 0.01
+_MOST_SHOWN = 6000
 
 
 def eventually(happens: Callable[[], bool], within_s: float, what: str) -> None:
@@ -279,8 +280,10 @@ class CommandLine:
             running.kill()
 
     def close(self) -> None:
-        """Kills what runs in front. Fails where anything else stays."""
+        """Kills what runs in front. Fails where anything else stays. Prints the end of what each command said."""
         self.end_commands()
+        for running in self._started:
+            print(f"{running.err.name}: {running.err.read_text(errors='replace')[-_MOST_SHOWN:]}")
         try:
             eventually(lambda: not self.left_running(), _END_S, "the end of every process")
         finally:

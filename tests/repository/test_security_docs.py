@@ -1,4 +1,4 @@
-"""What docs/security.md claims: the tests that it names are there, and so is what it says is not."""
+"""The tests that docs/internals/security-tests.md names exist, and nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from support.paths import ROOT
 
-PAGE = (ROOT / "docs" / "security.md").read_text()
+PAGE = (ROOT / "docs/internals/security-tests.md").read_text()
 
 
 def test_every_test_that_the_page_names_is_there() -> None:

@@ -19,7 +19,7 @@ from support.wire.slow_codec import decode_frame, encode_frame
 from support.wire.version_cases import CASES
 
 COUNT = int(os.environ.get("FUZZ_CASES", "2000"))
-"""Cases of each test; docs/security.md says how to run more."""
+"""Cases of each test; docs/internals/security-tests.md says how to run more."""
 
 
 @dataclass(frozen=True, slots=True)

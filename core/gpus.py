@@ -87,24 +87,24 @@ class Placement:
     cpu_moe: int | None = 0  # The first `cpu_moe` layers have their experts in RAM. None means no rule.
 
     def experts_in_ram(self, layer: int) -> bool | None:
-        said = self.experts[layer] if self.experts else None
-        if said is not None or self.cpu_moe is None:
-            return said
+        rule = self.experts[layer] if self.experts else None
+        if rule is not None or self.cpu_moe is None:
+            return rule
         return layer < self.cpu_moe
 
     def devices_of(self, layer: int, gpus: Sequence[str]) -> range:
         """Returns the devices that may hold a layer: 0 is RAM, 1 is the first GPU. All devices may hold a layer whose
         rule names a missing GPU, because `check` reports that."""
-        said = self.layers[layer] if self.layers else None
-        if said is None or self.missing(gpus, layer, layer + 1):
+        rule = self.layers[layer] if self.layers else None
+        if rule is None or self.missing(gpus, layer, layer + 1):
             return range(len(gpus) + 1)
-        if said in (RAM, ANY_GPU):
-            return range(1) if said == RAM else range(1, len(gpus) + 1)
-        return range((at := gpus.index(said) + 1), at + 1)
+        if rule in (RAM, ANY_GPU):
+            return range(1) if rule == RAM else range(1, len(gpus) + 1)
+        return range((at := gpus.index(rule) + 1), at + 1)
 
     def missing(self, gpus: Sequence[str], start: int, end: int) -> str | None:
         known = (None, RAM, ANY_GPU, *gpus)
-        return next((said for said in self.layers[start:end] if said not in known), None)
+        return next((rule for rule in self.layers[start:end] if rule not in known), None)
 
     def check(self, gpus: Sequence[str], start: int, end: int) -> None:
         """Raises UsageError if the rules break a stage's order: layers in RAM come first, then each GPU's layers."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control import observations
 from llamaclust.cluster.control import reconcile as act
 from llamaclust.cluster.control.cluster_state import Expulsion, PipelineLoss
 from llamaclust.cluster.control.epochs import Epoch, Epochs, StageLoadError
@@ -83,13 +83,13 @@ class ActionRunner:
                 await asyncio.gather(*(epoch.pipeline.close() for epoch in self.open_epochs))
                 self.retiring = None
                 await self._partitions.settled()
-                self.observed.post(seen.Signal.PIPELINE_CLOSED)
-            case act.Sleep(gives_way):
-                await self._sleep(gives_way=gives_way)
+                self.observed.post(observations.Signal.PIPELINE_CLOSED)
+            case act.Sleep(is_forced):
+                await self._sleep(is_forced=is_forced)
             case act.Expel(expulsions):
                 for expulsion in expulsions:
                     self._expel(expulsion)
-                self.observed.post(seen.Signal.WORKERS_EXPELLED)
+                self.observed.post(observations.Signal.WORKERS_EXPELLED)
             case act.FailRequests(reason):
                 self._fail_requests(reason)
             case act.Interrupt(error):
@@ -100,7 +100,7 @@ class ActionRunner:
                     self._report(Waiting(text.removeprefix("waiting for ")))
                 else:
                     self._notice(text)
-                self.observed.post(seen.Noticed(text))
+                self.observed.post(observations.Noticed(text))
 
     def _notice(self, text: str) -> None:
         config = self.planner.config
@@ -116,7 +116,7 @@ class ActionRunner:
         elif self._registry.joins[name] == join:
             self._registry.fence(self._registry.workers[name], expulsion.reason)
 
-    async def _make_plan(self, inputs: seen.PlanInputs) -> None:
+    async def _make_plan(self, inputs: observations.PlanInputs) -> None:
         """Plans with the workers that are not quarantined. If they do not suffice, adds quarantined workers one at a
         time, beginning with the worker that failed least often."""
         present = self._registry.present
@@ -140,7 +140,7 @@ class ActionRunner:
             if plan is not None and self.observed.state.loss is not None:
                 self._enter(plan)
         served = None if plan is None else await self._predict_served(usable)
-        self.observed.post(seen.Planned(inputs, plan, failure, served, is_beside))
+        self.observed.post(observations.Planned(inputs, plan, failure, served, is_beside))
 
     async def _predict_served(self, workers: Mapping[str, WorkerHandle]) -> Prediction | None:
         serving, loss = self.observed.state.serving, self.observed.state.loss
@@ -155,7 +155,7 @@ class ActionRunner:
         async with self.planner.ledger.lock:
             is_reserved = self.planner.ledger.reserve(self.epochs.model_id, (*serving, plan))
         if not is_reserved:
-            self.observed.post(seen.Signal.MEMORY_TAKEN)
+            self.observed.post(observations.Signal.MEMORY_TAKEN)
             return
         try:
             await self._open(plan, is_exclusive=is_exclusive)
@@ -167,9 +167,9 @@ class ActionRunner:
                 await self._partitions.settled()
                 if short := [each.name for each in suspects if isinstance(each.error, InsufficientMemoryError)]:
                     await self.epochs.refresh_memory(short, self.planner.ledger)
-            self.observed.post(seen.EpochLoadFailed(error, is_exclusive, suspects, self.epochs.file_is_absent))
+            self.observed.post(observations.EpochLoadFailed(error, is_exclusive, suspects, self.epochs.file_is_absent))
             return
-        self.observed.post(seen.Signal.EPOCH_LOADED)
+        self.observed.post(observations.Signal.EPOCH_LOADED)
 
     async def _open(self, plan: Plan, *, is_exclusive: bool) -> None:
         async with deadline("the end of lost workers' processes", _ENDING_S):
@@ -201,7 +201,7 @@ class ActionRunner:
             if retirement is not None:
                 self.retiring = old
                 self.watching.start(self._observe(retirement, old))
-        self.observed.post(seen.Signal.EPOCH_SERVING)
+        self.observed.post(observations.Signal.EPOCH_SERVING)
         if self.engine is None or self.retiring is not None:
             return
         if loss is not None:
@@ -225,29 +225,29 @@ class ActionRunner:
         if retirement.error is not None:
             self._notice(f"requests of the previous epoch are computed again: {retirement.error}")
         if self.retiring is retiring:
-            self.observed.post(seen.Signal.RETIRING_EMPTY)
+            self.observed.post(observations.Signal.RETIRING_EMPTY)
 
     async def _free_retired(self) -> None:
         retired, self.retiring = self.retiring, None
         assert retired is not None and self.epoch is not None
         await retired.pipeline.close()
         await self._free_others(self.epoch)
-        self.observed.post(seen.Signal.RETIRING_FREED)
+        self.observed.post(observations.Signal.RETIRING_FREED)
 
-    async def _sleep(self, *, gives_way: bool) -> None:
+    async def _sleep(self, *, is_forced: bool) -> None:
         assert self.engine is not None
-        if not self.engine.sleep(gives_way=gives_way):
-            self.observed.post(seen.Signal.WAKE_REQUESTED)
+        if not self.engine.sleep(is_forced=is_forced):
+            self.observed.post(observations.Signal.WAKE_REQUESTED)
             return
         epochs, self.epoch, self.retiring = self.open_epochs, None, None
         await asyncio.gather(*(epoch.pipeline.close() for epoch in epochs))
         await self._free_others(None)
-        why = "it is another model's turn, and requests for this model wait" if gives_way else "a request wakes it"
+        why = "it is another model's turn, and requests for this model wait" if is_forced else "a request wakes it"
         self._report(Notice(f"model {self.planner.config.model_name} sleeps: {why}"))
-        self.observed.post(seen.Signal.ASLEEP)
+        self.observed.post(observations.Signal.ASLEEP)
         # Requests for this model may have arrived while its stages were freed.
-        if not (self.observed.state.has_given_way or self.engine.requests.are_empty):
-            self.observed.post(seen.Signal.WAKE_REQUESTED)
+        if not (self.observed.state.is_preempted or self.engine.requests.are_empty):
+            self.observed.post(observations.Signal.WAKE_REQUESTED)
 
     async def _free_others(self, epoch: Epoch | None) -> None:
         try:
@@ -263,6 +263,6 @@ class ActionRunner:
         lost = None if self.epoch is None else self.epoch.root_cause
         error = loss.error if lost is None else lost.error
         self.engine.fail_requests(WorkerError(reason if error is None else f"{error}; {reason}"))
-        self.observed.post(seen.RequestsFailed(reason))
+        self.observed.post(observations.RequestsFailed(reason))
         if not self.observed.state.is_alone:  # The next request tries to load the model again.
-            self.observed.post(seen.Signal.SLEEP_REQUESTED)
+            self.observed.post(observations.Signal.SLEEP_REQUESTED)

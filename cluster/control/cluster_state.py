@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control import observations
 from llamaclust.cluster.control.failures.quarantine import Quarantine
 from llamaclust.cluster.control.observations import Incarnation, PlanInputs
 from llamaclust.cluster.control.serving import Serving
@@ -110,7 +110,7 @@ class Waits:
 class ClusterState:
     waits: Waits
     worker_count: int  # Number of workers in the cluster file.
-    tick: seen.Tick
+    tick: observations.Tick
     loss: PipelineLoss | None
     pool: PoolState = field(default_factory=PoolState)
     planning: Planning | None = None
@@ -122,7 +122,7 @@ class ClusterState:
     waits_for: str = ""  # Text of the last `Notify` action, so that it is not repeated.
     is_start: bool = True  # True until an epoch has served. False from the beginning if the model is loaded on demand.
     is_wanted: bool = True  # True if the model should be loaded.
-    has_given_way: bool = False  # True if the model was unloaded for another model. It may then have waiting requests.
+    is_preempted: bool = False  # True if the model was unloaded for another model. It may then have waiting requests.
     is_unloaded: bool = False  # True after the stages were freed, until the model is wanted again.
     is_alone: bool = True  # True if the workers serve no other model.
 

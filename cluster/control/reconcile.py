@@ -43,9 +43,9 @@ class ClosePipeline:
 
 @dataclass(frozen=True, slots=True)
 class Sleep:
-    """Frees the model's stages if it has no requests, or in any case if `gives_way` is set. Requests then wait."""
+    """Frees the model's stages if it has no requests, or in any case if `is_forced` is set. Requests then wait."""
 
-    gives_way: bool = False
+    is_forced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def reconcile(state: ClusterState) -> Action | None:
     if (action := _end_pipeline(state)) is not None:
         return action
     if not state.is_wanted:
-        return Wait(None, is_settled=True) if state.is_asleep else Sleep(state.has_given_way)
+        return Wait(None, is_settled=True) if state.is_asleep else Sleep(state.is_preempted)
     if state.planning is None or state.planning.inputs != state.inputs:
         return MakePlan(state.inputs)
     return _recover(state) or _improve(state)

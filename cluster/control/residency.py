@@ -38,7 +38,7 @@ class Resident:
     keep_alive_s: float | None = field(init=False)  # Seconds that the model stays awake after its last request.
     idle_since_s: float = field(default_factory=_now_s)
     serving_since_s: float | None = None
-    gives_way: bool = False  # True if requests do not wake the model, because another model has its turn.
+    is_preempted: bool = False  # True if requests do not wake the model, because another model has its turn.
     turns: int = 1  # Length of the next turn, in units of `_TURN_S`.
     is_explicit: bool = False  # True while a command loads the model. It then stays awake without requests.
     _interrupted: frozenset[int] = frozenset()  # Keys of the requests that were unfinished when the last turn ended.
@@ -94,7 +94,7 @@ class Resident:
 
     def _stay_awake(self) -> None:
         # The signal is posted even if the model is awake, because it may just be going to sleep for another model.
-        if not self.gives_way:
+        if not self.is_preempted:
             self.observed.post(Signal.WAKE_REQUESTED)
 
     def load(self) -> None:
@@ -110,19 +110,19 @@ class Resident:
         await self.observed.until(lambda state: not state.is_wanted)
         await self.observed.until(lambda state: state.is_asleep or state.is_wanted)
 
-    async def give_way(self) -> None:
+    async def preempt(self) -> None:
         """Puts the model to sleep although it has requests, which are computed again at its next turn. An image tile in
         progress is finished first, because a tile may take longer than a turn."""
         found = frozenset(self.engine.requests.keys)
         self.turns = min(2 * self.turns, _MOST_TURNS) if found & self._interrupted else 1
-        self._interrupted, self.gives_way = found, True
+        self._interrupted, self.is_preempted = found, True
         await self.engine.finish_tile()
         self.observed.post(Signal.TURN_ENDED)
         await self.observed.until(lambda state: not state.is_wanted)
         await self.observed.until(lambda state: state.is_asleep or state.is_wanted)
 
     def resume(self) -> None:
-        self.gives_way = False
+        self.is_preempted = False
         if not self.is_idle:
             self._stay_awake()
 
@@ -184,21 +184,21 @@ class Residency:
         the one that has been idle longest. Models whose turn is over come next, and are loaded again later."""
         while True:
             await resident.observed.until(lambda state: state.lacks_memory)
-            giving_way: list[Resident] = []
+            preempted: list[Resident] = []
             try:
-                await self._free(resident, giving_way)
+                await self._free(resident, preempted)
             finally:
-                for other in giving_way:
+                for other in preempted:
                     other.resume()
 
-    async def _free(self, resident: Resident, giving_way: list[Resident]) -> None:
+    async def _free(self, resident: Resident, preempted: list[Resident]) -> None:
         while resident.observed.state.lacks_memory:
             idle = self._idle
             if (sleeper := self._longest_idle(resident)) is not None:
                 await sleeper.sleep()
             elif (sleeper := self._longest_serving(resident)) is not None:
-                giving_way.append(sleeper)
-                await sleeper.give_way()
+                preempted.append(sleeper)
+                await sleeper.preempt()
             else:  # Memory may also become free when another model moves its layers.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK_S):
@@ -216,7 +216,7 @@ class Residency:
         waiting = resident.observed.state.loss
         if resident.is_idle or waiting is None:
             return None
-        others = (other for other in self.residents.values() if other is not resident and not other.gives_way)
+        others = (other for other in self.residents.values() if other is not resident and not other.is_preempted)
         serving = ((other.serving_since_s, other) for other in others if other.serving_since_s is not None)
         since_s, found = min(serving, key=lambda each: each[0], default=(0.0, None))
         is_over = found is not None and max(since_s, waiting.since_s) + found.turns * _TURN_S <= _now_s()

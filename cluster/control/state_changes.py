@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control import observations
 from llamaclust.cluster.control.cluster_state import (
     ClusterState,
     Expulsion,
@@ -26,82 +26,82 @@ _MAX_LOADS = 3
 _LOAD_BACKOFF = Backoff(first_s=0.1, max_s=5.0)
 
 
-def observe(state: ClusterState, observation: seen.Observation) -> ClusterState:
+def observe(state: ClusterState, observation: observations.Observation) -> ClusterState:
     pool, planning, loss = state.pool, state.planning, state.loss
     match observation:
-        case seen.Tick():
+        case observations.Tick():
             return replace(state, tick=observation)
-        case seen.Signal.ACTION_ENDED:
+        case observations.Signal.ACTION_ENDED:
             return replace(state, is_acting=False)
-        case seen.Noticed(text):
+        case observations.Noticed(text):
             return replace(state, planning=planning and replace(planning, is_noticed=True), waits_for=text)
-        case seen.Planned(inputs, plan, error, served, is_beside):
+        case observations.Planned(inputs, plan, error, served, is_beside):
             serving = state.serving and state.serving.predicted(served)
             if loss is not None and plan is not None and planning is not None and planning.lacks_memory:
                 # The time of waiting for other models does not count as recovery.
                 loss = replace(loss, since_s=state.tick.now_s)
             planning = Planning(inputs, plan, error, is_beside=is_beside)
             return replace(state, planning=planning, serving=serving, loss=loss)
-        case seen.EpochLoadFailed():
+        case observations.EpochLoadFailed():
             return _load_failed(state, observation)
-        case seen.Signal.EPOCH_LOADED:
+        case observations.Signal.EPOCH_LOADED:
             return replace(state, loading=replace(state.loading, is_loaded=True))
-        case seen.Signal.EPOCH_SERVING:
+        case observations.Signal.EPOCH_SERVING:
             return _serving(state)
-        case seen.PipelineLost(error, requests, causes, is_repeated):
+        case observations.PipelineLost(error, requests, causes, is_repeated):
             planning = planning and replace(planning, rejected=None, is_noticed=False)
             loss = PipelineLoss(state.tick.now_s, error, requests, causes, is_repeated)
             return replace(state, loss=loss, planning=planning)
-        case seen.RowsFailed(key):
+        case observations.RowsFailed(key):
             quarantine = pool.quarantine.exonerate_rows(key, state.tick.now_s)
             return replace(state, pool=replace(pool, quarantine=quarantine))
-        case seen.Signal.PIPELINE_CLOSED:
+        case observations.Signal.PIPELINE_CLOSED:
             state = replace(state, retiring=None)
             return state if loss is None else _attribute(replace(state, loss=replace(loss, is_closed=True)))
-        case seen.Signal.RETIRING_EMPTY:
+        case observations.Signal.RETIRING_EMPTY:
             return replace(state, retiring=state.retiring and replace(state.retiring, is_empty=True))
-        case seen.Signal.RETIRING_FREED:
+        case observations.Signal.RETIRING_FREED:
             return replace(state, retiring=None)
-        case seen.RequestsFailed(reason):
+        case observations.RequestsFailed(reason):
             return replace(state, loss=loss and replace(loss, failed_because=reason))
-        case seen.Signal.WORKERS_EXPELLED:
+        case observations.Signal.WORKERS_EXPELLED:
             return replace(state, expulsions=())
-        case seen.Signal.WAKE_REQUESTED:
+        case observations.Signal.WAKE_REQUESTED:
             return _awake(state)
-        case seen.Signal.SLEEP_REQUESTED:
+        case observations.Signal.SLEEP_REQUESTED:
             return replace(state, is_wanted=False)
-        case seen.Signal.TURN_ENDED:
-            return replace(state, is_wanted=False, has_given_way=True)
-        case seen.Signal.ASLEEP:
+        case observations.Signal.TURN_ENDED:
+            return replace(state, is_wanted=False, is_preempted=True)
+        case observations.Signal.ASLEEP:
             state = replace(state, serving=None, retiring=None, planning=None, loading=Loading(), waits_for="")
             loss = PipelineLoss(state.tick.now_s, is_closed=True)
             return replace(state, loss=loss, is_unloaded=not state.is_wanted)
-        case seen.Signal.MEMORY_FREED | seen.Signal.MEMORY_TAKEN:
+        case observations.Signal.MEMORY_FREED | observations.Signal.MEMORY_TAKEN:
             return replace(state, pool=replace(pool, memory=pool.memory + 1))
-        case seen.Signal.LINKS_CHANGED:
+        case observations.Signal.LINKS_CHANGED:
             return replace(state, pool=replace(pool, links=pool.links + 1))
         case _:
             return replace(state, pool=_pool_changed(pool, observation))
 
 
-def _pool_changed(pool: PoolState, observation: seen.PoolObservation) -> PoolState:
+def _pool_changed(pool: PoolState, observation: observations.PoolObservation) -> PoolState:
     match observation:
-        case seen.WorkerSeen(name, join):
+        case observations.WorkerSeen(name, join):
             return replace(pool, present={**pool.present, name: join})
-        case seen.WorkerLost(name):
+        case observations.WorkerLost(name):
             return replace(pool, present={other: join for other, join in pool.present.items() if other != name})
-        case seen.PartitionsChanged(pairs):
+        case observations.PartitionsChanged(pairs):
             return replace(pool, partitions=pairs)
-        case seen.DrainRequested(name):
+        case observations.DrainRequested(name):
             return replace(pool, drained=pool.drained | {name})
-        case seen.UndrainRequested(name):
+        case observations.UndrainRequested(name):
             return replace(pool, drained=pool.drained - {name}, quarantine=pool.quarantine.release([name]))
 
 
 def _awake(state: ClusterState) -> ClusterState:
     if state.is_asleep:
         state = replace(state, loss=PipelineLoss(state.tick.now_s, is_closed=True))
-    return replace(state, is_wanted=True, has_given_way=False, is_unloaded=False)
+    return replace(state, is_wanted=True, is_preempted=False, is_unloaded=False)
 
 
 def _attribute(state: ClusterState) -> ClusterState:
@@ -136,7 +136,7 @@ def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, reques
     return replace(state, expulsions=(*state.expulsions, excluded))
 
 
-def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterState:
+def _load_failed(state: ClusterState, failed: observations.EpochLoadFailed) -> ClusterState:
     """Decides what follows a failed load. The load is repeated after a pause. If the plan is outdated or a worker has
     less memory than it reported, a new plan is made. Workers that hang or fail repeatedly are expelled."""
     planning = state.planning
@@ -168,14 +168,14 @@ def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterSt
     return state if state.is_start else _exclude(state, planning.inputs, _unfit(state, failed))
 
 
-def _damaged(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
+def _damaged(state: ClusterState, failed: observations.EpochLoadFailed) -> dict[str, str]:
     errors = {each.name: str(each.error) for each in failed.suspects if isinstance(each.error, ModelFileError)}
     excluded = state.inputs.quarantined
     has_others = any(name not in errors and name not in excluded for name, _ in state.pool.usable)
     return {name: error for name, error in errors.items() if name not in excluded} if has_others else {}
 
 
-def _move_failed(state: ClusterState, planning: Planning, failed: seen.EpochLoadFailed) -> ClusterState:
+def _move_failed(state: ClusterState, planning: Planning, failed: observations.EpochLoadFailed) -> ClusterState:
     state = replace(state, planning=replace(planning, rejected=failed.error))
     return state if state.is_alone else _exclude(state, planning.inputs, _unfit(state, failed))
 
@@ -185,7 +185,7 @@ def _is_outdated(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
     return is_useless(plan, inputs, pool) or is_other_network or not set(pool.usable) <= set(inputs.workers)
 
 
-def _unfit(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
+def _unfit(state: ClusterState, failed: observations.EpochLoadFailed) -> dict[str, str]:
     is_failing = state.loading.failures >= _MAX_LOADS
     reason = f"it could not load a new epoch: {failed.error}"
     return {

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control import observations
 from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, PoolState, Waits
 from llamaclust.cluster.control.epochs import Epoch, Epochs
@@ -41,7 +41,7 @@ class Supervisor:
         state = ClusterState(
             waits,
             len(config.workers),
-            seen.Tick(now_s),
+            observations.Tick(now_s),
             loss,
             pool=usable,
             is_start=not is_asleep,
@@ -105,7 +105,9 @@ class Supervisor:
             self._report(Notice(str(error)))
         if self._runner.engine is not None and self._runner.engine.suspects_request:
             self._launcher.reset_restarts()
-        self.observed.post(seen.PipelineLost(failure.error, failure.requests, failure.causes, failure.is_repeated))
+        self.observed.post(
+            observations.PipelineLost(failure.error, failure.requests, failure.causes, failure.is_repeated)
+        )
 
     @property
     def may_suspect_workers(self) -> bool:
@@ -113,7 +115,7 @@ class Supervisor:
         return is_planned and self.observed.state.pool.may_exclude_more(self._tick().now_s)
 
     def rows_failed(self, key: int) -> None:
-        self.observed.post(seen.RowsFailed(key))
+        self.observed.post(observations.RowsFailed(key))
 
     async def _loop(self, *, is_start: bool) -> None:
         while not (is_start and self._runner.epoch is not None and self._action is None):
@@ -125,7 +127,7 @@ class Supervisor:
                 self.observed.apply(observation)
                 if self.observed.state.is_plan_useless:
                     self._runner.epochs.cancel_loads()
-            if observation is seen.Signal.ACTION_ENDED:
+            if observation is observations.Signal.ACTION_ENDED:
                 assert self._action is not None
                 ended, self._action = self._action, None
                 ended.result()  # An error of the task is a bug.
@@ -142,8 +144,8 @@ class Supervisor:
                 return until_s
         self.observed.begin()
         self._action = asyncio.create_task(self._runner.run(action))
-        self._action.add_done_callback(lambda _: self.observed.post(seen.Signal.ACTION_ENDED))
+        self._action.add_done_callback(lambda _: self.observed.post(observations.Signal.ACTION_ENDED))
         return None
 
-    def _tick(self) -> seen.Tick:
-        return seen.Tick(asyncio.get_running_loop().time())
+    def _tick(self) -> observations.Tick:
+        return observations.Tick(asyncio.get_running_loop().time())

@@ -329,9 +329,9 @@ class Engine:
             self.encoder.pause()
             await self.encoder.wait_idle()
 
-    def sleep(self, *, gives_way: bool = False) -> bool:
-        """Stops using the pipeline until `resume`. Returns False if requests are open and `gives_way` is false."""
-        if self._phase is _Phase.CLOSED or not (gives_way or self.requests.are_empty):
+    def sleep(self, *, is_forced: bool = False) -> bool:
+        """Stops using the pipeline until `resume`. Returns False if requests are open and `is_forced` is false."""
+        if self._phase is _Phase.CLOSED or not (is_forced or self.requests.are_empty):
             return False
         self._lane.stop()
         self._end_encoding(None)

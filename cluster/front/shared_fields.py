@@ -19,7 +19,7 @@ from llamaclust.cluster.front.text.request import (
     CompletionRequest,
     ReasoningBudget,
 )
-from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS
+from llamaclust.cluster.scheduler.dry_breakers import DEFAULT_BREAKERS
 from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 from llamaclust.cluster.scheduler.validation import check_chain
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, AdapterScales

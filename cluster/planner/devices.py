@@ -36,8 +36,8 @@ class MoeLayers:
 
     @classmethod
     def of(cls, placement: Placement, mixtures: Flags) -> MoeLayers:
-        said = [placement.experts_in_ram(layer) for layer in range(len(mixtures))]
-        fixed, is_open = ([where is wanted for where in said] for wanted in (True, None))
+        rules = [placement.experts_in_ram(layer) for layer in range(len(mixtures))]
+        fixed, is_open = ([where is wanted for where in rules] for wanted in (True, None))
         return cls(mixtures & np.array(fixed, np.bool_), mixtures & np.array(is_open, np.bool_))
 
 

@@ -27,7 +27,7 @@ from llamaclust.cluster.scheduler.rows.completed import Completed
 from llamaclust.cluster.scheduler.rows.prefill_batch import PrefillBatch
 from llamaclust.cluster.scheduler.rows.retries import Retries, Retry, RowFault
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch, SequenceSlice
-from llamaclust.cluster.scheduler.rows.taking import take_token
+from llamaclust.cluster.scheduler.rows.slicing import take_token
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.counts import DraftCounts

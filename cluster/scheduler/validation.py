@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from hashlib import sha256
 
-from llamaclust.cluster.scheduler.breakers import check_size
+from llamaclust.cluster.scheduler.dry_breakers import check_size
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.cluster.scheduler.settings import SchedulerSettings

@@ -71,8 +71,8 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def raise_exception(message: object = None) -> None:
-    said = "" if message is None else str(message)
-    raise jinja2.TemplateError(said or "the template refuses these messages without a reason")
+    reason = "" if message is None else str(message)
+    raise jinja2.TemplateError(reason or "the template refuses these messages without a reason")
 
 
 def strftime_now(form: str) -> str:

@@ -38,14 +38,14 @@ def read_safetensors(file: SourceFile) -> list[StoredTensor]:
             f"the header has {length} bytes and the file {file.size_bytes}: not a safetensors file, or cut short"
         )
     header = parse_json(file.read(8, length), f"{file.path}: header")
-    tensors = [_stored(file, name, said, 8 + length) for name, said in header.items() if name != _METADATA]
+    tensors = [_stored(file, name, entry, 8 + length) for name, entry in header.items() if name != _METADATA]
     _check_places(file, 8 + length, tensors)
     return tensors
 
 
-def _stored(file: SourceFile, name: str, said: Any, first: int) -> StoredTensor:
+def _stored(file: SourceFile, name: str, entry: Any, first: int) -> StoredTensor:
     try:
-        kind, shape, (start, end) = said["dtype"], tuple(said["shape"]), said["data_offsets"]
+        kind, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise _bad(file, name, "the tensor's entry in the header is not complete") from None
     known = {**Storage.__members__, **_AS_BYTES}

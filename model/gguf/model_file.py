@@ -139,8 +139,10 @@ def _other_parts(first: Header) -> list[Header]:
     name = PART_NAME.fullmatch(first.path.name)
     if count <= 1:  # llama-gguf-split writes a count of 0 when it merges parts.
         if name and int(name["count"]) > 1:
-            said = f"the file says {count}" if "split.count" in first.metadata else "the key is missing"
-            raise fail_at(first.path, "split.count", f"{said}, but the file's name says {name['count']} parts", _RENAME)
+            stated = f"the file says {count}" if "split.count" in first.metadata else "the key is missing"
+            raise fail_at(
+                first.path, "split.count", f"{stated}, but the file's name says {name['count']} parts", _RENAME
+            )
         return []
     _check_alone(first, count)
     if not name or int(name["count"]) != count:
@@ -189,22 +191,22 @@ def _part(first: Header, name: str, number: int, count: int, seen: dict[FileIden
     if identity in seen:
         raise fail_at(path, "split model", f"it is the same file as {seen[identity].name}", _GET_PART)
     seen[identity] = path
-    said = _split_number(header, "split.no", default=None, minimum=0)
-    if said != number:
-        raise fail_at(path, "split.no", f"expected {number} in part {number + 1}, found {said}", _RENAME)
-    said = _split_number(header, "split.count", default=None, minimum=1)
-    if said != count:
-        raise fail_at(path, "split.count", f"this part says {said}, but {first.path.name} says {count}", _GET_PART)
+    stated = _split_number(header, "split.no", default=None, minimum=0)
+    if stated != number:
+        raise fail_at(path, "split.no", f"expected {number} in part {number + 1}, found {stated}", _RENAME)
+    stated = _split_number(header, "split.count", default=None, minimum=1)
+    if stated != count:
+        raise fail_at(path, "split.count", f"this part says {stated}, but {first.path.name} says {count}", _GET_PART)
     return header
 
 
 def _check_tensor_count(first: Header, found: int) -> None:
-    said = _split_number(first, "split.tensors.count", default=None, minimum=0)
-    if said != found:
+    stated = _split_number(first, "split.tensors.count", default=None, minimum=0)
+    if stated != found:
         raise fail_at(
             first.path,
             "split.tensors.count",
-            f"the first part says {said} tensors, but the parts have {found}",
+            f"the first part says {stated} tensors, but the parts have {found}",
             _GET_PART,
         )
 

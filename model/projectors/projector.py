@@ -195,9 +195,9 @@ def _transposed(tensor: Tensor, group: int | None) -> Tensor:
 def _check_levels(keys: ModelKeys, projector: Projector) -> None:
     key = "vision.is_deepstack_layers"
     flags = keys.flags(key, projector.hyperparameters.block_count)
-    said = 0 if flags is None else sum(flags)
-    if said != projector.levels - 1:
-        raise keys.error(key, f"the key names {said} layers, but {projector.levels - 1} layers have tensors")
+    stated = 0 if flags is None else sum(flags)
+    if stated != projector.levels - 1:
+        raise keys.error(key, f"the key names {stated} layers, but {projector.levels - 1} layers have tensors")
 
 
 def _check_tensors(projector: Projector) -> None:

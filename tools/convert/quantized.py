@@ -34,19 +34,19 @@ def dequantized(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent)
     quantization method is not supported."""
     if not settings.has("quantization_config"):
         return tensors
-    said = settings.inner("quantization_config")
-    method = said.text("quant_method", default="")
+    quantization = settings.inner("quantization_config")
+    method = quantization.text("quant_method", default="")
     if method == KEPT_METHOD:
         return tensors
     if method in _EIGHT_BIT_METHODS:
-        return _eight_bit(tensors, said)
+        return _eight_bit(tensors, quantization)
     if method not in ("gptq", "awq"):
         known = ", ".join(("gptq", "awq", *_EIGHT_BIT_METHODS, KEPT_METHOD))
-        raise said.error("quant_method", f"{shown(method)} is not supported; supported: {known}")
-    if said.count("bits", "w_bit", default=4, maximum=32) != 4:
-        raise said.error("bits", f"{said.shown('bits')} is not supported; supported is 4")
+        raise quantization.error("quant_method", f"{shown(method)} is not supported; supported: {known}")
+    if quantization.count("bits", "w_bit", default=4, maximum=32) != 4:
+        raise quantization.error("bits", f"{quantization.shown('bits')} is not supported; supported is 4")
     found = {name: tensor for name, tensor in tensors.items() if not _is_part(name, tensors)}
-    zero_offset = 0 if method == "awq" or said.text("checkpoint_format", default="gptq") == "gptq_v2" else 1
+    zero_offset = 0 if method == "awq" or quantization.text("checkpoint_format", default="gptq") == "gptq_v2" else 1
     for stem in (name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")):
         found[f"{stem}.weight"] = _four_bit(stem, tensors, recent, is_awq=method == "awq", zero_offset=zero_offset)
     return found
@@ -126,8 +126,8 @@ def _nibbles(packed: Array) -> NDArray[np.uint8]:
     return ((packed.view(np.uint32)[..., None] >> _SHIFTS) & np.uint32(15)).astype(np.uint8)
 
 
-def _eight_bit(tensors: Mapping[str, Lazy], said: Settings) -> dict[str, Lazy]:
-    block = _block(said)
+def _eight_bit(tensors: Mapping[str, Lazy], quantization: Settings) -> dict[str, Lazy]:
+    block = _block(quantization)
     found = {}
     for name, tensor in tensors.items():
         if _is_scale(name, tensors):
@@ -147,13 +147,13 @@ def _is_scale(name: str, tensors: Mapping[str, Lazy]) -> bool:
     return behind or (part in _NOT_NEEDED and f"{stem}.weight" in tensors)
 
 
-def _block(said: Settings) -> tuple[int, int] | None:
-    value = said.values.get("weight_block_size")
+def _block(quantization: Settings) -> tuple[int, int] | None:
+    value = quantization.values.get("weight_block_size")
     if value is None:
         return None
     if not isinstance(value, list) or len(value) != 2:
-        raise said.error("weight_block_size", "expected two whole numbers")
-    both = Settings(dict(zip(("rows", "columns"), value, strict=True)), said.origin)
+        raise quantization.error("weight_block_size", "expected two whole numbers")
+    both = Settings(dict(zip(("rows", "columns"), value, strict=True)), quantization.origin)
     return both.count("rows"), both.count("columns")
 
 

@@ -31,44 +31,44 @@ def rotation(
     """Writes the metadata of the rotation and its tensors of factors. A head has `dimensions` channels that rotate.
     `base` is used if the configuration states no base. If `log_multiplier` is True, the architecture has a key for the
     divisor of YaRN's magnitude. Raises ModelFileError for an unknown kind of scaling."""
-    said = _parameters(page.settings)
-    theta = _base(said, base or 10000.0)
+    rope = _parameters(page.settings)
+    theta = _base(rope, base or 10000.0)
     page.key("rope.freq_base", theta)
     if says_dimensions:
         page.key("rope.dimension_count", dimensions)
-    kind = said.text("rope_type", "type", default="default").lower()
+    kind = rope.text("rope_type", "type", default="default").lower()
     if kind == "linear":
         page.key("rope.scaling.type", "linear")
-        page.key("rope.scaling.factor", said.real("factor", minimum=1e-3, maximum=1e6))
+        page.key("rope.scaling.factor", rope.real("factor", minimum=1e-3, maximum=1e6))
     elif kind == "yarn":
-        _yarn(page, said, log_multiplier)
+        _yarn(page, rope, log_multiplier)
     elif kind == "llama3":
-        _llama3(page, said, theta, dimensions)
+        _llama3(page, rope, theta, dimensions)
     elif kind in ("su", "longrope"):
-        _longrope(page, said, dimensions)
+        _longrope(page, rope, dimensions)
     elif kind == "dynamic":
-        _dynamic(page, said)
+        _dynamic(page, rope)
     elif kind != "default":
-        raise said.error("rope_type", f"{shown(kind)} is not known; known: linear, dynamic, yarn, llama3, longrope")
+        raise rope.error("rope_type", f"{shown(kind)} is not known; known: linear, dynamic, yarn, llama3, longrope")
 
 
 def latent_rotation(page: Page, dimensions: int) -> None:
     """Writes the rotation of latent attention. GGUF derives YaRN's magnitude only from `yarn_log_multiplier`, so
     `mscale` and `mscale_all_dim` must be equal. `yarn_log_multiplier` is a tenth of their value."""
-    said = _parameters(page.settings)
-    page.key("rope.freq_base", _base(said, 10000.0))
+    rope = _parameters(page.settings)
+    page.key("rope.freq_base", _base(rope, 10000.0))
     page.key("rope.dimension_count", dimensions)
-    kind = said.text("rope_type", "type", default="default").lower()
+    kind = rope.text("rope_type", "type", default="default").lower()
     if kind == "default":
         return
     if kind != "yarn":
-        raise said.error("rope_type", f"{shown(kind)} is not supported; {page.architecture} supports yarn")
-    factor, share = _yarn_keys(page, said), said.real("mscale_all_dim", default=0.0, maximum=1e3)
-    if not share or said.real("mscale", default=0.0, maximum=1e3) != share:
-        both = f"{said.shown('mscale_all_dim')}, mscale {said.shown('mscale')}"
-        raise said.error("mscale_all_dim", f"{both}: {page.architecture} needs two equal numbers above 0")
-    if said.real("attention_factor", "attn_factor", default=1.0) != 1:
-        raise said.error("attention_factor", f"expected 1, since {page.architecture} computes with 1")
+        raise rope.error("rope_type", f"{shown(kind)} is not supported; {page.architecture} supports yarn")
+    factor, share = _yarn_keys(page, rope), rope.real("mscale_all_dim", default=0.0, maximum=1e3)
+    if not share or rope.real("mscale", default=0.0, maximum=1e3) != share:
+        both = f"{rope.shown('mscale_all_dim')}, mscale {rope.shown('mscale')}"
+        raise rope.error("mscale_all_dim", f"{both}: {page.architecture} needs two equal numbers above 0")
+    if rope.real("attention_factor", "attn_factor", default=1.0) != 1:
+        raise rope.error("attention_factor", f"expected 1, since {page.architecture} computes with 1")
     page.key("rope.scaling.yarn_log_multiplier", share / 10)
     if page.architecture == "mistral4" and share != 1:
         page.key("rope.scaling.attn_factor", _growth(factor, share) / _growth(factor))
@@ -76,15 +76,15 @@ def latent_rotation(page: Page, dimensions: int) -> None:
 
 def alpha_rotation(page: Page, dimensions: int) -> bool:
     """Writes a rotation of type dynamic, whose base grows with `alpha`. Returns False if there is no `alpha`."""
-    said = _parameters(page.settings)
-    alpha = said.real("alpha", default=0.0, maximum=1e6)
-    if said.text("rope_type", "type", default="default").lower() != "dynamic" or not alpha:
+    rope = _parameters(page.settings)
+    alpha = rope.real("alpha", default=0.0, maximum=1e6)
+    if rope.text("rope_type", "type", default="default").lower() != "dynamic" or not alpha:
         return False
     if alpha < 1:
-        raise said.error("alpha", f"expected a number of 1 or more, found {alpha:g}")
+        raise rope.error("alpha", f"expected a number of 1 or more, found {alpha:g}")
     if dimensions < 4:
-        raise said.error("alpha", f"{alpha:g} with heads of {dimensions} channels is not supported")
-    page.key("rope.freq_base", _base(said, 10000.0) * alpha ** (dimensions / (dimensions - 2)))
+        raise rope.error("alpha", f"{alpha:g} with heads of {dimensions} channels is not supported")
+    page.key("rope.freq_base", _base(rope, 10000.0) * alpha ** (dimensions / (dimensions - 2)))
     page.key("rope.dimension_count", dimensions)
     if alpha >= _HUNYUAN_ALPHA:
         page.key(
@@ -94,12 +94,12 @@ def alpha_rotation(page: Page, dimensions: int) -> bool:
 
 
 def rotating_channels(page: Page, default_share: float = 1.0) -> int:
-    said = _parameters(page.settings)
-    share = said.real("partial_rotary_factor", default=default_share, maximum=1.0)
+    rope = _parameters(page.settings)
+    share = rope.real("partial_rotary_factor", default=default_share, maximum=1.0)
     channels = int(share * page.head_width)
     if channels < 2 or channels % 2:
         what = f"expected an even number of 2 or more channels, found {channels} ({share:g} of {page.head_width})"
-        raise said.error("partial_rotary_factor", what)
+        raise rope.error("partial_rotary_factor", what)
     return channels
 
 
@@ -120,21 +120,21 @@ def sections(settings: Settings, pairs: int) -> list[int]:
 def position_scale(page: Page) -> int:
     """Writes the factor by which queries grow with the logarithm of their position. Growth is in steps. Returns the
     number of positions from one step to the next, or 0 if queries do not grow."""
-    said = _parameters(page.settings)
-    growth = said.real("llama_4_scaling_beta", default=0.0, maximum=1e3)
+    rope = _parameters(page.settings)
+    growth = rope.real("llama_4_scaling_beta", default=0.0, maximum=1e3)
     if not growth:
         return 0
-    original = said.count("original_max_position_embeddings", maximum=MAX_CONTEXT)
+    original = rope.count("original_max_position_embeddings", maximum=MAX_CONTEXT)
     page.key("attention.temperature_scale", growth)
     page.key("rope.scaling.original_context_length", original)
     return original
 
 
 def local_base(settings: Settings, default: float = 10000.0) -> float:
-    said = settings.inner("rope_parameters", "rope_scaling").inner("sliding_attention")
-    if said.text("rope_type", "type", default="default") != "default":
-        raise said.error("rope_type", "layers with a window whose rotation is stretched are not supported")
-    return _base(said, settings.real("rope_local_base_freq", default=default, minimum=1.0))
+    rope = settings.inner("rope_parameters", "rope_scaling").inner("sliding_attention")
+    if rope.text("rope_type", "type", default="default") != "default":
+        raise rope.error("rope_type", "layers with a window whose rotation is stretched are not supported")
+    return _base(rope, settings.real("rope_local_base_freq", default=default, minimum=1.0))
 
 
 def _parameters(settings: Settings) -> Settings:
@@ -146,48 +146,48 @@ def _parameters(settings: Settings) -> Settings:
     return Settings(values | {name: value for name, value in inner.values.items() if value is not None}, inner.origin)
 
 
-def _base(said: Settings, default: float) -> float:
-    return said.real("rope_theta", "rotary_emb_base", default=default, minimum=1.0)
+def _base(rope: Settings, default: float) -> float:
+    return rope.real("rope_theta", "rotary_emb_base", default=default, minimum=1.0)
 
 
-def _yarn(page: Page, said: Settings, log_multiplier: bool) -> None:
+def _yarn(page: Page, rope: Settings, log_multiplier: bool) -> None:
     """Writes YaRN's keys. GGUF's factor multiplies YaRN's magnitude, but a configuration's factor is the magnitude."""
-    factor = _yarn_keys(page, said)
-    wanted = said.real("attention_factor", "attn_factor", default=_magnitude(said, factor), minimum=1e-3, maximum=1e3)
+    factor = _yarn_keys(page, rope)
+    wanted = rope.real("attention_factor", "attn_factor", default=_magnitude(rope, factor), minimum=1e-3, maximum=1e3)
     usual = _growth(factor)
-    if log_multiplier and said.has("mscale_all_dim"):
-        divisor = said.real("mscale_all_dim", maximum=1e3)
+    if log_multiplier and rope.has("mscale_all_dim"):
+        divisor = rope.real("mscale_all_dim", maximum=1e3)
         page.key("rope.scaling.yarn_log_multiplier", divisor)
         usual /= _growth(factor, divisor)
     if wanted != usual:
         page.key("rope.scaling.attn_factor", wanted / usual)
 
 
-def _yarn_keys(page: Page, said: Settings) -> float:
-    factor = said.real("factor", minimum=1e-3, maximum=1e6)
+def _yarn_keys(page: Page, rope: Settings) -> float:
+    factor = rope.real("factor", minimum=1e-3, maximum=1e6)
     page.key("rope.scaling.type", "yarn")
     page.key("rope.scaling.factor", factor)
     trained = page.settings.count("max_position_embeddings", default=0, minimum=0, maximum=MAX_CONTEXT)
-    original = said.count("original_max_position_embeddings", default=trained or None, maximum=MAX_CONTEXT)
+    original = rope.count("original_max_position_embeddings", default=trained or None, maximum=MAX_CONTEXT)
     page.key("rope.scaling.original_context_length", original)
-    if not said.flag("truncate", default=True):
+    if not rope.flag("truncate", default=True):
         page.key("rope.scaling.yarn_truncate", False)
-    if _base(said, 10000.0) <= 1:
-        raise said.error("rope_theta", f"expected more than 1 with yarn, found {said.shown('rope_theta')}")
+    if _base(rope, 10000.0) <= 1:
+        raise rope.error("rope_theta", f"expected more than 1 with yarn, found {rope.shown('rope_theta')}")
     for key, name, least in (
         ("yarn_ext_factor", "extrapolation_factor", 0.0),
         ("yarn_beta_fast", "beta_fast", _LEAST_TURNS),
         ("yarn_beta_slow", "beta_slow", _LEAST_TURNS),
     ):
-        if said.has(name):
-            page.key(f"rope.scaling.{key}", said.real(name, minimum=least, maximum=1e6))
+        if rope.has(name):
+            page.key(f"rope.scaling.{key}", rope.real(name, minimum=least, maximum=1e6))
     return factor
 
 
-def _magnitude(said: Settings, factor: float) -> float:
-    if not (said.has("mscale") and said.has("mscale_all_dim")):
+def _magnitude(rope: Settings, factor: float) -> float:
+    if not (rope.has("mscale") and rope.has("mscale_all_dim")):
         return _growth(factor)
-    up, down = (said.real(name, maximum=1e3) for name in ("mscale", "mscale_all_dim"))
+    up, down = (rope.real(name, maximum=1e3) for name in ("mscale", "mscale_all_dim"))
     return _growth(factor, up) / _growth(factor, down) if up and down else _growth(factor)
 
 
@@ -195,19 +195,19 @@ def _growth(factor: float, share: float = 1.0) -> float:
     return 1 + 0.1 * share * math.log(factor) if factor > 1 else 1.0
 
 
-def _dynamic(page: Page, said: Settings) -> None:
+def _dynamic(page: Page, rope: Settings) -> None:
     """Adds a note for the user, but no metadata, because dynamic scaling begins after the trained context length."""
-    if said.has("alpha"):
-        raise said.error("alpha", "a stretch of all texts by alpha is not supported")
+    if rope.has("alpha"):
+        raise rope.error("alpha", "a stretch of all texts by alpha is not supported")
     context = page.metadata[f"{page.architecture}.context_length"]
     page.notes.append(f"dynamic rope scaling begins after {context} tokens, the context length in the file")
 
 
-def _llama3(page: Page, said: Settings, theta: float, dimensions: int) -> None:
+def _llama3(page: Page, rope: Settings, theta: float, dimensions: int) -> None:
     defaults = dict(zip(_LLAMA3, (8.0, 1.0, 4.0, 8192.0), strict=True))
-    factor, low, high, original = (said.real(name, default=defaults[name], minimum=1e-3) for name in _LLAMA3)
+    factor, low, high, original = (rope.real(name, default=defaults[name], minimum=1e-3) for name in _LLAMA3)
     if low >= high:
-        raise said.error("low_freq_factor", f"expected less than the high_freq_factor of {high:g}, found {low:g}")
+        raise rope.error("low_freq_factor", f"expected less than the high_freq_factor of {high:g}, found {low:g}")
     frequencies = np.float32(1) / np.float32(theta) ** (np.arange(0, dimensions, 2, dtype=np.float32) / dimensions)
     factors = []
     for length in (2 * math.pi / frequencies).tolist():
@@ -221,14 +221,14 @@ def _llama3(page: Page, said: Settings, theta: float, dimensions: int) -> None:
     page.put("rope_freqs.weight", constant(np.array(factors, np.float32), "rope factors"))
 
 
-def _longrope(page: Page, said: Settings, dimensions: int) -> None:
-    original = said.count("original_max_position_embeddings", minimum=2, maximum=MAX_CONTEXT)
+def _longrope(page: Page, rope: Settings, dimensions: int) -> None:
+    original = rope.count("original_max_position_embeddings", minimum=2, maximum=MAX_CONTEXT)
     context = page.settings.count("max_position_embeddings", default=original, maximum=MAX_CONTEXT)
     page.key("rope.scaling.type", "longrope")
     page.key("rope.scaling.original_context_length", original)
-    scale = said.real("factor", default=context / original, minimum=1e-3, maximum=1e6)
+    scale = rope.real("factor", default=context / original, minimum=1e-3, maximum=1e6)
     magnitude = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
-    page.key("rope.scaling.attn_factor", said.real("attention_factor", default=magnitude, maximum=1e3))
+    page.key("rope.scaling.attn_factor", rope.real("attention_factor", default=magnitude, maximum=1e3))
     for name in ("long", "short"):
-        factors = np.array(said.reals(f"{name}_factor", dimensions // 2), np.float32)
+        factors = np.array(rope.reals(f"{name}_factor", dimensions // 2), np.float32)
         page.put(f"rope_factors_{name}.weight", constant(factors, f"{name} rope factors"))

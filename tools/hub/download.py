@@ -223,8 +223,8 @@ class _Transfer:
     def _validator(self) -> str | None:
         """Returns the stored ETag or date. Without it, a resumed file could mix two versions."""
         try:
-            said = json.loads(self.note.read_text(encoding="utf-8"))
-            return str(said["validator"]) if said["url"] == self.wanted.url else None
+            noted = json.loads(self.note.read_text(encoding="utf-8"))
+            return str(noted["validator"]) if noted["url"] == self.wanted.url else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

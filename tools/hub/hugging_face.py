@@ -47,10 +47,10 @@ def find_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile, pa
     response = _head(client, url, headers, patience)
     if response.status_code >= 400:
         raise DownloadError(_refusal(response, source, "Authorization" in headers))
-    said = response.headers
-    digest = _SHA256.fullmatch(said.get("x-linked-etag") or said.get("etag", ""))
-    size = said.get("x-linked-size") or ("" if response.is_redirect else said.get("content-length", ""))
-    commit = said.get("x-repo-commit", "")
+    fields = response.headers
+    digest = _SHA256.fullmatch(fields.get("x-linked-etag") or fields.get("etag", ""))
+    size = fields.get("x-linked-size") or ("" if response.is_redirect else fields.get("content-length", ""))
+    commit = fields.get("x-repo-commit", "")
     pinned = source.url(settings.endpoint, commit) if _COMMIT.fullmatch(commit) else url
     return RemoteFile(pinned, digest[1] if digest else None, byte_count(size), headers)
 

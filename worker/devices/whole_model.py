@@ -128,8 +128,8 @@ class _Choice:
 
     def _part(self, index: int, start: int, end: int, open_end: int) -> DeviceLayers:
         """Returns layers on a GPU. Experts are in RAM if a rule says so or, without a rule, if layer < open_end."""
-        said = ((layer, self.placement.experts_in_ram(layer)) for layer in range(start, end) if layer in self.mixtures)
-        cpu_moe = (layer for layer, in_ram in said if in_ram or (in_ram is None and layer < open_end))
+        rules = ((layer, self.placement.experts_in_ram(layer)) for layer in range(start, end) if layer in self.mixtures)
+        cpu_moe = (layer for layer, in_ram in rules if in_ram or (in_ram is None and layer < open_end))
         return DeviceLayers(self.device.gpus[index].device, start, end, tuple(cpu_moe))
 
     def _fits(self, part: DeviceLayers) -> bool:

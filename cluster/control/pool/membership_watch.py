@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control import observations
 from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.epochs import Epoch
 from llamaclust.cluster.control.failures.overdue import OverdueResults, Owed, owing_stage
@@ -104,7 +104,7 @@ class MembershipWatch:
         self._ending.start(self._launcher.end(worker.name))
         self._partitions.forget(worker.name)
         for runner in self._runners:
-            runner.observed.post(seen.WorkerLost(worker.name))
+            runner.observed.post(observations.WorkerLost(worker.name))
 
 
 def _computing(epoch: Epoch, stage: int) -> WorkerHandle:

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control import observations
 from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.control.pool.closed_ports import ClosedPorts
@@ -70,8 +70,8 @@ class WorkerPool:
 
     def _ports_changed(self) -> None:
         for runner in self.runners:
-            runner.observed.post(seen.Signal.LINKS_CHANGED)
+            runner.observed.post(observations.Signal.LINKS_CHANGED)
 
     def _partitioned(self, pairs: Pairs) -> None:
         for runner in self.runners:
-            runner.observed.post(seen.PartitionsChanged(pairs))
+            runner.observed.post(observations.PartitionsChanged(pairs))

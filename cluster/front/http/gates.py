@@ -271,9 +271,9 @@ class AdmissionGate:
             await error_response(refusal, scope)(scope, receive, send)
         else:
             with self._admission.held(has_body=has_body(scope)) as request:
-                given_way = await self._answer(request, scope, receive, send)
-            if given_way is not None:
-                await error_response(given_way, scope)(scope, receive, send)
+                refused = await self._answer(request, scope, receive, send)
+            if refused is not None:
+                await error_response(refused, scope)(scope, receive, send)
 
     async def _answer(self, request: _Open, scope: Scope, receive: Receive, send: Send) -> HttpError | None:
         """Runs the app. If `Admission` cancels the request before its reply begins, returns the error to send."""

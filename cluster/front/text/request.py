@@ -11,7 +11,7 @@ from enum import Enum, auto
 from typing import Any, Final
 
 from llamaclust.cluster.front.text.images import PromptImages
-from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS, MAX_BREAKER_BYTES, MAX_BREAKERS
+from llamaclust.cluster.scheduler.dry_breakers import DEFAULT_BREAKERS, MAX_BREAKER_BYTES, MAX_BREAKERS
 from llamaclust.cluster.scheduler.requests import AnswerOptions
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, check_count, check_integer, shown
 from llamaclust.core.errors import ParameterError

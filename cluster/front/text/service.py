@@ -29,7 +29,7 @@ from llamaclust.cluster.front.text.sharing import (
 )
 from llamaclust.cluster.front.text.slots import Slots
 from llamaclust.cluster.front.text.vision import ImagePrompt, Vision
-from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
+from llamaclust.cluster.scheduler.dry_breakers import Breakers, BreakerTokens
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.validation import NO_TEXT
 from llamaclust.cluster.state.adapters import ServedAdapters

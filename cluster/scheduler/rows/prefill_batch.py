@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from llamaclust.cluster.scheduler.kv.memory import KvMemory
 from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
-from llamaclust.cluster.scheduler.rows.taking import take_rows
+from llamaclust.cluster.scheduler.rows.slicing import take_rows
 from llamaclust.cluster.scheduler.sequences import Sequence
 
 _MAX_STARTS = 32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 
-from llamaclust.cluster.scheduler.breakers import SeenBreakers
+from llamaclust.cluster.scheduler.dry_breakers import SeenBreakers
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.sampler.results import RowResult
 

@@ -66,8 +66,8 @@ class Nvrtc:
         try:
             array = (ctypes.c_char_p * len(given))(*given)
             if self._library.nvrtcCompileProgram(program, len(given), array) != 0:
-                said = self._result(program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
-                raise LlamaclustError(f"NVRTC {self.version} cannot compile {name} ({' '.join(options)}): {said}")
+                log = self._result(program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
+                raise LlamaclustError(f"NVRTC {self.version} cannot compile {name} ({' '.join(options)}): {log}")
             return self._result(program, "CUBIN" if kind == "cubin" else "PTX")
         finally:
             self._library.nvrtcDestroyProgram(ctypes.byref(program))

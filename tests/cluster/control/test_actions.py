@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control import actions, epochs
-from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control import actions, epochs, observations
 from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.cluster_state import Expulsion, PipelineLoss, PoolState
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers, StageLoadError
@@ -121,13 +120,13 @@ async def test_the_pipeline_that_serves_is_predicted_again_with_each_plan(is_los
     runner.planner = SimpleNamespace(plan=plan, predict=predict, ledger=MemoryLedger())  # type: ignore[assignment]
     await runner.run(MakePlan(observed.state.inputs))
     planned = await observed.next(None)
-    assert planned == seen.Planned(observed.state.inputs, new, served=None if is_lost else new.prediction)
+    assert planned == observations.Planned(observed.state.inputs, new, served=None if is_lost else new.prediction)
 
 
 async def load_failure(runner: ActionRunner, observed: Observed, *, is_exclusive: bool) -> LlamaclustError:
     await runner.run(LoadEpoch(plan_of("a"), is_exclusive))
     observation = await observed.next(None)
-    assert isinstance(observation, seen.EpochLoadFailed)
+    assert isinstance(observation, observations.EpochLoadFailed)
     assert observation.is_exclusive is is_exclusive and observation.suspects == ()
     return observation.error
 
@@ -168,7 +167,7 @@ async def test_a_worker_that_stays_for_other_models_is_not_fenced(stays: bool) -
     await runner.run(Expel((Expulsion(("b", 2), "its disk is bad", stays, 10.0),)))
     notice = Notice("worker b gets no layers of model m for 10 s if the others suffice: its disk is bad")
     assert (fenced, events) == (([], [notice]) if stays else (["b: its disk is bad"], []))
-    assert await runner.observed.next(None) is seen.Signal.WORKERS_EXPELLED
+    assert await runner.observed.next(None) is observations.Signal.WORKERS_EXPELLED
 
 
 def supervised(registry: Members) -> tuple[WorkerPool, Supervisor]:
@@ -216,12 +215,12 @@ async def test_a_worker_that_is_admitted_while_the_supervisor_starts_joins_once(
     await supervisor.start()
     registry.announce(handle)  # once it has got the answer to its registration
     joined = await supervisor.observed.next(None)
-    assert joined == seen.WorkerSeen("a", 1) and supervisor.observed.is_current
+    assert joined == observations.WorkerSeen("a", 1) and supervisor.observed.is_current
     supervisor.observed.apply(joined)
     assert supervisor.observed.state.pool.present == {"a": 1}
     registry.fence(handle, "it joins again")
     registry.announce(handle)
-    assert await supervisor.observed.next(None) == seen.WorkerLost("a")
+    assert await supervisor.observed.next(None) == observations.WorkerLost("a")
     assert supervisor.observed.is_current, "a lost worker does not join"
     registry.admit(worker_handle("a"))
     assert registry.joins == {"a": 2}
@@ -241,8 +240,8 @@ async def test_a_drain_of_a_worker_without_layers_returns_although_requests_dela
     registry: Any = SimpleNamespace(workers=workers, present=workers)
     joins = {"a": 1, "b": 2, "c": 3}
     observed.state = replace(observed.state, pool=PoolState(joins))
-    observed.apply(seen.Planned(observed.state.inputs, plan_of("a", "b")))
-    observed.apply(seen.Signal.EPOCH_SERVING)
+    observed.apply(observations.Planned(observed.state.inputs, plan_of("a", "b")))
+    observed.apply(observations.Signal.EPOCH_SERVING)
     pool = WorkerOperations(registry, ControlRecord(), [served], UNPARTITIONED, events.append)
     drains = {name: asyncio.create_task(pool.drain(name)) for name in "cb"}
     for _ in drains:
@@ -253,10 +252,10 @@ async def test_a_drain_of_a_worker_without_layers_returns_although_requests_dela
     await asyncio.sleep(0.01)
     assert not any(drain.done() for drain in drains.values()), "an older plan may give it layers"
     observed.begin()
-    observed.apply(seen.Planned(observed.state.inputs, plan_of("a")))
+    observed.apply(observations.Planned(observed.state.inputs, plan_of("a")))
     await asyncio.sleep(0)
     assert not drains["c"].done(), "an action runs"
-    observed.apply(seen.Signal.ACTION_ENDED)
+    observed.apply(observations.Signal.ACTION_ENDED)
     async with asyncio.timeout(30):
         await drains["c"]
     assert not drains["b"].done(), "its layers are not moved yet"
@@ -290,5 +289,5 @@ async def test_a_drain_that_is_undrained_while_it_is_planned_does_not_take_place
     with pytest.raises(WorkerError, match="worker a was undrained before its layers moved"):
         async with asyncio.timeout(30):
             await drain
-    assert await observed.next(None) == seen.UndrainRequested("a") and observed.is_current
+    assert await observed.next(None) == observations.UndrainRequested("a") and observed.is_current
     assert events == []

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control import observations
 from llamaclust.cluster.control.cluster_state import Expulsion
 from llamaclust.cluster.control.observations import Observation, Suspect
 from llamaclust.cluster.control.reconcile import (
@@ -58,30 +58,30 @@ FILE = ModelFileError("no such file")
 STEPS: list[tuple[str, Sequence[Observation], Action | type[Action] | None]] = [
     ("nothing has changed", [], IDLE),
     ("an action runs", [], None),
-    ("a worker joins", [seen.WorkerSeen("c", 3)], MakePlan),
-    ("a worker is lost", [seen.WorkerLost("b")], MakePlan),
-    ("a worker joins again", [seen.WorkerLost("b"), seen.WorkerSeen("b", 4)], MakePlan),
-    ("links changed", [seen.Signal.LINKS_CHANGED], MakePlan),
-    ("a partition", [seen.PartitionsChanged(frozenset({AB}))], MakePlan),
-    ("a drain", [seen.DrainRequested("b")], MakePlan),
-    ("a drain taken back", [seen.DrainRequested("b"), seen.UndrainRequested("b")], IDLE),
-    ("the pipeline is lost", [seen.PipelineLost(BROKEN)], ClosePipeline()),
+    ("a worker joins", [observations.WorkerSeen("c", 3)], MakePlan),
+    ("a worker is lost", [observations.WorkerLost("b")], MakePlan),
+    ("a worker joins again", [observations.WorkerLost("b"), observations.WorkerSeen("b", 4)], MakePlan),
+    ("links changed", [observations.Signal.LINKS_CHANGED], MakePlan),
+    ("a partition", [observations.PartitionsChanged(frozenset({AB}))], MakePlan),
+    ("a drain", [observations.DrainRequested("b")], MakePlan),
+    ("a drain taken back", [observations.DrainRequested("b"), observations.UndrainRequested("b")], IDLE),
+    ("the pipeline is lost", [observations.PipelineLost(BROKEN)], ClosePipeline()),
     (
         "it is lost and closed",
-        [seen.PipelineLost(BROKEN), seen.Signal.PIPELINE_CLOSED],
+        [observations.PipelineLost(BROKEN), observations.Signal.PIPELINE_CLOSED],
         LoadEpoch(BOTH, is_exclusive=True),
     ),
 ]
 
 
-@pytest.mark.parametrize(("what", "observations", "expected"), STEPS, ids=[step[0] for step in STEPS])
+@pytest.mark.parametrize(("what", "events", "expected"), STEPS, ids=[step[0] for step in STEPS])
 def test_each_observation_of_a_serving_cluster(
-    what: str, observations: Sequence[Observation], expected: Action | type[Action] | None
+    what: str, events: Sequence[Observation], expected: Action | type[Action] | None
 ) -> None:
     cluster = Cluster.serving()
     if what == "an action runs":
         cluster.state = replace(cluster.state, is_acting=True)
-    action = cluster.see(*observations)
+    action = cluster.see(*events)
     if expected is MakePlan:
         assert action == MakePlan(cluster.state.inputs)
     else:
@@ -90,17 +90,17 @@ def test_each_observation_of_a_serving_cluster(
 
 def test_a_start_plans_loads_and_serves() -> None:
     cluster = Cluster.starting()
-    cluster.see(seen.WorkerSeen("a", 1))
-    assert cluster.see(seen.WorkerSeen("b", 2)) == MakePlan(cluster.state.inputs)
+    cluster.see(observations.WorkerSeen("a", 1))
+    assert cluster.see(observations.WorkerSeen("b", 2)) == MakePlan(cluster.state.inputs)
     assert cluster.plan(BOTH) == LoadEpoch(BOTH, is_exclusive=True)
-    assert cluster.see(seen.Signal.EPOCH_LOADED) == Serve()
-    assert cluster.see(seen.Signal.EPOCH_SERVING) == IDLE
+    assert cluster.see(observations.Signal.EPOCH_LOADED) == Serve()
+    assert cluster.see(observations.Signal.EPOCH_SERVING) == IDLE
     assert cluster.state.serving is not None and cluster.state.serving.workers == (("a", 1), ("b", 2))
 
 
 def test_a_start_ends_with_an_error_that_no_other_worker_can_help() -> None:
     cluster = Cluster.starting()
-    cluster.see(seen.WorkerSeen("a", 1), seen.WorkerSeen("b", 2))
+    cluster.see(observations.WorkerSeen("a", 1), observations.WorkerSeen("b", 2))
     assert cluster.plan(MEMORY) == Abort(MEMORY)
     cluster.plan(BOTH)
     assert cluster.load_failed(FAILED, Suspect("a", FAILED)) == Abort(FAILED)
@@ -109,9 +109,9 @@ def test_a_start_ends_with_an_error_that_no_other_worker_can_help() -> None:
 def test_a_start_waits_for_missing_workers_and_links() -> None:
     for error in (MEMORY, NetworkPartitionError("a and b cannot reach each other")):
         cluster = Cluster.starting()
-        cluster.see(seen.WorkerSeen("a", 1))
+        cluster.see(observations.WorkerSeen("a", 1))
         if error is not MEMORY:
-            cluster.see(seen.WorkerSeen("b", 2))
+            cluster.see(observations.WorkerSeen("b", 2))
         action = cluster.plan(error)
         assert isinstance(action, Notify) and f"the start waits 600 s at most: {error}" in action.text
         assert cluster.notified(action) == Wait(START_S)
@@ -120,50 +120,50 @@ def test_a_start_waits_for_missing_workers_and_links() -> None:
 
 def test_a_worker_that_joins_while_a_load_fails_may_be_what_was_missing() -> None:
     cluster = Cluster.starting()
-    cluster.see(seen.WorkerSeen("a", 1))
+    cluster.see(observations.WorkerSeen("a", 1))
     cluster.plan(ONLY_A)
-    assert cluster.see(seen.WorkerSeen("b", 2)) == MakePlan(cluster.state.inputs)
+    assert cluster.see(observations.WorkerSeen("b", 2)) == MakePlan(cluster.state.inputs)
     assert cluster.load_failed(FILE, Suspect("a", FILE)) == MakePlan(cluster.state.inputs)
     assert cluster.plan(BOTH) == LoadEpoch(BOTH, is_exclusive=True)
 
 
 def test_a_change_while_a_plan_is_made_makes_another_one_due() -> None:
     cluster = Cluster.serving()
-    cluster.see(seen.WorkerSeen("c", 3))
+    cluster.see(observations.WorkerSeen("c", 3))
     made_for = cluster.state.inputs
-    cluster.see(seen.WorkerLost("c"))
-    assert cluster.see(seen.Planned(made_for, plan_of("a", "b", "c"))) == MakePlan(cluster.state.inputs)
+    cluster.see(observations.WorkerLost("c"))
+    assert cluster.see(observations.Planned(made_for, plan_of("a", "b", "c"))) == MakePlan(cluster.state.inputs)
     assert cluster.plan(BOTH) == IDLE
 
 
 def test_requests_wait_for_workers_until_the_recovery_timeout() -> None:
     cluster = Cluster.serving()
     cluster.at(10.0)
-    cluster.see(seen.WorkerLost("b"))
+    cluster.see(observations.WorkerLost("b"))
     cluster.lose_pipeline()
     action = cluster.plan(MEMORY)
     assert action == Notify("waiting for worker b; requests wait 120 s at most: 12 MiB are missing")
     assert cluster.notified(action) == Wait(10.0 + RECOVERY_S)
     late = "no worker came back within 120 s (timeouts.recovery): 12 MiB are missing"
     assert cluster.at(10.0 + RECOVERY_S) == FailRequests(late)
-    assert cluster.see(seen.RequestsFailed(late)) == Wait(None)
-    assert cluster.see(seen.WorkerSeen("b", 2)) == MakePlan(cluster.state.inputs)
+    assert cluster.see(observations.RequestsFailed(late)) == Wait(None)
+    assert cluster.see(observations.WorkerSeen("b", 2)) == MakePlan(cluster.state.inputs)
     assert cluster.plan(BOTH) == LoadEpoch(BOTH, is_exclusive=True)
 
 
 def test_all_absent_workers_are_named() -> None:
     cluster = Cluster.serving()
-    cluster.see(seen.WorkerLost("b"), seen.WorkerLost("a"))
+    cluster.see(observations.WorkerLost("b"), observations.WorkerLost("a"))
     cluster.lose_pipeline()
     assert cluster.plan(LOST) == Notify(f"waiting for workers a, b; requests wait 120 s at most: {LOST}")
 
 
 def test_the_same_reason_is_noticed_once() -> None:
     cluster = Cluster.serving()
-    cluster.see(seen.WorkerLost("b"))
+    cluster.see(observations.WorkerLost("b"))
     cluster.lose_pipeline()
     assert isinstance(cluster.notified(cluster.plan(MEMORY)), Wait)
-    cluster.see(seen.Signal.LINKS_CHANGED)
+    cluster.see(observations.Signal.LINKS_CHANGED)
     assert isinstance(cluster.plan(MEMORY), Wait)
 
 
@@ -178,7 +178,7 @@ def test_loads_that_fail_are_repeated_after_growing_pauses() -> None:
     assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
     late = "no plan could be loaded within 120 s (timeouts.recovery): layers do not load"
     assert cluster.at(RECOVERY_S) == FailRequests(late)
-    assert cluster.see(seen.RequestsFailed(late)) == LoadEpoch(BOTH, is_exclusive=True)
+    assert cluster.see(observations.RequestsFailed(late)) == LoadEpoch(BOTH, is_exclusive=True)
 
 
 @pytest.mark.parametrize("error", [FAILED, DeadlineError("no answer")], ids=["fails", "does not answer"])
@@ -192,8 +192,8 @@ def test_workers_that_do_not_load_are_expelled(error: WorkerError) -> None:
     assert isinstance(action, Expel)
     (expulsion,) = action.expulsions
     assert expulsion.worker == ("b", 2) and expulsion.reason == f"it could not load a new epoch: {error}"
-    cluster.see(seen.WorkerLost("b"), seen.Signal.WORKERS_EXPELLED)
-    cluster.see(seen.WorkerSeen("b", 2))
+    cluster.see(observations.WorkerLost("b"), observations.Signal.WORKERS_EXPELLED)
+    cluster.see(observations.WorkerSeen("b", 2))
     assert cluster.state.inputs.quarantined == {"b"}
     cluster.at(10.0)
     assert cluster.state.inputs.quarantined == frozenset()
@@ -203,7 +203,7 @@ def test_workers_that_do_not_load_are_expelled(error: WorkerError) -> None:
 def test_a_worker_with_less_memory_than_reported_is_planned_anew_and_not_expelled(is_start: bool) -> None:
     cluster = Cluster.starting() if is_start else Cluster.serving()
     if is_start:
-        cluster.see(seen.WorkerSeen("a", 1), seen.WorkerSeen("b", 2))
+        cluster.see(observations.WorkerSeen("a", 1), observations.WorkerSeen("b", 2))
     else:
         cluster.lose_pipeline()
     for _ in range(2):
@@ -224,17 +224,17 @@ def test_a_worker_that_hangs_is_expelled_and_the_others_load_at_once() -> None:
             cluster.lose_pipeline()
         action = cluster.load_failed(FAILED, Suspect("b", hangs), is_exclusive=is_exclusive)
         assert isinstance(action, Expel) and action.expulsions[0].reason == "it hangs: worker b made no progress"
-        assert isinstance(cluster.see(seen.WorkerLost("b"), seen.Signal.WORKERS_EXPELLED), MakePlan)
+        assert isinstance(cluster.see(observations.WorkerLost("b"), observations.Signal.WORKERS_EXPELLED), MakePlan)
 
 
 def test_workers_without_the_file_wait_for_one_that_has_it() -> None:
     cluster = Cluster.serving()
-    cluster.see(seen.WorkerLost("a"))
+    cluster.see(observations.WorkerLost("a"))
     cluster.lose_pipeline()
     cluster.plan(ONLY_B)
-    action = cluster.see(seen.EpochLoadFailed(FILE, True, (Suspect("b", FILE),), file_is_absent=True))
+    action = cluster.see(observations.EpochLoadFailed(FILE, True, (Suspect("b", FILE),), file_is_absent=True))
     assert isinstance(cluster.notified(action), Wait)
-    cluster.see(seen.WorkerSeen("a", 1))
+    cluster.see(observations.WorkerSeen("a", 1))
     assert cluster.plan(BOTH) == LoadEpoch(BOTH, is_exclusive=True)
 
 
@@ -242,8 +242,8 @@ def test_the_loss_of_the_last_holder_is_the_reason_to_wait() -> None:
     cluster = Cluster.serving()
     cluster.lose_pipeline()
     cluster.plan(ONLY_B)
-    cluster.see(seen.WorkerLost("a"))
-    action = cluster.see(seen.EpochLoadFailed(FILE, True, (Suspect("b", FILE),), file_is_absent=True))
+    cluster.see(observations.WorkerLost("a"))
+    action = cluster.see(observations.EpochLoadFailed(FILE, True, (Suspect("b", FILE),), file_is_absent=True))
     assert action == Notify("waiting for worker a; requests wait 120 s at most: no such file")
     assert isinstance(cluster.notified(action), Wait)
 
@@ -254,7 +254,7 @@ def test_a_worker_that_breaks_the_protocol_is_expelled() -> None:
     action = cluster.lose_pipeline(damaged)
     assert action == Expel((Expulsion(("b", 2), "a damaged result"),))
     other = Cluster.serving()
-    other.see(seen.WorkerLost("a"))
+    other.see(observations.WorkerLost("a"))
     assert isinstance(other.lose_pipeline(damaged), MakePlan), "the loss is the cause"
     assert not other.state.pool.quarantine.records
 
@@ -263,58 +263,58 @@ def test_failures_one_after_the_other_end_no_request() -> None:
     cluster = Cluster.serving()
     for _ in range(6):
         assert cluster.lose_pipeline() == LoadEpoch(BOTH, is_exclusive=True)
-        cluster.see(seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING)
+        cluster.see(observations.Signal.EPOCH_LOADED, observations.Signal.EPOCH_SERVING)
 
 
 def moving(better: Plan) -> Cluster:
     """A third worker has joined, and the better plan serves beside the one before."""
     cluster = Cluster.serving()
-    cluster.see(seen.WorkerSeen("c", 3))
+    cluster.see(observations.WorkerSeen("c", 3))
     assert cluster.plan(better) == LoadEpoch(better, is_exclusive=False)
-    assert cluster.see(seen.Signal.EPOCH_LOADED) == Serve()
-    assert cluster.see(seen.Signal.EPOCH_SERVING) == Wait(None), "requests run on the old epoch"
+    assert cluster.see(observations.Signal.EPOCH_LOADED) == Serve()
+    assert cluster.see(observations.Signal.EPOCH_SERVING) == Wait(None), "requests run on the old epoch"
     return cluster
 
 
 def test_a_better_plan_is_adopted_at_once_and_the_old_epoch_freed_when_it_is_empty() -> None:
     cluster = moving(ALL)
-    assert cluster.see(seen.Signal.RETIRING_EMPTY) == FreeRetired()
-    assert cluster.see(seen.Signal.RETIRING_FREED) == IDLE
+    assert cluster.see(observations.Signal.RETIRING_EMPTY) == FreeRetired()
+    assert cluster.see(observations.Signal.RETIRING_FREED) == IDLE
 
 
 def test_a_second_move_waits_for_the_end_of_the_first() -> None:
     cluster = moving(ALL)
-    cluster.see(seen.DrainRequested("b"))
+    cluster.see(observations.DrainRequested("b"))
     without_b = plan_of("a", "c")
     assert cluster.plan(without_b) == Wait(None)
-    assert cluster.see(seen.Signal.RETIRING_EMPTY) == FreeRetired()
-    assert cluster.see(seen.Signal.RETIRING_FREED) == LoadEpoch(without_b, is_exclusive=False)
+    assert cluster.see(observations.Signal.RETIRING_EMPTY) == FreeRetired()
+    assert cluster.see(observations.Signal.RETIRING_FREED) == LoadEpoch(without_b, is_exclusive=False)
 
 
 def test_a_worker_is_freed_when_the_epoch_that_retires_has_no_stage_of_it() -> None:
     cluster = Cluster.serving()
-    cluster.see(seen.DrainRequested("b"))
+    cluster.see(observations.DrainRequested("b"))
     assert cluster.plan(ONLY_A) == LoadEpoch(ONLY_A, is_exclusive=False)
-    assert cluster.see(seen.Signal.EPOCH_LOADED) == Serve()
-    assert cluster.see(seen.Signal.EPOCH_SERVING) == Wait(None)
+    assert cluster.see(observations.Signal.EPOCH_LOADED) == Serve()
+    assert cluster.see(observations.Signal.EPOCH_SERVING) == Wait(None)
     assert not cluster.state.is_freed("b"), "its requests run"
-    cluster.see(seen.Signal.RETIRING_EMPTY, seen.Signal.RETIRING_FREED)
+    cluster.see(observations.Signal.RETIRING_EMPTY, observations.Signal.RETIRING_FREED)
     assert cluster.state.is_freed("b")
 
 
 def test_a_loss_closes_the_epoch_that_retires_as_well() -> None:
     cluster = moving(ALL)
-    assert cluster.see(seen.PipelineLost(BROKEN), seen.Signal.RETIRING_EMPTY) == ClosePipeline()
-    assert cluster.see(seen.Signal.PIPELINE_CLOSED) == LoadEpoch(ALL, is_exclusive=True)
-    cluster.see(seen.Signal.RETIRING_EMPTY)
+    assert cluster.see(observations.PipelineLost(BROKEN), observations.Signal.RETIRING_EMPTY) == ClosePipeline()
+    assert cluster.see(observations.Signal.PIPELINE_CLOSED) == LoadEpoch(ALL, is_exclusive=True)
+    cluster.see(observations.Signal.RETIRING_EMPTY)
     assert cluster.state.retiring is None
-    cluster.see(seen.Signal.EPOCH_LOADED)
-    assert cluster.see(seen.Signal.EPOCH_SERVING) == IDLE, "after a loss nothing retires"
+    cluster.see(observations.Signal.EPOCH_LOADED)
+    assert cluster.see(observations.Signal.EPOCH_SERVING) == IDLE, "after a loss nothing retires"
 
 
 def test_a_drain_that_does_not_fit_beside_the_old_layers_interrupts_the_pipeline() -> None:
     cluster = Cluster.serving()
-    cluster.see(seen.DrainRequested("b"))
+    cluster.see(observations.DrainRequested("b"))
     cluster.plan(ONLY_A)
     assert cluster.load_failed(MEMORY, is_exclusive=False) == Interrupt(MEMORY)
     assert cluster.lose_pipeline(WorkerError(str(MEMORY))) == LoadEpoch(ONLY_A, is_exclusive=True)
@@ -322,18 +322,18 @@ def test_a_drain_that_does_not_fit_beside_the_old_layers_interrupts_the_pipeline
 
 def test_a_move_that_fails_is_noticed_once_and_not_repeated() -> None:
     cluster = Cluster.serving()
-    cluster.see(seen.WorkerSeen("c", 3))
+    cluster.see(observations.WorkerSeen("c", 3))
     cluster.plan(plan_of("a", "b", "c"))
     action = cluster.load_failed(FAILED, is_exclusive=False)
     assert action == Notify("layers stay where they are: layers do not load")
     assert cluster.notified(action) == IDLE
-    cluster.see(seen.WorkerLost("c"))
+    cluster.see(observations.WorkerLost("c"))
     assert cluster.plan(BOTH) == IDLE
 
 
 def test_a_drain_without_a_plan_is_noticed_and_settled() -> None:
     cluster = Cluster.serving()
-    cluster.see(seen.DrainRequested("b"))
+    cluster.see(observations.DrainRequested("b"))
     action = cluster.plan(MEMORY)
     assert action == Notify("layers cannot be moved now: 12 MiB are missing")
     assert cluster.notified(action) == IDLE
@@ -341,22 +341,22 @@ def test_a_drain_without_a_plan_is_noticed_and_settled() -> None:
 
 def test_a_loss_during_a_move_is_recovered_by_the_move() -> None:
     cluster = Cluster.serving()
-    cluster.see(seen.WorkerSeen("c", 3))
+    cluster.see(observations.WorkerSeen("c", 3))
     cluster.plan(plan_of("a", "b", "c"))
-    cluster.see(seen.PipelineLost(LOST))
-    assert cluster.see(seen.Signal.EPOCH_LOADED) == Serve()
-    assert cluster.see(seen.Signal.EPOCH_SERVING) == IDLE and cluster.state.loss is None
+    cluster.see(observations.PipelineLost(LOST))
+    assert cluster.see(observations.Signal.EPOCH_LOADED) == Serve()
+    assert cluster.see(observations.Signal.EPOCH_SERVING) == IDLE and cluster.state.loss is None
 
 
 def test_a_plan_with_images_is_worth_a_move_and_one_without_is_none() -> None:
     reading = replace(BOTH, stages=(replace(BOTH.stages[0], encoder_bytes=1), *BOTH.stages[1:]))
     cluster = Cluster.serving()
-    cluster.see(seen.Signal.LINKS_CHANGED)
+    cluster.see(observations.Signal.LINKS_CHANGED)
     assert cluster.plan(reading) == LoadEpoch(reading, is_exclusive=False)
-    cluster.see(seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING, seen.Signal.RETIRING_FREED)
+    cluster.see(observations.Signal.EPOCH_LOADED, observations.Signal.EPOCH_SERVING, observations.Signal.RETIRING_FREED)
     assert cluster.state.reads_images
-    cluster.see(seen.Signal.LINKS_CHANGED)
+    cluster.see(observations.Signal.LINKS_CHANGED)
     faster = replace(ALL, no_images="no room")
     assert cluster.plan(faster) == IDLE
-    cluster.see(seen.DrainRequested("b"))
+    cluster.see(observations.DrainRequested("b"))
     assert cluster.plan(replace(ONLY_A, no_images="no room")) != IDLE, "the worker must go"

@@ -17,7 +17,7 @@ from llamaclust.cluster.engine.waterfall import ComputedMicrobatch, PhaseKind, W
 from llamaclust.cluster.engine.waterfall_json import matching, waterfall_json
 from llamaclust.cluster.engine.waterfalls import RequestRecord
 from llamaclust.cluster.scheduler.requests import GenerationRequest, Timings
-from llamaclust.cluster.scheduler.rows.taking import take_rows
+from llamaclust.cluster.scheduler.rows.slicing import take_rows
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.usage import Usage

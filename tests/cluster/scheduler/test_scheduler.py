@@ -92,7 +92,7 @@ def test_random_mixes_give_the_same_tokens_and_leak_nothing(seed: int) -> None:
     assert run.scheduler.queues.memory.blocks.available == counts.kv_blocks
 
 
-def test_breakers_that_no_last_stage_would_take_are_refused() -> None:
+def test_dry_breakers_that_no_last_stage_would_take_are_refused() -> None:
     run = simulation()
     many = {5: tuple((5, 1 + number % 9) for number in range(MAX_BREAKERS_TOKENS // 2))}
     with pytest.raises(RequestError, match=f"dry_sequence_breakers.* the limit is {MAX_BREAKERS_TOKENS}"):

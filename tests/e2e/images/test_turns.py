@@ -80,7 +80,7 @@ async def test_a_tile_longer_than_a_turn_ends(tmp_path: Path, monkeypatch: pytes
         encoding = asyncio.create_task(encode(encoder, tiles))
         await found.run.until("a tile", lambda: len(held.begun) == 1)
         answering = asyncio.create_task(found.answer(1, request))
-        await found.run.until("the end of the turn", lambda: resident.gives_way)
+        await found.run.until("the end of the turn", lambda: resident.is_preempted)
         await asyncio.sleep(0.2)
         assert found.states == [AWAKE, ASLEEP] and not answering.done(), "the tile is waited for"
         held.gate.set()

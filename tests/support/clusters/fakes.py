@@ -13,7 +13,7 @@ import numpy as np
 
 from llamaclust.cluster.engine.failures import PipelineFailure
 from llamaclust.cluster.engine.pipeline import KvDisks, PipelineEncoder, StageInfo
-from llamaclust.cluster.scheduler.breakers import SeenBreakers
+from llamaclust.cluster.scheduler.dry_breakers import SeenBreakers
 from llamaclust.cluster.scheduler.requests import (
     Event,
     Finished,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control import observations
 from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, Waits
 from llamaclust.cluster.control.observations import Observation, Suspect
 from llamaclust.cluster.control.reconcile import Action, ClosePipeline, Notify, Wait, reconcile
@@ -41,28 +41,28 @@ class Cluster:
 
     @classmethod
     def starting(cls) -> Cluster:
-        return cls(ClusterState(Waits(RECOVERY_S, START_S), 2, seen.Tick(0.0), PipelineLoss(0.0)))
+        return cls(ClusterState(Waits(RECOVERY_S, START_S), 2, observations.Tick(0.0), PipelineLoss(0.0)))
 
     @classmethod
     def serving(cls) -> Cluster:
         cluster = cls.starting()
-        cluster.see(seen.WorkerSeen("a", 1), seen.WorkerSeen("b", 2))
+        cluster.see(observations.WorkerSeen("a", 1), observations.WorkerSeen("b", 2))
         cluster.plan(BOTH)
-        cluster.see(seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING)
+        cluster.see(observations.Signal.EPOCH_LOADED, observations.Signal.EPOCH_SERVING)
         return cluster
 
-    def see(self, *observations: Observation) -> Action | None:
-        for observation in observations:
+    def see(self, *events: Observation) -> Action | None:
+        for observation in events:
             self.state = observe(self.state, observation)
         return reconcile(self.state)
 
     def plan(self, outcome: Plan | WorkerError | InsufficientMemoryError) -> Action | None:
         if isinstance(outcome, Plan):
-            return self.see(seen.Planned(self.state.inputs, plan=outcome))
-        return self.see(seen.Planned(self.state.inputs, error=outcome))
+            return self.see(observations.Planned(self.state.inputs, plan=outcome))
+        return self.see(observations.Planned(self.state.inputs, error=outcome))
 
     def at(self, now_s: float) -> Action | None:
-        return self.see(seen.Tick(now_s))
+        return self.see(observations.Tick(now_s))
 
     def lose_pipeline(
         self,
@@ -71,8 +71,8 @@ class Cluster:
         requests: frozenset[int] = frozenset(),
         causes: frozenset[int] = frozenset(),
     ) -> Action | None:
-        assert self.see(seen.PipelineLost(error, requests, causes)) == ClosePipeline()
-        return self.see(seen.Signal.PIPELINE_CLOSED)
+        assert self.see(observations.PipelineLost(error, requests, causes)) == ClosePipeline()
+        return self.see(observations.Signal.PIPELINE_CLOSED)
 
     def load_failed(
         self,
@@ -80,9 +80,9 @@ class Cluster:
         *suspects: Suspect,
         is_exclusive: bool = True,
     ) -> Action | None:
-        return self.see(seen.EpochLoadFailed(error, is_exclusive, suspects))
+        return self.see(observations.EpochLoadFailed(error, is_exclusive, suspects))
 
     def notified(self, action: Action | None) -> Action | None:
         """The action after a notice."""
         assert isinstance(action, Notify)
-        return self.see(seen.Noticed(action.text))
+        return self.see(observations.Noticed(action.text))

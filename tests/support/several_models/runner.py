@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control import observations
 from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, PoolState, Waits
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
@@ -18,7 +18,7 @@ ANYTHING: Any = SimpleNamespace()
 
 
 def observed_cluster() -> Observed:
-    return Observed(ClusterState(Waits(120.0, 120.0), 2, seen.Tick(0.0), PipelineLoss(0.0), PoolState()))
+    return Observed(ClusterState(Waits(120.0, 120.0), 2, observations.Tick(0.0), PipelineLoss(0.0), PoolState()))
 
 
 def action_runner(observed: Observed, open_epoch: Callable[..., Any]) -> ActionRunner:

@@ -27,8 +27,8 @@ def read_folder(files: SourceFiles, folder: Path) -> Checkpoint:
     path = folder / CONFIG
     values = read_json(path)
     settings = Settings(values, str(path))
-    said = values.get("_name_or_path")
-    last = Path(said).name if isinstance(said, str) else ""
+    origin = values.get("_name_or_path")
+    last = Path(origin).name if isinstance(origin, str) else ""
     tensors = read_weights(files, folder)
     return Checkpoint(
         family=_family(settings),

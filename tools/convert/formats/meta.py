@@ -153,12 +153,12 @@ def read_tencent_pretrain(
         raise ModelFileError(
             f"{path}: the file does not state the number of heads; name the model's configuration with --config"
         )
-    said = Settings(read_json(place), str(place))
+    stated = Settings(read_json(place), str(place))
     for name, wanted in _TENCENT_SETTINGS.items():
-        if said.values.get(name, wanted) != wanted:
-            raise said.error(name, f"{said.shown(name)}; LLaMA has {wanted!r}, other models are not supported")
+        if stated.values.get(name, wanted) != wanted:
+            raise stated.error(name, f"{stated.shown(name)}; LLaMA has {wanted!r}, other models are not supported")
     renamed = {_meta_name(name, path): tensor for name, tensor in tensors.items()}
-    values = _tencent_settings(said, renamed, path, context_length)
+    values = _tencent_settings(stated, renamed, path, context_length)
     return Checkpoint("Meta", Settings(values, str(place)), renamed, path.with_name("tokenizer.model"), path.stem)
 
 
@@ -172,21 +172,21 @@ def _meta_name(name: str, path: Path) -> str:
 
 
 def _tencent_settings(
-    said: Settings, tensors: Mapping[str, Lazy], path: Path, context_length: int | None
+    stated: Settings, tensors: Mapping[str, Lazy], path: Path, context_length: int | None
 ) -> dict[str, Any]:
-    width, heads = said.count("hidden_size", "emb_size"), said.count("heads_num", maximum=MAX_HEADS)
+    width, heads = stated.count("hidden_size", "emb_size"), stated.count("heads_num", maximum=MAX_HEADS)
     key = tensors.get("layers.0.attention.wk.weight")
     if key is None:
         raise ModelFileError(f"{path}: the first layer's matrix of keys is missing")
     head = max(1, width // heads)
     return {
         "hidden_size": width,
-        "intermediate_size": said.count("feedforward_size"),
-        "num_hidden_layers": said.count("layers_num", maximum=MAX_LAYERS),
+        "intermediate_size": stated.count("feedforward_size"),
+        "num_hidden_layers": stated.count("layers_num", maximum=MAX_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": key.shape[0] // head,
         "vocab_size": tensors["tok_embeddings.weight"].shape[0],
-        "max_position_embeddings": context_length or said.count("max_seq_length", default=2048, maximum=MAX_CONTEXT),
-        "rms_norm_eps": said.real("layernorm_eps", "rms_norm_eps", default=1e-6, minimum=1e-12, maximum=0.1),
-        "rope_theta": said.real("rope_theta", default=10000.0, minimum=1.0),
+        "max_position_embeddings": context_length or stated.count("max_seq_length", default=2048, maximum=MAX_CONTEXT),
+        "rms_norm_eps": stated.real("layernorm_eps", "rms_norm_eps", default=1e-6, minimum=1e-12, maximum=0.1),
+        "rope_theta": stated.real("rope_theta", default=10000.0, minimum=1.0),
     }

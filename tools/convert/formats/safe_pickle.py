@@ -184,10 +184,10 @@ _ACTIONS: Final[dict[str, Callable[[_Machine, Any], Any]]] = {
 }
 
 
-def _storage(said: Any) -> StorageRef:
-    if not isinstance(said, tuple) or len(said) != 5 or said[0] != "storage":
+def _storage(reference: Any) -> StorageRef:
+    if not isinstance(reference, tuple) or len(reference) != 5 or reference[0] != "storage":
         raise _Refused("the pickle refers to something that is not a storage")
-    _, kind, key, _, count = said
+    _, kind, key, _, count = reference
     if not isinstance(kind, _Named) or kind.name not in _STORAGES or not isinstance(key, str):
         raise _Refused("the pickle refers to a storage of an unknown type")
     if type(count) is not int or not 0 <= count < 1 << 48:

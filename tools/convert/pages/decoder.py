@@ -17,9 +17,9 @@ GELU: Final = ("gelu_pytorch_tanh", "gelu_new", "gelu")
 
 
 def activation(page: Page, names: Sequence[str], *keys: str) -> None:
-    said = page.settings.text(*keys, default=names[0])
-    if said not in names:
-        raise page.settings.error(keys[0], f"{shown(said)}: {page.architecture} computes {names[0]}")
+    stated = page.settings.text(*keys, default=names[0])
+    if stated not in names:
+        raise page.settings.error(keys[0], f"{shown(stated)}: {page.architecture} computes {names[0]}")
 
 
 def usual_keys(page: Page, feed_forward: int) -> None:

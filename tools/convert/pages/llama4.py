@@ -59,10 +59,10 @@ def _check_attention(page: Page, count: int) -> None:
     settings = page.settings
     has_norms = settings.flag("use_qk_norm", default=True)
     if has_norms != (count != _MAVERICK_EXPERTS):
-        said = "true" if has_norms else "false"
+        stated = "true" if has_norms else "false"
         raise settings.error(
             "use_qk_norm",
-            f"{said} is not supported for {count} experts: only models with {_MAVERICK_EXPERTS} have no norms",
+            f"{stated} is not supported for {count} experts: only models with {_MAVERICK_EXPERTS} have no norms",
         )
     if settings.values.get("attn_temperature_tuning", True) in (None, False, 0):
         raise settings.error("attn_temperature_tuning", "false is not supported by llama4")

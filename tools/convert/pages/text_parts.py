@@ -98,11 +98,11 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
     if part is None:
         return checkpoint
     inner = checkpoint.settings.inner("text_config")
-    said = inner.text("model_type", default=part.usual_type)
-    if said not in part.families:
+    kind = inner.text("model_type", default=part.usual_type)
+    if kind not in part.families:
         known = ", ".join(part.families)
         raise inner.error(
-            "model_type", f"{shown(said)} in a {checkpoint.family} cannot be converted; supported: {known}"
+            "model_type", f"{shown(kind)} in a {checkpoint.family} cannot be converted; supported: {known}"
         )
     values = {**(part.defaults or {}), **inner.values}
     values.pop("tie_word_embeddings", None)  # If the checkpoint has a head, the head is used.
@@ -111,7 +111,7 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
         values["deepstack_layers"] = len(added)
     settings = Settings(values, inner.origin)
     tensors = {name: checkpoint.tensors[source] for name, source in _sources(checkpoint).items()}
-    return replace(checkpoint, family=part.families[said], settings=settings, tensors=tensors)
+    return replace(checkpoint, family=part.families[kind], settings=settings, tensors=tensors)
 
 
 def _sources(checkpoint: Checkpoint) -> Mapping[str, str]:

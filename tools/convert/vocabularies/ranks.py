@@ -141,12 +141,12 @@ def _split(word: bytes, ranks: Mapping[bytes, int], path: Path) -> tuple[bytes, 
 
 
 def read_tekken(path: Path) -> Words:
-    said = read_json(path)
-    config = Settings(said, str(path)).inner("config")
+    document = read_json(path)
+    config = Settings(document, str(path)).inner("config")
     count = config.count("default_num_special_tokens", minimum=0, maximum=MAX_WORDS)
     size = config.count("default_vocab_size", minimum=count + 256, maximum=MAX_WORDS)
-    special = _special(said, path, count)
-    ranks = _ranks(said, path, size - count)
+    special = _special(document, path, count)
+    ranks = _ranks(document, path, size - count)
     words = Words(
         kind="gpt2",
         pre=_pre_tokenizer(path, config.text("pattern")),
@@ -160,10 +160,10 @@ def read_tekken(path: Path) -> Words:
     return words
 
 
-def _special(said: dict[str, Any], path: Path, count: int) -> list[str]:
+def _special(document: dict[str, Any], path: Path, count: int) -> list[str]:
     """Returns the texts of special tokens by id, which begin at 0. A token without a text gets a placeholder."""
     texts = [f"<SPECIAL_{number}>" for number in range(count)]
-    listed = said.get("special_tokens")
+    listed = document.get("special_tokens")
     if listed is None:
         listed = [{"rank": rank, "token_str": text} for rank, text in enumerate(_OLD_SPECIAL)]
     for entry in _objects(listed, path, "special_tokens"):
@@ -176,10 +176,10 @@ def _special(said: dict[str, Any], path: Path, count: int) -> list[str]:
     return texts
 
 
-def _ranks(said: dict[str, Any], path: Path, count: int) -> dict[bytes, int]:
+def _ranks(document: dict[str, Any], path: Path, count: int) -> dict[bytes, int]:
     """Returns the words with ranks below `count`. The file may have more words than the model."""
     ranks: dict[bytes, int] = {}
-    for entry in _objects(said.get("vocab"), path, "vocab"):
+    for entry in _objects(document.get("vocab"), path, "vocab"):
         rank, word = entry.get("rank"), entry.get("token_bytes")
         if type(rank) is not int or not isinstance(word, str):
             raise ModelFileError(f"{path}: a word has no rank or no bytes")

@@ -71,32 +71,32 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _read_special(words: Words, folder: Path, config: dict[str, Any], rows: int) -> None:
-    said = _json(folder / "tokenizer_config.json")
+    stated = _json(folder / "tokenizer_config.json")
     for text, token_id in _json(folder / "added_tokens.json").items():
         if type(token_id) is int and token_id >= 0:
             words.add(token_id, text, special=False)
-    added = said.get("added_tokens_decoder")
+    added = stated.get("added_tokens_decoder")
     for number, token in added.items() if isinstance(added, dict) else ():
         if _NUMBER.fullmatch(number) and isinstance(token, dict) and isinstance(token.get("content"), str):
             words.add(int(number), token["content"], token.get("special") is True)
-    _read_parts(words, said, _json(folder / "special_tokens_map.json"), config)
+    _read_parts(words, stated, _json(folder / "special_tokens_map.json"), config)
     _read_ends(words, config, rows)
     for name in ("bos", "eos"):
         flag = f"add_{name}_token"
-        if isinstance(said.get(flag), bool):
-            words.flags.setdefault(flag, said[flag])
+        if isinstance(stated.get(flag), bool):
+            words.flags.setdefault(flag, stated[flag])
             if words.kind in ("llama", "t5"):
-                words.flags[flag] = said[flag]
-    if isinstance(said.get("add_prefix_space"), bool) and words.kind == "llama":
-        words.flags["add_space_prefix"] = said["add_prefix_space"]
-    words.template = _template(folder, said) or words.template
+                words.flags[flag] = stated[flag]
+    if isinstance(stated.get("add_prefix_space"), bool) and words.kind == "llama":
+        words.flags["add_space_prefix"] = stated["add_prefix_space"]
+    words.template = _template(folder, stated) or words.template
 
 
-def _read_parts(words: Words, said: dict[str, Any], named: dict[str, Any], config: dict[str, Any]) -> None:
+def _read_parts(words: Words, stated: dict[str, Any], named: dict[str, Any], config: dict[str, Any]) -> None:
     """Reads which tokens are BOS, EOS and so on. Files of the tokenizer take precedence over the model's."""
     places = {text: token_id for token_id, text in enumerate(words.texts)}
     for short, name in _PARTS.items():
-        text = _content(said.get(f"{short}_token")) or _content(named.get(f"{short}_token"))
+        text = _content(stated.get(f"{short}_token")) or _content(named.get(f"{short}_token"))
         token_id = config.get(f"{short}_token_id")
         first = token_id[0] if isinstance(token_id, list) and token_id else token_id
         if text is not None and text in places:
@@ -109,8 +109,8 @@ def _read_ends(words: Words, config: dict[str, Any], rows: int) -> None:
     """Reads the tokens, other than EOS, that end an answer. The first of them become EOT and EOM, unless these roles
     are taken. The configuration's last tokens come first, since chats use them."""
     listed = config.get("eos_token_id")
-    said = [config.get("eod_token_id"), *(listed if isinstance(listed, list) else ())]
-    ends = dict.fromkeys(end for end in reversed(said) if type(end) is int and 0 <= end < rows)
+    stated = [config.get("eod_token_id"), *(listed if isinstance(listed, list) else ())]
+    ends = dict.fromkeys(end for end in reversed(stated) if type(end) is int and 0 <= end < rows)
     known = {words.ids.get(role) for role in ("eos", *_ENDS)}
     others = [end for end in ends if end not in known]
     for role, end in zip([role for role in _ENDS if role not in words.ids], others, strict=False):
@@ -123,7 +123,7 @@ def _content(entry: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _template(folder: Path, said: dict[str, Any]) -> str | None:
+def _template(folder: Path, stated: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         if path.stat().st_size > _MAX_TEMPLATE_BYTES:
@@ -134,7 +134,7 @@ def _template(folder: Path, said: dict[str, Any]) -> str | None:
             raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from None
         except ValueError as error:
             raise ModelFileError(f"{path}: {error}") from None
-    template = said.get("chat_template") or _json(folder / "chat_template.json").get("chat_template")
+    template = stated.get("chat_template") or _json(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):
         defaults = [variant for variant in template if isinstance(variant, dict) and variant.get("name") == "default"]
         template = defaults[-1].get("template") if defaults else None

@@ -44,8 +44,8 @@ def read_sentence_piece(path: Path, data: bytes) -> Words:
     words.flags["add_space_prefix"] = model.normalizer_spec.add_dummy_prefix
     if words.kind == "t5":
         _normalization(words, model)
-    said = model.trainer_spec
-    ids = {"bos": said.bos_id, "eos": said.eos_id, "unknown": said.unk_id, "padding": said.pad_id}
+    trainer = model.trainer_spec
+    ids = {"bos": trainer.bos_id, "eos": trainer.eos_id, "unknown": trainer.unk_id, "padding": trainer.pad_id}
     words.ids |= {name: token_id for name, token_id in ids.items() if 0 <= token_id < len(words.texts)}
     return words
 

@@ -27,23 +27,23 @@ _BYTES: Final = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def read_tokenizer_json(path: Path) -> Words:
-    said = read_json(path)
-    model = _object(said.get("model"), path, "model")
+    document = read_json(path)
+    model = _object(document.get("model"), path, "model")
     is_unigram = model.get("type") == "Unigram"
-    words = _unigrams(path, model, said) if is_unigram else _merged(path, model, said)
-    for entry in _list(said.get("added_tokens"), path, "added_tokens"):
+    words = _unigrams(path, model, document) if is_unigram else _merged(path, model, document)
+    for entry in _list(document.get("added_tokens"), path, "added_tokens"):
         _add(words, _object(entry, path, "added_tokens"))
     if is_unigram:
         _check_alike(words, _library(path))
-    _read_ends(words, said)
+    _read_ends(words, document)
     return words
 
 
-def _merged(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
+def _merged(path: Path, model: dict[str, Any], document: dict[str, Any]) -> Words:
     texts = _texts(model, path)
     merges = _merges(model, path)
     is_bytes = model.get("byte_fallback") is True and set(texts) >= _BYTES
-    return _sentence_pieces(path, texts, merges, said) if is_bytes else _byte_level(path, texts, merges, said)
+    return _sentence_pieces(path, texts, merges, document) if is_bytes else _byte_level(path, texts, merges, document)
 
 
 def _texts(model: dict[str, Any], path: Path) -> list[str]:
@@ -76,12 +76,12 @@ def _merges(model: dict[str, Any], path: Path) -> list[tuple[str, str]]:
     return found
 
 
-def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], said: dict[str, Any]) -> Words:
-    normalizers = _parts(said.get("normalizer"), "normalizers")
+def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], document: dict[str, Any]) -> Words:
+    normalizers = _parts(document.get("normalizer"), "normalizers")
     strange = next((entry.get("type") for entry in normalizers if entry.get("type") not in _HARMLESS), None)
     if strange is not None:
         raise ModelFileError(f"{path}: the normalizer {shown(str(strange))} is not supported for byte-level BPE")
-    name = _pre_tokenizer_name(_library(path), said)
+    name = _pre_tokenizer_name(_library(path), document)
     if name is None:
         raise ModelFileError(
             f"{path}: the pre-tokenizer splits text unlike any known pre-tokenizer (docs/models.md lists them); "
@@ -98,22 +98,22 @@ def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], sai
     )
 
 
-def _pre_tokenizer_name(library: Any, said: dict[str, Any]) -> str | None:
+def _pre_tokenizer_name(library: Any, document: dict[str, Any]) -> str | None:
     """Returns the name of the pre-tokenizer, or None if it is unknown. If merges produce every word, `ignore_merges`
     makes no difference, so its value need not match."""
-    ignores_merges, has_bos = said["model"].get("ignore_merges") is True, _template_ends(said)[0] is not None
+    ignores_merges, has_bos = document["model"].get("ignore_merges") is True, _template_ends(document)[0] is not None
     name = recognised(library.pre_tokenizer, ignores_merges, has_bos)
     if name is not None:
         return name
     name = recognised(library.pre_tokenizer, not ignores_merges, has_bos)
-    return name if name is not None and _merges_reach_words(library, said) else None
+    return name if name is not None and _merges_reach_words(library, document) else None
 
 
-def _merges_reach_words(library: Any, said: dict[str, Any]) -> bool:
-    added = {entry.get("content") for entry in said.get("added_tokens") or () if isinstance(entry, dict)}
+def _merges_reach_words(library: Any, document: dict[str, Any]) -> bool:
+    added = {entry.get("content") for entry in document.get("added_tokens") or () if isinstance(entry, dict)}
     model = library.model
     model.ignore_merges = False
-    return all(len(model.tokenize(word)) == 1 for word in said["model"]["vocab"] if word not in added)
+    return all(len(model.tokenize(word)) == 1 for word in document["model"]["vocab"] if word not in added)
 
 
 def _library(path: Path) -> Any:
@@ -126,7 +126,7 @@ def _library(path: Path) -> Any:
     return tokenizer
 
 
-def _sentence_pieces(path: Path, texts: list[str], merges: list[tuple[str, str]], said: dict[str, Any]) -> Words:
+def _sentence_pieces(path: Path, texts: list[str], merges: list[tuple[str, str]], document: dict[str, Any]) -> Words:
     """Computes SentencePiece's scores from the order of merges. The first merge has the best score."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
@@ -146,11 +146,11 @@ def _sentence_pieces(path: Path, texts: list[str], merges: list[tuple[str, str]]
         scores=scores,
         merges=[f"{left} {right}" for left, right in merges],
     )
-    unknown = said["model"].get("unk_token")
+    unknown = document["model"].get("unk_token")
     if isinstance(unknown, str) and unknown in texts:
         words.ids["unknown"] = texts.index(unknown)
         types[words.ids["unknown"]] = TokenType.UNKNOWN
-    normalizers = json.dumps([said.get("normalizer"), said.get("pre_tokenizer")])
+    normalizers = json.dumps([document.get("normalizer"), document.get("pre_tokenizer")])
     prepends = '"Prepend"' in normalizers or '"prepend_scheme": "first"' in normalizers
     words.flags["add_space_prefix"] = prepends or '"prepend_scheme": "always"' in normalizers
     return words
@@ -163,8 +163,8 @@ def _add(words: Words, entry: dict[str, Any]) -> None:
     words.add(token_id, text, entry.get("special") is True)
 
 
-def _read_ends(words: Words, said: dict[str, Any]) -> None:
-    first, last = _template_ends(said)
+def _read_ends(words: Words, document: dict[str, Any]) -> None:
+    first, last = _template_ends(document)
     if first in words.texts:
         words.ids.setdefault("bos", words.texts.index(first))
         words.flags["add_bos_token"] = True
@@ -173,8 +173,8 @@ def _read_ends(words: Words, said: dict[str, Any]) -> None:
         words.flags["add_eos_token"] = True
 
 
-def _template_ends(said: dict[str, Any]) -> tuple[str | None, str | None]:
-    for processor in _parts(said.get("post_processor"), "processors"):
+def _template_ends(document: dict[str, Any]) -> tuple[str | None, str | None]:
+    for processor in _parts(document.get("post_processor"), "processors"):
         single = processor.get("single")
         if processor.get("type") == "TemplateProcessing" and isinstance(single, list) and len(single) > 1:
             return _special(single[0]), _special(single[-1])
@@ -187,10 +187,10 @@ def _special(item: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _parts(said: Any, inner: str) -> list[dict[str, Any]]:
-    if not isinstance(said, dict):
+def _parts(document: Any, inner: str) -> list[dict[str, Any]]:
+    if not isinstance(document, dict):
         return []
-    parts = said.get(inner) if said.get("type") == "Sequence" else [said]
+    parts = document.get(inner) if document.get("type") == "Sequence" else [document]
     return [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
 
 
@@ -206,11 +206,11 @@ def _object(value: Any, path: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def _unigrams(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
+def _unigrams(path: Path, model: dict[str, Any], document: dict[str, Any]) -> Words:
     """Reads SentencePiece's pieces, character map and treatment of spaces from tokenizer.json. Raises
     ModelFileError if an entry is malformed, or if the piece for unknown text is missing."""
-    steps = _parts(said.get("normalizer"), "normalizers")
-    cutters = _parts(said.get("pre_tokenizer"), "pretokenizers")
+    steps = _parts(document.get("normalizer"), "normalizers")
+    cutters = _parts(document.get("pre_tokenizer"), "pretokenizers")
     spaces = next((cutter for cutter in cutters if cutter.get("type") == "Metaspace"), {"prepend_scheme": "never"})
     entries = model.get("vocab")
     if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
@@ -260,11 +260,11 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _charsmap(path: Path, steps: list[dict[str, Any]]) -> bytes:
-    said = next((step.get("precompiled_charsmap") for step in steps if step.get("type") == "Precompiled"), None)
-    if said is None:
+    document = next((step.get("precompiled_charsmap") for step in steps if step.get("type") == "Precompiled"), None)
+    if document is None:
         return b""
     try:
-        data = base64.b64decode(said, validate=True)
+        data = base64.b64decode(document, validate=True)
     except (binascii.Error, TypeError, ValueError):
         raise ModelFileError(f"{path}: the map of characters is not base64") from None
     check_charsmap(data, f"{path}: its map of characters")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control import observations
 from llamaclust.cluster.control.cluster_state import PipelineLoss
 from llamaclust.cluster.control.memory_ledger import MemoryLedger, MemoryUse
 from llamaclust.cluster.control.pool.drain import WorkerOperations
@@ -68,7 +68,10 @@ async def test_a_move_that_a_loss_overtook_holds_the_memory_of_one_plan() -> Non
     observed.state = replace(observed.state, loss=PipelineLoss(asyncio.get_running_loop().time()))
     await runner.run(Serve())
     assert ledger.beside("another") == use_of(BOTH)
-    assert [await observed.next(None) for _ in range(2)] == [seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING]
+    assert [await observed.next(None) for _ in range(2)] == [
+        observations.Signal.EPOCH_LOADED,
+        observations.Signal.EPOCH_SERVING,
+    ]
 
 
 @pytest.mark.parametrize("is_lost", [True, False], ids=["after a loss", "a move"])
@@ -92,10 +95,10 @@ async def test_a_plan_of_before_another_model_took_memory_is_not_loaded(is_lost:
     loss, observed.state = observed.state.loss, replace(observed.state, loss=None)
     await runner.run(MakePlan(observed.state.inputs))
     ledger.enter("another", (ONLY_A,))
-    assert isinstance(await observed.next(None), seen.Planned)
+    assert isinstance(await observed.next(None), observations.Planned)
     await runner.run(LoadEpoch(BOTH, is_exclusive=is_lost))
     taken = await observed.next(None)
-    assert taken is seen.Signal.MEMORY_TAKEN and not opened
+    assert taken is observations.Signal.MEMORY_TAKEN and not opened
     before = observed.state.inputs
     observed.apply(taken)
     assert observed.state.inputs != before, "another plan is due"

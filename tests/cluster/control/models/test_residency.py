@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.control import observations as seen
-from llamaclust.cluster.control import residency
+from llamaclust.cluster.control import observations, residency
 from llamaclust.cluster.control.observations import Signal
 from llamaclust.cluster.control.reconcile import Action, LoadEpoch, MakePlan, Serve, Wait, reconcile
 from llamaclust.cluster.control.residency import Residency, Resident
@@ -34,8 +33,8 @@ class Engine:
 
     async def finish_tile(self) -> None: ...
 
-    def sleep(self, *, gives_way: bool) -> bool:
-        if not (gives_way or self.requests.are_empty):
+    def sleep(self, *, is_forced: bool) -> bool:
+        if not (is_forced or self.requests.are_empty):
             return False
         self.state = EngineState.ASLEEP
         return True
@@ -52,7 +51,7 @@ class Model:
         self.engine = engine
         self.observed = observed_cluster()
         for number, worker in enumerate("ab", 1):
-            self.observed.apply(seen.WorkerSeen(worker, number))
+            self.observed.apply(observations.WorkerSeen(worker, number))
         self.observed.state = replace(
             self.observed.state, is_start=False, is_wanted=False, is_unloaded=True, is_alone=False
         )
@@ -81,7 +80,7 @@ class Model:
         match action:
             case MakePlan(inputs):
                 plan, error = (None, InsufficientMemoryError("full")) if is_full else (BOTH, None)
-                self.observed.post(seen.Planned(inputs, plan, error, is_beside=True))
+                self.observed.post(observations.Planned(inputs, plan, error, is_beside=True))
             case LoadEpoch() if is_full:
                 self.observed.post(Signal.MEMORY_TAKEN)
             case LoadEpoch():
@@ -97,7 +96,7 @@ class Model:
 
     async def supervise(self) -> None:
         while True:
-            self.observed.apply(seen.Tick(asyncio.get_running_loop().time()))
+            self.observed.apply(observations.Tick(asyncio.get_running_loop().time()))
             action = reconcile(self.observed.state)
             if action is not None and not isinstance(action, Wait):
                 self.observed.begin()
@@ -111,7 +110,7 @@ class Model:
         count = 0
         while count < _WAKE:
             resident = self.resident
-            count = count + 1 if resident.is_asleep and not (resident.is_idle or resident.gives_way) else 0
+            count = count + 1 if resident.is_asleep and not (resident.is_idle or resident.is_preempted) else 0
             await asyncio.sleep(0)
         raise AssertionError(f"model {self.name} sleeps although requests wait for it")
 
@@ -157,7 +156,7 @@ async def test_a_request_and_an_unload_that_come_while_the_stages_are_freed(sign
 
 async def test_a_request_that_comes_in_the_moment_in_which_another_ends() -> None:
     async with _models("a", Random(SEED)) as (model,):
-        model.resident.gives_way = True
+        model.resident.is_preempted = True
         with model.engine.requests.announced():
             await _iterations(_WAKE)
             assert model.resident.is_asleep

@@ -7,7 +7,7 @@ from functools import partialmethod
 
 import pytest
 
-from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control import observations
 from llamaclust.cluster.control.cluster_state import ClusterState, Expulsion, PipelineLoss, Waits
 from llamaclust.cluster.control.epochs import StageLoadError, load_stages
 from llamaclust.cluster.control.load_orders import StageLoads
@@ -36,30 +36,32 @@ def plan_of(*names: str) -> Plan:
 BOTH, ONLY_A = plan_of("a", "b"), plan_of("a")
 
 
-def after(state: ClusterState, *observations: Observation) -> ClusterState:
-    for observation in observations:
+def after(state: ClusterState, *events: Observation) -> ClusterState:
+    for observation in events:
         state = observe(state, observation)
     return state
 
 
 def planned(state: ClusterState, plan: Plan) -> ClusterState:
-    return after(state, seen.Planned(state.inputs, plan))
+    return after(state, observations.Planned(state.inputs, plan))
 
 
 def serving() -> ClusterState:
     """One of several models, on the workers a and b."""
-    state = ClusterState(Waits(120.0, 600.0), 2, seen.Tick(0.0), PipelineLoss(0.0), is_alone=False)
-    state = planned(after(state, seen.WorkerSeen("a", 1), seen.WorkerSeen("b", 2)), BOTH)
-    return after(state, seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING)
+    state = ClusterState(Waits(120.0, 600.0), 2, observations.Tick(0.0), PipelineLoss(0.0), is_alone=False)
+    state = planned(after(state, observations.WorkerSeen("a", 1), observations.WorkerSeen("b", 2)), BOTH)
+    return after(state, observations.Signal.EPOCH_LOADED, observations.Signal.EPOCH_SERVING)
 
 
 def lost() -> ClusterState:
-    return after(serving(), seen.PipelineLost(WorkerError("the pipeline broke")), seen.Signal.PIPELINE_CLOSED)
+    return after(
+        serving(), observations.PipelineLost(WorkerError("the pipeline broke")), observations.Signal.PIPELINE_CLOSED
+    )
 
 
 def failed(state: ClusterState, error: LlamaclustError, *, is_exclusive: bool = True) -> ClusterState:
     """After a load that worker b failed."""
-    return after(state, seen.EpochLoadFailed(error, is_exclusive, (Suspect("b", error),)))
+    return after(state, observations.EpochLoadFailed(error, is_exclusive, (Suspect("b", error),)))
 
 
 def stays(action: Action | None) -> bool:
@@ -76,10 +78,10 @@ def test_plans_do_without_a_worker_that_fails_again_and_again_and_it_stays_for_o
         assert isinstance(reconcile(state), Wait) and not state.inputs.quarantined
     state = failed(state, FAILED)
     assert stays(reconcile(state))
-    state = after(state, seen.Signal.WORKERS_EXPELLED)
+    state = after(state, observations.Signal.WORKERS_EXPELLED)
     assert state.inputs.quarantined == {"b"} and state.inputs.workers == (("a", 1), ("b", 2))
     assert reconcile(state) == MakePlan(state.inputs)
-    state = after(planned(state, ONLY_A), seen.Tick(1.0))
+    state = after(planned(state, ONLY_A), observations.Tick(1.0))
     assert reconcile(state) == LoadEpoch(ONLY_A, is_exclusive=True)
 
 
@@ -87,9 +89,9 @@ def test_where_the_others_do_not_suffice_such_a_worker_is_noticed_once_in_its_qu
     state = lost()
     for _ in range(3):
         state = failed(state, FAILED)
-    state = failed(planned(after(state, seen.Signal.WORKERS_EXPELLED), BOTH), FAILED)
+    state = failed(planned(after(state, observations.Signal.WORKERS_EXPELLED), BOTH), FAILED)
     assert isinstance(reconcile(state), Wait)
-    state = failed(after(state, seen.Tick(10.0)), FAILED)
+    state = failed(after(state, observations.Tick(10.0)), FAILED)
     assert stays(reconcile(state)), "its quarantine was over"
 
 
@@ -98,7 +100,7 @@ def test_a_worker_that_gave_up_a_load_stays_for_other_models(is_exclusive: bool)
     late = DeadlineError("worker b made no progress")
     state = failed(lost() if is_exclusive else serving(), late, is_exclusive=is_exclusive)
     assert stays(reconcile(state))
-    state = after(state, seen.Signal.WORKERS_EXPELLED)
+    state = after(state, observations.Signal.WORKERS_EXPELLED)
     assert reconcile(state) == MakePlan(state.inputs) and state.inputs.quarantined == {"b"}
 
 
@@ -108,19 +110,24 @@ def test_a_worker_that_does_not_even_give_up_is_expelled() -> None:
 
 
 def test_the_wait_for_the_memory_of_other_models_is_no_part_of_a_recovery() -> None:
-    state = after(serving(), seen.Tick(10.0), seen.WorkerLost("b"), seen.PipelineLost(WorkerError("b is lost")))
-    state = after(state, seen.Signal.PIPELINE_CLOSED)
+    state = after(
+        serving(),
+        observations.Tick(10.0),
+        observations.WorkerLost("b"),
+        observations.PipelineLost(WorkerError("b is lost")),
+    )
+    state = after(state, observations.Signal.PIPELINE_CLOSED)
     short = InsufficientMemoryError("12 MiB are missing")
-    state = after(state, seen.Planned(state.inputs, error=short, is_beside=True))
+    state = after(state, observations.Planned(state.inputs, error=short, is_beside=True))
     action = reconcile(state)
     assert isinstance(action, Notify)
-    state = after(state, seen.Noticed(action.text))
+    state = after(state, observations.Noticed(action.text))
     assert reconcile(state) == Wait(None)
-    state = after(state, seen.Tick(250.0))
+    state = after(state, observations.Tick(250.0))
     assert reconcile(state) == Wait(None)
-    state = planned(after(state, seen.Signal.MEMORY_FREED), ONLY_A)
+    state = planned(after(state, observations.Signal.MEMORY_FREED), ONLY_A)
     assert reconcile(state) == LoadEpoch(ONLY_A, is_exclusive=True)
-    retried = reconcile(after(state, seen.EpochLoadFailed(FAILED, True)))
+    retried = reconcile(after(state, observations.EpochLoadFailed(FAILED, True)))
     assert isinstance(retried, Wait) and retried.until_s is not None
     assert retried.until_s == pytest.approx(250.0, abs=1.0)
 

@@ -101,10 +101,10 @@ def _heads(page: Page, windowed: list[bool], alike: bool) -> tuple[_Heads, _Head
     return part, full
 
 
-def _layer_heads(said: Settings, usual: _Heads) -> _Heads:
+def _layer_heads(layer: Settings, usual: _Heads) -> _Heads:
     return _Heads(
-        said.count("head_dim", default=usual.width, maximum=_MAX_HEAD),
-        said.count("num_key_value_heads", default=usual.kv_heads),
+        layer.count("head_dim", default=usual.width, maximum=_MAX_HEAD),
+        layer.count("num_key_value_heads", default=usual.kv_heads),
     )
 
 
@@ -136,19 +136,19 @@ def _keys(page: Page, form: _Form, widths: list[int]) -> None:
 
 def _rotation(page: Page, form: _Form) -> None:
     settings = page.settings
-    said = settings.inner("rope_parameters").inner("full_attention")
+    rope = settings.inner("rope_parameters").inner("full_attention")
     usual = 1.0 if settings.inner("rope_parameters").has("full_attention") else _SHARE
-    kind = said.text("rope_type", default="proportional")
-    if kind not in ("proportional", "default") or said.real("factor", default=1.0) != 1:
-        raise said.error(
+    kind = rope.text("rope_type", default="proportional")
+    if kind not in ("proportional", "default") or rope.real("factor", default=1.0) != 1:
+        raise rope.error(
             "rope_type", f"{shown(kind)} is not supported; supported is a proportional rotation that is not stretched"
         )
     if settings.inner("rope_parameters").inner("sliding_attention").real("partial_rotary_factor", default=1.0) != 1:
         raise settings.error("rope_parameters", "layers with a window that rotate a part of a head are not supported")
-    share = said.real("partial_rotary_factor", default=usual, maximum=1.0)
+    share = rope.real("partial_rotary_factor", default=usual, maximum=1.0)
     if kind == "default" and share != 1:
-        raise said.error("partial_rotary_factor", f"{share:g} is not supported for a rotation that is not proportional")
-    page.key("rope.freq_base", said.real("rope_theta", default=_BASE, minimum=1.0))
+        raise rope.error("partial_rotary_factor", f"{share:g} is not supported for a rotation that is not proportional")
+    page.key("rope.freq_base", rope.real("rope_theta", default=_BASE, minimum=1.0))
     page.key("rope.freq_base_swa", local_base(settings))
     page.key("rope.dimension_count", form.full.width)
     page.key("rope.dimension_count_swa", form.part.width)

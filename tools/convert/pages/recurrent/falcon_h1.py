@@ -20,8 +20,8 @@ def build(page: Page) -> None:
     has_norm = settings.flag("mamba_rms_norm")
     if has_norm and settings.flag("mamba_norm_before_gate", default=True):
         raise settings.error("mamba_norm_before_gate", "true is not supported by falcon-h1: its norm is after the gate")
-    said = settings.count("mamba_expand", default=2) * page.width
-    mamba = read_mamba(page, settings.count("mamba_d_ssm", default=said))
+    usual = settings.count("mamba_expand", default=2) * page.width
+    mamba = read_mamba(page, settings.count("mamba_d_ssm", default=usual))
     decoder.usual_keys(page, width)
     page.key("vocab_size", page.words)
     decoder.rms_epsilon(page)

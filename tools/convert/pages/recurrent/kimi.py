@@ -50,17 +50,17 @@ def _dense_module(page: Page, layer: int) -> str:
 
 def _net(page: Page) -> Settings:
     settings = page.settings
-    said = settings.inner("linear_attn_config")
+    linear = settings.inner("linear_attn_config")
     if not settings.has("linear_attn_config"):
         names = {"head_dim": "linear_head_dim", "num_heads": "linear_num_heads"}
         names["short_conv_kernel_size"] = "linear_conv_kernel_dim"
-        said = Settings({name: settings.values.get(other) for name, other in names.items()}, settings.origin)
-    if said.count("num_heads") != page.heads:
-        raise said.error("num_heads", f"expected {page.heads} as in attention, found {said.shown('num_heads')}")
-    if said.count("head_dim", maximum=MAX_KEY_CHANNELS) % VALUE_CHANNELS:
-        raise said.error("head_dim", f"expected a multiple of {VALUE_CHANNELS}, found {said.shown('head_dim')}")
-    said.count("short_conv_kernel_size", minimum=2, maximum=MAX_TAPS)
-    return said
+        linear = Settings({name: settings.values.get(other) for name, other in names.items()}, settings.origin)
+    if linear.count("num_heads") != page.heads:
+        raise linear.error("num_heads", f"expected {page.heads} as in attention, found {linear.shown('num_heads')}")
+    if linear.count("head_dim", maximum=MAX_KEY_CHANNELS) % VALUE_CHANNELS:
+        raise linear.error("head_dim", f"expected a multiple of {VALUE_CHANNELS}, found {linear.shown('head_dim')}")
+    linear.count("short_conv_kernel_size", minimum=2, maximum=MAX_TAPS)
+    return linear
 
 
 def _attends(page: Page) -> list[bool]:

@@ -96,8 +96,8 @@ def _column(page: Page, name: str, mamba: Mamba) -> Lazy:
 
 def _check_time_steps(page: Page) -> None:
     for name in ("time_step_limit", "mamba_dt_limit"):
-        said = page.settings.values.get(name)
-        if said is not None and said not in _ALL_STEPS:
+        stated = page.settings.values.get(name)
+        if stated is not None and stated not in _ALL_STEPS:
             raise page.settings.error(
                 name, f"{page.settings.shown(name)} is not supported: time steps are 0 to infinity"
             )

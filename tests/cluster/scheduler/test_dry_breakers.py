@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from llamaclust.cluster.scheduler.breakers import BreakerTokens, SeenBreakers
+from llamaclust.cluster.scheduler.dry_breakers import BreakerTokens, SeenBreakers
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampler.bounds import MAX_BREAKERS_TOKENS
 from llamaclust.model.gguf.model_file import open_model
@@ -29,7 +29,7 @@ class Words:
         return [self.words.index(letter.encode()) for letter in text]
 
 
-def test_breakers_are_all_token_sequences_with_the_text() -> None:
+def test_dry_breakers_are_all_token_sequences_with_the_text() -> None:
     tokens = BreakerTokens(Words())  # type: ignore[arg-type]
     assert tokens.of(["\n"]) == {4: ((4,),)}
     assert tokens.of(["ab"]) == {0: ((0, 1),), 2: ((2,),), 3: ((3, 1),)}
@@ -50,7 +50,7 @@ def test_only_breakers_that_occurred_are_looked_for() -> None:
     assert list(seen.sequences) == [(0, 1), (4,)]
 
 
-def test_breakers_whose_first_tokens_have_not_all_occurred_are_not_sent() -> None:
+def test_dry_breakers_whose_first_tokens_have_not_all_occurred_are_not_sent() -> None:
     """They can neither stand in the tokens nor be completed by the next one."""
     seen = SeenBreakers({4: ((4, 5, 6), (4, 4, 9)), 7: ((7, 8),)}, [3, 4])
     assert list(seen.sequences) == [(4, 4, 9)]

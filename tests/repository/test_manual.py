@@ -49,6 +49,12 @@ def test_what_is_not_run_has_a_reason() -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
+def test_the_manual_names_no_tests() -> None:
+    """Tests are for the internals; a comment may name one that runs a block's commands."""
+    manual = {page: re.sub(r"<!--.*?-->", "", page.read_text()) for page in PAGES if page.name != "roadmap.md"}
+    assert {page.name: found for page, text in manual.items() if (found := re.findall(r"\btest_\w+", text))} == {}
+
+
 @pytest.mark.promise
 @pytest.mark.model
 @pytest.mark.timeout(600)

@@ -73,7 +73,7 @@ def _full_disks_are_good_enough() -> None:
 
 @pytest.fixture(autouse=True)
 def _grammar_checkers_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Those that a test's text services made: each has processes, which would stay as long as this one."""
+    """Ends the checkers that a test's text services made: their processes would stay as long as this one."""
     checker = sys.modules.get("llamaclust.model.grammars.checker")
     if checker is None:  # the test file does not use it
         yield
@@ -101,7 +101,7 @@ _UNIT_FOLDERS = (
     "wire/rpc",
     "wire/test_",
 )
-"""Without processes, networks or models of more than a few KiB: seconds in all."""
+"""Tests without processes, networks or models of more than a few KiB, which take seconds in all."""
 
 
 @cache
@@ -111,7 +111,7 @@ def _is_unit(path: Path) -> bool:
 
 @cache
 def _turn(path: Path) -> int:
-    """The files with the longest tests first, those with the shortest at the end."""
+    """Returns the turn of a file: those with the longest tests come first, those with the shortest at the end."""
     return 0 if path.is_relative_to(TESTS / "e2e") else 2 if _is_unit(path) else 1
 
 

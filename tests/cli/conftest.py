@@ -1,4 +1,4 @@
-"""What tests of commands share."""
+"""Fixtures that tests of commands share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.models.hostile_models import tiny
 
 @pytest.fixture(scope="module")
 def line() -> Iterator[CommandLine]:
-    """Its folder has a model."""
+    """Yields a command line whose folder has a model."""
     with command_line() as line:
         tiny(line.folder / "good.gguf")
         yield line

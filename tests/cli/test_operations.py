@@ -93,7 +93,7 @@ def test_watched_as_json_it_is_an_object_a_line(line: CommandLine, cluster: Clus
 
 
 def test_watched_on_a_terminal_it_stays_in_its_place(line: CommandLine, cluster: Cluster) -> None:
-    """As high as the terminal at most; after Ctrl-C the cursor is there again."""
+    """The picture is as high as the terminal at most; after Ctrl-C the cursor is there again."""
     shown, process = on_terminal(line, "status", "--watch", lines=4)
     eventually(lambda: b"".join(shown).count(b"tiny: ready") >= 3, 30.0, "three pictures")
     process.send_signal(signal.SIGINT)
@@ -108,8 +108,8 @@ def test_watched_on_a_terminal_it_stays_in_its_place(line: CommandLine, cluster:
 
 
 def on_terminal(line: CommandLine, *arguments: str, lines: int) -> tuple[list[bytes], subprocess.Popen[bytes]]:
-    """A command on a terminal of so many lines, and what it has written there so far; nothing more
-    comes after an empty one."""
+    """Starts a command on a terminal of this many lines; returns the parts that it writes, an empty one at the end, and
+    its process."""
     ours, its = pty.openpty()
     size = {"LINES": str(lines), "COLUMNS": "100", "TERM": "xterm-256color"}
     state = {"LLAMACLUST_STATE_DIR": str(line.state_dir)}

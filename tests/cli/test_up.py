@@ -1,4 +1,4 @@
-"""What `up` says while it runs in front, and how signals end it: a line for whatever would else be silence."""
+"""The output of `up` while it runs in front, and how signals end it: a line for whatever would else be silence."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_nohup_is_obeyed(line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_terminal_that_goes_away_leaves_nothing(line: CommandLine) -> None:
-    """The kernel's own signal, and an error for whatever is still written."""
+    """The kernel sends its own signal, and whatever is still written fails."""
     primary, secondary = pty.openpty()
     process = subprocess.Popen(
         ["setsid", "--ctty", "--wait", *COMMAND, "up", line.cluster_file("good.gguf")],
@@ -235,7 +235,7 @@ up.run_cluster(Path(sys.argv[1]), [], None, lan=False, detach=False, standby=Fal
 
 
 def test_grpc_options_are_set_before_its_import(line: CommandLine) -> None:
-    """They make hops faster and keep gRPC's own messages off the terminal."""
+    """The options make hops faster and keep gRPC's own messages off the terminal."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
     command = [sys.executable, "-c", _SERVE, str(line.cluster_file("good.gguf"))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)

@@ -1,4 +1,4 @@
-"""What a person sees of a cluster and of a download, on a terminal and off it."""
+"""The view of a cluster and of a download that a person has, on a terminal and off it."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_adapters_of_a_request_are_shown_with_their_scales() -> None:
 
 
 def test_the_head_of_several_models_is_of_all_of_them() -> None:
-    """The first one sleeps, the second one serves."""
+    """The first model sleeps, the second one serves."""
     state = {
         "name": "many",
         "model": "one",
@@ -240,7 +240,7 @@ def test_events_cross_a_pipe() -> None:
 
 
 def test_commands_can_be_copied() -> None:
-    """A line each, with the cluster's name where one was given."""
+    """Each command has a line, with the cluster's name where one was given."""
     lines = [line.strip() for line in ready_text(Ready("mine", "http://127.0.0.1:1", "good")).splitlines()]
     assert {"llamaclust chat --cluster mine", 'llamaclust generate "Once upon a time" --cluster mine'} <= set(lines)
     assert "llamaclust status --cluster mine" in lines

@@ -40,7 +40,7 @@ FIELDS = (LogFormat.LOGFMT, LogFormat.JSON)
 
 @contextmanager
 def logging_as(form: LogFormat, **where: str) -> Iterator[logging.Logger]:
-    """As a process that has just begun; pytest has handlers of its own."""
+    """Logs as a process that has just begun; pytest has handlers of its own."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     root.handlers[:] = []
@@ -110,7 +110,7 @@ def test_the_last_lines_are_kept_as_they_were_written(capsys: pytest.CaptureFixt
 
 def test_the_last_words_of_a_worker_elsewhere_are_those_of_its_last_sign_of_life() -> None:
     async def say(message: CoordinatorMessage) -> None:
-        """Drops it."""
+        """Drops the message."""
 
     handle = WorkerHandle(replace(REGISTER, log="/var/log/a.log", host="far"), say, lambda: "", Insecure())
     assert str(handle.error).endswith("is lost: no reason is known; look at /var/log/a.log on far")
@@ -156,7 +156,7 @@ def line() -> Iterator[CommandLine]:
 
 
 def test_a_cluster_tells_of_itself_in_fields(line: CommandLine) -> None:
-    """Coordinator, workers, requests by the ids that their replies have; no key, no token, no prompt."""
+    """The lines have coordinator, workers, requests by the ids that their replies have; no key, no token, no prompt."""
     keys = line.folder / "keys"
     keys.write_text("a-secret-key\n")
     keys.chmod(0o600)
@@ -219,7 +219,7 @@ with cluster_view("tiny") if sys.argv[2] == "up" else nullcontext(logs.start_log
 def test_a_burst_over_the_limit_of_open_files_is_a_line_for_each_few_seconds(
     backlog: int, command: str, form: str
 ) -> None:
-    """One where the machine is fast enough; there is no line for a single connection."""
+    """There is one line where the machine is fast enough, and none for a single connection."""
     program = [sys.executable, "-c", SHORTAGE, str(backlog), command, form]
     variables = {**os.environ, "LLAMACLUST_LOG": form}
     done = subprocess.run(program, capture_output=True, text=True, timeout=180, check=True, env=variables)

@@ -20,7 +20,7 @@ LOOPBACK = ("lo", "127.0.0.1", "::1")
 
 
 def use(monkeypatch: pytest.MonkeyPatch, *interfaces: tuple[str, ...], default: tuple[str, ...] = ()) -> None:
-    """Interfaces by number, with their addresses; `default`: the sources of the default routes."""
+    """Sets interfaces by number, with their addresses; `default` has the sources of the default routes."""
     adapters = []
     for number, (name, *hosts) in enumerate(interfaces, 1):
         ips = [ifaddr.IP((host, 0, 0) if ":" in host else host, 24, name) for host in hosts]
@@ -57,7 +57,7 @@ def test_ipv6_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_sandbox_that_lists_no_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without AF_NETLINK, the addresses of the default routes and of loopback are known."""
+    """The addresses of the default routes and of loopback are known even without AF_NETLINK."""
 
     def refuse() -> None:
         raise OSError(97, "Address family not supported by protocol")

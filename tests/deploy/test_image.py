@@ -1,4 +1,4 @@
-"""What can be said of the image without building it; `make image-test` builds it and asks it something."""
+"""The image, as far as it can be checked without a build; `make image-test` builds it and asks it something."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DOCKERFILE = (ROOT / "deploy/Dockerfile").read_text()
 
 
 def is_sent(path: str) -> bool:
-    """Whether .dockerignore lets a file through to the builder; the last line that fits says it."""
+    """Returns whether .dockerignore lets a file through to the builder; the last line that fits says it."""
     sent = True
     above = [path, *(str(parent) for parent in Path(path).parents)]
     for line in (ROOT / ".dockerignore").read_text().splitlines():
@@ -143,7 +143,7 @@ def test_a_coordinator_is_healthy_while_it_takes_requests(status: int, code: int
 
 @pytest.mark.parametrize("is_its_own", [True, False])
 def test_a_coordinator_with_tls_is_healthy_if_it_shows_its_certificate(is_its_own: bool, tmp_path: Path) -> None:
-    """Of an authority, for another name."""
+    """The certificate is of an authority, for another name."""
     certificate = ServerCertificate(write_signed(tmp_path, ("llm.example",)).files)
     certificate.publish(tmp_path / "api.crt")
     if not is_its_own:
@@ -171,7 +171,7 @@ def test_a_worker_is_healthy_while_it_listens() -> None:
     ("there", "used"), [(["docker", "podman"], "docker"), (["podman", "buildah"], "podman"), (["buildah"], "buildah")]
 )
 def test_the_first_builder_that_works_builds(there: list[str], used: str, tmp_path: Path) -> None:
-    """With commands that only write down what they were told."""
+    """The commands only write down what they were told."""
     for name in ("docker", "podman", "buildah"):
         script = tmp_path / name
         script.write_text(

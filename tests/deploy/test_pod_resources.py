@@ -1,4 +1,4 @@
-"""What pods of the chart take: processors, memory, volumes, and the disk of their node."""
+"""Resources of the chart's pods: processors, memory, volumes, and the disk of their node."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_ephemeral_storage_follows_from_what_is_kept() -> None:
 
 
 def test_one_worker_fetches_the_model_where_others_fetch_layers_from_it() -> None:
-    """The init container's command, run in a pod's name."""
+    """The init container's command runs in a pod's name."""
     manifests = render(MATRIX["a model fetched once"])
     spec = one(manifests, "StatefulSet")["spec"]["template"]["spec"]
     (model,) = (container for container in spec["initContainers"] if container["name"] == "model")
@@ -82,7 +82,7 @@ def test_several_models_are_fetched_and_served() -> None:
 
 
 def test_the_defaults_are_for_a_small_cluster() -> None:
-    """That of docs/several-machines.md#kubernetes: it starts on a laptop's cluster."""
+    """The defaults are those of docs/several-machines.md#kubernetes, which start on a laptop's cluster."""
     cpu_m = memory = storage = 0
     for each in render():
         spec, copies = each.get("spec", {}), 1

@@ -23,7 +23,7 @@ def api() -> Iterator[FakeApi]:
 
 
 def secret_names(spec: Manifest) -> set[str]:
-    """That the volumes of a pod refer to."""
+    """Returns the secrets that the volumes of a pod refer to."""
     sources = [
         source for volume in spec["volumes"] for source in (volume, *volume.get("projected", {}).get("sources", ()))
     ]
@@ -67,7 +67,7 @@ def test_an_upgrade_keeps_what_is_there(api: FakeApi, tmp_path: Path) -> None:
 
 
 def test_a_deleted_token_is_made_anew_for_the_same_authority(api: FakeApi, tmp_path: Path) -> None:
-    """Also where an earlier run ended between the two."""
+    """The case also occurs if an earlier run ended between the two."""
     api.make_secrets(render(), tmp_path / "install")
     first = api.data(JOIN)["token"].split(".")
     del api.secrets[JOIN]

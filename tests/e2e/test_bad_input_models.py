@@ -34,7 +34,7 @@ def files(line: CommandLine) -> dict[str, tuple[Path, str]]:
 
 
 def refusals(line: CommandLine, path: Path, command: str) -> list[str]:
-    """What `up` and another command say when they are given the model."""
+    """Returns what `up` and another command say when they are given the model."""
     cluster = line.cluster_file(path)
     arguments = {
         "plan": ("plan", cluster),

@@ -1,4 +1,4 @@
-"""Llama 4's chunks: beside llama.cpp over their border, and the same bits in any cut, chunk of a prompt and company."""
+"""Llama 4's chunks: llama.cpp's logits over their border, and the same bits in any cut, chunk of a prompt and batch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def last_logits(model: Model, cuts: tuple[int, ...], sizes: list[int]) -> np.ndarray:
-    """Of the recorded positions; the prompt in batches of `sizes`, of which the last one repeats."""
+    """Returns logits of the recorded positions; the prompt has batches of `sizes`, of which the last one repeats."""
     chain, at, found = Chain(all_threads(2), model, cuts, LONG_LIMITS), 0, []
     try:
         while at < len(LONG_TOKENS):
@@ -54,7 +54,7 @@ def last_logits(model: Model, cuts: tuple[int, ...], sizes: list[int]) -> np.nda
 
 
 def test_logits_over_the_border_are_those_of_llama_cpp(long: Model) -> None:
-    """Before 8191 queries are not scaled, and no position is hidden before 8192; then the same bits in other ways."""
+    """Queries before 8191 are not scaled, and no position is hidden before 8192; other ways give the same bits."""
     wanted = np.fromfile(DATA / "architectures" / "llama4-long.f16", "<f2").astype(np.float32)
     wanted = wanted.reshape(-1, VOCABULARY // DECODED_STRIDE)
     whole = last_logits(long, (), [1024])
@@ -98,7 +98,7 @@ def test_short_chunks_give_the_same_bits_on_every_backend(short: Model, kv_type:
 
 
 def test_disturbances_change_no_bit(short: Model) -> None:
-    """Company, cuts, prefix hits, preemption and a lost worker, with blocks that are given up behind a chunk."""
+    """Other requests, cuts, prefix hits, preemption and a lost worker, with blocks that are given up behind a chunk."""
     backend = all_threads(1)
     expected = undisturbed(backend, short, SHORT_CHUNKS.context)
     assert disturbed(backend, short, SHORT_CHUNKS.context, expected) == expected

@@ -1,5 +1,5 @@
-"""Answers under grammars and budgets of reasoning: the same tokens and logprob bits for any cut, company and loss; and
-what clients get of reasoning."""
+"""Answers under grammars and budgets of reasoning: the same tokens and logprob bits for any cut, batch and lost worker;
+and what clients get of reasoning."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ Undisturbed = Callable[[str], list[Answer]]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Requests. `repeated`: the one that comes again; `lost_after`: tokens of all answers until a worker is lost;
-    `forced`: more tokens than so many have no logprob, because nothing else could follow."""
+    """Requests of a test: `repeated` comes again, a worker is lost after `lost_after` tokens of all answers, and more
+    than `forced` tokens have no logprob, because nothing else could follow."""
 
     requests: tuple[GenerationRequest, ...]
     repeated: int
@@ -71,7 +71,7 @@ def case(name: str) -> Case:
 
 @pytest.fixture(scope="module")
 def answers(model: Path) -> Undisturbed:
-    """Of one worker to the requests of a case, computed once."""
+    """Returns one worker's answers to the requests of a case, computed once."""
     return cache(lambda name: undisturbed(model, _CASES[name].requests))
 
 

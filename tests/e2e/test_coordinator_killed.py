@@ -37,8 +37,8 @@ def end_coordinator(folder: ClusterDir, numbers: Sequence[signal.Signals]) -> No
 @pytest.mark.promise
 @pytest.mark.parametrize("end", ["kill", "kill with a standby", "stop at once"])
 async def test_requests_outlive_a_coordinator(line: CommandLine, model: Path, end: str) -> None:
-    """Also one that is stopped by two signals, without an end of its requests. What clients had just read to the end
-    when it was killed may stay in the journal: nothing says there that they did."""
+    """Requests also outlive a stop by two signals, which does not end them. What clients had just read to the end when
+    it was killed may stay in the journal, which does not say that they did."""
     with_standby = end == "kill with a standby"
     numbers = [signal.SIGTERM, signal.SIGINT] if end == "stop at once" else [signal.SIGKILL]
     folder = ClusterDir(line.cluster_dir("tiny"))

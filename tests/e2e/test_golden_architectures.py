@@ -42,10 +42,10 @@ SINGLES = (1, 1, 6, 1, 1, 7, 1, 6)
 """Chunks of TOKENS: tokens alone at the start, behind other chunks, and behind windows."""
 BOUND = 1e-5
 BOUNDS = {"gpt-oss-mxfp4": 2e-3}
-"""Of models whose weights are not float32, over all positions: rounding may choose other experts in some of them."""
+"""Bounds over all positions for models whose weights are not float32: rounding may choose other experts in some."""
 DECODE_BOUNDS = BOUNDS | {"exaone4-windows": 5e-5}
-"""64 layers round keys and values to float16; where llama.cpp does so, single steps differ from the recorded ones by
-3e-4 as well."""
+"""Bounds of decode steps: 64 layers round keys and values to float16; where llama.cpp does so, single steps differ from
+the recorded ones by 3e-4 as well."""
 Q8_0_BOUNDS = {
     "exaone4-windows": 4e-3,
     "bailingmoe2": 2e-3,
@@ -56,7 +56,7 @@ Q8_0_BOUNDS = {
     "kimi-linear": 2e-3,
     "llama4-maverick": 2e-2,
 }
-"""With rounded keys and values: of many layers, or where a row may choose other experts."""
+"""Bounds with rounded keys and values, for many layers, or where a row may choose other experts."""
 CHECKSUMS = {
     "llama-experts": "b70dd402",
     "llama-linear": "a9c34212",
@@ -156,7 +156,7 @@ def logits(
 
 
 def error(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
-    """sum((found - wanted)^2) / sum(wanted^2)."""
+    """Returns sum((found - wanted)^2) / sum(wanted^2)."""
     return float(((found.astype(np.float64) - wanted) ** 2).sum() / (wanted.astype(np.float64) ** 2).sum())
 
 
@@ -168,8 +168,8 @@ def test_every_architecture_is_here() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_llama_cpp(folder: Path, name: str) -> None:
-    """On the CPU the same bits at every level and number of threads, and on every machine. The reference and the best
-    level compute each model, the others every second one, which of them the run's seed says."""
+    """The CPU gives the same bits at every level and number of threads, and on every machine. The reference and the
+    best level compute each model, the others every second one, chosen by the run's seed."""
     model, wanted, bound = opened(folder, name), recorded(name), BOUNDS.get(name, BOUND)
     turn = SEED + list(MODELS).index(name)
     for number, (backend, make) in enumerate(BACKENDS.items()):
@@ -185,7 +185,7 @@ def test_logits_are_those_of_llama_cpp(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_decode_steps_are_those_of_llama_cpp(folder: Path, name: str) -> None:
-    """40 of them behind the prefill, in two stages. Rounded keys and values add up in later steps, there as here."""
+    """Two stages compute 40 steps after the prefill; rounded keys and values add up in later steps, as in llama.cpp."""
     model, bound, start = opened(folder, name), DECODE_BOUNDS.get(name, BOUND), len(TOKENS)
     wanted = np.fromfile(DATA_FOLDER / f"{name}.decode.f16", "<f2").astype(np.float32)
     wanted = wanted.reshape(len(DECODED_TOKENS), VOCABULARY // DECODED_STRIDE)
@@ -228,7 +228,7 @@ def test_the_reference_computes_one_token_as_it_does_all(folder: Path, name: str
 
 @pytest.mark.parametrize("name", MODELS)
 def test_disturbances_change_no_bit(folder: Path, name: str) -> None:
-    """Company, drafts, cuts, chunks, prefix hits, preemption, a lost worker: tokens and logprob bits of one stage."""
+    """Other requests, drafts, cuts, chunks, prefix hits, preemption, a lost worker: tokens and bits of one stage."""
     model, context, backend = opened(folder, name), MODELS[name].context, all_threads(1)
     expected = undisturbed(backend, model, context)
     assert disturbed(backend, model, context, expected) == expected
@@ -237,7 +237,7 @@ def test_disturbances_change_no_bit(folder: Path, name: str) -> None:
 
 
 def test_what_two_models_differ_in_is_seen() -> None:
-    """The long factors of phi3 are others than the short ones, and no two recordings are alike."""
+    """The long factors of phi3 differ from the short ones, and no two recordings are alike."""
     names = sorted(MODELS)
     assert all(error(recorded(a), recorded(b)) > 1e-3 for a, b in pairwise(names))
     assert error(recorded("phi3-long")[1:], recorded("phi3-short")[1:]) > 1e-3

@@ -42,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generations(salt: str = "") -> tuple[GenerationRequest, ...]:
-    """A long prompt, and another one with the same beginning."""
+    """Returns a long prompt, and another one with the same beginning."""
     source = Random(5)
     first = tuple(source.randrange(3, 320) for _ in range(PROMPT))
     second = (*first[:400], *(source.randrange(3, 320) for _ in range(SECOND - 400)))
@@ -64,7 +64,7 @@ def undisturbed(model: Path, kv_type: KvType = KvType.F16) -> list[Answer]:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What a cluster answered, and how many prompt tokens it read and computed."""
+    """The answers of a cluster, and how many prompt tokens it read and computed."""
 
     answers: list[Answer]
     cached: int
@@ -79,7 +79,7 @@ class Start:
     folder: Path
 
     def run(self, cut: tuple[int, ...], *, kv_type: KvType = KvType.F16, salt: str = "", size: str = "1GiB") -> Ran:
-        """A cluster from its start to its end, which comes when what it has to write is written."""
+        """Runs a cluster from its start until it has written all that it has to write."""
         return asyncio.run(self._run(cut, kv_type, salt, size))
 
     async def _run(self, cut: tuple[int, ...], kv_type: KvType, salt: str, size: str) -> Ran:
@@ -145,7 +145,7 @@ def test_kv_types_and_salts_share_nothing(start: Start) -> None:
 
 
 def test_a_flipped_byte_is_noticed_and_computed_again(start: Start) -> None:
-    """What stands before it is read; what was damaged is written again."""
+    """Blocks before the damaged one are read, and what was damaged is written again."""
     expected = undisturbed(start.model)
     start.run((0, 3, 6))
     path = Random(1).choice(start.files)

@@ -137,7 +137,7 @@ def test_penalties_count_the_token_that_is_not_known_yet(window: int) -> None:
 
 
 def test_mirostat_waits_for_its_state() -> None:
-    """What comes with a token is needed for the next one: others go ahead, its sequence does not."""
+    """A sequence with mirostat waits for the state that comes with a token; others go ahead."""
     run = simulated(2, stage_us=1000, hop_us=100)
     requests = [
         generation(40, params=SamplingParams(chain=SamplerChain(mirostat=2))),
@@ -168,7 +168,7 @@ def tasks_of(run: Simulation) -> list[SampleTask]:
 
 
 def test_nothing_is_sent_ahead_where_it_would_save_too_little() -> None:
-    """Newcomers would wait for it."""
+    """Newcomers would wait for such a step."""
     run = simulated(1, stage_us=50_000, hop_us=100)
     run.add(generation(30))
     run.finish()
@@ -207,7 +207,7 @@ def task(position: int, history: tuple[int, ...], *, follows: bool = False) -> S
 
 
 def one_by_one(model: Model) -> list[RowResult]:
-    """Each step with the token before it."""
+    """Computes each step with the token before it."""
     whole, tokens = runner_of(model, 0, 3), [1, 2, 3, 4]
     rows: list[RowResult] = []
     for step in range(STEPS):
@@ -307,7 +307,7 @@ def test_a_history_goes_on_with_tokens_of_its_chunk_alone() -> None:
 
 
 def test_a_stage_runner_never_sees_a_token_that_is_missing(model: Model) -> None:
-    """`fill` is where a microbatch becomes whole; without it the placeholder would be taken for a token."""
+    """`fill` completes a microbatch; without it the placeholder would be taken for a token."""
     box = PlainTokensBox()
     box.put(SampledTokens(0, (7, 11)))
     chunk = Chunk((0,), 4, (0, 2), 1, (0, 1))

@@ -1,4 +1,4 @@
-"""What the chart renders is what the program takes, and as processes of this machine it answers."""
+"""Manifests of the chart: the program accepts what they render, and as processes of this machine it answers."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_commands_and_variables_are_the_programs(values: Mapping[str, Any]) -> N
 
 
 def parse(words: list[str], container: Manifest) -> str:
-    """Name of the command; an error for what the program would refuse."""
+    """Returns the name of the command; raises an error for what the program would refuse."""
     samples = {
         "POD_NAME": f"{NAME}-worker-0",
         "POD_IP": "fd00::7" if "[$(POD_IP)]" in str(words) else "10.0.0.7",
@@ -130,7 +130,7 @@ def parse(words: list[str], container: Manifest) -> str:
 
 
 def check_worker(command: Any, options: Mapping[str, Any]) -> None:
-    """What the options of a worker say is looked at beyond the parser."""
+    """Checks the options of a worker beyond the parser."""
     with patch("llamaclust.cli.worker._run") as run:
         command.callback(**options)
     (settings,) = run.call_args.args
@@ -138,7 +138,7 @@ def check_worker(command: Any, options: Mapping[str, Any]) -> None:
 
 
 def variables() -> set[str]:
-    """That the program reads."""
+    """Returns the variables that the program reads."""
     source = inspect.getsource(environment_module)
     return set(re.findall(r"LLAMACLUST_[A-Z_]+", source))
 
@@ -185,7 +185,7 @@ def with_secrets(rendered: tuple[Manifest, ...], folder: Path) -> tuple[Manifest
 
 @pytest.fixture
 def pods(manifests: tuple[Manifest, ...], tmp_path: Path, demo_model: Path) -> Iterator[list[LocalPod]]:
-    """The coordinator's and two workers', the model where `model pull` puts it. Workers first, as may happen."""
+    """Starts pods of workers and then the coordinator's, as may happen, with the model where `model pull` puts it."""
     services = {f"{NAME}-coordinator": "127.0.0.1", NAME: "127.0.0.1"}
     coordinator = one(manifests, "Deployment")["spec"]["template"]["spec"]
     workers = one(manifests, "StatefulSet")["spec"]
@@ -232,7 +232,7 @@ def test_the_coordinators_secrets_are_its_own(pods: list[LocalPod]) -> None:
 
 
 def test_pods_wait_for_a_shared_model(tmp_path: Path, demo_model: Path) -> None:
-    """Their init container ends when the file is there; it downloads nothing."""
+    """The init container ends when the file is there; it downloads nothing."""
     rendered = render({"model": {"volume": {"kind": "shared"}, "pullSeconds": 20}})
     manifests = with_secrets(rendered, tmp_path / "secrets")
     spec = one(manifests, "StatefulSet")["spec"]["template"]["spec"]

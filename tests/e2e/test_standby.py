@@ -37,7 +37,7 @@ def api() -> Iterator[LeaseApi]:
 
 
 class TwoCoordinators:
-    """Of a static cluster of two workers, which know both enrolment ports."""
+    """Two coordinators of a static cluster, whose two workers know both enrolment ports."""
 
     def __init__(self, line: CommandLine, model: Path, **keys: Any) -> None:
         self._line = line
@@ -59,7 +59,7 @@ class TwoCoordinators:
 
     @property
     def command(self) -> str:
-        """What workers are started with, as `up` prints it."""
+        """Returns the command that starts workers, as `up` prints it."""
         return f"llamaclust worker --join {self._join[0]} --join {self._join[1]} --name NAME"
 
 
@@ -106,7 +106,7 @@ async def test_a_standby_at_other_addresses_takes_over(
 async def test_the_holder_of_a_lease_hands_its_cluster_over_when_it_is_stopped(
     line: CommandLine, model: Path, api: LeaseApi, tmp_path: Path
 ) -> None:
-    """Its standby is alive and not ready until then; a request that takes longer than a drain goes on there."""
+    """The standby is alive and not ready until then; a request that takes longer than a drain goes on there."""
     both = TwoCoordinators(line, model, lease=lease_values(api, tmp_path, "3s"))
     first = both.start(0)
     both.start_workers()

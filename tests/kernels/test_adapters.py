@@ -27,7 +27,7 @@ from support.models.tiny_model import build_tiny_model
 TOKENS = 24
 SMALL = {"hidden": 64, "heads": 2, "kv_heads": 1, "ffn": 96, "layers": 3}
 SCALES: tuple[AdapterScales, ...] = ((), ((0, 1.0),), ((1, -0.5),), ((0, 0.25), (1, 2.0)))
-"""Of sequences: none, one adapter, the other, both."""
+"""The adapters of four sequences: none, one adapter, the other, both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def _tokens(seed: int) -> list[int]:
 
 
 def _batch(sequences: list[int], start: int = 0, end: int = TOKENS) -> Batch:
-    """Tokens [start, end) of sequences with adapters as in SCALES, each with KV blocks of its own."""
+    """Builds a batch of tokens [start, end) of sequences with adapters as in SCALES and KV blocks of their own."""
     batch = batch_of(
         [(_tokens(index)[start:end], range(start, end), (2 * index, 2 * index + 1)) for index in sequences]
     )
@@ -65,7 +65,7 @@ def _batch(sequences: list[int], start: int = 0, end: int = TOKENS) -> Batch:
 
 
 def _logits(backend: str, files: Files, sequence: int) -> NDArray[np.float32]:
-    """Of a sequence computed alone."""
+    """Returns the logits of a sequence computed alone."""
     return _run(backend, Model.open(files.base, adapters=files.adapters), _batch([sequence]))
 
 
@@ -98,7 +98,7 @@ def test_rows_without_an_adapter_are_those_of_the_model_alone(backend: str, file
 def test_what_an_adapter_would_add_to_other_rows_does_not_matter(
     backend: str, factor: float, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Zeros would change the sign of -0, and others than finite numbers all."""
+    """Added zeros would change the sign of -0, and infinities or NaN would change all numbers."""
     monkeypatch.setattr("llamaclust.model.loader.check_adapter_weights", lambda adapters: None)
     path = build_adapter(tmp_path / "bad.gguf", files.base)
     for tensor in open_model(path).tensors.values():
@@ -111,7 +111,7 @@ def test_what_an_adapter_would_add_to_other_rows_does_not_matter(
 
 
 def test_products_of_adapters_that_no_row_has_are_not_computed(files: Files) -> None:
-    """What stands in their buffers stays there."""
+    """The buffers of such adapters keep their contents."""
     model = Model.open(files.base, adapters=files.adapters)
     stage = load_stage(CpuBackend(1), model)
     assert isinstance(stage, CpuStage) and stage._native is not None
@@ -126,7 +126,7 @@ def test_products_of_adapters_that_no_row_has_are_not_computed(files: Files) -> 
 
 
 def _ids(stage: CpuStage) -> range:
-    """Of all buffers."""
+    """Returns the numbers of all buffers."""
     assert stage._native is not None
     number = 0
     with suppress(IndexError):
@@ -166,7 +166,7 @@ def test_the_scale_of_each_sequence_chooses_its_words(tmp_path: Path) -> None:
 
 
 def test_the_pieces_of_memory_of_a_cut_are_pieces_of_every_larger_cut(files: Files) -> None:
-    """So that a worker that gives up layers gives up all their memory, and packs none again."""
+    """A worker that gives up layers thus gives up all their memory, and packs none again."""
     model = Model.open(files.base, adapters=files.adapters)
     whole, first = (set(packed_layers_of(model.tensors_for(model.program(0, end)).values())) for end in (3, 1))
     assert first < whole
@@ -182,7 +182,7 @@ def _run(backend: str, model: Model, batch: Batch) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_stage_beside_another_goes_on_with_its_keys_and_values(backend: str, files: Files) -> None:
-    """As one that had the adapters from the start, and the one before still can."""
+    """The stage goes on as one that had the adapters from the start, and the one before still can."""
     adapted = Model.open(files.base, adapters=files.adapters)
     alone = [_logits(backend, files, index) for index in range(len(SCALES))]
     opened, plain = BACKENDS[backend](), adapted.adapted_by({})

@@ -27,7 +27,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Model:
 
 
 def normed(backend: Backend, model: Model, chunk: int, cuts: tuple[int, ...] = (), outputs: int = 0) -> Float32:
-    """Of all tokens; the last `outputs` rows of each chunk also have logits."""
+    """Returns the normed states of all tokens; the last `outputs` rows of each chunk also have logits."""
     chain, parts = Chain(backend, model, cuts), []
     for at in range(0, len(TOKENS), chunk):
         end = min(at + chunk, len(TOKENS))
@@ -58,7 +58,7 @@ def test_the_reference_agrees(model: Model) -> None:
 
 
 def test_normed_rows_are_those_that_the_logits_are_made_of(model: Model) -> None:
-    """In the reference, whose products are exact but for one rounding."""
+    """The reference's products are exact but for one rounding."""
     chain = Chain(ReferenceBackend(), model)
     logits = chain.run(batch_of([(TOKENS, range(len(TOKENS)), range(4))]))
     rows = chain.stages[-1].normed(np.arange(len(TOKENS), dtype=np.int32)).astype(np.float64)

@@ -38,7 +38,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 
 def changed(file: ModelFile, keys: Mapping[str, Any]) -> ModelFile:
-    """With other keys of its architecture; those that are None are left out."""
+    """Returns the file with other keys of its architecture, without those that are None."""
     prefix = file.metadata["general.architecture"]
     metadata = {**file.metadata, **{f"{prefix}.{key}": value for key, value in keys.items()}}
     return replace(file, metadata={key: value for key, value in metadata.items() if value is not None})
@@ -50,7 +50,7 @@ def whole(file: ModelFile, layers: int = 5) -> Program:
 
 @pytest.mark.parametrize("name", ["qwen3next", "qwen3next-old", "qwen35", "qwen35moe"])
 def test_every_second_layer_has_attention(make: Make, name: str) -> None:
-    """The others have two states, one of the last rows of the convolution and one of the rule."""
+    """The other layers have two states, one of the last rows of the convolution and one of the rule."""
     kept, delta = whole(make(name)).kv_memory, MODELS[name].delta
     assert isinstance(delta, DeltaNet)
     width = (2 * delta.key_heads + delta.heads) * delta.dim
@@ -67,7 +67,7 @@ def test_every_second_layer_has_attention(make: Make, name: str) -> None:
 
 
 def test_kimi_linear_has_four_states_a_layer(make: Make) -> None:
-    """Of the convolutions of q, k and v, and of the rule; layers with KV heads keep latent keys."""
+    """The states are of the convolutions of q, k and v, and of the rule; layers with KV heads keep latent keys."""
     file, delta = make("kimi-linear"), MODELS["kimi-linear"].delta
     assert isinstance(delta, KimiDelta)
     rows = (delta.taps - 1) * delta.heads * delta.dim
@@ -84,7 +84,7 @@ def test_kimi_linear_has_four_states_a_layer(make: Make) -> None:
 def test_convolutions_of_kimi_linear_have_ones_in_their_shapes(
     make: Make, tmp_path: Path, shape: tuple[int, ...]
 ) -> None:
-    """As converters of different times write them; the same program and weights. The file keeps its own shapes."""
+    """Converters of different times write other shapes for the same program and weights; the file keeps its own."""
     file, name = make("kimi-linear"), "blk.1.ssm_conv1d_k.weight"
     assert (file.tensor(name).shape, file.tensor("blk.1.ssm_a").shape) == ((1, 64, 1, 4), (1, 1, 4, 1))
     model = Model(file).file
@@ -130,7 +130,7 @@ def test_key_heads_of_qwen_3_5_are_tiled(make: Make) -> None:
 
 
 def test_layers_that_predict_further_tokens_are_kept_apart(make: Make) -> None:
-    """Here the last two layers stand for them: they are in no program, and are not refused."""
+    """The last two layers stand in for such layers: they are in no program, and are not refused."""
     file = make("qwen35")
     apart = changed(file, {"nextn_predict_layers": 2})
     assert [step.layer for step in whole(apart, 3).kv_layers] == [1]
@@ -187,7 +187,7 @@ def test_bad_keys_are_refused(make: Make, name: str, keys: dict[str, Any], messa
 
 
 def test_costs_count_the_arithmetic_of_states(make: Make) -> None:
-    """Four multiply-adds for each of the state's numbers; the model's other weights are float32, too."""
+    """Each number of a state costs four multiply-adds; the model's other weights are float32, too."""
     file = make("qwen35")
     layers, width, delta = Model(file).costs(KvType.F16).layers, 64, MODELS["qwen35"].delta
     assert isinstance(delta, DeltaNet)

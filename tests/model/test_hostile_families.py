@@ -36,7 +36,7 @@ SMALL_BYTES = 2048
 MEMORY_LIMIT_BYTES = 1 << 25
 RUN_LIMITS = StageLimits(max_batch_tokens=32, max_outputs=32, max_sequences=2, max_context_tokens=64, kv_blocks=8)
 LARGEST_RUN_BYTES = 1 << 28
-"""What an accepted model may make of its 30 rows here: a file of a few hundred KB buys no more."""
+"""The bytes that an accepted model may need for its 30 rows: a file of a few hundred KB buys no more."""
 
 WHOLE_NUMBERS = [
     0,
@@ -62,7 +62,7 @@ REAL_NUMBERS = [0.0, -0.0, -1.0, 1e-30, 1e30, 3.4e38, float("nan"), float("inf")
 
 @contextmanager
 def bounded_memory() -> Iterator[None]:
-    """Of Python objects and NumPy arrays."""
+    """Bounds the memory of Python objects and NumPy arrays."""
     tracemalloc.start()
     try:
         yield
@@ -72,7 +72,7 @@ def bounded_memory() -> Iterator[None]:
 
 
 def other_value(random: Random, value: Any) -> Any:
-    """Another number, another kind, or an array that is too short, too long or differs from layer to layer."""
+    """Returns another number, another kind, or an array that is too short, too long or differs from layer to layer."""
     choice = random.randrange(10)
     if choice < 4:
         return random.choice(WHOLE_NUMBERS)
@@ -90,7 +90,7 @@ def other_value(random: Random, value: Any) -> Any:
 
 
 def with_damaged_key(random: Random, model: ModelFile, keys: list[str]) -> ModelFile:
-    """A key of the model or of another family with another value, or without one."""
+    """Replaces or removes a key of the model or of another family."""
     name = random.choice(keys)
     value = model.metadata.get(name)
     metadata = dict(model.metadata)
@@ -102,7 +102,7 @@ def with_damaged_key(random: Random, model: ModelFile, keys: list[str]) -> Model
 
 
 def with_damaged_tensor(random: Random, model: ModelFile) -> ModelFile:
-    """A tensor that is missing, has fewer rows, columns or dimensions, half the bytes, or another one's name."""
+    """Removes a tensor, or gives it fewer rows, columns or dimensions, half the bytes, or another one's name."""
     tensor = random.choice(sorted(model.tensors.values(), key=lambda each: each.name))
     tensors: dict[str, Tensor] = dict(model.tensors)
     del tensors[tensor.name]
@@ -124,12 +124,12 @@ def with_damaged_tensor(random: Random, model: ModelFile) -> ModelFile:
 
 
 def as_halves(tensor: Tensor, kind: QuantType) -> Tensor:
-    """Of another type, with the first of its bytes."""
+    """Returns the tensor as one of another type, with the first of its bytes."""
     return replace(tensor, quant_type=kind, n_bytes=tensor.rows * kind.info.row_bytes(tensor.shape[-1]))
 
 
 def plan_for_gpu(model: Model) -> None:
-    """Needs no GPU. A ModelFileError of one line for what GPUs do not compute; assertions of the plan hold."""
+    """Plans without a GPU: assertions hold, and what GPUs do not compute is a ModelFileError of one line."""
     try:
         program = model.program(0, model.layer_count, context_tokens=RUN_LIMITS.max_context_tokens)
         assert most_workspace_bytes(program, model.tensors_for(program), RUN_LIMITS) > 0
@@ -138,7 +138,7 @@ def plan_for_gpu(model: Model) -> None:
 
 
 def use(file: ModelFile) -> None:
-    """Loads and computes it. A ModelFileError of one line is the only way out beside success."""
+    """Loads and computes the file; the only error allowed is a ModelFileError of one line."""
     try:
         with bounded_memory():
             model = Model(file)
@@ -167,7 +167,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelFile]
 
 @pytest.fixture(scope="module")
 def key_names(make: Callable[[str], ModelFile]) -> list[str]:
-    """Of all families, without the architecture's name."""
+    """Returns the keys of all families, without the architecture's name."""
     found = {key.split(".", 1)[1] for name in sorted(MODELS) for key in own_keys(make(name).metadata)}
     assert len(found) > 40
     return sorted(found)
@@ -204,7 +204,8 @@ def test_damaged_keys_and_tensors(make: Callable[[str], ModelFile], key_names: l
 
 @pytest.mark.parametrize("name", MODELS)
 def test_small_tensors_of_halves(make: Callable[[str], ModelFile], name: str) -> None:
-    """GPU kernels read some as float32: models are refused or planned without other types there. Each name once."""
+    """GPU kernels read some as float32: models with other types there are refused or can be planned. Each name is tried
+    once."""
     file, seen = make(name), set[str]()
     for tensor in file.tensors.values():
         ending = tensor.name.removeprefix(f"{tensor.layer}.")
@@ -222,7 +223,7 @@ def test_small_tensors_of_halves(make: Callable[[str], ModelFile], name: str) ->
 @pytest.mark.parametrize("name", ["llama-experts", "gpt-oss", "bailingmoe2", "gemma4-experts", "deepseek2"])
 @pytest.mark.parametrize("rows", ["one expert", "all experts"])
 def test_router_without_numbers(make: Callable[[str], ModelFile], tmp_path: Path, name: str, rows: str) -> None:
-    """A router of NaN chooses experts that there are, the same on all CPUs; without any number in it, logits are NaN,
+    """A router of NaN chooses existing experts, the same on all CPUs; a router without any number makes logits NaN,
     which fails requests by a line."""
     good = make(name)
     router = next(each for each in good.tensors.values() if each.name.endswith("ffn_gate_inp.weight"))

@@ -34,7 +34,7 @@ BASE: dict[str, WritableValue] = {
 
 
 def read(folder: Path, **changes: WritableValue | None) -> Hyperparameters:
-    """`changes` replaces keys of `llama.` (dots written __); None leaves one out."""
+    """Reads hyperparameters with `changes` to keys of `llama.` (dots written __); None leaves one out."""
     return read_hyperparameters(keys_of(folder, **changes).model)
 
 
@@ -80,7 +80,7 @@ def test_defaults(tmp_path: Path) -> None:
 def test_keys_that_would_change_the_arithmetic_are_refused(
     tmp_path: Path, key: str, neutral: WritableValue, other: WritableValue
 ) -> None:
-    """Unless the architecture reads them."""
+    """Such keys are refused unless the architecture reads them."""
     name = key.replace("__", ".")
     keys_of(tmp_path, **{key: neutral}).refuse_unread()
     with pytest.raises(ModelFileError, match=rf"llama\.{name}': .* is not supported"):

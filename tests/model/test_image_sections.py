@@ -1,4 +1,4 @@
-"""What models that read images have in their programs: sections of rotations, and places of given rows."""
+"""Programs of models that read images: sections of rotations, and places of given rows."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_qwen2vl_is_qwen2_with_sections_in_runs(tmp_path: Path) -> None:
 
 
 def test_sections_in_turn(tmp_path: Path) -> None:
-    """Of 6, 5 and 5 pairs: the last one is of time again."""
+    """The sections have 6, 5 and 5 pairs; the last pair is of time again."""
     assert sections_of(program(build_architecture(tmp_path / "m.gguf", "qwen3vl"))) == {(*[0, 1, 2] * 5, 0)}
 
 
 @pytest.mark.parametrize("name", ["glm4", "glm4moe"])
 def test_texts_of_glm_have_sections_if_their_files_do(tmp_path: Path, name: str) -> None:
-    """With sections, the pairs of a head are two halves, also in GLM 4."""
+    """Models with sections pair the two halves of a head, also GLM 4."""
     glm4 = replace(MODELS["chatglm"], architecture="glm4", post_norms=True)
     tiny = glm4 if name == "glm4" else MODELS[name]
     plain = program(build_tiny(tmp_path / "plain.gguf", tiny))

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(folder: Path, name: str, **changes: Any) -> ModelFile:
-    """With other keys of its own (dots written __); None leaves one out."""
+    """Opens a model with other keys of its own (dots written __); None leaves one out."""
     path = folder / f"{name}.gguf"
     model = open_model(path if path.exists() else build_architecture(path, name))
     prefix = LATENT_MODELS[name].architecture
@@ -46,7 +46,7 @@ def attention_of(model: ModelFile) -> Attention:
 
 
 def magnitude_of(model: ModelFile) -> float:
-    """The same of queries and keys."""
+    """Returns the magnitude that queries and keys share."""
     (magnitude,) = {step.table.scale for step in layer_of(model).steps if isinstance(step, Rope)}
     return magnitude
 
@@ -74,7 +74,7 @@ def test_stretched_rotations_scale_scores(
 
 
 def test_a_position_takes_one_key_of_memory(folder: Path) -> None:
-    """Of each layer, whatever the number of heads: 32 channels and 8 rotated ones."""
+    """Each layer keeps one key of 32 channels and 8 rotated ones, whatever the number of heads."""
     for kv_type, bytes_of in ((KvType.F16, 2 * 40), (KvType.Q8_0, 40 + 2 * 2)):
         costs = Model(opened(folder, "deepseek2")).costs(kv_type)
         assert {layer.kv_bytes_per_token for layer in costs.layers} == {bytes_of}
@@ -93,7 +93,7 @@ def test_costs_have_the_products_of_heads(folder: Path) -> None:
 
 
 def test_gates_of_files_without_the_key(folder: Path) -> None:
-    """Softmax, but of GLM-4.7-Flash, which is known by its layers and words, sigmoid."""
+    """The gate is softmax, but sigmoid for GLM-4.7-Flash, which is known by its layers and words."""
 
     def gating(**keys: Any) -> Gating:
         model = opened(folder, "deepseek2", expert_gating_func=None, **keys)

@@ -30,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Model
 
 
 def changed(model: Model, **keys: Any) -> Model:
-    """With other keys of its own, dots written __; None leaves one out."""
+    """Returns the model with other keys of its own, dots written __; None leaves one out."""
     prefix = model.file.metadata["general.architecture"]
     own = {f"{prefix}.{key.replace('__', '.')}": value for key, value in keys.items()}
     metadata = {key: value for key, value in {**model.file.metadata, **own}.items() if value is not None}
@@ -38,7 +38,7 @@ def changed(model: Model, **keys: Any) -> Model:
 
 
 def blocks(model: Model) -> list[str]:
-    """Of each layer, what it is made of."""
+    """Returns the blocks of each layer, as letters."""
     letters: dict[type[Step], str] = {Scan: "M", Attention: "*", Moe: "E", Activate: "-"}
     layers = (model.program(layer, layer + 1).steps for layer in range(model.layer_count))
     return ["".join(letters.get(type(step), "") for step in steps) for steps in layers]
@@ -54,7 +54,7 @@ def test_layers_have_the_blocks_that_the_file_says(models: dict[str, Model]) -> 
 
 
 def test_rotations_are_those_of_the_file(models: dict[str, Model]) -> None:
-    """Granite's key says whether there are any; Nemotron has none."""
+    """Granite's key says whether there are rotations; Nemotron has none."""
     rotations = {
         name: sum(isinstance(step, Rope) for step in model.program(0, model.layer_count).steps)
         for name, model in models.items()
@@ -120,7 +120,7 @@ def test_a_router_of_experts_reads_the_hidden_state(models: dict[str, Model]) ->
 
 
 def test_the_norm_of_groups_is_one_each(models: dict[str, Model]) -> None:
-    """Falcon H1 has none where the file has none."""
+    """Falcon H1 has no such norm if its file has none."""
 
     def norms(name: str) -> list[RmsNorm]:
         steps = models[name].program(0, 1).steps

@@ -62,7 +62,7 @@ def test_the_first_rule_that_matches_decides(model: Model) -> None:
 
 
 def test_norms_are_where_the_matrices_are(model: Model) -> None:
-    """A rule for experts that matches a norm by the way does not move the layer, nor contradict its rule."""
+    """A rule for experts that happens to match a norm does not move the layer or contradict its rule."""
     apart = said(model, r"ffn_.*=CPU,attn_.*=CUDA0")
     assert (set(apart.layers), set(apart.experts)) == ({"cuda:0"}, {True})
     assert set(said(model, r"ffn_.*=CPU,attn_.*=CPU").layers) == {"ram"}
@@ -139,7 +139,7 @@ def test_what_is_no_rule(text: str, told: str) -> None:
 
 
 def test_a_pattern_that_backtracks_ends(model: Model) -> None:
-    """With a backtracking matcher, each name of a tensor would take 2 ** 20 steps and more."""
+    """A backtracking matcher would take 2 ** 20 steps and more for each name of a tensor."""
     rules = list(read_rules(r"((\w|\.)+)+(\w+\.?)*!=CPU,exps=CPU"))
     with pytest.raises(UsageError, match="matches none of"):
         placement_of(model, rules, None)
@@ -153,7 +153,7 @@ def test_what_rules_decide_on(model: Model) -> None:
 
 
 def expected(rules: Sequence[PlacementRule], names: Sequence[str]) -> Mapping[str, str | None]:
-    """By Python's own matcher, one tensor at a time."""
+    """Returns what Python's own matcher finds, one tensor at a time."""
     return {
         name: next((rule.device for rule in rules if re.search(rule.pattern, name) is not None), None) for name in names
     }
@@ -167,7 +167,7 @@ def drawn_rule(draws: random.Random) -> PlacementRule:
 
 
 def test_random_rules_are_obeyed_to_the_tensor_or_refused(model: Model) -> None:
-    """No tensor that a rule names is elsewhere, and nothing is in RAM that no rule puts there."""
+    """Every tensor is where its rule says, and nothing is in RAM without a rule."""
     draws, obeyed = random.Random(SEED), 0
     names = [name for name in model.file.tensors if name.startswith("blk.")]
     for _ in range(300):

@@ -1,4 +1,4 @@
-"""What architectures emit for what files say: windows, scales, rotations, experts; tensors checked, costs complete."""
+"""Programs that architectures emit for files: windows, scales, rotations, experts; tensors checked, costs complete."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def whole(model: ModelFile) -> Program:
 
 
 def with_layers(model: ModelFile, layers: int) -> ModelFile:
-    """The same with the tensors of its first layer in all of so many."""
+    """Returns the model with this many layers, all with the tensors of its first one."""
     first = [tensor for name, tensor in model.tensors.items() if name.startswith("blk.0.")]
     copies = [
         replace(one, name=one.name.replace("blk.0.", f"blk.{layer}.")) for layer in range(layers) for one in first
@@ -123,14 +123,14 @@ _OPTIONAL = {
 
 
 def wanted_instead(model: str, name: str) -> str:
-    """Of a fused tensor that is missing, the first of its parts."""
+    """Returns the first part of a fused tensor."""
     if MODELS[model].delta is not None:
         return name.replace("ssm_in", "attn_qkv").replace("ssm_ba", "ssm_beta")
     return name.replace("_qkv", "_q").replace("gate_up_exps", "gate_exps")
 
 
 def test_values_without_a_weight_are_keys(make: Callable[..., ModelFile]) -> None:
-    """Before they are normed."""
+    """Values are the keys before those are normed."""
     steps = whole(make("gemma4")).steps
     norms = [step for step in steps if isinstance(step, RmsNorm) and step.out.name == "value"]
     assert [norm.x.name for norm in norms] == ["value", "value", "key"] * 2
@@ -146,7 +146,7 @@ def test_last_layers_read_the_keys_and_values_of_others(make: Callable[..., Mode
 
 
 def test_sparse_layers_of_gemma_3n_are_those_of_the_file(make: Callable[..., ModelFile]) -> None:
-    """Layers of -inf have no such step; the number is that of the file."""
+    """Layers with -inf in the file have no such step; the others have its number."""
     scales = np.array([1.5, -np.inf, -0.25] + [-np.inf] * 19, np.float32)
     steps = whole(make("gemma3n", activation_sparsity_scale=scales)).steps
     assert [step.factor for step in steps if isinstance(step, GaussianTopK)] == [1.5, -0.25]
@@ -278,7 +278,7 @@ def test_experts(make: Callable[..., ModelFile]) -> None:
 
 
 def test_experts_by_keys(make: Callable[..., ModelFile]) -> None:
-    """Gates, groups, scale; the first layer has no experts."""
+    """Gates, groups and scale follow from the keys; the first layer has no experts."""
     (step, *others) = [step for step in whole(make("bailingmoe2")).steps if isinstance(step, Moe)]
     assert len(others) == MODELS["bailingmoe2"].layers - 2
     assert (step.options.gating, step.options.groups, step.options.used_groups, step.options.scale) == (
@@ -369,7 +369,7 @@ def test_values_as_wide_as_keys(make: Callable[..., ModelFile]) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_worker_without_the_file_computes_the_same(make: Callable[..., ModelFile], name: str, tmp_path: Path) -> None:
-    """From the manifest and the tensors that programs are made of, for the context that the stage is planned for."""
+    """The worker has the manifest and the tensors that programs need, for the context that the stage is planned for."""
     pattern = {"attention__sliding_window_pattern": np.array([True, True, False, True])} if name == "gemma2" else {}
     file, limits = make(name, **pattern), StageLimits(8, 8, 2, MODELS[name].context, 64)
     (tmp_path / "manifest").write_bytes(make_manifest(file))

@@ -1,4 +1,4 @@
-"""Every architecture in Q8_0 beside llama.cpp, whose logits of the same weights are in `data/architectures`."""
+"""Every architecture in Q8_0 compared with llama.cpp, whose logits of the same weights are in `data/architectures`."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from support.models.tiny_architectures import (
 from support.paths import DATA
 
 BOUND = 2e-3
-"""Of a position, in the median: a router's rounding may choose other experts in some of them."""
+"""The bound of a position's error, in the median: a router's rounding may choose other experts in some of them."""
 FURTHER = 2.5
-"""From the logits of the same weights in float32. Both programs round activations to 8 bits, each in its own way: where
-many layers or steep functions amplify that, they are as far from each other as each is from those."""
+"""The largest ratio of our error to llama.cpp's, both against float32 logits of the same weights. Both programs round
+activations to 8 bits in their own ways: many layers or steep functions amplify that."""
 
 
 def computed(path: Path, name: str) -> NDArray[np.float32]:
-    """Every fourth logit of a prefill and of decode steps."""
+    """Returns every fourth logit of a prefill and of decode steps."""
     tokens, start = [*TOKENS, *DECODED_TOKENS], len(TOKENS)
     blocks = range(-(-len(tokens) // KV_BLOCK_TOKENS), -1, -1)
     model = Model.open(path)
@@ -47,7 +47,7 @@ def computed(path: Path, name: str) -> NDArray[np.float32]:
 
 
 def median_error(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
-    """Of the positions' sum((found - wanted)^2) / sum(wanted^2)."""
+    """Returns the median of the positions' sum((found - wanted)^2) / sum(wanted^2)."""
     exact = wanted.astype(np.float64)
     return float(np.median(((found - exact) ** 2).sum(axis=1) / (exact**2).sum(axis=1)))
 

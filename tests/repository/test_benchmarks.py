@@ -40,7 +40,7 @@ CASES = sorted(path.stem for path in FOLDER.glob("cases/*/*.py"))
 LLAMA_BENCH = """#!/bin/sh
 echo '[{"n_prompt": 16, "n_gen": 0, "avg_ts": 10.0}, {"n_prompt": 0, "n_gen": 2, "avg_ts": 5.0}]'
 """
-"""Answers as llama.cpp's program of that name."""
+"""A program that answers as llama.cpp's of that name."""
 ENCODE_TILE = "#!/bin/sh\nwhile read line; do echo 1000; done\n"
 
 
@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Without the time of imports."""
+    """Runs a script without the time of imports."""
     state = str(folder / "state")
     return forked_script(FOLDER / script, *arguments, folder=folder, within_s=120.0, LLAMACLUST_STATE_DIR=state)
 
@@ -144,7 +144,7 @@ VARIANTS = {
     "convert": {"convert", "dd", "dd that reads"},
 }
 NOT_EXACT = {"memory"}
-"""Whose verdict is of larger models."""
+"""Cases whose verdict is of larger models."""
 
 
 @pytest.mark.parametrize("case", TINY)
@@ -184,7 +184,7 @@ def test_answers_that_differ_end_a_case() -> None:
 
 
 def test_another_checkout_takes_turns(folder: Path, tmp_path: Path) -> None:
-    """Its interpreter runs the same case: here both are this tree."""
+    """The other checkout's interpreter runs the same case: here both are this tree."""
     (tmp_path / "tree").symlink_to(ROOT)
     written = tmp_path / "rows.jsonl"
     options = ("--types", "Q8_0", "--rounds", "2", "--json", str(written), "--against", str(tmp_path / "tree"))
@@ -285,7 +285,7 @@ def test_shape_of_a_public_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_script_that_is_interrupted_leaves_nothing(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """`shape.py` while it writes, a case while it measures."""
+    """The signal comes while `shape.py` writes, and while a case measures."""
     with subprocess.Popen(
         [sys.executable, FOLDER / "shape.py", "7b", "Q8_0", tmp_path / "m.gguf"], stderr=subprocess.PIPE, text=True
     ) as process:

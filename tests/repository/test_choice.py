@@ -1,4 +1,4 @@
-"""Which cases a run takes: the same ones for the same commit, and what a change reaches."""
+"""The cases that a run takes: the same ones for the same commit, and what a change reaches."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def script(name: str) -> ModuleType:
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """For llama-server, with an encoder of its own and the same model for all others."""
+    """Loads the stand-in for llama-server, with an encoder of its own and the same model for all others."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks/suites"))
     monkeypatch.setenv("LLAMACLUST_SUITE_MODEL", "/models/a.gguf")
     monkeypatch.setenv("LLAMACLUST_SUITE_STAND_INS", str(tmp_path))
@@ -94,7 +94,7 @@ def test_results_of_two_servers_are_compared(
 
 @pytest.fixture
 def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Whose suites' tests are what `command` in the folder has."""
+    """Loads the module, whose suites' tests are what `command` in the folder has."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks/suites"))
     module = script("clients")
     monkeypatch.setattr(module, "install", lambda name, suite: tmp_path)

@@ -83,7 +83,7 @@ def test_work_counts_what_is_read_and_multiplied(tiny: Path) -> None:
 
 
 def test_weights_count_as_the_file_holds_them(tmp_path: Path) -> None:
-    """Of IQ1_S a tile takes a quarter more; with two experts out of two and out of four, a token reads as much."""
+    """A tile of IQ1_S takes a quarter more; with two experts out of two and out of four, a token reads as much."""
     path, task = tmp_path / "tiny.gguf", BenchTask(tmp_path, 1, generate=1)
     shape = {"layers": LAYERS, "hidden": HIDDEN, "ffn": FFN, "quant_type": QuantType.IQ1_S}
     read = Work.of(Model.open(build_tiny_model(path, **shape)), task).decode_bytes  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ def test_keys_and_values_outside_the_window_are_not_read(tmp_path: Path) -> None
 
 
 def test_windows_count_in_the_layers_that_have_them(tmp_path: Path) -> None:
-    """Every other layer of gemma2; none of qwen2, whatever the file says."""
+    """Every other layer of gemma2 has windows; none of qwen2 has, whatever the file says."""
     task, path = BenchTask(tmp_path, 1, depth=9, generate=1), tmp_path / "tiny.gguf"
     with Model.open(build_architecture(path, "gemma2")) as model:
         kv = [layer.kv_bytes_per_token for layer in model.costs(task.kv_type).layers]
@@ -128,7 +128,7 @@ def test_float_weights_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_shares_are_those_of_pairs() -> None:
-    """A machine that reads 40 GB/s and then 80: the same kernel is near both limits, each at its time."""
+    """The machine reads 40 GB/s and then 80: the same kernel is near both limits, each at its time."""
     pairs = [Pair(38, 40, 40), Pair(39, 40, 41), Pair(38, 40, 80), Pair(76, 79, 80), Pair(77, 80, 80)]
     share = Spread.of(pair.share for pair in pairs)
     assert (share.median, share.least, share.most) == (76 / 79.5, 38 / 60, 39 / 40.5)
@@ -217,7 +217,7 @@ def test_workers_are_measured_as_a_cluster(tiny: Path) -> None:
 
 
 def test_as_many_workers_as_layers_are_used(tiny: Path) -> None:
-    """However little it brings."""
+    """All workers are used, however little they bring."""
     report = run_bench(BenchTask(tiny, 1, prompt=20, generate=4, repeats=1, workers=LAYERS), lambda what: None)
     check(report.as_json(), workers=LAYERS)
 
@@ -238,7 +238,7 @@ def test_a_cut_has_exactly_so_many_stages_and_the_slowest_is_quick() -> None:
 def test_an_interrupted_cluster_leaves_nothing(
     tiny: Path, tmp_path: Path, number: signal.Signals, command: str
 ) -> None:
-    """As soon as it has made its folder, and once it works."""
+    """The signal comes as soon as the command has made its folder, and once it works."""
     (tmp_path / "text").write_text("the cat sat on a mat " * 20000)
     words = ["bench", str(tiny), "-r", "100"]
     if command == "perplexity":

@@ -42,7 +42,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sums_are_llama_perplexitys() -> None:
-    """Mean, variance over the count, the mean's error over count - 1, carried through exp."""
+    """The sums give mean, variance over the count, the mean's error over count - 1, carried through exp."""
     chunks = [[-1.5, -0.25, -3.0], [-2.0, -0.125, -7.5]]
     sums = Accumulator()
     for chunk in chunks:
@@ -112,7 +112,7 @@ async def test_the_same_digits_here_and_over_http(tiny: Path, text: Path, capsys
 
 
 async def test_the_same_digits_on_two_workers(tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In a process of its own, since gRPC reads its environment once."""
+    """The command runs in a process of its own, since gRPC reads its environment once."""
     arguments = (str(tiny), "-f", str(text), "-c", str(CONTEXT), "--chunks", "3", "--json")
     _, here, _ = command(capsys, *arguments)
     process = await asyncio.create_subprocess_exec(

@@ -30,13 +30,13 @@ from support.seed import SEED
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of two layers, one of them with experts' matrices in one tensor each; F16."""
+    """Builds an F16 model of two layers, one of them with experts' matrices in one tensor each."""
     path = tmp_path_factory.mktemp("models") / "tiny.gguf"
     return build_tiny_model(path, layers=2, experts=4, hidden=256, ffn=256, vocabulary=300, quant_type=QuantType.F16)
 
 
 def run(*words: str | Path) -> str:
-    """What it prints; raises the error that the command's entry would print."""
+    """Returns what the command prints; raises the error that its entry would print."""
     result = CliRunner().invoke(app, ["model", *map(str, words)], standalone_mode=False)
     if result.exception:
         raise result.exception
@@ -67,7 +67,7 @@ def test_a_quantized_model_has_the_same_weights_but_for_rounding(model: Path, tm
 
 
 def test_tensors_of_kimi_linear_keep_their_shapes(tmp_path: Path) -> None:
-    """Its files have ones in shapes that programs do without; the model is the same but for rounding."""
+    """The files have ones in shapes that programs do without; the model is the same but for rounding."""
     source = build_architecture(tmp_path / "in.gguf", "kimi-linear")
     run("quantize", source, tmp_path / "out.gguf", "Q8_0")
     before, after = open_model(source), open_model(tmp_path / "out.gguf")
@@ -119,7 +119,8 @@ def test_a_split_model_stays_split_where_that_is_wanted(model: Path, tmp_path: P
 
 
 def test_an_importance_matrix_of_the_model_itself(model: Path, tmp_path: Path) -> None:
-    """Of a text; experts that nothing was sent to count like all others. With it, types that need one can be made."""
+    """The matrix is of a text; experts that nothing was sent to count like all others, and it lets types that need one
+    be made."""
     text, matrix = tmp_path / "text", tmp_path / "matrix.gguf"
     text.write_text("the quick brown fox jumps over the lazy dog " * 12)
     run("imatrix", model, "-f", text, "-o", matrix, "-c", "64", "--chunks", "3", "-t", "2")
@@ -258,7 +259,7 @@ def test_broken_off_it_leaves_the_old_file_as_it_was(model: Path, tmp_path: Path
 def test_what_is_made_from_a_pulled_model_goes_to_the_current_folder(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Among the pulled ones `model rm` would delete it."""
+    """A file among the pulled ones would be deleted by `model rm`."""
     pulled, here = tmp_path / "home" / "models" / "mine", tmp_path / "here"
     pulled.mkdir(parents=True)
     here.mkdir()

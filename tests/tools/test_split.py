@@ -26,7 +26,7 @@ from support.models.tiny_model import build_tiny_model
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With metadata of every type that Python's numbers do not tell apart."""
+    """Builds a model with metadata of every type that Python's numbers do not tell apart."""
     odd: dict[str, WritableValue] = {
         "x.i32": np.int32(7),
         "x.u64": np.uint64(8),

@@ -24,7 +24,7 @@ WITHIN_S = 20.0
 
 
 class Found:
-    """Addresses in their order."""
+    """Collects addresses in their order."""
 
     def __init__(self) -> None:
         self.addresses: list[str] = []
@@ -51,7 +51,7 @@ def _on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 async def announced_by_another(
     name: str, port: int, properties: dict[str, str], hosts: Sequence[str] = ("127.0.0.1",)
 ) -> AsyncIterator[None]:
-    """What a program of another maker, or a hostile one, may announce."""
+    """Announces what a program of another maker, or a hostile one, may announce."""
     service = AsyncZeroconf(interfaces=["127.0.0.1"], ip_version=IPVersion.V4Only)
     packed = [IPv4Address(host).packed for host in hosts]
     info = AsyncServiceInfo(SERVICE, f"{name}.{SERVICE}", port=port, addresses=packed, properties=properties)
@@ -71,7 +71,7 @@ async def test_a_cluster_is_found_before_and_after_it_is_announced() -> None:
 
 
 async def test_clusters_with_the_same_id_are_all_found() -> None:
-    """A coordinator and its former standby, which took over, or two that were started by mistake."""
+    """The two are a coordinator and its former standby, which took over, or were started by mistake."""
     found = Found()
     async with (
         announced("tiny", CLUSTER, "127.0.0.1:7100"),
@@ -100,7 +100,7 @@ async def test_other_clusters_and_strange_announcements_are_left_out() -> None:
 async def browser(
     found: Found, other: Callable[[str], None] = lambda name: None
 ) -> AsyncIterator[Callable[[str], None]]:
-    """A browser's handler, for names of services."""
+    """Yields a browser's handler, for names of services."""
     async with discovery._multicast(["127.0.0.1"]) as service:
         browser = discovery._Browser(service.zeroconf, CLUSTER, found, other)
         try:

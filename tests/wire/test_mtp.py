@@ -1,4 +1,4 @@
-"""What MTP heads read and say, as bytes."""
+"""The inputs and results of MTP heads, as bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged messages of the hot path, read natively under the compiler's search for bad accesses to memory."""
+"""Damaged messages of the hot path, read natively with the compiler's sanitizers."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(program: Path, records: list[tuple[int, bytes]]) -> tuple[int, int]:
-    """How many records were read and refused."""
+    """Returns how many records were read and refused."""
     data = b"".join(struct.pack("<BI", kind, len(one)) + one for kind, one in records)
     done = subprocess.run([program], input=data, capture_output=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr.decode(errors="replace")[-4000:]

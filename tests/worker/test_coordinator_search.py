@@ -14,11 +14,11 @@ from llamaclust.worker.coordinator_search import CoordinatorSearch, Place
 from support.clusters.served import until
 
 Outcome = LlamaclustError | str | None
-"""Of an attempt: an error, a result, or None for one that does not end."""
+"""The outcome of an attempt: an error, a result, or None for one that does not end."""
 
 
 class Attempts:
-    """At addresses with scripted outcomes, whose last one is repeated."""
+    """Attempts at addresses with scripted outcomes, whose last one is repeated."""
 
     def __init__(self, **outcomes: list[Outcome]) -> None:
         self.made: list[str] = []
@@ -150,7 +150,7 @@ async def test_without_any_address_the_first_found_is_taken() -> None:
 
 
 async def test_false_announcements_do_not_end_a_worker() -> None:
-    """At all addresses the worker is refused, which would be final were they given."""
+    """Fake addresses refuse the worker, which would be final if they were given."""
     wrong = UsageError("does not belong to the token's cluster")
     fakes = {f"fake{index}": [wrong] for index in range(200)}
     search = CoordinatorSearch((), discovers=True)
@@ -196,7 +196,7 @@ async def test_a_flood_of_false_announcements_hides_the_true_one_until_they_have
 
 
 async def test_a_coordinator_that_was_found_is_waited_for_each_time_that_it_is_lost() -> None:
-    """Multicast DNS reports nothing where it comes back at the same address."""
+    """Multicast DNS reports nothing when a coordinator comes back at the same address."""
     search, attempts = CoordinatorSearch((), discovers=True), Attempts(real=["here", GONE, "here", GONE, "here"])
     search.add("real")
     for _ in range(3):

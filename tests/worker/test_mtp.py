@@ -73,7 +73,7 @@ class OneSequence:
         self.table = (4, 4)
 
     def run(self, tokens: tuple[int, ...], position: int, outputs: int, **changes: int) -> tuple[RowResult, ...]:
-        """Greedy results of the last rows."""
+        """Returns greedy results of the last rows."""
         chunk = replace(Chunk(tokens, position, self.table, outputs), **changes)  # type: ignore[arg-type]
         microbatch = Microbatch(self._model_id, 1, 0, (chunk,))
         end = position + len(tokens)
@@ -83,7 +83,7 @@ class OneSequence:
 
 
 def _one_pass(backend: Backend, model: Model, tokens: list[int]) -> Iterator[int]:
-    """What the head says behind each token but the last, all rows computed at once."""
+    """Yields the head's token after each token but the last, all rows computed at once."""
     count = len(tokens) - 1
     arrays = (np.array([0, count], np.int32), np.array([0, 4], np.int32), np.arange(4, dtype=np.int32))
     rows = np.arange(count, dtype=np.int32)
@@ -111,9 +111,9 @@ def test_drafts_are_those_of_one_pass_however_rows_are_computed(model: Model, ba
 
 
 def _drafts_in_pieces(source: Random, model: Model, backend: Backend) -> tuple[list[int], dict[int, int]]:
-    """Tokens, and drafts by the number of tokens before: a prompt in chunks, then steps of one token, with drafted rows
-    that are right, partly right and wrong; where there are states, which a scheduler has written elsewhere, all are
-    right."""
+    """Returns tokens, and drafts by the number of tokens before them: of a prompt in chunks, then of steps of one
+    token, with drafted rows that are right, partly right and wrong; all are right where there are states, which a
+    scheduler has written elsewhere."""
     sequence, plain = OneSequence(backend, model), OneSequence(backend, model)
     tokens = [source.randrange(3, 320) for _ in range(13)]
     (row,) = plain.run(tuple(tokens), 0, 1)
@@ -140,7 +140,7 @@ def _drafts_in_pieces(source: Random, model: Model, backend: Backend) -> tuple[l
 
 
 def test_further_tokens_follow_from_the_heads_own(model: Model) -> None:
-    """As many as were asked for, up to the end of the chunk's blocks, and the first ones are those of fewer."""
+    """Heads draft as many tokens as asked for, up to the end of the blocks; shorter drafts begin longer ones."""
     source, backend = Random(SEED), CpuBackend(1)
     tokens = tuple(source.randrange(3, 320) for _ in range(9))
     found = [OneSequence(backend, model).run(tokens, 0, 1, drafts=most)[0].drafted for most in (1, 3, 6)]
@@ -155,7 +155,7 @@ def test_further_tokens_follow_from_the_heads_own(model: Model) -> None:
 
 
 def test_drafted_keys_are_overwritten(model: Model) -> None:
-    """A step behind drafts gives what it gives without them."""
+    """A step after drafts gives what it gives without them."""
     source, backend = Random(SEED), CpuBackend(1)
     tokens = tuple(source.randrange(3, 320) for _ in range(9))
     found = []

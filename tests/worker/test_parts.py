@@ -108,7 +108,7 @@ async def test_a_job_that_does_not_end_is_known_and_ends_the_process() -> None:
 
 
 async def test_a_step_far_beyond_its_usual_time_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One without a limit does not, nor one that follows it."""
+    """A step without a limit does not end it, nor does one that waits behind such a step."""
     monkeypatch.setattr("llamaclust.worker.stage.compute._WATCH_S", 0.005)
     compute, go_on = Compute(), threading.Event()
     unlimited = compute.queue(lambda: go_on.wait(0.1))
@@ -123,7 +123,7 @@ async def test_a_step_far_beyond_its_usual_time_ends_the_process(monkeypatch: py
 
 
 async def test_a_short_step_with_a_limit_that_hangs_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would be computed on the event loop if it had no limit."""
+    """The step would run on the event loop if it had no limit."""
     monkeypatch.setattr("llamaclust.worker.stage.compute._WATCH_S", 0.005)
     compute, go_on = Compute(), threading.Event()
     with pytest.raises(DeviceLostError, match="the GPU hangs"):
@@ -220,8 +220,8 @@ def test_a_cap_on_memory_counts_what_the_process_has() -> None:
 
 
 def test_memory_that_was_freed_is_returned_to_the_system() -> None:
-    """Blocks below glibc's threshold for maps of their own, one of which is still there behind the others; all that
-    only a cycle refers to."""
+    """The blocks are below glibc's threshold for maps of their own, one remains behind the others, and only a cycle
+    refers to the rest."""
     system_info.release_freed_memory()  # of tests before
     before = system_info.resident_bytes()
     blocks: list[object] = [np.ones(1 << 16, np.uint8) for _ in range(1 << 10)]
@@ -264,7 +264,7 @@ def test_a_device_that_is_lost_ends_the_workers_life() -> None:
 
 
 class _Layers:
-    """What was loaded until then."""
+    """Layers that were loaded before the failure."""
 
 
 def test_a_load_that_failed_holds_nothing_when_the_coordinator_hears_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,7 +321,7 @@ async def test_an_unload_that_fails_is_answered_or_ends_the_process_of_a_lost_de
 
 @pytest.mark.parametrize("is_orphan", [False, True], ids=["unloaded", "its membership ends"])
 async def test_a_load_that_is_not_needed_ends_soon(monkeypatch: pytest.MonkeyPatch, is_orphan: bool) -> None:
-    """It would take 50 s; the next one is not kept waiting by it."""
+    """The load would take 50 s; the next one is not kept waiting by it."""
     answers: list[WorkerMessage] = []
     begun, at_work = threading.Event(), threading.Lock()
 
@@ -366,7 +366,7 @@ async def test_a_load_that_is_not_needed_ends_soon(monkeypatch: pytest.MonkeyPat
 
 
 async def test_figures_of_a_load_are_those_of_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None before they are known; 20 bytes of layers, of which 10 are fetched first."""
+    """No figures come before they are known; layers have 20 bytes, of which 10 are fetched first."""
     reports: list[LoadProgress] = []
 
     async def slow(order: object, device: object, files: Any, reserved_bytes: int) -> None:

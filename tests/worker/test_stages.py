@@ -100,7 +100,7 @@ def test_inputs_that_break_the_protocol_end_both_streams_at_once(
 
 
 async def _why(stream: ClientStream) -> str:
-    """The error that ends it."""
+    """Returns the error that ends the stream."""
     with pytest.raises(WorkerError) as caught:
         await stream.read()
     return str(caught.value)
@@ -129,7 +129,7 @@ def test_a_microbatch_that_fails_is_answered_in_its_turn(model: Model, tmp_path:
 
 
 def _fail_second(runner: StageRunner) -> None:
-    """The second microbatch that comes as far as this stage."""
+    """Fails the second microbatch that reaches this stage."""
     whole, numbers = runner.run_frame, count()
 
     def run_frame(frame: MicrobatchFrame) -> Logits:
@@ -246,7 +246,7 @@ async def test_the_loss_of_the_next_stage_reaches_the_coordinator(model: Model, 
 
 
 async def test_only_a_connection_that_fails_is_told(model: Model, tmp_path: Path) -> None:
-    """Not a stage that ends its stream with an error: it can be reached."""
+    """A stage that ends its stream with an error is not reported: it can be reached."""
 
     told: list[str] = []
 

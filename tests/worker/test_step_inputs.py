@@ -85,7 +85,7 @@ a_timing = st.builds(StageTiming, uint64, uint64, uint64, st.integers(1, 9))
 
 
 def logits_of(rows: int, seed: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    """[rows, vocabulary], with values that are equal."""
+    """Returns logits [rows, vocabulary], some of which are equal."""
     return np.random.default_rng(seed).normal(0, 3, (rows, VOCABULARY)).round(1).astype(np.float32)
 
 
@@ -107,7 +107,7 @@ def test_inputs_sample_the_same_tokens(inputs: SamplingInputs, seed: int) -> Non
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """Inputs of which some bytes are others, missing, or there twice."""
+    """Draws inputs of which some bytes are changed, missing or repeated."""
     data = bytearray(encode_inputs(draw(some_inputs)))
     for _ in range(draw(st.integers(1, 3))):
         start, end = sorted((draw(st.integers(0, len(data))), draw(st.integers(0, len(data)))))
@@ -247,7 +247,7 @@ def test_tasks_that_are_not_as_many_as_output_rows_are_refused() -> None:
 
 
 def test_rows_that_are_drawn_again_choose_among_allowed_tokens() -> None:
-    """As tasks with the same parameters, another key and a grammar's tokens do."""
+    """Tasks with the same parameters, another key and a grammar's tokens choose alike."""
     tasks = tuple(replace(TASK, seed=seed, params=SamplingParams(temperature=3.0)) for seed in range(9))
     native = StepInputs.read(encode_inputs(SamplingInputs(1, 2, tasks))).tasks
     allowed = [np.array([3 << place, 1], np.uint32) for place in (2, 5)]
@@ -257,7 +257,7 @@ def test_rows_that_are_drawn_again_choose_among_allowed_tokens() -> None:
 
 
 def test_a_row_may_choose_suppressed_tokens_where_nothing_else_may_follow() -> None:
-    """The others still may not, although they share the list of tokens."""
+    """The other rows still may not, although they share the list of tokens."""
     suppressed = tuple(range(VOCABULARY - 1))
     native = StepInputs.read(encode_inputs(SamplingInputs(1, 2, (replace(TASK, suppressed=suppressed),) * 3))).tasks
     native.allow_suppressed(1)

@@ -147,7 +147,7 @@ def empty(path: Path) -> None:
 def test_a_damaged_file_is_removed_and_made_again(
     make: Make, kind: str, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], shows: bool
 ) -> None:
-    """With times as before, as a disk fails; fetched weights are not read to be checked at each start."""
+    """Times stay as before when a disk fails; fetched weights are not read to be checked at each start."""
     user = make()
     user.put(1)
     path = main_file(user)

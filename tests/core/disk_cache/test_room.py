@@ -101,7 +101,7 @@ def test_a_full_disk_loses_nothing_but_the_copy(
 
 
 def test_a_read_only_file_system_is_read(make: Make, small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As of a container whose image has compiled kernels."""
+    """Containers whose image has compiled kernels may have such a file system."""
     user = make(path=small_disk / "cache")
     user.put(1)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)

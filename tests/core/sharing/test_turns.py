@@ -50,7 +50,7 @@ async def test_an_owner_at_its_most_leaves_places_free_for_others(places: int, m
 
 
 async def test_work_that_is_cancelled_keeps_no_place() -> None:
-    """While it waits, in its turn, and as its turn comes."""
+    """Work is cancelled while it waits, in its turn, and as its turn comes."""
     turns, order = Turns(1), list[str]()
     for steps in range(8):
         tasks = [asyncio.create_task(_work(turns, owner, order)) for owner in "abca"]

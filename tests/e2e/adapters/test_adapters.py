@@ -1,4 +1,4 @@
-"""Adapters in clusters: the same tokens and logprob bits for any cut, company and loss; ids of the merged model."""
+"""Adapters in clusters: the same tokens and logprob bits for any cut, batch and loss; ids of the merged model."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from support.seed import SEED
 
 _SEEDED = SamplingParams(temperature=0.9, top_k=40, repetition_penalty=1.1)
 _ROUNDING = 0.02
-"""Of a logprob: keys and values are rounded to float16, on either side of a bound."""
+"""The tolerance of a logprob: keys and values are rounded to float16, on either side of a bound."""
 _SCALES: tuple[AdapterScales, ...] = ((), ((0, 1.0),), ((0, 0.5),), ((1, 1.0),), ((0, 1.0), (1, -1.0)))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and two adapters."""
+    """Builds a model and two adapters."""
     folder = tmp_path_factory.mktemp("model")
     model = build_tiny_model(folder / "tiny.gguf", layers=6, context=CONTEXT, quant_type=QuantType.F32)
     build_adapter(folder / "first.gguf", model, rank=8)
@@ -44,7 +44,7 @@ def cluster_of(folder: Path, state_dir: Path, workers: int) -> ClusterConfig:
 
 
 def requests(tokens: int = 90) -> tuple[GenerationRequest, ...]:
-    """Of each choice of adapters a greedy and a seeded one, all with one beginning, whose KV blocks those
+    """Returns a greedy and a seeded request for each choice of adapters, all with one beginning, whose KV blocks those
     of one choice share."""
     source = Random(SEED)
     shared = [source.randrange(3, 320) for _ in range(40)]
@@ -64,7 +64,7 @@ def requests(tokens: int = 90) -> tuple[GenerationRequest, ...]:
 
 @pytest.fixture(scope="module")
 def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
-    """What one worker answers, each request alone."""
+    """Returns the answers of one worker, each request alone."""
 
     async def alone() -> list[Answer]:
         async with recovering(cluster_of(folder, tmp_path_factory.mktemp("alone"), 1)) as run:
@@ -80,7 +80,7 @@ def test_each_choice_of_adapters_has_answers_of_its_own(folder: Path, expected: 
 
 
 async def test_ids_are_those_of_the_merged_model(folder: Path, tmp_path: Path) -> None:
-    """Greedy ones, unless two tokens are equally likely but for rounding."""
+    """Greedy ids are equal, unless two tokens are equally likely but for rounding."""
     async with recovering(cluster_of(folder, tmp_path, 2)) as run:
         for number, adapter in enumerate(("first", "second")):
             merged = build_merged(tmp_path / f"{adapter}.gguf", folder / "tiny.gguf", folder / f"{adapter}.gguf", 1.0)
@@ -113,7 +113,7 @@ async def test_company_and_cuts_change_no_answer(
 async def test_adapters_in_the_format_of_peft_give_the_same_answers(
     folder: Path, expected: list[Answer], tmp_path: Path
 ) -> None:
-    """Each process reads the folders itself."""
+    """Each process reads the adapter folders itself."""
     adapters = [
         {"name": name, "path": str(build_peft(tmp_path / name, folder / "tiny.gguf", folder / f"{name}.gguf"))}
         for name in ("first", "second")

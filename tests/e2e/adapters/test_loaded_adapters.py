@@ -32,7 +32,7 @@ _SCALES: tuple[AdapterScales, ...] = ((), ((0, 1.0),), ((1, 1.0),), ((0, 0.5), (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, an adapter of the cluster file and a folder of further ones."""
+    """Builds a model, an adapter of the cluster file and a folder of further ones."""
     folder = tmp_path_factory.mktemp("model")
     model = build_tiny_model(folder / "tiny.gguf", layers=6, context=CONTEXT, quant_type=QuantType.F32)
     (folder / "further").mkdir()
@@ -50,7 +50,7 @@ def cluster_of(folder: Path, state_dir: Path, workers: int, *, first: tuple[str,
 
 
 def requests(tokens: int = 90, scales: tuple[AdapterScales, ...] = _SCALES) -> tuple[GenerationRequest, ...]:
-    """Of each choice of adapters a greedy and a seeded one, with one beginning."""
+    """Returns a greedy and a seeded request for each choice of adapters, with one beginning."""
     source = Random(SEED)
     shared = [source.randrange(3, 320) for _ in range(40)]
     return tuple(
@@ -69,7 +69,7 @@ def requests(tokens: int = 90, scales: tuple[AdapterScales, ...] = _SCALES) -> t
 
 @pytest.fixture(scope="module")
 def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
-    """What one worker that had both adapters from the start answers, each request alone."""
+    """Returns the answers of one worker that had both adapters from the start, each request alone."""
 
     async def alone() -> list[Answer]:
         settings = cluster_of(folder, tmp_path_factory.mktemp("alone"), 1, first=("first", "second"))
@@ -82,7 +82,7 @@ def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Ans
 async def test_a_loaded_adapter_answers_as_one_of_the_start(
     folder: Path, expected: list[Answer], tmp_path: Path
 ) -> None:
-    """While others run, after a killed worker, and with the next coordinator."""
+    """The adapter answers while others run, after a killed worker, and with the next coordinator."""
     async with recovering(cluster_of(folder, tmp_path, 2)) as run:
         before = run.start(requests()[:4])
         await run.token(20)
@@ -103,7 +103,7 @@ async def test_a_loaded_adapter_answers_as_one_of_the_start(
 
 
 async def test_an_adapter_comes_and_goes(folder: Path, expected: list[Answer], tmp_path: Path) -> None:
-    """Under one name also another one; other streams keep their tokens, and the next coordinator knows what is left."""
+    """Another adapter may take its name; other streams keep their tokens, the next coordinator knows what is left."""
     chosen = requests()[4:6]
     async with recovering(cluster_of(folder, tmp_path, 2)) as run:
         served = run.cluster.models[0]
@@ -135,7 +135,7 @@ async def test_an_adapter_comes_and_goes(folder: Path, expected: list[Answer], t
 
 
 async def test_what_cannot_be_unloaded_changes_nothing(folder: Path, expected: list[Answer], tmp_path: Path) -> None:
-    """What stays in use; files do not matter, for they are loaded."""
+    """Adapters in use stay; their files do not matter, for they are loaded."""
     copied = folder / "further" / "copied.gguf"
     copied.write_bytes((folder / "further" / "third.gguf").read_bytes())
     async with recovering(cluster_of(folder, tmp_path, 1)) as run:
@@ -212,7 +212,7 @@ async def test_a_load_leaves_the_prefix_cache_and_takes_the_memory_of_the_adapte
             return engine.counts.cached_tokens - before
 
         def weight_bytes() -> int:
-            """Of all stages; each worker has one."""
+            """Returns the sum over all stages; each worker has one."""
             stages = [worker.stages.values() for worker in run.cluster.registry.present.values()]
             return sum(loaded.weight_bytes for ((_, loaded),) in stages)
 
@@ -230,7 +230,7 @@ async def test_a_load_leaves_the_prefix_cache_and_takes_the_memory_of_the_adapte
 async def test_a_worker_lost_while_an_adapter_is_loaded(
     folder: Path, expected: list[Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The load is refused, requests that run are answered, and the next one is served."""
+    """The load is refused, requests that run are answered, and the next load succeeds."""
     async with recovering(cluster_of(folder, tmp_path, 2)) as run:
         answering, loader = run.start(requests()[:4]), run.cluster.models[0].loader
         await run.token(20)

@@ -90,7 +90,7 @@ async def test_states_are_those_of_plain_steps(windows: AnyWindows, tmp_path: Pa
 
 
 def _whole(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
-    """Windows of all drafted tokens, of one sequence."""
+    """Returns windows of all drafted tokens, of one sequence."""
     return [min(len(each.tokens), most_rows) for each in candidates]
 
 
@@ -98,7 +98,7 @@ def _whole(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most
 async def test_forced_tokens_take_few_steps(
     model: Path, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where all of them are computed that are drafted."""
+    """All drafted tokens are computed here."""
     request = GenerationRequest("r", tuple(range(3, 60)), 200, params, 5, grammar=_LONG_NAMES, with_logprobs=True)
     (expected,) = await asyncio.to_thread(undisturbed, model, [request])
     monkeypatch.setattr(speculation, "best_windows", _whole)

@@ -1,4 +1,4 @@
-"""What clients may ask of a stage that a group holds: ids and logprob bits are those of one undisturbed worker."""
+"""Features that clients may ask of a group's stage: ids and logprob bits are those of one undisturbed worker."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Requests = tuple[GenerationRequest, ...]
 
 
 def choices(requests: Requests) -> Requests:
-    """Several choices of one seed, stop tokens, tokens that may not stop it yet, biases, and the likeliest tokens."""
+    """Adds choices of one seed, stop tokens, tokens that may not stop it yet, biases, and the likeliest tokens."""
     source = Random(SEED)
     return tuple(
         replace(
@@ -78,7 +78,7 @@ def alone(model: Path, case: str) -> list[Answer]:
 
 
 def texts(requests: Requests, answers: list[Answer]) -> list[list[int]]:
-    """Prompts and answers."""
+    """Returns each prompt with its answer."""
     return [
         [*request.prompt, *(token for token, _ in answer[len(answer) - request.max_new_tokens :])]
         for request, answer in zip(requests, answers, strict=True)
@@ -138,7 +138,7 @@ async def test_clients_that_leave_and_sequences_that_are_put_back(model: Path, t
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gpt-oss", "qwen3moe", "deepseek2", "olmo2", "cohere2"])
 async def test_kinds_of_models(architecture: str, tmp_path: Path) -> None:
-    """Windows, sinks, mixtures of experts, latent attention, norms of whole rows, layers side by side."""
+    """Models have windows, sinks, mixtures of experts, latent attention, norms of whole rows, or parallel layers."""
     model = build_architecture(tmp_path / "model.gguf", architecture)
     requests = generations(SEED, 24, 60)
     expected = await asyncio.to_thread(undisturbed, model, requests)
@@ -171,7 +171,7 @@ async def test_models_side_by_side(tmp_path: Path) -> None:
 
 
 def whole(model: Path, shares: tuple[int, ...]) -> list[dict[str, object]]:
-    """A group that holds all layers."""
+    """Returns the plan of a group that holds all layers."""
     with Model.open(model) as opened:
         layers = opened.layer_count
     return [{"workers": [*"abcde"[: len(shares)]], "layers": [0, layers], "shares": [*shares]}]

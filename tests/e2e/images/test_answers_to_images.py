@@ -21,7 +21,7 @@ CONTEXT = 2048
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With its projector beside it."""
+    """Builds a model with its projector beside it."""
     folder = tmp_path_factory.mktemp("model")
     build_projector(folder / "mmproj-tiny.gguf", "idefics3")
     return build_tiny_model(folder / "tiny.gguf", hidden=TEXT_WIDTH, heads=4, layers=4, context=CONTEXT)

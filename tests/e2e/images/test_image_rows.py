@@ -136,7 +136,7 @@ class Run:
 
 
 def embedded(model: Model, tokens: Sequence[int]) -> NDArray[np.float32]:
-    """What the first stage makes of these tokens, with zeros for other levels: [tokens, levels * embedding]."""
+    """Returns the first stage's rows for these tokens, with zeros for other levels: [tokens, levels * embedding]."""
     program = model.program(0, 1)
     given = next(index for index, step in enumerate(program.steps) if isinstance(step, GivenRows))
     table = np.frombuffer(model.file.tensor("token_embd.weight").read(), np.float32)
@@ -147,7 +147,7 @@ def embedded(model: Model, tokens: Sequence[int]) -> NDArray[np.float32]:
 
 
 def pictures(model: Model, kind: str) -> list[ImageSpan]:
-    """Of random rows, about as large as embeddings are."""
+    """Returns images of random rows, about as large as embeddings are."""
     source = np.random.default_rng(SEED)
     scale = float(np.abs(embedded(model, range(9))).mean())
     found = []

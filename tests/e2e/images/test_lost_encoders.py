@@ -1,4 +1,4 @@
-"""After a loss, an encoder of images that fits no worker ends no text: images are refused until there is room again."""
+"""An encoder of images that fits no worker after a loss ends no text: images are refused until there is room again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.models.vision.served_tiles import check_rows, encode, random_tiles,
 from support.seed import SEED
 
 ROOM = 19 << 20
-"""Bytes of a worker. One holds all layers, but not the encoder too; two hold both."""
+"""The bytes of a worker: one holds all layers, but not the encoder too; two hold both."""
 
 
 def small_memory(_: object, resources: planning.ClusterResources) -> dict[str, int]:

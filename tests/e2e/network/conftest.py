@@ -21,19 +21,19 @@ def _box_works() -> None:
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of six layers, for clusters with faults; `test_same_tokens` has the demo model."""
+    """Builds a model of six layers, for clusters with faults; `test_same_tokens` has the demo model."""
     return build_tiny_model(tmp_path_factory.mktemp("network") / "tiny.gguf", quant_type=QuantType.Q8_0)
 
 
 @pytest.fixture(scope="session")
 def small_answers(small_model: Path) -> list[Answer]:
-    """One worker's answers to `eight(TOKENS)`."""
+    """Returns one worker's answers to `eight(TOKENS)`."""
     return undisturbed(small_model, eight(TOKENS))
 
 
 @pytest.fixture(params=[False, True], ids=["bridge", "delays"])
 def box(request: pytest.FixtureRequest) -> Iterator[Box]:
-    """Two hosts, a and b, on either kind of switch."""
+    """Yields two hosts, a and b, on either kind of switch."""
     with Box(["a", "b"], delays=request.param) as two:
         yield two
 

@@ -62,7 +62,7 @@ def reaches(source: Host, target: Host, port: int) -> bool:
 
 @pytest.fixture
 def pair() -> Iterator[tuple[Host, Host]]:
-    """Two hosts that listen on the ports, b as a worker and a as its coordinator."""
+    """Yields two hosts that listen on the ports, b as a worker and a as its coordinator."""
     with Box(["a", "b"]) as box:
         listening = [box["b"].listen(PORT), box["b"].listen(OTHER_PORT), box["a"].listen(OWN_PORT)]
         yield box["a"], box["b"]
@@ -122,7 +122,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def succeeded(done: Done) -> bool:
-    """With faults of both kinds."""
+    """Asserts success, and returns whether there were faults of both kinds."""
     assert done.code == 0, (done.out, done.err)
     assert re.search(r"^nothing lost, nothing changed: \d+ faults?,", done.out)
     return "\npartition of a worker: " in done.out and "\nslow link of a worker: " in done.out

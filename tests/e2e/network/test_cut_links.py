@@ -40,7 +40,7 @@ def small_answers(small_model: Path) -> list[Answer]:
 
 @contextmanager
 def workers(model: Path, names: str, **keys: Any) -> Iterator[DistantCluster]:
-    """At a round trip of 20 ms a token takes 40 ms or more: there is time for a fault."""
+    """Runs a cluster at a round trip of 20 ms: a token takes 40 ms or more, so that there is time for a fault."""
     with (
         Box((COORDINATOR, *names), delays=True) as box,
         distant_cluster(box, model, timeouts={"worker": f"{WORKER_S:g}s"}, **keys) as cluster,
@@ -50,7 +50,7 @@ def workers(model: Path, names: str, **keys: Any) -> Iterator[DistantCluster]:
 
 
 def cut(cluster: DistantCluster, strike: Strike) -> Future[list[Answer]]:
-    """Eight requests in whose midst a link is cut."""
+    """Sends eight requests in whose midst a link is cut."""
     asked = cluster.asked(GENERATIONS)
     eventually(lambda: cluster.metric("llamaclust_generated_tokens_total") > BEFORE_TOKENS, 30.0, "some tokens")
     strike(cluster.box)
@@ -58,7 +58,7 @@ def cut(cluster: DistantCluster, strike: Strike) -> Future[list[Answer]]:
 
 
 def goes_on(cluster: DistantCluster, strike: Strike) -> list[Answer]:
-    """Their answers, if they go on in time."""
+    """Returns the answers of requests that go on in time after a cut."""
     asked, begun = cut(cluster, strike), time.monotonic()
     eventually(lambda: cluster.status["recoveries"] >= 1, 60.0, "a recovery")
     pause_s = time.monotonic() - begun
@@ -70,7 +70,7 @@ def goes_on(cluster: DistantCluster, strike: Strike) -> list[Answer]:
 
 
 def holding(cluster: DistantCluster) -> set[str]:
-    """The workers that have layers; no worker is lost."""
+    """Returns the workers that have layers; no worker may be lost."""
     found = cluster.status["workers"]
     assert all(worker["state"] != "lost" for worker in found)
     return {worker["name"] for worker in found if worker["layers"]}
@@ -126,7 +126,7 @@ GROUPS: dict[str, tuple[str, list[dict[str, Any]]]] = {
 def test_members_of_a_group_are_cut_off(
     small_model: Path, small_answers: list[Answer], pair: str, by_hand: list[dict[str, Any]]
 ) -> None:
-    """It is noticed as between stages, long before a gather's deadline of 30 s. No worker is at fault."""
+    """The cut is noticed as between stages, long before a gather's deadline of 30 s, and no worker is blamed."""
     names = "ab" if by_hand[-1].get("workers") == ["a", "b"] else "abc"
     with workers(small_model, names, plan=by_hand) as cluster:
         asked, begun = cut(cluster, lambda box: box.black_hole(*pair)), time.monotonic()

@@ -27,7 +27,7 @@ BEFORE_TOKENS = 60  # so many are chosen when the fault comes, of 192
 
 @pytest.fixture
 def cluster(small_model: Path) -> Iterator[DistantCluster]:
-    """At a round trip of 20 ms a token takes 40 ms or more: there is time for a fault."""
+    """Runs a cluster at a round trip of 20 ms: a token takes 40 ms or more, so that there is time for a fault."""
     with (
         Box((COORDINATOR, *WORKERS), delays=True) as box,
         distant_cluster(box, small_model, timeouts={"worker": f"{HEARTBEAT_TIMEOUT_S:g}s"}) as cluster,
@@ -76,7 +76,7 @@ def test_requests_go_on_with_the_same_bits(cluster: DistantCluster, small_answer
 
 
 def interrupted(cluster: DistantCluster, fault: Fault) -> Future[list[Answer]]:
-    """Eight requests that go on after a fault in their midst."""
+    """Sends eight requests that go on after a fault in their midst."""
     asked = cluster.asked(GENERATIONS)
     eventually(lambda: cluster.metric("llamaclust_generated_tokens_total") > BEFORE_TOKENS, 30.0, "some tokens")
     begun = time.monotonic()

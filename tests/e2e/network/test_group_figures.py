@@ -20,7 +20,7 @@ KEYS: dict[str, Any] = {"plan": [{"workers": ["a", "b"], "layers": [0, 6], "shar
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """Totals of single rows: computed, and of that in gathers."""
+    """Totals of steps of one row, their time of computing, and gathers."""
 
     steps: int
     gathers: int
@@ -44,7 +44,7 @@ class Counted:
 
 
 def stages_of_leader(cluster: DistantCluster) -> list[dict[str, Any]]:
-    """As its last heartbeat has them."""
+    """Returns the leader's stages by its last heartbeat."""
     leader = next(worker for worker in cluster.status["workers"] if worker["name"] == "a")
     found: list[dict[str, Any]] = (leader["heartbeat"] or {"stages": []})["stages"]
     return found
@@ -55,7 +55,7 @@ def has_counters(cluster: DistantCluster) -> bool:
 
 
 def answered(cluster: DistantCluster) -> tuple[Counted, list[Answer]]:
-    """What one answer adds to the counters."""
+    """Returns what one answer adds to the counters, and the answer."""
     before = Counted.of(cluster)
     answers = cluster.answers(GENERATION)
     steps = GENERATION[0].max_tokens - 1

@@ -1,5 +1,5 @@
-"""The commands of docs/several-machines.md#groups as they stand, on one machine that has the addresses of all: groups
-give the bits of one worker, and `status` shows them."""
+"""The commands of docs/several-machines.md#groups, unchanged, on one machine that has the addresses of all: groups give
+the bits of one worker, and `status` shows them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def answers(model: Path) -> list[Answer]:
 
 @contextmanager
 def typed(model: Path, file: str, commands: list[str]) -> Iterator[DistantCluster]:
-    """The cluster of a file with the page's name, whose model lies beside it, and workers by these commands."""
+    """Runs the cluster of a file with the page's name, whose model lies beside it, and workers by these commands."""
     addresses = dict.fromkeys(re.findall(r"\d+\.\d+\.\d+\.\d+", " ".join(commands)))
     with Box((COORDINATOR,)) as box, command_line() as line, ThreadPoolExecutor() as asking:
         box.configure(COORDINATOR, *(f"addr add {address}/24 dev eth0" for address in addresses))
@@ -63,7 +63,7 @@ def typed(model: Path, file: str, commands: list[str]) -> Iterator[DistantCluste
 
 
 def test_the_automatic_plan_of_the_page_serves(model: Path, answers: list[Answer]) -> None:
-    """What it takes depends on this machine's speed: a group, or stages with the reason."""
+    """The plan depends on this machine's speed: a group, or stages with the reason."""
     with typed(model, FILE, WORKERS) as cluster:
         assert cluster.answers(GENERATIONS) == answers
         status = cluster.status

@@ -1,4 +1,4 @@
-"""`up --lan`: the address and the key that it prints are used on another machine as they stand, with the same bits."""
+"""`up --lan`: the address and the key that it prints work unchanged on another machine, with the same bits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEYS: dict[str, Any] = {"workers": [{"name": "a", "threads": 1, **SPEED}], "cont
 
 
 def docker(box: Box) -> None:
-    """A bridge of Docker's with the first number and a lower address."""
+    """Adds a bridge of Docker's with the first number and a lower address."""
     box.configure(SERVER, "link add docker0 index 99 type bridge", "addr add 10.17.0.1/16 dev docker0")
     box.configure(SERVER, "link set docker0 up", "link set eth0 down")
     box.configure(SERVER, "link set eth0 up")
@@ -37,7 +37,7 @@ def both_families(box: Box) -> None:
 
 
 def ipv4_alone(box: Box) -> None:
-    """Without any address of IPv6, not even loopback's."""
+    """Removes every address of IPv6, even loopback's."""
     for name in box.hosts:
         box[name].command("sh", "-c", "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6")
 

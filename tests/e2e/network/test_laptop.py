@@ -23,7 +23,7 @@ PLAN = [{"worker": name, "layers": [2 * place, 2 * place + 2]} for place, name i
 
 @contextmanager
 def laptop(box: Box, model: Path, homes: dict[str, Path]) -> Iterator[DistantCluster]:
-    """Every host sees its own files alone: the model's folder is hidden from workers."""
+    """Runs a cluster whose hosts see only their own files: the model's folder is hidden from workers."""
     with command_line() as line, ThreadPoolExecutor() as asking:
         own = line.folder / "laptop" / model.name
         own.parent.mkdir()
@@ -42,7 +42,7 @@ def laptop(box: Box, model: Path, homes: dict[str, Path]) -> Iterator[DistantClu
 
 
 def start(box: Box, line: CommandLine, name: str, hidden: Path, home: Path | None) -> Any:
-    """In a mount namespace where the coordinator's folder is empty; `home` is its LLAMACLUST_HOME."""
+    """Starts a worker in a mount namespace where the coordinator's folder is empty; `home` is its LLAMACLUST_HOME."""
     home = home or line.folder / f"home-{name}"
     hide = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {hidden} && exec "$@"', "hide")
     token = line.state_dir / ".trust" / "token"
@@ -52,7 +52,7 @@ def start(box: Box, line: CommandLine, name: str, hidden: Path, home: Path | Non
 
 
 def given_bytes(cluster: DistantCluster) -> dict[str, float]:
-    """Bytes of weights that each worker received."""
+    """Returns the bytes of weights that each worker received."""
     return {each["name"]: each["heartbeat"]["weight_bytes_received"] for each in cluster.status["workers"]}
 
 
@@ -67,7 +67,7 @@ def test_workers_without_the_file_get_it_from_the_coordinator(small_model: Path,
 def test_a_worker_uses_the_file_that_it_has_downloaded(
     small_model: Path, small_answers: list[Answer], tmp_path: Path, folder: str
 ) -> None:
-    """In its own models directory, whatever the file's folder there is called."""
+    """The file is in the worker's own models directory, whatever its folder there is called."""
     place = tmp_path / "models" / folder
     place.mkdir(parents=True)
     shutil.copy(small_model, place / small_model.name)

@@ -54,7 +54,7 @@ def test_a_rate_beside_a_delay(delaying: Box) -> None:
 
 
 def test_a_loss_of_one_percent(box: Box) -> None:
-    """Of 20,000 datagrams 200 are expected, with a deviation of 14."""
+    """A loss of 200 is expected of 20,000 datagrams, with a deviation of 14."""
     count = 20_000
     with (
         box["b"].call(lambda: _datagrams(box["b"].address)) as receiver,
@@ -75,7 +75,7 @@ def _datagrams(address: str) -> socket.socket:
 
 
 def _arrive(sender: socket.socket, receiver: socket.socket, count: int) -> int:
-    """How many arrive; in small bursts, so that no queue overflows."""
+    """Returns how many datagrams arrive; they come in small bursts, so that no queue overflows."""
     target = receiver.getsockname()
     arrived = 0
     for burst in range(count // 20):

@@ -28,7 +28,7 @@ WORKERS = ("a", "b")
 
 
 def start_cluster(box: Box, line: CommandLine, model: Path, name: str, **keys: Any) -> Running:
-    """Of both workers, each with half of the layers."""
+    """Starts a cluster of both workers, each with a part of the layers."""
     plan = [{"worker": "a", "layers": [0, 2]}, {"worker": "b", "layers": [2, keys.pop("layers")]}]
     fixed: dict[str, Any] = {"launcher": "static", "listen": "127.0.0.1:8080", "plan": plan, "context_length": 512}
     fixed |= {"workers": [{"name": each, **SPEED} for each in WORKERS], "prefix_cache": False}
@@ -80,7 +80,7 @@ def test_another_model_with_the_same_workers(
 
 
 def test_a_worker_that_is_refused_waits_for_a_cluster_that_wants_it(small_model: Path) -> None:
-    """The first one has no worker of its name."""
+    """The first cluster has no worker of that name."""
     with Box((COORDINATOR, *WORKERS, "c")) as box, command_line() as line:
         first = start_cluster(box, line, small_model, "first", layers=6)
         join = ("--join", f"{box[COORDINATOR].address}:7100")

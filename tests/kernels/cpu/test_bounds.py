@@ -20,20 +20,20 @@ Float64 = NDArray[np.float64]
 LEVELS = _native.available_levels()
 TOKENS = [*range(1, 10), 17, 64, 131]
 SHAPES = [(1, 1536), (7, 64), (15, 32), (15, 256), (16, 96), (17, 576), (33, 1536), (50, 512), (97, 768)]
-"""(rows, cols); those that a type's blocks do not divide are not its."""
+"""(rows, cols); a type is tested with those that its blocks divide."""
 
 ROUNDING = 2.0**-24
 HALF_STEP = (1 + 2.0**-14) / 254
-"""Of a segment's greatest activation: the most that eight bits move a value."""
+"""The most that eight bits change a value, as a share of its segment's greatest activation."""
 
 
 def gamma(roundings: int) -> float:
-    """The relative error of so many roundings one after the other."""
+    """Returns the largest relative error of this number of roundings one after the other."""
     return roundings * ROUNDING / (1 - roundings * ROUNDING)
 
 
 def parts_of(quant_type: QuantType, data: bytes, rows: int) -> tuple[Float64, int]:
-    """|scale part| + |min part| of every weight [rows, segments, width], and how many additions a segment takes."""
+    """Returns |scale part| + |min part| of every weight [rows, segments, width], and the additions per segment."""
     weights = segments_of(quant_type, data, rows)
     sizes = np.abs(weights.scales[..., None].astype(np.float64) * weights.quants)
     if weights.mins is None:
@@ -45,7 +45,7 @@ def parts_of(quant_type: QuantType, data: bytes, rows: int) -> tuple[Float64, in
 
 
 def quantized_bounds(quant_type: QuantType, data: bytes, rows: int, x: NDArray[np.float32]) -> tuple[Float64, Float64]:
-    """Bounds [tokens, rows] on what eight bits cost, and on what float32 sums cost."""
+    """Returns bounds [tokens, rows] on the errors of rounding to eight bits and of float32 sums."""
     sizes, additions = parts_of(quant_type, data, rows)
     weights = np.abs(dequantize(quant_type, data, rows * x.shape[1]).astype(np.float64)).reshape(sizes.shape).sum(-1)
     greatest = np.abs(x.astype(np.float64)).reshape(len(x), sizes.shape[1], -1).max(-1)
@@ -59,7 +59,7 @@ def exact(weights: NDArray[np.float32], x: Float64) -> Float64:
 
 
 def check(quant_type: QuantType, rows: int, cols: int) -> list[float]:
-    """Compares at every level for all TOKENS; returns the greatest shares of the bounds that were used up."""
+    """Compares at every level for all TOKENS. Returns the largest errors as shares of their bounds."""
     seed = zlib.crc32(repr((quant_type, rows, cols)).encode())
     print("seed", seed)
     generator = np.random.default_rng(seed)

@@ -81,7 +81,7 @@ def matmul_case(quant_type: QuantType, cols: int, rows: int, hidden: list[Float3
 @pytest.mark.parametrize(("cols", "rows"), [(256, 1), (256, 16), (256, 161), (1536, 15), (1536, 40)])
 @pytest.mark.parametrize("quant_type", TYPES, ids=lambda kind: kind.name)
 def test_matmul(tmp_path: Path, quant_type: QuantType, cols: int, rows: int) -> None:
-    """With activations that need no rounding: what is left is the order of float additions."""
+    """Activations need no rounding, so that results differ by the order of float additions alone."""
     generator = generator_of("x", quant_type, cols, rows)
     hidden = [whole_numbers(generator, tokens, cols) for tokens in ROWS]
     check_conformance(tmp_path, matmul_case(quant_type, cols, rows, hidden, biased=rows % 2 == 0), EXACT)
@@ -89,7 +89,7 @@ def test_matmul(tmp_path: Path, quant_type: QuantType, cols: int, rows: int) -> 
 
 @pytest.mark.parametrize("quant_type", [QuantType.F16, QuantType.Q8_0, QuantType.Q4_K], ids=lambda kind: kind.name)
 def test_matmul_of_many_rows_with_a_small_matrix(tmp_path: Path, quant_type: QuantType) -> None:
-    """Threads share it in parts of the rows."""
+    """Threads share the product in parts of the rows."""
     generator = generator_of("many", quant_type)
     hidden = [whole_numbers(generator, tokens, 256) for tokens in (150, 330)]
     check_conformance(tmp_path, matmul_case(quant_type, 256, 161, hidden, biased=True), EXACT)
@@ -236,7 +236,7 @@ def test_attention_of_sequences_beside_each_other(tmp_path: Path) -> None:
 
 
 def test_attention_with_one_score_far_above(tmp_path: Path) -> None:
-    """exp of differences as small as -1000 gives nothing, not NaN."""
+    """Exponentials of differences as small as -1000 are 0, not NaN."""
     case = attention_case(2, 1, 16, [range(0, 40), range(40, 41)])
     runs = [(batch, hidden * np.float32(40)) for batch, hidden in case.runs if hidden is not None]
     check_conformance(tmp_path, Case(case.program, case.weights, runs), EXACT)

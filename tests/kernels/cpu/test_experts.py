@@ -40,7 +40,7 @@ WAYS = [(level, 2) for level in available_levels()] + [(available_levels()[-1], 
 
 
 def experts_of(folder: Path, quant_type: QuantType, router: Float32, used: int) -> tuple[Case, dict[str, Tensor]]:
-    """Random experts, down in Q8_0, and rows in a batch of their own, by eights and all together."""
+    """Builds random experts with down in Q8_0, and runs of the rows one by one, by eights and all together."""
     experts, x, out = len(router), Buffer("x", WIDTH), Buffer("out", WIDTH)
     seed = zlib.crc32(repr((quant_type, experts, used)).encode())
     print("seed", seed)
@@ -142,7 +142,7 @@ COUNTING = [
 
 @pytest.mark.parametrize(("name", "omitted"), COUNTING, ids=str)
 def test_each_option_counts(tmp_path: Path, name: str, omitted: tuple[str, ...]) -> None:
-    """Without it the reference gives something else."""
+    """The reference gives another result without the option."""
     whole, path = variant_of(VARIANTS[name]), tmp_path / "experts.gguf"
     write_gguf(path, {}, [weight.source(weight_name) for weight_name, weight in whole.weights.items()])
     tensors = open_model(path).tensors

@@ -20,7 +20,7 @@ ROWS = 300
 
 
 def page_faults(stage: CpuStage, batch: Batch) -> int:
-    """Of this thread, in a run."""
+    """Returns the minor page faults of this thread during a run."""
     before = getrusage(RUSAGE_THREAD).ru_minflt
     stage.run(batch, None)
     return getrusage(RUSAGE_THREAD).ru_minflt - before

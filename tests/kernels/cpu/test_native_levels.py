@@ -1,5 +1,5 @@
-"""Feature levels that this machine lacks give its bits: those of ARM processors, compiled here and run in an emulator,
-and the loops of tile registers with a model of those."""
+"""Feature levels that this machine lacks give its bits: those of ARM are compiled here and run in an emulator, and the
+loops of tile registers run with a model of these registers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ QEMU = CROSS[1]
 OBJECTS = "kernels/cpu/native/CMakeFiles"
 HOST_LEVELS = {"x86_64": "avx2", "aarch64": "neon"}
 QUICK = "-DLLAMACLUST_OPTIMIZATION=-O1"
-"""A quarter of the time to compile, for the same bits."""
+"""This option takes a quarter of the time to compile, for the same bits."""
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 Bits = dict[str, str]
-"""CRC of each operation."""
+"""The CRC of each operation, by its name."""
 
 
 def run(*command: str, deadline_s: float = RUN_DEADLINE_S) -> str:
@@ -38,7 +38,7 @@ def run(*command: str, deadline_s: float = RUN_DEADLINE_S) -> str:
 
 
 def program(name: str, *options: str, target: str = "level_bits") -> Path:
-    """Built in a folder that is kept, so that only what has changed is compiled again."""
+    """Builds a program in a folder that is kept, so that only what has changed is compiled again."""
     folder = ROOT / "build" / f"level-bits-{name}"
     options = ("-DCMAKE_BUILD_TYPE=Release", *options)
     run("cmake", "-S", str(ROOT / "tests/kernels/native"), "-B", str(folder), "-G", "Ninja", *options)
@@ -47,7 +47,7 @@ def program(name: str, *options: str, target: str = "level_bits") -> Path:
 
 
 def bits_of(printed: str) -> tuple[dict[str, Bits], str]:
-    """Of each level; and the best of them, as the program chose."""
+    """Returns the bits of each level, and the best level, as the program chose it."""
     levels: dict[str, Bits] = {}
     *lines, best = (line.split() for line in printed.splitlines())
     for level, operation, crc in lines:
@@ -71,7 +71,7 @@ def arm() -> Path:
 
 @pytest.fixture(scope="module")
 def level() -> str:
-    """A level of this machine to compare with. (That all of them agree is tested through the Python module.)"""
+    """Returns a level of this machine to compare with. The Python module's tests check that all its levels agree."""
     level = HOST_LEVELS.get(platform.machine())
     if level is None or level not in _native.available_levels():
         pytest.skip(f"nothing to compare with on this machine: {platform.machine()} without {level}")
@@ -80,7 +80,7 @@ def level() -> str:
 
 @pytest.fixture(scope="module")
 def objects(level: str) -> str:
-    """The option that names what `make build` has compiled."""
+    """Returns the option that names the objects that `make build` has compiled."""
     built = [folder for folder in (ROOT / "build").glob(f"*/{OBJECTS}") if (folder / f"cpu_{level}.dir").is_dir()]
     if not built:
         pytest.skip("there is no build of the kernels here: make build")
@@ -89,7 +89,7 @@ def objects(level: str) -> str:
 
 @pytest.fixture(scope="module")
 def here(level: str, objects: str) -> Mapping[str, Bits]:
-    """What the level computes."""
+    """Returns the bits that the level computes."""
     levels, _ = bits_of(run(str(program("host", objects)), level))
     assert set(levels) == {level, "any"}
     return levels
@@ -121,7 +121,7 @@ def test_a_processor_with_dot_products(arm: Path, here: Mapping[str, Bits]) -> N
 
 @pytest.mark.timeout(2 * BUILD_DEADLINE_S)
 def test_a_processor_without_them_is_never_given_any(arm: Path, here: Mapping[str, Bits]) -> None:
-    """It would end with an illegal instruction."""
+    """Dot products would be illegal instructions on this processor."""
     levels, best = bits_of(run(QEMU, "-cpu", "cortex-a72", str(arm)))
     assert (set(levels), best) == ({"neon", "any"}, "neon")
     check_equal_bits(levels, here)

@@ -23,7 +23,7 @@ float first() { return table[0]; }
 
 
 def check(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Of an object that is compiled from one source."""
+    """Runs the build's check on an object that is compiled from this source."""
     missing = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
     if missing:
         pytest.skip(f"objects are checked with {', '.join(missing)}")

@@ -1,5 +1,5 @@
-"""How weights of a token are prefetched: measured, of which only clear differences count; without effect on
-the bits."""
+"""The measured choice of how weights of a token are prefetched: only clear differences count, and bits stay the
+same."""
 
 from __future__ import annotations
 

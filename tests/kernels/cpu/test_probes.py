@@ -1,4 +1,4 @@
-"""Probes: figures that this program itself cannot beat, in about the time asked for."""
+"""Probes of the machine: figures that this program itself cannot beat, in about the requested time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from llamaclust.kernels import _native, probes
 
 
 def test_bandwidth_is_at_least_what_numpy_reads() -> None:
-    """Both read 64 MiB or more, again and again: little memory has to be found. In one of some rounds, since others use
-    the machine."""
+    """Both read 64 MiB or more, again and again, so that little memory is needed. One of several rounds has to succeed,
+    since others use the machine."""
     x = np.ones(8 << 20, np.uint64)
     ratios = [0.0]
     while max(ratios) <= 0.4:
@@ -34,8 +34,8 @@ def test_bandwidth_is_at_least_what_numpy_reads() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_bandwidth_is_that_of_the_bytes_that_were_read(threads: int) -> None:
-    """By the sum of what came from memory: in the time asked for, somewhat less than at the speed of the best pattern.
-    In one of some rounds, since others use the machine."""
+    """The bytes read in the requested time are somewhat fewer than at the speed of the best pattern. One of several
+    rounds has to succeed, since others use the machine."""
     ratios: list[float] = []
     while not any(0.85 < ratio < 1.7 for ratio in ratios):
         assert len(ratios) < 20, ratios
@@ -65,7 +65,7 @@ def test_peaks_are_plausible() -> None:
 def test_the_loops_that_show_a_peak_are_what_they_seem(
     function: str, operations: list[str], disassembly: dict[str, list[tuple[str, str]]]
 ) -> None:
-    """Multiply-adds in registers, a counter, a jump to the first of them: nothing spilled, nothing left out."""
+    """Each loop has multiply-adds in registers, a counter and a jump to its start, without spills or omissions."""
     code = next(lines for name, lines in disassembly.items() if name.startswith(f"{function}()"))
     end = next(index for index, (_, line) in enumerate(code) if line.startswith("jne"))
     first = [address for address, _ in code].index(code[end][1].split()[1])
@@ -78,7 +78,7 @@ def test_the_loops_that_show_a_peak_are_what_they_seem(
 
 @pytest.fixture(scope="module")
 def disassembly(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, str]]]:
-    """(address, instruction) of each function, as the compiler that built this program makes them."""
+    """Returns (address, instruction) pairs of each function, as the compiler that built this program makes them."""
     path = tmp_path_factory.mktemp("probes") / "probes.o"
     source = Path(__file__).parents[3] / "kernels/cpu/native/probes/arithmetic.cpp"
     compiler = os.environ.get("CXX", "c++")
@@ -114,7 +114,7 @@ def test_measuring_leaves_other_python_threads_running() -> None:
 
 
 def test_machine_is_measured_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Probes keep to the time asked for: `test_bandwidth_is_that_of_the_bytes_that_were_read`."""
+    """Probes keep to the requested time, as `test_bandwidth_is_that_of_the_bytes_that_were_read` shows."""
     asked_s: list[float] = []
 
     class Probe:

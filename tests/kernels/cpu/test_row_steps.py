@@ -48,7 +48,7 @@ def case_of(program: Program, weights: dict[str, Weight], hidden: list[Float32])
 
 
 def spread(*parts: float) -> Float32:
-    """Numbers of all magnitudes up to some, both signs, and zero, as one row of 1024."""
+    """Returns one row of 1024 numbers of both signs up to each of `parts`, with zero and tiny numbers."""
     seed = zlib.crc32(repr(parts).encode())
     print("seed", seed)
     generator = np.random.default_rng(seed)
@@ -75,14 +75,14 @@ def test_the_kinds_of_gelu_differ() -> None:
 
 @pytest.mark.parametrize("cap", [1.0, 30.0, 50.0])
 def test_soft_cap(tmp_path: Path, cap: float) -> None:
-    """Small numbers are hardly changed, great ones become the cap."""
+    """Small numbers hardly change; great ones become the cap."""
     x, out = Buffer("x", 1024), Buffer("out", 1024)
     hidden = [spread(cap / 1e3), spread(cap, 4 * cap), spread(1e6)]
     check_conformance(tmp_path, case_of(program_of(x, out, SoftCap(x, out, cap)), {}, hidden), 1e-13)
 
 
 def test_a_soft_cap_of_a_product_in_place(tmp_path: Path) -> None:
-    """What all threads share is capped where it lies, and read only afterwards."""
+    """Logits that all threads share are capped in place before they are read."""
     generator, x, logits, out = generator_of("cap"), Buffer("x", 64), Buffer("logits", 1000), Buffer("out", 1000)
     steps: list[Step] = [MatMul(x, logits, "w"), SoftCap(logits, logits, 2.0), Scale(logits, out, 3.0)]
     weights = {"w": Weight(normal(generator, 1000, 64))}
@@ -125,7 +125,7 @@ def test_scales_by_position(tmp_path: Path, in_place: bool) -> None:
 
 
 def test_scales_by_position_with_an_offset(tmp_path: Path) -> None:
-    """The first length ends so many positions earlier."""
+    """The first length ends `offset` positions earlier."""
     x, out = Buffer("x", 100), Buffer("out", 100)
     case = case_of(program_of(x, out, PositionScale(x, out, 0.7, 8, 1)), {}, [normal(generator_of(8), 40, 100)])
     check_conformance(tmp_path, case, 1e-14)
@@ -164,7 +164,7 @@ def test_sigmoid_gates(tmp_path: Path, width: int) -> None:
 
 
 def split_case(parts: list[Buffer], out: Buffer, *steps: Step, rows: tuple[int, ...] = (1, 3, 40)) -> Case:
-    """The steps over random `parts`, which private copies and shared buffers hold in turn."""
+    """Builds a case of the steps over random `parts`, which private copies and shared buffers hold in turn."""
     x = Buffer("x", sum(part.width for part in parts))
     generator, (copies, weights) = generator_of(parts, steps), splitter(x, parts)
     first = Scale(parts[0], parts[0], 1.5)
@@ -184,7 +184,7 @@ def test_mixed_parts(tmp_path: Path, width: int, x_parts: int, parts: int, in_pl
 
 
 def test_mixed_parts_are_sums_by_coefficients() -> None:
-    """Of the rows of a matrix, each with its own coefficients; a part before the first one is a copy."""
+    """Each mixed part sums the rows of a matrix by its own coefficients; a part before the first one is a copy."""
     x, y, coefficients = Buffer("x", 4), Buffer("y", 6), Buffer("coefficients", 6)
     state = State({}, {}, rows_at(range(1)))
     state[x], state[y] = np.array([[1, 2, 10, 20]], np.float32), np.array([[1, 1, 2, 2, 3, 3]], np.float32)
@@ -196,7 +196,7 @@ def test_mixed_parts_are_sums_by_coefficients() -> None:
 @pytest.mark.parametrize(("width", "parts"), [(64, 3), (100, 1), (2, 5), (48, 9)])
 @pytest.mark.parametrize("in_place", [True, False])
 def test_magnitudes(tmp_path: Path, width: int, parts: int, in_place: bool) -> None:
-    """Also of parts that are almost zero, whose magnitude counts as that of the epsilon."""
+    """Parts that are almost zero count with the magnitude of the epsilon."""
     x, y, other = Buffer("from", parts * width), Buffer("like", width), Buffer("out", parts * width)
     out = x if in_place else other
     for epsilon in (1e-5, 0.5):
@@ -247,7 +247,7 @@ def test_experts_whose_weights_are_not_normalized(tmp_path: Path, experts: int, 
 
 @pytest.mark.parametrize("window", [None, 20, 600])
 def test_attention_with_a_soft_cap(tmp_path: Path, window: int | None) -> None:
-    """Over two spans, as chunks and one token at a time, with scores up to ten times the cap."""
+    """Covers chunks and single tokens, with scores up to ten times the cap."""
     case = attention_case(4, 2, 32, [range(0, 100), range(100, 101), range(101, 161)])
     *copies, step = case.program.steps
     assert isinstance(step, Attention)

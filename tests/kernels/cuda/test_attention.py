@@ -63,7 +63,7 @@ GPUS = {"small": SMALL, "large": LARGE}
 @pytest.mark.parametrize("step", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("slots", [0, None], ids=["whole tiles", "spans apart"])
 def test_decoding_and_prefill(bench: Bench, tmp_path: Path, step: Attention, slots: int | None) -> None:
-    """Rows before, at and behind a span's end, beside each other and alone; every kernel is there."""
+    """Covers rows before, at and behind a span's end, beside each other and alone, with every kernel."""
     attender = Attender(bench, step, LARGE if slots is None else SMALL, slots)
     long, short = told = sequences_of(tmp_path, step, (525, 24), generator())
     for one, rows in zip(told, (505, 3), strict=True):
@@ -82,7 +82,7 @@ FEW = {name: step for name, step in SHAPES.items() if step.heads // step.kv_head
 @pytest.mark.parametrize("step", FEW.values(), ids=FEW)
 @pytest.mark.parametrize("slots", [0, None], ids=["whole tiles", "spans apart"])
 def test_slices_of_values(bench: Bench, tmp_path: Path, step: Attention, slots: int | None) -> None:
-    """A GPU with room for them divides values by channels, of one span and of two; others do not."""
+    """A GPU with room for slices divides values by channels, of one span and of two; other GPUs do not."""
     long, short = told = sequences_of(tmp_path, step, (516, 20), generator())
     slices = -(-step.head_dim // 32)
     enough = LaunchLimits(3 * slices * step.kv_heads // 2 + 1, LEAST_SHARED_BYTES, (7, 5))  # for three items
@@ -116,7 +116,7 @@ PARTS = {
 @pytest.mark.parametrize("step", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("slots", [0, None], ids=["whole tiles", "spans apart"])
 def test_heads_in_parts(bench: Bench, tmp_path: Path, step: Attention, queries: int, slots: int | None) -> None:
-    """More heads than a block of few queries has, where these would leave a GPU idle; prompts are in tiles."""
+    """Heads beyond a block of few queries are divided where a GPU would be idle otherwise; prompts use tiles."""
     long, short = told = sequences_of(tmp_path, step, (516, 20), generator())
     attender = Attender(bench, step, in_parts(step, queries, rows=2), slots)
     for one, rows in zip(told, (513, 18), strict=True):
@@ -133,7 +133,7 @@ def test_heads_in_parts(bench: Bench, tmp_path: Path, step: Attention, queries: 
 @pytest.mark.parametrize("sinks", [None, "sinks"])
 @pytest.mark.parametrize("kv_type", KvType)
 def test_spans_merge_in_order(bench: Bench, tmp_path: Path, kv_type: KvType, sinks: str | None) -> None:
-    """Four spans, of which some are apart and some are not, by what there is room for."""
+    """Covers four spans, some of which are computed apart, by the room that there is."""
     step = attention(4, 1, 64, kv_type, sinks=sinks)
     (told,) = sequences_of(tmp_path, step, (1600,), generator())
     for slots, gpu in ((0, SMALL), (4, SMALL), (None, SMALL), (None, LaunchLimits(400, 200 << 10, (9, 0)))):
@@ -147,7 +147,7 @@ def test_spans_merge_in_order(bench: Bench, tmp_path: Path, kv_type: KvType, sin
 @pytest.mark.parametrize("window", [1, 9, 300, 512, 520])
 @pytest.mark.parametrize("kv_type", KvType)
 def test_windows(bench: Bench, tmp_path: Path, kv_type: KvType, window: int, chunked: bool) -> None:
-    """In one span, at its edges and over two; blocks behind them are not there."""
+    """Covers windows in one span, at its edges and over two spans; blocks behind a window are not there."""
     step = attention(4, 2, 64, kv_type, window=window, sinks="sinks" if window % 2 else None, chunked=chunked)
     (told,) = sequences_of(tmp_path, step, (1060,), generator())
     attender = Attender(bench, step, LARGE)
@@ -160,7 +160,7 @@ def test_windows(bench: Bench, tmp_path: Path, kv_type: KvType, window: int, chu
 
 @pytest.mark.parametrize("kv_type", KvType)
 def test_random_batches(bench: Bench, tmp_path: Path, kv_type: KvType) -> None:
-    """Sequences that grow by random numbers of rows side by side, on cards of both kinds in turn."""
+    """Sequences grow by random numbers of rows side by side, on cards of both kinds in turn."""
     source = generator()
     step = attention(4, 2, 64, kv_type, soft_cap=30.0, slopes=alibi_slopes(4))
     told = sequences_of(tmp_path, step, (150, 90, 533), source)
@@ -194,7 +194,7 @@ def test_shared_blocks(bench: Bench, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kv_type", KvType)
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
 def test_what_is_no_number_stays_in_its_rows(bench: Bench, tmp_path: Path, kv_type: KvType, gpu: LaunchLimits) -> None:
-    """Rows of a tile that come before a value which is none have their bits; those that see it are none, too."""
+    """Rows of a tile before a NaN keep their bits; rows that see the NaN are NaN."""
     step = attention(4, 1, 64, kv_type)
     (told,) = sequences_of(tmp_path, step, (40,), generator())
     rows = told.rows.copy()
@@ -207,7 +207,7 @@ def test_what_is_no_number_stays_in_its_rows(bench: Bench, tmp_path: Path, kv_ty
 
 @pytest.mark.parametrize("kv_type", [KvType.Q8_0, KvType.INT8])
 def test_a_key_that_is_no_number(bench: Bench, tmp_path: Path, kv_type: KvType) -> None:
-    """Each output that depends on it is none: in decoding and prefill, whole and by spans."""
+    """Outputs that depend on an infinite key are NaN; earlier ones keep their bits."""
     step = attention(4, 1, 64, kv_type)
     (told,) = sequences_of(tmp_path, step, (560,), generator())
     rows = told.rows.copy()
@@ -220,7 +220,7 @@ def test_a_key_that_is_no_number(bench: Bench, tmp_path: Path, kv_type: KvType) 
 
 
 def test_shared_memory_is_what_every_gpu_has() -> None:
-    """All kernels but the widest tiles do without more than 48 KiB, for heads of up to 256 channels."""
+    """All kernels but the widest tiles take at most 48 KiB, for heads of up to 256 channels."""
     for kv_type in KvType:
         for head_dim in (64, 80, 100, 128, 256):
             step = attention(32, 8, head_dim, kv_type)
@@ -249,7 +249,7 @@ def test_shared_memory_is_what_every_gpu_has() -> None:
 def test_heads_are_in_parts_where_a_gpu_would_be_idle(
     step: Attention, rows: int, kernel: str, blocks_of_rows: int
 ) -> None:
-    """In decode alone. Each row takes so many blocks or, of slices and spans, more."""
+    """Heads are divided in decode alone; each row takes `blocks_of_rows` blocks, or more with slices and spans."""
     gpu, room = LaunchLimits(132, 227 << 10, (9, 0)), room_of((step,), 128, 512)
     inputs, buffers = Inputs(*[NULL] * 9), AttentionBuffers(NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL)
     decode = AttentionLaunches(gpu, room, inputs, rows, 128, decode=True)
@@ -261,7 +261,7 @@ def test_heads_are_in_parts_where_a_gpu_would_be_idle(
 
 
 def test_windows_and_chunks_have_tiles_of_their_own() -> None:
-    """In a model that has both of one length."""
+    """A model may have windows and chunks of one length, which share no tiles."""
     window, chunks = (attention(4, 1, 64, window=300, chunked=chunked) for chunked in (False, True))
     assert likeness(window) != likeness(chunks)
 
@@ -278,7 +278,7 @@ PLANTED = ("sum = add(sum, lane < 16 ? weight : other);", "sum = add(sum, lane <
 
 
 def test_two_swapped_additions_are_noticed(tmp_path: Path) -> None:
-    """In the sum of weights, for decoding: other bits, though nearly the same numbers."""
+    """Swapped additions in the sum of weights, for decoding, give other bits, though nearly the same numbers."""
     for path in (SRC / "attention").iterdir():
         shutil.copy(path, tmp_path)
     header, kernels = tmp_path / "span.cuh", tmp_path / "few.cu"

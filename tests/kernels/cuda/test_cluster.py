@@ -1,4 +1,4 @@
-"""Clusters whose workers have GPUs: the answers of one worker without, wherever the layers lie and whatever is lost."""
+"""Clusters with GPUs give the answers of one worker without GPUs, wherever the layers lie and whatever is lost."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def shim(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the processes that are started, where no real card is to be tested."""
+    """Gives the shim to the processes that are started, unless a real card is tested."""
     if request.config.getoption("--gpu", default=False):
         return
     folders = [TESTS / "kernels" / "cuda" / "shim_site", TESTS]
@@ -69,7 +69,7 @@ async def generation(cluster: Cluster, wanted: GenerationRequest, on_token: Call
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What became of a cluster."""
+    """The results of a cluster's run."""
 
     answers: list[Answer]
     status: dict[str, Any]
@@ -78,7 +78,7 @@ class Run:
 
 
 def has_reported_copies(worker: WorkerHandle) -> bool:
-    """Where a GPU has memory for copies of experts, its next heartbeats tell of some."""
+    """Returns whether heartbeats report copies of experts, or the GPU has no memory for any."""
     wanted = any(part.experts_cache_bytes for part in worker.device_layers)
     beat = worker.heartbeat
     return not wanted or (beat is not None and beat.experts_cache_copied_bytes > 0)
@@ -118,8 +118,8 @@ RULE = r"placement=[{tensors: 'blk\.[023]\.ffn_.*_exps', device: CPU, workers: [
     ],
 )
 def test_experts_in_ram(tmp_path: Path, rules: list[str], moved: tuple[int, ...]) -> None:
-    """Beside a worker without GPU: the plan, the load and the status have the same experts in RAM, and the same memory
-    for copies of them, which come."""
+    """The plan, the load and the status agree on experts in RAM and on memory for their copies, which are made. Another
+    worker has no GPU."""
     model = tmp_path / "mixture.gguf"
     small = {"hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 96, "vocabulary": 320, "experts": 4}
     build_tiny_model(model, layers=4, quant_type=QuantType.Q8_0, **small)  # type: ignore[arg-type]
@@ -179,7 +179,7 @@ def test_a_gpu_with_layers_in_ram_beside_a_worker_without(model: Path, wanted: l
 
 
 def test_stages_on_a_gpu_on_both_and_on_a_processor(model: Path, wanted: list[Answer], tmp_path: Path) -> None:
-    """Workers of their own; two of them have the same GPU."""
+    """Each stage has a worker of its own; two of the workers have the same GPU."""
     workers = (
         "{name: gpu, threads: 1, device: cuda:0}",
         "{name: both, threads: 1, device: cuda:0, gpu_layers: 1}",
@@ -195,7 +195,7 @@ def test_stages_on_a_gpu_on_both_and_on_a_processor(model: Path, wanted: list[An
 def test_a_worker_whose_gpu_is_lost_is_a_lost_worker(
     model: Path, wanted: list[Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It ends with the reason, is started again, and the requests that it had go on."""
+    """The worker ends with the reason and is started again, and its requests go on."""
     if "shim_site" not in os.environ.get("PYTHONPATH", ""):
         pytest.skip("a real card cannot be lost on demand")
     order = tmp_path / "lose it"

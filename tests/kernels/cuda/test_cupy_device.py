@@ -1,4 +1,4 @@
-"""The device over CuPy, with a CuPy that is none: what is asked of it, and what is said where something is missing."""
+"""The device over CuPy, with a fake CuPy: the calls that it gets, and the messages where something is missing."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_without_a_gpu_that_does(monkeypatch: pytest.MonkeyPatch, runtime: FakeR
 
 @pytest.mark.parametrize("status", [2, 46])
 def test_a_gpu_that_others_have(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
-    """All of its memory, or by itself alone."""
+    """Another process has all of the GPU's memory, or has the GPU by itself alone."""
     cupy = install(monkeypatch)
 
     def choose(index: int) -> None:
@@ -164,7 +164,7 @@ def test_memory_that_cannot_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_of_a_lost_gpu_is_dropped_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call fails from then on. Buffers go with what held them, where no code could catch an error."""
+    """Every call to a lost GPU fails. Buffers go with what held them, where no code could catch an error."""
     cupy = install(monkeypatch)
     device: Any = CupyDevice()
     buffer = device.allocate(1 << 10)
@@ -261,7 +261,7 @@ def test_graphs(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Pat
 
 
 def test_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Path) -> None:
-    """On a machine, for each kind of card; a folder that cannot be written is done without."""
+    """A machine compiles kernels once for each kind of card, and does without a folder that cannot be written."""
     cupy = install(monkeypatch)
     kernels = ["elementwise.rows.add_rows", "elementwise.rows.slice", "elementwise.norms.rms_norm"]
     for index in (0, 0, 1):
@@ -299,7 +299,7 @@ def test_a_damaged_kernel_is_compiled_anew(
     caplog: pytest.LogCaptureFixture,
     data: bytes,
 ) -> None:
-    """It never reaches the driver."""
+    """The damaged kernel never reaches the driver."""
     cupy = install(monkeypatch)
     CupyDevice(folder=tmp_path).prepare(["elementwise.rows.slice"])
     (kept,) = kept_kernels(tmp_path)
@@ -316,7 +316,7 @@ def test_a_damaged_kernel_is_compiled_anew(
 def test_a_kernel_that_the_driver_rejects_is_compiled_anew(
     monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Path
 ) -> None:
-    """As where another process deletes or damages it before the driver reads it."""
+    """Another process may delete or damage the kernel before the driver reads it."""
     cupy = install(monkeypatch)
     CupyDevice(folder=tmp_path).prepare(["elementwise.rows.slice"])
     (kept,) = kept_kernels(tmp_path)
@@ -357,7 +357,7 @@ def test_a_compiler_that_is_newer_than_the_driver(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("static_bytes", [0, 576, 1 << 10, 17 << 10])
 def test_much_shared_memory_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, static_bytes: int) -> None:
-    """By an attribute of the kernel, where it has more than 48 KiB with its static memory."""
+    """An attribute of the kernel asks for shared memory beyond 48 KiB, of which static memory is a part."""
     cupy = install(monkeypatch)
     cupy.static_bytes = static_bytes
     device, plain = CupyDevice(folder=tmp_path), (48 << 10) - static_bytes

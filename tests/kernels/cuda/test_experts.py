@@ -1,4 +1,4 @@
-"""Experts on a GPU around their products: choices, groups of lines and sums, by the bits of the CPU's whole step."""
+"""Experts on a GPU around their products: choices, groups of lines and sums have the bits of the CPU's whole step."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def moe(experts: int, used: int, *, normalized: bool = True) -> Moe:
 
 
 class OnDevice:
-    """The step's arrays, for some more rows than there are."""
+    """Arrays of the step, for three more rows than there are."""
 
     def __init__(self, bench: Bench, step: Moe, rows: int, piece: int, *vectors: Float32 | None) -> None:
-        """`vectors`: bias of the choice and scales of experts, if there are any."""
+        """`vectors` are the bias of the choice and the scales of experts, or None."""
         self.bench, self.step, self.rows, self.piece, self.room = bench, step, rows, piece, rows + 3
         self.ids, self.weights, self.lines = (bench.room(choice_bytes(step, self.room)) for _ in range(3))
         self.items, self.item_count = bench.room(items_bytes(step, self.room, piece)), bench.room(4)
@@ -69,7 +69,7 @@ class OnDevice:
         return chosen
 
     def group(self) -> tuple[Int32, Int32]:
-        """Lines, and items of expert, first place and count."""
+        """Returns the lines, and the items: expert, first place and count."""
         self.bench.device.launch(group(self.step, self.places, self.piece, self.count))
         (count,) = self.bench.get(self.item_count, 1, np.int32)
         assert count <= max_items(self.step, self.room, self.piece)
@@ -94,7 +94,7 @@ def run(folder: Path, program: Program, weights: dict[str, Weight], rows: Float3
 
 
 def every_expert(folder: Path, step: Moe, weights: dict[str, Weight], rows: Float32) -> list[Float32]:
-    """What each expert makes of all rows."""
+    """Returns the results of each expert for all rows."""
     gate, up, down = (Buffer(name, width) for name, width in (("g", FFN), ("u", FFN), ("d", WIDTH)))
     steps = (
         MatMul(step.x, gate, "gate"),
@@ -128,7 +128,7 @@ def test_the_bits_of_the_cpu(
     biased: bool,
     groups: tuple[int, int],
 ) -> None:
-    """With a bias of the choice, experts have scales as well."""
+    """Experts have scales as well, if the choice has a bias."""
     (experts, used, rows), (kind, normalized, scale) = shape, gating
     count, used_groups = groups if experts % groups[0] == 0 else (experts, experts)
     source, plain = generator(), moe(experts, used, normalized=normalized)
@@ -164,7 +164,7 @@ def test_the_bits_of_the_cpu(
     ("experts", "used", "rows", "piece"), [(128, 8, 41, 8), (5, 2, 61, 64), (40, 1, 1, 8), (600, 3, 350, 8)]
 )
 def test_lines_are_grouped(bench: Bench, experts: int, used: int, rows: int, piece: int) -> None:
-    """Each line stands once, those of an expert together, in pieces that are not too long."""
+    """Each line occurs once, beside the other lines of its expert, in pieces of at most `piece` lines."""
     device = OnDevice(bench, moe(experts, used), rows, piece)
     logits = normal(generator(), rows, experts)
     logits[:, 1] += 4  # one that most rows want
@@ -180,7 +180,7 @@ def test_lines_are_grouped(bench: Bench, experts: int, used: int, rows: int, pie
 
 
 def test_ties_go_to_the_lower_id_and_no_numbers_to_the_first(bench: Bench) -> None:
-    """A row without numbers has one expert at every rank: it may have more lines than there are rows."""
+    """A row with NaN or infinity chooses expert 0 at every rank, which may thus have more lines than there are rows."""
     device = OnDevice(bench, moe(40, 3), 5, 8)
     logits = np.zeros((5, 40), np.float32)
     logits[1, 33:36] = 2

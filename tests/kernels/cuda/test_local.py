@@ -44,7 +44,7 @@ PROMPT = [5, 9, 17, 33, 65, 3, 7]
 MIB = 1 << 20
 ROOM = 256 * MIB
 ENOUGH = 1024
-"""MiB for all tiny models, also beside the 256th of a card that is left to kernels and graphs."""
+"""MiB that hold any tiny model, beside the 256th of a card that is left to kernels and graphs."""
 Answer = tuple[list[int], list[bytes]]
 
 
@@ -57,7 +57,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shim(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPUs that are none, where no real card is to be tested."""
+    """Replaces GPUs by the shim, unless a real card is tested."""
     if request.config.getoption("--gpu", default=False):
         return
 
@@ -133,7 +133,7 @@ def test_what_does_not_fit_stays_on_the_processor(
 def test_layers_that_share_keys_stay_together(
     shim: None, tmp_path: Path, gpu_layers: int | None, placement: str
 ) -> None:
-    """Gemma 4 E2B: fewer layers on the GPU than the user allows, where such layers would be divided."""
+    """The GPU has fewer layers of Gemma 4 E2B than the user allows, where layers that share keys would be divided."""
     path = build_architecture(tmp_path / "inputs.gguf", "gemma4-inputs")
     wanted, _ = answered(path, settings())
     assert answered(path, settings("cuda:0", gpu_layers)) == (wanted, placement)
@@ -145,7 +145,7 @@ def skip_on_a_gpu_with_other_workspace(request: pytest.FixtureRequest, room: int
 
 
 def share_kernels(line: CommandLine, request: pytest.FixtureRequest) -> None:
-    """Commands find the kernels that were compiled for this process: minutes on a GPU."""
+    """Lets commands find the kernels that this process has compiled, which takes minutes on a GPU."""
     if request.config.getoption("--gpu", default=False):
         line.set_variables(LLAMACLUST_HOME=str(environment().home))
 
@@ -173,7 +173,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_experts_in_ram(
     shim: None, request: pytest.FixtureRequest, mixture: Path, cpu_moe: int | None, room: int, placement: str
 ) -> None:
-    """As many as the user wants, or as the GPU has no room for."""
+    """RAM has experts of as many layers as the user wants, or as the GPU has no room for."""
     skip_on_a_gpu_with_other_workspace(request, room)
     wanted, _ = answered(mixture, settings())
     given = replace(settings("cuda:0", None, room * MIB), cpu_moe=cpu_moe)
@@ -211,7 +211,7 @@ def test_rules_for_tensors(
 
 
 def test_random_rules_change_no_bit(shim: None, mixture: Path) -> None:
-    """Layers in RAM are the first ones; experts of any of the others."""
+    """RAM has the first layers, and experts of any of the others."""
     draws = random.Random(SEED)
     wanted, _ = answered(mixture, settings())
     for _ in range(4):
@@ -279,8 +279,8 @@ def test_experts_of_models_that_have_none(shim: None, model: Path, mixture: Path
 def test_an_mtp_head_beside_layers_on_gpus(
     shim: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, gpu_layers: int | None
 ) -> None:
-    """The processor computes it, from the same hidden states: its drafts are the same, too. Which rows draft depends on
-    time: in so many tokens, some do in both runs."""
+    """The processor computes the head from the same hidden states, so its drafts are the same. Which rows draft depends
+    on time: of 24 tokens, some do in both runs."""
     path, tokens = with_nextn(tmp_path / "head.gguf", name), 24
     wanted, _ = answered(path, settings(), tokens)
     order_any(random.Random(SEED), 3, monkeypatch)
@@ -298,7 +298,7 @@ def test_an_mtp_head_beside_layers_on_gpus(
 
 @contextmanager
 def noted_drafts() -> Iterator[dict[int, int]]:
-    """The first token of each draft of an MTP head, by the position of the token that it follows."""
+    """Yields the first token of each draft of an MTP head, by the position of the token that it follows."""
     noted, draft = dict[int, int](), NextnDrafter.draft
 
     def noting(

@@ -1,4 +1,4 @@
-"""What NVRTC is asked for, with one that compiles nothing; test_compile.py has a real one, where there is one."""
+"""Requests to an NVRTC that compiles nothing; test_compile.py has a real one, where there is one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_exactly_our_options(tmp_path: Path) -> None:
 
 
 def test_a_gpu_that_came_later(tmp_path: Path) -> None:
-    """The driver makes machine code of PTX for the newest architecture that is not newer."""
+    """The driver gets PTX for the newest architecture that is not newer than the GPU."""
     nvrtc = Nvrtc(library(tmp_path))
     for gpu, wanted in ((103, "compute_90"), (121, "compute_120")):
         binary = nvrtc.compile("rows", "text", gpu)

@@ -40,7 +40,7 @@ GPU = LaunchLimits(2, PLAIN_SHARED_BYTES, (6, 1))
 
 @pytest.fixture(scope="module")
 def device(request: pytest.FixtureRequest) -> Iterator[ShimDevice]:
-    """In place of the device of other tests."""
+    """Replaces the device that other tests use."""
     if request.config.getoption("--gpu", default=False):
         pytest.skip("old GPUs are those of the shim")
     library = build({name: path for name, path in modules().items() if name in MODULES}, (OLD,))
@@ -51,7 +51,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[ShimDevice]:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_products_have_the_bits_of_the_cpu(bench: Bench, kind: QuantType) -> None:
-    """One row, some, and many."""
+    """Covers one row, some and many."""
     out_rows, cols = 33, 3 * segment_cols(kind)
     source = generator_of(kind, out_rows, cols)
     loaded = load(bench, kind, random_weights(source, kind, out_rows, cols), out_rows, cols)
@@ -66,7 +66,7 @@ def test_products_have_the_bits_of_the_cpu(bench: Bench, kind: QuantType) -> Non
 
 @pytest.mark.parametrize("kv_type", KvType)
 def test_attention_has_the_bits_of_the_cpu(bench: Bench, tmp_path: Path, kv_type: KvType) -> None:
-    """In decoding and prefill, with the shared memory of these GPUs, for heads as wide as it allows."""
+    """Covers decoding and prefill with the shared memory of these GPUs, for heads as wide as it allows."""
     for head_dim in (64, 256):
         (told,) = sequences_of(tmp_path, attention(4, 1, head_dim, kv_type), (530,), generator())
         attender = Attender(bench, attention(4, 1, head_dim, kv_type), GPU)

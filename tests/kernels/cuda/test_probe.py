@@ -1,4 +1,4 @@
-"""What is measured of a GPU, and the benchmark's ways through one."""
+"""Measurements of a GPU, and the benchmark's ways through one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_steps_of_a_model_are_tried_on_a_gpu(device: Device, tmp_path: Path, mon
 
 @pytest.mark.parametrize(("start", "end"), [(0, 4), (0, 1), (1, 3), (3, 4)])
 def test_a_plan_counts_what_layers_take(device: Device, tmp_path: Path, start: int, end: int) -> None:
-    """With what rounding up adds to each layer; only how KV memory is rounded is not known."""
+    """The plan counts what rounding up adds to each layer, but not how KV memory is rounded."""
     path = build_tiny_model(tmp_path / "m.gguf", layers=4, hidden=64, heads=2, ffn=96, context=64)
     limits = StageLimits(max_batch_tokens=24, max_outputs=8, max_sequences=2, max_context_tokens=64, kv_blocks=5)
     gpu = CudaBackend("cuda:0", device, 1)
@@ -70,7 +70,7 @@ def test_a_plan_counts_what_layers_take(device: Device, tmp_path: Path, start: i
 
 @pytest.mark.parametrize("free_bytes", [1 << 20, 3 << 20])
 def test_a_gpu_that_is_nearly_full_is_measured(free_bytes: int) -> None:
-    """It may be named without any layer on it."""
+    """A full GPU may be named without any layer on it."""
     reached = CudaBackend("cuda:0", ShimDevice(build(), memory_bytes=free_bytes), 1).measure()
     assert reached.read_bytes_s > 0 and reached.int8_macs_s > 0
 

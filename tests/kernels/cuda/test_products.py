@@ -37,7 +37,7 @@ from support.cuda.product_cases import (
 )
 
 SHAPES = [(1, 1), (33, 3), (16, 5), (70, 2), (17, 35)]
-"""Rows of weights, segments: tiles and groups of segments that are full, and not."""
+"""(rows of weights, segments), with tiles and groups of segments that are full, and not."""
 ROWS = {(33, 3): (1, 2, 5, 8, 11, 16, 40, 70), (17, 35): (1, 8, 65)}
 
 
@@ -68,7 +68,7 @@ def test_products_have_the_bits_of_the_cpu(bench: Bench, kind: QuantType) -> Non
 )
 @pytest.mark.parametrize("segments", [1, 3, 9, 22])
 def test_warps_pass_totals_on_and_blocks_go_through_tiles(bench: Bench, kind: QuantType, segments: int) -> None:
-    """More tiles than blocks, of fewer pieces than warps and of more."""
+    """Covers more tiles than blocks, with fewer pieces than warps and with more."""
     out_rows, cols = 275, segments * segment_cols(kind)
     generator = generator_of(kind, cols)
     loaded = load(bench, kind, random_weights(generator, kind, out_rows, cols), out_rows, cols)
@@ -81,7 +81,7 @@ def test_warps_pass_totals_on_and_blocks_go_through_tiles(bench: Bench, kind: Qu
 @pytest.mark.parametrize("kind", [kind for kind in TYPES if kind not in FLOAT_TYPES], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("rows", [65, 128, 129])
 def test_blocks_of_128_rows(bench: Bench, monkeypatch: pytest.MonkeyPatch, kind: QuantType, rows: int) -> None:
-    """Where every multiprocessor still has a block; the last is full, or has one row."""
+    """Blocks have 128 rows if every multiprocessor still has a block; the last block may have as few as one row."""
     if bench.device.compute_capability != (9, 0):
         pytest.skip("compute capability 9.0 alone has them")
     out_rows, cols, launched, launch = 137, 2 * segment_cols(kind), list[Launch](), bench.device.launch

@@ -94,7 +94,7 @@ def test_steps_of_one_matrix(bench: Bench, width: int) -> None:
 
 
 def test_functions_of_any_float(bench: Bench) -> None:
-    """A hundredth of a per mille of all bit patterns, and all around zero of the finite ones."""
+    """Covers a hundredth of a per mille of all bit patterns, and many numbers between -110 and 95."""
     source = random_source()
     bits = source.integers(0, 1 << 32, (ROWS, 4096), np.uint32)
     bits[:4] = (source.uniform(-110, 95, (4, 4096)).astype(np.float32)).view(np.uint32)
@@ -190,7 +190,7 @@ def test_rope(bench: Bench, style: RopeStyle, heads: int, head_dim: int, pairs: 
 
 
 def test_angles_of_long_contexts(bench: Bench) -> None:
-    """And beyond what is computed: NaN."""
+    """Angles beyond what is computed are NaN."""
     source = random_source()
     positions = source.integers(0, 1 << 20, ROWS).astype(np.int32)
     frequencies = np.concatenate(
@@ -207,7 +207,7 @@ def test_angles_of_long_contexts(bench: Bench) -> None:
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize(("x_width", "start", "width"), [(100, 37, 20), (4096, 1024, 2048), (3000, 1, 2999), (5, 4, 1)])
 def test_slice_and_join(bench: Bench, x_width: int, start: int, width: int, heads: int) -> None:
-    """Channels of each head, and what joins them with the others again."""
+    """Slices channels of each head, and joins them with the channels before them again."""
     x = awkward(random_source(), ROWS, heads * x_width)
     out, joined, there, rows = bench.room(ROWS * heads * width * 4), bench.room(x.nbytes), bench.put(x), count(bench)
     parts = x.reshape(ROWS, heads, x_width)
@@ -237,7 +237,7 @@ def test_scale_by_a_weight(bench: Bench, width: int) -> None:
 @pytest.mark.parametrize(("width", "x_parts", "parts"), [(1, 1, 1), (64, 4, 4), (700, 1, 3), (37, 5, 2)])
 @pytest.mark.parametrize("first", [0, 1])
 def test_mixed_parts(bench: Bench, width: int, x_parts: int, parts: int, first: int) -> None:
-    """With coefficients and without."""
+    """Covers sums with coefficients and without."""
     source, rows, sizes = random_source(), count(bench), (x_parts * width, parts * width, x_parts * parts)
     data = [awkward(source, ROWS, size) for size in sizes]
     places, (x, y, factors) = list(map(bench.put, data)), map(Buffer, ("a", "b", "c"), sizes)
@@ -277,7 +277,7 @@ def test_activations_above_a_quantile(bench: Bench, width: int) -> None:
 @pytest.mark.parametrize("offset", [0, 1, 4, 12])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_scale_by_position(bench: Bench, width: int, offset: int) -> None:
-    """The last row is the last position of the context, of which the table has the last factor."""
+    """The last row is at the last position of the context, for which the table has the last factor."""
     x, hidden, first = awkward(random_source(), ROWS, width), Buffer("x", width), 23
     there, rows, context_tokens = bench.put(x), count(bench), first + ROWS
     step = PositionScale(hidden, hidden, 0.7, 5, offset)
@@ -332,7 +332,7 @@ SWAPS = {
 
 @pytest.mark.parametrize("swap", SWAPS)
 def test_additions_that_change_places_are_noticed(tmp_path: Path, swap: str) -> None:
-    """Each kind of order in a sum, on ordinary numbers of both signs."""
+    """Covers each kind of order in a sum, with ordinary numbers of both signs."""
     text = whole_text(modules()["elementwise.norms"])
     for before, after in SWAPS[swap].items():
         assert before in text

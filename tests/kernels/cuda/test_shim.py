@@ -64,7 +64,7 @@ def test_shared_memory(probe: Bench) -> None:
 
 
 def fragments_of_a(a: np.ndarray) -> np.ndarray:
-    """[lane][register] of int32: registers go through the rows first, then through the columns."""
+    """Returns [lane][register] of int32: registers go through the rows first, then through the columns."""
     rows, k = a.shape
     parts = a.reshape(rows // 8, 8, k // 16, 4, 4)  # half, row, part of k, column of lanes, byte
     return np.ascontiguousarray(parts.transpose(1, 3, 2, 0, 4)).reshape(32, -1).view(np.int32)
@@ -115,7 +115,7 @@ def test_halves(probe: Bench) -> None:
 
 
 def test_copies_in_the_background(probe: Bench) -> None:
-    """Only what was waited for is surely there."""
+    """A copy is surely there only after the wait for it."""
     x = generator().standard_normal(384, np.float32)
     out, there = probe.room(x.nbytes), np.roll(x.reshape(3, 128), -5, 1)
     for done in (3, 2, 0):
@@ -128,7 +128,7 @@ def test_copies_in_the_background(probe: Bench) -> None:
 @pytest.mark.parametrize("mixed", [0, 1], ids=["bulk", "mixed"])
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_bulk_copies(probe: Bench, stages: int, mixed: int) -> None:
-    """Parts are there when they are waited for, and not before, whatever was in their place."""
+    """Parts are there after the wait for them, and not before, whatever was in their place."""
     x = generator().standard_normal(7 * 64, np.float32)
     out, there = probe.room(x.nbytes), np.roll(x.reshape(7, 64), -5, 1)
     for early in (-1, 0, 4):
@@ -194,7 +194,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("kind", MISTAKES)
 def test_mistakes_are_errors(probe: Bench, kind: int) -> None:
-    """No launch blocks, and the next one is as good as ever."""
+    """No launch blocks, and the next launch works."""
     x = probe.put(np.zeros(68, np.float32))
     out = probe.room(256)
     with pytest.raises(KernelError, match=MISTAKES[kind]):
@@ -237,7 +237,7 @@ def test_launches_that_do_not_fit(probe: Bench) -> None:
 
 
 def test_graphs(probe: Bench) -> None:
-    """What was captured is done when the graph is launched, with what pinned memory holds then."""
+    """Captured work is done when the graph is launched, with what pinned memory holds then."""
     device = probe.device
     pinned, back = device.pinned(512), device.pinned(1024)
     x, out = probe.room(512), probe.room(1024)

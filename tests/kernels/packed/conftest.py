@@ -1,4 +1,4 @@
-"""What tests of packed layers share."""
+"""Fixtures that tests of packed layers share."""
 
 from __future__ import annotations
 

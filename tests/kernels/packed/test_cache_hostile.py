@@ -1,4 +1,5 @@
-"""What else may lie in the folder of packed layers: at most a layer is packed anew, nothing hangs, all is named."""
+"""Foreign and damaged files in the folder of packed layers: at most, layers are packed anew; nothing hangs, all is
+named."""
 
 from __future__ import annotations
 
@@ -130,7 +131,7 @@ def test_a_lock_that_is_no_file_is_one_warning(
 def test_a_file_that_may_not_be_read_is_left_alone(
     model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As the superuser may read all files, the system's answer is made up."""
+    """The test makes up the system's answer, since the superuser may read all files."""
     wanted, opens = run(model, folder), os.open
     refused = images(folder)[0]
 
@@ -178,7 +179,7 @@ def test_unfinished_files_are_listed(folder: PackedCacheFolder, monkeypatch: pyt
 def test_the_end_finishes_a_layer_and_no_more(
     model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The program is one of an answer: it ends as soon as it has it."""
+    """The process ends right after the load, as a program does that gives one answer."""
     code = "import sys, pathlib, test_cache_hostile as test; test.load(*map(pathlib.Path, sys.argv[1:]))"
     paths = [str(TESTS), str(Path(__file__).parent), *sys.path]
     before = 0
@@ -195,7 +196,7 @@ def test_the_end_finishes_a_layer_and_no_more(
 
 
 def load(model: Path, folder: Path) -> None:
-    """A load that ends while its first layer is being written, which takes a while."""
+    """Loads a model, and returns while its first layer is being written, which takes a while."""
     writes, begun = files._write_all, threading.Event()
 
     def slow(descriptor: int, data: memoryview) -> None:

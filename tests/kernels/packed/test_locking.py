@@ -38,7 +38,7 @@ def _locked_bytes() -> int:
 
 
 def _unprivileged(limit: int) -> str:
-    """What `lock_memory` says of 6 MiB in a process with that limit."""
+    """Returns what `lock_memory` says of 6 MiB in a process with that limit."""
     command = [sys.executable, "-c", _UNPRIVILEGED, str(limit)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 

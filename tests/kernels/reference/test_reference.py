@@ -29,7 +29,7 @@ from support.models.tiny_model import build_tiny_model
 from support.paths import DATA
 
 GOLDEN = DATA / "dequantize.npz"
-"""Of gguf-py 0.19, on `stream_blocks(type, 1024)`: the first weights and the SHA-256 of all as float32."""
+"""Results of gguf-py 0.19 on `stream_blocks(type, 1024)`: the first weights and the SHA-256 of all as float32."""
 
 Float32 = NDArray[np.float32]
 

@@ -1,4 +1,4 @@
-"""From messages to token ids: control words of a user stay text, those of the template become tokens."""
+"""The way from messages to token ids: control words of a user stay text, those of the template become tokens."""
 
 from __future__ import annotations
 

@@ -253,7 +253,7 @@ def test_messages_that_are_no_json_are_refused(chatml: ChatTemplate) -> None:
 
 
 async def test_messages_are_written_off_the_event_loop(chatml: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large ones take long."""
+    """Large messages take long to write."""
     threads: set[int] = set()
     encoded = child_frames.encoded
 
@@ -392,7 +392,7 @@ def wait_for_child(template: ChatTemplate) -> int:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended but was not yet reaped does not."""
+    """Returns whether a process runs; one that has ended but was not yet reaped does not."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii") as file:  # noqa: PTH123
             return file.read().rpartition(")")[2].split()[0] != "Z"

@@ -29,7 +29,7 @@ def write(path: Path, content: bytes) -> Path:
 
 
 WIDTHS = {"baichuan": (64, 128), "mixed": (256, 256), "mixed-experts": (256, 256)}
-"""Of the hidden state and the feed-forward part, where they differ from the others'."""
+"""Widths of the hidden state and the feed-forward part in models where they differ from the others'."""
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: f"{path.parent.name}-{path.stem}")

@@ -40,7 +40,7 @@ def checker() -> Iterator[GrammarChecker]:
 
 
 def refusal(checker: GrammarChecker, grammar: Grammar) -> str:
-    """ "" where the grammar is taken."""
+    """Returns the error, or "" if the grammar is accepted."""
     try:
         asyncio.run(checker.check(grammar))
     except ParameterError as error:
@@ -152,7 +152,7 @@ _ENDLESS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", _ENDLESS)
 def test_references_that_lead_back_to_themselves_are_refused(checker: GrammarChecker, name: str) -> None:
-    """In a schema of its own, and in a rule, as those of tools are."""
+    """Schemas are refused on their own and within a rule, as those of tools are."""
     with pytest.raises(ParameterError, match=r"^json_schema: .*(the reference '#.* leads back to itself|\$ref)"):
         asyncio.run(checker.check(definitions.of_schema(_ENDLESS[name], "json_schema")))
     rule = definitions.of_lark(f'start: "call " %json {json.dumps(_ENDLESS[name])}', "tools")
@@ -185,7 +185,7 @@ def test_references_are_followed_in_linear_time() -> None:
     [("#/$defs/a~1b%25", {}), ("#here", {"$anchor": "here"}), ("https://x/y", {"$id": "https://x/y"}), ("#", {})],
 )
 def test_references_by_pointer_anchor_and_identifier_are_found_alike(reference: str, named: dict[str, str]) -> None:
-    """What ends is found as well as what does not, and `find` agrees with what recursion follows."""
+    """References that end are found, too, and `find` agrees with what recursion follows."""
     for part, is_endless in (({"$ref": reference}, True), ({"type": "array", "items": {"$ref": reference}}, False)):
         schema: dict[str, Any] = {"$defs": {"a/b%": {**named, **part}}, "$ref": reference}
         if reference == "#":
@@ -244,7 +244,7 @@ def test_gbnf_is_converted_by_the_check(checker: GrammarChecker) -> None:
 
 
 def _chain(rules: int) -> str:
-    """GBNF that takes its converter quadratic time."""
+    """Returns GBNF that takes its converter quadratic time."""
     middle = "".join(f'a{i}::="x""x"a{i + 1}\n' for i in range(rules))
     return f'root::=a0\n{middle}a{rules}::="x"'
 
@@ -286,7 +286,7 @@ def test_a_grammar_that_ends_its_process_is_refused_and_checked_anew(limits: Che
 
 @pytest.mark.parametrize("words", [LARGE, 151_936])
 def test_the_preparation_of_a_large_vocabulary_is_no_part_of_a_check(words: int) -> None:
-    """It takes longer than the checks may."""
+    """The preparation takes longer than the checks may."""
     checker = GrammarChecker(load_tokenizer(large_vocabulary(words)), CheckLimits(guard_cpu_s=0.15))
     try:
         for grammar in (

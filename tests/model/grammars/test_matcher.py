@@ -54,7 +54,7 @@ def test_random_answers_are_valid_and_their_states_can_be_built_again(
 
 
 def test_valid_instances_of_1000_schemas_are_allowed() -> None:
-    """With characters as they are, where JSON allows that; llguidance wants U+007F escaped."""
+    """Characters are written unescaped where JSON allows that; llguidance wants U+007F escaped."""
     for seed in range(SEED, SEED + 1000):
         source = Random(seed)
         schema = random_schema(source)
@@ -88,7 +88,7 @@ def test_forced_tokens_are_the_only_ones_that_are_allowed(seed: int, vocabulary:
 
 @pytest.mark.parametrize("seed", range(SEED, SEED + 12))
 def test_exactly_the_allowed_tokens_are_taken_in(seed: int, vocabulary: GrammarVocabulary) -> None:
-    """With forced tokens before and without, at the end of a grammar and behind it; some tokens have no bytes."""
+    """Places have forced tokens before them or none, or are at a grammar's end or after; some tokens have no bytes."""
     source = Random(seed)
     grammar = definitions.of_schema(random_schema(source), "json_schema")
     tokens, sets = walk(GrammarMatcher(grammar, vocabulary), source)
@@ -109,7 +109,7 @@ def test_exactly_the_allowed_tokens_are_taken_in(seed: int, vocabulary: GrammarV
 
 
 def test_a_grammar_too_costly_without_its_allowed_tokens_is_followed_with_them() -> None:
-    """llguidance's limit is for what its lexer uses up since it last computed them."""
+    """llguidance limits what its lexer uses up since it last computed the allowed tokens."""
     schema = {"type": "string", "pattern": r"^(?:\S+\s+){0,29}\S+$", "maxLength": 400}
     grammar = definitions.of_schema(schema, "json_schema")
     text = b'"the quick brown fox jumps over the lazy dog again and again, and once more"'
@@ -211,7 +211,7 @@ def test_what_a_trigger_cannot_begin_stays_free(vocabulary: GrammarVocabulary, t
 
 @pytest.mark.parametrize("seed", range(SEED, SEED + 12))
 def test_peeked_tokens_must_follow_and_are_not_taken_in(seed: int, vocabulary: GrammarVocabulary) -> None:
-    """The first token surely; of the others, a later look may find other ones with the same bytes."""
+    """The first peeked token is certain; a later look may find others with the same bytes for the rest."""
     source = Random(seed)
     grammar = definitions.of_schema(random_schema(source), "json_schema")
     tokens, sets = walk(GrammarMatcher(grammar, vocabulary), source)

@@ -1,4 +1,4 @@
-"""Budgets of reasoning: which tokens end it, a function of settings and tokens alone."""
+"""Budgets of reasoning: the tokens that end it are a function of settings and tokens alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def reasoning(budget: int | None, *, is_open: bool = True, repeats: bool = False
 
 
 def answered(state: ReasoningState, text: str) -> str:
-    """What an answer becomes whose model writes this text, one character a token, unless others must follow."""
+    """Returns the answer of a model that writes this text, one character a token, unless other tokens are forced."""
     said, left = "", list(ids(text))
     while left or state.forced is not None:
         token = left.pop(0) if state.forced is None else state.forced
@@ -91,7 +91,7 @@ def test_end_waits_for_the_end_of_a_character() -> None:
 
 
 def reference(settings: Reasoning, tokens: list[int]) -> int | None:
-    """The forced token behind these tokens, from their whole text each time."""
+    """Returns the forced token after these tokens, computed from their whole text each time."""
     inside, place, text, entered = settings.is_open, 0, b"", 0
     queue: list[int] = []
     is_behind = False
@@ -126,7 +126,7 @@ def reference(settings: Reasoning, tokens: list[int]) -> int | None:
 
 
 def _is_cut(data: bytes) -> bool:
-    """Whether some further bytes would complete a character at the end."""
+    """Returns whether further bytes would complete a character at the end."""
     return any(
         len(text := (data[-cut:] + b"\x80" * more).decode("utf-8", "replace")) == 1 and text != "\ufffd"
         for cut in range(1, min(3, len(data)) + 1)
@@ -167,7 +167,7 @@ def test_tags_are_found_however_tokens_divide_them(seed: int) -> None:
 
 
 class CountedBytes(bytes):
-    """Bytes that count what is copied from them, in all such bytes."""
+    """Bytes that count, over all instances, how many bytes are copied from them."""
 
     copied = 0
 
@@ -197,8 +197,7 @@ def matcher(settings: Reasoning, grammar: Grammar | None = None) -> ReasoningMat
 
 
 def said(made: ReasoningMatcher, text: str) -> str:
-    """What an answer becomes whose model would write this text: a token that is not allowed gives way to the first one
-    that is."""
+    """Returns the answer of a model that would write this text: the first allowed token replaces a refused one."""
     result = ""
     for token in ids(text):
         allowed = made.try_take(token)
@@ -332,7 +331,7 @@ def test_errors_of_the_grammar_reach_the_caller() -> None:
 
 @pytest.mark.parametrize("seed", range(SEED, SEED + 20))
 def test_random_answers_can_be_built_again(seed: int) -> None:
-    """With forced tokens that come together or one by one, and a grammar in each of its roles."""
+    """Forced tokens come together or one by one, and a grammar has each of its roles."""
     source = Random(seed)
     delays = source.random() < 0.7
     grammar = source.choice([None, JSON, definitions.lazy(JSON, ["{"])]) if delays else None

@@ -33,7 +33,7 @@ def test_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PROJECTORS)
 def test_every_tensor_is_used(name: str, tmp_path: Path) -> None:
-    """Each other tensor changes the rows or is needed: a file without it, or with a further one, is refused."""
+    """Files without a tensor, but that of image breaks, are refused or give other rows; further tensors are refused."""
     file = open_model(build_projector(tmp_path / "whole.gguf", name))
     rows = encoded(ReferenceBackend(), file.path, tile_of(name))
     for tensor in sorted(file.tensors):
@@ -65,7 +65,7 @@ def test_tensors_of_an_encoder_of_sound_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_up_and_down_may_be_exchanged(tmp_path: Path) -> None:
-    """As in files of before April 2025."""
+    """Files from before April 2025 have the two exchanged."""
     file = open_model(build_projector(tmp_path / "p.gguf", "idefics3"))
     parts = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
     old = re.compile("|".join(parts))

@@ -1,4 +1,4 @@
-"""Rules of vocabularies, on made-up ones: word types, end of generation, damaged fields, long and odd texts."""
+"""Rules of made-up vocabularies: word types, end of generation, damaged fields, long and odd texts."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_user_defined_words_are_always_found_and_the_longest_wins() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_no_text_becomes_a_control_token(kind: str) -> None:
-    """Though merges lead to it, and though llama-bpe takes words of the vocabulary whole."""
+    """Merges lead to the token, and llama-bpe takes whole words of the vocabulary, but the text stays text."""
     if kind == "llama":
         tokenizer = load_tokenizer(spm(dict.fromkeys(["▁", "s", "t", "st", "o", "p", "op"], 1) | {"stop": CONTROL}))
     else:
@@ -194,7 +194,7 @@ OUTSIDE = {
     "<ü>": 4,
     "ª\u0100Ġ": 0,
 }
-"""Words with letters of no byte, of Latin-1 and others, and of types that are written as they are."""
+"""Words with letters that stand for no byte, of Latin-1 and others, and of types that are written as they are."""
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_every_pre_tokenizer_keeps_every_character(name: str) -> None:
     ],
 )
 def test_where_the_pre_tokenizers_cut(name: str, text: str, pieces: list[str]) -> None:
-    """With every two-symbol merge there is, each piece becomes one token."""
+    """The vocabulary has every two-symbol merge, so that each piece becomes one token."""
     merges: list[str] = []
     for piece in pieces:
         merges += [f"{piece[:i]} {piece[i]}" for i in range(1, len(piece)) if f"{piece[:i]} {piece[i]}" not in merges]

@@ -1,4 +1,4 @@
-"""Vocabularies of Gemma 4, on made-up ones."""
+"""Vocabularies like that of Gemma 4, made up for the tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEXTS = {
     "<bos>": ["<0x3C>", "b", "o", "s", "<0x3E>"],
     "<|tool> the": ["<|tool>", "▁the"],
 }
-"""As llama.cpp has them."""
+"""Texts and their tokens, as llama.cpp has them."""
 
 
 def words_of(text: str, *, parse_special: bool = False) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where links cannot be disturbed, one line says what is missing, and the other faults go on."""
+"""Links that cannot be disturbed: one line says what is missing, and the other faults go on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which packets belong to a worker's link."""
+"""The packets that belong to a worker's link."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ TABLE = "inet t"
 
 
 def matches(commands: str) -> list[str]:
-    """Of the rules in commands of nft, with their hook."""
+    """Returns what the rules in commands of nft match, with their hook."""
     rules = [line.removeprefix(f"add rule {TABLE} f1_") for line in commands.splitlines() if "add rule" in line]
     return [rule.replace("@f1_", "").removesuffix(" drop") for rule in rules]
 
 
 def test_of_another_machine_only_the_members_ports_are_cut() -> None:
-    """Those for stages, and those for links of groups."""
+    """The ports are those for stages, and those for links of groups."""
     addresses = {
         "a": [f"{NOT_HERE}:7102", f"{NOT_HERE}:8102"],
         "b": ["127.0.0.1:7103", "127.0.0.1:8103"],

@@ -1,4 +1,4 @@
-"""Only a cluster's own processes are signalled."""
+"""Signals go only to a cluster's own processes."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def test_what_each_byte_stands_for() -> None:
-    """One bit of sign, four of exponent, three of fraction, as OCP's specification of eight-bit floats has them."""
+    """Bytes have one bit of sign, four of exponent, three of fraction, as in OCP's eight-bit floats."""
     for byte in range(256):
         exponent, fraction = byte >> 3 & 15, byte & 7
         size = fraction / 8 * 2.0**-6 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7)
@@ -33,7 +33,7 @@ def test_what_each_byte_stands_for() -> None:
 
 
 def read_all(folder: Path, said: Mapping[str, Any], tensors: Arrays) -> Arrays:
-    """What the reader makes of a folder; each matrix read in two parts."""
+    """Reads a folder, each matrix in two parts."""
     write_hugging_face(folder, {"architectures": ["X"], "quantization_config": said}, tensors)
     with SourceFiles() as files:
         found = read_folder(files, folder).tensors

@@ -24,7 +24,7 @@ from support.models.tiny_tokenizers import tokenizer_json
 
 COUNT = 4
 NUMBERS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-"""Of the four bits, as OCP's specification of MX formats has them."""
+"""The values of the four bits, as OCP's specification of MX formats has them."""
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -43,7 +43,7 @@ def packed_checkpoint(seed: int) -> tuple[dict[str, Any], Arrays]:
 
 
 def numbers(tensors: Arrays, name: str) -> NDArray[np.float32]:
-    """[experts, rows, columns]: of each byte the lower bits come first."""
+    """Returns [experts, rows, columns]; of each byte the lower bits come first."""
     blocks, scales = tensors[f"{name}_blocks"], tensors[f"{name}_scales"]
     both = np.stack([NUMBERS[blocks & 15], NUMBERS[blocks >> 4]], axis=-1).reshape(*blocks.shape[:-1], 32)
     found: NDArray[np.float32] = np.ldexp(both, scales[..., None].astype(np.int32) - 127)

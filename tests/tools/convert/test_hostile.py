@@ -27,7 +27,7 @@ from support.models.tiny_tokenizers import tokenizer_json
 
 
 def refused(source: Path, message: str, type_name: str = "f32") -> None:
-    """The error is one line, and no file is left."""
+    """Asserts that the error is one line, and that no file is left."""
     out = source.parent / "refused.gguf"
     with pytest.raises(LlamaclustError, match=message) as caught:
         convert(source, out, type_name, Hints(), lambda done, total: None, None)
@@ -43,7 +43,7 @@ def folder(path: Path, **how: Any) -> Path:
 
 
 class Runs:
-    """What a pickle does when it is read by Python's own reader."""
+    """A pickle that calls a function when it is read by Python's own reader."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self._what = function, arguments
@@ -307,7 +307,7 @@ def test_packed_weights_are_unpacked(tmp_path: Path) -> None:
 
 
 def doubled(levels: int) -> bytes:
-    """A pickle's tuple that holds itself twice, so many levels deep, on top of its stack."""
+    """Returns a pickle with a tuple that holds itself twice, this many levels deep, on top of its stack."""
     return b"\x80\x04)q\x00" + b"h\x00h\x00\x86q\x00" * levels
 
 

@@ -98,7 +98,7 @@ def test_a_folder_becomes_the_same_file_as_the_way_straight_to_it(tmp_path: Path
 
 
 def test_added_words_replace_embedding_and_head(tmp_path: Path) -> None:
-    """As Chinese-LLaMA has it: both matrices whole, of more rows, and the tokenizer beside them."""
+    """Chinese-LLaMA has it so: both matrices whole, of more rows, and the tokenizer beside them."""
     base(tmp_path / "base")
     ends = {name: values(name, (WORDS + 9, HIDDEN)) for name in ("embed_tokens", "lm_head")}
     parts = {

@@ -33,7 +33,7 @@ def page_of(case: str, folder: Path, more: dict[str, NDArray[Any]] | None = None
 def test_alpha_stretches_the_base_for_texts_of_all_lengths(
     case: str, alpha: float, context: int, tmp_path: Path
 ) -> None:
-    """As published: a kind that says dynamic, with factors that are not used."""
+    """Published settings have a kind that says dynamic, with factors that are not used."""
     said = {"type": "dynamic", "alpha": alpha, "factor": 1.0, "beta_fast": 32, "mscale": 1.0, "mscale_all_dim": 0.0}
     page = page_of(case, tmp_path, rope_scaling=said)
     wanted = 10000.0 * alpha ** (HEAD / (HEAD - 2))

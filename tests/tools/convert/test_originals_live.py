@@ -1,4 +1,4 @@
-"""As `test_convert_originals`, where transformers is installed: other weights and tokens beside what it computes."""
+"""Other weights and tokens than in `test_originals`, beside what an installed transformers computes."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def read(model: ModelFile, name: str) -> NDArray[np.float32]:
 
 
 def in_pairs(weights: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Channel i of a head's first half beside channel i of its second one."""
+    """Puts channel i of a head's first half beside channel i of its second one."""
     halves = weights.reshape(heads, 2, -1, *weights.shape[1:])
     return np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(weights.shape)
 
@@ -73,7 +73,7 @@ _OTHER_NAMES = (
 
 
 def as_in_table(name: str) -> str:
-    """The name that llama.cpp's conversion looks up."""
+    """Returns the name that llama.cpp's conversion looks up."""
     for ours, theirs in _OTHER_NAMES:
         name = name.replace(ours, theirs)
     return f"{name}.weight" if name.endswith((".sinks", ".layer_scalar", ".correct_output_scale")) else name
@@ -168,7 +168,7 @@ def test_packed_matrices_are_taken_apart(tmp_path: Path) -> None:
 
 
 def test_experts_that_are_stored_differently_are_stacked_as_float32(tmp_path: Path) -> None:
-    """As in checkpoints of eight bits that leave some out, and where an adapter changes some."""
+    """Checkpoints of eight bits leave some experts out, and adapters change some."""
     config, tensors = checkpoint("MixtralForCausalLM")
     names = [f"model.layers.1.block_sparse_moe.experts.{number}.w2.weight" for number in range(4)]
     mixed = {name: values.astype(np.float16) if name == names[0] else values for name, values in tensors.items()}
@@ -271,7 +271,7 @@ def test_every_type_becomes_every_other(stored: str, kind: str, tmp_path: Path) 
 
 
 def test_rounding_is_that_of_gguf_py() -> None:
-    """On numbers of all sizes, and on those that lie between two."""
+    """The numbers are of all sizes, and some lie between two representable ones."""
     generator = np.random.default_rng(8)
     numbers = generator.standard_normal((1000, 256), np.float32) * generator.choice(
         np.array([1e-8, 1e-5, 1, 300], np.float32), (1000, 1)

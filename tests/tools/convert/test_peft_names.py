@@ -95,7 +95,8 @@ def test_merged_matrices_are_those_of_the_model_and_the_adapter(case: str, tmp_p
 def write_adapter(
     folder: Path, architecture: str, tensors: dict[str, NDArray[np.float32]], is_exchanged: bool
 ) -> tuple[Path, int]:
-    """Of all matrices that adapters may change, and their number; not of a layer that predicts further tokens."""
+    """Writes an adapter of all matrices that may change, but none of a layer that predicts further tokens; returns it
+    and their number."""
     parts = {}
     for name, weight in tensors.items():
         module = name.removesuffix(".weight")

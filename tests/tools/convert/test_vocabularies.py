@@ -27,7 +27,7 @@ from support.paths import DATA
 
 DATA_FOLDER = DATA / "tokenizers"
 _CUT_ALIKE = {("llama-bpe", "dbrx"), ("qwen2", "bailingmoe"), ("qwen2", "minicpm5"), ("bailingmoe", "minicpm5")}
-"""Differ in what else they stand for, or only in how the same expression is written."""
+"""Pairs that cut alike: they differ in what else they stand for, or only in how the same expression is written."""
 
 
 def read(place: Path, rows: int) -> Words:
@@ -47,7 +47,7 @@ def test_the_probe_tells_all_known_pre_tokenizers_apart() -> None:
 
 
 def as_tokenizer_json(vocabulary: str, folder: Path) -> dict[str, Any]:
-    """tokenizer.json and its configuration, as a vocabulary of llama.cpp's was once made from."""
+    """Returns tokenizer.json and its configuration, as a vocabulary of llama.cpp's was once made from."""
     metadata = open_model(DATA_FOLDER / f"ggml-vocab-{vocabulary}.gguf").metadata
     texts, types = list(metadata["tokenizer.ggml.tokens"]), metadata["tokenizer.ggml.token_type"]  # type: ignore[arg-type]
     plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
@@ -121,7 +121,7 @@ def proto(texts: list[str], scores: Any, types: Any) -> bytes:
 
 
 def library_form(texts: list[str], scores: Any) -> dict[str, Any]:
-    """As Hugging Face's library converts SentencePiece's files."""
+    """Returns what Hugging Face's library makes of SentencePiece's files."""
     ids = {text: i for i, text in enumerate(texts)}
     merges = [
         (scores[i], text[:at], text[at:])
@@ -145,7 +145,7 @@ def library_form(texts: list[str], scores: Any) -> dict[str, Any]:
 
 
 def test_ranks_give_merges(tmp_path: Path) -> None:
-    """A list of ranks as Qwen has it; the merges it leads to are those that the words were made by."""
+    """Qwen's list of ranks leads to the merges that the words were made by."""
     said = byte_level(320)
     letters = stand_ins()
     words = list(said["tokenizer.ggml.tokens"])[:317]  # type: ignore[arg-type]

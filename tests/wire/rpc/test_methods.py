@@ -218,8 +218,8 @@ def _peak_bytes() -> int:
 
 
 def _attacked(folder: Path, to: Connection) -> None:
-    """A process that serves the coordinator's method and all of a worker's; tells its addresses, then how much its
-    peak of memory grew."""
+    """Serves the coordinator's method and all of a worker's in a process; sends its addresses, then how much its peak
+    of memory grew."""
 
     trust = authority(folder)
 
@@ -237,7 +237,7 @@ def _attacked(folder: Path, to: Connection) -> None:
 
 
 async def _reading(stream: ServerStream) -> None:
-    """As a stage whose frames are a megabyte at most."""
+    """Reads as a stage whose frames are a megabyte at most."""
     stream.limit(1 * MIB)
     await stream.accept()
     while await stream.read() is not None:
@@ -257,7 +257,7 @@ def attacked(trust: Authority, tmp_path: Path) -> Iterator[tuple[Connection, str
 
 
 def _flood(address: str, method: str, caller: Identity, expected: Principal, streams: int) -> None:
-    """Streams with one message of 120 MiB each, which is not cut into pieces."""
+    """Opens streams with one message of 120 MiB each, which is not cut into pieces."""
 
     async def flood() -> None:
         data = bytes(HOSTILE_BYTES)
@@ -301,7 +301,7 @@ def test_hostile_messages_do_not_take_memory(
 
 
 async def test_a_reply_that_is_too_large_names_its_worker(trust: Authority) -> None:
-    """In one gRPC message, in pieces, and within what the method allows but more than was agreed."""
+    """Replies come in one gRPC message, in pieces, and within what the method allows but more than was agreed."""
 
     async def hostile(stream: ServerStream) -> None:
         await stream.accept()

@@ -14,7 +14,8 @@ from llamaclust.wire.rpc.sched_slice import SHORT_SLICE_NS, short_slices
 
 
 def time_slice_ns(thread_id: int = 0) -> int | None:
-    """That a thread has requested, 0 being this one; None where that cannot be known, or it is no ordinary thread."""
+    """Returns the slice that a thread has requested, 0 being this one; None if that is unknown, or it is no ordinary
+    thread."""
     attributes = sched_slice._attributes(thread_id)
     return None if attributes is None else attributes[5]
 
@@ -53,7 +54,7 @@ main.run_worker(WorkerSettings(name="w"))
 
 
 def test_a_worker_computes_in_usual_slices_although_its_coordinator_has_short_ones() -> None:
-    """Which processes inherit."""
+    """Processes inherit slices."""
     command = [sys.executable, "-c", _WORKER]
     with short_slices():
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
@@ -84,7 +85,7 @@ asyncio.run(main())
 
 
 def test_threads_of_grpc_have_short_slices_and_its_caller_the_usual_one() -> None:
-    """In a process of its own: gRPC makes its threads once."""
+    """The test needs a process of its own: gRPC makes its threads once."""
     done = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, timeout=60, check=True)
     own, *others = map(int, done.stdout.split())
     assert own == time_slice_ns()

@@ -1,4 +1,4 @@
-"""What is put into a send queue goes out in order and in time, or is heard of."""
+"""Send queues: what is put in goes out in order and in time, or its failure is reported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamaclust.wire.rpc.send_queue import SendQueue
 
 
 class Slow:
-    """A stream that takes a message whenever it is let."""
+    """A stream that takes a message only when it is allowed to."""
 
     def __init__(self) -> None:
         self.taken: list[bytes] = []
@@ -46,7 +46,7 @@ async def test_messages_go_out_in_order_without_waiting() -> None:
 
 
 class Quick(Slow):
-    """Takes messages at once, but for some."""
+    """A stream that takes messages at once, but for some."""
 
     def try_write(self, *messages: bytes) -> bool:
         if {b"2", b"3", b"7"}.intersection(messages):

@@ -1,4 +1,4 @@
-"""How streams on Unix sockets end: what was sent before comes first, and why they ended is known."""
+"""The end of streams on Unix sockets: what was sent before comes first, and its reason is known."""
 
 from __future__ import annotations
 

@@ -50,14 +50,14 @@ async def test_a_worker_that_sits_at_anothers_address_is_not_spoken_to(trust: Au
 
 
 def _foreign(trust: Authority, folder: Path) -> Identity:
-    """Of another cluster's CA, with this one's names."""
+    """Returns an identity of another cluster's CA, with this one's names."""
     other = authority(folder, "other")
     forged = Principal(None) if other.cluster == trust.cluster else COORDINATOR
     return with_pair(trust.identity(forged), other.identity(forged).pair)
 
 
 def _self_made(trust: Authority, folder: Path) -> Identity:
-    """A member's certificate does not sign others: its key signs one that names the coordinator."""
+    """Returns a certificate that names the coordinator, signed by a member's key, which does not sign others."""
     thief = trust.identity(B)
     from cryptography import x509
 
@@ -132,7 +132,7 @@ async def test_what_is_not_tls_gets_no_answer(sent: bytes, trust: Authority, cap
 
 
 async def _told(caplog: pytest.LogCaptureFixture, times: int) -> None:
-    """So many refusals are logged, and a moment later no more."""
+    """Asserts that this many refusals are logged, and a moment later no more."""
     async with deadline("a line in the log", 10 * TOLD_S):
         while (count := len(refusals(caplog.records))) < times:
             assert count <= times
@@ -180,7 +180,7 @@ def test_certificates_that_name_no_member_are_refused(names: list[bytes], trust:
 
 
 async def test_a_renewed_certificate_is_shown_from_then_on(trust: Authority) -> None:
-    """On a server that runs, to clients old and new; a link that stands is not disturbed."""
+    """A running server shows it to clients old and new; an open link is not disturbed."""
     identity = trust.identity(A)
     identity.pair = expired(trust, A).pair
     async with echo(identity) as server:

@@ -1,4 +1,4 @@
-"""What a static cluster listens on: beyond loopback, only the enrolment port speaks to those without a certificate."""
+"""Ports of a static cluster: beyond loopback, only the enrolment port speaks to those without a certificate."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_http_api_is_on_loopback(cluster: list[Running], line: CommandLine) 
 
 
 def test_the_enrolment_port_does_nothing_else(cluster: list[Running]) -> None:
-    """To a stranger it shows the CA's certificate and a nonce; whatever is asked then, it ends without another word."""
+    """The port shows a stranger the CA's certificate and a nonce, and ends without another word whatever is asked."""
     enrolment = join_port(cluster[0])
     for sent in (HTTP1, HTTP2, b"\x00\x00\x00\x01\x00", b"\xff" * 64):
         with handshake(enrolment) as link:

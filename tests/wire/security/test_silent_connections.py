@@ -38,7 +38,7 @@ def _open_files() -> int:
 
 
 def _flooded(folder: Path, to: Connection) -> None:
-    """A server with few files, and a handshake's limit longer than the test."""
+    """Serves with few files, and a handshake's limit longer than the test."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
 
     async def serve() -> None:
@@ -79,7 +79,7 @@ def _silent(address: str, hosts: int, count: int) -> list[socket.socket]:
 
 
 async def _served(address: str, identity: Identity) -> int:
-    """How many tries a member needed to be answered."""
+    """Returns how many tries a member needed to be answered."""
     for attempt in range(1, 1000):
         peer = Peer(address, identity, A)
         try:
@@ -116,7 +116,7 @@ def test_members_are_served_beside_silent_connections(
 
 
 async def test_a_member_of_a_crowded_port_is_not_cut_off(tmp_path: Path) -> None:
-    """Streams that stand stay, whatever the silent ones do."""
+    """Open streams stay, whatever the silent ones do."""
     trust = authority(tmp_path)
     allow_many_files()
     async with echo(trust.identity(A), handshake_s=60.0) as server:
@@ -132,7 +132,7 @@ async def test_a_member_of_a_crowded_port_is_not_cut_off(tmp_path: Path) -> None
 
 
 def _open_ones(connections: list[socket.socket]) -> int:
-    """Those that the other side has not ended."""
+    """Counts connections that the other side has not ended."""
     count = 0
     for connection in connections:
         connection.setblocking(False)
@@ -146,7 +146,7 @@ def _open_ones(connections: list[socket.socket]) -> int:
 
 
 class _Looks:
-    """Looks at silent connections; the first ones find no free descriptor."""
+    """Stands in for looks at silent connections; the first ones find no free descriptor."""
 
     def __init__(self, failures: int) -> None:
         self.failures = failures
@@ -218,7 +218,7 @@ def test_the_servers_of_a_process_leave_descriptors_to_files() -> None:
 
 @pytest.mark.parametrize("others", [1, 4096, 10_000])
 async def test_a_caller_is_known_while_its_call_is_under_way(others: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many callers come after it; when it has ended, it is the newest of those that are remembered."""
+    """The number of later callers does not matter; a call that ends makes its caller the newest that is remembered."""
     handshakes = Handshakes("here:1", 60.0, RefusalLog(logging.getLogger("looks")))
     looks: list[Container[str]] = []
 

@@ -24,7 +24,7 @@ def _written(root: Path, files: Mapping[str, object]) -> Path:
 
 
 def _siblings(*cores: str) -> Files:
-    """The hardware threads of each core, as in "0,4"; of several sockets, the numbers are unique."""
+    """Returns files with the hardware threads of each core, as in "0,4"; numbers are unique across sockets."""
     files: Files = {}
     for core in cores:
         ends = [int(number) for number in core.replace("-", ",").split(",")]
@@ -42,7 +42,7 @@ def _raspberry_pi() -> Files:
 
 
 def _hybrid_laptop() -> Files:
-    """6 performance cores of two hardware threads, 8 efficiency cores. Their capacities do not decide."""
+    """Returns 6 performance cores of two hardware threads and 8 efficiency cores, whose capacities do not decide."""
     performance = [f"{number}-{number + 1}" for number in range(0, 12, 2)]
     files = _siblings(*performance, *map(str, range(12, 20)))
     files |= {f"{_CPU}/cpu{number}/cpu_capacity": 1024 if number < 12 else 800 for number in range(20)}
@@ -50,7 +50,7 @@ def _hybrid_laptop() -> Files:
 
 
 def _meteor_lake() -> Files:
-    """Kernels from 6.13 name cores of the low-power island apart."""
+    """Returns files of a kernel from 6.13, which names cores of the low-power island apart."""
     files = _siblings("0-1", "2-3", "4", "5", "6", "7")
     return files | {
         "sys/devices/cpu_core/cpus": "0-3",
@@ -67,7 +67,7 @@ def _big_little() -> Files:
 
 
 def _two_sockets() -> Files:
-    """Of 8 cores and 16 hardware threads each, numbered by turns, as BIOSes do."""
+    """Returns two sockets of 8 cores and 16 hardware threads each, numbered alternately, as BIOSes do."""
     files = _siblings(*(f"{core},{core + 16}" for core in range(16)))
     for node in range(2):
         files[f"{_NODE}/node{node}/cpulist"] = ",".join(map(str, range(node, 32, 2)))

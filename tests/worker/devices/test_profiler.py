@@ -1,4 +1,4 @@
-"""How a worker tries steps of a model: on which threads, at which positions, and what it makes of their times."""
+"""The way a worker tries steps of a model: on which threads, at which positions, and what it makes of their times."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def model(tmp_path: Path) -> Model:
 
 
 def test_each_stage_is_tried_on_threads_of_its_own(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pool that has learned beside other workers that fewer threads do better would use fewer without them, too, and
-    takes steps of other stages for similar ones."""
+    """A shared pool that has learned beside other workers to use fewer threads would do so without them, too, and takes
+    steps of other stages for similar ones."""
     used: list[CpuBackend] = []
 
     class Recorded(StageRunner):

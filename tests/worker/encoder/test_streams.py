@@ -66,7 +66,7 @@ async def load(
 
 
 def beside(folder: Path) -> WantedBytes:
-    """The projector at its path."""
+    """Returns the projector at its path."""
     path = folder / "mmproj-m.gguf"
     return projector_at(str(path), path, folder / "m.gguf")
 
@@ -103,7 +103,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
 
 @asynccontextmanager
 async def workers(folder: Path, names: Sequence[str] = "a", **starts: Path) -> AsyncIterator[Members]:
-    """`starts` are the folders of model files of workers, by name."""
+    """Runs workers; `starts` has the folders of their model files, by name."""
     async with asyncio.timeout(60), members(folder) as cluster:
         lives = [cluster.start(name, model_dir=starts.get(name)) for name in names]
         await cluster.registry.wait_for(names, 20)
@@ -210,7 +210,7 @@ async def test_a_tile_in_progress_keeps_its_turn_when_its_stream_is_cancelled() 
 
 
 async def test_the_encoder_ends_with_its_epoch(folder: Path, rows: Float32, tmp_path: Path, held: Held) -> None:
-    """Its tile goes on. A load that lacks the memory waits for it, others do not."""
+    """The tile goes on; a load that lacks the memory waits for it, others do not."""
     async with workers(tmp_path) as cluster:
         (handle,) = await load(cluster, folder, beside(folder))
         encoding = asyncio.create_task(encoded_by(cluster, task(rows)))
@@ -289,7 +289,7 @@ async def test_a_worker_that_shows_nothing_is_given_up(
 async def test_a_silent_stream_ends_soon(
     folder: Path, rows: Float32, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also after a tile. The time of a tile whose first bytes have come is not limited by this."""
+    """A stream ends after a tile, too; the time of a tile whose first bytes have come is not limited by this."""
     monkeypatch.setattr("llamaclust.worker.encoder.streams._BEGIN_S", 0.5)
     async with workers(tmp_path) as cluster:
         await load(cluster, folder, beside(folder))

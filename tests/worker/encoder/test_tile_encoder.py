@@ -59,7 +59,7 @@ def test_layers_share_kv_memory(tmp_path: Path) -> None:
 
 
 def test_the_largest_tile_is_encoded(tmp_path: Path) -> None:
-    """Of a family whose tiles have any size: one line, and a square."""
+    """The family has tiles of any size: one line, and a square."""
     path = build_projector(tmp_path / "p.gguf", "qwen3vl_merger", keys={"vision.image_max_pixels": 256 * 64})
     encoder = loaded(open_projector(path))
     for size in ((8, 2048), (128, 128), (2048, 8)):

@@ -47,7 +47,7 @@ class Attacked:
         return [psutil.Process(worker.process.pid).num_fds() for worker in self.workers.values()]
 
     def told(self) -> int:
-        """Lines about refused connections."""
+        """Counts lines about refused connections."""
         return sum(worker.err.read_text().count(REFUSED) for worker in self.workers.values())
 
 
@@ -79,7 +79,7 @@ def says(data: bytes) -> Stranger:
 
 
 def shakes_hands(hello: bytes, worker: str = "z") -> Stranger:
-    """With the certificate of a worker, by default one that the cluster does not have."""
+    """Returns a stranger with the certificate of a worker, by default one that the cluster does not have."""
 
     def shake(connection: socket.socket, authority: Authority) -> None:
         own = authority.identity(Principal(worker))

@@ -1,4 +1,4 @@
-"""The number of bands follows what gathers waited: it is that of the least time, and changes with the network."""
+"""The number of bands follows the time that gathers waited: it has the least time, and changes with the network."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from llamaclust.worker.groups.bands import BandChoice
 
 
 def numbers(choice: BandChoice, waited: dict[int, float], rows: int = 512, runs: int = 40) -> list[int]:
-    """Of bands in each run."""
+    """Returns the number of bands in each run."""
     found = []
     for _ in range(runs):
         found.append(choice.of(rows))

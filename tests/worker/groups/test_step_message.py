@@ -1,4 +1,4 @@
-"""What a group's leader says of a step arrives as it was, and nothing else is taken for it."""
+"""Messages of a group's leader about a step: they arrive unchanged, and nothing else is taken for one."""
 
 from __future__ import annotations
 

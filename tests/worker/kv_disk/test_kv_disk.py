@@ -21,7 +21,7 @@ class Program:
 
 
 class Runner:
-    """As much of a `StageRunner` as is asked."""
+    """A `StageRunner` with only what is asked of it."""
 
     kv_content = "ab" * 32
     kv_layers = ((np.zeros((4, 8), np.uint8),),)

@@ -42,7 +42,7 @@ def blank(start: int = 0, end: int = len(SIZES)) -> Kv:
 
 
 def stage(path: Path, start: int = 0, most_bytes: int = 1 << 20) -> StageBlocks:
-    """As a process opens it at its start."""
+    """Opens the folder as a process does at its start."""
     folder = KvFolder(path / "kv", most_bytes)
     folder.create()
     return StageBlocks(folder, CONTENT, start, KvTraffic())
@@ -102,7 +102,7 @@ def test_a_block_without_some_layer_is_not_there(tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
-    """Wherever it is: nothing damaged is ever reported as restored, and a damaged file is deleted."""
+    """Nothing damaged is ever reported as restored, wherever the bit is, and a damaged file is deleted."""
     kv, source = memory(1), np.random.default_rng(3)
     stage(tmp_path).save(KEYS[:3], [0, 1, 2], kv)
     (file,) = files(tmp_path)
@@ -142,7 +142,7 @@ def test_a_file_truncated_after_it_was_found_restores_nothing_damaged(tmp_path: 
 
 
 def test_a_file_under_the_name_of_another_layer_or_key_is_not_used(tmp_path: Path) -> None:
-    """Digests are of the key and the layer as well: blocks that change places are noticed."""
+    """Digests cover the key and the layer as well: blocks that change places are noticed."""
     stage(tmp_path).save(KEYS[:2], [0, 1], memory(1))
     (file,) = files(tmp_path)
     whole = bytearray(file.read_bytes())
@@ -188,7 +188,7 @@ def test_a_full_disk_is_one_warning(
 def test_a_file_that_cannot_be_read_hides_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As with a bad sector, or of another mode."""
+    """A bad sector or another mode makes a file unreadable."""
     kv = memory(1)
     stage(tmp_path).save(KEYS[:2], [0, 1], kv)
     (bad,) = files(tmp_path)
@@ -218,7 +218,7 @@ def test_a_block_that_is_in_a_file_twice_is_forgotten_once(tmp_path: Path) -> No
 
 
 def test_a_file_of_other_sizes_hides_no_other(tmp_path: Path) -> None:
-    """It reaches further than the right one."""
+    """The wrong file reaches further than the right one."""
     wrong = [[np.zeros((BLOCKS, n + 8), np.uint8) for n in parts] for parts in SIZES]
     assert stage(tmp_path).save(KEYS[:1], [0], wrong) == 1
     kv = memory(7)

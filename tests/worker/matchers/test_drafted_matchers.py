@@ -27,7 +27,7 @@ def stage() -> Iterator[StageMatchers]:
 
 
 def drafted(key: int, place: int, letter: str) -> Task:
-    """The row at this place of the answer, whose own token was drafted."""
+    """Returns the row at this place of the answer, whose own token was drafted."""
     row = task(key, place).row
     return Task(replace(row, matcher=MatcherRow(key, place, ord(letter))), None)
 
@@ -57,7 +57,7 @@ def test_a_row_behind_another_token_is_not_taken_in(stage: StageMatchers) -> Non
 
 
 def test_rows_are_sampled_again_one_after_the_other(stage: StageMatchers) -> None:
-    """Each among what its grammar allows behind the row before it; rows of others go on meanwhile."""
+    """Each row is sampled from what its grammar allows after the row before it; rows of others go on meanwhile."""
     begin(stage, inputs_of(0, task(1, 0, ABC), drafted(1, 1, "b"), drafted(1, 2, "c"), task(2, 0, ABC)))
     results = [sampled(letter) for letter in "!!!a"]
     allowed = stage.take(results)
@@ -74,7 +74,7 @@ def test_rows_are_sampled_again_one_after_the_other(stage: StageMatchers) -> Non
 def test_a_refused_row_is_sampled_again_when_no_time_is_left_for_drafted_ones(
     stage: StageMatchers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If it was put off, its refused token would be taken in unseen when it comes again: here the end of the answer."""
+    """A row put off instead would take its refused token in unseen when it comes again: here the end of the answer."""
     spent_ns, take = [0], MatchedAnswer._take
 
     def timed(answer: MatchedAnswer, token: int) -> AllowedTokens | None:
@@ -93,7 +93,7 @@ def test_a_refused_row_is_sampled_again_when_no_time_is_left_for_drafted_ones(
 
 
 def test_forced_tokens_are_repeated_by_drafted_rows(stage: StageMatchers) -> None:
-    """A drafted row repeats them like a row that was sent before they were known."""
+    """A drafted row repeats forced tokens like a row that was sent before they were known."""
     begin(stage, inputs_of(0, task(1, 0, ABC, may_force=True), drafted(1, 1, "a"), drafted(1, 2, "c")))
     results, refused = taken(stage, map(sampled, "axd"))
     assert not refused
@@ -150,7 +150,7 @@ def test_a_forced_draft_that_cannot_be_computed_changes_nothing(
 def test_all_work_of_an_answer_is_charged_to_its_guard(
     stage: StageMatchers, monkeypatch: pytest.MonkeyPatch, method: str, row: Task
 ) -> None:
-    """One call that takes 3 s of a processor."""
+    """One call takes 3 s of a processor."""
     spent_ns, compute = [0], getattr(GrammarMatcher, method)
 
     def slow(*arguments: object) -> object:
@@ -166,7 +166,7 @@ def test_all_work_of_an_answer_is_charged_to_its_guard(
 
 
 def test_a_deferred_row_has_no_forced_draft(stage: StageMatchers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its matcher is made again by a thread meanwhile."""
+    """A thread makes the row's matcher again meanwhile."""
     begin(stage, inputs_of(0, task(1, 0, ABC, drafts_forced=True), drafted(1, 1, "a")))
     monkeypatch.setattr(GrammarMatcher, "try_take", _second_is_used_up(GrammarMatcher.try_take))
     results, _ = taken(stage, map(sampled, "ac"))

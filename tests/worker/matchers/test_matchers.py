@@ -59,7 +59,7 @@ def test_an_answer_begins_with_its_forced_tokens(stage: StageMatchers) -> None:
 
 
 def test_an_answer_that_starts_again_behind_its_forced_tokens_samples_as_before(stage: StageMatchers) -> None:
-    """A longer run than one row may add: its next token is sampled, also after a loss."""
+    """The forced run is longer than one row may add: the token after it is sampled, also after a loss."""
     grammar = definitions.of_regex(f"[ab]{'c' * MAX_FORCED_TOKENS}cd", "guided_regex")
     _, (row,) = step(stage, 0, task(1, 0, grammar, may_force=True), says="a")
     assert len(row.forced) == MAX_FORCED_TOKENS
@@ -70,7 +70,7 @@ def test_an_answer_that_starts_again_behind_its_forced_tokens_samples_as_before(
 
 
 def test_the_end_of_reasoning_is_forced_after_its_budget(stage: StageMatchers) -> None:
-    """Together where that is wanted, else one token at a time, which are sampled for their logprobs."""
+    """Forced tokens come together where that is wanted, else one at a time, sampled for their logprobs."""
     budget = Reasoning(("<t>",), ("!?",), tuple(b"!?"), 2, is_open=True, delays_grammar=True)
     tasks = (
         task(1, 0, may_force=True, reasoning=budget),
@@ -103,7 +103,7 @@ def test_a_grammar_that_cannot_be_followed_fails_its_answer_alone(stage: StageMa
 def test_an_answer_whose_tokens_keep_taking_too_long_fails_alone(
     stage: StageMatchers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that takes long now and then goes on. A clock says nothing about the request."""
+    """An answer that takes long now and then goes on, and slowness is not the request's fault."""
     step(stage, 0, task(1, 0, ABC), task(2, 0, ABC), says="aa")
     stage._answers[1]._excess_ns = module._GUARD_NS + 2 * module._TOKEN_NS
     stage._answers[2]._excess_ns = module._GUARD_NS // 2
@@ -115,7 +115,7 @@ def test_an_answer_whose_tokens_keep_taking_too_long_fails_alone(
 
 
 def test_a_grammar_that_breaks_within_an_answer_is_the_requests_fault(stage: StageMatchers) -> None:
-    """After the first letter: a rule without an end, too many items of a row, a lexer without an end."""
+    """Grammars break after the first letter: a rule without an end, too many items of a row, a lexer without an end."""
     optional = {f"p{i}": {"type": "string"} for i in range(900)}
     dead = definitions.of_lark('start: "a" rule | "b"\nrule: rule', "grammar")
     wide = definitions.of_schema({"type": "array", "items": {"type": "object", "properties": optional}}, "json_schema")
@@ -148,7 +148,7 @@ AMBIGUOUS = {
 
 @pytest.mark.parametrize("name", AMBIGUOUS)
 def test_a_count_ends_ambiguous_grammars_before_the_clock(stage: StageMatchers, name: str) -> None:
-    """The same token of every machine's answer, and none near the guard."""
+    """The answer ends at the same token on every machine, and no token comes near the guard."""
     grammar, number, row = definitions.of_lark(AMBIGUOUS[name], "grammar"), 0, sampled("a")
     for place in range(2000):
         row = DEFERRED
@@ -162,7 +162,7 @@ def test_a_count_ends_ambiguous_grammars_before_the_clock(stage: StageMatchers, 
 
 
 def test_an_answer_goes_on_after_its_lexer_is_used_up(stage: StageMatchers) -> None:
-    """llguidance's limit is for what its lexer uses up since it last computed the allowed tokens."""
+    """llguidance limits what its lexer uses up since it last computed the allowed tokens."""
     schema = {"type": "string", "pattern": r"^(?:\S+\s+){0,29}\S+$", "maxLength": 400}
     words, text = (
         definitions.of_schema(schema, "json_schema"),
@@ -191,7 +191,7 @@ def test_a_start_that_takes_too_long_fails_its_answer(stage: StageMatchers, monk
 def test_a_grammar_that_is_not_ready_in_time_fails_its_answer(
     stage: StageMatchers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The time before its turn does not count."""
+    """The time before the grammar's turn does not count."""
     monkeypatch.setattr(module, "_READY_S", -1)
     began, go_on = threading.Event(), threading.Event()
 
@@ -211,7 +211,7 @@ def test_a_grammar_that_is_not_ready_in_time_fails_its_answer(
 
 
 def test_matchers_of_answers_that_are_released_are_not_made(stage: StageMatchers) -> None:
-    """Their rows in flight are deferred, and what comes after them is not kept waiting."""
+    """Rows of released answers are deferred, and what comes after them is not kept waiting."""
     go_on = threading.Event()
     stage._thread.submit(go_on.wait, 30)
     first, second = inputs_of(0, task(1, 0, ABC), task(2, 0, ABC)), inputs_of(1, task(2, 0, ABC), released=(1, 2))
@@ -240,7 +240,7 @@ def test_no_matchers_of_an_epoch_that_is_over_are_made(stage: StageMatchers) -> 
 
 
 def test_rows_whose_matcher_is_not_ready_are_deferred_and_the_others_go_on(stage: StageMatchers) -> None:
-    """The row after it is deferred, too: it was sent before that was known."""
+    """The row after a deferred one is deferred, too: it was sent before that was known."""
     step(stage, 0, task(2, 0, ABC), says="a")
     go_on = threading.Event()
     stage._thread.submit(go_on.wait, 30)
@@ -260,7 +260,7 @@ def test_rows_whose_matcher_is_not_ready_are_deferred_and_the_others_go_on(stage
 
 
 def test_no_row_passes_a_deferred_one(stage: StageMatchers) -> None:
-    """Not even where the answer begins with forced tokens, which the next row would repeat."""
+    """Even an answer that begins with forced tokens is deferred, which the next row would repeat."""
     go_on = threading.Event()
     stage._thread.submit(go_on.wait, 30)
     grammar = definitions.of_regex("ca[de]", "guided_regex")
@@ -347,7 +347,7 @@ def test_no_more_answers_are_kept_than_run(stage: StageMatchers) -> None:
 
 
 def test_answers_that_end_before_they_begin_do_not_stop_the_stage(stage: StageMatchers) -> None:
-    """Each microbatch in flight may start as many as run."""
+    """Each microbatch in flight may start as many answers as run."""
     for number in range(4):
         keys = range(3 * number, 3 * number + 3)
         ended = tuple(key - 3 for key in keys if number)

@@ -45,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
 
 
 def own_bytes(model: Path, start: int, end: int) -> int:
-    """What the layers' tensors take in the file, those that are the same counted once."""
+    """Returns the bytes of the layers' tensors in the file, identical ones counted once."""
     opened = Model.open(model)
     names = {*opened.program(start, end).weights, "rope_freqs.weight"} & set(opened.file.tensors)
     return sum(opened.file.tensor(name).n_bytes for name in names)
@@ -107,7 +107,7 @@ async def test_adapters_are_fetched_as_layers_are(model: Path, tmp_path: Path) -
 
 
 def moved(cluster: Members) -> tuple[int, dict[str, int]]:
-    """Bytes of weights that were sent, and that each worker received, as signs of life tell."""
+    """Returns the bytes of weights that were sent, and that each worker received, by their heartbeats."""
     beats = {name: worker.heartbeat for name, worker in cluster.registry.workers.items()}
     told = {name: beat for name, beat in beats.items() if beat is not None}
     sent = sum(beat.weight_bytes_sent for beat in told.values())
@@ -115,7 +115,7 @@ def moved(cluster: Members) -> tuple[int, dict[str, int]]:
 
 
 def _wait_for_layers(folder: Path, workers: int, layers: int = 4) -> None:
-    """Waits until so many layers, of so many workers, are in the packed-weight cache."""
+    """Waits until this many layers, of this many workers, are in the packed-weight cache."""
 
     def within() -> bool:
         found = list(folder.glob("*/packed/*.tiles"))

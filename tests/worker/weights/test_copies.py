@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def copy_of(model: Path, folder: Path, damaged: str | None = None) -> Path:
-    """A machine's own copy."""
+    """Makes a machine's own copy of the file."""
     folder.mkdir()
     copy = Path(shutil.copyfile(model, folder / model.name))
     if damaged is not None:
@@ -137,7 +137,7 @@ async def test_files_of_cloned_disks_are_copies(
     remote: bool,
     compared: bool,
 ) -> None:
-    """Their inodes, sizes and times are equal."""
+    """Files of cloned disks have equal inodes, sizes and times."""
     monkeypatch.setattr(model_file, "machine_id", MACHINE.get)
     monkeypatch.setattr(model_file, "is_remote", lambda path: remote)
     async with asyncio.timeout(60), members(tmp_path / "run") as cluster:
@@ -175,7 +175,7 @@ def test_most_files_say_which_bytes_are_computed_with() -> None:
 
 @pytest.mark.parametrize("way", ["in place", "with its time set back", "replaced"])
 def test_a_manifest_is_of_the_bytes_that_are_there(model: Path, tmp_path: Path, way: str) -> None:
-    """Within one process, and in the next one."""
+    """The change is noticed within one process, and in the next one."""
     copy = copy_of(model, tmp_path / "copy")
     wanted = FindWeights(str(copy), Model.open(model).model_id, describe=True)
     cache = WeightCache(tmp_path / "weights", 1 << 30)

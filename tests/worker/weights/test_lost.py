@@ -44,7 +44,7 @@ def expected(model: Path) -> list[Answer]:
 
 
 def worker(folder: Path, join: str, name: str, model_dir: Path | None = None) -> asyncio.Task[str]:
-    """In this process, with caches of its own."""
+    """Runs a worker in this process, with caches of its own."""
     settings = WorkerSettings(
         name=name,
         join=join,
@@ -60,7 +60,7 @@ def worker(folder: Path, join: str, name: str, model_dir: Path | None = None) ->
 
 
 def stall_after(monkeypatch: pytest.MonkeyPatch, frames: int) -> asyncio.Event:
-    """The sender of weights stops after so many frames; set when that is so."""
+    """Stops the sender of weights after this many frames; the event is set when that is so."""
     stalled, give, left = asyncio.Event(), WeightGiver._give, frames
 
     async def stall(weights: WeightGiver, stream: ServerStream, wanted: WeightRange) -> None:
@@ -92,14 +92,14 @@ def over_machines(model: Path, folder: Path, join: str) -> ClusterConfig:
 
 
 def places(weights: Weights, model_path: str) -> list[Path]:
-    """As if each worker were on a machine of its own."""
+    """Returns places as if each worker were on a machine of its own."""
     return [] if weights._model_dir is None else [weights._model_dir / Path(model_path).name]
 
 
 async def answers(
     settings: ClusterConfig, model: Path, told: list[str], requests: tuple[GenerationRequest, ...]
 ) -> list[object]:
-    """Of a cluster that runs for these requests only."""
+    """Returns the answers of a cluster that runs for these requests only."""
 
     def report(event: Event) -> None:
         if isinstance(event, Waiting):

@@ -47,13 +47,13 @@ def test_workers_without_the_file_answer_as_the_one_that_has_it(line: CommandLin
 
 
 def _moved(cluster: Cluster) -> tuple[float, float]:
-    """Bytes of weights that all workers sent and received."""
+    """Returns the bytes of weights that all workers sent and received."""
     sent, received = (cluster.metric(f"llamaclust_weight_{way}_bytes_total") for way in ("sent", "received"))
     return sent, received
 
 
 def _all_arrived(cluster: Cluster) -> bool:
-    """As soon as all signs of life have told of it."""
+    """Waits until all heartbeats have told of the bytes."""
 
     def told() -> bool:
         sent, received = _moved(cluster)
@@ -64,7 +64,7 @@ def _all_arrived(cluster: Cluster) -> bool:
 
 
 def _elsewhere(stack: ExitStack, line: CommandLine, port: int, name: str, *, fresh: bool) -> Running:
-    """A worker in a folder of its own, with caches of its own."""
+    """Starts a worker in a folder of its own, with caches of its own."""
     folder = line.folder / name
     if fresh:
         folder.mkdir()

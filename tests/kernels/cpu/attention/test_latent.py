@@ -73,7 +73,7 @@ class Latent:
         stage.close()
 
     def in_float64(self, hidden: Float32) -> NDArray[np.float64]:
-        """By its definition, on rounded keys."""
+        """Returns attention in float64 by its definition, on rounded keys."""
         rows = len(hidden)
         q, k = np.split(hidden.astype(np.float64), [self.heads * self.key], axis=1)
         keys = rounded(k[:, None], self.kv_type)[:, 0]
@@ -91,7 +91,7 @@ SHAPES = [(1, 576, 512), (3, 40, 32), (16, 48, 40), (20, 37, 30), (72, 24, 2)]
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kv_type", KvType)
 def test_close_to_float64_and_the_same_bits_everywhere(shape: tuple[int, int, int], kv_type: KvType) -> None:
-    """Groups beyond a tile's queries; keys and values that fill neither lanes nor groups; over several spans."""
+    """Covers groups larger than a tile, keys and values that fill neither lanes nor groups, and several spans."""
     latent = Latent(*shape, kv_type)
     hidden = latent.hidden(1100 if shape[0] == 3 else 90)
     wanted: Float32 | None = None
@@ -108,7 +108,7 @@ def test_close_to_float64_and_the_same_bits_everywhere(shape: tuple[int, int, in
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("kv_type", KvType)
 def test_same_bits_one_token_at_a_time(kv_type: KvType, threads: int) -> None:
-    """Decoding; over 512 positions, spans go to different threads."""
+    """Decoding over more than 512 positions divides spans over threads."""
     latent = Latent(16, 48, 32, kv_type)
     hidden = latent.hidden(1060)
     chunks = [*chunks_of(500, 250), *(range(i, i + 1) for i in range(500, 530)), range(530, 1030)]
@@ -147,7 +147,7 @@ def test_same_bits_beside_other_sequences() -> None:
 
 @pytest.mark.parametrize("kv_type", KvType)
 def test_keys_are_stored_once(kv_type: KvType) -> None:
-    """576 channels a position, and scales; what a stage allocates, too."""
+    """A position takes 576 channels and scales, also in what a stage allocates."""
     bytes_of = {KvType.F16: 2 * 576, KvType.Q8_0: 576 + 2 * 18, KvType.INT8: 576 + 2 * 18}
     for key in (2, 7, 40, 576):
         step = Latent(2, key, 2, kv_type).step
@@ -175,7 +175,7 @@ def test_what_no_kernel_computes_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", SUPPORTED_TYPES, ids=lambda kind: kind.name)
 def test_products_by_head(tmp_path: Path, kind: QuantType) -> None:
-    """Each head with its own matrix, in every type; rows that fill no tile, and tiles that several threads share."""
+    """Covers a matrix for each head in every type, rows that fill no tile, and tiles that several threads share."""
     heads, rows, cols = 5, 40, 256
     generator = generator_of(kind)
     x, out = Buffer("x", heads * cols), Buffer("out", heads * rows)

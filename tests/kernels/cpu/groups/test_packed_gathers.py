@@ -1,4 +1,4 @@
-"""Rows that travel as int8 values and scales: bits stay those of one stage, with a quarter of the bytes."""
+"""Rows sent between members as int8 values and scales: the bits of one stage, with a quarter of the bytes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def assert_bits(group: CpuGroup, expected: list[Float32]) -> None:
 
 @pytest.mark.parametrize("kind", SUPPORTED_TYPES, ids=lambda kind: kind.name)
 def test_every_type_of_weights(tmp_path: Path, kind: QuantType) -> None:
-    """Equal shares are of whole segments; with others, some rows go as floats."""
+    """Equal shares have whole segments; unequal ones send some rows as floats."""
     path = build_tiny_model(tmp_path / "model.gguf", quant_type=kind, hidden=512, ffn=1024, layers=2)
     packs = kind.info.activation in FORMATS
     with Model.open(path) as model:
@@ -68,7 +68,7 @@ def test_every_type_of_weights(tmp_path: Path, kind: QuantType) -> None:
 
 @pytest.mark.parametrize("kind", [QuantType.Q4_0, QuantType.Q6_K, QuantType.MXFP4, QuantType.F16], ids=str)
 def test_lines_of_experts(tmp_path: Path, kind: QuantType) -> None:
-    """What each chosen expert makes of gate and up, of which members send their columns."""
+    """Members send their columns of each chosen expert's gated activations."""
     path = build_tiny_model(tmp_path / "model.gguf", quant_type=kind, hidden=512, ffn=1024, layers=2, experts=4)
     packs = kind.info.activation in FORMATS
     with Model.open(path) as model:
@@ -91,8 +91,8 @@ def test_every_family(tmp_path: Path, name: str, kind: QuantType) -> None:
     [(QuantType.Q4_0, (256 + 32, 512 + 64)), (QuantType.Q4_K, (256 + 4, 512 + 8)), (QuantType.F16, (1024, 2048))],
 )
 def test_bytes_of_a_row(tmp_path: Path, kind: QuantType, row_bytes: tuple[int, int]) -> None:
-    """Both members send halves: of attention, of the product behind it, of the activations, and of the last product.
-    Rows of the embedding go one way, logits the other; who has no columns sends a header."""
+    """Members send halves of attention, of the product after it, of the activations and of the last product. Embedding
+    rows go one way, logits the other; a member without columns sends a header."""
     path = build_tiny_model(tmp_path / "model.gguf", quant_type=kind, hidden=512, ffn=1024, layers=3)
     with Model.open(path) as model:
         group = LinkedGroup(model, whole(model), (1.0, 1.0), 1)
@@ -104,7 +104,7 @@ def test_bytes_of_a_row(tmp_path: Path, kind: QuantType, row_bytes: tuple[int, i
 
 
 def test_a_row_that_others_read_too_goes_as_it_is(tmp_path: Path) -> None:
-    """Products of two formats, and a product of float32 beside one that quantizes."""
+    """Covers products of two formats, and a float32 product beside a product that quantizes."""
     for other, packed in ((QuantType.Q4_K, 0), (QuantType.F16, 0), (QuantType.Q8_0, 2)):
         others = {"attn_output": other, "ffn_down": other}
         path = build_tiny_model(

@@ -42,7 +42,7 @@ def trust(request: pytest.FixtureRequest, tmp_path: Path) -> Authority | None:
 
 @pytest.mark.parametrize("members", [2, 3])
 def test_all_members_get_each_step(members: int, trust: Authority | None) -> None:
-    """Messages of no bytes, of more than systems hold, and gathers between them; members that come early or late."""
+    """Covers empty messages, messages larger than systems hold, gathers between them, and early and late members."""
     print(f"seed {SEED}")
     links, made = linked(members, trust=trust), np.random.default_rng(SEED)
     sizes = [0, 1, 24, 100_000, 20_000_000, 3]
@@ -69,7 +69,7 @@ def test_all_members_get_each_step(members: int, trust: Authority | None) -> Non
 
 
 class Waiting:
-    """A thread of its own that calls something and waits there."""
+    """A thread that calls a function and waits in it."""
 
     def __init__(self, call: Callable[[], bytes]) -> None:
         self._pool, self._begun = ThreadPoolExecutor(1), Future[int]()
@@ -81,7 +81,7 @@ class Waiting:
         return call(), time.thread_time()
 
     def park(self) -> None:
-        """Returns when it takes no time of a processor any more, as a thread does that does not poll."""
+        """Returns when the thread takes no more processor time, as a thread does that does not poll."""
         clock, looks = time.pthread_getcpuclockid(self._thread), 0
         before_s = time.clock_gettime(clock)
         while looks < LOOKS:
@@ -91,13 +91,13 @@ class Waiting:
             before_s = now_s
 
     def result(self) -> tuple[bytes, float]:
-        """What the call returns or raises, and the time of a processor that it took."""
+        """Returns the call's result and the thread's processor time in seconds, or raises the call's error."""
         self._pool.shutdown(wait=False)
         return self._answer.result(DEADLINE_S)
 
 
 def deadlines_pass(count: int) -> None:
-    """So many deadlines of `SHORT_S`, each of a gather that begins now and is given up."""
+    """Waits for `count` gathers, one after the other, to miss a deadline of `SHORT_S`."""
     for _ in range(count):
         peer = HandPeer(SHORT_S)
         with pytest.raises(LinkError) as raised:
@@ -106,7 +106,7 @@ def deadlines_pass(count: int) -> None:
 
 
 def test_waiting_for_a_step_has_no_deadline() -> None:
-    """The first byte comes after three of them; the thread is parked by then."""
+    """The first byte arrives after three deadlines, when the thread is parked."""
     peer = HandPeer(SHORT_S, own=1)
     waiting = Waiting(lambda: peer.links.receive_step(1, 2, MOST))
     deadlines_pass(3)
@@ -228,7 +228,7 @@ def test_each_member_has_its_call() -> None:
 
 
 def test_counters() -> None:
-    """Waits are those of gathers, for the member that was ready last; bytes are those of steps as well."""
+    """Counted waits are those of gathers for the last member to be ready; counted bytes include those of steps."""
     links = linked(3)
     rows, step = 2 * (24 + 64), 24 + len(MESSAGE)
     begins = {0: 2 * step, 1: 0, 2: 0}  # bytes that a member has sent before its first gather
@@ -244,7 +244,7 @@ def test_counters() -> None:
             links[member].gather(number, ROWS, np.zeros((1, 48), np.float32), [0, 16, 32, 48])
 
     def until_sent(number: int) -> None:
-        """Until both others wait in this gather."""
+        """Returns when both other members wait in this gather."""
         while any(links[other].counters().sent_bytes < begins[other] + (number + 1) * rows for other in (0, 1)):
             time.sleep(1e-3)
         time.sleep(0.02)
@@ -266,7 +266,7 @@ def test_counters() -> None:
 
 
 def test_what_links_name_in_errors() -> None:
-    """The member at fault, also where another one waits for it as well."""
+    """Errors name the member at fault, even if another member waits for it as well."""
     links = linked(3, SHORT_S)
     with ThreadPoolExecutor(2) as pool:
         failing = [

@@ -60,7 +60,7 @@ def layer(x: Buffer, out: Buffer, *, grouped: bool = True) -> tuple[Step, ...]:
 
 
 def encoder() -> tuple[Step, ...]:
-    """Two layers, whose results are joined and merged."""
+    """Builds an encoder of two layers, whose results are joined and merged."""
     joined, merged = Buffer("joined", 2 * WIDTH), Buffer("merged", MERGED * 2 * WIDTH)
     ends = Join(LAST, FIRST, joined), MergeRows(joined, merged, MERGED), MatMul(merged, OUT, "merger")
     return *layer(X, FIRST), *layer(FIRST, LAST), *ends
@@ -115,7 +115,7 @@ def test_rows_have_the_bits_of_short_runs(tensors: Mapping[str, Tensor], rows: i
 
 @pytest.mark.parametrize("name", ["cpu-1-thread", "cpu-3-threads"])
 def test_rows_are_selected_behind_bands(name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Three sequences, the second one in two bands, as a text encoder has them."""
+    """Covers three sequences, as a text encoder has them, of which the second one is in two bands."""
     counts = 700, 800, 640
     steps = (*layer(X, FIRST, grouped=False), SelectRows(FIRST, FEW), MatMul(FEW, OUT, "head"))
     hidden = [normal(generator_of(count), count, WIDTH) for count in counts]
@@ -139,8 +139,8 @@ def test_a_stage_that_has_bands_computes_short_runs(tensors: Mapping[str, Tensor
 
 
 def test_all_rows_have_room_where_all_are_needed(tensors: Mapping[str, Tensor]) -> None:
-    """In x, q, the result of attention, the first layer's result and, for every fourth row, the result. Keys and values
-    are stored band by band."""
+    """All rows of x, q, the result of attention and the first layer's result have room, and a fourth as many of the
+    result. Keys and values are stored band by band."""
     steps = encoder()
     program = program_of(X, OUT, *steps)
     used = {weight: tensors[weight] for weight in program.weights}
@@ -151,7 +151,7 @@ def test_all_rows_have_room_where_all_are_needed(tensors: Mapping[str, Tensor]) 
 
 
 def test_merged_rows_have_room_for_as_many(tensors: Mapping[str, Tensor]) -> None:
-    """Without attention there are no bands."""
+    """A program without attention has no bands."""
     wide = Buffer("wide", MERGED * WIDTH)
     steps = MatMul(X, FIRST, "q"), MergeRows(FIRST, wide, MERGED), Add(wide, wide, wide), Add(wide, wide, wide)
     program = program_of(X, wide, *steps)

@@ -1,4 +1,4 @@
-"""How many threads a pool takes while another program wants a core: machines with a simulated clock."""
+"""The number of threads that a pool takes while another program wants a core, on machines with a simulated clock."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from llamaclust.kernels._native import CoreContention
 
 PREFILL_ROWS = 512
 LONGEST_RETURN_JOBS = 512 + 8 + 8
-"""Until all threads are back: the longest hold, jobs to compare with, and a trial."""
+"""The most jobs until all threads are back: the longest hold, jobs to compare with, and a trial."""
 
 Speedup = Callable[[int], float]
-"""How much faster that many threads are than one, with the cores for themselves."""
+"""The speedup of a number of threads over one thread, with the cores for themselves."""
 
 
 def memory_bound(threads: int) -> float:
@@ -29,7 +29,7 @@ def arithmetic_bound(threads: int) -> float:
 
 @dataclass(slots=True)
 class Machine:
-    """Other programs take `stolen` of the time of `taken` cores, less so from jobs that use few of these."""
+    """A machine whose other programs take `stolen` of the time of `taken` cores, less so from jobs on few cores."""
 
     speedup: Speedup
     rows: int = 1
@@ -43,7 +43,7 @@ class Machine:
     random: random.Random = field(default_factory=lambda: random.Random(7))
 
     def job(self, contention: CoreContention | None) -> int:
-        """How many threads did it."""
+        """Runs a job and returns its number of threads."""
         threads = self.cores if contention is None else contention.threads(self.rows)
         met = max(threads + self.taken - self.cores, 0) / self.taken  # of the cores that are taken
         alone_ns, spread = (2.4e6, 0.5) if self.rows == 1 else (1e8, 0.1)  # long jobs meet the same more evenly
@@ -107,7 +107,7 @@ def test_a_trial_that_is_far_too_slow_ends_early() -> None:
 
 
 def test_a_core_that_only_others_miss_is_left_to_them() -> None:
-    """The jobs themselves are as fast, but the thread that gives them waits for a core in between."""
+    """Jobs are no slower on all cores, but the thread that gives them waits for a core in between."""
     machine = Machine(lambda threads: 1.0 + 0.25 * (threads - 1), stolen=0.15, stolen_gap_ns=1_500_000)
     assert share(1, machine.jobs(CoreContention(2), 2000)) > 0.9
 

@@ -1,4 +1,4 @@
-"""How work is divided over threads of unequal speed: cores with a simulated clock, and the bits of uneven parts."""
+"""Division of work over threads of unequal speed: cores with a simulated clock, and the bits of uneven parts."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ HYBRID = (1.0, 1.0, 0.5, 0.25)
 
 
 def parts(speeds: ThreadSpeeds, threads: int) -> list[float]:
-    """Of the work, thread by thread."""
+    """Returns each thread's share of the work."""
     return [(end - begin) / UNITS for begin, end in pairwise(speeds.begin(UNITS, i) for i in range(threads + 1))]
 
 
 def run_jobs(
     speeds: ThreadSpeeds, cores: Sequence[float], jobs: int, slowdown: Callable[[], float] = lambda: 1.0
 ) -> list[float]:
-    """The parts after jobs of threads on cores that are so fast; each part takes as many times longer."""
+    """Returns the parts after some jobs on cores of these speeds; `slowdown` multiplies the time of each part."""
     for _ in range(jobs):
         speeds.open(len(cores))
         if speeds.measures:

@@ -74,7 +74,7 @@ def on_gpu(cut: int) -> DeviceLayers:
 
 
 def cap_for(model: Path, device: Device, layers: int) -> int:
-    """Of VRAM, for so many layers and no more; with what a backend leaves of a real card's."""
+    """Returns the VRAM bytes that hold this many layers and no more, with what a backend leaves of a real card's."""
     kept_bytes = 1 << 20 if isinstance(device, ShimDevice) else device.memory_bytes // 256 + (1 << 20)
     if layers == 0:
         return kept_bytes
@@ -93,7 +93,7 @@ def program(folder: Path, answers: Sequence[dict[str, Any]]) -> Path:
 
 
 def answers(prefills: Sequence[float], decodes: Sequence[float]) -> list[dict[str, Any]]:
-    """Of a prefill of 512 tokens and a decode of 64, by each way of attention."""
+    """Returns llama-bench's answers for prefills of 512 tokens and decodes of 64, one for each way of attention."""
     found = [ANSWER | {"n_prompt": 512, "n_gen": 0, "avg_ts": speed} for speed in prefills]
     return found + [ANSWER | {"n_prompt": 0, "n_gen": 64, "avg_ts": speed} for speed in decodes]
 
@@ -104,7 +104,7 @@ RATES = Rates(Amount(1e12, 0.1e12), Amount(100e12, 5e12))
 
 
 def test_layers_in_ram_are_held_against_the_sum_of_both_memories() -> None:
-    """2.1 s of VRAM and 1.5 s of RAM; 3 s of the GPU's products and 2 s of the processor's."""
+    """A step reads VRAM for 2.1 s and RAM for 1.5 s; products take the GPU 3 s and the processor 2 s."""
     one = Round(RATES, prefill_s=10.0, step_s=4.0, many_s=8.0)
     figures = Figures(WORK, [one, replace(one, step_s=4.5), replace(one, step_s=3.6)])
     assert figures.decode_share.median == pytest.approx(0.9)
@@ -185,7 +185,7 @@ def test_what_does_not_fit_on_the_gpu_lies_in_ram(model: Path, device: Device, m
 def test_a_run_beside_llama_cpp_and_its_record(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The stage runs; then its times and the rates are such that shares are known."""
+    """The stage runs, but its times and the rates are replaced by values that give known shares."""
     prefill, decode = BenchStage.prefill, BenchStage.decode
 
     def prefill_s(stage: BenchStage, tokens: int, sequences: int | None = None) -> float:

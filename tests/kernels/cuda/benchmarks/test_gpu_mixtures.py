@@ -44,7 +44,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stage runs; then each step takes a known time: half of it where there are copies."""
+    """Runs the stage, but gives each step a known time: half of it with copies."""
     decode, prefill = BenchStage.decode, BenchStage.prefill
 
     def decode_s(stage: BenchStage, depth: int, count: int, sequences: int | None = None) -> float:
@@ -61,14 +61,14 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bytes_of(path: Path, part: str, layers: int = LAYERS) -> int:
-    """Of tensors in the file."""
+    """Returns the bytes of tensors in the file whose name contains `part`, in the first `layers` layers."""
     with Model.open(path) as model:
         tensors = model.file.tensors.items()
         return sum(t.n_bytes for name, t in tensors if part in name and int(name.split(".")[1]) < layers)
 
 
 def run(mixture: Path, folder: Path, *options: str) -> tuple[str, dict[str, Any]]:
-    """The name of the record, and the record."""
+    """Runs the benchmark and returns the record's name and the record."""
     gpu.main([str(mixture), "--record", str(folder), *SMALL, *options])
     (path,) = folder.iterdir()
     return path.name, json.loads(path.read_text())
@@ -80,7 +80,7 @@ def wanted(record: dict[str, Any]) -> dict[str, tuple[float | None, bool | None]
 
 @pytest.mark.parametrize("moved", [(), (0,), (0, 1, 2)])
 def test_what_a_step_reads_where(mixture: Path, moved: tuple[int, ...]) -> None:
-    """Of 16 experts, two for a row, an expected 16 * (1 - (7/8)^n) for n of them; routers are where the experts are."""
+    """Rows choose 2 of 16 experts, so n rows read an expected 16 * (1 - (7/8)^n); routers are where the experts are."""
     with Model.open(mixture) as opened:
         whole = Work.of(opened, EVERY, 7, 5, 4)
         work = Work.of(opened, replace(EVERY, cpu_moe=moved), 7, 5, 4)
@@ -117,7 +117,7 @@ def test_goals_of_a_mixture_on_the_gpu() -> None:
 
 
 def test_goals_of_experts_in_ram_and_copies() -> None:
-    """1 s of VRAM and 8 of RAM without copies. With hits of a quarter, 6 of RAM, while the GPU reads 0.2 more."""
+    """A step reads VRAM for 1 s and RAM for 8 s. Hits of a quarter leave 6 s of RAM, while the GPU reads 0.2 s more."""
     weights = {rows: Amount(1e12, 0.8e12) for rows in (1, 8)} | {512: Amount(2e12, 6e12)}
     work = Work(512, 64, 8, Amount(300e12, 10e12), weights, Amount(0, 0), dict.fromkeys((1, 8), 0.8e12))
     steps = {1: CopiedSteps(8.0, hits=10, misses=30), 8: CopiedSteps(13.0, hits=0, misses=0)}
@@ -191,7 +191,7 @@ def test_copies_beside_none(
 
 
 def test_counts_are_of_the_measured_steps(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without copies nothing is counted, and a round has its own counts."""
+    """Nothing is counted without copies, and a round has its own counts."""
     task = Task(mixture, prompt=3, generate=4, sequences=2, cpu_moe=LAYERS, experts_cache_bytes=2 << 20)
     with closing(Loaded(task)) as loaded:
         loaded.warm_up()

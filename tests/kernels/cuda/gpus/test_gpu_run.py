@@ -1,4 +1,4 @@
-"""What becomes of a run on a real GPU when tests fail."""
+"""Tests how a run on a real GPU goes on after failed tests."""
 
 from __future__ import annotations
 

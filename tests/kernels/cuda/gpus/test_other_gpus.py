@@ -22,12 +22,12 @@ from support.cuda.shim_device import ShimDevice
 from support.cuda.stages import LIMITS, Open, random_tokens, run, same
 
 GPUS = {"8.9": (8, 9), "12.0": (12, 0)}
-"""The other way of copying weights, from 9.0 on, is in kernels of few rows alone."""
+"""Kernels of few rows alone have the other way of copying weights, from compute capability 9.0 on."""
 STAGE_LIMITS = replace(LIMITS, max_batch_tokens=70, max_outputs=70)
 
 
 class RecordingDevice(ShimDevice):
-    """The shim, with the names of kernels that it launched."""
+    """A shim that records the names of the kernels that it launched."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,14 +40,14 @@ class RecordingDevice(ShimDevice):
 
 @pytest.fixture(scope="module")
 def of_layout() -> frozenset[str]:
-    """Modules that read or write quantized activations, and that of products with float weights."""
+    """Returns the modules that read or write quantized activations, and that of products with float weights."""
     found = {name for name, path in modules().items() if '"activations.cuh"' in whole_text(path)}
     return frozenset({*found, "matmul.float"})
 
 
 @pytest.fixture(scope="module", params=GPUS)
 def device(request: pytest.FixtureRequest, of_layout: frozenset[str]) -> Iterator[RecordingDevice]:
-    """In place of the device of other tests."""
+    """Replaces the device that other tests use."""
     if request.config.getoption("--gpu", default=False):
         pytest.skip("other GPUs are those of the shim")
     gpu = GPUS[request.param]
@@ -71,7 +71,7 @@ def test_kernels_are_those_of_a_warp(device: RecordingDevice) -> None:
 
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
 def test_products_have_the_bits_of_the_cpu(bench: Bench, device: RecordingDevice, kind: QuantType) -> None:
-    """One row, some, and many, in one block of rows and in several."""
+    """Covers one row, some and many, in one block of rows and in several."""
     if kind not in kinds_of(device):
         pytest.skip("kernels are compiled for one such GPU, to save time")
     out_rows, cols = 33, 3 * segment_cols(kind)
@@ -89,7 +89,7 @@ def test_products_have_the_bits_of_the_cpu(bench: Bench, device: RecordingDevice
 
 @pytest.mark.parametrize("name", ["llama", "moe"])
 def test_stages_have_the_bits_of_the_cpu(opened: Open, cpu: CpuBackend, device: RecordingDevice, name: str) -> None:
-    """A prompt whose experts have many lines each, and single tokens."""
+    """Covers a prompt whose experts have many lines each, and chunks of 8 tokens."""
     if device.compute_capability != (8, 9):
         pytest.skip("a stage is compiled for one such GPU, to save time")
     model, cuda = opened(name), CudaBackend("cuda:0", device, 1)

@@ -1,4 +1,4 @@
-"""Clusters in which a group with GPUs holds a stage: the answers of one worker without."""
+"""Clusters in which a group with GPUs holds a stage give the answers of one worker without GPUs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def generation(cluster: Cluster, wanted: GenerationRequest) -> Answer:
 
 
 async def answers(model: Path, folder: Path, *overrides: str) -> tuple[list[Answer], list[Any]]:
-    """With the layers that each worker's devices hold."""
+    """Returns the answers, and the layers that each worker's devices hold."""
     config = load_config(None, [f"model={model}", "context_length=64", "max_sequences=2", *overrides])
     directory = ClusterDir(folder)
     directory.create()
@@ -86,7 +86,7 @@ def test_answers_are_those_of_one_worker(model: Path, tmp_path: Path, first: str
 
 
 def test_each_device_has_its_part_of_a_portion(model: Path) -> None:
-    """A GPU has memory for a half of all layers where it has none for the whole; what does not fit is in RAM."""
+    """A member of a group needs less memory than a worker alone; layers that do not fit on its GPU are in RAM."""
     given = [f"model={model}", "context_length=64", "max_sequences=2"]
     workers = "workers=[{name: a, device: cuda:0}, {name: b}]"
     group = load_config(None, [*given, workers, "plan=[{workers: [a, b], layers: [0, 4], shares: [1, 1]}]"])

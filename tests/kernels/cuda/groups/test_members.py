@@ -1,4 +1,4 @@
-"""Members of a group on GPUs: together with others, also on processors, they have the bits of one stage."""
+"""Members of a group on GPUs, together with others on GPUs or processors, have the bits of one stage."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def whole(model: Model, limits: StageLimits = LIMITS) -> Program:
 
 
 def batches(model: Model) -> Iterator[Batch]:
-    """A prompt, its next tokens, a prompt of which nothing is wanted, several sequences at once, and these again."""
+    """Yields a prompt, its next tokens, a prompt without outputs, several sequences at once, and these again."""
     tokens, tables = random_tokens(model, 24), [[9, 4], [1, 2], [0, 5]]
     yield batch_of([(tokens[:17], range(17), tables[0])])
     yield batch_of([(tokens[17:18], [17], tables[0])])
@@ -146,7 +146,7 @@ def windowed(model: Model, limits: StageLimits) -> Iterator[Batch]:
 def test_graphs_of_segments(
     opened: Open, cpu: CpuBackend, cuda: CudaBackend, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Launches between two gathers are a graph from the second use of a shape on; without graphs there is none."""
+    """Launches between two gathers are a graph from the second use of a shape on; `graphs=False` captures none."""
     model, captured, capture = opened("qwen3"), list[Graph](), device.capture
 
     def counted(work: Callable[[], None]) -> Graph:
@@ -245,7 +245,7 @@ def test_a_member_without_a_gatherer_does_not_run(opened: Open, cuda: CudaBacken
 
 @pytest.mark.parametrize(("rows", "kinds"), [(255, "gc"), (256, "cg"), (301, "mg")])
 def test_bands_of_rows(opened: Open, cpu: CpuBackend, cuda: CudaBackend, rows: int, kinds: str) -> None:
-    """Members on processors gather many rows in two pieces; those on GPUs do as well."""
+    """Members on GPUs gather many rows in two pieces, as those on processors do."""
     model = opened("llama")
     limits = replace(LIMITS, max_batch_tokens=320, max_outputs=4, max_context_tokens=320)
     program, tokens = whole(model, limits), random_tokens(model, rows)
@@ -272,7 +272,7 @@ def test_packed_rows_are_quantized_to_themselves(form: ActivationFormat, scale: 
 
 
 def test_every_scale_is_that_of_its_greatest_value() -> None:
-    """What `unpack` relies on, of every mantissa, and of the greatest float."""
+    """Asserts what `unpack` relies on, for every mantissa and for the greatest float."""
     for first in (1.0, 2.0**-118, float(np.finfo(np.float32).max) / 2):
         bits = np.float32(first).view(np.uint32) & np.uint32(0xFF800000)
         top = (np.arange(1 << 23, dtype=np.uint32) + bits).view(np.float32)

@@ -1,4 +1,4 @@
-"""Which experts a cache holds, and how its memory is divided."""
+"""The choice of the experts that a cache holds, and the division of its memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def use(table: ExpertTable, mixture: int, *experts: int) -> list[int]:
 
 
 def bring(table: ExpertTable) -> list[tuple[int, int]]:
-    """Everything that is wanted, in the order in which it comes."""
+    """Completes all wanted copies and returns their mixtures and experts in order."""
     brought = []
     while (copy := table.next_copy()) is not None:
         brought.append((copy.mixture, copy.expert))
@@ -36,7 +36,7 @@ def test_the_most_used_come_first() -> None:
 
 
 def test_another_one_comes_when_it_is_used_more_by_a_use_of_now() -> None:
-    """And what has not been used for long goes first."""
+    """An expert that has not been used for long is replaced first."""
     table = ExpertTable([Pool((0,), 2)], 8)
     for expert in (0, 0, 1, 1, 1):
         use(table, 0, expert)
@@ -52,7 +52,7 @@ def test_another_one_comes_when_it_is_used_more_by_a_use_of_now() -> None:
 
 
 def test_uses_of_long_ago_count_less() -> None:
-    """After 256 steps half as much; sums stay numbers for ever."""
+    """Uses count half as much after 256 steps, and sums always stay numbers."""
     table = ExpertTable([Pool((0,), 1)], 4)
     for _ in range(100):
         use(table, 0, 0)
@@ -84,8 +84,7 @@ def test_an_expert_that_the_step_uses_stays() -> None:
 
 
 def test_random_uses() -> None:
-    """A slot has one expert, which is nowhere else; a copy takes none that the step uses; what one pool has, another
-    does not get."""
+    """A slot has one expert, which is in no other; a copy takes no slot that the step uses; pools share no experts."""
     random = np.random.default_rng(SEED)
     pools = [Pool((0, 2), 3), Pool((1,), 5), Pool((3,), 0)]
     table, there = ExpertTable(pools, 8), dict[tuple[int, int], tuple[int, int]]()
@@ -119,7 +118,7 @@ LAYOUTS = SlotLayout((1024, 1024, 2048), (96, 96, 64)), SlotLayout((1024, 1024, 
 
 @pytest.mark.parametrize("count", [1, 7, 128])
 def test_shares_of_pools(count: int) -> None:
-    """To the byte: no pool has a slot more than there is room for, and none has room that another could use."""
+    """Shares are exact to the byte: all slots fit, and one more slot of any pool would not."""
     random = np.random.default_rng(SEED)
     experts = {layout: count * (index + 1) for index, layout in enumerate(LAYOUTS)}
     most = pools_bytes(experts)
@@ -143,7 +142,7 @@ def test_places_of_slots_do_not_overlap() -> None:
 
 
 def test_numbers_of_lines() -> None:
-    """Lines by slot in pieces; of others, where they come from."""
+    """Lines of cached experts are sorted by slot and cut into pieces; all lines have the places of their results."""
     inputs, slots = LineInputs(12), np.array([[3, -1, 0], [3, 0, -1], [5, 3, 3]], np.int32)
     pinned = np.full(inputs.offsets[-1], 0xFF, np.uint8)
     weights = np.arange(9, dtype=np.float32).reshape(3, 3)

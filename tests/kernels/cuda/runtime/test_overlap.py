@@ -44,7 +44,7 @@ class DriverError(Exception):
 
 @dataclass
 class FakeDriver:
-    """The driver's library; `launches` have what it was given, with the addresses of arguments read as `kinds`."""
+    """A fake driver library; `launches` records what it was given, with arguments read as `kinds`."""
 
     kinds: tuple[Any, ...] = ()
     status: int = 0
@@ -99,7 +99,7 @@ def test_a_launch_that_the_driver_refuses(driver: FakeDriver, status: int) -> No
 def test_gpus_that_have_it(
     monkeypatch: pytest.MonkeyPatch, driver: FakeDriver, tmp_path: Path, gpu: tuple[int, int]
 ) -> None:
-    """From compute capability 9.0 on, for kernels that wait; all others are launched by CuPy."""
+    """Kernels that wait overlap from compute capability 9.0 on; all others are launched by CuPy."""
     cupy = FakeCupy(FakeRuntime(gpus=(gpu,)))
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(cupy_open, "open_nvrtc", FakeNvrtc)
@@ -130,7 +130,7 @@ def test_launches_in_order_overlap_nothing(monkeypatch: pytest.MonkeyPatch, driv
 
 @pytest.mark.parametrize("start", [0, 1], ids=["with tokens", "later layers"])
 def test_plans_are_there_before_attention_waits(tmp_path: Path, start: int) -> None:
-    """Between them and what overlaps is a launch that does not."""
+    """A launch that does not overlap comes between the plan and rotation and the launches that overlap."""
     build_tiny_model(tmp_path / "m.gguf", layers=3)
     model = Model.open(tmp_path / "m.gguf")
     program = model.program(start, 2)
@@ -154,7 +154,7 @@ class Function:
 
     @property
     def pointers(self) -> dict[str, bool]:
-        """Names, and whether they are `const __restrict__`: such memory may be read before the wait."""
+        """Returns whether each pointer is `const __restrict__`, by name: such memory may be read before the wait."""
         return {one.split()[-1].lstrip("*"): "__restrict__" in one for one in self.parameters if "*" in one}
 
 
@@ -167,7 +167,7 @@ def preprocessed(module: str) -> str:
 
 
 def closing(text: str, at: int) -> int:
-    """Where the bracket at `at` is closed."""
+    """Returns the index at which the bracket at `at` is closed."""
     depth = 0
     for index in range(at, len(text)):
         depth += (text[index] in "({") - (text[index] in ")}")
@@ -183,7 +183,7 @@ def names(module: str) -> frozenset[str]:
 
 @cache
 def functions(module: str, name: str) -> tuple[Function, ...]:
-    """All that are defined by this name."""
+    """Returns all functions of this name."""
     return tuple(_functions(preprocessed(module), name))
 
 
@@ -203,13 +203,13 @@ def kernels() -> Iterator[tuple[str, str]]:
 
 WAIT = "wait_for_earlier_kernels();"
 BEFORE_ALL = ("rows", "count")
-"""Numbers that came with the microbatch, before all kernels."""
+"""Names of pointers to numbers that came with the microbatch, before all kernels."""
 WEIGHTS = ("weight",)
 
 
 @cache
 def waiting(module: str, function: Function, depth: int = 3) -> Function | None:
-    """The function that waits: itself or one that it calls."""
+    """Returns the function that waits: the given one or one that it calls."""
     if WAIT in function.body:
         return function
     called = names(module).intersection(re.findall(r"\b(\w+)(?:<[\w:, ]*>)?\(", function.body)) if depth else set()
@@ -244,7 +244,7 @@ def test_kernels_read_no_results_before_they_wait() -> None:
 
 
 def test_attention_reads_plans_and_angles_before_it_waits() -> None:
-    """And nothing that the kernels just before it write: queries, keys and values, and results."""
+    """Attention reads nothing early that the kernels just before it write: queries, keys, values and results."""
     read = "".join(one.body for name in ("begin", "bring_near") for one in functions("attention.few", name))
     (bring,) = functions("attention.few", "bring")
     before = bring.body.partition(WAIT)[0] + read

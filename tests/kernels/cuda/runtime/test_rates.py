@@ -1,4 +1,4 @@
-"""Rates that are measured of a GPU, with one whose work takes a time that is known."""
+"""Rates that are measured of a simulated GPU, whose work takes a known time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaclust.kernels.cuda.runtime.device import Launch
 
 COLS = 4096
 TILE_BYTES = 16 * COLS // 32 * 18
-"""Of sixteen rows of Q4_0."""
+"""The bytes of sixteen rows of Q4_0."""
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""Every architecture on a GPU: the CPU's bits. What GPUs do not compute is in one short list."""
+"""Every architecture gives the CPU's bits on a GPU. `REFUSED` is the short list of what GPUs do not compute."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from support.wire.frame_reader import build_batch
 
 REFUSED = ("encoders are", "rerankers are", "adapters are")
 OTHERS = [name for name in ARCHITECTURES if name not in MODELS]
-"""Those of MODELS are in `test_stage`, by more tests than this one."""
+"""The architectures that are not in MODELS; those in MODELS have more tests in `test_stage`."""
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -76,7 +76,7 @@ QUANTIZED = {
 
 @pytest.mark.parametrize(("tiny", "kind"), QUANTIZED.values(), ids=QUANTIZED)
 def test_quantized_experts(tmp_path: Path, cpu: CpuBackend, cuda: CudaBackend, tiny: Tiny, kind: QuantType) -> None:
-    """Of a prompt, where an expert has several lines, and of single tokens."""
+    """Covers a prompt, in which an expert has several lines, and single tokens."""
     model = Model.open(build_tiny(tmp_path / "model.gguf", replace(tiny, expert_type=kind)))
     tokens = random_tokens(model)
     wanted = run(cpu, model, tokens, ROWS)
@@ -99,7 +99,7 @@ def test_short_chunks(chunked: Model, cpu: CpuBackend, cuda: CudaBackend, kv_typ
 
 
 def test_blocks_are_given_up_behind_chunks(chunked: Model, cpu: CpuBackend, cuda: CudaBackend) -> None:
-    """And written over by later ones."""
+    """Later chunks overwrite the blocks that are given up."""
     assert chunked.window == 6
     limits = replace(LIMITS, kv_blocks=6, window_blocks=3)
     tokens = random_tokens(chunked, 90)
@@ -122,7 +122,7 @@ def test_blocks_are_given_up_behind_chunks(chunked: Model, cpu: CpuBackend, cuda
 def test_layers_that_share_keys_and_inputs_on_two_devices(
     opened: Open, cpu: CpuBackend, cuda: CudaBackend, on_gpu_first: bool
 ) -> None:
-    """At the only border that a plan may choose: inputs of later layers go behind the hidden state."""
+    """The cut is at the only border that a plan may choose: inputs of later layers go behind the hidden state."""
     model = opened("gemma4-inputs")
     assert model.costs(KvType.F16).borders == (0, 1, 6)
     first, last = (cuda, cpu) if on_gpu_first else (cpu, cuda)

@@ -1,4 +1,4 @@
-"""What a GPU says of logits, and the tokens that the sampler chooses by it: those that it chooses by the logits."""
+"""Records that a GPU makes of logits: by them, the sampler chooses the tokens that it chooses by the logits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 class Ranker:
-    """Logits on a device, and which rows of them were read."""
+    """Logits that a device has ranked, with a list of their rows that were read."""
 
     def __init__(self, bench: Bench, logits: Float32) -> None:
         self._logits = logits
@@ -66,7 +66,7 @@ class Ranker:
 
 
 def check(bench: Bench, logits: Float32, tasks: Sequence[RowTask]) -> list[int]:
-    """The same results, to the bit. Returns the rows whose logits were read."""
+    """Asserts the same results, to the bit. Returns the rows whose logits were read."""
     sampler, ranker = Sampler(logits.shape[1], threads=2), Ranker(bench, logits)
     found, wanted = sampler.run(ranker.ranked, tuple(tasks)), sampler.run(logits, tuple(tasks))
     assert list(map(_bits, found)) == list(map(_bits, wanted))
@@ -91,7 +91,7 @@ def test_any_task(bench: Bench, vocabulary: int) -> None:
 
 
 def test_usual_tasks_read_no_logits(bench: Bench) -> None:
-    """Those of models, where few tokens have most of the weight."""
+    """Usual logits are those of models, which give few tokens most of the weight."""
     source = generator()
     logits = source.normal(0, 2, (9, 40_000)).astype(np.float32)
     logits[:, ::4_000] += np.float32(14)
@@ -122,7 +122,7 @@ def test_usual_tasks_read_no_logits(bench: Bench) -> None:
 
 
 def test_other_temperatures(bench: Bench) -> None:
-    """Weights are summed again, once for all rows that need it; these read no logits."""
+    """Weights are summed again, once for all rows that need it, and no logits are read."""
     source = generator()
     logits = source.normal(0, 2, (4, 20_000)).astype(np.float32)
     logits[:, ::4_000] += np.float32(40)
@@ -137,7 +137,7 @@ def test_other_temperatures(bench: Bench) -> None:
 
 
 def test_ties_zeros_and_infinities(bench: Bench) -> None:
-    """More candidates than a record has, both zeros, and logits that are no candidates."""
+    """Covers more candidates than a record has, both zeros, and logits that are no candidates."""
     logits = np.zeros((6, 3_000), np.float32)
     logits[1, 1_500:] = -0.0
     logits[2] = -np.inf
@@ -171,7 +171,7 @@ def test_a_record_is_as_long_as_the_sampler_reads_it() -> None:
 def test_stages_give_the_logits_that_are_asked_for(
     opened: Open, cpu: CpuBackend, cuda: CudaBackend, parts: int
 ) -> None:
-    """Of some rows, and of none; a stage on a processor has no such thing."""
+    """Covers logits of some rows, and of none; a stage on a processor ranks no logits."""
     model = opened("llama")
     count = model.layer_count
     both = MultiDeviceBackend([BackendLayers(cpu, 0, 1), BackendLayers(cuda, 1, count)])

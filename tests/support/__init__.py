@@ -1,1 +1,1 @@
-"""What tests share: models, clusters, networks and devices made for them."""
+"""Models, clusters, networks and devices that tests share."""

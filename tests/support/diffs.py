@@ -17,7 +17,7 @@ def diff_of(section: str) -> str:
 
 
 def hunks(diff: str) -> dict[str, list[tuple[str, str]]]:
-    """By file, the text before and after; hunks are divided by @@."""
+    """Returns by file the text before and after each hunk; hunks are divided by @@."""
     files: dict[str, list[tuple[str, str]]] = {}
     for part in re.split(r"^--- ", diff, flags=re.MULTILINE)[1:]:
         path, _, body = part.partition("\n")

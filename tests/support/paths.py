@@ -1,4 +1,4 @@
-"""Where tests find the repository and their data."""
+"""Paths of the repository and of test data."""
 
 from __future__ import annotations
 

@@ -47,14 +47,14 @@ _SPACES = (" ", "  ", "   ", "\n", "\n\n", "\t", " \n ", "\u00a0", "\u3000", "\u
 
 
 def random_text(draw: random.Random) -> str:
-    """Up to 24 pieces of one or several kinds."""
+    """Returns up to 24 pieces of one or several kinds."""
     kinds: list[Callable[[random.Random], str]] = [_any, _any_script, _word, _code, _emoji, _space, _digits]
     chosen = kinds if draw.random() < 0.5 else draw.sample(kinds, 2)
     return "".join(draw.choice(chosen)(draw) for _ in range(draw.randrange(25)))
 
 
 def _any(draw: random.Random) -> str:
-    """Of all Unicode, without the halves of surrogate pairs, which are no text."""
+    """Returns a character of all Unicode, without the halves of surrogate pairs, which are no text."""
     point = draw.randrange(0x110000 - 0x800)
     return chr(point if point < 0xD800 else point + 0x800)
 
@@ -86,13 +86,13 @@ def _digits(draw: random.Random) -> str:
 
 
 def random_texts(seed: int, count: int) -> Iterator[str]:
-    """The same ones for the same seed; the first of more are those of fewer."""
+    """Returns the same texts for the same seed; a larger count only adds texts at the end."""
     draw = random.Random(seed)
     return (random_text(draw) for _ in range(count))
 
 
 def compare(model: Path, seed: int, ids: Path) -> int:
-    """Prints the first texts that differ and how many do; that number."""
+    """Prints the first texts that differ and how many do, and returns that number."""
     tokenizer = load_tokenizer(open_model(model).metadata)
     lines = ids.read_text().splitlines()
     differing = 0

@@ -19,7 +19,7 @@ _COUNTED = _SOURCES | {".cuh", ".js", ".css", ".html", ".pyi", ".jinja"}
 _GENERATED = ("_pb2.py", "_pb2.pyi")
 _NATIVE = "llamaclust.kernels._native"
 FRONT = ("cluster/front/", "cluster/client/", "cluster/state/journal")
-"""What stands between the bytes of a request and the engine, with the Python clients, by the beginnings of paths."""
+"""Beginnings of paths of the code between the bytes of a request and the engine, with the Python clients."""
 _FRONT_PARTS = (*("cluster/engine/request_stream", "cluster/engine/inbox", "cluster/server/front"),)
 
 Graph = Mapping[str, frozenset[str]]
@@ -39,7 +39,7 @@ def tracked() -> tuple[Path, ...]:
 
 
 def product() -> Iterator[Path]:
-    """Those of the program: without tests, benchmarks and examples."""
+    """Returns the source files of the program, without tests, benchmarks and examples."""
     return (path for path in tracked() if path.parts[0] in (*PACKAGES, "proto", "src"))
 
 
@@ -53,13 +53,13 @@ def files_in_folders() -> Counter[Path]:
 
 
 def folders_in_folders() -> Counter[Path]:
-    """Below the root, which the program's packages share with tests, documents and tools."""
+    """Counts folders below the root, which the program's packages share with tests, documents and tools."""
     folders = {parent for path in tracked() for parent in path.parents}
     return Counter(folder.parent for folder in folders if len(folder.parts) > 1)
 
 
 def lines() -> Counter[str]:
-    """Of the program, by folder of the root."""
+    """Counts lines of the program by folder of the root."""
     counts = Counter[str]()
     for path in product():
         counts[path.parts[0]] += _lines_of(path)
@@ -121,7 +121,7 @@ def imports_of(node: ast.AST, lazy: bool) -> Iterator[tuple[str, str]]:
 
 
 def circle(graph: Graph) -> list[str]:
-    """A circle of imports; empty where there is none."""
+    """Returns a circle of imports, empty if there is none."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

@@ -33,7 +33,7 @@ LIMITS = StageLimits(max_batch_tokens=1200, max_outputs=1, max_sequences=8, max_
 
 
 ERRORS = {KvType.F16: 1e-8, KvType.Q8_0: 1e-6, KvType.INT8: 5e-4}
-"""By which attention may differ from float64 on rounded keys and values. `int8` rounds queries and weights as well."""
+"""Largest differences of attention from float64 on rounded keys and values; `int8` also rounds queries and weights."""
 
 
 LEVELS = available_levels()

@@ -22,7 +22,7 @@ Rows = tuple[Iterable[int], Iterable[int], Iterable[int]]
 
 
 def batch_of(sequences: Sequence[Rows], *, outputs: Iterable[int] | None = None) -> Batch:
-    """All rows are wanted unless `outputs` says which."""
+    """Builds a batch that outputs all rows, or those in `outputs`."""
     parts = [tuple(np.array(list(part), np.int32) for part in sequence) for sequence in sequences]
     tokens, positions, tables = (np.concatenate(column) for column in zip(*parts, strict=True))
     wanted = range(len(tokens)) if outputs is None else outputs
@@ -50,13 +50,13 @@ def load_stage(
 
 
 def possible_cuts(model: Model, cuts: Iterable[int], expert_shards: int = 1) -> tuple[int, ...]:
-    """Those that do not divide layers which read the same keys and values, or layers without a mixture."""
+    """Returns the cuts that do not divide layers which read the same keys and values, or layers without a mixture."""
     possible = StageCosts.of(model.costs(KvType.F16, expert_shards)).possible
     return tuple(cut for cut in cuts if possible[cut, cut])
 
 
 class Chain:
-    """A model cut into stages at layers `cuts`, or at parts of layers as the limits say."""
+    """A model cut into stages at layers `cuts`, or at parts of layers if the limits have several expert shards."""
 
     def __init__(self, backend: Backend, model: Model, cuts: Sequence[int] = (), limits: StageLimits = LIMITS) -> None:
         bounds = [0, *cuts, model.layer_count * limits.expert_shards]
@@ -72,8 +72,8 @@ class Chain:
     def logits(
         self, tokens: Sequence[int], chunk: int | Sequence[int] | None = None, table: Sequence[int] | None = None
     ) -> Float32:
-        """Logits at every position, `chunk` tokens a batch, or as many as each of `chunk` says; blocks in descending
-        order unless `table` says which."""
+        """Returns logits at every position, in batches of `chunk` tokens, or of the sizes in `chunk`; blocks are in
+        descending order unless `table` gives them."""
         blocks = table or range(-(-len(tokens) // KV_BLOCK_TOKENS), -1, -1)
         borders = _borders(len(tokens), chunk or len(tokens))
         return np.concatenate([self.run(batch_of([(tokens[a:b], range(a, b), blocks)])) for a, b in pairwise(borders)])
@@ -84,7 +84,7 @@ class Chain:
 
 
 def _borders(count: int, chunk: int | Sequence[int]) -> list[int]:
-    """Of batches that are parts of so many tokens."""
+    """Returns the bounds of batches of `chunk` tokens, or of the sizes in `chunk`."""
     if isinstance(chunk, int):
         return [*range(0, count, chunk), count]
     assert sum(chunk) == count

@@ -25,7 +25,7 @@ _HALF = WINDOW // 2
 
 
 def hidden_states(name: str, w: Weights, tokens: list[int]) -> Float64:
-    """What is embedded of each token, as the papers have it: [tokens, channels]."""
+    """Returns the embedding of each token as the papers define it: [tokens, channels]."""
     if name == "modern-bert":
         return _modern_bert(w, tokens)
     if name == "gemma-embedding":
@@ -116,7 +116,7 @@ def _inner(name: str, w: Weights, prefix: str, x: Float64) -> Float64:
 
 
 def _experts(w: Weights, prefix: str, x: Float64) -> Float64:
-    """The two most probable ones, weighed by their probability among all."""
+    """Sums the two most probable experts, weighed by their probability among all."""
     shares = np.exp(_product(w, f"{prefix}.ffn_gate_inp", x))
     shares /= shares.sum(axis=1, keepdims=True)
     out = np.zeros_like(x)

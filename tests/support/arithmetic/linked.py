@@ -15,7 +15,7 @@ from llamaclust.wire.security.certificate_names import Principal
 DEADLINE_S = 60.0
 HEADER = struct.Struct("<QQII")  # epoch, step, number of the gather, bytes
 STEP = 2**32 - 1
-"""In place of the number of a gather: the message of a step."""
+"""The gather number that marks the message of a step."""
 GREETING = b"hello"
 
 
@@ -32,7 +32,7 @@ def link_to(number: int, end: socket.socket, deadline_s: float = DEADLINE_S, tls
 
 
 def tls_settings(trust: Authority, own: int, peer: int) -> TlsSettings:
-    """Those of one member for its connection to another."""
+    """Returns the TLS settings of one member for its connection to another."""
     identity = trust.identity(Principal(f"w{own}"))
     host = Principal(f"w{peer}").host(identity.cluster)
     return TlsSettings(identity.ca, identity.pair.certificate, identity.pair.private_key, host, own < peer)
@@ -52,7 +52,7 @@ def meshed(members: int) -> list[Ends]:
 
 
 def links_of(own: int, ends: Ends, deadline_s: float = DEADLINE_S, trust: Authority | None = None) -> Links:
-    """Waits for all greetings; with an authority over TLS."""
+    """Waits for all greetings; uses TLS if an authority is given."""
 
     def link(number: int, end: socket.socket) -> Link:
         return link_to(number, end, deadline_s, None if trust is None else tls_settings(trust, own, number))
@@ -68,7 +68,7 @@ def linked(members: int, deadline_s: float = DEADLINE_S, trust: Authority | None
 
 
 class HandPeer:
-    """One of two members, byte by byte; the `own` one has `links`."""
+    """A peer that a test plays byte by byte; the other one of the two members, `own`, has `links`."""
 
     def __init__(self, deadline_s: float, own: int = 0) -> None:
         ours, self.end = connected()

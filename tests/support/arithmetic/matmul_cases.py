@@ -60,7 +60,7 @@ def random_activations(generator: np.random.Generator, tokens: int, cols: int) -
 def packed(
     quant_type: QuantType, data: bytes, rows: int, cols: int, tile_type: QuantType | None = None
 ) -> _native.PackedMatrix:
-    """In tiles of `tile_type`, or those of its own."""
+    """Packs rows in tiles of `tile_type`, by default of their own type."""
     matrix = _native.PackedMatrix(tile_type or quant_type, rows, cols)
     row_bytes = quant_type.info.row_bytes(cols)
     for first in range(0, rows, 32):

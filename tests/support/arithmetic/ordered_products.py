@@ -91,7 +91,7 @@ def q3_k(blocks: Bytes) -> Segments:
 
 
 def with_six_bit_scales(blocks: Bytes, quants: Integers) -> Segments:
-    """Of blocks that begin with scale, min and 12 bytes of scales and mins; quants [..., 8, 32]."""
+    """Decodes blocks that begin with scale, min and 12 bytes of scales and mins; quants are [..., 8, 32]."""
     packed = blocks[..., 4:16].astype(np.int64)
     low, high = packed[..., :8] & 63, packed[..., :8] >> 6
     scales = np.concatenate([low[..., :4], packed[..., 8:] & 15 | high[..., :4] << 4], axis=-1)
@@ -162,7 +162,7 @@ def tq1_0(blocks: Bytes) -> Segments:
 
 
 def on_a_grid(quant_type: QuantType, unit: float) -> Callable[[Bytes], Segments]:
-    """Weights that are whole multiples of a block's scale times `unit`: as many as there are in the reference's."""
+    """Builds a decoder of weights that are whole multiples of a block's scale times `unit`, as in the reference."""
 
     def decode(blocks: Bytes) -> Segments:
         scales = (iq1_m_scales(blocks) if quant_type is QuantType.IQ1_M else halves(blocks, 0)) * np.float32(unit)
@@ -220,7 +220,7 @@ def activations_of(x: Float32, width: int) -> Activations:
 
 
 def fma(a: Float32, b: Float32, c: Float32) -> Float32:
-    """Rounded twice, but with 64 bits between: another result once in some 2^40."""
+    """Rounds twice, but with 64 bits between, so about one result in 2^40 is not that of a fused multiply-add."""
     return (a.astype(np.longdouble) * b.astype(np.longdouble) + c.astype(np.longdouble)).astype(np.float32)
 
 

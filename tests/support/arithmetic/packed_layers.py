@@ -19,18 +19,18 @@ IMAGES = LAYERS + 2  # and the embedding, and the output
 
 
 def use_any_disk() -> None:
-    """From now on this process prepares layers however full the disk is."""
+    """Makes this process prepare layers however full the disk is."""
     PackedCacheFolder.free_bytes = 0
 
 
 def settled(path: Path) -> Path:
-    """A file so old that its layers are cached."""
+    """Returns the file once it is so old that its layers are cached."""
     time.sleep(0.15)
     return path
 
 
 def run(path: Path, folder: PackedCacheFolder | None, level: str | None = None) -> bytes:
-    """Bits of the logits; all that was packed has been written when it returns."""
+    """Returns the bits of the logits after all packed layers have been written."""
     model, backend = Model.open(path), CpuBackend(2, level, packed_cache=folder)
     program = model.program(0, model.layer_count)
     with closing(backend.load(program, model.tensors_for(program), LIMITS, lambda done_bytes: None)) as stage:

@@ -1,4 +1,4 @@
-"""Blocks of every weight type filled with bytes that are the same for ever, all of them finite numbers."""
+"""Blocks of every weight type, filled with fixed bytes that decode to finite numbers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _HIGH_FLOAT_BYTES: dict[QuantType, tuple[int, ...]] = {
     QuantType.TQ2_0: (65,),
     QuantType.MXFP4: (0,),
 }
-"""Where the sign and upper exponent bits of a block's floats are; byte 1 for all other types."""
+"""The bytes with the sign and upper exponent bits of a block's floats; byte 1 for all other types."""
 
 
 def set_scales(quant_type: QuantType, blocks: NDArray[np.uint8], places: tuple[int, ...], scales: Any) -> None:
-    """The float16 scales [blocks] of `blocks` [blocks, block_bytes], at each of `places`; IQ1_M has its in quarters."""
+    """Writes float16 scales [blocks] to `blocks` [blocks, block_bytes] at each of `places`; IQ1_M's are in quarters."""
     halves = np.ascontiguousarray(np.broadcast_to(np.asarray(scales, np.float16), len(blocks)))
     if quant_type is QuantType.IQ1_M:
         quarters = halves.view(np.uint16)[:, None] >> np.array([0, 4, 8, 12], np.uint16)
@@ -39,7 +39,7 @@ def set_scales(quant_type: QuantType, blocks: NDArray[np.uint8], places: tuple[i
 
 
 def stream_blocks(quant_type: QuantType, count: int) -> NDArray[np.uint8]:
-    """Blocks [count, block_bytes] out of a hash of the type's name; the top exponent bit of floats is cleared."""
+    """Builds blocks [count, block_bytes] from a hash of the type's name; the top exponent bit of floats is cleared."""
     width = quant_type.info.block_bytes
     data = hashlib.shake_128(quant_type.name.encode()).digest(count * width)
     return finite_blocks(quant_type, np.frombuffer(data, np.uint8).reshape(count, width))

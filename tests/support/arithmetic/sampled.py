@@ -1,4 +1,4 @@
-"""One row through the sampler; settings of samplers beyond the plain ones, none of them a default."""
+"""A run of the sampler on one row, and settings of samplers beyond the plain ones, none of them a default."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ SAMPLERS: AnswerOptions = {
 
 
 def sampled(sampler: Sampler, logits_row: NDArray[np.float32], task: RowTask) -> RowResult:
-    """What becomes of one row [vocabulary]."""
+    """Returns the sampler's result for one row [vocabulary]."""
     return sampler.run(logits_row[np.newaxis], (task,))[0]

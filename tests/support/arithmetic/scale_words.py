@@ -13,7 +13,7 @@ from llamaclust.model.quant_types import QuantType
 from support.models.tiny_tokenizers import sentencepiece
 
 WORDS = {"little": 0.0, "bright": 0.0, "special": 0.3, "far": 0.7, "love": 1.0}
-"""With their scales; the first two follow each other."""
+"""The words with their scales; the first two, of equal scale, take turns."""
 _VOCABULARY, _WIDTH, _HEADS = 400, 64, 2
 _OTHERS = -10.0
 """Logit of all other tokens."""
@@ -77,7 +77,7 @@ def _weights() -> dict[str, Float32]:
 
 
 def _one(shape: tuple[int, int], row: int, column: int) -> Float32:
-    """Zeros but for a 1."""
+    """Returns zeros except for a single 1."""
     weights = np.zeros(shape, np.float32)
     weights[row, column] = 1
     return weights

@@ -1,4 +1,4 @@
-"""What `GET /cluster` says of a made-up cluster, and an app that says it."""
+"""Replies of `GET /cluster` for a made-up cluster, and an app that sends them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MIB = 1 << 20
 
 
 def cluster_of(*names: str) -> dict[str, Any]:
-    """Workers that hold six layers each, busy and ready."""
+    """Builds the reply of a ready cluster whose busy workers hold six layers each."""
     return {
         "status": {
             "name": "test",
@@ -88,7 +88,7 @@ def worker(name: str, index: int) -> dict[str, Any]:
 
 
 def lose(cluster: dict[str, Any], name: str) -> None:
-    """As when the worker's process ends."""
+    """Changes the reply as the end of the worker's process does."""
     cluster["status"]["state"] = "recovering"
     _named(cluster, name).update(state="lost", layers=None, memory_bytes=0)
 
@@ -100,7 +100,7 @@ def bring_back(cluster: dict[str, Any], name: str) -> None:
 
 
 def group(cluster: dict[str, Any], shares: dict[str, int]) -> None:
-    """Has the first workers hold the first layers together."""
+    """Makes the first workers hold the first layers together."""
     stages, workers = cluster["plan"]["stages"], cluster["status"]["workers"]
     whole = sum(shares.values())
     for member, (stage, worker) in enumerate(zip(stages[: len(shares)], workers, strict=False)):
@@ -122,7 +122,7 @@ def cluster_app(
     model_name: str = MODEL,
     engine: ScriptedEngine | Engine | None = None,
 ) -> Starlette:
-    """An app that says this of its cluster."""
+    """Returns an app that replies with `status` for its cluster."""
     settings = TextSettings(model_name, CONTEXT, SETTINGS.max_sequences)
     spoken: Any = engine or ScriptedEngine(says("a"))
     service = TextService(spoken, tokenizer(), chat_template(), settings)

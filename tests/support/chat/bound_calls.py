@@ -27,7 +27,7 @@ async def bound(
     form: str = "hermes",
     other: Grammar | None = None,
 ) -> tuple[Grammar | None, list[str]]:
-    """The grammar of an answer, and what its reply names."""
+    """Returns the grammar of an answer, and the ignored parts that its reply names."""
     definitions_of_tools = tuple({"type": "function", "function": {"name": name}} for name in tools)
     chat = ChatRequest((), CompletionRequest((), grammar=other), definitions_of_tools, tool_use=ToolUse(mode))
     named: list[str] = []
@@ -39,7 +39,7 @@ async def bound(
 
 
 def allows(grammar: Grammar | None, *texts: str) -> list[bool]:
-    """Whether each text may be the whole answer."""
+    """Tells whether each text may be the whole answer."""
     assert grammar is not None
     matcher, found = compiled(grammar.definition, VOCABULARY), []
     for text in texts:

@@ -39,7 +39,7 @@ class Message:
 
 @dataclass
 class Case:
-    """One parse: what the model wrote, and the message expected."""
+    """One parse: the model's text, and the message expected."""
 
     template: str
     line: int
@@ -49,7 +49,7 @@ class Case:
 
 
 def read_cases(source: Path) -> list[Case]:
-    """All cases of `test-chat.cpp`. ValueError for what is written in an unknown way."""
+    """Returns all cases of `test-chat.cpp`; raises ValueError for unknown syntax."""
     text = _without_comments(source.read_text(encoding="utf-8"))
     names = _Names()
     for found in _TOOL.finditer(text):
@@ -81,7 +81,7 @@ def _statements(text: str) -> list[tuple[str, re.Match[str]]]:
 
 
 def _with_templates(cases: list[Case], loops: dict[str, list[str]]) -> Iterator[Case]:
-    """Cases of a function or loop over templates, once for each of them."""
+    """Yields each case of a function or loop over templates once per template."""
     for case in cases:
         name = {"$template_path": "tmpl"}.get(case.template, case.template.removeprefix("$"))
         for template in loops[name] if case.template.startswith("$") else [case.template]:
@@ -116,7 +116,7 @@ def _tool(fields: list[str]) -> dict[str, Any]:
 
 
 class _Names:
-    """What identifiers mean: constants, tools and the functions that make messages."""
+    """The meanings of identifiers: constants, tools and the functions that make messages."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {
@@ -136,7 +136,7 @@ class _Names:
         }
 
     def define(self, name: str, text: str, start: int) -> None:
-        """A constant, where its expression is one of those that cases use."""
+        """Defines a constant if its expression is one of those that cases use."""
         try:
             self.values[name] = _Reader(text, start, self).expression()
         except (KeyError, ValueError, TypeError):
@@ -159,13 +159,13 @@ class _Reader:
         self._names = names
 
     def method(self) -> str:
-        """The name behind the next dot."""
+        """Reads the name behind the next dot."""
         self._expect(".")
         name = self._next()["word"]
         return str(name)
 
     def arguments(self) -> list[Any]:
-        """Values in parentheses."""
+        """Reads values in parentheses."""
         self._expect("(")
         return self._list(")")
 
@@ -194,7 +194,7 @@ class _Reader:
         return _copied(self._names.values[word])
 
     def _texts(self, token: re.Match[str]) -> str:
-        """Literals side by side are one."""
+        """Joins adjacent literals."""
         text = token["raw"] if token["raw"] is not None else _unescaped(token["text"])
         while self._peek()["text"] is not None or self._peek()["raw"] is not None:
             token = self._next()
@@ -239,6 +239,6 @@ def _unescaped(text: str) -> str:
 
 
 def _without_comments(text: str) -> str:
-    """Line breaks stay; texts may hold slashes."""
+    """Removes comments but keeps line breaks, and slashes inside of texts."""
     kept = re.compile(r'(R"([^(\s"]*)\(.*?\)\2"|"(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
     return kept.sub(lambda found: found[1] or "\n" * found[0].count("\n"), text)

@@ -28,7 +28,7 @@ ABC = definitions.of_regex("[ab]c(d|e)", "guided_regex")
 
 
 class Task(NamedTuple):
-    """A row and what its matcher starts with, where it starts."""
+    """A row, and what its matcher starts with if it starts there."""
 
     row: SampleTask
     start: MatcherStart | None
@@ -72,7 +72,7 @@ def inputs_of(number: int, *tasks: Task, released: tuple[int, ...] = ()) -> Step
 
 
 def begin(stage: StageMatchers, inputs: StepInputs) -> list[int]:
-    """The places of rows that only the end may follow, when its matchers are ready."""
+    """Returns the places of rows that only the end may follow, once the matchers are ready."""
     stage.receive(inputs)
     for answer in (*filter(None, stage._changes.values()), *stage._answers.values()):
         answer.ready.result(30)
@@ -82,8 +82,8 @@ def begin(stage: StageMatchers, inputs: StepInputs) -> list[int]:
 def step(
     stage: StageMatchers, number: int, *tasks: Task, says: str, refused: str = "", released: tuple[int, ...] = ()
 ) -> tuple[list[set[str]], tuple[RowResult, ...]]:
-    """What each row could choose whose letter of `refused` its grammar does not allow, and the results where the rows
-    chose the letters of `says`, such a row at its second draw."""
+    """Returns what each row could choose whose letter of `refused` its grammar forbids, and the results of the letters
+    of `says`, which such rows choose at their second draw."""
     begin(stage, inputs_of(number, *tasks, released=released))
     results, allowed = taken(stage, map(sampled, refused or says))
     for place in allowed:
@@ -93,7 +93,7 @@ def step(
 
 
 def taken(stage: StageMatchers, rows: Iterable[RowResult]) -> tuple[list[RowResult], dict[int, AllowedTokens]]:
-    """The results, and what rows may choose whose token is not allowed."""
+    """Returns the results, and the allowed tokens of rows whose token is not allowed."""
     results = list(rows)
     refused = stage.take(results)
     return results, refused

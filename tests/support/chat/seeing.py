@@ -93,6 +93,6 @@ def prompt_of(*images: bytes, detail: str = "auto") -> PromptImages:
 
 
 async def spans_of(vision: Vision, *images: bytes, leases: RowLeases | None = None) -> tuple[ImageSpan, ...]:
-    """Without `leases`, the request ends at once."""
+    """Returns the spans of images; without `leases`, the request ends at once."""
     with RowLeases() as own:
         return (await vision.image_prompt(prompt_of(*images), any_length, leases or own))[1]

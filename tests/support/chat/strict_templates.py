@@ -58,4 +58,4 @@ STRICT_TEMPLATES: Final[Mapping[str, str]] = {
         "<{{ message.role }}>{{ message.content }}{%- endfor -%}"
     ),
 }
-"""By what they are like."""
+"""Templates by the model or the behaviour that they represent."""

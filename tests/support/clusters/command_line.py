@@ -32,8 +32,8 @@ _MOST_SHOWN = 6000
 
 
 def eventually(happens: Callable[[], bool], within_s: float, what: str) -> None:
-    """Returns as soon as `happens()`; fails the test where that takes too long. A question that takes long is asked
-    less often: it may start processes."""
+    """Waits until `happens()`, and fails the test if that takes too long. A question that takes long is asked less
+    often, since it may start processes."""
     begin = time.monotonic()
     end = begin + within_s
     while not happens():
@@ -44,7 +44,7 @@ def eventually(happens: Callable[[], bool], within_s: float, what: str) -> None:
 
 
 def is_there(process: psutil.Process) -> bool:
-    """Whether it runs: neither gone nor dead and not yet reaped."""
+    """Tells whether a process runs: it is neither gone nor dead and not yet reaped."""
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -61,7 +61,7 @@ class Done:
 
     @property
     def error(self) -> str:
-        """Its one line of error."""
+        """The only line of standard error, an error message."""
         lines = self.err.splitlines()
         assert "Traceback" not in self.err, self.err
         assert len(lines) == 1 and lines[0].startswith("error: "), self.err
@@ -83,11 +83,11 @@ class Running:
     err: Path
 
     def press_ctrl_c(self) -> None:
-        """What a terminal does: every process of the group gets it."""
+        """Interrupts every process of the group, as a terminal does."""
         os.killpg(self.process.pid, signal.SIGINT)
 
     def says(self, text: str, within_s: float = _START_S) -> None:
-        """Waits until standard error has the text; fails where the command ends before."""
+        """Waits until standard error has the text; fails if the command ends before."""
 
         def said() -> bool:
             ended = self.process.poll() is not None
@@ -99,7 +99,7 @@ class Running:
         eventually(said, within_s, f"{text!r} on standard error")
 
     def workers(self, count: int) -> dict[str, psutil.Process]:
-        """Its worker processes by name, as soon as there are so many."""
+        """Waits for `count` worker processes and returns them by name."""
         found: dict[str, psutil.Process] = {}
 
         def there() -> bool:
@@ -145,11 +145,11 @@ class Cluster:
 
     @property
     def processes(self) -> list[psutil.Process]:
-        """All it has started."""
+        """All processes that the cluster's process has started."""
         return psutil.Process(self.pid).children(recursive=True)
 
     def metric(self, line_start: str) -> float:
-        """The value of the line of /metrics that begins so."""
+        """Sums the lines of /metrics that begin with `line_start`."""
         lines = self.http.get("/metrics").text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(line_start))
 
@@ -178,7 +178,7 @@ class CommandLine:
 
     @contextmanager
     def logging(self, form: str) -> Iterator[None]:
-        """Commands that are started meanwhile write their logs so."""
+        """Makes commands that are started meanwhile write their logs in this form."""
         self._variables["LLAMACLUST_LOG"] = form
         try:
             yield
@@ -186,7 +186,7 @@ class CommandLine:
             self._variables.clear()
 
     def set_variables(self, **variables: str) -> None:
-        """Of the environment of commands that are started from now on."""
+        """Sets environment variables of commands that are started from now on."""
         self._variables.update(variables)
 
     @property
@@ -210,8 +210,8 @@ class CommandLine:
         program: Sequence[str | Path] | None = None,
         network: str | None = None,
     ) -> Running:
-        """A command in its own session; it reads nothing. `out` is where its standard output goes; `before` are words
-        that run the command in another place, and become it; `network` is a network namespace."""
+        """Starts a command in its own session without input. `out` is where its standard output goes; `before` are
+        words that run the command in another place, and become it; `network` is a network namespace."""
         number = len(self._started)
         out, err = out or self.folder / f"{number}.out", self.folder / f"{number}.err"
         with out.open("wb") as to_out, err.open("wb") as to_err, Path(os.devnull).open("rb") as nothing:
@@ -237,8 +237,8 @@ class CommandLine:
         return self._started[-1]
 
     def run(self, *arguments: str | bytes | Path, within_s: float = 60.0) -> Done:
-        """A command from start to end, without the time that Python and its imports take. PYTHONPATH and the like are
-        those of the first command."""
+        """Runs a command from start to end, forked to save the time that Python and its imports take. PYTHONPATH and
+        the like are those of the first command."""
         number = f"run-{next(self._numbers)}"
         out, err = self.folder / f"{number}.out", self.folder / f"{number}.err"
         words = ["llamaclust", *map(os.fsdecode, arguments)]
@@ -246,7 +246,7 @@ class CommandLine:
         return Done(code, out.read_text(), err.read_text())
 
     def cluster_file(self, model: Path | str, name: str = "tiny", **keys: Any) -> Path:
-        """A cluster of two workers with stated speeds, which are not measured, at any free port."""
+        """Writes the file of a cluster of two workers with stated speeds, which are not measured, at any free port."""
         speed = {"threads": 1, "memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0}
         workers = [{"name": "a", **speed}, {"name": "b", **speed}]
         values = {"name": name, "model": str(model), "listen": "127.0.0.1:0", "workers": workers, **keys}
@@ -258,7 +258,7 @@ class CommandLine:
 
     @contextmanager
     def cluster(self, model: Path | str, name: str = "tiny", **keys: Any) -> Iterator[Cluster]:
-        """`up` in front, until it is ready; at the end it is killed if it still runs."""
+        """Runs `up` in the foreground and yields the cluster when it is ready; kills the command at the end."""
         running = self.start("up", self.cluster_file(model, name, **keys))
         try:
             running.says(f"{name} is ready")
@@ -270,17 +270,17 @@ class CommandLine:
             running.kill()
 
     def left_running(self) -> dict[int, str]:
-        """Processes that commands of this folder have started and that are still there: what they are, by id."""
+        """Describes, by id, the processes that commands of this folder have started and that still run."""
         found = {process.pid: _description(process) for process in psutil.process_iter()}
         return {pid: what for pid, what in found.items() if str(self.folder) in what}
 
     def end_commands(self) -> None:
-        """Kills what runs in front."""
+        """Kills the commands that run in the foreground."""
         for running in self._started:
             running.kill()
 
     def close(self) -> None:
-        """Kills what runs in front. Fails where anything else stays. Prints the end of what each command said."""
+        """Kills the foreground commands, fails if anything else stays, and prints the end of what each command said."""
         self.end_commands()
         for running in self._started:
             print(f"{running.err.name}: {running.err.read_text(errors='replace')[-_MOST_SHOWN:]}")
@@ -294,7 +294,7 @@ class CommandLine:
 
 
 def _description(process: psutil.Process) -> str:
-    """Command line and state directory; empty for a process that is gone or belongs to another user."""
+    """Returns command line and state directory; empty for a process that is gone or belongs to another user."""
     try:
         if process.status() == psutil.STATUS_ZOMBIE:
             return ""
@@ -305,7 +305,7 @@ def _description(process: psutil.Process) -> str:
 
 @contextmanager
 def command_line() -> Iterator[CommandLine]:
-    """In a short path, for sockets lie below it; everything is ended and removed afterwards."""
+    """Yields a command line in a short path, since sockets lie below it; ends and removes everything afterwards."""
     with tempfile.TemporaryDirectory(prefix="llamaclust-test-") as folder:
         line = CommandLine(Path(folder))
         try:
@@ -316,7 +316,7 @@ def command_line() -> Iterator[CommandLine]:
 
 @contextmanager
 def paused(pid: int) -> Iterator[None]:
-    """A process that stands still meanwhile, so that what it has to do is not done before it is looked at."""
+    """Stops a process meanwhile, so that its work is not done before the test looks at it."""
     os.kill(pid, signal.SIGSTOP)
     try:
         yield

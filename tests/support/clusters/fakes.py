@@ -37,7 +37,7 @@ VOCABULARY = 101
 
 @dataclass
 class Losses:
-    """An owner of an engine that keeps what it gets."""
+    """An owner of an engine that records what it is told."""
 
     failures: list[PipelineFailure] = field(default_factory=list)
     may_suspect_workers: bool = False
@@ -60,7 +60,7 @@ def blocks_of(chunk: Chunk) -> list[int]:
 
 
 def answer(tokens: Sequence[int], task: RowTask) -> RowResult:
-    """What the fake model says after these tokens: anything else than these tokens gives another answer."""
+    """Returns the fake model's answer after these tokens; any other tokens give another answer."""
     if isinstance(task, SampleTask):
         inputs: tuple[object, ...] = (
             task.seed,
@@ -83,13 +83,13 @@ def answer(tokens: Sequence[int], task: RowTask) -> RowResult:
 
 
 def hidden_state(tokens: Sequence[int]) -> bytes:
-    """What the fake model gives for the last of these tokens."""
+    """Returns the fake model's hidden state of the last of these tokens."""
     digest = sha256(array("q", tokens)).digest()
     return (np.frombuffer(digest[: 2 * WIDTH], "<u2") / 64).astype("<f4").tobytes()
 
 
 def _more(tokens: Sequence[int], task: SampleTask) -> tuple[object, ...]:
-    """A breaker that does not stand in the tokens makes no difference, nor one that begins with the last one alone."""
+    """Returns further inputs of the answer, without breakers that the tokens lack or that begin with the last alone."""
     begun = (breaker for breaker in task.breakers if breaker[0] in tokens[:-1])
     breakers = sorted(breaker for breaker in begun if _stands_in(breaker, tuple(tokens)))
     return task.penalty_window, task.dry_window, breakers, task.mu
@@ -125,7 +125,7 @@ class FakeModel:
         return tuple(rows)
 
     def embeddings(self, microbatch: Microbatch) -> bytes:
-        """Of a microbatch that was run last: other tokens give others."""
+        """Returns the hidden states of the microbatch that was run last; other tokens give others."""
         return b"".join(
             hidden_state(self._read(blocks_of(chunk), chunk.position + row + 1))
             for chunk in microbatch.chunks
@@ -156,7 +156,7 @@ class FakeModel:
 
 
 class ConstantModel(FakeModel):
-    """Says the same for every row, at no cost."""
+    """A model that gives the same result for every row, at no cost."""
 
     def run(self, microbatch: Microbatch, inputs: SamplingInputs) -> tuple[RowResult, ...]:
         return (RowResult(1, -1.0),) * len(inputs.tasks)
@@ -183,7 +183,7 @@ class FakeStages:
         self.busy_ns = [0] * len(self.stage_ns)
 
     def send(self, scheduled: ScheduledMicrobatch, now_ns: int) -> tuple[int, Result]:
-        """When the result is back, and the result."""
+        """Returns the time when the result is back, and the result."""
         microbatch = scheduled.microbatch
         followed = [chunk.depends_on[0] for chunk in microbatch.chunks if chunk.depends_on]
         timings = []
@@ -212,7 +212,7 @@ def linear(fixed_us: float, row_us: float) -> StageNs:
 
 @dataclass
 class Simulation:
-    """Runs a scheduler on fake stages; `updates` has every sequence's news by key."""
+    """Runs a scheduler on fake stages; `updates` holds every sequence's updates by key."""
 
     scheduler: Scheduler
     stages: FakeStages
@@ -235,7 +235,7 @@ class Simulation:
             self.sent.append(self.stages.send(scheduled, self.now_ns))
 
     def step(self) -> bool:
-        """One result; False when nothing is in flight."""
+        """Completes one result; returns False when nothing is in flight."""
         self.send_all()
         if not self.sent:
             return False
@@ -253,7 +253,7 @@ class Simulation:
         return [update.row for update in self.updates[key] if isinstance(update, TokenSampled)]
 
     def embedded(self, key: int) -> dict[int, bytes]:
-        """Hidden states by position; each comes once."""
+        """Returns hidden states by position, and asserts that each comes once."""
         found: dict[int, bytes] = {}
         for update in self.updates[key]:
             if isinstance(update, PromptEmbedded):
@@ -264,7 +264,7 @@ class Simulation:
         return found
 
     def scores(self, key: int) -> dict[int, RowResult]:
-        """By position of the scored token; each is scored once."""
+        """Returns scores by position of the scored token, and asserts that each is scored once."""
         found: dict[int, RowResult] = {}
         for update in self.updates[key]:
             if isinstance(update, PromptScored):
@@ -277,7 +277,7 @@ class Simulation:
 def expected(
     generation: GenerationRequest, context_length: int
 ) -> tuple[list[RowResult], dict[int, RowResult], FinishReason]:
-    """What a request must give, whatever happens around it: (chosen, scored, reason)."""
+    """Returns what a request must give in any circumstances: (chosen, scored, reason)."""
     tokens = list(generation.prompt)
     scored = {}
     if generation.score_from is not None:
@@ -341,10 +341,10 @@ class FakePipeline:
             self._results.put_nowait(result)
 
     def prepare_matchers(self) -> None:
-        """Its model has none."""
+        """Does nothing, since the model has no matchers."""
 
     def lose(self, error: Exception) -> None:
-        """From now on there are no results but this error."""
+        """Replaces all pending results by this error."""
         self._results = asyncio.Queue()
         self._results.put_nowait(error)
         self.gate.set()

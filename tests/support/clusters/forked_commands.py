@@ -1,5 +1,5 @@
-"""Commands as processes of their own, forked from one that has imported what they need: for those that end by
-themselves. Imports little, for every one of them imports it."""
+"""Commands that end by themselves, as processes of their own, forked from one that has imported their modules. Every
+command imports this module, so it imports little."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _IMPORTED = [
     "llamaclust.cluster.front.app",
     "llamaclust.kernels.cpu.backend",
 ]
-"""None of them imports gRPC, which takes settings from the environment when it is."""
+"""None of these modules imports gRPC, which reads settings from the environment at its import."""
 
 _PIPE_BYTES = 1 << 16
-"""What a pipe holds before it is read."""
+"""The bytes that a pipe holds before it is read."""
 
 
 def run_forked(
@@ -40,8 +40,8 @@ def run_forked(
     within_s: float,
     piped: bytes = b"",
 ) -> int:
-    """The exit code of `llamaclust`, or of the Python script of that path, with the other arguments, run in `folder`
-    with something on standard input; subprocess.TimeoutExpired where it does not end."""
+    """Runs `llamaclust`, or the Python script of that path, in `folder` with `piped` on standard input, and returns its
+    exit code; raises subprocess.TimeoutExpired if it does not end."""
     process = _server().Process(target=_become, args=(list(arguments), environment, folder, out, err, piped))
     process.start()
     process.join(within_s)
@@ -55,8 +55,8 @@ def run_forked(
 def forked_script(
     script: Path, *arguments: str, folder: Path | None = None, within_s: float = 60.0, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """A Python script that ends by itself, run in `folder`, or in this process's own, with these variables of the
-    environment besides."""
+    """Runs a Python script that ends by itself in `folder`, or in this process's own, with these variables added to the
+    environment."""
     with TemporaryDirectory() as outputs:
         out, err = Path(outputs, "out"), Path(outputs, "err")
         code = run_forked(

@@ -44,7 +44,7 @@ _CHAINS = (
     SamplerChain((SamplerName.TEMPERATURE, SamplerName.TOP_N_SIGMA), top_n_sigma=1.5),
     SamplerChain((SamplerName.TFS_Z, SamplerName.TEMPERATURE, SamplerName.PENALTIES), tfs_z=0.9, unpenalized=(13,)),
 )
-"""For the seven that grow: every sampler there is, state that goes from token to token among them."""
+"""Chains of the seven requests that grow; they cover every sampler, and state that goes from token to token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Way:
     shares: tuple[int, ...] = ()  # of a group, which holds the first stage; two members hold the last one likewise
 
     def held(self) -> Iterator[tuple[list[str], tuple[float, float]]]:
-        """The workers and the layers of each stage."""
+        """Yields the workers and the layers of each stage."""
         names, last = (f"w{number}" for number in count()), len(self.cut) - 2
         for index, layers in enumerate(pairwise(self.cut)):
             in_group = index == 0 or (index == last and len(self.shares) == 2)
@@ -84,7 +84,7 @@ class Work:
     head_dim: int
 
     def requests_of(self, way: Way) -> tuple[GenerationRequest, ...]:
-        """A third of what those that grow do, where they need not grow that long."""
+        """Returns the requests; those that grow make a third of their tokens unless `every` or `preempted` is set."""
         if way.every or way.preempted:
             return self.generations
         grow = (
@@ -99,7 +99,7 @@ class Work:
 
 @cache
 def make_work(seed: int, vocabulary: int, kv_heads: int, head_dim: int, long: int = 530, tokens: int = 12) -> Work:
-    """Random prompts; `long`: tokens of the longest one."""
+    """Builds work with random prompts; `long`: tokens of the longest one."""
     print(f"work: seed {seed}")
     source = random.Random(seed)
 
@@ -130,9 +130,9 @@ def make_work(seed: int, vocabulary: int, kv_heads: int, head_dim: int, long: in
 def run(
     model: Path, way: Way, work: Work, folder: Path, monkeypatch: pytest.MonkeyPatch, known: Sequence[Answer] = ()
 ) -> list[Answer]:
-    """Starts a cluster of real processes, runs `work.asks_of(way)` and returns the answers in that order.
+    """Starts a cluster of real processes, runs `work.requests_of(way)` and returns the answers in that order.
 
-    Requests that are alone are the first four, unless `way.every`.
+    Ways without `company` run the first four requests only, unless `every` or `preempted`.
     """
     if way.feature_level is not None:
         monkeypatch.setenv("LLAMACLUST_FEATURE_LEVEL", way.feature_level)
@@ -145,7 +145,7 @@ def run(
 
 
 def _texts(work: Work, known: Sequence[Answer]) -> list[list[int]]:
-    """Prompts and answers, as far as these are known."""
+    """Returns prompts with their known answers."""
     return [
         [*generation.prompt, *(token for token, _ in answer[len(answer) - generation.max_new_tokens :])]
         for generation, answer in zip(work.generations, known, strict=False)
@@ -187,7 +187,7 @@ async def _run(model: Path, way: Way, work: Work, folder: Path) -> list[Answer]:
 
 
 def _kv_heads(way: Way, members: Sequence[str], heads: int) -> int:
-    """Those that one of the workers has of a layer, at most."""
+    """Returns the most KV heads of a layer that one of the workers holds."""
     if not 1 < len(members) <= heads:
         return heads
     return max(end - begin for begin, end in pairwise(borders(heads, way.shares)))
@@ -201,11 +201,11 @@ def _plan_entry(way: Way, members: Sequence[str], layers: tuple[float, float]) -
 
 
 _FACTS = "memory_bandwidth_gb_s: 20, int8_gmac_s: 300"
-"""Stated, so that nothing is measured."""
+"""Stated speeds, so that nothing is measured."""
 
 
 def check_answers(answers: list[Answer], expected: list[Answer]) -> None:
-    """The same, as far as they were asked for."""
+    """Asserts that each answer equals the beginning of the expected one."""
     assert answers == [wanted[: len(answer)] for answer, wanted in zip(answers, expected, strict=False)]
 
 
@@ -235,7 +235,7 @@ async def _answer_to(cluster: Cluster, generation: GenerationRequest) -> Answer:
 
 
 def embedded_answer(hidden: bytes, generation: GenerationRequest) -> Answer:
-    """Hidden states of a request, row by row."""
+    """Splits the hidden states of a request into rows."""
     first, end = generation.embedded or (0, 0)
     size = len(hidden) // (end - first)
     assert size * (end - first) == len(hidden)

@@ -1,4 +1,4 @@
-"""What clusters of every launcher are asked, and what one worker answers."""
+"""Requests to clusters of every launcher, and the answers of one worker."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def model_in(factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(cluster: Cluster) -> Answers:
-    """Greedy and seeded."""
+    """Returns a greedy and a seeded answer."""
     return [cluster.answer(), cluster.answer(temperature=0.9, seed=7, max_tokens=24)]
 
 
 def of_one_worker(model: Path) -> Answers:
-    """The answers of one undisturbed worker."""
+    """Returns the answers of one undisturbed worker."""
     with command_line() as line, line.cluster(model, workers=named("a")) as cluster:
         return answers(cluster)
 
 
 def logs_of(line: CommandLine, name: str) -> str:
-    """What `llamaclust logs` says of a worker."""
+    """Returns what `llamaclust logs` prints of a worker."""
     done = line.run("logs", name)
     assert done.code == 0, done.err
     return done.out

@@ -1,4 +1,4 @@
-"""Clusters of real processes whose workers are lost on purpose, and what their requests must answer all the same."""
+"""Clusters of real processes whose workers are lost on purpose, and the answers that their requests must still give."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def model_in(folder: Path) -> Path:
 
 
 def generations(seed: int, tokens: int = 120, longest: int = 90) -> tuple[GenerationRequest, ...]:
-    """Half of them greedy, half seeded, one with scores of its prompt, two with a common beginning."""
+    """Builds requests, half of them greedy, half seeded, one with scores of its prompt, two with a common beginning."""
     source = Random(seed)
     prompts = [[source.randrange(3, 320) for _ in range(source.randrange(20, longest))] for _ in range(REQUESTS)]
     prompts[3] = prompts[2][:16] + prompts[3]
@@ -65,7 +65,7 @@ def generations(seed: int, tokens: int = 120, longest: int = 90) -> tuple[Genera
 
 
 def undisturbed(model: Path, requests: Sequence[GenerationRequest]) -> list[Answer]:
-    """What one worker answers, each request alone."""
+    """Returns the answers of one worker that runs each request alone."""
 
     async def run() -> list[Answer]:
         client = LocalClient(model, threads=1, settings=LocalSettings(CONTEXT, speculation=False))
@@ -91,13 +91,13 @@ async def answer_of(events: AsyncIterable[object], on_token: Callable[[], None] 
 
 
 def _joined(hidden: list[tuple[int, bytes]]) -> Answer:
-    """Hidden states in one piece, whatever the pieces that they came in."""
+    """Joins the pieces of hidden states."""
     return ((hidden[0][0], b"".join(data for _, data in hidden)),) if hidden else ()
 
 
 @dataclass
 class Recovering:
-    """A cluster that runs, and what it told."""
+    """A running cluster, and the notices that it has reported."""
 
     cluster: Cluster
     told: list[str]
@@ -116,7 +116,7 @@ class Recovering:
         self._token.set()
 
     async def token(self, number: int) -> None:
-        """Returns when clients have got so many."""
+        """Returns when clients have got `number` tokens."""
         while self.tokens < number:
             self._token.clear()
             await self._token.wait()
@@ -147,7 +147,7 @@ class Recovering:
         os.kill(self.worker(name).registration.pid, number)
 
     async def until(self, what: str, happens: Callable[[], bool], within_s: float = 60.0) -> None:
-        """Returns as soon as `happens()`; fails where that takes too long."""
+        """Returns as soon as `happens()`; fails if that takes too long."""
         end = asyncio.get_running_loop().time() + within_s
         while not happens():
             assert asyncio.get_running_loop().time() < end, f"not within {within_s:g} s: {what}; told: {self.told}"
@@ -155,7 +155,7 @@ class Recovering:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all workers hold layers, of one epoch."""
+        """True if all workers hold layers of one epoch, and the cluster is ready."""
         epoch, state = self.cluster.supervisor.epoch.number, self.cluster.engine.state
         names = (worker.name for worker in self.cluster.config.workers)
         return state is EngineState.READY and all(list(self.worker(name).stages) == [epoch] for name in names)
@@ -166,7 +166,7 @@ class Recovering:
 
 
 def worker_pids() -> dict[str, int]:
-    """Worker processes of this one, by name."""
+    """Returns the ids of this process's workers by name."""
     found = {}
     for child in psutil.Process().children():
         with suppress(psutil.Error):  # one that has just ended
@@ -192,7 +192,7 @@ def config(model: Path, folder: Path, workers: int | list[dict[str, object]] = 3
 async def recovering(
     settings: ClusterConfig, *, at_plan: Callable[[], None] = lambda: None, deadline_s: float = 120.0
 ) -> AsyncIterator[Recovering]:
-    """A cluster whose workers get hurt, within the deadline. `at_plan` is called when there is the first plan."""
+    """Runs a cluster whose workers get hurt, within the deadline; calls `at_plan` at the first plan."""
     told: list[str] = []
     plans: list[Event] = []
     running: list[Recovering] = []

@@ -41,7 +41,7 @@ class Served:
 
 
 class KilledJournal(Journal):
-    """As a kill leaves it: no request has ended."""
+    """A journal as a kill leaves it: no request has ended."""
 
     def end(self, request_id: str) -> None:
         pass
@@ -55,7 +55,7 @@ class KilledJournal(Journal):
 async def served(
     journal: Path, kind: type[Journal] = Journal, prefill_chunk: int | None = None, **more: Any
 ) -> AsyncIterator[Served]:
-    """A server that begins with what the journal holds."""
+    """Runs a server that begins with what the journal holds."""
     settings = {"first_chunk_s": 0.02} | more
     resume_s = ApiSettings(**settings).resume_s
     async with (
@@ -77,7 +77,7 @@ Event = tuple[str, dict[str, Any] | str]
 
 
 class EventLines:
-    """Events with their ids, of whole lines as they come."""
+    """Events with their ids, parsed from whole lines."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -92,7 +92,7 @@ class EventLines:
 
 
 def shown(events: list[Event]) -> dict[int | str, list[Any]]:
-    """What the events of each choice say, in their order, without what clocks say."""
+    """Returns the contents of each choice's events in order, without timings and counts of cached tokens."""
     choices: dict[int | str, list[Any]] = {}
     for _, data in events:
         if isinstance(data, str):
@@ -108,7 +108,7 @@ def shown(events: list[Event]) -> dict[int | str, list[Any]]:
 
 
 def assert_same(events: list[Event], whole: list[Event]) -> None:
-    """Without pytest's comparison of long lists, which takes minutes."""
+    """Asserts equal events without pytest's comparison of long lists, which takes minutes."""
     found, wanted = shown(events), shown(whole)
     assert sorted(map(str, found)) == sorted(map(str, wanted))
     for slot, parts in wanted.items():

@@ -72,11 +72,11 @@ class Chain:
 
 
 async def not_reported(peer: Peer, reason: str) -> None:
-    """For tests in which all stages are reachable."""
+    """Does nothing, for tests in which all stages are reachable."""
 
 
 def neighbours(addresses: Sequence[str], index: int, trust: Authority | None) -> Neighbours:
-    """Of the stage at `index`."""
+    """Returns the neighbours of the stage at `index`."""
     first, last = index == 0, index + 1 == len(addresses)
 
     def way_to(there: int) -> Peer:
@@ -92,7 +92,7 @@ def neighbours(addresses: Sequence[str], index: int, trust: Authority | None) ->
 
 
 def credentials(trust: Authority | None, worker: str | None = None) -> Credentials:
-    """Of a worker, or of the coordinator."""
+    """Returns the credentials of a worker, or of the coordinator."""
     return TOKEN if trust is None else trust.identity(Principal(worker))
 
 
@@ -104,7 +104,7 @@ async def chain(
     deadlines: Deadlines = DEADLINES,
     trust: Authority | None = None,
 ) -> AsyncIterator[Chain]:
-    """On workers w0, w1, ...: over mutual TLS where `trust` is given, else on unix sockets."""
+    """Runs stages on workers w0, w1, ...: over mutual TLS if `trust` is given, else on unix sockets."""
     compute, names = Compute(), [f"w{index}" for index in range(len(cuts) - 1)]
     runners = [runner_of(model, start, end) for start, end in pairwise(cuts)]
     services = [StageService(name) for name in names]

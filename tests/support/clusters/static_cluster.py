@@ -27,7 +27,7 @@ def start_coordinator(line: CommandLine, model: Path, **keys: Any) -> Running:
 
 
 def join_port(coordinator: Running) -> int:
-    """Of the enrolment port, as `up` prints it."""
+    """Returns the enrolment port that `up` prints."""
     coordinator.says("worker --join ")
     found = re.search(r"--join \S+:(\d+)", coordinator.err.read_text())
     assert found is not None
@@ -39,7 +39,7 @@ def token_file(line: CommandLine, name: str = "tiny") -> Path:
 
 
 def new_trust(line: CommandLine, name: str = "tiny") -> Authority:
-    """What a first start would make."""
+    """Creates the certificate authority that a first start would make."""
     line.cluster_dir(name).mkdir(parents=True, exist_ok=True)
     return Authority.open(line.cluster_dir(name) / "trust")
 
@@ -52,7 +52,7 @@ def start_worker(line: CommandLine, port: int, name: str, *options: str | Path, 
 
 @contextmanager
 def ready(coordinator: Running, line: CommandLine, name: str = "tiny") -> Iterator[Cluster]:
-    """As soon as it is. It and its workers are the caller's to end."""
+    """Yields the cluster as soon as it is ready; the caller ends it and its workers."""
     coordinator.says(f"{name} is ready")
     record = json.loads((line.cluster_dir(name) / "cluster.json").read_text())
     cluster = Cluster(coordinator, name, record["api"], record["pid"])

@@ -43,7 +43,7 @@ LIMITS = StageLimits(max_batch_tokens=1600, max_outputs=1, max_sequences=8, max_
 SMALL, LARGE = LaunchLimits(2, LEAST_SHARED_BYTES, (7, 5)), LaunchLimits(3, 200 << 10, (9, 0))
 NO_SLOPES = np.uint64(0)
 UNUSED_ROWS = 3
-"""That launches are for, beside those that are there."""
+"""Rows that launches are made for beyond the real ones."""
 
 
 def attention(
@@ -66,24 +66,24 @@ def attention(
 
 
 def latent(heads: int, key: int, value: int, kv_type: KvType = KvType.F16) -> Attention:
-    """With keys of `key` channels, the first `value` of which are values."""
+    """Builds attention with keys of `key` channels, the first `value` of which are values."""
     q, k, out = Buffer("q", heads * key), Buffer("k", key), Buffer("out", heads * value)
     return Attention(q, k, None, out, 1, heads, 1, key, float(np.float32(key**-0.5)), kv_type)
 
 
 def sinks_of(step: Attention) -> Float32:
-    """From far below other scores to above them."""
+    """Returns sinks from far below other scores to above them."""
     return np.linspace(-30, 8, step.heads, dtype=np.float32)
 
 
 def norm_weight(norm: RmsNorm) -> Float32:
-    """Other numbers for other names."""
+    """Draws a norm's weights, seeded by its name."""
     return np.random.default_rng(sum(str(norm.weight).encode())).uniform(0.5, 1.5, norm.width).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Told:
-    """A sequence: queries, keys and values of all its rows side by side, its blocks, and what attention gives."""
+    """A sequence: queries, keys and values of all its rows side by side, its blocks, and the expected attention."""
 
     rows: Float32
     table: tuple[int, ...]
@@ -91,11 +91,11 @@ class Told:
 
 
 HeadStep = RmsNorm | Rope
-"""Of queries or keys in place, before attention."""
+"""A step on queries or keys in place, before attention."""
 
 
 def by_the_cpu(folder: Path, step: Attention, rows: Float32, before: Sequence[HeadStep] = ()) -> Float32:
-    """Attention of one sequence, whole, by the CPU backend, behind other steps."""
+    """Returns attention of one whole sequence by the CPU backend, after the steps `before`."""
     parts = step.reads
     hidden = Buffer("x", sum(part.width for part in parts))
     starts = np.cumsum([0, *(part.width for part in parts)]).tolist()
@@ -134,14 +134,14 @@ def sequences_of(
 
 
 def in_parts(step: Attention, queries: int, rows: int) -> LaunchLimits:
-    """A GPU with just so many multiprocessors that each part of the heads has so many queries, in decode."""
+    """Returns a GPU whose multiprocessors give each part of the heads `queries` queries in decode."""
     parts = step.kv_heads * -(-step.heads // step.kv_heads // queries)
     return replace(LARGE, sms=2 * (rows + UNUSED_ROWS) * parts)
 
 
 class Attender:
-    """One attention step with KV memory on a device. Memory holds NaN at first. `before`: what its kernels do on
-    the way."""
+    """One attention step with KV memory on a device. Memory holds NaN at first. `before`: earlier steps that its
+    kernels include."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class Attender:
         self.launched: set[str] = set()
 
     def run(self, batch: Batch, rows: Float32, *, store_only: bool = False, one_row_each: bool = False) -> Float32:
-        """out [rows, heads * head_dim]. Launches are for some more rows than there are."""
+        """Returns out [rows, heads * head_dim]. Launches are for some more rows than there are."""
         step, put, unused = self.step, self.bench.put, UNUSED_ROWS
         parts = np.split(rows, np.cumsum([part.width for part in step.reads])[:-1], axis=1)
         padded = (np.concatenate([part, np.full((unused, part.shape[1]), np.nan, np.float32)]) for part in parts)
@@ -207,7 +207,7 @@ class Attender:
 
     @property
     def slices(self) -> int:
-        """For how many blocks the last batch's values of few queries were divided."""
+        """The number of blocks into which the last batch's values of few queries were divided."""
         return int(self.bench.get(self.plan, 3, np.int32)[2])
 
     def _rotation(self, rope: Rope, inputs: Inputs, rows: int) -> Rotation:
@@ -218,12 +218,12 @@ class Attender:
         return Rotation(angles.at(), pairs, rope.style)
 
     def fill(self, told: Told, rows: int) -> None:
-        """The sequence's first rows into KV memory."""
+        """Stores the sequence's first rows in KV memory."""
         if rows:
             self.run(batch_of([([0] * rows, range(rows), told.table)]), told.rows[:rows], store_only=True)
 
     def check(self, parts: Sequence[tuple[Told, range]], *, one_row_each: bool = False) -> None:
-        """One batch of rows of some sequences, whose earlier rows are there: the CPU's bits."""
+        """Asserts the CPU's bits for one batch of rows of some sequences whose earlier rows are stored."""
         batch = windowed(batch_of([([0] * len(r), r, told.table) for told, r in parts]), parts, self.step)
         rows = np.concatenate([told.rows[r.start : r.stop] for told, r in parts])
         wanted = np.concatenate([told.wanted[r.start : r.stop] for told, r in parts])
@@ -234,7 +234,7 @@ class Attender:
 
 
 def windowed(batch: Batch, parts: Sequence[tuple[Told, range]], step: Attention) -> Batch:
-    """With -1 for blocks that no row sees any more."""
+    """Returns the batch with -1 for blocks that no row sees any more."""
     if step.window is None:
         return batch
     tables = []

@@ -33,12 +33,12 @@ def cache_plan(model: Model, limits: StageLimits = LIMITS) -> CachePlan:
 
 
 def expert_count(model: Model) -> int:
-    """Of all layers."""
+    """Returns the number of experts in all layers."""
     return sum(step.experts for step in cache_plan(model).mixtures)
 
 
 def bytes_for(model: Model, experts: int, limits: StageLimits = LIMITS) -> int:
-    """The fewest bytes with room for so many experts."""
+    """Returns the fewest bytes with room for `experts` experts."""
     plan = cache_plan(model, limits)
     few, enough = 0, plan.n_bytes + (experts + len(plan.pools) + 1) * max(p.layout.pool_bytes(1) for p in plan.pools)
     while few < enough:
@@ -53,7 +53,7 @@ def bytes_for(model: Model, experts: int, limits: StageLimits = LIMITS) -> int:
 def load_cached(
     cuda: CudaBackend, experts: ExpertsBackend, model: Model, n_bytes: int, limits: StageLimits = LIMITS
 ) -> SplitExpertsStage:
-    """All layers with their experts in RAM, and a cache in so many bytes."""
+    """Loads all layers with their experts in RAM, and a cache in `n_bytes`."""
     backend = SplitExpertsBackend(cuda, experts, range(model.layer_count), n_bytes)
     stage = load_stage(backend, model, limits=limits)
     assert isinstance(stage, SplitExpertsStage)
@@ -67,8 +67,8 @@ def cache_of(stage: SplitExpertsStage) -> CudaExpertsCache:
 
 @dataclass(frozen=True, slots=True)
 class SlowCopies:
-    """`copy_in_background` of a shim whose memory holds nothing but ones until the copy is waited for. A GPU takes its
-    time by itself, and its uploads would disturb a capture of another thread."""
+    """`copy_in_background` of a shim, whose memory holds only ones until the copy is waited for. A GPU takes its time
+    by itself, and its uploads would disturb a capture of another thread."""
 
     device: Device
 

@@ -1,4 +1,4 @@
-"""The CUDA compilers of this machine, for tests that compile what no card here could run."""
+"""The CUDA compilers of this machine, for tests that compile kernels which no GPU here could run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NONE = "no CUDA compiler: neither NVRTC (make cuda-matrix installs it) nor nvcc"
 
 @dataclass(frozen=True, slots=True)
 class ByNvrtc:
-    """What compiles the kernels for users."""
+    """NVRTC, which compiles the kernels for users."""
 
     nvrtc: Nvrtc
     quick: ClassVar[tuple[str, ...]] = ()
@@ -44,8 +44,8 @@ class ByNvrtc:
 
 @dataclass(frozen=True, slots=True)
 class ByNvcc:
-    """The toolkit's, which has the same back end. `quick`: options of a PTX that only has to be there, `quick_binary`
-    of such machine code, which takes half the time."""
+    """The toolkit's compiler, which has the same back end. `quick`: options of a PTX that only has to exist,
+    `quick_binary` of such machine code, which takes half the time."""
 
     nvcc: str
     quick: ClassVar[tuple[str, ...]] = ("-Xcicc", "-O0")
@@ -73,7 +73,7 @@ class ByNvcc:
 
 
 def find_compiler() -> ByNvrtc | ByNvcc | None:
-    """NVRTC if it is there, else nvcc."""
+    """Returns NVRTC if it is installed, else nvcc."""
     try:
         return ByNvrtc(open_nvrtc())
     except (ImportError, UsageError):
@@ -85,13 +85,13 @@ def find_compiler() -> ByNvrtc | ByNvcc | None:
 
 
 def find_nvrtc(major: int) -> ByNvrtc | None:
-    """That of CUDA `major`, beside which another one may be installed."""
+    """Returns the NVRTC of CUDA `major`, beside which another one may be installed."""
     path = _libraries().get(major)
     return None if path is None else ByNvrtc(Nvrtc(str(path)))
 
 
 def _libraries() -> dict[int, Path]:
-    """NVRTCs of Python packages by their major versions."""
+    """Returns NVRTCs of Python packages by their major versions."""
     packages = Path(sysconfig.get_path("purelib")) / "nvidia"
     found = (path for path in packages.glob("*/lib/libnvrtc.so.*") if path.suffix[1:].isdigit())
     return {int(path.suffix[1:]): path for path in found}

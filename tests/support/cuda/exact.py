@@ -1,4 +1,4 @@
-"""What a GPU's results are compared with: the CPU backend's, bit for bit."""
+"""Results of the CPU backend, with which a GPU's are compared bit for bit."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ LIMITS = StageLimits(max_batch_tokens=64, max_outputs=64, max_sequences=8, max_c
 
 
 def random_source() -> np.random.Generator:
-    """Another one in each run; its seed is printed."""
+    """Returns a generator with another seed in each run, and prints the seed."""
     seed = np.random.SeedSequence().entropy
     print("seed", seed)
     return np.random.default_rng(seed)
 
 
 def awkward(source: np.random.Generator, rows: int, width: int) -> Float32:
-    """Rows of ordinary numbers, of all magnitudes, of subnormal ones, with zeros, with infinities and NaN; again."""
+    """Returns rows, in turn, of ordinary numbers, all magnitudes, subnormal ones, zeros, and infinities and NaN."""
     x = source.standard_normal((rows, width), np.float32)
     signs = np.where(source.random((rows, width)) < 0.5, -1, 1)
     x[1::5] = (signs * 10.0 ** source.uniform(-38, 18, x.shape))[1::5]
@@ -46,7 +46,7 @@ def awkward(source: np.random.Generator, rows: int, width: int) -> Float32:
 
 
 def same_bits(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> None:
-    """NaN are all the same; both zeros are not."""
+    """Asserts equal bits, with all NaN equal and the two zeros different."""
     assert found.shape == wanted.shape
     np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
     np.testing.assert_array_equal(_bits(found), _bits(wanted))
@@ -63,7 +63,7 @@ def on_cpu(
     hidden: Float32 | None,
     context_tokens: int = LIMITS.max_context_tokens,
 ) -> Float32:
-    """What the CPU backend makes of it."""
+    """Returns the CPU backend's result of a program."""
     limits = replace(LIMITS, max_context_tokens=context_tokens)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.gguf"

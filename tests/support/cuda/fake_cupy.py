@@ -1,4 +1,4 @@
-"""As much of CuPy as the device uses, over the host's memory: kernels are only noted, work on a stream waits for it."""
+"""The part of CuPy that the device uses, in host memory: kernels are only noted, work on a stream waits for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Work = Callable[[], None]
 
 @dataclass
 class FakeStream:
-    """Work is done when it is waited for."""
+    """A stream whose work is done when it is waited for."""
 
     queue: list[Work] = field(default_factory=list)
     captured: list[Work] | None = None
@@ -73,7 +73,7 @@ class FakeEvent:
 
 @dataclass
 class FakeRuntime:
-    """Cards by their compute capability; `status` is what everything answers that asks for them."""
+    """GPUs by their compute capability; a `status` other than 0 is raised as an error when they are counted."""
 
     gpus: tuple[tuple[int, int], ...] = ((8, 6), (9, 0))
     status: int = 0
@@ -176,8 +176,8 @@ class FakeNvrtc:
 
 
 class FakeCupy(SimpleNamespace):
-    """The module; `launches` are those that were done, `loaded` the binaries, out of `files`; `kernels` are
-    functions of these, with `static_bytes` of shared memory."""
+    """The module. `launches` are those that were done, `loaded` the binaries from `files`, and `kernels` their
+    functions, with `static_bytes` of shared memory."""
 
     def __init__(self, runtime: FakeRuntime | None = None, version: str = "14.2.0") -> None:
         self.runtime = runtime or FakeRuntime()

@@ -1,4 +1,4 @@
-"""Single kernels on arrays: what tests of kernels are written with."""
+"""Runs of single kernels on arrays, for tests of kernels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Bench:
             buffer.close()
 
     def room(self, n_bytes: int) -> Buffer:
-        """Memory that holds anything."""
+        """Allocates uninitialized memory."""
         self._buffers.append(self.device.allocate(n_bytes))
         return self._buffers[-1]
 
@@ -40,7 +40,7 @@ class Bench:
         return buffer
 
     def get(self, buffer: Buffer, shape: Size, dtype: type[Any] = np.float32) -> NDArray[Any]:
-        """What stands in the buffer, from its begin."""
+        """Returns the values from the beginning of the buffer."""
         values: NDArray[Any] = np.empty(shape, dtype)
         self.device.copy_out(values.reshape(-1).view(np.uint8), buffer, 0)
         self.device.synchronize()
@@ -49,7 +49,7 @@ class Bench:
     def run(
         self, kernel: str, grid: Size, block: Size, *args: Buffer | Scalar | int | float, shared_bytes: int = 0
     ) -> None:
-        """Integers become int32 and floats float32."""
+        """Launches a kernel; integers become int32 and floats float32."""
         given = tuple(_scalar(one) for one in args)
         self.device.launch(Launch(kernel, _three(grid), _three(block), given, shared_bytes))
 

@@ -20,12 +20,12 @@ ROWS, BUCKET = 11, 16
 
 
 def rows_of(bench: Bench) -> DeviceBuffer:
-    """How many rows of the bucket are there; buffers end after them."""
+    """Puts the number of real rows in the bucket on the device; buffers end after them."""
     return bench.put(np.array([ROWS], np.int32))
 
 
 def two_parts(width: int, step: Callable[[Buffer, Buffer], Step], x: Float32) -> Float32:
-    """What the CPU makes of both halves of x."""
+    """Returns the CPU's result of a step on both halves of x."""
     hidden, a, b = Buffer("x", 2 * width), Buffer("a", width), Buffer("b", width)
     program = program_of(hidden, b, Slice(hidden, a, 0), Slice(hidden, b, width), step(a, b))
     return on_cpu(program, {}, rows_at(range(ROWS)), x)

@@ -1,4 +1,4 @@
-"""A GPU that is none: kernels run on the CPU, and whatever they do wrong is an error of the launch."""
+"""A substitute for a GPU: kernels run on the CPU, and whatever they do wrong is an error of the launch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Kernel:
 
 @dataclass(eq=False, slots=True)
 class ShimBuffer:
-    """Of the host's memory, with gaps before and after it."""
+    """A buffer in host memory, with gaps before and after it."""
 
     device: ShimDevice
     address: int
@@ -64,12 +64,12 @@ class ShimGraph:
 
 class ShimEvent:
     def synchronize(self) -> None:
-        """Everything is done at once."""
+        """Does nothing, since everything is done at once."""
 
 
 @dataclass(eq=False)
 class ShimDevice:
-    """See `runtime.device.Device`. KernelError where a GPU would report an error or compute a wrong number."""
+    """A `runtime.device.Device` that raises KernelError where a GPU would report an error or compute a wrong number."""
 
     library: Path
     memory_bytes: int = 1 << 30
@@ -141,7 +141,7 @@ class ShimDevice:
         self._do(lambda: np.copyto(place, pinned))
 
     def copy_in_background(self, buffer: Buffer, parts: Iterable[tuple[int, Bytes]]) -> ShimEvent:
-        """Also while a graph is captured, which it is no part of."""
+        """Copies at once, even while a graph is captured, which does not include the copy."""
         for offset_bytes, pinned in parts:
             np.copyto(_view(buffer, offset_bytes, pinned.nbytes), pinned)
         return ShimEvent()

@@ -42,7 +42,7 @@ Open = Callable[[str], Model]
 
 @dataclass(frozen=True, slots=True)
 class Free:
-    """What was free of a device. A real one's driver takes some as well: there nothing is told apart."""
+    """The memory that was free on a device. A real one's driver takes some as well, so `taken` is 0 there."""
 
     device: Device
     n_bytes: int

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Behaviour:
-    """What the server does. `drop_after` ends a connection after so many bytes of a body, `drops` times."""
+    """The server's behaviour. `drop_after` ends a connection after so many bytes of a body, `drops` times."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     drop_after: int = 0
@@ -71,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _drip(self) -> None:
-        """Header lines, until the other side has enough of them."""
+        """Sends header lines until the other side closes the connection."""
         self.close_connection = True
         self.wfile.write(b"HTTP/1.1 200 OK\r\n")
         while True:

@@ -10,7 +10,7 @@ COMMIT = "c" * 40
 
 
 def offer(hub: Server, store: Server, repository: str, file: str, content: bytes, digest: str | None = None) -> None:
-    """As the hub does with large files: the answer tells size and SHA-256, the bytes are elsewhere."""
+    """Offers a large file as the hub does: the answer tells size and SHA-256, the bytes are on another server."""
     sha256 = digest or hashlib.sha256(content).hexdigest()
     store.does.files[f"/lfs/{sha256}"] = content
     said = {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(content)), "X-Repo-Commit": COMMIT}

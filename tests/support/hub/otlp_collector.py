@@ -37,7 +37,7 @@ def _value(value: AnyValue) -> Any:
 
 @dataclass
 class OtlpCollector:
-    """What it got. `statuses`: of the next replies, 200 after them; replies wait for `gate`."""
+    """The data that a collector got. `statuses`: of the next replies, 200 after them; replies wait for `gate`."""
 
     url: str = ""
     spans: list[Span] = field(default_factory=list)
@@ -49,7 +49,7 @@ class OtlpCollector:
     gate: Event = field(default_factory=Event)
 
     def take(self, path: str, headers: Mapping[str, str], body: bytes) -> int:
-        """The status of the reply."""
+        """Takes a request and returns the status of the reply."""
         self.paths.append(path)
         self.headers.append(headers)
         self.gate.wait()
@@ -70,7 +70,7 @@ class OtlpCollector:
                 self.metrics += [metric for scope in metrics.scope_metrics for metric in scope.metrics]
 
     def named(self, beginning: str) -> list[Span]:
-        """Spans whose names begin so, in the order of their starts."""
+        """Returns spans whose names begin with `beginning`, in the order of their starts."""
         found = (span for span in list(self.spans) if span.name.startswith(beginning))
         return sorted(found, key=lambda span: span.start_time_unix_nano)
 
@@ -79,7 +79,7 @@ class OtlpCollector:
         return sorted(found, key=lambda span: span.start_time_unix_nano)
 
     def metric(self, name: str) -> Metric:
-        """As it was sent last."""
+        """Returns a metric as it was sent last."""
         return [metric for metric in self.metrics if metric.name == name][-1]
 
 

@@ -26,12 +26,12 @@ NAMESPACE = "models"
 IMAGE = {"image": {"repository": "registry.example/llamaclust"}}
 Manifest = dict[str, Any]
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""libyaml's, where PyYAML has it, takes a tenth of the time."""
+"""The loader of libyaml, if PyYAML has it, which takes a tenth of the time."""
 
 
 @cache
 def helm_binary() -> str:
-    """The one that `make` put into the environment, or the system's; the test is skipped without."""
+    """Returns the helm that `make` put into the environment, or the system's; skips the test if there is none."""
     own = Path(sys.executable).parent / "helm"
     found = str(own) if own.is_file() else shutil.which("helm")
     if found is None:
@@ -41,26 +41,26 @@ def helm_binary() -> str:
 
 @cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
-    """Goes with this process."""
+    """Creates a folder that is removed with this process."""
     return tempfile.TemporaryDirectory(prefix="helm-home-")
 
 
 def _home() -> dict[str, str]:
-    """A helm of our own knows nothing of the user's clusters and plugins."""
+    """Returns variables that hide the user's clusters and plugins from helm."""
     names = ("HOME", "HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME")
     folder = _folder().name
     return dict.fromkeys(names, folder) | {"KUBECONFIG": f"{folder}/none", "PATH": os.environ["PATH"]}
 
 
 def with_image(values: Mapping[str, Any]) -> dict[str, Any]:
-    """With the only value that has no default."""
+    """Adds the only value that has no default."""
     return {**values, "image": {**IMAGE["image"], **values.get("image", {})}}
 
 
 def helm(
     *arguments: str, values: Mapping[str, Any] | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """One helm command; `values` come as a file on its standard input."""
+    """Runs one helm command; `values` come as a file on its standard input."""
     return subprocess.run(
         [helm_binary(), *arguments, "-f", "-"],
         input=yaml.safe_dump(with_image(values or {})),
@@ -73,28 +73,28 @@ def helm(
 
 
 def render(values: Mapping[str, Any] | None = None, *options: str) -> tuple[Manifest, ...]:
-    """All objects for some values, the caller's to change."""
+    """Returns all objects for some values; the caller may change them."""
     found: tuple[Manifest, ...] = pickle.loads(_rendered(json.dumps(values or {}), options))
     return found
 
 
 @cache
 def _rendered(values: str, options: tuple[str, ...]) -> bytes:
-    """Many tests ask for the same."""
+    """Renders once what many tests ask for."""
     done = helm("template", RELEASE, str(CHART), "--namespace", NAMESPACE, *options, values=json.loads(values))
     assert done.returncode == 0, done.stderr
     return pickle.dumps(tuple(one for one in yaml.load_all(done.stdout, _LOADER) if one))
 
 
 def refusal(values: Mapping[str, Any]) -> str:
-    """What helm says to values that it refuses."""
+    """Returns the error of helm for values that it refuses."""
     done = helm("template", RELEASE, str(CHART), values=values)
     assert done.returncode != 0, f"accepted: {values}"
     return done.stderr
 
 
 def one(manifests: Sequence[Manifest], kind: str, component: str | None = None) -> Manifest:
-    """The object of a kind; of some, the one with that component label."""
+    """Returns the only object of a kind, or of a kind and component label."""
     found = [
         each
         for each in manifests
@@ -113,7 +113,7 @@ def named(manifests: Sequence[Manifest], kind: str, name: str) -> Manifest:
 
 @dataclass(frozen=True, slots=True)
 class PodTemplate:
-    """What pods are made from, wherever it stands."""
+    """The template that pods are made from, in any kind of object."""
 
     owner: str  # kind and name
     labels: dict[str, str]
@@ -260,4 +260,4 @@ MATRIX: dict[str, Mapping[str, Any]] = {
         }
     },
 }
-"""Values, and what they are there for."""
+"""Values of the chart by the case that they cover."""

@@ -1,4 +1,4 @@
-"""As much of a Kubernetes API server as the chart's Job asks: Secrets are read and created."""
+"""The part of a Kubernetes API server that the chart's Job uses: Secrets are read and created."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class FakeApi(ThreadingHTTPServer):
         return {key: base64.b64decode(value).decode() for key, value in self.secrets[name]["data"].items()}
 
     def make_secrets(self, manifests: Sequence[Manifest], folder: Path) -> str:
-        """Runs the chart's Job against this server; what it printed."""
+        """Runs the chart's Job against this server and returns its output."""
         spec = one(manifests, "Job", "secrets")["spec"]["template"]["spec"]
         pod = LocalPod("secrets", "127.0.0.1", spec, (*manifests, _ROOT_CA), folder, {})
         (pod.volume("account") / "token").write_text(_ACCOUNT)

@@ -1,4 +1,4 @@
-"""As much of a Kubernetes API server as a lock needs: one Lease, read and replaced under its resourceVersion."""
+"""The part of a Kubernetes API server that a lock needs: one Lease, read and replaced under its resourceVersion."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LeaseApi(ThreadingHTTPServer):
         return str((self.spec or {}).get("holderIdentity", ""))
 
     def change(self, **fields: Any) -> None:
-        """As another client does."""
+        """Changes the Lease as another client does."""
         with self.changing:
             self.spec = (self.spec or {}) | fields
             self.version += 1
@@ -96,7 +96,7 @@ def lease_api() -> Iterator[LeaseApi]:
 
 
 def lease_values(server: LeaseApi, folder: Path, duration: str) -> dict[str, Any]:
-    """`lease` of a cluster file."""
+    """Returns the value of `lease` in a cluster file."""
     account = folder / "account"
     account.mkdir(exist_ok=True)
     (account / "token").write_text(f"{TOKEN}\n")

@@ -1,4 +1,4 @@
-"""Pods of rendered manifests as processes of this machine: what a kubelet makes of commands, volumes and probes.
+"""Pods of rendered manifests as processes of this machine, with commands, volumes and probes as a kubelet reads them.
 
 Each pod has a loopback address of its own, and a folder for each volume that paths of the manifests are mapped to.
 """
@@ -77,7 +77,7 @@ class LocalPod:
                     (folder / name).write_text(self.mapped(text, self.main))
 
     def mapped(self, text: str, container: Manifest) -> str:
-        """Paths below mounts as they are here, Services by address; in one pass: results look like what is sought."""
+        """Maps paths below mounts, and Services, to local ones, in one pass each, since results may match again."""
         places = {mount["mountPath"]: str(self.folder / mount["name"]) for mount in container["volumeMounts"]}
         paths = "|".join(re.escape(path) for path in sorted(places, key=len, reverse=True))
         text = re.sub(rf"(?<![\w/.-])({paths})(?![\w-])", lambda found: places[found[1]], text)
@@ -103,7 +103,7 @@ class LocalPod:
         return fields[source["fieldRef"]["fieldPath"]]
 
     def command(self, container: Manifest) -> list[str]:
-        """As the kubelet would run it: variables put in, those that are not there left as they stand."""
+        """Returns the command that the kubelet would run, with known variables put in and others left unchanged."""
         variables = self.environment(container)
         words = [*container["command"], *container.get("args", ())]
         put_in = [re.sub(r"\$\((\w+)\)", lambda found: variables.get(found[1], found[0]), word) for word in words]
@@ -114,7 +114,7 @@ class LocalPod:
             self.run(container)
 
     def run(self, container: Manifest) -> str:
-        """A container to its end, which must be a good one; what it printed."""
+        """Runs a container to its end, asserts that it succeeds, and returns its output."""
         command, variables = self.command(container), self.environment(container)
         done = subprocess.run(command, capture_output=True, text=True, timeout=_INIT_S, check=False, env=variables)
         assert done.returncode == 0, f"{self.name}/{container['name']}: {done.stderr}"
@@ -127,7 +127,7 @@ class LocalPod:
             )
 
     def probe(self, kind: str) -> bool:
-        """Whether a probe of its container succeeds now."""
+        """Tells whether a probe of its container succeeds now."""
         probe = self.main[kind]
         (where,) = (key for key in ("httpGet", "tcpSocket", "exec") if key in probe)
         if where == "exec":
@@ -146,7 +146,7 @@ class LocalPod:
         return True
 
     def stop(self) -> int:
-        """As when it is deleted; its exit code."""
+        """Stops the pod as if it was deleted, and returns its exit code."""
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)

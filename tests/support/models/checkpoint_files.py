@@ -33,7 +33,7 @@ _SAFE_TYPES = {
     "int32": "I32",
 }
 _BYTES = ("_blocks", "_scales")
-"""Tensors whose uint8 are bytes, as gpt-oss has them; others are floats of eight bits."""
+"""Suffixes of tensors whose uint8 are bytes, as in gpt-oss; others are floats of eight bits."""
 _TORCH_TYPES = {
     "float64": "DoubleStorage",
     "float32": "FloatStorage",
@@ -45,7 +45,7 @@ _TORCH_TYPES = {
 
 
 def stored_as(values: NDArray[np.float32], kind: str) -> NDArray[Any]:
-    """float32 as f32, f16 or bf16 (the latter as uint16)."""
+    """Converts float32 to f32, f16 or bf16 (the latter as uint16)."""
     if kind != "bf16":
         return values.astype({"f32": np.float32, "f16": np.float16}[kind])
     data = encoded(values, Storage.F32, QuantType.BF16, "x")
@@ -68,7 +68,7 @@ def safetensors_bytes(tensors: Arrays) -> bytes:
 def write_hugging_face(
     folder: Path, config: Mapping[str, Any], tensors: Arrays, *, shards: int = 1, torch: bool = False
 ) -> Path:
-    """config.json and weights, in `shards` files with an index where they are several."""
+    """Writes config.json and weights, in `shards` files with an index if they are several."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     stem, suffix = ("pytorch_model", "bin") if torch else ("model", "safetensors")
@@ -93,7 +93,7 @@ class _Storage:
 
 
 class _Pickler(pickle._Pickler):
-    """As torch.save does it; what PyTorch would be is made up here."""
+    """Pickles as torch.save does, with made-up classes in place of PyTorch's."""
 
     def persistent_id(self, value: Any) -> Any:
         if isinstance(value, _Storage):
@@ -134,7 +134,7 @@ def _pretended_torch() -> Iterator[None]:
 
 
 def write_torch(path: Path, tensors: Arrays, *, compression: int = zipfile.ZIP_STORED) -> None:
-    """A state dict as torch.save writes it. An array with columns in order (`order="F"`) stays a view so."""
+    """Writes a state dict as torch.save does. An array with columns in order (`order="F"`) stays such a view."""
     members: dict[str, bytes] = {}
     state: OrderedDict[str, Any] = OrderedDict()
     for number, (name, values) in enumerate(tensors.items()):

@@ -26,14 +26,14 @@ from support.models.tiny_architectures import VOCABULARY
 from support.models.tiny_tokenizers import tokenizer_json
 
 EXACT = 5e-7
-"""Without rounding of keys and values; the recordings' own is 6e-8, and Falcon's GELU by tanh instead of erf 2e-7."""
+"""The largest error without rounding of keys and values; the recordings' is 6e-8, that of Falcon's tanh GELU 2e-7."""
 
 
 ROUNDED = 1e-5
-"""With keys and values in float16."""
+"""The largest error with keys and values in float16."""
 EIGHT_BITS = 5e-3
-"""With activations of eight bits too, which the CPU's products with blocks of MXFP4 have; of the median, since another
-expert may be chosen where two are close."""
+"""The largest median error with activations of eight bits too, as in the CPU's products with blocks of MXFP4; the
+median, since another expert may be chosen if two are close."""
 
 
 class WholeRows(kv._HalfRows):
@@ -82,8 +82,8 @@ def errors(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> NDArray[n
 def assert_close(
     model: Model, name: str, tokens: list[int], wanted: NDArray[np.float32], *, may_be_tied: bool = False
 ) -> None:
-    """On the CPU and by the reference; then by the reference without what float16 takes away. `may_be_tied`: rounding
-    may choose another expert for some of the tokens."""
+    """Asserts close logits on the CPU and by the reference, then by the reference without rounding to float16.
+    `may_be_tied`: rounding may choose another expert for some of the tokens."""
     rounded = np.median if may_be_tied else np.max
     for backend in (ReferenceBackend(), all_threads(1)):
         found = errors(logits(backend, model, name, tokens), wanted)

@@ -28,7 +28,7 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "overlap": (gguf([], [tensor("x", [16]), tensor("y", [16], F32, 32)], bytes(96)), "overlaps tensor 'x'"),
     "quant type": (gguf([], [tensor("x", [32], 4)], bytes(64)), "unknown quant type 4"),
 }
-"""Content, and what the error says. They are refused by everything that opens a model."""
+"""Contents of files that everything which opens a model refuses, each with a part of the error."""
 
 
 def tiny(path: Path, **options: object) -> Path:
@@ -37,7 +37,7 @@ def tiny(path: Path, **options: object) -> Path:
 
 
 def damaged_files(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
-    """Files that are refused by everything that opens a model, each with what the error says."""
+    """Writes files that everything which opens a model refuses, and returns each with a part of the error."""
     data = good.read_bytes()
     found = {name: (content, says) for name, (content, says) in HEADERS.items()}
     found["data cut short"] = data[: len(data) // 2], "the file is incomplete"
@@ -51,7 +51,7 @@ def damaged_files(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
 
 
 def _no_files(folder: Path) -> dict[str, tuple[Path, str]]:
-    """What has a name and cannot be read as a file; a pipe must not be waited for."""
+    """Creates paths that cannot be read as files; a pipe must not be waited for."""
     paths = {name: folder / f"{name}.gguf" for name in ("missing", "folder", "pipe", "loop of links")}
     paths["folder"].mkdir()
     os.mkfifo(paths["pipe"])
@@ -60,7 +60,7 @@ def _no_files(folder: Path) -> dict[str, tuple[Path, str]]:
 
 
 def _split_files(folder: Path) -> dict[str, tuple[Path, str]]:
-    """First parts of two whose second part is missing, or is the first one again."""
+    """Writes first parts of two whose second part is missing, or is the first one again."""
     keys = [("split.no", 0), ("split.count", 2), ("split.tensors.count", 2)]
     content = gguf([number(*pair) for pair in keys], [tensor("x", [16])], bytes(64))
     first, missing = _parts(folder, "missing")
@@ -76,7 +76,7 @@ def _parts(folder: Path, name: str) -> tuple[Path, Path]:
 
 
 def unusable_files(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
-    """Sound files of models that cannot be run here, each with what the error says."""
+    """Writes sound files of models that cannot be run here, and returns each with a part of the error."""
     wrong: dict[str, tuple[dict[str, WritableValue], str]] = {
         "architecture": ({"general.architecture": "martian"}, "martian"),
         "layers as text": ({"llama.block_count": "four"}, "llama.block_count"),
@@ -94,7 +94,7 @@ def unusable_files(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
 
 
 def retyped(good: Path, path: Path, kind: QuantType, vectors: bool) -> Path:
-    """The model with all matrices, or all vectors, of zeros of another type."""
+    """Writes the model with zeros of another type in all matrices, or in all vectors."""
     model = open_model(good)
     sources = []
     for one in model.tensors.values():
@@ -108,7 +108,7 @@ def retyped(good: Path, path: Path, kind: QuantType, vectors: bool) -> Path:
 
 
 def slow_to_load(path: Path, experts: int = 1024) -> Path:
-    """A model whose weights are mostly holes in the file, which cost nothing to make and a while to load."""
+    """Writes a model whose weights are mostly holes in the file, which cost nothing to make and a while to load."""
     few = open_model(tiny(path.with_suffix(".small.gguf"), experts=4, ffn=256))
     metadata = dict(few.metadata) | {"llama.expert_count": experts, "general.alignment": 1}
     write_gguf(path, metadata, [])

@@ -359,11 +359,11 @@ def packed_form(config: dict[str, Any], shapes: Shapes) -> tuple[dict[str, Any],
 
 
 def recorded_form(name: str) -> tuple[dict[str, Any], Shapes]:
-    """What transformers wrote of one of MODELS: its configuration, and the shapes of its tensors by name."""
+    """Returns what transformers wrote of one of MODELS: its configuration, and the shapes of its tensors by name."""
     said = json.loads((DATA_FOLDER / f"{name}.json").read_text())
     return said["config"], {tensor: tuple(shape) for tensor, shape in said["tensors"].items()}
 
 
 def recorded_logits(name: str) -> NDArray[np.float32]:
-    """[tokens, vocabulary]"""
+    """Returns logits [tokens, vocabulary]."""
     return np.fromfile(DATA_FOLDER / f"{name}.f16", "<f2").astype(np.float32).reshape(len(TOKENS), VOCABULARY)

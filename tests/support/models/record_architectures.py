@@ -40,7 +40,7 @@ LONG = "llama4-long"
 
 
 def logits_of(path: Path, context: int) -> NDArray[np.float32]:
-    """Of a prefill and of decode steps, keys and values in float32."""
+    """Returns logits of a prefill and of decode steps, with keys and values in float32."""
     command = [os.environ["RECORD_LOGITS"], str(path), str(context), str(len(TOKENS))]
     tokens = " ".join(map(str, (*TOKENS, *DECODED_TOKENS))).encode()
     answer = subprocess.run(command, input=tokens, stdout=subprocess.PIPE, check=True).stdout
@@ -48,7 +48,7 @@ def logits_of(path: Path, context: int) -> NDArray[np.float32]:
 
 
 def record(path: Path, context: int) -> tuple[bytes, bytes, bytes]:
-    """Logits of a prefill, of decode steps, and of both in Q8_0."""
+    """Returns logits of a prefill, of decode steps, and of both in Q8_0."""
     both = logits_of(path, context)
     logits, decoded = both[: len(TOKENS)], both[len(TOKENS) :, ::DECODED_STRIDE].astype("<f2")
     assert logits.std() > 0.1 and np.isfinite(decoded).all() and decoded.std() > 0.1
@@ -57,7 +57,7 @@ def record(path: Path, context: int) -> tuple[bytes, bytes, bytes]:
 
 
 def record_long(path: Path) -> bytes:
-    """Every fourth logit of the last of so many steps, float16: a batch of llama.cpp has 2048 tokens at most."""
+    """Returns every fourth logit of the last steps in float16; a batch of llama.cpp has 2048 tokens at most."""
     command = [os.environ["RECORD_LOGITS"], str(path), str(LONG_LLAMA4.context), "2000"]
     tokens = " ".join(map(str, LONG_TOKENS)).encode()
     answer = subprocess.run(command, input=tokens, stdout=subprocess.PIPE, check=True).stdout

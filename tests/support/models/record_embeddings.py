@@ -28,7 +28,7 @@ TEXTS = (
 )
 MODELS = (*ENCODERS, "llama", "qwen3", "gemma2", "gpt2")
 POOLINGS = {Pooling.NONE: 0, Pooling.MEAN: 1, Pooling.CLS: 2, Pooling.LAST: 3}
-"""With the numbers that files and llama.cpp have."""
+"""Poolings with their numbers in files and in llama.cpp."""
 
 
 def build(folder: Path, name: str) -> Path:

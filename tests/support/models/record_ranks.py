@@ -25,7 +25,7 @@ _CUT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PATTERNS = {"llama3": _CUT % "{1,3}", "glm4": _CUT % "{1,3}", "qwen": _CUT % ""}
-"""As the programs of these models have them."""
+"""The patterns in the programs of these models."""
 _ONE, _UPPER, _LOWER = r"[^\r\n\p{L}\p{N}]?", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 TEKKEN = (
     rf"{_ONE}{_UPPER}*{_LOWER}+|{_ONE}{_UPPER}+{_LOWER}*|\p{{N}}"
@@ -48,7 +48,7 @@ def trained() -> list[bytes]:
 
 
 def tekken_json(words: list[bytes]) -> str:
-    """In the form of the seventh version; four words are left over."""
+    """Returns a tekken.json in the form of the seventh version whose vocabulary leaves out four words."""
     special = [
         {"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(("<unk>", "<s>", "</s>"))
     ]

@@ -1,5 +1,5 @@
-"""Small models of random weights for every architecture, as `tiny_model` makes them for LLaMA: what is special to each
-of them is there and far from neutral, so that leaving it out is noticed."""
+"""Small models of random weights for every architecture, as `tiny_model` makes them for LLaMA. The features of each are
+present and far from neutral, so that leaving one out is noticed."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from support.models.tiny_tokenizers import byte_level, sentencepiece
 VOCABULARY = 320
 _CONTEXT = 2048
 TOKENS = [1, 5, 9, 300, 33, 65, 100, 3, 7, 11, 277, 90, 2, 64, 127, 31, 260, 270, 280, 290, 19, 1, 150, 200]
-"""What the recorded logits are of."""
+"""The tokens of the recorded logits."""
 DECODED_TOKENS = [3 + 41 * step * step % 317 for step in range(1, 41)]
-"""One after the other behind these, in steps of their own."""
+"""Tokens that follow these one by one, in steps of their own."""
 DECODED_STRIDE = 4
 """Every fourth of their logits is recorded."""
 

@@ -15,9 +15,9 @@ from support.models.tiny_tokenizers import byte_level, sentencepiece, unigrams, 
 HIDDEN, HEADS, FFN, LAYERS, CONTEXT = 64, 4, 96, 3, 1024
 VOCABULARY = 320
 WINDOW = 8
-"""Of encoders with windows: 4 tokens to either side."""
+"""The window of encoders that have one: 4 tokens to either side."""
 EXPERTS = 5
-"""Of nomic-bert-moe's second layer, of which 2 are used."""
+"""The experts of nomic-bert-moe's second layer, of which 2 are used."""
 RANK, CLS = 4, 2
 """Numbers of poolings."""
 RERANKERS = ("bert", "jina-bert-v2", "modern-bert", "qwen3")
@@ -25,7 +25,7 @@ RERANKERS = ("bert", "jina-bert-v2", "modern-bert", "qwen3")
 
 @dataclass(frozen=True, slots=True)
 class TinyEncoder:
-    """Which tensors an architecture has, its tokenizer, and keys without its name."""
+    """The tensors of an architecture, its tokenizer, and keys without its name."""
 
     qkv: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(("attn_q", "attn_k", "attn_v"), HIDDEN))
     biases: tuple[str, ...] = ()  # of which products in a layer
@@ -153,7 +153,7 @@ def _ends(name: str) -> Iterator[RandomTensor]:
 
 
 def _classifier(name: str) -> Iterator[RandomTensor]:
-    """As a reranker's: jina's has one layer, qwen's is two rows of the head."""
+    """Yields a reranker's classifier: jina's has one layer, qwen's is two rows of the head."""
     if name == "qwen3":
         yield RandomTensor("cls.output.weight", (2, HIDDEN), 0.2, exact=True)
         return
@@ -188,7 +188,7 @@ def _layer(name: str, prefix: str) -> Iterator[RandomTensor]:
 
 
 def _inner(name: str, prefix: str) -> Iterator[tuple[str, RandomTensor]]:
-    """Matrices behind attention by their name in the layer."""
+    """Yields the matrices behind attention by their name in the layer."""
     shapes: dict[str, tuple[int, ...]] = {
         "ffn_up": (2 * FFN if name == "modern-bert" else FFN, HIDDEN),
         "ffn_down": (HIDDEN, FFN),

@@ -55,7 +55,7 @@ def sentencepiece(vocabulary: int) -> dict[str, WritableValue]:
 
 
 def spaced_byte_pairs(vocabulary: int) -> dict[str, WritableValue]:
-    """As Gemma 4 has them: control words, a user-defined one, 256 bytes, line ends, then pieces and their merges."""
+    """Builds Gemma 4's vocabulary: control words, a user-defined one, 256 bytes, line ends, pieces and their merges."""
     special = {"<pad>": 3, "<eos>": 3, "<bos>": 3, "<unk>": 2, "<turn|>": 3, "<|tool>": 4}
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     first = len(special) + len(byte_tokens)
@@ -96,7 +96,7 @@ def word_pieces(vocabulary: int) -> dict[str, WritableValue]:
 
 
 def unigrams(vocabulary: int) -> dict[str, WritableValue]:
-    """As XLM-RoBERTa's: `<s>`, `<pad>`, `</s>`, `<unk>`, letters, then pieces of words; short ones are rare."""
+    """Builds XLM-RoBERTa's vocabulary: `<s>`, `<pad>`, `</s>`, `<unk>`, letters, word pieces; short ones are rare."""
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     letters = ["▁", *"etaoinshrdlucmfwgypbvkjqxzTNAW", ",", ".", "!", "?"]
     pieces = [piece for piece in _pieces("▁") if len(piece) > 1]
@@ -152,7 +152,7 @@ def byte_letters() -> list[str]:
 
 
 def _filled(pieces: list[str], count: int) -> list[str]:
-    """The first `count` pieces, with words that no text reaches where there are too few."""
+    """Returns the first `count` pieces, filled up with words that no text reaches."""
     return [*pieces, *(f"[unused{number}]" for number in range(count - len(pieces)))][:count]
 
 

@@ -1,7 +1,7 @@
 """A network in a box: hosts that are namespaces of this machine, on one switch, with cables as a test wants them.
 
-Needs root, iproute2 and iptables. Nothing of it is in the machine's own network, and nothing stays: not after a test
-that fails, not after a process that is killed.
+Needs root, iproute2 and iptables. It leaves the machine's own network alone, and nothing stays, even
+after a test that fails or a process that is killed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TERM_S = 5.0  # from SIGTERM to SIGKILL
 
 
 def missing() -> str | None:
-    """What this machine lacks for a box, in a line."""
+    """Returns in a line what this machine lacks for a box, or None."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     packages = sorted({package for tool, package in _TOOLS.items() if shutil.which(tool) is None})
@@ -53,15 +53,15 @@ class Host:
 
     @property
     def prefix(self) -> tuple[str, ...]:
-        """Words before a command that has to run on this host; it keeps the process's number."""
+        """The words before a command that has to run on this host; they keep the process's number."""
         return ("ip", "netns", "exec", self.namespace)
 
     def command(self, *command: str) -> str:
-        """A command's output, inside."""
+        """Runs a command on this host and returns its output."""
         return run(*self.prefix, *command)
 
     def call(self, function: Callable[[], T]) -> T:
-        """What the function returns in a thread of its own inside; sockets that it opens stay there."""
+        """Runs a function in a thread on this host and returns its result; sockets that it opens stay there."""
         return inside(self.namespace, function)
 
     def listen(self, port: int) -> socket.socket:
@@ -114,7 +114,7 @@ class Box:
     # -- links ---------------------------------------------------------------------------------------------------------
 
     def set_link(self, link: Link, *names: str) -> None:
-        """Of these hosts, or of all, from now on: connections stay."""
+        """Sets the links of these hosts, or of all, from now on; connections stay."""
         assert self._delays or link.delay_s == 0, "a box that is to delay has to know it: Box(..., delays=True)"
         for name in names or self.hosts:
             host, before = self.hosts[name], self._links[name]
@@ -131,19 +131,19 @@ class Box:
             self._links[name] = link
 
     def black_hole(self, source: str, target: str) -> None:
-        """What `source` sends does not reach `target`, and neither is told; the other way is as before."""
+        """Drops what `source` sends to `target` without telling either; the other way is as before."""
         self._filter(target, drop_rule(self.hosts[source].address))
 
     def refuse(self, source: str, target: str) -> None:
-        """Connections of `source` to `target` are reset, those that are there and new ones."""
+        """Resets connections of `source` to `target`, existing and new ones."""
         self._filter(target, refuse_rule(self.hosts[source].address))
 
     def close_port(self, target: str, port: int, *, refuses: bool = False) -> None:
-        """As a firewall on the host does: packets to this port are dropped, or connections to it reset."""
+        """Drops packets to this port, or resets connections to it, as a firewall on the host does."""
         self._filter(target, port_rule(port, refuses=refuses))
 
     def filtered(self, target: str) -> int:
-        """Packets that the host's rules have met."""
+        """Counts the packets that the host's rules have met."""
         lines = self.hosts[target].command("iptables", "-w", "-nvxL", "INPUT").splitlines()[2:]
         return sum(int(line.split()[0]) for line in lines)
 
@@ -153,24 +153,24 @@ class Box:
             self._filters.add((target, *rule))
 
     def unplug(self, name: str) -> None:
-        """The host's network device is down: it neither receives nor sends."""
+        """Takes the host's network device down: it neither receives nor sends."""
         run("ip", "-n", self.hosts[name].namespace, "link", "set", "eth0", "down")
 
     def plug(self, name: str) -> None:
         run("ip", "-n", self.hosts[name].namespace, "link", "set", "eth0", "up")
 
     def add_device(self, name: str, device: str) -> None:
-        """A second network device of a host, on the switch of the first, down and without an address."""
+        """Adds a second network device to a host, on the switch of the first, down and without an address."""
         port, switch = f"{device}-{[*self.hosts].index(name)}", f"{self._prefix}switch"
         commands = [f"link add {port} type veth peer name {device} netns {self.hosts[name].namespace}"]
         _ip_batch(switch, [*commands, f"link set {port} master bridge up"])
 
     def configure(self, name: str, *commands: str) -> None:
-        """Commands of `ip` on a host."""
+        """Runs commands of `ip` on a host."""
         _ip_batch(self.hosts[name].namespace, commands)
 
     def heal(self) -> None:
-        """No black holes, nothing refused, every device up; delays, rates and losses stay."""
+        """Removes black holes and refusals, and brings every device up; delays, rates and losses stay."""
         for target, *rule in self._filters:
             self.hosts[target].command("iptables", "-w", "-D", *rule)
         self._filters.clear()
@@ -187,7 +187,7 @@ class Box:
         stdout: IO[bytes] | int | None = None,
         stderr: IO[bytes] | int | None = None,
     ) -> subprocess.Popen[bytes]:
-        """A process on a host, with that pid; it ends with the box at the latest."""
+        """Starts a process on a host; its pid is the process's own, and it ends with the box at the latest."""
         process = subprocess.Popen(
             [*self.hosts[name].prefix, *command],
             stdin=subprocess.DEVNULL,
@@ -261,7 +261,7 @@ def _ip_batch(namespace: str, commands: Sequence[str]) -> None:
 
 
 def _python(module: str, *arguments: str) -> subprocess.Popen[bytes]:
-    """One of this folder's programs, away from the terminal's signals, its input and output ours."""
+    """Starts a program of this folder, away from the terminal's signals, its input and output piped to this process."""
     return subprocess.Popen(
         [sys.executable, "-m", f"support.network.{module}", *arguments],
         cwd=TESTS,

@@ -1,4 +1,4 @@
-"""A TCP connection between two hosts of a box, and what can be measured of it."""
+"""A TCP connection between two hosts of a box, and measurements of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Conversation:
     called: socket.socket
 
     def round_trip_ms(self, trips: int) -> float:
-        """The fastest of messages of 64 bytes and their answers: what busy processors add is not the link's."""
+        """Returns the fastest round trip of messages of 64 bytes, since what busy processors add is not the link's."""
         answering = threading.Thread(target=_echo, args=(self.called, trips))
         answering.start()
         took_ms = []
@@ -34,7 +34,7 @@ class Conversation:
         return min(took_ms)
 
     def megabits_per_second(self, size_bytes: int) -> float:
-        """From the first byte that arrives to the last."""
+        """Returns the rate from the first byte that arrives to the last."""
         sending = threading.Thread(target=self.caller.sendall, args=(bytes(size_bytes),))
         sending.start()
         left = size_bytes - len(self.called.recv(1))
@@ -61,7 +61,7 @@ def conversation(caller: Host, called: Host) -> Iterator[Conversation]:
 
 
 def hears(connection: socket.socket, within_s: float) -> bytes | None:
-    """What arrives in time; None for silence. A broken connection raises."""
+    """Returns what arrives in time, or None for silence. A broken connection raises."""
     connection.settimeout(within_s)
     try:
         return connection.recv(1024)

@@ -20,7 +20,7 @@ TOKENS = 24
 _API = "127.0.0.1:8080"
 _ANSWER_S = 120.0
 SPEED = {"memory_bandwidth_gb_s": 0.05, "int8_gmac_s": 0.5}
-"""So slow that every plan for throughput uses all workers, also where a busy machine makes measured links slow."""
+"""Speeds so low that every plan for throughput uses all workers, even if a busy machine makes measured links slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,12 @@ class Answer:
     logprobs: tuple[float, ...]  # float32
 
     def begin(self, tokens: int) -> Answer:
-        """What a request for fewer tokens gets."""
+        """Returns the first tokens of the answer."""
         return Answer(self.token_ids[:tokens], self.logprobs[:tokens])
 
 
 def eight(max_tokens: int) -> list[PlainRequest]:
-    """Greedy and seeded in turn, prompts of some twenty to sixty tokens."""
+    """Builds eight requests, greedy and seeded in turn, with prompts of some twenty to sixty tokens."""
     tale = (
         "Once upon a time, in a small town by the sea, there lived an old keeper of the lighthouse who counted ships."
     )
@@ -58,7 +58,7 @@ def eight(max_tokens: int) -> list[PlainRequest]:
 
 
 async def request_all(api: str, generations: Sequence[PlainRequest]) -> list[Answer]:
-    """All at once."""
+    """Sends all requests at once."""
     async with httpx.AsyncClient(base_url=api, timeout=_ANSWER_S, trust_env=False, verify=False) as http:
         replies = await asyncio.gather(
             *(http.post("/v1/completions", json=generation.body) for generation in generations)
@@ -72,7 +72,7 @@ async def request_all(api: str, generations: Sequence[PlainRequest]) -> list[Ans
 
 
 def undisturbed(model: Path, generations: Sequence[PlainRequest]) -> list[Answer]:
-    """From one worker beside its coordinator, without a network."""
+    """Returns the answers of one worker beside its coordinator, without a network."""
     speed = [{"name": "alone", "threads": 1, **SPEED}]
     with command_line() as line, line.cluster(model, "alone", workers=speed, context_length=512) as cluster:
         answers = asyncio.run(request_all(cluster.api, generations))
@@ -89,11 +89,11 @@ class DistantCluster:
     _asking: ThreadPoolExecutor
 
     def answers(self, generations: Sequence[PlainRequest]) -> list[Answer]:
-        """As a client on the coordinator's host gets them."""
+        """Returns the answers that a client on the coordinator's host gets."""
         return self.box[COORDINATOR].call(lambda: asyncio.run(request_all(f"http://{_API}", generations)))
 
     def asked(self, generations: Sequence[PlainRequest]) -> Future[list[Answer]]:
-        """The same meanwhile."""
+        """Requests the same answers in the background."""
         return self._asking.submit(self.answers, generations)
 
     def get(self, path: str) -> httpx.Response:
@@ -103,7 +103,7 @@ class DistantCluster:
         return self.box[COORDINATOR].call(get)
 
     def metric(self, line_start: str) -> float:
-        """The value of the lines of /metrics that begin so."""
+        """Sums the lines of /metrics that begin with `line_start`."""
         lines = self.get("/metrics").text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(line_start))
 
@@ -114,7 +114,7 @@ class DistantCluster:
 
 
 def start_worker(box: Box, line: CommandLine, name: str, *options: str) -> Running:
-    """`options`: how it joins and where it listens; without any, at fixed addresses."""
+    """Starts a worker. `options`: how it joins and where it listens; without any, at fixed addresses."""
     token = line.state_dir / ".trust" / "token"
     eventually(token.is_file, 30.0, "the join token")
     fixed = ("--join", f"{box[COORDINATOR].address}:7100", "--listen", f"{box[name].address}:7102")
@@ -124,7 +124,7 @@ def start_worker(box: Box, line: CommandLine, name: str, *options: str) -> Runni
 
 @contextmanager
 def distant_cluster(box: Box, model: Path, options: Sequence[str] = (), **keys: Any) -> Iterator[DistantCluster]:
-    """Ready. Every host of the box but the coordinator's is a worker. `options`: see `start_worker`."""
+    """Yields a ready cluster: all hosts but the coordinator's are workers. `options`: see `start_worker`."""
     here = box[COORDINATOR].address
     names = [name for name in box.hosts if name != COORDINATOR]
     fixed = {

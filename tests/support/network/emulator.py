@@ -1,4 +1,4 @@
-"""A switch in user space whose cables have a length, for kernels without netem: a TUN device per namespace.
+"""A switch in user space that delays packets, for kernels without netem: a TUN device per namespace.
 
     python emulator.py NAMESPACE=ADDRESS/BITS ...
 
@@ -40,7 +40,7 @@ class Timer:
         assert self.descriptor >= 0
 
     def set(self, at_ns: int) -> None:
-        """A time that has gone by makes it readable at once; setting it makes it unreadable until then."""
+        """Makes the descriptor unreadable until this time; it is readable at once if that has gone by."""
         seconds, nanoseconds = divmod(max(at_ns, 1), 1_000_000_000)
         spec = struct.pack("4q", 0, 0, seconds, nanoseconds)
         self._libc.timerfd_settime(self.descriptor, 1, spec, None)  # 1: the time is absolute
@@ -51,7 +51,7 @@ class Timer:
 
 
 def open_tun(namespace: str, address: str) -> int:
-    """The device's descriptor, which can be used out here."""
+    """Creates the device and returns its descriptor, which can be used out here."""
 
     def make() -> int:
         tun = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -76,7 +76,7 @@ class Switch:
             self._poll.register(descriptor, select.EPOLLIN)
 
     def forward(self) -> None:
-        """Until standard input ends."""
+        """Forwards packets until standard input ends."""
         while True:
             self._deliver()
             for descriptor, _ in self._poll.poll(self._wait()):
@@ -88,7 +88,7 @@ class Switch:
                     return
 
     def _wait(self) -> int | None:
-        """0 while a packet is nearly due; else the timer will call."""
+        """Returns 0 while a packet is nearly due; else the timer wakes the poll."""
         if not self._on_the_way:
             return None
         early_ns = self._on_the_way[0][0] - _EARLY_NS
@@ -98,7 +98,7 @@ class Switch:
         return None
 
     def _take(self, tun: int) -> None:
-        """A packet's time begins when it is read."""
+        """Reads a host's packets; the delay of a packet begins when it is read."""
         for _ in range(_BURST):
             try:
                 packet = os.read(tun, 65535)

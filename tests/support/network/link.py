@@ -1,4 +1,4 @@
-"""What a host's cable is like, and the commands that make it so."""
+"""The properties of a host's link, and the commands that set them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NETEM_PACKETS = "100000"
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Delay and rate are of what the host sends, loss of what it receives: between two equal hosts the round trip is
+    """Delay and rate of what a host sends, and loss of what it receives: between two equal hosts the round trip is
     twice the delay."""
 
     delay_s: float = 0.0
@@ -20,7 +20,7 @@ class Link:
 
     @classmethod
     def of_round_trip(cls, round_trip_s: float, rate_bit_s: int | None = None, loss: float = 0.0) -> Link:
-        """All hosts have it."""
+        """Returns the link that gives this round trip if all hosts have it."""
         return cls(round_trip_s / 2, rate_bit_s, loss)
 
 
@@ -40,7 +40,7 @@ def queue_commands(link: Link, device: str, *, netem: bool) -> list[list[str]]:
 
 
 def loss_rule(loss: float) -> list[str]:
-    """Of iptables, for what comes in; what a host says to itself is not lost."""
+    """Arguments of `iptables`: a share of incoming packets is lost, but not those of the host to itself."""
     chance = ["-m", "statistic", "--mode", "random", "--probability", f"{loss:.6f}"]
     return ["INPUT", "!", "-i", "lo", *chance, "-j", "DROP"]
 
@@ -51,11 +51,11 @@ def drop_rule(source: str) -> list[str]:
 
 
 def port_rule(port: int, *, refuses: bool) -> list[str]:
-    """Of iptables: TCP to this port is answered with a reset, or dropped silently."""
+    """Arguments of `iptables`: TCP to this port is answered with a reset, or dropped silently."""
     target = ("REJECT", "--reject-with", "tcp-reset") if refuses else ("DROP",)
     return ["INPUT", "-p", "tcp", "--dport", str(port), "-j", *target]
 
 
 def refuse_rule(source: str) -> list[str]:
-    """Of iptables: TCP from this address is answered with a reset."""
+    """Arguments of `iptables`: TCP from this address is answered with a reset."""
     return ["INPUT", "-s", source, "-p", "tcp", "-j", "REJECT", "--reject-with", "tcp-reset"]

@@ -2,7 +2,7 @@
 
     python namespaces.py PREFIX
 
-waits until its standard input ends, which is when its owner has, however it did; then it removes what is left.
+waits until its standard input ends, which is when its owner has ended in any way; then it removes what is left.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _serial = count(1)
 
 
 class BoxError(Exception):
-    """What went wrong with a network in a box, in a line."""
+    """An error of a network in a box, described in a line."""
 
 
 def run(*command: str, text: str | None = None) -> str:
-    """Its standard output; a command that fails raises with what it said."""
+    """Runs a command and returns its standard output; raises with its message if it fails."""
     done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=30.0, check=False)
     if done.returncode != 0:
         raise BoxError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
@@ -42,12 +42,12 @@ def run(*command: str, text: str | None = None) -> str:
 
 
 def new_prefix() -> str:
-    """Of the names of one box: the owner's pid and start, since pids come again, and a number."""
+    """Returns the prefix of one box's names: the owner's pid and start, since pids come again, and a number."""
     return f"lcbox-{os.getpid()}-{_started(os.getpid())}-{next(_serial)}-"
 
 
 def _started(pid: int) -> int:
-    """In clock ticks since boot; 0 if there is no such process."""
+    """Returns the start of a process in clock ticks since boot; 0 if there is no such process."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
     except (FileNotFoundError, ProcessLookupError):
@@ -84,7 +84,7 @@ def _pids(namespace: str) -> list[int]:
 
 
 def inside(namespace: str, function: Callable[[], T]) -> T:
-    """What the function returns in a thread of its own in the namespace; sockets that it opens stay there."""
+    """Runs a function in a thread in the namespace and returns its result; sockets that it opens stay there."""
     results: list[T] = []
     failures: list[BaseException] = []
 
@@ -104,14 +104,14 @@ def inside(namespace: str, function: Callable[[], T]) -> T:
 
 
 def enter(namespace: str) -> None:
-    """This thread, and those that it starts, are in the namespace from now on."""
+    """Moves this thread, and those that it starts, into the namespace from now on."""
     _enter(NAMESPACES / namespace)
 
 
 @contextmanager
 def entered(namespace: str) -> Iterator[None]:
-    """This thread is in the namespace meanwhile; those that it starts stay there. A process whose main thread is still
-    there when the namespace is removed ends with it."""
+    """Moves this thread into the namespace meanwhile; those that it starts stay there. A process whose main thread is
+    still there when the namespace is removed ends with it."""
     with Path("/proc/thread-self/ns/net").open("rb") as before:
         enter(namespace)
         try:

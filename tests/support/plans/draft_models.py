@@ -1,4 +1,4 @@
-"""Simulations with a draft model: how long it takes is counted, and what it says is known."""
+"""Simulations with a draft model whose time is counted and whose drafts are known."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MOST_ROWS = 256
 
 
 class SaidModel:
-    """Says what it is told to, at the speed of a model."""
+    """A draft model with given drafts and the given speed of a model."""
 
     def __init__(self, says: Says, step_ns: int, row_ns: int, room: int = 8) -> None:
-        """`room`: for so many sequences."""
+        """`room`: the number of sequences that it can hold."""
         self.times = DraftTimes(step_ns, row_ns)
         self.is_lost = False
         self.asked: list[DraftOrder] = []
@@ -36,11 +36,11 @@ class SaidModel:
         self.is_lost = True
 
     async def draft(self, orders: Sequence[DraftOrder]) -> DraftReplies:
-        """As an engine asks."""
+        """Returns the replies to an engine's orders."""
         return self.reply(orders)[0]
 
     def reply(self, orders: Sequence[DraftOrder]) -> tuple[DraftReplies, int]:
-        """And how long it took."""
+        """Returns the replies, and how long they took."""
         replies, rows, rows_ns, most = [], 0, 0, 0
         for order in orders:
             self.asked.append(order)
@@ -65,7 +65,7 @@ class SaidModel:
 
 @dataclass
 class DraftingSimulation(Simulation):
-    """With the draft model of the scheduler's settings, which must be a `SaidModel`."""
+    """A simulation with the draft model of the scheduler's settings, which must be a `SaidModel`."""
 
     replies: tuple[int, DraftReplies, int] | None = None  # when they come, and how long they took
 
@@ -94,7 +94,7 @@ class DraftingSimulation(Simulation):
 
 @dataclass
 class AnyLengths:
-    """In place of what pays: sequences wait for any number of tokens, and all prompts are taken in."""
+    """Replaces the choice of lengths that pay: sequences wait for any number of tokens; all prompts are taken in."""
 
     source: random.Random
     most: int

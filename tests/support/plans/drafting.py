@@ -15,11 +15,11 @@ from llamaclust.cluster.scheduler.speculation.candidates import Candidate, Chain
 from llamaclust.cluster.scheduler.speculation.windows import RoundTimes
 
 Says = Callable[[Sequence[int], int], tuple[int, ...]]
-"""A draft for these tokens, of about so many."""
+"""A function that returns a draft of about that length for these tokens."""
 
 
 class SaidDrafters:
-    """Each sequence's drafter says the same."""
+    """Drafters that say the same for each sequence."""
 
     def __init__(self, says: Says) -> None:
         self._says = says
@@ -40,7 +40,7 @@ class _Said:
 
 
 def replayed(answers: Sequence[Sequence[int]], right: float, source: random.Random, vocabulary: int) -> Says:
-    """Whole texts are known; each token of a draft is right with this probability. One in eight drafts is nonsense."""
+    """Builds drafts from known texts; each token is right with this probability. One in eight drafts is nonsense."""
 
     def says(tokens: Sequence[int], most: int) -> tuple[int, ...]:
         if source.random() < 0.125:
@@ -53,7 +53,7 @@ def replayed(answers: Sequence[Sequence[int]], right: float, source: random.Rand
 
 
 def nonsense(source: random.Random, vocabulary: int) -> Says:
-    """Random tokens, none, too many, or tokens that are not there."""
+    """Builds drafts of random tokens, none, too many, or tokens outside the vocabulary."""
 
     def says(tokens: Sequence[int], most: int) -> tuple[int, ...]:
         lowest, highest = source.choice([(0, vocabulary - 1), (-3, vocabulary + 3)])
@@ -63,7 +63,7 @@ def nonsense(source: random.Random, vocabulary: int) -> Says:
 
 
 class AnyWindows:
-    """In place of `best_windows`: windows of any size, whether they pay or not."""
+    """Replaces `best_windows` by windows of any size, whether they pay or not."""
 
     def __init__(self, source: random.Random, most: int) -> None:
         self._source = source
@@ -80,7 +80,7 @@ class AnyWindows:
 
 
 class AnyChains:
-    """In place of `best_chain`: any number of windows of any size under way."""
+    """Replaces `best_chain` by any number of windows of any size under way."""
 
     def __init__(self, source: random.Random, most: int) -> None:
         self._source = source
@@ -96,8 +96,8 @@ class AnyChains:
 def draft(
     texts: Sequence[Sequence[int]], source: random.Random, vocabulary: int, monkeypatch: pytest.MonkeyPatch
 ) -> AnyWindows:
-    """Engines of this process compute windows of any size. Nine of ten drafted tokens are as in these texts, of prompts
-    and answers."""
+    """Makes engines of this process compute windows of any size. Nine of ten drafted tokens are as in these texts, of
+    prompts and answers."""
     drafters, windows = SaidDrafters(replayed(texts, 0.9, source, vocabulary)), AnyWindows(source, 32)
     monkeypatch.setattr(NgramDrafters, "of", lambda self, key: drafters.of(key))
     monkeypatch.setattr(speculation, "best_windows", windows)

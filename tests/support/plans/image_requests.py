@@ -18,8 +18,8 @@ from support.clusters.fakes import VOCABULARY, FakeModel, answer
 
 IMAGE_WIDTH, SECTIONS = 3, 3
 Seen = tuple[int, tuple[int, ...], bytes, int]
-"""What a row is computed from, beside the rows before it: its token, its rope positions, the values that are given in
-place of its embedding, and the end of its group."""
+"""The inputs of a row beside the rows before it: its token, its rope positions, the values that are given in place of
+its embedding, and the end of its group."""
 
 
 class SeeingModel(FakeModel):
@@ -48,14 +48,14 @@ def _codes(chunk: Chunk) -> Iterator[int]:
 
 
 def code(seen: Seen, position: int) -> int:
-    """The token itself if the row is as one without images."""
+    """Returns the token itself if the row is like one without images, else a hash."""
     if seen[1:] == ((position,) * SECTIONS, b"", 0):
         return seen[0]
     return int.from_bytes(sha256(repr(seen).encode()).digest()[:7])
 
 
 def seen_by(request: GenerationRequest, length: int) -> list[Seen]:
-    """The rows of the prompt and of an answer of zeros, together so many, by a plain formula."""
+    """Returns the first `length` rows of the prompt and of an answer of zeros, by a plain formula."""
     rows: list[Seen] = []
     spans = {span.start: span for span in request.images}
     rope = 0  # of the next row
@@ -75,7 +75,7 @@ def seen_by(request: GenerationRequest, length: int) -> list[Seen]:
 
 
 def expected_tokens(request: GenerationRequest) -> list[int]:
-    """What the fake model answers to a request that is computed alone, row by row."""
+    """Returns the fake model's answer to a request that is computed alone, row by row."""
     end = len(request.prompt) + request.max_new_tokens
     rows, tokens, window = seen_by(request, end), list(request.prompt), request.history_window
     is_text = [not row[2] for row in rows]
@@ -95,7 +95,7 @@ def expected_tokens(request: GenerationRequest) -> list[int]:
 
 
 def picture(number: int, rows: int, *, bidirectional: bool = False, turned: bool = False) -> ImageSpan:
-    """At position 0. Pictures of equal numbers are equal, if they are of the same kind."""
+    """Builds a picture at position 0. Pictures of equal numbers are equal, if they are of the same kind."""
     values = np.random.default_rng([number, rows]).standard_normal((rows, IMAGE_WIDTH)).astype(np.float32)
     positions = None
     if turned:

@@ -1,4 +1,4 @@
-"""Schedulers on fake stages, requests for them, and what must hold of their answers and writes."""
+"""Schedulers on fake stages, requests for them, and checks of their answers and writes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_answer(run: Simulation, key: int, request: GenerationRequest) -> None:
 
 
 def check_writes(run: Simulation) -> None:
-    """From now on asserts that no microbatch writes a block of another table, or one block for two sequences."""
+    """Asserts from now on that no microbatch writes a block of another table, or one block for two sequences."""
 
     def check(scheduled: ScheduledMicrobatch) -> None:
         written: list[int] = []

@@ -26,7 +26,7 @@ AWAKE, ASLEEP = EngineState.READY, EngineState.ASLEEP
 
 
 class TightPlanner(ClusterPlanner):
-    """Of workers with little memory."""
+    """A planner of workers with little memory."""
 
     def resources(self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset()) -> ClusterResources:
         return replace(super().resources(workers, partitions), free_bytes=BUDGET)
@@ -60,7 +60,7 @@ class Models:
             await asyncio.sleep(0.002)
 
     async def until(self, *states: EngineState) -> None:
-        """Those that sleep hold no memory any more."""
+        """Waits until the models have these states, and those that sleep hold no memory any more."""
         residents = self.cluster.residency.residents.values()
 
         def reached() -> bool:
@@ -74,7 +74,7 @@ class Models:
 async def models(
     files: list[Path], folder: Path, *, tight: bool, keys: Mapping[str, object] | None = None, **entry: object
 ) -> AsyncIterator[Models]:
-    """`keys`: further ones of the cluster file; `entry`: of each model."""
+    """Runs a cluster of these models. `keys`: further ones of the cluster file; `entry`: of each model."""
     values = config(files[0], folder, workers=2, max_sequences=4).model_dump(exclude={"model"}, exclude_unset=True)
     entries = [{"model": str(file), **entry} for file in files]
     settings = ClusterConfig.model_validate({**values, "models": entries, **(keys or {})})
@@ -99,7 +99,7 @@ async def models(
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Of the models a and b."""
+    """Writes the files of the models a and b."""
     return [
         build_tiny_model(folder / f"{name}.gguf", layers=6, context=CONTEXT, seed=seed)
         for seed, name in enumerate("ab", 1)

@@ -1,4 +1,4 @@
-"""What runs a model's actions, on stubs."""
+"""The runner of a model's actions, on stubs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def observed_cluster() -> Observed:
 
 
 def action_runner(observed: Observed, open_epoch: Callable[..., Any]) -> ActionRunner:
-    """Of a cluster that serves."""
+    """Builds the runner of a cluster that serves."""
 
     async def settled() -> None: ...
 

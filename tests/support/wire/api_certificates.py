@@ -23,7 +23,7 @@ NAMES = ("localhost", "127.0.0.1")
 
 @dataclass(frozen=True, slots=True)
 class SignedFiles:
-    """What a certificate authority sends, and its own certificate."""
+    """The files that a certificate authority sends, and its own certificate."""
 
     ca: Path
     files: CertificateFiles
@@ -37,7 +37,7 @@ def _authority() -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
 def write_signed(
     folder: Path, names: tuple[str, ...] = NAMES, *, begin_days: float = -1, end_days: float = 30
 ) -> SignedFiles:
-    """Replaces those that are there, one after the other, as tools for renewal do."""
+    """Writes signed files; replaces existing ones one after the other, as tools for renewal do."""
     ca_key, ca = _authority()
     key = ec.generate_private_key(ec.SECP256R1())
     now = datetime.now(UTC)
@@ -62,7 +62,7 @@ def write_signed(
 
 
 def self_signed(folder: Path, names: tuple[str, ...] = NAMES) -> ServerCertificate:
-    """Published as `api.crt` in the folder."""
+    """Creates a self-signed certificate, published as `api.crt` in the folder."""
     path = folder / "api.pem"
     keep_self_signed(path, names)
     certificate = ServerCertificate(CertificateFiles(path, path))

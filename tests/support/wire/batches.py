@@ -1,4 +1,4 @@
-"""Microbatches as arrays for a backend, built plainly: what the native reader is compared with."""
+"""Microbatches as arrays for a backend, built plainly, for comparison with the native reader."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def plain_batch(
     adapters: int = 0,
     images: tuple[int, int] = (0, 0),
 ) -> Batch:
-    """The batch of a microbatch, for layers of which one has that window, so many adapters, and the width of an image's
-    row and the rope sections `images`. ProtocolError where it exceeds the limits, the vocabulary, the adapters, its own
-    block tables or its chunks."""
+    """Builds the batch of a microbatch for layers of which one has that window, for so many adapters; `images` are the
+    width of an image's row and the rope sections. Raises ProtocolError if it exceeds the limits, the vocabulary, the
+    adapters, its own block tables or its chunks."""
     chunks = microbatch.chunks
     lengths = [len(chunk.tokens) for chunk in chunks]
     outputs = [chunk.outputs for chunk in chunks]
@@ -61,7 +61,7 @@ def plain_batch(
 
 
 def _image_rows(chunks: tuple[Chunk, ...]) -> list[tuple[int, Chunk, ImageRows]]:
-    """The first row of each chunk with rows of images. ProtocolError where ranges do not follow each other in it."""
+    """Finds chunks with image rows, and their first rows; raises ProtocolError if ranges are not in order."""
     starts = accumulate((len(chunk.tokens) for chunk in chunks), initial=0)
     found = [
         (start, chunk, chunk.images) for start, chunk in zip(starts, chunks, strict=False) if chunk.images is not None
@@ -86,7 +86,7 @@ def _given(chunks: tuple[Chunk, ...], width: int) -> GivenRows | None:
 
 
 def _groups(chunks: tuple[Chunk, ...]) -> NDArray[np.int32] | None:
-    """[rows, 2]."""
+    """Returns the group of each row, [rows, 2]."""
     own = [[position, position + 1] for chunk in chunks for position in _positions(chunk)]
     found = _image_rows(chunks)
     for start, chunk, images in found:
@@ -96,7 +96,7 @@ def _groups(chunks: tuple[Chunk, ...]) -> NDArray[np.int32] | None:
 
 
 def _rope_positions(chunks: tuple[Chunk, ...], limits: StageLimits, sections: int) -> NDArray[np.int32] | None:
-    """[sections, rows]."""
+    """Returns rope positions [sections, rows]."""
     if not any(images.rope_positions for *_, images in _image_rows(chunks)):
         return None
     parts = [
@@ -122,7 +122,7 @@ def embedded_rows(microbatch: Microbatch) -> NDArray[np.int32]:
 
 
 def _adapter_scales(chunks: tuple[Chunk, ...], lengths: list[int], adapters: int) -> NDArray[np.float32]:
-    """[rows, adapters]."""
+    """Returns scales [rows, adapters]."""
     scales = np.zeros((len(chunks), adapters), np.float32)
     for index, chunk in enumerate(chunks):
         for number, scale in chunk.adapters:
@@ -135,7 +135,7 @@ def _adapter_scales(chunks: tuple[Chunk, ...], lengths: list[int], adapters: int
 def _window_tables(
     chunks: tuple[Chunk, ...], table_lengths: list[int], limits: StageLimits, window: int | None
 ) -> NDArray[np.int32]:
-    """As long as the tables; -1 where a block is not there."""
+    """Builds tables as long as the block tables, with -1 for absent blocks."""
     tables = np.full(sum(table_lengths), -1, np.int32)
     for chunk, start in zip(chunks, accumulate(table_lengths, initial=0), strict=False):
         blocks = _window_blocks(chunk, limits, window or 0)
@@ -157,7 +157,7 @@ def _window_blocks(chunk: Chunk, limits: StageLimits, window: int) -> NDArray[np
 
 
 def _table_length(chunk: Chunk, limits: StageLimits) -> int:
-    """Blocks of a chunk's table, which is checked here before it is written out."""
+    """Counts the blocks of a chunk's table, and checks it before it is written out."""
     context = chunk.position + len(chunk.tokens)
     if context > limits.max_context_tokens:
         raise ProtocolError(f"sequence of {context} positions, this stage is planned for {limits.max_context_tokens}")
@@ -193,8 +193,8 @@ def _ranges(firsts: list[int], counts: list[int]) -> NDArray[np.int32]:
 
 
 def batch_states(chunks: Sequence[Chunk], limits: StageLimits) -> BatchStates:
-    """ProtocolError for blocks that the stage does not have, a state that is missing, and a block that one sequence
-    writes and another one uses."""
+    """Builds the batch's states; raises ProtocolError for blocks that the stage lacks, a missing state, and a block
+    that one sequence writes and another one uses."""
     for chunk in chunks:
         _check(chunk, limits)
     written = [block for chunk in chunks for block in chunk.state_to[1::2]]

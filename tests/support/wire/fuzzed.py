@@ -1,4 +1,4 @@
-"""Messages of every kind on the wire, and what becomes of their bytes in bad hands: a seeded source of damage."""
+"""Messages of every kind on the wire, and a seeded source of damage to their bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COUNT = int(os.environ.get("FUZZ_CASES", "2000"))
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of message: good ones as bytes, and what reads them."""
+    """One kind of message: good ones as bytes, and their decoder."""
 
     name: str
     good: tuple[bytes, ...]
@@ -40,7 +40,7 @@ def _frames() -> Kind:
 
 
 def _weights() -> list[Kind]:
-    """What Fetch streams carry."""
+    """Returns the kinds of messages that Fetch streams carry."""
     asked = encode_range(WeightRange("ab" * 32, 7, 1 << 40)), encode_range(WeightRange("00" * 32, 0, 0))
     given = *frames_of(memoryview(bytes(range(64)))), encode_missing("no such weights")
     return [
@@ -58,7 +58,7 @@ def kinds() -> list[Kind]:
 
 
 def damaged(source: random.Random, good: Sequence[bytes]) -> bytes:
-    """One of them after one to four blows, or bytes that were never a message."""
+    """Returns one of the messages after one to four kinds of damage, or bytes that were never a message."""
     data = bytearray(source.choice(good))
     for _ in range(source.randint(1, 4)):
         data = source.choice(_BLOWS)(source, data, good)
@@ -81,7 +81,7 @@ def _insert(source: random.Random, data: bytearray, good: Sequence[bytes]) -> by
 
 
 def _number(source: random.Random, data: bytearray, good: Sequence[bytes]) -> bytearray:
-    """A length or a value becomes huge: ten bytes of a varint, or four of a fixed number."""
+    """Makes a length or a value huge: ten bytes of a varint, or four of a fixed number."""
     at = source.randrange(len(data) + 1)
     huge = source.choice(
         [b"\xff" * 9 + b"\x01", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", bytes(4), b"\x00\x00\xc0\x7f"]

@@ -1,4 +1,4 @@
-"""Sampled tokens that are filled into microbatches and their sampling inputs as these were sent."""
+"""Sampled tokens that are filled into sent microbatches and their sampling inputs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def sampled_tokens_of(number: int, rows: tuple[RowResult, ...]) -> SampledTokens
 
 
 class PlainTokensBox(SampledTokensBox):
-    """Fills messages in place of frames."""
+    """A box that fills messages in place of frames."""
 
     def filled(self, microbatch: Microbatch) -> Microbatch:
-        """The microbatch with the tokens it follows. WorkerError where one is not known."""
+        """Returns the microbatch with the tokens it follows; raises WorkerError if one is not known."""
         return replace(microbatch, chunks=tuple(map(self._filled, microbatch.chunks)))
 
     def fill_inputs(self, inputs: SamplingInputs, microbatch: Microbatch) -> SamplingInputs:
@@ -56,7 +56,7 @@ def _output_rows(chunk: Chunk) -> range:
 
 
 def _completed(task: SampleTask, tokens: tuple[int, ...], *, is_drafted: bool) -> SampleTask:
-    """With the tokens of its chunk up to its row."""
+    """Completes a task with the tokens of its chunk up to its row."""
     if task.history_rows > len(tokens):
         raise ProtocolError(
             f"a history that goes on with {task.history_rows} tokens of a chunk, at its row {len(tokens)}"

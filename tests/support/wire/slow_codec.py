@@ -1,4 +1,4 @@
-"""Messages of the hot path, read and written slowly and plainly: what native code is compared with."""
+"""Messages of the hot path, read and written slowly and plainly, for comparison with native code."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Frame:
 
 
 def decode_frame(data: bytes) -> Frame:
-    """Parts of a frame that the native reader takes. ProtocolError as of that."""
+    """Returns the parts of a frame that the native reader takes; raises that reader's ProtocolError."""
     try:
         frame = plain_frame(data)
         microbatch = plain_microbatch(frame.header)
@@ -92,7 +92,7 @@ def plain_frame(data: bytes) -> Frame:
 def encode_frame(
     header: bytes, timings: Sequence[StageTiming] = (), hidden: NDArray[np.float32] | None = None, failure: str = ""
 ) -> bytes:
-    """A frame as a stage hands it on."""
+    """Encodes a frame as a stage hands it on."""
     body = failure.encode() if hidden is None else np.ascontiguousarray(hidden, "<f4").tobytes()
     packed = [struct.pack("<4Q", t.queue_ns, t.compute_ns, t.wire_ns, t.rows) for t in timings]
     prefix = PREFIX.pack(b"LCST", 2, 2 if failure else 1, len(timings), len(header), len(body))
@@ -100,7 +100,7 @@ def encode_frame(
 
 
 def decode_microbatch(data: bytes) -> Microbatch:
-    """Reads with both readers, which agree. ProtocolError as of the native one."""
+    """Reads with both readers, which must agree; raises the native one's ProtocolError."""
     message = parse(microbatch_pb2.Microbatch, data, MAX_MICROBATCH_BYTES)
     state_blocks = MAX_KV_BLOCKS if message.states else 0
     native = wire_reader(message.model_id, state_blocks=state_blocks).read(encode_frame(data, failure="none"))
@@ -151,7 +151,7 @@ def plain_microbatch(data: bytes) -> Microbatch:
 
 
 def _images(message: microbatch_pb2.ImageRows, rows: list[int]) -> dict[int, ImageRows]:
-    """By chunk, each of so many rows."""
+    """Returns image rows by chunk; `rows` are the chunks' lengths."""
     given, groups = _ints(message.given, 3).tolist(), _ints(message.groups, 3).tolist()
     values, positions = _array(message.values, "<f4", GIVEN_WIDTH), _ints(message.rope_positions, SECTIONS)
     turned = _ints(message.rope_chunks, 1).ravel().tolist()
@@ -172,7 +172,7 @@ def _images(message: microbatch_pb2.ImageRows, rows: list[int]) -> dict[int, Ima
 
 
 def decode_sampled_tokens(data: bytes) -> SampledTokens:
-    """Reads with both readers, which agree. ProtocolError as of the native one."""
+    """Reads with both readers, which must agree; raises the native one's ProtocolError."""
     native = read_sampled_tokens(data)
     message = parse(microbatch_pb2.SampledTokens, data, MAX_MICROBATCH_BYTES)
     plain = SampledTokens(message.number, tuple(_ints(message.tokens, 1).ravel().tolist()))
@@ -181,7 +181,7 @@ def decode_sampled_tokens(data: bytes) -> SampledTokens:
 
 
 def decode_inputs(data: bytes) -> SamplingInputs:
-    """Reads with both readers, which agree. ProtocolError as of the native one."""
+    """Reads with both readers, which must agree; raises the native one's ProtocolError."""
     native, plain = StepInputs.read(data), plain_inputs(data)
     rows = [(place, task.matcher) for place, task in enumerate(plain.tasks) if isinstance(task, SampleTask)]
     matched = [(place, row.key, row.position, row.drafted) for place, row in rows if row is not None]
@@ -245,7 +245,7 @@ def _params_in(message: sampling_pb2.SamplingParams) -> SamplingParams:
 
 
 def encode_result(result: Result) -> bytes:
-    """A result as a last stage writes it."""
+    """Encodes a result as a last stage writes it."""
     rows = [*enumerate(result.rows)]
     message = sampling_pb2.Result(
         epoch=result.epoch,

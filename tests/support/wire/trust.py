@@ -1,4 +1,4 @@
-"""Two processes of a cluster over machines, in one: an authority, identities, a server that echoes, what it logs."""
+"""Two processes of a cluster over machines, in one: an authority, identities, a server that echoes, and its log."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def authority(folder: Path, name: str = "trust") -> Authority:
 
 
 def expired(authority: Authority, principal: Principal) -> Identity:
-    """Whose certificate ended a minute ago."""
+    """Returns an identity whose certificate ended a minute ago."""
     return authority.identity(principal, timedelta(minutes=-1))
 
 
 def with_pair(identity: Identity, pair: KeyPair) -> Identity:
-    """Another one's certificate beside this CA."""
+    """Returns the identity with another one's certificate beside this CA."""
     return Identity(identity.ca, identity.cluster, identity.principal, pair)
 
 
 @dataclass
 class Echo:
-    """A server that says back what it is told, and keeps who asked."""
+    """A server that echoes what it is told, and records its callers."""
 
     server: Server
     callers: list[Principal | None]
@@ -64,7 +64,7 @@ async def echo(credentials: Credentials, handshake_s: float = 0.3) -> AsyncItera
 
 
 async def answers(stream: ClientStream) -> bool:
-    """Whether it still says back what it is told."""
+    """Tells whether the stream still echoes what it is told."""
     await stream.write(b"hello")
     return await stream.read() == b"hello"
 
@@ -73,7 +73,7 @@ async def answers(stream: ClientStream) -> bool:
 async def enrolment(
     authority: Authority, refusal: RefusalReason | None = None, port: int = 7
 ) -> AsyncIterator[tuple[str, int]]:
-    """Host and port of an enrolment server."""
+    """Yields host and port of an enrolment server."""
     identity = authority.identity(COORDINATOR)
     async with EnrolmentServer("127.0.0.1:0", authority, identity, refusal, port) as server:
         host, _, at = server.address.rpartition(":")
@@ -81,6 +81,6 @@ async def enrolment(
 
 
 def refusals(records: list[logging.LogRecord]) -> list[str]:
-    """What was logged of refused peers."""
+    """Returns what was logged of refused peers."""
     lines = (record.getMessage() for record in records)
     return [line.removeprefix("refused: ") for line in lines if line.startswith("refused: ")]

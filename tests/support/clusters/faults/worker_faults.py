@@ -33,10 +33,10 @@ from support.clusters.faults.worker_program import run_in_workers
 from support.wire.slow_codec import plain_inputs
 
 _ROW = 31
-"""Whose steps fail under `raises for some rows`."""
+"""The position whose rows fail under `raises for some rows`."""
 NOT_FINITE_SEED = 666
 _ROOM = np.zeros((1, 3), np.float32), [0, 1, 2, 3]
-"""For one column of each of three members."""
+"""Room for one column of each of three members."""
 _PROGRAM = """
 from support.clusters.faults.worker_faults import FAULTS
 
@@ -117,7 +117,7 @@ def _defer() -> None:
 
 
 def _fail_in_step(error: type[Exception]) -> Callable[[], None]:
-    """After the others have begun it: they wait for this member at a gather."""
+    """Fails a step after the others have begun it, so that they wait for this member at a gather."""
 
     def install() -> None:
         def fails(runner: StageRunner, frame: MicrobatchFrame) -> Any:
@@ -151,7 +151,7 @@ def _at_step(fault: Callable[[Any, int, int], None]) -> Callable[[], None]:
 
 
 def _spoil_portion() -> None:
-    """Of each step, as damaged weights or memory would."""
+    """Spoils the member's portion of each step, as damaged weights or memory would."""
     gather_by, run, rows = StageRunner.gather_by, StageRunner.run_frame, [1]
     held: dict[StageRunner, tuple[Any, Any]] = {}
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOM_BYTES = 4096
-"""For a command line in place of the server's, and for the folder of its state."""
+"""Room for a command line in place of the server's, and for the folder of its state."""
 STATE_DIR = "LLAMACLUST_STATE_DIR"
 WORKER_PROGRAM = "PYTHON_WORKER_PROGRAM"
 """Names a file of Python that a process runs before its own program; workers inherit variables with this prefix. In
@@ -35,7 +35,7 @@ IMPORTED = {
     ),
     "llamaclust.worker": ("llamaclust.kernels.cpu.backend", "llamaclust.worker.main"),
 }
-"""By program: what it imports before it works."""
+"""The modules that each program imports before it works."""
 CHILDREN = (
     "llamaclust.model.chat.template_child",
     "llamaclust.model.grammars.checker_child",
@@ -46,12 +46,12 @@ CHILDREN = (
 _MESSAGE_BYTES = 1 << 18
 _CLONE_NEWNET = 0x40000000
 _ARGUMENTS_FIELD = 48
-"""Of /proc/PID/stat, from 1 on: where the command line begins and ends, then the environment."""
+"""The field of /proc/PID/stat, from 1 on, where the command line begins; its end and the environment follow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the program is run with, as by `python -P -m`."""
+    """The arguments, environment and folder of the program, which runs as by `python -P -m`."""
 
     arguments: list[str]
     environment: dict[str, str]
@@ -61,7 +61,7 @@ class Asked:
 
 
 def main() -> None:
-    """Until the other end of a socket is closed. Arguments: the program, the socket's descriptor."""
+    """Serves until the other end of a socket is closed. Arguments: the program, the socket's descriptor."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, for pytest
     place = _places()
     program = sys.argv[1].removeprefix("of=")  # tests find workers by the word alone
@@ -91,7 +91,7 @@ def _import(program: str) -> None:
 
 
 def _serve(requests: socket.socket, program: str, place: tuple[int, int, int]) -> Asked | None:
-    """What a forked process has to do; None in the server, at its end."""
+    """Returns what a forked process has to run; None in the server, at its end."""
     while True:
         message, descriptors, _, _ = socket.recv_fds(requests, _MESSAGE_BYTES, 3)
         if not message:
@@ -136,7 +136,7 @@ def _enter(network: str) -> None:
 
 
 def _places() -> tuple[int, int, int]:
-    """Where this process's command line begins, its environment, and behind these."""
+    """Returns where this process's command line begins, where its environment begins, and where that ends."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     first = _ARGUMENTS_FIELD - 3  # behind the id and the name
     begin, _, middle, end = map(int, fields[first : first + 4])
@@ -144,7 +144,7 @@ def _places() -> tuple[int, int, int]:
 
 
 def _show(words: list[str], place: tuple[int, int, int]) -> None:
-    """The command line, and where its state is, as lists of processes show them."""
+    """Sets the command line, and the folder of the state, that lists of processes show."""
     begin, middle, end = place
     _write(begin, middle, "".join(f"{word}\0" for word in words))
     _write(middle, end, f"{STATE_DIR}={os.environ.get(STATE_DIR, '')}\0")

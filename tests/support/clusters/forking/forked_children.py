@@ -1,5 +1,5 @@
-"""Child processes of this process for templates, grammars and images, forked. Tests of such children start theirs as
-users get them."""
+"""Forked child processes of this process for templates, grammars and images. Tests of such children start theirs as
+users do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.clusters.forking.forks import ForkedCommand, fork_server, kept_vari
 
 
 class ForkedChild(ForkedCommand):
-    """As much of a `subprocess.Popen` with pipes as `BoundedChild` uses."""
+    """The part of a `subprocess.Popen` with pipes that `BoundedChild` uses."""
 
     def __init__(self, module: str, pid: int, stdin: int, stdout: int) -> None:
         super().__init__([sys.executable, "-P", "-m", module], pid)

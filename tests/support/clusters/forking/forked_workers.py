@@ -1,4 +1,4 @@
-"""Workers of the local launcher in this process, forked. Tests of launchers start theirs as users get them."""
+"""Forked workers of the local launcher in this process. Tests of launchers start theirs as users do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Spawn = Callable[..., Coroutine[Any, Any, Process]]
 
 
 class ForkedWorkers:
-    """In place of asyncio.create_subprocess_exec: what is no worker of the local launcher is started as ever."""
+    """Replaces asyncio.create_subprocess_exec: forks workers of the local launcher, and starts others as before."""
 
     def __init__(self, spawn: Spawn) -> None:
         self.spawn = spawn
@@ -39,7 +39,7 @@ class ForkedWorkers:
 
 
 class ForkedWorker:
-    """As much of asyncio's `Process` as the local launcher uses."""
+    """The part of asyncio's `Process` that the local launcher uses."""
 
     def __init__(self, pid: int, stdin: int) -> None:
         self.pid = pid
@@ -61,7 +61,7 @@ class ForkedWorker:
 
 
 class _Input:
-    """Of a few KiB, which a pipe holds until they are read."""
+    """A standard input of a few KiB, which a pipe holds until they are read."""
 
     def __init__(self, pipe: int) -> None:
         self._pipe = pipe
@@ -79,6 +79,6 @@ def _is_launchers(options: dict[str, Any]) -> bool:
 
 
 def fork_workers() -> None:
-    """From now on, of all launchers in this process."""
+    """Makes all launchers in this process fork their workers from now on."""
     first_environment()
     asyncio.create_subprocess_exec = ForkedWorkers(asyncio.create_subprocess_exec)  # type: ignore[assignment]

@@ -1,5 +1,5 @@
-"""Commands and workers of tests as children of this process, forked from one that has imported what they need: a second
-of processor time less for a coordinator, half of one for a worker."""
+"""Commands and workers of tests as children of this process, forked from one that has imported their modules: this
+saves a second of processor time for a coordinator, half of one for a worker."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _ROOM = ROOM_BYTES * " "
 _ANSWER_S = 60.0
 _PR_SET_CHILD_SUBREAPER = 36
 _READ_AT_START = ("PYTHON", "GRPC_", "LD_", "LC_", "LANG")
-"""Variables of the environment, by how they begin, that Python or what is imported reads once."""
+"""Prefixes of environment variables that Python or imported modules read once."""
 _TURN = Lock()
-"""Of all servers: this process is a subreaper for one of them at a time."""
+"""A lock of all servers, since this process is a subreaper for one of them at a time."""
 
 
 class ForkServer:
-    """See `fork_server`. It ends with this process."""
+    """A process of `fork_server`, which ends with this one."""
 
     def __init__(self, program: str, environment: Mapping[str, str]) -> None:
         self._read = _read_at_start(environment)
@@ -48,7 +48,7 @@ class ForkServer:
             )
 
     def serves(self, environment: Mapping[str, str]) -> bool:
-        """Whether a process that was started would be as a forked one is."""
+        """Tells whether a process that was started would be like a forked one."""
         return _read_at_start(environment) == self._read
 
     def fork(
@@ -59,8 +59,8 @@ class ForkServer:
         descriptors: tuple[int, int, int],
         network: str | None = None,
     ) -> int:
-        """Id of a new child of this process, leader of a session of its own, in a network namespace if one is named.
-        The descriptors are of its standard input, output and error."""
+        """Forks a child of this process and returns its id; it leads a session of its own, in a network namespace if
+        one is named. The descriptors are of its standard input, output and error."""
         asked = Asked(list(arguments), dict(environment), str(folder), network)
         with _TURN, _subreaper():
             socket.send_fds(self._requests, [json.dumps(asdict(asked)).encode()], list(descriptors))
@@ -69,13 +69,13 @@ class ForkServer:
 
 @cache
 def first_environment() -> dict[str, str]:
-    """As it is when this is called first: before any test changes it."""
+    """Returns the environment at the first call, before any test changes it."""
     return dict(os.environ)
 
 
 @cache
 def fork_server(program: str) -> ForkServer | None:
-    """This process's, started by the first who asks; None where the system has not what it takes."""
+    """Returns this process's server for a program, started by the first call; None on systems other than Linux."""
     if sys.platform != "linux":
         return None
     own = first_environment()
@@ -94,7 +94,7 @@ def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
 
 @contextmanager
 def _subreaper() -> Iterator[None]:
-    """Grandchildren whose parent ends become children of this process meanwhile."""
+    """Makes grandchildren whose parent ends become children of this process meanwhile."""
     prctl = ctypes.CDLL(None).prctl
     assert prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
     try:
@@ -104,7 +104,7 @@ def _subreaper() -> Iterator[None]:
 
 
 class ForkedCommand:
-    """As much of a `subprocess.Popen` as tests use."""
+    """The part of a `subprocess.Popen` that tests use."""
 
     def __init__(self, words: Sequence[str], pid: int) -> None:
         self.args = list(words)

@@ -1,7 +1,7 @@
-"""What `dataclasses` generates at import is read compiled from a file: a fifth of the time of a command's imports.
+"""Reads the code that `dataclasses` generates at import compiled from a file: a fifth of a command's import time.
 
 Python imports this module in processes that tests start, which find its folder in PYTHONPATH. Pytest's own processes
-write the file when they have imported all tests. Its keys are the generated texts: code is what it is without.
+write the file when they have imported all tests. Its keys are the generated texts, so code is the same as without it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FILE = os.path.join(FOLDER, *4 * [".."], "build", f"dataclasses-{sys.implementa
 
 
 class GeneratedCode:
-    """Of functions that `dataclasses` generates while this is in use."""
+    """Compiled code of functions that `dataclasses` generates while this is in use."""
 
     def __init__(self) -> None:
         self._compiled: dict[str, CodeType | bytes] = {}
@@ -42,7 +42,7 @@ class GeneratedCode:
         builtins.exec(code, variables, names)
 
     def save(self) -> None:
-        """Writes what other processes read, where there is anything new."""
+        """Writes the file that other processes read if it has new code."""
         if not self._is_new:
             return
         data = {text: code if isinstance(code, bytes) else marshal.dumps(code) for text, code in self._compiled.items()}

@@ -38,7 +38,7 @@ _NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward")
 
 
 def gemma3n_ends() -> Shapes:
-    """What is in no layer, beside the embedding and its norm."""
+    """Returns shapes of tensors outside of layers, beside the embedding and its norm."""
     matrices = [f"model.{name}.{copy}" for name in _PROJECTIONS for copy in range(_COPIES - 1)]
     return {
         "model.embed_tokens_per_layer.weight": (WORDS, LAYERS * _INPUT),

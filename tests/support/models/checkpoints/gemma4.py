@@ -50,7 +50,7 @@ def gemma4_layer(keys: Mapping[str, Any], layer: str) -> Shapes:
 
 
 def gemma4_ends() -> Shapes:
-    """What the inputs per layer are made from."""
+    """Returns shapes of the tensors that the inputs per layer are made from."""
     return {
         "model.embed_tokens_per_layer.weight": (WORDS, LAYERS * INPUT),
         "model.per_layer_model_projection.weight": (LAYERS * INPUT, HIDDEN),

@@ -44,7 +44,7 @@ GEMMA3N = MappingProxyType(
 
 
 def ends_of_gemma3n(tiny: Tiny, vocabulary: int) -> Iterator[RandomTensor]:
-    """What is in no layer, beside the embedding and its norm."""
+    """Yields tensors outside of layers, beside the embedding and its norm."""
     if tiny.architecture != "gemma3n":
         return
     for name in ("altup_proj", "altup_unembd_proj"):
@@ -75,7 +75,7 @@ def layer_of_gemma3n(tiny: Tiny, layer: int) -> Iterator[RandomTensor]:
 
 
 def _attention(tiny: Tiny, name: str) -> Iterator[RandomTensor]:
-    """Of layers that read the keys and values of others, too: llama.cpp wants the weights that nothing reads."""
+    """Yields attention weights, even of layers that read the keys and values of others, since llama.cpp wants them."""
     query, kv = tiny.heads * tiny.head_dim, tiny.kv_heads * tiny.head_dim
     yield matrix(f"{name}.attn_q", query, tiny.hidden)
     yield matrix(f"{name}.attn_k", kv, tiny.hidden)

@@ -67,7 +67,7 @@ GEMMA4 = MappingProxyType(
 
 
 def inputs_of_gemma4(tiny: Tiny, vocabulary: int) -> Iterator[RandomTensor]:
-    """Of all layers."""
+    """Yields the tensors that make the inputs of all layers."""
     if _has_inputs(tiny):
         yield RandomTensor("per_layer_token_embd.weight", (vocabulary, tiny.layers * _INPUT), 0.3)
         yield matrix("per_layer_model_proj", tiny.layers * _INPUT, tiny.hidden, gain=8.0)
@@ -101,7 +101,7 @@ def layer_of_gemma4(tiny: Tiny, layer: int) -> Iterator[RandomTensor]:
 
 
 def _attention(tiny: Tiny, layer: int) -> Iterator[RandomTensor]:
-    """Without values of their own in layers that see everything."""
+    """Yields attention weights; layers without a window have no values of their own."""
     name, windowed = f"blk.{layer}", _WINDOWED[layer]
     head = _WINDOW_HEAD if windowed else _HEAD
     yield matrix(f"{name}.attn_q", _HEADS * head, tiny.hidden)

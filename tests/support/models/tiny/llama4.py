@@ -52,7 +52,7 @@ TEXT_MODELS = MappingProxyType(
 
 LONG_TOKENS = [3 + 41 * at * at % 317 for at in range(8216)]
 LONG_RECORDED = slice(8176, 8216)
-"""Positions whose logits are recorded: about the first border of chunks, where queries are scaled as well."""
+"""Positions whose logits are recorded, around the first border of chunks, where queries are scaled as well."""
 LONG_LLAMA4 = replace(
     _SCOUT,
     hidden=32,
@@ -63,6 +63,6 @@ LONG_LLAMA4 = replace(
     context=8448,
     keys={**_SCOUT.keys, "context_length": 8448},
 )
-"""Of more positions than a chunk has."""
+"""A model with more positions than a chunk has."""
 SHORT_CHUNKS = replace(_SCOUT, keys={**_SCOUT.keys, "attention.sliding_window": 6})
-"""With chunks that llama.cpp does not have: its are of 8192."""
+"""A model with chunks that llama.cpp does not have: its are of 8192."""

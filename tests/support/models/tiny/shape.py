@@ -1,4 +1,4 @@
-"""What small models of random weights differ in."""
+"""The shapes of small models of random weights."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ class Tiny:
         return self.attention_beside or not (mixes or layer in (self.single_blocks or ()))
 
     def has_inner(self, layer: int) -> bool:
-        """A feed-forward network or experts."""
+        """Tells whether a layer has a feed-forward network or experts."""
         return self.single_blocks is None or layer in self.single_blocks
 
     def is_dense(self, layer: int) -> bool:
-        """Whether a layer has no experts."""
+        """Tells whether a layer has no experts."""
         return not self.experts or layer < self.dense or (layer + 1) % self.expert_period != 0

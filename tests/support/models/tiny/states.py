@@ -41,7 +41,7 @@ STATE_MODELS: Mapping[str, Tiny] = {
 
 
 def convolution(tiny: Tiny, name: str) -> Iterator[RandomTensor]:
-    """In place of attention."""
+    """Yields the tensors that a layer has in place of attention."""
     if tiny.delta is not None:
         yield from tiny.delta.tensors(name, tiny.hidden)
         return

@@ -45,7 +45,7 @@ _SMALL_EPSILON: dict[str, WritableValue] = {"vision.attention.layer_norm_epsilon
 
 CLASSES = ("internvl", "llama4")
 FRAMES = ("qwen2.5vl_merger", "qwen3vl_merger", "glm4v")
-"""With a kernel for each of two frames."""
+"""Families with a kernel for each of two frames."""
 _WITHOUT_PATCH_BIAS = ("gemma4v", "llama4", "pixtral", "qwen2.5vl_merger")
 
 PROJECTORS: Mapping[str, TinyProjector] = MappingProxyType(

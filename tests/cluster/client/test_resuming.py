@@ -1,4 +1,4 @@
-"""Streams whose connections end without a word: a machine that lost its power closes none."""
+"""Tests streams whose connections end unclosed, as those of a machine that lost its power."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def event(number: int) -> bytes:
 
 @asynccontextmanager
 async def silent_server() -> AsyncIterator[tuple[str, list[str]]]:
-    """Sends one event a connection and is silent then; after the last one it ends the stream. Its address, and the last
-    events that clients had."""
+    """Yields a server's address and the last event ids that clients sent; each connection gets one event and then
+    silence, and the last one ends the stream."""
     had: list[str] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -76,7 +76,7 @@ def test_a_request_that_no_server_took_is_not_sent_again() -> None:
 
 
 async def test_a_request_that_is_given_up_before_its_reply_begins_is_cancelled() -> None:
-    """Its connection's end is no sign: the server takes it for one that breaks, and goes on for a while."""
+    """The end of its connection is no sign: the server takes it for a broken one and goes on for a while."""
     lines = asyncio.Queue[str]()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -103,7 +103,7 @@ async def test_a_request_that_is_given_up_before_its_reply_begins_is_cancelled()
 
 
 class Clock:
-    """Of the module, set by a test."""
+    """Replaces the module's clock by one that a test sets."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 0.0
@@ -111,7 +111,7 @@ class Clock:
 
 
 def test_servers_that_take_a_stream_again_are_given_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Coordinators that are killed one after the other, each before a new event."""
+    """Coordinators are killed one after the other, each before it sends a new event."""
     clock, stream = Clock(monkeypatch), ResumableStream(URL)
     taken = httpx.Response(200, headers={"content-type": "text/event-stream"})
     for _ in range(10):

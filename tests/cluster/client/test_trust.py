@@ -1,4 +1,4 @@
-"""Which certificates clients trust: of a cluster on this machine its own, whatever its names, and no other."""
+"""Tests which certificates clients trust: a cluster on this machine has to show its own, whatever names that has."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from support.wire.api_certificates import write_signed
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ClusterDir:
-    """Of a cluster of this user."""
+    """Returns the folder of a cluster of this user."""
     monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(tmp_path / "state"))
     folder = ClusterDir(tmp_path / "state" / "home")
     folder.create()
@@ -46,7 +46,7 @@ async def answer(url: str) -> str:
 
 
 async def test_an_address_of_this_machine_is_pinned_to_its_certificate(folder: ClusterDir, tmp_path: Path) -> None:
-    """Also where an authority signed it for other names; another one by the same authority is refused."""
+    """A certificate that an authority signed for other names is trusted; another one by this authority is refused."""
     certificate = ServerCertificate(write_signed(tmp_path, ("llm.example",)).files)
     certificate.publish(folder.api_certificate)
     async with recorded(folder, certificate) as url:

@@ -1,4 +1,4 @@
-"""What is said about cluster files that are wrong: one line that names the place and what may stand there; exit 2."""
+"""Tests messages about mistakes in cluster files: one line that names the place and what may stand there; exit 2."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ def test_overrides_are_named_where_they_are_wrong(tmp_path: Path, override: str,
 
 
 def test_each_key_with_limits_or_a_form_is_named_with_them() -> None:
-    """Of all sections: each can be explained where a value of it is wrong."""
+    """Asserts that `explain` says what to give for such keys of all sections."""
     schema = ClusterConfig.model_json_schema()
     seen = 0
     for section in schema["$defs"].values():

@@ -19,7 +19,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def requests(request: pytest.FixtureRequest) -> tuple[GenerationRequest, ...]:
-    """Of the module's TOKENS each, in its number of MIXES, by default one."""
+    """Returns requests for the module's TOKENS tokens each, in MIXES mixes, by default one."""
     print(f"seed {SEED}")
     mixes, tokens = getattr(request.module, "MIXES", 1), request.module.TOKENS
     return tuple(generation for mix in range(mixes) for generation in generations(SEED + mix, tokens))

@@ -47,7 +47,7 @@ def plan_of(*names: str) -> Plan:
 
 
 def worker_handle(name: str, *, loads: bool = True, unload_failure: Failure | None = None) -> WorkerHandle:
-    """A worker that loads, or does not; it never answers an unload, or with a failure."""
+    """Makes a worker that loads or refuses to; it answers an unload with a failure or not at all."""
 
     async def send(message: CoordinatorMessage) -> None:
         match message:
@@ -103,7 +103,7 @@ async def test_a_load_whose_stages_cannot_be_unloaded_is_a_failed_load(
 
 @pytest.mark.parametrize("is_lost", [True, False])
 async def test_the_pipeline_that_serves_is_predicted_again_with_each_plan(is_lost: bool) -> None:
-    """Not while requests wait for another one."""
+    """The serving pipeline is not predicted while requests wait for another one."""
     former, new = plan_of("a", "b"), plan_of("a")
 
     async def plan(*_: object, **__: object) -> Plan:
@@ -269,7 +269,7 @@ async def test_a_drain_of_a_worker_without_layers_returns_although_requests_dela
 
 
 async def test_a_drain_that_is_undrained_while_it_is_planned_does_not_take_place() -> None:
-    """As where its client was cut off: the request to undrain comes later, and is the one that counts."""
+    """The request to undrain comes later, as from a client that was cut off, and is the one that counts."""
     planning, planned = asyncio.Event(), asyncio.Event()
 
     async def plan(*_: object, **__: object) -> Plan:

@@ -1,4 +1,4 @@
-"""Which workers share a machine: by its boot id, not by its name."""
+"""Tests which workers share a machine: their boot id tells, and their name does not."""
 
 from __future__ import annotations
 

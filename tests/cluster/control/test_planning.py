@@ -1,4 +1,4 @@
-"""While plans are made and links measured, the coordinator's event loop serves; nothing that happens then is missed."""
+"""Tests that the coordinator's event loop serves while plans are made and links are measured."""
 
 from __future__ import annotations
 

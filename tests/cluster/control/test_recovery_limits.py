@@ -1,4 +1,4 @@
-"""What is left is too little: requests wait for a worker, for a while; the cluster waits for longer."""
+"""Tests losses that leave too little: requests wait for a worker for a while, and the cluster waits for longer."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def small_memory(config: ClusterConfig, resources: planning.ClusterResources) ->
 
 
 async def start_by_hand(run: Recovering, name: str) -> asyncio.subprocess.Process:
-    """A worker that no launcher started joins."""
+    """Starts a worker without a launcher, which then joins."""
     token_file = run.cluster.config.state_dir / run.cluster.config.name / "run" / "token"
     settings = WorkerSettings(name=name, join=run.cluster.registry.address, token_file=token_file, threads=1)
     process = await asyncio.create_subprocess_exec(*worker_command(settings), stdin=asyncio.subprocess.PIPE)
@@ -68,7 +68,7 @@ async def test_requests_wait_for_a_worker_to_come_back(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Those that come meanwhile too."""
+    """Requests that come meanwhile wait as well."""
     if why == "memory":
         monkeypatch.setattr(planning, "_memory_shares", small_memory)
     values = {"plan": _HALVES} if why == "plan" else {}
@@ -141,7 +141,7 @@ async def test_a_request_that_fails_again_and_again_ends_and_others_are_served(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With a failure in place of each result: one between two failures would clear the request."""
+    """Each result is replaced by a failure, as one between two failures would clear the request."""
     async with recovering(config(model, tmp_path, workers=2)) as run:
         engine, numbers = run.cluster.engine, count()
 

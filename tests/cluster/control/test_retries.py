@@ -1,4 +1,4 @@
-"""Rows whose logits are not finite: computed once more, with nothing of what may be damaged; then one request ends."""
+"""Rows whose logits are not finite are computed again without what may be damaged; the second time ends one request."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NONE = RowResult(-1, float("nan"), failure="the logits are not finite numbers")
 
 @dataclass
 class Glitching(FakeModel):
-    """Where a chunk is `hit`, what is stored of it is damaged, and so is every row that reads such."""
+    """Damages what is stored of each chunk that is `hit`, and every row that reads it."""
 
     hit: Callable[[int, Chunk], bool] = lambda number, chunk: False
     glitches: int = 0
@@ -52,7 +52,7 @@ def simulation(source: Random, model: FakeModel) -> Simulation:
 
 
 def generations(source: Random, count: int) -> list[GenerationRequest]:
-    """Of a few beginnings, so that they share blocks."""
+    """Draws requests with one of two beginnings, so that they share blocks."""
     starts = [tuple(source.randrange(VOCABULARY) for _ in range(50)) for _ in range(2)]
     return [
         GenerationRequest(

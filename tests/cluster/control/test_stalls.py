@@ -1,4 +1,4 @@
-"""Workers that live and get no further with a load: lost after `timeouts.load`, and the tokens stay the same."""
+"""Tests workers that get no further with a load: they are lost after `timeouts.load`, and the tokens stay the same."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROGRESS_TIMEOUT_S = 0.4
 
 
 def hang_once(monkeypatch: pytest.MonkeyPatch, victims: set[str]) -> None:
-    """The next load of each of these workers does not end, although it goes on to tell how far it is."""
+    """Makes the next load of each of these workers hang, although it goes on to report progress."""
     hear = WorkerHandle.receive
     telling = set()
 
@@ -92,7 +92,7 @@ Asked = Callable[[WorkerHandle], Awaitable[object]]
 
 
 async def _answered(send: Asked, messages: list[WorkerMessage]) -> object:
-    """What comes of it where a worker says these, at half the time after which it counts as stalled."""
+    """Returns the outcome for a worker that sends these messages, one in each half of the stall timeout."""
     said: list[CoordinatorMessage] = []
 
     async def say(message: CoordinatorMessage) -> None:

@@ -1,4 +1,4 @@
-"""How long a step may take: by what was predicted or measured, for the microbatches in flight."""
+"""Tests how long a step may take, by what was predicted or measured, for the microbatches in flight."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_step_may_take_ten_times_its_prediction_and_not_less_than_four_seconds
 
 @dataclass(eq=False)
 class Held:
-    """A worker whose heartbeats come, and which passes nothing on."""
+    """A worker that sends heartbeats and passes nothing on."""
 
     name: str
     received: int = 0
@@ -66,7 +66,7 @@ def scheduler_of(epoch: int, *, is_busy: bool) -> Scheduler:
 
 
 def runner_of(*held: tuple[Scheduler, list[Held]]) -> Any:
-    """What the watch reads of a model, with these epochs."""
+    """Returns the parts of a model's runner that the watch reads, with these epochs."""
 
     def epoch_of(number: int, workers: list[Held]) -> Any:
         stage_of: Callable[[Held], int | None] = lambda worker: workers.index(worker) if worker in workers else None  # noqa: E731
@@ -101,7 +101,7 @@ BUSY, IDLE, OTHER = ([A, B], True), ([A, B], False), ([C, B], True)
 def test_silence_is_a_loss_after_the_steps_that_its_worker_has_to_compute(
     models: list[list[tuple[list[Held], bool]]], looks: int
 ) -> None:
-    """A look a second; an epoch with nothing in flight has none."""
+    """The watch looks once a second; an epoch with nothing in flight has no steps to compute."""
     numbers, fenced = count(1), list[Held]()
     runners = [
         runner_of(*((scheduler_of(next(numbers), is_busy=is_busy), workers) for workers, is_busy in epochs))

@@ -15,7 +15,7 @@ from llamaclust.core.drafts import DraftReplies
 
 
 class Drafts:
-    """In place of `ModelDrafts`, and of the model."""
+    """Replaces `ModelDrafts` and the model."""
 
     def __init__(self, draft: Callable[[], Awaitable[DraftReplies]]) -> None:
         self.model = self
@@ -37,7 +37,7 @@ class Drafts:
 
 
 class Scheduler:
-    """As much of one as drafts need."""
+    """Has the parts of a scheduler that drafts need."""
 
     def __init__(self, drafts: Drafts) -> None:
         self.speculation = self.queues = self
@@ -66,7 +66,7 @@ async def test_a_model_that_does_not_answer_is_not_asked_any_more(
 
 
 async def test_a_pause_of_the_process_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For longer than the deadline, as by SIGSTOP, while the model drafts: it answers when both go on."""
+    """The process pauses for longer than the deadline, as by SIGSTOP, and the model answers when both go on."""
     monkeypatch.setattr(draft_runner, "_SLICE_S", 0.2)
     monkeypatch.setattr(draft_runner, "_DEADLINE_S", 0.4)
     loop, replies = asyncio.get_running_loop(), DraftReplies(())

@@ -25,7 +25,7 @@ SETTINGS = SchedulerSettings("m", VOCABULARY, CONTEXT, KV_BLOCKS, max_sequences=
 
 @dataclass
 class FakeDisks:
-    """See `KvDisks`: blocks by key, as one stage that holds all layers would keep them."""
+    """Implements `KvDisks` with blocks by key, as one stage that holds all layers would keep them."""
 
     pipeline: FakePipeline
     engine: Engine | None = None
@@ -89,7 +89,7 @@ def wanted(generation: GenerationRequest) -> list[int]:
 
 
 async def saved(disks: FakeDisks, blocks: int) -> None:
-    """Returns when so many blocks are on disk."""
+    """Returns when at least `blocks` blocks are on disk."""
     async with asyncio.timeout(30):
         await until(lambda: len(disks.kept) >= blocks)
 
@@ -101,7 +101,7 @@ async def idle(engine: Engine) -> None:
 
 
 def opened(disks: dict[bytes, list[int]], **fields: object) -> tuple[Engine, FakeDisks]:
-    """A cluster that has just started, with what an earlier one wrote."""
+    """Returns the engine and disks of a cluster that has just started, with what an earlier one wrote."""
     pipeline = FakePipeline(KV_BLOCKS)
     found = FakeDisks(pipeline, kept=disks, **fields)  # type: ignore[arg-type]
     pipeline.kv_disks = found
@@ -110,7 +110,7 @@ def opened(disks: dict[bytes, list[int]], **fields: object) -> tuple[Engine, Fak
 
 
 async def written(generation: GenerationRequest) -> dict[bytes, list[int]]:
-    """What a cluster leaves on disk that has answered it."""
+    """Returns what a cluster that answered the request leaves on disk."""
     kept: dict[bytes, list[int]] = {}
     engine, disks = opened(kept)
     async with engine:
@@ -193,7 +193,7 @@ async def test_a_stage_that_fails_to_read_costs_the_time_alone(error: Llamaclust
 
 
 async def test_a_disk_that_does_not_answer_ends_the_pipeline() -> None:
-    """Its stage may still write KV memory: another pipeline computes the request."""
+    """Its stage may still write KV memory, so another pipeline computes the request."""
     generation = request(prompt(Random(1), 300))
     kept = await written(generation)
     pipeline, owner = FakePipeline(KV_BLOCKS), Losses()
@@ -252,7 +252,7 @@ async def test_a_prompt_that_is_being_read_when_layers_move_is_answered() -> Non
 
 @pytest.mark.parametrize("seed", range(12))
 async def test_any_mix_of_requests_gives_the_same_answers(seed: int) -> None:
-    """Shared beginnings, requests that end early, little memory: blocks are read and written while others compute."""
+    """Mixes shared beginnings, early ends and little memory: blocks are read and written while others compute."""
     source = Random(seed)
     beginnings = [prompt(source, source.randrange(130, 300)) for _ in range(3)]
     kept: dict[bytes, list[int]] = {}

@@ -1,4 +1,4 @@
-"""What /metrics says: lines that Prometheus can read, names and units as its users expect, figures that are right."""
+"""Tests /metrics: lines that Prometheus can read, names and units as its users expect, and figures that are right."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def handle(name: str, beat: Heartbeat | None = BEAT) -> WorkerHandle:
 
 
 def whole() -> tuple[Metrics, dict[str, WorkerHandle]]:
-    """All metrics that a cluster of two workers has."""
+    """Returns all metrics that a cluster of two workers has, and the workers."""
     counts = Counts(*[1] * len(Counts.__dataclass_fields__))
     workers = {"a": handle("a"), "b": handle("b", None)}
     metrics = Metrics([StageInfo("a", 0, 2), StageInfo("b", 2, 4)], lambda: counts, lambda: 1)
@@ -141,7 +141,7 @@ def test_members_of_groups_say_whom_they_wait_for() -> None:
 
 
 def hold(first: WorkerHandle, second: WorkerHandle) -> None:
-    """Both hold a stage of the model as a group; the second one counts its gathers."""
+    """Makes both hold a stage of the model as a group; the second one counts its gathers."""
     members = GroupMember("a", "unix:/run/a.l", 2), GroupMember("b", "unix:/run/b.l")
     for member, (worker, counters) in enumerate(((first, None), (second, GroupCounters(9, 0.5, (0.5, 0.0), 70, 80)))):
         order = replace(LOAD, epoch=5, model_id=MODEL_ID, group=GroupOrder(bytes(16), members, member))
@@ -172,7 +172,7 @@ def test_metrics_of_several_models_have_the_model_as_a_label() -> None:
 
 
 def test_dashboard_and_monitor_use_existing_metrics() -> None:
-    """Also in its variables, and with labels that the metrics of several models have or that Prometheus adds."""
+    """Checks the variables too; labels are those of metrics of several models, or those that Prometheus adds."""
     text = render_all({"a": whole()[0]}).decode()
     board = (CHART / "files/dashboard.json").read_text()
     panels = json.loads(board)["panels"]
@@ -212,7 +212,7 @@ async def drained(stream: object) -> None:
 
 
 def test_stages_tell_decode_from_prefill() -> None:
-    """As plans predict them: a microbatch of one row, and a row of many."""
+    """Asserts times as plans predict them: for a microbatch of one row, and for a row of many."""
     counts = Counts(*[0] * len(Counts.__dataclass_fields__))
     metrics = Metrics([StageInfo("a", 0, 2)], lambda: counts, lambda: 1)
     assert metrics.stage_report()[0].decode_ms is None is metrics.stage_report()[0].prefill_ms

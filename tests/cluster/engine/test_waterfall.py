@@ -1,4 +1,4 @@
-"""Where the time of requests went: phases one after another, whose parts add up."""
+"""Tests where the time of requests went: phases follow one another, and their parts add up."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def request(request_id: str = "abcd0123", length: int = 20, **fields: Any) -> Ge
 
 
 def computed(sent_ns: int, done_ns: int, *stages: tuple[int, int, int]) -> ComputedMicrobatch:
-    """`stages`: compute, queue and wire of each."""
+    """Makes a microbatch; `stages` has compute, queue and wire of each."""
     timings = tuple(StageTiming(queue, compute, wire, 1) for compute, queue, wire in stages)
     return ComputedMicrobatch.of(STAGES, timings, sent_ns, done_ns)
 
@@ -113,7 +113,7 @@ async def test_requests_of_an_engine_are_known_while_they_run_and_afterwards() -
 
 
 def test_what_an_id_is_beyond_its_shown_characters_cannot_be_found_out() -> None:
-    """Nor what ids there are by one character after another."""
+    """Guesses of one character after another do not find ids either."""
     ids, timings = ("0123456789abcdef01234567", "ffff4567"), Timings(0.0, 0.0, 0.0, 0.0, 20, 0, 0)
     records = [RequestRecord(request_id, None, 0.0, timings, Waterfall(0, 0, 20)) for request_id in ids]
     for guess in "0123456789abcdef":

@@ -1,4 +1,4 @@
-"""What clients send beside what the API needs: other paths, headers, fields of other servers."""
+"""Tests what clients send beside what the API needs: other paths, headers, fields of other servers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def post(
 
 
 async def complete(**fields: Any) -> ScriptedEngine:
-    """The engine after a completion."""
+    """Returns the engine after a completion."""
     engine = ScriptedEngine(says(ANSWER))
     reply = await post("/v1/completions", {"prompt": "a"} | fields, engine)
     assert reply.status_code == 200, reply.text
@@ -61,7 +61,7 @@ async def test_paths_with_a_prefix_and_without_v1(prefix: str) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "/llm"])
 async def test_a_path_with_a_slash_at_its_end_is_no_redirect(prefix: str) -> None:
-    """A redirect would have to know the address that a proxy shows, and clients may send no body again."""
+    """A redirect would have to know the address that a proxy shows, and clients may not send the body again."""
     async with client(make_app(ScriptedEngine(says(ANSWER)), prefix=prefix)) as http:
         for path in ("/v1/chat/completions/", "/chat/completions/"):
             assert (await http.post(prefix + path, json=CHAT)).status_code == 200, path

@@ -39,7 +39,7 @@ CONTEXT = RequestContext(id="a", seed=1, created=1, endpoint=PATHS[0])
 
 
 class PlainView(View):
-    """Texts as they are."""
+    """Renders texts as they are."""
 
     def frames(self, prompt: int, item: LogItem) -> list[Event]:
         return [Event(0, item.text.encode())] if isinstance(item, TextChunk) else []
@@ -87,7 +87,7 @@ async def read_all(kept: KeptReply) -> bytes:
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
 async def test_a_reply_is_closed_at_any_moment_after_its_begin(steps: int) -> None:
-    """Also before the first step of its task."""
+    """The reply is closed even before the first step of its task."""
     kept = kept_by(ReplyCache(ApiSettings()))
     reply = Endless()
     reading = asyncio.create_task(read_all(kept))
@@ -103,7 +103,7 @@ async def test_a_reply_is_closed_at_any_moment_after_its_begin(steps: int) -> No
 
 
 async def test_readers_learn_that_the_coordinator_ends() -> None:
-    """Also of a reply that is being restored: they come back to the next coordinator."""
+    """Readers of a reply that is being restored learn it too: they come back to the next coordinator."""
     cache = ReplyCache(ApiSettings())
     replies = [kept_in(cache, "a"), kept_by(cache)]
     reading = asyncio.create_task(read_all(replies[0]))
@@ -205,7 +205,7 @@ def kept_in(cache: ReplyCache, name: str, client: str = "") -> KeptReply:
 
 
 class Long(Endless):
-    """Many chunks that take 1,256 bytes each, then none."""
+    """Appends many chunks that take 1,256 bytes each, then none."""
 
     def __init__(self, chunks: int, top_logprobs: int = 0) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ class Long(Endless):
 
 
 class Complete(Long):
-    """An end behind them."""
+    """Appends an end behind the chunks."""
 
     def _append(self, log: AnswerLog) -> None:
         super()._append(log)
@@ -248,7 +248,7 @@ async def test_a_late_reader_of_a_long_reply_leaves_others_their_turns(chunks: i
 
 
 async def test_running_replies_are_bounded_together() -> None:
-    """Complete ones that are not read give way; then the largest fails, one that is not read before one that is."""
+    """Complete replies that nobody reads give way; then the largest fails, an unread one before one that is read."""
     cache = ReplyCache(ApiSettings(max_kept_bytes=100_000))
     replies = {"complete": Complete(30), "read": Long(40), "unread": Long(20), "small": Long(1)}
     kept = {name: kept_in(cache, name) for name in replies}
@@ -275,7 +275,7 @@ async def test_running_replies_are_bounded_together() -> None:
 
 
 async def test_a_reply_that_gave_way_is_not_held_until_it_would_expire() -> None:
-    """Nor is, of one that is kept, what it was computed from."""
+    """A reply that is kept does not hold what it was computed from either."""
     cache = ReplyCache(ApiSettings(max_kept_replies=1, resume_s=600.0))
 
     async def computed() -> tuple[weakref.ref[KeptReply], weakref.ref[Complete]]:
@@ -335,7 +335,7 @@ def _has_grown(reply: KeptReply, events: int) -> bool:
 
 
 async def test_complete_replies_of_all_give_way_before_a_running_one_fails() -> None:
-    """Of the client with the most first, the oldest first; together they have at most twice the room of one."""
+    """Replies of the client with the most go first, the oldest first; all have at most twice the room of one."""
     cache, kept = ReplyCache(ApiSettings(max_kept_bytes=40_000)), dict[str, KeptReply]()
     for number in range(8):
         for name, events in ((f"{number} old", 1), (f"{number} new", number + 2)):

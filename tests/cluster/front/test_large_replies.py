@@ -34,7 +34,7 @@ from support.clusters.resumable import KEY, PATHS, body_of, served
 from support.clusters.served import ScriptedEngine, client, events_of, make_app, make_service, real_engine, says, until
 
 SCORED: dict[str, Any] = {"prompt": [[5] * 150] * 64, "max_tokens": 49, "echo": True, "logprobs": 128}
-"""64 x (149 + 49) x 129 entries."""
+"""A request for 64 x (149 + 49) x 129 entries."""
 
 _LOGPROBS = "message.output_text.logprobs"
 _CHAT = {"logprobs": True, "top_logprobs": 9, "max_tokens": 2}
@@ -78,7 +78,7 @@ async def test_replies_share_a_budget(path: str, body: dict[str, Any], monkeypat
 def test_large_requests_of_owners_leave_others_some_of_the_budget(
     owners: str, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However large each request of the others is, of the largest size as well."""
+    """Others get some however large each request of the owners is, up to the largest size."""
     monkeypatch.setattr(sharing, "MAX_HELD_UNITS", 40)
     shared = sharing.ReplyBudget()
     with ExitStack() as reserved:
@@ -94,7 +94,7 @@ def test_large_requests_of_owners_leave_others_some_of_the_budget(
 
 @pytest.mark.parametrize("owners", ["aab", "aabc", "aaaaaabcd"])
 def test_an_owner_leaves_others_a_share_of_the_budget(owners: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one releases is its own, whoever releases it."""
+    """A reservation is given back for its owner, whoever releases it."""
     monkeypatch.setattr(sharing, "MAX_HELD_UNITS", 40)
     shared = sharing.ReplyBudget()
     with ExitStack() as reserved:

@@ -226,7 +226,7 @@ async def test_tokenize_and_detokenize() -> None:
     ],
 )
 async def test_too_much_of_anything_is_refused_at_once(path: str, fields: dict[str, Any], param: str) -> None:
-    """At once: the event loop, which all other requests need, keeps taking turns.
+    """Asserts that the event loop, which all other requests need, keeps taking turns.
 
     The process's CPU time between two turns is measured: it counts what holds up the loop, in any thread, and not the
     load of the machine.

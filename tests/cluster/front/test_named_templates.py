@@ -27,7 +27,7 @@ DOCUMENTS = [{"title": "t", "text": "d"}]
 
 
 async def prompt(named: dict[str, str], fields: dict[str, Any], plain: str = PLAIN) -> str:
-    """What the templates make of a chat; the error of a refusal."""
+    """Returns the prompt that the templates make of a chat, or the error of a refusal."""
     with ChatTemplate(plain, "", "", named=named) as template:
         async with client(make_app(ScriptedEngine(says("a")), template)) as http:
             reply = (await http.post("/apply-template", json={"messages": [USER], **fields})).json()

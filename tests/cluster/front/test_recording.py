@@ -1,4 +1,4 @@
-"""What a later computation needs to know: tokens, recorded in time, and whether a grammar was obeyed."""
+"""Tests what is recorded for a later computation: tokens, in time, and whether a grammar was obeyed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GRAMMAR = Grammar("{}", origin="tools")
 
 
 class Written:
-    """In place of a journal: the tokens of each choice, in the order of their places."""
+    """Replaces a journal: it keeps the tokens of each choice, in the order of their places."""
 
     def __init__(self) -> None:
         self.tokens: dict[int, list[int]] = {}

@@ -1,4 +1,4 @@
-"""What the OpenAI endpoints refuse, by name, and how failures are told."""
+"""Tests what the OpenAI endpoints refuse, by name, and how failures are told."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ async def test_a_client_that_was_cut_off_gets_the_rest(path: str, again: str, tm
 async def test_a_coordinator_that_was_killed_answers_the_same_after_its_restart(
     path: str, is_recorded: bool, tmp_path: Path
 ) -> None:
-    """The journal as it was at the moment of the kill; answers with alternatives are computed from the prompt on."""
+    """The journal stays as it was at the kill; answers with alternatives are computed from the prompt on."""
     top = {"/completion": {"n_probs": 2}, "/v1/completions": {"logprobs": 2}}.get(
         path, {"logprobs": True, "top_logprobs": 2}
     )
@@ -88,7 +88,7 @@ async def test_a_coordinator_that_was_killed_answers_the_same_after_its_restart(
 
 
 async def lines(http: httpx.AsyncClient, method: str, path: str, most: int | None = None, **more: Any) -> list[Any]:
-    """Of a stream that is no stream of events."""
+    """Returns the lines of a stream of JSON lines, at most `most`."""
     found: list[Any] = []
     async with http.stream(method, path, **more) as reply:
         assert reply.headers["content-type"] == "application/x-ndjson"
@@ -248,7 +248,7 @@ async def test_headers_that_make_no_sense_are_refused(headers: dict[str, str], c
 
 @pytest.mark.parametrize("again", ["GET", "after", "POST"])
 async def test_an_event_of_another_request_is_refused(again: str, tmp_path: Path) -> None:
-    """Such as one of a reply that is not kept any more: the rest of this one would not follow it."""
+    """The event may be of a reply that is not kept any more: the rest of this one would not follow it."""
     body, other = body_of(PATHS[0]), "3f2a0b1c2d3e4f5061728394:17"
     async with served(tmp_path / "journal") as server:
         await stream(server.http, "POST", PATHS[0], json=body, headers=KEY)
@@ -338,7 +338,7 @@ async def test_a_whole_reply_counts_as_sent_once_a_connection_took_it(tmp_path: 
 async def test_only_clients_that_read_ids_of_events_get_them(
     headers: dict[str, str], has_ids: bool, tmp_path: Path
 ) -> None:
-    """Some take each event for `data:` and JSON."""
+    """Some clients take each event for `data:` and JSON."""
     async with served(tmp_path / "journal") as server:
         reply = await server.http.post(PATHS[0], json=body_of(PATHS[0]), headers={"Accept": "*/*"} | headers)
         events = [part for part in reply.text.split("\n\n") if part and not part.startswith(":")]

@@ -144,7 +144,7 @@ async def test_restored_requests_wait_where_the_queue_is_full(tmp_path: Path, mo
 async def test_restored_requests_wait_where_the_machine_is_busy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as for the chat template, at a start on busy cores; one that waits does not hold up the next one."""
+    """A request may wait for the chat template, as at a start on busy cores; it does not hold up the next one."""
     path, compute, refused, is_busy = tmp_path / "journal", KeptReply._compute, list[KeptReply](), True
 
     async def busy(self: KeptReply, reply: Reply, *, is_recorded: bool) -> None:
@@ -191,7 +191,7 @@ async def test_a_start_that_is_refused_halfway_leaves_no_trace(tmp_path: Path, m
 async def test_of_requests_at_once_in_one_conversation_one_is_left(
     end_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where they come while the one before is being ended."""
+    """One request is left even if they come while the one before is being ended."""
     end = KeptReply.aclose
 
     async def slow(self: KeptReply) -> None:

@@ -60,7 +60,7 @@ ASKED = [*((path, {}) for path in PATHS), *((path, {"n": 3}) for path in PATHS[:
 @pytest.mark.parametrize(("path", "fields"), ASKED)
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_disconnected_client_frees_its_memory(path: str, fields: dict[str, Any], stream: bool) -> None:
-    """While its prompt is computed."""
+    """The client disconnects while its prompt is computed."""
 
     async with served(first_chunk_s=5) as (engine, pipeline, http):
         pipeline.gate.clear()

@@ -161,7 +161,7 @@ async def test_a_grammar_that_cannot_be_obeyed_is_400_with_the_reason(model: Pat
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look"}}])
 async def test_a_required_call_obeys_the_schema_of_its_tool(model: Path, choice: Any) -> None:
-    """From the first token on, whatever the model would say; n of them, each with its own grammar."""
+    """The schema holds from the first token on, whatever the model would say; each of n answers has its own grammar."""
     tools = [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in ("look", "run")]
     fields = {**CHAT, "tools": tools, "tool_choice": choice, "parallel_tool_calls": False, "n": 2, "max_tokens": 200}
     reply = await post(model, "/v1/chat/completions", fields | {"temperature": 1, "seed": 4}, context_length=2000)

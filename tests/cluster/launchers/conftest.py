@@ -1,4 +1,4 @@
-"""What tests of launchers share."""
+"""Fixtures that tests of launchers share."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ ABC = Awaited(("a", "b", "c"), 3, grace_s=0.05, wait_s=30.0)
 
 @dataclass
 class Start:
-    """Of workers a, b and c, of which `enough` hold the model."""
+    """A start of workers a, b and c, of which `enough` hold the model."""
 
     enough: int
     awaited: Awaited = ABC

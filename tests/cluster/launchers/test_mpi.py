@@ -49,7 +49,7 @@ OF_MPI = re.compile(r"(OMPI_|PMIX_|PMI_|PRTE_|MPI)")
 
 @pytest.fixture(autouse=True)
 def _open_mpi_has_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Open MPI does not start without one."""
+    """Sets HOME, without which Open MPI does not start."""
     if "HOME" not in os.environ:
         monkeypatch.setenv("HOME", str(tmp_path))
 
@@ -67,7 +67,7 @@ def family(command: Running) -> list[psutil.Process]:
 
 
 def rank_of(worker: int) -> psutil.Process:
-    """The process that started a worker."""
+    """Returns the process that started a worker."""
     parent = psutil.Process(worker).parent()
     assert parent is not None
     return parent
@@ -151,7 +151,7 @@ def test_ranks_are_waited_for_until_a_signal_or_a_deadline(is_signalled: bool, m
 
 
 async def started(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[MpiLauncher, socket.socket]:
-    """A launcher without workers, and the socket of its rank."""
+    """Starts a launcher without workers; returns it and the socket of its rank."""
     rank, own = socket.socketpair()
     monkeypatch.setattr(mpi, "_own_rank", lambda: own)
     values = {"insecure": True, "awaits_any": True, "workers": (), "timeouts": SimpleNamespace(coordinator=1.0)}
@@ -221,7 +221,7 @@ def test_a_rank_goes_on_while_its_coordinator_reads_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["a", "b.c", "coordinator"])
 def test_a_rank_limits_the_log_of_its_worker(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The coordinator limits those of its own machine alone."""
+    """The coordinator limits only logs of its own machine."""
     monkeypatch.setattr(log_files, "MOST_LOG_BYTES", 4000)
     monkeypatch.setattr(log_files, "_KEPT_BYTES", 1000)
     monkeypatch.setattr(mpi_rank, "_LOG_LOOK_S", 0.0)
@@ -259,7 +259,7 @@ def test_ctrl_c_ends_the_job(line: CommandLine, model: Path) -> None:
 
 
 def remote_shell(path: Path, box: Box) -> Path:
-    """What Open MPI takes for ssh: HOST COMMAND..."""
+    """Writes a program that Open MPI takes for ssh: HOST COMMAND..."""
     hosts = "\n".join(f"  {host.address}) namespace={host.namespace};;" for host in box.hosts.values())
     path.write_text(f'#!/bin/sh\ncase "$1" in\n{hosts}\nesac\nshift\nexec ip netns exec "$namespace" sh -c "$*"\n')
     path.chmod(0o700)

@@ -39,7 +39,7 @@ SOON: dict[str, Any] = {
         "failure_threshold": "3",
     }.items()
 }
-"""A node that is lost is missed within seconds."""
+"""Settings with which Ray misses a lost node within seconds."""
 NO_GROUP_OR_ACTOR: tuple[list[str], list[str]] = ([], [])
 
 
@@ -106,7 +106,7 @@ def temporary_folders(process: psutil.Process) -> list[str]:
 
 
 def about(process: psutil.Process) -> str:
-    """Command line and environment."""
+    """Returns command line and environment."""
     return f"{process.cmdline()} {process.environ()}"
 
 
@@ -155,7 +155,7 @@ def test_what_cannot_be_placed_is_told_and_ctrl_c_leaves_nothing(line: CommandLi
 def test_a_ray_that_does_not_start_is_tried_again_and_leaves_no_process(
     line: CommandLine, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """With `auto`, where this machine is part of no cluster: whose that is would stand in Ray's folder."""
+    """Uses `auto` on a machine that is part of no cluster: Ray's folder, which would name one, is empty."""
     monkeypatch.setenv("RAY_gcs_server_port_wait_time_s", "0")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     command = start(line, model)
@@ -210,7 +210,7 @@ def test_without_ray_the_way_to_install_it_is_told(
 
 @pytest.mark.parametrize(("is_another", "kills"), [(False, 1), (True, 0)])
 async def test_a_restart_kills_the_actor_that_ended_and_not_its_successor(is_another: bool, kills: int) -> None:
-    """The successor is there after the pause where Ray has started it itself."""
+    """The successor is there after the pause if Ray has started it itself."""
     killed: list[str] = []
 
     class Method:

@@ -1,4 +1,4 @@
-"""What may be in the way of a run directory: it is removed or named, and nothing waits for a pipe."""
+"""Tests what may be in the way of a run directory: it is removed or named, and nothing waits for a pipe."""
 
 from __future__ import annotations
 

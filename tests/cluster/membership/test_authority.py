@@ -55,7 +55,7 @@ def test_clusters_that_start_at_once_make_one_authority(tmp_path: Path) -> None:
 
 
 class Clock(datetime):
-    """Of a machine whose clock is `ahead`."""
+    """The clock of a machine that is `ahead` of the time."""
 
     ahead = timedelta()
 

@@ -47,7 +47,7 @@ NONCE = bytes(range(32))
 
 
 async def told(caplog: pytest.LogCaptureFixture, times: int) -> list[str]:
-    """Refusals that are logged, as soon as there are so many."""
+    """Returns the refusals that are logged, as soon as there are `times` of them."""
     async with deadline("lines in the log", 10):
         while len(lines := refusals(caplog.records)) < times:
             assert len(lines) <= times
@@ -83,7 +83,7 @@ async def test_a_wrong_secret_is_refused_and_logged_once(trust: Authority, caplo
 async def test_a_token_that_was_rotated_is_the_only_one_and_the_authority_stays(
     trust: Authority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also for a server that runs since before."""
+    """The rotation counts even for a server that already runs."""
     old, folder = trust.token, trust.token_file.parent
     async with enrolment(trust) as (host, port):
         await enrol(host, port, old, "b")

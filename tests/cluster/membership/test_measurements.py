@@ -125,7 +125,7 @@ async def test_a_worker_that_comes_back_on_other_hardware_is_measured(tmp_path: 
 
 
 async def test_known_hardware_is_estimated_whatever_the_number_of_workers_on_its_machine(tmp_path: Path) -> None:
-    """Where requests wait for a start that a worker is missing at, nothing is measured."""
+    """Nothing is measured while requests wait for a start that a worker is missing at."""
     await Machines(a=PROFILED, b=PROFILED).measure(tmp_path)
     left = Machines(a=PROFILED)
     profiles = left.empty(tmp_path)
@@ -160,7 +160,7 @@ async def test_figures_of_a_busy_machine_are_not_kept(tmp_path: Path) -> None:
 
 
 async def test_memory_that_measuring_keeps_is_not_planned_with(tmp_path: Path) -> None:
-    """Twice: with the other worker, and without."""
+    """Memory is kept twice: with the other worker, and without."""
     kept = replace(PROFILED, kept_bytes=3 << 20)
     machines = Machines(a=kept, b=kept)
     registered = {
@@ -212,7 +212,7 @@ async def test_without_step_times_plans_use_the_roofline_and_a_notice_says_so(tm
 
 
 async def test_products_of_quant_types_are_kept_for_plans_of_other_models(tmp_path: Path) -> None:
-    """Also those of types that the last model did not have."""
+    """Types that the last model did not have are kept as well."""
     both, one = (ProductTime(12, 1, 2e-11), ProductTime(14, 1, 3e-11)), (ProductTime(12, 1, 4e-11),)
     for model_id, products in (("ab", both), ("cd", one)):
         machines = Machines(a=WorkerProfile(Profile(replace(PROFILED.profile.cpu, products=products))))
@@ -282,7 +282,7 @@ async def test_a_worker_whose_measurement_fails_does_not_end_the_start(tmp_path:
 async def test_a_start_tells_that_other_programs_disturbed_its_measurements(
     tmp_path: Path, others: float, launcher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of workers of other launchers, whose processes are not below this one, nothing is known."""
+    """Nothing is known of workers of other launchers, whose processes are not below this one."""
     load = OtherLoad(2, others, 0.0)
     monkeypatch.setattr(LoadMeter, "measure", lambda self: load)
     is_told = others > 0.2 and launcher == "local"

@@ -41,7 +41,7 @@ class _Stream:
 async def test_tasks_that_do_not_end_are_logged(
     messages: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In one line, also where the coordinator was lost: that error comes out."""
+    """The tasks are logged in one line, and the error of a lost coordinator comes out nevertheless."""
     monkeypatch.setattr(membership, "_END_S", 0.05)
     released = asyncio.Event()
 

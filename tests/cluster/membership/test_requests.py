@@ -1,4 +1,4 @@
-"""Requests to workers: replies find theirs, and errors are of few classes."""
+"""Tests requests to workers: replies find theirs, and errors are of few classes."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ async def test_an_answer_after_its_deadline_is_not_taken_for_the_next_ones(what:
 
 @pytest.mark.parametrize("what", REQUESTS)
 async def test_an_answer_to_another_kind_of_request_breaks_the_protocol(what: str) -> None:
-    """What waits for it would read fields that it lacks: in the control loop, that would end the cluster."""
+    """The code that waits for it would read fields that it lacks; in the control loop, that would end the cluster."""
     send, right, _, _ = REQUESTS[what]
     others = [answer for name, (_, answer, _, _) in REQUESTS.items() if name != what]
     for wrong in (*others, KvDone(0, 1)):

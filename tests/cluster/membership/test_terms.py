@@ -127,7 +127,7 @@ async def test_a_worker_of_a_newer_coordinator_is_refused_and_ends_the_cluster_t
 
 
 async def test_a_term_that_grows_is_proven_to_the_members_of_before(trust: Authority) -> None:
-    """Whose state directory was lost: the next member may be another's, which has to end then."""
+    """The coordinator's state directory was lost: its next member may be that of another one, which has to end then."""
     nothing: Any = SimpleNamespace()
     early = Worker("a", nothing, nothing, nothing, nothing)
     async with registry_of(trust.identity(), JoinSettings(5.0, record=ControlRecord(term=1))) as there:
@@ -225,7 +225,7 @@ async def test_a_worker_of_another_cluster_brings_no_term_with_it(seen: int, tru
 
 
 async def test_a_worker_proves_a_term_to_the_superseded_coordinator_that_comes_back(trust: Authority) -> None:
-    """It was given up for lost, and the worker was a member of another cluster meanwhile."""
+    """The coordinator was given up for lost, and the worker was a member of another cluster meanwhile."""
     nothing: Any = SimpleNamespace()
     worker = Worker("a", nothing, nothing, nothing, nothing)
     for name, term, error in (
@@ -250,7 +250,7 @@ async def test_a_worker_proves_a_term_to_the_superseded_coordinator_that_comes_b
 
 
 async def test_a_coordinator_ends_where_the_state_directory_has_a_larger_term(path: Path, trust: Authority) -> None:
-    """As one that was cut off from its lock on a file server, and comes back; its workers are its successor's."""
+    """The coordinator was cut off from its lock on a file server, and comes back; its workers are its successor's."""
     record = ControlRecord.begin(path)
     async with registry_of(trust.identity(), JoinSettings(5.0, record=record)) as registry:
         superseded = asyncio.create_task(registry.superseded())

@@ -28,7 +28,7 @@ RULE = {"tensors": r"blk\.2\.", "device": "CUDA1"}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """Three layers with experts."""
+    """Opens a model of three layers with experts."""
     return Model.open(build_architecture(tmp_path_factory.mktemp("gpus") / "m.gguf", "llama-experts"))
 
 
@@ -39,7 +39,7 @@ def planned(
     gpu_bytes: int = 1024 * MIB,
     **values: object,
 ) -> Plan:
-    """Of workers that have so much memory, and their GPUs so much each; what `up` checks first is checked."""
+    """Plans workers with `memory_bytes` and GPUs with `gpu_bytes` each, and runs the checks that `up` runs first."""
     workers = [{"name": name, "device": device, "threads": 1} for name, device in devices.items()]
     settings = {"model": "m.gguf", "workers": workers, "context_length": 64, "max_sequences": 1, **values}
     config = ClusterConfig.model_validate(settings)
@@ -91,7 +91,7 @@ def test_layers_divided_by_hand_are_refused_beside_gpus(model: Model) -> None:
 
 
 def test_gpus_that_divided_layers_leave_unused_are_told(tmp_path: Path) -> None:
-    """Two layers with 48 MiB of experts each, on machines of which none holds one."""
+    """The model has two layers with 48 MiB of experts each, and no machine holds one."""
     names = dict.fromkeys("abcdef", "cpu") | {"b": "cuda:0,cuda:1"}
     with Model.open(build_tiny_model(tmp_path / "moe.gguf", layers=2, experts=64, ffn=512)) as large:
         plans = (planned(large, names, mib * MIB, MIB) for mib in range(100, 20, -4))

@@ -54,7 +54,7 @@ def test_whole_layers_where_all_fit() -> None:
 
 
 def test_attention_of_all_layers_comes_before_experts() -> None:
-    """With room for 1800 MiB, whole layers would leave six or seven of twelve on the processor."""
+    """Whole layers in 1800 MiB would leave six or seven of twelve on the processor."""
     plan = make_plan(MODEL, [machine(1800)], AUTO)
     (part,) = placed(plan)
     assert (part.device, part.start, part.end) == ("cuda:0", 0, 12)
@@ -133,7 +133,7 @@ def test_the_text_and_json_say_it() -> None:
 
 
 def test_random_machines_hold_every_layer_and_every_expert_once() -> None:
-    """What fits stays within the memory of each device; less memory of the GPU is never faster."""
+    """Plans stay within the memory of each device; less memory of the GPU is never faster."""
     draws, tried = random.Random(SEED), 0
     for _ in range(40):
         gpu_mib, ram_mib = draws.randint(150, 4500), draws.randint(500, 6000)
@@ -162,7 +162,7 @@ def test_experts_take_no_kv_memory() -> None:
 
 
 def test_memory_for_copies_of_experts() -> None:
-    """All that is left, in units of 2 MiB, or as much as the user gives; layers are the same ones."""
+    """Copies get all that is left, in units of 2 MiB, or as much as the user gives; layers are the same ones."""
     plan = make_plan(MODEL, [machine(1951)], AUTO)
     gpu, ram = plan.stages[0].devices
     assert gpu.memory_bytes is not None and ram.experts_cache_bytes == 0

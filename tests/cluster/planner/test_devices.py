@@ -33,7 +33,7 @@ from support.plans.plan_inputs import REQUEST, SMALL, profile, split_by_hand, st
 
 
 def workspace(place: StagePlace) -> int:
-    """A GPU's differs from a processor's."""
+    """Returns the workspace, which differs between a GPU and a processor."""
     return (9 if place.is_last else 3) * MIB if place.device != "cpu" else (7 if place.is_last else 4) * MIB
 
 
@@ -213,7 +213,7 @@ def test_speeds_come_from_measurements_of_as_many_gpus() -> None:
 
 
 def test_what_steps_took_on_a_gpu_is_what_a_plan_predicts() -> None:
-    """Of 12 layers, 5 on the card, whose steps were tried; the others by bandwidth."""
+    """The plan has 12 layers, 5 on the card, whose steps were tried; the others are predicted by bandwidth."""
     one = with_gpus(1000, gpu_layers=5)
     tried = replace(one, gpus=(replace(one.gpus[0], profile=profile(400, 30_000, STEPS)),))
     processor, gpu = devices_of(tried)
@@ -237,7 +237,7 @@ def test_layers_stay_on_a_gpu_rather_than_room_for_more_contexts(objective: str)
 
 
 def test_a_gpu_has_room_for_what_rounding_adds_to_any_number_of_kv_blocks(tmp_path: Path) -> None:
-    """And for the table of window blocks. A plan is made before these numbers are known."""
+    """The table of window blocks fits as well. A plan is made before these numbers are known."""
     model = Model.open(build_architecture(tmp_path / "m.gguf", "gemma3"))
     limits = StageLimits(max_batch_tokens=544, max_outputs=64, max_sequences=8, max_context_tokens=2048, kv_blocks=1)
     promised = planned_workspace_bytes(model, 0, model.layer_count, limits, 1, "cuda:0")

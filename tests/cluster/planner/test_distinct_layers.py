@@ -37,12 +37,12 @@ def planned(model: Model, end: int) -> tuple[Program, dict[str, Weights]]:
 
 
 def sizes(program: Program, weights: dict[str, Weights]) -> dict[object, int]:
-    """Of the buffers that the layout has."""
+    """Returns the sizes of the buffers that the layout has."""
     return Plan(program, weights, LIMITS)._layout._sizes
 
 
 def check_cpu(model: Model, program: Program) -> None:
-    """The whole program, and portions of members, if the model can be divided."""
+    """Checks the whole program, and portions of members if the model can be divided."""
     limits = replace(LIMITS, max_context_tokens=min(4096, model.hyperparameters.context_length))
     few = distinct_layers(program, model.tensors_for(program))
     pairs = [(few, program)]

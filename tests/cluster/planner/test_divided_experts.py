@@ -34,7 +34,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """Two layers, of 48 MiB of experts each."""
+    """Opens a model of two layers, of 48 MiB of experts each."""
     folder = tmp_path_factory.mktemp("divided")
     return Model.open(build_tiny_model(folder / "moe.gguf", layers=2, experts=64, ffn=512))
 
@@ -46,14 +46,14 @@ def config(workers: int, **values: object) -> ClusterConfig:
 
 
 def planned(model: Model, settings: ClusterConfig, memory_bytes: int) -> Plan:
-    """On workers with so much memory each."""
+    """Plans workers with `memory_bytes` each."""
     one = WorkerResources(threads=1, free_memory_bytes=memory_bytes, machine="", machine_free_bytes=0)
     machines = {worker.name: replace(one, machine=worker.name) for worker in settings.workers}
     return plan_cluster(settings, model, ClusterResources(machines, {}))
 
 
 def least_whole(model: Model, settings: ClusterConfig) -> int:
-    """The least memory of each worker that a plan of whole layers fits in."""
+    """Returns the least memory of each worker that a plan of whole layers fits in."""
     low, high = 1, 1 << 30
     while high - low > MIB // 16:
         middle = (low + high) // 2
@@ -94,7 +94,7 @@ def test_stages_take_what_was_planned(model: Model) -> None:
 
 @pytest.mark.parametrize("name", ["gpt-oss", "qwen2moe", "glm4moe"])
 def test_costs_of_all_cuts_are_what_stages_hold(tmp_path: Path, name: str) -> None:
-    """To the byte, also of biases, of which a whole layer has fewer tiles than its parts."""
+    """Costs are exact to the byte, even of biases, of which a whole layer has fewer tiles than its parts."""
     from llamaclust.cluster.planner.costs import StageCosts
 
     opened, shards = Model.open(build_architecture(tmp_path / f"{name}.gguf", name)), 3
@@ -110,7 +110,7 @@ def test_costs_of_all_cuts_are_what_stages_hold(tmp_path: Path, name: str) -> No
 @pytest.mark.parametrize("name", ["llama-experts", "gpt-oss", "glm4moe", "nemotron_h_moe", "llama4"])
 @pytest.mark.parametrize("shards", [2, 4])
 def test_no_stage_takes_more_than_planned(tmp_path: Path, name: str, shards: int) -> None:
-    """Wherever it begins and ends; and one of them takes as much."""
+    """Asserts this wherever a stage begins and ends, and that one of them takes as much."""
     model, rows = Model.open(build_architecture(tmp_path / f"{name}.gguf", name)), Random(SEED).randint(64, 512)
     limits = StageLimits(rows, 16, 8, 1024, 300, expert_shards=shards)
     costs, workspace = model.costs(KvType.F16, shards), workspace_of(model, limits)

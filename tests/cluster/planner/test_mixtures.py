@@ -32,11 +32,11 @@ from support.seed import SEED
 from support.wire.slow_codec import decode_frame
 
 MIXTURE = replace(LAYER, weight_bytes=33 * MIB, idle_bytes=24 * MIB, idle_share=0.75, expert_bytes=32 * MIB)
-"""Experts take 32 MiB, of which a token reads a quarter."""
+"""A layer whose experts take 32 MiB, of which a token reads a quarter."""
 
 
 def test_rows_read_the_distinct_experts_that_they_are_expected_to_choose() -> None:
-    """Beside draws of rows that choose evenly."""
+    """Compares with draws of rows that choose evenly."""
     source = np.random.default_rng(SEED)
     for rows in (1, 2, 8, 40):
         drawn = [{int(e) for _ in range(rows) for e in source.permutation(32)[:8]} for _ in range(400)]
@@ -56,7 +56,7 @@ def test_without_trials_steps_take_what_their_bytes_take() -> None:
 
 
 def test_parts_of_layers_take_together_what_the_layers_take() -> None:
-    """Also where reading bounds one part of a layer and products another."""
+    """The sums are equal even if reading bounds one part of a layer and products another."""
     few_products = replace(MIXTURE, macs_per_token=9 * 10**6, expert_macs_per_token=10**6)
     many_products = replace(MIXTURE, macs_per_token=900 * 10**6, expert_macs_per_token=899 * 10**6)
     stages = StageCosts.of(ModelCosts(0, 0, 0, (few_products, many_products, LAYER)))
@@ -96,7 +96,7 @@ def test_trials_say_what_a_touched_byte_takes() -> None:
 
 
 def test_kv_memory_of_layers_in_ram_leaves_room_for_experts_there() -> None:
-    """Also where both parts name an equal device of another object."""
+    """Both parts may name an equal device of another object."""
     request = replace(REQUEST, context_length=64, max_sequences=64)
     sizes = MemoryModel(StageCosts.of(ModelCosts(0, 0, 0, (MIXTURE,) * 4)), request)
     experts_bytes = 2 * 32 * MIB + sizes.workspace_bytes(worker("a"), 2, 3)
@@ -182,7 +182,7 @@ def test_stages_are_tried_in_turns_where_memory_allows(
 
 
 def test_rows_of_a_trial_differ() -> None:
-    """Equal ones would choose the same experts."""
+    """Equal rows would choose the same experts."""
     program = SimpleNamespace(is_first=False, is_last=False, hidden=SimpleNamespace(width=64))
     runner: Any = SimpleNamespace(program=program, model_id="a" * 64)
     frame, _ = profiler._task(runner, 320, 8, 1)
@@ -191,7 +191,7 @@ def test_rows_of_a_trial_differ() -> None:
 
 
 def test_measurements_in_another_unit_are_not_found() -> None:
-    """Kept by a release that knew bytes held alone."""
+    """A release that knew only held bytes kept such measurements."""
     key = measurement_key("cpu x", 2, 4, "a" * 64)
     assert key == f"cpu x, one of 2 workers with 4 threads, program {VERSION}, model {'a' * 32}, unit 2"
     assert most_similar_key(key, [key.removesuffix(", unit 2")]) is None

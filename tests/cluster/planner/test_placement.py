@@ -87,7 +87,7 @@ def test_whole_layers() -> None:
 
 
 def test_layers_of_several_gpus() -> None:
-    """The last GPU takes as many as fit, but not those of the other one."""
+    """The last GPU takes as many layers as fit, but not those of the other one."""
     free = placed(make_plan(MODEL, [machine(rules(cpu_moe=0), 5000, 5000)], ONE))
     assert free == (DeviceLayers("cuda:1", 0, 12),)
     said = rules({2: "cuda:0", 6: "cuda:0", 9: "cuda:1"}, cpu_moe=0)
@@ -112,7 +112,7 @@ def test_devices_hold_layers_in_order(layers: dict[int, str], told: str) -> None
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    """Layers and experts that have to be on a GPU, or in RAM, with too little memory there."""
+    """Layers and experts have to be on a GPU, or in RAM, where there is too little memory."""
     for placement in (rules({0: "gpu"}, cpu_moe=0), rules(dict.fromkeys(range(12), "gpu"), {11: False}, cpu_moe=5)):
         with pytest.raises(InsufficientMemoryError, match="MiB are missing"):
             make_plan(MODEL, [machine(placement, 1000, ram_mib=10_000)], ONE)
@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def drawn(draws: random.Random, gpus: int) -> Placement:
-    """Layers in the order of devices, experts at random."""
+    """Draws layers in the order of devices, and experts at random."""
     cuts = sorted(draws.choices(range(LAYERS + 1), k=gpus))
     wanted = ["ram" if layer < cuts[0] else f"cuda:{sum(layer >= cut for cut in cuts) - 1}" for layer in range(LAYERS)]
     said = [device if device == "ram" or draws.random() < 0.3 else None for device in wanted]
@@ -130,7 +130,7 @@ def drawn(draws: random.Random, gpus: int) -> Placement:
 
 
 def test_random_rules_are_obeyed_by_every_stage() -> None:
-    """Of one worker and of two; what each device holds is within its memory, and all is held once."""
+    """Plans have one worker or two; what each device holds is within its memory, and all is held once."""
     draws, tried = random.Random(SEED), 0
     for _ in range(60):
         gpus = [draws.randint(500, 4500) for _ in range(draws.choice([1, 1, 2]))]

@@ -1,4 +1,4 @@
-"""Steps that were not measured: products take what they take by quant type, measured or assumed."""
+"""Tests steps that were not measured: products take the time of their quant type, measured or assumed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MEASURED = replace(profile(20, 300), products=TIMES)
 
 
 def layer(*weights: TypedWeights) -> LayerCost:
-    """With as many bytes and products as these, and 4 KiB of norms."""
+    """Makes a layer with the bytes and products of these weights, and 4 KiB of norms."""
     n_bytes, macs = sum(each.n_bytes for each in weights), sum(each.macs for each in weights)
     return LayerCost(n_bytes + 4096, macs, 1024, weights=weights)
 
@@ -77,7 +77,7 @@ def test_products_of_idle_and_of_busy_machines() -> None:
 
 
 def test_limits_of_idle_machines() -> None:
-    """Of what is beside products, and of types that were not measured."""
+    """The limits are those of work beside products, and of types that were not measured."""
     idle = replace(profile(20, 300), isolated_limits=Limits(40e9, 600e9))
     stages = StageCosts.of(replace(MODEL, hidden_bytes=8192))
     for rows in (1, 128):
@@ -96,7 +96,7 @@ def test_products_of_an_idle_machine_come_before_steps_of_a_busy_one() -> None:
 
 
 def test_experts_have_products_with_the_rows_that_choose_them() -> None:
-    """Eight of 32: so many rows that all are read have a quarter of them each."""
+    """A row chooses eight of 32, so each has a quarter of the rows once all are read."""
     experts = TypedWeights(SLOW, 32 * MIB, 16_000_000)
     mixture = replace(
         FAST_LAYER,
@@ -129,7 +129,7 @@ def test_gpus_take_what_their_kernels_reach_whatever_the_type() -> None:
 
 
 def test_what_was_not_measured_is_assumed_from_the_machines_limits() -> None:
-    """Read at a share of the bandwidth, or as fast as the type is decoded; many rows at a share of the peak."""
+    """Weights are read at a share of the bandwidth or as fast as they are decoded; many rows at a share of the peak."""
     times = ProductTimes.of(profile(10, 1e6), concurrent=False)
     for kind in RATES:
         assert times.byte_s(kind, 1) == pytest.approx(1 / (READ_SHARE * 10e9)), "products take no time"

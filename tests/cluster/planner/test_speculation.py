@@ -1,4 +1,4 @@
-"""Gains of speculation, as plans predict them: beside the scheduler's choice, and beside a simulated pipeline."""
+"""Compares gains of speculation, as plans predict them, with the scheduler's choice and with a simulated pipeline."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def gain_of(plan: Plan, acceptance: float) -> SpeculationGain:
 
 
 def measured_plan(source: random.Random) -> Plan:
-    """Of two workers and links, as they were measured: a row more takes a stage the same time, wherever it begins."""
+    """Plans two workers and links, as they were measured: each further row takes a stage the same time."""
     stage_ms, layers_ms, head_ms = source.uniform(0.1, 1.0), source.uniform(10, 50), source.uniform(0.1, 5.0)
     row = [source.choice([0.0, 0.02, 0.1, 0.5]) * value for value in (stage_ms, layers_ms, head_ms)]
     steps = tuple(
@@ -58,7 +58,7 @@ def measured_plan(source: random.Random) -> Plan:
 
 
 def without_chains(plan: Plan) -> Plan:
-    """As of one stage: a window does not overtake the one before it."""
+    """Returns the plan as of one stage, where a window does not overtake the one before it."""
     assert plan.prediction is not None
     rounds = tuple(replace(each, slowest_s=each.seconds) for each in plan.prediction.rounds)
     return replace(plan, prediction=replace(plan.prediction, rounds=rounds))
@@ -181,7 +181,7 @@ FIXED_US, LENGTH = 1000.0, 2000
 
 
 class ReplayedDrafters:
-    """The text is known; each token of a draft is right with this probability."""
+    """Drafts a known text; each token of a draft is right with this probability."""
 
     def __init__(self, text: Sequence[int], right: float, source: random.Random) -> None:
         self._text, self._right, self._source = text, right, source
@@ -199,7 +199,7 @@ class ReplayedDrafters:
 
 
 def simulated(row_us: float, hop_us: float, stages: int, drafters: Drafters | None) -> tuple[float, list[int]]:
-    """(tokens a second, the answer) of one request on simulated stages."""
+    """Returns (tokens a second, the answer) of one request on simulated stages."""
     speculation = None if drafters is None else SpeculationSettings(drafters)
     run: Simulation = simulation(
         stages,
@@ -225,7 +225,7 @@ def simulated(row_us: float, hop_us: float, stages: int, drafters: Drafters | No
 def test_a_simulated_pipeline_gains_what_is_predicted(
     row_us: float, hop_us: float, stages: int, acceptance: float
 ) -> None:
-    """But for chance, and for what the scheduler takes to learn the acceptance."""
+    """The rest is chance, and what the scheduler takes to learn the acceptance."""
     plain, answer = simulated(row_us, hop_us, stages, None)
     text = [*generation(8, LENGTH).prompt, *answer]
     drafters = ReplayedDrafters(text, acceptance, random.Random(SEED))

@@ -1,4 +1,4 @@
-"""How long a step may take: by what was predicted or measured, and by its rows."""
+"""Tests how long a step may take, by what was predicted or measured, and by its rows."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def test_a_stage_that_is_slow_at_times_makes_no_draft_worth_it(seed: int) -> Non
 
 
 def _varying(seed: int) -> StageNs:
-    """Steps of 22 ms: 40 or so are slow or fast in a row, and single ones are late."""
+    """Returns steps of 22 ms: 40 or so are slow or fast in a row, and single ones are late."""
     source, usual = random.Random(seed), linear(21_700, 1000)
     pace = 1.0
 
@@ -188,7 +188,7 @@ def _run(model: SaidModel | None, stage_ns: Sequence[StageNs], hop_us: float) ->
 
 
 def _ms(run: Simulation, tokens: int, sequences: int = 1) -> float:
-    """Of so many tokens of each sequence, behind the prompts."""
+    """Returns the time of `tokens` tokens of each sequence, behind the prompts."""
     keys = [run.add(GenerationRequest("r", (index,) * PROMPT, tokens)) for index in range(sequences)]
     while not all(run.rows(key) for key in keys):
         run.step()

@@ -48,7 +48,7 @@ def embedding(number: int, prompt: tuple[int, ...], first: int = 0, end: int | N
 
 
 def random_request(source: Random, number: int) -> GenerationRequest:
-    """Half of them for tokens. Prompts have prefixes in common."""
+    """Draws a request, one in two for tokens; prompts have prefixes in common."""
     shared, length = source.choice((0, 33)), source.randrange(1, 100)
     prompt = tuple(range(shared)) + tuple(source.randrange(VOCABULARY) for _ in range(length))
     if source.random() < 0.5:
@@ -68,7 +68,7 @@ def check(run: Simulation, key: int, request: GenerationRequest) -> None:
 
 @pytest.mark.parametrize("number", range(8))
 def test_every_row_comes_once_whatever_happens_around_it(number: int) -> None:
-    """Among other requests, with preemption for lack of memory, and on new stages at any moment."""
+    """Rows come among other requests, with preemption for lack of memory, and on new stages at any moment."""
     source = Random(f"{SEED} {number}")
     kv_blocks = source.choice((16, 60))
     settings = replace(SETTINGS, kv_blocks=kv_blocks, prefill_chunk=source.choice((None, 7, 24)))
@@ -150,7 +150,7 @@ def test_a_prompt_may_fill_the_context() -> None:
 
 @pytest.mark.parametrize("length", [17, 40])
 def test_a_long_whole_prompt_does_not_wait_for_short_ones_that_keep_coming(length: int) -> None:
-    """What shorter ones leave of a microbatch would never be enough for it."""
+    """Shorter prompts would never leave enough of a microbatch for it."""
     settings = replace(
         SETTINGS, kv_blocks=100, max_batch_tokens=100, max_embedded_rows=100, prefix_cache=False, whole_prompts=True
     )

@@ -60,7 +60,7 @@ class ForcingModel(FakeModel):
         return tuple(found)
 
     def _defers(self, row: MatcherRow) -> bool:
-        """What was sent behind a deferred row is deferred as well."""
+        """Returns whether a row is deferred, as is what was sent behind a deferred row."""
         is_behind = self.due.get(row.key, row.position) < row.position
         if not is_behind and (self.deferred is None or self.deferred.random() > 0.1):
             self.due.pop(row.key, None)
@@ -104,7 +104,7 @@ def check(run: Simulation, requests: Sequence[GenerationRequest]) -> None:
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_forced_tokens_are_computed_in_one_step(stages: int) -> None:
-    """With penalties as well, whose history each row has. Rows sent ahead would each compute one of them alone."""
+    """Each row has the history that penalties need. Rows sent ahead would each compute one forced token alone."""
     requests = [generation(range(1, 20), 160, params=SamplingParams(0.8, repetition_penalty=1.1))]
     run = simulated(requests, stages=stages)
     run.finish()
@@ -134,7 +134,7 @@ def test_answers_without_drafts_ask_for_no_forced_ones() -> None:
 
 @pytest.mark.parametrize("seed", range(SEED, SEED + 8))
 def test_forced_drafts_change_no_row(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right or wrong, beside drafts of any kind, windows of any size, deferred rows and preemption."""
+    """Drafts are right or wrong, beside others of any kind, windows of any size, deferred rows and preemption."""
     source = Random(seed)
     prompts = [[source.randrange(VOCABULARY) for _ in range(19)] for _ in range(source.randrange(1, 6))]
     requests = [

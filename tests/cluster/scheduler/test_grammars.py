@@ -36,7 +36,7 @@ def rows_of(inputs: SamplingInputs) -> list[MatcherRow]:
 
 
 def test_a_grammar_is_sent_with_the_first_tokens_and_released_at_the_end() -> None:
-    """Before the row that is sampled, where the prompt takes several microbatches."""
+    """The grammar is sent before the row that is sampled if the prompt takes several microbatches."""
     run = simulated()
     run.scheduler.settings = replace(SETTINGS, max_batch_tokens=8, max_sequences=4)
     key = run.add(generation("a"))
@@ -78,7 +78,7 @@ def test_few_grammars_start_in_one_microbatch() -> None:
 
 
 def answer(scheduler: Scheduler, token: int, forced: tuple[int, ...] = ()) -> list[RowResult]:
-    """The result of the microbatch that is due, which has one output row; the tokens that are new with it."""
+    """Gives a result to the microbatch that is due, which has one output row, and returns the tokens that are new."""
     sent = scheduler.in_flight._sent[0]
     ((_, updates),) = scheduler.complete(
         Result(1, sent.number, (RowResult(token, -1.0, forced=forced),)), 1
@@ -115,7 +115,7 @@ class DeferringModel(FakeModel):
 
 
 def test_deferred_rows_are_computed_again_and_change_nothing() -> None:
-    """Also with rows that were sent ahead, preemption, scored prompts, the prefix cache, and all that is sampled."""
+    """Covers rows that were sent ahead, preemption, scored prompts, the prefix cache, and all that is sampled."""
     settings = replace(SETTINGS, max_batch_tokens=24, max_sequences=6, kv_blocks=24)
     deferred = ahead = preemptions = 0
     for seed in range(SEED, SEED + 12):

@@ -87,7 +87,7 @@ class StatefulModel(FakeModel):
         return state
 
     def _written(self, chunk: Chunk, row: int) -> int | None:
-        """The block that gets the state behind a row."""
+        """Returns the block that gets the state behind a row."""
         if not self.state_blocks:
             return blocks_of(chunk)[(chunk.position + row) // KV_BLOCK_TOKENS]
         return dict(zip(chunk.state_to[::2], chunk.state_to[1::2], strict=True)).get(row + 1)
@@ -105,7 +105,7 @@ def _after(tokens: list[int]) -> bytes:
 
 
 def simulation(source: random.Random, says: Says) -> Simulation:
-    """In blocks of their own or, as the profiler and `bench` have them, in those of all layers."""
+    """Makes states in blocks of their own or, as the profiler and `bench` have them, in those of all layers."""
     chosen = SchedulerSettings(
         "m",
         VOCABULARY,

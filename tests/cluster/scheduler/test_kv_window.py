@@ -26,7 +26,7 @@ from support.plans.drafting import AnyWindows, SaidDrafters, replayed
 
 @dataclass
 class WindowedModel(FakeModel):
-    """Beside the memory of all layers that of those with a window: whatever a row sees there must be its own."""
+    """Adds the memory of layers with a window: whatever a row sees there must be its own."""
 
     group: WindowGroup = field(default_factory=lambda: WindowGroup(1, 1))
     window_blocks: int = 0
@@ -66,7 +66,7 @@ class WindowedModel(FakeModel):
 
 
 def simulation(window: int, free: int = 0, stages: int = 2, **changes: object) -> Simulation:
-    """With as many window blocks as one sequence takes, and `spare` ones."""
+    """Makes a simulation with as many window blocks as one sequence takes, and `free` more."""
     base = SchedulerSettings("m", VOCABULARY, context_length=400, kv_blocks=100, max_sequences=6, max_batch_tokens=64)
     chosen = replace(base, max_outputs=32, **changes)  # type: ignore[arg-type]
     group = WindowGroup(window, chosen.max_batch_tokens)
@@ -146,7 +146,7 @@ def _random_mixes_end(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _restart(run: Simulation, epoch: int) -> None:
-    """On stages whose memory holds nothing."""
+    """Restarts on stages whose memory holds nothing."""
     run.send_all()
     run.sent.clear()
     model = run.stages.model

@@ -1,4 +1,4 @@
-"""MTP heads, as the scheduler uses them: what they gain on a counted clock, and that whatever they draft changes no
+"""Tests MTP heads in the scheduler: what they gain on a simulated clock, and that whatever they draft changes no
 token."""
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def test_what_heads_draft_changes_no_token_and_leaks_nothing(seed: int) -> None:
     )
 
     def says(position: int, most: int) -> tuple[int, ...]:
-        """Also tokens that are not there, none, and too many."""
+        """Drafts tokens, some of which are not there, none, and too many."""
         return tuple(source.randint(-1, VOCABULARY) for _ in range(source.choice([0, 1, most, most, most + 1])))
 
     stages = run.stages
@@ -77,7 +77,8 @@ def test_what_heads_draft_changes_no_token_and_leaks_nothing(seed: int) -> None:
 def _ms_of(
     right: float | None, stage_ns: Sequence[StageNs], draft_us: float, sequences: int = 1, hop_us: float = 100.0
 ) -> tuple[float, MtpStages]:
-    """Of so many tokens of each sequence, behind the prompts; `right`: the probability of each drafted token."""
+    """Returns the time of TOKENS tokens of each sequence, behind the prompts, and the stages; `right` is the chance of
+    each drafted token."""
     source = random.Random(5)  # fixed: what chance makes of a gain is no error
 
     def says(position: int, most: int) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ def request(number: int, owner: str, tokens: int = 30, group: str = "", grammar:
 
 
 def added(to: Scheduler, owner: str, count: int) -> int:
-    """How many are taken."""
+    """Returns how many requests are taken."""
     for number in range(count):
         try:
             to.add(request(number, owner), 0)
@@ -57,7 +57,7 @@ def test_a_queue_that_one_fills_has_places_for_others(first: int, room: int) -> 
 @pytest.mark.parametrize("group", ["", "many choices"])
 @pytest.mark.parametrize("others", [1, 3])
 def test_many_requests_of_one_owner_do_not_keep_another_waiting(group: str, others: int) -> None:
-    """Another one's first tokens come before any further answer of the first ends; all tokens are as if alone."""
+    """Another owner's first tokens come before any further answer of the first ends; all tokens are as if alone."""
     print(f"seed {SEED}")
     fake = FakeStages(FakeModel(BLOCKS), [linear(100, 10)] * 2, 1000)
     run = Simulation(scheduler(8, 300), fake)
@@ -78,7 +78,7 @@ def test_many_requests_of_one_owner_do_not_keep_another_waiting(group: str, othe
 
 
 def test_an_owner_whose_requests_run_displaces_no_others() -> None:
-    """The owner with more waits, though single requests of its own would be one's turn by themselves."""
+    """The owner with more requests waits, although a single one of its requests would be due by itself."""
     fake = FakeStages(FakeModel(BLOCKS), [linear(100, 10)] * 2, 1000)
     run = Simulation(scheduler(8, 300), fake)
     pair = [run.add(request(number, "b", 300, "pair")) for number in range(2)]

@@ -1,4 +1,4 @@
-"""What the scheduler makes of stage times, on a counted clock."""
+"""Tests what the scheduler makes of stage times, on a simulated clock."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def prefill_ms(run: Simulation, requests: int, tokens: int) -> float:
 
 
 def decode_ms(run: Simulation, sequences: int, tokens: int = 200, skipped: int = 80) -> float:
-    """Mean time per token of each, after the first ones."""
+    """Returns the mean time per token of each sequence, after the first ones."""
     keys = [run.add(generation(index, 10, tokens)) for index in range(sequences)]
     while min(len(run.rows(key)) for key in keys) < skipped:
         assert run.step()
@@ -207,7 +207,7 @@ def test_curves_learn_lines_and_steps(seed: int) -> None:
 
 
 def test_prompts_beside_another_pipeline_are_computed_in_short_chunks_one_at_a_time() -> None:
-    """Its decode waits for them at each stage, and may not wait for long."""
+    """The other pipeline's decode waits for them at each stage, and may not wait for long."""
     run, rows = simulated([linear(10, 1)] * 3), list[int]()
 
     def check(scheduled: ScheduledMicrobatch) -> None:

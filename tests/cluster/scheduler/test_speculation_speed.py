@@ -1,4 +1,4 @@
-"""What drafted rows gain, on a counted clock: beside what the cost of rows allows, and beside plain steps."""
+"""Compares gains of drafted rows with what the cost of rows allows and with plain steps, on a simulated clock."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.clusters.fakes import VOCABULARY, ConstantModel, FakeStages, Simula
 
 PROMPT = 64
 _SEED = 5
-"""Fixed: what chance makes of a gain is no error."""
+"""A fixed seed: what chance makes of a gain is no error."""
 SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=4096, kv_blocks=4096, prefix_cache=False)
 
 
@@ -26,7 +26,7 @@ class Drafting:
     """Drafts of tokens that are right with a probability, which depends on how many tokens there are."""
 
     def __init__(self, *stretches: tuple[int, float], seed: int = _SEED) -> None:
-        """(tokens of the answer, probability), one behind the other; the last one goes on."""
+        """Takes (tokens of the answer, probability), one behind the other; the last one goes on."""
         self._stretches = stretches
         self._source = random.Random(seed)
 
@@ -52,7 +52,7 @@ class Drafting:
 def ms_of(
     drafting: Drafting | None, stage_ns: Sequence[StageNs], hop_us: float, tokens: int, sequences: int = 1
 ) -> float:
-    """Of so many tokens of each sequence, behind the prompts."""
+    """Returns the time of `tokens` tokens of each sequence, behind the prompts."""
     speculation = None if drafting is None else SpeculationSettings(drafting)
     settings = replace(SETTINGS, speculation=speculation)
     fake = FakeStages(ConstantModel(settings.kv_blocks), stage_ns, round(hop_us * 1000))
@@ -66,7 +66,7 @@ def ms_of(
 
 
 def allowed_gain(right: float, token_ms: float, stage_ns: Sequence[StageNs], hop_us: float) -> float:
-    """Of the best window, where it is known and the time of rows as well, beside plain steps that take so long."""
+    """Returns the gain of the best window over plain steps, if the window and the time of rows are known."""
     hops_ns = (len(stage_ns) + 1) * hop_us * 1000
     rates = [1e-6 / token_ms]  # tokens a nanosecond
     for window in range(1, 33):
@@ -100,7 +100,7 @@ def test_gains_are_near_what_the_cost_of_rows_allows(curve: str, right: float, s
 @pytest.mark.parametrize("curve", CURVES)
 @pytest.mark.parametrize("stretches", [((300, 0.0), (0, 0.95)), ((300, 0.95), (0, 0.0))], ids=["better", "worse"])
 def test_a_change_costs_three_tokens_at_most(curve: str, stretches: tuple[tuple[int, float], ...]) -> None:
-    """Beside the two stretches for themselves."""
+    """The cost is the time beyond that of the two stretches for themselves."""
     stage_ns, hop_us = CURVES[curve]
     both = ms_of(Drafting(*stretches), stage_ns, hop_us, 600)
     apart = sum(ms_of(Drafting((0, right)), stage_ns, hop_us, 300) for _, right in stretches)

@@ -51,7 +51,7 @@ class Poisonable:
         )
 
     def step(self) -> bool:
-        """A result, or a failure where the next one is of a microbatch that breaks its stage."""
+        """Takes a result, or a failure if the next one is of a microbatch that breaks its stage."""
         self.run.send_all()
         sent = len(self.run.sent)
         if sent and self.breaks(self.run.microbatches[-sent].microbatch):
@@ -78,7 +78,7 @@ class Poisonable:
 
 @dataclass
 class Timed(Poisonable):
-    """With the times of three workers that compute SmolLM2. A poisoned request breaks the pipeline when the row after
+    """Has the times of three workers that compute SmolLM2. A poisoned request breaks the pipeline when the row after
     five of its tokens is computed."""
 
     settings: SchedulerSettings = LARGE
@@ -114,7 +114,7 @@ class Timed(Poisonable):
                 return False
 
     def lose_workers(self, count: int, *, is_regular: bool = False) -> None:
-        """So often, one a second on average, those during a recovery included."""
+        """Loses workers `count` times, one a second on average, those during a recovery included."""
         lost_ns: float = self.run.now_ns
         for _ in range(count):
             lost_ns += S_NS * (1.0 if is_regular else self.source.expovariate(1.0))
@@ -157,7 +157,7 @@ def test_a_request_that_breaks_pipelines_fails_alone(names_microbatch: bool, kv_
 
 @pytest.mark.parametrize("number", range(8))
 def test_failures_of_other_causes_end_no_request(number: int) -> None:
-    """However often: what was in flight then is computed soon."""
+    """Failures may come however often: what was in flight then is computed soon."""
     print(f"seed {SEED}, {number}")
     source = Random(f"{SEED} {number}")
     run = Poisonable(source)
@@ -175,7 +175,7 @@ def test_failures_of_other_causes_end_no_request(number: int) -> None:
 
 
 def test_a_request_that_is_never_computed_between_losses_does_not_fail() -> None:
-    """Nor do others wait for it: every other epoch computes all of them."""
+    """Other requests do not wait for it: every other epoch computes all of them."""
     run = Timed(Random(SEED))
     keys = [run.run.add(request) for request in long_requests([LONG, *[30] * 6], 100)]
     run.lose_workers(60, is_regular=True)

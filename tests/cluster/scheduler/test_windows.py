@@ -1,4 +1,4 @@
-"""Windows behind each other: those with most tokens a second."""
+"""Tests chains of windows: the best has most tokens a second."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST = 32
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Of stages that are alike."""
+    """The times of stages that are alike."""
 
     stages: int
     hops_us: float

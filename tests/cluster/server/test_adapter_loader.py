@@ -36,14 +36,14 @@ class Runner:
 
 @dataclass
 class Loaders:
-    """Of models with one record."""
+    """The loaders of models with one record."""
 
     folder: Path
     record: AdapterRecord
     all: list[AdapterLoader]
 
     def names(self) -> list[list[str]]:
-        """Of each model, as the next coordinator reads them."""
+        """Returns the names of each model, as the next coordinator reads them."""
         again = AdapterRecord(self.record.path)
         return [[adapter.name for _, adapter in again.of(loader.name)] for loader in self.all]
 
@@ -55,7 +55,7 @@ def stages(loader: AdapterLoader) -> Runner:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models, and adapters that fit both."""
+    """Makes two models, and adapters that fit both."""
     folder = tmp_path_factory.mktemp("files")
     for seed, name in enumerate(("one", "two")):
         build_tiny_model(folder / f"{name}.gguf", seed=seed)
@@ -66,7 +66,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def loaders(files: Path, tmp_path: Path) -> Iterator[Loaders]:
-    """On copies of the files; both models have an adapter in the cluster file."""
+    """Yields loaders on copies of the files; both models have an adapter in the cluster file."""
     (tmp_path / "further").mkdir()
     for name in ("one", "two", "first"):
         copyfile(files / f"{name}.gguf", tmp_path / f"{name}.gguf")
@@ -144,7 +144,7 @@ async def test_a_record_that_cannot_be_written_changes_nothing(
 
 
 async def test_what_no_plan_can_have_is_refused_at_once(loaders: Loaders, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the cluster file's plan has no place for adapters: a plan would never come."""
+    """The cluster file's plan may have no place for adapters: a plan with them would never come."""
 
     def refuse(config: ClusterConfig, model: Model) -> None:
         if len(model.adapters) > 1:

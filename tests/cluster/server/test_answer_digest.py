@@ -1,4 +1,4 @@
-"""Which settings a journalled request needs unchanged."""
+"""Tests which settings a journalled request needs unchanged."""
 
 from pathlib import Path
 from typing import Any

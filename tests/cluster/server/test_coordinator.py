@@ -1,4 +1,4 @@
-"""What `open_cluster` asks of workers and of the machine, on clusters of real processes."""
+"""Tests what `open_cluster` asks of workers and of the machine, on clusters of real processes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ async def next_heartbeat(worker: WorkerHandle) -> None:
 
 
 async def test_heartbeats_keep_up_with_a_short_timeout(tiny: Path, tmp_path: Path) -> None:
-    """For longer than the timeout."""
+    """Heartbeats keep up for longer than the timeout."""
     heartbeat_timeout_s = 0.6
     async with opened(tiny, tmp_path, timeouts={"worker": heartbeat_timeout_s}) as cluster:
         begun = asyncio.get_running_loop().time()

@@ -1,4 +1,4 @@
-"""What was planned to fill the memory of workers is loaded: what they have measured with is returned or counted."""
+"""A plan that fills the memory of workers is loaded: what they have measured with is returned or counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the status says of the groups that hold stages: members, shares, and whom their gathers wait for."""
+"""Tests what the status says of the groups that hold stages: members, shares, and whom their gathers wait for."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from support.models.tiny_model import build_tiny_model
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With two adapters beside it."""
+    """Makes a model with two adapters beside it."""
     folder = tmp_path_factory.mktemp("model")
     path = build_tiny_model(folder / "tiny.gguf")
     (folder / "further").mkdir()
@@ -34,7 +34,7 @@ def config_of(model: Path, **values: object) -> ClusterConfig:
 
 
 async def recorded(model: Path, folder: Path, *names: str) -> AdapterRecord:
-    """A record of a former coordinator."""
+    """Writes a record of a former coordinator."""
     base, record = open_model(model), AdapterRecord(folder / "adapters.json")
     paths = [model.parent / "further" / f"{name}.gguf" for name in names]
     digests = [read_adapter(path, base).identity for path in paths]

@@ -1,4 +1,4 @@
-"""Whether pipelines draft tokens, as the cluster file says."""
+"""Tests whether pipelines draft tokens, as the cluster file says."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_draft_model_has_no_more_threads_than_there_are(model: Path, tmp_path:
 async def test_memory_that_drafts_have_not_written_to_is_not_for_workers(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system counts it as free."""
+    """The system counts such memory as free."""
     monkeypatch.setattr("llamaclust.cluster.launchers.local.available_memory_bytes", lambda: FREE_BYTES)
     settings = config(model, tmp_path, 1, speculative={"model": str(model), "threads": 1})
     with Model.open(model) as opened:
@@ -144,7 +144,7 @@ def test_a_plan_refuses_a_draft_model_as_a_start_does(
 
 
 async def test_several_models_share_one_draft_model(model: Path, tmp_path: Path) -> None:
-    """It is for those that have its tokens, and the start says for which."""
+    """The draft model is for those that have its tokens, and the start says for which."""
     small = partial(build_tiny_model, layers=1, hidden=64, ffn=64, heads=4)
     paths = [model, small(tmp_path / "other.gguf", vocabulary=1024), small(tmp_path / "copy.gguf")]
     names = [{"model": str(path), "context_length": 64 + index} for index, path in enumerate(paths)]

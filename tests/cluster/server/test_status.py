@@ -1,4 +1,4 @@
-"""What `GET /cluster` says of requests and links."""
+"""Tests what `GET /cluster` says of requests and links."""
 
 from __future__ import annotations
 

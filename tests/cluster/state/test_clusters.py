@@ -75,7 +75,7 @@ def test_a_log_that_leads_nowhere_is_no_error(tmp_path: Path) -> None:
 def test_a_killed_cluster_is_named_and_no_other_ones_logs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_logs: bool
 ) -> None:
-    """Also where it has none, as a static one whose workers log on their machines, or is of another state directory."""
+    """The cluster is of another state directory, and may have no logs, as a static one whose workers log elsewhere."""
     usual = tmp_path / "usual"
     monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(usual))
     other, killed = ClusterDir(usual / "other"), ClusterDir(tmp_path / "own" / "home")

@@ -1,4 +1,4 @@
-"""What clusters leave on disk, and how other processes find them."""
+"""Tests what clusters leave on disk, and how other processes find them."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_cluster_whose_name_was_taken_meanwhile_leaves_the_other_alone(tmp_pat
 
 @contextmanager
 def full_disk(room_bytes: int) -> Iterator[None]:
-    """No file may become longer than that."""
+    """Lets no file become longer than `room_bytes`."""
     before, soft_and_hard = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room_bytes, soft_and_hard[1]))
     try:
@@ -176,7 +176,7 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_none(tmp_path: Path) -> No
 
 
 def test_a_file_that_several_write_at_once_is_one_of_theirs(tmp_path: Path) -> None:
-    """As pods that share a volume, where each process has the same id."""
+    """Pods that share a volume write so, and each of their processes has the same id."""
     path, texts = tmp_path / "file", [letter * 50_000 for letter in "abcd"]
 
     def write(text: str) -> None:

@@ -24,7 +24,7 @@ from support.clusters.journals import LIMIT_S, NOW, admission, ids_in, journal, 
 from support.seed import SEED
 
 BODY = b'{"\xc3\xa9": "%0A%%\t\xff",\n\r\n}\t\n'
-"""Whatever bytes there are."""
+"""A body of whatever bytes there are."""
 
 
 async def test_open_requests_are_found_in_order_with_their_tokens(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ async def test_a_disk_that_cannot_be_written_to_stops_no_request(
 async def test_what_could_not_be_written_is_written_although_nothing_comes(
     attempts: int, last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A coordinator that is killed while its requests wait for workers would lose them. `attempts`: that fail, too."""
+    """A coordinator that is killed while its requests wait for workers would lose them. `attempts` more writes fail."""
     folder, failures = tmp_path / "away", count()
     path, rewrite = folder / "journal", JournalFile.rewrite
 
@@ -159,7 +159,7 @@ async def test_a_journal_that_another_coordinator_has_taken_is_not_tried_again(
 async def test_a_disk_that_hangs_stops_no_request(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, is_away_for_ever: bool
 ) -> None:
-    """Neither a stop: one request waits for the disk, others go on at once."""
+    """Such a disk stops no shutdown either: one request waits for it, others go on at once."""
     path, back, append = tmp_path / "journal", threading.Event(), JournalFile.append
 
     def hanging(self: JournalFile, data: bytes, is_synced: bool) -> bool:
@@ -215,7 +215,7 @@ async def test_tokens_after_a_damaged_line_are_not_taken(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "link", "gone"])
 async def test_a_file_that_is_replaced_is_written_anew(tmp_path: Path, kind: str) -> None:
-    """Also by what cannot be read or would be waited for."""
+    """The other file may be one that cannot be read or would be waited for."""
     path, other = tmp_path / "folder" / "journal", tmp_path / "other"
     path.parent.mkdir()
     other.write_text("of somebody else")
@@ -241,7 +241,7 @@ async def test_a_file_that_is_replaced_is_written_anew(tmp_path: Path, kind: str
 
 
 async def test_a_long_journal_is_read_in_little_more_time_than_its_json(tmp_path: Path) -> None:
-    """Lines of one token, as of slow streams: relative to `json`, with both on this thread's clock."""
+    """Lines have one token, as of slow streams; the time is relative to `json`, with both on this thread's clock."""
     path = tmp_path / "journal"
     async with journal(path) as writing:
         await writing.admit(admission(0))
@@ -310,7 +310,7 @@ async def test_tokens_before_the_admission_leave_those_that_follow_out(tmp_path:
 
 
 async def test_restores_count_until_a_token_is_added(tmp_path: Path) -> None:
-    """One that an orderly stop ends does not count."""
+    """A restore that an orderly stop ends does not count."""
     path = tmp_path / "journal"
     async with journal(path) as writing:
         await writing.restore([left(admission(number), restores=2) for number in range(4)])
@@ -333,7 +333,7 @@ async def turns() -> None:
 
 
 async def test_admissions_at_about_the_same_time_share_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What nothing waits for goes with them; a lone one is written at once."""
+    """Lines that nothing waits for go with them; a lone one is written at once."""
     path, append, appended = tmp_path / "journal", JournalFile.append, []
 
     def counted(self: JournalFile, data: bytes, is_synced: bool) -> bool:

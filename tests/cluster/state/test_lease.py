@@ -32,7 +32,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Clock:
-    """Of this machine."""
+    """The clock of this machine."""
 
     now = 1000.0
 
@@ -88,7 +88,7 @@ def test_the_holders_duration_counts(api: LeaseApi, locks: Locks, clock: Clock) 
 
 
 def test_of_two_candidates_at_once_one_gets_it(api: LeaseApi, locks: Locks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both have read the free lease before either writes."""
+    """All have read the free lease before one writes."""
     both_read, read = threading.Barrier(4), LeaseLock._read
 
     def together(self: LeaseLock) -> object:
@@ -107,7 +107,7 @@ def test_of_two_candidates_at_once_one_gets_it(api: LeaseApi, locks: Locks, monk
 
 
 def test_a_conflict_is_no_loss(api: LeaseApi, locks: Locks, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as `helm upgrade`, which writes a label between a holder's reading and writing."""
+    """`helm upgrade`, for one, writes a label between a holder's reading and writing."""
     holder = locks()
     assert holder.take()
     read = LeaseLock._read

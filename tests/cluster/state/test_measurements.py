@@ -72,7 +72,7 @@ def test_own_work_is_not_that_of_others(monkeypatch: pytest.MonkeyPatch, tmp_pat
     stat, core, ticks = tmp_path / "stat", min(os.sched_getaffinity(0)), os.sysconf("SC_CLK_TCK")
 
     def says(user_s: int, steal_s: int) -> None:
-        """What the system counts in its own unit; the sum over all cores and foreign cores are no matter."""
+        """Writes counts in the system's own unit; the sum over all cores and foreign cores are no matter."""
         lines = [f"{name} {user_s * ticks} 0 0 999 0 0 0 {steal_s * ticks} 0 0" for name in ("cpu", f"cpu{core}")]
         stat.write_text("\n".join([*lines, "cpu4095 9999 9 9 9 9 9 9 9 9 9", "intr 1 2 3"]))
 

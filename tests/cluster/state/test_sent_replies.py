@@ -29,7 +29,7 @@ async def test_requests_whose_replies_were_sent_are_kept_for_a_while(tmp_path: P
 
 
 async def test_a_complete_request_in_the_background_is_kept_until_its_new_limit(tmp_path: Path) -> None:
-    """As often as coordinators end; not for as long only as replies that were sent."""
+    """The request is kept however often coordinators end, and for longer than replies that were sent."""
     path, late = tmp_path / "journal", replace(NOW, boot_s=NOW.boot_s + 2 * LIMIT_S)
     async with journal(path, sent_s=0.01) as writing:
         await writing.admit(replace(admission(0), is_background=True))

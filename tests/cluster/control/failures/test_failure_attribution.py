@@ -1,4 +1,4 @@
-"""Which worker is named when a pipeline breaks or cannot be opened, whichever report comes first, on however busy a
+"""Tests which worker is named when a pipeline breaks or cannot be opened, in any order of reports, on however busy a
 machine."""
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def group_of_three() -> dict[str, WorkerHandle]:
 async def test_members_that_cannot_reach_each_other_are_no_fault_of_the_one_that_gave_up(
     reporter: str, other: str, third: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The third one's link was closed by it, whichever report comes first."""
+    """The member that gave up also closed its link to the third one; either report may come first."""
     monkeypatch.setattr(failure_attribution, "_ATTRIBUTION_S", 20.0)
     for is_first in (True, False):
         workers = group_of_three()
@@ -197,7 +197,7 @@ async def test_a_member_that_reports_its_own_failure_is_judged_at_once() -> None
 
 @pytest.mark.parametrize("guilty", ["b", "c"])
 async def test_a_stage_that_cannot_be_opened_is_blamed_on_its_worker_by_name(tmp_path: Path, guilty: str) -> None:
-    """Also where another stage meets it, and no message holds an address."""
+    """The worker is named even if another stage meets the failure, and no message holds an address."""
     model = build_tiny_model(tmp_path / "tiny.gguf", layers=3, context=256)
 
     async with real_cluster(tmp_path, 3) as cluster:
@@ -212,7 +212,7 @@ async def test_a_stage_that_cannot_be_opened_is_blamed_on_its_worker_by_name(tmp
 
 
 class Coordinator:
-    """Welcomes a worker, and reads on when it is let."""
+    """Admits a worker, and reads on once `reads` is set."""
 
     def __init__(self) -> None:
         self.reads = asyncio.Event()
@@ -228,7 +228,7 @@ class Coordinator:
 
 
 async def test_a_stage_that_ends_while_it_tells_of_another_one_does_not_end_its_worker() -> None:
-    """The network does not take it at once: a machine is busy, or the coordinator is."""
+    """The network does not take its message at once, as a machine or the coordinator is busy."""
     coordinator = Coordinator()
     server = await Server.start("127.0.0.1:0", INSECURE, {JOIN: coordinator.join})
     nothing: Any = SimpleNamespace()

@@ -1,4 +1,4 @@
-"""Which member of a group is at fault, whichever reports there are and in whichever order they came."""
+"""Tests which member of a group is at fault, whatever reports there are and in whatever order they came."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which stage owes a result that does not come, and for how long."""
+"""Tests which stage owes a result that does not come, and for how long."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.wire.control.messages import StageProgress
 
 
 def progress(*received: int | None, awaits_tokens: bool = False) -> list[StageProgress | None]:
-    """Each has sent what the next one has received that is known."""
+    """Builds progress in which each stage has sent what the next known one has received."""
     stages = [
         None if count is None else StageProgress(1, count, next((sent for sent in received[place + 1 :] if sent), 0))
         for place, count in enumerate(received)

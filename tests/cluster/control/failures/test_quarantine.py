@@ -1,4 +1,4 @@
-"""Which workers plans exclude, and for how long."""
+"""Tests which workers plans exclude, and for how long."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_second_failure_excludes_whichever_requests_were_in_flight() -> None:
 
 
 def test_one_failure_after_the_quarantine_begins_the_next_and_those_within_it_do_not_count() -> None:
-    """A worker that others cannot replace is used meanwhile, and may fail as often as it is asked."""
+    """A worker that no other one can replace is used meanwhile, and may fail each time."""
     quarantine = failing(failing(Quarantine(), "b", 0.0, 1), "b", 1.0, 1)
     for now_s in (1.1, 2.0, 10.9):
         quarantine = failing(quarantine, "b", now_s, 2)

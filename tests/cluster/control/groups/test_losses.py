@@ -1,4 +1,4 @@
-"""Groups by hand whose members are lost: answers are those of one undisturbed worker."""
+"""Tests lost members of groups in a manual plan: answers are those of one undisturbed worker."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def test_several_are_lost_at_once(
     expected: list[Answer],
     tmp_path: Path,
 ) -> None:
-    """The last of them is killed, whatever happens to the others."""
+    """The last victim is killed, whatever happens to the others."""
     async with recovering(grouped(model, tmp_path)) as run:
         tasks = run.start(requests)
         await run.token(60)
@@ -81,7 +81,7 @@ async def test_a_member_is_lost_while_there_is_no_request(
     expected: list[Answer],
     tmp_path: Path,
 ) -> None:
-    """Before the first one, and after others. The next request waits for the member at most."""
+    """The member is lost before the first requests and again after some; the next ones wait for the member at most."""
     async with recovering(grouped(model, tmp_path)) as run:
         for begin in (0, 4):
             told = len(run.told)
@@ -103,7 +103,7 @@ async def test_a_member_is_lost_while_there_is_no_request(
 async def test_a_member_that_stops_for_a_while_is_waited_for(
     victim: str, model: Path, requests: tuple[GenerationRequest, ...], expected: list[Answer], tmp_path: Path
 ) -> None:
-    """For less than `timeouts.worker`, while all others' heartbeats come."""
+    """The pause is shorter than `timeouts.worker`, and heartbeats of all others come meanwhile."""
     async with recovering(grouped(model, tmp_path, timeouts={"worker": "60s"})) as run:
         tasks = run.start(requests)
         for count in (60, 300):

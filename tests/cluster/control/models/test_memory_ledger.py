@@ -1,4 +1,4 @@
-"""The memory that each of several models holds, as the others are planned beside it."""
+"""Tests the record of the memory that each of several models holds, which plans of the others leave free."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BOTH, ONLY_A, ONLY_B = plan_of("a", "b"), plan_of("a"), plan_of("b")
 
 
 def use_of(*plans: Plan) -> MemoryUse:
-    """As other models see it."""
+    """Returns the memory of these plans as other models see it."""
     ledger = MemoryLedger()
     ledger.enter("a model", plans)
     return ledger.beside("another")
@@ -76,7 +76,7 @@ async def test_a_move_that_a_loss_overtook_holds_the_memory_of_one_plan() -> Non
 
 @pytest.mark.parametrize("is_lost", [True, False], ids=["after a loss", "a move"])
 async def test_a_plan_of_before_another_model_took_memory_is_not_loaded(is_lost: bool) -> None:
-    """Unless it was entered, so that the other one was planned beside it."""
+    """The plan is loaded if it was entered, so that the other model was planned beside it."""
     opened = []
 
     async def plan(*_: object, **__: object) -> Plan:

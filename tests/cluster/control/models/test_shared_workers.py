@@ -1,4 +1,4 @@
-"""A model among several on the same workers: what it does about them leaves the other models alone."""
+"""Tests a model among several on the same workers: its actions leave the other models alone."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def planned(state: ClusterState, plan: Plan) -> ClusterState:
 
 
 def serving() -> ClusterState:
-    """One of several models, on the workers a and b."""
+    """Returns the state of one of several models, on the workers a and b."""
     state = ClusterState(Waits(120.0, 600.0), 2, observations.Tick(0.0), PipelineLoss(0.0), is_alone=False)
     state = planned(after(state, observations.WorkerSeen("a", 1), observations.WorkerSeen("b", 2)), BOTH)
     return after(state, observations.Signal.EPOCH_LOADED, observations.Signal.EPOCH_SERVING)
@@ -60,12 +60,12 @@ def lost() -> ClusterState:
 
 
 def failed(state: ClusterState, error: LlamaclustError, *, is_exclusive: bool = True) -> ClusterState:
-    """After a load that worker b failed."""
+    """Returns the state after a load that worker b failed."""
     return after(state, observations.EpochLoadFailed(error, is_exclusive, (Suspect("b", error),)))
 
 
 def stays(action: Action | None) -> bool:
-    """Whether worker b is to hold nothing of this model, and remains for others."""
+    """Returns whether worker b is to hold nothing of this model, and remains for others."""
     assert isinstance(action, Expel)
     (expulsion,) = action.expulsions
     return expulsion.worker == ("b", 2) and expulsion.stays

@@ -1,4 +1,4 @@
-"""A last stage sends results of the size that was asked for; others end the pipeline and are not kept."""
+"""Tests that results of a last stage have the size that was asked for: others end the pipeline and are not kept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SAMPLE_ONE = SampleTask(SamplingParams(), 1, 0, 3)
 
 
 class ScriptedStream:
-    """Answers with these messages, and then waits."""
+    """Answers with the given messages, and then waits."""
 
     address = "scripted"
     has_message = False
@@ -53,7 +53,7 @@ async def _nothing(message: CoordinatorMessage) -> None: ...
 
 
 def pipeline_of(answers: Sequence[int | bytes]) -> RemotePipeline:
-    """Of workers a and b, the last of which answers so."""
+    """Builds a pipeline of workers a and b, the last of which gives these answers."""
     workers = [WorkerHandle(replace(REGISTER, name=name), _nothing, lambda: "", Insecure()) for name in "ab"]
     for worker in workers:
         worker.stages[1] = (replace(LOAD, epoch=1), Loaded(1, 1, 1, 1))

@@ -1,4 +1,4 @@
-"""What a text model cannot read and what other servers run is left out of a chat and named; a strict request is
+"""Tests that chats leave out and name what a text model cannot read and what other servers run; a strict request is
 refused."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _room(monkeypatch: pytest.MonkeyPatch) -> None:
 async def post(
     path: str, *, answer: str = "Yes.", is_strict: bool = False, **fields: Any
 ) -> tuple[httpx.Response, str]:
-    """The reply, and the prompt that the engine got."""
+    """Returns the reply, and the prompt that the engine got."""
     engine = ScriptedEngine(says(answer))
     async with served(engine) as http:
         more = {STRICT_HEADER: "true"} if is_strict else {}

@@ -42,8 +42,8 @@ _BODIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("path", _BODIES)
 async def test_a_number_that_no_float_holds_is_refused_in_one_line(path: str) -> None:
-    """In each field of the API's description, at any depth; accepted where the number stands for a bound that may be
-    as large, or is repeated."""
+    """Tries each field of the API's description, at any depth; the number is accepted where it stands for a bound that
+    may be as large, or is repeated."""
     app = make_app(ScriptedEngine(says("a")))
     transport = httpx.ASGITransport(app, raise_app_exceptions=True)
     refused = 0
@@ -65,7 +65,7 @@ async def test_a_number_that_no_float_holds_is_refused_in_one_line(path: str) ->
 
 
 def _values(schema: Any, definitions: dict[str, Any], depth: int = 0) -> Iterator[Any]:
-    """Values of the schema's structure with a place for one number."""
+    """Yields values of the schema's structure with a place for one number."""
     yield _PLACE
     if depth > 3 or not isinstance(schema, dict):
         return

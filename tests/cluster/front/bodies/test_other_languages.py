@@ -1,4 +1,4 @@
-"""What clients in other languages send: [] for an empty object, the largest number for no limit, null for no text."""
+"""Tests clients in other languages: [] for an empty object, the largest number for no limit, null for no text."""
 
 from __future__ import annotations
 

@@ -94,14 +94,14 @@ def test_files_that_cannot_be_used_are_refused_in_one_line(spoil: Callable[[Sign
 
 
 def test_a_group_may_read_the_key(tmp_path: Path) -> None:
-    """As in volumes of secrets."""
+    """Volumes of secrets have keys of this mode."""
     signed = write_signed(tmp_path)
     signed.files.key.chmod(0o440)
     assert ServerCertificate(signed.files).context.minimum_version is ssl.TLSVersion.TLSv1_2
 
 
 def looks(certificate: ServerCertificate) -> None:
-    """Enough to see that files have changed and are complete."""
+    """Looks often enough to see that files have changed and are complete."""
     for _ in range(2):
         certificate.look()
 
@@ -199,7 +199,7 @@ def test_the_end_of_a_certificate_is_announced_once(tmp_path: Path, caplog: pyte
 
 
 def test_links_that_lead_elsewhere_are_a_change(tmp_path: Path) -> None:
-    """As in volumes of Kubernetes and in the folder of certbot."""
+    """Volumes of Kubernetes and the folder of certbot have such links."""
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
         write_signed(tmp_path / name)

@@ -30,7 +30,7 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 GENERATION = {"prompt": "Hello", "max_tokens": 3}
 FOR_LONG = 60.0
 NGINX_S = 60.0
-"""How long nginx keeps an idle connection to a server, by default."""
+"""The time for which nginx keeps an idle connection to a server, by default."""
 with socket.socket() as closed:
     PORT = ApiPort(closed)
 
@@ -48,11 +48,11 @@ class Peer:
         return self.reader.at_eof() or self.reader.exception() is not None
 
     async def head(self) -> bytes:
-        """The head of a reply."""
+        """Reads the head of a reply."""
         return await self.reader.readuntil(b"\r\n\r\n")
 
     async def reply(self) -> None:
-        """A whole reply."""
+        """Reads a whole reply."""
         head = await self.head()
         length = re.search(rb"Content-Length: (\d+)", head)
         await (self.reader.readuntil(b"\r\n0\r\n\r\n") if length is None else self.reader.readexactly(int(length[1])))
@@ -152,7 +152,7 @@ async def test_a_kept_connection_that_sends_no_further_head_is_closed_in_time() 
 
 
 def test_idle_connections_are_kept_for_longer_than_clients_and_proxies_keep_them() -> None:
-    """Where a server closes one as its client sends on it, the request is lost: nginx answers it with 502."""
+    """A request is lost if the server closes its connection as the client sends it: nginx answers it with 502."""
     settings = ApiSettings()
     server_s = server_config(Starlette(), settings, PORT).timeout_keep_alive
     client_s = httpx.Limits().keepalive_expiry
@@ -206,7 +206,7 @@ async def test_idle_connections_are_closed_at_last() -> None:
 
 
 async def test_idle_connections_give_their_places_to_others() -> None:
-    """Also those that have begun a head."""
+    """Connections that have begun a head give way as well."""
     async with served(max_requests=4, head_s=FOR_LONG) as server:  # 12 places
         for peer in await server.connect(12):
             peer.writer.write(HEALTH)
@@ -240,7 +240,7 @@ async def test_requests_take_longer_than_a_head_may() -> None:
 
 
 async def test_idle_connections_beyond_the_bound_do_not_block_requests() -> None:
-    """Those that were idle longest make room; requests that run keep their places."""
+    """Connections that were idle longest make room; requests that run keep their places."""
     async with served(max_requests=8, head_s=FOR_LONG) as server:
         server.engine.gate.clear()
         running = asyncio.create_task(server.answers())
@@ -256,7 +256,7 @@ async def test_idle_connections_beyond_the_bound_do_not_block_requests() -> None
 
 
 async def test_a_full_server_answers_503_with_retry_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its process may open few files."""
+    """The server's process may open few files."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (11, 11))
     async with served(max_requests=4, head_s=FOR_LONG) as server:
         for peer in await server.connect(4):  # their bodies are still to come
@@ -295,7 +295,7 @@ async def test_places_are_bounded_by_the_files_that_may_be_open() -> None:
 
 
 async def test_writes_to_a_disconnected_client_are_not_logged() -> None:
-    """However many come before its end is noticed."""
+    """Nothing is logged, however many come before its end is noticed."""
     async with served() as server:
         (peer,) = await server.connect()
         peer.writer.transport.abort()
@@ -357,7 +357,7 @@ async def test_the_reply_to_what_is_no_http_names_its_cause(
 
 
 async def test_a_request_of_two_lengths_is_refused() -> None:
-    """A proxy may take the other one, and another client's request for the rest of the body."""
+    """A proxy may take the other length, and another client's request for the rest of the body."""
     async with served() as server:
         (peer,) = await server.connect()
         head = b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -369,7 +369,7 @@ async def test_a_request_of_two_lengths_is_refused() -> None:
 
 @pytest.mark.parametrize("header", ["X-Forwarded-For", "X-Real-IP", "Forwarded"])
 async def test_a_client_does_not_choose_its_own_address(header: str) -> None:
-    """Turns of clients without keys go by addresses, which any program of this machine could write."""
+    """Clients without keys take turns by addresses, which any program of this machine could write."""
     seen: list[str] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

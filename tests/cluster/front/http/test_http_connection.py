@@ -1,4 +1,4 @@
-"""Targets of requests, and bodies: what is written without a look at the protocol's states is what h11 writes."""
+"""Tests targets of requests, and bodies: what is written without a look at the protocol's states is what h11 writes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_body_longer_than_it_says_is_refused() -> None:
     ],
 )
 def test_a_target_with_a_host(given: bytes, target: bytes, host: bytes) -> None:
-    """As for a proxy: its host counts for that of the header."""
+    """The target's host, as requests to a proxy have it, replaces that of the header."""
     connection = HttpConnection(h11.SERVER, 65536)
     connection.receive_data(b"GET %b HTTP/1.1\r\nHost: a\r\nX: y\r\n\r\n" % given)
     request = connection.next_event()
@@ -87,7 +87,7 @@ def chunked(size: int, count: int) -> bytes:
 
 
 def pieces(connection: HttpConnection) -> tuple[int, int]:
-    """(pieces of the body, the most of one turn)."""
+    """Returns (pieces of the body, the most of one turn)."""
     every = most = 0
     while True:
         connection.begin_turn()

@@ -30,7 +30,7 @@ BODY = {"lora_name": "poet", "lora_path": "poet.gguf"}
 
 @dataclass
 class Loader:
-    """What the endpoints control."""
+    """The loader that the endpoints control."""
 
     adapters: ServedAdapters = field(default_factory=ServedAdapters)
     error: Exception | None = None
@@ -111,7 +111,7 @@ async def test_requests_use_an_adapter_until_they_end() -> None:
 
 @pytest.mark.parametrize("is_another_loaded", [False, True])
 async def test_a_request_that_chose_an_adapter_before_its_unload_is_refused(is_another_loaded: bool) -> None:
-    """Also where its number is another adapter's by then."""
+    """The request is refused even if the number is another adapter's by then."""
     engine, loader = ScriptedEngine(says("So.")), Loader()
     loader.adapters.add(0, ServedAdapter("poet", "poet.gguf", content="ab"))
     replies = Replies(ApiSettings(adapters=loader.adapters))
@@ -127,7 +127,7 @@ async def test_a_request_that_chose_an_adapter_before_its_unload_is_refused(is_a
 
 
 async def test_a_known_request_has_the_name_of_its_adapter() -> None:
-    """Also after its number became another adapter's."""
+    """The request keeps the name even after the number became another adapter's."""
     adapters = ServedAdapters()
     adapters.add(0, ServedAdapter("poet", "poet.gguf", content="ab"))
     settings = replace(SETTINGS, adapters={0: "ab"})

@@ -35,7 +35,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 @cache
 def operations() -> list[Route]:
-    """Those of the app."""
+    """Returns the operations of the app."""
     app = make_app(ScriptedEngine(says("a")), slot_folder=Path("/tmp"), allows_pull=True)
     return [route for route in app.routes if isinstance(route, Route)]
 
@@ -48,7 +48,7 @@ def replying(status: int, text: str) -> Endpoint:
 
 
 def client_of(*models: ApiModel, endpoint: Endpoint | None = None) -> httpx.AsyncClient:
-    """The app's operations, whose replies are the names of models unless there is an endpoint."""
+    """Returns a client of the app's operations, whose replies are the names of models unless there is an endpoint."""
     routing = ModelRouter(models)
 
     def route(of: Route, model: ApiModel) -> Route:
@@ -156,7 +156,7 @@ async def test_a_body_is_read_once_and_not_held_while_it_is_answered(
     held: list[weakref.ref[object]] = []
 
     class Fields(dict[str, Any]):
-        """Whose end can be seen."""
+        """A dict whose end a weak reference shows."""
 
     async def parse(data: bytes) -> dict[str, Any]:
         fields = Fields(json.loads(data))
@@ -179,7 +179,7 @@ async def test_an_endpoint_takes_less_than_was_read() -> None:
         return PlainTextResponse(await read_bytes(request, ApiSettings(), 20))
 
     async def parts() -> AsyncIterator[bytes]:
-        """Without a length in the head."""
+        """Yields a body without a length in the head."""
         for part in (b"[", b" " * 19, b"]"):
             yield part
 

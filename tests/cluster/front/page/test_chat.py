@@ -123,7 +123,7 @@ async def test_history_is_kept_and_deleted(browser: Browser) -> None:
 
 
 async def test_the_list_of_chats_reads_no_chat(browser: Browser) -> None:
-    """Of chats that the page's former version kept, too."""
+    """The list reads none of the chats that the page's former version kept either."""
     listed = """async () => {
       const former = indexedDB.deleteDatabase("llamaclust");
       await new Promise((resolve) => former.addEventListener("success", resolve));

@@ -1,4 +1,4 @@
-"""Text of models, names of models and of workers: shown as they are, never run; and pure modules of the page."""
+"""Tests that texts and names of models and workers are shown as they are, never run; and pure modules of the page."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ async def seen(browser: Browser) -> AsyncIterator[Opened]:
 
 
 async def test_markup_in_answers_stays_text(seen: Opened) -> None:
-    """Every beginning of each answer, as it would be streamed."""
+    """Shows every beginning of each answer, as it would be streamed."""
     made = await seen.page.evaluate(SHOW, list(EVIL_ANSWERS))
     assert {*made["tags"]} <= {*TAGS.split()}, made["tags"]
     assert {*made["attributes"]} <= {*ATTRIBUTES.split()}, made["attributes"]
@@ -110,7 +110,7 @@ async def test_markup_in_answers_stays_text(seen: Opened) -> None:
 
 
 async def test_names_and_messages_stay_text(browser: Browser) -> None:
-    """Of a model, of workers, of conversations; what a model and a user wrote; a log and an error."""
+    """Shows names of a model, workers and conversations, texts of a model and a user, a log and an error."""
     cluster = cluster_of(EVIL, "b")
     cluster["status"]["workers"][0]["heartbeat"]["last_error"] = EVIL
     cluster["status"].update(state="recovering", reason=EVIL, absent=[EVIL])

@@ -1,5 +1,5 @@
-"""What responses show beside the answer: logprobs, progress, timings; allowed tools, references to items, input items
-of a response that is computed or was cancelled."""
+"""Tests what responses show beside the answer: logprobs, progress, timings; allowed tools, references to items, input
+items of a response that is computed or was cancelled."""
 
 from __future__ import annotations
 

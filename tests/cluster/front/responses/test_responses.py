@@ -31,7 +31,7 @@ ALLOWED = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function
 
 
 async def respond(answer: str = "Yes.", **fields: Any) -> tuple[httpx.Response, str]:
-    """The reply, and the prompt that the engine got."""
+    """Returns the reply, and the prompt that the engine got."""
     engine = ScriptedEngine(says(answer))
     async with served(engine) as http:
         reply = await http.post(PATH, json={"input": "Hi"} | fields)
@@ -52,7 +52,7 @@ async def prompt_of(**fields: Any) -> str:
 
 
 def comparable(value: Any) -> Any:
-    """Without what is drawn for each request."""
+    """Leaves out what is drawn for each request."""
     if isinstance(value, dict):
         drawn = ("id", "call_id", "item_id", "created_at", "completed_at")
         return {key: comparable(item) for key, item in value.items() if key not in drawn}

@@ -20,7 +20,7 @@ from support.seed import SEED
 TOOLS = 1000
 AT_ONCE = 20
 UNOBEYED = {"pattern": 16, "uniqueItems": 5}
-"""Look-around, and that no two parts of a list are equal."""
+"""Counts of what grammars cannot express: look-around, and that no two parts of a list are equal."""
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ async def test_a_thousand_tools_of_libraries(checker: GrammarChecker) -> None:
 
 
 def recorded() -> list[tuple[str, str, Any]]:
-    """Source, name and schema of each, see the file's README."""
+    """Returns source, name and schema of each recorded tool, see the file's README."""
     lines = (DATA / "schemas" / "tools.jsonl").read_text(encoding="utf-8").splitlines()
     return [(source, name, schema) for source, name, schema in map(json.loads, lines)]
 
@@ -70,7 +70,7 @@ def kind_of(source: str) -> str:
 
 
 async def unobeyed(checker: GrammarChecker, schemas: list[Any]) -> list[str]:
-    """What is named of tools that are offered twenty at a time; no arguments but objects are allowed."""
+    """Returns what is named of tools that are offered twenty at a time; only objects are allowed as arguments."""
     named: list[str] = []
     for start in range(0, len(schemas), AT_ONCE):
         some = {f"tool{start + place}": schema for place, schema in enumerate(schemas[start : start + AT_ONCE])}
@@ -82,7 +82,7 @@ async def unobeyed(checker: GrammarChecker, schemas: list[Any]) -> list[str]:
 
 
 async def test_a_thousand_recorded_tools(checker: GrammarChecker) -> None:
-    """None is refused, and none is free in its arguments: places are named within these alone."""
+    """No tool is refused, and none is free in its arguments: only places within these are named."""
     found = recorded()
     counts = Counter(kind_of(source) for source, *_ in found)
     assert len(found) >= 1000 and counts["pydantic"] >= 400 and counts["zod"] >= 300

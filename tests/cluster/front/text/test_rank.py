@@ -29,7 +29,7 @@ def ranking(engine: Engine) -> TextService:
 async def read_until_refused(
     query: str, documents: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[str], ContextLengthError]:
-    """The texts that were made tokens of, and the error."""
+    """Returns the texts that were made tokens of, and the error."""
     service = ranking(Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS))
     encode, read = service.tokenizer.encode, list[str]()
 
@@ -80,7 +80,7 @@ async def test_a_prompt_may_fill_the_context_and_control_words_of_texts_stay_tex
 
 
 async def test_prompts_count_for_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the query in each of them: 3 * (2 + 4 + 1) tokens are 5 entries."""
+    """The query counts in each of them: 3 * (2 + 4 + 1) tokens are 5 entries."""
     async with real_engine() as (engine, _):
         service = ranking(engine)
         monkeypatch.setattr("llamaclust.cluster.front.text.sharing.MAX_REPLY_ENTRIES", 4)

@@ -1,4 +1,4 @@
-"""Which reasoning the last stage follows: tags of formats, what the prompt has begun, grammars behind it."""
+"""Tests which reasoning the last stage follows: tags of formats, what the prompt has begun, grammars behind it."""
 
 from __future__ import annotations
 

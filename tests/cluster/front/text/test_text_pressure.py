@@ -176,7 +176,7 @@ async def test_work_on_breakers_holds_up_no_other_work_on_texts() -> None:
 
 
 async def test_work_on_texts_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What waited for its thread until then does not run."""
+    """Work that waits for its thread until then does not run."""
     monkeypatch.setattr(sharing, "_WORK_S", 0.05)
     held, ran = Event(), list[int]()
     pool = Threads(1, "held")

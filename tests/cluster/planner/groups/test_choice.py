@@ -1,4 +1,4 @@
-"""When automatic plans have groups, and which."""
+"""Tests when automatic plans have groups, and which."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_shares_follow_speeds(speeds: tuple[int, ...]) -> None:
 
 
 def _segmented(costs: GroupCosts) -> GroupCosts:
-    """The same model, whose gathered rows travel in int8 where portions are of whole segments."""
+    """Returns costs of the same model with gathered rows that travel in int8 where portions are of whole segments."""
     gathers = (GatherCost(9728, 608, form=ActivationFormat.Q8_256),) * 4
     return replace(costs, layers=tuple(replace(layer, gathers=gathers) for layer in costs.layers))
 
@@ -158,7 +158,7 @@ def test_groups_hold_what_single_workers_cannot() -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_a_prompt_that_takes_longer_in_a_group_counts(count: int) -> None:
-    """On a slow network, groups decode faster, and take longer with a whole request."""
+    """Groups decode faster on a slow network, and take longer with a whole request."""
     workers = [able(name) for name in "abcd"[:count]]
     fast, slow = network("abcd"[:count], 5), network("abcd"[:count], 5, byte_s=20e-9)
     assert planned(workers, links=fast).chain == (tuple("abcd"[:count]),)
@@ -195,7 +195,7 @@ def test_many_answers_by_a_plan_for_throughput_are_no_slower_than_by_stages(seed
 
 
 def _requests_s(plan: Plan) -> float:
-    """Prompts and answers of eight requests at once, by the slowest stage."""
+    """Returns the time of prompts and answers of eight requests at once, by the slowest stage."""
     assert plan.prediction is not None
     prompts_s = 8 * plan.prompt_tokens * max(stage.prefill_s for stage in plan.prediction.stages)
     return prompts_s + 8 * ANSWER_TOKENS / plan.prediction.tokens_per_s

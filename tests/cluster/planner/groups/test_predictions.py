@@ -1,4 +1,4 @@
-"""What gathers add to a group's steps."""
+"""Tests what gathers add to a group's steps."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from support.plans.plan_inputs import REQUEST, SMALL, group_costs, profile, step
 NAMES = "abcd"
 COSTS = partial(group_costs, SMALL)
 READ_S = 20e9
-"""Bytes a second of the workers here."""
+"""The bytes a second that each worker here reads."""
 
 
 def links(one_way_s: float = 250e-6, byte_s: float = 8e-9, **others: Link) -> Links:
-    """`others`: by pairs of names."""
+    """Returns links of all pairs; `others` has links by pairs of names."""
     pairs = {
         frozenset(pair): Link(one_way_s, byte_s, 100e-6) for pair in itertools.combinations((COORDINATOR, *NAMES), 2)
     }

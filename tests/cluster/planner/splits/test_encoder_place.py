@@ -25,7 +25,7 @@ ALONE = 12 * 10 + 2 * 20 + 48 + 8  # MiB of all layers on one worker, with KV me
 
 
 def worker(name: str, memory_mib: int | None, read: float = 20) -> WorkerFacts:
-    """On a slow network: one stage is best."""
+    """Makes a worker on a slow network, where one stage is best."""
     return replace(near_worker(name, memory_mib, read), reach=reach(20.0))
 
 
@@ -58,7 +58,7 @@ def test_the_worker_with_most_memory_among_those_with_layers_holds_it() -> None:
 
 
 def test_a_worker_without_layers_does_not_hold_it() -> None:
-    """It would be a machine more on which an answer depends."""
+    """An answer would depend on one more machine."""
     plan = planned([worker("fast", 1000), worker("large", 4000, read=1)])
     assert holder(plan) == "fast" and [idle.worker for idle in plan.idle_workers] == ["large"]
 
@@ -71,7 +71,7 @@ def test_layers_give_way_to_it() -> None:
 
 
 def test_a_worker_gets_a_layer_where_the_best_plans_leave_the_encoder_alone() -> None:
-    """The best plan for each choice has its layers elsewhere."""
+    """The best plan for each holder of the encoder has its layers elsewhere."""
     plan = planned([worker("a", 290), worker("b", 290), worker("c", 100)])
     assert [(stage.worker, stage.start, stage.end) for stage in plan.stages] == [("a", 0, 1), ("b", 1, 12)]
     assert holder(plan) == "a" and plan.objective == "latency" and [idle.worker for idle in plan.idle_workers] == ["c"]
@@ -87,7 +87,7 @@ def test_a_worker_gets_a_layer_where_the_best_plans_leave_the_encoder_alone() ->
 
 
 def test_of_equal_workers_another_one_does_not_take_the_layers() -> None:
-    """With memory for more sequences, `b` would be the best worker for all layers while `a` holds the encoder."""
+    """`b` would be the best worker for all layers while `a` holds the encoder, as it has memory for more sequences."""
     several, equal = replace(ONE, max_sequences=4), [worker("a", 420), worker("b", 420)]
     best = make_plan(SMALL, [worker("a", 320), worker("b", 420)], several)
     assert [stage.worker for stage in best.stages] == ["b"]

@@ -1,4 +1,4 @@
-"""Copies that go on behind a difference."""
+"""Tests copies that go on behind a difference."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SOURCE = [*range(1000, 1100)]
 
 
 def behind(copied: int, added: list[int], resumed: list[int], source: list[int] = SOURCE) -> Draft:
-    """Of four tokens at most, where the first ones of the source were copied, some added, and these follow: a draft is
-    made at each of them."""
+    """Returns the last draft, of four tokens at most, behind the source's first tokens, added ones and resumed ones; a
+    draft is made at each of the latter two."""
     drafter, tokens = NgramDrafter(), [*source, 1, *source[:copied]]
     draft = drafter.draft(tokens, 4)
     for token in (*added, *resumed):

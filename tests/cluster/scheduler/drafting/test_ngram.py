@@ -30,12 +30,12 @@ from support.seed import SEED
 
 SEEDS = [SEED + number for number in range(20)]
 MOST_READS = 2 * CANDIDATES * (LONGEST + 4) + 4 * LONGEST + 5 * CANDIDATES + 6 * MOST_DIFFERENT
-"""Tokens that a draft may look at, however many there are."""
+"""The most tokens that a draft may look at, however many there are."""
 BYTES_A_TOKEN = 26
-"""Of the 64 that would be too many."""
+"""The bytes that a drafter may take for each token; 64 would be too many."""
 RESUMED_CLASSES = range(RESUMED, RESUMED + 2)
 GUESSED = (SUBSTITUTED, *RESUMED_CLASSES)
-"""Of drafts that go on with a copy where a longer match may be elsewhere."""
+"""Classes of drafts that go on with a copy where a longer match may be elsewhere."""
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def following(tokens: Sequence[int], place: int, most: int) -> tuple[int, ...]:
 
 
 def expected(tokens: Sequence[int], most: int) -> tuple[int, ...]:
-    """What followed the longest match, the newest of these."""
+    """Returns what followed the longest match, the newest of these."""
     places = range(len(tokens) - 1)
     length, place = max(((matching(tokens, place), place) for place in places), default=(0, 0))
     return following(tokens, place, most) if length else ()
@@ -73,7 +73,7 @@ def drafted(tokens: Sequence[int], most: int) -> Draft:
 
 
 def random_text(draw: random.Random, length: int) -> list[int]:
-    """Of few or many different tokens, with copies of parts of it."""
+    """Draws few or many different tokens, with copies of parts of the text."""
     vocabulary = draw.choice([1, 2, 3, 10, 50_000])
     tokens: list[int] = []
     while len(tokens) < length:
@@ -138,7 +138,7 @@ def test_no_more_is_drafted_than_asked_for() -> None:
 
 
 def copy(shared: int) -> list[int]:
-    """Ends with the first tokens of a text that was there before."""
+    """Returns tokens that end with the first ones of a text that was there before."""
     return [*range(100, 200), 1, *range(100, 100 + shared)]
 
 
@@ -203,14 +203,14 @@ class Counted(list[int]):
 
 
 def colliding(draw: random.Random) -> list[int]:
-    """Pairs of tokens that share one chain."""
+    """Draws pairs of tokens that share one chain."""
     pairs = ((draw.randrange(1 << 20), draw.randrange(1 << 20)) for _ in count())
     same = (pair for pair in pairs if hash(pair) % 512 == 5)
     return [token for _ in range(250) for token in next(same)]
 
 
 def rising(draw: random.Random) -> list[int]:
-    """The newest places match in fewer tokens than those before them."""
+    """Returns tokens whose newest places match in fewer tokens than those before them."""
     base = [draw.randrange(1 << 20) for _ in range(LONGEST)]
     return [token for length in range(LONGEST - 1, 1, -1) for token in (-length - 2, *base[-length:])] + [-2, *base]
 

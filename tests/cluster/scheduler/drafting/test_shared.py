@@ -19,7 +19,7 @@ BYTES_A_TOKEN = 24
 
 
 def drafted(answers: SharedAnswers, tokens: Sequence[int], most: int = 4, key: str = "") -> Draft:
-    """By the drafter of a new sequence, which has taken in its tokens."""
+    """Drafts by the drafter of a new sequence, which has taken in its tokens."""
     drafter = SharedDrafter(answers, key)
     for _ in range(len(tokens) // STEP_TOKENS):
         drafter.draft(tokens, most)
@@ -116,7 +116,7 @@ def test_bytes_are_bounded_whatever_is_added(seed: int) -> None:
 
 
 def longest(texts: Sequence[Sequence[int]], tokens: Sequence[int], most: int) -> tuple[int, set[tuple[int, ...]]]:
-    """The length of the longest match that something follows, and what follows those of this length."""
+    """Returns the length of the longest match that something follows, and what follows those of this length."""
     found: dict[int, set[tuple[int, ...]]] = {0: set()}
     for text in texts:
         for place in range(len(text) - 1):

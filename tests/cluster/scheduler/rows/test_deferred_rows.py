@@ -1,4 +1,4 @@
-"""Rows that a last stage defers: where that breaks the protocol."""
+"""Tests when rows that a last stage defers break the protocol."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ S_NS = 1_000_000_000
 
 
 def deferring(request: GenerationRequest, times_s: list[float]) -> Scheduler:
-    """After results of the first row at these times, each deferred."""
+    """Returns a scheduler after results at these times, each of which deferred the first row."""
     scheduler = Scheduler(SETTINGS, 1, 1)
     scheduler.add(request, 0)
     for number, at_s in enumerate(times_s):

@@ -28,7 +28,7 @@ NAN = float("nan")
 
 
 def failures(request: GenerationRequest, text: str, *, suspects_workers: bool) -> tuple[int, list[bool], list[str]]:
-    """How often a row fails until its sequence does, whether its chunks were checked, and the faults of the stage."""
+    """Returns how often a row fails until its sequence does, whether its chunks were checked, and stage faults."""
     scheduler = Scheduler(SETTINGS, 1, 1)
     scheduler.add(request, 0)
     checked, faults = list[bool](), list[str]()

@@ -24,7 +24,7 @@ from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation
 CONTEXT, BLOCKS = 400, 4000
 MS = 1_000_000
 STEP_NS = 2 * MS
-"""Each stage takes so long for a step, matchers apart."""
+"""The time that each stage takes for a step, matchers apart."""
 Cost = Callable[[int, int], int]
 """Nanoseconds of a matcher's row, by the answer's key and the number of tokens before."""
 
@@ -38,7 +38,7 @@ class SlowMatchers(FakeModel):
     turns: list[int] = field(default_factory=list)  # keys, in the order of their rows
 
     def begin(self, scheduled: ScheduledMicrobatch) -> None:
-        """Before it is sent."""
+        """Notes the costs of a microbatch before it is sent."""
         tasks = scheduled.inputs.tasks
         rows = [task.matcher for task in tasks if isinstance(task, SampleTask) and task.matcher is not None]
         self.last_ns = sum(self.cost(row.key, row.position) for row in rows)
@@ -73,13 +73,13 @@ def request(number: int, owner: str, tokens: int, group: str = "", *, grammar: b
 
 
 def until_known(run: Simulation, keys: Iterable[int], tokens: int = 2) -> None:
-    """Runs until each has two tokens or more: the first ones come together, since no cost is known yet."""
+    """Runs until each has `tokens` tokens or more: the first ones come together, since no cost is known yet."""
     while any(len(run.rows(key)) < tokens for key in keys):
         run.step()
 
 
 def longest_gap_ns(run: Simulation, keys: list[int]) -> int:
-    """Between two tokens of one of them. Runs until these have all of theirs."""
+    """Runs until these have all of their tokens, and returns the longest time between two of one of them."""
     last, counts, longest_ns = dict.fromkeys(keys, run.now_ns), Counter[int](), 0
     left = {key: run.scheduler.by_key[key].max_new_tokens for key in keys}
     while any(len(run.rows(key)) < left[key] for key in keys):
@@ -203,7 +203,7 @@ def test_forced_tokens_wait_for_a_turn_as_well() -> None:
 
 @pytest.mark.parametrize("owners", ["ab", "aa", "abcd"])
 def test_a_slow_answer_that_is_computed_again_holds_up_no_turn(owners: str) -> None:
-    """Its own comes with its last rows."""
+    """Its own turn comes with its last rows."""
     run, model = simulation(lambda key, position: 60 * MS, stages=1, prefix_cache=False, prefill_chunk=8)
     requests = {run.add(one): one for one in (request(number, owner, 300) for number, owner in enumerate(owners))}
     until_known(run, requests, tokens=250)

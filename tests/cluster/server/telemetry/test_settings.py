@@ -1,4 +1,4 @@
-"""Where telemetry goes: keys of the cluster file, and OpenTelemetry's variables for what they leave open."""
+"""Tests where telemetry goes: keys of the cluster file, and OpenTelemetry's variables for what they leave open."""
 
 from __future__ import annotations
 

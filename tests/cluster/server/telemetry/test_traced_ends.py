@@ -1,4 +1,4 @@
-"""What is aborted at the end of a coordinator still has spans."""
+"""Tests that what is aborted at the end of a coordinator still has spans."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Traced:
     pipeline: FakePipeline
 
     async def spans(self, path: str, body: dict[str, Any], **headers: str) -> list[Span]:
-        """Of one request, in the order of their starts, parents before their children."""
+        """Returns the spans of one request, in the order of their starts, parents before their children."""
         begun = len(self.collector.spans)
         reply = await self.http.post(path, json=body, headers=headers)
         assert reply.status_code == 200, reply.text
@@ -185,7 +185,7 @@ async def test_refused_requests_have_spans_only_with_a_key() -> None:
 
 
 async def test_requests_that_pass_no_key_have_no_spans() -> None:
-    """Whatever refuses them: their senders could choose a span's text."""
+    """Such requests have none, whatever refuses them: their senders could choose a span's text."""
     async with traced(api_keys=(KEY,)) as running:
         for path, headers, status in (
             ("/health", {}, 405),

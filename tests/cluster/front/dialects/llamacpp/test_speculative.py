@@ -81,7 +81,7 @@ async def test_options_of_ollama_say_it_too() -> None:
     ],
 )
 async def test_other_values_are_refused(path: str, value: Any, shown: str) -> None:
-    """With all that is possible, and the name of the field that was sent."""
+    """The error names all that is possible, and the field that was sent."""
     for name in ("speculative", "speculative.n_max"):
         async with client(make_app(ScriptedEngine(says("a")))) as http:
             reply = await http.post(path, json={**ENDPOINTS[path], name: value})
@@ -91,7 +91,7 @@ async def test_other_values_are_refused(path: str, value: Any, shown: str) -> No
 
 
 class Known:
-    """A text that is drafted, or one that differs from it in each token."""
+    """Drafts a known text, or one that differs from it in each token."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []

@@ -32,7 +32,7 @@ async def post(path: str, body: Any, engine: ScriptedEngine | None = None, **set
 
 
 async def generate(engine: ScriptedEngine | None = None, **fields: Any) -> Any:
-    """The whole reply."""
+    """Returns the whole reply."""
     body = {"model": MODEL, "prompt": "Hello", "stream": False} | fields
     reply = await post("/api/generate", body, engine)
     assert reply.status_code == 200, reply.text
@@ -40,7 +40,7 @@ async def generate(engine: ScriptedEngine | None = None, **fields: Any) -> Any:
 
 
 async def chat(answer: str, template: str = THINKING, **fields: Any) -> tuple[list[Any], str]:
-    """The lines of the reply, and the prompt that the engine got."""
+    """Returns the lines of the reply, and the prompt that the engine got."""
     engine = ScriptedEngine(says(answer))
     with ChatTemplate(template, "", "") as made:
         async with client(make_app(engine, made)) as http:
@@ -54,7 +54,7 @@ def lines_of(reply: httpx.Response) -> list[Any]:
 
 
 def error_of(reply: httpx.Response) -> tuple[int, str]:
-    """In Ollama's shape, which has a text alone."""
+    """Returns status and error in Ollama's shape, which has a text alone."""
     fields = reply.json()
     assert fields.keys() == {"error"}
     return reply.status_code, fields["error"]

@@ -37,7 +37,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def started(monkeypatch: pytest.MonkeyPatch, program: str) -> list[str]:
-    """Which models are downloaded, by a program in the place of the real one."""
+    """Replaces the real download by a program, and returns the list of models that are downloaded."""
     names: list[str] = []
 
     def command(name: str) -> list[str]:

@@ -1,5 +1,5 @@
-"""Events that add a piece of text, of which only the text is rendered: the same bytes as rendered in whole, whichever
-way they reach the connection."""
+"""Tests events that add a piece of text and render only that: their bytes are those of events rendered in whole,
+whichever way they reach the connection."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def body_of(path: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_names(data: bytes) -> bytes:
-    """What differs between two replies to the same request."""
+    """Replaces what differs between two replies to the same request."""
     return re.sub(rb'"(id|created)":("[^"]*"|\d+)', b'"\\1":0', data)
 
 
@@ -60,7 +60,7 @@ async def test_events_are_those_that_are_rendered_in_whole(
 
 
 async def written(url: str, path: str, fields: dict[str, Any], version: bytes) -> bytes:
-    """The bytes of a reply, head and body."""
+    """Returns the bytes of a reply, head and body."""
     host, _, port = url.removeprefix("http://").partition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     body = to_json(body_of(path, fields))
@@ -74,7 +74,7 @@ async def written(url: str, path: str, fields: dict[str, Any], version: bytes) -
 
 
 def joined(chunked: bytes) -> bytes:
-    """A body of pieces, which must be whole."""
+    """Joins the pieces of a body, which must be whole."""
     body = b""
     while True:
         size, _, chunked = chunked.partition(b"\r\n")
@@ -88,7 +88,7 @@ def joined(chunked: bytes) -> bytes:
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"])
 @pytest.mark.parametrize("path", PATHS)
 async def test_connections_carry_the_same_bytes(path: str, version: bytes) -> None:
-    """Pieces of HTTP/1.1 are written past what stands between endpoint and server."""
+    """Pieces of HTTP/1.1 bypass the layers between endpoint and server."""
     async with serving(make_app(ScriptedEngine(says(TEXT)))) as url:
         head, _, body = (await written(url, path, {}, version)).partition(b"\r\n\r\n")
     is_chunked = b"transfer-encoding: chunked" in head.lower()

@@ -35,10 +35,10 @@ def is_fragment(text: str) -> bool:
     return FRAGMENTS.match(text) is not None
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", [*FOLDERS, "examples", "tests"])
 def test_docstrings_are_sentences(folder: str) -> None:
     found = [(path, *each) for path in sorted((ROOT / folder).rglob("*.py")) for each in docstrings(path)]
-    assert len(found) > 40
+    assert found
     assert [f"{path}:{line}: {text}" for path, line, text, _ in found if is_fragment(text)] == []
 
 

@@ -41,7 +41,7 @@ _KILL_S = 10.0
 _STOP_S = 60.0
 _IDLE_S = 1.5
 _FILE_S, _TAIL_S = 0.05, 0.5
-"""Seconds between two reads of a followed log. _FILE_S is for a file here, _TAIL_S for a log that a worker sends."""
+"""Seconds between two reads of a followed log: _FILE_S for a file on this machine, _TAIL_S for a log read by HTTP."""
 _PIECE = 1 << 16
 _COORDINATOR = "coordinator"
 
@@ -212,8 +212,8 @@ def _print_rest(file: TextIO) -> None:
 
 
 def _print_tail(record: ClusterRecord, worker: str, follow: bool) -> None:
-    """Prints the last lines of a worker's log and, if `follow` is True, new lines. If the log became shorter, a new
-    process writes it, so it is printed from its first line."""
+    """Prints the last lines of a worker's log and, if `follow` is True, new lines. A log that became shorter belongs to
+    a restarted worker, and is printed from its first line."""
     printed = 0
     with _api(record) as api:
         while True:

@@ -19,7 +19,7 @@ def cluster_source(
     source: str | None, workers: int | None, overrides: Sequence[str], *, discover: bool = False
 ) -> tuple[Path | None, list[str]]:
     """Returns the path of the cluster file and KEY=VALUE overrides. If `source` is a model, the path is None and the
-    overrides describe a cluster that has the model's name. Its workers are processes on this machine or, with
+    overrides describe a cluster that has the model's name. The cluster's workers are processes on this machine or, with
     `discover`, any workers that find the cluster. Raises UsageError if a model is neither a file nor a known name, and
     if --workers is given with a cluster file."""
     if source is not None and not _is_model(source):

@@ -1,4 +1,4 @@
-"""Texts about drafted tokens."""
+"""Formats the number of accepted draft tokens."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ Record = dict[str, Any]
 _LEAST_CHARACTERS = 4
 _LABEL, _BAR = 44, 19
 _SHOWN = 20
-"""Maximum number of requests in the list."""
+"""Maximum number of requests that `why` lists without a request id."""
 _LEAST = 0.005
 """A part of a phase is shown if it took at least this share of the phase's time."""
 

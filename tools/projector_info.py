@@ -17,8 +17,8 @@ from llamaclust.worker.devices.encoder_memory import encoder_bytes
 
 @dataclass(frozen=True, slots=True)
 class ProjectorInfo:
-    """Sizes of a projector. `width` is the number of channels in a row. `image_size` is the side of a tile in pixels,
-    or 0 if tiles may have any size up to `max_pixels` pixels."""
+    """Sizes of a projector. `width` is the number of channels of an image embedding. `image_size` is the side of a tile
+    in pixels, or 0 if tiles may have any size up to `max_pixels` pixels."""
 
     name: str
     width: int

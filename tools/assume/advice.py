@@ -1,4 +1,4 @@
-"""Finds changes with which a model fits or runs faster: more machines, a better network, or a smaller quantization."""
+"""Finds changes that make a model fit or run faster: more machines, a better network, or a smaller quantization."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FURTHER = 3
 _NETWORKS = ((1.0, 1.0), (1.0, 0.3), (1.0, 0.1), (2.5, 0.1), (10.0, 0.1), (10.0, 0.05), (25.0, 0.03))
 """Networks to try for groups of machines, slowest first. Each network is (Gbit/s, round trip in ms)."""
 _WORTH_DECODE, _WORTH_PROMPT = 0.95, 0.9
-"""Advice names a change only if the time of a token, or of a prompt, falls below this share of the present time."""
+"""Advice names a change only if new time / present time (per token, to the first token) is below these limits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,8 @@ def fastest_alone(cluster: AssumedCluster, model: AssumedModel) -> Alone | None:
 
 
 def what_fits(cluster: AssumedCluster, model: AssumedModel, error: InsufficientMemoryError) -> Iterator[str]:
-    """Yields advice for a model that does not fit in memory: the largest quantization that fits (preferably one in the
-    catalog), and how many more machines like the last machine would be enough. Plans made for this advice keep all
+    """Yields advice for a model that does not fit in memory: the largest quantization that fits, and how many machines
+    like the last one must be added. Quantizations in the catalog are preferred. Plans made for this advice keep all
     experts of a layer on one machine, because dividing experts would take many searches."""
     for smaller in _smaller(model):
         if cluster.fitting_plan(smaller) is not None:

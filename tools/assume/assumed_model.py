@@ -71,8 +71,7 @@ class AssumedModel:
         return self._with(choose_projector(self.opened, None)[0]) if self.has_file else self.opened
 
     def with_projector(self, mmproj: str | None) -> Model:
-        """Returns the opened model with the projector that `mmproj` selects. Raises the errors of
-        `choose_projector`."""
+        """Returns the model with the projector that `mmproj` selects. Raises the errors of `choose_projector`."""
         return self._with_own_projector if mmproj is None else self._with(choose_projector(self.opened, mmproj)[0])
 
     def _with(self, projector: Projector | None) -> Model:

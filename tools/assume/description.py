@@ -90,7 +90,7 @@ class _Reader:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Several equal machines or, if `is_gpu` is True, `count` equal GPUs in each machine of the previous group."""
+    """`count` equal machines. If `is_gpu` is True, `count` equal GPUs in each machine of the previous group instead."""
 
     begun: int  # Position in the text where the group begins.
     count: int

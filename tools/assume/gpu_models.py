@@ -11,7 +11,7 @@ from typing import Final
 
 _GIB: Final = 1 << 30
 _MATRIX_UNITS: Final = 75
-"""The lowest compute capability (7.5) with 8-bit matrix units. Older GPUs multiply four bytes at a time."""
+"""The lowest compute capability (7.5) with 8-bit tensor cores. Older GPUs multiply four bytes at a time (dp4a)."""
 _MAKERS: Final = re.compile(r"^(?:nvidia|geforce|tesla|quadro)+|gpu$")
 
 

@@ -1,5 +1,5 @@
-"""Lists the tensors in a layer of each architecture, with GGUF's names. The dimensions of a tensor are names, such as
-("queries", "hidden"), for which `ModelShape.size` returns numbers."""
+"""Lists the tensors in a layer of each architecture, with GGUF's names. Shapes consist of names of sizes, such as
+("queries", "hidden"). `ModelShape.size` converts such a name to a number."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ LEADING_LAYERS: Final[Mapping[str, Tensors]] = {
 LAST_LAYERS: Final[Mapping[str, Tensors]] = {
     "qwen35moe": {**_POST_NORMS, **_GATED_ATTENTION, **_EXPERTS, **_GATED_EXPERT}
 }
-"""Tensors of the last layer of every period (`ModelShape.period`)."""
+"""Tensors of every n-th layer, where n is `ModelShape.period`."""
 
 OUTSIDE: Final[Tensors] = {"token_embd.weight": ("vocabulary", "hidden"), "output_norm.weight": ("hidden",)}
 HEAD: Final[Tensors] = {"output.weight": ("vocabulary", "hidden")}

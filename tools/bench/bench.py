@@ -60,9 +60,9 @@ class BenchTask:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The work of a prefill and of a decode step: multiply-adds (MACs) with weights, and bytes read. The bytes of
-    weights are those of the file, even if packed tiles are larger. The embedding, experts that no token chose, and KV
-    memory outside a sliding window are not counted. A recurrent state counts as read once."""
+    """The work of a prefill and of a decode step: multiply-adds (MACs) with weights, and bytes read. Weights count with
+    their size in the file, even if their packed form in memory is larger. The embedding, experts that no token chose,
+    and KV memory outside a sliding window are not counted. A recurrent state counts as read once."""
 
     prefill_macs: int
     float_share: float  # Share of `prefill_macs` with float weights.
@@ -121,7 +121,7 @@ class BenchReport:
 
     @property
     def prefill_roofline(self) -> Spread:
-        """The shares of the peak that prefill reached. The peak counts 8-bit products, or float32 for float weights."""
+        """The shares of the peak that prefill reached. `Limits.peak` or `GpuLimits.peak` measures the peak."""
         return Spread.of(pair.share for pair in self.prefills)
 
     def as_json(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from llamaclust.model.costs import ModelCosts
 
 _PROMPT_TOKENS, _STEPS = 512, 16
-"""Assumed work of an answer. (Eight simultaneous answers of 128 tokens take 128 steps, which is 16 steps each.)"""
+"""Assumed prompt tokens and decode steps per answer. (A batch of 8 answers shares 128 steps, 16 per answer.)"""
 _MACS_PER_BYTE = 15.0
 """Number of multiply-adds that take about as long as reading one byte."""
 _SHARPNESS = 8
@@ -16,7 +16,7 @@ _SHARPNESS = 8
 
 
 def even_split(costs: ModelCosts, workers: int) -> list[tuple[int, int]]:
-    """Returns half-open layer ranges that make the slowest stage as fast as possible. The last stage has the head."""
+    """Returns half-open layer ranges that minimize the slowest stage's time. The last stage includes the LM head."""
     times = [_time(layer.macs_per_token, layer.used_file_bytes) for layer in costs.layers]
     head = _time(0, costs.head_file_bytes)
     until = np.concatenate(([0.0], np.cumsum(times))) / (sum(times) + head)

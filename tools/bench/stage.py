@@ -63,7 +63,7 @@ class BenchStage:
         return (perf_counter_ns() - started_ns) / 1e9
 
     def decode(self, depth: int, steps: int, sequences: int | None = None) -> float:
-        """Returns the seconds of `steps` joint decode steps after `depth` tokens. `sequences` is as in `prefill`."""
+        """Returns the seconds of `steps` batched decode steps after `depth` tokens. `sequences` is as in `prefill`."""
         last = [tokens[depth] for tokens in self._tokens[:sequences]]
         started_ns = perf_counter_ns()
         for position in range(depth, depth + steps):
@@ -81,8 +81,8 @@ class BenchStage:
 
     @contextmanager
     def without_copies(self) -> Iterator[None]:
-        """Switches off the GPU copies of experts in RAM, so that the CPU computes these experts until the context ends.
-        Waits for unfinished copies first."""
+        """Disables the GPU cache of experts in RAM, so that the CPU computes these experts until the context ends.
+        Waits for unfinished copies to the cache first."""
         stages = self._runner.split_stages
         caches = [stage.cache for stage in stages]
         for stage, cache in zip(stages, caches, strict=True):

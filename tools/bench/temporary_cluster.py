@@ -94,7 +94,7 @@ class ClusterRunner:
 
     async def decode(self) -> float:
         """Returns the seconds to generate all tokens. The measurement begins when every sequence has its first token.
-        The measured time is then scaled to the number of all tokens."""
+        The result is scaled up for tokens that fast sequences sampled earlier."""
         requests = (self._token_times(self._task.depth + 1, self._task.generate + 1) for _ in range(self._task.batch))
         times = await asyncio.gather(*requests)
         start_ns, end_ns = max(each[0] for each in times), max(each[-1] for each in times)

@@ -30,7 +30,7 @@ class Stops:
 
 
 class FullDisks:
-    """Makes the disk appear full to coordinators and to the workers that they start, by a file size limit of 0."""
+    """Simulates a full disk for coordinators and the workers that they start, by a file size limit of 0 bytes."""
 
     def __init__(self) -> None:
         self._limits: dict[str, tuple[Process, int]] = {}  # Process and its previous limit, by target.

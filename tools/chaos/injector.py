@@ -27,7 +27,7 @@ _RETURN_S = 120.0
 _UNDRAIN_S = 30.0
 _POLL_S = 0.1
 _JOURNAL_S = 6.0
-"""Seconds that the coordinator needs after a full disk to write all open requests to its journal again."""
+"""Seconds to wait after a full disk, until the coordinator has written all open requests to its journal again."""
 
 Show = Callable[[str], None]
 

@@ -34,8 +34,7 @@ _TOP_EVERY, _TOP = 7, 5
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """A source of requests. The number of a request determines its prompt, its sampling parameters, the number of
-    choices, its logprobs, and whether it is a chat."""
+    """Generates requests. A request's number determines its prompt, sampling, choices, logprobs and endpoint."""
 
     tokens: int = _TOKENS
     longest: int = max(_LENGTHS)  # Number of words in the longest prompt.

@@ -46,7 +46,7 @@ class Process:
         return False
 
     def catches(self, number: signal.Signals) -> bool:
-        """Returns True if the process handles the signal, which would otherwise end the process."""
+        """Returns True if the process handles the signal. A signal without a handler would end the process."""
         with suppress(OSError):
             lines = (_PROC / str(self.pid) / "status").read_text().splitlines()
             caught = next((line for line in lines if line.startswith("SigCgt:")), "SigCgt: 0")

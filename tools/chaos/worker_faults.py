@@ -1,5 +1,5 @@
-"""Faults in a worker process. After a signal, steps fail, or stages send nothing, for a few seconds. Only workers that
-start with `PRELOAD` in PYTHONPATH have these faults."""
+"""Faults in a worker process. After a signal, every step fails, or stages send no results, for a few seconds. A worker
+has these faults only if it starts with `PRELOAD` in PYTHONPATH."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Active = Callable[[], bool]
 
 
 def break_steps(is_active: Active) -> None:
-    """Makes each step of this process's stages raise an error while `is_active()` is True, also in a worker group."""
+    """Makes all steps of this process raise an error while `is_active()` is True, also in a follower of a group."""
     # The process that only sends signals must not import the worker.
     from llamaclust.worker.stage.following import FollowingStage
     from llamaclust.worker.stage.loop import StageLoop
@@ -41,7 +41,7 @@ def break_steps(is_active: Active) -> None:
 
 
 def silence(is_active: Active) -> None:
-    """Keeps this process's stages from sending results while `is_active()` is True. Steps in a worker group wait."""
+    """Stops this process from sending results while `is_active()` is True. A follower of a group waits instead."""
     from llamaclust.worker.stage.following import FollowingStage
     from llamaclust.worker.stage.loop import StageLoop
 

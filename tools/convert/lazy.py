@@ -20,7 +20,7 @@ Rows = Callable[[int, int], Array]
 
 _MAX_LOGARITHM = 88.0
 _WASTE = 4
-"""Permuted rows are read as one range, unless the range has more than `_WASTE` times as many rows as are needed."""
+"""Permuted rows are read as one range if the range has at most `_WASTE` times as many rows as are needed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,8 +58,8 @@ def _is_part(name: str, tensors: Mapping[str, Lazy]) -> bool:
 
 
 def _four_bit(stem: str, tensors: Mapping[str, Lazy], recent: Recent, *, is_awq: bool, zero_offset: int) -> Lazy:
-    """Unpacks a weight to [outputs, inputs]. GPTQ packs weights along inputs and zeros along outputs. It subtracts
-    `zero_offset` (1, or 0 in version 2) from zeros. AWQ packs weights and zeros along outputs, in its own order."""
+    """Unpacks a weight to [outputs, inputs]. GPTQ packs weights along inputs and zeros along outputs, and stores each
+    zero minus `zero_offset` (1, or 0 in version 2). AWQ packs weights and zeros along outputs, in its own order."""
     weight = tensors[f"{stem}.qweight"]
     if len(weight.shape) != 2:
         raise ModelFileError(f"{weight.origin}: expected a matrix, found shape {list(weight.shape)}")
@@ -87,7 +87,7 @@ def _four_bit(stem: str, tensors: Mapping[str, Lazy], recent: Recent, *, is_awq:
 
 
 def _beside(stem: str, tensors: Mapping[str, Lazy], inputs: int, outputs: int) -> tuple[Lazy, Lazy, Lazy | None]:
-    """Returns zeros and scales of groups of inputs, and the group of each input, or None if groups are contiguous."""
+    """Returns a weight's zeros, scales and group numbers (one number per input, or None if groups are contiguous)."""
     weight = tensors[f"{stem}.qweight"]
     missing = next((part for part in ("qzeros", "scales") if f"{stem}.{part}" not in tensors), None)
     if missing is not None:

@@ -28,9 +28,9 @@ def rotation(
     says_dimensions: bool = True,
     log_multiplier: bool = False,
 ) -> None:
-    """Writes the metadata of the rotation and its tensors of factors. A head has `dimensions` channels that rotate.
-    `base` is used if the configuration states no base. If `log_multiplier` is True, the architecture has a key for the
-    divisor of YaRN's magnitude. Raises ModelFileError for an unknown kind of scaling."""
+    """Writes RoPE's metadata and tensors of frequency factors. RoPE rotates `dimensions` channels of each head. `base`
+    is used if the configuration states no base. If `log_multiplier` is True, the architecture has a key for the divisor
+    of YaRN's magnitude. Raises ModelFileError for an unknown kind of scaling."""
     rope = _parameters(page.settings)
     theta = _base(rope, base or 10000.0)
     page.key("rope.freq_base", theta)
@@ -75,7 +75,7 @@ def latent_rotation(page: Page, dimensions: int) -> None:
 
 
 def alpha_rotation(page: Page, dimensions: int) -> bool:
-    """Writes a rotation of type dynamic, whose base grows with `alpha`. Returns False if there is no `alpha`."""
+    """Writes RoPE of type dynamic, whose base grows with `alpha`. Returns False if there is no `alpha`."""
     rope = _parameters(page.settings)
     alpha = rope.real("alpha", default=0.0, maximum=1e6)
     if rope.text("rope_type", "type", default="default").lower() != "dynamic" or not alpha:
@@ -118,8 +118,8 @@ def sections(settings: Settings, pairs: int) -> list[int]:
 
 
 def position_scale(page: Page) -> int:
-    """Writes the factor by which queries grow with the logarithm of their position. Growth is in steps. Returns the
-    number of positions from one step to the next, or 0 if queries do not grow."""
+    """Writes the factor by which queries grow with the logarithm of their position. The factor changes every n
+    positions. Returns n, or 0 if queries do not grow."""
     rope = _parameters(page.settings)
     growth = rope.real("llama_4_scaling_beta", default=0.0, maximum=1e3)
     if not growth:
@@ -138,7 +138,7 @@ def local_base(settings: Settings, default: float = 10000.0) -> float:
 
 
 def _parameters(settings: Settings) -> Settings:
-    """Returns all settings of the rotation. Older configurations have some of them outside of `rope_scaling`."""
+    """Returns all settings of RoPE. Older configurations have some of the settings outside of `rope_scaling`."""
     inner = settings.inner("rope_parameters", "rope_scaling")
     inner = inner.inner("full_attention") if inner.has("full_attention") else inner
     outer = ("rope_theta", "rotary_emb_base", "original_max_position_embeddings", "partial_rotary_factor")
@@ -151,7 +151,7 @@ def _base(rope: Settings, default: float) -> float:
 
 
 def _yarn(page: Page, rope: Settings, log_multiplier: bool) -> None:
-    """Writes YaRN's keys. GGUF's factor multiplies YaRN's magnitude, but a configuration's factor is the magnitude."""
+    """Writes YaRN's keys. GGUF's factor multiplies the magnitude, but a configuration's factor is the magnitude."""
     factor = _yarn_keys(page, rope)
     wanted = rope.real("attention_factor", "attn_factor", default=_magnitude(rope, factor), minimum=1e-3, maximum=1e3)
     usual = _growth(factor)

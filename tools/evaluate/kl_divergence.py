@@ -105,7 +105,7 @@ class Divergence:
 
     @property
     def log_ratio(self) -> Estimate:
-        """The logarithm of perplexity / base perplexity. Its error includes the correlation of both models."""
+        """The logarithm of perplexity / base perplexity. The standard error accounts for the models' correlation."""
         mine, base = Estimate.of(self.scores.nll), Estimate.of(self.scores.base_nll)
         variance = mine.stderr**2 + base.stderr**2 - 2 * self._covariance
         return Estimate(mine.value - base.value, math.sqrt(max(0.0, variance)))

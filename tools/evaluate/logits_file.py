@@ -29,7 +29,7 @@ _SPREAD: Final = 16.0
 _LEVELS: Final = 65535
 _LEAST: Final = -100.0
 _MOST: Final = 0.1
-"""Minimum and maximum of valid logprobs in a file."""
+"""`_LEAST` and `_MOST` are the minimum and maximum of valid logprobs in a file."""
 _MOST_TOKENS: Final = 1 << 24
 
 

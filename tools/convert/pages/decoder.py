@@ -56,7 +56,7 @@ def norms(page: Page, layer: int) -> None:
 
 
 def attention(page: Page, layer: int, *, bias: bool | None = None) -> None:
-    """Copies the attention matrices. Permutes Q and K if the architecture rotates neighbouring channels."""
+    """Copies the attention matrices. Permutes Q and K for RoPE if the architecture is in `PAIRED`."""
     place, source = f"blk.{layer}", f"model.layers.{layer}"
     for (part, module), heads in zip(QKV.items(), (page.heads, page.kv_heads, page.kv_heads), strict=True):
         rows = heads * page.head_width
@@ -110,7 +110,7 @@ def layer_kinds(page: Page, name: str, kinds: Mapping[str, str]) -> list[str]:
 
 
 def numbered_layers(page: Page, name: str, listed: Sequence[Any], first: int = 0) -> set[int]:
-    """Returns the layer numbers of a list that counts from `first`. Raises ModelFileError for numbers out of range."""
+    """Returns the layer numbers in `listed`, counted from `first`. Raises ModelFileError for numbers out of range."""
     if len(listed) > page.layers:
         raise page.settings.error(name, f"expected {page.layers} entries, one for each layer, found {len(listed)}")
     last = first + page.layers - 1

@@ -70,7 +70,7 @@ def _plain(page: Page, base: float) -> None:
 
 
 def build_exaone4(page: Page) -> None:
-    """EXAONE 4 has norms only after blocks. If it has a window, every fourth layer has neither window nor rotation."""
+    """EXAONE 4 has norms only after blocks. If it has a window, every fourth layer has neither window nor RoPE."""
     settings, hidden = page.settings, page.width
     width = decoder.feed_forward_width(page)
     decoder.usual_keys(page, width)
@@ -99,7 +99,7 @@ def build_exaone4(page: Page) -> None:
 
 def build_cohere2(page: Page) -> None:
     """Command R7B and Command A. Norms subtract the mean. Attention and the feed-forward network are parallel. Three of
-    four layers have a window and rotate neighbouring channels, as in the checkpoint."""
+    four layers have a window and RoPE. RoPE pairs neighbouring channels, in the checkpoint and in GGUF."""
     settings, hidden = page.settings, page.width
     width = decoder.feed_forward_width(page)
     if settings.real("rotary_pct", default=1.0) != 1:

@@ -1,5 +1,5 @@
 """ChatGLM 2 and 3, GLM-4-9B (in its authors' and in Hugging Face's form) and GLM-4-0414. Gate and up are one matrix.
-Half of each head rotates, in neighbouring channels."""
+RoPE rotates half of each head, in pairs of neighbouring channels."""
 
 from __future__ import annotations
 

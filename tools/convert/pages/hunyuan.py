@@ -1,4 +1,4 @@
-"""Hunyuan, dense and MoE. Q and K are normed after the rotation, whose base grows with the setting `alpha`."""
+"""Hunyuan, dense and MoE. Q and K are normed after RoPE. RoPE's base grows with the setting `alpha`."""
 
 from __future__ import annotations
 

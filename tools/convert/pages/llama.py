@@ -43,7 +43,7 @@ def build(page: Page) -> None:
 
 
 def build_smollm3(page: Page) -> None:
-    """SmolLM 3. Every fourth layer has no rotation, and GGUF cannot express another pattern. No window is used."""
+    """SmolLM 3. Every fourth layer has no RoPE, and GGUF cannot express another pattern. No window is used."""
     settings = page.settings
     if settings.flag("use_sliding_window"):
         raise settings.error("use_sliding_window", "true is not supported")
@@ -86,7 +86,7 @@ def _layers(page: Page, width: int) -> None:
 
 
 def build_meta(page: Page) -> None:
-    """LLaMA with Meta's tensor names, which llama2.c and TencentPretrain get, too. Q and K need no permutation."""
+    """LLaMA with Meta's tensor names, also from llama2.c and TencentPretrain files. Q and K need no permutation."""
     width, hidden = decoder.feed_forward_width(page), page.width
     decoder.usual_keys(page, width)
     page.key("vocab_size", page.words)

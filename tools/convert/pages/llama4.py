@@ -1,5 +1,5 @@
-"""The text model of Llama 4. Three of four layers rotate neighbouring channels, as in the checkpoint, and attend to a
-chunk of positions. Every layer, or every second layer, has experts."""
+"""The text model of Llama 4. Three of four layers have RoPE and attend to a chunk of positions. RoPE pairs neighbouring
+channels, in the checkpoint and in GGUF. Every layer, or every second layer, has experts."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def _chunks(page: Page) -> None:
 
 
 def _rotated(page: Page) -> list[bool]:
-    """Returns, for each layer, True if the layer rotates channels. Without a list in the configuration, all layers
-    rotate except the last layer of each interval."""
+    """Returns, for each layer, True if the layer has RoPE. Without a list in the configuration, the last layer of each
+    interval has no RoPE."""
     settings = page.settings
     listed = settings.values.get("no_rope_layers")
     if not listed:

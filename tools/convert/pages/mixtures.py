@@ -114,8 +114,8 @@ def _ernie_experts(page: Page, layer: int) -> None:
 
 
 def build_bailing(page: Page) -> None:
-    """Ling and Ring 2.0. Q, K and V are one matrix. Half of each head rotates. Dense layers come first, then layers
-    with grouped sigmoid experts and shared experts. MTP layers are omitted."""
+    """Ling and Ring 2.0. Q, K and V are one matrix. RoPE rotates half of each head. Dense layers come first, then
+    layers with grouped sigmoid experts and shared experts. MTP layers are omitted."""
     settings, width, hidden = page.settings, decoder.feed_forward_width(page), page.width
     for name, wanted in (("use_bias", False), ("use_qkv_bias", False), ("use_qk_norm", True)):
         if settings.flag(name, default=wanted) is not wanted:
@@ -177,7 +177,7 @@ def _bailing_experts(page: Page, layer: int) -> None:
 
 
 def build_minimax(page: Page) -> None:
-    """MiniMax M2. The norms of Q and K extend over all heads. The first channels of a head rotate. All layers have
+    """MiniMax M2. The norms of Q and K extend over all heads. RoPE rotates a head's first channels. All layers have
     experts, which are chosen with a sigmoid."""
     settings, width, hidden = page.settings, decoder.feed_forward_width(page), page.width
     count = settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)

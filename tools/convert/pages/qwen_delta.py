@@ -28,8 +28,8 @@ _PREDICTION = (
 
 @dataclass(frozen=True, slots=True)
 class _DeltaNet:
-    """Sizes of a delta net. Several value heads share a key head, and are neighbours in a checkpoint. If `tiled`, the
-    GGUF file has another order: value head j belongs to key head j % key_heads."""
+    """Sizes of a delta net. Several value heads share a key head. In a checkpoint, these value heads are neighbours. If
+    `tiled`, the GGUF file has another order: value head j belongs to key head j % key_heads."""
 
     key_heads: int
     heads: int
@@ -50,7 +50,7 @@ class _DeltaNet:
         return 2 * self.keys + self.values
 
     def order(self, width: int) -> NDArray[np.int64]:
-        """Returns the checkpoint's row for each row in GGUF's order of value heads, which have `width` rows each."""
+        """Returns the checkpoint's row for each GGUF row of the value heads. Each value head has `width` rows."""
         numbers = np.arange(self.heads * width, dtype=np.int64)
         if not self.tiled:
             return numbers

@@ -15,8 +15,8 @@ from llamaclust.tools.convert.settings import Checkpoint
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
-    """Describes the text model of a multimodal checkpoint. `families` maps a `model_type` to its class. `defaults`
-    replace settings that the configuration may lack."""
+    """Describes the text model of a multimodal checkpoint. `families` maps a `model_type` to a Hugging Face class.
+    `defaults` are values of settings that the configuration may lack."""
 
     families: Mapping[str, str]
     usual_type: str  # Default of the setting `model_type`.

@@ -31,7 +31,7 @@ _GEMMA4_VISIBLE: Final = frozenset(
         *("<|tool_response>", "<tool_response|>", '<|"|>'),
     }
 )
-"""Control tokens that the answer parser must see."""
+"""Tokens that become user-defined instead of control, because the answer parser needs their text."""
 _LIBRARY_FILE: Final = "tokenizer.json"
 
 

@@ -45,13 +45,14 @@ _BEHIND: Final = {
     "qwen2": (_QWEN_SPECIAL, {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}),
     "hunyuan": (_HUNYUAN_SPECIAL, {"bos": "<|startoftext|>", "eos": "<|eos|>", "padding": "<|pad|>"}),
 }
-"""Control tokens after the file's words, and roles of some tokens. Other models have them in tokenizer_config.json."""
+"""Maps a pre-tokenizer to the control tokens that follow the file's words, and to the roles of some tokens. Other
+models list these tokens in tokenizer_config.json."""
 _OLD_SPECIAL: Final = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
     *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]"),
     *("[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
 )
-"""Special tokens of tekken.json files that do not list them. Their version is below 7."""
+"""Special tokens of tekken.json files before version 7, which do not list their special tokens."""
 _PARTS: Final = {"unknown": "<unk>", "bos": "<s>", "eos": "</s>", "padding": "<pad>"}
 
 
@@ -161,7 +162,7 @@ def read_tekken(path: Path) -> Words:
 
 
 def _special(document: dict[str, Any], path: Path, count: int) -> list[str]:
-    """Returns the texts of special tokens by id, which begin at 0. A token without a text gets a placeholder."""
+    """Returns the texts of special tokens in order of id, from id 0. A token without a text gets a placeholder."""
     texts = [f"<SPECIAL_{number}>" for number in range(count)]
     listed = document.get("special_tokens")
     if listed is None:

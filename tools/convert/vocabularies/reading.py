@@ -31,9 +31,8 @@ _MAX_TEMPLATE_BYTES: Final = 1 << 22
 def read_words(
     files: SourceFiles, place: Path, rows: int, behind: Sequence[str] = (), names: Sequence[str] = NAMES
 ) -> Words:
-    """Reads the vocabulary from a file or a Hugging Face folder, and fits it to an embedding of `rows` rows. Control
-    words in `behind` are appended to SentencePiece vocabularies. `names` are the names of tokenizer files in order of
-    preference."""
+    """Reads the vocabulary from a file or a Hugging Face folder, and fits it to an embedding of `rows` rows. Appends
+    the control tokens `behind` to a SentencePiece vocabulary. `names` are tokenizer files in order of preference."""
     path = _find(place, names) if place.is_dir() else place
     words = _read(files.open(path))
     if words.kind == "llama":
@@ -93,7 +92,7 @@ def _read_special(words: Words, folder: Path, config: dict[str, Any], rows: int)
 
 
 def _read_parts(words: Words, stated: dict[str, Any], named: dict[str, Any], config: dict[str, Any]) -> None:
-    """Reads which tokens are BOS, EOS and so on. Files of the tokenizer take precedence over the model's."""
+    """Reads the ids of BOS, EOS and so on. The tokenizer's files take precedence over the model's configuration."""
     places = {text: token_id for token_id, text in enumerate(words.texts)}
     for short, name in _PARTS.items():
         text = _content(stated.get(f"{short}_token")) or _content(named.get(f"{short}_token"))
@@ -107,7 +106,7 @@ def _read_parts(words: Words, stated: dict[str, Any], named: dict[str, Any], con
 
 def _read_ends(words: Words, config: dict[str, Any], rows: int) -> None:
     """Reads the tokens, other than EOS, that end an answer. The first of them become EOT and EOM, unless these roles
-    are taken. The configuration's last tokens come first, since chats use them."""
+    are taken. The configuration's list is read in reverse, since chats use its last tokens."""
     listed = config.get("eos_token_id")
     stated = [config.get("eod_token_id"), *(listed if isinstance(listed, list) else ())]
     ends = dict.fromkeys(end for end in reversed(stated) if type(end) is int and 0 <= end < rows)

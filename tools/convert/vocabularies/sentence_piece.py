@@ -19,7 +19,7 @@ _PROTO: Any = sentencepiece_model_pb2
 _ENTRY: Final = Struct("<fI")
 _LONGEST: Final = 1 << 16
 _BYTE: Final = re.compile(r"<0x[0-9A-F]{2}>")
-"""Matches the name of a byte token. Files of 2023 have the character with the byte's code instead."""
+"""Matches the text of a byte token. In files of 2023, the text is the character whose code is the byte."""
 _FIRST: Final = (("<unk>", TokenType.UNKNOWN), ("<s>", TokenType.CONTROL), ("</s>", TokenType.CONTROL))
 
 

@@ -23,7 +23,7 @@ _MARKED_CONTROL: Final = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 @dataclass(slots=True)
 class Words:
     """A vocabulary. `kind` is GGUF's `tokenizer.ggml.model`. SentencePiece vocabularies have `scores`, BPE vocabularies
-    have `merges`. A SentencePiece vocabulary in tokenizer.json has both, but only kind gemma4 writes the merges."""
+    have `merges`. A SentencePiece vocabulary in tokenizer.json has both, but its merges are written only for gemma4."""
 
     kind: str
     pre: str

@@ -69,7 +69,7 @@ def _caps(page: Page) -> None:
 
 
 def _check_scale(page: Page) -> None:
-    """Raises ModelFileError for an unusual scale of scores, because readers infer the scale from the layer count."""
+    """Raises ModelFileError for an unusual attention scale, since GGUF readers infer the scale from the layer count."""
     settings, name = page.settings, "query_pre_attn_scalar"
     whole = page.layers == _LAYERS_27B[page.architecture]
     wanted = page.width // page.heads if whole else page.head_width

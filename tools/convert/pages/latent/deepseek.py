@@ -30,7 +30,7 @@ _MISTRAL4 = _Mixture("softmax", experts.SOFTMAX, has_bias=False)
 
 
 def build_v2(page: Page) -> None:
-    """DeepSeek V2. Full models are refused, since they choose expert groups by the best expert, unlike GGUF."""
+    """DeepSeek V2. Refuses full models, which score expert groups by the best expert. GGUF uses the best two."""
     settings = page.settings
     method = settings.text("topk_method", default="greedy")
     if method != "greedy" and settings.count("n_group", default=1) != 1:

@@ -72,7 +72,7 @@ def _multiply(page: Page, mamba: Mamba) -> None:
 
 
 def _product_factors(page: Page, mamba: Mamba) -> NDArray[np.float32]:
-    """Returns a factor for each row of `ssm_in`. Its rows are gate, x, input matrices, output matrices, time steps."""
+    """Returns a factor for each row of `ssm_in`. The rows compute Mamba's gate, x, B, C and dt, in this order."""
     parts = (mamba.inner, mamba.inner, mamba.matrices, mamba.matrices, mamba.heads)
     factors = _factors(page, "ssm_multipliers", len(parts))
     return np.repeat(np.array(factors, np.float32) * np.float32(_factor(page, "ssm_in_multiplier")), parts)

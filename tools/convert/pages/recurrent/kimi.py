@@ -1,4 +1,4 @@
-"""Kimi Linear. A layer has a delta net with a decay for each channel, or latent attention without rotation."""
+"""Kimi Linear. A layer has a delta net with a decay for each channel, or latent attention without RoPE."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _ALL_STEPS = ([0, math.inf], [0, {"__float__": "Infinity"}])
 
 @dataclass(frozen=True, slots=True)
 class Mamba:
-    """Sizes of a Mamba 2 block. Heads of a group share input and output matrices of `state_size` numbers per row."""
+    """Sizes of a Mamba 2 block. Heads of a group share B and C, which have `state_size` numbers per token."""
 
     heads: int
     head_width: int
@@ -76,7 +76,7 @@ def mamba_keys(page: Page, mamba: Mamba) -> None:
 
 
 def write_mamba(page: Page, place: str, source: str, mamba: Mamba, *, has_norm: bool = True) -> None:
-    """Copies all tensors of a block. The checkpoint stores the logarithms of the decays' absolute values."""
+    """Copies all tensors of a block. The checkpoint's `A_log` is converted to the decays: A = -exp(A_log)."""
     page.copy(f"{place}.ssm_in", f"{source}.in_proj", mamba.products, page.width)
     page.put(f"{place}.ssm_conv1d.weight", joined(page.take(f"{source}.conv1d.weight", mamba.convolved, 1, mamba.taps)))
     if page.has(f"{source}.conv1d.bias"):

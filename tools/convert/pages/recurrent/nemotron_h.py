@@ -52,7 +52,7 @@ def build(page: Page) -> None:
 
 
 def _kinds(page: Page) -> list[str]:
-    """Returns each layer's kind. Settings have names or letters of kinds. Adds the layer count to the settings."""
+    """Returns each layer's kind, given by name or letter. Adds the layer count and head width if they are missing."""
     settings = page.settings
     values = dict(settings.values)
     listed = next((values[name] for name in ("layers_block_type", "layer_types") if settings.has(name)), None)
@@ -105,7 +105,7 @@ def _layer(page: Page, place: str, source: str, kind: str, mamba: Mamba) -> None
 
 
 def _attention(page: Page, place: str, source: str) -> None:
-    """Copies attention. Rows of Q and K are permuted as in llama.cpp's conversion, although no channels rotate."""
+    """Copies attention. Rows of Q and K are permuted as in llama.cpp's conversion, although the model has no RoPE."""
     query, key = page.heads * page.head_width, page.kv_heads * page.head_width
     for part, heads in (("q", page.heads), ("k", page.kv_heads)):
         found = page.take(f"{source}.{part}_proj.weight", heads * page.head_width, page.width)

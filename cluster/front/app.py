@@ -119,7 +119,7 @@ def _routes(router: ModelRouter, store: ResponseStore, workers: WorkerOperations
 
 
 def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
-    """Yields the endpoints of one model. Their order must be the same for all models, because `_routes` zips them."""
+    """Yields the endpoints of one model. All models need the same order, because `_routes` zips the endpoints."""
     for endpoint in ENDPOINTS:
         for path in endpoint.paths:
             yield from endpoint(model, path).routes()

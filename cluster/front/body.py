@@ -35,12 +35,12 @@ LARGE_BYTES = 1 << 16
 _MOST_OF_A_PLACE = 200
 
 _MOST_VALUES = (1 << 20) + (1 << 16)
-"""Maximum number of JSON values in a body, which exceeds the 2**20 token ids of the longest context."""
+"""Maximum number of JSON values in a body. A prompt that fills the longest context has 2**20 token ids."""
 _PROMPT_FIELDS = {
     *("prompt", "suffix", "input_prefix", "input_suffix", "input_extra", "context", "content", "tokens"),
     *("messages", "system", "input", "instructions", "query", "documents", "texts", "images"),
 }
-"""Fields with input for the model. They may be as large as the body."""
+"""Fields with input for the model. Only the limits of the whole body apply to these fields."""
 _MOST_FIELD_BYTES = 1 << 22
 _MOST_FIELD_VALUES = {"tools": 1 << 17}
 _MOST_FIELDS = 1024
@@ -48,7 +48,7 @@ _MOST_FIELDS = 1024
 _reading = Threads(1, "read-body")
 """Parses large bodies. One thread is enough, because the interpreter lock prevents parallel parsing."""
 _converting = Threads(1, "convert-body")
-"""Converts parsed bodies on a thread of its own. Otherwise, they would wait in memory while new bodies are parsed."""
+"""Converts parsed bodies. On `_reading`, a parsed body would wait in memory while other bodies are parsed."""
 
 _Made = TypeVar("_Made")
 _Arguments = ParamSpec("_Arguments")
@@ -90,7 +90,7 @@ def _idle(kind: type[Body], settings: ApiSettings) -> dict[str, Neutral]:
 
 
 async def has_field(data: bytes, name: str) -> bool:
-    """Returns True if the body has a non-null field `name`. Raises the errors of `parse_object` for small bodies."""
+    """Returns True if field `name` is not null. Only small bodies are parsed and raise the errors of `parse_object`."""
     if len(data) <= LARGE_BYTES:
         return parse_object(data).get(name) is not None
     members = (await run_on(_reading, outline, data)).members

@@ -133,7 +133,7 @@ class _Addressed:
 
 
 class ModelRouter:
-    """Finds each request's model. Without `models` in the cluster file, the only model gets all and checks names."""
+    """Finds a request's model. Without `models` in the cluster file, one model gets all requests and checks names."""
 
     def __init__(self, models: Sequence[ApiModel]) -> None:
         self.models = models
@@ -192,7 +192,7 @@ class ModelRouter:
                 resident.keep(None if addressed.keep == inf else addressed.keep)
 
     async def _addressed(self, route: Route, request: Request) -> _Addressed:
-        """Finds a request's model and stores the body. Raises HttpError for an invalid body or an unloaded model."""
+        """Finds a request's model. Keeps the body for the app. Raises HttpError for a bad body or an unloaded model."""
         if route.method == "GET":
             return _Addressed(self.queried(request))
         data = await read_bytes(request, self.settings)
@@ -206,7 +206,7 @@ class ModelRouter:
         return _Addressed(model, keep, unloads)
 
     def _check_loaded(self, model: ApiModel, request: Request) -> None:
-        """Raises HttpError (400) if the model is unloaded, has no open requests, and no kept reply fits the request."""
+        """Raises HttpError (400) if the model is unloaded and idle, unless a kept reply answers the request."""
         if not (model.resident.is_asleep and model.resident.is_idle):
             return
         own, key = owner(request.headers, self.settings.api_keys), request.headers.get("idempotency-key", "")
@@ -221,7 +221,7 @@ def _keeps_awake(route: Route) -> bool:
 
 
 async def _fields(data: bytes) -> dict[str, Any]:
-    """Returns a body's fields, or {} for any other JSON, which the endpoint reports. Raises ParameterError for NaN."""
+    """Returns a body's fields, or {} for an invalid body, which the endpoint refuses. Raises ParameterError for NaN."""
     try:
         return await parse_object_in_time(data)
     except HttpError:

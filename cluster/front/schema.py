@@ -100,7 +100,7 @@ class Body(DocumentedModel):
     @model_validator(mode="before")
     @classmethod
     def _knows_its_fields(cls, fields: Any, info: ValidationInfo) -> Any:
-        """Fails at the first unknown field, unless such fields are ignored. pydantic takes seconds for a million."""
+        """Fails at the first unknown field, or ignores them all. pydantic would take seconds for a million fields."""
         if not isinstance(fields, dict):
             return fields
         known = cls.model_fields
@@ -149,7 +149,7 @@ def parts_of(kind: type[Body]) -> dict[str, type[Body]]:
 
 
 def read_part(kind: type[AnyBody], value: Any, context: BodyContext | None) -> AnyBody:
-    """Calls `read_fields` in a pydantic validator, whose errors must be ValueErrors."""
+    """Calls `read_fields`, and converts ParameterError to ValueError, the error of pydantic validators."""
     try:
         return read_fields(kind, value, context)
     except ParameterError as error:
@@ -163,8 +163,8 @@ def read_fields(
     idle: Mapping[str, Neutral] = MappingProxyType({}),
 ) -> AnyBody:
     """Makes a body from fields. Raises ParameterError if a field is invalid or not supported. Unless `context` is a
-    `Leniency`, unknown fields and fields without effect are errors too. With the server's settings, fields in `idle`
-    have no effect."""
+    `Leniency`, unknown fields and fields without effect are errors too. `idle` has the fields that have no effect with
+    the server's settings."""
     foreign, kept = kind.foreign, {name: value for name, value in fields.items() if value is not None}
     for name, is_neutral in {**foreign.refused, **foreign.hints, **idle}.items():
         if name in kept and not is_neutral(kept.pop(name)):

@@ -136,8 +136,8 @@ class ModelNames:
             raise HttpError(404, "model_not_found", f"model {name[:200]!r} not found", param="model")
 
     def copy(self, source: str, destination: str) -> None:
-        """Adds a name for the served model. Raises HttpError if the name is invalid or fixed, if there are too many
-        copies, or if the source is an adapter. Adapters have no copies, because a restart deletes the copies, and a
+        """Adds a name for the served model. Raises HttpError if the name is invalid, `strict_model` is true, there are
+        too many copies, or a name is an adapter's. Adapters have no copies, because a restart deletes the copies, and a
         copy's name could then select the model without the adapter."""
         self.check_known(source)
         if not _NAME.fullmatch(destination):

@@ -218,7 +218,7 @@ def _declared(name: str, own_name: str, dialect: Dialect) -> tuple[Any, Any]:
 
 
 def sampled(dialect: Dialect, *, without: Sequence[str] = ()) -> Callable[[type[_AnyFields]], type[_AnyFields]]:
-    """Returns a class decorator that adds the fields of the sampling table with the dialect's names and defaults."""
+    """Returns a class decorator that adds the fields of SAMPLING_TABLE with the dialect's names and defaults."""
 
     def add(kind: type[_AnyFields]) -> type[_AnyFields]:
         names = {name: row.name_in(dialect, name) for name, row in SAMPLING_TABLE.items() if name not in without}
@@ -267,7 +267,7 @@ class SamplerFields(Body):
         return {name: getattr(self, own_names[name]) for name in names}
 
     def params(self, logit_bias: tuple[tuple[int, float], ...] = ()) -> SamplingParams:
-        """Raises ParameterError if a number of the sampler chain is out of bounds. The scheduler checks the others."""
+        """Raises ParameterError if the sampler chain has a number out of bounds. The scheduler checks other numbers."""
         return SamplingParams(**self.numbers(PARAMS), logit_bias=logit_bias, chain=self._chain())
 
     def _chain(self) -> SamplerChain | None:

@@ -55,7 +55,7 @@ class GrammarFields(Body):
     """SGLang's name of `grammar`."""
 
     def answer_grammar(self) -> Grammar | None:
-        """Returns the grammar, or None if no field constrains the answer. Raises ParameterError if a field is bad."""
+        """Returns the grammar, or None if no field constrains the answer. Raises ParameterError for invalid fields."""
         values = {name: getattr(self, name) for name in _FIELDS}
         made = {name: make(values[name], name) for name, (make, empty) in _FIELDS.items() if values[name] not in empty}
         first = next(iter(made), "")
@@ -66,7 +66,7 @@ class GrammarFields(Body):
 
 
 def response_format_grammar(value: dict[str, Any], origin: str) -> Grammar | None:
-    """Returns the grammar of a `response_format`, or None for `text`. Raises ParameterError for the field `origin`."""
+    """Returns the grammar of a `response_format`, or None for `text`. Raises ParameterError, which names `origin`."""
     kind = value.get("type")
     match kind:
         case "text":

@@ -144,7 +144,7 @@ def flat_name(namespace: str | None, name: str) -> str:
 def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
     """Returns the function, with one text argument, that replaces a custom tool. The text must match the tool's regular
     expression, if there is one. A Lark grammar is not enforced, but added to the description and reported as ignored.
-    The chat API puts the fields of the format into an object `grammar`."""
+    Chat completions nest `syntax` and `definition` in an object `grammar`."""
     text: dict[str, Any] = {"type": "string"}
     description = tool.get("description") or ""
     form = tool.get("format")

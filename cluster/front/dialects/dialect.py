@@ -51,7 +51,7 @@ class Endpoint(ABC, Generic[AnyBody]):
     paths: ClassVar[tuple[str, ...]]
     body: type[AnyBody]
     takes_any_model: ClassVar[bool] = False
-    """True to accept any model name also on `/v1/` paths. `api.strict_model` takes precedence."""
+    """True to accept any model name, even on `/v1/` paths. `api.strict_model` takes precedence."""
     form: ClassVar[StreamFormat] = StreamFormat.EVENTS
     errors: ClassVar[ErrorShape | None] = None
     """The JSON form of errors on `paths` and all paths below them. None: `usual_shape` selects the form by the path."""

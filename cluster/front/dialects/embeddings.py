@@ -79,7 +79,7 @@ class EmbeddingFields(Body, foreign=EMBEDDING):
     encoding_format: Literal["float", "base64"] = "float"
     """The form of a vector. `float` is a list of numbers, `base64` a base64 text of little-endian float32 values."""
     dimensions: int | None = Field(default=None, ge=1, le=_MAX_DIMENSIONS)
-    """The number of dimensions to return. A vector's last dimensions are removed. The default is all dimensions."""
+    """The number of dimensions to return, from the beginning of the vector. The default is all dimensions."""
     pooling: Literal["none", "mean", "cls", "last"] | None = None
     """The method that combines the tokens' hidden states. The default is the model file's method, or else `last`."""
     cache_salt: str = Field(default="", max_length=MAX_SALT_CHARACTERS)

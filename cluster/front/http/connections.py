@@ -123,10 +123,10 @@ class _Phase(Enum):
 
 
 class TlsProtocol(asyncio.Protocol):
-    """Wraps another protocol, `carried`, in TLS. asyncio's own TLS begins `carried` only after the handshake, and
+    """Wraps another protocol, `carried`, in TLS. asyncio's own TLS connects `carried` only after the handshake, and
     closes the connection only when the client agrees. A client that delayed both could evade the limits on connections.
-    Here, `carried` begins at once, and closing waits only until data is written. Data that is written before the end of
-    the handshake is lost."""
+    Here, `carried` is connected at once, and closing waits only until data is written. Data that is written before the
+    end of the handshake is lost."""
 
     def __init__(self, carried: asyncio.Protocol, context: ssl.SSLContext) -> None:
         self.context = context
@@ -164,7 +164,7 @@ class TlsProtocol(asyncio.Protocol):
             self._fail(error)
 
     def _read(self) -> None:
-        """Passes all decrypted data to the carried protocol, and then raises ssl.SSLWantReadError."""
+        """Passes decrypted data to the carried protocol. Raises ssl.SSLWantReadError when there is no more data."""
         while self._phase is _Phase.OPEN and not self._transport.is_closing():
             try:
                 data = self._tls.read(_READ_BYTES)
@@ -206,8 +206,7 @@ class TlsProtocol(asyncio.Protocol):
 
 
 class _TlsTransport:
-    """The transport that the carried protocol sees. Data and `close` go through TLS, other calls to the real
-    transport."""
+    """The transport of the carried protocol. `write` and `close` use TLS. Other calls go to the real transport."""
 
     def __init__(self, tls: TlsProtocol, transport: asyncio.Transport) -> None:
         self._tls = tls

@@ -27,7 +27,7 @@ from llamaclust.core.addresses import bounded_host, is_address, is_loopback
 from llamaclust.core.sharing.shares import Shares, fits
 
 OPEN_PATHS = frozenset({"/health", "/live"})
-"""Paths that need no API key. A reply gives reasons only if `request.state.is_trusted`, that is, if the request has a
+"""Paths that need no API key. Replies show errors only if `request.state.is_trusted`, that is, if the request has a
 valid key or no keys are configured."""
 
 LOCALHOST = "localhost"
@@ -255,7 +255,7 @@ class Admission:
 
 
 class AdmissionGate:
-    """Passes requests with a body to the app. Sends status 503 if `Admission` refuses or cancels a request."""
+    """Admits POST requests and requests with a body. Sends status 503 if `Admission` refuses or cancels a request."""
 
     def __init__(self, app: ASGIApp, admission: Admission) -> None:
         self._app = app

@@ -42,7 +42,7 @@ _EVENT: Final = {
     "required": ["data"],
     "properties": {"data": {"type": "string"}, "event": {"type": "string"}, "id": {"type": "string"}},
 }
-"""Schema of one stream event, given as the schema of the whole stream: OpenAPI 3.1 has no field for events."""
+"""Schema of one event. It stands for the schema of a whole stream, because OpenAPI 3.1 has no field for events."""
 _SCHEMAS: Final[dict[str, Any]] = {JSON: {}, EVENTS: _EVENT}
 _STYLE: Final = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
@@ -60,7 +60,7 @@ class Document:
         return JSONResponse(describe(request.app.routes, is_strict=self._is_strict))
 
     async def show_page(self, request: Request) -> Response:
-        """Shows all operations and the fields of their bodies on one page, without scripts or other hosts."""
+        """Shows all operations and the fields of their bodies on one page, which has no scripts and loads no files."""
         return HTMLResponse(_page(describe(request.app.routes, is_strict=self._is_strict)), headers=_HEADERS)
 
 

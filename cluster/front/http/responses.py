@@ -181,10 +181,10 @@ class Route(PathRoute):
 
 
 class Paths:
-    """Middleware that replaces the path and method of a request with those of a route."""
+    """Middleware that removes the prefix from paths, adds a missing `/v1`, and replaces HEAD with GET."""
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:
-        """`prefix` is "" or begins with "/". Requests may omit the prefix. Health probes and our own clients do."""
+        """`prefix` is "" or begins with "/". Requests may omit it, as health probes and our own clients do."""
         self._app = app
         self._prefix = prefix
 

@@ -1,7 +1,7 @@
 """HTTP handlers of the endpoints that generate text. A handler starts a reply, keeps it for a client whose connection
 breaks, and can send it again. A restarted coordinator computes unfinished requests again. A request that got no new
-token after the previous restart may have crashed the coordinator. It starts after the others and runs alone until it
-gets a token or 10 s have passed. After ten such restarts, it fails."""
+token after the previous restart may have crashed the coordinator. Such a request starts last and runs alone until
+it gets a token or 10 s have passed. After ten such restarts, the request fails."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ class Replies:
                     await kept.progressed.wait()
 
     async def _attempt(self, beginning: Coroutine[Any, Any, None]) -> None:
-        """Waits at most `_ALONE_S` for a request to begin, so that others can begin even in a busy cluster."""
+        """Waits at most `_ALONE_S` for a request to begin, so that later requests can begin even in a busy cluster."""
         await asyncio.wait([self._tasks.start(beginning)], timeout=_ALONE_S)
 
     async def _begin_alone(self, kept: KeptReply) -> None:

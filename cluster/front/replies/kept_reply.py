@@ -106,7 +106,7 @@ class KeptReply:
     ) -> asyncio.Future[None] | None:
         """Submits the request. Raises an error if the request is refused or the reply was closed. `admitted` is the
         body if the request must be journalled. The returned future is done when the journal has the request on disk.
-        Readers of a kept reply wait until then. In a busy cluster, retries end at `until_s` (event loop time)."""
+        Readers of a kept reply wait until then. In a busy cluster, tries again until `until_s` (event loop time)."""
         try:
             await self._submit(reply, until_s, is_recorded=admitted is not None or self.context.is_restored)
             # No `await` may separate this call from the submission.
@@ -236,7 +236,7 @@ class KeptReply:
         self._timer = asyncio.get_running_loop().call_later(kept_s, self._owner.expired, self)
 
     def _grow(self, prompt: int, chunk: TextChunk) -> None:
-        """Counts the bytes of a chunk. Raises HttpError if the reply is too large, or the error that ended it."""
+        """Counts the bytes of a chunk. Raises HttpError if the reply is too large, or the error that ended the log."""
         packed = self.log.content.storage is RowStorage.PACKED
         rows = len(chunk.rows) + len(chunk.prompt_rows)
         data_bytes = len(chunk.text) + _TOP_BYTES * (chunk.entries - rows)

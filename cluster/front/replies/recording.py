@@ -22,7 +22,7 @@ class Recording:
     twice as many tokens as the record before, up to `_RECORDED_ROWS`."""
 
     def __init__(self, journal: Journal, context: RequestContext, progressed: asyncio.Event) -> None:
-        """Sets `progressed` when a restored request gets a token that no earlier coordinator recorded."""
+        """`progressed` is set when a restored request gets a token that no earlier coordinator recorded."""
         self._journal = journal
         self._id = context.id
         self._is_restored = context.is_restored

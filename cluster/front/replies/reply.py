@@ -166,7 +166,7 @@ MakeReply = Callable[[bytes, RequestContext], Awaitable[Reply]]
 
 
 Position = Counter[int]
-"""Number of events that a client has, by slot. An event id contains it as text: `3`, or `3-5-0` for three slots."""
+"""Number of events that a client has, by slot. An event id has these numbers: `3`, or `3-5-0` for three slots."""
 
 
 def read_position(text: str, param: str) -> Position:

@@ -108,8 +108,8 @@ class ReplyCache:
 
     def grew(self, kept: KeptReply, more_bytes: int) -> None:
         """Counts more bytes of a reply. If the client's replies or all replies together are too large, evicts complete
-        replies that no client reads. If that is not enough, running replies fail, first unread and then large ones. The
-        client that holds the most bytes loses replies first."""
+        replies that no client reads. If that is not enough, running replies fail: unread before read replies, large
+        before small ones. The client that holds the most bytes loses replies first."""
         if (entry := self._entries.get(kept.context.id)) is None:
             return
         self._held_bytes.take(entry.client, more_bytes)
@@ -120,8 +120,8 @@ class ReplyCache:
                 pass
 
     def _too_large(self, client: str) -> list[_Entry]:
-        """Returns the replies of which some must be removed: the client's replies if they exceed the limit of one
-        client, else all replies if they exceed the limit of all clients, else none."""
+        """Returns the client's replies if they exceed the limit of one client. Otherwise returns all replies if they
+        exceed the limit of all clients. Otherwise returns an empty list."""
         held, most = self._held_bytes.held, self._held_bytes.room
         if held[client] > most:
             clients: Collection[str] = (client,)

@@ -224,7 +224,7 @@ class AnswerLog:
 
 
 class LogReader:
-    """Reads a log from its beginning. One timer serves many waits, because setting a timer takes longer than a wait."""
+    """Reads a log from its beginning. All waits share one timer, because setting a timer takes longer than a wait."""
 
     def __init__(self, log: AnswerLog) -> None:
         self._log = log

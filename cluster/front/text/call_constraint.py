@@ -22,7 +22,7 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _ORIGIN: Final = "tools"
 _MOST_CHECKS: Final = 64
-"""Maximum number of checks to find schemas that cannot be enforced. Tools left unchecked are unconstrained."""
+"""Maximum number of checks in the search for schemas that cannot be enforced. Unchecked tools are unconstrained."""
 
 _log = logging.getLogger(__name__)
 

@@ -161,8 +161,8 @@ class ChatFormat:
         return shortened
 
     def _guarded(self, chat: ChatRequest, history: ToolFormat) -> list[dict[str, Any]]:
-        """Returns the messages, followed by a dict of template variables. Inserts GUARD into control words, such as
-        `<s>`, in texts, so that they are not encoded as control tokens."""
+        """Returns the messages, followed by a dict of template variables. Inserts GUARD into texts such as `<s>`,
+        so that the tokenizer does not encode them as control tokens."""
         tools, today = chat.offered_tools, datetime.fromtimestamp(chat.created).astimezone()
         variables = {
             "date_string": today.strftime("%d %b %Y"),
@@ -211,9 +211,9 @@ def _with_parts(message: Mapping[str, Any]) -> dict[str, Any]:
 def answer_reasoning(
     reading: AnswerReading | None, budget: ReasoningBudget | None, grammar: Grammar | None, tokenizer: Tokenizer
 ) -> Reasoning | None:
-    """Returns how the engine finds the reasoning in an answer. Returns None if no usable tags mark the reasoning,
-    if it has ended, or if neither a budget nor a grammar depends on it. `grammar` does not cover reasoning. Raises
-    ParameterError if the budget's message contains the end tag."""
+    """Returns how the engine finds the reasoning in an answer. Returns None if no usable tags mark the reasoning, if
+    the reasoning has ended, or if neither a budget nor a grammar depends on it. `grammar` has no rules for reasoning.
+    Raises ParameterError if the budget's message contains the end tag."""
     calls_end = reading is not None and reading.form.calls_end_reasoning and (grammar is None or bool(grammar.triggers))
     found = None if reading is None else _open_or_closed(reading, calls_end=calls_end)
     if found is None:

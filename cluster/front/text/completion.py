@@ -300,8 +300,8 @@ class ChoiceText:
 
 
 class StopPattern:
-    """A stop string with its table for Knuth-Morris-Pratt search. A state is the length of the longest beginning of the
-    stop string with which the text so far ends."""
+    """A stop string with its table for Knuth-Morris-Pratt search. A state is the length of the longest prefix of the
+    stop string that is a suffix of the text so far."""
 
     def __init__(self, text: str) -> None:
         self.text = text

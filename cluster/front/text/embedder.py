@@ -1,4 +1,4 @@
-"""Embeddings and reranking scores. They are pooled in token order in float64, so chunked prefill changes nothing."""
+"""Embeddings and reranking scores. They are pooled in token order in float64, so that chunked prefill has no effect."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def normalized(vector: Float64, norm: int = EUCLIDEAN) -> Vector:
 
 
 def _length(vector: Float64, norm: int) -> float:
-    """Returns the number by which to divide the vector. Sums are rounded only once, so all instruction sets agree."""
+    """Returns the number by which to divide the vector. Sums are rounded once, so that all CPUs get the same result."""
     if norm < 0:
         return 1.0
     magnitudes: Sequence[float] = np.abs(vector).tolist()

@@ -20,9 +20,9 @@ Rows = NDArray[np.float32]  # [rows, levels * width]
 _RETRY_S: Final = 5.0
 _MOST_BYTES: Final = 1 << 30
 _SHARE: Final = 16
-"""Rows and tiles may take the machine's free memory divided by this number."""
+"""Rows and tiles may take 1 / `_SHARE` of the machine's free memory."""
 _KEPT: Final = 4
-"""Rows that no request uses may take the memory limit of rows and tiles divided by this number."""
+"""Rows that no request uses may take 1 / `_KEPT` of the memory for rows and tiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class RowCache:
         return rows
 
     def keep(self, digest: bytes, rows: Rows) -> None:
-        """Takes rows that are no longer used. The array must own its memory."""
+        """Keeps rows that no request uses any more. The array must own its memory."""
         assert rows.base is None
         self.used_bytes -= rows.nbytes
         if digest not in self._kept:

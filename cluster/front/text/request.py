@@ -35,7 +35,7 @@ _DRAWN_SEED_BITS = 53
 """Bits of a random seed. JSON readers that use doubles for numbers read such a seed exactly."""
 
 Answered = Mapping[int, tuple[RowResult, ...]]
-"""First tokens of the choices of a request, by index of the choice."""
+"""Tokens that an earlier coordinator sampled for the choices of a request, by index of the choice."""
 
 
 MAX_MESSAGE_CHARACTERS: Final = 2048

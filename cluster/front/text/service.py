@@ -213,8 +213,8 @@ class TextService:
     async def _pair_reader(
         self, form: PairForm | PairTemplate, query: str
     ) -> Callable[[str, str], Awaitable[tuple[int, ...]]]:
-        """Returns a function (document, field name for errors) that makes a prompt's token ids. Control words in texts
-        remain text. A template and its texts are tokenized together, because a token may span both."""
+        """Returns a function (document, field name for errors) that makes a prompt's token ids. Texts such as `<s>`
+        do not become control tokens. A template and its texts are tokenized together, because a token may span both."""
         tokenizer, context = self.tokenizer, self.settings.context_length
         self._check_characters(len(query), "query")
         if isinstance(form, PairTemplate):
@@ -272,7 +272,7 @@ class TextService:
         return await run_on(tokenizing(characters), self._encode_all, parts, add_special)
 
     async def chat(self, chat: ChatRequest) -> CompletionRequest:
-        """Returns the completion request of a chat. Control words in messages remain text. Raises RequestError."""
+        """Returns the completion request of a chat. Texts such as `<s>` are not control tokens. Raises RequestError."""
         if not self.settings.generates:
             raise ParameterError("model", NO_TEXT)
         unconstrained = await self.chat_prompt(chat)

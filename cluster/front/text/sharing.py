@@ -45,7 +45,7 @@ _Arguments = ParamSpec("_Arguments")
 
 
 class Places:
-    """Limits the tasks at work: `count` in all, and `most` of one owner (None: no limit). Owners take turns."""
+    """Limits concurrent tasks to `count`, and those of one owner to `most` (None: no limit). Owners take turns."""
 
     def __init__(self, count: int, most: int | None = None) -> None:
         self._count = count
@@ -97,7 +97,7 @@ MAX_REPLY_ENTRIES = 1 << 21
 """Maximum number of tokens and top logprobs in one reply."""
 UNIT_BYTES = 200
 MAX_HELD_UNITS = 1 << 21
-"""Maximum memory of one owner's replies and prompts to rank, in units of `UNIT_BYTES`. All owners: twice as many."""
+"""Maximum units (of `UNIT_BYTES`) for one owner's replies and prompts to rank. All owners together: twice as many."""
 _UNIT_NUMBERS = 5
 """Number of embedding values, or of tokens in prompts to rank, that count as one unit of memory."""
 _TOP_BYTES = 8

@@ -37,8 +37,7 @@ class Slots:
         return self._engine.scheduler.settings.model_id
 
     def check(self, slot: int | None, *, has_images: bool) -> None:
-        """Raises ParameterError for an unknown slot or a prompt with images. Accepts every slot if no slots are
-        kept."""
+        """Raises ParameterError for an unknown slot or a prompt with images. If `count` is 0, accepts everything."""
         if slot is not None and self.count and not 0 <= slot < self.count:
             raise ParameterError(
                 "id_slot", f"slot {slot} does not exist: there are {self.count} slots, numbered from 0"
@@ -72,5 +71,5 @@ class Slots:
         self._tokens[slot] = tokens
 
     def erase(self, slot: int) -> int:
-        """Removes the tokens of a slot and returns their number. KV memory stays, because others may share it."""
+        """Removes the tokens of a slot and returns their number. KV memory stays, as other requests may share it."""
         return len(self._tokens.pop(slot, SlotTokens()).tokens)

@@ -335,7 +335,7 @@ class Vision:
             start = end
 
     def _rope_positions(self, rows: TileRows, columns: int) -> NDArray[np.int32] | None:
-        """Returns M-RoPE positions [sections, rows]. Section 1 has the line in the span, 2 the column, others 0."""
+        """Returns M-RoPE positions [sections, rows]: line in the span (section 1), column (section 2), else 0."""
         if not self._rope_sections:
             return None
         positions = np.zeros((self._rope_sections, rows.end - rows.start), np.int32)

@@ -184,8 +184,8 @@ class Turn:
 
 
 def read_turn(message: Any, info: ValidationInfo) -> Turn:
-    """Validates a message. In a `Leniency` context, short texts replace media that the model cannot read and calls of
-    Anthropic's server tools. In other contexts, such blocks raise ValueError. Unknown blocks are always an error."""
+    """Validates a message. In a `Leniency` context, short texts replace blocks with media that the model cannot read
+    or with calls of Anthropic's server tools. In other contexts, they raise ValueError. Unknown blocks always do."""
     if not isinstance(message, dict) or message.get("role") not in _ROLES:
         raise ValueError(f"a message must be an object with a 'role' of {', '.join(_ROLES)}")
     role, content = message["role"], message.get("content")

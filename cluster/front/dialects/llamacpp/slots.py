@@ -35,7 +35,7 @@ from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.wire.rpc.deadlines import deadline
 
 _TURN_S = 60.0
-"""Timeout, in seconds, of a request that waits until other requests have finished with the slot files."""
+"""Timeout, in seconds, for the wait until no other request uses the slot files."""
 
 _Value = TypeVar("_Value")
 
@@ -175,7 +175,7 @@ class SlotFolder:
 
 
 def _is_slot_file(path: Path) -> bool:
-    """Returns True for slot files, even for damaged ones. Only slot files can be replaced. Raises OSError."""
+    """Returns True for slot files, even damaged ones, so that `write` replaces no other file. Raises OSError."""
     if path.is_symlink() or not path.is_file():
         return False
     with regular_file.open_regular(path, follows_links=False) as file:

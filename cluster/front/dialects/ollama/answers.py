@@ -78,7 +78,7 @@ class PieceReader:
         self._open: dict[int, ToolCall] = {}
 
     def read(self, chunk: TextChunk) -> Piece:
-        """Returns the piece that a chunk adds. A tool call is in the piece of the chunk with which the call ends."""
+        """Returns the piece that a chunk adds. A tool call is added whole, by the chunk that ends the call."""
         piece = Piece()
         for event in chunk.events or (ContentText(chunk.text),):
             match event:

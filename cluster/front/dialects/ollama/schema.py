@@ -97,13 +97,13 @@ class AnswerFields(Body):
     model: str
     """Name of the model, with or without `:latest`. Any name is accepted, unless `api.strict_model` is true."""
     keep_alive: Any = None
-    """Seconds, or text like `5m`, to keep the model loaded. No effect without `models` in the cluster file."""
+    """Time to keep the model loaded, in seconds or as `5m`. It has no effect without `models` in the cluster file."""
     stream: bool = True
     """True to reply with a stream of JSON lines, false to reply with one JSON object."""
     format: _FormatField = None
     """The format of the answer: `json` for a JSON object, or a JSON schema."""
     think: _ThinkField = None
-    """True, or an amount such as `low`, to reason. The model must support reasoning. False for no reasoning."""
+    """True or an amount of reasoning such as `low`, if the model supports reasoning. False for no reasoning."""
     options: _OptionsField = Field(default_factory=Options)
     """Settings of the samplers, and the maximum length of the answer."""
     logprobs: bool = False
@@ -312,7 +312,7 @@ class EmbedBody(EmbeddingFields):
     input: Annotated[tuple[str, ...], BeforeValidator(_texts), WithJsonSchema(_TEXTS)]
     """A text, or a list of texts."""
     dimensions: int | None = Field(default=None, ge=1)
-    """The number of dimensions to return. A vector's last dimensions are removed. The default is all dimensions."""
+    """The number of dimensions to return, from the beginning of the vector. The default is all dimensions."""
 
 
 class EmbeddingsBody(EmbeddingFields):

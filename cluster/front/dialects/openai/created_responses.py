@@ -142,7 +142,7 @@ def _not_found(request: Request) -> HttpError:
 
 
 def _unended(kept: KeptReply, response_id: str) -> dict[str, Any]:
-    """Returns the JSON of an incomplete response. After a restart, a queued response has little more than its id."""
+    """Returns the JSON of an incomplete response. A response that a restart queued has little more than an id."""
     known = kept.acknowledgement
     shown: dict[str, Any] = {"id": response_id, "object": "response", "created_at": kept.context.created}
     shown |= {"background": True, "output": []} if known is None else known

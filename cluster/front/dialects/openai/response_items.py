@@ -49,7 +49,7 @@ _THOUGHTS: Final = ("summary_text", "reasoning_text", "text")
 
 def read_items(value: Any, context: object) -> list[Item]:
     """Converts the field `input` to items. In a `Leniency` context, removes unknown items without role and content, and
-    replaces media that the model cannot read by short texts. In other contexts, such items raise ValueError."""
+    replaces media that the model cannot read with short texts. In other contexts, such items raise ValueError."""
     if isinstance(value, str):
         return [_message({"role": "user", "content": value}, context)]
     if not isinstance(value, list):
@@ -74,7 +74,7 @@ def with_ids(items: Sequence[Item], response_id: str) -> list[Item]:
 
 
 def summary_item(item_id: str, summary: str) -> Item:
-    """Returns an item with a summary that replaces all earlier messages. `encrypted_content` is in fact only base64."""
+    """Returns an item with a summary that replaces all earlier messages. `encrypted_content` is plain base64."""
     content = _SUMMARY_FORMAT + b64encode(summary.encode()).decode()
     return {"type": "compaction", "id": item_id, "encrypted_content": content}
 
@@ -203,8 +203,8 @@ def _is_part(part: Any) -> bool:
 
 
 def _compaction(item: Item, context: object) -> Item:
-    """Validates a compaction item. If another server made it, the result is a note that the summary cannot be read. If
-    `context` is not a `Leniency`, raises ValueError instead."""
+    """Validates a compaction item. In a `Leniency` context, an item of another server becomes a note that the summary
+    cannot be read. In other contexts, such an item raises ValueError."""
     try:
         _summary(item)
     except ValueError:

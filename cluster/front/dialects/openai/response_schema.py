@@ -277,8 +277,8 @@ class CompactionBody(AdapterFields, foreign=COMPACTION):
 
 
 def _with_task(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Appends the task to the last message if a user wrote it, or else as a new message. Many chat templates require
-    that roles alternate."""
+    """Adds the task to the last message if its role is user. Otherwise appends a user message with the task. Many chat
+    templates require that roles alternate."""
     last = messages[-1]
     if last["role"] == "user":
         content = last["content"]

@@ -43,8 +43,8 @@ async def stored_response(response: dict[str, Any], input_items: Sequence[Item],
 
 
 class ResponseStore:
-    """Stored responses by owner and id. To make room, `put` deletes the oldest response of the owner who uses the most
-    memory, or who has the most responses if their number is at its limit. Not thread-safe."""
+    """Stored responses by owner and id. At the memory limit, `put` deletes the oldest response of the owner who uses
+    most memory. At the limit on responses, the owner with most responses loses the oldest. Not thread-safe."""
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self._max_responses = max_responses
@@ -75,7 +75,7 @@ class ResponseStore:
         self.put(owner, stored)
 
     def delete(self, owner: str, response_id: str) -> bool:
-        """Deletes a response. A thread still rendering it will not store it. Returns False if none was stored."""
+        """Deletes a response. A thread that still renders it will not store it. Returns False if none was stored."""
         key = owner, response_id
         if (storing := self._computed.pop(key, None)) is not None:
             storing.is_done = True

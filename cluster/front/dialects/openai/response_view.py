@@ -205,7 +205,7 @@ class ResponseView(View):
         self._reasoning = ReasoningCount(tokenizer)
 
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
-        """Returns the response's JSON. If logprobs are shown, several chunks tell the text of each token."""
+        """Returns the response's JSON. If logprobs are shown, `parts` has all chunks, which relate tokens to texts."""
         (chunks,) = parts
         for chunk in chunks:
             for _ in self._take(chunk):
@@ -213,8 +213,8 @@ class ResponseView(View):
         return self._ended(chunks[-1])
 
     def frames(self, prompt: int, item: LogItem) -> Iterator[Event]:
-        """Yields the events of a log item. Progress events have their own slot, because their number may change if
-        the reply is computed again. A progress event repeats the `sequence_number` of the event before it."""
+        """Yields the events of a log item. Progress events have a slot of their own, because a reply that is computed
+        again may have more or fewer. Each progress event has the `sequence_number` of the event before it."""
         if not self._events:
             yield from map(self._numbered, self._head.first_events)
         if isinstance(item, TextChunk):
@@ -265,7 +265,7 @@ class ResponseView(View):
 
 
 class ReasoningCount:
-    """Counts reasoning tokens. Encodes the text in blocks of 1,024 characters, so that chunk sizes do not matter."""
+    """Counts reasoning tokens. Encodes blocks of 1,024 characters, so that chunk sizes do not change the count."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

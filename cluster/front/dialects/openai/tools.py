@@ -232,7 +232,7 @@ _HOSTED_ENVIRONMENTS: Final = ("container_auto", "container_reference")
 
 @dataclass(frozen=True, slots=True)
 class BuiltInTool:
-    """A tool that requests define only by its type, such as `shell`. The object `field` of a call has the arguments."""
+    """A tool that requests define only by its type, such as `shell`. A call has its arguments in the object `field`."""
 
     field: str
     fixed: Mapping[str, Any]  # Default values in the object `field`.
@@ -268,7 +268,7 @@ BUILT_IN: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ToolSet:
-    """The client's tools in a request to the Responses API. `client` has each tool as a function for the model."""
+    """The client's tools in a request to the Responses API. `client` has the functions that the model calls."""
 
     client: tuple[ClientTool, ...] = ()
     shown: tuple[dict[str, Any], ...] = ()  # Definitions of the tools that the response repeats.

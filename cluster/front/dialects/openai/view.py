@@ -72,8 +72,8 @@ class OpenAiView(View, Generic[AnyGeneration]):
         """Returns the content and logprobs that a chunk adds. If `is_whole`, the chunk is the choice's whole answer."""
 
     def frames(self, prompt: int, item: LogItem) -> Sequence[Event]:
-        """Returns the events of a log item. Progress events have their own slot, because their number may change if the
-        reply is computed again."""
+        """Returns the events of a log item. Progress events have a slot of their own, because a reply that is computed
+        again may have more or fewer."""
         if isinstance(item, PromptProgress):
             progress = shown_progress(item, with_timings=self._body.timings_per_token)
             return (Event(self._choices + 1, self._event([], progress)),)
@@ -183,8 +183,8 @@ class OpenAiView(View, Generic[AnyGeneration]):
 
 
 def _around(name: str, text: str, event: Event) -> tuple[int, bytes, bytes]:
-    """Returns the event's slot, and the event's JSON before and after `text`. The text follows its quoted key `name`,
-    which cannot occur inside a JSON string, where quotes are escaped."""
+    """Returns the event's slot, and the event's JSON before and after `text`. Searches for the quoted key `name` with
+    `text`. JSON strings cannot contain the quoted key, because they escape quotes."""
     key = to_json(name) + b":"
     begin, _, end = to_json(event.value).partition(key + to_json(text))
     return event.slot, begin + key, end
@@ -200,7 +200,7 @@ ShownToken = tuple[int, int, RowResult | None]
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """A prompt that `echo` repeats. `offsets[i]` is token i's place in `text`. `unscored` tokens have no logprobs."""
+    """A prompt that `echo` repeats. `offsets[i]` is token i's place in `text`. `unscored`: tokens without logprobs."""
 
     text: str = ""
     offsets: Sequence[int] = ()
@@ -260,7 +260,7 @@ class CompletionView(OpenAiView[CompletionBody]):
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[ShownToken]) -> dict[str, Any]:
-    """Shows logprobs in the form of `/v1/completions`. The lists are iterators, because there may be many tokens."""
+    """Returns logprobs in the form of `/v1/completions`. Iterators take the place of lists to save memory."""
     return {
         "tokens": (_label(tokenizer, token) for token, _, _ in tokens),
         "token_logprobs": (None if row is None else json_logprob(row.logprob) for _, _, row in tokens),

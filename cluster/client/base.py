@@ -71,7 +71,7 @@ class AsyncChunkStream(AsyncIterator[TextChunk]):
         return await anext(self._chunks)
 
     def __await__(self) -> Generator[None, None, Self]:
-        """Returns the stream itself. Other clients' streams must be awaited, so their users write `await` here too."""
+        """Returns the stream itself. Other libraries' streams must be awaited, so users may write `await` here too."""
         yield from ()
         return self
 

@@ -1,4 +1,4 @@
-"""Clients without a server. They use a text service in this process, or load a model for one."""
+"""Clients without a server. They call a text service in this process. LocalClient also loads the model."""
 
 from __future__ import annotations
 
@@ -125,6 +125,6 @@ class LocalClient(ServiceClient):
         return np.concatenate(parts)
 
     def each_logits(self, token_ids: Sequence[int], start: int, use: Callable[[Float32], None]) -> None:
-        """Calls `use` with the logits of tokens [start, end), a few rows at a time, in order. The rows are valid until
-        `use` returns. Raises the errors of `logits`."""
+        """Calls `use` with the logits after each token from index `start` on, a few rows at a time, in order. The rows
+        are valid until `use` returns. Raises the errors of `logits`."""
         self._stage.logits(tuple(token_ids), start, use)

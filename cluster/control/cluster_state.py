@@ -44,8 +44,8 @@ class PoolState:
 
 @dataclass(frozen=True, slots=True)
 class Planning:
-    """The newest plan, or the error that prevented one. A plan that failed to load has the error `rejected` and is not
-    loaded again."""
+    """The newest plan, or the error that prevented one. If `rejected` is set, a load of the plan has failed with this
+    error, and the plan is not loaded again."""
 
     inputs: PlanInputs
     plan: Plan | None = None
@@ -62,7 +62,7 @@ class Planning:
 
 @dataclass(frozen=True, slots=True)
 class Expulsion:
-    """A worker that will count as lost. If `stays` is true, the worker stays connected instead, but gets no layers of
+    """A worker to mark as lost. If `stays` is true, the worker is not lost and stays connected, but gets no layers of
     this model for `pause_s` seconds."""
 
     worker: Incarnation
@@ -157,7 +157,7 @@ class ClusterState:
         return self.loss.since_s + self.wait_s
 
     def is_freed(self, name: str) -> bool:
-        """True if a drained worker holds no layers and no action or plan in progress can give it layers."""
+        """True if worker `name` is drained, holds no layers, and can get none from the current action or plan."""
         serving, retiring, planning = self.serving, self.retiring, self.planning
         holders = [*(serving.workers if serving else ()), *(retiring.workers if retiring else ())]
         usable = () if planning is None else planning.inputs.workers

@@ -60,10 +60,10 @@ class StageLoadError(Exception):
 async def load_stages(
     loads: StageLoads, workers: Mapping[str, WorkerHandle], report: Report | None = None
 ) -> tuple[WorkerHandle, ...]:
-    """Loads all stages and returns their workers in the order of the stages. Raises StageLoadError after all workers
-    have answered. Its suspects have errors, such as StalledError for a worker that hangs, or DeadlineError for a worker
-    that holds stages of other models and still answers. After a failure, stages that were loaded are freed. They are
-    kept if `loads.is_exclusive` is true, because the next epoch can use their weights."""
+    """Loads all stages, and returns their workers in the order of the stages. Raises StageLoadError after all workers
+    have answered. The error of a worker without progress is StalledError, or DeadlineError if the worker holds stages
+    of other models and still answers. After a failure, loaded stages are freed, unless `loads.is_exclusive` is true.
+    They are kept then, because the next epoch can use their weights."""
     handles = tuple(workers[stage.worker] for stage in loads.stages)
     timeout_s = loads.progress_timeout_s
     # The keys of KV blocks on disk depend on the model file's content, so the workers' copies must be equal.
@@ -172,7 +172,7 @@ class Epoch:
         return tuple(worker for worker, stage in held if stage.member == 0)
 
     def stage_of(self, worker: WorkerHandle) -> int | None:
-        """Returns the index of the worker's stage, or None without a stage. Group members have the same index."""
+        """Returns the index of the worker's stage, or None if it has none. Members of a group have the same index."""
         if worker not in self.workers:
             return None
         return sum(stage.member == 0 for stage in self.plan.stages[: self.workers.index(worker) + 1]) - 1

@@ -135,7 +135,7 @@ def _check_mtp(config: ClusterConfig, model: Model) -> None:
 
 
 def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:
-    """Returns the assignments in the cluster file's `plan`, if any. With 2 parts per layer, bound 4.5 becomes 9."""
+    """Returns the assignments of the cluster file's `plan`, in parts. With 2 parts per layer, bound 4.5 becomes 9."""
     shards = manual_shards(config)
     parts = ((entry, *entry.layers) for entry in config.plan or ())
     return tuple(
@@ -167,7 +167,7 @@ def max_batch_tokens(config: ClusterConfig, projector: Projector | None) -> int:
 
 
 def kv_tokens(config: ClusterConfig) -> int | None:
-    """Returns the number of tokens to plan KV memory for. None if the user set `max_sequences`, which determines it."""
+    """Returns the tokens to plan KV memory for. None if the user set `max_sequences`, which determines their number."""
     return None if "max_sequences" in config.model_fields_set else _KV_TOKENS
 
 

@@ -80,7 +80,7 @@ class ClusterResources:
 def plan_cluster(
     config: ClusterConfig, model: Model, resources: ClusterResources, *, max_expert_shards: int = MAX_EXPERT_SHARDS
 ) -> Plan:
-    """Makes a plan. Workers named in `config` come first, in its order; others follow by name. Raises
+    """Makes a plan. Workers in the cluster file come first, in the file's order. Other workers follow by name. Raises
     InsufficientMemoryError with the missing MiB, UsageError if a manual plan is invalid, and NetworkPartitionError if
     broken links prevent a plan."""
     plan = _plan_in_own_tiles(config, model, resources, max_expert_shards)
@@ -142,8 +142,8 @@ def _plan_in_own_tiles(
 
 
 def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources, most: int) -> Iterator[int]:
-    """Yields how many shards (2, 4, ... up to `most`) of each layer's experts to try if whole layers do not fit. Yields
-    nothing if the user wants layers or experts on GPUs, because shards are always in RAM."""
+    """Yields numbers of shards (2, 4, ... up to `most`) to divide each layer's experts into if whole layers do not fit.
+    Yields nothing if the user wants layers or experts on GPUs, because shards are always in RAM."""
     on_gpus = says_placement(config) or any(worker.gpu_layers for worker in resources.workers.values())
     if (
         most < 2
@@ -345,8 +345,8 @@ class ClusterPlanner:
         needs_images: bool = False,
     ) -> Plan:
         """Plans in a thread, because large plans take seconds. If `needs_images` is false, omits an image encoder that
-        does not fit, unless other models hold memory. Raises the errors of `plan_cluster`, ModelLimitError if too many
-        models are loaded, and WorkerError if there are no workers or a manual plan's worker is absent."""
+        does not fit, unless other models can free memory. Raises the errors of `plan_cluster`, ModelLimitError for too
+        many models, and WorkerError if there are no workers or a manual plan's worker is absent."""
         (beside or self.ledger).check_count(self.model.model_id)
         planned = (name for entry in self.config.plan or () for name in entry.names)
         missing = [name for name in planned if name not in workers]

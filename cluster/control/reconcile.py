@@ -38,7 +38,7 @@ class FreeRetired:
 
 @dataclass(frozen=True, slots=True)
 class ClosePipeline:
-    """Closes the lost pipeline and any retiring pipeline, so that the cause of the failure can be found."""
+    """Closes the lost pipeline and any retiring pipeline, and waits until all reports of broken links are checked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ _TURN_S = 30.0
 """Minimum seconds of a model's turn. Afterwards, another model may take the memory. Requests that are unfinished
 then are computed again at the next turn."""
 _MOST_TURNS = 16
-"""Maximum length of a turn, in units of `_TURN_S`. Turns become longer while they are too short for a request."""
+"""Maximum length of a turn, in units of `_TURN_S`. The next turn is doubled if a request needs more than two turns."""
 
 
 def _now_s() -> float:

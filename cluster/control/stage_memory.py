@@ -88,8 +88,8 @@ def _divided_stages(model: Model, shards: int, place: StagePlace) -> Iterator[tu
 
 
 def rounding_of(model: Model, *, experts: bool = True) -> Rounding:
-    """Returns a function that computes the bytes that rounding adds to weights on a device. It returns a table, whose
-    entry [i, j] is for a stage with layers [i, j), including the embedding and the head if the stage has them."""
+    """Returns a function that computes the bytes that rounding adds to weights on a device. Entry [i, j] of its result
+    is for a stage with layers [i, j), including the embedding and the head if the stage has them."""
     known = _known.setdefault(model, _Known()).roundings
 
     def table(device: str) -> Counts:

@@ -43,8 +43,8 @@ class Arrivals:
         self._short: LlamaclustError | None = None
 
     async def wait(self) -> None:
-        """Raises DeadlineError if workers are missing at the end, and WorkerError if a worker ended before it
-        joined."""
+        """Waits for the workers. Raises DeadlineError if too few have joined after `wait_s` seconds, and WorkerError if
+        a worker ended before it joined."""
         wait_s = self._awaited.wait_s
         try:
             async with deadline("workers joining", wait_s):

@@ -58,7 +58,7 @@ class Launcher(ABC):
 
     @abstractmethod
     def reset_restarts(self) -> None:
-        """Resets the restart counts. Called if a request made the workers end, so that their ends do not count."""
+        """Resets the restart counts. Called if a request, not a fault of the workers, may have caused the restarts."""
 
     @abstractmethod
     async def end(self, name: str) -> None:

@@ -229,7 +229,7 @@ class LocalStage:
         return decode_result(outputs.result(frame, StageTiming(started_ns - queued_ns, compute_ns, 0, frame.rows)))
 
     def logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
-        """Calls `use` with the logits, [rows, vocabulary], of rows [first, len(tokens)). Runs between microbatches."""
+        """Calls `use` with logits [rows, vocabulary] of the tokens from index `first` on. Runs between microbatches."""
         most, vocabulary = self.scheduling.context_length, self.scheduling.vocabulary
         if not 0 < len(tokens) <= most:
             raise RequestError(f"logits need 1 to {most} tokens (the context length), but {len(tokens)} are given")
@@ -291,8 +291,8 @@ class LocalPipeline:
 
 
 def _device_kind(settings: LocalSettings, model: Model) -> str:
-    """Returns the kind of device. Raises UsageError if the device is unknown, or if a setting needs GPUs or experts
-    that do not exist."""
+    """Returns the kind of device. Raises UsageError if the device is unknown, or if a setting is for GPUs or experts,
+    but there are none."""
     try:
         kind = parse_device(settings.device)
     except ValueError as error:

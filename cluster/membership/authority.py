@@ -42,8 +42,8 @@ _BOTH = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 
 
 def trust_folder(cluster: Path) -> Path:
-    """Returns the default folder for the authority of a static cluster. All clusters in a state directory share it, so
-    that workers need only one token, unless a cluster has a folder `trust` of its own."""
+    """Returns the default folder for the authority of a static cluster. This is the cluster's folder `trust` if it
+    exists. Otherwise, all clusters in a state directory share a folder, so that workers need only one token."""
     own = cluster / "trust"
     return own if own.exists() else cluster.parent / _SHARED
 

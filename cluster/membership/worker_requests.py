@@ -82,8 +82,8 @@ async def log_tail(worker: WorkerHandle, deadline_s: float = _LOG_S) -> LogTail:
 
 
 async def refresh_memory(worker: WorkerHandle, held: Mapping[str, int]) -> None:
-    """Waits for a heartbeat, and updates the worker's free memory. `held` has the bytes that other models' stages hold
-    on each device. These bytes count as free. Raises DeadlineError if no heartbeat comes."""
+    """Waits for a heartbeat, and updates the worker's free memory. `held` has the bytes of loaded stages by device.
+    These bytes count as free. Raises DeadlineError if no heartbeat comes."""
     last = worker.heartbeat
     async with deadline(f"worker {worker.name}: sending a heartbeat", _HEARTBEAT_S):
         while worker.heartbeat is last and await worker.is_responsive():

@@ -187,8 +187,8 @@ async def _measured(
 async def _choose_images(
     planners: Sequence[ClusterPlanner], workers: Mapping[str, WorkerHandle], report: Report
 ) -> None:
-    """Decides which models read images: models whose projector the user chose, and models whose image encoder fits into
-    the workers' memory. If no model does, the memory that is reserved for image embeddings becomes free."""
+    """Decides which models read images: those whose projector the user chose, and those whose image encoder fits into
+    the workers' memory. If no model reads images, frees the memory that is reserved for image embeddings."""
     for planner in planners:
         if planner.config.mmproj is not None or not planner.reads_images:
             continue

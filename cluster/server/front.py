@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 _MORE_REQUESTS = 64
-"""Maximum number of HTTP requests per model that neither run nor wait, but are being read, refused or answered."""
+"""Maximum HTTP requests per model, besides running and waiting ones. They are being read, refused or answered."""
 
 
 @dataclass(frozen=True, slots=True)

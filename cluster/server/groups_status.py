@@ -30,9 +30,8 @@ def counters_of(handle: WorkerHandle, model_id: str) -> GroupCounters | None:
 def _group(
     order: Load, counters: Mapping[str, GroupCounters | None], predicted: StagePrediction | None
 ) -> dict[str, Any]:
-    """Formats a group. Most values were measured by its leader. A member's `waited_for_s` is the time
-    that the other members waited for this member in exchanges, because it was the last to be ready. The member with
-    the largest value is probably slow."""
+    """Formats a group, mostly with values that its leader measured. A member's `waited_for_s` is the time that the
+    other members waited for it in exchanges. The member with the largest value is probably slow."""
     assert order.group is not None, "the order of a leader"
     members = order.group.members
     all_counters = [counted for member in members if (counted := counters.get(member.worker)) is not None]

@@ -85,7 +85,7 @@ async def measure_workers(
 
 
 async def _no_shortfall() -> None:
-    """Returns None, so that the start waits for all local workers."""
+    """Reports no error. The start waits for all local workers in any case."""
 
 
 async def _measured(

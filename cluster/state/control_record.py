@@ -17,7 +17,7 @@ from llamaclust.core.epochs import MAX_TERM, epoch_number
 from llamaclust.core.errors import LlamaclustError, SupersededError
 
 _MAX_EXCEEDED = MAX_TERM >> 1
-"""Maximum term that is believed if a worker reports it. Otherwise, one worker could use up all terms."""
+"""Maximum term to accept from a worker. Larger terms count as this one, so that no worker can use up all terms."""
 _log = logging.getLogger(__name__)
 
 
@@ -67,9 +67,9 @@ class ControlRecord:
         return epoch_number(self.term, self._epochs)
 
     async def admits(self, seen_term: int) -> bool:
-        """Returns False if a newer coordinator exists, because a worker has seen a term larger than this coordinator's.
-        Before its first epoch, this coordinator instead raises its own term and returns True, because the record of
-        the last coordinator must have been lost."""
+        """Returns False if a worker has seen a term larger than this coordinator's, because a newer coordinator exists
+        then. If this coordinator has not opened an epoch yet, raises its own term instead and returns True, because the
+        record of the last coordinator must have been lost."""
         seen_term = min(seen_term, _MAX_EXCEEDED)
         if seen_term and seen_term >= self.term and not self._epochs:
             self.term = seen_term + 1

@@ -138,8 +138,8 @@ class ClusterDir:
     @contextlib.contextmanager
     def locked(self, *, is_standby: bool = False) -> Iterator[bool]:
         """Locks the cluster's name and yields True. Raises UsageError if another process holds the lock. A standby
-        waits for the lock instead. It yields False if the holder was stopped by SIGINT, SIGTERM, SIGHUP
-        or `llamaclust down`, so that the standby must not serve."""
+        waits for the lock instead. Yields False if the last holder was stopped by SIGINT, SIGTERM, SIGHUP or
+        `llamaclust down`. The standby must not serve then."""
         self.create()
         lock, is_stopped = FileLock(self._lock), False
         if is_standby:
@@ -153,7 +153,7 @@ class ClusterDir:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Marks the cluster as running for the Lease's holder. Takes the file lock unless a hung coordinator has it."""
+        """Takes the file lock for the holder of the Lease. Continues without it if a hung coordinator has the lock."""
         self.create()
         self._forget_last()
         lock = FileLock(self._lock)

@@ -30,7 +30,7 @@ from llamaclust.core.sampler.results import RowResult
 _PAUSE_S = 0.02
 """Minimum time between the starts of two writes. All admissions within this time share one write."""
 _LATER_S = 0.1
-"""Seconds until less urgent lines are written. If an admission causes an earlier write, the write includes them."""
+"""Seconds until lines other than admissions are written. A write for an admission includes them."""
 _RETRY_S = 5.0
 _ENDED_BYTES = 4 << 20
 _SENT_BYTES = 16 << 20
@@ -85,7 +85,7 @@ class Journal:
         self._add(Change.answered(request_id, choice, start, rows))
 
     async def begin_restored(self, times: Mapping[str, int]) -> None:
-        """Records each request's number of restarts without a new token. Returns when the file has these numbers."""
+        """Records how many coordinators began each request but added no token. Returns when the file is written."""
         if not self._writer.is_sealed:
             self._without_progress.update(times)
             in_file: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -103,8 +103,8 @@ class Journal:
             self._steps.take(partial(self._enter_sent, request_id))
 
     def completed(self, request_id: str, limit_s: float) -> None:
-        """Marks a background reply as computed. Until `limit_s` seconds after its admission, a restarted coordinator
-        can compute it again for its reader."""
+        """Marks a background reply as computed. A restarted coordinator can compute the reply again for its reader,
+        until `limit_s` seconds after admission."""
         self._add(Change(request_id, is_sent=True, limit_s=limit_s))
 
     def end(self, request_id: str) -> None:
@@ -259,8 +259,8 @@ class _Writer:
             self._write_at(asyncio.get_running_loop().time() + _LATER_S)
 
     def write(self, lines: bytes, written: asyncio.Future[None], *, is_synced: bool) -> None:
-        """Adds lines. The future ends when these and all earlier lines are written, or writing has failed. If
-        `is_synced` is true, fsync is called before that."""
+        """Adds lines. The future `written` ends when these and all earlier lines are written, after an fsync if
+        `is_synced` is true. It also ends if writing has failed."""
         self._pending.append(lines)
         self._waiting.append(written)
         self._is_sync_due |= is_synced

@@ -12,10 +12,10 @@ from llamaclust.core.errors import LlamaclustError, WorkerError
 from llamaclust.wire.control.groups import GroupFault
 
 _ATTRIBUTION_S = 1.0
-"""Seconds to wait until the loss of a worker is known. The streams of a lost worker end some time before that."""
+"""Seconds to wait for a worker's loss to become known. The worker's streams break some time before."""
 _REPORTS_S = 10.0
-"""Seconds to wait for further reports after a group member's report, which may name the wrong worker. The other members
-notice the failure when they next exchange results."""
+"""Seconds to wait for further reports after a group member's first report. The first report may name the wrong worker,
+and other members notice the failure only when they next exchange results."""
 
 
 def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
@@ -37,7 +37,7 @@ def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | No
 
 
 async def has_failed(epoch: int, workers: Sequence[WorkerHandle]) -> None:
-    """Waits until a worker is lost or a group member reports a failure. The pipeline's streams may be open then."""
+    """Waits until a worker is lost or a group member reports a failure. The pipeline's streams may still be open."""
     signs: list[Awaitable[object]] = [worker.lost.wait() for worker in workers]
     for members in groups_of(epoch, workers):
         signs += [member.group_faults(epoch).reported.wait() for member in members]
@@ -53,8 +53,8 @@ async def has_failed(epoch: int, workers: Sequence[WorkerHandle]) -> None:
 async def attribute_failure(
     epoch: int, workers: Sequence[WorkerHandle], ended: LlamaclustError | None
 ) -> LlamaclustError:
-    """Returns the error of a lost worker if the loss becomes known within a second. Otherwise returns the fault that
-    group members report, or an error that quotes `ended`."""
+    """Returns the error of a worker whose loss becomes known within a second. If there is none, returns the fault that
+    group members report, or else an error that quotes `ended`, the error of a stream."""
     signs: list[asyncio.Task[bool]] = [asyncio.create_task(worker.lost.wait()) for worker in workers]
     signs += [asyncio.create_task(_is_partitioned(epoch, worker, workers)) for worker in workers]
     signs += [asyncio.create_task(_can_be_judged(epoch, group)) for group in groups_of(epoch, workers)]

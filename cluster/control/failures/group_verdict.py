@@ -1,5 +1,5 @@
-"""Decides which member caused a group's failure. Each member reports one fault. A report of a closed link is weak,
-because the member that closed the link may have done so after a fault of a third member."""
+"""Decides which member caused a group's failure. Each member reports one fault. A report that a member closed its link
+is weak evidence, because this member may have closed the link after a fault of a third member."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _STRONGEST_FIRST = ("failed", "wrong", "late", "closed")
 
 
 def judge(reports: Mapping[str, GroupFault]) -> GroupFault | None:
-    """Returns the report of the strongest kind. If several are of this kind, prefers a report against the worker that
-    most other members accuse, and then against a worker that has sent no report."""
+    """Returns the report of the strongest kind. Among such reports, prefers a report against the worker that most other
+    members accuse. If several are left, prefers a report against a worker that has sent no report."""
     accusers = Counter((fault.kind, fault.worker) for name, fault in reports.items() if fault.worker != name)
     return min(
         reports.values(),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from llamaclust.wire.control.messages import StageProgress
 
 _LOOK_S = 1.0
-"""Maximum seconds between two heartbeats."""
+"""Maximum seconds that a call of `waited_s` adds. Heartbeats cause the calls, and come at least this often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +19,8 @@ class Owed:
 
 
 def owing_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
-    """Returns the index of the stage that delays a microbatch. This is the last stage to which the microbatch was
-    sent. If the first stage waits for sampled tokens, the last stage delays it, because it must send these tokens."""
+    """Returns the index of the stage that delays a microbatch, which is the last stage that the microbatch was sent to.
+    If the first stage waits for sampled tokens, returns the last stage, which must send these tokens."""
     last, first, stage = len(progress) - 1, progress[0], 0
     for place, at in enumerate(progress):
         if at is None:  # A stage without a report may have passed the microbatch on.
@@ -39,7 +39,7 @@ class OverdueResults:
     _waited: dict[Owed, tuple[float, float]] = field(default_factory=dict, init=False)
 
     def waited_s(self, owed: Owed, now_s: float) -> float:
-        """Returns how long the result has been awaited. A call adds at most 1 s, because this process may be paused."""
+        """Returns how many seconds the result has been awaited. A pause of this process counts as at most 1 s."""
         if owed not in self._waited:
             self._waited = {other: waited for other, waited in self._waited.items() if other.epoch != owed.epoch}
         waited_s, last_s = self._waited.get(owed, (0.0, now_s))

@@ -1,8 +1,8 @@
-"""Excludes workers that failed repeatedly from plans for a time. Plans use them anyway if other workers do not suffice.
+"""Excludes workers that failed repeatedly from plans for a time, unless the other workers do not suffice.
 
 A worker is excluded only after its second failure, because a request may have caused the first one. Each further
-failure doubles the time. If a request turns out to be the cause, the workers that had this request in flight at each
-of their failures are released.
+failure doubles the time of the exclusion. If a request turns out to be the cause, all workers are released that had
+this request in flight at each of their failures.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FREE = 1
 _REMEMBERED_S = 600.0
 _MOST_RECORDS = 1000
 _PAUSES_REMEMBERED = 10
-"""Failures are remembered after an exclusion for this many times its length, and at least for `_REMEMBERED_S`."""
+"""Failures are remembered after an exclusion for this multiple of its length, and at least for `_REMEMBERED_S`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class FailureRecord:
     retry_at_s: float = 0.0  # Earliest time to load a plan with this worker again.
 
     def failed_within(self, reason: str, requests: frozenset[int], now_s: float) -> FailureRecord:
-        """Returns the record after a failure of an excluded worker that plans use anyway. The pause before the next
-        load grows with each failure. After a long time without a failure, it is short again."""
+        """Records a failure of a worker that plans use although it is excluded. The pause before the next load grows
+        with each failure. It starts short again if the worker ran for longer than the last pause."""
         before = self.failures_within
         if before and now_s - self.retry_at_s > _RETRY.pause_s(before - 1):
             before = 0
@@ -67,7 +67,7 @@ class Quarantine:
     def failed(
         self, name: str, reason: str, requests: frozenset[int], now_s: float, *, is_repeated: bool = False
     ) -> Quarantine:
-        """Adds a serving worker's failure. `is_repeated` means that it failed on the same tokens before."""
+        """Adds a serving worker's failure. `is_repeated` means that the worker failed on the same tokens before."""
         return self._add(name, reason, requests, now_s, least=_FREE + is_repeated)
 
     def exclude(self, name: str, reason: str, now_s: float) -> Quarantine:
@@ -85,7 +85,7 @@ class Quarantine:
         return replace(self, records={**records, name: record})
 
     def _kept(self, now_s: float) -> dict[str, FailureRecord]:
-        """Returns the newest records, except forgotten ones. Their number is limited, because names may change."""
+        """Returns the newest unforgotten records. Workers may join with ever new names, so the number is limited."""
         kept = [(name, record) for name, record in self.records.items() if not record.is_forgotten(now_s)]
         return dict(kept[-(_MOST_RECORDS - 1) :])
 
@@ -96,8 +96,8 @@ class Quarantine:
         return self.release([name for name, record in self.records.items() if record.requests & requests])
 
     def exonerate_rows(self, key: int, now_s: float) -> Quarantine:
-        """Releases the workers that failed because of request `key`, which fails on every worker. Clients may repeat
-        it, so invalid results then exclude no worker for a time. This time grows with each such request."""
+        """Releases the workers that failed because of request `key`, which fails on every worker. Clients may send it
+        again. Therefore, invalid results exclude no worker for a time, which grows with each such request."""
         released = self.exonerate(frozenset({key}))
         if len(released.records) == len(self.records):
             return self
@@ -110,8 +110,8 @@ class Quarantine:
         return frozenset(name for name, record in self.records.items() if record.end_s > now_s)
 
     def retry_at_s(self, names: Collection[str]) -> float:
-        """Returns the earliest time to load a plan with these workers. If an earlier load failed again, requests would
-        use up their retries."""
+        """Returns the earliest time to load a plan with these workers. The wait keeps quick failures from using up the
+        retries of the requests."""
         return max((self.records[name].retry_at_s for name in names if name in self.records), default=0.0)
 
     def worst_first(self, names: Collection[str]) -> list[str]:

@@ -16,7 +16,7 @@ _DISK_S = 60.0
 
 
 class RemoteKvDisks:
-    """Implements `KvDisks` for an epoch's workers. A block counts only if every worker has its part of the block."""
+    """Implements `KvDisks` for an epoch's workers. A block is usable only if every worker has its part."""
 
     def __init__(self, epoch: int, workers: Sequence[WorkerHandle]) -> None:
         self._epoch = epoch

@@ -26,7 +26,7 @@ class OwnCopy:
     giver: WeightGiver | None = None
 
     async def manifest(self) -> FileManifest:
-        """Returns the file's manifest. Reads the file if it is unknown. Raises ModelFileError if reading fails."""
+        """Returns the file's manifest, and reads the file if necessary. Raises ModelFileError if reading fails."""
         async with deadline(f"reading {self.file.path} on the coordinator's machine", _READ_S):
             return await asyncio.to_thread(self.manifests.of, self.file)
 
@@ -43,9 +43,9 @@ class OwnCopy:
 
 
 def chosen_manifest(found: Mapping[str, WeightsFound], own: FileManifest | None) -> FileManifest | None:
-    """Returns the manifest that most copies of the file have. If several manifests are equally frequent, prefers the
-    coordinator's, then the first worker's. Workers that share a copy count once. If there is no copy any longer,
-    counts the manifests of deleted copies, which workers remember."""
+    """Returns the manifest that most copies of the file have. Workers that share a copy count once. If manifests are
+    equally frequent, prefers the coordinator's, then the first worker's. If all copies are deleted, counts the
+    manifests of deleted copies, which workers remember."""
     known = {weights.manifest: weights.manifest_bytes for weights in found.values() if weights.manifest is not None}
     files = {
         weights.file or name: weights.manifest

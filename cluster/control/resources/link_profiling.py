@@ -46,7 +46,7 @@ Pair = tuple[str, str]
 
 
 def hops_matter(measured: Mapping[str, Profile]) -> bool:
-    """True if several processes share a machine, and are so fast that the time of messages between them matters."""
+    """True if links within a machine should be measured: there are several workers, and the steps of all were timed."""
     return len(measured) > 1 and all(profile.cpu.concurrent for profile in measured.values())
 
 
@@ -58,7 +58,7 @@ async def measure_links(
     *,
     anew: bool = False,
 ) -> Links:
-    """Measures and stores the links between all workers and the coordinator. Only reports failed measurements."""
+    """Measures and stores the links between all workers and the coordinator. Failures are reported, not raised."""
     registered = {name: worker.registration for name, worker in workers.items()}
     for name, address in _unreachable_by_others({name: own.address for name, own in registered.items()}).items():
         what = "start it with --join and an address that other machines can reach, or with --advertise"
@@ -81,8 +81,8 @@ async def measure_links(
 
 
 def _wanted(keys: Mapping[Pair, str], names: Sequence[str]) -> list[Pair]:
-    """Lists the pairs to measure. With few machines, these are all pairs. With more, they are neighbours and pairs with
-    the coordinator, because plans mostly keep the workers' order."""
+    """Lists the pairs to measure: all pairs if there are few machines, and otherwise neighbours and pairs with the
+    coordinator. Other links matter less, because plans mostly keep the workers' order."""
     if len({key for pair, key in keys.items() if COORDINATOR in pair}) <= _MOST_MACHINES:
         return [*keys]
     neighbours = {frozenset(pair) for pair in pairwise([*names, *names[:1]])}
@@ -97,7 +97,7 @@ def _newest(known: Mapping[str, Link], used: Iterable[str]) -> dict[str, Link]:
 
 
 def _unreachable_by_others(addresses: Mapping[str, str]) -> dict[str, str]:
-    """Returns loopback addresses, which other machines cannot reach, by worker. Returns {} if all workers have one."""
+    """Returns loopback addresses by worker. Other machines cannot reach them. Returns {} if all workers have one."""
     hosts = {name: split_address(address)[0] for name, address in addresses.items() if not address.startswith("unix:")}
     loopback = {name: addresses[name] for name, host in hosts.items() if is_loopback(host)}
     return {} if len(loopback) == len(addresses) else loopback
@@ -139,8 +139,8 @@ class _Place(NamedTuple):
 
 
 def _places(registered: Mapping[str, Register]) -> dict[str, str]:
-    """Returns a text for each worker's place. Links between equal places are equally fast. The text contains an
-    address only if workers of the host use several addresses."""
+    """Returns a text for each worker's place in the network. Links between workers with equal texts are equally fast.
+    The text contains an address only if the host's workers use several addresses."""
     ways = {name: own.address.rpartition(":")[0] for name, own in registered.items()}
     found = {name: _Place(own.machine, own.host) for name, own in registered.items()}
     of_place: dict[_Place, set[str]] = {}
@@ -184,7 +184,7 @@ async def _measured(
 
 
 def _link(speed: LinkProfile) -> Link:
-    """Converts a measured link. Subtracts the transfer time of the ping's bytes, because plans add such times."""
+    """Converts a measurement. The latency excludes the ping's transfer time, because plans add transfer times."""
     byte_s = 1 / speed.bytes_s
     network_s = None if speed.network_s is None else speed.network_s / 2
     return Link(max(0.0, speed.round_trip_s - PING_BYTES * byte_s) / 2, byte_s, network_s)

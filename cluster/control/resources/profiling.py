@@ -1,5 +1,5 @@
-"""Measures the speeds of workers, and keeps them for the next start. Workers on the same machine are measured twice:
-all of them at the same time, and one alone."""
+"""Measures the speeds of workers, and stores them for the next start. If several workers share a machine, all of them
+are measured at the same time, and then one of them is measured alone."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class WorkerProfiles:
         return {name: known[found[0]] for name, found in keys.items() if found}
 
     def estimate(self, workers: Mapping[str, WorkerHandle]) -> bool:
-        """Uses profiles of equal hardware with another number of workers. Returns True if a profile is known."""
+        """Uses known profiles of equal hardware with any number of workers. Returns True if a worker has a profile."""
         for worker in workers.values():
             similar = most_similar_key(_key(worker, workers, self._model_id), self._known)
             if similar is not None:

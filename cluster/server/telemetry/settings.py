@@ -30,7 +30,7 @@ _SAMPLERS: Final = {
     "parentbased_always_off": (0.0, True),
     "parentbased_traceidratio": (None, True),
 }
-"""Maps the name of a sampler to (ratio, True if a parent's decision is used instead). If the ratio is None,
+"""Maps the name of a sampler to the arguments of TraceSampler: (ratio, obeys_parent). If the ratio is None,
 OTEL_TRACES_SAMPLER_ARG has it."""
 
 
@@ -117,8 +117,8 @@ def _of_signal(variables: Mapping[str, str], what: str, signal: str) -> tuple[st
 
 
 def _url(section: Telemetry, variables: Mapping[str, str], signal: str) -> str:
-    """Returns the URL for traces or metrics. OTEL_EXPORTER_OTLP_TRACES_ENDPOINT has the whole URL for traces. To other
-    settings, `/v1/traces` is appended. The same applies to metrics."""
+    """Returns the URL for traces or metrics. OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is the complete URL for traces. All
+    other settings are base URLs, to which `/v1/traces` is appended. The same applies to metrics."""
     base = section.endpoint
     if base is None:
         name, value = _of_signal(variables, "ENDPOINT", signal)

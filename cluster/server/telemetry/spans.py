@@ -1,10 +1,9 @@
 """Converts records to OTLP spans, which are named by OpenTelemetry's GenAI conventions. The span of an HTTP request
-contains the spans of its sequences. A sequence's span contains its phases, and a computing phase contains its
-stages.
+contains the spans of its sequences. A sequence's span contains its phases, and a computing phase contains its stages.
 
-Microbatches carry no trace context, because their results bring all times to the coordinator. In reality, stages
-take turns during many microbatches. Here, each stage has one span, whose length is the stage's total time in the
-phase. The spans of a phase's stages follow one after another.
+Microbatches carry no trace context, because their results bring all times to the coordinator. Each stage has one span
+per phase, whose length is the stage's total time in the phase. The spans of the stages follow one after another,
+although the stages take turns during many microbatches.
 """
 
 from __future__ import annotations

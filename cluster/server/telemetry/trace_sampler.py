@@ -10,7 +10,7 @@ from llamaclust.cluster.engine.trace_context import TraceContext
 
 _TRACE_ID_BYTES, SPAN_ID_BYTES = 16, 8
 _COUNTED_BITS = 64
-"""A trace is kept if its id's lowest 64 bits are small enough. Programs with the same rule keep the same traces."""
+"""A trace is kept if its id's low 64 bits are below `ratio` * 2**64. Programs with this rule keep the same traces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class RequestTrace:
 
 @dataclass(frozen=True, slots=True)
 class TraceSampler:
-    """Chooses a fraction `ratio` of the requests to trace. If `obeys_parent` is set, the decision in a request's trace
-    context is used instead, if there is one."""
+    """Chooses the requests to trace, a fraction `ratio` of all. If `obeys_parent` is set and a request has a trace
+    context, uses the decision in this context instead."""
 
     ratio: float = 1.0
     obeys_parent: bool = True

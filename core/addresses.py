@@ -35,7 +35,7 @@ def joined_address(host: str, port: int) -> str:
 
 
 def bounded_host(host: str) -> str:
-    """Returns the network that shares a connection limit with `host`: an IPv4 address or an IPv6 /64 network."""
+    """Returns the key under which `host` is counted: its IPv4 address, its IPv6 /64 network, or else `host`."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

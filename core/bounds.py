@@ -55,7 +55,7 @@ def path(what: str, value: str) -> str:
 
 
 def one_line(text: str, most: int = MAX_ONE_LINE) -> str:
-    """Puts a text on one line and shortens it, so that the function `line` of a receiver accepts it."""
+    """Puts a text on one line and cuts it to `most` characters, because receivers refuse longer text (see `line`)."""
     folded = " ".join(text.split())
     return folded if len(folded) <= most else folded[: most - 3] + "..."
 
@@ -120,10 +120,10 @@ Integer = partial(Bound, bounded)
 Real = partial(Bound, finite)
 Size = partial(Bound, _size)
 Text = partial(Bound, _text)
-"""Bounds with the arguments (low, high). `Size` counts items or bytes, and `Text` counts the bytes of UTF-8 text."""
+"""`Size` bounds the number of items or bytes, and `Text` the number of UTF-8 bytes. The arguments are (low, high)."""
 Line = partial(Bound, line)
 LogLine = partial(Bound, log_line, fit=fitted_log_line)
-"""Bounds for text. The argument is the maximum number of characters."""
+"""`Line` and `LogLine` bound the number of characters. The argument is the maximum."""
 Choice = partial(Bound, _choice)
 
 Address = Annotated[str, Line(512)]

@@ -80,7 +80,7 @@ class ContextLengthError(ParameterError):
 
 
 class RequestFailedError(LlamaclustError):
-    """A request's computation failed several times, finally alone in a microbatch. Clients should not repeat it."""
+    """A request's microbatches failed several times, even those without other requests. Do not repeat the request."""
 
     http_status = 422
     code = "request_failed"

@@ -93,8 +93,8 @@ class Placement:
         return layer < self.cpu_moe
 
     def devices_of(self, layer: int, gpus: Sequence[str]) -> range:
-        """Returns the devices that may hold a layer: 0 is RAM, 1 is the first GPU. All devices may hold a layer whose
-        rule names a missing GPU, because `check` reports that."""
+        """Returns the indices of the devices on which a layer may be: 0 is RAM, and 1 is the first GPU. A rule that
+        names a missing GPU allows all devices here, because `check` reports the rule."""
         rule = self.layers[layer] if self.layers else None
         if rule is None or self.missing(gpus, layer, layer + 1):
             return range(len(gpus) + 1)
@@ -128,7 +128,7 @@ class Placement:
                 first_open = layer
 
     def check_obeyed(self, devices: Sequence[DeviceLayers]) -> None:
-        """Raises UsageError if a layer is not where its rule says, because it shares KV memory with other layers."""
+        """Raises UsageError if a layer is not where its rule says. Layers that share KV memory also share a device."""
         for part in devices if self.layers else ():
             allowed = (None, RAM) if part.device == "cpu" else (None, ANY_GPU, part.device)
             for layer in range(part.start, part.end):

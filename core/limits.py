@@ -41,7 +41,7 @@ def max_embedded_rows(width: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StageLimits:
-    """The limits for which a loaded stage has allocated its buffers. `run` asserts that no limit is exceeded."""
+    """The limits for which a loaded stage has allocated its buffers. The stage asserts that no limit is exceeded."""
 
     max_batch_tokens: Annotated[int, Integer(1, MAX_BATCH_TOKENS)]
     max_outputs: Annotated[int, Integer(1, MAX_BATCH_TOKENS)]
@@ -63,7 +63,7 @@ class StageLimits:
         return layer_place(start, self.expert_shards), layer_place(end, self.expert_shards)
 
     def gives_up(self, window: int | None) -> bool:
-        """True if layers with this window free KV blocks outside the window. Such layers have their own blocks."""
+        """True if layers with this window have KV blocks of their own, and release the blocks outside the window."""
         return window is not None and self.window_blocks > 0
 
     def layer_blocks(self, window: int | None) -> int:
@@ -71,8 +71,8 @@ class StageLimits:
 
 
 def layer_place(part: int, expert_shards: int) -> int | float:
-    """Converts a shard number, counted over all layers, to a layer number. For example, 4.5 is the middle of layer 4's
-    experts. The result is exact if `expert_shards` is a power of two."""
+    """Converts `part`, a shard number that counts the shards of all layers, to a layer number. With 2 shards per layer,
+    9 becomes 4.5, the middle of layer 4's experts. The result is exact if `expert_shards` is a power of two."""
     return part // expert_shards if part % expert_shards == 0 else part / expert_shards
 
 

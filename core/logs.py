@@ -77,7 +77,7 @@ class _Memory(logging.Handler):
 
 
 class FileShortage(logging.Filter):
-    """Replaces tracebacks for missing file descriptors by one line per `wait_s` seconds, which counts the failures."""
+    """Drops log records about too many open files. Instead logs their number, at most once per `wait_s` seconds."""
 
     def __init__(self, log: logging.Logger, wait_s: float = 5.0) -> None:
         super().__init__()

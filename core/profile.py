@@ -16,8 +16,8 @@ _Seconds = Annotated[float, Real(0.0, 3600.0)]
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """The time of a step with `rows` rows: stage_s + layers_byte_s * bytes, plus head_s on the last stage. `bytes`
-    counts the weights and the KV memory or recurrent state that the step reads, without unused experts."""
+    """The time of a step with `rows` rows: stage_s + layers_byte_s * bytes, plus head_s on the last stage. `bytes` is
+    the size of the weights that the step uses, and of the KV memory or recurrent state that it reads."""
 
     rows: Annotated[int, Integer(1, 1 << 16)]
     stage_s: _Seconds
@@ -61,8 +61,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """The speed of one device. Fields named `isolated` were measured while the machine's other workers were idle, and
-    all other fields while those workers computed. An empty `isolated` field means the same speed."""
+    """The speed of one device. `isolated` fields were measured while the machine's other workers were idle. The other
+    fields were measured while those workers were busy. An empty `isolated` field means the same speed."""
 
     read_bytes_s: Rate  # Bytes of weights read per second.
     int8_macs_s: Rate
@@ -93,8 +93,8 @@ class DeviceProfile:
         )
 
     def step_times(self, *, concurrent: bool) -> StepTimes:
-        """Returns the step times on a busy (`concurrent`) or an idle machine. Returns () if only products were measured
-        on the idle machine, because these predict its speed better than steps on the busy machine."""
+        """Returns the step times on a busy (`concurrent`) or an idle machine. If only products were measured on the
+        idle machine, returns (), because products predict its speed better than the busy machine's steps do."""
         if concurrent or self.isolated:
             return self.concurrent if concurrent else self.isolated
         return () if self.isolated_products else self.concurrent

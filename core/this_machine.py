@@ -20,7 +20,7 @@ _IPV6_ADDRESSES = Path("/proc/thread-self/net/if_inet6")
 _PASSING = 0x01 | 0x08 | 0x20 | 0x40
 """Flags of IPv6 addresses that do not last: temporary, duplicate, deprecated, tentative (Linux, if_addr.h)."""
 _ELSEWHERE = (("192.0.2.1", socket.AF_INET), ("2001:db8::1", socket.AF_INET6))
-"""Addresses for documentation (RFC 5737, RFC 3849). Packets to them would take the default route."""
+"""Documentation addresses (RFC 5737, RFC 3849). No machine has them, so the route to them is the default route."""
 _ADDR_PREFERENCES, _PREFER_PUBLIC = 72, 0x2
 """IPV6_ADDR_PREFERENCES and IPV6_PREFER_SRC_PUBLIC (Linux, RFC 5014)."""
 _VIRTUAL = re.compile(
@@ -77,7 +77,7 @@ def own_addresses() -> list[str]:
 
 
 def network_addresses() -> list[str]:
-    """Returns the addresses at which other machines probably reach this machine, or else its best addresses."""
+    """Returns the addresses of physical interfaces, or else of virtual interfaces, or else loopback addresses."""
     return list(dict.fromkeys(address.host for address in _of_networks(interface_addresses())))
 
 
@@ -94,7 +94,7 @@ def _of_networks(addresses: list[InterfaceAddress]) -> list[InterfaceAddress]:
 
 
 def reachable_host(host: str) -> str:
-    """Returns the host at which others reach a listener on `host`. A wildcard becomes this machine's best address."""
+    """Returns the host at which clients reach a listener on `host`. A wildcard becomes this machine's best address."""
     return next(iter(own_addresses()), host) if host in ANYWHERE else host
 
 
@@ -122,7 +122,7 @@ def _ipv6_flags() -> Iterator[tuple[str, int]]:
 
 @cache
 def machine_id() -> str:
-    """Returns an id that all processes on this machine share until a reboot. Host names need not be unique."""
+    """Returns Linux's boot id, or else the host name, which need not be unique. A reboot changes the boot id."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
@@ -142,6 +142,6 @@ def process_fields(pid: int | str) -> list[str]:
 
 
 def start_ticks(pid: int) -> int | None:
-    """Returns when a process started, in clock ticks since boot, or None if it has ended. Tells reused pids apart."""
+    """Returns a process's start time in clock ticks since boot, or None if it has ended. This reveals reused pids."""
     fields = process_fields(pid)
     return int(fields[_START]) if fields else None

@@ -131,7 +131,7 @@ def read(kind: type[_Value], record: Any) -> _Value:
 
 
 class Envelope(Generic[_Value]):
-    """Encodes and decodes messages with a `oneof kind`. Class `PeerUnreachable` is field `peer_unreachable`."""
+    """Encodes and decodes messages with a `oneof kind`. The field for class PeerUnreachable is `peer_unreachable`."""
 
     def __init__(self, record: type[Message], union: Any, most_bytes: int) -> None:
         self._record = record

@@ -3,7 +3,7 @@ computes from the tile.
 
 request   height u32 | width u32 | uint8 [height, width, 3]                 little-endian
 answer    1 | bytes of the float32 rows: FRAME_BYTES of them, fewer only in the last frame of a tile
-          0 | one line of UTF-8: the encoder does not take the tile
+          0 | one line of UTF-8: the reason why the encoder refuses the tile
           2: the tile still waits or is being computed"""
 
 from __future__ import annotations

@@ -70,11 +70,11 @@ class OwnAddress:
         return address
 
     def at_link_port(self, port: int) -> str:
-        """Returns the address (HOST:PORT) for links of groups. Port forwarding (NAT) must keep the same `port`."""
+        """Returns the advertised HOST:PORT for links of groups. Port forwarding (NAT) must not change `port`."""
         return f"{_host_of(self.at_port(port))}:{port}"
 
     async def changed(self) -> WorkerError:
-        """Waits until this machine's address on the route has been different for some seconds, and returns an error."""
+        """Waits until this machine has had another address on the route for some seconds. Returns an error about it."""
         now, looks = self.own_host, 0
         while True:
             await asyncio.sleep(_LOOK_S)

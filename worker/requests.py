@@ -103,7 +103,7 @@ class Requests:
         return replace(await progress.during(finding, progressed, _REPORT_S), request_id=request.request_id)
 
     async def _probe(self, request: messages.ProbePeer) -> messages.ProbeResult:
-        """Probes with a new connection, because the stage's own connection may outlast the link, or may be broken."""
+        """Tests a link with a new connection, because an open connection may outlast the link, or be broken itself."""
         peer = self._session.peer(request.address, request.worker)
         reason = ""
         try:

@@ -20,14 +20,14 @@ if TYPE_CHECKING:  # The import is slow, and clients do not need it.
     from numpy.typing import NDArray
 
 AllowedTokens: TypeAlias = "NDArray[np.uint32]"
-"""One bit for each token, lowest bit first, in an array [vocabulary / 32, rounded up]. A set bit allows the token."""
+"""A bit mask [vocabulary / 32, rounded up]: one bit per token, lowest bit first. A set bit allows the token."""
 
 Tags: TypeAlias = tuple[Annotated[str, Text(1, MAX_TRIGGER_BYTES)], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A grammar in llguidance's JSON. It covers the whole answer or, with `triggers`, text that begins with one."""
+    """A grammar in llguidance's JSON. With `triggers`, it constrains the answer only from the first trigger on."""
 
     definition: Annotated[str, Text(1, MAX_GRAMMAR_BYTES)]
     triggers: Annotated[Tags, Size(0, MAX_TRIGGERS)] = ()

@@ -28,7 +28,7 @@ SAMPLERS = tuple(SamplerName)
 """All samplers. Messages and kernels use a sampler's index as its number."""
 
 PLAIN_ORDER = (SamplerName.PENALTIES, SamplerName.TOP_K, SamplerName.TOP_P, SamplerName.MIN_P, SamplerName.TEMPERATURE)
-"""The order in which samplers run if a request gives no order. A chain with this order chooses the same tokens."""
+"""The default order of samplers. A SamplerChain that sets only this order has no effect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ class SamplingParams:
 
     @property
     def needs_state(self) -> bool:
-        """True if a choice depends on more than the earlier tokens. Mirostat depends on `mu` in the last result."""
+        """True if sampling needs more than the earlier tokens: Mirostat also needs `mu` of the last result."""
         return self.chain is not None and self.chain.mirostat != 0
 
     @property

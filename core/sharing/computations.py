@@ -69,8 +69,8 @@ class SharedComputations(Generic[_Value]):
     async def take(
         self, key: bytes, owner: str, turn: AbstractAsyncContextManager[None], compute: Compute[_Value]
     ) -> Lease[_Value]:
-        """Waits for a value and returns a lease. Raises the computation's error, or the caller's own error if `turn`
-        fails before the value is known."""
+        """Waits for a value and returns a lease of it. Raises the computation's error. If `turn` fails before the value
+        is known, raises that error to this caller only."""
         shared = self._shared.get(key)
         if shared is None:
             shared = self._shared[key] = _Shared()

@@ -32,7 +32,7 @@ class Line:
         return self._first is place
 
     def is_open(self, place: Place) -> bool:
-        """True if no other place is first, so that this place may take room."""
+        """True if `place` may take room, because it is first or no place is first."""
         return self._first in (None, place)
 
     async def enter(self, place: Place) -> None:

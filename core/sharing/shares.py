@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 
 def largest_share(own: int, held: int, room: int) -> int:
-    """Returns the number of units that an owner may hold if it now holds `own` of all `held` units: `room` units minus
-    half (rounded down) of the units that other owners hold, and at least 0."""
+    """Returns the number of units that an owner may hold in total: `room` minus half (rounded down) of the units that
+    other owners hold, but at least 0. All owners hold `held` units, and this owner holds `own` of them."""
     return max(0, room - (held - own) // 2)
 
 

@@ -55,8 +55,8 @@ class RestoreKv:
 
 @dataclass(frozen=True, slots=True)
 class SaveKv:
-    """Orders a worker to write `blocks` to disk. The last keys belong to `blocks`, and the other keys to earlier blocks
-    of the sequence. The worker may delete files to make room, but not files of these earlier blocks."""
+    """Orders a worker to write `blocks` to disk. `keys` identify the sequence's blocks from its first block to the last
+    of `blocks`. To make room, the worker may delete files, but no files of this sequence."""
 
     epoch: _Epoch
     keys: _Keys

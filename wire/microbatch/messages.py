@@ -12,7 +12,7 @@ from llamaclust.core.sampler.tasks import RowTask
 
 @dataclass(frozen=True, slots=True)
 class ImageRows:
-    """The image rows of a chunk. `given` and `groups` are ascending ranges [first, end) of the chunk's rows."""
+    """The rows of a chunk that belong to images. Ranges [first, end) are ascending and index the chunk's rows."""
 
     given: tuple[tuple[int, int], ...] = ()  # Rows whose embeddings are in `values`.
     values: bytes = b""  # float32, little endian [given rows, levels * embedding].

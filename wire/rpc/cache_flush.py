@@ -1,4 +1,4 @@
-"""Empties CPU caches before measurements. Caches are also cold in a cluster, where processes run between two tokens."""
+"""Empties CPU caches before measurements. In a cluster, other processes empty them between two tokens."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def _options(answer_s: float) -> tuple[tuple[str, int], ...]:
 
 
 class ClientStream:
-    """A bidirectional stream that this process opened. Errors carry `worker`, the name of the peer, if it is given."""
+    """A bidirectional stream that this process opened. Its errors have the peer's name in `worker` if it is known."""
 
     _call: Any
 
@@ -195,8 +195,8 @@ class Peer:
         permit: str | None = None,
         reply_bytes: int | None = None,
     ) -> ClientStream:
-        """Opens a stream. With `wait_for_ready`, the stream waits until the server runs instead of failing.
-        `reply_bytes` lowers the method's limit on the size of a reply."""
+        """Opens a stream. If the server does not run yet, the stream fails, or with `wait_for_ready` waits for the
+        server. `reply_bytes` lowers the method's limit on the size of a reply."""
         most_bytes = METHODS[method].reply_bytes if reply_bytes is None else reply_bytes
         metadata = [] if permit is None else [(PERMIT_KEY, permit)]
         if isinstance(self._credentials, ClusterToken):

@@ -27,7 +27,7 @@ PROBE_BYTES = 1 << 19
 
 
 class Callers(Enum):
-    """The members that may open a method's streams. Without certificates, all members are treated alike."""
+    """The members that may open a method's streams. Without certificates, every member may open all streams."""
 
     MEMBERS = "any member"
     COORDINATOR = "the coordinator"

@@ -95,7 +95,7 @@ class ServerStream:
 
     @property
     def is_local(self) -> bool:
-        """True if the peer is on this machine. Messages of such a peer arrive even if no task reads."""
+        """True if the stream is on a Unix socket. Messages then arrive even while no task reads."""
         return False
 
     @property
@@ -196,7 +196,7 @@ class _Entry:
         return None
 
     def check(self, callers: Callers, caller: Principal | None, context: Any) -> None:
-        """Raises ProtocolError if `callers` excludes `caller`. Does not check neighbours, because stages check them."""
+        """Raises ProtocolError if `callers` excludes `caller`. Stages themselves check that a caller is a neighbour."""
         if caller is None or callers in (Callers.MEMBERS, Callers.NEIGHBOUR) or caller == COORDINATOR:
             return
         if callers is Callers.COORDINATOR:

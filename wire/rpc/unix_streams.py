@@ -1,7 +1,7 @@
-"""Streams on Unix sockets, each on its own connection. The classes have those parts of gRPC's interface that
-`client.py` and `server.py` use. They replace gRPC on one machine, because gRPC's thread switches take as long as a
-small stage needs for a token. A caller sends CALL, messages and perhaps END. The other side sends ACCEPTED, messages
-and finally STATUS."""
+"""Streams on Unix sockets, each on its own connection. They replace gRPC between processes of one machine, because
+gRPC's thread switches take as long as a small stage needs to compute a token. The classes have those parts of gRPC's
+interface that `client.py` and `server.py` use. A caller sends CALL, messages and perhaps END. The other side sends
+ACCEPTED, messages and finally STATUS."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class KeyPair:
 
     @property
     def renewal_in_s(self) -> float:
-        """Seconds until two thirds of the certificate's life are over. 0 if the clock was set to before that life."""
+        """Seconds until two thirds of the certificate's life are over. 0 if the clock is before that life."""
         age_s = time.time() - self.made_at_s
         return 0.0 if age_s < -MAX_SKEW_S else max(0.0, self.life_s * 2 / 3 - age_s)
 
@@ -43,7 +43,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Insecure:
-    """Stands for links without protection, if the user chose that. Anybody can read, change and open such links."""
+    """The user's choice of links without protection. Anybody can read, change and open such links."""
 
 
 Credentials = ClusterToken | Identity | Insecure

@@ -1,5 +1,5 @@
-"""Proofs of terms, which are the growing numbers of coordinators' runs. A coordinator signs its term, so that no other
-member can pretend to be a newer coordinator."""
+"""Proofs of terms. A term is the number of a coordinator's run, and grows with each run. The coordinator signs its
+term, so that no other member can pretend to be a newer coordinator."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class GpuBackend(ExchangingBackend, Protocol):
 
     @property
     def free_bytes(self) -> int:
-        """Bytes that this worker may still take, within its cap."""
+        """GPU memory that this worker may still take, within its memory cap."""
 
     def gpu(self) -> Gpu: ...
 

@@ -156,7 +156,7 @@ def gpus_of(device: str, gpu_memory_bytes: int | None) -> tuple[Gpu, ...]:
 def fingerprint(
     kind: str, threads: int, feature_level: str, gpus: tuple[Gpu, ...] = (), numa_node: int | None = None
 ) -> str:
-    """Returns a text that is equal for equal processors, threads and GPUs. Raises UsageError without the device."""
+    """Describes processor, threads and GPUs, to find equal workers. Raises UsageError if device `kind` is missing."""
     level = backends.open_processor(kind, 1, feature_level).feature_level
     cores = read_cores() if numa_node is None else read_cores().on_node(numa_node)
     return _fingerprint(kind, threads, level, gpus, len(cores.hardware_threads))
@@ -169,7 +169,7 @@ def _fingerprint(kind: str, threads: int, level: str, gpus: tuple[Gpu, ...], cor
 
 
 def check_devices(devices: Iterable[tuple[str, str]], model: Model) -> None:
-    """Checks (kind, feature level) pairs. Raises UsageError if a device is missing, ModelFileError if kernels are."""
+    """Raises UsageError if a (kind, feature level) is missing, or ModelFileError if it has no kernels for the model."""
     for kind, feature_level in sorted(set(devices)):
         backends.open_processor(kind, 1, feature_level)
         if kind != _REFERENCE:

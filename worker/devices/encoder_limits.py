@@ -10,7 +10,7 @@ from llamaclust.model.projectors.projector import Projector
 
 ENCODER_NICENESS = 5
 """Niceness of the encoder's threads relative to the worker's threads. With 5, Linux gives a stage three times as much
-time as the encoder on a shared core. With 10, it would be nine times as much, and images would be late."""
+time as the encoder on a shared core. With 10, it would be nine times, and the encoder would be too slow."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,8 +30,8 @@ def _input_bytes(projector: Projector) -> int:
 
 
 def _tile_bytes(projector: Projector) -> int:
-    """Returns the bytes to prepare a tile's patches, or the bytes of the patches and output rows if these are larger.
-    Each output number takes 5 bytes: a float32, and a byte that tells whether the number is finite."""
+    """Returns the larger of two sizes: the memory to prepare a tile's patches, or the patches and output rows together.
+    Each output number takes 5 bytes: a float32, and a byte that tells whether the float is finite."""
     program, rows = projector.program, projector.most_program_rows
     patches = _FLOAT_BYTES * rows * program.hidden.width
     merged = (_FLOAT_BYTES + 1) * (rows // program.rows_together) * program.out.width

@@ -70,11 +70,11 @@ class ProfileSize:
 
 PROCESSOR = ProfileSize(96 << 20, {1: 15, 8: 7, 128: 3})
 GPU = ProfileSize(1 << 30, {1: 9, 8: 5, 128: 3, 512: 3})
-"""Measurements on a GPU, which reads about ten times as fast as a CPU, and gains more from many rows."""
+"""More bytes and rows than on a CPU. A GPU reads about ten times as fast, and gains more from many rows."""
 
 
 _PROMPT_ROWS = 512
-"""Rows of one more step of mixture-of-experts models, because steps with few rows read only some of the experts."""
+"""Rows of an additional step for mixture-of-experts models, because smaller steps read only some of the experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class ProfiledDevice:
 
     @contextmanager
     def cold(self, most_bytes: int, left_bytes: int) -> Iterator[Sweep]:
-        """Yields a function that flushes caches. For a CPU, its buffer takes at most the smaller of the two limits."""
+        """Yields a function that flushes caches. Its buffer for a CPU respects both limits."""
         if self.own_cache is None:
             yield CacheFlush(min(largest_cache_bytes(), most_bytes, left_bytes)).sweep
             return
@@ -156,7 +156,7 @@ class _Measurement:
     sweep: Sweep
 
     def parts(self, ranges: Sequence[tuple[int, int]]) -> list[_Part]:
-        """Measures one stage per range of layers. Their steps alternate, so that disturbances affect all alike."""
+        """Measures one stage per range of layers. The stages' steps alternate, so that disturbances affect all."""
         device, model = self.device, self.model
         limits, options = device.size.limits, StageOptions(device.feature_level, device.threads)
         with ExitStack() as opened:
@@ -176,7 +176,7 @@ class _Measurement:
         ]
 
     async def _taken_s(self, runners: Sequence[StageRunner], rows: int, tries: int) -> list[float]:
-        """Returns each stage's median time per step, in seconds. Ignores the first step if there are others."""
+        """Returns each stage's median seconds per step. Ignores a stage's first step if it has several."""
         vocabulary = self.model.hyperparameters.vocabulary_size
         with closing(Compute()) as compute:
             context = StageContext("profile", compute, Counters())
@@ -232,7 +232,7 @@ def _step_times(one: _Part, some: _Part, last: _Part) -> Iterator[StepTime]:
 
 
 def _line(few: tuple[float, float], many: tuple[float, float]) -> tuple[float, float]:
-    """Returns (seconds at 0 bytes, seconds per byte) of the line through two points (bytes, seconds). Both are >= 0."""
+    """Returns (seconds at 0 bytes, seconds per byte), both >= 0, of the line through two points (bytes, seconds)."""
     byte_s = max(0.0, (many[1] - few[1]) / (many[0] - few[0]))
     if byte_s * few[0] > few[1]:
         return 0.0, (few[1] + many[1]) / (few[0] + many[0])

@@ -115,7 +115,7 @@ class _Choice:
         return self._part(index, start, end, open_end) if start < end else None
 
     def _starts(self, index: int, end: int) -> tuple[int, int]:
-        """Returns the lowest and the highest layer with which this GPU may begin. `end` means that it gets none."""
+        """Returns the lowest and the highest possible first layer of this GPU. `end` means that it has no layers."""
         number, gpus = index + 1, [gpu.device for gpu in self.device.gpus]
         allowed = [self.placement.devices_of(layer, gpus) for layer in range(end)]
         ended = max((layer + 1 for layer, devices in enumerate(allowed) if devices[-1] < number), default=0)
@@ -127,7 +127,7 @@ class _Choice:
         return max(min(least, last_begun), first_ended), max(last_begun, first_ended)
 
     def _part(self, index: int, start: int, end: int, open_end: int) -> DeviceLayers:
-        """Returns layers on a GPU. Experts are in RAM if a rule says so or, without a rule, if layer < open_end."""
+        """Returns layers on a GPU. Experts without a rule are in RAM in layers before `open_end`."""
         rules = ((layer, self.placement.experts_in_ram(layer)) for layer in range(start, end) if layer in self.mixtures)
         cpu_moe = (layer for layer, in_ram in rules if in_ram or (in_ram is None and layer < open_end))
         return DeviceLayers(self.device.gpus[index].device, start, end, tuple(cpu_moe))

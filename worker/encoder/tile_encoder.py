@@ -13,7 +13,7 @@ from llamaclust.worker.devices.encoder_limits import EncoderMemory, encoder_limi
 
 
 class TileEncoder:
-    """A loaded encoder. `memory` is the planned memory. `manifest` is None if the file's bytes were not compared."""
+    """A loaded encoder. `memory` is the planned memory. `manifest` is None if no SHA-256 of the file was checked."""
 
     def __init__(
         self, backend: Backend, projector: Projector, memory: EncoderMemory, manifest: str | None, progress: Progress

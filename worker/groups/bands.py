@@ -1,5 +1,5 @@
-"""Chooses into how many bands (ranges of rows) a group divides a prompt's rows, from the waits of earlier gathers. More
-bands hide more of a slow network's delays, but weights are decoded again for each band."""
+"""Chooses the number of bands (ranges of rows) into which a group divides a prompt, from the waits of earlier gathers.
+More bands hide more of a slow network's delays, but weights are decoded again for each band."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DECODED_ROWS = 8
 _MANY_ROWS = 256
 """Microbatches with at least this number of rows begin with two bands instead of one."""
 _MUCH, _LITTLE = 0.04, 0.01
-"""Shares of a microbatch's time spent in gathers. Above `_MUCH` more bands are tried, and below `_LITTLE` fewer."""
+"""Shares of a microbatch's time. If gathers wait longer than `_MUCH`, more bands are tried; below `_LITTLE`, fewer."""
 _REMEMBERED_RUNS = 64
 
 

@@ -13,7 +13,7 @@ from llamaclust.model.steps.across import Gather
 
 def checked_gathers(links: Gatherer, program: Program, rows: int, accuse: Callable[[int], None]) -> PythonGatherer:
     """Returns gathers that call `accuse` with the index of the first member that sent numbers that are not finite. If
-    all of several members sent such numbers, none is accused, because their common input may be wrong."""
+    several members computed and all of them sent such numbers, none is accused: their common input may be wrong."""
     gathers = [step for step in program.steps if isinstance(step, Gather)]
     bands = bands_of(program, rows, links.bands)
 

@@ -37,8 +37,8 @@ class Handshakes:
         self._proven: asyncio.LifoQueue[Link] = asyncio.LifoQueue()
 
     def take(self, connection: socket.socket) -> None:
-        """Begins a handshake. If too many are in progress, first ends one of the busiest host. It is chosen at random,
-        because the oldest may be the real member's. Raises OSError if no file descriptor is free."""
+        """Begins a handshake. If too many are in progress, first ends a random handshake of the busiest host. The
+        oldest one may be the real member's. Raises OSError if no file descriptor is free."""
         claim = _Claim(caller_of(connection), connection.dup())
         if len(self._claims) >= MOST_HANDSHAKES:
             crowd = of_the_most({task: each.host for task, each in self._claims.items()})
@@ -48,7 +48,7 @@ class Handshakes:
         task.add_done_callback(self._ended)
 
     async def proven(self) -> Link:
-        """Waits for a completed handshake, and returns the newest link, because the member has given up older ones."""
+        """Waits for a completed handshake. Returns the newest link, because the member no longer uses older links."""
         return await self._proven.get()
 
     def __enter__(self) -> Self:

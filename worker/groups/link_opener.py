@@ -24,7 +24,7 @@ from llamaclust.worker.groups.listener import Hello, LinkListener
 OPEN_S = 30.0
 ANSWER_S = 2.5
 _CONNECT_S = 4.0
-"""Seconds for an attempt at one of a host's addresses. Another address may answer even if this one never does."""
+"""Seconds after which a connection attempt ends, and the next address of the same host is tried."""
 _HANDSHAKE_S = 5.0
 _RETRY_S = 0.1
 
@@ -110,8 +110,8 @@ class LinkOpener:
             await asyncio.sleep(_RETRY_S)
 
     async def _accept(self, place: int) -> Link:
-        """Waits until the other member connects, and returns the link. If that member opened several connections, only
-        one gets this member's hello. The other member opens a new connection if it gets no hello."""
+        """Waits until the other member connects, and returns the link. This member sends its hello on only one
+        connection. The other member opens a new connection if it gets no hello."""
         own, theirs = self._hello(self._order.member, place), self._hello(place, self._order.member)
 
         def failed(error: LinkError) -> None:

@@ -1,6 +1,6 @@
 """Accepts connections of other members, and passes each to the group that expects it. A connection begins with an
 unencrypted hello: 8 bytes of version, the group's 16-byte id, and the numbers of sender and receiver. The id is random
-and only members know it, so strangers cannot use up handshakes. A certificate proves who the sender is."""
+and only members know it, so strangers cannot begin handshakes. A certificate proves who the sender is."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HELLO = struct.Struct("<8s16sII")
 _VERSION = b"lcgroup2"
 HELLO_S = 5.0
 _MOST_SILENT = 64
-"""Maximum number of connections without a hello. For a new one, the busiest host's oldest connection is closed."""
+"""Maximum number of connections that have sent no hello. Beyond it, the busiest host's oldest connection is closed."""
 SOCKET_ENDING = ".l"
 LINK_PORTS = 1000
 """The port for links is the stage port plus this number. The ports between them may belong to other workers."""

@@ -25,7 +25,7 @@ class KvFolder(DiskCache):
         return f"{content}-{uuid4().hex}{_SUFFIX}"
 
     def mark_used(self, names: Sequence[str]) -> None:
-        """Marks files as used, the first file last, because later files are useless without the first."""
+        """Marks files as used in reverse order, so that the first is deleted last. The other files need it."""
         for name in reversed(names):
             with suppress(OSError):
                 file = self.open(name)

@@ -35,7 +35,7 @@ KvLayers = Sequence[Sequence[NDArray[np.uint8]]]
 
 
 class DamagedError(Exception):
-    """The file's header is damaged, or differs from the file."""
+    """A file's header or data is damaged, or its size is wrong."""
 
 
 @dataclass(frozen=True, slots=True)

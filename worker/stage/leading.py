@@ -48,8 +48,8 @@ class Leader:
     ) -> Iterator[None]:
         """Announces a microbatch, and the sampled tokens `followed` that it depends on. The body of the `with`
         statement computes the step. `checked` is the stage's program if the step is computed again because numbers were
-        not finite. Raises LinkError if a link fails, or if numbers are not finite again. Passes on a WorkerError,
-        because all members raise the same. Any other error raises MemberFailedError."""
+        not finite. Raises LinkError if a link fails, or if numbers are not finite again. Lets a WorkerError pass,
+        because every member raises it. Replaces any other error by MemberFailedError."""
         assert self._links is not None, "a stream is accepted when the links are open"
         rows = arrival.frame.rows
         is_whole = rows >= LEAST_BANDED_ROWS and arrival.has_groups

@@ -36,7 +36,7 @@ from llamaclust.worker.stage.step_inputs import StepInputs
 _log = logging.getLogger(__name__)
 
 _DIRECT_BYTES = 1 << 16
-"""Maximum size of an answer that is sent before the next step. Sending a larger answer waits for its receiver."""
+"""Maximum size of an answer that is sent before the next step begins. Sending more bytes may wait for the receiver."""
 
 _RESULT_DELAY_S = 0.001
 """Seconds between sending tokens to a first stage in this process and sending the result to the coordinator. Handling a
@@ -194,7 +194,7 @@ class StageLoop:
             return self._failure(arrival, error)
 
     async def _step(self, arrival: Arrival) -> Answer:
-        """Runs the layers. A last stage waits for sampling inputs only afterwards. Making a matcher can take 50 ms."""
+        """Computes a microbatch. Waits for sampling inputs after the layers, because a new matcher can take 50 ms."""
         program = self.runner.program
         if program.is_first and not program.is_last:
             await self.dependencies.known(arrival.newest_dependency)
@@ -275,7 +275,7 @@ class StageLoop:
         return Answer(data, SampledTokens(arrival.frame.number, ()))
 
     def _may_delay_result(self, arrival: Arrival) -> bool:
-        """True if the coordinator sends steps ahead, so that the next step does not wait for this result."""
+        """True if the coordinator sends steps before it has earlier results, and the previous result is not recent."""
         before_ns, self._last_result_ns = self._last_result_ns, perf_counter_ns()
         return arrival.newest_dependency is not None and self._last_result_ns - before_ns >= _MIN_ROUND_S * 1e9
 

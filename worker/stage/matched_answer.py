@@ -21,7 +21,7 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 _DRAFTED_NS: Final = 200_000_000
 """Once the matchers of a step have used this CPU time, the remaining drafted rows are deferred."""
 _STEP_NS: Final = 500_000_000
-"""Once a step's matchers have used this CPU time, all other rows are deferred. Fewer slow answers then share a step."""
+"""Once a step's matchers have used this CPU time, all other rows are deferred. A step then has fewer slow answers."""
 _TOLD_NS: Final = 1_000_000
 """Minimum CPU time of a row's matcher that is reported to the coordinator."""
 _READY_S: Final = 60.0
@@ -143,7 +143,7 @@ class MatchedAnswer:
 
     @property
     def turn(self) -> tuple[bool, int]:
-        """Sort key of the answers in a step. Slow answers come last, of which the most often deferred come first."""
+        """Sort key of a step's answers: fast ones first, then slow ones, the most often deferred of these first."""
         return self._is_slow, -self._held
 
     @property

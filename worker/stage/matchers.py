@@ -1,7 +1,7 @@
 """Matchers apply grammars and reasoning budgets to answers at the last stage. A thread makes matchers when sampling
 inputs arrive. A row whose matcher is not ready is deferred, and the coordinator sends it again. A row is first sampled
 without its grammar. If the grammar refuses the token, the row is sampled again from the allowed tokens. The rows of a
-step share a limited CPU time. A matcher depends only on grammar and tokens, so answers can change pipelines."""
+step share a limited CPU time. Any pipeline can make an answer's matcher from its grammar and tokens."""
 
 from __future__ import annotations
 

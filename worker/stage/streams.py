@@ -186,7 +186,7 @@ class StageStreams:
             await stream.opened()
 
     async def settle(self) -> None:
-        """Frees the former adapters' memory if no microbatch is in flight. If one is, the next run frees the memory."""
+        """Frees the former adapters' memory. If a microbatch is in flight, leaves this to the next run."""
         progress = self._loop.progress
         if progress.received == progress.sent:
             await self._compute.run(self.runner.settle)

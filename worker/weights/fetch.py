@@ -102,7 +102,7 @@ class WeightFetch:
         on_others_bytes: OnBytes,
         patience: Patience = Patience(),
     ) -> None:
-        """`on_bytes` gets numbers of bytes fetched here, and `on_others_bytes` of bytes that other processes cached."""
+        """Reports bytes fetched here to `on_bytes`, and bytes that other processes cached to `on_others_bytes`."""
         self._cache = cache
         self._sources = [_Source(name, peer) for name, peer in sources]
         self._on_bytes = on_bytes
@@ -126,8 +126,8 @@ class WeightFetch:
             self._begin(renewed, self._lanes)
 
     async def run(self, wanted: Sequence[WantedWeights]) -> None:
-        """Fetches all wanted weights into the cache. The caller must hold the cache `in_use`. Raises WorkerError if no
-        source has some of the weights."""
+        """Fetches all wanted weights into the cache. The caller must have entered `cache.in_use()`. Raises WorkerError
+        if no source has some of the weights."""
         by_content = {weights.content: weights for weights in wanted}
         largest_first = sorted(by_content.values(), key=lambda weights: -weights.n_bytes)
         self._items = [_Item(weights, self._cache.part_bytes(weights.content)) for weights in largest_first]
@@ -199,7 +199,7 @@ class WeightFetch:
         return stream
 
     async def _get(self, item: _Item, source: _Source, stream: ClientStream) -> None:
-        """Fetches the missing rest of a tensor. A ProtocolError or DamagedError is this source's fault."""
+        """Fetches the missing rest of a tensor. Raises ProtocolError or DamagedError if the source is at fault."""
         wanted = item.wanted
         if self._cache.find(wanted.content) is not None:  # Another process has fetched the weights.
             self._others_brought(item, wanted.n_bytes)

@@ -79,8 +79,8 @@ class Weights:
     def __init__(
         self, cache: WeightCache | None = None, model_dir: Path | None = None, models_dir: Path | None = None
     ) -> None:
-        """`model_dir` has model files whose paths differ on the coordinator's machine. `models_dir` has one folder for
-        each downloaded model."""
+        """`model_dir` has model files that have other paths on the coordinator's machine. `models_dir` has one folder
+        for each downloaded model."""
         self.cache = cache
         self.received_bytes = 0
         self._model_dir = model_dir
@@ -102,7 +102,7 @@ class Weights:
         return _chosen(lambda place: as_programs_read(open_model(place)), places, model_id)
 
     def open_adapter(self, wanted: AdapterFile, plain: ModelFile) -> ModelFile | None:
-        """Opens an adapter like `open_file`, but reads only headers and samples, as the coordinator checked all."""
+        """Opens an adapter like `open_file`. Reads only headers and samples, because the coordinator has checked it."""
         places = [place for place in self.places(wanted.path) if is_adapter(place)]
         return _chosen(partial(read_adapter, model=plain), places, wanted.adapter_id)
 

@@ -25,8 +25,8 @@ _log = logging.getLogger(__name__)
 
 _BACKOFF = Backoff(0.05, 1.0)
 _LAST_TILE_S = 120.0
-"""Maximum seconds that another model, whose turn has come, waits for the image tile that is being encoded. If the tile
-takes longer, it is encoded again later."""
+"""Maximum seconds for which the next model waits until the current image tile is encoded. A tile that takes longer is
+encoded again later."""
 
 
 class _AttemptError(Exception):
@@ -46,13 +46,12 @@ class _Serving:
 
 
 class Encoder:
-    """Encodes one image tile at a time. API clients take turns, tile by tile. A client's images are encoded in
-    order."""
+    """Encodes one image tile at a time. Clients take turns, tile by tile. A client's images are encoded in order."""
 
     def __init__(
         self, projector: Projector, deadline_s: float, announced: Callable[[], AbstractContextManager[None]]
     ) -> None:
-        """Creates an encoder. It enters the context `announced()` while an image waits or is encoded."""
+        """Creates an encoder. The context `announced()` is open while an image waits or is encoded."""
         self._projector = projector
         self._announced = announced
         self._deadline_s = deadline_s

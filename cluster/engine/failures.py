@@ -71,8 +71,8 @@ def row_failure(faults: Sequence[RowFault], stages: Sequence[StageInfo]) -> Pipe
 
 
 def _ending(struck: StruckOut, error: LlamaclustError, *, stages: int) -> LlamaclustError:
-    """Returns the error for a request that has failed too often. A worker is named as the cause if all failures were at
-    this worker, unless it is the only stage and computed other results in between."""
+    """Returns the error for a request that has failed too often: a WorkerError if one worker was at fault each time, or
+    else a RequestFailedError. A worker that is the only stage and computed other results in between is not blamed."""
     what = f"request {struck.sequence.request.request_id}: the pipeline failed {MAX_STRIKES} times"
     (worker, *others) = struck.workers
     if worker is None or others or (stages == 1 and struck.has_results):

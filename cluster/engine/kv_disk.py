@@ -133,8 +133,7 @@ class KvDisk:
         return restored
 
     async def _in_flight_returned(self) -> None:
-        """Waits until all microbatches in flight have returned. They may still use released blocks or fill shared
-        blocks."""
+        """Waits until all microbatches in flight have returned. They may use released blocks or fill shared blocks."""
         newest = self._scheduler.in_flight.newest
         if newest is not None:
             returned: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -167,7 +166,7 @@ class KvDisk:
             start += saved
 
     async def _saved(self, disks: KvDisks, keys: Items[bytes], start: int) -> int:
-        """Saves the blocks of keys[start:]. Returns their number if all stages saved all of them, or else 0."""
+        """Saves the cached blocks of keys[start:]. Returns their number, or 0 if a stage did not save all of them."""
         transfer = self._transfers.begin_save(keys, start)
         if transfer is None:
             return 0

@@ -24,8 +24,7 @@ _LEAST_LEFT = 32
 
 @dataclass(frozen=True, slots=True)
 class _PreCopy:
-    """A copy of an old lane's sequence. The new lane computes it, so that its prefix cache has the sequence's KV
-    blocks."""
+    """A copy of an old lane's sequence. The new lane computes the copy to fill its prefix cache with the KV blocks."""
 
     key: int
     of: Sequence

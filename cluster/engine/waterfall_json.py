@@ -27,8 +27,8 @@ def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
 
 
 def summary_json(record: RequestRecord, adapters: Mapping[int, str]) -> dict[str, Any]:
-    """Converts a record without phases. `adapters` has names by number. An adapter that was unloaded long ago has the
-    name null."""
+    """Converts a record, but not its phases. `adapters` has names by number. An adapter that was unloaded long ago has
+    the name null."""
     timings = record.timings
     return {
         "id": record.request_id[:SHOWN_CHARACTERS],

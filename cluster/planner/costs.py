@@ -189,9 +189,9 @@ class StageCosts:
         return before - before[:, np.newaxis]
 
     def _prefilled(self, rows: int) -> Table:
-        """Returns for each stage the bytes from which its prefill time is calculated. If a model has experts, the
-        seconds per byte were measured on layers with experts. The bytes of dense layers are therefore derived from
-        their multiply-adds."""
+        """Returns each stage's bytes, which are multiplied by measured seconds per byte to predict the time of prefill.
+        If a model has experts, the seconds per byte are those of layers with experts. A dense layer therefore counts at
+        least the bytes that layers with experts move for as many multiply-adds."""
         mixtures = [layer for layer in self.model.layers if layer.idle_bytes]
         macs = sum(layer.macs_per_token for layer in mixtures)
         mac_bytes = sum(layer.moved_bytes(rows, 1) for layer in mixtures) / macs if macs else 0.0
@@ -210,7 +210,7 @@ def _possible(costs: ModelCosts) -> NDArray[np.bool_]:
 
 
 def _saved_bytes(costs: ModelCosts) -> Counts:
-    """Returns by how many bytes the whole layers of each stage are smaller than all shards of these layers."""
+    """Returns the bytes that each stage saves by holding whole layers, which are smaller than all shards together."""
     shards, layers = costs.expert_shards, costs.layers
     before = np.array([0, *accumulate(layer.saved_bytes for layer in layers[::shards])], np.int64)
     borders = np.arange(len(layers) + 1)

@@ -60,8 +60,8 @@ def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Division:
-    """Divides every possible stage [start, end) among devices. Device i holds layers [bounds[i], bounds[i + 1]). A
-    GPU's layers have their experts in RAM if they are in `moe.fixed`, or in `moe.open` and before moe_ends[i]."""
+    """Divides every possible stage [start, end) among devices. Device i holds layers [bounds[i], bounds[i + 1]). If
+    device i is a GPU, experts are in RAM for its layers in `moe.fixed` and, before moe_ends[i], in `moe.open`."""
 
     devices: tuple[WorkerFacts, ...]
     bounds: tuple[Counts, ...]  # Tables by start and end of the stage.
@@ -90,8 +90,8 @@ class Division:
         yield from zip(self.devices, self.bounds, self.bounds[1:], self.moe_ends, strict=False)
 
     def moved_ranges(self) -> Iterator[tuple[WorkerFacts, Flags, Counts, Counts]]:
-        """Yields (GPU, layers, start, end) for layers with experts in RAM. `start` and `end` are tables by stage. Of
-        the layers [start, end), those that `layers` flags have their experts in RAM."""
+        """Yields (GPU, layers, start, end), where `start` and `end` are tables by stage. The layers in [start, end)
+        that are flagged in `layers` have their experts in RAM."""
         for device, begin, until, moe_end in islice(self.parts(), 1, None):
             for layers, end in ((self.moe.fixed, until), (self.moe.open, moe_end)):
                 if layers.any():
@@ -169,7 +169,7 @@ def divide(
 
 
 def _allowed(worker: WorkerFacts, borders: Flags, index: int, begin: Counts) -> Counts:
-    """Returns `begin`, the first layer of device `index` in each stage, moved to a border that the user's placement
+    """Returns the first layer of device `index` in each stage: `begin`, moved to a border that the user's placement
     rules allow. Layers that the rules place on earlier devices stay before the border. Layers that the rules place on
     this or a later device stay after the border."""
     if not worker.placement.layers:

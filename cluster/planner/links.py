@@ -25,7 +25,7 @@ class Link:
 
     @property
     def gather_s(self) -> float:
-        """One-way seconds of a message in a gather. Gathers poll their sockets, so the programs take no time."""
+        """Seconds of a message in a gather. The programs' time is left out, because members poll their sockets."""
         return max(0.0, self.one_way_s - _PROGRAMS_S) if self.network_s is None else self.network_s
 
 

@@ -240,7 +240,8 @@ class MemoryModel:
         return DeviceNeeds(excess, sums(freed * is_open)[0], sums(experts * is_open)[0])
 
     def division(self, worker: WorkerFacts, contexts: int) -> Division:
-        """Divides all stages among a worker's devices. Experts without a rule go to RAM if necessary or faster."""
+        """Divides all stages among a worker's devices. Experts without a placement rule go to RAM if less memory is
+        missing then, or if the stage is then faster."""
         moe, possible = MoeLayers.of(worker.placement, self.stages.mixtures), self.stages.possible
 
         def needs(device: WorkerFacts) -> DeviceNeeds:

@@ -23,8 +23,8 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A workload by which splits are rated. The rating of a split is the time that its slowest stage takes for the
-    steps in `slowest`. If `adds_up` is set, the time that all stages together take for the steps in `each` is added."""
+    """A workload by which splits are rated. The rating is the time of the slowest stage for the steps in `slowest`. If
+    `adds_up` is set, the total time of all stages for the steps in `each` is added."""
 
     slowest: tuple[Rows, ...]
     slowest_rows: int  # Number of rows that each link carries during the steps in `slowest`.
@@ -50,8 +50,8 @@ def works_of(objective: str, prompt_tokens: int) -> tuple[Work, ...]:
 
 
 def _request(prompt_tokens: int, chunks: int) -> Work:
-    """Returns the workload of one request. The first chunk passes all stages. Every other chunk is delayed by the
-    slowest stage."""
+    """Returns the workload of one request. The first chunk of the prompt takes the time of all stages. Each later chunk
+    adds the time of the slowest stage, because stages work at the same time."""
     rows = -(-prompt_tokens // chunks)
     chunk = Rows(rows, 1, is_prompt=True, concurrent=chunks > 1)
     behind = (Rows(rows, chunks - 1, is_prompt=True, concurrent=True),) if chunks > 1 else ()

@@ -17,8 +17,8 @@ ROWS = 512
 
 
 def microbatch_rows(projector: Projector | None) -> int:
-    """Returns the number of rows in a microbatch, not counting one row per decoding sequence. The number is larger for
-    models whose image rows attend to each other, because all rows of such an image must be in one microbatch."""
+    """Returns the rows that a microbatch must have room for, besides one row per sequence. Models whose image rows
+    attend to each other need more, because all rows of such an image must be in one microbatch."""
     if projector is None or not projector.is_bidirectional:
         return ROWS
     return max(ROWS, min(projector.max_rows, MAX_BATCH_TOKENS // 2))

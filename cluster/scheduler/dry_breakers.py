@@ -99,7 +99,7 @@ class SeenBreakers:
         return self._sequences
 
     def with_tokens(self, tokens: Iterable[int]) -> tuple[tuple[int, ...], ...]:
-        """Returns the `sequences` that calling `add` with `tokens` would give, but adds nothing."""
+        """Returns the value that `sequences` would have after `add` was called for all `tokens`. Adds no token."""
         if not self._by_head or self._seen.issuperset(tokens):
             return self.sequences
         more = copy(self)

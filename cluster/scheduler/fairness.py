@@ -14,7 +14,7 @@ _LARGE_GRAMMAR = 1 << 12
 """Number of characters above which a grammar is large. The last stage makes one matcher at a time, and making a matcher
 for a large grammar can take tens of milliseconds."""
 _MOST_MATCHERS = 2
-"""Maximum number of large grammars per owner for which the last stage makes matchers. Two keep the last stage busy."""
+"""Maximum number of large grammars per owner that wait for a matcher at the same time. Two keep the last stage busy."""
 
 
 def turn_of(sequence: Sequence) -> str:
@@ -71,9 +71,9 @@ def gives_way(running: Reversible[Sequence], counts: Running) -> Sequence:
 
 
 def takes_turn(sequence: Sequence, running: Reversible[Sequence], counts: Running) -> bool:
-    """Returns True if a running sequence must be preempted for `sequence`. This is the case if the owner of `sequence`
-    runs nothing and another owner runs several sequences. It is also the case if the request of `sequence` runs nothing
-    and the busiest request of the busiest owner runs several sequences."""
+    """Returns True if a running sequence must be preempted for `sequence`. Either the owner of `sequence` runs nothing
+    and another owner runs several sequences, or its request runs nothing and the busiest request of the busiest owner
+    runs several sequences."""
     if not running:
         return False
     owner, request = counts.rank(sequence)

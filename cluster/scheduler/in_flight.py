@@ -14,8 +14,8 @@ from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
 
 _DEFERRED_S = 90.0
-"""Maximum number of seconds for which the last stage may defer a row because the row's matcher is slow. The stage gives
-up on a matcher after 60 s."""
+"""Maximum seconds for which the last stage may defer the same row. The limit exceeds the 60 s after which the stage
+itself gives up on a matcher."""
 
 
 @dataclass(slots=True)

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from llamaclust.cluster.scheduler.sequences import Sequence
 
 _LEAST_NS = 50_000_000
-"""Slow matchers in flight may always take this number of nanoseconds of CPU time together."""
+"""The total CPU time of slow matchers in flight may always reach this number of nanoseconds."""
 _LONGER = 0.25
-"""CPU time that slow matchers in flight may take together, as a share of a decode microbatch's time. `_LEAST_NS` and
-`_MOST_NS` limit the product."""
+"""Limit for the total CPU time of slow matchers in flight, as a share of a decode microbatch's time. The limit is at
+least `_LEAST_NS` and at most `_MOST_NS`."""
 _MOST_NS = 400_000_000
-"""Maximum nanoseconds of CPU time for all slow matchers in flight. All of it is granted if all running sequences have
-slow matchers and one owner."""
+"""Maximum total nanoseconds of CPU time for slow matchers in flight. This limit replaces the share if all running
+sequences have slow matchers and the same owner."""
 _NEXT_ROWS = 1 + MAX_FORCED_TOKENS
-"""Maximum number of remaining rows of a sequence that may be held back. With more, the sequence is in prefill."""
+"""A sequence is held back only if it has at most this number of rows left. With more, it is in prefill."""
 
 
 class MatcherTurns:

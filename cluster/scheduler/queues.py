@@ -78,7 +78,7 @@ class SequenceQueues:
             sequence.restart()
 
     def check_room(self, owner: str, most_waiting: int) -> None:
-        """Raises QueueFullError if the owner has too many waiting sequences. The limit falls when others wait."""
+        """Raises QueueFullError if the owner has too many waiting sequences. The limit falls when other owners wait."""
         waiting = [*self.waiting, *self.restoring]
         own = sum([other.request.owner == owner for other in waiting])
         limit = largest_share(own, len(waiting), most_waiting + self.max_running - len(self.running))
@@ -111,8 +111,8 @@ class SequenceQueues:
         return True
 
     def give_turn(self) -> None:
-        """Preempts a running sequence of the busiest owner if `takes_turn` allows it and the next waiting sequence
-        lacks a place or memory. Must not be called while a microbatch is being made."""
+        """Preempts a sequence of the busiest owner if the next waiting sequence lacks a place or memory, and
+        `takes_turn` allows it. Must not be called while a microbatch is being made."""
         if not self.waiting or not (waiting := startable(self.waiting, self.running)):
             return
         running = Running.of(self.running)
@@ -135,8 +135,8 @@ class SequenceQueues:
         self._start(sequence)
 
     def shortest(self, prefilling: list[Sequence]) -> Sequence | None:
-        """Returns a sequence to prefill before the oldest sequence, or None. The returned sequence has fewer rows left,
-        or its owner or request runs fewer sequences. Starts the sequence if it is still waiting."""
+        """Returns a sequence to prefill before the oldest one, or None. The owner with the fewest running sequences
+        comes first, then the request with the fewest, then the fewest rows left. Starts the sequence if it waits."""
         if not prefilling:
             return None
         running = Running.of(self.running)

@@ -336,7 +336,8 @@ class Scheduler:
     def _prefill_slices(self, ready: list[Sequence], now_ns: int) -> list[SequenceSlice]:
         """Returns the prompt slices of a microbatch. Half of the rows go to the sequences with the fewest rows left, so
         that short prompts do not wait. The rest go by order of arrival, so that the oldest prompt makes progress. All
-        rows go by order of arrival if the oldest prompt's next rows, or whole prompts, must be computed together."""
+        rows go by order of arrival if prompts must be computed as a whole, or if the oldest prompt continues with image
+        rows that attend to each other."""
         prefilling = self.queues.prefilling
         if not prefilling and not self.queues.can_start:
             return []

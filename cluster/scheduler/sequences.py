@@ -121,8 +121,8 @@ class Sequence:
         return is_same and (own.cache_salt, own.adapters) == (request.cache_salt, request.adapters)
 
     def may_go_ahead(self, most: int) -> bool:
-        """True if the next row can be sent before its token is known. Up to `most` tokens may be unknown, including the
-        row's own token, or only one if samplers look at earlier tokens."""
+        """True if the next row can be sent before its token is known. Up to `most` tokens may be unknown, the row's own
+        token included. With a matcher, or with samplers that look at earlier tokens, at most one may be unknown."""
         most = 0 if self.matcher.is_slow else most if self.sampler.is_plain else 1
         if not 0 < self.sampling <= most or self.request.params.needs_state:
             return False

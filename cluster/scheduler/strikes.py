@@ -4,10 +4,11 @@ A pipeline also fails for other reasons, at worst once per second. Therefore a f
 only if its *suspected rows* were in flight. Rows are suspected if they were in flight at an earlier failure and were
 not computed since. A request that really breaks the pipeline does so at one row, which stays suspected.
 
-After two such failures, the request is computed alone, with few suspected rows at a time. Let these rows take w
-seconds, and let workers be lost for other reasons r times per second. The probability of another failure by chance is
-then r * w, about 0.02 for SmolLM2 and one loss per second. If no failure comes, the request is cleared. The first of
-four failures only finds the rows, so a harmless request fails with a probability of at most (r * w) ** 3."""
+After a failure with suspected rows in flight, the request is computed alone, with few of these rows at a time. Let
+these few rows take w seconds, and let workers be lost for other reasons r times per second. The probability of a
+failure by chance is then r * w, about 0.02 for SmolLM2 and one loss per second. If no failure comes, the request is
+cleared. It fails after four failures alone. The first of the four only narrows the suspected rows, so a harmless
+request fails with a probability of at most (r * w) ** 3."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ Shares = Table
 @dataclass(frozen=True, slots=True)
 class DividedCosts:
     """Costs of a model whose layers are divided among group members. `whole` has the leader's costs that are not
-    divided, and `follower` those of any other member. An entry (units, costs) of `coarse` has `whole` plus the parts of
-    layers with this number of units. `fine` has `whole` plus the parts that are divisible in any ratio."""
+    divided, and `follower` has those of any other member. An entry (units, costs) of `coarse` adds to `whole` the parts
+    that are divided into `units` units. `fine` adds to `whole` the parts that are divisible in any ratio."""
 
     whole: StageCosts
     follower: StageCosts

@@ -182,7 +182,8 @@ class GroupSearch:
         return self._numbers[key]
 
     def _may_hold(self, members: tuple[int, ...]) -> bool:
-        """Returns True if the members can be a group whose gathers take less time than its slowest member alone."""
+        """Returns True if the members can be a group. Its gathers must take less time per token than its slowest member
+        would need to compute all layers alone."""
         request, facts = self.sizes.request, [self.workers[member] for member in members]
         if len(members) > request.largest_group or not all(worker.joins_groups for worker in facts):
             return False

@@ -25,8 +25,8 @@ _INNER, _FIRST, _LAST, _ALL = range(4)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kinds:
-    """Sorts stages into kinds. Stages of one kind have equal layers. Either all stages of a kind have the first layer
-    or none, and the same holds for the last layer."""
+    """Sorts stages into kinds. Stages of one kind have equally many layers of each type. The first layer is in all of
+    them or in none, and the same holds for the last layer."""
 
     kind_of: Counts  # Kind of each stage, by start and end.
     places: tuple[Counts, Counts]  # Start and end of one stage per kind.

@@ -200,8 +200,8 @@ def in_order(
 def any_order(
     sizes: Counts, held_by: tuple[tuple[Counts, int], ...], leaders: tuple[int, ...], apart: Ways = frozenset()
 ) -> Places:
-    """Returns steps for all sets of workers in all orders. Workers of a class are equal, so only one order is tried.
-    `held_by` has pairs (numbers of workers by class, holder). Pairs of workers in `apart` need separate classes."""
+    """Returns steps for all sets of workers in all orders. Equal workers (of one class) are tried in one order only.
+    `held_by` has pairs (numbers of workers by class, holder). A worker in `apart` must have its own class."""
     numbers = dict(held_by)
     places: list[Step | Choice] = []
     found: dict[Counts, tuple[list[int], tuple[int, ...]]] = {}  # Steps and choices by used workers.
@@ -261,8 +261,8 @@ def steps_in_any_order(sizes: Sequence[int], held_by: Sequence[Counts]) -> int:
 
 
 def constrained_ends(workers: Collection[int], apart: Ways) -> list[Ends]:
-    """Returns the allowed combinations of first and last leaders. The last stage is adjacent to the first, so each
-    worker of a pair in `apart` gets a separate entry as the first leader."""
+    """Returns combinations of allowed first and last leaders. The last stage sends to the first, so a pair in `apart`
+    must not lead both. Each worker of such a pair is the first leader of its own entry. All others share one entry."""
     bound = sorted(worker for worker in workers if any(worker in pair for pair in apart))
     ends = [Ends(frozenset(workers) - frozenset(bound))]
     for first in bound:

@@ -1,4 +1,5 @@
-"""Chooses the orders of workers to try: the file's order, then all orders, or for many workers likely orders."""
+"""Chooses the orders of workers to try. The first is the order of the cluster file. All other orders follow, or if
+there are many workers, only likely ones."""
 
 from __future__ import annotations
 

@@ -26,9 +26,9 @@ class Copy:
         self._end, self._place = len(tokens), place
 
     def resumption(self, tokens: Sequence[int]) -> Resumption | None:
-        """Returns the place in the earlier passage where the most tokens match the end of the text. If several places
-        match equally well, prefers a place that omits about as many tokens as were added. Returns None if the copy
-        continues without a difference, or if no place matches."""
+        """Returns the place in the earlier passage where the most tokens match the end of the text. Among equally long
+        matches, prefers a place that skips about as many tokens of the passage as the text has new tokens. Returns None
+        if the copy continues without a difference, or if no place matches."""
         if self._place < 0 or len(tokens) - self._end > _MOST_SINCE:
             return None
         while self._end < len(tokens) and tokens[self._end] == tokens[self._place + 1]:

@@ -9,10 +9,10 @@ from typing import Protocol
 CLASSES = 20
 """Number of confidence classes. Drafts of one class are accepted at about the same rate."""
 SUBSTITUTED = 1
-"""Confidence class of drafts after one token that differs from the copied passage. The 8 tokens before it are equal."""
+"""Confidence class of drafts if the last token differs from the copied passage, but the 8 tokens before it match."""
 SHORT = 2
-"""First of 3 confidence classes for matches of 2 or 3 tokens. In the first class, different tokens followed the
-matches. In the second, there is only one match. In the third, the same token followed all matches."""
+"""First of 3 confidence classes for matches of 2 or 3 tokens. The first class is for several matches with different
+next tokens, the second for a single match, and the third for several matches with the same next token."""
 MIDDLE = 5
 """First of 3 confidence classes for matches of 4 to 7 tokens. They are divided like the classes for 2 or 3 tokens."""
 LONG = 8

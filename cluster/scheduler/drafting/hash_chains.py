@@ -69,7 +69,7 @@ class HashChains:
 
     def longest(self, text: Sequence[int], place: int, tail: Sequence[int]) -> Match:
         """Returns the longest match of `tail` (at most LONGEST tokens), or the newest of equally long matches. `place`
-        is the newest index to compare. The separator NONE stands neither in a match nor directly after it."""
+        is the newest index to compare. A match never contains the separator NONE, and NONE never follows it."""
         previous, order, window = self._previous, self._order, tail[-self._order :]
         found, length, followers, follower, agree = NONE, order - 1, 0, NONE, True
         for _ in range(CANDIDATES):

@@ -19,7 +19,7 @@ from llamaclust.cluster.scheduler.drafting.drafter import (
 from llamaclust.cluster.scheduler.drafting.hash_chains import LONGEST, NO_MATCH, HashChains, Match, extended
 
 _ORDER = 2
-"""Minimum match length in tokens. If one token always followed a pair of tokens, it follows again in 4 of 5 cases."""
+"""Minimum match length in tokens. The token that always followed a pair so far follows it again in 4 of 5 cases."""
 _COPIED = 8
 """Minimum length of a match that counts as copying. Copying probably continues after a difference."""
 _UNSURE = 3

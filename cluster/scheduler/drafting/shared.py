@@ -1,5 +1,5 @@
-"""Drafts from recent answers to other requests. The number of stored tokens is limited. An answer that equals a stored
-answer arrives sooner, so clients could guess answers. Therefore only requests with equal keys share answers."""
+"""Drafts from recent answers to other requests. The number of stored tokens is limited. Only requests with equal keys
+share answers, because an answer that equals another client's stored answer arrives sooner, which would reveal it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafter
 _ORDER = 4
 """Minimum match length in tokens. Shorter matches between answers are often accidental."""
 _KEY_TOKENS = 128
-"""Number of stored tokens as which each key counts, because even the empty index of a key takes about 2 KiB."""
+"""Each key counts as this number of stored tokens, even without answers: its empty index takes about 2 KiB."""
 
 
 class _Answers:

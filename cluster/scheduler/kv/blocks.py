@@ -82,9 +82,8 @@ class KvBlocks:
 
 
 class BlockTable:
-    """The blocks of one sequence, in order of position. blocks[i] holds KV_BLOCK_TOKENS positions, beginning with
-    position (start + i) * KV_BLOCK_TOKENS. `start` is 0, unless layers with a sliding window have dropped old
-    blocks."""
+    """The blocks of one sequence, in order of position. blocks[i] holds KV_BLOCK_TOKENS positions, from position
+    (start + i) * KV_BLOCK_TOKENS. `start` is 0, unless layers with a sliding window have dropped old blocks."""
 
     __slots__ = ("_runs", "_shown", "blocks", "committed", "start")
 

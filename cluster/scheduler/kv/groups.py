@@ -38,7 +38,7 @@ class WindowGroup:
     @property
     def sequence_blocks(self) -> int:
         """Maximum number of blocks that one sequence needs for its window, its newest row and drafted rows. The window
-        may begin anywhere in a block. `row_blocks` has the blocks for prompt rows of the current microbatch."""
+        may begin anywhere in a block. Prompt rows of the current microbatch are counted in `row_blocks` instead."""
         return (self.window + KV_BLOCK_TOKENS - 3) // KV_BLOCK_TOKENS + 3
 
     @property
@@ -54,7 +54,7 @@ class WindowGroup:
 
     def blocks_beside(self, kv_blocks: int, context_length: int, sequences: int) -> int:
         """Returns the number of blocks for this group if other layers have `kv_blocks` blocks. Assumes one full-length
-        sequence, and `_SEQUENCES_A_CONTEXT` shorter sequences in place of each further full-length sequence."""
+        sequence. All other sequences are assumed to be `_SEQUENCES_A_CONTEXT` times shorter."""
         context = _blocks(context_length)
         further = -(-_SEQUENCES_A_CONTEXT * max(0, kv_blocks - context) * self.sequence_blocks // context)
         # The group never needs more blocks than the other layers.
@@ -68,15 +68,15 @@ class StateGroup:
     one block. The other blocks are checkpoints, from which sequences with the same first tokens can start.
 
     The states of running sequences take up to half as much memory as keys and values. Checkpoints take up to the same
-    amount again. There are at least three blocks: one for a running sequence, one for the checkpoint it started from,
-    and one for the checkpoint it leaves. The keys and values of a position count as at least 1/1024 of a state."""
+    amount again. There are at least three blocks: for a running sequence, for the checkpoint it started from, and for
+    the checkpoint it leaves. In these rules, keys and values of a position count as at least 1/1024 of a state."""
 
     state_bytes: int  # Bytes of one sequence's state in all layers.
     kv_token_bytes: int  # Bytes of one position's keys and values in all layers.
 
     @property
     def span(self) -> int:
-        """Positions between checkpoints, a power of two. Their keys and values need about as much memory as a state."""
+        """Positions between checkpoints, a power of two. Keys and values of a span are about as large as a state."""
         positions = self.state_bytes // self._token_bytes
         return min(_MOST_STATE_POSITIONS, max(KV_BLOCK_TOKENS, 1 << (positions - 1).bit_length()))
 

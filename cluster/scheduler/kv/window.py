@@ -23,7 +23,7 @@ class KvWindow:
         self._out_of_window: list[int] = []
 
     def usable(self, keys: Items[bytes], found: int) -> int:
-        """Returns how many of the first `found` blocks can be shared if the next row's whole window must be cached."""
+        """Returns the largest number of blocks, up to `found`, after which the next row's whole window is cached."""
         usable = together = 0
         for index in range(found):
             together = 0 if self.blocks.is_idle(keys[index]) is None else together + 1

@@ -106,8 +106,8 @@ def _append(sequence: Sequence, place: int, row: RowResult) -> list[RowResult]:
 
 def _settle(sequence: Sequence, taken: SequenceSlice, end: int, added: list[int]) -> None:
     """Counts drafted rows before position `end` as accepted, and schedules refused rows again. If any row was refused,
-    a sequence with recurrent states computes the whole chunk again. Later drafts in flight stay valid if all rows were
-    accepted and these drafts begin with the last token in `added`."""
+    a sequence with recurrent states computes the whole chunk again. Later drafts in flight are given up, unless all
+    rows were accepted and the next drafted token in flight equals the last token in `added`."""
     if not taken.drafted:
         return
     sequence.drafting.accepted += max(0, taken.drafted - (taken.end - end))

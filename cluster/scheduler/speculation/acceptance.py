@@ -29,9 +29,9 @@ class _Stretch:
 
 
 class Acceptance:
-    """Estimates the acceptance rate for one kind of draft. The text may change at any token, and each possible change
-    starts a stretch of tokens with its own rate. The estimate is the mean of these rates, weighted by the stretches'
-    probabilities."""
+    """Estimates the acceptance rate for one kind of draft. The kind of text, and with it the rate, may have changed at
+    any token. A rate is estimated for several possible places of the last change. The result is the mean of these
+    rates, weighted by the probabilities of the places."""
 
     __slots__ = ("_first", "_rate", "_stretches")
 

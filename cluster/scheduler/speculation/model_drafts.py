@@ -64,8 +64,8 @@ class ModelDrafts:
         return best
 
     def order(self, sequences: Iterable[Sequence], most: Mapping[int, int], count: int) -> list[Sequence]:
-        """Orders drafts of up to `count` tokens for the sequences in `most` whose tokens the model has nearly all read.
-        Returns the other sequences."""
+        """Orders drafts of up to `count` tokens for the sequences in `most`, if the model has read nearly all of their
+        tokens. Returns the other sequences."""
         others = []
         for sequence in sequences:
             if most.get(sequence.key) and self._is_close(sequence):

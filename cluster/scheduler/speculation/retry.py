@@ -1,4 +1,4 @@
-"""Decides when to try a source of drafts again that did not make decoding faster."""
+"""Decides when to retry a source of drafts that did not make decoding faster."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Retry:
         return self._left > 0 or tokens >= self.again
 
     def ordered(self, tokens: int) -> None:
-        """Records that a draft was ordered. A draft outside a retry shows that its source makes decoding faster, so the
-        next wait is short again."""
+        """Records that a draft was ordered. If the draft is not part of a retry, its source makes decoding faster, so
+        the next wait is short again."""
         if tokens >= self.again:
             self._left, self._wait = _DRAFTS, min(2 * self._wait, _LONGEST_WAIT)
         elif self._left:

@@ -36,8 +36,7 @@ class Drafting:
         self.ahead = ()
 
     def settle(self, added: list[int]) -> bool:
-        """Removes the drafts in flight that `added` replaces. Returns True if they are equal, so that later drafts stay
-        valid."""
+        """Removes len(added) drafts in flight. Returns True if they equal `added`, so that later drafts stay valid."""
         expected, self.ahead = self.ahead[: len(added)], self.ahead[len(added) :]
         return list(expected) == added[: len(expected)]
 

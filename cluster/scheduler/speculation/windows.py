@@ -1,8 +1,8 @@
 """Chooses the number of drafted tokens for each sequence, so that the most tokens per second are expected.
 
-A round is one decode step of all n sequences, which chooses n tokens without drafts. Each drafted row makes it longer.
-A row at depth d in its draft adds a ** d tokens on average, where a is the acceptance rate. Rows are added in order of
-this gain, as long as the expected speed grows. No row is added unless the round then becomes clearly faster."""
+A round is one decode step of all n sequences. Without drafts, it chooses n tokens. Each drafted row makes the round
+longer. A row at depth d in its draft adds a ** d tokens on average, where a is the acceptance rate. Rows are added in
+order of this gain, as long as the expected speed grows. No row is added unless decoding then becomes clearly faster."""
 
 from __future__ import annotations
 

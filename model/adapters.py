@@ -1,5 +1,5 @@
-"""Reads LoRA adapters from GGUF files or PEFT folders, checks them, and adds their steps to programs. A model has
-adapter 0's tensors as `adapter.0.blk.3.attn_q.weight.lora_a` and so on. A model's identity excludes its adapters."""
+"""Reads LoRA adapters from GGUF files or PEFT folders, checks them, and adds their steps to programs. The tensors of
+adapter 0 have names such as `adapter.0.blk.3.attn_q.weight.lora_a`. A model's id does not depend on its adapters."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
 
 
 def _largest(tensor: Tensor, start: int, end: int) -> float:
-    """Returns the largest absolute weight, or NaN. Without sign bits, floats sort like unsigned integers, and NaN sorts
-    last."""
+    """Returns the largest absolute weight in the bytes [start, end), or NaN. Compares the bits without the sign as
+    integers, which have the same order as the weights, with NaN last."""
     data = tensor.read_range(start, end)
     match tensor.quant_type:
         case QuantType.F32:
@@ -142,8 +142,8 @@ def _numbers(model: ModelFile) -> tuple[int, ...]:
 
 
 def adapted(program: Program, model: ModelFile) -> Program:
-    """Returns the program with the adapters' `Adapt` steps. They follow each group of consecutive MatMul steps with the
-    same input, and add LoRA's term to the results. Raises ModelFileError if an adapter's shapes do not fit."""
+    """Returns the program with an `Adapt` step for each product that an adapter changes. These steps follow the group
+    of consecutive MatMul steps with the same input. Raises ModelFileError if an adapter's shapes do not fit."""
     numbers = _numbers(model)
     return replace(program, steps=tuple(_adapted(program.steps, model, numbers))) if numbers else program
 

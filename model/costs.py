@@ -135,7 +135,7 @@ JOINED = LayerCost(0, 0, 0, is_joined=True)
 @dataclass(frozen=True, slots=True)
 class ModelCosts:
     """The costs of a model. The first stage holds the embedding, and the last stage holds the head. `tied_bytes` is the
-    size of tensors that both need. A stage that is first and last holds these tensors once."""
+    size of tensors that embedding and head share. A stage that is both first and last holds these tensors once."""
 
     embedding_bytes: int
     head_bytes: int
@@ -158,8 +158,8 @@ class ModelCosts:
 
     @property
     def borders(self) -> tuple[int, ...]:
-        """Numbers of the layers at which a stage may begin, and the layer count. A stage cannot begin at a part that
-        has `is_joined`, or between two layers of which one reads the keys and values of the other."""
+        """Layer numbers at which a stage may begin, and the layer count. A stage cannot begin at a part with
+        `is_joined`, or between a layer and a later layer that reads the earlier layer's keys and values."""
         shared = [(layer.kv_source, number) for number, layer in enumerate(self.layers) if layer.kv_source is not None]
         sources = ((source * self.expert_shards, number) for source, number in shared)
         between = {border for source, number in sources for border in range(source + 1, number + 1)}

@@ -1,8 +1,8 @@
-"""Makes programs of stages that begin or end inside a mixture of experts, so that several workers can hold one layer's
-experts. The experts are divided into shards, and the layer into as many parts. The first part has the steps before the
-experts, the choice of experts, and the first shard. The last part has the last shard, the sum, and the steps after the
-sum. Each part sends to the next part the buffers that later steps read, the choice, and the experts' results. The last
-part adds the results in the same order as a worker that has all experts."""
+"""Makes programs of stages that begin or end inside a mixture of experts, so that several workers can hold the experts
+of one layer. Such a layer is divided into parts, one for each shard of its experts. The first part has the steps before
+the experts, the choice of experts, and the first shard. The last part has the last shard, the sum, and the steps after
+the sum. Each part sends three things to the next part: the buffers that later steps read, the choice of experts, and
+the experts' results. The last part adds the results in the same order as a worker that has all experts."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ not read such a key refuses files with another value."""
 
 
 LATENT_KEYS = ("attention.key_length_mla", "attention.value_length_mla")
-"""Keys for the widths of a head's query and value in latent attention. The usual keys have the stored keys' widths."""
+"""Keys for the widths of a head's query and value in latent attention. The usual keys have the widths in KV memory."""
 
 MAX_LAYERS = 1 << 10
 PROJECTOR_ARCHITECTURE = "clip"

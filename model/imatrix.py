@@ -111,8 +111,8 @@ def _from_gguf(file: ModelFile) -> ImportanceMatrix:
 
 
 def _from_legacy(path: Path, data: bytes) -> ImportanceMatrix:
-    """Reads the old format: the number of entries, for each entry its name, its number of calls, and its means times
-    calls, and then the number of chunks and the name of the text."""
+    """Reads the old format: the number of entries, the entries, the number of chunks, and the name of the text. An
+    entry has a name, a number of calls, and means that are multiplied by this number."""
     at = 0
 
     def number() -> int:

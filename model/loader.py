@@ -47,7 +47,7 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 
 class Model:
-    """An opened model file. A file with a tensor that no step reads is refused, because the tensor may be a scale."""
+    """An opened model file. A tensor that no step reads is an error, because it may scale results."""
 
     def __init__(
         self,

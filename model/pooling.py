@@ -9,8 +9,8 @@ from llamaclust.model.hyperparameters import ModelKeys
 
 
 class Pooling(StrEnum):
-    """The rows that make an embedding. NONE gives an embedding for each row. The others use the mean of all rows, the
-    first row (CLS) or the last row. RANK is for rerankers, and an encoder's scores come from its first row."""
+    """The rows that make an embedding. NONE gives an embedding for each row. MEAN uses the mean of all rows, CLS the
+    first row, and LAST the last row. RANK is for rerankers. An encoder's scores come from its first row."""
 
     NONE = "none"
     MEAN = "mean"

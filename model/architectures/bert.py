@@ -1,4 +1,4 @@
-"""Encoders for embeddings. modern-bert has norms before its blocks. All others have norms after their blocks."""
+"""Encoders for embeddings. modern-bert has norms before its blocks. Other encoders have norms after their blocks."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ def read_experts(
     activation: ActivationFunction | GatedActivation = GatedActivation.SILU_MUL,
     shared_width: int = 0,
 ) -> ExpertsVariant:
-    """Reads the options of a model's mixture-of-experts layers. `gating` and `normalized` apply if the file lacks their
-    keys. Raises ModelFileError if the gating function is unknown, or if the groups of experts do not fit the counts."""
+    """Reads the options of a model's mixture-of-experts layers. `gating` and `normalized` are defaults for missing
+    keys. Raises ModelFileError if the gating function is unknown, or if expert and group counts do not fit."""
     number = keys.count(_GATING_KEY, 0, minimum=0, maximum=255)
     if number not in (0, *_GATINGS):
         known = ", ".join(f"{key} ({value})" for key, value in _GATINGS.items())

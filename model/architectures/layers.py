@@ -113,7 +113,7 @@ class ProgramBuilder(CheckedTensors):
     ) -> Iterator[int]:
         """Yields the numbers of the stage's layers. Emits the embedding before the model's first layer, and the head
         after its last layer. If `positions`, learned positions are added to the embedding. `soft_cap` limits the
-        logits. If `may_rank`, the head of a file with pooling by rank is a classifier."""
+        logits. With `may_rank`, a file whose pooling is RANK has a classifier as its head."""
         self._embed(embedding_factor, positions)
         yield from self.stage
         if self.stage.stop == self.hyperparameters.block_count:
@@ -211,8 +211,8 @@ class ProgramBuilder(CheckedTensors):
         self._steps += added
 
     def mix(self, layer: int, mixer: Iterable[steps.Step], *, beside: bool = False) -> None:
-        """Emits a norm of the hidden state, the steps of `mixer`, and hidden += projected. `mixer` writes `projected`.
-        If `beside`, no norm is emitted, and `mixer` reads the norm of the preceding attention."""
+        """Emits a norm of the hidden state, the steps of `mixer`, and hidden += projected. `mixer` must write
+        `projected`. If `beside`, emits no norm, and `mixer` reads the norm of the preceding attention."""
         if not beside:
             self._norm(f"blk.{layer}.attn_norm", self._hidden)
         self.append(mixer)

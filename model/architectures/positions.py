@@ -21,8 +21,8 @@ _PI = Decimal("3.14159265358979323846264338327950288419716939937510")
 
 @lru_cache(maxsize=64)
 def rope_table(rope: RopeParameters, factors: tuple[float, ...] | None = None) -> RopeTable:
-    """Returns the RoPE table. Pair i has the frequency base^(-2 i / dimensions), divided by factors[i] if there are
-    factors, and then scaled."""
+    """Returns the RoPE table with scaled frequencies. The unscaled frequency of channel pair i is base^(-2 i /
+    dimensions), divided by factors[i] if there are factors."""
     with localcontext(_DIGITS):
         plain = _plain_frequencies(rope, factors)
         stretched = [frequency / Decimal(rope.factor) for frequency in plain]
@@ -70,7 +70,7 @@ def _pair_with_turns(rope: RopeParameters, turns: float) -> Decimal:
 
 def yarn_score_scale(rope: RopeParameters, multiplier: float, width: int) -> float:
     """Returns the factor of attention scores over `width` channels, as in llama.cpp: 1 / sqrt(width), times the square
-    of RoPE's magnitude (see `rope_table`), times the square of 1 + 0.1 * multiplier * ln(factor)."""
+    of YaRN's scale of cos and sin, times the square of 1 + 0.1 * multiplier * ln(factor)."""
     with localcontext(_DIGITS):
         tenth = Decimal(rope.factor).ln() / 10
         magnitude = Decimal(rope.attention_factor) * (1 + tenth) / (1 + Decimal(rope.log_multiplier) * tenth)
@@ -79,11 +79,11 @@ def yarn_score_scale(rope: RopeParameters, multiplier: float, width: int) -> flo
 
 
 def rope_sections(keys: ModelKeys, pairs: int, *, interleaved: bool) -> tuple[int, ...]:
-    """Returns the section of each pair: time, height or width (0, 1, 2), or the file's fourth section. The pairs of a
-    section are adjacent, unless `interleaved`. Interleaved sections alternate until they have all their pairs. A pair
-    without a section is rotated by time. (llama.cpp uses the fourth section, but in existing models such pairs turn
-    very slowly.) Text has the same position in all sections. Raises ModelFileError if sections are missing or too
-    long."""
+    """Returns the section of each channel pair: time, height or width (0, 1, 2), or the file's fourth section. The
+    pairs of a section are adjacent. If `interleaved`, the first three sections alternate instead, until each one has
+    all its pairs. The remaining pairs are rotated by time. (llama.cpp uses the fourth section, but in existing models
+    such pairs turn very slowly.) Text has the same position in all sections. Raises ModelFileError if sections are
+    missing or too long."""
     key = _SECTIONS_KEY
     sections = keys.integers(key)
     if len(sections) < _LEAST_SECTIONS:

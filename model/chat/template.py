@@ -139,7 +139,7 @@ class _Renderer:
         return self.child.submit(partial(self._render, variables))
 
     def _render(self, variables: Mapping[str, Any]) -> str:
-        """Renders on the child's thread, because writing large messages takes long."""
+        """Runs on the thread that owns the child, because it takes long to send large messages."""
         if self._broken is not None:
             raise RequestError(self._broken)
         try:

@@ -15,7 +15,7 @@ _MAX_REAL: Final = 1e12
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Values by name. A method with several names reads the first name that is present. Errors begin with `origin`."""
+    """Reads `values`. Of several names, a method reads the first that is present. Errors begin with `origin`."""
 
     values: Mapping[str, Any]
     origin: str

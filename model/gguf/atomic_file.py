@@ -118,7 +118,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _clear(paths: Sequence[Path]) -> None:
-    """Deletes partial files of killed processes, also those of the same model with another number of parts."""
+    """Deletes killed processes' partial files of this model, even if they have another number of parts."""
     for path in paths[1:]:
         hidden_name(path).unlink(missing_ok=True)
     mine = _PART.fullmatch(paths[0].name)

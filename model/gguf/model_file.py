@@ -49,7 +49,7 @@ class ModelFile:
 
     @property
     def copy_id(self) -> str:
-        """A hash of the version and, on a local file system, of this machine's id. Every copy has a different hash."""
+        """Identifies a copy of the files: a hash of the version and, on a local file system, of this machine's id."""
         machine = "" if is_remote(self.path) else machine_id()
         return hashlib.sha256(f"{self.version} {machine}".encode()).hexdigest()
 
@@ -163,7 +163,7 @@ def _other_parts(first: Header) -> list[Header]:
 
 
 def _check_alone(part: Header, count: int) -> None:
-    """Raises ModelFileError if another part follows in the same file, because parts were joined with `cat`."""
+    """Raises ModelFileError if the file contains another part, which means that parts were joined with `cat`."""
     end = max((tensor.offset + tensor.n_bytes for tensor in part.tensors.values()), default=0)
     size_bytes = part.file_identity.size_bytes
     follows = bytearray(min(size_bytes - end, DEFAULT_ALIGNMENT + len(MAGIC)))

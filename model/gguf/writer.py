@@ -27,7 +27,7 @@ class RawValue:
 
 WritableValue = MetadataValue | np.generic | Sequence[str] | RawValue
 """A metadata value. A Python int becomes uint32 if it fits, otherwise int32 or a 64-bit type. A float becomes float32.
-NumPy values keep their type. Sequences of text become arrays of strings, other sequences arrays of arrays."""
+NumPy values keep their type. Sequences of text become arrays of strings, and other sequences arrays of arrays."""
 
 Bytes = bytes | bytearray | memoryview
 Produce = Callable[[], Bytes | Iterator[Bytes]]

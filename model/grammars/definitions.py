@@ -22,7 +22,7 @@ GBNF_START = f'{{"{GBNF}"'
 
 
 OWN_RULES = "own_rules"
-"""The name of grammar parts whose rules this package made. A user's grammar cannot have this name."""
+"""The name of grammars that this package wrote itself. A user cannot give this name to a grammar."""
 
 
 def of_schema(schema: Mapping[str, Any] | bool, origin: str, *, closes_objects: bool = False) -> Grammar:
@@ -87,7 +87,7 @@ def has_schemas_only(definition: str) -> bool:
 
 
 def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:
-    """Returns a grammar that begins with the first trigger. It must allow a text that begins with the trigger."""
+    """Returns a grammar that applies from the first trigger on. `grammar` must allow text that begins with it."""
     if not 0 < len(triggers) <= MAX_TRIGGERS or not all(
         0 < len(text.encode()) <= MAX_TRIGGER_BYTES for text in triggers
     ):

@@ -27,10 +27,10 @@ _MAX_FORCED_BYTES = 1 << 13
 
 
 def _limits(definition: str) -> LLParserLimits:
-    """Returns the limits of checks and of matching. They are equal, so that every machine decides alike. Of 1,232
-    public schemas, the largest needs 81 thousand units of lexer fuel to compile, 373 thousand units and 7.6 thousand
-    items in a step, and 2,400 lexer states in an answer. Rules from users may be ambiguous, so that time grows with the
-    square of the items in a row. Up to 800 items stay below 50 ms."""
+    """Returns llguidance's limits. They are equal for checks and for answers, so that every machine decides alike. The
+    largest of 1,232 public schemas needs 81,000 units of lexer fuel to compile, 373,000 units and 7,600 items in a
+    step, and 2,400 lexer states in an answer. Rules from users may be ambiguous. The time then grows with the square of
+    the items in a row. Up to 800 items stay below 50 ms."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(
@@ -67,9 +67,8 @@ class LexerUsedUpError(RequestError):
 
 class GrammarMatcher:
     """The state of one answer, for one thread at a time. Methods release the GIL, and raise RequestError if the grammar
-    cannot be followed. llguidance limits the lexer's work between two computations of the allowed tokens. If
-    `is_costly`, the matcher computes the allowed tokens at each token. Otherwise, it does so rarely, and raises
-    LexerUsedUpError at the limit."""
+    cannot be followed. llguidance limits the lexer's work until the allowed tokens are computed again. If `is_costly`,
+    the matcher does this at every token. Otherwise, it does this rarely, and raises LexerUsedUpError at the limit."""
 
     def __init__(self, grammar: Grammar, vocabulary: GrammarVocabulary, *, is_costly: bool = False) -> None:
         self.position = 0  # Number of tokens that were taken.
@@ -223,7 +222,7 @@ class _Triggers:
         self._newest: list[tuple[int, int]] = []  # Tokens of `_tail`, with their lengths in bytes.
 
     def take(self, token: int) -> list[list[int]]:
-        """Takes a token. Returns the tokens of each trigger that this token completes."""
+        """Takes a token. For each trigger that ends in this token, returns the tokens from the trigger's start on."""
         word = self._vocabulary.words[token].removeprefix(b"\xff")
         before = len(self._tail)
         self._tail += word

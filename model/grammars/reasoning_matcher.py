@@ -76,7 +76,7 @@ class ReasoningMatcher:
 
     @property
     def _ruling(self) -> GrammarMatcher | None:
-        """The grammar, or None while reasoning delays the grammar. A grammar that already applies is not delayed."""
+        """The grammar that applies now, or None while reasoning delays it. A grammar that has begun is not delayed."""
         grammar = self._grammar
         if grammar is None or not self._delays or not self._state.is_inside:
             return grammar
@@ -90,7 +90,7 @@ class ReasoningMatcher:
         return None
 
     def _add(self, token: int) -> None:
-        """Takes a token. The grammar gets the token that ends the reasoning too, because it may contain a trigger."""
+        """Takes a token. The grammar also gets the token that ends the reasoning, as this token may have a trigger."""
         is_delayed = self._grammar is not None and self._ruling is None
         self._state.take(token)
         self.position += 1

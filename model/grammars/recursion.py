@@ -54,7 +54,7 @@ class _Condition:
 
 
 class _Conditions:
-    """Finds the parts of a schema that a finite value can match, judged by references only (a least fixed point)."""
+    """Finds the parts of a schema that a finite value can match (a least fixed point). Considers only references."""
 
     def __init__(self, targets: Mapping[str, Any]) -> None:
         self._targets = targets

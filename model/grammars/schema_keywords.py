@@ -1,4 +1,4 @@
-"""Converts keywords for a single value in JSON schemas to one form, for all libraries and drafts."""
+"""Normalizes JSON schema keywords for types, sizes, texts and numbers, which differ between libraries and drafts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds the parts of a JSON schema that may be schemas: values of all keywords, known or unknown, except data."""
+"""Finds the parts of a JSON schema that may be schemas: values of all keywords except those for data (`enum`)."""
 
 from __future__ import annotations
 

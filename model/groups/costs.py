@@ -33,8 +33,8 @@ _SUMS = (
 
 @dataclass(frozen=True, slots=True)
 class GatherCost:
-    """An exchange in which the members of a group send each other the parts of a row that they computed. A row has
-    `lines` times `width` channels, and members divide each width into `units` equal units. Values are sent in the
+    """An exchange in which the members of a group send each other the parts of a row that they computed. A row consists
+    of `lines` parts of `width` channels, and members divide each part into `units` equal units. Values are sent in the
     quantized format `form` if each member has whole blocks of this format, and otherwise as float32. If `to_leader`,
     only the leader receives. If `from_leader`, only the leader sends, and the row is not divided."""
 
@@ -122,7 +122,7 @@ class GroupCosts:
 
     @property
     def kinds(self) -> dict[int, DividedLayer]:
-        """The different layers by `id`, since `of` makes equal layers one object, and hashing a layer is slow."""
+        """The different layers by `id`. Equal layers are one object (see `of`), and hashing a layer would be slow."""
         return {id(layer): layer for layer in self.layers}
 
     def member(self, shares: Sequence[float], member: int) -> ModelCosts:

@@ -1,4 +1,4 @@
-"""Members of a group send rows in the activation format of the products that read them, if all have the same one."""
+"""Finds the quantized format in which members of a group send a row: the format that all readers quantize to."""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
 
 @dataclass(slots=True)
 class _Portion:
-    """Buffers that members divide into the same `units`. If two such sets must be divided alike, they are joined into
-    one. `joined` is then the joined set, which replaces this one."""
+    """A set of buffers that members divide into the same `units`. Two sets that must be divided alike are joined:
+    `joined` is the set that replaces this one."""
 
     units: int = 0
     has_heads: bool = False
@@ -74,8 +74,8 @@ class Gathered:
 @dataclass(frozen=True, slots=True)
 class DividedStep:
     """A step of the undivided program. Members divide the step's result into `units`. If `units` is 0, every member
-    computes the whole result. Before the step, buffers in `gathered` are assembled from all members. Members read only
-    their own columns of the buffers in `cut`, although they have them whole."""
+    computes the whole result. Before the step, buffers in `gathered` are assembled from all members. Members have
+    the whole buffers in `cut`, but read only their own columns."""
 
     step: Step
     units: int

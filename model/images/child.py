@@ -17,7 +17,7 @@ from llamaclust.model.images.tiling import tiling_of
 
 
 def _reply_to(image: bytes, settings: ImageSettings, first: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-    """Returns a reply and the pixels of the tiles. Each tile is [height, width, 3], and tiles follow one another."""
+    """Returns a reply and the pixels of the tiles, one tile [height, width, 3] after the other."""
     try:
         tiling = tiling_of(decode(image, first["max_pixels"]), settings)
         sizes = [tile.size for tile in tiling.tiles]

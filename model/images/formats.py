@@ -1,5 +1,5 @@
-"""Facts that are read from an image's bytes, either before a decoder runs or because Pillow would need more plugins:
-the format, the canvas of a WebP file, and the orientation in a photo's EXIF data."""
+"""Reads facts from an image's bytes: the format and a WebP file's canvas, which are needed before a decoder runs, and
+the orientation in a photo's EXIF data, for which Pillow would need more plugins."""
 
 from __future__ import annotations
 

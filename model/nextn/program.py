@@ -1,4 +1,4 @@
-"""The program of an MTP head (`nextn_predict_layers`), which is a layer of the architecture between projections.
+"""The program of an MTP head (`nextn_predict_layers`): a projection of its inputs, a layer, and the logits' product.
 
 The row of position p reads the normed hidden state of position p and the token at p + 1. Its logits are for the token
 at p + 2. Its keys and values are stored at position p in KV memory of the head's layer."""

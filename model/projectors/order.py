@@ -13,8 +13,8 @@ Int32 = NDArray[np.int32]
 @dataclass(frozen=True, slots=True)
 class PatchOrder:
     """The order of patches in an encoder's input. `patches` [rows] has their numbers, counted line by line in the tile.
-    `windows` [rows, 2] has the rows [start, end) of each row's window. `places` [merged rows] has the index of each
-    merged row, counted line by line. It is None if merged rows are in this order already."""
+    `windows` [rows, 2] has the rows [start, end) of each row's window. `places` [merged rows] has the line-by-line
+    index of each merged row in the tile. None means that merged rows are in line-by-line order."""
 
     patches: Int32
     windows: Int32 | None = None

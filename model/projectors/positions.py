@@ -17,7 +17,7 @@ from llamaclust.model.quant_types import QuantType
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Taps = Sequence[tuple[int, float]]
-"""The lines or columns of the table that a line or column of the result reads, each with its weight."""
+"""The table's lines (or columns) that make one line (or column) of the result, each with its weight."""
 
 _CUBIC = -0.75
 _LINES_AT_ONCE = 64

@@ -40,9 +40,9 @@ _DEEPSTACK_KEY = "n_deepstack_layers"
 
 @dataclass(frozen=True, slots=True)
 class Projector:
-    """An opened projector file. `width` is the number of channels of a row for the text model. Each position has
-    `levels` such rows, one after the other: 1, or more if there are rows for the text model's first layers (DeepStack).
-    `file` has the tensors in the program's shapes, and `plain` has them in the file's shapes."""
+    """An opened projector file. `width` is the number of channels of a row for the text model. A position has `levels`
+    such rows, one after the other. The first is the text model's input. Any others are for its first layers
+    (DeepStack). `file` has the tensors in the program's shapes, and `plain` has them in the file's shapes."""
 
     name: str
     file: ModelFile
@@ -101,8 +101,8 @@ class Projector:
 
     @property
     def max_tile_pixels(self) -> int:
-        """The maximum number of pixels of a tile. Kimi-VL's reference limits pixels before it pads to whole merge
-        groups. Padding adds less than half of the limit, because sides have a maximum of 511 patches."""
+        """The maximum number of pixels of a tile. Kimi-VL's original code limits pixels before it pads to whole merge
+        groups. Sides have at most 511 patches, so padding adds less than half of the limit."""
         most = max(self.images.max_pixels, self.images.image_size**2)
         return most * 3 // 2 if self.family.pads else most
 

@@ -31,7 +31,7 @@ class EncoderInputs:
     merged_rows: int
 
     def in_lines(self, rows: Float32) -> Float32:
-        """Returns a copy of the encoder's result for the text model [merged rows, width], line by line."""
+        """Returns a copy of the encoder's merged rows [merged rows, width], line by line, for the text model."""
         kept = rows[: self.merged_rows]
         if self.order.places is None:
             return kept.copy()

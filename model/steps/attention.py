@@ -11,7 +11,7 @@ from llamaclust.model.steps.options import RopeStyle
 from llamaclust.model.steps.step import Buffer, DivisionRule, StepFacts, StepWeight, Units, optional_weight
 
 SPAN_TOKENS = 512
-"""The number of positions in a span, counted from position 0. Spans are computed whole and merged in order."""
+"""Attention computes whole spans of this many positions, counted from position 0, and merges their results in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +58,10 @@ class Attention(StepFacts):
 
     A row attends to its own position and all earlier positions of its sequence. With a `window`, it attends only to the
     last `window` positions. If `chunked`, it attends only to positions since the last multiple of `window`. If not
-    `causal`, it attends to all of its sequence, which must be in one microbatch, or with a `window` to the positions up
-    to window // 2 before and after its own. If the batch has groups, a row of causal attention attends to the later
-    positions of its group too. If `grouped`, attention is not causal, has no window, and a row attends to exactly its
-    group.
+    `causal`, it attends to its whole sequence, which must be in one microbatch. If not `causal` but with a `window`, it
+    attends to the positions up to window // 2 before and after its own. If the batch has groups, a row of causal
+    attention attends to the later positions of its group too. If `grouped`, attention is not causal, has no window, and
+    a row attends to exactly its group.
 
     If v is None, attention is latent. There is one KV head, whose values are the first channels of its keys, which are
     stored once. out is [rows, heads * value_dim]. There is no window, and there are no slopes. If `shares_kv`, an

@@ -147,9 +147,9 @@ class ExpertChoice(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertShards(StepFacts):
-    """Computes the chosen experts with ids in `shards`, which are consecutive ranges. out = the unweighted results of
-    all `used` chosen experts, best first. Other experts' results come from the end of `given`, or are 0. Before a next
-    stage, out = the `carried` buffers, the choice and the results."""
+    """Computes the chosen experts whose ids are in `shards`, which are consecutive ranges. out = the unweighted results
+    of all `used` chosen experts, best first. Results of experts outside `shards` come from the end of `given`, or are
+    0. If `carried` is set, out = the `carried` buffers, the choice and the results, for the next stage."""
 
     mixture: Moe
     choice: Buffer

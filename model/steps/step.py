@@ -18,8 +18,8 @@ class Buffer:
 
 
 class WeightKind(Enum):
-    """The use of a weight. NUMBERS are vectors that are added to rows or multiply their channels. Rows are multiplied
-    by a MATRIX, by a mixture's ROUTER, or by EXPERTS, which has a matrix for each expert."""
+    """The use of a weight. NUMBERS are vectors that are added to rows or multiply their channels. The other kinds are
+    multiplied with rows: a MATRIX, a mixture's ROUTER, and EXPERTS, which has a matrix for each expert."""
 
     NUMBERS = auto()
     MATRIX = auto()

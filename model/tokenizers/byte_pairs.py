@@ -14,8 +14,8 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary, key, read_flag, read_strings
 
 _HOLDING_CHARACTERS: Final = 2048
-"""The maximum length of a text for `encode` of the `tokenizers` library, which holds the GIL. Longer texts are encoded
-as a batch, which releases the GIL."""
+"""The maximum number of characters for `encode` of the `tokenizers` library, which holds the GIL. Longer texts are
+encoded as a batch, which releases the GIL."""
 
 _NEVER_FROM_TEXT: Final = frozenset({TokenType.CONTROL, TokenType.UNKNOWN, TokenType.UNUSED})
 
@@ -33,7 +33,7 @@ _BYTE_OF: Final = stand_ins()
 _LATIN_1: Final = dict.fromkeys(range(0x80, 0x100), "\uffff") | {
     ord(letter): byte.decode("latin-1") for letter, byte in _BYTE_OF.items()
 }
-"""Maps letters of words to the Latin-1 characters of their bytes, and other letters to U+FFFF, which is no Latin-1."""
+"""Maps letters that stand for bytes to these bytes in Latin-1. Other letters become U+FFFF, so that encoding fails."""
 
 
 class BytePairTokenizer(Tokenizer):
@@ -77,8 +77,8 @@ def splitter(kind: PreTokenizer) -> Any:
 
 
 def merge_model(vocabulary: Vocabulary, merges: list[str], **options: bool) -> models.BPE:
-    """Returns a BPE model of the `tokenizers` library, without control tokens (text must not become one) and without
-    merges of missing words."""
+    """Returns a BPE model of the `tokenizers` library. Omits control tokens, so that text cannot become one, and merges
+    of missing words."""
     types = vocabulary.types
     words = {word: i for i, word in enumerate(vocabulary.words) if types[i] not in _NEVER_FROM_TEXT}
     return models.BPE(vocab=words, merges=_known_pairs(merges, words), **options)

@@ -11,12 +11,12 @@ from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary
 
 _CONTROL = (TokenType.CONTROL, TokenType.UNKNOWN)
 _NOT_SPELLED = frozenset((*_CONTROL, TokenType.USER_DEFINED, TokenType.BYTE))
-"""Types of tokens whose words are not spelled in the vocabulary's alphabet."""
+"""Types of tokens whose words are not in the vocabulary's spelling of text, such as ▁ for a space."""
 
 
 class Tokenizer(ABC):
     """A model's tokenizer. Thread-safe. Ids outside the vocabulary raise RequestError. `longest_word` is in characters.
-    `end_of_generation` has the file's eos, eot and eom tokens, and words that are known to have the same meaning."""
+    `end_of_generation` has the file's eos, eot and eom tokens, and tokens whose words are known to mean the same."""
 
     def __init__(self, vocabulary: Vocabulary, *, add_bos: bool, add_eos: bool, add_space_prefix: bool) -> None:
         self.vocabulary = vocabulary

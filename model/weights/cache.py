@@ -129,7 +129,7 @@ class WeightCache(DiskCache):
 
     @contextmanager
     def making(self, key: str) -> Iterator[None]:
-        """Locks one key. Other processes wait for the lock without a time limit."""
+        """Lets one process at a time make the manifest of `key`. Other processes wait without a time limit."""
         path = self.path / f"{key}{MAKING}"
         with ExitStack() as stack:
             while True:

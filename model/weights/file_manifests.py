@@ -15,7 +15,7 @@ from llamaclust.model.weights.manifest import MANIFEST_VERSION, make_manifest
 _log = logging.getLogger(__name__)
 
 _SETTLED_NS = 100_000_000
-"""Time to wait after a change, so that a later change gets another time. File systems have steps of up to 10 ms."""
+"""Reading waits until a file's change is this old, so that a later change has another time (steps are up to 10 ms)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class FileManifest:
 
 
 class FileManifests:
-    """The manifests that a process knows. Without a cache, each process computes all of them and keeps only digests."""
+    """The manifests of model files. Without a cache, each process computes them itself, and keeps only digests."""
 
     def __init__(self, cache: WeightCache | None = None) -> None:
         self.cache = cache

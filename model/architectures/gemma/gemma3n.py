@@ -181,7 +181,7 @@ class _Layer:
         yield ir.Scale(result, result, 1 / math.sqrt(2))
 
     def _feed_forward(self, result: Buffer) -> Iterator[ir.Step]:
-        """result += norm(down(gelu(gate) * up)), where gate and up read the normed result. `sparsity` zeroes gates."""
+        """result += norm(down(gelu(gate) * up)) of the normed result. With `sparsity`, small gates become 0."""
         normed, width = self._buffer("normed"), self.builder.hyperparameters.feed_forward_lengths[self.layer]
         gate, up, projected = Buffer("gate", width), Buffer("up", width), self._buffer("projected")
         yield self._norm("ffn_norm", result, normed)

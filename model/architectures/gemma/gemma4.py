@@ -118,8 +118,8 @@ class _Layer:
         yield self.builder.product(f"{self._prefix}.ffn_down", gate, projected)
 
     def _mixture(self, hidden: Buffer, projected: Buffer) -> Iterator[ir.Step]:
-        """projected = feed-forward network + experts, each with its own norms. The router reads the hidden state after
-        a norm of its own, whose weight is divided by the square root of the width."""
+        """projected = feed-forward network + experts, each with its own norms. The router's input is the hidden state
+        after another norm, divided by the square root of the width."""
         normed, mixed, routed = map(self._buffer, ("normed", "mixed", "routed"))
         yield from self._feed_forward(hidden, projected)
         yield self._norm("post_ffw_norm_1", projected, projected)

@@ -17,8 +17,8 @@ from llamaclust.model.steps.options import RopeStyle
 @dataclass(frozen=True, slots=True)
 class LatentVariant:
     """Options of latent attention. `latent`, `rotated`, `query` and `value` are widths in channels. A key is a latent
-    vector, followed by a part with RoPE. `query` includes the part with RoPE. `query_rank` is the width of the latent
-    query, or 0. A `table` of None means no RoPE. `temperature` has a `PositionScale` step's factor and length."""
+    vector, then `rotated` channels with RoPE. `query` includes the channels with RoPE. `query_rank` is the width of the
+    latent query, or 0. A `table` of None means no RoPE. `temperature` has a `PositionScale` step's arguments."""
 
     latent: int
     rotated: int

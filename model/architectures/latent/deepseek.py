@@ -18,14 +18,14 @@ _GLM_FLASH_LAYERS, _GLM_FLASH_VOCABULARY = (47, 48), 154880
 
 
 def deepseek2(builder: ProgramBuilder) -> None:
-    """DeepSeek 2. The first layers are dense. The other layers have groups of experts, and shared experts. The
-    magnitude of scaled RoPE depends only on `yarn_log_multiplier`, as in the original code."""
+    """DeepSeek 2. The first layers are dense. The other layers have groups of experts, and shared experts. With the key
+    `yarn_log_multiplier`, YaRN scales attention scores, but not cos and sin, as in the original code."""
     multiplier = _log_multiplier(builder)
     _latent_layers(builder, multiplier, 1.0 if multiplier else 0.0)
 
 
 def mistral4(builder: ProgramBuilder) -> None:
-    """Mistral Small 4. It is DeepSeek 2 with another magnitude of RoPE."""
+    """Mistral Small 4. It is DeepSeek 2, but `yarn_log_multiplier` also affects the scale of cos and sin."""
     multiplier = _log_multiplier(builder)
     _latent_layers(builder, multiplier, multiplier)
 
@@ -85,7 +85,7 @@ def _log_multiplier(builder: ProgramBuilder) -> float:
 
 
 def _gating(builder: ProgramBuilder) -> Gating:
-    """Returns the gating function if the file names none. GLM-4.7-Flash is recognized by its size, as in llama.cpp."""
+    """Returns the default for files without the key. GLM-4.7-Flash is recognized by its size, as in llama.cpp."""
     hp = builder.hyperparameters
     is_glm = hp.block_count in _GLM_FLASH_LAYERS and hp.vocabulary_size == _GLM_FLASH_VOCABULARY
     return Gating.SIGMOID if is_glm else Gating.SOFTMAX

@@ -90,8 +90,8 @@ def unit_lengths(q: Buffer, k: Buffer, heads: int, epsilon: float) -> Iterator[i
 def _products(
     builder: ProgramBuilder, prefix: str, net: DeltaNet, buffers: tuple[Buffer, Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Computes z and a buffer with q, k and v from x. Files from 2025 have one product for all four, grouped by key
-    head."""
+    """Computes z from x, and one buffer with q, k and v. Files from 2025 have one matrix for q, k, v and z, whose rows
+    are grouped by key head."""
     x, mixed, z = buffers
     if not builder.has(f"{prefix}.ssm_in.weight"):
         yield builder.product(f"{prefix}.attn_qkv", x, mixed)

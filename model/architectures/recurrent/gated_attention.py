@@ -14,7 +14,7 @@ from llamaclust.model.steps.options import ActivationFunction, RopeStyle
 def gated_attention(
     builder: ProgramBuilder, layer: int, table: RopeTable, sections: tuple[int, ...] | None = None
 ) -> Iterator[ir.Step]:
-    """hidden += output(attention(rope(norm(q)), rope(norm(k)), v) * sigmoid(gate)). Products read normed inputs."""
+    """hidden += output(attention(rope(norm(q)), rope(norm(k)), v) * sigmoid(gate)). Products read norm(hidden)."""
     hp, prefix, kv_heads = builder.hyperparameters, f"blk.{layer}", builder.kv_heads(layer)
     hidden, normed, projected = (Buffer(name, hp.embedding_length) for name in ("hidden", "normed", "projected"))
     query, gate, out = (Buffer(name, hp.query_width) for name in ("query", "gate of attention", "attended"))

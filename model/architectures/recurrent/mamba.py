@@ -18,7 +18,7 @@ _MAX_HEADS, _MAX_WIDTH, _MAX_STATE_SIZE = 1 << 14, 1 << 20, 1 << 12
 @dataclass(frozen=True, slots=True)
 class MambaShape:
     """The shape of a block. `inner` is the number of channels of all `heads`. Heads are divided into `groups`. The
-    heads of a group share an input matrix and an output matrix, which have `state_size` numbers per row."""
+    heads of a group share the vectors B and C, which have `state_size` numbers for each token."""
 
     taps: int
     inner: int

@@ -1,5 +1,5 @@
-"""Nemotron H and Nemotron 3: nemotron_h, nemotron_h_moe. Each layer is one block: a feed-forward network or experts if
-the layer has a feed-forward width, otherwise attention if the layer has KV heads, and otherwise Mamba 2."""
+"""Nemotron H and Nemotron 3: nemotron_h, nemotron_h_moe. Each layer is one block. Layers with a feed-forward width have
+a feed-forward network or experts. Other layers have attention if they have KV heads, and otherwise Mamba 2."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def nemotron_h(builder: ProgramBuilder) -> None:
 
 
 def _experts(builder: ProgramBuilder, layer: int, variant: ExpertsVariant, latent_width: int) -> Iterator[ir.Step]:
-    """projected = the weighted sum of the chosen experts + the shared expert. Both read the normed hidden state. With a
-    `latent_width`, a product narrows the experts' input and another widens their sum. The router reads all channels."""
+    """projected = the weighted sum of the chosen experts + the shared expert. With a `latent_width`, a product reduces
+    the input of the chosen experts to this width, and another expands their sum. The router reads the whole input."""
     prefix, hp = f"blk.{layer}", builder.hyperparameters
     normed, projected = (Buffer(name, hp.embedding_length) for name in ("normed", "projected"))
     if latent_width:

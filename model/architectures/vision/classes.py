@@ -18,7 +18,7 @@ _LARGE = (3200, 45)
 
 
 def internvl(builder: VisionBuilder) -> Buffer:
-    """InternVL 2.5 to 3.5. They have learned residual factors, groups of patches, and a norm before the projector."""
+    """InternVL 2.5 to 3.5. Blocks have LayerScale. Groups of patches are merged, normed and projected."""
     hp = builder.hyperparameters
     builder.rms = (hp.embedding_length, hp.block_count) == _LARGE
     builder.embed(bias=False)

@@ -13,7 +13,7 @@ from llamaclust.model.steps.options import ActivationFunction
 
 class Positions(Enum):
     """The learned positions that are added to patches. NONE means that there are none. TABLE is a table with a row for
-    each patch of a tile of fixed size. The next three are square tables, interpolated to the tile's size.
+    each patch of a tile of fixed size. Three kinds are square tables that are interpolated to the tile's size:
     BILINEAR_CORNERS keeps the corners in place, ANTIALIASED has wider weights if the tile is smaller than the table,
     and BICUBIC has PyTorch's kernel (a = -0.75). AXES has a table for columns and a table for lines."""
 
@@ -29,9 +29,9 @@ class Positions(Enum):
 class VisionFamily:
     """A family of encoders. `emit` appends the steps to a builder and returns the buffer with the result.
 
-    merge_key, merge: the key for the side of a merge group in patches, and its default. The key is required if None.
+    merge_key, merge: the key for the side of a merge group in patches, and its default (None: the key is required).
     gelu, plain: the activations of files with `use_gelu`, and of files with neither `use_gelu` nor `use_silu`.
-    turns, windows: the program has RoPE by height and width, or attention in windows.
+    turns: the program has RoPE by line and column. windows: the program has attention in windows.
     bidirectional: rows of the same image attend to each other in the text model.
     sections: the text model's RoPE uses the line and column of an image's rows (M-RoPE).
     tokens: minimum and maximum number of rows of an image of free size. If None, all tiles have the file's size.
@@ -42,7 +42,7 @@ class VisionFamily:
     transposed: tensors that files store in another order. True marks a convolution of a merge group, whose shape is
         [out, channels, height, width].
     as_row: vectors that the program reads as matrices of one row.
-    unread: tensors that llama.cpp needs and that the text model has too."""
+    unread: tensors that llama.cpp needs. Programs do not read them, because the text model has them too."""
 
     emit: Callable[[VisionBuilder], Buffer]
     merge_key: str = "vision.projector.scale_factor"

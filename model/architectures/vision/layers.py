@@ -66,7 +66,8 @@ class VisionBuilder(CheckedTensors):
         self._steps += added
 
     def embed(self, *, bias: bool = True, norm: str | None = None) -> None:
-        """hidden = embedded patch + bias, normed if `norm` is given, + added channels. Norm `v.pre_ln` is optional."""
+        """hidden = embedded patch + bias. Then applies `norm` if it is given, adds the added channels, and applies the
+        norm `v.pre_ln` if the file has it."""
         hp, embedded = self.hyperparameters, self.hidden
         if hp.added_width:
             self.append(steps.Slice(self._patches, self._pixels, 0))
@@ -80,7 +81,7 @@ class VisionBuilder(CheckedTensors):
             self.norm("v.pre_ln", self.hidden, self.hidden)
 
     def _embed_pixels(self, embedded: Buffer, has_bias: bool) -> None:
-        """Embeds the pixels. A file for videos has a second weight, for the next frame, which multiplies them too."""
+        """Embeds the pixels. Video models have a second weight, for the next frame. Both weights multiply an image."""
         shape = (embedded.width, self._pixels.width)
         bias = self.vector(PATCH_BIAS, embedded.width) if has_bias else None
         self.append(steps.MatMul(self._pixels, embedded, self.weight(PATCH_WEIGHT, shape), bias))

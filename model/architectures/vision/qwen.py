@@ -31,8 +31,8 @@ def qwen25vl(builder: VisionBuilder) -> Buffer:
 
 
 def qwen3vl(builder: VisionBuilder) -> Buffer:
-    """Qwen 3 VL. Norms subtract the mean, and positions are interpolated. The results of some layers become more rows
-    of the image, which the first layers of the text model add (DeepStack)."""
+    """Qwen 3 VL. Norms subtract the mean, and positions are interpolated. The results of some inner layers are also
+    projected, and the first layers of the text model add them to the hidden state (DeepStack)."""
     layers = builder.hyperparameters.block_count
     kept: list[tuple[int, Buffer]] = []
     rotation = _rotation(builder)

@@ -20,8 +20,8 @@ def halves(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, in
 
 
 def alternating(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, int]) -> Rotation:
-    """Returns a rotation with the sections of `halves`. The pairs of the first half have the frequencies
-    base^(-2 i / head_dim) with even i, and those of the second half with odd i."""
+    """Returns a rotation by the same positions as `halves`. The first half's pairs have the frequencies base^(-2 i /
+    head_dim) with even i, and the second half's pairs have those with odd i."""
     whole = frequencies(head_dim, base)
     half = len(whole) // 2
     return Rotation(style, RopeTable(whole[::2] + whole[1::2]), _sections(half, sections))

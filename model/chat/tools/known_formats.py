@@ -186,4 +186,4 @@ KNOWN_REASONING: Final = (
     ReasoningTags("<thinking>", ("</thinking>",)),
     ReasoningTags("<reasoning>", ("</reasoning>",)),
 )
-"""Reasoning tags that are searched for in the source of templates that do not render reasoning."""
+"""Reasoning tags. If a template does not render reasoning, its source is searched for these tags."""

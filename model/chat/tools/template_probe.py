@@ -13,7 +13,7 @@ from llamaclust.model.chat.tools.tool_format import ReasoningTags
 
 Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message], bool, Mapping[str, Any]], str]
-"""Renders messages. The flag adds a generation prompt, and the mapping has variables. May raise RequestError."""
+"""Renders messages with or without a generation prompt, and with a template's variables. May raise RequestError."""
 
 NAMES: Final = ("zqfirsttool", "zqsecondtool")
 KEYS: Final = ("zqfirstkey", "zqsecondkey")
@@ -54,7 +54,7 @@ class Probe:
             return ""
 
     def call_text(self, *arguments: Mapping[str, Any]) -> str:
-        """Returns the text that calls with these arguments add to a message, without empty reasoning. "" means none."""
+        """Returns the text that these calls add to a message, without empty reasoning tags. "" means no text."""
         text = difference(self.text(call_message(arguments, text_arguments=self.text_arguments)), self.content_text())
         tags = self.reasoning
         if tags is None:

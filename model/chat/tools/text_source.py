@@ -13,7 +13,7 @@ _SPACE: Final = re.compile(r"\s+")
 
 
 class Markers:
-    """Texts to search for. The leftmost match is found, and if several texts match there, the longest."""
+    """Texts to search for. Of several matches, the leftmost is found, and of those at the same place, the longest."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = tuple(sorted({text for text in texts if text}, key=len, reverse=True))
@@ -99,7 +99,7 @@ class TextSource:
             yield
 
     def until(self, markers: Markers, sink: Callable[[str], None]) -> Reading[str]:
-        """Passes text to `sink` up to the next marker. Takes and returns the marker, or "" at the end of the text."""
+        """Passes the text before the next marker to `sink`. Takes and returns the marker, or "" at the end."""
         while True:
             begin, end = markers.find(self._text, self._at)
             cut = len(self._text) if self._is_ended else markers.cut_at(self._text, self._at)

@@ -40,7 +40,7 @@ class Frame:
 
     @property
     def triggers(self) -> tuple[str, ...]:
-        """Texts at which calls may begin: the first of `lines`, and lines like `<call>`, because models skip lines."""
+        """Texts at which calls may begin: the first line, and lines like `<call>`, as models may skip earlier lines."""
         lines = self.lines
         return tuple(line for place, line in enumerate(lines) if place == 0 or line[0] in "<[]")
 
@@ -76,8 +76,8 @@ class NamedCalls:
 @dataclass(frozen=True, slots=True)
 class TaggedCalls:
     """Calls with markers around each key and value of the arguments, such as <parameter=city>Rome</parameter>. If
-    `value_begin` is set, the marker between key and value is `key_end`, an attribute and `value_begin`. The attribute
-    is `string_attribute` for strings and another text for other values."""
+    `value_begin` is set, an attribute stands between `key_end` and `value_begin`. It is `string_attribute` if the value
+    is a string, and another text otherwise."""
 
     frame: Frame
     name_end: str

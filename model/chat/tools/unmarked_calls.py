@@ -28,7 +28,7 @@ class UnmarkedReader:
     """Reads calls. Holds an answer back only as long as the answer may consist of calls."""
 
     def __init__(self, source: TextSource, tools: Tools, calls: Calls | None, dropped: Iterable[str]) -> None:
-        """`calls` may give more keys than `name` and `arguments`. The markers in `dropped` may follow the calls."""
+        """The keys of `calls` are accepted besides `name` and `arguments`. Markers in `dropped` may follow calls."""
         self._source = source
         self._tools = tools
         form = calls if isinstance(calls, ObjectCalls) else None

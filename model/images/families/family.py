@@ -28,7 +28,7 @@ class Cut:
 
     resizes: sizes to which the image is resized, one after the other.
     canvas: the size of a black canvas. The resized image is put into its upper left corner.
-    tile: the side in pixels of the tiles into which the resized image is cut. 0 means that it is the only tile.
+    tile: the side in pixels of the tiles into which the resized image is cut. 0 means that it is not cut.
     overview: the size of one more tile, which shows the whole image. If `of_result`, it is made from the resized image
         instead of the original."""
 
@@ -73,7 +73,7 @@ class Grid:
 
 
 Piece = str | TileRows
-"""Part of an image's prompt: embeddings of a tile, or a text, such as "<image>", whose special tokens are spelled."""
+"""Part of an image's prompt: embeddings of a tile, or a text that may spell special tokens, such as "<image>"."""
 Complete = Callable[[ImageSettings, "ImageNumbers"], ImageSettings]
 CutRule = Callable[[Size, ImageSettings], Cut]
 Layout = Callable[[Grid], Iterator[Piece]]
@@ -83,7 +83,7 @@ Layout = Callable[[Grid], Iterator[Piece]]
 class ImageFamily:
     """The rules of an encoder family.
 
-    complete: adds the numbers that the family needs to settings, from the projector's file or by default.
+    complete: adds the family's numbers to settings. They come from the projector's file, or are defaults.
     cut: returns the tiles of an image of a given size. Raises ImageError if the family does not support its shape.
     layout: yields the text and the rows of an image in a prompt."""
 

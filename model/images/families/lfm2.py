@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _TILES = (2, 10)
 _TILE = 512
 _TOLERANCE = 2.0
-"""An image is cut into tiles only if it has more than this multiple of the pixels that an uncut image may have."""
+"""An image is cut into tiles only if it has more than `max_pixels` times this factor."""
 
 
 def _complete(settings: ImageSettings, numbers: ImageNumbers) -> ImageSettings:

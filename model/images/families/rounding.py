@@ -1,4 +1,4 @@
-"""Rounds image sizes to multiples of the square of pixels that becomes one embedding, with about the same aspect."""
+"""Rounds an image to whole squares of pixels, each of which becomes one embedding. Nearly keeps the aspect."""
 
 from __future__ import annotations
 

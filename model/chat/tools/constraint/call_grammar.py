@@ -50,7 +50,7 @@ class CallGrammar:
 def call_grammar(
     form: ToolFormat, tools: Tools, split: Split, start: CallStart, *, is_parallel: bool
 ) -> CallGrammar | None:
-    """Returns the grammar, or None if it cannot start at `start`. `tools` has schemas from `arguments_schema`."""
+    """Returns the grammar, or None if calls cannot begin at `start`. `tools` has schemas from `arguments_schema`."""
     rules = LarkRules(split)
     calls = form.calls
     if calls is None or not tools:

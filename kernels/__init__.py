@@ -1,4 +1,4 @@
-"""The arithmetic of a program's steps and of quant types. Each backend has its own folder."""
+"""Backends, which compute the steps of programs on CPUs and GPUs. Each backend has its own folder."""
 
 from pathlib import Path
 

@@ -21,7 +21,7 @@ Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
 Progress = Callable[[int], None]
-"""Receives the number of weight bytes that were loaded since the last call. The loading thread calls it."""
+"""A callback that receives the number of weight bytes loaded since its previous call, on a thread of the load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +82,16 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class RankedLogits:
-    """The logits of the last run, which stay on the GPU. A record has the best candidates of one row and sums of
-    weights, which is enough to sample most tokens."""
+    """The logits of the last run, which stay on the GPU. A record has the best candidates of one row and sums of the
+    weights exp(logit - largest logit), which is enough to sample most tokens."""
 
     records: NDArray[np.int64]  # [outputs, words]; cpu/native/sampler/ranked.h has the format.
     rows: Callable[[Sequence[int]], Float32]
     """Copies the logits of these rows to the host as [rows, vocabulary]. The next call overwrites the result."""
     totals: Callable[[Sequence[float]], NDArray[np.int64]]
-    """Sums the sampling weights of each output's logits, in parts of the vocabulary: [outputs, parts]. The argument has
-    a divisor (the temperature) for each output. An output with divisor 0 is skipped. The next call overwrites the
-    result."""
+    """Sums the weights exp((logit - largest logit) / divisor) of each output, in units of 2^-40 and in parts of the
+    vocabulary: [outputs, parts]. The argument has the divisor (the temperature) of each output. An output with divisor
+    0 is skipped. The next call overwrites the result."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -151,8 +151,7 @@ class KvInRam(Protocol):
     windows."""
 
     def kv_layers(self) -> tuple[tuple[NDArray[np.uint8], ...], ...]:
-        """Returns the KV memory and states of each layer as arrays [KV blocks, bytes], which stay valid after
-        `close`."""
+        """Returns each layer's KV memory and states as arrays [KV blocks, bytes], which stay valid after `close`."""
 
 
 @runtime_checkable
@@ -163,14 +162,13 @@ class RunsFrames(Protocol):
 @runtime_checkable
 class GathersRows(Protocol):
     def gather_by(self, gatherer: Gatherer) -> None:
-        """Sets the gatherer, which exchanges rows among the members of a group. If it fails, the run fails."""
+        """Sets the gatherer, which exchanges rows among the members of a group. If an exchange fails, the run fails."""
 
 
 Experts = Callable[[int, Float32], Float32 | None]
-"""Computes the experts for an `Exchange` step of a stage on another device. The first argument is the step's index
-among the `Exchange` steps. The second has the rows of all buffers that the step reads, side by side: [rows, sum of
-widths]. Returns the result [rows, width], or None if it is already in the stage's memory. The next call overwrites
-results."""
+"""Computes the experts of a stage's `Exchange` step. The arguments are the step's index among the `Exchange` steps, and
+the rows of all buffers that the step reads, side by side: [rows, sum of widths]. Returns the result [rows, width], or
+None if the result is already in the stage's memory. The next call overwrites the result."""
 
 
 class ExchangingStage(Stage, Protocol):
@@ -183,8 +181,8 @@ class ExchangingStage(Stage, Protocol):
 
 
 class ExpertsStage(Protocol):
-    """Loaded experts. Each call computes one mixture of experts: `number` is its index among the mixtures, in the order
-    of steps. The next call overwrites results."""
+    """Loaded experts. In each call, `number` is the index of a mixture of experts, in the order of steps. The next call
+    overwrites results."""
 
     weight_bytes: int
     workspace_bytes: int
@@ -214,8 +212,8 @@ class ExpertsCache(Protocol):
     def counts(self) -> CacheCounts: ...
 
     def step(self) -> AbstractContextManager[None]:
-        """Wraps a run of the stage. Experts that the run uses stay in the cache until the run ends. Raises the error
-        that stopped the copying of experts earlier, such as DeviceLostError."""
+        """Wraps a run of the stage. Experts that the run uses stay in the cache until the run ends. If the thread that
+        copies experts has failed, raises its error, such as DeviceLostError."""
 
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32 | None: ...
 
@@ -245,8 +243,8 @@ class SharesKv(Protocol):
     def load_beside(
         self, stage: Stage, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
     ) -> Stage:
-        """Loads the layers of `stage` again with other adapters. `stage` may run meanwhile. The new stage uses the KV
-        memory of `stage`, so the two must not run at the same time."""
+        """Loads the layers of `stage` again with other adapters, while `stage` may run. Both stages then use the KV
+        memory of `stage`, so they must not run at the same time."""
 
 
 @runtime_checkable

@@ -62,6 +62,6 @@ def _form(value: Hashable, tensors: Mapping[str, Tensor]) -> Hashable:
 
 @cache
 def _part_names(kind: type[Any]) -> tuple[str, ...]:
-    """Returns the names of a step's fields, without the layer's number. Other values have no parts."""
+    """Returns the names of a step's or state's fields except the layer's number, and no names for other classes."""
     is_step = issubclass(kind, StepFacts | SequenceState)
     return tuple(field.name for field in fields(kind) if field.name != "layer") if is_step else ()

@@ -117,7 +117,7 @@ def _attend(program: ir.Program, at: int) -> Attend | None:
 
 
 def is_read(program: ir.Program, at: int, name: str) -> bool:
-    """True if a step from index `at`, or the program's result, reads the present content of the buffer."""
+    """True if the buffer's present content is a result of the program or is read by a step at index `at` or later."""
     for step in program.steps[at:]:
         if any(buffer.name == name for buffer in step.reads):
             return True

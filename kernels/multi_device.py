@@ -157,8 +157,8 @@ def layers_of(program: Program, start: int, end: int) -> Program:
 
 @dataclass(frozen=True, slots=True)
 class _Carried:
-    """The row that a device passes to the next device. It has the hidden state, followed by the channels of `further`
-    that later layers read, which begin at channel `start`. For example, Gemma has inputs for each layer there."""
+    """The row that a device passes to the next device: the hidden state, followed by the channels of `further` from
+    channel `start` on, which later layers read. For example, Gemma has inputs for each layer there."""
 
     hidden: Buffer
     further: Buffer

@@ -22,12 +22,12 @@ class Sampler:
     """The sampler of one stage. It runs one call at a time and releases the GIL. Sampling follows llama.cpp's default
     order: logit bias, then repetition, frequency and presence penalties. Suppressed tokens and tokens that a grammar
     forbids become -infinity. At temperature 0, the largest logit wins, or the lowest id on a tie. Otherwise top-k,
-    top-p and min-p follow at temperature 1, then temperature, then a draw. (OpenAI and vLLM apply temperature before
-    top-p.) A sampler chain adds steps or changes their order. Logprobs are the log-softmax of the raw logits."""
+    top-p and min-p are applied at temperature 1, then the temperature, and a token is drawn. (OpenAI and vLLM apply
+    temperature before top-p.) A sampler chain adds or reorders steps. Logprobs are the log-softmax of raw logits."""
 
     def __init__(self, vocabulary_size: int, feature_level: str = "", threads: int = 1) -> None:
-        """`threads` threads share the rows. An empty `feature_level` is the best. Raises ValueError for unknown
-        levels."""
+        """`threads` threads share the rows. An empty `feature_level` selects the best level. Raises ValueError for
+        unknown levels."""
         self._native = _native.Sampler(vocabulary_size, feature_level, threads)
 
     @property

@@ -52,8 +52,8 @@ def mixtures_of(program: Program) -> tuple[Moe, ...]:
 
 def cached_lines(program: Program, limits: StageLimits) -> int:
     """Returns the maximum number of lines in a microbatch that uses the experts cache. A line is a row together with
-    one of its experts. Returns 0 if the kernels cannot compute single experts of the program: those without a gate,
-    those whose weights multiply their inputs, and those of layers with different sizes."""
+    one of its experts. Returns 0 if the kernels cannot compute single experts of the program: if experts have no gate,
+    if routing weights multiply the inputs of experts, or if layers have different sizes."""
     mixtures = mixtures_of(program)
     figures = {(step.used, step.experts, step.x.width, step.out.width) for step in mixtures}
     is_divisible = all((step.gate or step.fused) and not step.options.weighs_inputs for step in mixtures)

@@ -51,7 +51,7 @@ class Emulation:
         self._settings[:] = speed.encode()
 
     def prefix(self, core: int, speed: float = 1.0) -> tuple[str, ...]:
-        """Returns the first words of a command that runs on a core. A `speed` below 1 emulates a slower core."""
+        """Returns the words before a command that must run on `core`. A `speed` below 1 emulates a slower core."""
         words = [f"{name}={value}" for name, value in self.variables(speed).items()]
         return ("taskset", "-c", str(core), "env", *words)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_support/cubins.py FOLDER_OF_NVRTC 90 OUT --keep KEPT
 
-OUT gets all modules, in files that llamaclust finds. KEPT keeps modules for later calls."""
+OUT gets all modules, with the file names of llamaclust's kernel cache. KEPT keeps modules for later calls."""
 
 from __future__ import annotations
 

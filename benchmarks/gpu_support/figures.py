@@ -185,8 +185,9 @@ class Figures:
 
     def _wanted_of_sequences(self, decode_share: float) -> Wanted:
         """Returns the figure for several sequences and its goal. For a dense model, the figure is the speed relative to
-        one sequence. A mixture of experts reads more experts for several sequences, so the figure is the minimum time
-        to read them, as a share of the step's time. The goal is the share of a dense model that just meets its own."""
+        one sequence. More sequences use more experts of a mixture, so a mixture's figure is the minimum time to read a
+        step's bytes, as a share of the step's time. A mixture's goal is the share that a dense model has if it just
+        meets its goals for one and for several sequences."""
         count, is_mixture = self.work.sequences, self.work.is_mixture
         least = decode_share * TIMES_ONE / _TOGETHER if is_mixture else TIMES_ONE
         found = self.many_share if is_mixture else self.times_one

@@ -1,4 +1,4 @@
-"""Checks the folder for the results of a run before anything long begins."""
+"""Checks that a run can use its folder for results, before any long step begins."""
 
 from __future__ import annotations
 

@@ -53,8 +53,8 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The placement of layers, and all memory that they need. The last layers and the head are on the GPU. Earlier
-    layers, and the experts of some layers on the GPU, are in RAM."""
+    """The placement of layers, and the memory that they need. The GPU has the last layers and the head. RAM has the
+    earlier layers, and the experts of some layers that are on the GPU."""
 
     parts: tuple[DeviceLayers, ...]
     vram_bytes: int

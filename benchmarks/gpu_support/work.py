@@ -1,4 +1,4 @@
-"""Computes a model's bytes and products on a GPU, alone or with the CPU, and the minimum time for them."""
+"""Computes the bytes and products of a model on a GPU, alone or with the CPU, and the minimum time that they take."""
 
 from __future__ import annotations
 

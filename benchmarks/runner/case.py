@@ -48,8 +48,7 @@ class Case(ABC):
 
     @abstractmethod
     def groups(self) -> AsyncIterator[Group]:
-        """Yields groups one by one. The runner measures a group before it resumes the generator, which then cleans
-        up."""
+        """Yields groups. The runner measures a group before it resumes the generator, which then cleans up."""
 
 
 def argument(what: str, read: Callable[[str], Any] = Path, *, nargs: str | None = None, default: Any = MISSING) -> Any:

@@ -33,7 +33,7 @@ def chosen_right(count: int, acceptance: float, draw: random.Random) -> list[boo
 
 
 class RecordedDrafters:
-    """Drafts from recorded answers for sequences that begin with a recorded prompt, and from n-grams for others."""
+    """Takes drafts from recorded answers if a sequence begins with a recorded prompt, and otherwise from n-grams."""
 
     def __init__(self) -> None:
         self._drafts: dict[tuple[int, ...], tuple[int, ...]] = {}

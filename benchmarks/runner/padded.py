@@ -1,4 +1,4 @@
-"""Writes a model again in F16, padded with zeros. The result computes the same, but fits types with blocks of 256."""
+"""Writes a model again in F16, padded with zeros. Results stay the same, but types with blocks of 256 fit."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ async def counted_instructions(pid: int) -> AsyncIterator[Instructions]:
 
 
 def _endless(fifo: Path) -> FileIO:
-    """Opens both ends of the fifo, so that no open call waits for `perf` and no read sees the end."""
+    """Opens both ends of the fifo, so that opening does not wait for `perf` and reading never meets an end of file."""
     return FileIO(fifo, "r+")
 
 

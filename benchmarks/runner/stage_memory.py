@@ -1,4 +1,4 @@
-"""A program that loads a stage, uses all of its buffers, and prints its stated and its measured memory."""
+"""A program that loads a stage, uses all of its buffers, and prints the stage's reported and measured memory."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def addresses(hosts: str, port: str) -> dict[str, Any]:
 
 
 def names(flags: dict[str, str]) -> dict[str, Any]:
-    """Returns a single model's keys of the cluster file for names and tags. The first alias becomes its name."""
+    """Returns the cluster file's keys that name and tag a single model. The first alias becomes the model's name."""
     if "models" in served(flags):
         return {}
     aliases = sorted(name for name in flags.get("--alias", "").split(",") if name)

@@ -32,9 +32,9 @@ from llamaclust.model.program import Program
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The rows x [rows, width] that the matrices named in `weights` multiplied in the last run. The next run overwrites
-    x. For matrices of experts or heads, `chosen` [rows, used] has the numbers of each row's experts or heads. If each
-    expert or head has its own input, x is [rows * used, width]."""
+    """Inputs of products in the last run, for importance matrices: the rows x [rows, width], which the matrices named
+    in `weights` multiplied. The next run overwrites x. For matrices of experts or heads, `chosen` [rows, used] has the
+    numbers of each row's experts or heads. If each of them has its own input, x is [rows * used, width]."""
 
     weights: tuple[str, ...]
     x: Float32
@@ -158,7 +158,7 @@ def experts_workspace_bytes(
 
 @contextmanager
 def _explained(program: Program) -> Iterator[None]:
-    """Turns ValueError into ModelFileError. TypeError passes, because it is a bug, such as an old native module."""
+    """Turns ValueError into ModelFileError. TypeError passes, because it means a bug or an outdated native module."""
     try:
         yield
     except ValueError as error:

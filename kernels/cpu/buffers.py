@@ -9,16 +9,16 @@ from llamaclust.model.quant_types import ActivationFormat
 
 @dataclass(slots=True)
 class Buffers:
-    """Numbers the buffers of a plan. Steps that compute row by row write to private buffers, of which each thread may
-    keep a copy. Products and attention write to shared buffers. A program's buffer can therefore become two buffers of
-    the plan, one private and one shared."""
+    """Assigns numbers to the buffers of a plan. Steps that compute row by row write to private buffers, of which each
+    thread may have a copy. Products and attention write to shared buffers. A program's buffer that both kinds of steps
+    write becomes two buffers of the plan, one private and one shared."""
 
     plan: Plan
     rows: int
     ids: dict[tuple[ir.Buffer, bool, int], int] = field(default_factory=dict)
     current: dict[str, tuple[int, bool]] = field(default_factory=dict)
     packed: dict[str, ActivationFormat] = field(default_factory=dict)
-    """The int8 format of a buffer's newest values, by buffer name. The int8 values are in a separate buffer."""
+    """The format of buffers whose newest values are int8, by buffer name. A separate buffer holds the int8 values."""
 
     def read(self, buffer: ir.Buffer) -> int:
         return self.current[buffer.name][0]

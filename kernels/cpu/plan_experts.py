@@ -18,8 +18,8 @@ GATINGS = tuple(Gating)
 
 @dataclass(frozen=True, slots=True)
 class PlanExperts:
-    """Emits the steps of mixtures of experts into a plan. `quantize` quantizes a buffer for products with weights of
-    some types, and returns the number of the quantized input for each. `observe` copies the inputs of weights for
+    """Emits the steps of mixtures of experts into a plan. `quantize` quantizes a buffer for weights of the given types,
+    and returns the slot of the quantized values for each type. `observe` copies the inputs of weights for
     `CpuStage.inputs`. `copy` copies a buffer, or is None if the stage keeps no inputs."""
 
     plan: Plan

@@ -170,8 +170,7 @@ def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: Sta
 
 
 def most_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-    """Returns an upper bound of `workspace_bytes` for any number of KV blocks. The rounding of weights is not
-    included."""
+    """Returns an upper bound of `workspace_bytes` for any number of KV blocks, without `rounded_weight_bytes`."""
     if program.window is not None:
         # With window blocks, layers with windows have their own block table, which takes memory.
         limits = replace(limits, window_blocks=1)

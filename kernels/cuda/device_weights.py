@@ -51,7 +51,7 @@ class LayerTensors:
 
     @property
     def offsets(self) -> Iterator[tuple[Tensor, int]]:
-        """Yields each tensor and its offset, a multiple of 16 bytes. Matrices lie as in the packed layer."""
+        """Yields each tensor and its offset, a multiple of 16 bytes. Matrices have the offsets of `PackedLayer`."""
         at = 0
         for tensor in self.tensors:
             yield tensor, at

@@ -1,5 +1,5 @@
-"""Measures a GPU's rates: weight bytes with one row, multiply-accumulates with many rows, and the peaks of both. Also
-flushes the GPU's cache for other measurements."""
+"""Measures the speed of products on a GPU (weight bytes per second with one row, multiply-accumulates per second with
+many rows) and the peaks of both rates. Also flushes the GPU's cache for other measurements."""
 
 from __future__ import annotations
 

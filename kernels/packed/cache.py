@@ -33,7 +33,7 @@ _Result = TypeVar("_Result")
 
 _READ_BYTES = 1 << 21
 _SETTLED_NS = 100_000_000
-"""Nanoseconds after which a file's times are trusted. Some file systems count hundredths of a second."""
+"""The minimum age in ns at which a file's times are trusted. Some file systems count hundredths of a second."""
 
 
 @dataclass(frozen=True, slots=True)

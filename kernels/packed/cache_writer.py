@@ -1,4 +1,4 @@
-"""Writes packed layers in the background at the lowest priority. Process exit waits only a limited time for it."""
+"""Writes packed layers in the background at the lowest priority. At exit, the process waits only a limited time."""
 
 from __future__ import annotations
 

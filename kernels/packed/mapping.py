@@ -1,4 +1,4 @@
-"""Tells which maps of cache files are in huge pages, and moves this process's other memory to huge pages."""
+"""Tells which memory maps of cache files are in huge pages, and moves other memory of this process to huge pages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def in_huge_pages(memories: Sequence[Memory]) -> list[bool]:
 
 
 def move_to_huge_pages(memories: Sequence[Memory], pool: Executor) -> None:
-    """Moves memory that has been filled to huge pages, as far as these are free. Logs what to do if too few are."""
+    """Moves filled memory to free huge pages. Logs what to do if too few huge pages are free."""
     memories = [memory for memory in memories if memory.bytes >= _HUGE_PAGE_BYTES]
     if not memories:
         return
@@ -51,7 +51,7 @@ def move_to_huge_pages(memories: Sequence[Memory], pool: Executor) -> None:
 
 
 def own_huge_bytes(memories: Sequence[Memory]) -> int:
-    """Returns how many bytes of `memories` are in huge pages. The kernel may list adjacent memories as one."""
+    """Returns how many bytes of `memories` are in huge pages. Linux may list adjacent memories as one mapping."""
     return sum(
         n_bytes
         for addresses, n_bytes in _huge_bytes("AnonHugePages")
@@ -73,7 +73,7 @@ def _disabled() -> str:
 
 
 def _huge_bytes(fields: str) -> Iterator[tuple[range, int]]:
-    """Yields addresses and bytes in huge pages of this process's mappings that have any."""
+    """Yields the addresses of each mapping of this process that has huge pages, and the bytes in these pages."""
     try:
         smaps = Path("/proc/self/smaps").read_text()
     except OSError:

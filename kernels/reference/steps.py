@@ -281,8 +281,8 @@ def expert_choice(step: ir.Moe, state: State) -> Float32:
 def expert_results(
     step: ir.Moe, state: State, choice: Float32, experts: range, given: Float32 | None = None
 ) -> Float32:
-    """Returns the results of chosen experts [rows, used * width]. Experts outside `experts` get values of `given`, or
-    0."""
+    """Returns the results of chosen experts [rows, used * width]. Results of experts outside `experts` are copied from
+    `given`, or are 0."""
     x, width = state[step.x], step.out.width
     out = np.zeros((len(x), step.used * width), np.float32) if given is None else given.copy()
     for row, (ids, shares) in enumerate(zip(choice[:, : step.used].astype(int), choice[:, step.used :], strict=True)):

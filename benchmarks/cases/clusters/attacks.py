@@ -125,8 +125,8 @@ FLOODS: Final[Mapping[str, tuple[str, Callable[[], bytes], int]]] = {
     "headers": ("", lambda: b"GET /live " + _HEAD + 10_000 * b"a: b\r\n" + b"\r\n", 900),
     "chunks": ("", lambda: _BEGUN + 100_000 * b"1\r\na\r\n" + b"0\r\n\r\n", 40),
 }
-"""Path, function that makes the body, and number of simultaneous requests. If the path is empty, the function makes a
-whole HTTP request."""
+"""More attacks by name: path, function that makes the body, and number of simultaneous requests. If the path is empty,
+the function makes a whole HTTP request."""
 _KNOWN = (*BODIES, *FLOODS)
 
 

@@ -32,8 +32,7 @@ class Memory(Case):
     """Compares the memory that `plan`, `model info` and `status` report with the resident memory of stages.
     The stages of one worker and of two workers are loaded, each in its own process without the packed-weight cache.
     They run the largest microbatches until all KV blocks are in use. `resident` is the growth of a process's RssAnon
-    (/proc/self/status) since before the load. The case fails if a reported size differs from `resident` by more than 5
-    %."""
+    (/proc/self/status) since before the load. The case fails if a reported size is more than 5 % off."""
 
     rounds = 1
     models: list[Path] = argument("paths of .gguf files", existing, nargs="+")

@@ -88,9 +88,9 @@ class Side:
 
 @dataclass(frozen=True)
 class LinkCase(Case):
-    """Compares an exchange of rows between two members of a group (a gather) with a loop that exchanges as many bytes.
-    The members are two processes on two cores. They exchange --kib over loopback, in turns: with a loop that only sends
-    and receives, over plain links, and over links with TLS. All turns are repeated with one member late."""
+    """Compares a gather (an exchange of rows between two members of a group) with a loop that exchanges as many bytes.
+    The members are two processes on two cores. In turns, they exchange --kib over loopback in a loop that only sends
+    and receives, over plain links, and over links with TLS. All turns are repeated with one member that is late."""
 
     rounds = 9
     kib: float = option(16.0, "number of KiB that each member sends, up to 1024", zero_or_more)

@@ -44,7 +44,7 @@ _NAMES = ("first", "second")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Settings of a process. Without `end`, the process computes alone; with `end`, it is a member of a group."""
+    """Settings of a process. `end` is the socket to the other member of the group, or None without a group."""
 
     model: Path
     layers: int

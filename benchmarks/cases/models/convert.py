@@ -88,7 +88,7 @@ def vocabulary() -> dict[str, object]:
 
 
 def converted(folder: Path, out: Path, kind: str) -> tuple[float, float]:
-    """Runs the command. Returns its time in seconds and its peak resident memory in MiB."""
+    """Runs `model convert`. Returns the command's time in seconds and its peak resident memory in MiB."""
     began = time.monotonic()
     command = [sys.executable, "-c", CODE, "model", "convert", str(folder), "-o", str(out), "--type", kind]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

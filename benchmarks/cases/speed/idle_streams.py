@@ -17,7 +17,7 @@ from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.core.errors import LlamaclustError
 
 _FIRST, _LAST = 2000, 2400
-"""The measurement begins and ends at the answer's tokens with these numbers, while all other streams are open."""
+"""The measurement begins and ends at these tokens of the answer. Meanwhile, all other streams are open."""
 _AT_ONCE = 250
 _DEADLINE_S = 120.0
 _BODY = {"prompt": "Once upon a time", "temperature": 0, "speculative": False, "ignore_eos": True}
@@ -26,8 +26,8 @@ _BODY = {"prompt": "Once upon a time", "temperature": 0, "speculative": False, "
 @dataclass(frozen=True)
 class IdleStreams(Case):
     """Measures the cost of waiting streams: one answer alone, and one while a thousand other streams are open.
-    The cluster computes one request at a time, and waiting streams get keepalives. Figures are tokens per second, and
-    the coordinator's processor time per token and memory per open stream. Tokens 2,000 to 2,400 are measured."""
+    The cluster computes one request at a time, and waiting streams get keepalives. Figures are tokens per second, the
+    coordinator's processor time per token, and its memory per open stream. Tokens 2,000 to 2,400 are measured."""
 
     rounds = 3
     warm = 1

@@ -23,8 +23,8 @@ _RUN_S, _PEAK_S = 0.02, 0.02
 @dataclass(frozen=True)
 class ProductRates(Case):
     """Measures rates of products by weight type, relative to the 8-bit peak, for cluster/planner/product_times.py.
-    Weights are in the core's cache, and one thread computes. `peak_share` is the share of the peak with many rows. A
-    weight takes longer with one row. `decode_macs` is that additional time, in multiply-accumulates at the peak."""
+    Weights are in the core's cache, and one thread computes. `peak_share` is the share of the peak with many rows.
+    `decode_macs` is the additional time per weight with one row, in multiply-accumulates at the peak."""
 
     rounds = 7
     types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "types of weights, or all", types_of)

@@ -68,7 +68,7 @@ class Structured(Case):
     async def _answers(
         self, service: TextService, streams: int, tokens: int, grammar: Grammar | None, *, may_end: bool
     ) -> Measures:
-        """Measures time from when all answers have a token, but processor time with the prompts."""
+        """Measures time after the first token of every answer, but processor time from the start, with the prompts."""
         request = CompletionRequest("A person, described in JSON:\n", tokens, grammar=grammar, ignore_eos=not may_end)
         started, began_s = list[float](), process_time()
         requests = (replace(request, seed=number) for number in range(streams))

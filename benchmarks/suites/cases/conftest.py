@@ -18,5 +18,5 @@ def model() -> str:
 
 @pytest.fixture(scope="session")
 def checkout() -> Path:
-    """The checkout of a repository whose tests the suite runs, for suites whose tests no package contains."""
+    """The checkout of a repository that has a suite's tests, for suites whose tests are in no package."""
     return Path(os.environ["SUITE_CHECKOUT"])

@@ -1,4 +1,4 @@
-"""guidellm, which sends vLLM's fields: a minute of 16 and of 64 concurrent streams."""
+"""The load generator guidellm, which sends vLLM's request fields: 16 and 64 concurrent streams for a minute each."""
 
 from __future__ import annotations
 

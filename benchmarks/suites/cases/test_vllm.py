@@ -1,4 +1,4 @@
-"""The client of `vllm bench serve`, from vLLM's source package: a minute of 16 and of 64 concurrent streams."""
+"""The client of `vllm bench serve`, from vLLM's source package: 16 and 64 concurrent streams for a minute each."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
-    """Raises ValueError if the batch exceeds `limits`. `window` is the largest window for which layers release
-    blocks."""
+    """Raises ValueError if the batch exceeds `limits`. `window` is the largest attention window, or None if no layer
+    frees KV blocks outside its window."""
     starts, table_starts = batch.sequence_starts.tolist(), batch.table_starts.tolist()
     outputs, rows, blocks = batch.output_rows.tolist(), batch.rows, len(batch.block_tables)
     check_range("number of rows", rows, 1, limits.max_batch_tokens + 1)

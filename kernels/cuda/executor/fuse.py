@@ -41,7 +41,7 @@ class Gated:
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """Attention after the norms of heads. `format` is set if all readers of the result want the same int8 format."""
+    """Attention and the norms of its heads. `format` is set if all readers of the result want the same int8 format."""
 
     attend: Attend
     norms: tuple[ir.RmsNorm, ...] = ()
@@ -61,8 +61,8 @@ GpuStep = FusedStep | Norm | Gated | Attended
 
 
 def fuse_for_gpu(program: ir.Program, type_of: TypeOf) -> Iterator[GpuStep]:
-    """Groups a program's steps into launches. A buffer is written in full if later steps read it. All products of a
-    `Products` have the same quant type."""
+    """Groups a program's steps into launches. Values that later steps read are written as float32, not only quantized.
+    All products of a `Products` have the same quant type."""
     steps = tuple(fuse(program))
     at = done = 0  # Indices into `steps` and into the program's own steps.
     while at < len(steps):
@@ -85,8 +85,8 @@ class _Reader:
         return is_read(self.program, self.done + makers, out.name)
 
     def formats(self, out: ir.Buffer, makers: int, reader: FusedStep) -> frozenset[ActivationFormat]:
-        """Returns the formats in which `out`, the result of the `makers` steps before `reader`, must be written. The
-        set is empty if `reader` neither multiplies nor exchanges `out`."""
+        """Returns the formats in which `reader` and later steps need `out`, which the `makers` steps before `reader`
+        compute. The set is empty if `reader` neither multiplies nor exchanges `out`."""
         if isinstance(reader, ir.Exchange) and out in reader.reads:
             return frozenset({ActivationFormat.F32})
         weights = _weights_of(reader, out)

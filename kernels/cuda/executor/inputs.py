@@ -1,4 +1,4 @@
-"""The integers of a microbatch in GPU memory. They are in one buffer, so that one copy fills it."""
+"""The integers of a microbatch, all in one GPU buffer. Without images, one copy to the GPU is enough."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _SEEN = 4
 
 
 class InputBuffer:
-    """The layout of the input buffer. For microbatches without images, the copy to the GPU ends after the block tables.
-    Rope positions and row groups follow the tables, and are copied only for microbatches with images."""
+    """The layout of the input buffer. Rope positions and row groups are at the end of the buffer. They are copied only
+    for microbatches with images."""
 
     def __init__(self, program: Program, limits: StageLimits) -> None:
         self._limits, self._has_states = limits, program.has_states

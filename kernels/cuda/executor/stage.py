@@ -290,7 +290,7 @@ def _exchanged(host: HostStep, read: Sequence[Float32], out: Float32, experts: E
 
 
 def _runs(rows: Int32) -> Iterator[tuple[int, range]]:
-    """Yields each run of consecutive numbers in the ascending `rows`, after the index in `rows` at which it begins."""
+    """Splits the ascending `rows` into runs of consecutive numbers. Yields each run's index in `rows`, and the run."""
     starts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
     for start, end in pairwise(starts):
         if start < end:

@@ -1,6 +1,6 @@
-"""Launches for an experts cache. First come the products of lines whose experts are cached, then the weighted sums of
-all lines. A line is a row together with one of its experts. The host says which lines are cached, and uploads the
-results of the others."""
+"""Launches for an experts cache: first the products of lines whose experts are cached, then the weighted sums of all
+lines. A line is a row together with one of its experts. The host says which lines are cached, and uploads the results
+of all other lines."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class LineInputs:
         return first, first + each, first + 2 * each, first + 2 * each + items, first + 3 * each + items
 
     def fill(self, pinned: NDArray[np.uint8], weights: Float32, slots: Int32, piece: int) -> None:
-        """Writes the arrays to `pinned`. `slots` [rows, used] is -1 for lines that the host computes, whose results are
-        stored after the results of all cached lines. An item has up to `piece` lines of one expert."""
+        """Writes the arrays to `pinned`. `slots` [rows, used] is -1 for lines that the host computes. The host's
+        results are stored after the GPU's results. An item has up to `piece` lines of one expert."""
         numbers, floats = pinned.view(np.int32), pinned.view(np.float32)
         at_weights, at_lines, at_items, at_sources, _ = (offset // _INT for offset in self.offsets)
         flat = slots.reshape(-1)

@@ -1,6 +1,6 @@
-"""Attention on a GPU as launches. A first kernel divides the rows into tiles, and the positions that a tile sees into
-spans. Layers of equal shape share this plan. Each layer then stores its keys and values, computes tiles with few
-queries (decode) and with many (prefill), and merges the partial results of spans."""
+"""Launches of attention. A first kernel divides rows into tiles, and the positions that a tile sees into spans. Layers
+of equal shape share this plan. Each layer then stores its keys and values, computes tiles with few queries (decode) and
+with many (prefill), and merges the partial results of spans."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS, SPAN_TOKENS, Attention, Pr
 from llamaclust.model.steps.options import RopeStyle
 
 MAX_PARTIAL_BYTES = 64 << 20
-"""The memory limit for partial results of spans. If they do not all fit, one thread block computes each tile whole."""
+"""The memory limit for partial results of spans. Tiles are divided into spans only if all partial results fit."""
 
 _MAX_HEAD_DIM, _MAX_LATENT_DIM = 512, 576
 _FEW_QUERIES, _PART_QUERIES, _FEW_LATENT_QUERIES = (1, 2, 4, 8, 16), (4, 8, 16), (4, 8)
@@ -141,8 +141,8 @@ def _many_queries(step: Attention, gpu: LaunchLimits) -> int:
 
 
 def _few_queries(step: Attention) -> int:
-    """Returns the size of a thread block for one row. The size is a number of query heads that has room for all heads
-    of one KV head. Returns 0 for latent attention, or if too many query heads share a KV head."""
+    """Returns the number of queries in a thread block of the kernel for few queries: enough for all query heads of one
+    KV head. Returns 0 for latent attention, or if too many query heads share a KV head."""
     return 0 if step.v is None else next((queries for queries in _FEW_QUERIES if queries >= _group(step)), 0)
 
 
@@ -184,9 +184,9 @@ def _stage_channels(step: Attention) -> int:
 
 
 def _stage_floats(step: Attention, blocks: int, queries: int, channels: int) -> int:
-    """Returns the size in floats of the shared memory for values. It holds `channels` channels of `blocks` KV blocks,
-    with their scales. For KV type INT8, it holds 64 positions instead of whole blocks, and attention weights. Latent
-    attention needs none."""
+    """Returns the number of floats that values take in shared memory: `channels` channels of `blocks` KV blocks, with
+    their scales. For KV type INT8, the memory holds 64 positions instead of whole blocks, and attention weights. Latent
+    attention needs no such memory."""
     if step.v is None:
         return 0
     if step.kv_type is KvType.INT8:
@@ -201,8 +201,8 @@ def value_slices(step: Attention) -> int:
 
 
 def few_shared_bytes(step: Attention, queries: int) -> int:
-    """Returns the bytes of shared memory for the kernel for few queries. One part holds queries first and scores later.
-    The other part holds queries and a key first, and values later."""
+    """Returns the bytes of shared memory of the kernel for few queries. One part holds queries, and later scores. The
+    other part holds queries and a key, and later values."""
     scores = max(queries * max(_SCORE_STRIDE, 8 * -(-step.head_dim // 8)), _MERGER_FLOATS)
     channels = _stage_channels(step) if step.kv_type is KvType.INT8 else 128
     staged = _stage_floats(step, 2 if queries < 16 else 1, queries, channels)
@@ -226,8 +226,8 @@ def brings_own(step: Attention) -> bool:
 
 
 def many_shared_bytes(step: Attention, queries: int) -> int:
-    """Returns the bytes of shared memory for the kernel for many queries. One part holds queries first (for float16,
-    also a chunk of keys) and scores later. The other part holds values."""
+    """Returns the bytes of shared memory of the kernel for many queries. One part holds queries (for float16, also a
+    chunk of keys), and later scores. The other part holds values."""
     if step.kv_type is KvType.F16:
         staged = 8 * (-(-step.head_dim // 8) * queries + SPAN_TOKENS)
     else:
@@ -284,8 +284,8 @@ class AttentionLaunches:
         return (self.inputs.seen, np.int32(sees)) if self.grouped else ()
 
     def _few(self, step: Attention) -> int:
-        """Returns the number of queries in a thread block for few queries, or 0 if tiles with many queries are used. In
-        decode, several blocks divide a row's heads if one block cannot have all of them and the GPU would be idle."""
+        """Returns the number of queries in a thread block of the kernel for few queries, or 0 if that kernel does not
+        run. In decode, several blocks divide a row's heads if one block is too small and the GPU would be idle."""
         if self.grouped:
             return 0
         if queries := _few_queries(step):

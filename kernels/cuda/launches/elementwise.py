@@ -25,7 +25,7 @@ _GATED = {GatedActivation.GELU_MUL: f"{ActivationFunction.GELU_TANH}_mul"}
 
 @dataclass(frozen=True, slots=True)
 class GatedInputs:
-    """Addresses of float32 gate and up. `stride` is the distance of rows in elements. `kernel` joins gate and up."""
+    """The float32 inputs of a gated activation, which `kernel` names. `stride` is the distance of rows in elements."""
 
     kernel: str
     gate: np.uint64
@@ -136,7 +136,7 @@ def rotation_in_sections(
     out: np.uint64,
     rows: RowCount,
 ) -> Launch:
-    """Computes the angles of channel pairs. A pair has the positions of its section. `positions` is [sections,
+    """Computes the RoPE angles of channel pairs. Each pair uses the positions of its section. `positions` is [sections,
     max_rows]."""
     pairs = len(table.frequencies)
     figures = np.float64(table.scale), np.int32(pairs)

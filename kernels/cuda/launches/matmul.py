@@ -1,4 +1,4 @@
-"""Matrix products as launches. Activations are quantized once for all products that read them. Results have the same
+"""Launches of matrix products. Activations are quantized once for all products that read them. Results have the same
 bits as on the CPU (docs/internals/numerics.md)."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _WIDE_WARPS, _ENOUGH = 8, 0.9
 """The number of warps in a wide block, which has `_WIDE_ROWS` rows, and the minimum number of wide blocks per
 multiprocessor."""
 LEAST_PIECE = _GROUP_ROWS
-"""The minimum number of rows that are multiplied together with an expert's matrix, unless the expert has fewer rows."""
+"""The smallest value of `Experts.piece`, which decides how many items the buffers must hold."""
 _GROUP_BYTES = {ActivationFormat.Q8_32: 320, ActivationFormat.Q8_256: 2336}
 """Bytes of one segment of eight quantized rows (src/matmul/activations.cuh)."""
 
@@ -48,7 +48,7 @@ _MATRIX_UNITS, _ASYNCHRONOUS, _BULK, _HOPPER = (7, 5), (8, 0), (9, 0), (9, 0)
 """The oldest compute capabilities with 8-bit matrix instructions, with asynchronous copies, and with bulk copies. Only
 `_HOPPER` has matrix instructions for four warps (src/matmul/wgmma.cuh)."""
 _ARRIVAL_BYTES, _OTHERS_PART = 8, 7
-"""Bytes of a bulk copy's barrier, and the divisor of the shared memory that stays free for concurrent kernels."""
+"""Bytes of a bulk copy's barrier. 1 / `_OTHERS_PART` of the shared memory stays free for concurrent kernels."""
 _GEMM_STAGES = 3
 _KEPT_BYTES, _TERM_BYTES, _TURN_PIECE_BYTES = 2560, 16, 3072
 """A warp multiplies several pieces (a turn), keeps the products as terms, and then adds all terms at once. The numbers
@@ -114,9 +114,10 @@ MOST_PRODUCTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Lines grouped by expert. A line is a row together with one of its experts. `items` [max_items][3] has *item_count
-    items: {expert, index of its first line in `lines`, number of lines, at most `piece`}. Line l reads row l // divisor
-    of the activations and writes row l of the result. Biases are in tiles of `bias_rows` rows, column by column."""
+    """Lines grouped by expert. A line is a row together with one of its experts. Each of `items` [max_items, 3] is an
+    expert, the index of its first line in `lines`, and a number of lines, at most `piece`. `item_count` is the address
+    of the number of items. Line l reads row l // divisor of the activations and writes row l of the result. Biases are
+    in tiles of `bias_rows` rows, column by column."""
 
     items: np.uint64
     item_count: np.uint64
@@ -193,8 +194,8 @@ def _takes_gemm(products: Sequence[Product], rows: int, sms: int) -> bool:
 
 
 def _gemm_rows(products: Sequence[Product], rows: int, gpu: LaunchLimits) -> int:
-    """Returns the number of rows of a block. Wide blocks decode weights half as often. They are used if there are
-    enough of them for all multiprocessors."""
+    """Returns the number of rows of a thread block. Wide blocks decode weights half as often, but are used only if
+    there are enough wide blocks for all multiprocessors."""
     if gpu.compute_capability != _HOPPER or products[0].weights.activation is ActivationFormat.F32:
         return _GEMM_ROWS
     wide_blocks = _blocks(products, _WIDE_WARPS) * -(-rows // _WIDE_ROWS)

@@ -42,7 +42,7 @@ TOTALS = "sampling.totals"
 def sum_weights(
     logits: np.uint64, vocabulary: int, records: np.uint64, divisors: np.uint64, totals: np.uint64, rows: RowCount
 ) -> Launch:
-    """Sums sampling weights into `totals`, int64 [rows, parts]. `divisors` [rows] are temperatures. Must run after
-    `rank_logits`."""
+    """Writes the sums of `RankedLogits.totals` to `totals`, int64 [rows, parts]. `divisors` [rows] are temperatures.
+    Must run after `rank_logits`."""
     args = (logits, np.int32(vocabulary), rows.address, divisors, records, totals)
     return Launch(TOTALS, (sums_of_row(vocabulary), rows.bucket, 1), (_THREADS, 1, 1), args)

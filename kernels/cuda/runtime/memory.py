@@ -1,4 +1,4 @@
-"""Sizes of GPU memory, rounded up as the driver rounds them. Their sums are exact to the byte."""
+"""Rounds sizes of GPU memory up as the driver does, so that sums of sizes are exact to the byte."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Launches that begin while the previous kernel runs. CUDA calls this programmatic dependent launch, and CuPy lacks
-it."""
+"""Launches that begin while the previous kernel runs (CUDA's programmatic dependent launch, which CuPy lacks)."""
 
 from __future__ import annotations
 

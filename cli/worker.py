@@ -48,7 +48,7 @@ def worker(
         str,
         Option(
             metavar="HOST:PORT",
-            help="Address where other members connect. Default: a free port at the local address that reaches --join.",
+            help="Address where other members connect. Default: a free port of the address that connects to --join.",
         ),
     ] = "",
     advertise: Annotated[

@@ -172,7 +172,8 @@ class Program:
 
     @property
     def kv_memory(self) -> tuple[KvLayer, ...]:
-        """All states, and for each layer its first attention step that stores keys and values."""
+        """All steps that keep memory for a sequence: those with a recurrent state and, for each layer, the first
+        attention step that stores keys and values."""
         kept: list[KvLayer] = []
         layers: set[int] = set()
         for step in self.steps:

@@ -75,7 +75,11 @@ def merge_lora(
     kind: TypeOption = "f16",
     tokenizer: Annotated[
         Path | None,
-        Option("--tokenizer", metavar="PATH", help="Tokenizer file or its folder, if BASE and ADAPTER have none."),
+        Option(
+            "--tokenizer",
+            metavar="PATH",
+            help="File or folder of the tokenizer. Needed if BASE and ADAPTER contain no tokenizer.",
+        ),
     ] = None,
 ) -> None:
     """Merge a LoRA adapter of PEFT into its model. Sums are computed in float32."""

@@ -57,7 +57,7 @@ def quantize(
         Option("--allow-requantize", help="Accept weights that are already quantized; quality is lost a second time."),
     ] = False,
     keep_split: Annotated[
-        bool, Option("--keep-split", help="Write as many files as MODEL has. Default: one file.")
+        bool, Option("--keep-split", help="Divide the output into as many files as MODEL. Default: one file.")
     ] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Only print types and sizes.")] = False,
     threads: Threads = None,

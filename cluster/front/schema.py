@@ -70,7 +70,7 @@ class BodyContext:
 
 
 class Leniency(BodyContext):
-    """Validation context that accepts fields without effect and collects their names in `ignored`."""
+    """Validation context that accepts fields that have no effect here, and collects their names in `ignored`."""
 
     def __init__(self, images: ImageRules | None = None) -> None:
         super().__init__(images)

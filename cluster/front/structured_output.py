@@ -129,7 +129,7 @@ def _texts(value: Any, origin: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise ParameterError(origin, "must be a list of texts")
     if (characters := sum(map(len, value))) > MAX_GRAMMAR_BYTES:
-        raise ParameterError(origin, f"the texts have {characters} characters; the limit is {MAX_GRAMMAR_BYTES}")
+        raise ParameterError(origin, f"has texts of {characters} characters in total; the limit is {MAX_GRAMMAR_BYTES}")
     return value
 
 

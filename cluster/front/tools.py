@@ -27,7 +27,8 @@ def is_media(kind: str) -> bool:
 
 
 def media_text(kind: str, context: object) -> str:
-    """Returns a text for a media part, and reports the part. Raises ValueError unless `context` is a `Leniency`."""
+    """Returns the text that replaces an image, audio or video part, and adds the part to the reply's ignored fields.
+    Raises ValueError unless `context` is a `Leniency`."""
     word = next(word for word in _MEDIA if word in kind)
     if not isinstance(context, Leniency):
         raise ValueError(f"{word} input is not supported by this server; remove it")

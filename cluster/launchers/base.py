@@ -19,7 +19,7 @@ GaveUp = Callable[[str, str], None]
 
 
 class Launcher(ABC):
-    """Launches the workers of a cluster. The defaults of attributes and methods suit workers on other machines."""
+    """Launches the workers of a cluster. Defaults are those for workers on other machines."""
 
     listen: str
     credentials: Credentials

@@ -90,8 +90,8 @@ class Division:
         yield from zip(self.devices, self.bounds, self.bounds[1:], self.moe_ends, strict=False)
 
     def moved_ranges(self) -> Iterator[tuple[WorkerFacts, Flags, Counts, Counts]]:
-        """Yields (GPU, layers, start, end), where `start` and `end` are tables by stage. The layers in [start, end)
-        that are flagged in `layers` have their experts in RAM."""
+        """Yields (gpu, layers, start, end). `start` and `end` are tables by stage, `layers` has a flag for each layer.
+        The experts of flagged layers in [start, end) are in RAM."""
         for device, begin, until, moe_end in islice(self.parts(), 1, None):
             for layers, end in ((self.moe.fixed, until), (self.moe.open, moe_end)):
                 if layers.any():

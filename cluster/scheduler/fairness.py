@@ -65,8 +65,8 @@ def first_in_turn(waiting: Iterable[Sequence], running: Running) -> Sequence:
 
 
 def gives_way(running: Reversible[Sequence], counts: Running) -> Sequence:
-    """Returns the sequence to preempt, which is the youngest of the busiest owner's busiest request. `running` begins
-    with the oldest sequence."""
+    """Returns the sequence to preempt. The owner and then the request with the most running sequences are chosen, then
+    the youngest sequence. `running` begins with the oldest sequence."""
     return max(reversed(running), key=counts.rank)
 
 

@@ -18,7 +18,8 @@ def q2_k(blocks: Bytes) -> Float32:
 
 
 def q3_k(blocks: Bytes) -> Float32:
-    """Block layout: 256 x third bit (if clear, minus 4), 256 x 2 bits, 16 x 6-bit scale (minus 32), float16 d."""
+    """Block layout: the third bits of 256 weights, their two low bits, 16 six-bit scales, float16 d. A weight is its
+    three bits minus 4. A scale is its six bits minus 32."""
     high = fields(blocks[:, :32], 1).reshape(-1, 256)
     low = fields(blocks[:, 32:96].reshape(-1, 2, 32), 2).reshape(-1, 256)
     weights = (low | high << 2).astype(np.float32) - np.float32(4)

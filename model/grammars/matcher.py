@@ -105,7 +105,7 @@ class GrammarMatcher:
             self._add(token)
 
     def try_take(self, token: int) -> AllowedTokens | None:
-        """Takes a sampled token and returns None. If the token is not allowed, returns the tokens that are allowed."""
+        """Takes a sampled token. Returns None if the token is allowed, and otherwise the tokens that are allowed."""
         if self._waiting is not None:
             self._await_trigger(token)
         elif not self._allows(token):

@@ -40,8 +40,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """Limits of one image. A child process may use `memory_bytes` more than at its start. `cpu_seconds` and `wall_s`
-    limit its work, and `wait_s` limits the wait for earlier images. An idle process ends after `idle_s`."""
+    """Limits of one image. The memory of a child process may grow by `memory_bytes` after its start. `cpu_seconds` and
+    `wall_s` limit its work, and `wait_s` limits the wait for earlier images. An idle process ends after `idle_s`."""
 
     max_bytes: int = MAX_IMAGE_BYTES
     max_pixels: int = 32 << 20

@@ -273,7 +273,7 @@ class _FewerRows(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class MergeRows(_FewerRows):
-    """out[r] = rows [factor * r, factor * (r + 1)) of x, one after the other. out.width is factor * x.width."""
+    """Concatenates each `factor` rows of x: out[r] = x[factor * r : factor * (r + 1)]. out.width = factor * x.width."""
 
 
 @dataclass(frozen=True, slots=True)

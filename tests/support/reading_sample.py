@@ -51,7 +51,7 @@ def errors(tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             texts = [each for each in node.exc.args if isinstance(each, ast.Constant | ast.JoinedStr)]
             if texts:
-                yield f"error: {' / '.join(map(constant, texts))}"
+                yield f"error: {': '.join(map(constant, texts))}"
 
 
 def constant(text: ast.Constant | ast.JoinedStr) -> str:

@@ -44,7 +44,9 @@ class AssumedCluster:
         for text in overrides:
             key = text.partition("=")[0].strip()
             if key.split(".")[0] not in KEYS:
-                raise UsageError(f"--set {key[:100]}: an assumed plan does not use this key; it uses {', '.join(KEYS)}")
+                raise UsageError(
+                    f"--set {key[:100]}: a plan for assumed machines does not use this key; it uses {', '.join(KEYS)}"
+                )
         return cls(assumed, tuple(overrides))
 
     def changed(self, assumed: AssumedMachines) -> AssumedCluster:

@@ -56,7 +56,8 @@ class Accuracy:
         return (share + z / 2 - half) / (1 + z), (share + z / 2 + half) / (1 + z)
 
     def plus(self, task: Task, logprobs: Sequence[Sequence[float]]) -> Accuracy:
-        """Counts a task by the logprobs of its endings. On a tie, the first ending is the likeliest."""
+        """Adds a task whose answer is the ending with the highest logprob, on a tie the first one. Each of `logprobs`
+        is an ending."""
         sums = [math.fsum(ending) for ending in logprobs]
         means = [total / len(ending) for total, ending in zip(sums, logprobs, strict=True)]
         right, norm = sums.index(max(sums)) == task.right, means.index(max(means)) == task.right

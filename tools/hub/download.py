@@ -205,7 +205,7 @@ class _Transfer:
                 if response.headers.get("content-range") == f"bytes */{self.size_bytes}":
                     return None
                 self.forget()
-                raise _TryAgain("the server's file is shorter than the kept bytes")
+                raise _TryAgain("the server's file is shorter than the part that was downloaded before")
             _check_status(response, self.wanted.url)
             start = _start_of(response)
             if start not in (0, self.size_bytes):

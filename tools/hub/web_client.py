@@ -47,7 +47,8 @@ class WebClient(httpx.Client):
 
 
 class _Connections:
-    """All sockets of a client. httpcore does not report which socket a request reuses, so all of them are shut down."""
+    """All sockets of a client. To interrupt a request, all are shut down, because httpcore does not say which one it
+    uses."""
 
     def __init__(self) -> None:
         self._lock = Lock()

@@ -27,7 +27,7 @@ QuantTypes = Annotated[tuple[Annotated[int, Integer(0, 255)], ...], Size(0, 256)
 
 @dataclass(frozen=True, slots=True)
 class ProfileWorker:
-    """Orders a worker to measure its machine, matrix products for each of `quant_types`, and a model's steps."""
+    """Orders a worker to measure its machine, matrix products of each type in `quant_types`, and a model's steps."""
 
     model_path: ModelPath | None = None
     model_id: ModelId = ""

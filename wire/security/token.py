@@ -82,7 +82,7 @@ def read_private(path: Path) -> str:
         what = f"token file {path} cannot be read: {error.strerror}"
         raise UsageError(f"{what}; give a readable copy of the file that `llamaclust up` names") from error
     except ValueError as error:
-        raise UsageError(f"token file {path}: {error}, or copy it again") from error
+        raise UsageError(f"token file {path}: {error}; copy the file again") from error
     if stat.S_IMODE(mode) & 0o077:
         raise UsageError(f"token file {path} can be read by other users; run: chmod 600 {path}")
     if len(value) > _MOST_CHARACTERS:

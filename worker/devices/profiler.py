@@ -232,7 +232,7 @@ def _step_times(one: _Part, some: _Part, last: _Part) -> Iterator[StepTime]:
 
 
 def _line(few: tuple[float, float], many: tuple[float, float]) -> tuple[float, float]:
-    """Returns (seconds at 0 bytes, seconds per byte), both >= 0, of the line through two points (bytes, seconds)."""
+    """Fits a line to two points (bytes, seconds). Returns (seconds at 0 bytes, seconds per byte), both >= 0."""
     byte_s = max(0.0, (many[1] - few[1]) / (many[0] - few[0]))
     if byte_s * few[0] > few[1]:
         return 0.0, (few[1] + many[1]) / (few[0] + many[0])

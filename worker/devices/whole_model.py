@@ -115,7 +115,8 @@ class _Choice:
         return self._part(index, start, end, open_end) if start < end else None
 
     def _starts(self, index: int, end: int) -> tuple[int, int]:
-        """Returns the lowest and the highest possible first layer of this GPU. `end` means that it has no layers."""
+        """Returns the lowest and the highest layer at which this GPU's layers may start. A result of `end` means that
+        the GPU gets no layers."""
         number, gpus = index + 1, [gpu.device for gpu in self.device.gpus]
         allowed = [self.placement.devices_of(layer, gpus) for layer in range(end)]
         ended = max((layer + 1 for layer, devices in enumerate(allowed) if devices[-1] < number), default=0)

@@ -95,7 +95,7 @@ class LinkOpener:
             raise MemberLostError(f"{late}{reason}", worker=member.worker) from late
 
     async def _connect(self, place: int) -> Link:
-        """Connects to a member. Retries until the member accepts, because it may not know the group yet."""
+        """Connects to a member. Retries until the member accepts, because the member may not know the group yet."""
         loop = asyncio.get_running_loop()
         own, theirs = self._hello(self._order.member, place), self._hello(place, self._order.member)
         while True:

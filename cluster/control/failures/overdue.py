@@ -19,8 +19,8 @@ class Owed:
 
 
 def owing_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
-    """Returns the index of the stage that delays a microbatch, which is the last stage that the microbatch was sent to.
-    If the first stage waits for sampled tokens, returns the last stage, which must send these tokens."""
+    """Returns the index of the stage that delays a microbatch: the last stage that received it. If the first stage
+    waits for sampled tokens, this is the last stage of the pipeline, which must send these tokens."""
     last, first, stage = len(progress) - 1, progress[0], 0
     for place, at in enumerate(progress):
         if at is None:  # A stage without a report may have passed the microbatch on.

@@ -48,7 +48,7 @@ class _Kinds:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _GatherTables:
-    """Gather counts and the bytes that gathers send per row, by kind of stage."""
+    """The number of gathers, and the bytes that they send for each row. Both are tables by kind of stage."""
 
     count: Table
     row_bytes: Table

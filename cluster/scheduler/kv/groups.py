@@ -85,8 +85,8 @@ class StateGroup:
         return max(self.kv_token_bytes, -(-self.state_bytes // _MOST_STATE_POSITIONS))
 
     def blocks_beside(self, kv_blocks: int, sequences: int) -> int:
-        """Returns the number of state blocks: one per running sequence, two for checkpoints, and one per `span`
-        positions. Running sequences and spans count only up to the memory limits that `StateGroup` describes."""
+        """Returns the number of state blocks: one for each running sequence, two for checkpoints, and one for each
+        `span` positions. The first and the last number have the memory limits that `StateGroup` describes."""
         tokens = kv_blocks * KV_BLOCK_TOKENS
         half = tokens * self._token_bytes // (2 * self.state_bytes)
         return min(sequences, 1 + half) + 2 + min(tokens // self.span, half)

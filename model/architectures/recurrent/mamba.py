@@ -63,7 +63,8 @@ def read_mamba_shape(keys: ModelKeys) -> MambaShape:
 
 
 def mamba(builder: ProgramBuilder, layer: int, shape: MambaShape, *, has_norm: bool = True) -> Iterator[ir.Step]:
-    """projected = Mamba 2 of the normed hidden state. If `has_norm`, the file must have a norm for each group."""
+    """Yields the steps of Mamba 2 from the buffer `normed` to the buffer `projected`. If `has_norm` is True, the file
+    must have a norm for each group."""
     prefix, hidden_width = f"blk.{layer}", builder.hyperparameters.embedding_length
     normed, projected = (Buffer(name, hidden_width) for name in ("normed", "projected"))
     gate, convolving = Buffer("mamba gate", shape.inner), Buffer("mamba x+b+c", shape.convolved)

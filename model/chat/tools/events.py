@@ -37,7 +37,8 @@ class ArgumentText:
 
 @dataclass(frozen=True, slots=True)
 class CallEnded:
-    """Call `index` ends. `call_id` is the id that the model wrote before or after the arguments, or empty."""
+    """The end of call number `index`. `call_id` is the id that the model wrote before or after the arguments, or
+    empty."""
 
     index: int
     call_id: str = ""

@@ -127,7 +127,7 @@ def test_keys_of_the_cluster_file_are_obeyed() -> None:
     )
     assert [stage.end for stage in by_hand.plan.stages] == [30, 32]
     with pytest.raises(
-        UsageError, match=r"--set listen: an assumed plan does not use this key; it uses context_length, "
+        UsageError, match=r"--set listen: a plan for assumed machines does not use this key; it uses context_length, "
     ):
         plan_assumed("32GB@40GB/s", "8b", ("listen=:1",))
     with pytest.raises(UsageError, match="context_length"):

@@ -9,7 +9,8 @@ from llamaclust.tools.convert.rotation import rotating_channels, rotation
 
 
 def build(page: Page) -> None:
-    """Converts Hugging Face's form. GLM-4-0414 also has norms after attention and after the feed-forward network."""
+    """Converts checkpoints in Hugging Face's format. GLM-4-0414 has two more norms: after attention and after the
+    feed-forward network."""
     width, hidden = decoder.feed_forward_width(page), page.width
     decoder.usual_keys(page, width)
     decoder.rms_epsilon(page)

@@ -50,7 +50,8 @@ class _DeltaNet:
         return 2 * self.keys + self.values
 
     def order(self, width: int) -> NDArray[np.int64]:
-        """Returns the checkpoint's row for each GGUF row of the value heads. Each value head has `width` rows."""
+        """Returns, for each row of the value heads in GGUF, the row of the checkpoint. A value head has `width`
+        rows."""
         numbers = np.arange(self.heads * width, dtype=np.int64)
         if not self.tiled:
             return numbers

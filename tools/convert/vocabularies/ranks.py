@@ -65,7 +65,8 @@ def is_ranks(data: bytes) -> bool:
 
 
 def read_ranks(path: Path, data: bytes) -> Words:
-    """Reads words and merges of a tiktoken file. Adds the control tokens that the model's own program appends."""
+    """Reads words and merges of a tiktoken file. Adds control tokens that are not in the file, as the model's program
+    does."""
     ranks = _parse(path, data)
     texts = spelled(ranks)
     pre = _model_of(path, len(texts))

@@ -206,7 +206,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ResponseHead:
-    """The fields of a response that are known before its answer."""
+    """The fields of a response that are known before the first token of its answer."""
 
     reply_id: str
     created: int

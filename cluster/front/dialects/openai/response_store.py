@@ -75,7 +75,8 @@ class ResponseStore:
         self.put(owner, stored)
 
     def delete(self, owner: str, response_id: str) -> bool:
-        """Deletes a response. A thread that still renders it will not store it. Returns False if none was stored."""
+        """Deletes a response. If a thread still renders the response, the thread will not store it. Returns False if no
+        response was stored."""
         key = owner, response_id
         if (storing := self._computed.pop(key, None)) is not None:
             storing.is_done = True

@@ -150,7 +150,7 @@ class ActionRunner:
         self.planner.ledger.enter(self.epochs.model_id, plans)
 
     async def _load(self, plan: Plan, *, is_exclusive: bool) -> None:
-        """Loads the plan's stages, and posts the result. It is MEMORY_TAKEN if other models have taken the memory."""
+        """Loads the plan's stages, and posts the result. Posts MEMORY_TAKEN if other models have taken the memory."""
         serving = () if is_exclusive or self.epoch is None else (self.epoch.plan,)
         async with self.planner.ledger.lock:
             is_reserved = self.planner.ledger.reserve(self.epochs.model_id, (*serving, plan))

@@ -60,10 +60,10 @@ class StageLoadError(Exception):
 async def load_stages(
     loads: StageLoads, workers: Mapping[str, WorkerHandle], report: Report | None = None
 ) -> tuple[WorkerHandle, ...]:
-    """Loads all stages, and returns their workers in the order of the stages. Raises StageLoadError after all workers
-    have answered. The error of a worker without progress is StalledError, or DeadlineError if the worker holds stages
-    of other models and still answers. After a failure, loaded stages are freed, unless `loads.is_exclusive` is true.
-    They are kept then, because the next epoch can use their weights."""
+    """Loads all stages, and returns their workers in the order of the stages. If a worker fails, raises StageLoadError
+    when all workers have answered. A worker without progress fails with StalledError, or with DeadlineError if it holds
+    stages of other models and still answers. Loaded stages are then freed, unless `loads.is_exclusive` is set: the next
+    epoch can use their weights."""
     handles = tuple(workers[stage.worker] for stage in loads.stages)
     timeout_s = loads.progress_timeout_s
     # The keys of KV blocks on disk depend on the model file's content, so the workers' copies must be equal.

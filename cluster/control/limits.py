@@ -167,7 +167,7 @@ def max_batch_tokens(config: ClusterConfig, projector: Projector | None) -> int:
 
 
 def kv_tokens(config: ClusterConfig) -> int | None:
-    """Returns the tokens to plan KV memory for. None if the user set `max_sequences`, which determines their number."""
+    """Returns the number of tokens to plan KV memory for. None if the user set `max_sequences` instead."""
     return None if "max_sequences" in config.model_fields_set else _KV_TOKENS
 
 

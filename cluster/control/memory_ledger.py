@@ -25,7 +25,7 @@ class ModelLimitError(InsufficientMemoryError):
 
 
 class MemoryLedger:
-    """The ledger of one cluster. A caller holds `lock` while it plans and enters the plan, and while it reserves."""
+    """The ledger of one cluster. Callers hold `lock` while they plan and enter the plan, and while they reserve."""
 
     def __init__(self, max_models: int | None = None) -> None:
         self.lock = asyncio.Lock()

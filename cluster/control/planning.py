@@ -68,7 +68,7 @@ class ClusterResources:
     links: Links = UNKNOWN
     partitions: Pairs = frozenset()  # Pairs of workers that cannot reach each other.
     free_bytes: int | None = None
-    """Free bytes of this machine when its workers held no layers. None if each worker reports its own free bytes."""
+    """Free bytes of this machine while its workers held no layers. None if each worker reports its own bytes."""
     held: Mapping[tuple[str, str], int] = field(default_factory=dict)
     row_bytes: int = 0
     """Bytes of this machine that are reserved for image embeddings, and are not part of `free_bytes`. A plan without an
@@ -344,9 +344,9 @@ class ClusterPlanner:
         *,
         needs_images: bool = False,
     ) -> Plan:
-        """Plans in a thread, because large plans take seconds. If `needs_images` is false, omits an image encoder that
-        does not fit, unless other models can free memory. Raises the errors of `plan_cluster`, ModelLimitError for too
-        many models, and WorkerError if there are no workers or a manual plan's worker is absent."""
+        """Plans in a thread, because large plans take seconds. Omits an image encoder that does not fit, unless
+        `needs_images` is set or other models can free memory. Raises the errors of `plan_cluster`, ModelLimitError for
+        too many models, and WorkerError if there are no workers or a manual plan's worker is absent."""
         (beside or self.ledger).check_count(self.model.model_id)
         planned = (name for entry in self.config.plan or () for name in entry.names)
         missing = [name for name in planned if name not in workers]

@@ -28,7 +28,7 @@ class Serving:
         return _layers(self.plan) == _layers(plan) and self.plan.wide_tiles == plan.wide_tiles
 
     def predicted(self, prediction: Prediction | None) -> Serving:
-        """Replaces the prediction. Predictions from outdated links cannot be compared with those of a new plan."""
+        """Replaces the prediction. A prediction from outdated links cannot be compared with that of a new plan."""
         return replace(self, plan=replace(self.plan, prediction=prediction))
 
     def is_as_good_as(self, plan: Plan) -> bool:

@@ -105,8 +105,8 @@ def _awake(state: ClusterState) -> ClusterState:
 
 
 def _attribute(state: ClusterState) -> ClusterState:
-    """Records which requests or which worker caused the pipeline's failure. Expels a worker that broke the protocol,
-    unless a worker is lost."""
+    """Records which requests or which worker caused the pipeline's failure. Expels a worker that broke the protocol.
+    Ignores broken protocols while a worker is lost."""
     loss, serving = state.loss, state.serving
     assert loss is not None and loss.error is not None and serving is not None
     if loss.causes:
@@ -124,7 +124,7 @@ def _attribute(state: ClusterState) -> ClusterState:
 
 
 def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, requests: frozenset[int]) -> ClusterState:
-    """Records a failure of a serving worker. If a quarantine begins, adds an expulsion that only reports it."""
+    """Records a failure of a serving worker. If the worker is quarantined now, adds an expulsion to report it."""
     (name, _), now_s, before = worker, state.tick.now_s, state.pool.quarantine
     is_repeated = state.loss is not None and state.loss.is_repeated
     quarantine = before.failed(name, reason, requests, now_s, is_repeated=is_repeated)

@@ -56,8 +56,8 @@ class WantedBytes:
 async def weight_sources(
     loading: Collection[str], workers: Mapping[str, WorkerHandle], wanted: WantedBytes, report: Report | None = None
 ) -> dict[str, WeightSources]:
-    """Returns the manifest and the sources of a file's weights for each worker in `loading`, except workers without the
-    file and without a source. Returns an empty mapping if all these workers read the same file."""
+    """Returns the file's manifest and sources for each worker in `loading`. Workers that have neither the file nor a
+    source are absent. Returns an empty mapping if all these workers read the same file."""
     members = {name: worker for name, worker in workers.items() if worker.loss is None}
     found = await _find(members.values(), lambda worker: find_weights(worker, wanted.request))
     if not _are_compared(wanted, [found[name] for name in loading if name in found]):

@@ -14,7 +14,7 @@ from llamaclust.core.errors import DeadlineError, LlamaclustError
 
 _DEADLINE_S = 30
 _SLICE_S = 1.0
-"""The deadline is counted in slices of this many seconds. A pause of the whole process uses up at most one slice."""
+"""Seconds per wait. The deadline is a number of waits, so a pause of the whole process uses up at most one wait."""
 
 _log = logging.getLogger(__name__)
 

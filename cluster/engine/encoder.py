@@ -51,7 +51,7 @@ class Encoder:
     def __init__(
         self, projector: Projector, deadline_s: float, announced: Callable[[], AbstractContextManager[None]]
     ) -> None:
-        """Creates an encoder. The context `announced()` is open while an image waits or is encoded."""
+        """Creates an encoder. It enters the context `announced()` while an image waits or is encoded."""
         self._projector = projector
         self._announced = announced
         self._deadline_s = deadline_s

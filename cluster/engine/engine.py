@@ -39,8 +39,8 @@ _log = logging.getLogger(__name__)
 
 
 def _done_ns(results: Sequence[Result], now_ns: int) -> list[int]:
-    """Estimates when each of several results that arrived together was computed. The last result gets `now_ns`. Each
-    earlier one gets the time of its successor, minus the shortest time that a stage needed for the successor."""
+    """Estimates when each of several results that arrived together was computed. The last one was computed at `now_ns`.
+    The time between two results is assumed to be the shortest time that a stage needed for the later one."""
     ends = [now_ns]
     for result in reversed(results[1:]):
         ends.append(ends[-1] - min((timing.compute_ns for timing in result.timings), default=0))

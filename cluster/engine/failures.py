@@ -72,7 +72,7 @@ def row_failure(faults: Sequence[RowFault], stages: Sequence[StageInfo]) -> Pipe
 
 def _ending(struck: StruckOut, error: LlamaclustError, *, stages: int) -> LlamaclustError:
     """Returns the error for a request that has failed too often: a WorkerError if one worker was at fault each time, or
-    else a RequestFailedError. A worker that is the only stage and computed other results in between is not blamed."""
+    else a RequestFailedError. The worker of a single stage is not blamed if it computed other results in between."""
     what = f"request {struck.sequence.request.request_id}: the pipeline failed {MAX_STRIKES} times"
     (worker, *others) = struck.workers
     if worker is None or others or (stages == 1 and struck.has_results):

@@ -49,8 +49,8 @@ class KvDisks(Protocol):
         ...
 
     async def save(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Writes `blocks`, whose keys are the last ones in `keys`. Returns how many of these blocks all stages have on
-        disk."""
+        """Writes `blocks`, which have the last len(blocks) keys. Returns how many of them are on the disks of all
+        stages."""
         ...
 
 

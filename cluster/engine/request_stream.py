@@ -165,7 +165,7 @@ class RequestStream:
         self._request = submit(self)
 
     def begin(self, request: SubmittedRequest) -> None:
-        """Does nothing, because `submit` returns the request."""
+        """Does nothing, because the constructor gets the request from `submit`."""
 
     def take(self, event: Event) -> None:
         self._events.put_nowait(event)

@@ -11,8 +11,8 @@ from llamaclust.cluster.engine.waterfall import WaterfallPhase
 from llamaclust.cluster.engine.waterfalls import RequestRecord
 
 SHOWN_CHARACTERS = 8
-"""Number of characters of a request's id that are shown and compared. Whoever knows a whole id can read or end the
-reply, so other users must not be able to find out the rest."""
+"""Number of characters of a request's id that are shown and compared. Whoever knows the whole id can read or end the
+reply, so other users must not learn the rest of the id."""
 
 _ID = re.compile(r"[0-9a-f]{4,}")
 
@@ -27,7 +27,7 @@ def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
 
 
 def summary_json(record: RequestRecord, adapters: Mapping[int, str]) -> dict[str, Any]:
-    """Converts a record, but not its phases. `adapters` has names by number. An adapter that was unloaded long ago has
+    """Converts a record without its phases. `adapters` maps numbers to names. An adapter that was unloaded long ago has
     the name null."""
     timings = record.timings
     return {

@@ -120,7 +120,7 @@ class StageCosts:
         return np.array([layer.expert_bytes > 0 for layer in self.model.layers], np.bool_)
 
     def decode_s(self, worker: WorkerFacts, start: int, end: int, rows: int = 1, *, concurrent: bool = False) -> float:
-        """Returns the seconds of a decode step of `rows` sequences. With `concurrent`, other stages compute too."""
+        """Returns the seconds of a decode step of `rows` sequences, beside other stages if `concurrent` is set."""
         return float(self.decode_table(worker, rows, concurrent=concurrent)[start, end])
 
     def prefill_s(self, worker: WorkerFacts, start: int, end: int, rows: int, *, concurrent: bool = False) -> float:
@@ -189,9 +189,9 @@ class StageCosts:
         return before - before[:, np.newaxis]
 
     def _prefilled(self, rows: int) -> Table:
-        """Returns each stage's bytes, which are multiplied by measured seconds per byte to predict the time of prefill.
-        If a model has experts, the seconds per byte are those of layers with experts. A dense layer therefore counts at
-        least the bytes that layers with experts move for as many multiply-adds."""
+        """Returns the bytes per stage from which the time of prefill is predicted, with measured seconds per byte. If
+        the model has experts, layers with experts were measured. A dense layer then counts as the bytes that layers
+        with experts move for as many multiply-adds, or as its own bytes if these are more."""
         mixtures = [layer for layer in self.model.layers if layer.idle_bytes]
         macs = sum(layer.macs_per_token for layer in mixtures)
         mac_bytes = sum(layer.moved_bytes(rows, 1) for layer in mixtures) / macs if macs else 0.0
@@ -210,7 +210,7 @@ def _possible(costs: ModelCosts) -> NDArray[np.bool_]:
 
 
 def _saved_bytes(costs: ModelCosts) -> Counts:
-    """Returns the bytes that each stage saves by holding whole layers, which are smaller than all shards together."""
+    """Returns the bytes that whole layers save in each stage. A layer is smaller than the sum of its shards."""
     shards, layers = costs.expert_shards, costs.layers
     before = np.array([0, *accumulate(layer.saved_bytes for layer in layers[::shards])], np.int64)
     borders = np.arange(len(layers) + 1)

@@ -60,8 +60,8 @@ def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Division:
-    """Divides every possible stage [start, end) among devices. Device i holds layers [bounds[i], bounds[i + 1]). If
-    device i is a GPU, experts are in RAM for its layers in `moe.fixed` and, before moe_ends[i], in `moe.open`."""
+    """Divides every possible stage [start, end) among devices. Device i holds layers [bounds[i], bounds[i + 1]). A
+    GPU's experts are in RAM for layers in `moe.fixed`, and for layers in `moe.open` below moe_ends[i]."""
 
     devices: tuple[WorkerFacts, ...]
     bounds: tuple[Counts, ...]  # Tables by start and end of the stage.
@@ -85,13 +85,13 @@ class Division:
         return tuple(layer for layer in range(begin, until) if fixed[layer] or (is_open[layer] and layer < moe_end))
 
     def parts(self) -> Iterator[tuple[WorkerFacts, Counts, Counts, Counts]]:
-        """Yields (device, start, end, moe_end) for each device, where the last three are tables by stage. The device
-        has layers [start, end). Experts of its layers in `moe.open` before moe_end are in RAM."""
+        """Yields each device with three tables by stage: the start and the end of its layers, and the layer below which
+        experts of layers in `moe.open` are in RAM."""
         yield from zip(self.devices, self.bounds, self.bounds[1:], self.moe_ends, strict=False)
 
     def moved_ranges(self) -> Iterator[tuple[WorkerFacts, Flags, Counts, Counts]]:
-        """Yields (gpu, layers, start, end). `start` and `end` are tables by stage, `layers` has a flag for each layer.
-        The experts of flagged layers in [start, end) are in RAM."""
+        """Yields GPUs and layers whose experts are in RAM: (gpu, flags by layer, start, end). These are the flagged
+        layers in [start, end). `start` and `end` are tables by stage."""
         for device, begin, until, moe_end in islice(self.parts(), 1, None):
             for layers, end in ((self.moe.fixed, until), (self.moe.open, moe_end)):
                 if layers.any():
@@ -104,8 +104,8 @@ class Division:
         return total
 
     def moved(self, experts: Callable[[WorkerFacts, Flags], Table], exchange: Callable[[Flags], Table]) -> Table:
-        """Returns the seconds that experts in RAM add to each stage. `experts` gives the seconds of flagged layers'
-        experts on a device, and `exchange` the seconds for copying their activations."""
+        """Returns the seconds that experts in RAM add to each stage. `experts` returns the seconds to compute experts
+        of flagged layers on a device. `exchange` returns the seconds to copy their inputs and outputs."""
         total: Table = np.zeros(self.bounds[0].shape)
         for device, layers, begin, end in self.moved_ranges():
             change = experts(self.devices[0], layers) + exchange(layers) - experts(device, layers)
@@ -169,9 +169,9 @@ def divide(
 
 
 def _allowed(worker: WorkerFacts, borders: Flags, index: int, begin: Counts) -> Counts:
-    """Returns the first layer of device `index` in each stage: `begin`, moved to a border that the user's placement
-    rules allow. Layers that the rules place on earlier devices stay before the border. Layers that the rules place on
-    this or a later device stay after the border."""
+    """Returns the first layer of device `index` in each stage: `begin`, or the nearest border that the user's placement
+    rules allow. Rules can place layers on earlier devices, which come before the border, or on this or later
+    devices."""
     if not worker.placement.layers:
         return begin
     gpus, layers = [gpu.device for gpu in worker.gpus], len(borders) - 1

@@ -35,7 +35,7 @@ USUAL = Link(one_way_s=_PROGRAMS_S, byte_s=1e-9)
 
 
 NO_REACH = Link(one_way_s=0.0, byte_s=0.0)
-"""Placeholder for a worker's part of its link times if no link was measured (see `Links.reaches`)."""
+"""A worker's part of link times (see `Links.reaches`) if no link was measured."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ LAYER_S: Final = 60e-6
 """Seconds of a layer on a processor in addition to its matrix products. Threads wait for each other, and small steps
 are inefficient."""
 ROW_MACS: Final = 3000
-"""Number of 8-bit multiply-accumulates that take as long as other work, such as norms, on one channel of a row."""
+"""Other work than products, such as norms, counts as this number of 8-bit multiply-accumulates per channel of a row."""
 _STATE_MACS: Final = 4
 """Number of 8-bit multiply-accumulates that take as long as one float multiply-accumulate on a state."""
 

@@ -17,8 +17,8 @@ ROWS = 512
 
 
 def microbatch_rows(projector: Projector | None) -> int:
-    """Returns the rows that a microbatch must have room for, besides one row per sequence. Models whose image rows
-    attend to each other need more, because all rows of such an image must be in one microbatch."""
+    """Returns how many rows a microbatch must have room for, besides one row per sequence. Image rows that attend to
+    each other must be in one microbatch, so models with such rows need more."""
     if projector is None or not projector.is_bidirectional:
         return ROWS
     return max(ROWS, min(projector.max_rows, MAX_BATCH_TOKENS // 2))
@@ -55,7 +55,7 @@ class Capacity:
         return max(self.rows, self.prefill_chunk or 0) + self.max_sequences
 
     def costs(self, model: Model, expert_shards: int = 1) -> ModelCosts:
-        """Returns the model's costs, with its MTP head if `mtp` is set. Raises UsageError if there is no MTP head."""
+        """Returns the model's costs, including an MTP head if `mtp` is set. Raises UsageError if it has no MTP head."""
         costs = model.costs(self.kv_type, expert_shards)
         return with_nextn(model, costs, self.kv_type) if self.mtp and expert_shards == 1 else costs
 

@@ -65,15 +65,14 @@ def first_in_turn(waiting: Iterable[Sequence], running: Running) -> Sequence:
 
 
 def gives_way(running: Reversible[Sequence], counts: Running) -> Sequence:
-    """Returns the sequence to preempt. The owner and then the request with the most running sequences are chosen, then
-    the youngest sequence. `running` begins with the oldest sequence."""
+    """Returns the sequence to preempt. Chooses the owner with the most running sequences, then this owner's request
+    with the most, then the youngest sequence of this request. `running` begins with the oldest sequence."""
     return max(reversed(running), key=counts.rank)
 
 
 def takes_turn(sequence: Sequence, running: Reversible[Sequence], counts: Running) -> bool:
-    """Returns True if a running sequence must be preempted for `sequence`. Either the owner of `sequence` runs nothing
-    and another owner runs several sequences, or its request runs nothing and the busiest request of the busiest owner
-    runs several sequences."""
+    """Returns True if a running sequence must be preempted so that `sequence` gets its place. The owner or the request
+    of `sequence` must run nothing. The owner or request that loses a sequence must run several."""
     if not running:
         return False
     owner, request = counts.rank(sequence)

@@ -14,8 +14,8 @@ from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
 
 _DEFERRED_S = 90.0
-"""Maximum seconds for which the last stage may defer the same row. The limit exceeds the 60 s after which the stage
-itself gives up on a matcher."""
+"""Maximum seconds for which the last stage may defer a row because its matcher is not ready. The stage itself gives up
+on a matcher after 60 s."""
 
 
 @dataclass(slots=True)

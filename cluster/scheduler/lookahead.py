@@ -10,8 +10,8 @@ from __future__ import annotations
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _WORTH_HIDING = 0.02
-"""Minimum time on links and in the coordinator, as a share of the stages' time, for which lookahead is used. Lookahead
-delays new requests, so it must save enough time."""
+"""Lookahead is used if links and the coordinator take more than this share of the stages' time. Lookahead delays new
+requests, so it must save enough time."""
 
 _MOST_NS = 20e6
 """Maximum total nanoseconds of lookahead steps in flight. New requests wait for these steps, and steps in flight are

@@ -111,8 +111,8 @@ class SequenceQueues:
         return True
 
     def give_turn(self) -> None:
-        """Preempts a sequence of the busiest owner if the next waiting sequence lacks a place or memory, and
-        `takes_turn` allows it. Must not be called while a microbatch is being made."""
+        """Preempts a running sequence if the next waiting sequence lacks a place or memory, and `takes_turn` allows it.
+        Must not be called while a microbatch is being made."""
         if not self.waiting or not (waiting := startable(self.waiting, self.running)):
             return
         running = Running.of(self.running)
@@ -135,8 +135,8 @@ class SequenceQueues:
         self._start(sequence)
 
     def shortest(self, prefilling: list[Sequence]) -> Sequence | None:
-        """Returns a sequence to prefill before the oldest one, or None. The owner with the fewest running sequences
-        comes first, then the request with the fewest, then the fewest rows left. Starts the sequence if it waits."""
+        """Returns a sequence to prefill before the oldest one, or None. Prefers owners with few running sequences, then
+        requests with few, and then sequences with few rows left. Starts the sequence if it waits."""
         if not prefilling:
             return None
         running = Running.of(self.running)

@@ -180,8 +180,8 @@ class Sequence:
 
     @property
     def settled(self) -> int:
-        """First row that may have to be computed again. It is the first drafted row in flight, or an earlier row if
-        layers have recurrent states."""
+        """First row that may be computed again, if drafts in flight are refused. With recurrent states, this can be an
+        earlier row than the first drafted row."""
         ahead = self.drafting.ahead
         return self.computed if ahead and self.kv.states.is_begun else self.scheduled - len(ahead)
 

@@ -15,7 +15,7 @@ _FRESH = 96
 """Number of later samples after which a point of a curve is stale."""
 
 _NEGLIGIBLE = 0.02
-"""Share of the slowest stage's time that may be idle before one more microbatch is kept in flight."""
+"""The slowest stage may be idle for this share of its time before one more microbatch is kept in flight."""
 
 
 def _occupied_ns(timing: StageTiming) -> int:
@@ -45,7 +45,7 @@ class Curve:
 
     def extended(self, other: Curve) -> Curve:
         """Returns this curve, extended with the points of `other` that have more rows. Omits stale points except the
-        first point. Otherwise a time that was too long by chance would never be measured again."""
+        first point, so that a time that was too long by chance is measured again."""
         curve, first, oldest = Curve(), min(self._points, default=0), self._learned - _FRESH
         own = {bucket: p for bucket, p in self._points.items() if bucket == first or self._learned_at[bucket] > oldest}
         if own:
@@ -124,8 +124,8 @@ class StageTimes:
         was_lookahead: bool = False,
         was_scored: bool = False,
     ) -> None:
-        """Updates the estimates. `elapsed_ns` is the time of the microbatch, or for a lookahead step the time since the
-        last result. `was_alone` means that only lookahead steps were in flight with it."""
+        """Updates the estimates. `elapsed_ns` is the microbatch's time in flight. For a lookahead step, it is the time
+        since the last result. `was_alone` means that all other microbatches in flight were lookahead steps."""
         timings = result.timings
         if len(timings) != self.stages:
             return

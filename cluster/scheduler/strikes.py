@@ -1,13 +1,13 @@
-"""Finds requests that make a pipeline fail. A suspected request is isolated. It fails if the same few rows fail again.
+"""Finds requests that make a pipeline fail. A suspected request is isolated: it is computed alone.
 
 A pipeline also fails for other reasons, at worst once per second. Therefore a failure is evidence against a request
-only if its *suspected rows* were in flight. Rows are suspected if they were in flight at an earlier failure and were
-not computed since. A request that really breaks the pipeline does so at one row, which stays suspected.
+only if its *suspected rows* were in flight. These rows were in flight at an earlier failure and were not computed
+since. A request that really breaks the pipeline does so at one row, which stays suspected.
 
-After a failure with suspected rows in flight, the request is computed alone, with few of these rows at a time. Let
-these few rows take w seconds, and let workers be lost for other reasons r times per second. The probability of a
-failure by chance is then r * w, about 0.02 for SmolLM2 and one loss per second. If no failure comes, the request is
-cleared. It fails after four failures alone. The first of the four only narrows the suspected rows, so a harmless
+After a failure with suspected rows in flight, the request is isolated, and a few of these rows are computed at a time.
+If they do not fail, the request is cleared. It fails after four failures in isolation. Let a few rows take w seconds,
+and let workers be lost for other reasons r times per second. A failure by chance then has the probability r * w, about
+0.02 for SmolLM2 and one loss per second. The first of the four failures only narrows the suspected rows, so a harmless
 request fails with a probability of at most (r * w) ** 3."""
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Strikes:
 
     @property
     def isolated(self) -> Sequence | None:
-        """The sequence to isolate next: among the least often interrupted sequences, the one with the most strikes."""
+        """The sequence to isolate next. Prefers few interruptions by other failures, and then many strikes."""
         record = self._isolated
         return None if record is None else record.sequence
 

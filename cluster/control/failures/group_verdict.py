@@ -1,5 +1,5 @@
-"""Decides which member caused a group's failure. Each member reports one fault. A report that a member closed its link
-is weak evidence, because this member may have closed the link after a fault of a third member."""
+"""Decides which member caused a group's failure. Each member reports one fault. A report that another member closed its
+link is weak evidence, because that member may have closed the link after a third member failed."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from llamaclust.wire.control.messages import StageProgress
 
 _LOOK_S = 1.0
-"""Maximum seconds that a call of `waited_s` adds. Heartbeats cause the calls, and come at least this often."""
+"""Maximum seconds that one call of `waited_s` counts. Heartbeats trigger these calls at least this often."""
 
 
 @dataclass(frozen=True, slots=True)

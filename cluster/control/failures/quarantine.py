@@ -19,7 +19,7 @@ _FREE = 1
 _REMEMBERED_S = 600.0
 _MOST_RECORDS = 1000
 _PAUSES_REMEMBERED = 10
-"""Failures are remembered after an exclusion for this multiple of its length, and at least for `_REMEMBERED_S`."""
+"""Failures are remembered for this multiple of an exclusion's length after its end, at least for `_REMEMBERED_S`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class FailureRecord:
     retry_at_s: float = 0.0  # Earliest time to load a plan with this worker again.
 
     def failed_within(self, reason: str, requests: frozenset[int], now_s: float) -> FailureRecord:
-        """Records a failure of a worker that plans use although it is excluded. The pause before the next load grows
-        with each failure. It starts short again if the worker ran for longer than the last pause."""
+        """Records a failure of an excluded worker that plans use nevertheless. Each failure makes the pause before the
+        next load longer. The pause is short again if the worker ran for longer than the last pause."""
         before = self.failures_within
         if before and now_s - self.retry_at_s > _RETRY.pause_s(before - 1):
             before = 0
@@ -96,8 +96,8 @@ class Quarantine:
         return self.release([name for name, record in self.records.items() if record.requests & requests])
 
     def exonerate_rows(self, key: int, now_s: float) -> Quarantine:
-        """Releases the workers that failed because of request `key`, which fails on every worker. Clients may send it
-        again. Therefore, invalid results exclude no worker for a time, which grows with each such request."""
+        """Releases the workers that failed because of request `key`, which fails on every worker. Clients may send the
+        request again, so invalid results exclude no worker for a time. This time grows with each such request."""
         released = self.exonerate(frozenset({key}))
         if len(released.records) == len(self.records):
             return self

@@ -39,7 +39,7 @@ def no_groups(config: ClusterConfig, model: Model) -> str:
 
 
 def group_problems(config: ClusterConfig, model: Model) -> Iterator[tuple[str, str | None]]:
-    """Yields each reason why workers cannot form groups, and a change of the cluster file that removes it, if any."""
+    """Yields each reason why workers cannot form groups, with a change of the cluster file that removes it, if any."""
     if model.has_states:
         yield "layers of this model have recurrent states, which groups do not divide yet", None
     if any(worker.kv_disk is not None for worker in config.workers):

@@ -46,7 +46,7 @@ Pair = tuple[str, str]
 
 
 def hops_matter(measured: Mapping[str, Profile]) -> bool:
-    """True if links within a machine should be measured: there are several workers, and the steps of all were timed."""
+    """True if links within a machine should be measured: there are several workers, and all have step times."""
     return len(measured) > 1 and all(profile.cpu.concurrent for profile in measured.values())
 
 

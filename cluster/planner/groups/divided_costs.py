@@ -22,9 +22,9 @@ Shares = Table
 
 @dataclass(frozen=True, slots=True)
 class DividedCosts:
-    """Costs of a model whose layers are divided among group members. `whole` has the leader's costs that are not
-    divided, and `follower` has those of any other member. An entry (units, costs) of `coarse` adds to `whole` the parts
-    that are divided into `units` units. `fine` adds to `whole` the parts that are divisible in any ratio."""
+    """Costs of a model whose layers are divided among group members. `whole` has the leader's undivided costs, and
+    `follower` those of any other member. Each entry (units, costs) of `coarse` has the costs of `whole` plus the parts
+    of layers with `units` units. `fine` has the costs of `whole` plus the parts that are divisible in any ratio."""
 
     whole: StageCosts
     follower: StageCosts

@@ -17,7 +17,7 @@ from llamaclust.cluster.planner.plan import RejectedGroup, usual_prompt_tokens
 from llamaclust.cluster.planner.work import works_of
 
 _ALL_SETS = 4
-"""Maximum number of workers for which every set is tried as a group. Of more workers, only the fastest are tried."""
+"""Maximum number of workers for which every set is tried as a group. If there are more, only the fastest are tried."""
 _NO_LINKS = "accepts no links of groups", "accept no links of groups"
 _Candidate = tuple[Assignment, Chain]
 

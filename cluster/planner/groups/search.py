@@ -30,7 +30,7 @@ from llamaclust.cluster.planner.splits.stage_tables import link_table
 from llamaclust.cluster.planner.work import Work
 
 _MOST_STEPS = 3**8
-"""Maximum number of search steps at which all sets of workers are tried. Eight different workers need this number."""
+"""All sets of workers are tried if this takes at most this number of steps, as it does for eight different workers."""
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 _MEMBER = 1e-3
 """Minimum time that each member of a group must save, as a fraction of the minimum possible time."""
@@ -38,7 +38,7 @@ _LIMITS = 512
 _ROUNDS = 6
 _NOTHING = 1.01
 _AT_LEAST = 0.97
-"""Factor applied to a lower bound, which may be too high because layers differ between workers."""
+"""A lower bound is multiplied by this factor, because the relative costs of layers differ between workers."""
 _NEVER_S = 1e300
 
 

@@ -9,7 +9,7 @@ from llamaclust.cluster.planner.costs import Table
 from llamaclust.cluster.planner.groups.divided_costs import DividedCosts, DividedTables, Shares
 
 _FEW = 100
-"""Maximum sum of whole-number shares. The sum `MANY` is also tried, and used if it is faster."""
+"""Whole-number shares with sums up to this maximum are tried, and also shares with the sum `MANY`."""
 MANY = 1000
 _NOTHING = 1.003
 _LEAST_DIVIDED = 1e-6
@@ -17,9 +17,9 @@ _LEAST_DIVIDED = 1e-6
 
 
 def balanced(parts: DividedCosts, seconds: DividedTables, lacking: DividedTables, *, nearly: bool = False) -> Shares:
-    """Returns shares, [members, stages], that minimize the time of the slowest member. The sum over members is below 1
-    if memory does not suffice. `seconds` holds times by member and stage. `lacking` holds missing bytes, negative if
-    memory is free. If `nearly` is set, coarse units may be divided in any ratio."""
+    """Returns shares, [members, stages], that minimize the time of the slowest member. If memory does not suffice, the
+    sum over members is below 1. `seconds` has times by member and stage. `lacking` has missing bytes, or free bytes as
+    negative numbers. If `nearly` is set, shares are not rounded to coarse units."""
     shares = _filled(seconds, lacking, parts.least_units, margin=0.0 if nearly else 0.5)
     if nearly or not parts.coarse:
         return shares

@@ -54,8 +54,8 @@ Places = Sequence[Step | Choice]
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Constraints for the first and the last stage. `first` lists allowed leaders of the first stage. None allows all.
-    The leader of the last stage must not be in `not_last`."""
+    """Constraints for the first and the last stage. Only workers in `first` may lead the first stage (None: all
+    workers). Workers in `not_last` must not lead the last stage."""
 
     first: Collection[int] | None = None
     not_last: Collection[int] = ()
@@ -261,8 +261,8 @@ def steps_in_any_order(sizes: Sequence[int], held_by: Sequence[Counts]) -> int:
 
 
 def constrained_ends(workers: Collection[int], apart: Ways) -> list[Ends]:
-    """Returns combinations of allowed first and last leaders. The last stage sends to the first, so a pair in `apart`
-    must not lead both. Each worker of such a pair is the first leader of its own entry. All others share one entry."""
+    """Returns constraints for the first and the last leader. The last stage sends to the first, so a pair in `apart`
+    must not lead both. Each worker of such a pair has an entry in which it leads first. Others share one entry."""
     bound = sorted(worker for worker in workers if any(worker in pair for pair in apart))
     ends = [Ends(frozenset(workers) - frozenset(bound))]
     for first in bound:

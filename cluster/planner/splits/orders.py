@@ -32,7 +32,7 @@ Order = Sequence[int]
 
 
 def ways_of_workers(classes: Sequence[WorkerClass], works: Sequence[Work], apart: Ways) -> Iterator[list[Way]]:
-    """Yields lists of splits to try, first those in the file's order. Pairs in `apart` are never adjacent."""
+    """Yields lists of splits to try, the cluster file's order first. Pairs in `apart` are never neighbours."""
     file = sorted(worker for worker_class in classes for worker in worker_class.workers)
     ends, limits = constrained_ends(file, apart), _limits(classes, works)
 

@@ -32,8 +32,8 @@ class Way:
     least_slowest: float = 0.0  # Lower bound of the slowest stage's time in any split.
 
     def best(self, below: float) -> Split | None:
-        """Returns the best split that takes less than `below` seconds, or None. Bisects `limits`, the interval with the
-        lowest bound first. No split in an interval has a smaller total than the split for its upper limit."""
+        """Returns the best split that takes less than `below` seconds, or None. Bisects `limits`, best interval first.
+        The cheapest split at an interval's upper limit is a lower bound for the total of all splits in the interval."""
         best: Split | None = None
         # (lower bound of the time, low, high) for limits[low:high].
         open_ = [(self.work.seconds(self.least_slowest, 0.0), 0, len(self.limits))]

@@ -1,5 +1,4 @@
-"""Finds where a text resumes copying an earlier passage after a difference. The text may have replaced, omitted or
-added some tokens of the passage."""
+"""Finds where a text continues to copy an earlier passage, after some tokens were replaced, omitted or added."""
 
 from __future__ import annotations
 
@@ -26,9 +25,9 @@ class Copy:
         self._end, self._place = len(tokens), place
 
     def resumption(self, tokens: Sequence[int]) -> Resumption | None:
-        """Returns the place in the earlier passage where the most tokens match the end of the text. Among equally long
-        matches, prefers a place that skips about as many tokens of the passage as the text has new tokens. Returns None
-        if the copy continues without a difference, or if no place matches."""
+        """Returns the place in the earlier passage where the most tokens match the end of the text. If several match
+        equally many tokens, prefers the place at which the text has most nearly replaced tokens one for one. Returns
+        None if the copy continues without a difference, or if no place matches."""
         if self._place < 0 or len(tokens) - self._end > _MOST_SINCE:
             return None
         while self._end < len(tokens) and tokens[self._end] == tokens[self._place + 1]:

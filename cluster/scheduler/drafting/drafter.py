@@ -11,10 +11,10 @@ CLASSES = 20
 SUBSTITUTED = 1
 """Confidence class of drafts if the last token differs from the copied passage, but the 8 tokens before it match."""
 SHORT = 2
-"""First of 3 confidence classes for matches of 2 or 3 tokens. The first class is for several matches with different
-next tokens, the second for a single match, and the third for several matches with the same next token."""
+"""First of 3 confidence classes for matches of 2 or 3 tokens. The classes are for three cases: several matches with
+different next tokens, a single match, and several matches with the same next token."""
 MIDDLE = 5
-"""First of 3 confidence classes for matches of 4 to 7 tokens. They are divided like the classes for 2 or 3 tokens."""
+"""First of 3 confidence classes for matches of 4 to 7 tokens, in the same three cases as `SHORT`."""
 LONG = 8
 """First of 2 confidence classes for long matches: 8 to 15 tokens, and 16 tokens or more."""
 SHARED = 10
@@ -25,7 +25,7 @@ MTP = 14
 RESUMED = 15
 """First of 2 confidence classes for copies that resume after a difference: one matching token, and several."""
 SINGLE = 17
-"""First of 3 confidence classes for matches of the last token only, divided like the classes for 2 or 3 tokens."""
+"""First of 3 confidence classes for matches of the last token only, in the same three cases as `SHORT`."""
 
 
 def kind_of(confidence: int) -> str:

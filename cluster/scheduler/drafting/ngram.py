@@ -19,9 +19,9 @@ from llamaclust.cluster.scheduler.drafting.drafter import (
 from llamaclust.cluster.scheduler.drafting.hash_chains import LONGEST, NO_MATCH, HashChains, Match, extended
 
 _ORDER = 2
-"""Minimum match length in tokens. The token that always followed a pair so far follows it again in 4 of 5 cases."""
+"""Minimum match length in tokens. If one token has always followed a pair, it follows again in 4 of 5 cases."""
 _COPIED = 8
-"""Minimum length of a match that counts as copying. Copying probably continues after a difference."""
+"""Minimum number of matching tokens that count as a copy. A copy probably continues after a difference."""
 _UNSURE = 3
 
 
@@ -60,7 +60,7 @@ class NgramDrafter:
         return found
 
     def continued(self, tokens: Sequence[int], match: Match, most: int) -> Draft:
-        """Drafts the tokens that follow the match or the resumed copy. Repeats them if fewer than `most` follow."""
+        """Drafts the tokens that follow the match or the resumed copy. If fewer than `most` follow, repeats them."""
         if match.length <= _UNSURE:
             resumed = self._copy.resumption(tokens)
             if resumed is not None and resumed.length >= match.length:

@@ -70,7 +70,7 @@ class KvBlocks:
                 self._free.append(block)
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Removes one holder from each block. Of blocks that become idle, the last in the list are reused first."""
+        """Removes one holder from each block. Blocks that become idle are reused in reverse order of `blocks`."""
         for block in reversed(list(blocks)):
             self._holders[block] -= 1
             assert self._holders[block] >= 0, "a block was released twice"

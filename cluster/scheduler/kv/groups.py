@@ -69,7 +69,7 @@ class StateGroup:
 
     The states of running sequences take up to half as much memory as keys and values. Checkpoints take up to the same
     amount again. There are at least three blocks: for a running sequence, for the checkpoint it started from, and for
-    the checkpoint it leaves. In these rules, keys and values of a position count as at least 1/1024 of a state."""
+    the next checkpoint. If keys and values of a position are smaller than 1/1024 of a state, this size is assumed."""
 
     state_bytes: int  # Bytes of one sequence's state in all layers.
     kv_token_bytes: int  # Bytes of one position's keys and values in all layers.
@@ -85,8 +85,8 @@ class StateGroup:
         return max(self.kv_token_bytes, -(-self.state_bytes // _MOST_STATE_POSITIONS))
 
     def blocks_beside(self, kv_blocks: int, sequences: int) -> int:
-        """Returns the number of state blocks: one for each running sequence, two for checkpoints, and one for each
-        `span` positions. The first and the last number have the memory limits that `StateGroup` describes."""
+        """Returns the number of state blocks: one for each running sequence and for each `span` positions, and two
+        more. The first two numbers are limited by memory (see `StateGroup`)."""
         tokens = kv_blocks * KV_BLOCK_TOKENS
         half = tokens * self._token_bytes // (2 * self.state_bytes)
         return min(sequences, 1 + half) + 2 + min(tokens // self.span, half)

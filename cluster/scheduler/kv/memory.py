@@ -45,9 +45,8 @@ class KvMemory:
         self._filling.clear()
 
     def admit(self, sequence: Sequence, reserve: int) -> bool:
-        """Gives a sequence blocks for all of its rows. Returns False if fewer than `reserve` blocks would stay free.
-        Also returns False if the current microbatch fills a block that the sequence would share, because a microbatch
-        cannot read such a block."""
+        """Gives a sequence blocks for all of its rows. Returns False if memory does not suffice with `reserve` blocks
+        left free, or if the sequence would reuse a cached block that the current microbatch is still filling."""
         if (refused := self._refused.pop(sequence.key, None)) is not None and self._is_unchanged(refused, reserve):
             self._refused[sequence.key] = refused
             return False
@@ -146,7 +145,7 @@ class KvMemory:
             self.states.reserve(sequence, rows)
 
     def filled(self, sequence: Sequence) -> None:
-        """Registers the sequence's full blocks in the prefix cache, once its rows are in the microbatch."""
+        """Registers the sequence's full blocks in the prefix cache. Must be called after the rows were scheduled."""
         self._register(sequence)
         if self.window is not None:
             self.window.release_out_of_window(sequence)

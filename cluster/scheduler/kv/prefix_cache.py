@@ -17,7 +17,7 @@ _IMAGE = Struct("<5q")
 
 
 class BlockKeys(list[bytes]):
-    """Keys of the full blocks of one sequence. Sequences with different salts, adapters or scales share no blocks."""
+    """Keys of a sequence's full blocks. Sequences with different salts, adapters or adapter scales share no blocks."""
 
     def __init__(
         self, salt: str = "", adapters: Sequence[tuple[str, float]] = (), images: Sequence[ImageSpan] = ()

@@ -11,11 +11,11 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 class KvStates:
     """Manages state blocks. A block holds the state after one position.
 
-    A chunk of rows overwrites the state that it reads, unless that state is a checkpoint. In that case it writes to
-    another block. A checkpoint is never written again. It has the same key as the KV block that ends at its position.
+    A chunk of rows overwrites the state that it reads. If that state is a checkpoint, the chunk writes to another block
+    instead, because checkpoints do not change. A checkpoint has the same key as the KV block that ends at its position.
     If enough blocks are free, checkpoints are kept every `span` positions and after the last full KV block of a prompt.
     A sequence can start only at a checkpoint. A sequence that has started always gets a block for its rows. A block
-    that a microbatch reads is released once the scheduler has made the microbatch. Otherwise another sequence in the
+    that a microbatch reads is released after the scheduler has made the microbatch. Otherwise another sequence in the
     same microbatch could overwrite it."""
 
     def __init__(self, span: int, cache: PrefixCache) -> None:

@@ -14,8 +14,8 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """KV blocks that are being saved to disk or restored from disk. `keys` begins with the key of the sequence's first
-    block, and its last len(blocks) keys belong to `blocks`. The first `found` blocks were already cached."""
+    """KV blocks that are being saved to disk or restored from disk. `keys` begins at the sequence's first block. The
+    last len(blocks) of these keys belong to `blocks`. The first `found` blocks were already cached."""
 
     keys: tuple[bytes, ...]
     blocks: tuple[int, ...]

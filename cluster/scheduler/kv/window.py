@@ -9,9 +9,9 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class KvWindow:
-    """The KV blocks of layers with a sliding window. Before a sequence starts or grows, it is promised the blocks that
-    it may need, so its rows always get a block. A block outside the window is released only once the microbatch has
-    been made. Otherwise another sequence in the same microbatch could overwrite keys and values that are still read."""
+    """The KV blocks of layers with a sliding window. A sequence may start or grow only if the blocks that it may need
+    can be reserved, so its rows always get a block. A block outside the window is released after the microbatch was
+    made. Otherwise another sequence in the same microbatch could overwrite keys and values that are still read."""
 
     def __init__(self, group: WindowGroup, cache: PrefixCache) -> None:
         self.group = group
@@ -23,7 +23,7 @@ class KvWindow:
         self._out_of_window: list[int] = []
 
     def usable(self, keys: Items[bytes], found: int) -> int:
-        """Returns the largest number of blocks, up to `found`, after which the next row's whole window is cached."""
+        """Returns how many cached blocks a new sequence can skip. The next row's whole window must be cached."""
         usable = together = 0
         for index in range(found):
             together = 0 if self.blocks.is_idle(keys[index]) is None else together + 1

@@ -12,7 +12,7 @@ _LEAST_ROWS_ALONE = 64
 a slow machine even slower."""
 _EFFICIENT = 4
 _SCORED_SHARE = 0.5
-"""Maximum share of `prefill_ms` for scored rows. They need time in the coordinator too."""
+"""Maximum share of `prefill_ms` for rows with prompt logprobs, which also take time in the coordinator."""
 
 _EMBEDDED_BYTES = 1 << 20
 """Maximum bytes of hidden states in the result of a microbatch that has decode rows."""
@@ -47,7 +47,7 @@ def chunk_rows(
 
 
 def scored_rows(settings: SchedulerSettings, times: StageTimes, decoding: int) -> int:
-    """Returns the maximum number of scored rows in a microbatch. Scoring can take longer than the stage's layers."""
+    """Returns the maximum number of rows with prompt logprobs, which can take longer than the stage's layers."""
     slowest = _slowest(times.scoring)
     if slowest is None:
         return _LEAST_ROWS

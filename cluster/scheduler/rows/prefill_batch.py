@@ -25,7 +25,7 @@ class PrefillBatch:
     slices: dict[int, SequenceSlice] = field(default_factory=dict)
 
     def add(self, sequence: Sequence, share: int = 1) -> bool:
-        """Adds rows of the sequence, up to 1 / `share` of the remaining rows. Returns False if no row can be added."""
+        """Adds rows of the sequence, up to 1 / `share` of `rows_left`. Returns False if no row can be added."""
         is_scored = sequence.has_scores_left
         if sequence.lacks_matcher and not self.starts_left:
             return False

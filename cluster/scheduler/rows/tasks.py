@@ -23,7 +23,7 @@ def prompt_tasks(sequence: Sequence, start: int, end: int) -> tuple[RowTask, ...
 
 
 def sample_task(sequence: Sequence, unknown: int = 0) -> SampleTask:
-    """Returns the task that samples the next token. The `unknown` tokens just before it are not known yet."""
+    """Returns the task that samples the next token. The last `unknown` tokens before it are not known yet."""
     sampler = sequence.sampler
     return _task(sequence, sampler.history(sampler.window - unknown) if sampler.window else (), unknown)
 

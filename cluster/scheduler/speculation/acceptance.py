@@ -6,7 +6,7 @@ _CHANGES = 1 / 256
 """Probability per token that the kind of text changes, which changes the acceptance rate."""
 _STRETCHES = 6
 _EVEN = 1.0
-"""Numbers of accepted and of refused tokens to start with. With 1.0, all rates are equally probable at first."""
+"""Number of accepted and of refused tokens assumed at the start. With 1.0, all rates are equally probable."""
 
 
 class _Stretch:
@@ -57,7 +57,7 @@ class Acceptance:
         stretches.append(_Stretch(_CHANGES))
 
     def rate(self, prior: float) -> float:
-        """Returns the probability that the next token is accepted. `prior` is the probability without any samples."""
+        """Returns the probability that the next token is accepted. `prior` is the assumed rate without samples."""
         if self._rate is not None and self._rate[0] == prior:
             return self._rate[1]
         total = weighed = 0.0

@@ -12,9 +12,9 @@ _ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64,
 """Numbers of drafted tokens that are considered, in addition to the maximum number."""
 _REFRESHED = 16
 MARGIN = 0.05
-"""Minimum gain of speed for which a model or an MTP head drafts."""
+"""Minimum relative gain of speed for which a draft model or an MTP head drafts."""
 HOPEFUL_RATE = 0.7
-"""The least acceptance rate that is assumed when drafting is tried again."""
+"""Minimum acceptance rate that is assumed when a draft model or an MTP head is tried again."""
 
 
 class MeasuredRounds:

@@ -9,7 +9,7 @@ from llamaclust.cluster.scheduler.estimates import moved
 from llamaclust.core.drafts import DraftOrder, DraftReplies
 
 _LATE = 4.0
-"""Maximum ratio of a measured time to the estimate. Longer times are reduced to it, because machines may pause."""
+"""Maximum ratio of a measured time to its estimate. Longer times are clipped, because machines may pause."""
 _USUAL_OVERHEAD = 0.125
 """Assumed overhead of a draft before it is measured, as a share of the time per drafted token."""
 

@@ -24,8 +24,8 @@ class Retry:
         return self._left > 0 or tokens >= self.again
 
     def ordered(self, tokens: int) -> None:
-        """Records that a draft was ordered. If the draft is not part of a retry, its source makes decoding faster, so
-        the next wait is short again."""
+        """Records that a draft was ordered at sequence length `tokens`. Outside a retry, this means that the source
+        makes decoding faster, so the next wait is short again."""
         if tokens >= self.again:
             self._left, self._wait = _DRAFTS, min(2 * self._wait, _LONGEST_WAIT)
         elif self._left:

@@ -36,7 +36,7 @@ class Drafting:
         self.ahead = ()
 
     def settle(self, added: list[int]) -> bool:
-        """Removes len(added) drafts in flight. Returns True if they equal `added`, so that later drafts stay valid."""
+        """Removes the first len(added) drafted tokens in flight. Returns True if these tokens equal `added`."""
         expected, self.ahead = self.ahead[: len(added)], self.ahead[len(added) :]
         return list(expected) == added[: len(expected)]
 

@@ -21,8 +21,8 @@ from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _MOST_REPEATED = 4
 """Maximum number of known tokens that a step with drafts computes again. A sequence with recurrent states computes
-known tokens again after refused drafts. With more such tokens, a step without drafts comes first, because otherwise
-their number would keep growing."""
+known tokens again after refused drafts. If there are more such tokens, a step without drafts comes first, so that they
+do not accumulate."""
 
 
 _OTHER_RATE = 0.02

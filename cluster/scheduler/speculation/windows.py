@@ -1,8 +1,8 @@
 """Chooses the number of drafted tokens for each sequence, so that the most tokens per second are expected.
 
-A round is one decode step of all n sequences. Without drafts, it chooses n tokens. Each drafted row makes the round
+A round is one decode step of all n sequences. Without drafts, a round yields n tokens. Each drafted row makes the round
 longer. A row at depth d in its draft adds a ** d tokens on average, where a is the acceptance rate. Rows are added in
-order of this gain, as long as the expected speed grows. No row is added unless decoding then becomes clearly faster."""
+order of this gain, as long as the expected speed grows. If the total gain is small, no row is added."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RoundTimes(Protocol):
         """Returns the time of a round without drafted rows, with lookahead steps. Returns infinity if it is unknown."""
 
     def window_ns(self, rows: int, groups: int) -> float:
-        """Returns the time of a round with `rows` rows that is sent only after its first tokens are known."""
+        """Returns the time of a round of `rows` rows that include drafts. Such a round is no lookahead step."""
 
     def slowest_ns(self, rows: int) -> float: ...
 
@@ -39,8 +39,8 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
     """Returns the fastest chain of windows for a draft of `length` tokens with the acceptance rate `rate`. Returns None
     if times are unknown, or if the first window's result would arrive before the second window is sent.
 
-    A wrong token becomes known one round after its window was sent, and all later windows are wasted. The delay by
-    wasted windows is not counted. Counting half a stage's time for it made answers slower (benchmarks/notebook.md)."""
+    All windows after a wrong token are wasted. The delay that they cause is not counted, because counting half a
+    stage's time made answers slower (benchmarks/notebook.md)."""
     rate = min(rate, 0.999)
     best: Chain | None = None
     for count in counts_to_try(min(most, length)):
@@ -61,8 +61,8 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
 
 
 def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
-    """Returns each sequence's number of drafted tokens, at most `most_rows` in total, in one of `groups`
-    microbatches."""
+    """Returns the number of drafted tokens for each sequence of a microbatch, at most `most_rows` in total. `groups`
+    microbatches are in flight."""
     sequences = len(candidates)
     windows = [0] * sequences
     plain_ns = times.plain_ns(sequences, groups)

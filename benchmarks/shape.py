@@ -54,8 +54,8 @@ SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Random blocks with plausible weights. `scales` has, for each float16 in a block, its byte offset and its size
-    relative to the first. `deviation` is the standard deviation of the weights if the first scale is 1."""
+    """Describes random blocks with plausible weights. `scales` has (byte offset, size relative to the first scale) of
+    each float16 scale in a block. `deviation` is the standard deviation of the weights if the first scale is 1."""
 
     file_type: int
     scales: tuple[tuple[int, float], ...]
@@ -95,7 +95,7 @@ _FLOATS: dict[QuantType, tuple[np.dtype[np.uint16 | np.uint32], int]] = {
     QuantType.F16: (np.dtype(np.uint16), 0x83FF),
     QuantType.BF16: (np.dtype(np.uint16), 0x807F),
 }
-"""The word type of each float type, and the mask of its sign and mantissa."""
+"""The unsigned integer that holds each float type, and the mask of its sign and mantissa."""
 
 
 def random_matrix(
@@ -125,7 +125,7 @@ def random_matrix(
 
 
 def _set_quarters(blocks: NDArray[np.uint8], scale: np.float16) -> None:
-    """Sets the scale of IQ1_M blocks: a float16 with four bits in each of a block's last four words."""
+    """Sets the float16 scale of IQ1_M blocks. Each of a block's last four 16-bit words has four of its bits."""
     for quarter in range(4):
         place = blocks[:, 49 + 2 * quarter]
         place[:] = place & 15 | (int(scale.view(np.uint16)) >> 4 * quarter & 15) << 4

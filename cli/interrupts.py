@@ -14,7 +14,7 @@ from llamaclust.cli.terminal import print_error
 from llamaclust.core.errors import LlamaclustError
 
 _REPEAT_S = 0.01
-"""Seconds until a signal handler is called again, if Python discarded the exception that the handler raised."""
+"""Seconds until a signal handler is called again, if it raised in a destructor, where Python discards exceptions."""
 
 
 _FIRST_PROCESS = 1
@@ -67,9 +67,9 @@ Held = Callable[[], AbstractContextManager[None]]
 
 @contextmanager
 def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Calls `handle` for the first of the given signals and ignores later signals. A signal that was ignored before
-    (nohup) stays ignored. If `handle` raises in a destructor, where Python
-    discards exceptions, it is called again later."""
+    """Calls `handle` for the first of the given signals and ignores later signals. Signals that were ignored before, as
+    under nohup, stay ignored. Calls `handle` again later if it raises in a destructor, where Python discards
+    exceptions."""
     handled = [number for number in numbers if signal.getsignal(number) is unhandled()]
     received: list[int] = []
     usual_hook = sys.unraisablehook

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 BadUsage: type[Any] = BadParameter.__mro__[1]
-"""The base class of all errors on the command line, taken from a subclass because typer does not export it."""
+"""Typer's base class of all command line errors. Typer does not export it, so it is taken from a subclass."""
 
 
 class PlainCommand(TyperCommand):

@@ -84,7 +84,7 @@ def shown_progress(counts_bytes: bool = True) -> Iterator[ShowProgress]:
 
 
 class ProgressLines:
-    """Prints a line when a step begins, after each tenth of a step, and otherwise every ten seconds."""
+    """Prints a line when a step begins, after each tenth of it, and after ten seconds without a line."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, counts_bytes: bool = True) -> None:
         self._clock = clock

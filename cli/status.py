@@ -298,7 +298,7 @@ def _marks(worker: dict[str, Any]) -> tuple[tuple[str, bool], ...]:
 
 
 def _drafts(measured: dict[str, Any]) -> Iterator[str]:
-    """Yields a line on tokens drafted in the last 10 seconds, if any, and a line on all drafted tokens, if any."""
+    """Yields lines about drafted tokens: of the last 10 seconds, and since the start. Omits lines without tokens."""
     if drafted := measured.get("drafted_tokens"):
         yield f"{accepted_text(measured['accepted_tokens'], drafted)} in the last 10 s"
     if drafts := measured.get("drafts"):

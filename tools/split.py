@@ -105,7 +105,7 @@ def _source(tensor: Tensor, on_read: Callable[[int], None]) -> TensorSource:
 
 
 def _whole_metadata(model: ModelFile) -> dict[str, WritableValue]:
-    """Returns raw metadata without a split's keys. The alignment is parsed, because the writer needs its value."""
+    """Returns all metadata but the keys of a split. Parses only the alignment, because the writer needs its value."""
     raw: dict[str, WritableValue] = {
         key: RawValue(data) for key, data in raw_metadata(model.path).items() if not _SPLIT_KEYS.fullmatch(key)
     }

@@ -12,9 +12,9 @@ from gpu_support.work import Rates, Work
 from llamaclust.tools.bench.limits import Spread
 
 DECODE_SHARE, MIXED_SHARE, PREFILL_SHARE, TIMES_ONE, RATIO = 0.80, 0.85, 0.35, 6.0, 1.0
-"""Goals. DECODE_SHARE is for decode on a GPU alone, MIXED_SHARE for decode with layers or experts in RAM, and TIMES_ONE
-for eight sequences relative to one. RATIO is for llamaclust relative to llama.cpp, and for decode with
-GPU copies of experts relative to decode without copies."""
+"""Goals. Shares of the read bandwidth in decode: DECODE_SHARE on a GPU alone, MIXED_SHARE with layers or experts in
+RAM. TIMES_ONE is the speed of eight sequences relative to one. RATIO is the speed relative to llama.cpp, and of decode
+with GPU copies of experts relative to decode without copies."""
 _TOGETHER = 8
 
 
@@ -74,7 +74,7 @@ class Figures:
         return self.spread(lambda round_: self.work.sequences * round_.step_s / round_.many_s)
 
     def copies_share(self, sequences: int) -> Spread:
-        """The minimum time to read a step's bytes, as a share of its time. The GPU reads experts that have copies."""
+        """The minimum time to read a step's bytes with GPU copies of experts, as a share of the step's time."""
 
         def best_s(round_: Round) -> float:
             return self.work.copied_step_s(sequences, round_.copied[sequences].hit_share, round_.rates.read)
@@ -185,8 +185,8 @@ class Figures:
 
     def _wanted_of_sequences(self, decode_share: float) -> Wanted:
         """Returns the figure for several sequences and its goal. For a dense model, the figure is the speed relative to
-        one sequence. More sequences use more experts of a mixture, so a mixture's figure is the minimum time to read a
-        step's bytes, as a share of the step's time. A mixture's goal is the share that a dense model has if it just
+        one sequence. A mixture of experts reads more experts for more sequences, so its figure is the minimum time to
+        read a step's bytes, as a share of the step's time. Its goal is the share that a dense model has if it just
         meets its goals for one and for several sequences."""
         count, is_mixture = self.work.sequences, self.work.is_mixture
         least = decode_share * TIMES_ONE / _TOGETHER if is_mixture else TIMES_ONE

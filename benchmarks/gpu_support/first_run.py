@@ -48,7 +48,7 @@ _GRACE_S, _POLL_S = 5.0, 0.05
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step. `command` may contain {models}, {results} and {llama}. `needs` is the command that writes its model."""
+    """A step. `command` may contain {models}, {results} and {llama}. The command `needs` writes the step's model."""
 
     name: str
     limit_s: int

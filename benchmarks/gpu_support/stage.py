@@ -28,7 +28,7 @@ from llamaclust.worker.devices.whole_model import held_layers, load_whole
 from llamaclust.worker.stage.stage_runner import plan_memory
 
 _PROBE_BYTES, _PROBE_SHARE = 2 << 30, 8
-"""The VRAM that stays free for the measurement of bandwidth: this many bytes, or an eighth of a small GPU."""
+"""VRAM that is kept free to measure the bandwidth: this many bytes, or an eighth of the VRAM if that is less."""
 _REPORT_S = 5.0
 _READ_S, _PEAK_S = 0.3, 0.1
 
@@ -142,8 +142,7 @@ class Loaded:
         return Device("cpu", task.threads, "", None, processor, (self.gpu,))
 
     def warm_up(self) -> None:
-        """Runs every measured part once, so that the scheduler learns to divide prompts and CUDA graphs are
-        captured."""
+        """Runs all measured parts, so that the scheduler learns to divide prompts and CUDA graphs are captured."""
         for _ in range(3):
             self._stage.prefill(self.task.prompt, 1)
         for sequences in (1, self.task.sequences):

@@ -46,7 +46,7 @@ class Rates:
 @dataclass(frozen=True, slots=True)
 class Work:
     """The work of a model whose last layers and head are on the GPU. The experts of some of these layers are in RAM.
-    Sizes of weights are those in the file. If a layer has experts, more rows use more of them (`touched_bytes`)."""
+    Weights count with their size in the file. A step with more rows reads more experts of a layer (`touched_bytes`)."""
 
     prompt: int
     generate: int
@@ -92,8 +92,8 @@ class Work:
         return Amount(weights.gpu + sequences * kv.gpu, weights.cpu + sequences * kv.cpu)
 
     def copied_step_s(self, sequences: int, hits: float, read: Amount) -> float:
-        """Returns the minimum seconds of a decode step. `hits` is the share of experts that the GPU reads. The CPU
-        reads the others at the same time."""
+        """Returns the minimum seconds of a decode step with GPU copies of experts. The GPU reads the share `hits` of
+        the experts, while the CPU reads all others."""
         step, experts = self.step_bytes(sequences), self.expert_bytes[sequences]
         both = Amount(hits * experts, (1 - hits) * experts)
         return Amount(step.gpu, step.cpu - experts).seconds(read) + max(both.each_s(read))

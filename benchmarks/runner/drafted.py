@@ -117,8 +117,7 @@ async def served(
 
 
 async def measured(engine: Engine, *requests: GenerationRequest, plain: bool) -> Measures:
-    """Measures simultaneous requests. The first token does not count in tokens per second if there is only one
-    request."""
+    """Measures simultaneous requests. A single request's tokens per second do not include its first token."""
     chosen = [replace(each, max_drafted=0) if plain else each for each in requests]
     begun_s = asyncio.get_running_loop().time()
     found = await asyncio.gather(*(_answer(engine, each) for each in chosen))

@@ -1,4 +1,4 @@
-"""Writes a model again in F16, padded with zeros. Results stay the same, but types with blocks of 256 fit."""
+"""Writes a model again in F16, padded with zeros so that types with blocks of 256 fit. Results stay the same."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class PaddedModels:
 
 
 def write_padded(source: Path, out: Path, hidden: int) -> None:
-    """Writes a model that is `hidden` wide, with more heads of the same width. Zeros reduce the mean square by which
-    norms divide, so the weights and epsilons of norms are changed too."""
+    """Writes a model with `hidden` channels, and with more heads of the same width. The added zeros reduce the mean
+    square in norms, so the weights and epsilons of norms are scaled."""
     model = open_model(source)
     key = model.metadata_str("general.architecture")
     was = model.metadata_int(f"{key}.embedding_length")

@@ -22,7 +22,7 @@ from support.network.namespaces import entered
 _COORDINATOR = "coordinator"
 _END_S = 10.0
 PROMPT, TOKENS = 224, 48
-"""Numbers of tokens of prompt and answer. Attention then reads as many keys as when a worker measures itself."""
+"""Numbers of tokens of prompt and answer. Attention then reads as many keys as in a worker's own measurement."""
 NEAR = "0.85 .. 1.15"
 
 Times = Mapping[str, float]
@@ -47,7 +47,7 @@ class Shape:
 
 
 def at(round_trip_ms: float, rate_mbit: int | None = None) -> Link:
-    """Makes the link of a host. The host's sending is delayed by half of the round trip. Delays of two hosts add up."""
+    """Makes a host's link, which delays what the host sends by half of the round trip. Delays of two hosts add up."""
     return Link(round_trip_ms / 2e3, None if rate_mbit is None else rate_mbit * 10**6)
 
 

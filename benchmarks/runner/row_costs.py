@@ -58,7 +58,7 @@ class RowCosts:
 
 
 def measured(path: Path, threads: int, position: int, seed: int = 1) -> RowCosts:
-    """Measures the whole model after `position` tokens. Raises UsageError if it has attention windows or states."""
+    """Measures the whole model after `position` tokens. Raises UsageError for attention windows or recurrent states."""
     with Model.open(path) as model:
         if model.window is not None or model.has_states:
             raise UsageError(f"{path} has attention windows or states; choose a model whose layers see all tokens")

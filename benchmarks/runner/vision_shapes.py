@@ -16,9 +16,9 @@ from llamaclust.model.quant_types import QuantType
 
 @dataclass(frozen=True, slots=True)
 class VisionShape:
-    """An encoder and its projector. Widths are in channels. `image_size` and `patch_size` are in pixels along a side.
-    `merge` patches along a side become one row. An image of 1024 x 768 pixels has `tiles` tiles of size `tile` (height,
-    width). `kept` has the layers with their own projector (deepstack)."""
+    """Sizes of an image encoder and its projector. Widths are in channels. `image_size` and `patch_size` are sides in
+    pixels. The projector makes one row of `merge` x `merge` patches. An image of 1024 x 768 pixels has `tiles` tiles of
+    size `tile` (height, width). Layers in `kept` have their own projector (deepstack)."""
 
     projector: str
     quant_type: QuantType  # Quant type of published files.

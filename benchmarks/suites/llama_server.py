@@ -1,7 +1,7 @@
 """Replaces llama.cpp's `llama-server`: turns the command line into a cluster file and runs `llamaclust up` with it.
 
-LLAMACLUST_SUITE_MODEL replaces the models that tests name, except models with a substitute in the folder
-LLAMACLUST_SUITE_STAND_INS (`llamacpp_models.py`). Flags without a counterpart are ignored. If LLAMACLUST_SUITE_SERVER
+Models that tests name are replaced by a substitute in the folder LLAMACLUST_SUITE_STAND_INS (`llamacpp_models.py`), or,
+without a substitute, by LLAMACLUST_SUITE_MODEL. Flags without a counterpart are ignored. If LLAMACLUST_SUITE_SERVER
 names a `llama-server`, that program runs instead of a cluster, with the same models."""
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ ROUTED = {
     "ggml-org/test-model-stories260K:F32": "routed-1",
     "ggml-org/test-model-stories260K-infill:F32": "routed-2",
 }
-"""Models of a server that runs as a router, with the small models that replace them. Empty stands for MODEL."""
+"""Models that tests of the router name, and the small models that replace them. An empty name stands for MODEL."""
 _ADAPTED, _ADAPTER = "adapted", "adapter"
 _FILL_IN = ("ggml-org/test-model-stories260K-infill", "fill-in")
 """The repository of a model with tokens for `/infill`, and the name of the small model that replaces it."""

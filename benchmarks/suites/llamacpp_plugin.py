@@ -41,7 +41,7 @@ def _get_image(url: str, *arguments: Any, **options: Any) -> Any:
 
 requests.get = _get_image  # type: ignore[assignment]
 _KEPT: dict[str, Any] = {}
-"""`server` is the running instance of the tests' ServerProcess, with its `flags` and its original method `stop`."""
+"""`server` is the tests' running ServerProcess, `flags` are its flags, and `stop` is its original method."""
 
 
 def pytest_collection_finish(session: object) -> None:

@@ -38,9 +38,9 @@ from llamaclust.worker.devices.system_info import LOADING_BYTES, available_memor
 def show_plan(
     file: Path | None, overrides: list[str], as_json: bool, acceptances: Sequence[float] | None = None
 ) -> None:
-    """Prints a cluster's plan. If the cluster has several models, each model is planned as if it ran alone.
-    `acceptances` are shares of accepted draft tokens for which the gain of speculation is predicted. Raises UsageError
-    if they are given although speculation is off, and the errors of `planned`."""
+    """Prints a cluster's plan. If the cluster has several models, each model is planned as if it ran alone. Predicts
+    the gain of speculation for each share of accepted draft tokens in `acceptances`. Raises UsageError if `acceptances`
+    are given although speculation is off, and the errors of `planned`."""
     config = load_config(file, overrides)
     models = config.of_each_model()
     if acceptances is not None and any(own.speculative is None for own in models):

@@ -19,11 +19,11 @@ _SMALLER_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K"
 _FEW_BITS = 3.0
 """Answers become clearly worse below this number of bits per weight."""
 _FURTHER = 3
-"""Advice tries the smallest number of further machines with enough memory, and up to this many more."""
+"""Advice tries n to n + _FURTHER additional machines, where n machines have the missing memory in total."""
 _NETWORKS = ((1.0, 1.0), (1.0, 0.3), (1.0, 0.1), (2.5, 0.1), (10.0, 0.1), (10.0, 0.05), (25.0, 0.03))
 """Networks to try for groups of machines, slowest first. Each network is (Gbit/s, round trip in ms)."""
 _WORTH_DECODE, _WORTH_PROMPT = 0.95, 0.9
-"""Advice names a change only if new time / present time (per token, to the first token) is below these limits."""
+"""Advice names a change if the new time per token, or to the first token, is below this share of the old time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,9 @@ def fastest_alone(cluster: AssumedCluster, model: AssumedModel) -> Alone | None:
 
 
 def what_fits(cluster: AssumedCluster, model: AssumedModel, error: InsufficientMemoryError) -> Iterator[str]:
-    """Yields advice for a model that does not fit in memory: the largest quantization that fits, and how many machines
-    like the last one must be added. Quantizations in the catalog are preferred. Plans made for this advice keep all
-    experts of a layer on one machine, because dividing experts would take many searches."""
+    """Yields advice for a model that does not fit in memory: the largest quantization that fits, and the number of
+    machines to add that equal the last one. Quantizations in the catalog are preferred. Plans for this advice keep all
+    experts of a layer on one machine, because a search over divided experts takes long."""
     for smaller in _smaller(model):
         if cluster.fitting_plan(smaller) is not None:
             yield f"{smaller.mix}, {gigabytes(smaller.file.size_bytes)}{_remark(smaller)}"

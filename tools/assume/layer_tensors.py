@@ -1,5 +1,5 @@
-"""Lists the tensors in a layer of each architecture, with GGUF's names. Shapes consist of names of sizes, such as
-("queries", "hidden"). `ModelShape.size` converts such a name to a number."""
+"""Lists the tensors in a layer of each architecture, with GGUF's names. Each dimension of a shape is named after a
+size, as in ("queries", "hidden"). `ModelShape.size` returns the number for a name."""
 
 from __future__ import annotations
 

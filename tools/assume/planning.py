@@ -30,7 +30,7 @@ KEYS = (
     "prefill_chunk",
 )
 _LOADED = 0.95
-"""Minimum share of a file that is loaded. The rest may be layers for multi-token prediction, which are not loaded."""
+"""Minimum share of a file that is loaded. The rest may be layers for multi-token prediction, which are skipped."""
 
 
 @dataclass(frozen=True, slots=True)

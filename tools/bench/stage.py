@@ -81,8 +81,8 @@ class BenchStage:
 
     @contextmanager
     def without_copies(self) -> Iterator[None]:
-        """Disables the GPU cache of experts in RAM, so that the CPU computes these experts until the context ends.
-        Waits for unfinished copies to the cache first."""
+        """Disables copies of experts on the GPU until the context ends, so that the CPU computes all experts whose
+        weights are in RAM. Waits first until no copy is pending."""
         stages = self._runner.split_stages
         caches = [stage.cache for stage in stages]
         for stage, cache in zip(stages, caches, strict=True):

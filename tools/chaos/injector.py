@@ -223,7 +223,7 @@ class Drains:
         return frozenset(self._workers)
 
     def add(self, name: str) -> None:
-        """Registers a worker before `begin` drains it. If `end` is called before `begin`, `begin` does nothing."""
+        """Registers a worker for `begin`. `end` removes the worker, so that a later `begin` does nothing."""
         self._workers[name] = threading.Lock()
 
     def begin(self, name: str) -> None:
@@ -236,7 +236,7 @@ class Drains:
                     api.drain(name)
 
     def end(self, name: str) -> str:
-        """Undrains the worker. Retries for 30 s if no coordinator answers. Returns "", or a message if that failed."""
+        """Undrains the worker. Retries for 30 s if no coordinator answers. Returns "" or an error message."""
         with self._workers.get(name, threading.Lock()):
             return self._undrain(name)
 

@@ -1,5 +1,5 @@
-"""Faults in a worker process. After a signal, every step fails, or stages send no results, for a few seconds. A worker
-has these faults only if it starts with `PRELOAD` in PYTHONPATH."""
+"""Faults in a worker process. A signal starts a fault of a few seconds: every step fails, or stages send no results. A
+worker handles these signals only if it starts with `PRELOAD` in PYTHONPATH."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 PRELOAD = Path(__file__).parent / "preload"
 FAILING, MUTE = signal.SIGUSR1, signal.SIGUSR2
 FAILING_S, MUTE_S = 2.0, 6.0
-"""Durations in seconds. FAILING_S allows several failures. After MUTE_S without a message, a worker counts as lost."""
+"""Durations in seconds. Several steps fail in FAILING_S. A worker that sends nothing for MUTE_S counts as lost."""
 _LOOK_S = 0.01
 
 Active = Callable[[], bool]
 
 
 def break_steps(is_active: Active) -> None:
-    """Makes all steps of this process raise an error while `is_active()` is True, also in a follower of a group."""
+    """Makes all steps raise an error while `is_active()` is True, in stages and in followers of a group."""
     # The process that only sends signals must not import the worker.
     from llamaclust.worker.stage.following import FollowingStage
     from llamaclust.worker.stage.loop import StageLoop
@@ -41,7 +41,7 @@ def break_steps(is_active: Active) -> None:
 
 
 def silence(is_active: Active) -> None:
-    """Stops this process from sending results while `is_active()` is True. A follower of a group waits instead."""
+    """Stops stages from sending results while `is_active()` is True. Followers in a group delay their steps instead."""
     from llamaclust.worker.stage.following import FollowingStage
     from llamaclust.worker.stage.loop import StageLoop
 

@@ -20,14 +20,14 @@ Rows = Callable[[int, int], Array]
 
 _MAX_LOGARITHM = 88.0
 _WASTE = 4
-"""Permuted rows are read as one range if the range has at most `_WASTE` times as many rows as are needed."""
+"""Rows are read as one range, with unwanted rows in between, if the range has at most this many rows per wanted row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lazy:
-    """A tensor that is read on demand. `read(start, end)` returns rows [start, end) as [end - start, *shape[1:]] and
-    can be called from any thread. `origin` names the file and the tensor in errors. If `packed` is set, `read` returns
-    bytes: blocks of that quantization type."""
+    """A tensor that is read on demand. `read(start, end)` can be called from any thread. It returns rows [start, end)
+    as an array [end - start, *shape[1:]], or, if `packed` is set, as bytes: blocks of that quantization type. `origin`
+    names the file and the tensor in errors."""
 
     shape: tuple[int, ...]
     storage: Storage

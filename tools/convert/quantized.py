@@ -58,8 +58,8 @@ def _is_part(name: str, tensors: Mapping[str, Lazy]) -> bool:
 
 
 def _four_bit(stem: str, tensors: Mapping[str, Lazy], recent: Recent, *, is_awq: bool, zero_offset: int) -> Lazy:
-    """Unpacks a weight to [outputs, inputs]. GPTQ packs weights along inputs and zeros along outputs, and stores each
-    zero minus `zero_offset` (1, or 0 in version 2). AWQ packs weights and zeros along outputs, in its own order."""
+    """Dequantizes to [outputs, inputs]. An int32 of GPTQ has the weights of eight inputs, or eight outputs' zeros minus
+    `zero_offset` (1, or 0 in version 2). An int32 of AWQ has eight outputs of either, in `_AWQ_ORDER`."""
     weight = tensors[f"{stem}.qweight"]
     if len(weight.shape) != 2:
         raise ModelFileError(f"{weight.origin}: expected a matrix, found shape {list(weight.shape)}")
@@ -207,8 +207,8 @@ def _scaled_experts(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -
 
 
 def _all_numbers() -> Array:
-    """Returns the E4M3 number of each of the 256 bytes: a sign bit, 4 exponent bits with bias 7, and 3 fraction bits.
-    If all bits after the sign are set, the number is NaN."""
+    """Returns the E4M3 value of each byte from 0 to 255: a sign bit, 4 exponent bits with bias 7, and 3 fraction bits.
+    If all bits after the sign are set, the value is NaN."""
     byte = np.arange(256)
     exponent, fraction = byte >> 3 & 15, byte & 7
     size = np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(8.0 + fraction, exponent - 10))

@@ -29,8 +29,8 @@ def rotation(
     log_multiplier: bool = False,
 ) -> None:
     """Writes RoPE's metadata and tensors of frequency factors. RoPE rotates `dimensions` channels of each head. `base`
-    is used if the configuration states no base. If `log_multiplier` is True, the architecture has a key for the divisor
-    of YaRN's magnitude. Raises ModelFileError for an unknown kind of scaling."""
+    is used if the configuration states no base. If `log_multiplier` is True, writes YaRN's `mscale_all_dim` as the key
+    `yarn_log_multiplier`. Raises ModelFileError for an unknown kind of scaling."""
     rope = _parameters(page.settings)
     theta = _base(rope, base or 10000.0)
     page.key("rope.freq_base", theta)
@@ -53,8 +53,8 @@ def rotation(
 
 
 def latent_rotation(page: Page, dimensions: int) -> None:
-    """Writes the rotation of latent attention. GGUF derives YaRN's magnitude only from `yarn_log_multiplier`, so
-    `mscale` and `mscale_all_dim` must be equal. `yarn_log_multiplier` is a tenth of their value."""
+    """Writes RoPE's metadata for latent attention. GGUF has one key for YaRN's `mscale` and `mscale_all_dim`, so both
+    must be equal. The key, `yarn_log_multiplier`, is a tenth of their value."""
     rope = _parameters(page.settings)
     page.key("rope.freq_base", _base(rope, 10000.0))
     page.key("rope.dimension_count", dimensions)
@@ -118,8 +118,8 @@ def sections(settings: Settings, pairs: int) -> list[int]:
 
 
 def position_scale(page: Page) -> int:
-    """Writes the factor by which queries grow with the logarithm of their position. The factor changes every n
-    positions. Returns n, or 0 if queries do not grow."""
+    """Writes the scale of queries, which grows with the logarithm of the position. The scale changes every n positions.
+    Returns n, or 0 if the configuration has no such scale."""
     rope = _parameters(page.settings)
     growth = rope.real("llama_4_scaling_beta", default=0.0, maximum=1e3)
     if not growth:
@@ -151,7 +151,7 @@ def _base(rope: Settings, default: float) -> float:
 
 
 def _yarn(page: Page, rope: Settings, log_multiplier: bool) -> None:
-    """Writes YaRN's keys. GGUF's factor multiplies the magnitude, but a configuration's factor is the magnitude."""
+    """Writes YaRN's keys. A configuration states the attention factor. GGUF stores its ratio to the usual factor."""
     factor = _yarn_keys(page, rope)
     wanted = rope.real("attention_factor", "attn_factor", default=_magnitude(rope, factor), minimum=1e-3, maximum=1e3)
     usual = _growth(factor)

@@ -56,8 +56,8 @@ class Accuracy:
         return (share + z / 2 - half) / (1 + z), (share + z / 2 + half) / (1 + z)
 
     def plus(self, task: Task, logprobs: Sequence[Sequence[float]]) -> Accuracy:
-        """Adds a task whose answer is the ending with the highest logprob, on a tie the first one. Each of `logprobs`
-        is an ending."""
+        """Adds a task. `logprobs` has the logprobs of each ending's tokens. The model's answer is the ending with the
+        highest sum or mean of logprobs. On a tie, it is the first of these endings."""
         sums = [math.fsum(ending) for ending in logprobs]
         means = [total / len(ending) for total, ending in zip(sums, logprobs, strict=True)]
         right, norm = sums.index(max(sums)) == task.right, means.index(max(means)) == task.right

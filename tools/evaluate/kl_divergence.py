@@ -86,7 +86,7 @@ def _compare(logits: Float32, base: Float32, tokens: Sequence[int]) -> Scores:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Statistics of all compared tokens. A ratio above 1 means that the model predicts worse than the base."""
+    """Statistics of all compared tokens. A perplexity ratio above 1 means that the model is worse than the base."""
 
     scores: Scores
     chunks: int
@@ -157,7 +157,7 @@ class Divergence:
         return float(np.mean(mine * base) - mine.mean() * base.mean()) / (self.tokens - 1)
 
     def as_json(self) -> dict[str, Any]:
-        """Shares are in [0, 1]. An estimate is a pair of value and standard error."""
+        """Returns all statistics. Shares are in [0, 1]. An estimate is a pair of value and standard error."""
         names = ("base_perplexity", "log_ratio", "difference", "kld", "p_difference", "p_difference_rms", "same_top")
         mine, ratio = self.perplexity, self.log_ratio.exp()
         return {

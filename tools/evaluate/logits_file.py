@@ -1,9 +1,9 @@
 """Reads and writes files of a model's logits over a text, for comparison with another model. The format is llama.cpp's
 (`llama-perplexity --kl-divergence-base`). All numbers are little-endian. The file begins with `_logits_`, the uint32
-number of tokens in a chunk, the int32 vocabulary size, the int32 number of chunks, and int32 tokens [chunks, context].
-For each chunk and each position in [context // 2, context - 1), a row follows: float32 step, float32 least, and uint16
-[vocabulary], padded to an even number. A token's logprob is its uint16 times step, plus least. Logprobs that are 16 or
-more below the highest logprob of the row are stored as least."""
+number of tokens in a chunk (context), the int32 vocabulary size, the int32 number of chunks, and int32 tokens [chunks,
+context]. Rows follow, one for each chunk and each position in [context // 2, context - 1): float32 step, float32
+minimum, and uint16 levels [vocabulary], padded to an even number. A token's logprob is level * step + minimum. Logprobs
+that are 16 or more below the highest logprob of the row are stored as the minimum."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _LISTING_BYTES: Final = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """The address of a file, with its hash and size if known. `headers` may be sent to its server only."""
+    """The address of a file, with its hash and size if known. `headers` may be sent only to the server of `url`."""
 
     url: str
     sha256: str | None = None

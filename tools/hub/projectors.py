@@ -8,7 +8,7 @@ from typing import Final
 from llamaclust.model.projectors.beside import is_named_projector
 
 _TYPES: Final = tuple(re.compile(rf"(?<![a-z0-9]){name}$") for name in ("f16", "q8_0", "bf16", "f32"))
-"""Ends of file names (without .gguf) in order of preference. F16 is as accurate as the checkpoints."""
+"""Ends of file names (without .gguf) in order of preference. F16 is first, as it is as accurate as the checkpoints."""
 
 
 def projector_in(files: Iterable[str], model: str) -> str | None:

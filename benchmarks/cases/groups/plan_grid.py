@@ -95,7 +95,7 @@ class _Alternatives:
         return [max(1, round(100 * by[machine] / most)) for machine in group]
 
     def _cuts(self, chain: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
-        """Yields layer borders of stages: some that fill the memory of the fastest stages, then random borders."""
+        """Yields layer borders of stages: first borders that fill the fastest stages' memory, then random borders."""
         if len(chain) == 1:
             yield [0, self._layers]
             return
@@ -175,8 +175,8 @@ class PlanGrid(Case):
     """Compares the planner's choices with other plans on assumed clusters. No other plan may be clearly faster.
     The case compares predicted times for a prompt of 512 tokens and an answer of 128 tokens. The other plans are the
     best plan without groups, and manual plans. Manual plans divide up to three machines into stages and groups in every
-    way, and more machines at random. Members' shares follow speed or memory, or are equal. Layer borders follow memory,
-    or are random. The case fails if another plan is faster by more than 3 %."""
+    way, and more machines at random. Members of a group get equal shares, or shares by speed or memory. Layer borders
+    depend on memory or are random. The case fails if another plan is faster by more than 3 %."""
 
     rounds = 1
     count: int | None = option(None, "number of clusters to draw from the grid (default: all)", positive)

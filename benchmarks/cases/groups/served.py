@@ -76,14 +76,14 @@ def ways_of(cores: Sequence[int], shares: Sequence[int], speeds: Sequence[float]
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """Numbers of layers: of the measured model, of a `shallow` model that is measured too, and of the `whole` model."""
+    """Numbers of layers: of two measured models (`layers` and `shallow`), and of the extrapolated model (`whole`)."""
 
     layers: int
     shallow: int
     whole: int
 
     def whole_ms(self, deep: Sequence[float], few: Sequence[float]) -> list[float]:
-        """Extrapolates measured times to the whole model. Only the time that depends on the number of layers grows."""
+        """Extrapolates to the whole model: a fixed time plus a time per layer. `few` are times of the shallow model."""
         if self.layers == self.whole or not few:
             return [*deep]
         most, least = median(deep), median(few)
@@ -120,7 +120,7 @@ def _processor_ms(pid: int) -> float:
 
 @dataclass(frozen=True)
 class Served(Case):
-    """Compares answers of a group with those of one worker and of stages, as HTTP clients receive them.
+    """Compares the speed of a group with the speed of one worker and of stages, as HTTP clients see it.
 
       run.py served 7b IQ2_XXS --delays 0,0.1,0.5,2 --gbit 1
       run.py served 70b IQ1_S --layers 4 --shares 2,1 --speeds 1,0.5  # each layer counts 20 times

@@ -46,9 +46,9 @@ _BESIDE = 1000  # Images that are processed while streams run have numbers from 
 class ImageGaps(Case):
     """Measures how an image affects text streams, and how fast a second question about an image is answered.
     `first s` is the time to the first token of an answer about an image of 1024 x 768 pixels. `gap ms` and `mid ms` are
-    the maximum and the median time between two tokens of a stream. Both are measured without an image, and while an
-    image is encoded (goal for `gap ms`: 150). `prompt ms` is the maximum while the prompt with the image is computed.
-    Weights are random, and nothing is drafted."""
+    the maximum and the median time between two tokens of a text stream, without an image and during its encoding (goal
+    for `gap ms`: 150). `prompt ms` is the maximum during the prefill of the prompt with the image. Weights are random,
+    and nothing is drafted."""
 
     rounds = 3
     shape: str = option("smolvlm-500m", "shape of the image encoder and the text model", chosen("shape", _NAMES))

@@ -27,7 +27,7 @@ from llamaclust.tools.quantize.type_choice import Wishes, choose_types, needs_im
 _DEADLINE_S = 1800
 Float64 = NDArray[np.float64]
 _SAME = {"F32", "F16", "BF16"}
-"""Types for which quantizers have no choice: both programs write the same values."""
+"""Types for which both programs write the same values, because a quantizer has no choice."""
 
 
 @dataclass(frozen=True)

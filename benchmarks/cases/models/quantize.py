@@ -48,7 +48,7 @@ class Ggml:
 
 
 def rows_of(path: Path, most: int) -> Float32:
-    """Returns rows of WIDTH weights, about equally many from each of about 28 matrices of the model: [rows, WIDTH]."""
+    """Returns weights [rows, WIDTH], with about equally many rows from each of about 28 matrices of the model."""
     model = open_model(path)
     tensors = [tensor for tensor in model.tensors.values() if len(tensor.shape) > 1 and tensor.layer is not None]
     chosen = tensors[:: max(1, len(tensors) // 28)]

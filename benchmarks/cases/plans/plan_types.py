@@ -34,9 +34,9 @@ _KINDS = ("steps", "products", "limits")
 class PlanTypes(Case):
     """Compares predicted and measured times for every weight type, with models of one shape on one worker.
     The columns are the measured ms of a token and of a prompt of 512 tokens, and predicted / measured time for three
-    predictions. `steps` uses the worker's measured steps, like a plan. `products` uses measured products, like a plan
-    for a worker without the model file. `limits` uses only the worker's limits, like `plan --assume`. Each ratio uses
-    the mean of predictions before and after a request."""
+    predictions. `steps` predicts from the worker's measured steps, like a plan. `products` predicts from measured
+    products, like a plan for a worker without the model file. `limits` predicts only from the worker's limits, like
+    `plan --assume`. Each ratio uses the mean of predictions before and after a request."""
 
     rounds = 3
     types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "types of weights, or all", types_of)

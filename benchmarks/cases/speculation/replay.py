@@ -18,14 +18,14 @@ from llamaclust.core.errors import UsageError
 
 _PROMPT = 64
 _GOALS = {0.95: ">= 0.85", 0.0: ">= 0.97"}
-"""The expected ratio of the measured gain to the maximum gain, by acceptance."""
+"""Goals for the ratio of the measured gain to the maximum gain, by acceptance."""
 
 
 @dataclass(frozen=True)
 class Replay(Case):
     """Measures the gain of drafted tokens by acceptance, which is the share of drafted tokens that are right.
-    Drafts are recorded answers. The gain is compared with the maximum gain of any fixed number of drafted tokens,
-    which is computed from the measured time of a microbatch by its number of rows. With --together, random prompts are
+    Drafts are recorded answers. The gain is compared with the maximum gain of drafting a fixed number of tokens per
+    step, computed from measured times of microbatches with 1, 2 and more rows. With --together, random prompts are
     answered at the same time, with and without n-gram drafts. Drafts must not change tokens or logprobs."""
 
     warm = 1

@@ -17,7 +17,7 @@ from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.core.errors import LlamaclustError
 
 _FIRST, _LAST = 2000, 2400
-"""The measurement begins and ends at these tokens of the answer. Meanwhile, all other streams are open."""
+"""Tokens of the answer at which the measurement begins and ends. All other streams are open during this time."""
 _AT_ONCE = 250
 _DEADLINE_S = 120.0
 _BODY = {"prompt": "Once upon a time", "temperature": 0, "speculative": False, "ignore_eos": True}

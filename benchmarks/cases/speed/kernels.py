@@ -45,9 +45,9 @@ _LEVELS = tuple(_native.available_levels())
 @dataclass(frozen=True)
 class Kernels(Case):
     """Compares the speed of matrix products with this machine's limits in the same minute.
-    Figures are bytes of weights and multiply-adds per second, and their shares of the CPU's limits. The limits are the
-    read bandwidth and the multiply-add peak (8-bit integers, or float32 for float weights). One token should be near
-    the first limit, and hundreds of tokens near the second. Limits are measured right before and after a product."""
+    Figures are bytes of weights and multiply-adds per second, and their shares of the CPU's limits. With one token, the
+    speed should be near the read bandwidth. With hundreds of tokens, it should be near the multiply-add peak (of 8-bit
+    integers, or float32 for float weights). Limits are measured right before and after a product."""
 
     types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "types of weights, or all", types_of)
     shapes: tuple[tuple[int, int], ...] = option(((5632, 2048),), "shapes of matrices, as ROWSxCOLS", listed(shape))

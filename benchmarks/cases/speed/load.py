@@ -20,7 +20,7 @@ class Load(Case):
     """Measures the time until a model is ready, and peak memory, with and without packed layers.
     Each load runs in its own process, with files in the page cache. `ready` counts from opening the file, and `process`
     counts from the start of Python. `limit` is the allowed peak of resident memory after a prefill: 1.10 times the
-    weights, plus KV memory, plus 150 MiB. In "packed, copied", packed layers are in small pages, so loads copy them."""
+    weights, plus KV memory, plus 150 MiB. "packed, copied" has packed layers in small pages, which loads must copy."""
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)

@@ -24,7 +24,7 @@ _RUN_S, _PEAK_S = 0.02, 0.02
 class ProductRates(Case):
     """Measures rates of products by weight type, relative to the 8-bit peak, for cluster/planner/product_times.py.
     Weights are in the core's cache, and one thread computes. `peak_share` is the share of the peak with many rows.
-    `decode_macs` is the additional time per weight with one row, in multiply-accumulates at the peak."""
+    `decode_macs` is the extra time per weight with one row, in units of one multiply-accumulate at the peak."""
 
     rounds = 7
     types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "types of weights, or all", types_of)

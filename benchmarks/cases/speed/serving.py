@@ -62,8 +62,7 @@ class Serving(Case):
                 yield Group(f"{streams} streams", {name: partial(self._offer, apis[name], streams) for name in apis})
 
     async def _offer(self, api: str, streams: int, turn: int) -> Measures:
-        """Runs streams until the time is over, then cancels them. Each event of a cancelled answer counts as a
-        token."""
+        """Runs streams for `seconds`, then cancels them. Each event of a cancelled answer counts as a token."""
         found, begun_s = Served(), time.monotonic()
         tasks = [asyncio.create_task(self._stream(api, Random(f"{turn} {n}"), found)) for n in range(streams)]
         await asyncio.sleep(self.seconds)

@@ -27,8 +27,8 @@ _GOALS = {"alone tok/s": ">= 0.93 (1.1B: 0.985)", "prefill s": "<= 0.53", "of 8 
 class Split(Case):
     """Compares two workers of one thread each with one worker of one thread.
     The case measures decode of one request, prefill of 8 prompts of 512 tokens, and decode of 8 requests. `of bound` is
-    the speed as a share of the maximum that the stages' computing times allow. `beside ms` is the processor time per
-    token that workers use for other work than computing. A turn takes half a minute with a model of 135M parameters."""
+    the speed with 8 requests as a share of the maximum that the stages' computing times allow. `beside ms` is the
+    workers' processor time per token without computing. A turn takes half a minute with a model of 135M parameters."""
 
     warm = 1
     model: Path = argument("path of a .gguf", existing)

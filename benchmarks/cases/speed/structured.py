@@ -34,9 +34,9 @@ PERSON = definitions.of_schema(
 @dataclass(frozen=True)
 class Structured(Case):
     """Measures the cost and the savings of grammars, with one model in this process.
-    The cost is measured with 1 and with 16 streams: a token under a grammar that allows any text or any list, compared
-    with a token without a grammar. The savings are measured with a JSON object under a schema, compared with text
-    without a grammar. Forced tokens of the object are computed together."""
+    The cost is the time of a token under a grammar that allows any text or any list, relative to a token without a
+    grammar, with 1 and with 16 streams. The savings are the time of a token in a JSON object under a schema, relative
+    to text without a grammar. Forced tokens of the object are computed together."""
 
     rounds = 7
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")
@@ -68,7 +68,7 @@ class Structured(Case):
     async def _answers(
         self, service: TextService, streams: int, tokens: int, grammar: Grammar | None, *, may_end: bool
     ) -> Measures:
-        """Measures time after the first token of every answer, but processor time from the start, with the prompts."""
+        """Measures the time since all answers have a first token, and the processor time since the start."""
         request = CompletionRequest("A person, described in JSON:\n", tokens, grammar=grammar, ignore_eos=not may_end)
         started, began_s = list[float](), process_time()
         requests = (replace(request, seed=number) for number in range(streams))

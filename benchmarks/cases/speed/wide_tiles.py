@@ -21,8 +21,8 @@ _READ_S = 0.1
 
 @dataclass(frozen=True)
 class WideTiles(Case):
-    """Compares products of weights that are stored as a wider type (`WIDER_TILES`) with products of their own type.
-    Figures are a product's time and its share of this machine's read bandwidth. Both kinds of tiles give equal bits."""
+    """Compares products of weights that are packed as a wider type (`WIDER_TILES`) or as their own type.
+    Figures are a product's time and its share of the read bandwidth. Both kinds of tiles give equal bits."""
 
     rounds = 9
     tokens: tuple[int, ...] = option((1, 8), "numbers of tokens (rows of activations)", listed(positive))

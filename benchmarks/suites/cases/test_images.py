@@ -1,4 +1,4 @@
-"""The Python clients' requests with images. The model has random weights, so its answers differ but mean nothing."""
+"""The Python clients' requests with images. Weights are random: answers differ by image but have no meaning."""
 
 from __future__ import annotations
 

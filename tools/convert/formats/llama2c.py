@@ -129,7 +129,7 @@ def _layers(name: str, whole: Lazy, layers: int) -> dict[str, Lazy]:
 def _quantized(
     file: SourceFile, header: _Header, name: str, shape: tuple[int, ...], at: int
 ) -> tuple[dict[str, Lazy], int]:
-    """Reads one matrix of every layer from version 2: int8 numbers, then scales. Also returns the next offset."""
+    """Reads one matrix per layer of version 2: int8 numbers, then scales. Also returns the next matrix's offset."""
     layers = header.layers if "{}" in name else 1
     shape = (shape[0] // layers, shape[1])
     count = prod(shape)

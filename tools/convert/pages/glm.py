@@ -1,4 +1,4 @@
-"""ChatGLM 2 and 3, GLM-4-9B (in its authors' and in Hugging Face's form) and GLM-4-0414. Gate and up are one matrix.
+"""ChatGLM 2 and 3, GLM-4-9B (in its authors' format and in Hugging Face's) and GLM-4-0414. Gate and up are one matrix.
 RoPE rotates half of each head, in pairs of neighbouring channels."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""gpt-oss. Experts are floats or MXFP4 blocks. The bits of the blocks are kept. Rows of gate and up alternate."""
+"""gpt-oss. Experts are float matrices or MXFP4 blocks, which are copied without loss. Rows of gate and up alternate."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _experts(page: Page, layer: int, count: int, width: int) -> None:
 
 
 def _matrices(page: Page, source: str, shape: tuple[int, int, int], parts: int) -> list[Lazy]:
-    """Splits MXFP4 [experts, rows, columns] or floats [experts, columns, rows]. Part i gets row i, i + `parts`, ..."""
+    """Reads MXFP4 [experts, rows, columns] or floats [experts, columns, rows]. Row i goes to matrix i % `parts`."""
     count, rows, columns = shape
     if not page.has(f"{source}_blocks"):
         whole = exchanged(page.take(source, count, columns, rows))
@@ -72,8 +72,8 @@ def _matrices(page: Page, source: str, shape: tuple[int, int, int], parts: int) 
 
 
 def packed_blocks(blocks: Lazy, scales: Lazy) -> Lazy:
-    """Packs blocks [experts, rows, blocks per row, 16] and scales into GGUF's MXFP4: a scale, then 16 bytes. Byte i has
-    number i in its low half and number i + 16 in its high half. The checkpoint's byte i has numbers 2 i and 2 i + 1."""
+    """Packs blocks [experts, rows, blocks per row, 16] and scales into GGUF's MXFP4: a scale, then 16 bytes. Byte i
+    holds numbers i (low half) and i + 16 (high half) in GGUF, but numbers 2 i and 2 i + 1 in the checkpoint."""
     count, rows, width, _ = blocks.shape
 
     def read(start: int, end: int) -> Array:

@@ -18,7 +18,7 @@ _BAICHUAN_2_WORDS = 125696
 
 
 def build(page: Page) -> None:
-    """LLaMA in Hugging Face's form, and models with its layers: Mistral, Mixtral, Yi, SmolLM, DeepSeek LLM."""
+    """LLaMA in Hugging Face's format, and models with the same layers: Mistral, Mixtral, Yi, SmolLM, DeepSeek LLM."""
     width = decoder.feed_forward_width(page)
     count = page.settings.count("num_local_experts", default=0, minimum=0, maximum=1 << 10)
     decoder.usual_keys(page, width)

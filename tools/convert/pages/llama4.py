@@ -55,7 +55,7 @@ def _step(page: Page) -> int:
 
 
 def _check_attention(page: Page, count: int) -> None:
-    """Raises ModelFileError for norms of Q and K, and for scales of queries, that GGUF cannot express."""
+    """Raises ModelFileError if GGUF cannot express the norms of Q and K, or the scales of queries."""
     settings = page.settings
     has_norms = settings.flag("use_qk_norm", default=True)
     if has_norms != (count != _MAVERICK_EXPERTS):
@@ -72,8 +72,7 @@ def _check_attention(page: Page, count: int) -> None:
 
 
 def _chunks(page: Page) -> None:
-    """Writes the chunk length. The length of Scout and Maverick is omitted, as in the published files of these
-    models."""
+    """Writes the length of attention chunks, unless it equals Scout's and Maverick's, whose published files omit it."""
     settings, rotated = page.settings, _rotated(page)
     kinds = ["chunked_attention" if flag else "full_attention" for flag in rotated]
     if settings.has("layer_types") and settings.values["layer_types"] != kinds:

@@ -9,7 +9,7 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT
 
 
 def build(page: Page) -> None:
-    """Writes 0 as `attention.sliding_window` if the model has no window."""
+    """Converts Phi-3 and Phi-4. Models without a window get 0 as `attention.sliding_window`."""
     settings, width = page.settings, decoder.feed_forward_width(page)
     decoder.usual_keys(page, width)
     decoder.rms_epsilon(page)

@@ -28,8 +28,8 @@ _PREDICTION = (
 
 @dataclass(frozen=True, slots=True)
 class _DeltaNet:
-    """Sizes of a delta net. Several value heads share a key head. In a checkpoint, these value heads are neighbours. If
-    `tiled`, the GGUF file has another order: value head j belongs to key head j % key_heads."""
+    """Sizes of a delta net. Several value heads share a key head, and are neighbours in a checkpoint. If `tiled`, the
+    GGUF file has another order, in which value head j belongs to key head j % key_heads."""
 
     key_heads: int
     heads: int

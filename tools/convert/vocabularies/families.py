@@ -23,7 +23,7 @@ _GLM_PARTS: Final = {
 }
 """Special tokens by role. The files of these models do not state the roles."""
 _HUNYUAN_BOS: Final = {"hunyuan-dense": "<|startoftext|>", "hunyuan-moe": "<|bos|>"}
-"""BOS tokens of vocabularies in tiktoken's format. The configurations in the same folder name other ids."""
+"""BOS tokens of Hunyuan's tiktoken files, which take precedence over the ids in the configurations."""
 _GEMMA4: Final = "gemma4"
 _GEMMA4_VISIBLE: Final = frozenset(
     {
@@ -55,7 +55,7 @@ def vocabulary_of(architecture: str, files: SourceFiles, place: Path, rows: int)
 
 
 def _become_gemma4(words: Words) -> None:
-    """Changes the vocabulary to BPE with the merges of tokenizer.json. SentencePiece's scores cannot express them."""
+    """Turns a SentencePiece vocabulary into BPE with the merges of tokenizer.json, which scores cannot express."""
     if not words.merges:
         raise ModelFileError(f"{words.origin}: has no merges; gemma4 needs the merges of {_LIBRARY_FILE}")
     if words.flags["add_space_prefix"]:

@@ -118,7 +118,7 @@ def _parse(path: Path, data: bytes) -> dict[bytes, int]:
 
 
 def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
-    """Raises ModelFileError if ranks do not count from 0, a byte is not a word, or a size is out of bounds."""
+    """Raises ModelFileError if the ranks have gaps, a byte is not a word, or words are too long or too many."""
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) > _MOST_WORDS:
         raise ModelFileError(f"{path}: the {len(ranks)} ranks do not count from 0 without gaps")
     if max(map(len, ranks)) > _MOST_BYTES:

@@ -19,7 +19,7 @@ _PROTO: Any = sentencepiece_model_pb2
 _ENTRY: Final = Struct("<fI")
 _LONGEST: Final = 1 << 16
 _BYTE: Final = re.compile(r"<0x[0-9A-F]{2}>")
-"""Matches the text of a byte token. In files of 2023, the text is the character whose code is the byte."""
+"""Matches the text of a byte token, such as <0x0A>. Files of 2023 have the character with this code instead."""
 _FIRST: Final = (("<unk>", TokenType.UNKNOWN), ("<s>", TokenType.CONTROL), ("</s>", TokenType.CONTROL))
 
 
@@ -74,7 +74,7 @@ def _normalization(words: Words, model: Any) -> None:
 
 
 def read_llama2c_words(path: Path, data: bytes) -> Words:
-    """Reads tokenizer.bin. The file has one number, and then the score, length and bytes of each word."""
+    """Reads tokenizer.bin: four bytes that are not needed, and then the score, length and bytes of each word."""
     texts: list[str] = []
     types: list[TokenType] = []
     scores: list[float] = []

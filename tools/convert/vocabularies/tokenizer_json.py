@@ -1,4 +1,4 @@
-"""Reads Hugging Face's tokenizer.json: byte-level BPE, or SentencePiece's BPE or Unigram in the library's format."""
+"""Reads Hugging Face's tokenizer.json with byte-level BPE, or with the BPE or Unigram of a SentencePiece model."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], doc
 
 
 def _pre_tokenizer_name(library: Any, document: dict[str, Any]) -> str | None:
-    """Returns the name of the pre-tokenizer, or None if it is unknown. If merges produce every word, accepts either
-    value of `ignore_merges`, since the value then makes no difference."""
+    """Returns the name of the pre-tokenizer, or None if it is unknown. `ignore_merges` may differ if merges produce
+    every word, because it then makes no difference."""
     ignores_merges, has_bos = document["model"].get("ignore_merges") is True, _template_ends(document)[0] is not None
     name = recognised(library.pre_tokenizer, ignores_merges, has_bos)
     if name is not None:

@@ -22,8 +22,8 @@ _MARKED_CONTROL: Final = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 
 @dataclass(slots=True)
 class Words:
-    """A vocabulary. `kind` is GGUF's `tokenizer.ggml.model`. SentencePiece vocabularies have `scores`, BPE vocabularies
-    have `merges`. A SentencePiece vocabulary in tokenizer.json has both, but its merges are written only for gemma4."""
+    """A vocabulary. `kind` is GGUF's `tokenizer.ggml.model`. SentencePiece has `scores`, and BPE has `merges`. A
+    SentencePiece vocabulary in tokenizer.json has both, but only gemma4 files get its merges."""
 
     kind: str
     pre: str
@@ -72,7 +72,7 @@ class Words:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A note on tokens that end an answer, but have no GGUF key and are not recognized by their text."""
+        """Advice for the user if tokens that end an answer have no GGUF key and are not recognized by their text."""
         written = self.ids.values()
         left = [shown(self.texts[end]) for end in self.ends if end not in written and not self._ends_by_text(end)]
         if not left:

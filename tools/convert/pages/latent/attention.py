@@ -15,8 +15,8 @@ _MAX_RANK: Final = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """Channels of the latent vector (`rank`), of a key (`rotated` and `plain`) and of a value. `query_rank` is 0 if
-    queries are not computed from a latent vector."""
+    """Numbers of channels of the latent vector (`rank`), of a key (`rotated` plus `plain`) and of a value. `query_rank`
+    is 0 if queries are not computed from a latent vector."""
 
     rank: int
     rotated: int

@@ -30,7 +30,7 @@ _MISTRAL4 = _Mixture("softmax", experts.SOFTMAX, has_bias=False)
 
 
 def build_v2(page: Page) -> None:
-    """DeepSeek V2. Refuses full models, which score expert groups by the best expert. GGUF uses the best two."""
+    """DeepSeek V2. Refuses full models: they rank expert groups by the best expert, but GGUF by the best two."""
     settings = page.settings
     method = settings.text("topk_method", default="greedy")
     if method != "greedy" and settings.count("n_group", default=1) != 1:

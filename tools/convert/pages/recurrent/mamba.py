@@ -21,7 +21,7 @@ _ALL_STEPS = ([0, math.inf], [0, {"__float__": "Infinity"}])
 
 @dataclass(frozen=True, slots=True)
 class Mamba:
-    """Sizes of a Mamba 2 block. Heads of a group share B and C, which have `state_size` numbers per token."""
+    """Sizes of a Mamba 2 block. Each group of heads has one B and one C, with `state_size` numbers per token."""
 
     heads: int
     head_width: int

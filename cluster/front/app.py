@@ -72,7 +72,7 @@ _CONVERSATION: Final = QueryParameter("conv_id", "string", "the conversation's n
 def create_app(
     models: Sequence[ApiModel], admission: Admission | None = None, workers: WorkerOperations | None = None
 ) -> Starlette:
-    """Makes the app for all models. `admission` can refuse requests. The caller must close the models' `replies`."""
+    """Makes the app for all models. `admission` limits open requests. The caller must close the models' `replies`."""
     router, store = ModelRouter(models), ResponseStore()
     app = Starlette(middleware=_gates(router.settings, admission), routes=[*_routes(router, store, workers)])
     app.router.redirect_slashes = False  # `Paths` removes trailing slashes.
@@ -119,7 +119,7 @@ def _routes(router: ModelRouter, store: ResponseStore, workers: WorkerOperations
 
 
 def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
-    """Yields the endpoints of one model. All models need the same order, because `_routes` zips the endpoints."""
+    """Yields one model's routes, in the same order for every model, because `_routes` combines routes by position."""
     for endpoint in ENDPOINTS:
         for path in endpoint.paths:
             yield from endpoint(model, path).routes()

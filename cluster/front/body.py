@@ -48,7 +48,7 @@ _MOST_FIELDS = 1024
 _reading = Threads(1, "read-body")
 """Parses large bodies. One thread is enough, because the interpreter lock prevents parallel parsing."""
 _converting = Threads(1, "convert-body")
-"""Converts parsed bodies. On `_reading`, a parsed body would wait in memory while other bodies are parsed."""
+"""Converts parsed bodies. On `_reading`, they would wait in memory while other bodies are parsed."""
 
 _Made = TypeVar("_Made")
 _Arguments = ParamSpec("_Arguments")
@@ -78,7 +78,7 @@ async def parse_body(
 async def converted(
     body: Body, make: Callable[_Arguments, _Made], *given: _Arguments.args, **named: _Arguments.kwargs
 ) -> _Made:
-    """Calls `make`. If the body has many values, such as a large schema, the call runs on a thread."""
+    """Calls `make` with the other arguments. Uses a thread if `body` has many values, such as a large schema."""
     if not has_many_values([*vars(body).values()]):
         return make(*given, **named)
     return await run_on(_converting, make, *given, **named)
@@ -90,7 +90,7 @@ def _idle(kind: type[Body], settings: ApiSettings) -> dict[str, Neutral]:
 
 
 async def has_field(data: bytes, name: str) -> bool:
-    """Returns True if field `name` is not null. Only small bodies are parsed and raise the errors of `parse_object`."""
+    """Returns True if field `name` is not null. Scans large bodies, and parses others with `parse_object`."""
     if len(data) <= LARGE_BYTES:
         return parse_object(data).get(name) is not None
     members = (await run_on(_reading, outline, data)).members
@@ -159,7 +159,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def _not_finite(value: Any) -> str | None:
-    """Returns the place of the first number that is NaN or infinite, such as 1e999, or None."""
+    """Returns the path of the first NaN or infinity, such as `.a[3]`, or None if all numbers are finite."""
     if isinstance(value, float):
         return None if math.isfinite(value) else ""
     if not isinstance(value, dict | list):

@@ -53,7 +53,7 @@ _NEEDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     ("score_from", "logprobs", _alone),
     ("tool_choice", "tools", lambda choice, tools: choice not in ("auto", "none") and _is_empty(tools)),
 )
-"""Rows (field, needed field, predicate). The predicate is True if the needed field's value does not allow the field."""
+"""Fields that need another field. The predicate is True if the other field's value does not allow the first field."""
 
 
 def usable_defaults(defaults: Mapping[str, Any], given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:

@@ -105,7 +105,7 @@ OLLAMA: Final = ErrorShape(_ollama, schema_name="OllamaError", schema=_OLLAMA_SC
 
 
 def usual_shape(path: str) -> ErrorShape:
-    """Returns the error form for a path without a form of its own. `path` does not include `api.prefix`."""
+    """Returns the format of errors on a path whose endpoint sets none. `path` does not include `api.prefix`."""
     if path.startswith("/api/"):
         return OLLAMA
     return OPENAI if path.startswith(("/v1/", "/cluster")) else LLAMACPP

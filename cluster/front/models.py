@@ -124,8 +124,8 @@ class ApiModel:
 
 @dataclass(frozen=True, slots=True)
 class _Addressed:
-    """A request's model. `keep` is the number of seconds that the model stays loaded after the request, or None for no
-    change. `unloads` is true if the request unloads the model."""
+    """A request's model. The model stays loaded for `keep` seconds after the request (None: no change). `unloads` is
+    true if the request unloads the model."""
 
     model: ApiModel
     keep: float | None = None
@@ -133,7 +133,7 @@ class _Addressed:
 
 
 class ModelRouter:
-    """Finds a request's model. Without `models` in the cluster file, one model gets all requests and checks names."""
+    """Selects the model of a request. Without `models` in the cluster file, the only model gets all requests."""
 
     def __init__(self, models: Sequence[ApiModel]) -> None:
         self.models = models

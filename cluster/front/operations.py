@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 _DRAIN_S = 600.0
-"""Seconds to wait until other workers have loaded a drained worker's layers. Clients may then repeat the request."""
+"""Maximum seconds for other workers to load a drained worker's layers. Clients may then repeat the request."""
 _MOST_SEQUENCES = 32
 """Maximum number of sequences to show for one request."""
 

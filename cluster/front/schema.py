@@ -100,7 +100,7 @@ class Body(DocumentedModel):
     @model_validator(mode="before")
     @classmethod
     def _knows_its_fields(cls, fields: Any, info: ValidationInfo) -> Any:
-        """Fails at the first unknown field, or ignores them all. pydantic would take seconds for a million fields."""
+        """Refuses or ignores unknown fields here, because pydantic would take seconds for a million unknown fields."""
         if not isinstance(fields, dict):
             return fields
         known = cls.model_fields
@@ -163,7 +163,7 @@ def read_fields(
     idle: Mapping[str, Neutral] = MappingProxyType({}),
 ) -> AnyBody:
     """Makes a body from fields. Raises ParameterError if a field is invalid or not supported. Unless `context` is a
-    `Leniency`, unknown fields and fields without effect are errors too. `idle` has the fields that have no effect with
+    `Leniency`, unknown fields and fields without effect are errors too. The fields in `idle` have no effect because of
     the server's settings."""
     foreign, kept = kind.foreign, {name: value for name, value in fields.items() if value is not None}
     for name, is_neutral in {**foreign.refused, **foreign.hints, **idle}.items():

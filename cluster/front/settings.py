@@ -106,9 +106,9 @@ class ModelNames:
     def adapters(
         self, name: str | None, lora: AdapterScales | None = None, default: AdapterScales = ()
     ) -> AdapterScales:
-        """Returns the adapters of a request: the adapter that it names as its model, its field `lora`, or `default`.
-        Raises HttpError (404) for an unknown model. Raises ParameterError for an unknown adapter, or `lora` together
-        with an adapter as the model."""
+        """Returns the adapters of a request: the adapter that is named as its model, else `lora`, else `default`.
+        Raises HttpError (404) for an unknown model. Raises ParameterError for an unknown adapter, or if `lora` is given
+        and the model is an adapter."""
         if (number := self._adapters.number_of(self.shown(name))) is not None:
             if lora is not None:
                 raise ParameterError("lora", f"model already names the adapter {name!r}: remove one of the two fields")
@@ -137,8 +137,8 @@ class ModelNames:
 
     def copy(self, source: str, destination: str) -> None:
         """Adds a name for the served model. Raises HttpError if the name is invalid, `strict_model` is true, there are
-        too many copies, or a name is an adapter's. Adapters have no copies, because a restart deletes the copies, and a
-        copy's name could then select the model without the adapter."""
+        too many copies, or one of the names is an adapter's. Adapters have no copies, because a restart deletes copies,
+        and requests for a copy could then get the model without the adapter."""
         self.check_known(source)
         if not _NAME.fullmatch(destination):
             message = f"{destination[:200]!r} is not a valid model name: use letters, digits and ._:/@-"

@@ -39,7 +39,7 @@ from llamaclust.core.sampler.table import MAIN_NUMBERS, SAMPLING_TABLE
 
 @dataclass(frozen=True, slots=True)
 class Requested:
-    """Marks a body's field that is copied to `CompletionRequest`. `name` is its name there, or "" for the same name."""
+    """Marks a field to copy to the field `name` of `CompletionRequest`. An empty `name` stands for the same name."""
 
     name: str = ""
 

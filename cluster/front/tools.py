@@ -106,7 +106,7 @@ class ClientTool:
 
 
 def function_tool(function: Mapping[str, Any], place: str = "", parameters: str = "parameters") -> dict[str, Any]:
-    """Defines a function for the model. Raises ValueError with `place` and the name of the wrong field."""
+    """Makes OpenAI's definition of a function. Raises ValueError with `place` and the name of the wrong field."""
     if not isinstance(function.get("name"), str) or not _NAME.fullmatch(function["name"]):
         raise ValueError(f"{place}name: must have 1 to 128 letters, digits and characters of _.-/:")
     if not isinstance(function.get(parameters) or {}, dict):
@@ -143,9 +143,9 @@ def flat_name(namespace: str | None, name: str) -> str:
 
 
 def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
-    """Returns the function, with one text argument, that replaces a custom tool. The text must match the tool's regular
-    expression, if there is one. A Lark grammar is not enforced, but added to the description and reported as ignored.
-    Chat completions nest `syntax` and `definition` in an object `grammar`."""
+    """Converts a custom tool to a function with one text argument. The text must match the tool's regular expression,
+    if there is one. A Lark grammar is not enforced, but added to the description and reported as ignored. Chat
+    completions nest `syntax` and `definition` in an object `grammar`."""
     text: dict[str, Any] = {"type": "string"}
     description = tool.get("description") or ""
     form = tool.get("format")

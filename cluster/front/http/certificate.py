@@ -126,7 +126,7 @@ class ServerCertificate:
             thread.join(_END_S)
 
     def look(self) -> None:
-        """Reads changed files when two checks in a row find the same version. Warns before the certificate expires."""
+        """Reads files that changed and then stayed the same for two checks. Warns before the certificate expires."""
         version, last = self._files.version, self._seen
         self._seen = version
         must_wait = version == self._failed and time.monotonic() < self._retry_at_s

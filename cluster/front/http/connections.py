@@ -206,7 +206,7 @@ class TlsProtocol(asyncio.Protocol):
 
 
 class _TlsTransport:
-    """The transport of the carried protocol. `write` and `close` use TLS. Other calls go to the real transport."""
+    """The transport of the carried protocol. `write` and `close` go through TLS, other calls to the real transport."""
 
     def __init__(self, tls: TlsProtocol, transport: asyncio.Transport) -> None:
         self._tls = tls

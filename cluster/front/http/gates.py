@@ -211,8 +211,8 @@ class Admission:
 
     @contextmanager
     def held(self, *, has_body: bool) -> Iterator[_Open]:
-        """Registers the current request while the context is open. If too many requests wait for their bodies, the
-        oldest request of the owner with the most such requests is cancelled. Slow bodies thus cannot block others."""
+        """Registers the current request while the context is open. If too many requests wait for their bodies, selects
+        the owner with most of them, and cancels that owner's oldest one. Slow bodies thus cannot block others."""
         task = asyncio.current_task()
         assert task is not None
         request = _Open(task, current_owner.get(), has_body)

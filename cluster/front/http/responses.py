@@ -166,9 +166,9 @@ class Route(PathRoute):
         types: Sequence[str] | None = None,
         status: int = 200,
     ) -> None:
-        """`body` is the class of the request body. `computes` is true if the model must be loaded. `errors` is the
-        format of errors and defaults to `usual_shape`. `types` are the media types of the reply. The default is JSON,
-        plus `form` if the body has a field `stream`."""
+        """`body` is the class of the request body. `computes` is true if the model must be loaded. Errors have the
+        format `errors`, or else `usual_shape`. `types` are the reply's media types. They default to JSON, and also
+        `form` if the body has a field `stream`."""
         super().__init__(path, endpoint, methods=[method])
         self.method = method
         self.body = body
@@ -215,7 +215,7 @@ def template(path: str) -> str:
 
 
 def traced_names(scope: Scope) -> list[str]:
-    """Returns a list to which `name_route` adds the route's name. The name contains no text from the client."""
+    """Returns a new list. `name_route` will add the name of the request's route, without any text from the client."""
     names: list[str] = []
     scope["state"] = {**scope.get("state", {}), _STATE: names}
     return names

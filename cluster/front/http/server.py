@@ -203,7 +203,7 @@ class _Body:
         self._pieces: list[bytes] = []
 
     def write(self, data: bytes) -> bool:
-        """Queues a piece. If the piece must go through ASGI instead, flushes the queue and returns False."""
+        """Queues a piece. Returns False if the caller must send the piece through ASGI, and then flushes the queue."""
         if self._reply is None:
             return False
         connection, cycle = self._reply
@@ -237,7 +237,7 @@ class StartingReplies:
     """Replies to requests while the cluster starts. The API later uses the same listening sockets."""
 
     def __init__(self, port: ApiPort, settings: ApiSettings, report: Report, *, is_live: bool = False) -> None:
-        """Answers /live with status 200 if `is_live` is true. Only clients with a valid key get the reason to wait."""
+        """Answers /live with 200 if `is_live`. Tells only clients with a valid key what the cluster waits for."""
         self._settings = settings
         self._is_live = is_live
         self._report = report

@@ -120,8 +120,8 @@ class EventResponse(PartsResponse):
 
 
 class JsonParts(PartsResponse):
-    """A JSON body in parts. A body of a single part gets a Content-Length. An error in one of the
-    first two parts still sets the HTTP status, because the status is sent when both parts are made."""
+    """A JSON body in parts. A body of one part gets a Content-Length. The status is sent when two parts are made, so
+    that an error in the first two parts can still set the status."""
 
     media_type = "application/json"
 
@@ -158,8 +158,8 @@ async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Val
 
 
 async def first_of(*works: Awaitable[None]) -> None:
-    """Runs `works` until one of them is done, then cancels the others and waits until they have ended. Raises the error
-    of the one that was done first."""
+    """Waits until one of `works` is done. Cancels the others, and waits until they have ended. Raises the error of the
+    one that was done, if any."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

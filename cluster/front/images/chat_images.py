@@ -1,4 +1,4 @@
-"""Fetches the images of a chat once. The journal keeps them, up to a limit, for a computation after a restart."""
+"""Fetches a chat's images. The journal stores them up to a size limit, so that a restart need not fetch them again."""
 
 from __future__ import annotations
 

@@ -64,8 +64,8 @@ def base64_part(kind: str, data: object, context: object) -> Part:
 
 
 def checked_base64(data: str) -> str:
-    """Checks base64 without decoding it, which would take longer. Returns it without line breaks. Raises ValueError if
-    the text is not base64 or the image is too large."""
+    """Checks base64 without decoding it, which would take longer. Returns the text without line breaks. Raises
+    ValueError if the text is not base64 or the image is too large."""
     try:
         data.encode("ascii")  # With other characters, `translate` would block the interpreter for up to a second.
     except UnicodeEncodeError as error:

@@ -89,9 +89,9 @@ class Replies:
         return await self._begun(request, kept, Position())
 
     async def _begin(self, request: Request, kept: KeptReply, reply: Reply, body: bytes) -> None:
-        """Starts computing a reply. If the client can read the reply later, the request is journalled, and this method
-        returns when the record is on disk. For a stream that is not kept, this method first waits for a part of the
-        stream, so that an early error can set the HTTP status."""
+        """Starts computing a reply. Waits until the request is on disk if it is journalled, that is, if the client can
+        read the reply later. For a stream that is not kept, also waits for the first part, so that an early error can
+        set the HTTP status."""
         is_journalled = kept.is_kept or (kept.context.is_streamed and self._form(kept).has_ids)
         admitted = body if is_journalled and self.cache.journal is not None else None
         try:

@@ -105,8 +105,8 @@ class KeptReply:
         self, reply: Reply, *, admitted: bytes | None = None, until_s: float | None = None
     ) -> asyncio.Future[None] | None:
         """Submits the request. Raises an error if the request is refused or the reply was closed. `admitted` is the
-        body if the request must be journalled. The returned future is done when the journal has the request on disk.
-        Readers of a kept reply wait until then. In a busy cluster, tries again until `until_s` (event loop time)."""
+        body to journal, or None. The returned future is done when the request is on disk. Readers of a kept reply wait
+        for this future. If `until_s` (event loop time) is given, tries again until then while the cluster is busy."""
         try:
             await self._submit(reply, until_s, is_recorded=admitted is not None or self.context.is_restored)
             # No `await` may separate this call from the submission.
@@ -169,7 +169,7 @@ class KeptReply:
             raise
 
     def _take_adapters(self, used: tuple[str, ...]) -> None:
-        """Notes the request's adapters. Raises AdapterUnloadedError if a restored request would use other adapters."""
+        """Stores the request's adapters. Raises AdapterUnloadedError if a restored request would use other adapters."""
         if not self.context.is_restored:
             self.context.adapters = used
         elif not {*used} <= {*self.context.adapters}:
@@ -266,7 +266,7 @@ class KeptReply:
             self._expire_later()
 
     async def stream(self, framing: Framing) -> AsyncGenerator[bytes, None]:
-        """Yields the bytes of the stream that the client does not have. Raises the error that ended the log."""
+        """Yields the part of the stream that the client has not received. Raises the error that ended the log."""
         view: View | None = None
         sizes, cost = _Sizes(self._request_entries), 0
         with self.reading() as reader:
@@ -320,7 +320,7 @@ class KeptReply:
         return self._request_entries() + sum(chunk.entries for chunks in parts for chunk in chunks)
 
     def _request_entries(self) -> int:
-        """Counts what replies repeat from a request: the prompt tokens, which some APIs show, and `Reply.repeated`."""
+        """Counts what a reply may show of its request: the prompt's tokens and the values in `Reply.repeated`."""
         return _prompt_tokens(self.log) + self._repeated_entries
 
     def _new_view(self) -> View:
@@ -329,8 +329,8 @@ class KeptReply:
 
 
 class _Sizes:
-    """Computes an upper bound on the tokens and logprobs that the next log entry shows. A chunk that begins or ends an
-    answer, or begins a tool call, may show all earlier text and everything that the reply repeats from its request."""
+    """Computes an upper bound on the tokens and logprobs to render for the next log entry. A chunk that begins or ends
+    an answer, or begins a tool call, may repeat all earlier text and values of the request."""
 
     def __init__(self, request_entries: Callable[[], int]) -> None:
         self._request_entries = request_entries

@@ -32,7 +32,7 @@ _MAX_SLOTS = 130
 
 
 def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> RequestContext:
-    """Makes the context of a new request. `settings` are those of its model. Raises HttpError for an invalid header."""
+    """Makes the context of a request. `settings` are the model's settings. Raises HttpError for an invalid header."""
     trace = current_trace.get()
     return RequestContext(
         id=secrets.token_hex(12),
@@ -51,9 +51,9 @@ def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> Reque
 
 
 def identified(request: CompletionRequest, context: RequestContext, prompt: int) -> CompletionRequest:
-    """Returns the completion request of one prompt, with an id, a seed and the tokens recorded so far. Removes the
-    grammar of tool calls if the first computation ran without it. Raises WorkerError if the first computation ran with
-    the grammar and it is not available now."""
+    """Returns the completion request of one prompt, with an id, a seed and the tokens recorded so far. A request that
+    is computed again uses the grammar of tool calls only if its first computation did. Raises WorkerError if the
+    grammar is needed but not available now."""
     named = replace(
         request,
         request_id=context.id if prompt == 0 else f"{context.id}-p{prompt}",
@@ -166,7 +166,7 @@ MakeReply = Callable[[bytes, RequestContext], Awaitable[Reply]]
 
 
 Position = Counter[int]
-"""Number of events that a client has, by slot. An event id has these numbers: `3`, or `3-5-0` for three slots."""
+"""Numbers of events that a client has received, by `Event.slot`. Event ids contain `3`, or `3-5-0` for three slots."""
 
 
 def read_position(text: str, param: str) -> Position:

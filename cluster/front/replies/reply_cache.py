@@ -79,8 +79,8 @@ class ReplyCache:
         await kept.aclose()
 
     async def left(self, kept: KeptReply, has_all: bool) -> None:
-        """Handles the end of a connection. `has_all` is true if the client received the whole reply. After a restart,
-        such a reply is computed again only if a client reads it."""
+        """Handles the end of a client's connection. `has_all` is true if the client received the whole reply. The next
+        coordinator then computes the reply again only if a client reads it."""
         if self.journal is not None and (has_all or not kept.is_kept) and not kept.context.is_background:
             self.journal.sent(kept.context.id)
         if not kept.is_kept:
@@ -107,9 +107,9 @@ class ReplyCache:
         self._ending.start(self.forget(kept))
 
     def grew(self, kept: KeptReply, more_bytes: int) -> None:
-        """Counts more bytes of a reply. If the client's replies or all replies together are too large, evicts complete
-        replies that no client reads. If that is not enough, running replies fail: unread before read replies, large
-        before small ones. The client that holds the most bytes loses replies first."""
+        """Counts more bytes of a reply. Above the memory limit of one client or of all clients, evicts complete replies
+        that no client reads, and then lets running replies fail. The client that holds the most bytes loses replies
+        first. Among its replies, unread ones fail before read ones, and large ones before small ones."""
         if (entry := self._entries.get(kept.context.id)) is None:
             return
         self._held_bytes.take(entry.client, more_bytes)
@@ -120,8 +120,8 @@ class ReplyCache:
                 pass
 
     def _too_large(self, client: str) -> list[_Entry]:
-        """Returns the client's replies if they exceed the limit of one client. Otherwise returns all replies if they
-        exceed the limit of all clients. Otherwise returns an empty list."""
+        """Returns the client's replies if they exceed the limit of one client, or all replies if together they exceed
+        the limit of all clients. Returns an empty list if no limit is exceeded."""
         held, most = self._held_bytes.held, self._held_bytes.room
         if held[client] > most:
             clients: Collection[str] = (client,)
@@ -132,7 +132,7 @@ class ReplyCache:
         return [entry for entry in self._of(clients) if entry.held_bytes]
 
     def _evict(self, entries: Iterable[_Entry], held: Mapping[str, int]) -> bool:
-        """Removes the oldest evictable reply of the client that holds the most. Returns False if there is none."""
+        """Removes the oldest evictable reply of the client with most in `held`. Returns False if none is evictable."""
         evictable = (entry for entry in entries if entry.kept.is_evictable)
         entry = max(evictable, key=lambda entry: held[entry.client], default=None)
         if entry is not None:

@@ -84,10 +84,10 @@ def _token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, 
 
 @dataclass(frozen=True, slots=True)
 class TextChunk:
-    """The part of an answer that one step adds to the choice `index`. Text may come in a later chunk than its tokens,
-    because a character may be incomplete or a stop string may have begun. `rows` has all sampled tokens, even tokens
-    without text (end tokens and parts of stop strings). `offsets` may be empty. Otherwise, `offsets[i]` is the position
-    in the answer at which the text of `rows[i]` begins."""
+    """The part of an answer that one step adds to the choice `index`. `rows` has all sampled tokens, even end tokens
+    and parts of stop strings, which have no text. Text comes in a later chunk than its tokens if a character is
+    incomplete, or if a stop string may have begun. `offsets` is empty, or has the position in the answer at which the
+    text of each row begins."""
 
     index: int = 0
     text: str = ""

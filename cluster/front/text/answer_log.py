@@ -28,7 +28,7 @@ Subscriber = Callable[[int, TextChunk], None]
 
 
 class Timed(Enum):
-    """Selects the chunks of a choice that have timings. The last chunk always has timings."""
+    """Selects the chunks that get timings. The last chunk of a choice always gets timings."""
 
     NEVER = auto()
     FIRST = auto()
@@ -48,9 +48,9 @@ class _PromptEnd:
 
 
 class AnswerLog:
-    """An append-only log of answers, in the order of prompts, even if a later prompt is computed first. A second
-    computation therefore gives the same log. With the storage STREAMED, the log drops each entry when its only reader
-    takes it. With CHUNKS, it keeps all entries. With PACKED, it has no entries, only complete answers at its end."""
+    """A log of answers, in the order of prompts, even if a later prompt is computed first. A second computation
+    therefore gives the same log. The storage CHUNKS keeps all entries. STREAMED drops each entry when the only reader
+    takes it. PACKED has no entries, only complete answers at the end."""
 
     def __init__(self, *subscribers: Subscriber, is_held: bool = False) -> None:
         """Makes a log. If `is_held` is true, readers get nothing until `release` is called."""
@@ -126,7 +126,7 @@ class AnswerLog:
         self._packed.clear()
 
     def parts(self) -> list[list[TextChunk]]:
-        """Returns the answers to each prompt, or their chunks if rows are not packed. Raises the log's error."""
+        """Returns a list for each prompt: its answers if rows are packed, else all chunks. Raises the log's error."""
         self.raise_error()
         parts: list[list[TextChunk]] = [[] for _ in self.generations]
         for (prompt, _), collected in sorted(self._packed.items(), key=itemgetter(0)):

@@ -22,7 +22,7 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _ORIGIN: Final = "tools"
 _MOST_CHECKS: Final = 64
-"""Maximum number of checks in the search for schemas that cannot be enforced. Unchecked tools are unconstrained."""
+"""Maximum number of checks to find the tools whose schemas cannot be enforced. Tools left over are not constrained."""
 
 _log = logging.getLogger(__name__)
 
@@ -30,10 +30,10 @@ _log = logging.getLogger(__name__)
 async def answer_grammar(
     chat: ChatRequest, reading: AnswerReading | None, tokenizer: Tokenizer, checker: GrammarChecker
 ) -> Grammar | None:
-    """Returns the grammar of a chat's answer. It allows only tool calls if they are required, and otherwise tool calls
-    or an answer in the request's form. If the schema of a tool cannot be enforced, the tool may get any JSON object,
-    and the schema is reported as ignored. Raises ParameterError if required calls or the request's form cannot be
-    enforced, and DeadlineError if a check takes too long."""
+    """Returns the grammar of a chat's answer. The grammar allows only tool calls if calls are required, and otherwise
+    also an answer in the format that the request sets. If a tool's schema cannot be enforced, the grammar allows any
+    JSON object as arguments, and the schema is reported as ignored. Raises ParameterError if required calls or the
+    answer's format cannot be enforced, and DeadlineError if a check takes too long."""
     is_required, other = chat.tool_use.mode is ToolMode.REQUIRED, chat.answer.grammar
     if reading is None or not reading.tools:
         return other
@@ -139,7 +139,7 @@ class _Calls:
 
 
 def _largest_half(tools: Mapping[str, Schema]) -> set[str]:
-    """Returns the names of half of the tools, those with the longest schemas. Without them, the grammar is shorter."""
+    """Returns the names of the half of the tools with the longest schemas, which make the grammar long."""
     names = sorted(tools, key=lambda name: -len(str(tools[name])))
     return {*names[: -(-len(names) // 2)]}
 

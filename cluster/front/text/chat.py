@@ -52,7 +52,7 @@ PLAIN: Final = ToolFormat(GENERIC_CALLS, takes_tool_role=False, takes_call_messa
 
 
 class ChatFormat:
-    """A chat template. It renders prompts, and the format of answers is derived from it."""
+    """Renders prompts with a chat template, and derives the format of answers from the template."""
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
         self._template = template
@@ -63,7 +63,7 @@ class ChatFormat:
         self._takes_parts = False
 
     async def get(self) -> ToolFormat:
-        """Returns the format of answers. Raises DeadlineError if deriving it is too slow. The next call tries again."""
+        """Returns the format of answers. Raises DeadlineError if deriving it is too slow. A later call tries again."""
         async with deadline("the analysis of the chat template", _MAX_WAIT_S), self._lock:
             if self._form is None:
                 self._takes_parts = await run_on(RENDERING, self._needs_parts)
@@ -141,8 +141,8 @@ class ChatFormat:
         return text + begun, chat.reading(form, opened_reasoning(form, text) + unguarded(begun))
 
     async def _accepted_text(self, messages: list[dict[str, Any]], more: dict[str, Any]) -> str:
-        """Renders the messages. If the template refuses them, tries other forms, and prefers a form with the system
-        message. Raises TemplateRefusalError if all forms are refused."""
+        """Renders the messages. If the template refuses them, renders other forms of the messages, if possible a form
+        that keeps the system message. Raises TemplateRefusalError if the template refuses all forms."""
         refusal, shortened = None, None
         for accepted in chain([messages], accepted_forms(messages)):
             shown = [*map(_with_parts, accepted)] if self._takes_parts else accepted
@@ -211,9 +211,9 @@ def _with_parts(message: Mapping[str, Any]) -> dict[str, Any]:
 def answer_reasoning(
     reading: AnswerReading | None, budget: ReasoningBudget | None, grammar: Grammar | None, tokenizer: Tokenizer
 ) -> Reasoning | None:
-    """Returns how the engine finds the reasoning in an answer. Returns None if no usable tags mark the reasoning, if
-    the reasoning has ended, or if neither a budget nor a grammar depends on it. `grammar` has no rules for reasoning.
-    Raises ParameterError if the budget's message contains the end tag."""
+    """Returns the tags by which the engine finds the reasoning in an answer. Returns None if there are no usable tags,
+    if the reasoning has already ended, or if no budget or grammar depends on the reasoning. `grammar` has no rules for
+    reasoning. Raises ParameterError if the budget's message contains the end tag."""
     calls_end = reading is not None and reading.form.calls_end_reasoning and (grammar is None or bool(grammar.triggers))
     found = None if reading is None else _open_or_closed(reading, calls_end=calls_end)
     if found is None:

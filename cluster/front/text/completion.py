@@ -46,7 +46,7 @@ Choice = tuple[GenerationRequest, "ChoiceText"]
 
 class Completion:
     """All choices of one prompt. Appends their chunks to a log. The first choice computes the prompt. The other choices
-    start afterwards and find the prompt in the prefix cache. If the queue is full then, they wait up to `_QUEUE_S`,
+    start afterwards and find the prompt in the prefix cache. While the queue is full, they wait up to `_QUEUE_S`,
     because the request was already accepted. An error in one choice ends all choices."""
 
     def __init__(
@@ -150,8 +150,7 @@ class Completion:
 
 
 class _Running:
-    """A running choice. The engine calls its methods with events, which are converted to text at once. A task per
-    choice would double the time per token."""
+    """A running choice. The engine calls its methods, because a task per choice would double the time per token."""
 
     def __init__(self, owner: Completion, generation: GenerationRequest, text: ChoiceText, timed: Timed) -> None:
         self.generation = generation
@@ -336,8 +335,8 @@ class StopStrings:
         self.matched: str | None = None  # The stop string that was found. It ends the text.
 
     def push(self, text: str) -> str:
-        """Returns the text that cannot be part of a stop string. The first complete stop string ends the text. If
-        several are complete at once, the longest one counts."""
+        """Returns text that is certainly not part of a stop string, and holds back the rest. A complete stop string
+        ends the text. If several stop strings are complete at the same character, the longest one counts."""
         if not self._patterns or self.matched is not None:
             return "" if self.matched is not None else text
         text = self._held + text

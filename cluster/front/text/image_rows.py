@@ -48,8 +48,8 @@ class RowMemoryError(QueueFullError):
 
 
 class RowCache:
-    """Keeps the latest rows that no request uses, by image digest. Counts their bytes and the bytes in use, and limits
-    the sum. Requests that lack memory wait in `line`. Not thread-safe."""
+    """Caches the latest image rows that no request uses, by image digest. Limits the sum of the cached bytes and the
+    bytes that requests use. Requests that lack memory wait in `line`. Not thread-safe."""
 
     def __init__(self, limits: RowLimits | None = None) -> None:
         self._limits = limits or RowLimits()

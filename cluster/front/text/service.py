@@ -213,8 +213,8 @@ class TextService:
     async def _pair_reader(
         self, form: PairForm | PairTemplate, query: str
     ) -> Callable[[str, str], Awaitable[tuple[int, ...]]]:
-        """Returns a function (document, field name for errors) that makes a prompt's token ids. Texts such as `<s>`
-        do not become control tokens. A template and its texts are tokenized together, because a token may span both."""
+        """Returns a function that tokenizes the query with a document. Its second argument is the field to name in
+        errors. Texts such as `<s>` do not become control tokens. A template and its texts are tokenized together."""
         tokenizer, context = self.tokenizer, self.settings.context_length
         self._check_characters(len(query), "query")
         if isinstance(form, PairTemplate):
@@ -247,8 +247,7 @@ class TextService:
         return ids
 
     async def fill_in(self, gap: Gap, max_new_tokens: int | None) -> tuple[int, ...]:
-        """Returns the prompt for filling a gap by infill tokens. Raises ContextLengthError if the texts are too
-        long."""
+        """Returns the prompt of an infill request. Raises ContextLengthError if the texts are too long."""
         tokens, context = self.tokenizer.vocabulary.fill_in, self.settings.context_length
         assert tokens is not None, "the caller has checked that the tokens are known"
         self._check_characters(gap.characters, "input_prefix")
@@ -264,8 +263,8 @@ class TextService:
     async def tokenize_all(
         self, parts: Sequence[str | int], param: str, most_tokens: int | None = None, add_special: bool = False
     ) -> list[list[int]]:
-        """Returns the token ids of each part. A token id as a part is returned as a list. `add_special` applies to the
-        first part. Raises an error early if the parts surely exceed `most_tokens` (None: the context length)."""
+        """Returns a list of token ids for each part, which is a text or a token id. `add_special` applies to the first
+        part. Raises an error early if the parts surely exceed `most_tokens` (None: the context length)."""
         self._check_room(f"has {len(parts)} parts", len(parts), param, most_tokens)
         characters = sum(len(part) for part in parts if isinstance(part, str))
         self._check_characters(characters, param, most_tokens)
@@ -303,7 +302,7 @@ class TextService:
         return await self._format_of(chat).text(chat)
 
     def _format_of(self, chat: ChatRequest) -> ChatFormat:
-        """Returns the format of a chat's template variant. Raises ParameterError if it cannot show the documents."""
+        """Returns the format for a chat. Raises ParameterError if the template cannot show the chat's documents."""
         template = self.chat_template.variant(uses_tools=chat.uses_tools, has_documents=chat.has_documents)
         if chat.has_documents and "documents" not in (template.source or ""):
             raise ParameterError(

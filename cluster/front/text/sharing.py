@@ -45,7 +45,7 @@ _Arguments = ParamSpec("_Arguments")
 
 
 class Places:
-    """Limits concurrent tasks to `count`, and those of one owner to `most` (None: no limit). Owners take turns."""
+    """Limits concurrent tasks to `count`, and one owner's tasks to `most` (None: no limit). Owners take turns."""
 
     def __init__(self, count: int, most: int | None = None) -> None:
         self._count = count
@@ -97,9 +97,9 @@ MAX_REPLY_ENTRIES = 1 << 21
 """Maximum number of tokens and top logprobs in one reply."""
 UNIT_BYTES = 200
 MAX_HELD_UNITS = 1 << 21
-"""Maximum units (of `UNIT_BYTES`) for one owner's replies and prompts to rank. All owners together: twice as many."""
+"""Memory limit for an owner's replies and reranking prompts, in units of `UNIT_BYTES`. All owners: twice as much."""
 _UNIT_NUMBERS = 5
-"""Number of embedding values, or of tokens in prompts to rank, that count as one unit of memory."""
+"""Number of embedding values, or of tokens in reranking prompts, that count as one unit of memory."""
 _TOP_BYTES = 8
 _RETRY_S = 5.0
 
@@ -140,7 +140,7 @@ class ReplySize:
     def of(
         cls, generation: GenerationRequest, choices: int, storage: RowStorage, unread_rows: int | None = None
     ) -> ReplySize:
-        """`unread_rows` is the maximum number of sampled rows held at a time. None means that all rows are held."""
+        """`unread_rows` is the maximum number of sampled tokens held in memory at a time. None means all of them."""
         first = generation.score_from
         scored = 0 if first is None else max(0, len(generation.prompt) - max(first, 1))
         sampled = choices * generation.max_new_tokens
@@ -159,7 +159,7 @@ class ReplySize:
 
 
 class ReplyBudget:
-    """Memory of all replies. Tokens without logprobs do not count, because few answers reach their limit."""
+    """Limits the memory of replies. Answers without logprobs do not count, because few reach their maximum length."""
 
     def __init__(self) -> None:
         self.shares = Shares(MAX_HELD_UNITS)

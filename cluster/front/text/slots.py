@@ -63,7 +63,7 @@ class Slots:
         return take
 
     def tokens(self, slot: int) -> SlotTokens:
-        """Returns the slot's tokens, without a last token that has no keys and values yet."""
+        """Returns the slot's tokens. A last token whose keys and values are not computed yet is left out."""
         kept = self._tokens.get(slot, SlotTokens())
         return replace(kept, tokens=kept.tokens[:])  # A running request may append to the array.
 

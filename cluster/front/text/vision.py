@@ -50,14 +50,14 @@ class ImageEncoder(Protocol):
         ...
 
     async def encode(self, tiles: Sequence[Tile], owners: Owners) -> list[Rows]:
-        """Returns rows [rows, levels * width] for each tile, line by line. `owners` are waiting for the rows."""
+        """Returns an array [rows, levels * width] for each tile, line by line. `owners` wait for the arrays."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLayout:
-    """The token ids and rows that replace an image in a prompt. `grids` has the numbers of lines and columns of each
-    tile. `starts` has the number of rows before each tile."""
+    """The token ids and rows that replace an image in a prompt. `grids` has each tile's number of lines and number of
+    rows per line. `starts` has the number of rows before each tile."""
 
     pieces: tuple[tuple[int, ...] | TileRows, ...]
     grids: tuple[tuple[int, int], ...]
@@ -90,7 +90,7 @@ class _Tiles:
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """An image in a prompt. Holds its tiles, unless its rows were cached, were being computed, or are not needed."""
+    """An image in a prompt. `tiles` is None if the image's rows are cached, being computed, or not needed."""
 
     source: ImageSource
     digest: bytes
@@ -219,7 +219,7 @@ class Vision:
     async def _leased(
         self, images: Prefetch[_Begun], image: _Begun, own_bytes: dict[bytes, int], place: Place, own: ExitStack
     ) -> Rows:
-        """Returns the rows of an image. `own` keeps them in memory. Adds their size to the request's `own_bytes`."""
+        """Returns the rows of an image. `own` keeps the rows in memory. Adds the size of the rows to `own_bytes`."""
         before = sum(own_bytes.values())
         own_bytes[image.digest] = self._bytes_of(image.layout)
         self._rows.check(sum(own_bytes.values()) + image.tile_bytes)
@@ -274,7 +274,7 @@ class Vision:
         return tiles
 
     def _layout_of(self, image: ImageTiles) -> ImageLayout:
-        """Raises RequestError if the encoder does not accept the size of a tile."""
+        """Computes the layout of an image. Raises RequestError if the encoder does not accept a tile's size."""
         counts = [self._projector.rows_of(*tile.shape[:2]) for tile in image.tiles]
         side = self._projector.patch_size * self._projector.merge
         grids = tuple((tile.shape[0] // side, tile.shape[1] // side) for tile in image.tiles)
@@ -335,7 +335,7 @@ class Vision:
             start = end
 
     def _rope_positions(self, rows: TileRows, columns: int) -> NDArray[np.int32] | None:
-        """Returns M-RoPE positions [sections, rows]: line in the span (section 1), column (section 2), else 0."""
+        """Returns M-RoPE positions [sections, rows]: section 1 is the line in the span, 2 the column, others are 0."""
         if not self._rope_sections:
             return None
         positions = np.zeros((self._rope_sections, rows.end - rows.start), np.int32)

@@ -195,7 +195,7 @@ _ERROR_TYPES: Final = {
 
 
 def _error(failure: Failure) -> dict[str, Any]:
-    """Returns an error in Anthropic's form. If a prompt exceeds the context length, the message begins with "prompt is
+    """Converts an error to Anthropic's JSON. If a prompt exceeds the context length, the message begins with "prompt is
     too long", because clients then shorten the chat."""
     kind, message = error_type(failure, _ERROR_TYPES, "api_error"), failure.message
     if failure.numbers:

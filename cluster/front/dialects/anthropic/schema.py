@@ -118,7 +118,7 @@ def output_grammar(value: Any, origin: str) -> Grammar | None:
 
 
 def _tool(value: Any, info: ValidationInfo) -> Any:
-    """Converts a tool to OpenAI's form. Returns None for a tool that runs on Anthropic's servers. Raises ValueError."""
+    """Converts a tool to OpenAI's JSON. Returns None for a tool that runs on Anthropic's servers. Raises ValueError."""
     if not isinstance(value, dict):
         raise ValueError("a tool must be an object with 'name' and 'input_schema'")
     kind = value.get("type")
@@ -184,8 +184,8 @@ class Turn:
 
 
 def read_turn(message: Any, info: ValidationInfo) -> Turn:
-    """Validates a message. In a `Leniency` context, short texts replace blocks with media that the model cannot read
-    or with calls of Anthropic's server tools. In other contexts, they raise ValueError. Unknown blocks always do."""
+    """Validates a message. Media that the model cannot read and calls of Anthropic's server tools become short texts in
+    a `Leniency` context, and raise ValueError in other contexts. Unknown blocks always raise ValueError."""
     if not isinstance(message, dict) or message.get("role") not in _ROLES:
         raise ValueError(f"a message must be an object with a 'role' of {', '.join(_ROLES)}")
     role, content = message["role"], message.get("content")
@@ -343,7 +343,7 @@ class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
     tool_choice: ToolChoice | None = None
     """The tool calls that the answer can or must contain."""
     thinking: ThinkingField | None = None
-    """The answer's thinking. With type `disabled`, the answer begins without it. Otherwise, the model decides."""
+    """Thinking before the answer. Type `disabled` switches thinking off. Otherwise, the model decides."""
     output_config: OutputConfig | None = None
     output_format: Any = None
     """The older name for `output_config.format`."""

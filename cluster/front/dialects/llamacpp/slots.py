@@ -142,8 +142,8 @@ class SlotFolder:
         self._folder = folder
 
     def write(self, name: str, tokens: SlotTokens, model_id: str) -> int:
-        """Writes a slot file and returns its size in bytes. Raises OSError, or ParameterError if the name is invalid or
-        in use by another kind of file, or the folder is full."""
+        """Writes a slot file and returns its size in bytes. Raises OSError. Raises ParameterError if the name is
+        invalid, if a file of another kind has the name, or if the folder is full."""
         path = self._path(name)
         if os.path.lexists(path):
             if not _is_slot_file(path):
@@ -175,7 +175,7 @@ class SlotFolder:
 
 
 def _is_slot_file(path: Path) -> bool:
-    """Returns True for slot files, even damaged ones, so that `write` replaces no other file. Raises OSError."""
+    """Returns True for slot files, including damaged ones. `write` replaces no other files. Raises OSError."""
     if path.is_symlink() or not path.is_file():
         return False
     with regular_file.open_regular(path, follows_links=False) as file:

@@ -78,7 +78,7 @@ class PieceReader:
         self._open: dict[int, ToolCall] = {}
 
     def read(self, chunk: TextChunk) -> Piece:
-        """Returns the piece that a chunk adds. A tool call is added whole, by the chunk that ends the call."""
+        """Returns the text, reasoning and tool calls that a chunk adds. A tool call is returned whole, when it ends."""
         piece = Piece()
         for event in chunk.events or (ContentText(chunk.text),):
             match event:

@@ -74,7 +74,7 @@ def with_ids(items: Sequence[Item], response_id: str) -> list[Item]:
 
 
 def summary_item(item_id: str, summary: str) -> Item:
-    """Returns an item with a summary that replaces all earlier messages. `encrypted_content` is plain base64."""
+    """Returns a compaction item, which replaces all earlier messages. `encrypted_content` is the summary in base64."""
     content = _SUMMARY_FORMAT + b64encode(summary.encode()).decode()
     return {"type": "compaction", "id": item_id, "encrypted_content": content}
 

@@ -206,7 +206,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ResponseHead:
-    """The fields of a response that are known before the first token of its answer."""
+    """The fields of a response object that are known before the model generates its output."""
 
     reply_id: str
     created: int
@@ -268,7 +268,7 @@ class CompactionBody(AdapterFields, foreign=COMPACTION):
     """The chat's system prompt. It is not summarized."""
 
     def request(self, messages: Sequence[Mapping[str, Any]]) -> ChatRequest:
-        """Returns `messages`, followed by the task to summarize them. Sampling is greedy, without reasoning."""
+        """Returns a chat that asks the model to summarize `messages`. Sampling is greedy, without reasoning."""
         if not messages:
             raise ParameterError("input", "is missing")
         answer = CompletionRequest((), MAX_SUMMARY_TOKENS)
@@ -277,8 +277,8 @@ class CompactionBody(AdapterFields, foreign=COMPACTION):
 
 
 def _with_task(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Adds the task to the last message if its role is user. Otherwise appends a user message with the task. Many chat
-    templates require that roles alternate."""
+    """Appends the instruction to summarize the chat. If the last message has the role user, extends that message
+    instead, because many chat templates require that roles alternate."""
     last = messages[-1]
     if last["role"] == "user":
         content = last["content"]

@@ -34,7 +34,7 @@ class StoredResponse:
 
 
 async def stored_response(response: dict[str, Any], input_items: Sequence[Item], messages: Messages) -> StoredResponse:
-    """Makes a stored response whose input items have ids. A response with many values is made on a thread."""
+    """Makes a stored response, and gives ids to its input items. A response with many values is made on a thread."""
 
     def make() -> StoredResponse:
         return StoredResponse(response, with_ids(input_items, response["id"]), messages)
@@ -43,8 +43,8 @@ async def stored_response(response: dict[str, Any], input_items: Sequence[Item],
 
 
 class ResponseStore:
-    """Stored responses by owner and id. At the memory limit, `put` deletes the oldest response of the owner who uses
-    most memory. At the limit on responses, the owner with most responses loses the oldest. Not thread-safe."""
+    """Stored responses by owner and id. If memory or the number of responses reaches its limit, `put` finds the owner
+    who uses most of it, and deletes that owner's oldest response. Not thread-safe."""
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self._max_responses = max_responses
@@ -75,15 +75,14 @@ class ResponseStore:
         self.put(owner, stored)
 
     def delete(self, owner: str, response_id: str) -> bool:
-        """Deletes a response. If a thread still renders the response, the thread will not store it. Returns False if no
-        response was stored."""
+        """Deletes a response, or keeps its computation from storing it. Returns True if a response was deleted."""
         key = owner, response_id
         if (storing := self._computed.pop(key, None)) is not None:
             storing.is_done = True
         return self._stored.pop(key, None) is not None
 
     def followed(self, owner: str, response_id: str) -> StoredResponse:
-        """Returns the response that a request continues. Raises HttpError if it is not stored or has no answer."""
+        """Returns a response to continue. Raises HttpError if the response is not stored or did not end normally."""
         stored = self.get(owner, response_id)
         if stored is None or stored.response["status"] not in ("completed", "incomplete"):
             why = "is not stored on this server" if stored is None else f"is {stored.response['status']}"
@@ -148,8 +147,8 @@ class Storing:
             self.store.put(self.owner, stored)
 
     def complete(self, response: dict[str, Any]) -> None:
-        """Stores the complete response. Every reader of the reply calls this method before it sends the reply's end to
-        its client. Thread-safe."""
+        """Stores the complete response. Thread-safe. Every reader of the reply calls this method before its client gets
+        the end of the reply."""
         if not self.is_done:
             messages = (*self.messages, *messages_of(response["output"]))
             stored = StoredResponse(response, with_ids(self.input_items, response["id"]), messages)

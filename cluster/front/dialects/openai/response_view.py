@@ -173,8 +173,8 @@ def _call(name: str, tool: ClientTool | None) -> tuple[str, dict[str, Any]]:
 
 
 def _logprobs_of(text: str, entries: list[ShownRow], *, is_first: bool) -> tuple[list[ShownRow], list[ShownRow]]:
-    """Returns the entries of the tokens in `text`, and the entries after them. Entries before the first text of a
-    message belong to hidden markup and are dropped."""
+    """Returns the entries of the tokens in `text`, and the entries of later tokens. Entries of earlier tokens are
+    dropped, because these tokens are hidden markup."""
     ends = [*accumulate(len(entry.token_bytes) for entry in entries)]
     data, wanted = b"".join(entry.token_bytes for entry in entries), text.encode("utf-8", "surrogatepass")
     start = data.rfind(wanted) if is_first else data.find(wanted)
@@ -205,7 +205,7 @@ class ResponseView(View):
         self._reasoning = ReasoningCount(tokenizer)
 
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
-        """Returns the response's JSON. If logprobs are shown, `parts` has all chunks, which relate tokens to texts."""
+        """Returns the response's JSON. Logprobs need all chunks in `parts`, to assign tokens to texts."""
         (chunks,) = parts
         for chunk in chunks:
             for _ in self._take(chunk):
@@ -213,8 +213,8 @@ class ResponseView(View):
         return self._ended(chunks[-1])
 
     def frames(self, prompt: int, item: LogItem) -> Iterator[Event]:
-        """Yields the events of a log item. Progress events have a slot of their own, because a reply that is computed
-        again may have more or fewer. Each progress event has the `sequence_number` of the event before it."""
+        """Yields the events of a log item. Progress events have a slot of their own, because a second computation of
+        the reply may yield a different number of them. Each repeats the `sequence_number` of the event before it."""
         if not self._events:
             yield from map(self._numbered, self._head.first_events)
         if isinstance(item, TextChunk):

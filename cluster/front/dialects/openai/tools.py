@@ -122,7 +122,7 @@ def _choice(value: Any) -> Any:
 
 
 def _flat(choice: Any) -> Any:
-    """Converts a tool choice to the form of the Responses API. A tool without a type is a function."""
+    """Converts a tool choice to the Responses API's JSON. A tool without a type is a function."""
     if not isinstance(choice, dict):
         return choice
     kind = "custom" if choice.get("type") == "custom" else "function"
@@ -232,7 +232,7 @@ _HOSTED_ENVIRONMENTS: Final = ("container_auto", "container_reference")
 
 @dataclass(frozen=True, slots=True)
 class BuiltInTool:
-    """A tool that requests define only by its type, such as `shell`. A call has its arguments in the object `field`."""
+    """A tool that is defined by its type alone, such as `shell`. `field` names the object with a call's arguments."""
 
     field: str
     fixed: Mapping[str, Any]  # Default values in the object `field`.
@@ -268,7 +268,7 @@ BUILT_IN: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ToolSet:
-    """The client's tools in a request to the Responses API. `client` has the functions that the model calls."""
+    """The client's tools in a Responses API request. Each tool in `client` defines a function for the model."""
 
     client: tuple[ClientTool, ...] = ()
     shown: tuple[dict[str, Any], ...] = ()  # Definitions of the tools that the response repeats.
@@ -329,7 +329,7 @@ def _named(kind: str, fields: Mapping[str, Any], namespace: str | None) -> Clien
 
 
 def _shown_tool(tool: dict[str, Any], own: list[ClientTool]) -> dict[str, Any]:
-    """Returns a function in the Responses API's form, with all fields. Returns any other tool as it was sent."""
+    """Returns a tool's JSON for the response. A function gets all fields. Any other tool is returned as it was sent."""
     if tool["type"] != "function":
         return tool
     function = own[0].function["function"]

@@ -72,8 +72,8 @@ class OpenAiView(View, Generic[AnyGeneration]):
         """Returns the content and logprobs that a chunk adds. If `is_whole`, the chunk is the choice's whole answer."""
 
     def frames(self, prompt: int, item: LogItem) -> Sequence[Event]:
-        """Returns the events of a log item. Progress events have a slot of their own, because a reply that is computed
-        again may have more or fewer."""
+        """Returns the events of a log item. Progress events have a slot of their own, because a second computation of
+        the reply may yield a different number of them."""
         if isinstance(item, PromptProgress):
             progress = shown_progress(item, with_timings=self._body.timings_per_token)
             return (Event(self._choices + 1, self._event([], progress)),)
@@ -147,8 +147,8 @@ class OpenAiView(View, Generic[AnyGeneration]):
         return {**content, **ids, **self._ending(prompt, part)}
 
     def _ending(self, prompt: int, part: TextChunk) -> dict[str, Any]:
-        """Returns a choice's last fields, or a null `finish_reason` if it has not ended. As in vLLM, `stop_reason` is
-        the stop string or token id. With the reason `tool_calls`, the client must send the calls' results."""
+        """Returns the fields that end a choice, or a null `finish_reason` before its end. `stop_reason` is the stop
+        string or token id, as in vLLM. `finish_reason` is `tool_calls` if the client must run tools."""
         if part.finish_reason is None or part.timings is None:
             return {"finish_reason": None}
         waits = part.finish_reason is FinishReason.STOP and (prompt, part.index) in self._calling
@@ -183,8 +183,8 @@ class OpenAiView(View, Generic[AnyGeneration]):
 
 
 def _around(name: str, text: str, event: Event) -> tuple[int, bytes, bytes]:
-    """Returns the event's slot, and the event's JSON before and after `text`. Searches for the quoted key `name` with
-    `text`. JSON strings cannot contain the quoted key, because they escape quotes."""
+    """Splits an event's JSON at `text`, the value of its field `name`. Returns the event's slot, the JSON before
+    `text`, and the JSON after it. No string matches by accident, because JSON escapes quotes in strings."""
     key = to_json(name) + b":"
     begin, _, end = to_json(event.value).partition(key + to_json(text))
     return event.slot, begin + key, end
@@ -195,12 +195,12 @@ def _opens(choice: Choice) -> bool:
 
 
 ShownToken = tuple[int, int, RowResult | None]
-"""A token id, the position of its text in the choice's text, and its row of logprobs or None."""
+"""A token id, the position at which the token's text begins in the choice's text, and the token's logprobs or None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """A prompt that `echo` repeats. `offsets[i]` is token i's place in `text`. `unscored`: tokens without logprobs."""
+    """A prompt to repeat (`echo`). `offsets` are token positions in `text`. Tokens in `unscored` have no logprobs."""
 
     text: str = ""
     offsets: Sequence[int] = ()

@@ -35,7 +35,7 @@ def joined_address(host: str, port: int) -> str:
 
 
 def bounded_host(host: str) -> str:
-    """Returns the key under which `host` is counted: its IPv4 address, its IPv6 /64 network, or else `host`."""
+    """Returns the key for limits per host: an IPv4 address, the /64 network of an IPv6 address, or else `host`."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

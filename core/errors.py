@@ -49,7 +49,7 @@ class InsufficientMemoryError(LlamaclustError):
     code = "insufficient_memory"
     missing_bytes: float | None = None
     problem: str | None = None
-    """Message of a planning error without its advice. None for other errors."""
+    """The reason that a planning error gives, without the advice. None for other errors."""
     fitting_context: int | None = None
     """Maximum context in tokens for which a plan would fit, or None if there is none."""
 
@@ -80,7 +80,7 @@ class ContextLengthError(ParameterError):
 
 
 class RequestFailedError(LlamaclustError):
-    """A request's microbatches failed several times, even those without other requests. Do not repeat the request."""
+    """A request failed several times, even in microbatches without other requests. Clients should not send it again."""
 
     http_status = 422
     code = "request_failed"

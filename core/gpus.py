@@ -128,7 +128,7 @@ class Placement:
                 first_open = layer
 
     def check_obeyed(self, devices: Sequence[DeviceLayers]) -> None:
-        """Raises UsageError if a layer is not where its rule says. Layers that share KV memory also share a device."""
+        """Raises UsageError if a layer is not where its rule says: layers that share KV memory must share a device."""
         for part in devices if self.layers else ():
             allowed = (None, RAM) if part.device == "cpu" else (None, ANY_GPU, part.device)
             for layer in range(part.start, part.end):

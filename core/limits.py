@@ -63,7 +63,7 @@ class StageLimits:
         return layer_place(start, self.expert_shards), layer_place(end, self.expert_shards)
 
     def gives_up(self, window: int | None) -> bool:
-        """True if layers with this window have KV blocks of their own, and release the blocks outside the window."""
+        """True if layers with this attention window have their own KV blocks, and free blocks outside the window."""
         return window is not None and self.window_blocks > 0
 
     def layer_blocks(self, window: int | None) -> int:
@@ -71,8 +71,8 @@ class StageLimits:
 
 
 def layer_place(part: int, expert_shards: int) -> int | float:
-    """Converts `part`, a shard number that counts the shards of all layers, to a layer number. With 2 shards per layer,
-    9 becomes 4.5, the middle of layer 4's experts. The result is exact if `expert_shards` is a power of two."""
+    """Converts a number of expert shards, counted from the first layer, to a layer number. With 2 shards per layer,
+    part 9 becomes 4.5, the middle of layer 4's experts. The result is exact if `expert_shards` is a power of two."""
     return part // expert_shards if part % expert_shards == 0 else part / expert_shards
 
 

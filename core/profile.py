@@ -93,8 +93,8 @@ class DeviceProfile:
         )
 
     def step_times(self, *, concurrent: bool) -> StepTimes:
-        """Returns the step times on a busy (`concurrent`) or an idle machine. If only products were measured on the
-        idle machine, returns (), because products predict its speed better than the busy machine's steps do."""
+        """Returns the step times measured on a busy (`concurrent`) or an idle machine. If only products were measured
+        on an idle machine, returns (): products predict its speed better than steps measured on a busy machine."""
         if concurrent or self.isolated:
             return self.concurrent if concurrent else self.isolated
         return () if self.isolated_products else self.concurrent

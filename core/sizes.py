@@ -22,7 +22,7 @@ def needed(parts: Mapping[str, int]) -> str:
 
 
 def missing(parts: Mapping[str, int], room_bytes: int, room: str = "{} MiB are free") -> str:
-    """Formats '12 MiB (weights 8, KV memory 4), 10 MiB are free: 2 MiB are missing'. `room` is the middle phrase."""
+    """Formats a shortage, such as '12 MiB (weights 8, KV memory 4), 10 MiB are free: 2 MiB are missing'."""
     there = room.format(room_bytes // MIB)
     return f"{needed(parts)}, {there}: {mib(sum(parts.values()) - room_bytes)} MiB are missing"
 

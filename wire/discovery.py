@@ -173,7 +173,7 @@ def _version(hosts: Sequence[str]) -> IPVersion:
 async def _following(
     service: AsyncZeroconf, hosts: Callable[[], list[str]], renew: Callable[[], Awaitable[None]] | None = None
 ) -> AsyncIterator[None]:
-    """Keeps multicast DNS on the addresses that `hosts` returns, and calls `renew` after each change of them."""
+    """Runs multicast DNS on the addresses that `hosts` returns, and calls `renew` when these addresses change."""
     tasks = TaskSet()
     tasks.start(_follow(service, hosts, renew))
     try:

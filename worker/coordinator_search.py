@@ -22,7 +22,7 @@ _IDLE_LOG_S = 3600.0
 _MOST_LOGGED = 16
 _MOST_FOUND = 64
 _FALSE_AFTER = 3
-"""Number of failures after which a new address may replace an announced address."""
+"""Number of failures after which an announced address counts as false, so that a new address may replace it."""
 
 _Result = TypeVar("_Result")
 
@@ -91,7 +91,7 @@ class CoordinatorSearch:
 
     async def reached(self, attempt: Callable[[str], Awaitable[_Result]]) -> tuple[Place, _Result]:
         """Calls `attempt` with all addresses at once until one call succeeds, and returns the place and result of that
-        call. Raises an error that `failed` raises, or WorkerError if no attempt succeeds in time."""
+        call. Raises the errors of `failed`, or WorkerError if no attempt succeeds in time."""
         self._trying = {}
         try:
             async with asyncio.timeout_at(self._end_s):

@@ -24,7 +24,7 @@ from llamaclust.wire.security.token import JoinToken
 _CONNECT_S = 10.0
 _EXCHANGE_S = 20.0
 _STAGGER_S = 0.25
-"""Seconds for which an address of a host name may not answer before the next address is tried too."""
+"""Seconds to wait for an answer from one address of a host name, before the next address is tried too."""
 
 
 @dataclass(frozen=True, slots=True)

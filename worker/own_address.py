@@ -15,7 +15,7 @@ from llamaclust.worker.settings import WorkerSettings
 _RESOLVE_S = 10.0
 _LOOK_S = 1.0
 _LOOKS = 3
-"""Number of consecutive checks that must find the same new address. Interfaces change while a machine wakes."""
+"""Number of consecutive checks that must find the same new address. Interfaces change while a machine wakes up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +70,12 @@ class OwnAddress:
         return address
 
     def at_link_port(self, port: int) -> str:
-        """Returns the advertised HOST:PORT for links of groups. Port forwarding (NAT) must not change `port`."""
+        """Returns the advertised HOST:PORT for links of groups. A NAT in between must forward `port` unchanged."""
         return f"{_host_of(self.at_port(port))}:{port}"
 
     async def changed(self) -> WorkerError:
-        """Waits until this machine has had another address on the route for some seconds. Returns an error about it."""
+        """Waits until this machine has had another address on the route to the coordinator for some seconds. Returns an
+        error that names both addresses."""
         now, looks = self.own_host, 0
         while True:
             await asyncio.sleep(_LOOK_S)

@@ -301,8 +301,8 @@ class TextClient(TextCalls[Answer, ChunkStream]):
         return self._thread.call(self._client.detokenize(ids))
 
     def chat_sampling(self) -> Options:
-        """Returns sampling options for a chat whose user chose none. They come from the cluster file or the model file,
-        and otherwise are the defaults of `llamaclust chat`. Pass them to `chat`, which is greedy by default."""
+        """Returns sampling options to pass to `chat`, which is greedy by default. The options come from the cluster
+        file or the model file. Missing options have the defaults of `llamaclust chat`."""
         return self._thread.call(self._client.chat_sampling())
 
     def close(self) -> None:

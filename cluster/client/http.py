@@ -49,7 +49,7 @@ _EMBED_S = 600.0
 _RESUME_S = 120.0
 """Seconds after which a lost connection becomes an error. Equals the default of the cluster's `timeouts.recovery`."""
 _MOST_S = 600.0
-"""Seconds from the first lost connection until a stream without new events fails, even if the server answers again."""
+"""Seconds from the first lost connection until a stream without new events fails, even if later connections succeed."""
 _BACKOFF = Backoff(first_s=0.1, max_s=1.0)
 READ_TIMEOUT_S = 20.0
 """Seconds without data after which a stream counts as lost. The server sends a comment at least every 15 s."""

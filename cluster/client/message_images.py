@@ -109,7 +109,7 @@ def _is_image(value: object) -> bool:
 
 
 def _is_pillow(value: object) -> bool:
-    """Returns True for an image of Pillow. Need not import Pillow, because whoever made an image has imported it."""
+    """Returns True for an image of Pillow. Pillow is not imported here: no image can exist before it is imported."""
     pillow = sys.modules.get("PIL.Image")
     return pillow is not None and isinstance(value, pillow.Image)
 

@@ -153,8 +153,8 @@ class Session(Generic[WholeT, StreamT]):
         return {**body, "messages": messages}
 
     def _drop_turn(self, end: int, error: LlamaclustError) -> bool:
-        """Drops the oldest turn before `end` if `error` says that the conversation exceeds the context. Returns False
-        if no turn was dropped."""
+        """Leaves out the oldest turn before message `end` if `error` says that the conversation exceeds the context.
+        Returns False if no turn was left out."""
         begin = self._first_turn() + self.dropped_messages
         if not self._drops_oldest or error.code != "context_length_exceeded" or begin >= end:
             return False

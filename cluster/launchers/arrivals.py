@@ -19,8 +19,8 @@ Shortfall = Callable[[], Awaitable[LlamaclustError | None]]
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
-    """The workers that a start waits for: the workers in `names`, and `count` workers in total. When no worker
-    has joined for `grace_s` seconds, the present workers are used if they suffice. The start fails after `wait_s` s."""
+    """The workers that a start waits for: all in `names`, and at least `count` in total. When no worker has joined for
+    `grace_s` seconds, present workers are used if they suffice. The start fails after `wait_s` seconds."""
 
     names: tuple[str, ...]
     count: int

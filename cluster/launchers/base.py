@@ -19,7 +19,7 @@ GaveUp = Callable[[str, str], None]
 
 
 class Launcher(ABC):
-    """Launches the workers of a cluster. Defaults are those for workers on other machines."""
+    """Launches the workers of a cluster. The default methods are for workers on other machines."""
 
     listen: str
     credentials: Credentials
@@ -58,7 +58,7 @@ class Launcher(ABC):
 
     @abstractmethod
     def reset_restarts(self) -> None:
-        """Resets the restart counts. Called if a request, not a fault of the workers, may have caused the restarts."""
+        """Resets the restart counts. Called if a request, and no worker, may have caused the restarts."""
 
     @abstractmethod
     async def end(self, name: str) -> None:

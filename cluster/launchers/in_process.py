@@ -291,8 +291,8 @@ class LocalPipeline:
 
 
 def _device_kind(settings: LocalSettings, model: Model) -> str:
-    """Returns the kind of device. Raises UsageError if the device is unknown, or if a setting is for GPUs or experts,
-    but there are none."""
+    """Returns the kind of device. Raises UsageError if the device is unknown, if a setting needs a GPU and the device
+    is the CPU, or if a setting needs experts and the model has none."""
     try:
         kind = parse_device(settings.device)
     except ValueError as error:

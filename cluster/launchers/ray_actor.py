@@ -25,7 +25,7 @@ _LOG = Path("/proc/self/fd/2")
 _LOOK_S = 2.0
 _CALL_S = 5.0
 _WAIT_S = 30.0
-"""Seconds until an actor whose worker was killed ends itself. The coordinator usually restarts it before that."""
+"""Seconds until an actor ends itself after its worker was killed. The coordinator usually restarts the actor before."""
 
 
 @dataclass(frozen=True, slots=True)

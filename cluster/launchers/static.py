@@ -103,7 +103,7 @@ class StaticLauncher(Launcher):
 
     @property
     def awaited(self) -> Awaited:
-        """The workers to wait for at the start: the workers in the cluster file, or else the workers in its plan."""
+        """The workers that the start waits for: `workers` in the cluster file, or else the workers in its `plan`."""
         config = self._config
         planned = dict.fromkeys(name for entry in config.plan or () for name in entry.names)
         names = tuple(planned) if self._names is None else tuple(self._names)

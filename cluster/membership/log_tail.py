@@ -24,14 +24,14 @@ _OTHER_LOGGERS = (
         r"(?: \S+:\d+ -- |: )(?P<message>.*)"
     ),
 )
-"""Line formats of glog and Abseil, of Ray's processes, and of Ray's Python code, such as `WARNING: ...`."""
+"""Formats of log lines: of glog and Abseil, of Ray's processes, and of Ray's Python code (`WARNING: ...`)."""
 _OF_ERRORS = "EFC"
 
 
 def last_error(log: Path, start: int = 0) -> str:
-    """Returns the last problem in a worker's log: its warning or error, a library's error, or the last line of a
-    traceback. Returns "" if there is none. Reads the log from byte `start`. A log that is shorter than
-    `start` was emptied, and is read from its beginning."""
+    """Returns the last problem in a worker's log, or "". A problem is a warning or error of the worker, an error of a
+    library, or the last line of a traceback. Reads the log from byte `start`, or from its beginning if the log has
+    become shorter than `start`."""
     try:
         with open_regular(log) as file:
             size = os.fstat(file.fileno()).st_size

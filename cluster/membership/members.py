@@ -122,7 +122,7 @@ class Members:
             self.publish(MemberLost(handle))
 
     def report_loss(self, handle: WorkerHandle, reason: str) -> None:
-        """Marks a disconnected worker as lost, for the reason that the launcher reports, or else for `reason`."""
+        """Marks a disconnected worker as lost. The reason is the launcher's report of its exit, or else `reason`."""
         self.losing.start(self._lose(handle, reason))
 
     async def _lose(self, handle: WorkerHandle, reason: str) -> None:

@@ -104,9 +104,9 @@ class Registry(Members):
         await self._serve(register, stream)
 
     async def _newer_coordinator(self, register: Register) -> str | None:
-        """Returns a refusal if the worker has seen a newer coordinator of this cluster. This coordinator ends only if
-        the newer term is signed and the worker held layers of this cluster, so that no false report of a worker can end
-        the cluster."""
+        """Returns a refusal if the worker has seen a newer coordinator of this cluster, or waits for another cluster.
+        Ends this coordinator only if the newer term is signed and the worker held layers of this cluster. A worker's
+        false report can therefore not end the cluster."""
         record, name, is_ours = self._settings.record, register.name, register.cluster == self._settings.cluster
         if register.is_awaited and not is_ours:
             here = f"but this is a coordinator of {self._settings.cluster!r}"

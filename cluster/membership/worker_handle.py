@@ -67,7 +67,7 @@ class WorkerState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """The loss of a worker. `number` counts losses in order. `last_error` is the last error in the worker's log."""
+    """The loss of a worker. `number` is larger for later losses. `last_error` is the last error in the worker's log."""
 
     reason: str
     number: int
@@ -79,14 +79,14 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class FreshMemory:
-    """Free memory of a worker plus the memory of its stages, newer than the value in the worker's registration."""
+    """A worker's free memory, including the memory of its stages. Replaces the older value of the registration."""
 
     free_bytes: int
     gpus: tuple[Gpu, ...]
 
 
 class UnreachablePeer:
-    """Keeps the name of the first worker that a worker has reported as unreachable."""
+    """Stores the name of the first peer that a worker reports as unreachable."""
 
     def __init__(self) -> None:
         self.reported = asyncio.Event()
@@ -98,7 +98,7 @@ class UnreachablePeer:
 
 
 class GroupFaults:
-    """Keeps the first fault that a worker has reported in its group."""
+    """Stores the first fault that a worker reports in its group."""
 
     def __init__(self) -> None:
         self.reported = asyncio.Event()

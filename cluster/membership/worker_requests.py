@@ -99,8 +99,8 @@ async def find_weights(
     on_reading: Callable[[FindWeightsProgress], None] | None = None,
     progress_timeout_s: float = PROGRESS_TIMEOUT_S,
 ) -> WeightsFound:
-    """Returns which weights of a model the worker has. Answers are cached. If `request.describe` is set, the worker may
-    have to read its file. Raises StalledError after `progress_timeout_s` seconds without progress."""
+    """Asks a worker which weights of a model it has, and caches the answer. With `request.describe`, the worker may
+    have to read its whole file first. Raises StalledError after `progress_timeout_s` seconds without progress."""
     async with worker.channel.one_at_a_time("weights"):
         key = request.file_id, request.describe
         if key not in worker.weights_found:

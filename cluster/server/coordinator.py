@@ -166,8 +166,8 @@ async def _measured(
     of_rows: int,
 ) -> MeasureLinks | None:
     """Measures workers and links for the planners. Returns a function that measures links again, or None if links are
-    not measured. `unused_bytes` of this machine's free memory are reserved for a draft model, and `of_rows` bytes for
-    image embeddings."""
+    not measured. Reserves `unused_bytes` of this machine's free memory for a draft model, and `of_rows` bytes for image
+    embeddings."""
     workers = registry.present
     for planner in planners:
         if not (folder.has_requests and planner.profiles.estimate(workers)):
@@ -187,8 +187,8 @@ async def _measured(
 async def _choose_images(
     planners: Sequence[ClusterPlanner], workers: Mapping[str, WorkerHandle], report: Report
 ) -> None:
-    """Decides which models read images: those whose projector the user chose, and those whose image encoder fits into
-    the workers' memory. If no model reads images, frees the memory that is reserved for image embeddings."""
+    """Decides which models read images. A model reads images if the user chose its projector, or if its image encoder
+    fits into the workers' memory. If no model reads images, frees the memory reserved for image embeddings."""
     for planner in planners:
         if planner.config.mmproj is not None or not planner.reads_images:
             continue
@@ -292,8 +292,8 @@ async def _supervised(config: ClusterConfig, workers: SupervisedWorkers, report:
 async def _engine(
     config: ClusterConfig, projector: Projector | None, supervisor: Supervisor, sleeping: SchedulerSettings | None
 ) -> AsyncIterator[Engine]:
-    """Yields a model's engine. The supervisor replaces pipelines that are lost. `sleeping` has the settings of a model
-    that is not loaded yet."""
+    """Yields a model's engine. Loads the model first if `sleeping` is None. Otherwise, `sleeping` has the scheduler's
+    settings until the model is loaded."""
     deadlines = EngineSettings(request_s=config.timeouts.request)
     async with aclosing(supervisor):
         with named_errors(config):

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 _MORE_REQUESTS = 64
-"""Maximum HTTP requests per model, besides running and waiting ones. They are being read, refused or answered."""
+"""HTTP requests allowed per model beyond running and waiting ones: requests being read, refused or answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ BODIES: Final[tuple[type[Body], ...]] = (
 
 
 def check_defaults(defaults: Mapping[str, Any]) -> None:
-    """Raises UsageError if a field exists in no endpoint, or if all endpoints with this field refuse its value."""
+    """Checks default values. Raises UsageError if no endpoint has a field, or if no endpoint accepts its value."""
     objects = [part for kind in BODIES for part in (kind, *parts_of(kind).values())]
     for given, value in defaults.items():
         having = [(kind, name) for kind in objects if (name := kind.foreign.name(given)) in kind.model_fields]
@@ -192,7 +192,7 @@ def check_defaults(defaults: Mapping[str, Any]) -> None:
 async def api_models(
     cluster: Cluster, settings: ApiSettings, journal: Journal, show: Callable[[ServedModel], Mapping[str, Any]]
 ) -> AsyncIterator[list[ApiModel]]:
-    """Yields the served models in order. `show` makes the JSON of `GET /cluster`. The caller closes the journal."""
+    """Yields the served models. `show` returns the JSON object of `GET /cluster`. The caller closes the journal."""
     residents = cluster.residency.residents
     async with AsyncExitStack() as stack:
         rows, preparation = RowCache(cluster.row_limits), await stack.enter_async_context(ImagePreparation())

@@ -119,8 +119,8 @@ class ServedAdapters:
         self._uses.subtract(number for number, _ in scales)
 
     def marks(self, numbers: Collection[int]) -> tuple[str, ...]:
-        """Describes each adapter in `numbers` that a client loaded, by its number, file digest and name. A request is
-        restored only if the marks of its adapters are the same."""
+        """Returns a text with number, file digest and name for each adapter in `numbers` that a client loaded. A
+        restarted coordinator restores a request only if its adapters have the same marks as before."""
         return tuple(
             f"{number} {adapter.content} {adapter.name}" for number, adapter in self.loaded if number in numbers
         )
@@ -148,11 +148,11 @@ class AdapterRecord:
         return self._models.get(model, [])
 
     def keep(self, model: str, number: int, adapter: ServedAdapter) -> None:
-        """Keeps an adapter that could not be loaded again. A client can remove it, or load an adapter with its name."""
+        """Keeps the record of an adapter that could not be loaded again, until a client removes or replaces it."""
         self._absent.setdefault(model, []).append((number, adapter))
 
     async def remove(self, model: str, name: str) -> bool:
-        """Removes a kept adapter. Returns False if none has this name. Raises LlamaclustError if writing fails."""
+        """Removes an adapter that `keep` has kept, or returns False. Raises LlamaclustError if writing fails."""
         absent = self._absent.get(model, [])
         left = [(number, adapter) for number, adapter in absent if adapter.name != name]
         if len(left) == len(absent):

@@ -17,7 +17,7 @@ from llamaclust.core.epochs import MAX_TERM, epoch_number
 from llamaclust.core.errors import LlamaclustError, SupersededError
 
 _MAX_EXCEEDED = MAX_TERM >> 1
-"""Maximum term to accept from a worker. Larger terms count as this one, so that no worker can use up all terms."""
+"""Maximum term that a worker can report. A larger term is reduced to it, so that no worker can use up all terms."""
 _log = logging.getLogger(__name__)
 
 
@@ -32,7 +32,7 @@ _WRITTEN = TypeAdapter(_Written)
 
 @dataclass(slots=True)
 class ControlRecord:
-    """A coordinator's term and drained workers. Methods that change them return when the change is on disk. They raise
+    """A coordinator's term and drained workers. Methods that change either return when the change is on disk, and raise
     SupersededError if a newer coordinator has written the file. If `path` is None, nothing is written."""
 
     path: Path | None = None
@@ -67,9 +67,9 @@ class ControlRecord:
         return epoch_number(self.term, self._epochs)
 
     async def admits(self, seen_term: int) -> bool:
-        """Returns False if a worker has seen a term larger than this coordinator's, because a newer coordinator exists
-        then. If this coordinator has not opened an epoch yet, raises its own term instead and returns True, because the
-        record of the last coordinator must have been lost."""
+        """Returns False if a worker's `seen_term` is larger than this coordinator's term, which means that a newer
+        coordinator exists. Before its first epoch, this coordinator instead sets its term above `seen_term` and returns
+        True, because the record of the last coordinator must have been lost."""
         seen_term = min(seen_term, _MAX_EXCEEDED)
         if seen_term and seen_term >= self.term and not self._epochs:
             self.term = seen_term + 1

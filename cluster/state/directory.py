@@ -29,7 +29,7 @@ Value = TypeVar("Value")
 
 ELSEWHERE = ".elsewhere"
 _PROBE_S = 0.05
-"""Seconds until a second attempt to lock. A process that checks the lock can make the first attempt fail."""
+"""Seconds until a second attempt to lock. The first may fail because another process briefly checks the lock."""
 _POLL_S = 0.05
 _NOT_A_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 _STANDBY_LOOK_S = 0.05
@@ -185,7 +185,7 @@ class ClusterDir:
         self._stopped.unlink(missing_ok=True)
 
     def _await_end(self, lock: FileLock) -> bool:
-        """Waits for the lock. Returns True if its holder was stopped as described in `locked`."""
+        """Waits for the lock. Returns True if a signal or `llamaclust down` stopped the last holder."""
         has_waited, standby = False, FileLock(self._standby)
         try:
             while not self._has_ended(lock):

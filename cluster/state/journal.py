@@ -30,14 +30,14 @@ from llamaclust.core.sampler.results import RowResult
 _PAUSE_S = 0.02
 """Minimum time between the starts of two writes. All admissions within this time share one write."""
 _LATER_S = 0.1
-"""Seconds until lines other than admissions are written. A write for an admission includes them."""
+"""Seconds until lines other than admissions are written, unless a write for an admission comes earlier."""
 _RETRY_S = 5.0
 _ENDED_BYTES = 4 << 20
 _SENT_BYTES = 16 << 20
 """Maximum total size of requests whose replies were sent. If the size is larger, the oldest of them are removed."""
 
 _LONG_BYTES = 1 << 16
-"""Minimum size of a body for which a thread encodes the request."""
+"""A thread encodes requests whose body has at least this number of bytes."""
 
 _Step: TypeAlias = "Callable[[], asyncio.Future[bytes] | None]"
 """A change of the journal's contents. If it returns a future, the next change waits until the future is done."""
@@ -85,7 +85,7 @@ class Journal:
         self._add(Change.answered(request_id, choice, start, rows))
 
     async def begin_restored(self, times: Mapping[str, int]) -> None:
-        """Records how many coordinators began each request but added no token. Returns when the file is written."""
+        """Records the number of restarts of each request that gave no new token. Returns when the file is written."""
         if not self._writer.is_sealed:
             self._without_progress.update(times)
             in_file: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -115,7 +115,7 @@ class Journal:
             self._steps.take(self._end_sent)
 
     def stop_in_order(self) -> None:
-        """Reduces the counts of `begin_restored` by one, because an orderly stop is not a failed attempt."""
+        """Subtracts this run from the counts of `begin_restored`, because an orderly stop is not a failed attempt."""
         for request_id, times in self._without_progress.items():
             self._add(Change(request_id, restores=times - 1))
         self._without_progress.clear()

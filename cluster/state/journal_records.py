@@ -25,20 +25,20 @@ from llamaclust.core.sampler.results import RowResult
 from llamaclust.core.this_machine import boot_s, machine_id
 
 _MAX_LINE_BYTES = 64 << 20
-"""Maximum number of bytes of a line. Requests with the largest bodies need less. A longer line is damaged, and is read
-in pieces to save memory."""
+"""Maximum number of bytes of a line, which is more than the largest request needs. A longer line counts as damaged, and
+is read in pieces to save memory."""
 _ROW = Struct("<id")
 """Binary format of a token id and its logprob. Decimal numbers would take several times as long to read."""
 _CHECKSUM = b"%08x "
 _PART_BYTES = 3 << 15
-"""Number of bytes that are encoded at a time, while other threads cannot run. It must be a multiple of 3."""
+"""Number of bytes per call of base64, during which other threads cannot run. Multiples of 3 need no padding."""
 _BASE64 = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 
 _log = logging.getLogger(__name__)
 
 ChoiceKey = tuple[int, int]
 _Messages = Annotated[Sequence[Mapping[str, Any]], BeforeValidator(json.loads)]
-"""Messages as JSON text inside JSON. They may contain unpaired surrogates, which Pydantic would refuse."""
+"""Messages, stored as a string of JSON. Pydantic would refuse unpaired surrogates, which messages may contain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,7 @@ class Instant:
         return cls(time.time(), boot_s(), machine_id())
 
     def passed_s(self, until: Instant) -> float:
-        """Returns the seconds from this time to `until`. Between machines, whose clocks may differ, returns at
-        least 0."""
+        """Returns the seconds from this time to `until`. Never negative for two machines, whose clocks may differ."""
         if self.machine == until.machine:
             return until.boot_s - self.boot_s
         return max(0.0, until.unix_s - self.unix_s)

@@ -26,7 +26,7 @@ _CPU_TIMES = slice(11, 15)
 
 @dataclass(frozen=True, slots=True)
 class OtherLoad:
-    """Load during a measurement. Of `cores` cores, other programs used `others` and other virtual machines `stolen`."""
+    """Mean number of cores, out of `cores`, used by other programs (`others`) and other virtual machines (`stolen`)."""
 
     cores: int
     others: float

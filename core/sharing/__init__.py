@@ -1,2 +1,2 @@
-"""Fair sharing among owners, such as API clients. `turns` shares places for concurrent work, `shares` and `line` share
-units of room, and `computations` shares computed values."""
+"""Fair sharing among owners, such as API clients. `turns` limits concurrent work, `shares` and `line` divide a resource
+such as memory, and `computations` shares computed values."""

@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 _Value = TypeVar("_Value")
 
 Owners = Sequence[str]
-"""The owners, such as API clients, whose callers use a value now. The list changes as callers come and leave. The value
-is computed in the turn of the first owner."""
+"""The owners, such as API clients, of the callers that wait for a value or use it. The list changes as callers come and
+leave. The value is computed in the first owner's turn."""
 Compute = Callable[[Owners], Coroutine[Any, Any, _Value]]
 
 

@@ -1,4 +1,4 @@
-"""A queue of requests that wait for room, such as memory. Only the first request takes room until it leaves."""
+"""A queue of requests that wait for a resource such as memory. Only the first request may take from the resource."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Self
 
 
 class Line:
-    """A queue of requests that wait for room and hold none. When the first request leaves, the request whose owner
-    holds the least room becomes first. If owners hold equally little, the request that has waited longest becomes
-    first. Not thread-safe."""
+    """A queue of requests that wait for a resource and hold none of it. When the first request leaves, the request
+    whose owner holds the least of the resource becomes first. If several owners hold the least, the request that has
+    waited longest becomes first. Not thread-safe."""
 
     def __init__(self, held: Counter[str]) -> None:
         self._held = held
@@ -32,7 +32,7 @@ class Line:
         return self._first is place
 
     def is_open(self, place: Place) -> bool:
-        """True if `place` may take room, because it is first or no place is first."""
+        """True if `place` may take from the resource, because `place` or no place is first."""
         return self._first in (None, place)
 
     async def enter(self, place: Place) -> None:

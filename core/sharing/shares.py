@@ -1,4 +1,4 @@
-"""Fair shares of room that is counted in units."""
+"""Fair shares of a limited resource that is counted in units."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 
 def largest_share(own: int, held: int, room: int) -> int:
-    """Returns the number of units that an owner may hold in total: `room` minus half (rounded down) of the units that
-    other owners hold, but at least 0. All owners hold `held` units, and this owner holds `own` of them."""
+    """Returns the number of units that an owner may hold: `room` minus half (rounded down) of the units that the other
+    owners hold, but at least 0. This owner holds `own` units now, and all owners together hold `held`."""
     return max(0, room - (held - own) // 2)
 
 

@@ -195,8 +195,8 @@ class Peer:
         permit: str | None = None,
         reply_bytes: int | None = None,
     ) -> ClientStream:
-        """Opens a stream. If the server does not run yet, the stream fails, or with `wait_for_ready` waits for the
-        server. `reply_bytes` lowers the method's limit on the size of a reply."""
+        """Opens a stream. Without a running server, the stream fails, or with `wait_for_ready` waits until the server
+        runs. `reply_bytes` lowers the method's limit on the size of a reply."""
         most_bytes = METHODS[method].reply_bytes if reply_bytes is None else reply_bytes
         metadata = [] if permit is None else [(PERMIT_KEY, permit)]
         if isinstance(self._credentials, ClusterToken):

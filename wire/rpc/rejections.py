@@ -92,7 +92,7 @@ class Handshakes:
 
     @contextmanager
     def call(self, caller: str) -> Iterator[None]:
-        """Counts a call in progress. gRPC's name `caller` identifies a connection that has shown a certificate."""
+        """Counts a call in progress. `caller` is gRPC's name of the connection, which has shown a certificate."""
         if caller not in self._calls and caller not in self._callers:
             self._answered += 1
         self._callers.pop(caller, None)

@@ -1,4 +1,4 @@
-"""Permits to measure links. The coordinator signs a permit for one worker. That worker shows it to the other worker."""
+"""Permits to measure links. A worker shows its permit, signed by the coordinator, to the worker at the other end."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def gpus_of(device: str, gpu_memory_bytes: int | None) -> tuple[Gpu, ...]:
 def fingerprint(
     kind: str, threads: int, feature_level: str, gpus: tuple[Gpu, ...] = (), numa_node: int | None = None
 ) -> str:
-    """Describes processor, threads and GPUs, to find equal workers. Raises UsageError if device `kind` is missing."""
+    """Describes processor, threads and GPUs. Equal workers have equal texts. Raises UsageError if `kind` is missing."""
     level = backends.open_processor(kind, 1, feature_level).feature_level
     cores = read_cores() if numa_node is None else read_cores().on_node(numa_node)
     return _fingerprint(kind, threads, level, gpus, len(cores.hardware_threads))

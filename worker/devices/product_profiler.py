@@ -26,7 +26,7 @@ _LEAST_BYTES: Final = 96 << 20  # Many bytes, because some parts of memory are f
 _MOST_BYTES: Final = 160 << 20  # Maximum size of the float32 weights, activations and results.
 _TRIES: Final = 5
 _ENOUGH_S: Final = 0.3
-"""Seconds, including cache flushes, after which a product is not tried again. Each way of prefetching has this time."""
+"""Seconds, with cache flushes, after which a product is not measured again. Each prefetching mode has its own limit."""
 
 
 def measure_products(

@@ -70,7 +70,7 @@ class ProfileSize:
 
 PROCESSOR = ProfileSize(96 << 20, {1: 15, 8: 7, 128: 3})
 GPU = ProfileSize(1 << 30, {1: 9, 8: 5, 128: 3, 512: 3})
-"""More bytes and rows than on a CPU. A GPU reads about ten times as fast, and gains more from many rows."""
+"""Measures more bytes and rows than a CPU: a GPU reads about ten times as fast, and gains more from many rows."""
 
 
 _PROMPT_ROWS = 512
@@ -95,7 +95,7 @@ class ProfiledDevice:
 
     @contextmanager
     def cold(self, most_bytes: int, left_bytes: int) -> Iterator[Sweep]:
-        """Yields a function that flushes caches. Its buffer for a CPU respects both limits."""
+        """Yields a function that flushes caches. For a CPU, its buffer has at most `most_bytes` and `left_bytes`."""
         if self.own_cache is None:
             yield CacheFlush(min(largest_cache_bytes(), most_bytes, left_bytes)).sweep
             return

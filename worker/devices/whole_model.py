@@ -46,8 +46,8 @@ def held_layers(
     experts_cache: int | None = None,
 ) -> tuple[DeviceLayers, ...]:
     """Assigns layers to devices. The last layers go to the last GPU. Experts for which `placement` has no rule go to
-    RAM if they do not fit on the first GPU. Up to `experts_cache` bytes of free GPU memory hold copies of experts in
-    RAM. Raises UsageError if a rule cannot be obeyed, and InsufficientMemoryError if memory is short."""
+    RAM if they do not fit on the first GPU. Up to `experts_cache` bytes of free GPU memory cache the experts that are
+    in RAM. Raises UsageError if a rule cannot be obeyed, and InsufficientMemoryError if memory is short."""
     placement, end = placement or Placement(cpu_moe=None), model.layer_count
     placement.check([gpu.device for gpu in device.gpus], 0, end)
     borders = model.costs(KvType(limits.kv_type)).borders
@@ -115,8 +115,7 @@ class _Choice:
         return self._part(index, start, end, open_end) if start < end else None
 
     def _starts(self, index: int, end: int) -> tuple[int, int]:
-        """Returns the lowest and the highest layer at which this GPU's layers may start. A result of `end` means that
-        the GPU gets no layers."""
+        """Returns the lowest and the highest start of the layers [start, end) on this GPU. The range may be empty."""
         number, gpus = index + 1, [gpu.device for gpu in self.device.gpus]
         allowed = [self.placement.devices_of(layer, gpus) for layer in range(end)]
         ended = max((layer + 1 for layer, devices in enumerate(allowed) if devices[-1] < number), default=0)
@@ -128,7 +127,7 @@ class _Choice:
         return max(min(least, last_begun), first_ended), max(last_begun, first_ended)
 
     def _part(self, index: int, start: int, end: int, open_end: int) -> DeviceLayers:
-        """Returns layers on a GPU. Experts without a rule are in RAM in layers before `open_end`."""
+        """Returns the layers [start, end) on a GPU. Experts without a rule are in RAM below layer `open_end`."""
         rules = ((layer, self.placement.experts_in_ram(layer)) for layer in range(start, end) if layer in self.mixtures)
         cpu_moe = (layer for layer, in_ram in rules if in_ram or (in_ram is None and layer < open_end))
         return DeviceLayers(self.device.gpus[index].device, start, end, tuple(cpu_moe))

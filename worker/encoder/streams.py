@@ -22,7 +22,7 @@ _BEGIN_S = 15.0
 _TILE_S = 120.0
 _FRAME_S = 30.0
 _COMPUTING_S = 5.0
-"""Seconds between COMPUTING frames while a tile waits or is computed. They keep the client from giving up."""
+"""Seconds between COMPUTING frames while a tile waits or is computed. The frames keep the client from giving up."""
 
 
 class EncoderStreams:

@@ -43,8 +43,8 @@ class TileEncoder:
         return self._stage.weights
 
     def rows(self, tile: NDArray[np.uint8]) -> Float32:
-        """Returns a tile's rows for the text model, [rows, levels * width]. `tile` is [height, width, 3]. Raises
-        RequestError if the encoder does not accept this size, or if a number is not finite."""
+        """Returns a tile's rows for the text model, [rows, levels * width] as in `Projector`. `tile` is [height, width,
+        3]. Raises RequestError if the encoder does not accept this size, or if a number is not finite."""
         inputs = self._reader.inputs(tile)
         rows = inputs.in_lines(self._stage.run(self._batch(inputs), inputs.patches))
         if not np.isfinite(rows).all():

@@ -47,8 +47,8 @@ class Hello:
 
 
 def link_address(stages: str, port: int | None) -> str:
-    """Returns the address for links between members. It has the host of `stages`, the Stage service's address.
-    `port` None means the stage port plus `LINK_PORTS`, or 0 (any free port) if the stage port is 0 or too large."""
+    """Returns the address for links between members: the host of `stages` (the Stage service's address) with `port`. A
+    `port` of None means the stage port plus `LINK_PORTS`, or 0 (any free port) if the stage port is 0 or too large."""
     if stages.startswith(PREFIX):
         return f"{stages}{SOCKET_ENDING}"
     host, stage_port = split_address(stages)

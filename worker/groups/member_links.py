@@ -93,7 +93,7 @@ class MemberLinks:
 
     @contextmanager
     def step(self, rows: int) -> Iterator[None]:
-        """Counts a step with one row (decode) and its gathers' waiting time. Only one thread may use it at a time."""
+        """Counts one-row (decode) steps and the seconds that their gathers waited. Use it in one thread at a time."""
         assert self._links is not None, "no step begins before the links are open"
         begun_s = self._links.counters().waited_s
         yield

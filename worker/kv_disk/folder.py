@@ -25,7 +25,7 @@ class KvFolder(DiskCache):
         return f"{content}-{uuid4().hex}{_SUFFIX}"
 
     def mark_used(self, names: Sequence[str]) -> None:
-        """Marks files as used in reverse order, so that the first is deleted last. The other files need it."""
+        """Marks files as used. The first is deleted last, because the other files are useless without the first."""
         for name in reversed(names):
             with suppress(OSError):
                 file = self.open(name)

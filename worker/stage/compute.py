@@ -17,7 +17,7 @@ from llamaclust.core.process_settings import lower_priority
 from llamaclust.wire.rpc.deadlines import deadline
 
 INLINE_NS = 200_000_000
-"""Maximum duration of a job on the event loop, which delays heartbeats. Two thread switches take 0.1 to 0.3 ms."""
+"""Maximum duration of a job on the event loop. It delays heartbeats, but saves two thread switches (0.1 to 0.3 ms)."""
 
 _Answer = TypeVar("_Answer")
 _HOLD_NS = 8_000_000
@@ -56,8 +56,8 @@ class Compute:
         return await asyncio.shield(self.queue(job, limit_s=limit_s))
 
     def apart(self, niceness: int = 0) -> Compute:
-        """Returns another Compute for the same devices, which never uses the event loop. A device that one of them
-        loses counts as lost for both. `niceness` lowers the new thread's priority."""
+        """Returns another Compute for the same devices, which never uses the event loop. A device that is lost in one
+        counts as lost in both. `niceness` lowers the new thread's priority."""
         twin = Compute(inline=False, niceness=niceness)
         twin._lost = self._lost
         return twin
@@ -156,7 +156,7 @@ class _Held:
         self._answers.append(answer)
 
     def before(self, expected_ns: float) -> None:
-        """Hands results to the event loop if a next job of about `expected_ns` would delay them too long."""
+        """Hands results to the event loop if the next job, of about `expected_ns`, would delay them too long."""
         if self._answers and perf_counter_ns() + expected_ns > self._until_ns:
             self.hand_back()
 

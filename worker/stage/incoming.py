@@ -21,7 +21,7 @@ class Incoming:
             self._reading = asyncio.create_task(self._stream.read())
 
     async def next(self, sending: asyncio.Future[None]) -> bytes | None:
-        """Returns the next message, or None at the stream's end. Raises an error of `sending` at once."""
+        """Returns the next message, or None at the stream's end. Raises the error of `sending` as soon as it fails."""
         if sending.done():
             sending.result()
         if self._reading is None and (sending.done() or self._stream.has_message):

@@ -39,8 +39,8 @@ _DIRECT_BYTES = 1 << 16
 """Maximum size of an answer that is sent before the next step begins. Sending more bytes may wait for the receiver."""
 
 _RESULT_DELAY_S = 0.001
-"""Seconds between sending tokens to a first stage in this process and sending the result to the coordinator. Handling a
-result takes 0.7 ms, perhaps on the core that the first stage needs."""
+"""Seconds between sending tokens to a first stage in this process and sending the result to the coordinator. The
+coordinator handles a result in 0.7 ms, perhaps on the core that the first stage needs."""
 _MIN_ROUND_S = 0.004
 
 _Value = TypeVar("_Value")
@@ -100,8 +100,8 @@ class StageLoop:
     async def run(
         self, stream: ServerStream, outlet: Writable, to_first: Writable | None = None, receiver: str | None = None
     ) -> None:
-        """Serves a stream. Computes a microbatch while it receives the next. `outlet` takes the answers, and `to_first`
-        takes the sampled tokens. Errors in sending name the worker `receiver`."""
+        """Serves a stream. Computes a microbatch while it receives the next. Sends answers to `outlet`, and sampled
+        tokens to `to_first`. Errors of sending name the worker `receiver`."""
         incoming = Incoming(stream)
         sending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         sending.set_result(None)
@@ -275,7 +275,7 @@ class StageLoop:
         return Answer(data, SampledTokens(arrival.frame.number, ()))
 
     def _may_delay_result(self, arrival: Arrival) -> bool:
-        """True if the coordinator sends steps before it has earlier results, and the previous result is not recent."""
+        """True if the coordinator sends steps without waiting for results, and has had no result for `_MIN_ROUND_S`."""
         before_ns, self._last_result_ns = self._last_result_ns, perf_counter_ns()
         return arrival.newest_dependency is not None and self._last_result_ns - before_ns >= _MIN_ROUND_S * 1e9
 

@@ -21,7 +21,7 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 _DRAFTED_NS: Final = 200_000_000
 """Once the matchers of a step have used this CPU time, the remaining drafted rows are deferred."""
 _STEP_NS: Final = 500_000_000
-"""Once a step's matchers have used this CPU time, all other rows are deferred. A step then has fewer slow answers."""
+"""Once a step's matchers have used this CPU time, all other rows with matchers are deferred to later steps."""
 _TOLD_NS: Final = 1_000_000
 """Minimum CPU time of a row's matcher that is reported to the coordinator."""
 _READY_S: Final = 60.0
@@ -119,8 +119,8 @@ class MatchedAnswer:
 
     def begin(self, row: MatcherRow) -> bool:
         """Begins a row. Returns False if the row is deferred, because the matcher is not ready or an earlier row was
-        deferred. Raises ProtocolError for a wrong position. The coordinator may have sent the row before it knew of
-        forced tokens. Such a row returns these tokens again."""
+        deferred. Raises ProtocolError for a wrong position. A row that the coordinator sent before it knew of forced
+        tokens is allowed: its result repeats these tokens."""
         if self._due is not None and row.position > self._due:
             return False
         is_ready = self.ready.done() and self._matcher is not None
@@ -143,7 +143,7 @@ class MatchedAnswer:
 
     @property
     def turn(self) -> tuple[bool, int]:
-        """Sort key of a step's answers: fast ones first, then slow ones, the most often deferred of these first."""
+        """Sort key of a step's answers: fast answers first, then slow answers by falling number of deferrals."""
         return self._is_slow, -self._held
 
     @property

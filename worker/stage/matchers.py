@@ -23,7 +23,7 @@ from llamaclust.worker.stage.matched_answer import DEFERRED, MatchedAnswer, Matc
 from llamaclust.worker.stage.step_inputs import StepInputs
 
 _ALONE_S: Final = 0.05
-"""Maximum wait in seconds if every row waits for its matcher. Deferred rows would only be sent again."""
+"""Maximum wait in seconds if no row of the step is ready. Without it, the coordinator would send the rows again."""
 _FIRST_S: Final = 0.01
 """Maximum wait in seconds for rows that have not been deferred yet, if other rows are ready."""
 
@@ -178,7 +178,7 @@ class StageMatchers:
             return self._changes[max(changes)] if changes else self._answers.get(key)
 
     def _admit(self, number: int) -> None:
-        """Adds and removes matchers as requested for this step, and for earlier steps that failed or had no rows."""
+        """Applies the starts and releases of matchers that were requested up to microbatch `number`."""
         for change in list(self._changes):
             if change[0] <= number:
                 if (answer := self._changes.pop(change)) is None:

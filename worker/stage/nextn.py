@@ -143,8 +143,8 @@ def _taken(frame: MicrobatchFrame, outcomes: RowOutcomes, tasks: SamplingTasks) 
 def following(
     tokens: tuple[int, ...], next_token: int | None, chosen: Sequence[int], scored: Sequence[bool]
 ) -> tuple[tuple[int, ...], int | None]:
-    """Returns the token after each of the chunk's rows, up to the first rejected draft. Also returns the index of the
-    output that sampled the last of these tokens, or None if no output sampled that token."""
+    """Returns the token that follows each of the chunk's rows, up to the first rejected draft. Also returns the index
+    of the output that sampled the last of these tokens, or None if it was not sampled."""
     for index, (token, is_scored) in enumerate(zip(chosen, scored, strict=True)):
         place = len(tokens) - len(chosen) + index
         if is_scored:

@@ -95,7 +95,7 @@ class StageStreams:
 
     @property
     def computing_s(self) -> float:
-        """Seconds since the step of a group's leader last waited for a member. 0.0 for other stages."""
+        """Seconds since this leader's step last waited for a group member. 0.0 if this worker leads no group."""
         return 0.0 if self._links is None else min(self._compute.computing_s, self._links.computing_s)
 
     async def sample(self, stream: ServerStream) -> None:

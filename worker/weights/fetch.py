@@ -263,8 +263,8 @@ class WeightFetch:
 
 
 async def _in_thread(function: Callable[..., _Value], *arguments: object) -> _Value:
-    """Runs `function` on a thread. Waits for the thread even if cancelled, because the thread uses the file. If it
-    returns an open WeightPart to a cancelled caller, closes that part."""
+    """Runs `function` on a thread. Waits for the thread even if cancelled, because the thread uses the file. After a
+    cancellation, closes a WeightPart that `function` returns."""
     working = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
     try:
         return await asyncio.shield(working)

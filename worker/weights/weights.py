@@ -102,7 +102,7 @@ class Weights:
         return _chosen(lambda place: as_programs_read(open_model(place)), places, model_id)
 
     def open_adapter(self, wanted: AdapterFile, plain: ModelFile) -> ModelFile | None:
-        """Opens an adapter like `open_file`. Reads only headers and samples, because the coordinator has checked it."""
+        """Opens an adapter like `open_file`. Reads only headers and samples: the coordinator checked the adapter."""
         places = [place for place in self.places(wanted.path) if is_adapter(place)]
         return _chosen(partial(read_adapter, model=plain), places, wanted.adapter_id)
 

@@ -30,8 +30,8 @@ _SAMPLERS: Final = {
     "parentbased_always_off": (0.0, True),
     "parentbased_traceidratio": (None, True),
 }
-"""Maps the name of a sampler to the arguments of TraceSampler: (ratio, obeys_parent). If the ratio is None,
-OTEL_TRACES_SAMPLER_ARG has it."""
+"""Maps the name of a sampler to the arguments of TraceSampler: (ratio, obeys_parent). A ratio of None is replaced by
+the value of OTEL_TRACES_SAMPLER_ARG."""
 
 
 @dataclass(frozen=True, slots=True)

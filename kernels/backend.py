@@ -82,16 +82,16 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class RankedLogits:
-    """The logits of the last run, which stay on the GPU. A record has the best candidates of one row and sums of the
-    weights exp(logit - largest logit), which is enough to sample most tokens."""
+    """The logits of the last run, which stay on the GPU. `records` has the best candidates of each row, and sums of the
+    weights exp(logit - largest logit), which suffice to sample most tokens."""
 
     records: NDArray[np.int64]  # [outputs, words]; cpu/native/sampler/ranked.h has the format.
     rows: Callable[[Sequence[int]], Float32]
     """Copies the logits of these rows to the host as [rows, vocabulary]. The next call overwrites the result."""
     totals: Callable[[Sequence[float]], NDArray[np.int64]]
-    """Sums the weights exp((logit - largest logit) / divisor) of each output, in units of 2^-40 and in parts of the
-    vocabulary: [outputs, parts]. The argument has the divisor (the temperature) of each output. An output with divisor
-    0 is skipped. The next call overwrites the result."""
+    """Returns sums of the weights exp((logit - largest logit) / divisor), in units of 2^-40: [outputs, parts], with one
+    sum for each part of the vocabulary. The argument has each output's divisor, which is the temperature. Outputs with
+    divisor 0 are skipped. The next call overwrites the result."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -181,8 +181,8 @@ class ExchangingStage(Stage, Protocol):
 
 
 class ExpertsStage(Protocol):
-    """Loaded experts. In each call, `number` is the index of a mixture of experts, in the order of steps. The next call
-    overwrites results."""
+    """Loaded experts. `number` is the index of a mixture of experts in the program. Each call overwrites the results of
+    the previous call."""
 
     weight_bytes: int
     workspace_bytes: int
@@ -193,8 +193,8 @@ class ExpertsStage(Protocol):
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32: ...
 
     def route(self, number: int, hidden: Float32) -> tuple[Int32, Float32]:
-        """Returns each row's expert ids, best first, and their weights: [rows, used]. Needs `lines` > 0 in
-        `load_experts`."""
+        """Returns the expert ids of each row, best first, and the experts' weights: [rows, used]. The experts must be
+        loaded with `lines` > 0."""
 
     def run_lines(self, number: int, x: Float32, experts: Int32) -> Float32:
         """Returns the unweighted output of expert experts[i] for row x[i]. The next call overwrites the output."""
@@ -232,7 +232,7 @@ class Backend(Protocol):
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> Stage: ...
 
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
-        """Returns the size of those weights that other stages have already loaded. `load` shares them."""
+        """Returns the size of the weights that other stages have already loaded, and that `load` would share."""
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
         """Returns a stage's bytes except weights and KV memory. Raises the errors of `load`, but reads no weights."""
@@ -243,8 +243,8 @@ class SharesKv(Protocol):
     def load_beside(
         self, stage: Stage, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
     ) -> Stage:
-        """Loads the layers of `stage` again with other adapters, while `stage` may run. Both stages then use the KV
-        memory of `stage`, so they must not run at the same time."""
+        """Loads the layers of `stage` again, with other adapters. `stage` may run during the load. Both stages then use
+        the KV memory of `stage`, so they must not run at the same time."""
 
 
 @runtime_checkable

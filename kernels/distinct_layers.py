@@ -52,7 +52,7 @@ def _kind(steps: Sequence[Step], tensors: Mapping[str, Tensor]) -> Hashable:
 
 
 def _form(value: Hashable, tensors: Mapping[str, Tensor]) -> Hashable:
-    """Returns a value that is equal for the same steps of other layers, if their tensors have the same types."""
+    """Returns a key. A step has equal keys in different layers if its tensors there have equal types and shapes."""
     if names := _part_names(type(value)):
         return type(value), *(_form(getattr(value, name), tensors) for name in names)
     if isinstance(value, str) and (tensor := tensors.get(value)) is not None:

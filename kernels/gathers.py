@@ -23,8 +23,8 @@ _PACKED = (ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 
 
 def band_borders(program: ir.Program, rows: int, most: int) -> list[int]:
-    """Divides a microbatch's `rows` rows into up to `most` bands, and returns the bands' borders. Each gather before
-    `SelectRows` runs once per band. The first band has two thirds as many rows as another band."""
+    """Divides the `rows` rows of a microbatch into up to `most` bands, and returns the borders. Each gather before
+    `SelectRows` runs once per band. The first band has about two thirds as many rows as each other band."""
     before = takewhile(lambda step: not isinstance(step, ir.SelectRows), program.steps)
     is_whole = rows < LEAST_BANDED_ROWS or program.states or not program.is_causal
     if is_whole or not any(isinstance(step, ir.Gather) for step in before):
@@ -43,7 +43,7 @@ def borders_in(step: ir.Gather, width: int) -> list[int]:
 
 
 def finite_members(step: ir.Gather, whole: Float32) -> list[bool]:
-    """Returns whether each member's columns [rows, width] are finite. Int8 values are finite if their scales are."""
+    """Returns True for each member whose columns are finite. Columns of int8 values are finite if their scales are."""
     form = next((form for form in _PACKED if packed_width(step.borders[-1], form) == whole.shape[1]), None)
     borders = borders_in(step, whole.shape[1])
     if form is not None:

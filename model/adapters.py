@@ -88,8 +88,8 @@ def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
 
 
 def _largest(tensor: Tensor, start: int, end: int) -> float:
-    """Returns the largest absolute weight in the bytes [start, end), or NaN. Compares the bits without the sign as
-    integers, which have the same order as the weights, with NaN last."""
+    """Returns the largest absolute weight in the bytes [start, end), or NaN if a weight is NaN. Absolute weights are
+    compared as integers, because their bits have the same order, with NaN last."""
     data = tensor.read_range(start, end)
     match tensor.quant_type:
         case QuantType.F32:
@@ -142,8 +142,8 @@ def _numbers(model: ModelFile) -> tuple[int, ...]:
 
 
 def adapted(program: Program, model: ModelFile) -> Program:
-    """Returns the program with an `Adapt` step for each product that an adapter changes. These steps follow the group
-    of consecutive MatMul steps with the same input. Raises ModelFileError if an adapter's shapes do not fit."""
+    """Returns the program with an `Adapt` step for each MatMul step that an adapter changes. Consecutive MatMul steps
+    with the same input stay together, and their `Adapt` steps follow. Raises ModelFileError if shapes do not fit."""
     numbers = _numbers(model)
     return replace(program, steps=tuple(_adapted(program.steps, model, numbers))) if numbers else program
 

@@ -58,8 +58,8 @@ class ChildProgram:
 
 
 class BoundedChild:
-    """A child process and the thread that owns it. The first request starts the child, and a request after its end
-    starts a new child. Linux kills the child when the owning thread ends. Thread-safe."""
+    """A child process and the thread that owns it. The first request starts the child. If the child has ended, the next
+    request starts a new child. Linux kills the child when the owning thread ends. Thread-safe."""
 
     def __init__(self, program: ChildProgram, name: str) -> None:
         self.pid: int | None = None  # Process id, or None if no child is ready for requests.

@@ -84,8 +84,8 @@ class RopeParameters:
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
-    """Widths (in channels) and counts of a model. Tuples have one number for each layer. A layer without attention has
-    0 KV heads, and a layer without a feed-forward network has length 0. `expert_count` is 0 without experts."""
+    """Widths (in channels) and counts of a model. Tuples have one number for each layer: 0 KV heads without attention,
+    and a feed-forward length of 0 without a feed-forward network. `expert_count` is 0 without experts."""
 
     architecture: str
     block_count: int

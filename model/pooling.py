@@ -10,7 +10,7 @@ from llamaclust.model.hyperparameters import ModelKeys
 
 class Pooling(StrEnum):
     """The rows that make an embedding. NONE gives an embedding for each row. MEAN uses the mean of all rows, CLS the
-    first row, and LAST the last row. RANK is for rerankers. An encoder's scores come from its first row."""
+    first row, and LAST the last row. RANK is for rerankers, and uses an encoder's first row."""
 
     NONE = "none"
     MEAN = "mean"

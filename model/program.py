@@ -114,7 +114,7 @@ RowStep = (
     | SigmoidGate
     | Decay
 )
-"""Steps that compute each row of `out` from the same row of buffers, from the batch, and from vectors of weights."""
+"""Steps that compute row r of `out` from row r of the inputs. They may also read the batch and weight vectors."""
 
 FewerRows = MergeRows | MeanRows
 

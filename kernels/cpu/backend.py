@@ -32,9 +32,9 @@ from llamaclust.model.program import Program
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Inputs of products in the last run, for importance matrices: the rows x [rows, width], which the matrices named
-    in `weights` multiplied. The next run overwrites x. For matrices of experts or heads, `chosen` [rows, used] has the
-    numbers of each row's experts or heads. If each of them has its own input, x is [rows * used, width]."""
+    """Inputs of matrices in the last run, for importance matrices. The matrices named in `weights` multiplied the rows
+    x [rows, width]. For matrices of experts or heads, `chosen` [rows, used] has the numbers of each row's experts or
+    heads. If each of them has its own input, x is [rows * used, width]. The next run overwrites x."""
 
     weights: tuple[str, ...]
     x: Float32

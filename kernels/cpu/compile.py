@@ -31,9 +31,9 @@ _SLOTS = 4
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """A copy of product inputs. Each run copies the rows that the matrices named in `weights` multiply to buffer number
-    `buffer`. For experts, buffer number `choice` has the ids of each row's experts. `used` is the number of inputs per
-    row if each expert has its own input, and otherwise 1. `heads` is the number of heads in a row."""
+    """A copy of matrix inputs. Each run copies the rows that the matrices named in `weights` multiply. Buffer number
+    `buffer` gets the copy, and buffer number `choice` has the ids of each row's experts. `used` is the number of inputs
+    per row if each expert has its own input, and otherwise 1. `heads` is the number of heads in a row."""
 
     weights: tuple[str, ...]
     buffer: int
@@ -280,8 +280,8 @@ class Compiler:
         self.plan.multiply_heads(list(weight.matrices), self._buffers.write(step.out), slot)
 
     def _adapt(self, x: ir.Buffer, steps: Sequence[ir.Adapt]) -> None:
-        """Emits the products with all `down` matrices, then with the `up` matrices, `_SLOTS` at a time. Separate steps
-        add the results to the model's own products, so that runs without the adapter can skip all these steps."""
+        """Emits the products with all `down` matrices, and then with the `up` matrices, `_SLOTS` at a time. Separate
+        steps add the results, so that runs without adapters can skip all steps of adapters."""
         down = [self._weights[step.down] for step in steps]
         inner = [ir.Buffer(f"adapter {place} of rank {step.rank}", step.rank) for place, step in enumerate(steps)]
         slots = self._quantize(self._buffers.read(x), [weight.quant_type for weight in down])

@@ -18,9 +18,9 @@ GATINGS = tuple(Gating)
 
 @dataclass(frozen=True, slots=True)
 class PlanExperts:
-    """Emits the steps of mixtures of experts into a plan. `quantize` quantizes a buffer for weights of the given types,
-    and returns the slot of the quantized values for each type. `observe` copies the inputs of weights for
-    `CpuStage.inputs`. `copy` copies a buffer, or is None if the stage keeps no inputs."""
+    """Emits the steps of mixtures of experts into a plan. `quantize` quantizes a buffer for each of the weight types,
+    and returns the slots of the results. `observe` copies the inputs of weights for `CpuStage.inputs`. `copy` copies a
+    buffer. It is None if the stage keeps no inputs."""
 
     plan: Plan
     buffers: Buffers

@@ -64,7 +64,7 @@ def measure(device: Device) -> tuple[float, float]:
 
 
 def limits(device: Device) -> tuple[float, float]:
-    """Returns the peak rates per second: bytes read, and multiply-accumulates on registers."""
+    """Returns the peak rates of reads (bytes per second) and of multiply-accumulates on registers (per second)."""
     pieces, blocks = min(_READ_BYTES, device.free_bytes // 4) // _PIECE_BYTES, 8 * device.sms
     with closing(device.allocate(pieces * _PIECE_BYTES)) as memory, closing(device.allocate(4)) as out:
 
@@ -83,8 +83,8 @@ def limits(device: Device) -> tuple[float, float]:
 
 
 def _rate(device: Device, work_at: Callable[[float], _Work]) -> float:
-    """Returns the rate of the first `_SCALES` size of work that takes longer than `_LONG_S`, or of the largest size.
-    Runs each size twice, because the first launch also loads the kernel, which takes milliseconds."""
+    """Returns the amount of work per second. Tries the sizes of `_SCALES` until one takes longer than `_LONG_S`. Runs
+    each size twice, because the first launch also loads the kernel, which takes milliseconds."""
     for scale in _SCALES:
         work, amount = work_at(scale)
         taken_s = min(_taken_s(device, work, 1) for _ in range(2))

@@ -144,8 +144,8 @@ class PackedCache:
 
 
 def layer_key(layer: PackedLayer) -> str | None:
-    """Returns the key of a layer's cache entry, in hex. Returns None if the layer must not be stored, because the file
-    has changed, or is so new that another change might leave its times equal."""
+    """Returns the key of a layer's cache entry, in hex. Returns None if the layer must not be stored: the file has
+    changed, or is so new that one more change might not change its times."""
     parts: list[object] = [sys.byteorder]
     for tensor in layer.tensors:
         bytes_of_it = _bytes_key(tensor)

@@ -15,8 +15,8 @@ from llamaclust.model.kv_type import KvType
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Positions [0, count) of a sequence: keys [count, kv_heads, head_dim] and values [count, kv_heads, value_dim]. If
-    weighted values are summed as integers, `scales` has the scales of values [count, kv_heads, groups]."""
+    """The keys [count, kv_heads, head_dim] and values [count, kv_heads, value_dim] of positions [0, count). `scales`
+    [count, kv_heads, groups] has the scales of values, if weighted values are summed as integers."""
 
     keys: Float64
     values: Float64

@@ -58,7 +58,7 @@ class Candidates:
         self.order = self.order[:count]
 
     def change(self, change: Callable[[Float32], None]) -> None:
-        """Applies `change` to the logits, which then replace the values. Sorts the candidates again."""
+        """Applies `change` to the logits in place, and sorts the candidates again."""
         x = np.full_like(self.values, -np.inf)
         with np.errstate(over="ignore"):
             x[self.order] = np.clip(self.values[self.order] / np.float32(self.divisor), -LARGEST, LARGEST)

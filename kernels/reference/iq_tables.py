@@ -23,9 +23,9 @@ _LEVELS = {
 
 @cache
 def grid(name: str) -> NDArray[np.float32]:
-    """Returns the grid as float32 [points, dims]. In the header, each point is a number. The numbers are in ascending
-    order, each as its difference from the previous one: the distance of a character from "$", plus 56 for each "~"
-    before the character. The digits of a number, lowest first, select the levels of the point's weights."""
+    """Returns the grid as float32 [points, dims]. The header has an ascending number for each point, as the difference
+    from the previous number. A difference is a character's distance from "$", plus 56 for each "~" before it. The
+    digits of a number, lowest first, select the levels of the point's weights."""
     levels = _LEVELS[name]
     found = re.search(rf'k{name}Grid = unpack<\d+, {len(levels)}>\((.+?")\);', _HEADER.read_text(), re.DOTALL)
     assert found is not None, name

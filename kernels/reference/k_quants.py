@@ -1,5 +1,5 @@
 """Quant types with blocks of 256 weights and a scale for every 16 or 32 weights, and ternary types. Docstrings list the
-parts of a block in order. d and dmin multiply its scales and minima. Layouts and float operations are ggml's."""
+parts of a block in order. d and dmin multiply a block's scales and minima. Layouts and float operations are ggml's."""
 
 from __future__ import annotations
 

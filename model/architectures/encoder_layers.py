@@ -38,8 +38,8 @@ class EncoderBuilder(ProgramBuilder):
         activation: ActivationFunction,
         experts: bool = False,
     ) -> None:
-        """hidden = norm(hidden + attention), then hidden = norm(hidden + feed-forward network). The network is gated if
-        `gated`, and otherwise down(activation(up)). If `experts`, the network is a mixture of ungated experts."""
+        """Emits a layer: attention and a feed-forward network, with a norm after each residual sum. The network is
+        down(activation(up)), or has a gate if `gated`. If `experts`, a mixture of ungated experts replaces it."""
         prefix = f"blk.{layer}"
         self._normed = self._hidden  # Products read `_normed`, and here no norm precedes them.
         self._attend(layer, variant)
@@ -110,7 +110,7 @@ class EncoderBuilder(ProgramBuilder):
             raise self.keys.error(key, "expected 2 (cls); a classifier on the mean of rows is not supported")
 
     def _dense(self, rows: Buffer) -> Buffer:
-        """Emits dense_3(dense_2(row)) for every row before pooling, because dense layers commute with the mean."""
+        """Emits the model's dense layers. They may run before mean pooling, because they commute with the mean."""
         if not any(f"dense_{number}.weight" in self.model.tensors for number in (2, 3)):
             return rows
         inner = Buffer("dense", self.model.tensor("dense_2.weight").shape[0])

@@ -15,8 +15,8 @@ _GATINGS = {1: Gating.SOFTMAX, 2: Gating.SIGMOID, 3: Gating.SOFTMAX_OF_CHOSEN}
 
 @dataclass(frozen=True, slots=True)
 class ExpertsVariant:
-    """Options of a mixture-of-experts layer. The shared expert, which every token uses, has `shared_width` channels. 0
-    means that there is none. If `shared_gate`, a sigmoid gate weights the shared expert's result."""
+    """Options of a mixture-of-experts layer. `shared_width` is the width of the shared expert, which every token uses,
+    or 0 without a shared expert. If `shared_gate`, a sigmoid gate weights the shared expert's result."""
 
     options: ExpertOptions = USUAL_EXPERTS
     shared_width: int = 0
@@ -33,7 +33,7 @@ def read_experts(
     shared_width: int = 0,
 ) -> ExpertsVariant:
     """Reads the options of a model's mixture-of-experts layers. `gating` and `normalized` are defaults for missing
-    keys. Raises ModelFileError if the gating function is unknown, or if expert and group counts do not fit."""
+    keys. Raises ModelFileError if the gating function is unknown, or if expert and group counts are inconsistent."""
     number = keys.count(_GATING_KEY, 0, minimum=0, maximum=255)
     if number not in (0, *_GATINGS):
         known = ", ".join(f"{key} ({value})" for key, value in _GATINGS.items())
@@ -65,8 +65,8 @@ def expert_step(
     buffers: tuple[Buffer, Buffer],
     routed: Buffer | None = None,
 ) -> Moe:
-    """Returns the step of a mixture of experts. It reads the first of `buffers` and writes the second. If `routed` is
-    given, the router reads `routed` instead. Biases and scales are optional. Gate and up may be one tensor."""
+    """Returns the step of a mixture of experts, which reads the first buffer and writes the second. If `routed` is
+    given, the router reads `routed` instead. The file may lack biases and scales. Gate and up may be one tensor."""
     (x, out), count, ffn = buffers, hp.expert_count, hp.expert_feed_forward_length
     old = f"{prefix}.ffn_gate.0.weight"
     if tensors.has(old):

@@ -1,4 +1,4 @@
-"""Granite 3, and Granite 4 without states: granite, granitemoe. Granite is LLaMA with additional factors."""
+"""Granite 3, and Granite 4 without Mamba 2: granite, granitemoe. Granite is LLaMA with additional factors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MAX_SCALE = 1e6
 
 @dataclass(frozen=True, slots=True)
 class GraniteScales:
-    """Factors of the embedding, of each block's result before it is added, of logits, and of attention scores."""
+    """Factors that multiply the embedding, the result of each block, the logits, and the attention scores."""
 
     embedding: float
     residual: float

@@ -169,7 +169,7 @@ class ProgramBuilder(CheckedTensors):
     def attention(
         self, layer: int, variant: AttentionVariant = AttentionVariant(), *, norms: Norms = Norms.BEFORE
     ) -> None:
-        """hidden += output(attention(rope(q), rope(k), v)). q, k and v are products of the normed hidden state."""
+        """Emits hidden += output(attention(rope(q), rope(k), v)), where q, k and v read the normed hidden state."""
         prefix = f"blk.{layer}"
         self._norm_before(f"{prefix}.attn_norm", norms)
         self._attend(layer, variant)
@@ -184,7 +184,7 @@ class ProgramBuilder(CheckedTensors):
     def parallel(
         self, layer: int, variant: AttentionVariant, activation: ActivationFunction, *, gated: bool = False
     ) -> None:
-        """hidden += attention + feed-forward network (gated or plain). Both read the hidden state before the layer."""
+        """Emits hidden += attention + feed-forward network. Both read the hidden state from before the layer."""
         prefix, second = f"blk.{layer}", f"blk.{layer}.attn_norm_2"
         two = any(self.has(f"{second}.{part}") for part in ("weight", "bias"))
         self._norm(second if two else f"{prefix}.attn_norm", self._hidden)
@@ -211,8 +211,8 @@ class ProgramBuilder(CheckedTensors):
         self._steps += added
 
     def mix(self, layer: int, mixer: Iterable[steps.Step], *, beside: bool = False) -> None:
-        """Emits a norm of the hidden state, the steps of `mixer`, and hidden += projected. `mixer` must write
-        `projected`. If `beside`, emits no norm, and `mixer` reads the norm of the preceding attention."""
+        """Emits a norm of the hidden state and the steps of `mixer`, which must write the buffer `projected`. Then adds
+        `projected` to the hidden state. If `beside`, emits no norm: `mixer` reads the preceding attention's norm."""
         if not beside:
             self._norm(f"blk.{layer}.attn_norm", self._hidden)
         self.append(mixer)
@@ -276,8 +276,8 @@ class ProgramBuilder(CheckedTensors):
         norms: Norms = Norms.BEFORE,
         norm: str = "ffn_norm",
     ) -> None:
-        """hidden += down(activation(gate) * up), where gate and up are products of the normed hidden state. `norm` is
-        the norm's name. If `fused`, the tensor `ffn_up` has the rows of gate, followed by the rows of up."""
+        """Emits hidden += down(activation(gate) * up), where gate and up are products of the normed hidden state.
+        `norm` is the norm's name. If `fused`, the tensor `ffn_up` has the rows of gate, followed by the rows of up."""
         prefix = f"blk.{layer}"
         self._norm_before(f"{prefix}.{norm}", norms)
         self._gated_inner(layer, activation, fused=fused)
@@ -298,7 +298,7 @@ class ProgramBuilder(CheckedTensors):
         self._matmul(f"{prefix}.ffn_down", gate, self._projected)
 
     def plain_feed_forward(self, layer: int, activation: ActivationFunction, *, norm: str = "ffn_norm") -> None:
-        """hidden += down(activation(up)), where up is a product of the normed hidden state."""
+        """Emits hidden += down(activation(up)), where up is a product of the normed hidden state."""
         self._norm(f"blk.{layer}.{norm}", self._hidden)
         self._plain_inner(layer, activation)
         self._add_projected()
@@ -311,7 +311,7 @@ class ProgramBuilder(CheckedTensors):
         self._matmul(f"{prefix}.ffn_down", activated, self._projected)
 
     def experts(self, layer: int, variant: ExpertsVariant, *, norm: str = "ffn_norm") -> None:
-        """hidden += the weighted sum of the chosen experts + the shared expert. All read the normed hidden state."""
+        """Emits hidden += weighted sum of the chosen experts + shared expert. All read the normed hidden state."""
         self._norm(f"blk.{layer}.{norm}", self._hidden)
         self._mix_experts(f"blk.{layer}", variant)
         self._add_projected()

@@ -35,7 +35,7 @@ def lfm2(builder: ProgramBuilder) -> None:
 
 
 def _short_convolution(builder: ProgramBuilder, layer: int, taps: int) -> Iterator[ir.Step]:
-    """projected = output(c * convolution(b * x)), where b, c and x are products of the normed hidden state."""
+    """Yields the steps of output(c * convolution(b * x)), where b, c and x are products of the normed hidden state."""
     prefix, width = f"blk.{layer}", builder.hyperparameters.embedding_length
     normed, projected = (Buffer(name, width) for name in ("normed", "projected"))
     b, c, x = (Buffer(f"convolution {name}", width) for name in ("b", "c", "x"))

@@ -1,4 +1,4 @@
-"""LLaMA and models of its layers: llama, internlm2, baichuan, mistral3, smollm3, seed_oss, ernie4_5, hunyuan-dense."""
+"""LLaMA and models like it: llama, internlm2, baichuan, mistral3, smollm3, seed_oss, ernie4_5, hunyuan-dense."""
 
 from __future__ import annotations
 

@@ -62,8 +62,7 @@ def _yarn_shares(rope: RopeParameters) -> list[Decimal]:
 
 
 def _pair_with_turns(rope: RopeParameters, turns: float) -> Decimal:
-    """Returns the index of the channel pair that makes `turns` turns over the original context. It may be a
-    fraction."""
+    """Returns the fractional index of the channel pair that makes `turns` turns over the original context."""
     per_turn = Decimal(rope.original_context_length) / (Decimal(turns) * 2 * _PI)
     return rope.dimension_count * per_turn.ln() / (2 * Decimal(rope.frequency_base).ln())
 
@@ -79,11 +78,11 @@ def yarn_score_scale(rope: RopeParameters, multiplier: float, width: int) -> flo
 
 
 def rope_sections(keys: ModelKeys, pairs: int, *, interleaved: bool) -> tuple[int, ...]:
-    """Returns the section of each channel pair: time, height or width (0, 1, 2), or the file's fourth section. The
-    pairs of a section are adjacent. If `interleaved`, the first three sections alternate instead, until each one has
-    all its pairs. The remaining pairs are rotated by time. (llama.cpp uses the fourth section, but in existing models
-    such pairs turn very slowly.) Text has the same position in all sections. Raises ModelFileError if sections are
-    missing or too long."""
+    """Returns the number of each channel pair's section: 0, 1 or 2 for time, height or width, or 3 for the file's
+    fourth section. Adjacent pairs form a section. If `interleaved`, pairs take turns between the first three sections,
+    until each section has its number of pairs. The remaining pairs belong to time. (llama.cpp assigns them to the
+    fourth section, but in existing models they turn very slowly.) Text has the same position in all sections. Raises
+    ModelFileError if sections are missing or too long."""
     key = _SECTIONS_KEY
     sections = keys.integers(key)
     if len(sections) < _LEAST_SECTIONS:

@@ -60,8 +60,8 @@ def qwen3moe(builder: ProgramBuilder) -> None:
 
 
 def qwen3vl(builder: ProgramBuilder) -> None:
-    """The text model of Qwen 3 VL. It is Qwen 3 with interleaved RoPE sections. In an image's rows, each of the first
-    layers adds results of an inner layer of the image encoder (DeepStack)."""
+    """The text model of Qwen 3 VL. It is Qwen 3 with interleaved RoPE sections. The first layers add results of the
+    image encoder's inner layers to an image's rows (DeepStack)."""
     variant, levels = _with_sections(builder), _image_levels(builder)
     for layer in builder.layers(may_rank=True):
         builder.attention(layer, variant)

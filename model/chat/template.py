@@ -139,7 +139,7 @@ class _Renderer:
         return self.child.submit(partial(self._render, variables))
 
     def _render(self, variables: Mapping[str, Any]) -> str:
-        """Runs on the thread that owns the child, because it takes long to send large messages."""
+        """Renders on the thread of the child process, because sending large messages takes long."""
         if self._broken is not None:
             raise RequestError(self._broken)
         try:

@@ -40,7 +40,7 @@ _NAMES: Final = (
     (("mixtral", "instruct"), "mistral"),
     (("llama2", "chat"), "llama-2"),
 )
-"""Each row has parts of model names (lower case, no separators) and a template's name. Base models lack such parts."""
+"""Each row has parts of a chat model's name (lower case, no separators), and the name of the model's template."""
 
 
 def built_in_names() -> tuple[str, ...]:

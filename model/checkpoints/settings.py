@@ -15,7 +15,7 @@ _MAX_REAL: Final = 1e12
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Reads `values`. Of several names, a method reads the first that is present. Errors begin with `origin`."""
+    """Typed settings. A method that gets several names reads the first one in `values`. Errors begin with `origin`."""
 
     values: Mapping[str, Any]
     origin: str

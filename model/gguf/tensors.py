@@ -26,7 +26,7 @@ _READ_BYTES = 1 << 26
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
     """The identity of a file. `changed_ns` is the inode's change time (ctime), which cannot be faked like the
-    modification time. Comparisons ignore it, because changes of links and permissions change it too."""
+    modification time. Comparisons ignore `changed_ns`, because changes of links and permissions change it too."""
 
     device: int
     inode: int

@@ -27,10 +27,10 @@ _MAX_FORCED_BYTES = 1 << 13
 
 
 def _limits(definition: str) -> LLParserLimits:
-    """Returns llguidance's limits. They are equal for checks and for answers, so that every machine decides alike. The
-    largest of 1,232 public schemas needs 81,000 units of lexer fuel to compile, 373,000 units and 7,600 items in a
-    step, and 2,400 lexer states in an answer. Rules from users may be ambiguous. The time then grows with the square of
-    the items in a row. Up to 800 items stay below 50 ms."""
+    """Returns llguidance's limits. Checks and answers have equal limits on every machine, so that they accept the same
+    grammars. The largest of 1,232 public schemas needs 81,000 units of lexer fuel to compile, 373,000 units and 7,600
+    items in a step, and 2,400 lexer states in an answer. Rules from users may be ambiguous. The time then grows with
+    the square of the items in a row, and is less than 50 ms for 800 items."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(
@@ -67,8 +67,8 @@ class LexerUsedUpError(RequestError):
 
 class GrammarMatcher:
     """The state of one answer, for one thread at a time. Methods release the GIL, and raise RequestError if the grammar
-    cannot be followed. llguidance limits the lexer's work until the allowed tokens are computed again. If `is_costly`,
-    the matcher does this at every token. Otherwise, it does this rarely, and raises LexerUsedUpError at the limit."""
+    cannot be followed. llguidance limits the lexer's work between two computations of the allowed tokens. If
+    `is_costly`, these are computed at every token. Otherwise, LexerUsedUpError is raised at the limit."""
 
     def __init__(self, grammar: Grammar, vocabulary: GrammarVocabulary, *, is_costly: bool = False) -> None:
         self.position = 0  # Number of tokens that were taken.
@@ -105,7 +105,7 @@ class GrammarMatcher:
             self._add(token)
 
     def try_take(self, token: int) -> AllowedTokens | None:
-        """Takes a sampled token. Returns None if the token is allowed, and otherwise the tokens that are allowed."""
+        """Takes a token if it is allowed. Returns None if the token was taken, and otherwise the allowed tokens."""
         if self._waiting is not None:
             self._await_trigger(token)
         elif not self._allows(token):
@@ -168,7 +168,7 @@ class GrammarMatcher:
         return self._consumes(token)
 
     def _must_follow(self) -> list[int]:
-        """Computes forced tokens once per token, to save lexer work. Raises RequestError if they are too long."""
+        """Returns the forced tokens, computed once per position. Raises RequestError if their text is too long."""
         if self._following is None:
             self._following = self._native.compute_ff_tokens()
             size = sum(len(self._vocabulary.words[token]) for token in self._following)
@@ -222,7 +222,7 @@ class _Triggers:
         self._newest: list[tuple[int, int]] = []  # Tokens of `_tail`, with their lengths in bytes.
 
     def take(self, token: int) -> list[list[int]]:
-        """Takes a token. For each trigger that ends in this token, returns the tokens from the trigger's start on."""
+        """Takes a token. Returns the answer's tokens since the start of each trigger that this token completes."""
         word = self._vocabulary.words[token].removeprefix(b"\xff")
         before = len(self._tail)
         self._tail += word

@@ -24,13 +24,13 @@ from llamaclust.model.grammars.schema_references import MISSING, SchemaReference
 _COMBINED: Final = ("anyOf", "oneOf", "allOf")
 _REFUSED: Final = ("not", "dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef")
 _EVALUATED: Final = frozenset((*_COMBINED, "$ref", "if", "then", "else", "dependentSchemas", "patternProperties"))
-"""Keywords that give `unevaluatedProperties` another meaning than `additionalProperties` in the same schema."""
+"""Keywords beside which `unevaluatedProperties` has another meaning than `additionalProperties`."""
 
 
 @dataclass(frozen=True, slots=True)
 class NormalSchema:
-    """A schema that allows everything that the original schema allows. `unobeyed` has the places of omitted keywords,
-    such as `properties.a.not`."""
+    """A normalized schema, which may allow more than the original schema. `unobeyed` has the places of omitted
+    keywords, such as `properties.a.not`."""
 
     schema: dict[str, Any]
     unobeyed: tuple[str, ...] = ()

@@ -36,7 +36,7 @@ class GrammarWalk:
         self._ends = np.array(vocabulary.end_ids)
 
     def run(self, definition: str, names: Sequence[str] = ()) -> None:
-        """Follows a grammar, preferring properties in `names`. Raises RequestError if it cannot be used or followed."""
+        """Follows a grammar, preferring properties in `names`. Raises RequestError if the grammar cannot be used."""
         matcher = GrammarMatcher(Grammar(definition), self._vocabulary, is_costly=True)
         keys = deque(self._vocabulary.native.tokenize_bytes(_key(name)) for name in names[:_NAMES])
         taken: list[int] = []

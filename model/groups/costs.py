@@ -122,7 +122,7 @@ class GroupCosts:
 
     @property
     def kinds(self) -> dict[int, DividedLayer]:
-        """The different layers by `id`. Equal layers are one object (see `of`), and hashing a layer would be slow."""
+        """The distinct layers by `id`, because hashing layers would be slow. `of` makes equal layers one object."""
         return {id(layer): layer for layer in self.layers}
 
     def member(self, shares: Sequence[float], member: int) -> ModelCosts:

@@ -11,8 +11,8 @@ from llamaclust.model.quant_types import ActivationFormat, QuantType
 def format_of_readers(
     steps: Sequence[Step], buffer: Buffer, results: Sequence[Buffer | None], type_of: Callable[[str], QuantType]
 ) -> ActivationFormat | None:
-    """Returns the format to which all steps that read `buffer` quantize it. Returns None if there is no such format, or
-    if `buffer` is one of `results` and no step overwrites it."""
+    """Returns the quantized format that all readers of `buffer` need. Returns None if readers need different formats or
+    floats, or if `buffer` is one of `results` and no step overwrites it."""
     formats = set[ActivationFormat | None]()
     for step in steps:
         if buffer in step.reads:

@@ -74,8 +74,8 @@ class Gathered:
 @dataclass(frozen=True, slots=True)
 class DividedStep:
     """A step of the undivided program. Members divide the step's result into `units`. If `units` is 0, every member
-    computes the whole result. Before the step, buffers in `gathered` are assembled from all members. Members have
-    the whole buffers in `cut`, but read only their own columns."""
+    computes the whole result. Before the step, buffers in `gathered` are assembled from all members. Every member has
+    all columns of the buffers in `cut`, but reads only its own columns."""
 
     step: Step
     units: int
@@ -121,7 +121,7 @@ def _units_of(steps: Sequence[Step], members: int) -> list[int]:
 
 
 def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
-    """Returns the products of attention with one KV head. Every member computes them, as a gather would be slower."""
+    """Returns the products that compute a layer's only KV head. Every member runs them, as gathers are slower."""
     found, wanted = set[int](), set[str]()
     for at, step in reversed([*enumerate(steps)]):
         name = step.out.name

@@ -1,4 +1,4 @@
-"""Splits steps whose parts are divided separately: fused products by their slices, and mixtures of experts."""
+"""Splits fused products and mixtures of experts into steps that members of a group can divide separately."""
 
 from __future__ import annotations
 

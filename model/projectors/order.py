@@ -12,9 +12,9 @@ Int32 = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class PatchOrder:
-    """The order of patches in an encoder's input. `patches` [rows] has their numbers, counted line by line in the tile.
-    `windows` [rows, 2] has the rows [start, end) of each row's window. `places` [merged rows] has the line-by-line
-    index of each merged row in the tile. None means that merged rows are in line-by-line order."""
+    """The order of patches in an encoder's input. `patches` [rows] has the patches' numbers, counted line by line in
+    the tile. `windows` [rows, 2] has the rows [start, end) of each row's window. `places` [merged rows] has the
+    line-by-line index of each merged row in the tile, or is None if merged rows are in line-by-line order."""
 
     patches: Int32
     windows: Int32 | None = None
@@ -26,7 +26,7 @@ def in_groups(height: int, width: int, merge: int) -> PatchOrder:
 
 
 def in_windows(height: int, width: int, merge: int, side: int) -> PatchOrder:
-    """Orders patches by windows of up to side x side groups, line by line, and within windows by groups."""
+    """Orders patches window by window, and in a window group by group. A window has up to side x side merge groups."""
     groups = _grouped(height, width, merge)
     lines, columns = height // merge, width // merge
     parts = [

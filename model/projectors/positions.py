@@ -72,7 +72,7 @@ def interpolation_bytes(side: int, channels: int) -> int:
 
 
 def of_axes(table: Float32, height: int, width: int) -> Float32:
-    """Adds the rows of a table [2, size, channels] for column and line. Returns [height * width, channels]."""
+    """Returns table[0, column] + table[1, line] for each patch: [height * width, channels] from [2, size, channels]."""
     columns, lines = table
     added: Float32 = columns[None, :width] + lines[:height, None]
     return added.reshape(height * width, -1)

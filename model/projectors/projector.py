@@ -40,9 +40,9 @@ _DEEPSTACK_KEY = "n_deepstack_layers"
 
 @dataclass(frozen=True, slots=True)
 class Projector:
-    """An opened projector file. `width` is the number of channels of a row for the text model. A position has `levels`
-    such rows, one after the other. The first is the text model's input. Any others are for its first layers
-    (DeepStack). `file` has the tensors in the program's shapes, and `plain` has them in the file's shapes."""
+    """An opened projector file. The encoder makes `levels` rows of `width` channels for each position. The first row is
+    the text model's input. The text model's first layers add the other rows to the hidden state (DeepStack). `file` has
+    the tensors in the program's shapes, and `plain` has them in the file's shapes."""
 
     name: str
     file: ModelFile

@@ -71,8 +71,8 @@ class TileReader:
         self._normalized = normalized.T.astype(np.float32)  # [channels, colour values]
 
     def _set_class_row(self, place: int) -> None:
-        """Removes the class row's position from the table, and adds the patches' bias to their positions. The program
-        adds no bias, because the class row has none."""
+        """Reads the class row, and removes its position from the table of positions. Adds the patches' bias to the
+        table, because the program adds no bias: the class row has none."""
         assert self._table is not None
         tensors = self._projector.file.tensors
         row = read_floats(tensors[CLASS_ROW]) + self._table[place]
@@ -103,8 +103,8 @@ class TileReader:
         )
 
     def _with_class_row(self, class_row: Float32, patches: Float32, places: Int32) -> tuple[Float32, Int32, Int32]:
-        """Adds the class row with position 0, and rows of zeros up to a whole merge group. A row of zeros attends only
-        to itself."""
+        """Adds the class row, whose RoPE position is 0, and rows of zeros up to a whole merge group. A row of zeros
+        attends only to itself."""
         added, count = self._projector.hyperparameters.merged, len(patches) + 1
         ends = np.maximum(np.arange(count + added - 1) + 1, count)
         starts = np.where(ends > count, ends - 1, 0)

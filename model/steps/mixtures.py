@@ -148,8 +148,8 @@ class ExpertChoice(StepFacts):
 @dataclass(frozen=True, slots=True)
 class ExpertShards(StepFacts):
     """Computes the chosen experts whose ids are in `shards`, which are consecutive ranges. out = the unweighted results
-    of all `used` chosen experts, best first. Results of experts outside `shards` come from the end of `given`, or are
-    0. If `carried` is set, out = the `carried` buffers, the choice and the results, for the next stage."""
+    of all `used` chosen experts, best first. Results of other experts are copied from the end of `given`, or are 0. If
+    `carried` is set, out = the `carried` buffers, `choice` and the results, so that the next stage can continue."""
 
     mixture: Moe
     choice: Buffer

@@ -29,7 +29,7 @@ class WeightKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class StepWeight:
-    """A tensor that a step reads. -1 in `shape` means any number of rows. A row uses `used` of `experts` matrices."""
+    """A tensor that a step reads. -1 in `shape` means any length. Each row multiplies `used` of `experts` matrices."""
 
     name: str
     shape: tuple[int, ...]

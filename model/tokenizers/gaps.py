@@ -33,7 +33,7 @@ class Gap:
 
 
 def fill_in_prompt(tokenizer: Tokenizer, tokens: FillInTokens, gap: Gap, room: int) -> list[int]:
-    """Returns the prompt's token ids. If `room` is too small, the first tokens of the files are omitted."""
+    """Returns the prompt's token ids. Omits the first tokens of `gap.files` if more than `room` tokens are needed."""
     around = [
         *([tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []),
         tokens.prefix,

@@ -11,7 +11,7 @@ from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary
 
 _CONTROL = (TokenType.CONTROL, TokenType.UNKNOWN)
 _NOT_SPELLED = frozenset((*_CONTROL, TokenType.USER_DEFINED, TokenType.BYTE))
-"""Types of tokens whose words are not in the vocabulary's spelling of text, such as ▁ for a space."""
+"""Types of tokens whose words are literal. Words of other types are spelled, for example with ▁ for a space."""
 
 
 class Tokenizer(ABC):

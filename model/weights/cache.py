@@ -144,9 +144,9 @@ class WeightCache(DiskCache):
 
 
 class WeightPart:
-    """A tensor that one process at a time writes into the cache, in pieces. The file gets its name after a check.
-    Writing can be resumed. Methods block, and any thread may call them. If `resumed`, some of `done_bytes` were written
-    earlier."""
+    """An unfinished tensor in the cache. One process at a time writes it, in pieces, and can resume earlier work. The
+    file gets its name after a check. Methods block, and any thread may call them. `resumed` is True if some of
+    `done_bytes` were written earlier."""
 
     def __init__(self, cache: WeightCache, content: str, n_bytes: int, file: FileIO) -> None:
         self._cache = cache

@@ -15,7 +15,7 @@ from llamaclust.model.weights.manifest import MANIFEST_VERSION, make_manifest
 _log = logging.getLogger(__name__)
 
 _SETTLED_NS = 100_000_000
-"""Reading waits until a file's change is this old, so that a later change has another time (steps are up to 10 ms)."""
+"""Files are read when their last change is this old, so later changes get another time (steps of up to 10 ms)."""
 
 
 @dataclass(frozen=True, slots=True)

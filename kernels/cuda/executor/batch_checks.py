@@ -50,8 +50,8 @@ def check_images(
     batch: Batch, limits: StageLimits, sections: int, given: tuple[int, int], merged: Sequence[int]
 ) -> None:
     """Checks the additional inputs of microbatches with images. `sections` is the number of RoPE positions that the
-    program reads for each row, or 0. `given` has the number and the width of the parts of an image's row (see
-    `ir.GivenRows`). `merged` is empty, or has the number of rows that the program merges into one row."""
+    program reads for each row, or 0. `given` has the number of parts of a given row, and a part's width (see
+    `ir.GivenRows`). `merged` has the number of rows that the program merges into one row, or is empty."""
     for together in merged:
         for start in batch.sequence_starts.tolist():
             if start % together:

@@ -37,8 +37,8 @@ def _first_in_order(launches: Iterator[Launch | HostStep]) -> Iterator[Launch | 
 
 
 def fused_steps(program: ir.Program, types: Mapping[str, QuantType], *, given: bool) -> tuple[GpuStep, ...]:
-    """Groups a program's steps into launches, for microbatches with given rows or without. Without them, steps for
-    given rows are dropped, since they would cost launches and prevent fusion."""
+    """Groups a program's steps into launches. Without `given`, drops the steps for given rows, since they would cost
+    launches and prevent fusion."""
     if not given and program.given_levels:
         kept = (step for step in program.steps if not (isinstance(step, ir.GivenRows) and step.x == step.out))
         program = replace(program, steps=tuple(kept))

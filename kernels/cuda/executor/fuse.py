@@ -61,8 +61,8 @@ GpuStep = FusedStep | Norm | Gated | Attended
 
 
 def fuse_for_gpu(program: ir.Program, type_of: TypeOf) -> Iterator[GpuStep]:
-    """Groups a program's steps into launches. Values that later steps read are written as float32, not only quantized.
-    All products of a `Products` have the same quant type."""
+    """Groups a program's steps into launches. Values that later steps read are written as float32 too. All products of
+    a `Products` have the same quant type."""
     steps = tuple(fuse(program))
     at = done = 0  # Indices into `steps` and into the program's own steps.
     while at < len(steps):
@@ -85,8 +85,8 @@ class _Reader:
         return is_read(self.program, self.done + makers, out.name)
 
     def formats(self, out: ir.Buffer, makers: int, reader: FusedStep) -> frozenset[ActivationFormat]:
-        """Returns the formats in which `reader` and later steps need `out`, which the `makers` steps before `reader`
-        compute. The set is empty if `reader` neither multiplies nor exchanges `out`."""
+        """Returns the formats in which `reader` and later steps read `out`. `makers` is the number of steps before
+        `reader` that compute `out`. The set is empty if `reader` neither multiplies nor exchanges `out`."""
         if isinstance(reader, ir.Exchange) and out in reader.reads:
             return frozenset({ActivationFormat.F32})
         weights = _weights_of(reader, out)

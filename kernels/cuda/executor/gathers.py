@@ -58,7 +58,7 @@ def pack(x: Float32, form: ActivationFormat) -> Float32:
 
 
 def unpack(packed: Float32, form: ActivationFormat) -> Float32:
-    """Returns floats that quantize to the same values: ((m / 127) * 127) / 127 equals m / 127 for every float m."""
+    """Returns floats that quantize to the packed values again: ((m / 127) * 127) / 127 = m / 127 for every float m."""
     segments = packed.reshape(len(packed), -1, int(form) // 4 + 1)
     quants = np.ascontiguousarray(segments[..., :-1]).view(np.int8)
     with np.errstate(over="ignore"):

@@ -77,7 +77,7 @@ class CudaExpertsCache:
         return None
 
     def _compute(self, number: int, x: Float32, chosen: Int32, weights: Float32, slots: Int32) -> None:
-        """Computes a mixture. Overwrites pinned memory, since a stage waits for the GPU before it calls for experts."""
+        """Computes a mixture. Overwrites pinned memory, because the stage has waited for the GPU before this call."""
         plan, device = self._plan, self._gpu_lock.device
         plan.inputs.fill(self._inputs, weights, slots, plan.piece(number, plan.shape(len(x))))
         with self._gpu_lock.exclusive():

@@ -59,8 +59,8 @@ class LineInputs:
         return first, first + each, first + 2 * each, first + 2 * each + items, first + 3 * each + items
 
     def fill(self, pinned: NDArray[np.uint8], weights: Float32, slots: Int32, piece: int) -> None:
-        """Writes the arrays to `pinned`. `slots` [rows, used] is -1 for lines that the host computes. The host's
-        results are stored after the GPU's results. An item has up to `piece` lines of one expert."""
+        """Writes the arrays of `offsets` to `pinned`. Lines that the host computes have -1 in `slots` [rows, used], and
+        their results are stored after the GPU's results. An item has up to `piece` lines of one expert."""
         numbers, floats = pinned.view(np.int32), pinned.view(np.float32)
         at_weights, at_lines, at_items, at_sources, _ = (offset // _INT for offset in self.offsets)
         flat = slots.reshape(-1)

@@ -32,8 +32,8 @@ class Copy:
 
 
 class ExpertTable:
-    """The uses and slots of experts. A use is a step in which an expert has at least one row. Older uses count less:
-    old counts do not shrink, but the weight of new uses doubles every `_HALF_LIFE_STEPS` steps."""
+    """The uses and slots of experts. A use is a step in which an expert has at least one row. Recent uses count more:
+    the weight of new uses doubles every `_HALF_LIFE_STEPS` steps."""
 
     def __init__(self, pools: Sequence[Pool], experts: int) -> None:
         self._pools = tuple(pools)

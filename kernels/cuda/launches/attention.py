@@ -141,8 +141,8 @@ def _many_queries(step: Attention, gpu: LaunchLimits) -> int:
 
 
 def _few_queries(step: Attention) -> int:
-    """Returns the number of queries in a thread block of the kernel for few queries: enough for all query heads of one
-    KV head. Returns 0 for latent attention, or if too many query heads share a KV head."""
+    """Returns the number of queries in a thread block of the kernel `few`: at least all query heads of one KV head.
+    Returns 0 for latent attention, or if too many query heads share a KV head."""
     return 0 if step.v is None else next((queries for queries in _FEW_QUERIES if queries >= _group(step)), 0)
 
 
@@ -184,9 +184,9 @@ def _stage_channels(step: Attention) -> int:
 
 
 def _stage_floats(step: Attention, blocks: int, queries: int, channels: int) -> int:
-    """Returns the number of floats that values take in shared memory: `channels` channels of `blocks` KV blocks, with
-    their scales. For KV type INT8, the memory holds 64 positions instead of whole blocks, and attention weights. Latent
-    attention needs no such memory."""
+    """Returns the number of floats that values and their scales take in shared memory: `channels` channels of `blocks`
+    KV blocks. For KV type INT8, the memory holds 64 positions and their attention weights instead. Latent attention
+    needs no such memory."""
     if step.v is None:
         return 0
     if step.kv_type is KvType.INT8:
@@ -201,8 +201,8 @@ def value_slices(step: Attention) -> int:
 
 
 def few_shared_bytes(step: Attention, queries: int) -> int:
-    """Returns the bytes of shared memory of the kernel for few queries. One part holds queries, and later scores. The
-    other part holds queries and a key, and later values."""
+    """Returns the bytes of shared memory of the kernel `few`. One part holds queries, and is reused for scores. The
+    other part holds queries and a key, and is reused for values."""
     scores = max(queries * max(_SCORE_STRIDE, 8 * -(-step.head_dim // 8)), _MERGER_FLOATS)
     channels = _stage_channels(step) if step.kv_type is KvType.INT8 else 128
     staged = _stage_floats(step, 2 if queries < 16 else 1, queries, channels)
@@ -219,15 +219,15 @@ def _merged_floats(step: Attention) -> int:
 
 
 def brings_own(step: Attention) -> bool:
-    """True if the kernel for few queries can also store the row's own key and value, so that no other kernel must."""
+    """True if the kernel `few` can also store the row's own key and value, which saves the launch that stores them."""
     queries = _few_queries(step)
     fits = 4 * (queries * _SCORE_STRIDE + _fresh_floats(step)) + _STATIC_BYTES <= PLAIN_SHARED_BYTES
     return queries > 0 and not step.shares_kv and fits
 
 
 def many_shared_bytes(step: Attention, queries: int) -> int:
-    """Returns the bytes of shared memory of the kernel for many queries. One part holds queries (for float16, also a
-    chunk of keys), and later scores. The other part holds values."""
+    """Returns the bytes of shared memory of the kernel `many`. One part holds queries (for float16, also a chunk of
+    keys), and is reused for scores. The other part holds values."""
     if step.kv_type is KvType.F16:
         staged = 8 * (-(-step.head_dim // 8) * queries + SPAN_TOKENS)
     else:
@@ -284,8 +284,8 @@ class AttentionLaunches:
         return (self.inputs.seen, np.int32(sees)) if self.grouped else ()
 
     def _few(self, step: Attention) -> int:
-        """Returns the number of queries in a thread block of the kernel for few queries, or 0 if that kernel does not
-        run. In decode, several blocks divide a row's heads if one block is too small and the GPU would be idle."""
+        """Returns the number of queries in a thread block of the kernel `few`, or 0 if that kernel does not run. In
+        decode, several blocks divide a row's heads if one block is too small, but only if the GPU would be idle."""
         if self.grouped:
             return 0
         if queries := _few_queries(step):

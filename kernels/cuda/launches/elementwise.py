@@ -25,7 +25,7 @@ _GATED = {GatedActivation.GELU_MUL: f"{ActivationFunction.GELU_TANH}_mul"}
 
 @dataclass(frozen=True, slots=True)
 class GatedInputs:
-    """The float32 inputs of a gated activation, which `kernel` names. `stride` is the distance of rows in elements."""
+    """The float32 inputs of the gated activation `kernel`. `stride` is the distance between rows, in elements."""
 
     kernel: str
     gate: np.uint64
@@ -100,8 +100,8 @@ def add_rms_norm(
     outs: tuple[np.uint64, np.uint64, np.uint64],
     rows: RowCount,
 ) -> Launch:
-    """Adds x and y, the two `inputs`, into `total`. If the address of y is 0, x is the total. Writes the norm of the
-    total to each of the three `outs` that is not 0: as float32, in quantized segments of 32, and of 256."""
+    """Writes x + y, the two `inputs`, to `total`, and the norm of x + y to `outs`: as float32, in quantized segments of
+    32, and of 256. If the address of y is 0, norms x. If an address in `outs` is 0, skips this format."""
     args = (*inputs, weight, np.float32(step.epsilon), np.int32(step.width), rows.address, total, *outs)
     threads = 32 * min(_MAX_WARPS, -(-step.width // _WARP_CHANNELS))
     return Launch("elementwise.norms.add_rms_norm", (1, rows.bucket, 1), (threads, 1, 1), args, 4 * step.width)

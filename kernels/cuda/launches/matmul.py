@@ -114,10 +114,10 @@ MOST_PRODUCTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Lines grouped by expert. A line is a row together with one of its experts. Each item [max_items, 3] is an expert,
-    the index of its first line in `lines`, and a number of lines, at most `piece`. `item_count` points to the number of
-    items. Line l reads row l // divisor of the activations and writes row l of the result. Biases are in tiles of
-    `bias_rows` rows, column by column."""
+    """The lines of a launch, grouped by expert. A line is a row together with one of its experts. An item has three
+    numbers: its expert, the index of its first line in `lines`, and its number of lines, at most `piece`. Line l reads
+    row l // divisor of the activations and writes row l of the result. Biases are in tiles of `bias_rows` rows, column
+    by column."""
 
     items: np.uint64
     item_count: np.uint64

@@ -47,7 +47,7 @@ class KernelFolder(DiskCache):
 
 class CubinCache:
     """Finds compiled modules by a hash of source, options, architecture and compiler version. If a module cannot be
-    stored in `folder`, it is in a temporary folder until `close`."""
+    stored in `folder`, it is stored in a temporary folder until `close`."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = None if folder is None else KernelFolder(folder)

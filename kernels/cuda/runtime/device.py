@@ -90,8 +90,7 @@ class Device(Protocol):
     def upload(self, buffer: Buffer, offset_bytes: int, data: Bytes) -> None: ...
 
     def copy_in(self, buffer: Buffer, offset_bytes: int, pinned: Bytes) -> None:
-        """Copies `pinned`, which is from `Device.pinned`, in order with launches. It must not change until it is
-        copied."""
+        """Copies an array of `Device.pinned`, in order with launches. The array must not change before the copy."""
 
     def copy_in_background(self, buffer: Buffer, parts: Iterable[tuple[int, Bytes]]) -> Event:
         """Copies pinned memory to these offsets, at the same time as launches. The event marks the end of all

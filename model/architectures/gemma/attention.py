@@ -20,8 +20,8 @@ class LayerKind:
 
 
 def shared_kv_sources(keys: ModelKeys, windowed: Sequence[bool]) -> list[int]:
-    """Returns, for each layer, the layer whose keys and values it reads. A layer without keys and values reads those of
-    the last layer before it that has the same kind of window. Raises ModelFileError if there is no such layer."""
+    """Returns the number of the layer whose keys and values each layer reads. A layer without its own keys and values
+    reads those of the last layer that has them and the same kind of window. Raises ModelFileError if there is none."""
     layers = len(windowed)
     first = layers - keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers - 1)
     last = {windowed[layer]: layer for layer in range(first)}

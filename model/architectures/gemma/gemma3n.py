@@ -24,7 +24,7 @@ _LEAST_SQUARE = 1e-5
 
 
 def gemma3n(builder: ProgramBuilder) -> None:
-    """Gemma 3n, text only. A stage sends all copies of the hidden state, followed by the inputs of later layers."""
+    """Gemma 3n, text only. A stage sends all copies of the hidden state, then the per-layer inputs of later layers."""
     hp, keys = builder.hyperparameters, builder.keys
     for key in ("attention.sliding_window", "embedding_length_per_layer_input", SHARED_KV_KEY):
         keys.count(key, minimum=0 if key == SHARED_KV_KEY else 1, maximum=1 << 30)  # All known files have this key.
@@ -63,7 +63,7 @@ def _sparsity(keys: ModelKeys, layers: int) -> tuple[float | None, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Copies:
-    """The copies of the hidden state. They are adjacent in a row. Layers compute copy number `active`."""
+    """The copies of the hidden state (AltUp), side by side in each row. Blocks compute only copy number `active`."""
 
     builder: ProgramBuilder
     count: int
@@ -87,7 +87,7 @@ class _Copies:
         return Buffer("hidden", self.width)
 
     def begin(self) -> Iterator[ir.Step]:
-        """copies = the embedding, followed by its projections. Projections are scaled to the embedding's magnitude."""
+        """Makes the copies: the embedding, and projections of the embedding that are scaled to the same magnitude."""
         repeated = self._hidden
         for count in range(2, self.count):
             more = Buffer(f"embedding {count} times", count * self.width)
@@ -99,7 +99,7 @@ class _Copies:
         yield ir.Join(self._hidden, projected, self.all)
 
     def merge(self) -> Iterator[ir.Step]:
-        """hidden = the mean of copy 0 and the other copies' projections, which are scaled to copy 0's magnitude."""
+        """Computes the mean of copy 0 and the other copies' projections, which are scaled to copy 0's magnitude."""
         others, projected = (Buffer(name, self.all.width - self.width) for name in ("other copies", "projected copies"))
         yield ir.Slice(self.all, self._hidden, 0)
         yield ir.Slice(self.all, others, self.width)
@@ -136,7 +136,7 @@ class _Layer:
         yield from self._add_input(active)
 
     def _predict(self, predicted: Buffer, active: Buffer) -> Iterator[ir.Step]:
-        """predicted_i = copy_i + the sum of all copies, each multiplied by a coefficient."""
+        """Predicts each copy: predicted_i = copy_i + a weighted sum of all copies."""
         copies, coefficients = self.copies.all, Buffer("predictions", self.copies.count**2)
         yield ir.Slice(copies, active, self.copies.active * active.width)
         yield from self._coefficients(active, "altup_predict_coef", coefficients)
@@ -144,7 +144,7 @@ class _Layer:
         yield ir.Slice(predicted, active, self.copies.active * active.width)
 
     def _correct(self, predicted: Buffer, active: Buffer, result: Buffer) -> Iterator[ir.Step]:
-        """copy_i = predicted_i + (1 + coefficient_i) * (result - active)."""
+        """Corrects all copies by the layer's result: copy_i = predicted_i + (1 + coefficient_i) * (result - active)."""
         coefficients = Buffer("corrections", self.copies.count)
         yield from self._coefficients(result, "altup_correct_coef", coefficients)
         yield ir.Scale(active, active, -1.0)
@@ -152,7 +152,7 @@ class _Layer:
         yield ir.Mix(active, predicted, self.copies.all, active.width, coefficients, 1.0)
 
     def _coefficients(self, x: Buffer, name: str, out: Buffer) -> Iterator[ir.Step]:
-        """out = weight @ tanh(router(norm(x) / width))."""
+        """Computes the copies' coefficients: out = weight @ tanh(router(norm(x) / width))."""
         routed, modalities = self._buffer("routed"), Buffer("modalities", self.copies.count)
         yield self._norm("altup_router_norm", x, routed)
         yield ir.Scale(routed, routed, 1 / routed.width)
@@ -181,7 +181,7 @@ class _Layer:
         yield ir.Scale(result, result, 1 / math.sqrt(2))
 
     def _feed_forward(self, result: Buffer) -> Iterator[ir.Step]:
-        """result += norm(down(gelu(gate) * up)) of the normed result. With `sparsity`, small gates become 0."""
+        """Adds norm(down(gelu(gate) * up)) to `result`. Gate and up read its norm. `sparsity` zeroes small gates."""
         normed, width = self._buffer("normed"), self.builder.hyperparameters.feed_forward_lengths[self.layer]
         gate, up, projected = Buffer("gate", width), Buffer("up", width), self._buffer("projected")
         yield self._norm("ffn_norm", result, normed)
@@ -196,7 +196,7 @@ class _Layer:
         yield ir.Add(result, projected, result)
 
     def _add_input(self, active: Buffer) -> Iterator[ir.Step]:
-        """Adds the layer's input to all copies except the first. The active copy gates the input."""
+        """Adds the layer's own input, gated by the active copy, to all copies except the first."""
         projected, copies = self._buffer("projected"), self.copies.all
         scale = self.builder.vector(f"blk.{self.layer}.altup_correct_scale.weight", active.width)
         yield ir.Slice(copies, active, self.copies.active * active.width)

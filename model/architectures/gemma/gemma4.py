@@ -1,5 +1,5 @@
 """Gemma 4. Layers with a sliding window differ from other layers in head size and RoPE. Experts are parallel to a
-feed-forward network. The E models have layer inputs, and layers that use the keys and values of other layers."""
+feed-forward network. The E models have per-layer inputs, and layers that read other layers' keys and values."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def gemma4(builder: ProgramBuilder) -> None:
 
 
 def _kinds(builder: ProgramBuilder, window: int) -> tuple[LayerKind, LayerKind]:
-    """Returns the kinds of layers without and with a sliding window. The file's RoPE factors apply only without a
-    window."""
+    """Returns the kind of layers without a sliding window, and the kind with a sliding window. Only the first kind uses
+    the file's RoPE factors."""
     hp, keys = builder.hyperparameters, builder.keys
     head_dim = keys.count("attention.key_length_swa", hp.key_length, maximum=_MAX_HEAD)
     value_length = keys.count("attention.value_length_swa", head_dim, maximum=_MAX_HEAD)
@@ -118,8 +118,8 @@ class _Layer:
         yield self.builder.product(f"{self._prefix}.ffn_down", gate, projected)
 
     def _mixture(self, hidden: Buffer, projected: Buffer) -> Iterator[ir.Step]:
-        """projected = feed-forward network + experts, each with its own norms. The router's input is the hidden state
-        after another norm, divided by the square root of the width."""
+        """Computes the sum of a feed-forward network and a mixture of experts, each with its own norms. The router
+        reads the hidden state after another norm, divided by the square root of the width."""
         normed, mixed, routed = map(self._buffer, ("normed", "mixed", "routed"))
         yield from self._feed_forward(hidden, projected)
         yield self._norm("post_ffw_norm_1", projected, projected)

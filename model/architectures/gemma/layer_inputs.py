@@ -15,7 +15,7 @@ _MAX_INPUT = 1 << 12
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
     """Per-layer inputs, which Gemma's layers read in addition to the hidden state. The first stage computes `width`
-    channels for each layer from a row's token. A stage sends the channels of later layers after the hidden state."""
+    channels for each layer from a row's token. Stages send the hidden state, then the inputs of later layers."""
 
     builder: ProgramBuilder
     width: int

@@ -16,9 +16,9 @@ from llamaclust.model.steps.options import RopeStyle
 
 @dataclass(frozen=True, slots=True)
 class LatentVariant:
-    """Options of latent attention. `latent`, `rotated`, `query` and `value` are widths in channels. A key is a latent
-    vector, then `rotated` channels with RoPE. `query` includes the channels with RoPE. `query_rank` is the width of the
-    latent query, or 0. A `table` of None means no RoPE. `temperature` has a `PositionScale` step's arguments."""
+    """Options of latent attention, with widths in channels. A key has `latent` channels without RoPE, then `rotated`
+    channels with RoPE. A head's query has `query` channels in total. `query_rank` is the width of the latent query, or
+    0. A `table` of None means no RoPE. `temperature` has a `PositionScale` step's arguments."""
 
     latent: int
     rotated: int
@@ -65,7 +65,7 @@ class LatentAttention:
         yield ir.Add(hidden, projected, hidden)
 
     def _queries(self, normed: Buffer, query: Buffer) -> Iterator[ir.Step]:
-        """query = for each head, the part without RoPE times the key matrix, followed by the part with RoPE."""
+        """Computes queries. A head has its part without RoPE times the key matrix, followed by its part with RoPE."""
         variant, heads = self.variant, self.heads
         x, name = normed, "attn_q"
         if variant.query_rank:
@@ -88,7 +88,7 @@ class LatentAttention:
             yield ir.PositionScale(query, query, *variant.temperature)
 
     def _keys(self, normed: Buffer, key: Buffer) -> Iterator[ir.Step]:
-        """key = the normed latent vector, followed by the rotated part."""
+        """Computes the key: the normed latent vector, followed by the part with RoPE."""
         whole = Buffer("key parts", key.width)
         latent, rotated = Buffer("latent", self.variant.latent), Buffer("rotated key", self.variant.rotated)
         yield self._product("attn_kv_a_mqa", normed, whole)

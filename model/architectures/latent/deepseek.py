@@ -79,13 +79,13 @@ def _query_rank(builder: ProgramBuilder) -> int:
 
 
 def _log_multiplier(builder: ProgramBuilder) -> float:
-    """Returns YaRN's log multiplier. The file stores a tenth of it, as float32."""
+    """Returns YaRN's log multiplier. The file stores a tenth of the multiplier, as float32."""
     tenth = builder.keys.real("rope.scaling.yarn_log_multiplier", 0.0, minimum=0.0, maximum=_MAX_SCALE)
     return float(np.float32(tenth) / np.float32(0.1))
 
 
 def _gating(builder: ProgramBuilder) -> Gating:
-    """Returns the default for files without the key. GLM-4.7-Flash is recognized by its size, as in llama.cpp."""
+    """Returns the default gating of experts. GLM-4.7-Flash is recognized by its size, as in llama.cpp."""
     hp = builder.hyperparameters
     is_glm = hp.block_count in _GLM_FLASH_LAYERS and hp.vocabulary_size == _GLM_FLASH_VOCABULARY
     return Gating.SIGMOID if is_glm else Gating.SOFTMAX

@@ -55,8 +55,8 @@ def read_delta_net(keys: ModelKeys, *, tiled: bool) -> DeltaNet:
 
 
 def delta_net(builder: ProgramBuilder, layer: int, net: DeltaNet) -> Iterator[ir.Step]:
-    """hidden += output(norm(delta rule) * silu(z)). z, decay and beta are products of the normed hidden state. The
-    delta rule's q, k and v are convolved products of the normed hidden state."""
+    """Yields the steps of hidden += output(norm(delta rule) * silu(z)). z, decay and beta are products of the normed
+    hidden state. The delta rule's q, k and v are convolved products of it."""
     prefix, width, epsilon = f"blk.{layer}", builder.hyperparameters.embedding_length, builder.rms_epsilon
     hidden, normed, projected = (Buffer(name, width) for name in ("hidden", "normed", "projected"))
     q, k = (Buffer(f"delta {name}", net.key_width) for name in ("q", "k"))
@@ -90,8 +90,8 @@ def unit_lengths(q: Buffer, k: Buffer, heads: int, epsilon: float) -> Iterator[i
 def _products(
     builder: ProgramBuilder, prefix: str, net: DeltaNet, buffers: tuple[Buffer, Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Computes z from x, and one buffer with q, k and v. Files from 2025 have one matrix for q, k, v and z, whose rows
-    are grouped by key head."""
+    """Yields products of the first buffer: q, k and v to the second buffer, and the gate z to the third. Files from
+    2025 have one matrix for q, k, v and z, whose rows are grouped by key head."""
     x, mixed, z = buffers
     if not builder.has(f"{prefix}.ssm_in.weight"):
         yield builder.product(f"{prefix}.attn_qkv", x, mixed)

@@ -1,4 +1,4 @@
-"""Granite 4 with states: granitehybrid. Layers with KV heads have attention. The other layers have Mamba 2."""
+"""Granite 4 with Mamba 2: granitehybrid. Layers with KV heads have attention. The other layers have Mamba 2."""
 
 from __future__ import annotations
 

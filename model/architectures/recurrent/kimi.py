@@ -74,7 +74,7 @@ def kimi_linear(builder: ProgramBuilder) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _KimiDelta:
-    """A delta net: hidden += output(norm(delta rule) * sigmoid(gate)). The other products read norm(hidden)."""
+    """A delta net: hidden += output(norm(delta rule) * sigmoid(gate)). Its inputs are products of norm(hidden)."""
 
     builder: ProgramBuilder
     layer: int

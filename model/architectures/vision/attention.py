@@ -9,7 +9,7 @@ from llamaclust.model.steps.options import RopeStyle
 @dataclass(frozen=True, slots=True)
 class Rotation:
     """RoPE of queries and keys. Channel pair i of a head is rotated by the patch's line if sections[i] is 0, and by its
-    column if 1. If `split`, each half of a head is rotated like a whole head, by its half of `sections`."""
+    column if 1. If `split`, each half of a head is rotated separately, with its half of `sections`."""
 
     style: RopeStyle
     table: RopeTable

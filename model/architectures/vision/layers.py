@@ -66,8 +66,8 @@ class VisionBuilder(CheckedTensors):
         self._steps += added
 
     def embed(self, *, bias: bool = True, norm: str | None = None) -> None:
-        """hidden = embedded patch + bias. Then applies `norm` if it is given, adds the added channels, and applies the
-        norm `v.pre_ln` if the file has it."""
+        """Emits the patch embedding, the norm `norm` if it is given, the addition of the input's added channels, and
+        the norm `v.pre_ln` if the file has it."""
         hp, embedded = self.hyperparameters, self.hidden
         if hp.added_width:
             self.append(steps.Slice(self._patches, self._pixels, 0))
@@ -151,8 +151,8 @@ class VisionBuilder(CheckedTensors):
         self.append(steps.Join(first, second, x, heads))
 
     def feed_forward(self, layer: int, *, out: Buffer | None = None) -> None:
-        """hidden += down(activation(up)), or down(activation(gate) * up) if the file has a gate. If `out` is given, the
-        sum is written to `out`, which becomes the hidden state."""
+        """Emits hidden += down(activation(up)), or down(activation(gate) * up) if the file has a gate. If `out` is
+        given, the sum is written to `out`, which becomes the hidden state."""
         prefix, activation = f"v.blk.{layer}", self.hyperparameters.activation
         normed = self._normed(f"{prefix}.ln2")
         up_name, down_name = self._inner_names(prefix)
@@ -193,7 +193,7 @@ class VisionBuilder(CheckedTensors):
         self.hidden = out
 
     def norm(self, name: str, x: Buffer, out: Buffer, heads: int = 1, epsilon: float | None = None) -> None:
-        """Emits out = the norm of x. If the weight is only as wide as one head, each of the `heads` heads is normed."""
+        """Emits out = norm(x). If the weight is only as wide as one head, each of the `heads` heads is normed."""
         epsilon = epsilon or self.hyperparameters.epsilon
         if self.rms:
             parts = heads if self.model.tensor(f"{name}.weight").shape == (x.width // heads,) else 1

@@ -13,15 +13,15 @@ HEIGHT, WIDTH = 0, 1
 
 
 def halves(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, int]) -> Rotation:
-    """Returns a rotation that rotates the first half of a head's channel pairs by the position `sections[0]`, and the
-    second half by `sections[1]`. Pair i of each half has the frequency base^(-4 i / head_dim)."""
+    """Returns a rotation of the first half of a head's channel pairs by position `sections[0]`, and of the second half
+    by position `sections[1]`. Pair i of each half has the frequency base^(-4 i / head_dim)."""
     half = frequencies(head_dim // 2, base)
     return Rotation(style, RopeTable(half + half), _sections(len(half), sections))
 
 
 def alternating(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, int]) -> Rotation:
-    """Returns a rotation by the same positions as `halves`. The first half's pairs have the frequencies base^(-2 i /
-    head_dim) with even i, and the second half's pairs have those with odd i."""
+    """Returns a rotation by the same positions as `halves`. Pairs of the first half have the frequencies base^(-2 i /
+    head_dim) for even i, and pairs of the second half have those for odd i."""
     whole = frequencies(head_dim, base)
     half = len(whole) // 2
     return Rotation(style, RopeTable(whole[::2] + whole[1::2]), _sections(half, sections))

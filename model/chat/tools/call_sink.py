@@ -13,7 +13,7 @@ Tools = Mapping[str, Schema]
 
 
 class CallSink:
-    """Collects the events of tool calls and numbers the calls. Calls that are complete in the prompt have no number."""
+    """Collects events of tool calls and numbers the answer's calls. Calls that end in the prompt get no number."""
 
     def __init__(self, tools: Tools, most_calls: int | None) -> None:
         self.tools = tools

@@ -69,7 +69,7 @@ def _call_and_result(probe: Probe, call_id: str) -> tuple[Message, Message]:
 
 
 def _takes_text(probe: Probe) -> bool:
-    """Returns True if the template needs arguments as JSON text: it refuses objects, or writes them like Python."""
+    """Returns True if the template needs arguments as JSON text: it refuses objects or renders them like Python."""
     message = call_message([_ARGUMENTS], text_arguments=False)
     as_object = probe.text(message)
     if KEYS[0] in as_object and f"'{KEYS[0]}'" not in as_object:

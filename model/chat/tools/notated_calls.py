@@ -134,7 +134,7 @@ class NotatedReader:
 
 
 class _Elements:
-    """Converts a call's elements to JSON. Content is text if it has no inner elements, or if it may be a string."""
+    """Converts a call's elements to JSON. An element that may be a string is text, even if it contains elements."""
 
     def __init__(self, text: str, mark: str) -> None:
         self._text = text

@@ -28,7 +28,7 @@ class ObjectReader:
     """Reads JSON objects with the template's keys or other common keys, since models do not always follow templates."""
 
     def __init__(self, source: TextSource, sink: CallSink, calls: ObjectCalls, *, is_bare: bool) -> None:
-        """`is_bare` means that no marker precedes the object. It is then a call only if it names a known tool."""
+        """`is_bare` means that no marker precedes the object. Then the object must name a known tool to be a call."""
         self._source = source
         self._sink = sink
         self._calls = calls

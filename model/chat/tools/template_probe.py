@@ -54,7 +54,7 @@ class Probe:
             return ""
 
     def call_text(self, *arguments: Mapping[str, Any]) -> str:
-        """Returns the text that these calls add to a message, without empty reasoning tags. "" means no text."""
+        """Returns the text that calls with these arguments add to a message. Empty reasoning tags are removed."""
         text = difference(self.text(call_message(arguments, text_arguments=self.text_arguments)), self.content_text())
         tags = self.reasoning
         if tags is None:

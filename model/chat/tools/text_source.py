@@ -13,7 +13,7 @@ _SPACE: Final = re.compile(r"\s+")
 
 
 class Markers:
-    """Texts to search for. Of several matches, the leftmost is found, and of those at the same place, the longest."""
+    """Texts to search for. The leftmost match is found, or the longest of several matches at the same place."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = tuple(sorted({text for text in texts if text}, key=len, reverse=True))
@@ -99,7 +99,7 @@ class TextSource:
             yield
 
     def until(self, markers: Markers, sink: Callable[[str], None]) -> Reading[str]:
-        """Passes the text before the next marker to `sink`. Takes and returns the marker, or "" at the end."""
+        """Passes the text before the next marker to `sink`. Consumes the marker and returns it, or "" at the end."""
         while True:
             begin, end = markers.find(self._text, self._at)
             cut = len(self._text) if self._is_ended else markers.cut_at(self._text, self._at)
@@ -112,7 +112,7 @@ class TextSource:
             yield
 
     def word(self, markers: Markers, most: int) -> Reading[str | None]:
-        """Takes the text before the next marker or the end. Returns None if it is longer than `most` characters."""
+        """Consumes and returns the text before the next marker or the end, or returns None beyond `most` characters."""
         while True:
             begin, end = markers.find(self._text, self._at)
             cut = len(self._text) if self._is_ended else markers.cut_at(self._text, self._at)

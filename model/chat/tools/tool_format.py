@@ -40,7 +40,7 @@ class Frame:
 
     @property
     def triggers(self) -> tuple[str, ...]:
-        """Texts at which calls may begin: the first line, and lines like `<call>`, as models may skip earlier lines."""
+        """Texts at which calls may begin: the first line, and later tags (`<call>`), as models may skip lines."""
         lines = self.lines
         return tuple(line for place, line in enumerate(lines) if place == 0 or line[0] in "<[]")
 
@@ -76,8 +76,8 @@ class NamedCalls:
 @dataclass(frozen=True, slots=True)
 class TaggedCalls:
     """Calls with markers around each key and value of the arguments, such as <parameter=city>Rome</parameter>. If
-    `value_begin` is set, an attribute stands between `key_end` and `value_begin`. It is `string_attribute` if the value
-    is a string, and another text otherwise."""
+    `value_begin` is set, an attribute stands between `key_end` and `value_begin`. The attribute of strings is
+    `string_attribute`. Other values have other attributes."""
 
     frame: Frame
     name_end: str

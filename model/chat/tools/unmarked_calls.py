@@ -25,10 +25,10 @@ class _NoCallError(Exception):
 
 
 class UnmarkedReader:
-    """Reads calls. Holds an answer back only as long as the answer may consist of calls."""
+    """Reads an answer that may consist of calls without markers. Holds text back only while calls are possible."""
 
     def __init__(self, source: TextSource, tools: Tools, calls: Calls | None, dropped: Iterable[str]) -> None:
-        """The keys of `calls` are accepted besides `name` and `arguments`. Markers in `dropped` may follow calls."""
+        """Objects may use the keys of `calls`, or `name` and `arguments`. Markers in `dropped` may follow the calls."""
         self._source = source
         self._tools = tools
         form = calls if isinstance(calls, ObjectCalls) else None

@@ -29,8 +29,8 @@ class Cut:
     resizes: sizes to which the image is resized, one after the other.
     canvas: the size of a black canvas. The resized image is put into its upper left corner.
     tile: the side in pixels of the tiles into which the resized image is cut. 0 means that it is not cut.
-    overview: the size of one more tile, which shows the whole image. If `of_result`, it is made from the resized image
-        instead of the original."""
+    overview: the size of one more tile, which shows the whole image. If `of_result`, the overview is made from the
+        resized image instead of the original."""
 
     filter: Filter
     resizes: Sequence[Size]
@@ -83,7 +83,7 @@ Layout = Callable[[Grid], Iterator[Piece]]
 class ImageFamily:
     """The rules of an encoder family.
 
-    complete: adds the family's numbers to settings. They come from the projector's file, or are defaults.
+    complete: adds the family's numbers to settings: the numbers in the projector's file, or defaults.
     cut: returns the tiles of an image of a given size. Raises ImageError if the family does not support its shape.
     layout: yields the text and the rows of an image in a prompt."""
 

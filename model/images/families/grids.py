@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def tiled(settings: ImageSettings, numbers: ImageNumbers, side: int, tiles: tuple[int, int]) -> ImageSettings:
-    """Adds the side of a tile, and the file's minimum and maximum number of tiles (by default `tiles`)."""
+    """Adds the side of a tile, and the limits of the number of tiles: the file's limits, or `tiles` by default."""
     least, most = numbers.min_tiles or tiles[0], numbers.max_tiles or tiles[1]
     return replace(settings, image_size=side, min_tiles=min(least, most), max_tiles=most)
 

@@ -1,4 +1,4 @@
-"""Rounds an image to whole squares of pixels, each of which becomes one embedding. Nearly keeps the aspect."""
+"""Rounds an image's size to whole squares of pixels, and nearly keeps the aspect. A square becomes one embedding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def smart_resized(size: Size, settings: ImageSettings) -> Size:
 
 
 def within(size: Size, rounded: Size, settings: ImageSettings) -> Size:
-    """Returns `rounded`. If its pixels exceed a limit, returns a size within the limit with the aspect of `size`."""
+    """Returns `rounded`, or a size with the aspect of `size` if the pixels of `rounded` are outside the limits."""
     width, height = size
     side = settings.side
     if rounded[0] * rounded[1] > settings.max_pixels:

@@ -21,7 +21,8 @@ _WARM_UP, _PINGS = 3, 12
 _BETWEEN_S = 0.002  # Pause in which the other side becomes ready again.
 _FIRST_BYTES, _MOST_BYTES = 1 << 16, 1 << 25
 _LONG_ENOUGH_S = 0.1
-_MOST_MESSAGES = 256
+_TRIES, _TRY_AGAIN_S = 3, 1.0
+_MOST_MESSAGES = 512
 
 
 async def serve_echo(stream: ServerStream) -> None:
@@ -75,10 +76,21 @@ async def _round_trip(stream: ClientStream) -> float:
 async def _throughput(stream: ClientStream, round_trip_s: float) -> float:
     size = _FIRST_BYTES
     while True:
-        taken_s = max(await _sent(stream, size) - round_trip_s, 1e-6)
+        taken_s = max(await _fastest(stream, size, round_trip_s + _LONG_ENOUGH_S) - round_trip_s, 1e-6)
         if taken_s >= _LONG_ENOUGH_S or size >= _MOST_BYTES:
             return size / taken_s
         size *= 2
+
+
+async def _fastest(stream: ClientStream, size: int, enough_s: float) -> float:
+    """Returns the seconds of the fastest try. Tries again if a try takes `enough_s` or longer, because another program
+    may have delayed it. Does so only for about a second, because slow links take long."""
+    fastest_s, begun = await _sent(stream, size), perf_counter()
+    for _ in range(1, _TRIES):
+        if fastest_s < enough_s or fastest_s + perf_counter() - begun > _TRY_AGAIN_S:
+            break
+        fastest_s = min(fastest_s, await _sent(stream, size))
+    return fastest_s
 
 
 async def _sent(stream: ClientStream, size: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.launchers.base import Exited
-from llamaclust.cluster.launchers.ray_cluster import RayCluster
+from llamaclust.cluster.launchers.ray_cluster import RayCluster, RayStartError
 from llamaclust.cluster.launchers.ray_workers import RayWorkers, resources
 from llamaclust.cluster.launchers.static import RestartingLauncher
 from llamaclust.cluster.state.directory import ClusterDir
@@ -23,6 +24,10 @@ from llamaclust.core.errors import DeadlineError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.settings import WorkerSettings
 
+_log = logging.getLogger(__name__)
+
+# Maximum number of starts. Sometimes one of Ray's processes ends at its start, which Ray notices after 30 s.
+_STARTS = 3
 _PATIENCE_S = 2.0
 _GRACE_S = 1.0
 _PAUSE_S = 0.2
@@ -37,15 +42,14 @@ class RayLauncher(RestartingLauncher):
         super().__init__(config, folder, report)
         self._cluster = RayCluster(config.ray, f"llamaclust-{config.name}", folder.path / "ray")
         self._workers: RayWorkers | None = None
-        # Ray's processes end when the thread that started them ends.
-        self._thread = ThreadPoolExecutor(1, "ray")
+        self._thread = _new_thread()
         self._watches: list[asyncio.Task[None]] = []
         self._incarnations: dict[str, str] = {}
         self._stopping = False
 
     async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
         where = await self.open(join)
-        library = await self._call(lambda: self._cluster.open(workers))
+        library = await self._open(workers)
         _restore_signal_handlers()
         authority = self.authority
         assert authority is not None
@@ -97,6 +101,19 @@ class RayLauncher(RestartingLauncher):
         """Runs a function on Ray's thread. If this task is cancelled, the function still runs to its end."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
+    async def _open(self, workers: Sequence[WorkerSettings]) -> Any:
+        """Connects to Ray. Ray that does not start is started again, on another thread: so the processes of a failed
+        start end before the next."""
+        for start in range(1, _STARTS):
+            try:
+                return await self._call(lambda: self._cluster.open(workers))
+            except RayStartError as error:
+                self._thread.shutdown()
+                self._thread = _new_thread()
+                await self._call(self._cluster.close)
+                _log.warning("Ray did not start, trying again (%d of %d): %s", start + 1, _STARTS, error)
+        return await self._call(lambda: self._cluster.open(workers))
+
     async def _reserve(self, placed: RayWorkers, workers: Sequence[WorkerSettings]) -> None:
         """Waits for room in the Ray cluster, whose nodes may still be starting. Raises DeadlineError after
         `join.wait`."""
@@ -133,6 +150,11 @@ class RayLauncher(RestartingLauncher):
                 if await _answer(actor.incarnation.remote()) == ended:
                     await self._call(lambda: self._placed.restart(name))
             await _replaced(actor)
+
+
+def _new_thread() -> ThreadPoolExecutor:
+    """Returns a thread for calls to Ray. Ray's processes end when the thread that started them ends."""
+    return ThreadPoolExecutor(1, "ray")
 
 
 def _restore_signal_handlers() -> None:

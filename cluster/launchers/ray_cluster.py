@@ -20,12 +20,8 @@ from llamaclust.cluster.state.directory import write_private
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.worker.settings import WorkerSettings
 
-_log = logging.getLogger(__name__)
-
 _ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 _PROBE_S = 10.0
-# Maximum number of starts. Sometimes one of Ray's processes ends at its start, which Ray notices after 30 s.
-_STARTS = 3
 _STORE_BYTES = 80_000_000  # Size of Ray's object store, which is not used here. The minimum is 75 MiB.
 _DASHBOARD = "aiohttp_cors"
 """Package that `ray[default]` installs for the dashboard. `ray logs` and `ray list` need the dashboard."""
@@ -44,6 +40,10 @@ def import_ray(*, authenticated: bool) -> Any:
     return ray
 
 
+class RayStartError(LlamaclustError):
+    """Ray did not start on this machine. Processes that it started so far end with the thread that called it."""
+
+
 class RayCluster:
     def __init__(self, settings: Ray, namespace: str, folder: Path) -> None:
         self._settings = settings
@@ -53,7 +53,8 @@ class RayCluster:
         self._ray: Any = None
 
     def open(self, workers: Sequence[WorkerSettings]) -> Any:
-        """Connects to Ray. Raises UsageError if the cluster must not be used, or LlamaclustError if Ray fails."""
+        """Connects to Ray. Raises UsageError if the cluster must not be used, RayStartError if another try may help, or
+        LlamaclustError if Ray fails."""
         settings = self._settings
         self._ray = import_ray(authenticated=not settings.allow_unauthenticated)
         address = None if settings.address == "none" else _address(settings.address)
@@ -81,17 +82,11 @@ class RayCluster:
         cpus = max(len(os.sched_getaffinity(0)), sum(worker.threads or 1 for worker in workers))
         dashboard = find_spec(_DASHBOARD) is not None
         how = {"num_cpus": cpus, "object_store_memory": _STORE_BYTES, "include_dashboard": dashboard}
-        for start in range(1, _STARTS + 1):
-            self._own = Path(tempfile.mkdtemp(prefix="llamaclust-ray-"))
-            try:
-                self._connect(address="local", _temp_dir=str(self._own), **how)
-                return
-            except LlamaclustError as error:
-                if start == _STARTS:
-                    raise
-                # Processes that were started so far are harmless, because they end with this thread.
-                self.close()
-                _log.warning("Ray did not start, trying again (%d of %d): %s", start + 1, _STARTS, error)
+        self._own = Path(tempfile.mkdtemp(prefix="llamaclust-ray-"))
+        try:
+            self._connect(address="local", _temp_dir=str(self._own), **how)
+        except LlamaclustError as error:
+            raise RayStartError(str(error)) from error
 
     def _connect(self, **how: Any) -> None:
         quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}

@@ -161,6 +161,8 @@ def test_a_ray_that_does_not_start_is_tried_again_and_leaves_no_process(
     command = start(line, model)
     command.says("Ray did not start, trying again (3 of 3): Ray at local: Timed out")
     below = psutil.Process(command.process.pid).children(recursive=True)
+    starts = {folder for one in below if is_there(one) for folder in temporary_folders(one)}
+    assert len(starts) <= 1, "processes of failed starts are left beside those of the third"
     done = command.wait()
     assert done.code == 1 and "error: Ray at local: Timed out" in done.err and "Traceback" not in done.err
     assert not [one for one in below if is_there(one)]

@@ -18,7 +18,7 @@ from support.clusters.command_line import eventually
 
 RAY = Path(sys.executable).parent / "ray"
 _STORE = "80000000"
-_STARTS = 3  # as in `cluster/launchers/ray_cluster.py`
+_STARTS = 3  # as in `cluster/launchers/ray.py`
 _LEFT = """
 import json, logging, ray
 ray.init(address="{address}", log_to_driver=False, configure_logging=False, logging_level=logging.ERROR)

@@ -86,8 +86,7 @@ class AsyncChunkStream(AsyncIterator[TextChunk]):
 
 
 class TextCalls(ABC, Generic[WholeT, StreamT]):
-    """Completes prompts and answers chats. Calls raise a server's error as the matching kind of LlamaclustError, such
-    as RequestError for a refused request, QueueFullError, WorkerError and DeadlineError."""
+    """Completes prompts and answers chats. Raises a server's errors as LlamaclustErrors, such as RequestError."""
 
     @overload
     def generate(
@@ -172,8 +171,7 @@ class LoopThread(Generic[_Opened]):
     """Opens a resource in the event loop of a new thread. The resource stays open until `close` is called."""
 
     def __init__(self, open_resource: Callable[[], AbstractAsyncContextManager[_Opened]]) -> None:
-        """Returns when the resource is open. Raises the error if opening fails, and DeadlineError if it takes too long.
-        If the caller is interrupted, the thread ends before the interrupt is raised."""
+        """Opens the resource. Raises the error if opening fails, and DeadlineError if it takes too long."""
         self._lock = threading.RLock()  # The garbage collector may close a stream during `call`.
         self._calls: set[Future[Any]] = set()
         # Each function closes a stream that is being read.
@@ -193,8 +191,7 @@ class LoopThread(Generic[_Opened]):
             raise
 
     def call(self, work: Coroutine[Any, Any, _Value]) -> _Value:
-        """Runs `work` in the loop and returns its result. Cancels `work` if the caller is interrupted. Raises
-        LlamaclustError if the thread is closed, and DeadlineError if `work` takes too long."""
+        """Runs `work` in the loop and returns its result. Raises DeadlineError if `work` takes too long."""
         with self._lock:
             if self._is_closed:
                 work.close()

@@ -49,7 +49,7 @@ _EMBED_S = 600.0
 _RESUME_S = 120.0
 """Seconds after which a lost connection becomes an error. Equals the default of the cluster's `timeouts.recovery`."""
 _MOST_S = 600.0
-"""Seconds from the first lost connection until a stream without new events fails, even if later connections succeed."""
+"""Seconds without events, counted from a lost connection, after which a stream fails."""
 _BACKOFF = Backoff(first_s=0.1, max_s=1.0)
 READ_TIMEOUT_S = 20.0
 """Seconds without data after which a stream counts as lost. The server sends a comment at least every 15 s."""
@@ -195,9 +195,7 @@ class CutShortError(ProtocolError):
 
 
 class ResumableStream:
-    """The server-sent events of one request, which may come over several connections. Each attempt sends the same
-    idempotency key and the id of the last event. The server then continues after this event. The caller sends the
-    requests and sleeps between them."""
+    """The server-sent events of one request. If the request is sent again, they continue after the last event."""
 
     def __init__(self, url: httpx.URL) -> None:
         self.is_done = False
@@ -223,7 +221,7 @@ class ResumableStream:
 
     @property
     def must_cancel(self) -> bool:
-        """True if the server may still compute the request. This includes the time before the reply begins."""
+        """True if the server may still compute the request."""
         return not (self._has_failed or self.is_done)
 
     def opened(self, reply: httpx.Response, body: bytes) -> None:
@@ -262,7 +260,7 @@ class ResumableStream:
         return event
 
     def ended(self) -> None:
-        """Raises CutShortError if the stream is not complete. Called when the connection has ended."""
+        """Raises CutShortError if the connection has ended before the stream was complete."""
         if not self.is_done:
             raise CutShortError("the server ended the answer before it was complete")
 

@@ -109,7 +109,7 @@ def _is_image(value: object) -> bool:
 
 
 def _is_pillow(value: object) -> bool:
-    """Returns True for an image of Pillow. Pillow is not imported here: no image can exist before it is imported."""
+    """Returns True for an image of Pillow, without importing Pillow."""
     pillow = sys.modules.get("PIL.Image")
     return pillow is not None and isinstance(value, pillow.Image)
 

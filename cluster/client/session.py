@@ -26,10 +26,9 @@ _ROLES = frozenset({*_SYSTEM_ROLES, "user", "assistant", "tool"})
 
 class Session(Generic[WholeT, StreamT]):
     """A conversation with a model. `messages` are in OpenAI's form and may be changed between answers. `options` are
-    those of `Client.chat` and apply to every answer. A turn is a user's message with all messages up to the next user's
-    message. If the conversation exceeds the context, RequestError is raised. If its images do not fit into a request,
-    UsageError is raised. With `drop_oldest`, the oldest turns or images are left out of the request instead, but stay
-    in `messages`. The client stays open when the session is dropped. Only one thread at a time may use a session."""
+    those of `Client.chat` and apply to every answer. Answers raise RequestError if the conversation exceeds the
+    context, and UsageError if its images do not fit into a request. With `drop_oldest`, requests leave out the oldest
+    turns or images instead. Only one thread at a time may use a session."""
 
     def __init__(
         self,
@@ -111,8 +110,7 @@ class Session(Generic[WholeT, StreamT]):
         self.messages, self.dropped_messages = messages, 0
 
     async def _answer(self, message: Message | None, options: Options) -> AsyncGenerator[TextChunk, None]:
-        """Answers `message`, or the user's last message again if `message` is None. An answer that was cut off joins
-        the conversation if it has text. Raises UsageError if another answer is running or a text model gets images."""
+        """Answers `message`, or the user's last message again if `message` is None."""
         if self._is_answering:
             raise UsageError("this session is still answering: read its stream to the end, or close it")
         start = self._last_turn() if message is None else len(self.messages)
@@ -153,8 +151,7 @@ class Session(Generic[WholeT, StreamT]):
         return {**body, "messages": messages}
 
     def _drop_turn(self, end: int, error: LlamaclustError) -> bool:
-        """Leaves out the oldest turn before message `end` if `error` says that the conversation exceeds the context.
-        Returns False if no turn was left out."""
+        """Leaves out the oldest turn if the conversation is too long. Returns False if no turn was left out."""
         begin = self._first_turn() + self.dropped_messages
         if not self._drops_oldest or error.code != "context_length_exceeded" or begin >= end:
             return False

@@ -57,9 +57,8 @@ def timeouts(timeout: float, read_s: float) -> httpx.Timeout:
 
 
 def web_options(url: httpx.URL | None, verify: ssl.SSLContext | None = None) -> dict[str, Any]:
-    """Returns httpx's arguments for requests to `url`, or to any server if `url` is None. Requests use the
-    environment's proxies, except requests to this machine. `verify` defaults to the certificates that this machine
-    trusts. Raises UsageError if a variable is unusable."""
+    """Returns httpx's arguments for requests to `url`, or to any server if `url` is None. `verify` defaults to the
+    certificates that this machine trusts. Raises UsageError if an environment variable is unusable."""
     trusted = verify or authorities()
     if url is not None and _is_this_machine(url.host):
         return {"trust_env": False, "verify": trusted}
@@ -147,8 +146,7 @@ def _is_at(url: httpx.URL, api: str) -> bool:
 
 
 class _PinnedContext(ssl.SSLContext):
-    """An SSL context that trusts only the certificates in `files`, for any host name. Each connection reads the files
-    again. Renewed certificates are then trusted, and old ones are not."""
+    """Trusts only the certificates in `files`, for any host name. Each connection reads the files again."""
 
     files: Sequence[Path]
     protocols: Sequence[str] = ()

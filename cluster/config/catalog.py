@@ -202,14 +202,14 @@ def stored_model(spec: str, models_dir: Path | None = None) -> Path | None:
 
 
 def lacks_projector(spec: str, models_dir: Path | None = None) -> bool:
-    """Returns True if it is unknown whether the model's repository has a projector. False for catalog models."""
+    """Returns True if the model's repository may have a projector that is not downloaded. False for catalog models."""
     found = locate(spec, models_dir)
     return isinstance(found, WantedFile) and found.may_have_projector and find_entry(spec) is None
 
 
 def made_beside(source: Path, name: str) -> Path:
-    """Returns a path for a file made from `source`. The path is in the folder of `source`, or in the current folder if
-    `source` is a downloaded model, because `model rm` deletes the whole folder of such a model."""
+    """Returns a path beside `source`, or in the current folder if `source` is a downloaded model."""
+    # `model rm` deletes the whole folder of a downloaded model.
     return Path(name) if environment().models_dir in source.parents else source.with_name(name)
 
 

@@ -50,8 +50,7 @@ def _joined(pair: re.Match[str]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe YAML loader with more limits. It refuses aliases, because they multiply values, and tags, because they
-    create other types. It also refuses duplicate keys, deep nesting and too many values."""
+    """A safe YAML loader that refuses aliases, tags, duplicate keys, deep nesting and too many values."""
 
     depth = 0
     nodes = 0

@@ -23,8 +23,9 @@ class PlaceError(ValueError):
 
 
 def explain(error: ValidationError, document: Document, schema: Schema) -> str:
-    """Describes the first mistake. Unknown keys come first, because an unknown key may be a misspelt required key."""
+    """Describes the first unknown key, or else the first mistake."""
     details = error.errors(include_url=False)
+    # An unknown key may be a misspelt required key.
     first: Any = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
     reason = first.get("ctx", {}).get("error")
     place: Place = (*first["loc"], *(reason.place if isinstance(reason, PlaceError) else ()))

@@ -1,5 +1,4 @@
-"""Copies the docstrings of fields into JSON schemas. The source code is read when a schema is built. Pydantic's option
-`use_attribute_docstrings` reads it at each import, which takes a tenth of the coordinator's startup time."""
+"""Copies the docstrings of fields into JSON schemas."""
 
 from __future__ import annotations
 
@@ -15,6 +14,8 @@ from pydantic import BaseModel, GetJsonSchemaHandler
 from pydantic_core import CoreSchema
 
 
+# Pydantic's option `use_attribute_docstrings` reads the source code at each import, which takes a tenth of the
+# coordinator's startup time. This class reads it when a schema is built.
 class DocumentedModel(BaseModel):
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler, /) -> dict[str, Any]:

@@ -62,8 +62,7 @@ class ActionRunner:
         return not self.observed.state.is_wanted
 
     async def set_adapters(self, model: Model) -> None:
-        """Waits until an epoch serves, and then gives its stages exactly the adapters of `model`. If that fails, the
-        stages keep their old adapters."""
+        """Waits until an epoch serves, and then gives its stages the adapters of `model`."""
         async with deadline(f"the change of adapters of {self.planner.config.model_name}", ADAPTERS_S):
             await self.observed.until(lambda state: state.loss is None or not state.is_wanted)
             await self.epochs.set_adapters(model)
@@ -117,8 +116,7 @@ class ActionRunner:
             self._registry.fence(self._registry.workers[name], expulsion.reason)
 
     async def _make_plan(self, inputs: observations.PlanInputs) -> None:
-        """Plans with the workers that are not quarantined. If they do not suffice, adds quarantined workers one at a
-        time, beginning with the worker that failed least often."""
+        """Plans with the workers that are not quarantined, and adds quarantined workers only if necessary."""
         present = self._registry.present
         usable = {name: present[name] for name, _ in inputs.workers if name in present}
         excluded = self.observed.state.pool.quarantine.worst_first(inputs.quarantined & usable.keys())
@@ -150,7 +148,6 @@ class ActionRunner:
         self.planner.ledger.enter(self.epochs.model_id, plans)
 
     async def _load(self, plan: Plan, *, is_exclusive: bool) -> None:
-        """Loads the plan's stages, and posts the result. Posts MEMORY_TAKEN if other models have taken the memory."""
         serving = () if is_exclusive or self.epoch is None else (self.epoch.plan,)
         async with self.planner.ledger.lock:
             is_reserved = self.planner.ledger.reserve(self.epochs.model_id, (*serving, plan))

@@ -44,8 +44,7 @@ class PoolState:
 
 @dataclass(frozen=True, slots=True)
 class Planning:
-    """The newest plan, or the error that prevented one. If `rejected` is set, a load of the plan has failed with this
-    error, and the plan is not loaded again."""
+    """The newest plan, or the error that prevented one. `rejected` is the error of a failed load of `plan`."""
 
     inputs: PlanInputs
     plan: Plan | None = None
@@ -62,8 +61,7 @@ class Planning:
 
 @dataclass(frozen=True, slots=True)
 class Expulsion:
-    """A worker to mark as lost. If `stays` is true, the worker is not lost and stays connected, but gets no layers of
-    this model for `pause_s` seconds."""
+    """A worker to mark as lost or, if `stays` is true, to give no layers of this model for `pause_s` seconds."""
 
     worker: Incarnation
     reason: str

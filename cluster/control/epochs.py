@@ -60,10 +60,7 @@ class StageLoadError(Exception):
 async def load_stages(
     loads: StageLoads, workers: Mapping[str, WorkerHandle], report: Report | None = None
 ) -> tuple[WorkerHandle, ...]:
-    """Loads all stages, and returns their workers in the order of the stages. If a worker fails, raises StageLoadError
-    when all workers have answered. A worker without progress fails with StalledError, or with DeadlineError if it holds
-    stages of other models and still answers. Loaded stages are then freed, unless `loads.is_exclusive` is set: the next
-    epoch can use their weights."""
+    """Loads all stages, and returns their workers in the order of the stages. Raises StageLoadError."""
     handles = tuple(workers[stage.worker] for stage in loads.stages)
     timeout_s = loads.progress_timeout_s
     # The keys of KV blocks on disk depend on the model file's content, so the workers' copies must be equal.
@@ -105,7 +102,7 @@ async def load_stages(
         for suspect in suspects:
             if isinstance(suspect.error, ModelFileError):
                 workers[suspect.name].forget_files()
-        if not loads.is_exclusive:
+        if not loads.is_exclusive:  # The next epoch can use the weights of an exclusive load.
             await _discard(loads.epoch, handles)
         raise StageLoadError(suspects[0].error, suspects)
     return handles
@@ -211,7 +208,7 @@ async def _refresh(worker: WorkerHandle, ledger: MemoryLedger) -> None:
 
 
 class Epochs:
-    """Opens and frees the epochs of one model. The number of an epoch is unique in the cluster."""
+    """Opens and frees the epochs of one model."""
 
     def __init__(
         self, config: ClusterConfig, model: Model, workers: EpochWorkers, speculation: SpeculationSettings | None
@@ -257,9 +254,7 @@ class Epochs:
         return scheduler_settings(self._config, self._model, plan, self._speculation, self.adapters)
 
     async def set_adapters(self, model: Model) -> None:
-        """Gives all current and later stages exactly the adapters of `model`. Raises WorkerError if the model is not
-        loaded. If any worker fails, restores the old adapters and raises the first error after all workers have
-        answered."""
+        """Gives all stages the adapters of `model`. If this fails, restores the old adapters and raises the error."""
         async with self._turn:
             try:
                 await self._set_adapters(model)

@@ -1,4 +1,4 @@
-"""Makes the `Load` messages for an epoch's stages. A message has a worker's layers and the workers to connect to."""
+"""Makes the `Load` messages for an epoch's stages."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from llamaclust.wire.control.weights import AdapterFile, EncoderFile, WeightSour
 
 @dataclass(frozen=True, slots=True)
 class StageLoads:
-    """The stages of an epoch, with one entry per member of a group. If `is_exclusive` is set, workers free the
-    model's other stages first, but keep weights that they need again. `links` decides from which worker missing
-    weights are fetched first."""
+    """The stages of an epoch to load. If `is_exclusive` is set, workers free the model's other stages first."""
 
     epoch: int
     stages: Sequence[StageInfo]

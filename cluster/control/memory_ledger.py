@@ -25,7 +25,7 @@ class ModelLimitError(InsufficientMemoryError):
 
 
 class MemoryLedger:
-    """The ledger of one cluster. Callers hold `lock` while they plan and enter the plan, and while they reserve."""
+    """The memory that the models' plans use. Callers hold `lock` while they plan or reserve memory."""
 
     def __init__(self, max_models: int | None = None) -> None:
         self.lock = asyncio.Lock()

@@ -18,8 +18,7 @@ def lost_text(error: LlamaclustError, requests: Mapping[str, int]) -> str:
 
 
 def moving_text(plan: Plan, held: Mapping[str, tuple[float, float]]) -> str:
-    """Describes a new plan, with the number of layers that each worker must load. Groups are described by shares,
-    because their members may already hold the same layers in other portions."""
+    """Describes a new plan, with the number of layers that each worker must load."""
     parts, shards = [], plan.expert_shards
     for stage in plan.leaders:
         name, layers = stage_name(plan, stage), layer_span(stage.start, stage.end, shards)

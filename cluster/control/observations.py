@@ -56,14 +56,12 @@ class UndrainRequested:
 
 @dataclass(frozen=True, slots=True)
 class PipelineLost:
-    """The pipeline failed. `error` names the worker that caused the failure, if it is known. `requests` are the keys of
-    the requests in flight, and `causes` are the keys of the requests that caused the failure. `is_repeated` means that
-    the worker failed to compute the same tokens before."""
+    """The pipeline failed while `requests` (keys) were in flight. `causes` are those that caused the failure."""
 
     error: LlamaclustError
     requests: frozenset[int] = frozenset()
     causes: frozenset[int] = frozenset()
-    is_repeated: bool = False
+    is_repeated: bool = False  # True if the worker failed to compute the same tokens before.
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ class _Partition:
 
 @dataclass(slots=True, eq=False)
 class PartitionTracker:
-    """A context manager that probes broken links. If a link is broken in one direction, plans avoid both directions."""
+    """Probes broken links while this context manager is open."""
 
     _workers: Callable[[], Mapping[str, WorkerHandle]]  # Returns the connected workers by name.
     _heartbeat_timeout_s: float

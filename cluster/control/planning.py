@@ -71,8 +71,7 @@ class ClusterResources:
     """Free bytes of this machine while its workers held no layers. None if each worker reports its own bytes."""
     held: Mapping[tuple[str, str], int] = field(default_factory=dict)
     row_bytes: int = 0
-    """Bytes of this machine that are reserved for image embeddings, and are not part of `free_bytes`. A plan without an
-    image encoder may use them."""
+    """Bytes of this machine that are reserved for image embeddings, in addition to `free_bytes`."""
     encodes: bool = True
     """True if a worker must hold the model's image encoder, if there is one."""
 
@@ -88,8 +87,7 @@ def plan_cluster(
 
 
 def plan_text_at_least(config: ClusterConfig, model: Model, resources: ClusterResources) -> Plan:
-    """Plans like `plan_cluster`. If the model fits only without its image encoder, returns a plan without the encoder.
-    The plan's `no_images` has the reason."""
+    """Plans like `plan_cluster`, but without the image encoder if the model fits only without it."""
     try:
         return plan_cluster(config, model, resources)
     except InsufficientMemoryError as error:
@@ -142,8 +140,7 @@ def _plan_in_own_tiles(
 
 
 def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources, most: int) -> Iterator[int]:
-    """Yields numbers of shards (2, 4, ... up to `most`) to divide each layer's experts into if whole layers do not fit.
-    Yields nothing if the user wants layers or experts on GPUs, because shards are always in RAM."""
+    """Yields numbers of shards (2, 4, ...) to divide each layer's experts into if whole layers do not fit."""
     on_gpus = says_placement(config) or any(worker.gpu_layers for worker in resources.workers.values())
     if (
         most < 2
@@ -344,9 +341,8 @@ class ClusterPlanner:
         *,
         needs_images: bool = False,
     ) -> Plan:
-        """Plans in a thread, because large plans take seconds. Omits an image encoder that does not fit, unless
-        `needs_images` is set or other models can free memory. Raises the errors of `plan_cluster`, ModelLimitError for
-        too many models, and WorkerError if there are no workers or a manual plan's worker is absent."""
+        """Plans in a thread. May omit the image encoder unless `needs_images` is set. Raises the errors of
+        `plan_cluster`, ModelLimitError for too many models, and WorkerError if a needed worker is absent."""
         (beside or self.ledger).check_count(self.model.model_id)
         planned = (name for entry in self.config.plan or () for name in entry.names)
         missing = [name for name in planned if name not in workers]

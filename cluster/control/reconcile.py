@@ -1,5 +1,4 @@
-"""Decides the supervisor's next action from the observed state, by pure functions. The same steps handle a start, a
-loss, another loss during a recovery, a drain, and a better plan."""
+"""Decides the supervisor's next action from the observed state, by pure functions."""
 
 from __future__ import annotations
 
@@ -50,7 +49,7 @@ class Sleep:
 
 @dataclass(frozen=True, slots=True)
 class Expel:
-    """Marks workers as lost. If an expulsion has `stays`, its worker stays connected without layers of this model."""
+    """Marks workers as lost, except those whose expulsion has `stays` set."""
 
     expulsions: tuple[Expulsion, ...]
 
@@ -151,8 +150,7 @@ def _recover(state: ClusterState) -> Action | None:
 
 
 def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
-    """Reports once why there is no plan. When the time limit has passed, aborts a start. In a running cluster, fails
-    the requests instead, and continues to wait."""
+    """Waits until there is a plan. When the time limit has passed, aborts a start or fails the requests."""
     loss = state.loss
     assert loss is not None and state.planning is not None
     is_link = isinstance(why, NetworkPartitionError)
@@ -175,7 +173,7 @@ def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
 
 
 def _wait_for_memory(state: ClusterState, why: LlamaclustError) -> Action:
-    """Waits until other models free memory when their turns end. `timeouts.request` limits the time."""
+    """Waits until other models free memory when their turns end."""
     missing_bytes = why.missing_bytes if isinstance(why, InsufficientMemoryError) else None
     missing = "" if missing_bytes is None else f" ({mib(missing_bytes)} MiB)"
     text = f"waiting for memory that other models hold{missing}: they free it at the end of their turns"
@@ -191,7 +189,7 @@ def _absent_workers(state: ClusterState) -> str:
 
 
 def _improve(state: ClusterState) -> Action:
-    """Moves layers to a better plan while the old plan serves. To save memory, one move runs at a time."""
+    """Moves layers to a better plan while the old plan serves."""
     serving, planning = state.serving, state.planning
     assert serving is not None and planning is not None
     must_move = any(name in state.pool.drained for name, _ in serving.workers)

@@ -1,5 +1,4 @@
-"""Decides which models are awake. A request wakes a model. A model sleeps after a time without requests, or when
-another model needs its memory. If models with requests do not fit into memory together, they take turns."""
+"""Decides which models are awake. Models that do not fit into memory together take turns."""
 
 from __future__ import annotations
 
@@ -16,10 +15,9 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 _LOOK_S = 1.0
 _TURN_S = 30.0
-"""Minimum seconds of a model's turn. Afterwards, another model may take the memory. Requests that are unfinished
-then are computed again at the next turn."""
+"""Minimum seconds of a model's turn, after which another model may take the memory."""
 _MOST_TURNS = 16
-"""Maximum length of a turn, in units of `_TURN_S`. The next turn is doubled if a request needs more than two turns."""
+"""Maximum length of a turn, in units of `_TURN_S`."""
 
 
 def _now_s() -> float:
@@ -28,8 +26,7 @@ def _now_s() -> float:
 
 @dataclass(eq=False, slots=True)
 class Resident:
-    """A model that is awake or asleep. `usual_s` is the number of seconds that it stays awake without requests. If
-    `usual_s` is None, it stays awake until another model needs its memory."""
+    """A model that is awake or asleep. `usual_s` is how long it stays awake without requests, or None for no limit."""
 
     name: str
     observed: Observed
@@ -111,8 +108,7 @@ class Resident:
         await self.observed.until(lambda state: state.is_asleep or state.is_wanted)
 
     async def preempt(self) -> None:
-        """Puts the model to sleep although it has requests, which are computed again at its next turn. An image tile in
-        progress is finished first, because a tile may take longer than a turn."""
+        """Puts the model to sleep although it has requests, which are computed again at its next turn."""
         found = frozenset(self.engine.requests.keys)
         self.turns = min(2 * self.turns, _MOST_TURNS) if found & self._interrupted else 1
         self._interrupted, self.is_preempted = found, True
@@ -180,8 +176,7 @@ class Residency:
             self._idle = asyncio.Event()
 
     async def _make_room(self, resident: Resident) -> None:
-        """Puts other models to sleep while `resident` lacks memory. Models without requests come first, beginning with
-        the one that has been idle longest. Models whose turn is over come next, and are loaded again later."""
+        """Puts other models to sleep while `resident` lacks memory, models without requests first."""
         while True:
             await resident.observed.until(lambda state: state.lacks_memory)
             preempted: list[Resident] = []

@@ -10,7 +10,7 @@ from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.core.gpus import DeviceLayers
 
 _CLEARLY_BETTER = 0.95
-"""A clearly better plan takes at most this fraction of the time. Measured times of equal workers differ slightly."""
+"""A clearly better plan takes at most this fraction of the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Serving:
     workers: tuple[Incarnation, ...]  # Workers in the order of their stages.
 
     def is_worth_keeping(self, plan: Plan) -> bool:
-        """True if a move to `plan` would gain nothing. Support for images counts more than layers and times."""
+        """True if a move to `plan` would gain nothing."""
         if self.plan.has_encoder != plan.has_encoder:
             return self.plan.has_encoder
         return self.has_layers_as(plan) or self.is_as_good_as(plan)
@@ -28,7 +28,7 @@ class Serving:
         return _layers(self.plan) == _layers(plan) and self.plan.wide_tiles == plan.wide_tiles
 
     def predicted(self, prediction: Prediction | None) -> Serving:
-        """Replaces the prediction. A prediction from outdated links cannot be compared with that of a new plan."""
+        """Returns the same epoch with another prediction of its speed."""
         return replace(self, plan=replace(self.plan, prediction=prediction))
 
     def is_as_good_as(self, plan: Plan) -> bool:

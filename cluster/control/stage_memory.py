@@ -30,8 +30,7 @@ _known: MutableMapping[Model, _Known] = WeakKeyDictionary()
 
 
 def workspace_of(model: Model, limits: StageLimits) -> Workspace:
-    """Returns a function that computes the bytes of a stage's workspace. If it is not known yet which layers the stage
-    gets, the result is the maximum over all possible stages."""
+    """Returns a function that computes the bytes of a stage's workspace (the maximum if its layers are unknown)."""
     known = _known.setdefault(model, _Known()).workspaces
     programs = _known[model].programs
 

@@ -105,8 +105,7 @@ def _awake(state: ClusterState) -> ClusterState:
 
 
 def _attribute(state: ClusterState) -> ClusterState:
-    """Records which requests or which worker caused the pipeline's failure. Expels a worker that broke the protocol.
-    Ignores broken protocols while a worker is lost."""
+    """Records which requests or which worker caused the pipeline's failure."""
     loss, serving = state.loss, state.serving
     assert loss is not None and loss.error is not None and serving is not None
     if loss.causes:
@@ -124,7 +123,7 @@ def _attribute(state: ClusterState) -> ClusterState:
 
 
 def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, requests: frozenset[int]) -> ClusterState:
-    """Records a failure of a serving worker. If the worker is quarantined now, adds an expulsion to report it."""
+    """Records a worker's failure. If the worker is quarantined now, adds an expulsion to report it."""
     (name, _), now_s, before = worker, state.tick.now_s, state.pool.quarantine
     is_repeated = state.loss is not None and state.loss.is_repeated
     quarantine = before.failed(name, reason, requests, now_s, is_repeated=is_repeated)
@@ -137,8 +136,7 @@ def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, reques
 
 
 def _load_failed(state: ClusterState, failed: observations.EpochLoadFailed) -> ClusterState:
-    """Decides what follows a failed load. The load is repeated after a pause. If the plan is outdated or a worker has
-    less memory than it reported, a new plan is made. Workers that hang or fail repeatedly are expelled."""
+    """Decides what follows a failed load: another try, another plan, or the expulsion of workers."""
     planning = state.planning
     assert planning is not None and planning.plan is not None
     stalled = [suspect for suspect in failed.suspects if isinstance(suspect.error, StalledError)]

@@ -1,5 +1,4 @@
-"""Keeps a pipeline ready for the engine of a model. In a loop, observations change the state, `reconcile` decides on an
-action, and the result of the action is another observation. Observations also arrive while an action runs."""
+"""Runs the control loop that keeps a pipeline ready for the engine of a model."""
 
 from __future__ import annotations
 

@@ -43,8 +43,7 @@ class ModelReference:
 
 @dataclass(frozen=True, slots=True)
 class WantedBytes:
-    """A file to load: a model, an adapter or a projector. Workers' copies are compared with the coordinator's copy
-    `own`, if given. If `is_compared` is set, copies are compared even if all workers read the same file."""
+    """A model, adapter or projector to load. If `is_compared` is set, all copies of the file are compared."""
 
     request: FindWeights
     own: OwnCopy | None = None
@@ -56,8 +55,7 @@ class WantedBytes:
 async def weight_sources(
     loading: Collection[str], workers: Mapping[str, WorkerHandle], wanted: WantedBytes, report: Report | None = None
 ) -> dict[str, WeightSources]:
-    """Returns the file's manifest and sources for each worker in `loading`. Workers that have neither the file nor a
-    source are absent. Returns an empty mapping if all these workers read the same file."""
+    """Returns the file's manifest and sources by worker, or {} if all workers in `loading` read the same file."""
     members = {name: worker for name, worker in workers.items() if worker.loss is None}
     found = await _find(members.values(), lambda worker: find_weights(worker, wanted.request))
     if not _are_compared(wanted, [found[name] for name in loading if name in found]):
@@ -166,7 +164,7 @@ def nearest_first(
 
 
 def is_file_absent(workers: Mapping[str, WorkerHandle], model_id: str) -> bool:
-    """True if no connected worker is known to have the model's file. Loads must then wait."""
+    """True if no connected worker is known to have the model's file."""
     found = [
         worker.weights_found.get((model_id, True)) or worker.weights_found.get((model_id, False))
         for worker in workers.values()
@@ -198,8 +196,7 @@ def _sources(
     coordinator: Sequence[WeightSource],
     links: Links,
 ) -> tuple[WeightSource, ...]:
-    """Lists the sources for `fetcher`: workers with the file, the coordinator if it gives its copy, and other workers,
-    which may have fetched the weights meanwhile. `place` varies the order of equally near sources."""
+    """Lists the sources for `fetcher`: workers with the file, then the coordinator, then other workers."""
     machines = {name: worker.registration.machine for name, worker in members.items()}
     with_file = [name for name, weights in described.items() if weights.has_file]
     others = [name for name in members if name not in with_file] if described or coordinator else []

@@ -14,7 +14,7 @@ from llamaclust.core.errors import DeadlineError, LlamaclustError
 
 _DEADLINE_S = 30
 _SLICE_S = 1.0
-"""Seconds per wait. The deadline is a number of waits, so a pause of the whole process uses up at most one wait."""
+"""Length in seconds of each of the waits that make up the deadline."""
 
 _log = logging.getLogger(__name__)
 

@@ -25,8 +25,7 @@ _log = logging.getLogger(__name__)
 
 _BACKOFF = Backoff(0.05, 1.0)
 _LAST_TILE_S = 120.0
-"""Maximum seconds for which the next model waits until the current image tile is encoded. A tile that takes longer is
-encoded again later."""
+"""Maximum seconds for which the next model waits until the current image tile is encoded."""
 
 
 class _AttemptError(Exception):
@@ -46,12 +45,12 @@ class _Serving:
 
 
 class Encoder:
-    """Encodes one image tile at a time. Clients take turns, tile by tile. A client's images are encoded in order."""
+    """Encodes one image tile at a time. Clients take turns, tile by tile."""
 
     def __init__(
         self, projector: Projector, deadline_s: float, announced: Callable[[], AbstractContextManager[None]]
     ) -> None:
-        """Creates an encoder. It enters the context `announced()` while an image waits or is encoded."""
+        """Creates an encoder that holds the context `announced()` open while an image waits or is encoded."""
         self._projector = projector
         self._announced = announced
         self._deadline_s = deadline_s
@@ -88,7 +87,7 @@ class Encoder:
             self._serving = self._loop.create_future()
 
     async def wait_idle(self) -> None:
-        """Waits for the tile that is being encoded, up to 120 s, so that a worker that hangs delays no other model."""
+        """Waits for the tile that is being encoded, up to 120 s."""
         if self._running is not None and not (await asyncio.wait((self._running,), timeout=_LAST_TILE_S))[0]:
             _log.warning("an image tile has taken longer than %g s; other models no longer wait for it", _LAST_TILE_S)
 
@@ -101,9 +100,8 @@ class Encoder:
                 yield
 
     async def encode(self, tiles: Sequence[NDArray[np.uint8]], owners: Owners) -> list[NDArray[np.float32]]:
-        """Encodes image tiles [height, width, 3]. Returns embeddings [rows, levels * width] per tile, one row per image
-        token. The caller must have entered `turn`. Waits until a pipeline serves. Raises RequestError if a tile is
-        refused, RequestFailedError after too many failures with a tile, and WorkerError after `end`."""
+        """Encodes image tiles [height, width, 3] to embeddings [rows, levels * width]. The caller holds a `turn`.
+        Raises RequestError for a refused tile, RequestFailedError after many failures, and WorkerError after `end`."""
         tasks = [self._task(tile) for tile in tiles]
         return [await self._encoded(task, owners) for task in tasks]
 

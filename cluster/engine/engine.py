@@ -39,8 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 def _done_ns(results: Sequence[Result], now_ns: int) -> list[int]:
-    """Estimates when each of several results that arrived together was computed. The last one was computed at `now_ns`.
-    The time between two results is assumed to be the shortest time that a stage needed for the later one."""
+    """Estimates when each of several results that arrived together was computed."""
     ends = [now_ns]
     for result in reversed(results[1:]):
         ends.append(ends[-1] - min((timing.compute_ns for timing in result.timings), default=0))
@@ -65,9 +64,8 @@ class _Phase(Enum):
 
 
 class Engine:
-    """Runs requests while this context manager is open. A pipeline without stages means that the model is not loaded.
-    If there is an owner, requests wait after the loss of a pipeline until the owner calls `resume` or `fail_requests`.
-    Otherwise, a loss ends the engine. The owner closes pipelines after the engine."""
+    """Runs requests while this context manager is open. If the pipeline is lost, requests wait until `owner` calls
+    `resume` or `fail_requests`. Without an owner, the engine ends."""
 
     def __init__(
         self,
@@ -160,7 +158,7 @@ class Engine:
 
     def begin(self, request: GenerationRequest, sink: Sink) -> SubmittedRequest:
         """Queues a request. Raises RequestError if it is invalid, QueueFullError if the queue is full, and WorkerError
-        if the engine refuses requests. A draining engine still accepts further sequences of open API requests."""
+        if the engine refuses requests."""
         if self._phase in (_Phase.REFUSING, _Phase.CLOSED):
             raise WorkerError(str(self.error or _STOPPING))
         sequence = self.scheduler.add(request, monotonic_ns())

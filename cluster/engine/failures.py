@@ -45,16 +45,16 @@ class PipelineFailure:
 
 
 def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
-    """Returns a failed microbatch's error. The first stage without timings is the stage that failed."""
+    """Returns the error of a failed microbatch, with the worker that failed."""
     assert result.failure is not None
+    # The first stage without timings has failed.
     return WorkerError(result.failure, worker=stages[min(len(result.timings), len(stages) - 1)].worker)
 
 
 def failure_of(
     error: LlamaclustError, scheduler: Scheduler, stages: Sequence[StageInfo], microbatch: int | None
 ) -> PipelineFailure:
-    """Describes the failure of `microbatch`, or of all microbatches in flight if `microbatch` is None. Invalid results
-    are the fault of the last stage."""
+    """Describes the failure of `microbatch`, or of all microbatches in flight if `microbatch` is None."""
     if isinstance(error, ProtocolError) and error.worker is None:
         error.worker = stages[-1].worker
     slices = scheduler.in_flight.slices(microbatch)
@@ -71,8 +71,7 @@ def row_failure(faults: Sequence[RowFault], stages: Sequence[StageInfo]) -> Pipe
 
 
 def _ending(struck: StruckOut, error: LlamaclustError, *, stages: int) -> LlamaclustError:
-    """Returns the error for a request that has failed too often: a WorkerError if one worker was at fault each time, or
-    else a RequestFailedError. The worker of a single stage is not blamed if it computed other results in between."""
+    """Returns the error for a request that has failed too often, which blames a worker or the request."""
     what = f"request {struck.sequence.request.request_id}: the pipeline failed {MAX_STRIKES} times"
     (worker, *others) = struck.workers
     if worker is None or others or (stages == 1 and struck.has_results):

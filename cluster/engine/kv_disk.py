@@ -1,5 +1,4 @@
-"""Saves KV blocks of prompts to disk after the first token of the answer, and restores them before a prompt is
-computed. A block is read or written while no microbatch in flight uses it, so stages never wait for a disk."""
+"""Saves KV blocks of prompts to disk, and restores them before a prompt is computed."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ _MOST_SAVES = 8
 
 
 class KvDisk:
-    """Saves and restores a lane's KV blocks. Does nothing if `disks` is None, if the prefix cache is off, or if the
-    model has layers with sliding windows."""
+    """Saves and restores a lane's KV blocks. Does nothing if `disks` is None."""
 
     def __init__(self, disks: KvDisks | None, scheduler: Scheduler, lane: Lane) -> None:
         settings = scheduler.settings
@@ -133,7 +131,7 @@ class KvDisk:
         return restored
 
     async def _in_flight_returned(self) -> None:
-        """Waits until all microbatches in flight have returned. They may use released blocks or fill shared blocks."""
+        """Waits until all microbatches in flight have returned."""
         newest = self._scheduler.in_flight.newest
         if newest is not None:
             returned: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -22,7 +22,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _RECOVERIES = 16
 _PREFILL_ROWS = 32
-"""A microbatch with at least this number of tokens counts as prefill. Its speed is limited by arithmetic."""
+"""Minimum number of tokens of a microbatch that counts as prefill."""
 _TTFT = "time_to_first_token_seconds", "Time from a request's arrival to its first token"
 _TPOT = "time_per_output_token_seconds", "Mean time per generated token of a request"
 _DURATION = "request_duration_seconds", "Time from a request's arrival to its last token"

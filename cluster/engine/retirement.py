@@ -24,7 +24,7 @@ _LEAST_LEFT = 32
 
 @dataclass(frozen=True, slots=True)
 class _PreCopy:
-    """A copy of an old lane's sequence. The new lane computes the copy to fill its prefix cache with the KV blocks."""
+    """A copy of an old lane's sequence, which the new lane computes to fill its prefix cache."""
 
     key: int
     of: Sequence
@@ -33,8 +33,7 @@ class _PreCopy:
 
 
 class Retirement:
-    """Moves sequences from `old` to `new`. Waiting sequences move at once. Decoding sequences move one by one: the new
-    lane first computes a copy, so that all but the newest tokens are in its prefix cache when the sequence moves."""
+    """Moves sequences from `old` to `new`. Before a decoding sequence moves, the new lane computes its KV blocks."""
 
     def __init__(self, old: Lane, new: Lane) -> None:
         self.old = old
@@ -61,7 +60,7 @@ class Retirement:
         return [(key, updates) for key, updates in updated if key != pre_copy.key]
 
     def advance(self) -> None:
-        """Moves all sequences that can move now. The engine calls this method after every change on either lane."""
+        """Moves all sequences that can move now."""
         old = self.old.scheduler
         self._take_over(old.movable)
         if self._pre_copy is not None and not self._is_on_old(self._pre_copy.of):

@@ -89,8 +89,7 @@ class Waterfall:
         self._at_ns = now_ns
 
     def add(self, microbatch: ComputedMicrobatch, chunk: Chunk, drafted: int = 0) -> None:
-        """Adds a microbatch and the idle time before it. If several microbatches are in flight, the time of each begins
-        when the previous one ends. The last `drafted` tokens may be refused, so they do not count as computed."""
+        """Adds a microbatch and the idle time before it. The last `drafted` tokens do not count as computed."""
         end = chunk.position + len(chunk.tokens)
         kind = self._kind(chunk.position)
         self._reached = max(self._reached, end - drafted)

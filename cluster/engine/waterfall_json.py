@@ -11,15 +11,13 @@ from llamaclust.cluster.engine.waterfall import WaterfallPhase
 from llamaclust.cluster.engine.waterfalls import RequestRecord
 
 SHOWN_CHARACTERS = 8
-"""Number of characters of a request's id that are shown and compared. Whoever knows the whole id can read or end the
-reply, so other users must not learn the rest of the id."""
+"""Number of characters of a request's id that are shown. Other users must not learn the rest."""
 
 _ID = re.compile(r"[0-9a-f]{4,}")
 
 
 def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
-    """Returns the records of a request. `name` is the id of the request or of its reply, or at least its first 4
-    characters."""
+    """Returns the records of the request whose id, or reply's id, begins with `name` (at least 4 characters)."""
     if not (found := _ID.findall(name)):
         return []
     beginning = max(found, key=len)[:SHOWN_CHARACTERS]
@@ -27,8 +25,7 @@ def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
 
 
 def summary_json(record: RequestRecord, adapters: Mapping[int, str]) -> dict[str, Any]:
-    """Converts a record without its phases. `adapters` maps numbers to names. An adapter that was unloaded long ago has
-    the name null."""
+    """Converts a record without its phases. `adapters` maps numbers to names."""
     timings = record.timings
     return {
         "id": record.request_id[:SHOWN_CHARACTERS],

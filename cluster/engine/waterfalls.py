@@ -43,7 +43,7 @@ class _Open:
 
 
 class Waterfalls:
-    """Owns waterfalls. Time without a pipeline counts as recovery if the pipeline was lost, or else as loading."""
+    """Records the waterfalls of an engine's requests."""
 
     def __init__(self) -> None:
         self.spans: SpanSink | None = None  # None if telemetry is off.

@@ -72,7 +72,7 @@ _CONVERSATION: Final = QueryParameter("conv_id", "string", "the conversation's n
 def create_app(
     models: Sequence[ApiModel], admission: Admission | None = None, workers: WorkerOperations | None = None
 ) -> Starlette:
-    """Makes the app for all models. `admission` limits open requests. The caller must close the models' `replies`."""
+    """Makes the app for all models. The caller must close the `replies` of each model."""
     router, store = ModelRouter(models), ResponseStore()
     app = Starlette(middleware=_gates(router.settings, admission), routes=[*_routes(router, store, workers)])
     app.router.redirect_slashes = False  # `Paths` removes trailing slashes.
@@ -81,7 +81,7 @@ def create_app(
 
 
 def _gates(settings: ApiSettings, admission: Admission | None) -> list[Middleware]:
-    """Returns the middlewares, outermost first. CORS precedes `KeyGate`, so that web pages can read error replies."""
+    """Returns the middlewares, outermost first."""
     cors = Middleware(
         CORSMiddleware,
         allow_origin_regex=page_origins(settings).pattern,
@@ -93,6 +93,7 @@ def _gates(settings: ApiSettings, admission: Admission | None) -> list[Middlewar
         Middleware(Paths, prefix=settings.prefix),
         Middleware(EarlyReplies),
         Middleware(Security, settings=settings),
+        # CORS precedes `KeyGate`, so that web pages can read error replies.
         *([cors] if settings.allowed_origins else []),
         Middleware(KeyGate, settings=settings),
         Middleware(AdmissionGate, admission=admission or Admission(settings)),
@@ -119,7 +120,7 @@ def _routes(router: ModelRouter, store: ResponseStore, workers: WorkerOperations
 
 
 def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
-    """Yields one model's routes, in the same order for every model, because `_routes` combines routes by position."""
+    """Yields one model's routes. Their order is the same for every model."""
     for endpoint in ENDPOINTS:
         for path in endpoint.paths:
             yield from endpoint(model, path).routes()

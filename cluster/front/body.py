@@ -1,5 +1,4 @@
-"""Reads request bodies. Limits their size, their nesting depth, and the time to receive them. A reply header lists the
-body's fields that had no effect. With the request header X-Llamaclust-Strict, such fields are an error."""
+"""Reads request bodies. Limits their size, their nesting depth, and the time to receive them."""
 
 from __future__ import annotations
 
@@ -46,9 +45,9 @@ _MOST_FIELD_VALUES = {"tools": 1 << 17}
 _MOST_FIELDS = 1024
 
 _reading = Threads(1, "read-body")
-"""Parses large bodies. One thread is enough, because the interpreter lock prevents parallel parsing."""
+"""Thread that parses large bodies. The interpreter lock prevents parallel parsing."""
 _converting = Threads(1, "convert-body")
-"""Converts parsed bodies. On `_reading`, they would wait in memory while other bodies are parsed."""
+"""Thread that converts parsed bodies."""
 
 _Made = TypeVar("_Made")
 _Arguments = ParamSpec("_Arguments")
@@ -78,7 +77,7 @@ async def parse_body(
 async def converted(
     body: Body, make: Callable[_Arguments, _Made], *given: _Arguments.args, **named: _Arguments.kwargs
 ) -> _Made:
-    """Calls `make` with the other arguments. Uses a thread if `body` has many values, such as a large schema."""
+    """Calls `make` with the other arguments, on a thread if `body` has many values."""
     if not has_many_values([*vars(body).values()]):
         return make(*given, **named)
     return await run_on(_converting, make, *given, **named)
@@ -90,7 +89,7 @@ def _idle(kind: type[Body], settings: ApiSettings) -> dict[str, Neutral]:
 
 
 async def has_field(data: bytes, name: str) -> bool:
-    """Returns True if field `name` is not null. Scans large bodies, and parses others with `parse_object`."""
+    """Returns True if the body has a field with this name that is not null."""
     if len(data) <= LARGE_BYTES:
         return parse_object(data).get(name) is not None
     members = (await run_on(_reading, outline, data)).members
@@ -116,7 +115,7 @@ async def parse_object_in_time(data: bytes) -> dict[str, Any]:
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """Parses a JSON object. A large body is checked for too many values first. Raises HttpError or ParameterError."""
+    """Parses a JSON object. Raises HttpError or ParameterError if the body is no JSON object or has too many values."""
     if len(data) > LARGE_BYTES:
         _check_sizes(outline(data))
     payload = parse_json(data)
@@ -147,7 +146,7 @@ def _check_field(member: Member) -> None:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parses JSON. Raises HttpError for invalid JSON or over 200 levels, and ParameterError for numbers such as NaN."""
+    """Parses JSON. Raises HttpError if the text is not valid JSON, and ParameterError for numbers such as NaN."""
     try:
         payload = from_json(data.removeprefix(codecs.BOM_UTF8))
     except ValueError as error:

@@ -105,7 +105,7 @@ OLLAMA: Final = ErrorShape(_ollama, schema_name="OllamaError", schema=_OLLAMA_SC
 
 
 def usual_shape(path: str) -> ErrorShape:
-    """Returns the format of errors on a path whose endpoint sets none. `path` does not include `api.prefix`."""
+    """Returns the default format of errors on a path. `path` does not include `api.prefix`."""
     if path.startswith("/api/"):
         return OLLAMA
     return OPENAI if path.startswith(("/v1/", "/cluster")) else LLAMACPP

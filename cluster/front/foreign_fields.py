@@ -1,5 +1,4 @@
-"""Fields of other servers' APIs that this server does not implement. Each field has a predicate that is True for values
-that change nothing. With another value, a field in `refused` is an error, and a field in `hints` may be ignored."""
+"""Fields of other servers' APIs that this server does not implement, with predicates for values without effect."""
 
 from __future__ import annotations
 
@@ -40,8 +39,7 @@ _HINTS: Final = {
     **_names("store early_stopping backend_sampling cache_reuse", only(False)),
     "priority": number(0),
 }
-"""Fields that all endpoints ignore. `metadata` belongs to stored completions, and `n_keep` and `n_discard` to context
-shift. This server has neither feature."""
+"""Fields that all endpoints ignore."""
 
 _SLOTS: Final = _names("id_slot slot_id", anything)
 _NOT_DRAFTED: Final = _names("speculative speculative.n_max", anything)

@@ -196,8 +196,7 @@ JsonBody: TypeAlias = AsyncGenerator[bytes, None]
 
 
 async def json_body(make: Callable[[], Any], *, is_large: bool) -> JsonBody:
-    """Yields the JSON of a value in parts. Each part is rendered when it is taken, on a thread if `is_large` is true.
-    Cancelling waits until the current part is rendered."""
+    """Yields the JSON of a value in parts. Each part is rendered when it is taken, on a thread if `is_large`."""
     rendering, parts = Lock(), _made_parts(make)
 
     def locked(step: Callable[[], _Value]) -> _Value:
@@ -220,7 +219,7 @@ async def one_part(data: bytes) -> JsonBody:
 
 
 def json_size(value: Any) -> int:
-    """Estimates a value's JSON size in bytes: its texts plus 8 per value. Deferred values count as `held_bytes`."""
+    """Estimates the size of a value's JSON in bytes."""
     if isinstance(value, str):
         return len(value) + _VALUE_BYTES
     if isinstance(value, Mapping):

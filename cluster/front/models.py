@@ -124,8 +124,7 @@ class ApiModel:
 
 @dataclass(frozen=True, slots=True)
 class _Addressed:
-    """A request's model. The model stays loaded for `keep` seconds after the request (None: no change). `unloads` is
-    true if the request unloads the model."""
+    """A request's model, which stays loaded for `keep` seconds after the request (None: no change)."""
 
     model: ApiModel
     keep: float | None = None
@@ -153,8 +152,7 @@ class ModelRouter:
         return next(whole, None) or next((model for model in self.models if model.names.find(name)), None)
 
     def named(self, name: object) -> ApiModel:
-        """Returns the model with this name, or the first model if `name` is empty. Raises HttpError (404) if the name
-        is unknown."""
+        """Returns the model with this name, or the first model if `name` is empty. Raises HttpError (404)."""
         if not (self.settings.can_unload and isinstance(name, str) and name):
             return self.models[0]
         if (model := self.find(name)) is not None:
@@ -192,7 +190,7 @@ class ModelRouter:
                 resident.keep(None if addressed.keep == inf else addressed.keep)
 
     async def _addressed(self, route: Route, request: Request) -> _Addressed:
-        """Finds a request's model. Keeps the body for the app. Raises HttpError for a bad body or an unloaded model."""
+        """Finds a request's model. Raises HttpError if the body is invalid or the model must be loaded first."""
         if route.method == "GET":
             return _Addressed(self.queried(request))
         data = await read_bytes(request, self.settings)
@@ -221,7 +219,7 @@ def _keeps_awake(route: Route) -> bool:
 
 
 async def _fields(data: bytes) -> dict[str, Any]:
-    """Returns a body's fields, or {} for an invalid body, which the endpoint refuses. Raises ParameterError for NaN."""
+    """Returns a body's fields, or {} if the body is not valid. Raises ParameterError for numbers such as NaN."""
     try:
         return await parse_object_in_time(data)
     except HttpError:

@@ -82,8 +82,7 @@ class Leniency(BodyContext):
 
 
 class Body(DocumentedModel):
-    """The strictly typed fields of a request. 5.0 is read as 5, and null as absent. Unknown fields are an error, except
-    in a `Leniency` context."""
+    """The strictly typed fields of a request. Unknown fields are an error, except in a `Leniency` context."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
     takes_recommended: ClassVar[bool] = False
@@ -162,9 +161,8 @@ def read_fields(
     context: BodyContext | None = None,
     idle: Mapping[str, Neutral] = MappingProxyType({}),
 ) -> AnyBody:
-    """Makes a body from fields. Raises ParameterError if a field is invalid or not supported. Unless `context` is a
-    `Leniency`, unknown fields and fields without effect are errors too. The fields in `idle` have no effect because of
-    the server's settings."""
+    """Makes a body from fields. Raises ParameterError if a field is invalid or not supported. The fields in `idle` have
+    no effect because of the server's settings."""
     foreign, kept = kind.foreign, {name: value for name, value in fields.items() if value is not None}
     for name, is_neutral in {**foreign.refused, **foreign.hints, **idle}.items():
         if name in kept and not is_neutral(kept.pop(name)):
@@ -186,17 +184,17 @@ def read_fields(
 
 
 def _built(kind: type[AnyBody]) -> type[AnyBody]:
-    """Builds the validator of a class at its first use, because building all validators takes long. Holds a lock,
-    because some versions of pydantic have no lock for this."""
+    """Builds the validator of a class at its first use, because building all validators takes long."""
+    # Some versions of pydantic have no lock of their own for this.
     with _building:
         kind.model_rebuild()  # Does nothing if the validator is built.
     return kind
 
 
 def _first_error(error: ValidationError, as_sent: Mapping[str, str]) -> ParameterError:
-    """Returns the error of an unknown field if there is one, because the field may be a misspelt required field.
-    Otherwise returns the first error. `as_sent` maps fields to the names under which the client sent them."""
+    """Returns the error to report. `as_sent` maps fields to the names under which the client sent them."""
     details = error.errors(include_url=False, include_input=False)
+    # An unknown field comes first, because it may be a misspelt required field.
     return _parameter_error(min(details, key=lambda detail: detail["type"] != _UNKNOWN), as_sent)
 
 

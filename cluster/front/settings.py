@@ -107,8 +107,7 @@ class ModelNames:
         self, name: str | None, lora: AdapterScales | None = None, default: AdapterScales = ()
     ) -> AdapterScales:
         """Returns the adapters of a request: the adapter that is named as its model, else `lora`, else `default`.
-        Raises HttpError (404) for an unknown model. Raises ParameterError for an unknown adapter, or if `lora` is given
-        and the model is an adapter."""
+        Raises HttpError (404) for an unknown model, and ParameterError for an unknown adapter."""
         if (number := self._adapters.number_of(self.shown(name))) is not None:
             if lora is not None:
                 raise ParameterError("lora", f"model already names the adapter {name!r}: remove one of the two fields")
@@ -136,13 +135,12 @@ class ModelNames:
             raise HttpError(404, "model_not_found", f"model {name[:200]!r} not found", param="model")
 
     def copy(self, source: str, destination: str) -> None:
-        """Adds a name for the served model. Raises HttpError if the name is invalid, `strict_model` is true, there are
-        too many copies, or one of the names is an adapter's. Adapters have no copies, because a restart deletes copies,
-        and requests for a copy could then get the model without the adapter."""
+        """Adds a name for the served model. Raises HttpError if a name is invalid or not allowed."""
         self.check_known(source)
         if not _NAME.fullmatch(destination):
             message = f"{destination[:200]!r} is not a valid model name: use letters, digits and ._:/@-"
             raise HttpError(400, "bad_name", message, param="destination")
+        # A restart deletes copies. Requests for a copy of an adapter could then get the model without the adapter.
         for name in map(self.find, (source, destination)):
             if name in self._adapters.names:
                 message = f"{name!r} is an adapter: give adapters their names under `adapters` in the cluster file"

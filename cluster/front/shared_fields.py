@@ -267,7 +267,7 @@ class SamplerFields(Body):
         return {name: getattr(self, own_names[name]) for name in names}
 
     def params(self, logit_bias: tuple[tuple[int, float], ...] = ()) -> SamplingParams:
-        """Raises ParameterError if the sampler chain has a number out of bounds. The scheduler checks other numbers."""
+        """Returns the sampling parameters. Raises ParameterError if a number of the sampler chain is out of bounds."""
         return SamplingParams(**self.numbers(PARAMS), logit_bias=logit_bias, chain=self._chain())
 
     def _chain(self) -> SamplerChain | None:

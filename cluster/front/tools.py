@@ -27,8 +27,7 @@ def is_media(kind: str) -> bool:
 
 
 def media_text(kind: str, context: object) -> str:
-    """Returns the text that replaces an image, audio or video part, and adds the part to the reply's ignored fields.
-    Raises ValueError unless `context` is a `Leniency`."""
+    """Returns the text that replaces a media part. Raises ValueError unless `context` is a `Leniency`."""
     word = next(word for word in _MEDIA if word in kind)
     if not isinstance(context, Leniency):
         raise ValueError(f"{word} input is not supported by this server; remove it")
@@ -143,13 +142,12 @@ def flat_name(namespace: str | None, name: str) -> str:
 
 
 def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
-    """Converts a custom tool to a function with one text argument. The text must match the tool's regular expression,
-    if there is one. A Lark grammar is not enforced, but added to the description and reported as ignored. Chat
-    completions nest `syntax` and `definition` in an object `grammar`."""
+    """Converts a custom tool to a function with one text argument. Raises ValueError if its format is invalid."""
     text: dict[str, Any] = {"type": "string"}
     description = tool.get("description") or ""
     form = tool.get("format")
     if isinstance(form, dict) and form.get("type") == "grammar":
+        # Chat completions nest `syntax` and `definition` in an object `grammar`.
         grammar = form.get("grammar", form)
         syntax, definition = map(grammar.get, ("syntax", "definition")) if isinstance(grammar, dict) else (None, None)
         if syntax not in ("lark", "regex") or not isinstance(definition, str):
@@ -164,7 +162,7 @@ def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
 
 
 def text_of_call(arguments: str) -> str:
-    """Returns the text argument of a custom tool's call. Returns incomplete or invalid `arguments` unchanged."""
+    """Returns the text argument of a custom tool's call, or `arguments` if they are not valid."""
     given = (arguments_object(arguments) or {}).get(TEXT_ARGUMENT)
     return given if isinstance(given, str) else arguments
 

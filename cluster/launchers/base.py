@@ -58,7 +58,7 @@ class Launcher(ABC):
 
     @abstractmethod
     def reset_restarts(self) -> None:
-        """Resets the restart counts. Called if a request, and no worker, may have caused the restarts."""
+        """Resets the restart counts."""
 
     @abstractmethod
     async def end(self, name: str) -> None:

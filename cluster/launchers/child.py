@@ -24,9 +24,8 @@ class Child:
     """A worker process. The kernel ends it when this process ends."""
 
     def __init__(self, settings: WorkerSettings, ended: Ended, log: IO[bytes] | None = None) -> None:
-        """Starts the worker with this machine's cache folders. `settings` must have an enrolment address and a join
-        token. `ended` is called on another thread. If `log` is None, the worker writes to the output of this
-        process."""
+        """Starts the worker, whose `settings` must have an enrolment address and a join token. Another thread calls
+        `ended`. If `log` is None, the worker writes to the output of this process."""
         self._started = threading.Event()
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 _EPOCH = 1
 _DEADLINES = EngineSettings(request_s=86_400.0, result_s=3_600.0)
-"""Long deadlines. There are no workers that could be lost, but a large model may be slow."""
+"""Long deadlines, because a large model may be slow."""
 _CONTEXT_TOKENS = 4096
 OUTPUTS = 256
 
@@ -124,7 +124,7 @@ def _speculation(model: Model, settings: LocalSettings) -> SpeculationSettings |
 
 
 class LocalStage:
-    """All layers of a model, and the thread that runs them. `logits` uses KV blocks that the scheduler does not use."""
+    """All layers of a model, and the thread that runs them."""
 
     def __init__(self, path: Path, threads: int | None, feature_level: str | None, settings: LocalSettings) -> None:
         self.model, self.unused_projectors = open_with_projector(path, settings.mmproj, settings.chat_template)
@@ -291,8 +291,7 @@ class LocalPipeline:
 
 
 def _device_kind(settings: LocalSettings, model: Model) -> str:
-    """Returns the kind of device. Raises UsageError if the device is unknown, if a setting needs a GPU and the device
-    is the CPU, or if a setting needs experts and the model has none."""
+    """Returns the kind of device. Raises UsageError if the device is unknown or a setting does not suit it."""
     try:
         kind = parse_device(settings.device)
     except ValueError as error:

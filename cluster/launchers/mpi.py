@@ -1,4 +1,4 @@
-"""The coordinator's side of an MPI job. Ranks start the workers. The coordinator is connected to rank 0."""
+"""The coordinator's side of an MPI job, whose ranks start the workers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _GRACE_S = 1.0
 
 
 class MpiLauncher(RestartingLauncher):
-    """Orders rank i to start worker i. Rank 0 started this process, whose standard input is a socket to rank 0."""
+    """Orders the ranks of an MPI job to start workers, over a socket to rank 0."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         super().__init__(config, folder, report)

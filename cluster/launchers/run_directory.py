@@ -38,9 +38,8 @@ class RunDirectory:
 
 @contextmanager
 def run_directory(parent: Path) -> Iterator[RunDirectory]:
-    """Creates a run directory in `parent`, or in the temporary directory if socket paths would be too long. Removes the
-    directory of a killed cluster first. The caller must hold the lock on `parent`. Raises UsageError if a file has the
-    directory's name."""
+    """Creates a run directory in `parent`, or in the temporary directory if socket paths would be too long. The caller
+    must hold the lock on `parent`. Raises UsageError if a file has the directory's name."""
     path = place = parent / "run"
     _clear(place)
     if os.path.lexists(place):

@@ -30,8 +30,7 @@ def thread_shares(config: ClusterConfig) -> dict[str, int]:
 
 
 def numa_nodes(config: ClusterConfig) -> dict[str, int | None]:
-    """Returns the NUMA node of each worker. Spreads local workers over the nodes if the cluster file sets neither nodes
-    nor threads and each node gets equally many workers."""
+    """Returns the NUMA node of each worker. By default, local workers are spread equally over the nodes if possible."""
     workers, nodes = config.workers, read_cores().nodes
     free = all(worker.numa_node is None and worker.threads is None for worker in workers)
     if not config.launcher_facts.is_local or len(nodes) == 1 or len(workers) % len(nodes) or not free:

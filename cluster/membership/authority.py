@@ -32,7 +32,7 @@ _MOST_BYTES = 1 << 20
 _CA_LIFE = timedelta(days=3650)
 _SKEW = timedelta(seconds=MAX_SKEW_S)
 _CA_BEGIN = datetime(2020, 1, 1, tzinfo=UTC)
-"""Start of a CA's validity. It is long ago, so that a CA is valid even if the clock was ahead at its creation."""
+"""Start of a CA's validity. It is long ago, in case the clock of a machine is wrong."""
 
 _log = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ _BOTH = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 
 
 def trust_folder(cluster: Path) -> Path:
-    """Returns the default folder for the authority of a static cluster. This is the cluster's folder `trust` if it
-    exists. Otherwise, all clusters in a state directory share a folder, so that workers need only one token."""
+    """Returns the folder of a static cluster's authority: `trust` in the cluster's folder if it exists, or else a
+    folder that all clusters in the state directory share."""
     own = cluster / "trust"
     return own if own.exists() else cluster.parent / _SHARED
 

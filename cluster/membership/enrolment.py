@@ -1,5 +1,4 @@
-"""Serves the enrolment port, at which new workers get certificates. After a TLS handshake, the server sends a challenge
-and answers the worker's request."""
+"""Serves the enrolment port, at which new workers get certificates."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class JoinSettings:
 
 
 class JoinRules:
-    """Rules that the registration of a worker must meet. They depend on the present members."""
+    """Rules that the registration of a worker must meet."""
 
     def __init__(self, members: Members, settings: JoinSettings, credentials: Credentials) -> None:
         self._members = members

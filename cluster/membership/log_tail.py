@@ -29,9 +29,8 @@ _OF_ERRORS = "EFC"
 
 
 def last_error(log: Path, start: int = 0) -> str:
-    """Returns the last problem in a worker's log, or "". A problem is a warning or error of the worker, an error of a
-    library, or the last line of a traceback. Reads the log from byte `start`, or from its beginning if the log has
-    become shorter than `start`."""
+    """Returns the last warning, error or traceback line in a worker's log, or "". Reads the log from byte `start`, or
+    the whole log if it has become shorter than `start`."""
     try:
         with open_regular(log) as file:
             size = os.fstat(file.fileno()).st_size

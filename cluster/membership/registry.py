@@ -68,8 +68,7 @@ class Registry(Members):
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Ends the workers, with three exceptions. The workers continue if another coordinator has taken them over, if
-        `leave_workers` was called, or if the start timed out."""
+        """Ends the workers, unless another coordinator has them, `leave_workers` was called or the start timed out."""
         is_late = any(isinstance(part, DeadlineError) for part in error)
         present = [] if self._superseded.done() or self._is_left or is_late else list(self.present.values())
         for handle in present:
@@ -104,9 +103,7 @@ class Registry(Members):
         await self._serve(register, stream)
 
     async def _newer_coordinator(self, register: Register) -> str | None:
-        """Returns a refusal if the worker has seen a newer coordinator of this cluster, or waits for another cluster.
-        Ends this coordinator only if the newer term is signed and the worker held layers of this cluster. A worker's
-        false report can therefore not end the cluster."""
+        """Returns a refusal if the worker has seen a newer coordinator or waits for another cluster."""
         record, name, is_ours = self._settings.record, register.name, register.cluster == self._settings.cluster
         if register.is_awaited and not is_ours:
             here = f"but this is a coordinator of {self._settings.cluster!r}"
@@ -122,6 +119,7 @@ class Registry(Members):
         is_proven = is_term_proven(self._credentials, seen, register.term_proof, self._settings.cluster)
         terms = f"term {seen}{'' if is_proven else ', without a valid signature'}; this coordinator has {record.term}"
         newer = f"worker {name} has seen a newer coordinator of this cluster ({terms})"
+        # A worker's false report must not end this coordinator.
         if is_proven and name in self.workers and self.workers[name].stages:
             self._supersede(newer)
         return f"{newer}; restart this coordinator, or end it"

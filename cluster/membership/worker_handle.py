@@ -79,7 +79,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class FreshMemory:
-    """A worker's free memory, including the memory of its stages. Replaces the older value of the registration."""
+    """A worker's free memory, including the memory of its stages."""
 
     free_bytes: int
     gpus: tuple[Gpu, ...]
@@ -110,8 +110,7 @@ class GroupFaults:
 
 
 class WorkerHandle:
-    """A member of the cluster. If the worker is lost, `lost` is set, and `loss` has the reason. Workers do not
-    count as lost when the cluster ends."""
+    """A member of the cluster. If the worker is lost, `lost` is set, and `loss` has the reason."""
 
     def __init__(
         self,
@@ -187,7 +186,7 @@ class WorkerHandle:
         return () if order is None else order.devices or (DeviceLayers(kind, order.start, order.end),)
 
     def order_of(self, model_id: str) -> Load | None:
-        """Returns the `Load` message of the model's newest stage, which may still be loading. None without a stage."""
+        """Returns the `Load` message of the model's newest stage, or None. The stage may still be loading."""
         if self.state.is_gone:
             return None
         if self.loading is not None and self.loading.model_id == model_id:

@@ -28,7 +28,7 @@ _PROFILE_S = 300.0
 _LINK_S = 30.0
 _LOG_S = 5.0
 ADAPTERS_S = 600.0
-"""Maximum seconds of a change of adapters. It may fetch weights, and wait for a stage that is loading."""
+"""Maximum seconds of a change of adapters, which may have to fetch weights."""
 _HEARTBEAT_S = 10.0
 
 
@@ -82,8 +82,8 @@ async def log_tail(worker: WorkerHandle, deadline_s: float = _LOG_S) -> LogTail:
 
 
 async def refresh_memory(worker: WorkerHandle, held: Mapping[str, int]) -> None:
-    """Waits for a heartbeat, and updates the worker's free memory. `held` has the bytes of loaded stages by device.
-    These bytes count as free. Raises DeadlineError if no heartbeat comes."""
+    """Updates a worker's free memory from its next heartbeat. `held` has the bytes of loaded stages by device, which
+    count as free. Raises DeadlineError if no heartbeat comes."""
     last = worker.heartbeat
     async with deadline(f"worker {worker.name}: sending a heartbeat", _HEARTBEAT_S):
         while worker.heartbeat is last and await worker.is_responsive():
@@ -99,8 +99,8 @@ async def find_weights(
     on_reading: Callable[[FindWeightsProgress], None] | None = None,
     progress_timeout_s: float = PROGRESS_TIMEOUT_S,
 ) -> WeightsFound:
-    """Asks a worker which weights of a model it has, and caches the answer. With `request.describe`, the worker may
-    have to read its whole file first. Raises StalledError after `progress_timeout_s` seconds without progress."""
+    """Asks a worker which weights of a model it has, and caches the answer. Raises StalledError after
+    `progress_timeout_s` seconds without progress."""
     async with worker.channel.one_at_a_time("weights"):
         key = request.file_id, request.describe
         if key not in worker.weights_found:

@@ -10,8 +10,7 @@ Pairs = frozenset[Pair]
 
 
 def violated_pair(stages: Sequence[Sequence[str]], partitions: Pairs) -> Pair | None:
-    """Returns two neighbours that cannot reach each other, or None. Neighbours are all workers of one stage, and the
-    first workers of consecutive stages. The first stage follows the last."""
+    """Returns two workers that must exchange data but cannot reach each other, or None."""
     leaders = [workers[0] for workers in stages]
     neighbours = [*zip(leaders, (leaders[-1:] + leaders), strict=False)]
     neighbours += [pair for workers in stages for pair in combinations(workers, 2)]

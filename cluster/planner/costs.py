@@ -1,6 +1,4 @@
-"""Calculates the memory of stages in bytes and their time in seconds. Times come from measured steps, or from a
-roofline model if no step was measured. Times depend on the bytes that a step reads. A mixture of experts reads only
-part of its weights."""
+"""Calculates the memory of stages in bytes and their time in seconds, from measured steps or from a roofline model."""
 
 from __future__ import annotations
 
@@ -120,7 +118,7 @@ class StageCosts:
         return np.array([layer.expert_bytes > 0 for layer in self.model.layers], np.bool_)
 
     def decode_s(self, worker: WorkerFacts, start: int, end: int, rows: int = 1, *, concurrent: bool = False) -> float:
-        """Returns the seconds of a decode step of `rows` sequences, beside other stages if `concurrent` is set."""
+        """Returns the seconds of a decode step. `concurrent` means that other stages compute at the same time."""
         return float(self.decode_table(worker, rows, concurrent=concurrent)[start, end])
 
     def prefill_s(self, worker: WorkerFacts, start: int, end: int, rows: int, *, concurrent: bool = False) -> float:
@@ -189,9 +187,7 @@ class StageCosts:
         return before - before[:, np.newaxis]
 
     def _prefilled(self, rows: int) -> Table:
-        """Returns the bytes per stage from which the time of prefill is predicted, with measured seconds per byte. If
-        the model has experts, layers with experts were measured. A dense layer then counts as the bytes that layers
-        with experts move for as many multiply-adds, or as its own bytes if these are more."""
+        # If layers have experts, they were measured. A dense layer counts as what they move for as many multiply-adds.
         mixtures = [layer for layer in self.model.layers if layer.idle_bytes]
         macs = sum(layer.macs_per_token for layer in mixtures)
         mac_bytes = sum(layer.moved_bytes(rows, 1) for layer in mixtures) / macs if macs else 0.0

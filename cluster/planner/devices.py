@@ -1,5 +1,4 @@
-"""Divides a stage among the devices of its worker. The last layers go to GPUs, as many as the user states or as fit
-into GPU memory. Experts of layers on a GPU can stay in RAM."""
+"""Divides a stage among the devices of its worker. The last layers go to GPUs."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from llamaclust.core.gpus import Placement
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Layers [start, end) on one device of a worker. `device` describes the device as if it were a worker."""
+    """Layers [start, end) on one device of a worker."""
 
     device: WorkerFacts
     start: int
@@ -60,12 +59,12 @@ def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Division:
-    """Divides every possible stage [start, end) among devices. Device i holds layers [bounds[i], bounds[i + 1]). A
-    GPU's experts are in RAM for layers in `moe.fixed`, and for layers in `moe.open` below moe_ends[i]."""
+    """Layers by device for every possible stage. Device i holds layers [bounds[i], bounds[i + 1])."""
 
     devices: tuple[WorkerFacts, ...]
     bounds: tuple[Counts, ...]  # Tables by start and end of the stage.
-    moe_ends: tuple[Counts, ...]  # Tables by start and end of the stage. Entries are at least bounds[i].
+    # Experts of layers in `moe.open` below moe_ends[i] are in RAM. Tables as above, with entries of at least bounds[i].
+    moe_ends: tuple[Counts, ...]
     moe: MoeLayers
 
     def held(self, start: int, end: int) -> tuple[Held, ...]:
@@ -85,13 +84,12 @@ class Division:
         return tuple(layer for layer in range(begin, until) if fixed[layer] or (is_open[layer] and layer < moe_end))
 
     def parts(self) -> Iterator[tuple[WorkerFacts, Counts, Counts, Counts]]:
-        """Yields each device with three tables by stage: the start and the end of its layers, and the layer below which
-        experts of layers in `moe.open` are in RAM."""
+        """Yields each device with tables by stage: start and end of its layers, and its entry of `moe_ends`."""
         yield from zip(self.devices, self.bounds, self.bounds[1:], self.moe_ends, strict=False)
 
     def moved_ranges(self) -> Iterator[tuple[WorkerFacts, Flags, Counts, Counts]]:
-        """Yields GPUs and layers whose experts are in RAM: (gpu, flags by layer, start, end). These are the flagged
-        layers in [start, end). `start` and `end` are tables by stage."""
+        """Yields (GPU, flags by layer, start, end). Experts of the flagged layers in [start, end) are in RAM. `start`
+        and `end` are tables by stage."""
         for device, begin, until, moe_end in islice(self.parts(), 1, None):
             for layers, end in ((self.moe.fixed, until), (self.moe.open, moe_end)):
                 if layers.any():
@@ -120,7 +118,7 @@ class Division:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceNeeds:
-    """Bytes that every possible stage needs on a device. Experts of layers in `MoeLayers.fixed` are not included."""
+    """Bytes that every possible stage needs on a device."""
 
     # Missing bytes by start and end, if all experts except those in `MoeLayers.fixed` are on the device.
     excess: Table
@@ -144,8 +142,7 @@ def divide(
     apart: bool = False,
 ) -> Division:
     """Divides all `possible` stages among the worker's devices. If `apart` is set, experts of layers in `moe.open` go
-    to RAM until the stage fits on the first GPU. If the user set `gpu_layers`, the first GPU takes the layers that do
-    not fit on other GPUs."""
+    to RAM until the stage fits on the first GPU."""
     devices, borders = devices_of(worker), possible.diagonal()
     starts, ends = np.indices((len(borders), len(borders)))
     wanted = len(borders) if worker.gpu_layers is None else worker.gpu_layers
@@ -158,6 +155,7 @@ def divide(
         moe_end = np.minimum(moe_end, ends)
         moe_end = np.where(need.held_experts[moe_end] > need.held_experts[starts], moe_end, starts)
         freed = need.experts[moe_end] - need.experts[starts]
+        # If the user set `gpu_layers`, the first GPU takes the layers that do not fit on other GPUs.
         if index == 1 and worker.gpu_layers is not None:
             begin = np.minimum(least, bounds[-1])
         else:
@@ -170,8 +168,7 @@ def divide(
 
 def _allowed(worker: WorkerFacts, borders: Flags, index: int, begin: Counts) -> Counts:
     """Returns the first layer of device `index` in each stage: `begin`, or the nearest border that the user's placement
-    rules allow. Rules can place layers on earlier devices, which come before the border, or on this or later
-    devices."""
+    rules allow."""
     if not worker.placement.layers:
         return begin
     gpus, layers = [gpu.device for gpu in worker.gpus], len(borders) - 1

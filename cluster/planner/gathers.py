@@ -1,5 +1,5 @@
 """Predicts the time of gathers. In a gather, the members of a group exchange their parts of rows, so that every member
-has whole rows. The time depends on the latency of the slowest link and on the bytes on all links."""
+has whole rows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from llamaclust.cluster.planner.links import Links
 from llamaclust.model.groups.costs import GatherCost, GroupCosts
 
 GATHER_S = 35e-6
-"""Seconds of a gather in addition to the network time, because members are not ready at the same time, and rows are
-encrypted and copied. In groups of two on loopback, members wait 30 to 40 us (docs/internals/groups.md)."""
+"""Seconds of a gather in addition to the network time, measured on loopback (docs/internals/groups.md)."""
 HIDDEN_SHARE = 0.5
 """Maximum fraction of a prompt's bytes that can be sent while members compute other rows."""
 

@@ -25,7 +25,7 @@ class Link:
 
     @property
     def gather_s(self) -> float:
-        """Seconds of a message in a gather. The programs' time is left out, because members poll their sockets."""
+        """Seconds that a message takes in a gather, in which members poll their sockets."""
         return max(0.0, self.one_way_s - _PROGRAMS_S) if self.network_s is None else self.network_s
 
 
@@ -55,8 +55,7 @@ class Links:
         return [self.between(*pair) for pair in pairs]
 
     def estimated(self, pairs: Iterable[frozenset[str]]) -> Links:
-        """Returns these links and estimates for unmeasured links in `pairs`. An estimate is the sum of both workers'
-        parts (see `reaches`)."""
+        """Returns these links, and estimates for pairs without a measured link."""
         reaches = self.reaches({name for pair in self.measured for name in pair})
         known = (sorted(pair) for pair in pairs if pair <= reaches.keys())
         sums = {
@@ -68,8 +67,7 @@ class Links:
         return Links(sums | {**self.measured})
 
     def reaches(self, names: Collection[str]) -> dict[str, Link]:
-        """Divides link times into a part for each worker, by least squares. A link's time is about the sum of both
-        workers' parts. Link times then do not depend on the order of stages, which simplifies the search."""
+        """Divides link times into a part for each worker, by least squares."""
         pairs = [pair for pair in combinations(sorted(names), 2) if frozenset(pair) in self.measured]
         if not pairs:
             return dict.fromkeys(names, NO_REACH)

@@ -24,7 +24,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class StagePlace:
-    """Facts that determine the workspace of a stage, in addition to the model and the rows of a microbatch."""
+    """Facts that determine the workspace of a stage."""
 
     threads: int
     context_length: int
@@ -36,9 +36,9 @@ class StagePlace:
 
 
 Workspace = Callable[[StagePlace], int]
-"""Returns the maximum bytes of workspace of the stages that a `StagePlace` describes. Must cache its results."""
+"""Returns the bytes of workspace for a `StagePlace`. Must cache its results."""
 Rounding = Callable[[str], Counts | int]
-"""Returns the bytes that allocation in whole units adds to weights on the named device. Must cache its results."""
+"""Returns the bytes that rounding to allocation units adds to the weights on a device. Must cache its results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +86,14 @@ class MemoryModel:
         return self if stages is self.stages else replace(self, stages=stages, portion=portion)
 
     def workspace_bytes(self, worker: WorkerFacts, start: int, end: int, cpu_moe: Sequence[int] = ()) -> int:
-        """Returns the bytes of a stage's workspace, plus the bytes that allocation in whole units adds to its weights.
-        Experts in RAM (`cpu_moe`) are not included."""
+        """Returns the bytes of a stage's workspace, and of rounding its weights to allocation units. Experts in RAM
+        (`cpu_moe`) are not included."""
         whole, freed = self.request.rounding(worker.device), self._expert_rounding(worker)
         rounding = whole if isinstance(whole, int) else int(whole[start, end])
         return self._workspace_to(worker, end) + rounding - int(freed[list(cpu_moe)].sum())
 
     def workspace_of(self, held: Held) -> int:
-        """Returns the workspace of exactly this stage. `workspace_bytes` assumes the largest stage."""
+        """Returns the bytes of workspace of exactly this stage."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts or held.cpu_moe or device.device != "cpu":
             return self.parts(held, 0)["workspace"]
@@ -119,7 +119,7 @@ class MemoryModel:
 
     @property
     def max_drafted(self) -> int:
-        """Maximum number of drafted tokens in a step. It is 0 with recurrent states, which refused drafts change."""
+        """Maximum number of drafted tokens in a step. It is 0 for models with recurrent states."""
         if self.stages.state_bytes[0, self.stages.layers]:
             return 0
         window = self.kv_groups.window
@@ -240,8 +240,7 @@ class MemoryModel:
         return DeviceNeeds(excess, sums(freed * is_open)[0], sums(experts * is_open)[0])
 
     def division(self, worker: WorkerFacts, contexts: int) -> Division:
-        """Divides all stages among a worker's devices. Experts without a placement rule go to RAM if less memory is
-        missing then, or if the stage is then faster."""
+        """Divides all stages among a worker's devices. Experts may go to RAM where that fits better or is faster."""
         moe, possible = MoeLayers.of(worker.placement, self.stages.mixtures), self.stages.possible
 
         def needs(device: WorkerFacts) -> DeviceNeeds:

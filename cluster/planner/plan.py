@@ -41,7 +41,7 @@ class DevicePlan(HeldLayers):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan(HeldLayers):
-    """Layers of a worker, or its portion of a group's layers. Members of a group are consecutive in a plan."""
+    """The layers of one worker. A group member has a portion of the group's layers."""
 
     worker: str
     # Share of each group member in every layer, such as (2, 1). Empty: the worker holds the layers alone.

@@ -1,11 +1,8 @@
 """Assigns layers to workers and groups, and predicts the speed of the plan. All functions are pure.
 
-The objective `latency` minimizes the time of one request alone, with 512 prompt tokens and 128 answer tokens. The
-objective `throughput` minimizes the time of the slowest stage, including the head, for eight such requests at once. A
-plan is simpler if it has no groups or keeps the order of the cluster file. A simpler plan is preferred unless another
-plan is at least 2 % faster. Of equally fast plans, the one with fewer stages is chosen. KV memory holds four
-full-length sequences, or one if the plan is then at least 10 % faster. If any worker has no profile, all workers are
-assumed to be equally fast."""
+The objective `latency` minimizes the time of one request with 512 prompt tokens and 128 answer tokens. The objective
+`throughput` minimizes the time of the slowest stage for eight such requests at once. A plan without groups, or in the
+order of the cluster file, is preferred unless another plan is at least 2 % faster."""
 
 from __future__ import annotations
 

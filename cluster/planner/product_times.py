@@ -52,7 +52,7 @@ RATES: Final[Mapping[QuantType, TypeRates]] = {
     QuantType.MXFP4: TypeRates(1.9, 0.64),
 }
 _OTHER: Final = TypeRates(4.0, 0.12)
-"""Rates for types without a kernel. Models with such types are refused elsewhere."""
+"""Rates for types without a kernel."""
 
 
 @dataclass(frozen=True, slots=True)

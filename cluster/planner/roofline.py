@@ -13,10 +13,9 @@ from llamaclust.model.costs import LayerCost, ModelCosts, TypedWeights
 LAUNCHES_S: Final = 30e-6
 """Seconds to launch the kernels of a layer on a GPU. The value is assumed, not measured."""
 LAYER_S: Final = 60e-6
-"""Seconds of a layer on a processor in addition to its matrix products. Threads wait for each other, and small steps
-are inefficient."""
+"""Seconds of a layer on a processor in addition to its matrix products."""
 ROW_MACS: Final = 3000
-"""Other work than products, such as norms, counts as this number of 8-bit multiply-accumulates per channel of a row."""
+"""Work other than matrix products, in 8-bit multiply-accumulates per channel of a row."""
 _STATE_MACS: Final = 4
 """Number of 8-bit multiply-accumulates that take as long as one float multiply-accumulate on a state."""
 
@@ -37,7 +36,7 @@ class Roofline:
         return cls(limits.read_bytes_s, limits.int8_macs_s, products, row_s)
 
     def layer_s(self, layer: LayerCost, rows: int, sequences: int) -> float:
-        """Returns the seconds of a layer. Experts are estimated separately, because other limits apply to them."""
+        """Returns the seconds of a layer, including its experts."""
         return self._rest_s(layer, rows, sequences) + self.experts_s(layer, rows)
 
     def experts_s(self, layer: LayerCost, rows: int) -> float:

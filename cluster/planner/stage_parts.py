@@ -24,7 +24,7 @@ HeldOf = Callable[[str, StageCosts, Portion], tuple[Held, ...]]
 
 @dataclass(frozen=True, slots=True)
 class StageParts:
-    """The stage of a worker, or its portion of a group's stage. The devices of the worker compute one after another."""
+    """The layers that one worker computes, device by device."""
 
     worker: str
     parts: tuple[Held, ...]

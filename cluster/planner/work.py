@@ -12,8 +12,7 @@ TOGETHER: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A number of steps (`steps`) with `rows` rows each. The rows are tokens of one prompt, or one token of each of
-    `rows` sequences."""
+    """Several steps (`steps`) with `rows` rows each: tokens of one prompt, or one token of each sequence."""
 
     rows: int
     steps: float
@@ -50,10 +49,9 @@ def works_of(objective: str, prompt_tokens: int) -> tuple[Work, ...]:
 
 
 def _request(prompt_tokens: int, chunks: int) -> Work:
-    """Returns the workload of one request. The first chunk of the prompt takes the time of all stages. Each later chunk
-    adds the time of the slowest stage, because stages work at the same time."""
     rows = -(-prompt_tokens // chunks)
     chunk = Rows(rows, 1, is_prompt=True, concurrent=chunks > 1)
+    # Each later chunk adds only the time of the slowest stage, because stages work at the same time.
     behind = (Rows(rows, chunks - 1, is_prompt=True, concurrent=True),) if chunks > 1 else ()
     return Work(
         slowest=behind,

@@ -17,8 +17,7 @@ ROWS = 512
 
 
 def microbatch_rows(projector: Projector | None) -> int:
-    """Returns how many rows a microbatch must have room for, besides one row per sequence. Image rows that attend to
-    each other must be in one microbatch, so models with such rows need more."""
+    """Returns how many rows a microbatch must have room for, besides one row per sequence."""
     if projector is None or not projector.is_bidirectional:
         return ROWS
     return max(ROWS, min(projector.max_rows, MAX_BATCH_TOKENS // 2))
@@ -55,7 +54,7 @@ class Capacity:
         return max(self.rows, self.prefill_chunk or 0) + self.max_sequences
 
     def costs(self, model: Model, expert_shards: int = 1) -> ModelCosts:
-        """Returns the model's costs, including an MTP head if `mtp` is set. Raises UsageError if it has no MTP head."""
+        """Returns the model's costs, with its MTP head if `mtp` is set. Raises UsageError if that head is missing."""
         costs = model.costs(self.kv_type, expert_shards)
         return with_nextn(model, costs, self.kv_type) if self.mtp and expert_shards == 1 else costs
 

@@ -30,7 +30,7 @@ def check_size(tokens: int) -> None:
 
 class BreakerTokens:
     """Finds the token sequences whose text contains a given string. Not thread-safe. The first search indexes the
-    vocabulary, which takes about a second for 262,144 tokens. Later searches take about a millisecond."""
+    vocabulary, which takes about a second for 262,144 tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -55,8 +55,7 @@ class BreakerTokens:
         return TokenIndex([self._tokenizer.token_bytes(token) for token in range(self._tokenizer.vocabulary_size)])
 
     def _find(self, text: str) -> tuple[tuple[int, ...], ...]:
-        """Returns the token sequences that can write `text`. A token that contains `text` is a sequence of its own. A
-        token that ends with the first bytes of `text` is followed by the tokens of the remaining bytes."""
+        """Returns the token sequences that can write `text`."""
         whole = text.encode("utf-8", "surrogatepass")
         found: list[tuple[int, ...]] = [(token,) for token in self._index.containing(whole)]
         containing, tokens = {token for (token,) in found}, len(found)
@@ -77,8 +76,7 @@ class BreakerTokens:
 
 
 class SeenBreakers:
-    """Selects the DRY sequence breakers that the next token could complete. All tokens of such a breaker, except the
-    last, have occurred in the text, in any order. Adding tokens takes time linear in the length of the breakers."""
+    """Selects the DRY sequence breakers that the next token could complete."""
 
     __slots__ = ("_by_head", "_found", "_seen", "_sequences", "_waiting")
 
@@ -99,7 +97,7 @@ class SeenBreakers:
         return self._sequences
 
     def with_tokens(self, tokens: Iterable[int]) -> tuple[tuple[int, ...], ...]:
-        """Returns the value that `sequences` would have after `add` was called for all `tokens`. Adds no token."""
+        """Returns the value that `sequences` would have after `add` was called for all `tokens`."""
         if not self._by_head or self._seen.issuperset(tokens):
             return self.sequences
         more = copy(self)

@@ -11,10 +11,9 @@ from heapq import nsmallest
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 
 _LARGE_GRAMMAR = 1 << 12
-"""Number of characters above which a grammar is large. The last stage makes one matcher at a time, and making a matcher
-for a large grammar can take tens of milliseconds."""
+"""Number of characters above which a grammar is large."""
 _MOST_MATCHERS = 2
-"""Maximum number of large grammars per owner that wait for a matcher at the same time. Two keep the last stage busy."""
+"""Maximum number of large grammars per owner that wait for a matcher at the same time."""
 
 
 def turn_of(sequence: Sequence) -> str:
@@ -71,8 +70,7 @@ def gives_way(running: Reversible[Sequence], counts: Running) -> Sequence:
 
 
 def takes_turn(sequence: Sequence, running: Reversible[Sequence], counts: Running) -> bool:
-    """Returns True if a running sequence must be preempted so that `sequence` gets its place. The owner or the request
-    of `sequence` must run nothing. The owner or request that loses a sequence must run several."""
+    """Returns True if a running sequence must be preempted so that `sequence` gets its place."""
     if not running:
         return False
     owner, request = counts.rank(sequence)

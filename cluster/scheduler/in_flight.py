@@ -14,8 +14,7 @@ from llamaclust.core.sampler.tasks import SampleTask
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
 
 _DEFERRED_S = 90.0
-"""Maximum seconds for which the last stage may defer a row because its matcher is not ready. The stage itself gives up
-on a matcher after 60 s."""
+"""Maximum seconds for which the last stage may defer a row because its matcher is not ready."""
 
 
 @dataclass(slots=True)

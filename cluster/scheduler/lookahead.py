@@ -1,21 +1,15 @@
 """Decides how many lookahead steps are sent. A lookahead step is a decode step that is sent before its input tokens are
-known.
-
-Stages compute lookahead steps while results are on their way to the coordinator. A worker that holds the whole model
-receives several short steps together and sends their results together. Coordinator and worker then wake up less often,
-which leaves the cores to computation."""
+known. Stages compute it while results are on their way to the coordinator."""
 
 from __future__ import annotations
 
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _WORTH_HIDING = 0.02
-"""Lookahead is used if links and the coordinator take more than this share of the stages' time. Lookahead delays new
-requests, so it must save enough time."""
+"""Lookahead is used if links and the coordinator take more than this share of the stages' time."""
 
 _MOST_NS = 20e6
-"""Maximum total nanoseconds of lookahead steps in flight. New requests wait for these steps, and steps in flight are
-wasted when an answer ends."""
+"""Maximum total nanoseconds of lookahead steps in flight, for which new requests wait."""
 
 _SHORTEST_NS = 1e6
 
@@ -42,8 +36,7 @@ class Lookahead:
 
     def steps(self, under_way: int, *, several: bool) -> int:
         """Returns how many tokens of a sequence may be unknown when its next step is sent, or 0 to send no step.
-        `under_way` is the number of steps in flight. If `several` is set, sending stops when more than `most_steps` are
-        in flight, and begins again when about half of them have returned."""
+        `under_way` is the number of steps in flight. If `several` is false, the result is at most 1."""
         most = self.most_steps if several else 1
         if under_way <= (most + 1) // 2:
             self._is_filling = True

@@ -1,8 +1,5 @@
-"""Decides which sequences with slow grammar matchers get rows in the next microbatch.
-
-The last stage runs the matchers of a microbatch one after another before it answers. A slow matcher therefore delays
-the tokens of all other sequences. All slow matchers in flight share a limited time. Owners take turns, then requests of
-an owner, then sequences of a request. Sequences that wait are not scheduled, so no row is computed twice."""
+"""Decides which sequences with slow grammar matchers get rows in the next microbatch. The last stage runs matchers one
+after another, so all slow matchers in flight share a limited time. Owners take turns."""
 
 from __future__ import annotations
 
@@ -20,13 +17,12 @@ if TYPE_CHECKING:
     from llamaclust.cluster.scheduler.sequences import Sequence
 
 _LEAST_NS = 50_000_000
-"""The total CPU time of slow matchers in flight may always reach this number of nanoseconds."""
+"""Total CPU time in nanoseconds that slow matchers in flight may always take."""
 _LONGER = 0.25
 """Limit for the total CPU time of slow matchers in flight, as a share of a decode microbatch's time. The limit is at
 least `_LEAST_NS` and at most `_MOST_NS`."""
 _MOST_NS = 400_000_000
-"""Maximum total nanoseconds of CPU time for slow matchers in flight. This limit replaces the share if all running
-sequences have slow matchers and the same owner."""
+"""Maximum total nanoseconds of CPU time for slow matchers in flight."""
 _NEXT_ROWS = 1 + MAX_FORCED_TOKENS
 """A sequence is held back only if it has at most this number of rows left. With more, it is in prefill."""
 
@@ -38,8 +34,7 @@ class MatcherTurns:
         self._next: list[Sequence] = []  # Sequences with slow matchers that may run next, in order.
 
     def held(self, running: Items[Sequence]) -> frozenset[Sequence]:
-        """Returns the sequences with slow matchers that get no rows in the next microbatch. At least one sequence with
-        a slow matcher is in flight or gets rows."""
+        """Returns the sequences with slow matchers that get no rows in the next microbatch."""
         slow = [sequence for sequence in running if sequence.matcher.is_slow]
         self._next = []
         if len(slow) < 2:

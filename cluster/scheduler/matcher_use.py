@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llamaclust.core.sampler.results import RowResult
 
 _SLOW_NS = 5_000_000
-"""Minimum nanoseconds of processor time per step at which a matcher counts as slow. Large JSON schemas need less."""
+"""Minimum nanoseconds of processor time per step at which a matcher counts as slow."""
 
 
 @dataclass(slots=True)

@@ -1,11 +1,8 @@
 """Decides into how many microbatches, called groups, the decoding sequences are split. Several groups let stages work
-at the same time.
+at the same time, but each stage reads all of its weights for each group.
 
-Each stage reads all of its weights for each microbatch. Two microbatches of n / 2 sequences therefore take longer than
-one microbatch of n sequences. Several groups pay only if stages would otherwise wait for each other. Let t_i(rows) be
-the time of stage i, and `transit` the time on links and in the coordinator. Each sequence gets one token per
-cycle(groups) = max(sum_i t_i(n / groups) + transit, groups * max_i t_i(n / groups)). The first term is the time of one
-microbatch through all stages. The second term is the time of all microbatches on the slowest stage."""
+Each sequence gets one token per cycle(groups) = max(sum_i t_i(n / groups) + transit, groups * max_i t_i(n / groups)),
+where t_i(rows) is the time of stage i, and `transit` the time on links and in the coordinator."""
 
 from __future__ import annotations
 
@@ -15,8 +12,7 @@ _MARGIN = 0.05
 
 _DECIDE_EVERY = 16
 _RETRY_EVERY = 4096
-"""The number of groups is decided again every `_DECIDE_EVERY` decode microbatches. While one group is used, several
-groups are tried again every `_RETRY_EVERY` microbatches."""
+"""Number of decode microbatches after which several groups are tried again, if only one group is used."""
 
 
 def cycle_ns(stage_ns: list[float], groups: int, transit_ns: float) -> float:

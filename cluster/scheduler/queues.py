@@ -111,7 +111,7 @@ class SequenceQueues:
         return True
 
     def give_turn(self) -> None:
-        """Preempts a running sequence if the next waiting sequence lacks a place or memory, and `takes_turn` allows it.
+        """Preempts a running sequence if the next waiting sequence cannot start otherwise, and `takes_turn` allows it.
         Must not be called while a microbatch is being made."""
         if not self.waiting or not (waiting := startable(self.waiting, self.running)):
             return
@@ -135,8 +135,7 @@ class SequenceQueues:
         self._start(sequence)
 
     def shortest(self, prefilling: list[Sequence]) -> Sequence | None:
-        """Returns a sequence to prefill before the oldest one, or None. Prefers owners with few running sequences, then
-        requests with few, and then sequences with few rows left. Starts the sequence if it waits."""
+        """Returns a short sequence to prefill before the oldest one, or None. Starts the sequence if it waits."""
         if not prefilling:
             return None
         running = Running.of(self.running)
@@ -219,6 +218,7 @@ class SequenceQueues:
         self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
+        # Microbatches in flight may still read the blocks, but stages run later microbatches after them.
         self.memory.release(sequence)
         if sequence.matcher.is_started:
             sequence.matcher.is_started = False

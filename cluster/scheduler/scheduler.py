@@ -1,8 +1,4 @@
-"""Decides what the stages compute next: continuous batching, chunked prefill, preemption. Reads no clock.
-
-The blocks of a sequence are released as soon as it finishes, is aborted or is preempted. Microbatches in flight may
-still read these blocks. That is safe, because stages run microbatches in order, and another sequence writes to these
-blocks only in a later microbatch."""
+"""Decides what the stages compute next: continuous batching, chunked prefill, preemption. Reads no clock."""
 
 from __future__ import annotations
 
@@ -44,8 +40,7 @@ from llamaclust.wire.microbatch.messages import Result
 _VISIBLE_WAITING = 8
 
 _SHARED, _SHARED_ROWS = 4, 32
-"""Limits while another pipeline uses the same workers. A prefill chunk then gets a fourth of its time limit and at most
-32 rows. Only one chunk is in flight, because it may delay the other pipeline's decode steps."""
+"""Divisor of the prefill time limit, and maximum rows of a chunk, while another pipeline uses the same workers."""
 
 _by_remaining = attrgetter("remaining")
 _by_arrival = attrgetter("key")
@@ -334,10 +329,8 @@ class Scheduler:
     # -- prefill ---------------------------------------------------------------------------------------------------
 
     def _prefill_slices(self, ready: list[Sequence], now_ns: int) -> list[SequenceSlice]:
-        """Returns the prompt slices of a microbatch. Half of the rows go to the sequences with the fewest rows left, so
-        that short prompts do not wait. The rest go by order of arrival, so that the oldest prompt makes progress. All
-        rows go by order of arrival if prompts must be computed as a whole, or if the oldest prompt continues with image
-        rows that attend to each other."""
+        """Returns the prompt slices of a microbatch. Half of the rows go to the sequences with the fewest rows left,
+        and the rest go by order of arrival."""
         prefilling = self.queues.prefilling
         if not prefilling and not self.queues.can_start:
             return []

@@ -1,4 +1,4 @@
-"""A sequence is one request on a pipeline. Its tokens and Mirostat's mu are enough to compute it again."""
+"""A sequence is one request on a pipeline."""
 
 from __future__ import annotations
 
@@ -115,14 +115,13 @@ class Sequence:
         return self.phase is _DECODE and self.scheduled < len(self.tokens)
 
     def has_prompt_of(self, request: GenerationRequest) -> bool:
-        """True if the request is another choice of the same API request, so that KV blocks have equal keys."""
+        """True if the request is another choice of the same API request, so that both can share KV blocks."""
         own = self.request
         is_same = own.prompt is request.prompt and own.images is request.images
         return is_same and (own.cache_salt, own.adapters) == (request.cache_salt, request.adapters)
 
     def may_go_ahead(self, most: int) -> bool:
-        """True if the next row can be sent before its token is known. Up to `most` tokens may be unknown, the row's own
-        token included. With a matcher, or with samplers that look at earlier tokens, at most one may be unknown."""
+        """True if the next row can be sent before its token is known. Up to `most` tokens may be unknown."""
         most = 0 if self.matcher.is_slow else most if self.sampler.is_plain else 1
         if not 0 < self.sampling <= most or self.request.params.needs_state:
             return False
@@ -140,7 +139,7 @@ class Sequence:
 
     @property
     def may_draft_further(self) -> bool:
-        """True if more drafts may follow the drafts in flight. Sampling must not need earlier tokens or a matcher."""
+        """True if more drafts may follow the drafts in flight."""
         ahead = self.drafting.ahead
         return self.samples_alone and bool(ahead) and self.may_draft and self.left > len(ahead) + 1
 
@@ -150,7 +149,7 @@ class Sequence:
 
     @property
     def expects_forced(self) -> bool:
-        """True if the grammar forced a token recently. A lookahead row would be wasted if another token is forced."""
+        """True if the grammar forced a token recently, so that it may force the next token too."""
         return self.request.needs_matcher and self.drafting.expects_forced(self.generated)
 
     @property
@@ -180,8 +179,7 @@ class Sequence:
 
     @property
     def settled(self) -> int:
-        """First row that may be computed again, if drafts in flight are refused. With recurrent states, this can be an
-        earlier row than the first drafted row."""
+        """First row that may be computed again, if drafts in flight are refused."""
         ahead = self.drafting.ahead
         return self.computed if ahead and self.kv.states.is_begun else self.scheduled - len(ahead)
 

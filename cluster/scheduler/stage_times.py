@@ -44,8 +44,8 @@ class Curve:
             self._points[bucket] = (point[0] + 0.25 * (rows - point[0]), moved(point[1], ns))
 
     def extended(self, other: Curve) -> Curve:
-        """Returns this curve, extended with the points of `other` that have more rows. Omits stale points except the
-        first point, so that a time that was too long by chance is measured again."""
+        """Returns this curve, extended with the points of `other` that have more rows."""
+        # Stale points are omitted, so that a time that was too long by chance is measured again.
         curve, first, oldest = Curve(), min(self._points, default=0), self._learned - _FRESH
         own = {bucket: p for bucket, p in self._points.items() if bucket == first or self._learned_at[bucket] > oldest}
         if own:
@@ -154,8 +154,7 @@ class StageTimes:
 
     @property
     def in_flight(self) -> int:
-        """Number of microbatches that keeps all stages busy: the cycle time divided by the slowest stage's time,
-        rounded up. It is at least `stages` and at most 2 * `stages` + 1."""
+        """Number of microbatches that keeps all stages busy."""
         if self._recent_ns is None:
             return self.stages + 1
         slowest = max(*self._recent_ns, 1.0)

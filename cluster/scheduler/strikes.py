@@ -1,14 +1,8 @@
-"""Finds requests that make a pipeline fail. A suspected request is isolated: it is computed alone.
+"""Finds requests that make a pipeline fail.
 
-A pipeline also fails for other reasons, at worst once per second. Therefore a failure is evidence against a request
-only if its *suspected rows* were in flight. These rows were in flight at an earlier failure and were not computed
-since. A request that really breaks the pipeline does so at one row, which stays suspected.
-
-After a failure with suspected rows in flight, the request is isolated, and a few of these rows are computed at a time.
-If they do not fail, the request is cleared. It fails after four failures in isolation. Let a few rows take w seconds,
-and let workers be lost for other reasons r times per second. A failure by chance then has the probability r * w, about
-0.02 for SmolLM2 and one loss per second. The first of the four failures only narrows the suspected rows, so a harmless
-request fails with a probability of at most (r * w) ** 3."""
+Rows that were in flight at a failure, and were not computed since, are suspected. If the pipeline fails again with
+suspected rows of a request in flight, the request is isolated: it is computed alone, a few suspected rows at a time. If
+they do not fail, the request is cleared. It fails after four failures in isolation."""
 
 from __future__ import annotations
 
@@ -19,11 +13,13 @@ from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 
 _ISOLATED = 2
-"""Number of strikes from which a request is isolated. One is not enough, because requests are seldom the cause."""
+"""Number of strikes from which a request is isolated."""
+# A few rows take about 0.02 s (SmolLM2). If workers are lost for other reasons once per second, a harmless request
+# fails with a probability of at most 0.02 ** 3, because the first of the four failures only narrows its rows.
 MAX_STRIKES = 6
 """Number of strikes at which a request fails. Strikes above `_ISOLATED` count only while the request is isolated."""
 _PROBED_ROWS = 8
-"""Number of suspected rows in a microbatch. They take about as long as one row, because the weights are read once."""
+"""Number of suspected rows in a microbatch."""
 _MOST_SUSPECTED = 3
 
 
@@ -88,7 +84,7 @@ class Strikes:
 
     @property
     def isolated(self) -> Sequence | None:
-        """The sequence to isolate next. Prefers few interruptions by other failures, and then many strikes."""
+        """The sequence to compute alone next, or None."""
         record = self._isolated
         return None if record is None else record.sequence
 
@@ -98,8 +94,7 @@ class Strikes:
         return None if self._is_paused else max(found, key=lambda r: (-r.interrupted, r.strikes), default=None)
 
     def rows(self, isolated: Sequence) -> int:
-        """Returns how many rows of the isolated sequence are computed next: all rows before its suspected rows, or a
-        few of the suspected rows."""
+        """Returns how many rows of the isolated sequence are computed next."""
         scheduled = isolated.scheduled
         ahead = [each.start - scheduled for each in self._records[isolated.key].suspected if each.end > scheduled]
         to_suspected = min(ahead, default=0)

@@ -27,19 +27,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """A model with its configuration. `model` has the cluster file's adapters. `adapted` and `adapters` also have the
-    adapters that clients loaded before the coordinator was restarted."""
+    """A model with its configuration, and with the adapters that clients loaded before a restart."""
 
     config: ClusterConfig
-    model: Model
-    adapted: Model
+    model: Model  # With the adapters of the cluster file.
+    adapted: Model  # With the adapters of the cluster file and of clients.
     adapters: ServedAdapters
 
     @classmethod
     async def restore(
         cls, config: ClusterConfig, model: Model, record: AdapterRecord, *, names: set[str], report: Report
     ) -> OpenedModel:
-        """Opens the recorded adapters. Skips and reports each whose file has changed or whose name is in `names`."""
+        """Opens the recorded adapters. Skips adapters whose file has changed or whose name is in `names`."""
         first = [ServedAdapter(adapter.name, str(adapter.path), adapter.scale) for adapter in config.adapters]
         adapters, adapted = ServedAdapters(first), model
         folder = config.api.adapter_folder

@@ -166,8 +166,7 @@ async def _measured(
     of_rows: int,
 ) -> MeasureLinks | None:
     """Measures workers and links for the planners. Returns a function that measures links again, or None if links are
-    not measured. Reserves `unused_bytes` of this machine's free memory for a draft model, and `of_rows` bytes for image
-    embeddings."""
+    not measured."""
     workers = registry.present
     for planner in planners:
         if not (folder.has_requests and planner.profiles.estimate(workers)):
@@ -177,6 +176,7 @@ async def _measured(
     meter = link_meter(first.config, first.profiles.of(workers), launcher, folder, report)
     links = None if meter is None else await meter(registry.present)
     for planner in planners:
+        # A draft model may take `unused_bytes`, and image embeddings `of_rows` bytes.
         planner.free_bytes = None if free_bytes is None else max(0, free_bytes - unused_bytes - of_rows)
         planner.row_bytes = of_rows
         if links is not None:
@@ -187,8 +187,7 @@ async def _measured(
 async def _choose_images(
     planners: Sequence[ClusterPlanner], workers: Mapping[str, WorkerHandle], report: Report
 ) -> None:
-    """Decides which models read images. A model reads images if the user chose its projector, or if its image encoder
-    fits into the workers' memory. If no model reads images, frees the memory reserved for image embeddings."""
+    """Lets models read images if their image encoder fits into memory, or if the user chose their projector."""
     for planner in planners:
         if planner.config.mmproj is not None or not planner.reads_images:
             continue

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 _MORE_REQUESTS = 64
-"""HTTP requests allowed per model beyond running and waiting ones: requests being read, refused or answered."""
+"""Number of HTTP requests per model that are allowed in addition to running and waiting requests."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,11 +30,11 @@ def counters_of(handle: WorkerHandle, model_id: str) -> GroupCounters | None:
 def _group(
     order: Load, counters: Mapping[str, GroupCounters | None], predicted: StagePrediction | None
 ) -> dict[str, Any]:
-    """Formats a group, mostly with values that its leader measured. A member's `waited_for_s` is the time that the
-    other members waited for it in exchanges. The member with the largest value is probably slow."""
+    """Formats a group, mostly with values that its leader measured."""
     assert order.group is not None, "the order of a leader"
     members = order.group.members
     all_counters = [counted for member in members if (counted := counters.get(member.worker)) is not None]
+    # Seconds that the other members waited for each member in exchanges.
     waited_for_s = [
         sum(counted.waited_for_s[place] for counted in all_counters if place < len(counted.waited_for_s))
         for place in range(len(members))

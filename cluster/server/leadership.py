@@ -22,8 +22,7 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def leading(lease: Lease, port: ApiPort, settings: ApiSettings, report: Report) -> Iterator[bool]:
-    """Waits for the Lease and holds it while the context is open. Yields False if a signal ended the wait. If the Lease
-    is lost, the process exits at once, because another coordinator may have taken the Lease."""
+    """Holds the Lease while the context is open. Yields False if a signal ended the wait for the Lease."""
 
     def lost(reason: str) -> None:
         _log.error("this coordinator ends, because it has lost the Lease %s: %s", lease.name, reason)

@@ -85,7 +85,7 @@ async def measure_workers(
 
 
 async def _no_shortfall() -> None:
-    """Reports no shortfall. The launcher of local workers ignores this, because it waits for all workers."""
+    """Reports no shortfall, because the launcher of local workers waits for all workers."""
 
 
 async def _measured(

@@ -57,13 +57,10 @@ _log = logging.getLogger(__name__)
 
 
 def serve(config: ClusterConfig, model_paths: Sequence[Path], report: Report, *, is_standby: bool = False) -> int:
-    """Runs a cluster until SIGINT, SIGTERM or SIGHUP. Running requests are finished, unless a second signal comes.
-
-    A standby waits until the coordinator of the same name ends, and then serves. If a signal stopped that coordinator,
-    the standby ends instead. With a Lease, each coordinator waits for the Lease, and then continues the requests of the
-    last holder. Returns 128 + SIGINT if SIGINT interrupted the start, and 0 otherwise. Raises UsageError if the name or
-    port is taken or the API keys are invalid, and the errors of `open_cluster`.
-    """
+    """Runs a cluster until SIGINT, SIGTERM or SIGHUP. Running requests are finished, unless a second signal comes. A
+    standby first waits until the coordinator of the same name ends. Returns 128 + SIGINT if SIGINT interrupted the
+    start, and 0 otherwise. Raises UsageError if the name or port is taken or the API keys are invalid, and the errors
+    of `open_cluster`."""
     folder = ClusterDir(config.state_dir / config.name)
     settings, telemetry = api_settings(config), resolve_telemetry(config)
     if config.lease is not None:

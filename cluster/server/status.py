@@ -33,9 +33,7 @@ _MOST_LISTED = 64
 
 
 def cluster_status(cluster: Cluster, record: ClusterRecord, served: ServedModel | None = None) -> dict[str, Any]:
-    """Returns the status of a model (default: the first). `status` describes the workers. `plan` has predictions, or is
-    null before the first load. `stages` has measured values. `links` lists the links that a token passes, and
-    `sequences` the running and waiting sequences."""
+    """Returns the status of a cluster and of one of its models (default: the first)."""
     served = served or cluster.models[0]
     engine, plan = served.engine, served.plan
     sequences = [sequence for scheduler in engine.schedulers for sequence in scheduler.sequences]

@@ -1,4 +1,4 @@
-"""Collects Prometheus metrics of workers from their last heartbeats. Metrics of stages are in the engine."""
+"""Collects Prometheus metrics of workers from their last heartbeats."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _GROUP_COUNTERS = {
 
 
 class WorkerMetrics(Collector):
-    """Collects the workers' metrics. A counter starts at 0 when its worker starts again, as Prometheus expects."""
+    """Collects the workers' metrics. A counter starts at 0 when its worker starts again."""
 
     def __init__(
         self, workers: Callable[[], Mapping[str, WorkerHandle]], models: Callable[[], Mapping[str, str]]

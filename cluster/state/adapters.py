@@ -119,8 +119,7 @@ class ServedAdapters:
         self._uses.subtract(number for number, _ in scales)
 
     def marks(self, numbers: Collection[int]) -> tuple[str, ...]:
-        """Returns a text with number, file digest and name for each adapter in `numbers` that a client loaded. A
-        restarted coordinator restores a request only if its adapters have the same marks as before."""
+        """Returns a text with number, file digest and name for each adapter in `numbers` that a client loaded."""
         return tuple(
             f"{number} {adapter.content} {adapter.name}" for number, adapter in self.loaded if number in numbers
         )
@@ -152,7 +151,7 @@ class AdapterRecord:
         self._absent.setdefault(model, []).append((number, adapter))
 
     async def remove(self, model: str, name: str) -> bool:
-        """Removes an adapter that `keep` has kept, or returns False. Raises LlamaclustError if writing fails."""
+        """Removes an adapter that `keep` recorded, or returns False. Raises LlamaclustError if writing fails."""
         absent = self._absent.get(model, [])
         left = [(number, adapter) for number, adapter in absent if adapter.name != name]
         if len(left) == len(absent):

@@ -23,8 +23,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NamedKey:
-    """An API key in lines [start, end) of the key file. Its name is the comment above it. If there is no
-    comment, its number is its name."""
+    """An API key in lines [start, end) of the key file. Its name is the comment above it, or else its number."""
 
     name: str
     key: str = field(repr=False)

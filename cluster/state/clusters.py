@@ -21,8 +21,8 @@ def recorded_clusters(state_dir: Path) -> list[ClusterRecord]:
 
 
 def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, ClusterRecord]:
-    """Returns the cluster `name`. If `name` is None, returns the only running cluster. Raises UsageError if no such
-    cluster is running, or if `name` is None and several clusters are running."""
+    """Returns the running cluster `name`, or the only running cluster if `name` is None. Raises UsageError if there is
+    none, or if `name` is None and there are several."""
     running = running_clusters(state_dir)
     if name is None and len(running) == 1:
         name = next(iter(running))

@@ -17,7 +17,7 @@ from llamaclust.core.epochs import MAX_TERM, epoch_number
 from llamaclust.core.errors import LlamaclustError, SupersededError
 
 _MAX_EXCEEDED = MAX_TERM >> 1
-"""Maximum term that a worker can report. A larger term is reduced to it, so that no worker can use up all terms."""
+"""Maximum term that a worker's report can set, so that no worker can use up all terms."""
 _log = logging.getLogger(__name__)
 
 
@@ -32,8 +32,8 @@ _WRITTEN = TypeAdapter(_Written)
 
 @dataclass(slots=True)
 class ControlRecord:
-    """A coordinator's term and drained workers. Methods that change either return when the change is on disk, and raise
-    SupersededError if a newer coordinator has written the file. If `path` is None, nothing is written."""
+    """A coordinator's term and drained workers. Changes are written to `path`, unless it is None. Methods raise
+    SupersededError if a newer coordinator has written the file."""
 
     path: Path | None = None
     term: int = 0
@@ -67,10 +67,9 @@ class ControlRecord:
         return epoch_number(self.term, self._epochs)
 
     async def admits(self, seen_term: int) -> bool:
-        """Returns False if a worker's `seen_term` is larger than this coordinator's term, which means that a newer
-        coordinator exists. Before its first epoch, this coordinator instead sets its term above `seen_term` and returns
-        True, because the record of the last coordinator must have been lost."""
+        """Returns False if a worker has seen a larger term, which means that a newer coordinator exists."""
         seen_term = min(seen_term, _MAX_EXCEEDED)
+        # The record of the last coordinator was lost. Before its first epoch, this coordinator can take a larger term.
         if seen_term and seen_term >= self.term and not self._epochs:
             self.term = seen_term + 1
         if (term := max(self.term, seen_term)) > self._written_term:

@@ -138,8 +138,7 @@ class ClusterDir:
     @contextlib.contextmanager
     def locked(self, *, is_standby: bool = False) -> Iterator[bool]:
         """Locks the cluster's name and yields True. Raises UsageError if another process holds the lock. A standby
-        waits for the lock instead. Yields False if the last holder was stopped by SIGINT, SIGTERM, SIGHUP or
-        `llamaclust down`. The standby must not serve then."""
+        waits for the lock instead, and yields False if a signal or `llamaclust down` stopped the last holder."""
         self.create()
         lock, is_stopped = FileLock(self._lock), False
         if is_standby:

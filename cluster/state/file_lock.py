@@ -1,5 +1,4 @@
-"""Locks a file between processes. The kernel releases a lock when the process that holds it ends. The `filelock`
-package is not used: it cannot check a lock without taking it, and does not notice when a lock file is deleted."""
+"""Locks a file between processes. The kernel releases a lock when the process that holds it ends."""
 
 from __future__ import annotations
 
@@ -11,6 +10,7 @@ from llamaclust.core.errors import UsageError
 from llamaclust.core.regular_file import take_lock
 
 
+# The `filelock` package cannot check a lock without taking it, and does not notice when a lock file is deleted.
 class FileLock:
     def __init__(self, path: Path) -> None:
         self._path = path

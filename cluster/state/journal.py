@@ -30,7 +30,7 @@ from llamaclust.core.sampler.results import RowResult
 _PAUSE_S = 0.02
 """Minimum time between the starts of two writes. All admissions within this time share one write."""
 _LATER_S = 0.1
-"""Seconds until lines other than admissions are written, unless a write for an admission comes earlier."""
+"""Maximum seconds until lines other than admissions are written."""
 _RETRY_S = 5.0
 _ENDED_BYTES = 4 << 20
 _SENT_BYTES = 16 << 20
@@ -85,7 +85,7 @@ class Journal:
         self._add(Change.answered(request_id, choice, start, rows))
 
     async def begin_restored(self, times: Mapping[str, int]) -> None:
-        """Records the number of restarts of each request that gave no new token. Returns when the file is written."""
+        """Records how often each request was restarted without a new token. Returns when the file is written."""
         if not self._writer.is_sealed:
             self._without_progress.update(times)
             in_file: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -115,7 +115,7 @@ class Journal:
             self._steps.take(self._end_sent)
 
     def stop_in_order(self) -> None:
-        """Subtracts this run from the counts of `begin_restored`, because an orderly stop is not a failed attempt."""
+        """Subtracts 1 from the counts of `begin_restored`, because an orderly stop is not a failed attempt."""
         for request_id, times in self._without_progress.items():
             self._add(Change(request_id, restores=times - 1))
         self._without_progress.clear()
@@ -259,8 +259,7 @@ class _Writer:
             self._write_at(asyncio.get_running_loop().time() + _LATER_S)
 
     def write(self, lines: bytes, written: asyncio.Future[None], *, is_synced: bool) -> None:
-        """Adds lines. The future `written` ends when these and all earlier lines are written, after an fsync if
-        `is_synced` is true. It also ends if writing has failed."""
+        """Adds lines. The future `written` ends when all lines so far are written, or when writing has failed."""
         self._pending.append(lines)
         self._waiting.append(written)
         self._is_sync_due |= is_synced

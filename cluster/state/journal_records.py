@@ -25,13 +25,12 @@ from llamaclust.core.sampler.results import RowResult
 from llamaclust.core.this_machine import boot_s, machine_id
 
 _MAX_LINE_BYTES = 64 << 20
-"""Maximum number of bytes of a line, which is more than the largest request needs. A longer line counts as damaged, and
-is read in pieces to save memory."""
+"""Maximum number of bytes of a line. A longer line counts as damaged."""
 _ROW = Struct("<id")
-"""Binary format of a token id and its logprob. Decimal numbers would take several times as long to read."""
+"""Binary format of a token id and its logprob."""
 _CHECKSUM = b"%08x "
 _PART_BYTES = 3 << 15
-"""Number of bytes per call of base64, during which other threads cannot run. Multiples of 3 need no padding."""
+"""Number of bytes per call of base64. Multiples of 3 need no padding."""
 _BASE64 = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 
 _log = logging.getLogger(__name__)

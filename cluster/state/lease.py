@@ -1,6 +1,5 @@
-"""Uses a Kubernetes Lease as a lock, with the rules of Kubernetes' Go client. The clocks of machines are not compared.
-A candidate takes the Lease when it has seen no change of the Lease for the Lease's duration. A holder that cannot renew
-the Lease ends earlier, after two thirds of this duration."""
+"""Uses a Kubernetes Lease as a lock, with the rules of Kubernetes' Go client. A candidate takes the Lease when it has
+seen no change of the Lease for the Lease's duration, so the clocks of machines are not compared."""
 
 from __future__ import annotations
 

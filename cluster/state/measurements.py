@@ -1,4 +1,4 @@
-"""Stores measured speeds in a state directory. Stores the load of other programs during the measurements too."""
+"""Stores measured speeds, and the load of other programs during the measurements, in a state directory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CPU_TIMES = slice(11, 15)
 
 @dataclass(frozen=True, slots=True)
 class OtherLoad:
-    """Mean number of cores, out of `cores`, used by other programs (`others`) and other virtual machines (`stolen`)."""
+    """Mean number of the `cores` that other programs (`others`) and other virtual machines (`stolen`) used."""
 
     cores: int
     others: float

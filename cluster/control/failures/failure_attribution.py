@@ -12,10 +12,9 @@ from llamaclust.core.errors import LlamaclustError, WorkerError
 from llamaclust.wire.control.groups import GroupFault
 
 _ATTRIBUTION_S = 1.0
-"""Seconds to wait for a worker's loss to become known. The worker's streams break some time before."""
+"""Seconds to wait for a worker's loss to become known after its streams broke."""
 _REPORTS_S = 10.0
-"""Seconds to wait for further reports after a group member's first report. The first report may name the wrong worker,
-and other members notice the failure only when they next exchange results."""
+"""Seconds to wait for further reports after a group member's first report, which may name the wrong worker."""
 
 
 def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
@@ -25,8 +24,7 @@ def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
 
 
 def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | None:
-    """Returns the lost worker that another stage reported as unreachable, or else the worker that was lost first.
-    Returns None if no worker is lost."""
+    """Returns the lost worker that another stage could not reach, or else the worker that was lost first, or None."""
     unreachable = {worker.unreachable_peer(epoch).name for worker in workers}
     lost = (worker for worker in workers if worker.loss is not None)
     return min(
@@ -37,7 +35,7 @@ def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | No
 
 
 async def has_failed(epoch: int, workers: Sequence[WorkerHandle]) -> None:
-    """Waits until a worker is lost or a group member reports a failure. The pipeline's streams may still be open."""
+    """Waits until a worker is lost or a group member reports a failure."""
     signs: list[Awaitable[object]] = [worker.lost.wait() for worker in workers]
     for members in groups_of(epoch, workers):
         signs += [member.group_faults(epoch).reported.wait() for member in members]
@@ -53,8 +51,7 @@ async def has_failed(epoch: int, workers: Sequence[WorkerHandle]) -> None:
 async def attribute_failure(
     epoch: int, workers: Sequence[WorkerHandle], ended: LlamaclustError | None
 ) -> LlamaclustError:
-    """Returns the error of a worker whose loss becomes known within a second. If there is none, returns the fault that
-    group members report, or else an error that quotes `ended`, the error of a stream."""
+    """Returns an error that names the worker at fault if it becomes known, and otherwise quotes `ended`."""
     signs: list[asyncio.Task[bool]] = [asyncio.create_task(worker.lost.wait()) for worker in workers]
     signs += [asyncio.create_task(_is_partitioned(epoch, worker, workers)) for worker in workers]
     signs += [asyncio.create_task(_can_be_judged(epoch, group)) for group in groups_of(epoch, workers)]

@@ -1,5 +1,4 @@
-"""Decides which member caused a group's failure. Each member reports one fault. A report that another member closed its
-link is weak evidence, because that member may have closed the link after a third member failed."""
+"""Decides which member caused a group's failure, from the reports of its members."""
 
 from __future__ import annotations
 
@@ -8,12 +7,12 @@ from collections.abc import Mapping
 
 from llamaclust.wire.control.groups import GroupFault
 
+# A member that closed its link may have done so because a third member failed.
 _STRONGEST_FIRST = ("failed", "wrong", "late", "closed")
 
 
 def judge(reports: Mapping[str, GroupFault]) -> GroupFault | None:
-    """Returns the report of the strongest kind. Among such reports, prefers a report against the worker that most other
-    members accuse. If several are left, prefers a report against a worker that has sent no report."""
+    """Returns the report that most likely names the member at fault, or None if there are no reports."""
     accusers = Counter((fault.kind, fault.worker) for name, fault in reports.items() if fault.worker != name)
     return min(
         reports.values(),

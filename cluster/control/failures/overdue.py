@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from llamaclust.wire.control.messages import StageProgress
 
 _LOOK_S = 1.0
-"""Maximum seconds that one call of `waited_s` counts. Heartbeats trigger these calls at least this often."""
+"""Maximum seconds that one call of `OverdueResults.waited_s` adds to the waiting time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +19,7 @@ class Owed:
 
 
 def owing_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
-    """Returns the index of the stage that delays a microbatch: the last stage that received it. If the first stage
-    waits for sampled tokens, this is the last stage of the pipeline, which must send these tokens."""
+    """Returns the index of the stage that delays microbatch `number`."""
     last, first, stage = len(progress) - 1, progress[0], 0
     for place, at in enumerate(progress):
         if at is None:  # A stage without a report may have passed the microbatch on.
@@ -30,6 +29,7 @@ def owing_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
         stage = min(place + (at.sent > number), last)
         if at.sent <= number:
             break
+    # If the first stage waits for sampled tokens, the last stage must send them.
     return last if stage == 0 and first is not None and first.awaits_tokens else stage
 
 

@@ -1,9 +1,4 @@
-"""Excludes workers that failed repeatedly from plans for a time, unless the other workers do not suffice.
-
-A worker is excluded only after its second failure, because a request may have caused the first one. Each further
-failure doubles the time of the exclusion. If a request turns out to be the cause, all workers are released that had
-this request in flight at each of their failures.
-"""
+"""Excludes workers that failed repeatedly from plans for a time, unless the other workers do not suffice."""
 
 from __future__ import annotations
 
@@ -15,16 +10,16 @@ from llamaclust.core.backoff import Backoff
 _BACKOFF = Backoff(first_s=10.0, max_s=600.0)
 _RETRY = Backoff(first_s=0.25, max_s=5.0)
 _IGNORED = Backoff(first_s=60.0, max_s=3600.0)
-_FREE = 1
+_FREE = 1  # The first failure is free, because a request may have caused it.
 _REMEMBERED_S = 600.0
 _MOST_RECORDS = 1000
 _PAUSES_REMEMBERED = 10
-"""Failures are remembered for this multiple of an exclusion's length after its end, at least for `_REMEMBERED_S`."""
+"""Failures are remembered for this multiple of the exclusion's length, and at least for `_REMEMBERED_S`."""
 
 
 @dataclass(frozen=True, slots=True)
 class FailureRecord:
-    """Failures of a worker. Each request in `requests` was in flight at every failure, so it may be the cause."""
+    """Failures of a worker. The `requests` were in flight at every failure, so one of them may be the cause."""
 
     failures: int
     pause_s: float
@@ -36,8 +31,7 @@ class FailureRecord:
     retry_at_s: float = 0.0  # Earliest time to load a plan with this worker again.
 
     def failed_within(self, reason: str, requests: frozenset[int], now_s: float) -> FailureRecord:
-        """Records a failure of an excluded worker that plans use nevertheless. Each failure makes the pause before the
-        next load longer. The pause is short again if the worker ran for longer than the last pause."""
+        """Records another failure of a worker that plans use although it is excluded."""
         before = self.failures_within
         if before and now_s - self.retry_at_s > _RETRY.pause_s(before - 1):
             before = 0
@@ -85,7 +79,7 @@ class Quarantine:
         return replace(self, records={**records, name: record})
 
     def _kept(self, now_s: float) -> dict[str, FailureRecord]:
-        """Returns the newest unforgotten records. Workers may join with ever new names, so the number is limited."""
+        """Returns the newest records that are not forgotten yet."""
         kept = [(name, record) for name, record in self.records.items() if not record.is_forgotten(now_s)]
         return dict(kept[-(_MOST_RECORDS - 1) :])
 
@@ -96,8 +90,7 @@ class Quarantine:
         return self.release([name for name, record in self.records.items() if record.requests & requests])
 
     def exonerate_rows(self, key: int, now_s: float) -> Quarantine:
-        """Releases the workers that failed because of request `key`, which fails on every worker. Clients may send the
-        request again, so invalid results exclude no worker for a time. This time grows with each such request."""
+        """Releases the workers that failed because of request `key`, which fails on every worker."""
         released = self.exonerate(frozenset({key}))
         if len(released.records) == len(self.records):
             return self
@@ -110,8 +103,7 @@ class Quarantine:
         return frozenset(name for name, record in self.records.items() if record.end_s > now_s)
 
     def retry_at_s(self, names: Collection[str]) -> float:
-        """Returns the earliest time to load a plan with these workers. The wait keeps quick failures from using up the
-        retries of the requests."""
+        """Returns the earliest time to load a plan with these workers."""
         return max((self.records[name].retry_at_s for name in names if name in self.records), default=0.0)
 
     def worst_first(self, names: Collection[str]) -> list[str]:

@@ -48,8 +48,7 @@ class WorkerOperations:
 
     async def drain(self, name: str) -> None:
         """Moves a worker's layers to other workers, and waits until they are moved. Raises UsageError if no worker has
-        this name, InsufficientMemoryError or WorkerError if the other workers do not suffice for all awake models, and
-        WorkerError if the worker is undrained meanwhile."""
+        this name, and InsufficientMemoryError or WorkerError if the layers cannot move."""
         self._worker(name)
         undrained = self._undrained[name]
         excluded = self.drained | {name}

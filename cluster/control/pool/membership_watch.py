@@ -108,7 +108,7 @@ class MembershipWatch:
 
 
 def _computing(epoch: Epoch, stage: int) -> WorkerHandle:
-    """Returns the stage's member whose current step has taken longest. The group's other members wait for it."""
+    """Returns the stage's worker or, in a group, the member whose current step has taken longest."""
     members = [worker for worker in epoch.workers if epoch.stage_of(worker) == stage]
     return max(members, key=lambda worker: 0.0 if worker.heartbeat is None else worker.heartbeat.computing_s)
 

@@ -32,8 +32,7 @@ class RemoteKvDisks:
         return await self._least(SaveKv(self._epoch, joined(keys), tuple(blocks)), len(blocks))
 
     async def _least(self, request: FindKv | RestoreKv | SaveKv, most: int) -> int:
-        """Sends the request to all workers. Each answers with a number of blocks, and the smallest number is returned.
-        If some workers fail, raises one of their errors after all have answered, preferably a DeadlineError."""
+        """Sends the request to all workers, and returns the smallest number of blocks in their answers."""
 
         async def done(worker: WorkerHandle) -> int:
             limit = deadline(f"worker {worker.name}: reading or writing KV blocks on its disk (kv_disk)", _DISK_S)

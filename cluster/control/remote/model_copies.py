@@ -43,8 +43,7 @@ class OwnCopy:
 
 
 def chosen_manifest(found: Mapping[str, WeightsFound], own: FileManifest | None) -> FileManifest | None:
-    """Returns the manifest that most copies of the file have. Workers that share a copy count once. On a tie, the
-    coordinator's manifest wins, then the first worker's. Manifests of deleted copies count only if no copy is left."""
+    """Returns the manifest that most copies of the file have. On a tie, the coordinator's manifest wins."""
     known = {weights.manifest: weights.manifest_bytes for weights in found.values() if weights.manifest is not None}
     files = {
         weights.file or name: weights.manifest

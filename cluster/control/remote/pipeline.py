@@ -30,7 +30,7 @@ from llamaclust.wire.security.credentials import Credentials
 
 _OPEN_S = 30.0
 _WRITE_S = 20.0
-"""Maximum seconds for a write. Stages wait longer for inputs and for other stages (`wire.control.Deadlines`)."""
+"""Maximum seconds for a write to a stage."""
 
 
 class RemotePipeline:
@@ -89,7 +89,7 @@ class RemotePipeline:
         self._due_bytes: deque[int] = deque()  # Maximum result bytes of each microbatch in flight.
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
-        """Queues microbatches. The engine limits how many are in flight, and thereby the lengths of the send queues."""
+        """Queues microbatches for the first stage, and their sampling inputs for the last stage."""
         self._due_bytes.extend(map(_most_bytes, scheduled))
         self._microbatches.put(*(encode_hidden(encode_microbatch(each.microbatch)) for each in scheduled))
         self._inputs.put(*(encode_inputs(each.inputs) for each in scheduled))

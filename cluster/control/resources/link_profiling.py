@@ -46,7 +46,7 @@ Pair = tuple[str, str]
 
 
 def hops_matter(measured: Mapping[str, Profile]) -> bool:
-    """True if links within a machine should be measured: there are several workers, and all have step times."""
+    """True if links within a machine should be measured."""
     return len(measured) > 1 and all(profile.cpu.concurrent for profile in measured.values())
 
 
@@ -81,8 +81,7 @@ async def measure_links(
 
 
 def _wanted(keys: Mapping[Pair, str], names: Sequence[str]) -> list[Pair]:
-    """Lists the pairs to measure: all pairs if there are few machines, and otherwise neighbours and pairs with the
-    coordinator. Other links matter less, because plans mostly keep the workers' order."""
+    """Lists the pairs to measure: all, or only neighbours and the coordinator's pairs if there are many machines."""
     if len({key for pair, key in keys.items() if COORDINATOR in pair}) <= _MOST_MACHINES:
         return [*keys]
     neighbours = {frozenset(pair) for pair in pairwise([*names, *names[:1]])}
@@ -97,7 +96,7 @@ def _newest(known: Mapping[str, Link], used: Iterable[str]) -> dict[str, Link]:
 
 
 def _unreachable_by_others(addresses: Mapping[str, str]) -> dict[str, str]:
-    """Returns loopback addresses by worker. Other machines cannot reach them. Returns {} if all workers have one."""
+    """Returns the loopback addresses by worker, or {} if all workers have one."""
     hosts = {name: split_address(address)[0] for name, address in addresses.items() if not address.startswith("unix:")}
     loopback = {name: addresses[name] for name, host in hosts.items() if is_loopback(host)}
     return {} if len(loopback) == len(addresses) else loopback
@@ -128,10 +127,8 @@ def _disjoint(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
 
 
 class _Place(NamedTuple):
-    """The place of a worker in the network. Pods keep their host names, but not always their addresses."""
-
     machine: str
-    host: str
+    host: str  # Pods keep their host names, but not always their addresses.
     way: str = ""  # ", unix" for Unix sockets, or ", ADDRESS" if the host has several addresses.
 
     def text(self, fingerprint: str) -> str:
@@ -139,8 +136,7 @@ class _Place(NamedTuple):
 
 
 def _places(registered: Mapping[str, Register]) -> dict[str, str]:
-    """Returns a text for each worker's place in the network. Links between workers with equal texts are equally fast.
-    The text contains an address only if the host's workers use several addresses."""
+    """Returns a text for each worker's place in the network."""
     ways = {name: own.address.rpartition(":")[0] for name, own in registered.items()}
     found = {name: _Place(own.machine, own.host) for name, own in registered.items()}
     of_place: dict[_Place, set[str]] = {}
@@ -159,7 +155,7 @@ def _way(host: str, count: int) -> str:
 
 
 def _keys(places: Mapping[str, str]) -> dict[Pair, str]:
-    """Returns the key under which each pair's link is stored. Pairs between the same places have the same key."""
+    """Returns the keys under which links are stored, by pair of workers."""
     places = {COORDINATOR: f"coordinator on {socket.gethostname()} ({machine_id()})", **places}
     return {pair: " - ".join(sorted(places[name] for name in pair)) for pair in combinations(places, 2)}
 
@@ -184,9 +180,9 @@ async def _measured(
 
 
 def _link(speed: LinkProfile) -> Link:
-    """Converts a measurement. The latency excludes the ping's transfer time, because plans add transfer times."""
     byte_s = 1 / speed.bytes_s
     network_s = None if speed.network_s is None else speed.network_s / 2
+    # The latency excludes the ping's transfer time, because plans add transfer times.
     return Link(max(0.0, speed.round_trip_s - PING_BYTES * byte_s) / 2, byte_s, network_s)
 
 

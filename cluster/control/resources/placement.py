@@ -36,7 +36,7 @@ def _check_stage(placement: Placement, worker: str, gpus: Mapping[str, Sequence[
 
 
 def check_placement(config: ClusterConfig, model: Model) -> None:
-    """Raises UsageError if there is a placement rule that no worker can obey. Only GPUs in the cluster file count."""
+    """Raises UsageError if there is a placement rule that no worker can obey."""
     own = {worker.name for worker in config.workers if worker.cpu_moe is not None}
     if (config.cpu_moe is not None or own) and not model.hyperparameters.expert_count:
         raise UsageError(f"cpu_moe: {model.file.path} has no experts; remove cpu_moe")

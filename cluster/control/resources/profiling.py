@@ -1,5 +1,4 @@
-"""Measures the speeds of workers, and stores them for the next start. If several workers share a machine, all of them
-are measured at the same time, and then one of them is measured alone."""
+"""Measures the speeds of workers, and stores them for the next start."""
 
 from __future__ import annotations
 
@@ -74,7 +73,7 @@ class WorkerProfiles:
         return {name: known[found[0]] for name, found in keys.items() if found}
 
     def estimate(self, workers: Mapping[str, WorkerHandle]) -> bool:
-        """Uses known profiles of equal hardware with any number of workers. Returns True if a worker has a profile."""
+        """Estimates speeds from known profiles of equal hardware. Returns True if a worker has a profile."""
         for worker in workers.values():
             similar = most_similar_key(_key(worker, workers, self._model_id), self._known)
             if similar is not None:
@@ -140,8 +139,7 @@ class _Measuring:
     failed: set[str] = field(default_factory=set)  # Keys of workers on which the model's steps could not be timed.
 
     async def profiles(self) -> dict[str, Profile]:
-        """Measures all workers at the same time. Then, on machines with several workers, measures one worker of each
-        `measurement_key` while the others are idle."""
+        """Measures all workers together and then, on shared machines, single workers while the others are idle."""
         what = "memory bandwidth, matrix products, steps of the model"
         self._report(Measuring(tuple(self._workers), what))
         concurrent = await self._concurrent()

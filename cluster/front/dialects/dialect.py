@@ -38,8 +38,7 @@ class ParsedRequest(Generic[AnyBody]):
     async def chat(
         self, make: Callable[_Arguments, ChatRequest], *given: _Arguments.args, **named: _Arguments.kwargs
     ) -> ChatRequest:
-        """Calls `make`, and adds creation time, adapters and fetched images to the chat request that `make` returns. If
-        the body is large, `make` runs on a thread."""
+        """Calls `make`, and adds the creation time, the adapters and the fetched images to the chat."""
         chat = await converted(self.body, make, *given, **named)
         admitted = chat.admitted(self.context.created, self.adapters)
         return await with_images(admitted, self.context)
@@ -111,7 +110,7 @@ class Dialect(Endpoint[AnyBody]):
         return await self._answer(request)
 
     async def counted(self, request: Request, chat: ChatRequest, **fields: str) -> Response:
-        """Replies with a JSON object: `fields`, and the number of tokens in the chat's prompt as `input_tokens`."""
+        """Replies with a JSON object of `fields` and `input_tokens`, the number of tokens in the chat's prompt."""
 
         async def count() -> int:
             async with deadline("counting the request's tokens (timeouts.request)", self.settings.request_s):

@@ -124,8 +124,7 @@ async def embedded(
     options: EmbeddingOptions,
     shape: Callable[[list[Embedding]], Any],
 ) -> JsonParts:
-    """Computes the embeddings of prompts. `shape` converts the embeddings to the reply's JSON value. The vectors count
-    towards the memory budget until the reply is sent."""
+    """Replies with the embeddings of `prompts`. `shape` converts the embeddings to the reply's JSON value."""
     async with AsyncExitStack() as held:
         embedding = held.enter_async_context(service.embed(prompts, options))
         embeddings = await unless_disconnected(request, embedding)

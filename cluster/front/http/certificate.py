@@ -34,7 +34,7 @@ from llamaclust.wire.security.server_context import server_context
 
 _LOOK_S: Final = 1.0
 _RETRY_S: Final = 60.0
-"""Seconds until an unusable certificate is read again. By then, the clock may be right, or the disk may have space."""
+"""Seconds until an unusable certificate is read again."""
 _END_S: Final = 1.0
 _MOST_BYTES: Final = 1 << 20
 _WARNING: Final = timedelta(days=7)
@@ -126,7 +126,7 @@ class ServerCertificate:
             thread.join(_END_S)
 
     def look(self) -> None:
-        """Reads files that changed and then stayed the same for two checks. Warns before the certificate expires."""
+        """Reads the files again if they have changed. Warns before the certificate expires."""
         version, last = self._files.version, self._seen
         self._seen = version
         must_wait = version == self._failed and time.monotonic() < self._retry_at_s
@@ -215,8 +215,7 @@ def certificate_names(listen_hosts: Sequence[str], allowed_hosts: Sequence[str])
 
 
 def keep_self_signed(path: Path, names: Sequence[str]) -> None:
-    """Makes sure that a PEM file (mode 0600) holds a key and a self-signed certificate for `names`. A new certificate
-    keeps all old names, because several machines may share the folder. Raises LlamaclustError if it cannot write."""
+    """Makes sure that a PEM file holds a key and a self-signed certificate for `names`. Raises LlamaclustError."""
     former = _former(path)
     now = datetime.now(UTC)
     if former is not None:
@@ -224,6 +223,7 @@ def keep_self_signed(path: Path, names: Sequence[str]) -> None:
         is_valid = former.not_valid_before_utc <= now <= former.not_valid_after_utc - _REST
         if is_valid and set(names) <= set(known):
             return
+        # Several machines may share the folder, so the old names are kept.
         names = _unique([*names, *known])
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = _certificate(key, names, now).public_bytes(Encoding.PEM)

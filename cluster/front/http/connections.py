@@ -30,8 +30,7 @@ MAX_HEADERS = 200
 EVENTS_A_TURN = 64
 """Number of body pieces that one connection may parse before other connections are served."""
 _FEW_CHUNKS, _LEAST_CHUNK_BYTES = 4096, 16
-"""A body with more than `_FEW_CHUNKS` chunks must have at least `_LEAST_CHUNK_BYTES` bytes per chunk on average,
-because each chunk takes time to parse."""
+"""A body of more than `_FEW_CHUNKS` chunks must have at least `_LEAST_CHUNK_BYTES` bytes per chunk on average."""
 _ABSOLUTE = re.compile(rb"https?://([^/?]+)(.*)", re.IGNORECASE)
 
 
@@ -40,8 +39,7 @@ def canonical_name(name: bytes) -> bytes:
 
 
 class HttpConnection(h11.Connection):
-    """A server connection that limits headers, chunks and the work done in one turn of the event loop. It writes pieces
-    of a body without the checks of h11."""
+    """A server connection that limits headers, chunks, and the work done in one turn of the event loop."""
 
     def __init__(self, our_role: type[h11.SERVER], max_incomplete_event_size: int) -> None:
         super().__init__(our_role, max_incomplete_event_size)
@@ -60,8 +58,7 @@ class HttpConnection(h11.Connection):
         return type(self._writer) is ChunkedWriter and self.our_state is h11.SEND_BODY
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """Returns the next event, or NEED_DATA if `EVENTS_A_TURN` body pieces were parsed in this turn. Raises
-        RemoteProtocolError if the request is invalid HTTP or exceeds a limit."""
+        """Returns the next event. Raises RemoteProtocolError if the request is invalid or exceeds a limit."""
         if self.ended_turn:
             return h11.NEED_DATA
         if self.their_state is h11.IDLE:
@@ -123,10 +120,7 @@ class _Phase(Enum):
 
 
 class TlsProtocol(asyncio.Protocol):
-    """Wraps another protocol, `carried`, in TLS. asyncio's own TLS connects `carried` only after the handshake, and
-    closes the connection only when the client agrees. A client that delayed both could evade the limits on connections.
-    Here, `carried` is connected at once, and closing waits only until data is written. Data that is written before the
-    end of the handshake is lost."""
+    """Wraps the protocol `carried` in TLS. Connects it before the handshake, unlike asyncio's own TLS."""
 
     def __init__(self, carried: asyncio.Protocol, context: ssl.SSLContext) -> None:
         self.context = context
@@ -141,6 +135,7 @@ class TlsProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        # `carried` limits connections, so it must know this one before the handshake.
         # `_TlsTransport` has all methods of a transport.
         self._carried.connection_made(_TlsTransport(self, transport))  # type: ignore[arg-type]
 

@@ -1,5 +1,4 @@
-"""Middlewares that admit requests. They check the API key, the Host header (against DNS rebinding) and the origin of a
-web page. They limit open requests and their bytes. A stopping server finishes open requests but admits no new ones."""
+"""Middlewares that admit requests. They check API keys, hosts and origins, and limit open requests and their bytes."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ from llamaclust.core.addresses import bounded_host, is_address, is_loopback
 from llamaclust.core.sharing.shares import Shares, fits
 
 OPEN_PATHS = frozenset({"/health", "/live"})
-"""Paths that need no API key. Replies show errors only if `request.state.is_trusted`, that is, if the request has a
-valid key or no keys are configured."""
+"""Paths that need no API key. If no valid key was sent, their replies show no errors."""
 
 LOCALHOST = "localhost"
 
@@ -65,8 +63,7 @@ def owner(headers: Mapping[str, str], api_keys: Sequence[str]) -> str:
 
 
 def require_first_key(headers: Mapping[str, str], settings: ApiSettings, action: str) -> None:
-    """Raises HttpError (403) if API keys are configured and the request does not have the first one. `action` is a verb
-    for the error message."""
+    """Raises HttpError (403) if API keys are configured and the request lacks the first one. `action` is a verb."""
     keys = settings.api_keys
     if keys and not hmac.compare_digest(_digest(sent_key(headers)), _digest(keys[0])):
         raise HttpError(403, "first_key_required", f"only the first key of api_keys_file may {action}")
@@ -79,8 +76,7 @@ def page_origins(settings: ApiSettings) -> re.Pattern[str]:
 
 
 class KeyGate:
-    """Refuses requests without a valid API key, except for `OPEN_PATHS` and the web page. Sets `current_owner` for each
-    admitted request. Only a request with a valid key gets a route name for tracing."""
+    """Refuses requests without a valid API key, except for `OPEN_PATHS` and the web page. Sets `current_owner`."""
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
@@ -160,8 +156,8 @@ class Security:
 
 
 def _origin(headers: Headers, scope: Scope) -> str | None:
-    """Returns the origin of the web page that sent a request, or None if no page sent it. A cross-site request without
-    an Origin header has the origin "null". A GET or HEAD request is an exception, because it may come from a link."""
+    """Returns the origin of the web page that sent a request ("null" if unknown), or None if no page sent it."""
+    # A GET or HEAD request may come from a link.
     is_foreign = headers.get("sec-fetch-site", "").lower() == "cross-site" and scope["method"] not in ("GET", "HEAD")
     return headers.get("origin", "null" if is_foreign else None)
 
@@ -211,12 +207,12 @@ class Admission:
 
     @contextmanager
     def held(self, *, has_body: bool) -> Iterator[_Open]:
-        """Registers the current request while the context is open. If too many requests wait for their bodies, selects
-        the owner with most of them, and cancels that owner's oldest one. Slow bodies thus cannot block others."""
+        """Registers the current request while the context is open."""
         task = asyncio.current_task()
         assert task is not None
         request = _Open(task, current_owner.get(), has_body)
         self._open[request] = None
+        # Clients with slow bodies must not block others.
         if len(unfinished := self._unfinished) > self._settings.max_requests:
             counts = Counter(each.owner for each in unfinished)
             oldest = max(unfinished, key=lambda each: counts[each.owner])

@@ -72,8 +72,7 @@ _HEADERS: Final = {
 
 
 def page_reply(path: str, headers: Mapping[str, str]) -> Response | None:
-    """Returns the file at a path, or None if there is no such file. At `/`, only clients that accept HTML get the page.
-    The names in `headers` must be lower-case. The path is only looked up in a table, never opened as a file."""
+    """Returns the file at a path, or None if there is no such file. The names in `headers` must be lower-case."""
     asset = assets().get(path)
     if asset is None or (path == PAGE and "text/html" not in headers.get("accept", "")):
         return None

@@ -39,8 +39,7 @@ class JsonResponse(Response):
 
 
 def unsupported(what: str, status: int = 501) -> Callable[[Request], Awaitable[Response]]:
-    """Makes an endpoint that refuses all requests. It is for paths that other servers support and this server does not.
-    `what` is the reason."""
+    """Makes an endpoint that refuses all requests. `what` is the reason."""
 
     async def refuse(request: Request) -> Response:
         raise HttpError(status, "not_supported", f"{given_path(request.scope)}: {what}")
@@ -66,7 +65,6 @@ def _response(failure: Failure, scope: Scope, headers: Mapping[str, str] | None 
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    """Replies with the error. Starlette then raises unexpected exceptions again, so that the server logs them."""
     if isinstance(error, ClientDisconnect):
         return Response(status_code=CLIENT_GONE)
     if isinstance(error, HTTPException):
@@ -102,8 +100,7 @@ def has_body(scope: Scope) -> bool:
 
 
 class EarlyReplies:
-    """Sends a reply at once, even if the body of the request has not arrived. Ends the reply only when the body has
-    arrived or after `_DISCARD_S` seconds. If the connection closed earlier, the client could lose the reply."""
+    """Sends a reply before the request's body has arrived, but ends the reply only afterwards."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -126,6 +123,7 @@ class EarlyReplies:
             if not is_end or is_read:
                 await send(message)
                 return
+            # The client could lose the reply if the connection closed while the body arrives.
             await send({**message, "more_body": True})
             with suppress(TimeoutError):
                 async with asyncio.timeout(_DISCARD_S):
@@ -137,7 +135,7 @@ class EarlyReplies:
 
 
 _WITHOUT_V1: Final = ("/models", "/stream/", "/streams/")
-"""Prefixes of paths that clients request if their base URL lacks `/v1`. Some other endpoints declare both paths."""
+"""Prefixes of paths that clients request if their base URL lacks `/v1`."""
 _OTHER_NAMES: Final = {"/v1/health": "/health"}
 _PARAMETER: Final = re.compile(r"\{(\w+)(?::path)?\}")
 _STATE: Final = "traced_route"
@@ -166,9 +164,8 @@ class Route(PathRoute):
         types: Sequence[str] | None = None,
         status: int = 200,
     ) -> None:
-        """`body` is the class of the request body. `computes` is true if the model must be loaded. Errors have the
-        format `errors`, or else `usual_shape`. `types` are the reply's media types. They default to JSON, and also
-        `form` if the body has a field `stream`."""
+        """`body` is the class of the request body. `computes` is true if the model must be loaded. `types` are the
+        reply's media types, by default JSON, and also `form` if the body has a field `stream`."""
         super().__init__(path, endpoint, methods=[method])
         self.method = method
         self.body = body
@@ -184,7 +181,7 @@ class Paths:
     """Middleware that removes the prefix from paths, adds a missing `/v1`, and replaces HEAD with GET."""
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:
-        """`prefix` is "" or begins with "/". Requests may omit it, as health probes and our own clients do."""
+        """`prefix` is "" or begins with "/". Requests may omit it."""
         self._app = app
         self._prefix = prefix
 
@@ -215,7 +212,7 @@ def template(path: str) -> str:
 
 
 def traced_names(scope: Scope) -> list[str]:
-    """Returns a new list. `name_route` will add the name of the request's route, without any text from the client."""
+    """Returns a list to which `name_route` will add the name of the request's route."""
     names: list[str] = []
     scope["state"] = {**scope.get("state", {}), _STATE: names}
     return names

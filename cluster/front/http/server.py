@@ -39,13 +39,9 @@ _NO_HTTP = {431: "head_too_large", 501: "not_supported"}
 
 
 def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: int | None = None) -> uvicorn.Config:
-    """Returns a configuration that allows at most `places` connections. Warnings are not logged, because clients can
-    cause any number of them. `_Room` closes idle connections later than clients and proxies do (nginx: 60 s), so that
-    no request arrives on a connection that is being closed."""
+    """Returns a configuration that allows at most `places` connections."""
 
     class Connection(_Connection):
-        """A connection of this server. uvicorn needs a class, so each server has its own class."""
-
         room = _Room(settings, settings.max_connections if places is None else places)
 
     def connect(**given: Any) -> asyncio.Protocol:
@@ -59,17 +55,18 @@ def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: in
         backlog=_BACKLOG,
         lifespan="off",
         log_config=None,
-        log_level="error",
+        log_level="error",  # Clients can cause any number of warnings.
         access_log=False,
         server_header=False,
         proxy_headers=False,  # Any program on this machine could claim another client's address.
         timeout_graceful_shutdown=_GRACE_S,
+        # `_Room` closes idle connections earlier, but later than clients and proxies (nginx: 60 s) do.
         timeout_keep_alive=2 * math.ceil(max(settings.head_s, settings.idle_s)),
     )
 
 
 class _Room:
-    """Limits the number of connections of a server. Keeps the idle connections in order, longest idle first."""
+    """Limits the number of connections of a server. At the limit, the connection that was idle longest is closed."""
 
     def __init__(self, settings: ApiSettings, most: int) -> None:
         self.places = min(most, connections_of_server())
@@ -77,8 +74,7 @@ class _Room:
         self._idle: dict[_Connection, asyncio.TimerHandle] = {}
 
     def wait(self, connection: _Connection, wait_s: float) -> None:
-        """Marks a connection as idle, and closes it unless the head of a request arrives within `wait_s`. An idle
-        connection still counts toward the maximum number of connections."""
+        """Marks a connection as idle, and closes it unless the head of a request arrives within `wait_s`."""
         timer = self._idle.get(connection)
         if timer is not None:
             timer.cancel()
@@ -102,9 +98,7 @@ class _Room:
 
 
 class _Connection(H11Protocol):
-    """A connection to a client. It is idle until the head of a request is complete, and again after the reply. The head
-    must arrive within `head_s`. For the first request, this time includes the TLS handshake. For later requests, it
-    starts with the first byte of the head."""
+    """A connection to a client. The head of a request must arrive within `head_s`."""
 
     room: ClassVar[_Room]
 
@@ -194,8 +188,7 @@ def _no_http(error: BaseException | None) -> Failure:
 
 
 class _Body:
-    """Writes the body of a reply. All pieces of one event loop turn share a system call, because a call costs more than
-    the other work on a piece."""
+    """Writes the body of a reply. All pieces of one event loop turn share a system call."""
 
     def __init__(self, connection: _Connection, cycle: RequestResponseCycle) -> None:
         # None once the reply has ended.
@@ -203,7 +196,7 @@ class _Body:
         self._pieces: list[bytes] = []
 
     def write(self, data: bytes) -> bool:
-        """Queues a piece. Returns False if the caller must send the piece through ASGI, and then flushes the queue."""
+        """Queues a piece of the body. Returns False if the caller must send the piece through ASGI instead."""
         if self._reply is None:
             return False
         connection, cycle = self._reply
@@ -222,7 +215,7 @@ class _Body:
             connection.transport.write(b"".join(pieces))
 
     def end(self) -> None:
-        """Breaks a reference cycle. The connection refers to this object through the scope of its request."""
+        """Breaks a reference cycle with the connection."""
         self._reply = None
 
 
@@ -237,7 +230,7 @@ class StartingReplies:
     """Replies to requests while the cluster starts. The API later uses the same listening sockets."""
 
     def __init__(self, port: ApiPort, settings: ApiSettings, report: Report, *, is_live: bool = False) -> None:
-        """Answers /live with 200 if `is_live`. Tells only clients with a valid key what the cluster waits for."""
+        """`is_live` is true if `/live` must be answered with status 200."""
         self._settings = settings
         self._is_live = is_live
         self._report = report

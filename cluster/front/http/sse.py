@@ -46,15 +46,14 @@ class StreamFormat(Enum):
         return b"%bdata: %b\n\n" % ((f"{head}event: {name}\n" if name else head).encode(), data)
 
     def error(self, scope: Scope, error: LlamaclustError, fields: Mapping[str, Any]) -> bytes:
-        """Returns the last part of a failed stream. It is the error in the format of the API, plus `fields`."""
+        """Returns the last part of a failed stream, which is the error in the format of the API, plus `fields`."""
         shape, failure = shape_of(scope), failure_of(error)
         kind = {"type": shape.event_name} if shape.event_name else {}
         return self.part(to_json({**kind, **shape.body(failure), **fields}), shape.event_name)
 
 
 class PartsResponse(Response):
-    """Sends the parts of a body as they arrive. At the end, closes `parts`, and calls `close(True)` if all parts were
-    sent, else `close(False)`."""
+    """Sends the parts of a body as they arrive. Calls `close` at the end, with True if all parts were sent."""
 
     def __init__(
         self,
@@ -120,8 +119,7 @@ class EventResponse(PartsResponse):
 
 
 class JsonParts(PartsResponse):
-    """A JSON body in parts. A body of one part gets a Content-Length. The status is sent when two parts are made, so
-    that an error in the first two parts can still set the status."""
+    """A JSON body in parts. An error in the first two parts can still set the status."""
 
     media_type = "application/json"
 
@@ -144,8 +142,7 @@ def rendered(value: Any) -> JsonParts:
 
 
 async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Value:
-    """Awaits `work`. If the client disconnects, cancels `work` and raises ClientDisconnect. The request's body must
-    have been read. A cancelled call loses the result of `work`, so another object must own its resources."""
+    """Awaits `work`. Raises ClientDisconnect if the client disconnects. The request's body must have been read."""
     results: list[_Value] = []
 
     async def do_it() -> None:
@@ -158,8 +155,7 @@ async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Val
 
 
 async def first_of(*works: Awaitable[None]) -> None:
-    """Waits until one of `works` is done. Cancels the others, and waits until they have ended. Raises the error of the
-    one that was done, if any."""
+    """Waits until one of `works` is done, and cancels the others. Raises the error of the one that was done, if any."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -15,8 +15,7 @@ MAX_JOURNALLED_BYTES: Final = 16 << 20
 
 
 async def with_images(chat: ChatRequest, context: RequestContext | None = None) -> ChatRequest:
-    """Fetches the images at the URLs of a chat. `context` keeps the images, so that a second computation does not fetch
-    them again. Raises ParameterError if the images are too many or too large, and the errors of `fetch_images`."""
+    """Fetches the images at the URLs of a chat. Raises ParameterError or DeadlineError. `context` keeps the images."""
     urls = image_urls(chat.messages)
     if not urls:
         return chat
@@ -42,8 +41,7 @@ def _inline_bytes(url: str) -> int:
 
 
 def journalled(context: RequestContext, body: bytes) -> RequestContext:
-    """Returns a request's journal record. If the request's images are too large, the record has no body, and a
-    restarted coordinator reports the request as lost."""
+    """Returns the request's journal record. The record has no body if the request's images are too large."""
     if context.image_bytes <= MAX_JOURNALLED_BYTES:
         return replace(context, body=body)
     return replace(context, body=b"", earlier=(), images={}, idempotency_key="")

@@ -25,8 +25,7 @@ def takes_images(context: object) -> bool:
 
 
 def url_part(kind: str, url: object, context: object, detail: object = None) -> Part:
-    """Reads an image from a data URL or an allowed http(s) URL. For a text model, returns a text instead. Raises
-    ValueError if the URL or `detail` is invalid."""
+    """Reads an image from a data URL or an allowed http(s) URL. Raises ValueError if the URL or `detail` is invalid."""
     if not takes_images(context):
         return media_text(kind, context)
     if not isinstance(url, str):
@@ -64,8 +63,7 @@ def base64_part(kind: str, data: object, context: object) -> Part:
 
 
 def checked_base64(data: str) -> str:
-    """Checks base64 without decoding it, which would take longer. Returns the text without line breaks. Raises
-    ValueError if the text is not base64 or the image is too large."""
+    """Removes line breaks from base64. Raises ValueError if the text is not base64 or the image is too large."""
     try:
         data.encode("ascii")  # With other characters, `translate` would block the interpreter for up to a second.
     except UnicodeEncodeError as error:

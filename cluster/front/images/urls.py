@@ -23,8 +23,7 @@ class ImageUrl:
 
     @classmethod
     def parse(cls, url: str) -> ImageUrl:
-        """Parses an http(s) URL. Raises ValueError if the URL is too long, has another scheme, contains a password, or
-        contains characters that must be escaped."""
+        """Parses an http(s) URL. Raises ValueError if the URL is too long, invalid, or contains a password."""
         wrong = f"expected a plain http(s) URL of at most {_LONGEST} characters, found {url[:60]!r}"
         if len(url) > _LONGEST or not url.isprintable():  # `urlsplit` would silently remove line breaks.
             raise ValueError(wrong)

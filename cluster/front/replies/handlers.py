@@ -1,7 +1,4 @@
-"""HTTP handlers of the endpoints that generate text. A handler starts a reply, keeps it for a client whose connection
-breaks, and can send it again. A restarted coordinator computes unfinished requests again. A request that got no new
-token after the previous restart may have crashed the coordinator. Such a request starts last and runs alone until
-it gets a token or 10 s have passed. After ten such restarts, the request fails."""
+"""HTTP handlers of endpoints that generate text. They start replies, send them again, and restore requests."""
 
 from __future__ import annotations
 
@@ -34,8 +31,7 @@ from llamaclust.core.errors import LlamaclustError, RequestFailedError, WorkerEr
 from llamaclust.wire.rpc.task_set import TaskSet
 
 _MOST_RESTORES = 10
-"""Maximum number of restarts of a request without a new token. It is high, because a coordinator may be killed several
-times for other reasons."""
+"""Maximum number of restarts of a request without a new token."""
 _ALONE_S = 10.0
 """Maximum number of seconds for which a restored request delays the next one."""
 
@@ -65,7 +61,6 @@ class Replies:
         return answer
 
     async def _answer(self, request: Request, path: str, make: MakeReply, settings: ApiSettings) -> Response:
-        """Answers a request. If the connection breaks, a computation continues only if its reply can be read later."""
         body = await read_bytes(request, self.settings)
         context = new_context(request.headers, path, settings)
         if (same := self.cache.same(context, body)) is not None:
@@ -89,13 +84,12 @@ class Replies:
         return await self._begun(request, kept, Position())
 
     async def _begin(self, request: Request, kept: KeptReply, reply: Reply, body: bytes) -> None:
-        """Starts computing a reply. Waits until the request is on disk if it is journalled, that is, if the client can
-        read the reply later. For a stream that is not kept, also waits for the first part, so that an early error can
-        set the HTTP status."""
+        """Starts computing a reply. Waits until a journalled request is on disk."""
         is_journalled = kept.is_kept or (kept.context.is_streamed and self._form(kept).has_ids)
         admitted = body if is_journalled and self.cache.journal is not None else None
         try:
             on_disk = await unless_disconnected(request, kept.begin(reply, admitted=admitted))
+            # An error before the first part can still set the HTTP status.
             if kept.context.is_streamed and not kept.is_kept:
                 await unless_disconnected(request, kept.log.first(self.settings.first_chunk_s))
             if on_disk is not None:
@@ -181,8 +175,7 @@ class Replies:
     # -- after a restart of the coordinator ----------------------------------------------------------------------------
 
     async def restore(self, requests: Sequence[RequestContext]) -> None:
-        """Restores the requests of an earlier coordinator, in order. A reply that was already sent is computed again
-        only when a client reads it."""
+        """Restores the requests of an earlier coordinator, in order."""
         assert self.cache.journal is not None
         await self.cache.journal.restore(requests)
         begun: list[KeptReply] = []
@@ -228,7 +221,7 @@ class Replies:
                     await kept.progressed.wait()
 
     async def _attempt(self, beginning: Coroutine[Any, Any, None]) -> None:
-        """Waits at most `_ALONE_S` for a request to begin, so that later requests can begin even in a busy cluster."""
+        """Starts `beginning`, and waits at most `_ALONE_S` seconds until it is done."""
         await asyncio.wait([self._tasks.start(beginning)], timeout=_ALONE_S)
 
     async def _begin_alone(self, kept: KeptReply) -> None:
@@ -266,8 +259,7 @@ class Replies:
 
 
 def _given(request: Request, context: RequestContext) -> Position:
-    """Returns the position at which the client's stream broke off. The request gives the last event id, such as `ID:3`,
-    or only the part after the colon. Raises HttpError if the id is invalid."""
+    """Returns the position at which the client's stream broke off. Raises HttpError if the last event id is invalid."""
     param = "after" if "after" in request.query_params else "Last-Event-ID"
     last = request.query_params.get("after", request.headers.get("last-event-id", ""))
     if not last:
@@ -280,5 +272,5 @@ def _given(request: Request, context: RequestContext) -> Position:
 
 
 def _wants_ids(request: Request) -> bool:
-    """Returns True if the client accepts server-sent events. Other clients may understand only `data:` lines."""
+    """Returns True if the client accepts server-sent events."""
     return StreamFormat.EVENTS.value in request.headers.get("accept", "").lower()

@@ -49,9 +49,7 @@ _log = logging.getLogger(__name__)
 
 
 class KeptReply:
-    """A reply and its log. The log grows from `begin` until the reply ends or is closed. If `is_kept` is false, the log
-    drops entries that were read, and the reply ends with its connection. A kept reply expires if no client reads it for
-    `resume_s`. A background reply expires if no client reads it for `background_s` after its end."""
+    """A reply and its log. If `is_kept` is false, the log drops entries that were read."""
 
     def __init__(self, context: RequestContext, owner: ReplyCache, *, is_kept: bool = True) -> None:
         self.context = context
@@ -104,9 +102,8 @@ class KeptReply:
     async def begin(
         self, reply: Reply, *, admitted: bytes | None = None, until_s: float | None = None
     ) -> asyncio.Future[None] | None:
-        """Submits the request. Raises an error if the request is refused or the reply was closed. `admitted` is the
-        body to journal, or None. The returned future is done when the request is on disk. Readers of a kept reply wait
-        for this future. If `until_s` (event loop time) is given, tries again until then while the cluster is busy."""
+        """Submits the request. If `until_s` (event loop time) is given, tries again until then while the cluster is
+        busy. The returned future is done when `admitted`, the body to journal, is on disk."""
         try:
             await self._submit(reply, until_s, is_recorded=admitted is not None or self.context.is_restored)
             # No `await` may separate this call from the submission.
@@ -212,7 +209,7 @@ class KeptReply:
         self._expire_later()
 
     async def aclose(self) -> None:
-        """Ends the reply, with an error if it is incomplete. Waits for all its tasks, but not for a call of `begin`."""
+        """Ends the reply, with an error if it is incomplete, and waits for its tasks."""
         if self._timer is not None:
             self._timer.cancel()
         self.end(RequestCancelledError())
@@ -329,8 +326,7 @@ class KeptReply:
 
 
 class _Sizes:
-    """Computes an upper bound on the tokens and logprobs to render for the next log entry. A chunk that begins or ends
-    an answer, or begins a tool call, may repeat all earlier text and values of the request."""
+    """Computes an upper bound on the number of tokens and logprobs to render for the next log entry."""
 
     def __init__(self, request_entries: Callable[[], int]) -> None:
         self._request_entries = request_entries

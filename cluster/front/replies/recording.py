@@ -18,8 +18,7 @@ _RECORDED_S = 1.0
 
 
 class Recording:
-    """Journals the tokens of a request. A record waits for `_RECORDED_ROWS` tokens. A restored request's first record
-    waits for one token, and each later record for twice as many as the one before, up to that number."""
+    """Journals the tokens of a request, several tokens per record."""
 
     def __init__(self, journal: Journal, context: RequestContext, progressed: asyncio.Event) -> None:
         """`progressed` is set when a restored request gets a token that no earlier coordinator recorded."""
@@ -34,11 +33,11 @@ class Recording:
         self._oldest_s = 0.0  # Arrival time of the oldest token in `_rows`.
 
     def follow(self, log: AnswerLog) -> None:
-        """Records the log's tokens. Answers with top logprobs, scored prompts or sampler state cannot be restored from
-        tokens, so only the progress of restored requests is recorded for them."""
+        """Records the tokens that are added to a log."""
         needs_more = any(
             each.top_logprobs or each.score_from is not None or each.params.needs_state for each in log.generations
         )
+        # Other answers cannot be restored from tokens alone.
         if not needs_more:
             log.subscribe(self.add)
         elif self._is_restored:

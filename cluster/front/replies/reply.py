@@ -51,9 +51,8 @@ def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> Reque
 
 
 def identified(request: CompletionRequest, context: RequestContext, prompt: int) -> CompletionRequest:
-    """Returns the completion request of one prompt, with an id, a seed and the tokens recorded so far. A request that
-    is computed again uses the grammar of tool calls only if its first computation did. Raises WorkerError if the
-    grammar is needed but not available now."""
+    """Returns the completion request of one prompt, with an id, a seed and the tokens recorded so far. Raises
+    WorkerError if the grammar of tool calls is not ready."""
     named = replace(
         request,
         request_id=context.id if prompt == 0 else f"{context.id}-p{prompt}",
@@ -94,7 +93,7 @@ class Event:
 
 
 class View(ABC):
-    """Renders the entries of an answer log for one reader, in the format of an API. A thread renders large entries."""
+    """Renders the entries of an answer log for one reader, in the format of an API."""
 
     @abstractmethod
     def frames(self, prompt: int, item: LogItem) -> Iterable[Event]:
@@ -128,8 +127,7 @@ class Reply:
     # True if the whole reply shows logprobs chunk by chunk, so that the log must keep the chunks.
     keeps_chunks: bool = False
     has_measurements: bool = False
-    """True if the stream contains times or numbers of cached tokens before its last event. The bytes of such a stream
-    differ if the reply is computed again."""
+    """True if the stream contains times or numbers of cached tokens, which differ if it is computed again."""
     acknowledgement: Mapping[str, Any] | None = None
     """JSON value for a client that does not wait for its background reply. None if the client waits."""
     repeated: Any = None  # Values of the request that the reply shows or stores. Large values are rendered on a thread.
@@ -147,14 +145,13 @@ class Reply:
         return RowStorage.STREAMED if self.is_streamed else RowStorage.PACKED
 
     def content(self, *, is_kept: bool) -> LogContent:
-        """Returns which parts of an answer the reply's log keeps. A kept stream needs all chunks."""
+        """Returns which parts of an answer the reply's log keeps."""
         if not self.is_streamed:
             return LogContent(self._storage)
         return LogContent(RowStorage.CHUNKS if is_kept else RowStorage.STREAMED, self.timed, self.with_progress)
 
     def sizes(self, requests: Sequence[CompletionRequest], generations: Sequence[GenerationRequest]) -> list[ReplySize]:
-        """Returns an upper bound on the size of each prompt's answers. In a stream, the first prompt's answers are read
-        while they are computed, so fewer of their tokens are held in memory."""
+        """Returns an upper bound on the size of each prompt's answers."""
         first = MAX_UNREAD_ROWS if self._storage is RowStorage.STREAMED else None
         return [
             ReplySize.of(generation, request.n, self._storage, None if prompt else first)
@@ -191,7 +188,7 @@ class Framing:
     _numbers: Position = field(default_factory=Counter)
 
     def shown(self, view: View, prompt: int, item: LogItem, *, is_large: bool = False) -> list[bytes]:
-        """Renders the events of the next log entry. Large events are rendered in pieces to let other threads run."""
+        """Renders the events of the next log entry, in pieces if `is_large`."""
         return self.parts(view.frames(prompt, item), is_large=is_large)
 
     def parts(self, events: Iterable[Event], *, is_large: bool = False) -> list[bytes]:

@@ -1,5 +1,4 @@
-"""Keeps replies, within limits on memory and number. A reply is found by its id or by a name that its client gave it.
-The requests of kept replies are journalled."""
+"""Keeps replies, within limits on memory and number, and finds them by id or by a name that the client gave."""
 
 from __future__ import annotations
 
@@ -51,8 +50,7 @@ class ReplyCache:
         self._ending = TaskSet()
 
     def add(self, kept: KeptReply, body: bytes, earlier_bytes: int = 0) -> None:
-        """Adds a reply. `earlier_bytes` is the size of the stored chat that the request continues. Raises HttpError
-        (503) if there is no room for another reply of the client."""
+        """Adds a reply. Raises HttpError (503) if there is no room. `earlier_bytes` is the size of the stored chat."""
         context, client = kept.context, kept.context.client
         body_bytes = len(body) + earlier_bytes + sum(map(len, context.images.values()))
         self._make_room(client, body_bytes)
@@ -79,15 +77,14 @@ class ReplyCache:
         await kept.aclose()
 
     async def left(self, kept: KeptReply, has_all: bool) -> None:
-        """Handles the end of a client's connection. `has_all` is true if the client received the whole reply. The next
-        coordinator then computes the reply again only if a client reads it."""
+        """Handles the end of a client's connection. `has_all` is true if the client received the whole reply."""
         if self.journal is not None and (has_all or not kept.is_kept) and not kept.context.is_background:
             self.journal.sent(kept.context.id)
         if not kept.is_kept:
             await kept.aclose()
 
     def stop(self) -> None:
-        """Ends all replies because the coordinator stops. The next coordinator continues the incomplete ones."""
+        """Ends all replies because the coordinator stops."""
         for entry in self._entries.values():
             entry.kept.end(ClusterStoppingError("the cluster is stopping"))
 
@@ -107,9 +104,7 @@ class ReplyCache:
         self._ending.start(self.forget(kept))
 
     def grew(self, kept: KeptReply, more_bytes: int) -> None:
-        """Counts more bytes of a reply. Above the memory limit of one client or of all clients, evicts complete replies
-        that no client reads, and then lets running replies fail. The client that holds the most bytes loses replies
-        first. Among its replies, unread ones fail before read ones, and large ones before small ones."""
+        """Counts more bytes of a reply. Above the memory limits, evicts unread replies or lets running replies fail."""
         if (entry := self._entries.get(kept.context.id)) is None:
             return
         self._held_bytes.take(entry.client, more_bytes)
@@ -120,8 +115,7 @@ class ReplyCache:
                 pass
 
     def _too_large(self, client: str) -> list[_Entry]:
-        """Returns the client's replies if they exceed the limit of one client, or all replies if together they exceed
-        the limit of all clients. Returns an empty list if no limit is exceeded."""
+        """Returns the client's replies if they are too large, else all replies if all are too large, else none."""
         held, most = self._held_bytes.held, self._held_bytes.room
         if held[client] > most:
             clients: Collection[str] = (client,)
@@ -132,7 +126,7 @@ class ReplyCache:
         return [entry for entry in self._of(clients) if entry.held_bytes]
 
     def _evict(self, entries: Iterable[_Entry], held: Mapping[str, int]) -> bool:
-        """Removes the oldest evictable reply of the client with most in `held`. Returns False if none is evictable."""
+        """Removes an evictable reply of the client that holds most. Returns False if no reply is evictable."""
         evictable = (entry for entry in entries if entry.kept.is_evictable)
         entry = max(evictable, key=lambda entry: held[entry.client], default=None)
         if entry is not None:
@@ -172,8 +166,7 @@ class ReplyCache:
         return None if entry is None else entry.kept
 
     def same(self, context: RequestContext, body: bytes) -> KeptReply | None:
-        """Returns the reply with the request's idempotency key, or None. Raises HttpError (422) if another request used
-        the key."""
+        """Returns the reply with the same idempotency key, or None. Raises HttpError if the requests differ."""
         key = context.idempotency_key
         entry = self._entries.get(self._ids.get((context.owner, _KEY, key), ""))
         if entry is None:
@@ -185,8 +178,7 @@ class ReplyCache:
         return entry.kept
 
     def _make_room(self, client: str, body_bytes: int) -> None:
-        """Evicts complete replies until a new reply of the client fits. Evicts only replies of this client and of
-        clients that hold more. Raises HttpError (503) if there is no room."""
+        """Evicts complete replies until a new reply of the client fits. Raises HttpError (503) if there is no room."""
         for shares, more in (self._held_bytes, body_bytes), (self._replies, 1):
             while not shares.fits(client, more):
                 own = shares.held[client]

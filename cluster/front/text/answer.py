@@ -84,15 +84,12 @@ def _token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, 
 
 @dataclass(frozen=True, slots=True)
 class TextChunk:
-    """The part of an answer that one step adds to the choice `index`. `rows` has all sampled tokens, even end tokens
-    and parts of stop strings, which have no text. Text comes in a later chunk than its tokens if a character is
-    incomplete, or if a stop string may have begun. `offsets` is empty, or has the position in the answer at which the
-    text of each row begins."""
+    """The part of an answer that one step adds. `rows` are its sampled tokens, whose text may be in a later chunk."""
 
-    index: int = 0
+    index: int = 0  # Index of the choice.
     text: str = ""
     rows: Sequence[RowResult] = ()
-    offsets: Sequence[int] = ()
+    offsets: Sequence[int] = ()  # Position in the answer at which the text of each row begins, or empty.
     prompt_start: int = 0  # Position in the prompt of the first of the `prompt_rows`.
     prompt_rows: Sequence[RowResult] = ()
     finish_reason: FinishReason | None = None  # Set on the last chunk of a choice, which has timings.

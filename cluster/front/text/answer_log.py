@@ -18,8 +18,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptProgr
 from llamaclust.core.errors import DeadlineError, LlamaclustError
 
 MAX_UNREAD_ROWS = 4096
-"""Maximum number of unread tokens in a streamed log. Tokens that had to wait for the end of an earlier prompt do not
-count."""
+"""Maximum number of unread tokens in a streamed log."""
 
 LogItem = TextChunk | PromptProgress
 Entry = tuple[int, LogItem]
@@ -48,9 +47,7 @@ class _PromptEnd:
 
 
 class AnswerLog:
-    """A log of answers, in the order of prompts, even if a later prompt is computed first. A second computation
-    therefore gives the same log. The storage CHUNKS keeps all entries. STREAMED drops each entry when the only reader
-    takes it. PACKED has no entries, only complete answers at the end."""
+    """A log of answers in the order of the prompts, even if a later prompt is computed first."""
 
     def __init__(self, *subscribers: Subscriber, is_held: bool = False) -> None:
         """Makes a log. If `is_held` is true, readers get nothing until `release` is called."""
@@ -78,8 +75,7 @@ class AnswerLog:
         return self.ended_s is not None
 
     def begin(self, generations: Sequence[GenerationRequest], content: LogContent) -> None:
-        """Begins the answers to these prompts, and drops the answers of an earlier attempt. Without prompts, the log
-        ends at once. The log does not keep the images in `generations`."""
+        """Begins the answers to these prompts, and drops the answers of an earlier attempt."""
         self.clear()
         self.generations = [replace(each, images=()) if each.images else each for each in generations]
         self.content = content
@@ -126,7 +122,7 @@ class AnswerLog:
         self._packed.clear()
 
     def parts(self) -> list[list[TextChunk]]:
-        """Returns a list for each prompt: its answers if rows are packed, else all chunks. Raises the log's error."""
+        """Returns the chunks of each prompt's answers. Raises the error that ended the log, if any."""
         self.raise_error()
         parts: list[list[TextChunk]] = [[] for _ in self.generations]
         for (prompt, _), collected in sorted(self._packed.items(), key=itemgetter(0)):
@@ -153,7 +149,7 @@ class AnswerLog:
         await self._over.wait()
 
     async def first(self, timeout_s: float) -> None:
-        """Waits up to `timeout_s` for the first chunk. Raises the log's error if the log ended without a chunk."""
+        """Waits up to `timeout_s` for the first chunk. Raises the error that ended a log without chunks."""
         with LogReader(self) as reader:
             end_s = asyncio.get_running_loop().time() + timeout_s
             while not self.is_over and not any(isinstance(item, TextChunk) for _, item in self._entries):
@@ -224,7 +220,7 @@ class AnswerLog:
 
 
 class LogReader:
-    """Reads a log from its beginning. All waits share one timer, because setting a timer takes longer than a wait."""
+    """Reads a log from its beginning."""
 
     def __init__(self, log: AnswerLog) -> None:
         self._log = log

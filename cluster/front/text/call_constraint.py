@@ -30,10 +30,8 @@ _log = logging.getLogger(__name__)
 async def answer_grammar(
     chat: ChatRequest, reading: AnswerReading | None, tokenizer: Tokenizer, checker: GrammarChecker
 ) -> Grammar | None:
-    """Returns the grammar of a chat's answer. The grammar allows only tool calls if calls are required, and otherwise
-    also an answer in the format that the request sets. If a tool's schema cannot be enforced, the grammar allows any
-    JSON object as arguments, and the schema is reported as ignored. Raises ParameterError if required calls or the
-    answer's format cannot be enforced, and DeadlineError if a check takes too long."""
+    """Returns the grammar of a chat's answer. Raises ParameterError if required calls or the answer's format cannot be
+    enforced, and DeadlineError if a check takes too long."""
     is_required, other = chat.tool_use.mode is ToolMode.REQUIRED, chat.answer.grammar
     if reading is None or not reading.tools:
         return other
@@ -57,7 +55,7 @@ def _normal(tools: Tools) -> dict[str, NormalSchema]:
 
 
 def _unobeyed(schemas: Mapping[str, NormalSchema], free: Iterable[str]) -> list[str]:
-    """Returns what is not enforced: the names of unconstrained tools, and places in the schemas of other tools."""
+    """Returns the places of schemas, such as `tools.NAME.PLACE`, that are not enforced."""
     free = frozenset(free)
     names = []
     for name, normal in schemas.items():
@@ -122,8 +120,7 @@ class _Calls:
             raise
 
     def _grammar(self, tools: Tools) -> Grammar | None:
-        """Returns the grammar. Returns None if calls are optional and no marker shows where a call begins. Raises
-        ParameterError if the grammar is too long."""
+        """Returns the grammar, or None if no marker shows where a call begins. Raises ParameterError."""
         if self._use.mode is ToolMode.REQUIRED:
             start = CallStart.THOUGHT if self._reading.is_thinking else CallStart.ANSWER
         else:
@@ -139,7 +136,7 @@ class _Calls:
 
 
 def _largest_half(tools: Mapping[str, Schema]) -> set[str]:
-    """Returns the names of the half of the tools with the longest schemas, which make the grammar long."""
+    """Returns the names of the half of the tools that has the longest schemas."""
     names = sorted(tools, key=lambda name: -len(str(tools[name])))
     return {*names[: -(-len(names) // 2)]}
 

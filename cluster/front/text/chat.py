@@ -82,8 +82,7 @@ class ChatFormat:
         return markers.public(unguarded(text))
 
     async def completion(self, chat: ChatRequest, check: Callable[[int], None]) -> CompletionRequest:
-        """Returns the completion request, without a grammar for tool calls. `check` gets the number of characters of
-        the prompt, and raises an error if there are too many."""
+        """Returns the completion request of a chat. `check` raises an error if the prompt has too many characters."""
         markers = ImageMarkers()
         chat = replace(chat, messages=markers.mark(chat.messages))
         check(await run_on(TOKENIZING, chat.count_characters))
@@ -94,7 +93,6 @@ class ChatFormat:
         return replace(chat.answer, prompt=prompt, reading=reading, operation=Operation.CHAT)
 
     def _encoded(self, pieces: Sequence[Part], images: Mapping[str, bytes]) -> tuple[int, ...] | PromptImages:
-        """Encodes the texts between images. Each text is encoded as if it followed a control token."""
         first, *others = pieces
         ids = tuple(encode_chat(self._tokenizer, str(first)))
         if not others:
@@ -107,8 +105,7 @@ class ChatFormat:
         return source_of(piece, images)
 
     async def _rendered(self, chat: ChatRequest) -> tuple[str, AnswerReading | None]:
-        """Returns the prompt with guards (see `_guarded`), and how to parse the answer. Writes tool calls as text if
-        the template refuses them. Raises RequestError."""
+        """Returns the prompt with guards (see `_guarded`), and how to parse the answer. Raises RequestError."""
         form = await self.get()
         taken = _TEMPLATE_ARGUMENTS & chat.variables.keys()
         if taken:
@@ -141,8 +138,7 @@ class ChatFormat:
         return text + begun, chat.reading(form, opened_reasoning(form, text) + unguarded(begun))
 
     async def _accepted_text(self, messages: list[dict[str, Any]], more: dict[str, Any]) -> str:
-        """Renders the messages. If the template refuses them, renders other forms of the messages, if possible a form
-        that keeps the system message. Raises TemplateRefusalError if the template refuses all forms."""
+        """Renders the messages in a form that the template accepts. Raises TemplateRefusalError if there is none."""
         refusal, shortened = None, None
         for accepted in chain([messages], accepted_forms(messages)):
             shown = [*map(_with_parts, accepted)] if self._takes_parts else accepted
@@ -161,8 +157,7 @@ class ChatFormat:
         return shortened
 
     def _guarded(self, chat: ChatRequest, history: ToolFormat) -> list[dict[str, Any]]:
-        """Returns the messages, followed by a dict of template variables. Inserts GUARD into texts such as `<s>`,
-        so that the tokenizer does not encode them as control tokens."""
+        """Returns the messages and a dict of template variables. GUARD makes texts such as `<s>` plain text."""
         tools, today = chat.offered_tools, datetime.fromtimestamp(chat.created).astimezone()
         variables = {
             "date_string": today.strftime("%d %b %Y"),
@@ -211,9 +206,8 @@ def _with_parts(message: Mapping[str, Any]) -> dict[str, Any]:
 def answer_reasoning(
     reading: AnswerReading | None, budget: ReasoningBudget | None, grammar: Grammar | None, tokenizer: Tokenizer
 ) -> Reasoning | None:
-    """Returns the tags by which the engine finds the reasoning in an answer. Returns None if there are no usable tags,
-    if the reasoning has already ended, or if no budget or grammar depends on the reasoning. `grammar` has no rules for
-    reasoning. Raises ParameterError if the budget's message contains the end tag."""
+    """Returns the tags by which the engine finds the reasoning in an answer, or None if the engine need not find it.
+    Raises ParameterError if the budget's message contains the end tag."""
     calls_end = reading is not None and reading.form.calls_end_reasoning and (grammar is None or bool(grammar.triggers))
     found = None if reading is None else _open_or_closed(reading, calls_end=calls_end)
     if found is None:
@@ -231,8 +225,7 @@ def answer_reasoning(
 
 
 def _open_or_closed(reading: AnswerReading, *, calls_end: bool) -> Reasoning | None:
-    """Returns the reasoning tags, with `is_open` if the prompt ends inside reasoning. Returns None if there are no
-    usable tags or the reasoning has ended."""
+    """Returns the reasoning tags, or None if there are no usable tags or the reasoning has ended."""
     found = _tags(reading.form)
     if found is None or any(len(text.encode()) > MAX_TRIGGER_BYTES for text in (*found.begins, *found.ends)):
         return None

@@ -45,9 +45,7 @@ Choice = tuple[GenerationRequest, "ChoiceText"]
 
 
 class Completion:
-    """All choices of one prompt. Appends their chunks to a log. The first choice computes the prompt. The other choices
-    start afterwards and find the prompt in the prefix cache. While the queue is full, they wait up to `_QUEUE_S`,
-    because the request was already accepted. An error in one choice ends all choices."""
+    """All choices of one prompt. Appends their chunks to a log. An error in one choice ends all choices."""
 
     def __init__(
         self, engine: Engine, choices: Sequence[Choice], log: AnswerLog, prompt: int, on_close: Callable[[], None]
@@ -150,7 +148,7 @@ class Completion:
 
 
 class _Running:
-    """A running choice. The engine calls its methods, because a task per choice would double the time per token."""
+    """A running choice. The engine calls its methods."""
 
     def __init__(self, owner: Completion, generation: GenerationRequest, text: ChoiceText, timed: Timed) -> None:
         self.generation = generation
@@ -208,7 +206,7 @@ class _Running:
 
 
 class ChoiceText:
-    """Converts a choice's events to chunks. The division of the prompt into microbatches does not change the chunks."""
+    """Converts a choice's events to chunks."""
 
     def __init__(
         self,
@@ -219,8 +217,7 @@ class ChoiceText:
         min_tokens: int,
         reading: AnswerReading | None = None,
     ) -> None:
-        """Makes the converter. If `reading` is given, the choice answers a chat, and the text of its chunks is the
-        content of the chat message."""
+        """`reading` describes how to parse the answer to a chat, and is None for other answers."""
         self._index = index
         self._detokenizer = Detokenizer(tokenizer, shown=frozenset() if reading is None else reading.shown_control_ids)
         self._parser = None if reading is None else reading.parser()
@@ -299,8 +296,7 @@ class ChoiceText:
 
 
 class StopPattern:
-    """A stop string with its table for Knuth-Morris-Pratt search. A state is the length of the longest prefix of the
-    stop string that is a suffix of the text so far."""
+    """A stop string with its table for Knuth-Morris-Pratt search. A state is the number of characters that match."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -326,7 +322,7 @@ def stop_patterns(strings: tuple[str, ...]) -> tuple[StopPattern, ...]:
 
 
 class StopStrings:
-    """Finds stop strings in text that arrives in pieces. Longer stop strings do not cost more per character."""
+    """Finds stop strings in text that arrives in pieces."""
 
     def __init__(self, patterns: Sequence[StopPattern]) -> None:
         self._patterns = patterns
@@ -335,8 +331,7 @@ class StopStrings:
         self.matched: str | None = None  # The stop string that was found. It ends the text.
 
     def push(self, text: str) -> str:
-        """Returns text that is certainly not part of a stop string, and holds back the rest. A complete stop string
-        ends the text. If several stop strings are complete at the same character, the longest one counts."""
+        """Returns text that is certainly not part of a stop string, and holds back the rest."""
         if not self._patterns or self.matched is not None:
             return "" if self.matched is not None else text
         text = self._held + text

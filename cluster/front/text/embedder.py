@@ -58,7 +58,7 @@ def normalized(vector: Float64, norm: int = EUCLIDEAN) -> Vector:
 
 
 def _length(vector: Float64, norm: int) -> float:
-    """Returns the number by which to divide the vector. Sums are rounded once, so that all CPUs get the same result."""
+    """Returns the number by which to divide the vector."""
     if norm < 0:
         return 1.0
     magnitudes: Sequence[float] = np.abs(vector).tolist()
@@ -108,8 +108,7 @@ class Embedder:
         self._engine = engine
 
     async def embed(self, prompts: Sequence[tuple[int, ...]], options: EmbeddingOptions) -> list[Embedding]:
-        """Returns the embeddings in order. If a prompt fails, all are cancelled. Raises ParameterError for an invalid
-        prompt, QueueFullError if the queue is full at the start, DeadlineError, or WorkerError."""
+        """Returns the embeddings in order. Raises ParameterError, QueueFullError, DeadlineError or WorkerError."""
         group = secrets.token_hex(12)
         requests = [_request(f"{group}-{index}", group, prompt, options) for index, prompt in enumerate(prompts)]
         first = self._engine.submit(requests[0])

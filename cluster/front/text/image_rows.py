@@ -48,8 +48,7 @@ class RowMemoryError(QueueFullError):
 
 
 class RowCache:
-    """Caches the latest image rows that no request uses, by image digest. Limits the sum of the cached bytes and the
-    bytes that requests use. Requests that lack memory wait in `line`. Not thread-safe."""
+    """Caches image rows that no request uses, by image digest, and limits the memory of images. Not thread-safe."""
 
     def __init__(self, limits: RowLimits | None = None) -> None:
         self._limits = limits or RowLimits()
@@ -95,8 +94,7 @@ class RowCache:
         self._freed.set()
 
     def make_room(self, size: int) -> None:
-        """Drops unused rows until `size` bytes fit. Raises ParameterError if `size` exceeds the limit, and
-        RowMemoryError if used bytes leave too little room."""
+        """Drops unused rows until `size` bytes fit. Raises ParameterError or RowMemoryError."""
         self.check(size)
         if self.used_bytes + size > self._limits.held_bytes:
             raise RowMemoryError(self.held_bytes, size)

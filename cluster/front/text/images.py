@@ -82,8 +82,7 @@ class ImageMarkers:
         self._parts: list[dict[str, Any]] = []
 
     def mark(self, messages: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-        """Replaces images with markers, so that the content of each message becomes one text. Line breaks join adjacent
-        texts, as in llama.cpp."""
+        """Replaces images with markers, so that the content of each message becomes one text."""
         return tuple(
             {**each, "content": self._text(content)} if isinstance(content := each.get("content"), list) else each
             for each in messages
@@ -102,7 +101,7 @@ class ImageMarkers:
         return text
 
     def split(self, rendered: str) -> list[Part]:
-        """Splits a prompt into texts and images. A text is first. Raises ParameterError if an image is missing."""
+        """Splits a prompt into texts and images, a text first. Raises ParameterError if an image is missing."""
         first, *others = self._pattern.split(rendered)
         numbers, texts = [*map(int, others[::2])], others[1::2]
         if missing := len(self._parts) - len({*numbers}):

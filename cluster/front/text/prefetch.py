@@ -23,8 +23,7 @@ _Any = TypeVar("_Any")
 
 
 class Prefetch(Generic[_Result]):
-    """Calls `begin` for the next images ahead of time, and returns the results in order. The caller must release each
-    result. If memory is short, drops results that the caller has not taken, and computes them again later."""
+    """Calls `begin` for the next images ahead of time. The caller takes the results in order and releases them."""
 
     def __init__(
         self,
@@ -32,8 +31,7 @@ class Prefetch(Generic[_Result]):
         begin: Callable[[ImageSource], Coroutine[Any, Any, _Result]],
         room: Callable[[int, int], Awaitable[None]],
     ) -> None:
-        """`room(own_bytes, size)` waits until `size` more bytes are free. `own_bytes` is the memory that the caller has
-        already. `room` raises RowMemoryError if other requests hold the memory."""
+        """`room(own_bytes, size)` waits until `size` more bytes are free, or raises RowMemoryError."""
         self._sources = deque(sources)
         self._begin = begin
         self._room = room
@@ -48,8 +46,7 @@ class Prefetch(Generic[_Result]):
         return result
 
     async def with_room(self, work: Callable[[], Awaitable[_Any]], own_bytes: int) -> _Any:
-        """Awaits `work`. If memory is short, drops prepared results, waits for `room`, and calls `work` again.
-        `own_bytes` is the memory that the caller has. Raises the errors of `room`."""
+        """Calls `work`. If memory is short, waits for `room` and calls `work` again. Raises the errors of `room`."""
         while True:
             try:
                 return await work()

@@ -76,7 +76,7 @@ class AnswerReading:
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest(AnswerOptions):
-    """A prompt and the options of its completion. A text is tokenized as the model file specifies."""
+    """A prompt and the options of its completion."""
 
     prompt: str | tuple[int, ...] | PromptImages
     # None: until the context is full. 0: the prompt is computed and nothing is generated.
@@ -226,7 +226,7 @@ class ChatRequest:
         )
 
     def count_characters(self) -> int:
-        """Counts characters of contents, reasoning, tool calls and tools. A prompt usually has at least as many."""
+        """Counts the characters of contents, reasoning, tool calls and tools."""
         contents = [message.get(name) for message in self.messages for name in ("content", "reasoning_content")]
         calls = (call for message in self.messages for call in message.get("tool_calls") or ())
         texts = [*contents, *(call["function"].get("arguments") for call in calls)]
@@ -253,10 +253,10 @@ def effort_variables(effort: str | None) -> dict[str, Any]:
 def prompt_end(
     roles: Sequence[str], continue_final_message: bool | None, add_generation_prompt: bool | None
 ) -> PromptEnd:
-    """Returns how the prompt ends. If `continue_final_message` is None, llama.cpp's rule applies: an assistant message
-    at the end is continued unless a generation prompt is requested. Raises ParameterError for conflicting fields."""
+    """Returns how the prompt ends. Raises ParameterError for fields that contradict each other."""
     is_answered = roles[-1:] == ["assistant"]
     if continue_final_message is None:
+        # llama.cpp has the same rule.
         continue_final_message = is_answered and not add_generation_prompt
         if continue_final_message and roles[-2:-1] == ["assistant"]:
             reason = "expected one message of role assistant at the end, which is continued, found two"

@@ -113,8 +113,7 @@ class TextService:
             return self.submit(request, await self.choices(request, generation), log, leases=leases)
 
     async def prepare(self, request: CompletionRequest, leases: RowLeases) -> GenerationRequest:
-        """Returns the generation request of the first choice. `leases` hold the rows of its images until the caller
-        closes the leases. Raises ParameterError for invalid fields, or ContextLengthError for a long prompt."""
+        """Returns the first choice's generation request. `leases` hold the rows of its images. Raises RequestError."""
         request.check_text()
         self.slots.check(request.slot, has_images=isinstance(request.prompt, PromptImages))
         with self._counted():
@@ -128,7 +127,7 @@ class TextService:
         return replace(self._generation(request, prompt, breakers), images=images)
 
     async def choices(self, request: CompletionRequest, generation: GenerationRequest) -> list[Choice]:
-        """Makes the choices of a prepared request. Uses a thread if stop strings or continued messages are long."""
+        """Makes the choices of a prepared request."""
         make = partial(self._choices, request, generation)
         with self._counted():
             is_long = request.setup_characters > _BLOCKING_CHARACTERS
@@ -142,9 +141,8 @@ class TextService:
         prompt: int = 0,
         leases: RowLeases | None = None,
     ) -> Completion:
-        """Submits a prepared request. The caller must have called `log.begin`. `prompt` is the prompt's index in the
-        log. The caller must close the completion, which also closes `leases`. Raises ParameterError if a value is out
-        of bounds, AdapterUnloadedError, QueueFullError, or WorkerError. Later errors end the log."""
+        """Submits a prepared request. The caller must have called `log.begin`, and must close the completion. Raises
+        RequestError, QueueFullError or WorkerError."""
         held, (generation, _) = ExitStack(), choices[0]
         try:
             held.enter_context(self._counted())
@@ -179,9 +177,7 @@ class TextService:
     async def embed(
         self, prompts: Sequence[Sequence[str | int]], options: EmbeddingOptions
     ) -> AsyncIterator[list[Embedding]]:
-        """Embeds prompts of texts and token ids. The embeddings count toward the reply budget while the context is
-        open. Raises RequestError for an empty or too long prompt or too large a reply, and the errors of
-        `Embedder.embed`."""
+        """Embeds prompts of texts and token ids. Raises RequestError, QueueFullError, DeadlineError or WorkerError."""
         length = self.settings.embedding_length
         if self.settings.ranking is not None:
             raise ParameterError("model", "this model ranks documents and makes no embeddings: use /v1/rerank")
@@ -197,8 +193,7 @@ class TextService:
                 yield await self._embedder.embed(ids, options)
 
     async def rank(self, query: str, documents: Sequence[str]) -> list[Rank]:
-        """Returns the scores of the documents in order. Raises ParameterError if the model does not rank documents,
-        ContextLengthError if a text is too long, and the errors of `reserve_numbers` and `Embedder.embed`."""
+        """Returns the documents' scores in order. Raises RequestError, QueueFullError, DeadlineError or WorkerError."""
         ranking, budget = self.settings.ranking, self.budget
         if ranking is None:
             raise ParameterError("model", "this model does not rank documents")
@@ -213,8 +208,7 @@ class TextService:
     async def _pair_reader(
         self, form: PairForm | PairTemplate, query: str
     ) -> Callable[[str, str], Awaitable[tuple[int, ...]]]:
-        """Returns a function that tokenizes the query with a document. Its second argument is the field to name in
-        errors. Texts such as `<s>` do not become control tokens. A template and its texts are tokenized together."""
+        """Returns a function that tokenizes the query with a document."""
         tokenizer, context = self.tokenizer, self.settings.context_length
         self._check_characters(len(query), "query")
         if isinstance(form, PairTemplate):
@@ -263,15 +257,14 @@ class TextService:
     async def tokenize_all(
         self, parts: Sequence[str | int], param: str, most_tokens: int | None = None, add_special: bool = False
     ) -> list[list[int]]:
-        """Returns a list of token ids for each part, which is a text or a token id. `add_special` applies to the first
-        part. Raises an error early if the parts surely exceed `most_tokens` (None: the context length)."""
+        """Returns the token ids of each part. Raises an error above `most_tokens` (None: the context length)."""
         self._check_room(f"has {len(parts)} parts", len(parts), param, most_tokens)
         characters = sum(len(part) for part in parts if isinstance(part, str))
         self._check_characters(characters, param, most_tokens)
         return await run_on(tokenizing(characters), self._encode_all, parts, add_special)
 
     async def chat(self, chat: ChatRequest) -> CompletionRequest:
-        """Returns the completion request of a chat. Texts such as `<s>` are not control tokens. Raises RequestError."""
+        """Returns the completion request of a chat. Raises RequestError."""
         if not self.settings.generates:
             raise ParameterError("model", NO_TEXT)
         unconstrained = await self.chat_prompt(chat)

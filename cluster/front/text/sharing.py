@@ -38,7 +38,7 @@ def report_ignored(names: Iterable[str]) -> None:
 
 
 _WORK_S = 120.0
-"""Maximum seconds for work on a thread, including the wait for a thread. A busy machine may be many times slower."""
+"""Maximum seconds for work on a thread, including the wait for a thread."""
 
 _Result = TypeVar("_Result")
 _Arguments = ParamSpec("_Arguments")
@@ -70,13 +70,13 @@ _LONG_TEXTS = Threads(1, "tokenize-long")
 _LONG_CHARACTERS = 1 << 16
 RENDERING = Threads(1, "derive-format")
 BREAKERS = Threads(1, "breakers")
-"""Thread for DRY's sequence breakers. The work is in Python, so more threads would only delay the event loop."""
+"""Thread for DRY's sequence breakers."""
 TEMPLATES = Places(2)
 
 
 def tokenizing(characters: int) -> Threads:
-    """Returns the threads for tokenizing a text. Long texts are tokenized one at a time, because tokenizing takes up to
-    150 bytes of memory per character."""
+    """Returns the threads for tokenizing a text. Long texts are tokenized one at a time."""
+    # Tokenizing takes up to 150 bytes of memory per character.
     return _LONG_TEXTS if characters > _LONG_CHARACTERS else TOKENIZING
 
 
@@ -86,8 +86,7 @@ async def run_on(
     *arguments: _Arguments.args,
     **named: _Arguments.kwargs,
 ) -> _Result:
-    """Runs a function on a thread. Raises DeadlineError after `_WORK_S` seconds. If the function has not begun by then,
-    it never runs."""
+    """Runs a function on a thread. Raises DeadlineError after `_WORK_S` seconds."""
     async with deadline("work on the request's text, on a busy machine", _WORK_S), threads.turn():
         work = partial(function, *arguments, **named)
         return await asyncio.get_running_loop().run_in_executor(threads.executor, work)
@@ -105,7 +104,7 @@ _RETRY_S = 5.0
 
 
 async def when_free(submit: Callable[[], _Result], limit_s: float = inf) -> _Result:
-    """Submits an accepted request. Tries again while the queue is full. Raises QueueFullError after `limit_s`."""
+    """Calls `submit`, and tries again while the queue is full. Raises QueueFullError after `limit_s`."""
     clock = asyncio.get_running_loop().time
     end_s = clock() + limit_s
     while True:
@@ -159,14 +158,13 @@ class ReplySize:
 
 
 class ReplyBudget:
-    """Limits the memory of replies. Answers without logprobs do not count, because few reach their maximum length."""
+    """Limits the memory of replies."""
 
     def __init__(self) -> None:
         self.shares = Shares(MAX_HELD_UNITS)
 
     def reserve(self, sizes: Sequence[ReplySize]) -> AbstractContextManager[None]:
-        """Returns a context that reserves memory. Raises ParameterError above the limit of a reply, and QueueFullError
-        if other replies hold the memory."""
+        """Returns a context that reserves memory. Raises ParameterError or QueueFullError."""
         rows, top = sum(size.rows for size in sizes), max((size.top_logprobs for size in sizes), default=0)
         units = -(-sum(size.held_bytes for size in sizes if size.has_logprobs) // UNIT_BYTES)
         if (entries := sum(size.entries for size in sizes)) > MAX_REPLY_ENTRIES:
@@ -180,7 +178,7 @@ class ReplyBudget:
         raise ParameterError("logprobs" if top else "max_tokens", reason, "reply_too_large")
 
     def reserve_numbers(self, count: int, param: str, refusal: str) -> AbstractContextManager[None]:
-        """Reserves memory for `count` numbers. `refusal` is a text with {count} and {most}. Errors as in `reserve`."""
+        """Reserves memory for `count` numbers. `refusal` is the error message for a reply that is too large."""
         most = MAX_REPLY_ENTRIES * _UNIT_NUMBERS
         if count > most:
             raise ParameterError(param, refusal.format(count=count, most=most), "reply_too_large")

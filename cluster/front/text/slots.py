@@ -1,5 +1,4 @@
-"""Slots of llama.cpp's API. A slot records the tokens of its last request, but it has no KV memory of its own. Requests
-share KV memory even without slots."""
+"""Slots of llama.cpp's API. A slot records the tokens of its last request, but it has no KV memory of its own."""
 
 from __future__ import annotations
 
@@ -63,7 +62,7 @@ class Slots:
         return take
 
     def tokens(self, slot: int) -> SlotTokens:
-        """Returns the slot's tokens. A last token whose keys and values are not computed yet is left out."""
+        """Returns the slot's tokens whose keys and values are computed."""
         kept = self._tokens.get(slot, SlotTokens())
         return replace(kept, tokens=kept.tokens[:])  # A running request may append to the array.
 

@@ -50,14 +50,13 @@ class ImageEncoder(Protocol):
         ...
 
     async def encode(self, tiles: Sequence[Tile], owners: Owners) -> list[Rows]:
-        """Returns an array [rows, levels * width] for each tile, line by line. `owners` wait for the arrays."""
+        """Returns an array [rows, levels * width] for each tile."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLayout:
-    """The token ids and rows that replace an image in a prompt. `grids` has each tile's number of lines and number of
-    rows per line. `starts` has the number of rows before each tile."""
+    """The token ids and rows that replace an image in a prompt."""
 
     pieces: tuple[tuple[int, ...] | TileRows, ...]
     grids: tuple[tuple[int, int], ...]
@@ -90,7 +89,7 @@ class _Tiles:
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """An image in a prompt. `tiles` is None if the image's rows are cached, being computed, or not needed."""
+    """An image in a prompt. `tiles` is None if no tiles are needed."""
 
     source: ImageSource
     digest: bytes
@@ -118,7 +117,7 @@ class Vision:
         rope_sections: int = 0,
         rows: RowCache | None = None,
     ) -> None:
-        """Models may share `rows`. `rope_sections` is the number of M-RoPE positions per row, or 0 without M-RoPE."""
+        """`rope_sections` is the number of M-RoPE positions per row, or 0 without M-RoPE."""
         self._projector = projector
         self._tokenizer = tokenizer
         self._encoder = encoder
@@ -132,20 +131,16 @@ class Vision:
         self._encoding: SharedComputations[Rows] = SharedComputations(self._rows.keep)
 
     async def lay_out(self, prompt: PromptImages, check: CheckLength) -> tuple[int, ...]:
-        """Returns the token ids of a prompt, with 0 for each row of an image. Encodes no image. Waits while other
-        images take too much memory. Raises RequestError if an image cannot be read, and the errors of
-        `ImagePreparation` and `check`."""
+        """Returns the token ids of a prompt, with 0 for each row of an image. Raises RequestError."""
         with RowLeases() as leases:
             return await self._in_line(leases, partial(self._lay_out, prompt, check))
 
     async def image_prompt(self, prompt: PromptImages, check: CheckLength, leases: RowLeases) -> ImagePrompt:
-        """Returns the token ids of a prompt and the rows of its images. `leases` hold the rows. Raises the errors of
-        `lay_out` and the encoder, and RowMemoryError if memory is short while `leases` hold rows of another prompt."""
+        """Returns the token ids of a prompt and the rows of its images. Raises the errors of `lay_out`."""
         return await self._in_line(leases, partial(self._image_prompt, prompt, check))
 
     async def _in_line(self, leases: RowLeases, work: Callable[[Place, ExitStack], Awaitable[_Found]]) -> _Found:
-        """Runs `work`, which takes memory for rows. If other requests hold the memory, frees what `work` took, waits to
-        be first in line, and runs `work` again. Only the first in line may wait while it holds memory."""
+        """Runs `work`, which takes memory. If memory is short, frees it, waits in line, and runs `work` again."""
         with self._rows.line.place(current_owner.get()) as place:
             while True:
                 with ExitStack() as own:
@@ -200,8 +195,7 @@ class Vision:
         return tuple(ids), tuple(spans)
 
     async def _room(self, place: Place, own_bytes: int, size: int) -> None:
-        """Makes room for `size` more bytes. If there is no room, the request that is first in line waits, and any other
-        request gets RowMemoryError. Raises ParameterError if `own_bytes + size` exceeds the limit of a request."""
+        """Makes room for `size` more bytes. Raises ParameterError or RowMemoryError."""
         self._rows.check(own_bytes + size)
         if place.is_first:
             await self._rows.wait_for(size)
@@ -219,7 +213,7 @@ class Vision:
     async def _leased(
         self, images: Prefetch[_Begun], image: _Begun, own_bytes: dict[bytes, int], place: Place, own: ExitStack
     ) -> Rows:
-        """Returns the rows of an image. `own` keeps the rows in memory. Adds the size of the rows to `own_bytes`."""
+        """Returns the rows of an image, which `own` holds. Adds their size to `own_bytes`."""
         before = sum(own_bytes.values())
         own_bytes[image.digest] = self._bytes_of(image.layout)
         self._rows.check(sum(own_bytes.values()) + image.tile_bytes)
@@ -256,7 +250,7 @@ class Vision:
         return await run_on(TOKENIZING, settings.digest, source.data, self._projector.identity)
 
     async def _tiles_of(self, digest: bytes, source: ImageSource, place: Place | None = None) -> Lease[_Tiles]:
-        """Prepares the tiles of an image. Raises RowMemoryError if the request must first wait for its turn in line."""
+        """Prepares the tiles of an image. Raises RowMemoryError if the request must first wait in line."""
         if place is not None and digest not in self._preparing:
             self._check_open(place)
         owner = current_owner.get()
@@ -288,7 +282,7 @@ class Vision:
         return layout.rows * self._projector.width * self._projector.levels * _FLOAT_BYTES
 
     async def _rows_of(self, image: _Begun, place: Place) -> Lease[Rows]:
-        """Returns the rows of an image. Raises RowMemoryError with the bytes that the rows and missing tiles need."""
+        """Returns the rows of an image. Raises RowMemoryError with the number of bytes that are missing."""
         digest, owner = image.digest, current_owner.get()
         lacking = self._bytes_of(image.layout) + image.layout.tile_bytes - image.tile_bytes
         if digest not in self._encoding:

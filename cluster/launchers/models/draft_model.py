@@ -81,7 +81,7 @@ class LoadedDraftModel:
         self.path = plan.path
         self.memory_bytes = stage.memory.total_bytes
         self.kv_bytes = stage.memory.kv_bytes
-        """Bytes of KV memory, a part of `memory_bytes`. The kernel counts them as free until drafts are written."""
+        """Bytes of KV memory, a part of `memory_bytes`."""
         self.is_lost = False
         self._drafter = ModelDrafter(stage, plan.model.hyperparameters.vocabulary_size)
         self.times = self._tried(min(MOST_ROWS, stage.limits.max_context_tokens - _TRIED))
@@ -176,8 +176,7 @@ def of_draft_model() -> Iterator[None]:
 
 @asynccontextmanager
 async def draft_model_beside(plan: DraftModelPlan) -> AsyncIterator[LoadedDraftModel]:
-    """Loads the draft model on a thread, and closes it at the end. A cancelled load continues to its end, and the model
-    is closed then."""
+    """Loads the draft model on a thread, and closes it when the context ends."""
     thread = ThreadPoolExecutor(1, "draft model")
     loading = thread.submit(open_draft_model, plan)
     thread.shutdown(wait=False)

@@ -24,9 +24,8 @@ def open_with_projector(
 
 
 def choose_projector(model: Model, mmproj: str | None) -> tuple[Projector | None, str | None]:
-    """Returns (projector, reason). The projector is None if none is used. The reason says why a projector in the
-    model's folder is unused, or is None. Raises UsageError if a given projector is missing, and ModelFileError if it is
-    damaged or does not fit the model."""
+    """Returns the projector, or None, and the reason why a projector in the model's folder is unused, or None. Raises
+    UsageError if a given projector is missing, and ModelFileError if it is damaged or does not fit the model."""
 
     def check(projector: Projector) -> None:
         model.check_projector(projector)

@@ -1,5 +1,4 @@
-"""Calculates lower bounds of the seconds that layers take on workers and groups, so that the search can skip slow
-chains. The bounds assume that a group can divide a layer in any ratio."""
+"""Calculates lower bounds of the seconds that layers take on workers and groups."""
 
 from __future__ import annotations
 

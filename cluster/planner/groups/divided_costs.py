@@ -13,8 +13,7 @@ from llamaclust.model.costs import ModelCosts
 from llamaclust.model.groups.costs import DividedLayer, GroupCosts, PortionCost
 
 _FINE = 64
-"""Members divide a part of a layer into whole units, such as attention heads. A part with at least this number of units
-counts as divisible in any ratio."""
+"""Minimum number of units, such as attention heads, from which a part of a layer counts as divisible in any ratio."""
 
 Shares = Table
 """Shares of members, [members, ...]. Their sum over members is 1."""
@@ -22,14 +21,13 @@ Shares = Table
 
 @dataclass(frozen=True, slots=True)
 class DividedCosts:
-    """Costs of a model whose layers are divided among group members. `whole` has the leader's undivided costs, and
-    `follower` those of any other member. Each entry (units, costs) of `coarse` has the costs of `whole` plus the parts
-    of layers with `units` units. `fine` has the costs of `whole` plus the parts that are divisible in any ratio."""
+    """Costs of a model whose layers are divided among group members."""
 
-    whole: StageCosts
-    follower: StageCosts
+    whole: StageCosts  # The leader's undivided costs.
+    follower: StageCosts  # The undivided costs of any other member.
+    # Entries (units, costs of `whole` plus the parts of layers with this number of units).
     coarse: tuple[tuple[int, StageCosts], ...]
-    fine: StageCosts
+    fine: StageCosts  # Costs of `whole` plus the parts that are divisible in any ratio.
     least_units: int  # Minimum number of units among the parts in `fine`.
     divided: tuple[DividedLayer, ...]
 
@@ -126,7 +124,6 @@ def _more(table: Table, whole: Table) -> Table:
 
 
 def _in_units(units: int, shares: Shares) -> Shares:
-    """Rounds shares to whole units as `borders` in model/groups does. Each member gets at least one unit."""
     members = len(shares)
     places = np.rint(units * np.cumsum(shares, axis=0))
     before: Table = np.zeros(shares.shape[1:])

@@ -1,4 +1,4 @@
-"""Adjusts a group's shares if memory is nearly full. Shares that are rounded to whole units can need more memory."""
+"""Adjusts a group's shares if memory is nearly full."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ _MOST_STEPS = 3**8
 """All sets of workers are tried if this takes at most this number of steps, as it does for eight different workers."""
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 _MEMBER = 1e-3
-"""Minimum time that each member of a group must save, as a fraction of the minimum possible time."""
+"""Minimum fraction of the time that each member of a group must save."""
 _LIMITS = 512
 _ROUNDS = 6
 _NOTHING = 1.01
@@ -65,7 +65,7 @@ class Group:
 
 @dataclass(eq=False)
 class GroupSearch:
-    """Searches for the best split with groups. Workers of one class have equal links. A pair in `apart` has no link."""
+    """Searches for the best split in which workers or groups hold the stages."""
 
     sizes: MemoryModel
     workers: Sequence[WorkerFacts]
@@ -81,8 +81,7 @@ class GroupSearch:
         self.holders.extend(self.classes)
 
     def best(self, below: float, known: Best | None) -> Best | None:
-        """Returns the best split that takes less than `below` seconds. Repeats the search if whole-number shares make a
-        group slower than assumed."""
+        """Returns the best split that takes less than `below` seconds."""
         best = None
         for _ in range(_ROUNDS):
             best = self._best(below, known)
@@ -97,8 +96,7 @@ class GroupSearch:
         return any(longer)
 
     def _best(self, below: float, known: Best | None) -> Best | None:
-        """Searches groups of neighbours first, and then all sets of workers. The second search only uses the workload
-        of the first result."""
+        """Searches groups of neighbours first, and then all sets of workers."""
         neighbours, others = self._places()
         if len(self.holders) == len(self.classes):
             return None
@@ -182,8 +180,7 @@ class GroupSearch:
         return self._numbers[key]
 
     def _may_hold(self, members: tuple[int, ...]) -> bool:
-        """Returns True if the members can be a group. Its gathers must take less time per token than its slowest member
-        would need to compute all layers alone."""
+        """Returns True if the members can be a group whose gathers are not too slow."""
         request, facts = self.sizes.request, [self.workers[member] for member in members]
         if len(members) > request.largest_group or not all(worker.joins_groups for worker in facts):
             return False

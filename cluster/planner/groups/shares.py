@@ -9,17 +9,16 @@ from llamaclust.cluster.planner.costs import Table
 from llamaclust.cluster.planner.groups.divided_costs import DividedCosts, DividedTables, Shares
 
 _FEW = 100
-"""Whole-number shares with sums up to this maximum are tried, and also shares with the sum `MANY`."""
+"""Maximum sum of the small whole-number shares that are tried."""
 MANY = 1000
 _NOTHING = 1.003
 _LEAST_DIVIDED = 1e-6
-"""Minimum ratio of divided time to fixed time. The divided time is a divisor, so it must not be 0."""
+"""Minimum ratio of divided time to fixed time, because the divided time is a divisor."""
 
 
 def balanced(parts: DividedCosts, seconds: DividedTables, lacking: DividedTables, *, nearly: bool = False) -> Shares:
-    """Returns shares, [members, stages], that minimize the time of the slowest member. If memory does not suffice, the
-    sum over members is below 1. `seconds` has times by member and stage. `lacking` has missing bytes, or free bytes as
-    negative numbers. If `nearly` is set, shares are not rounded to coarse units."""
+    """Returns shares, [members, stages], that minimize the time of the slowest member. Their sum is below 1 if memory
+    does not suffice. `lacking` has missing bytes, or free bytes as negative numbers."""
     shares = _filled(seconds, lacking, parts.least_units, margin=0.0 if nearly else 0.5)
     if nearly or not parts.coarse:
         return shares
@@ -32,7 +31,7 @@ def balanced(parts: DividedCosts, seconds: DividedTables, lacking: DividedTables
 
 
 def _filled(seconds: DividedTables, lacking: DividedTables, units: int, *, margin: float = 0.5) -> Shares:
-    """Returns shares with the sum 1, so that all members take equally long. Memory for `margin` units stays free."""
+    """Returns shares with which all members take equally long. Memory for `margin` units stays free."""
     fixed = seconds.whole
     each = np.maximum(seconds.divided, _LEAST_DIVIDED * np.abs(fixed) + 1e-12)
     short, more, least = lacking.whole, lacking.divided, 1 / units
@@ -57,7 +56,7 @@ def _taken(limit: Table, fixed: Table, each: Table, least: float, most: Table) -
 
 
 def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float]) -> tuple[tuple[int, ...], float]:
-    """Returns small whole-number shares that are nearly the cheapest, and their cost, which is infinite if none fit."""
+    """Returns small whole-number shares with nearly the lowest cost, and this cost. It is infinite if none fit."""
     near = (in_total(shares, total) for total in (*range(len(shares), _FEW + 1), MANY))
     costs = {found: cost(found) for found in dict.fromkeys(near)}
     limit = _NOTHING * min(costs.values())

@@ -25,8 +25,7 @@ _INNER, _FIRST, _LAST, _ALL = range(4)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kinds:
-    """Sorts stages into kinds. Stages of one kind have equally many layers of each type. The first layer is in all of
-    them or in none, and the same holds for the last layer."""
+    """Sorts stages into kinds that have the same costs."""
 
     kind_of: Counts  # Kind of each stage, by start and end.
     places: tuple[Counts, Counts]  # Start and end of one stage per kind.
@@ -90,7 +89,7 @@ class GroupTables:
     costs_of: Callable[[int], GroupCosts]
     _contexts: int
     nearly: bool = False
-    """True if stages need to fit only with unrounded shares. `fitted` then looks for whole units that fit."""
+    """True if stages need to fit only with unrounded shares."""
     _divided: dict[int, _DividedModel] = field(default_factory=dict)
     _seconds: dict[tuple[int, WorkerFacts, Rows], DividedTables] = field(default_factory=dict)
     _lacking: dict[tuple[int, WorkerFacts, bool, Portion | None], DividedTables] = field(default_factory=dict)
@@ -162,7 +161,7 @@ class GroupTable:
     links: GroupLinks
     divided: _DividedModel
     factor: float = 1.0
-    """Ratio of the time with whole-number shares to the time with unrounded shares. `GroupSearch.best` updates it."""
+    """Ratio of the time with whole-number shares to the time with unrounded shares."""
 
     def of_work(self, work: Work) -> StageTable:
         """Returns the seconds of each stage, without links to other stages, and infinity for stages that do not fit."""
@@ -256,8 +255,7 @@ def _step_s(costs: StageCosts, worker: WorkerFacts, step: Rows) -> Table:
 
 
 def _cells(layers: int) -> Counts:
-    """Returns a cell number for each stage, which depends on the stage's length and on whether the stage is first or
-    last. Stages with equal numbers have equal shares."""
+    """Returns a cell number for each stage. Stages with equal numbers have equal shares."""
     starts, ends = np.indices((layers + 1, layers + 1))
     kinds = np.where(starts == 0, np.where(ends == layers, _ALL, _FIRST), np.where(ends == layers, _LAST, _INNER))
     found: Counts = kinds * (layers + 1) + np.clip(ends - starts, 0, layers)

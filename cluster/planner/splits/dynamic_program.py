@@ -44,7 +44,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Takes the cheapest of the steps in `before`, or the first of several that are equally cheap."""
+    """Takes the cheapest of the steps in `before`."""
 
     before: tuple[int, ...]
 
@@ -65,11 +65,11 @@ class Bounds(Protocol):
     """Lower bounds of the cost of layers, for given numbers of workers by class."""
 
     def together(self, workers: Counts) -> Table:
-        """Returns for each n the bound of layers [0, n), if all `workers` compute each layer together."""
+        """Returns lower bounds for all ranges [0, n) of layers, if all `workers` compute every layer together."""
         ...
 
     def of_rest(self, workers: Counts) -> Table:
-        """Returns for each n the bound of layers [n, end), if any of `workers` compute each layer."""
+        """Returns lower bounds for all ranges [n, end) of layers, if `workers` compute them alone or together."""
         ...
 
 
@@ -200,8 +200,8 @@ def in_order(
 def any_order(
     sizes: Counts, held_by: tuple[tuple[Counts, int], ...], leaders: tuple[int, ...], apart: Ways = frozenset()
 ) -> Places:
-    """Returns steps for all sets of workers in all orders. Equal workers (of one class) are tried in one order only.
-    `held_by` has pairs (numbers of workers by class, holder). A worker in `apart` must have its own class."""
+    """Returns steps for all sets of workers in all orders. `held_by` has pairs (numbers of workers by class, holder). A
+    worker in `apart` must have its own class."""
     numbers = dict(held_by)
     places: list[Step | Choice] = []
     found: dict[Counts, tuple[list[int], tuple[int, ...]]] = {}  # Steps and choices by used workers.
@@ -261,8 +261,7 @@ def steps_in_any_order(sizes: Sequence[int], held_by: Sequence[Counts]) -> int:
 
 
 def constrained_ends(workers: Collection[int], apart: Ways) -> list[Ends]:
-    """Returns constraints for the first and the last leader. The last stage sends to the first, so a pair in `apart`
-    must not lead both. Each worker of such a pair has an entry in which it leads first. Others share one entry."""
+    """Returns the alternative constraints under which no pair in `apart` leads both the first and the last stage."""
     bound = sorted(worker for worker in workers if any(worker in pair for pair in apart))
     ends = [Ends(frozenset(workers) - frozenset(bound))]
     for first in bound:

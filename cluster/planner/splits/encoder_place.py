@@ -16,7 +16,7 @@ from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionErro
 from llamaclust.core.sizes import MIB, needed
 
 _MOST_HOLDERS = 8
-"""Number of workers after which the search ends if a plan was found. Each worker needs a separate search."""
+"""Number of workers after which the search ends if a plan was found."""
 _FASTER = 0.98
 """Maximum ratio of times at which a plan counts as clearly faster than another."""
 _MUCH_FASTER = 0.9
@@ -40,14 +40,7 @@ def plan_with_encoder(
     is_manual: bool = False,
     partitions: Pairs = frozenset(),
 ) -> Plan:
-    """Makes a plan in which a worker with layers also holds the image encoder.
-
-    The bytes of the encoder are subtracted from one worker's RAM before layers are assigned. Workers are tried in order
-    of free RAM, starting with those that have layers in a plan without encoder. A later plan is chosen only if it is
-    clearly faster, or as fast with fewer stages. The search ends at a plan that is as good as the plan without encoder.
-    If a plan gives the tried worker no layers, the worker replaces another worker or gets the first layer of the
-    largest stage. For a manual plan, only its workers are tried, in order of the RAM that weights and workspace leave
-    free. Raises InsufficientMemoryError if no plan fits."""
+    """Makes a plan that also places the image encoder. Raises InsufficientMemoryError if no plan fits."""
     without = _without_encoder(encoder, workers, make_plan)
     tried = _by_room(without, workers) if is_manual else _by_memory(without, workers, partitions)
     best: Plan | None = None
@@ -104,7 +97,7 @@ def _plans_in_place(
 
 
 def _by_memory(without: Plan, workers: Sequence[WorkerFacts], partitions: Pairs) -> list[WorkerFacts]:
-    """Returns one worker of each kind, in the order of the search. Equal workers are interchangeable."""
+    """Returns one worker of each kind, in the order in which they are tried."""
     unlike = frozenset[str]().union(*partitions)
     kinds: dict[WorkerFacts, WorkerFacts] = {}
     for worker in sorted(workers, key=lambda worker: (not _has_layers(without, worker), -_room(worker))):
@@ -165,7 +158,6 @@ def _plans_with_a_layer(
 def _plans_by_hand(
     plan: Plan, entries: tuple[Assignment, ...], workers: Sequence[WorkerFacts], make_plan: MakePlan
 ) -> Iterator[Plan]:
-    """Yields a plan with these assignments if they fit. The plan keeps the objective of the automatic plan."""
     made = _plan_of(make_plan, workers, entries)
     if made is not None:
         used = {worker for entry in entries for worker in entry.workers}

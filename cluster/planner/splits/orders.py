@@ -1,5 +1,4 @@
-"""Chooses the orders of workers to try. The first is the order of the cluster file. All other orders follow, or if
-there are many workers, only likely ones."""
+"""Chooses the orders of workers to try: first that of the cluster file, then all others, or only likely ones."""
 
 from __future__ import annotations
 
@@ -128,7 +127,7 @@ _Tables = Sequence[tuple[int, StageTable]]
 
 
 def _with_best_ends(file: _Tables, limits: Table) -> list[Order]:
-    """Returns orders of several lengths, each with its best first and last worker. Other positions hardly matter."""
+    """Returns orders of several lengths, each with its best first and last worker."""
     by_total = sorted(file, key=lambda one: float(one[1].total[0, one[1].layers]))
     counts = range(1, len(file) + 1)
     fewest = bisect_left(counts, True, key=lambda count: _best_ends(by_total[:count], inf) is not None)

@@ -1,5 +1,4 @@
-"""Searches for the best split by dynamic programming. The search is exact for few workers. Otherwise it tries likely
-orders. The rating of a split depends on its slowest stage and on the sum over its stages. Workers may stay idle."""
+"""Searches for the best split by dynamic programming, exactly for few workers. Workers may stay idle."""
 
 from __future__ import annotations
 
@@ -32,10 +31,10 @@ class Way:
     least_slowest: float = 0.0  # Lower bound of the slowest stage's time in any split.
 
     def best(self, below: float) -> Split | None:
-        """Returns the best split that takes less than `below` seconds, or None. Bisects `limits`, best interval first.
-        The cheapest split at an interval's upper limit is a lower bound for the total of all splits in the interval."""
+        """Returns the best split that takes less than `below` seconds, or None."""
         best: Split | None = None
-        # (lower bound of the time, low, high) for limits[low:high].
+        # (lower bound of the time, low, high) for limits[low:high]. The cheapest split at an interval's upper limit
+        # is a lower bound for the total of all splits in the interval.
         open_ = [(self.work.seconds(self.least_slowest, 0.0), 0, len(self.limits))]
         while open_ and open_[0][0] < below:
             _, low, high = heappop(open_)

@@ -56,8 +56,7 @@ def _step_s(sizes: MemoryModel, division: Division, worker: WorkerFacts, step: R
 
 
 def link_table(sizes: MemoryModel, work: Work, reach: Link) -> StageTable:
-    """Returns the seconds of each stage's links to other stages. The table `slow` is for the rows of `work.slowest`,
-    which are sent while stages compute. The table `total` is for all other messages."""
+    """Returns the seconds of each stage's links to other stages."""
     stages = sizes.stages
     others = np.ones(stages.held_bytes.shape)
     others[0, stages.layers] = 0  # A stage of all layers has no links.

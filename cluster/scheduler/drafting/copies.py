@@ -25,9 +25,8 @@ class Copy:
         self._end, self._place = len(tokens), place
 
     def resumption(self, tokens: Sequence[int]) -> Resumption | None:
-        """Returns the place in the earlier passage where the most tokens match the end of the text. If several match
-        equally many tokens, prefers the place at which the text has most nearly replaced tokens one for one. Returns
-        None if the copy continues without a difference, or if no place matches."""
+        """Returns the place in the earlier passage where the most tokens match the end of the text. Returns None if no
+        token matches, or if the copy continues without a difference."""
         if self._place < 0 or len(tokens) - self._end > _MOST_SINCE:
             return None
         while self._end < len(tokens) and tokens[self._end] == tokens[self._place + 1]:

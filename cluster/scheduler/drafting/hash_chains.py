@@ -68,8 +68,7 @@ class HashChains:
         return self._newest[hash(window) & len(self._newest) - 1]
 
     def longest(self, text: Sequence[int], place: int, tail: Sequence[int]) -> Match:
-        """Returns the longest match of `tail` (at most LONGEST tokens), or the newest of equally long matches. Searches
-        from index `place` backwards. Matches that contain the separator NONE, or that NONE follows, do not count."""
+        """Returns the longest match of `tail` (at most LONGEST tokens), searching backwards from index `place`."""
         previous, order, window = self._previous, self._order, tail[-self._order :]
         found, length, followers, follower, agree = NONE, order - 1, 0, NONE, True
         for _ in range(CANDIDATES):

@@ -19,9 +19,8 @@ from llamaclust.cluster.scheduler.drafting.drafter import (
 from llamaclust.cluster.scheduler.drafting.hash_chains import LONGEST, NO_MATCH, HashChains, Match, extended
 
 _ORDER = 2
-"""Minimum match length in tokens. If one token has always followed a pair, it follows again in 4 of 5 cases."""
 _COPIED = 8
-"""Minimum number of matching tokens that count as a copy. A copy probably continues after a difference."""
+"""Minimum number of matching tokens that count as a copy."""
 _UNSURE = 3
 
 

@@ -1,5 +1,5 @@
-"""Drafts from recent answers to other requests. The number of stored tokens is limited. Only requests with equal keys
-share answers. Otherwise, a faster answer would reveal that another client received the same text."""
+"""Drafts from recent answers to other requests. Only requests with equal keys share answers, because a faster answer
+would reveal that another client received the same text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafter
 _ORDER = 4
 """Minimum match length in tokens. Shorter matches between answers are often accidental."""
 _KEY_TOKENS = 128
-"""Number of stored tokens that each key counts as, besides its answers. An empty index takes about 2 KiB."""
+"""Size of an empty index (about 2 KiB), as a number of stored tokens."""
 
 
 class _Answers:
@@ -41,8 +41,7 @@ class _Answers:
 
 
 class SharedAnswers:
-    """A store of answers in two halves, which needs about 17 bytes per token. When the newer half is full, the older
-    half is dropped, and the newer half takes its place."""
+    """A store of answers in two halves. When the newer half is full, it replaces the older half."""
 
     def __init__(self, most_tokens: int) -> None:
         self._half_tokens = most_tokens // 2

@@ -5,9 +5,8 @@ from collections.abc import Iterable
 
 
 class KvBlocks:
-    """A pool of the blocks [0, count). A block has the same number on every stage. A holder is a sequence or a transfer
-    that uses a block. A registered block without holders is idle: `acquire` still finds it, until `take` reuses it. The
-    block that has been idle longest is reused first."""
+    """A pool of the blocks [0, count). A holder is a sequence or a transfer that uses a block. A registered block
+    without holders is idle: `acquire` still finds it, until `take` reuses it."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -70,7 +69,6 @@ class KvBlocks:
                 self._free.append(block)
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Removes one holder from each block. Blocks that become idle are reused in reverse order of `blocks`."""
         for block in reversed(list(blocks)):
             self._holders[block] -= 1
             assert self._holders[block] >= 0, "a block was released twice"

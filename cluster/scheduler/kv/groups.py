@@ -29,16 +29,14 @@ class KvSizes(Generic[Sizes]):
 
 @dataclass(frozen=True, slots=True)
 class WindowGroup:
-    """Layers that store keys and values for a sliding window only. `window` is the largest number of positions that a
-    row of these layers reads, including its own. A KV block is released once no later microbatch reads it."""
+    """Layers with a sliding window. A row reads at most `window` positions, its own included."""
 
     window: int
     rows: int  # Maximum number of rows in a microbatch.
 
     @property
     def sequence_blocks(self) -> int:
-        """Maximum number of blocks that one sequence needs for its window, its newest row and drafted rows. The window
-        may begin anywhere in a block. Prompt rows of the current microbatch are counted in `row_blocks` instead."""
+        """Maximum number of blocks that one sequence needs for its window, its newest row and drafted rows."""
         return (self.window + KV_BLOCK_TOKENS - 3) // KV_BLOCK_TOKENS + 3
 
     @property
@@ -53,8 +51,7 @@ class WindowGroup:
         return max(0, position - self.window + 1) // KV_BLOCK_TOKENS
 
     def blocks_beside(self, kv_blocks: int, context_length: int, sequences: int) -> int:
-        """Returns the number of blocks for this group if other layers have `kv_blocks` blocks. Assumes one full-length
-        sequence. All other sequences are assumed to be `_SEQUENCES_A_CONTEXT` times shorter."""
+        """Returns the number of blocks for this group if other layers have `kv_blocks` blocks."""
         context = _blocks(context_length)
         further = -(-_SEQUENCES_A_CONTEXT * max(0, kv_blocks - context) * self.sequence_blocks // context)
         # The group never needs more blocks than the other layers.
@@ -65,18 +62,14 @@ class WindowGroup:
 @dataclass(frozen=True, slots=True)
 class StateGroup:
     """Blocks for recurrent states. A block holds the states of all layers after one position. Each running sequence has
-    one block. The other blocks are checkpoints, from which sequences with the same first tokens can start.
-
-    The states of running sequences take up to half as much memory as keys and values. Checkpoints take up to the same
-    amount again. There are at least three blocks: for a running sequence, for the checkpoint it started from, and for
-    the next checkpoint. If keys and values of a position are smaller than 1/1024 of a state, this size is assumed."""
+    one block. The other blocks are checkpoints, from which sequences with the same first tokens can start."""
 
     state_bytes: int  # Bytes of one sequence's state in all layers.
     kv_token_bytes: int  # Bytes of one position's keys and values in all layers.
 
     @property
     def span(self) -> int:
-        """Positions between checkpoints, a power of two. Keys and values of a span are about as large as a state."""
+        """Number of positions between checkpoints, a power of two."""
         positions = self.state_bytes // self._token_bytes
         return min(_MOST_STATE_POSITIONS, max(KV_BLOCK_TOKENS, 1 << (positions - 1).bit_length()))
 
@@ -85,9 +78,9 @@ class StateGroup:
         return max(self.kv_token_bytes, -(-self.state_bytes // _MOST_STATE_POSITIONS))
 
     def blocks_beside(self, kv_blocks: int, sequences: int) -> int:
-        """Returns the number of state blocks: one for each running sequence and for each `span` positions, and two
-        more. The first two numbers are limited by memory (see `StateGroup`)."""
+        """Returns the number of blocks for running sequences and checkpoints, if there are `kv_blocks` KV blocks."""
         tokens = kv_blocks * KV_BLOCK_TOKENS
+        # Running sequences and checkpoints may each take half as much memory as keys and values.
         half = tokens * self._token_bytes // (2 * self.state_bytes)
         return min(sequences, 1 + half) + 2 + min(tokens // self.span, half)
 

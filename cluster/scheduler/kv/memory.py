@@ -45,8 +45,8 @@ class KvMemory:
         self._filling.clear()
 
     def admit(self, sequence: Sequence, reserve: int) -> bool:
-        """Gives a sequence blocks for all of its rows. Returns False if memory does not suffice with `reserve` blocks
-        left free, or if the sequence would reuse a cached block that the current microbatch is still filling."""
+        """Gives a sequence blocks for all of its rows, and leaves `reserve` blocks free. Returns False if memory does
+        not suffice, or if the current microbatch is still filling a cached block that the sequence would use."""
         if (refused := self._refused.pop(sequence.key, None)) is not None and self._is_unchanged(refused, reserve):
             self._refused[sequence.key] = refused
             return False

@@ -30,7 +30,7 @@ class BlockKeys(list[bytes]):
         self._most_shared = 0
 
     def shared(self, blocks: int) -> BlockKeys:
-        """Returns keys for a sequence that has the same first `blocks` blocks. Shared keys are computed only once."""
+        """Returns keys for a sequence that has the same first `blocks` blocks."""
         self._most_shared = blocks
         self.share()
         other = copy(self)

@@ -9,21 +9,16 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class KvStates:
-    """Manages state blocks. A block holds the state after one position.
-
-    A chunk of rows overwrites the state that it reads. If that state is a checkpoint, the chunk writes to another block
-    instead, because checkpoints do not change. A checkpoint has the same key as the KV block that ends at its position.
-    If enough blocks are free, checkpoints are kept every `span` positions and after the last full KV block of a prompt.
-    A sequence can start only at a checkpoint. A sequence that has started always gets a block for its rows. A block
-    that a microbatch reads is released after the scheduler has made the microbatch. Otherwise another sequence in the
-    same microbatch could overwrite it."""
+    """Manages state blocks, which hold the state after one position. Each running sequence overwrites one block. Other
+    blocks are checkpoints. A checkpoint never changes, and sequences with the same first tokens start at it."""
 
     def __init__(self, span: int, cache: PrefixCache) -> None:
         self.blocks = cache.blocks
         self._span = span
         self._cache = cache
         self._lacking = 0  # Number of started sequences without a block for their next rows.
-        self._used: list[int] = []  # Blocks to release when the current microbatch has been made.
+        # Blocks to release when the current microbatch has been made, so that no other sequence in it overwrites them.
+        self._used: list[int] = []
 
     def usable(self, keys: Items[bytes], found: int) -> int:
         return next((end for end in range(found, 0, -1) if self.blocks.is_idle(keys[end - 1]) is not None), 0)

@@ -9,9 +9,8 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class KvWindow:
-    """The KV blocks of layers with a sliding window. A sequence may start or grow only if the blocks that it may need
-    can be reserved, so its rows always get a block. A block outside the window is released after the microbatch was
-    made. Otherwise another sequence in the same microbatch could overwrite keys and values that are still read."""
+    """The KV blocks of layers with a sliding window. A sequence may start or grow only if all blocks that it may need
+    can be reserved."""
 
     def __init__(self, group: WindowGroup, cache: PrefixCache) -> None:
         self.group = group
@@ -20,6 +19,7 @@ class KvWindow:
         self._begun = 0
         self._committed = 0
         self._most = cache.blocks.count - group.row_blocks
+        # Blocks to release when the current microbatch has been made, so that no other sequence in it overwrites them.
         self._out_of_window: list[int] = []
 
     def usable(self, keys: Items[bytes], found: int) -> int:

@@ -90,8 +90,7 @@ def _is_refused(sequence: Sequence, rows: tuple[RowResult, ...], added: list[Row
 
 
 def _append(sequence: Sequence, place: int, row: RowResult) -> list[RowResult]:
-    """Appends the token that the row at position `place` chose, and the forced tokens after it. Skips tokens that the
-    sequence already has, because a row that was sent too early chooses them again."""
+    """Appends the tokens that the row at position `place` chose, except those that the sequence already has."""
     rows = (row, *(RowResult(token, 0.0) for token in row.forced)) if row.forced else (row,)
     added: list[RowResult] = []
     for following in rows[len(sequence.tokens) - place - 1 :]:
@@ -105,9 +104,7 @@ def _append(sequence: Sequence, place: int, row: RowResult) -> list[RowResult]:
 
 
 def _settle(sequence: Sequence, taken: SequenceSlice, end: int, added: list[int]) -> None:
-    """Counts drafted rows before position `end` as accepted, and schedules refused rows again. After a refusal, a
-    sequence with recurrent states computes the whole chunk again. Gives up later drafts in flight, unless they continue
-    the accepted tokens."""
+    """Counts drafted rows before position `end` as accepted, and schedules refused rows again."""
     if not taken.drafted:
         return
     sequence.drafting.accepted += max(0, taken.drafted - (taken.end - end))

@@ -8,8 +8,7 @@ from llamaclust.cluster.scheduler.stage_times import StageCurves, StageTimes
 _FIRST_ROWS = 64
 _LEAST_ROWS = 16
 _LEAST_ROWS_ALONE = 64
-"""Minimum number of rows in a chunk if no sequence decodes. Every chunk reads all weights, so smaller chunks would make
-a slow machine even slower."""
+"""Minimum number of rows in a chunk if no sequence decodes."""
 _EFFICIENT = 4
 _SCORED_SHARE = 0.5
 """Maximum share of `prefill_ms` for rows with prompt logprobs, which also take time in the coordinator."""
@@ -22,13 +21,8 @@ def chunk_rows(
     settings: SchedulerSettings, times: StageTimes, burst: int, left: int, decoding: int, *, alone: bool
 ) -> int:
     """Returns the number of prefill rows in a microbatch with `decoding` other rows. `burst` is the number of prompt
-    tokens that arrived together, and `left` is the number still to be computed. `alone` means that no sequence decodes.
-
-    A chunk may keep the slowest stage busy for `prefill_ms`, which limits the delay of decode, but it has at least 16
-    rows. If no sequence decodes, the limits are `prefill_alone_ms` and 64 rows. The chunk is also limited to the size
-    that completes the burst soonest. If a stage takes a + b * rows, k chunks on S stages take (k + S - 1) * (a + b *
-    burst / k). The minimum is at burst / k = sqrt(burst * a / ((S - 1) * b)). Near the end, each chunk gets half of
-    `left`, because the first stages idle while later stages compute."""
+    tokens that arrived together, and `left` is the number still to be computed. `alone` means that no sequence
+    decodes."""
     most = settings.max_batch_tokens - decoding
     if settings.prefill_chunk is not None:
         return min(settings.prefill_chunk, most)
@@ -40,6 +34,7 @@ def chunk_rows(
     fit = (longest_ms * 1e6 - fixed_ns) / row_ns - decoding
     rows = min(most, max(fit, least))
     if times.stages > 1:
+        # If a stage takes a + b * rows, k chunks on S stages take (k + S - 1) * (a + b * burst / k).
         soonest = sqrt(burst * max(fixed_ns, row_ns) / ((times.stages - 1) * row_ns))
         last = max(left / 2, _EFFICIENT * fixed_ns / row_ns)
         rows = min(rows, max(min(soonest, last), _LEAST_ROWS))
@@ -47,7 +42,6 @@ def chunk_rows(
 
 
 def scored_rows(settings: SchedulerSettings, times: StageTimes, decoding: int) -> int:
-    """Returns the maximum number of rows with prompt logprobs, which can take longer than the stage's layers."""
     slowest = _slowest(times.scoring)
     if slowest is None:
         return _LEAST_ROWS

@@ -10,18 +10,16 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class ImageSpan:
-    """Image rows at positions [start, end) of a prompt. The prompt has token 0 at these positions. The span begins with
-    row number `offset` of its image. Spans with equal digests have equal rows and rope positions. `is_bidirectional`
-    means that all rows attend to each other. `rope_positions` are relative to the first row. The next text row gets the
-    highest rope position of the span plus 1."""
+    """Image rows at positions [start, end) of a prompt, where the prompt has token 0."""
 
     start: int
     end: int
     rows: NDArray[np.float32] = field(compare=False, repr=False)  # [end - start, levels * embedding]
-    digest: bytes  # SHA-256
-    is_bidirectional: bool = False
+    digest: bytes  # SHA-256. Spans with equal digests have equal rows and rope positions.
+    is_bidirectional: bool = False  # True if all rows attend to each other.
+    # Relative to the first row. The next text row gets the highest rope position of the span plus 1.
     rope_positions: NDArray[np.int32] | None = field(default=None, compare=False, repr=False)  # [sections, end - start]
-    offset: int = 0
+    offset: int = 0  # Number of the span's first row in its image.
 
     @property
     def row_bytes(self) -> int:

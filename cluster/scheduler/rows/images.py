@@ -12,8 +12,7 @@ from llamaclust.wire.microbatch.messages import ImageRows
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """An image span in a prompt. `before` is the RoPE position minus the prompt position of a text row directly before
-    the span, and `after` is this difference directly after the span."""
+    """An image span. `before` and `after` are the offsets of RoPE positions in the text before and after the span."""
 
     span: ImageSpan
     before: int
@@ -53,9 +52,8 @@ class SequenceImages:
         )
 
     def fitting(self, position: int, rows: int, most_rows: int, most_bytes: int) -> int:
-        """Returns how many of the next `rows` rows fit if the chunk may have `most_bytes` bytes of image rows. Image
-        rows that attend to each other must be in one chunk. If the chunk begins with such rows, the result is 0 if they
-        do not fit, and may exceed `rows`, up to `most_rows`."""
+        """Returns how many of the next `rows` rows fit. Image rows that attend to each other are not divided, so the
+        result may exceed `rows`, up to `most_rows`."""
         chunk_end = position + rows
         for part in self._parts(position, chunk_end):
             span, end = part.span, part.end

@@ -28,7 +28,7 @@ class Retry(Enum):
 @dataclass(slots=True)
 class Retries:
     """Decides how a failed sequence is computed again: first in other KV blocks, then if possible with another worker
-    as the last stage. If the sequence has a matcher, the worker is suspected only if logits are not finite."""
+    as the last stage."""
 
     count: int = 0
 

@@ -25,8 +25,6 @@ def take_rows(sequence: Sequence, rows: int) -> SequenceSlice:
 
 
 def take_token(sequence: Sequence) -> SequenceSlice:
-    """Takes the next decode rows. They hold known tokens with drafts after them, or one unknown token, or drafts that
-    continue the drafts in flight."""
     known, drafting = tuple(sequence.tokens[sequence.scheduled :]), sequence.drafting
     drafted = drafting.next
     if not drafted and (unknown := sequence.unknown):

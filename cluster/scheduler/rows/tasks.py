@@ -71,8 +71,7 @@ def _task(
 
 
 def matcher_start(sequence: Sequence, *, may_draft: bool) -> MatcherStart | None:
-    """Returns the data from which the last stage starts the sequence's matcher, or None if the data were already sent.
-    The data are sent early, so that the matcher is ready in time."""
+    """Returns the data from which the last stage starts a matcher, or None if they were already sent."""
     if not sequence.lacks_matcher:
         return None
     sequence.matcher.is_started = True

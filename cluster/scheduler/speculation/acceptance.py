@@ -6,7 +6,7 @@ _CHANGES = 1 / 256
 """Probability per token that the kind of text changes, which changes the acceptance rate."""
 _STRETCHES = 6
 _EVEN = 1.0
-"""Number of accepted and of refused tokens assumed at the start. With 1.0, all rates are equally probable."""
+"""Number of accepted and of refused tokens assumed at the start."""
 
 
 class _Stretch:
@@ -29,9 +29,7 @@ class _Stretch:
 
 
 class Acceptance:
-    """Estimates the acceptance rate for one kind of draft. The kind of text, and with it the rate, may have changed at
-    any token. A rate is estimated for several possible places of the last change. The result is the mean of these
-    rates, weighted by the probabilities of the places."""
+    """Estimates the acceptance rate for one kind of draft. The rate may change with the kind of text."""
 
     __slots__ = ("_first", "_rate", "_stretches")
 

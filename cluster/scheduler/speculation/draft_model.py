@@ -1,4 +1,4 @@
-"""Interface of a draft model, and estimates of its times. A step waits for the draft that it requested."""
+"""Interface of a draft model, and estimates of its times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drafts of one sequence. Each draft is compared with the tokens that follow, even if its rows were never computed."""
+"""Drafts of one sequence, which are compared with the tokens that follow."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class SequenceDrafts:
         return Candidate(draft.tokens[:most], rate, min(draft.forced, most), self.rate(FORCED) if draft.forced else 1.0)
 
     def further(self, tokens: Sequence[int], ahead: tuple[int, ...], most: int) -> tuple[int, ...]:
-        """Returns up to `most` drafted tokens that follow `ahead` (in flight), or () if the draft lacks `ahead`."""
+        """Returns up to `most` drafted tokens after the tokens `ahead` in flight, or () if the draft lacks these."""
         self._compare(tokens)
         under_way = (*tokens[self._at :], *ahead)
         if self._draft.tokens[: len(under_way)] != under_way:

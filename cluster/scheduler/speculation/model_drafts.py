@@ -1,7 +1,4 @@
-"""Decides which sequences a draft model drafts for, how many tokens it drafts, and which prompts it reads in advance.
-
-A step waits for its draft, so the draft must gain more than n-gram drafts, which take no time. The model reads a prompt
-during steps that do not wait for it. It reads a prompt only if enough answer tokens are left to repay the time."""
+"""Decides when a draft model drafts, how many tokens it drafts, and which prompts it reads in advance."""
 
 from __future__ import annotations
 
@@ -20,8 +17,7 @@ from llamaclust.core.sampler.tasks import SampleTask
 _CLOSE = 64
 """A step waits for the model only if the model has at most this number of the sequence's tokens left to read."""
 _WORTH = 2.0
-"""Minimum ratio of the time that drafts save to the time for reading the prompt. It is above 1, because an answer may
-end early."""
+"""Minimum ratio of the time that drafts save to the time for reading the prompt."""
 
 
 class ModelDrafts:

@@ -1,4 +1,4 @@
-"""Times of an MTP head on the last stage. They add to the time of the step after which the head drafts."""
+"""Times of an MTP head on the last stage."""
 
 from __future__ import annotations
 

@@ -24,12 +24,11 @@ class Retry:
         return self._left > 0 or tokens >= self.again
 
     def ordered(self, tokens: int) -> None:
-        """Records that a draft was ordered at sequence length `tokens`. Outside a retry, this means that the source
-        makes decoding faster, so the next wait is short again."""
+        """Records that a draft was ordered at sequence length `tokens`."""
         if tokens >= self.again:
             self._left, self._wait = _DRAFTS, min(2 * self._wait, _LONGEST_WAIT)
         elif self._left:
             self._left -= 1
-        else:
+        else:  # The source makes decoding faster, so it is used outside of retries.
             self._wait = _WAIT
         self.again = tokens + self._wait

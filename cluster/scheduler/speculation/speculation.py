@@ -20,9 +20,7 @@ from llamaclust.cluster.scheduler.speculation.windows import best_chain, best_wi
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _MOST_REPEATED = 4
-"""Maximum number of known tokens that a step with drafts computes again. A sequence with recurrent states computes
-known tokens again after refused drafts. If there are more such tokens, a step without drafts comes first, so that they
-do not accumulate."""
+"""Maximum number of known tokens that a step with drafts computes again, to restore recurrent states."""
 
 
 _OTHER_RATE = 0.02
@@ -46,7 +44,7 @@ class Speculation:
         return None if own is None or not settings.max_drafted else cls(settings, own, times)
 
     def draft(self, sequences: Items[Sequence], memory: KvMemory, groups: int, most_rows: int, running: int) -> None:
-        """Assigns up to `most_rows` drafted rows to a microbatch's sequences. `groups` microbatches are in flight."""
+        """Assigns up to `most_rows` drafted rows to a microbatch's sequences."""
         candidates = [self._next(sequence) if most_rows > 0 else Candidate() for sequence in sequences]
         windows = self._windows(candidates, groups, most_rows)
         for sequence in sequences:
@@ -61,7 +59,7 @@ class Speculation:
                 memory.draft(sequence, candidate.tokens[:window], RESERVE_BLOCKS * running)
 
     def further(self, sequence: Sequence, under_way: int) -> tuple[int, ...]:
-        """Returns the only running sequence's next drafted tokens, or (). `under_way` microbatches are in flight."""
+        """Returns the next drafted tokens of a sequence that runs alone, or ()."""
         drafts = sequence.drafting.drafts
         if drafts is None or (chain := drafts.chain) is None or under_way >= chain.depth:
             return ()

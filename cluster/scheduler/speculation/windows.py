@@ -1,8 +1,7 @@
 """Chooses the number of drafted tokens for each sequence, so that the most tokens per second are expected.
 
-A round is one decode step of all n sequences. Without drafts, a round yields n tokens. Each drafted row makes the round
-longer. A row at depth d in its draft adds a ** d tokens on average, where a is the acceptance rate. Rows are added in
-order of this gain, as long as the expected speed grows. If the total gain is small, no row is added."""
+A row at depth d in its draft adds a ** d tokens on average, where a is the acceptance rate. Rows are added in order of
+this gain, as long as the expected speed grows."""
 
 from __future__ import annotations
 
@@ -16,10 +15,10 @@ from llamaclust.cluster.scheduler.speculation.candidates import Candidate, Chain
 from llamaclust.cluster.scheduler.speculation.costs import counts_to_try
 
 _MARGIN = 0.05
-"""Minimum relative gain for which tokens are drafted. Predictions are not more accurate than this."""
+"""Minimum relative gain for which tokens are drafted."""
 _DEEPEST = 6
 _MARGIN_BESIDE = 0.2
-"""Minimum relative gain if several microbatches are in flight, where short microbatches wait for long microbatches."""
+"""Minimum relative gain if several microbatches are in flight."""
 
 
 class RoundTimes(Protocol):
@@ -27,20 +26,17 @@ class RoundTimes(Protocol):
     and the planner predicts them."""
 
     def plain_ns(self, sequences: int, groups: int) -> float:
-        """Returns the time of a round without drafted rows, with lookahead steps. Returns infinity if it is unknown."""
+        """Returns the time of a round with lookahead steps and without drafts, or infinity if it is unknown."""
 
     def window_ns(self, rows: int, groups: int) -> float:
-        """Returns the time of a round of `rows` rows that include drafts. Such a round is no lookahead step."""
+        """Returns the time of a round of `rows` rows that include drafts."""
 
     def slowest_ns(self, rows: int) -> float: ...
 
 
 def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain | None:
     """Returns the fastest chain of windows for a draft of `length` tokens with the acceptance rate `rate`. Returns None
-    if times are unknown, or if the first window's result would arrive before the second window is sent.
-
-    All windows after a wrong token are wasted. The delay that they cause is not counted, because counting half a
-    stage's time made answers slower (benchmarks/notebook.md)."""
+    if times are unknown, or if windows cannot overlap."""
     rate = min(rate, 0.999)
     best: Chain | None = None
     for count in counts_to_try(min(most, length)):
@@ -52,6 +48,7 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
         if depth < 2 or windows < 2:
             continue
         whole = rate**count
+        # Counting the delay by windows after a wrong token made answers slower (benchmarks/notebook.md).
         followed = whole * (1 - whole ** (windows - 1)) / (1 - whole)
         ns = round_ns + max(stage_ns, round_ns / depth) * followed
         speed = (1 - rate ** (count * windows + 1)) / (1 - rate) / ns
@@ -61,8 +58,7 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
 
 
 def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
-    """Returns the number of drafted tokens for each sequence of a microbatch, at most `most_rows` in total. `groups`
-    microbatches are in flight."""
+    """Returns the number of drafted tokens for each sequence of a microbatch, at most `most_rows` in total."""
     sequences = len(candidates)
     windows = [0] * sequences
     plain_ns = times.plain_ns(sequences, groups)

@@ -117,13 +117,12 @@ def _of_signal(variables: Mapping[str, str], what: str, signal: str) -> tuple[st
 
 
 def _url(section: Telemetry, variables: Mapping[str, str], signal: str) -> str:
-    """Returns the URL for traces or metrics. OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is the complete URL for traces. All
-    other settings are base URLs, to which `/v1/traces` is appended. The same applies to metrics."""
     base = section.endpoint
     if base is None:
         name, value = _of_signal(variables, "ENDPOINT", signal)
         if value and not _URL.fullmatch(value):
             raise UsageError(f"{name} must be a URL like {_ENDPOINT}, without user and password")
+        # OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is a complete URL. Other settings are base URLs.
         if f"_{signal.upper()}_" in name:
             return value
         base = value or _ENDPOINT

@@ -1,10 +1,6 @@
 """Converts records to OTLP spans, which are named by OpenTelemetry's GenAI conventions. The span of an HTTP request
 contains the spans of its sequences. A sequence's span contains its phases, and a computing phase contains its stages.
-
-Microbatches carry no trace context, because their results bring all times to the coordinator. Each stage has one span
-per phase, whose length is the stage's total time in the phase. The spans of the stages follow one after another,
-although the stages take turns during many microbatches.
-"""
+Each stage has one span per phase, whose length is the stage's total time in the phase."""
 
 from __future__ import annotations
 
@@ -101,7 +97,6 @@ def _sequence_attributes(ended: EndedSequence) -> dict[str, Value]:
 
 
 def _phase_spans(phase: WaterfallPhase, sequence: Span, unix_ns: int) -> Iterator[Span]:
-    """Yields the spans of a phase and its stages. A phase that was merged from several may overlap other phases."""
     attributes: dict[str, Value] = {}
     if phase.microbatches:
         attributes = {

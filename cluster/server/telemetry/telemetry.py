@@ -71,8 +71,8 @@ class _ModelSpans:
 async def open_telemetry(
     settings: TelemetrySettings, cluster: str, engines: Mapping[str, Engine], registry: CollectorRegistry
 ) -> AsyncIterator[Telemetry]:
-    """Exports telemetry while the context is open. `engines` are by model name. `registry` has the cluster's metrics,
-    to which this function adds counts of exports."""
+    """Exports telemetry while the context is open. `engines` has the engines by model name. `registry` has the
+    cluster's metrics, to which this function adds counts of exports."""
     from llamaclust.cluster.server.telemetry.exporter import ExportCounts, Exporter
 
     resource = {"service.version": VERSION, "service.instance.id": cluster, **settings.resource}

@@ -10,7 +10,7 @@ from llamaclust.cluster.engine.trace_context import TraceContext
 
 _TRACE_ID_BYTES, SPAN_ID_BYTES = 16, 8
 _COUNTED_BITS = 64
-"""A trace is kept if its id's low 64 bits are below `ratio` * 2**64. Programs with this rule keep the same traces."""
+"""Number of low bits of a trace id that decide whether the trace is kept."""
 
 
 @dataclass(frozen=True, slots=True)

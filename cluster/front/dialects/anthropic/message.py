@@ -32,7 +32,7 @@ from llamaclust.model.chat.tools.events import (
 
 Block = dict[str, Any]
 Shown = dict[str, Any]
-"""A stream event as a JSON object. For a whole reply, `_put_together` joins the same events to content blocks."""
+"""A stream event as a JSON object."""
 
 _STARTS: Final[dict[str, Block]] = {
     "text": {"type": "text", "text": ""},
@@ -144,7 +144,7 @@ class _Blocks:
         yield self._event("content_block_start", content_block=block)
 
     def _close(self) -> Iterator[Shown]:
-        """Closes the open block, if any. A thinking block gets an empty signature, which this server never checks."""
+        """Closes the open block, if any."""
         if self._open == "thinking":
             yield self._delta("signature_delta", signature="")
         if self._open is not None:
@@ -176,8 +176,7 @@ def _put_together(events: Iterable[Shown]) -> list[Block]:
 
 
 def _input(text: str) -> dict[str, Any]:
-    """Parses a tool call's arguments. Invalid JSON, such as the arguments of an answer that was cut off, becomes
-    {"INVALID_JSON": text}, as Anthropic recommends."""
+    """Parses a tool call's arguments. Invalid JSON becomes {"INVALID_JSON": text}, as Anthropic recommends."""
     arguments = arguments_object(text or "{}")
     return {"INVALID_JSON": text} if arguments is None else arguments
 
@@ -195,11 +194,11 @@ _ERROR_TYPES: Final = {
 
 
 def _error(failure: Failure) -> dict[str, Any]:
-    """Converts an error to Anthropic's JSON. If a prompt exceeds the context length, the message begins with "prompt is
-    too long", because clients then shorten the chat."""
+    """Converts an error to Anthropic's JSON."""
     kind, message = error_type(failure, _ERROR_TYPES, "api_error"), failure.message
     if failure.numbers:
         tokens, most = failure.numbers["n_prompt_tokens"], failure.numbers["n_ctx"]
+        # Clients shorten the chat if a message begins with these words.
         message = f"prompt is too long: {tokens} tokens > {most} maximum ({message})"
     error = {"type": kind, "message": message, "param": failure.param, "code": failure.code, **failure.numbers}
     return {"type": "error", "error": error}

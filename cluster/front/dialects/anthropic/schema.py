@@ -67,8 +67,7 @@ _CLIENT_TOOLS: Final[dict[str, dict[str, Any]]] = {
     "text_editor_": _file_tool("Shows, creates and changes files.", *_EDITS),
     "memory_": _file_tool("Keeps notes in files below /memories.", *_EDITS, "delete", "rename"),
 }
-"""Anthropic's tools that the client runs. Keys are tool types without the date, such as `bash_` for `bash_20250124`.
-Requests contain only a tool's type and name, so the definitions that the model gets are here."""
+"""Definitions of Anthropic's tools that the client runs, by type without the date, such as `bash_`."""
 
 
 class Tool(Body, foreign=ANTHROPIC_TOOL):
@@ -145,8 +144,7 @@ ThinkingField = Annotated[Thinking, BeforeValidator(_thinking), _THINKING_SCHEMA
 
 
 _BILLING: Final = re.compile(r"x-anthropic-billing-header:(?:[ \t]*\w+=[^;\s]*(?:;|(?=\n)|\Z))*[ \t]*\n?")
-"""Matches the billing header at the beginning of Claude Code's system prompt. The server removes the header, because it
-changes between requests and would keep the prefix cache from being used."""
+"""Matches the billing header of Claude Code's system prompt. It changes with each request, so it is removed."""
 _ROLES: Final = ("user", "assistant", "system")
 _ERROR: Final = "Error: "
 
@@ -184,8 +182,7 @@ class Turn:
 
 
 def read_turn(message: Any, info: ValidationInfo) -> Turn:
-    """Validates a message. Media that the model cannot read and calls of Anthropic's server tools become short texts in
-    a `Leniency` context, and raise ValueError in other contexts. Unknown blocks always raise ValueError."""
+    """Validates a message. Raises ValueError if the message is invalid."""
     if not isinstance(message, dict) or message.get("role") not in _ROLES:
         raise ValueError(f"a message must be an object with a 'role' of {', '.join(_ROLES)}")
     role, content = message["role"], message.get("content")

@@ -288,8 +288,7 @@ class Infill(LlamaCppCompletion):
 
 
 class Completions(TextCompletions):
-    """Reads a body with the field `model` as OpenAI's `/v1/completions` does, because only OpenAI's API requires that
-    field. Reads any other body as llama.cpp's `/completion` does."""
+    """Reads a body with the field `model` as OpenAI's API does, and any other body as llama.cpp's API does."""
 
     paths = ("/completions",)
 

@@ -105,7 +105,6 @@ class TextEndpoints:
         return await unless_disconnected(request, run_on(tokenizing(len(body.content)), self._tokenized, body))
 
     def _tokenized(self, body: TokenizeBody) -> Response:
-        """Tokenizes a text, and renders the reply, because JSON takes a tenth of the memory of a list of token ids."""
         tokenizer = self._service.tokenizer
         ids = tokenizer.encode(body.content, body.add_special, body.parse_special)
         if body.with_pieces and len(ids) > _MAX_PIECES:
@@ -210,7 +209,7 @@ _Metric = tuple[str, str, str, float]
 
 
 def llamacpp_metrics(engines: Mapping[str, Engine]) -> bytes:
-    """Returns llama.cpp's metrics in Prometheus's text format. Prometheus's library would refuse two of the names."""
+    """Returns llama.cpp's metrics in Prometheus's text format."""
     labels = [f'{{model="{_escaped(model)}"}}' if len(engines) > 1 else "" for model in engines]
     families = zip(*map(_metrics, engines.values()), strict=True)
     return "".join(_family(metrics, labels) for metrics in families).encode()

@@ -83,7 +83,7 @@ class SlotActions:
         return {"n_saved": len(tokens.tokens), "n_written": written}
 
     async def _restore(self, request: Request, slot: int, name: str) -> dict[str, int]:
-        """Restores a slot from a file. Workers first compute the tokens' KV blocks, or load these blocks from disk."""
+        """Restores a slot's tokens from a file, and computes their KV blocks."""
         slots = self._service.slots
         tokens, size_bytes = await self._on_disk(lambda: self._folder.read(name, slots.model_id))
         await unless_disconnected(request, self._compute(tokens))
@@ -91,8 +91,7 @@ class SlotActions:
         return {"n_restored": len(tokens.tokens), "n_read": size_bytes}
 
     async def _on_disk(self, work: Callable[[], _Value]) -> _Value:
-        """Runs `work` on a thread while no other request uses slot files. Raises TimeoutError if the disk hangs, and
-        DeadlineError if other requests use slot files for too long."""
+        """Runs `work` on a thread while no other request uses slot files. Raises TimeoutError or DeadlineError."""
         async with deadline("the slot files of other requests", _TURN_S):
             await self._turn.acquire()
         try:
@@ -142,8 +141,7 @@ class SlotFolder:
         self._folder = folder
 
     def write(self, name: str, tokens: SlotTokens, model_id: str) -> int:
-        """Writes a slot file and returns its size in bytes. Raises OSError. Raises ParameterError if the name is
-        invalid, if a file of another kind has the name, or if the folder is full."""
+        """Writes a slot file and returns its size in bytes. Raises OSError or ParameterError."""
         path = self._path(name)
         if os.path.lexists(path):
             if not _is_slot_file(path):
@@ -175,7 +173,7 @@ class SlotFolder:
 
 
 def _is_slot_file(path: Path) -> bool:
-    """Returns True for slot files, including damaged ones. `write` replaces no other files. Raises OSError."""
+    """Returns True for slot files, including damaged ones."""
     if path.is_symlink() or not path.is_file():
         return False
     with regular_file.open_regular(path, follows_links=False) as file:

@@ -63,8 +63,7 @@ class Piece:
     calls: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, index: int, call: ToolCall) -> None:
-        """Adds a tool call. A call whose arguments were cut off is added to the text, because Ollama's clients expect
-        arguments to be a JSON object."""
+        """Adds a tool call, or adds its text to `content` if its arguments are not a complete JSON object."""
         arguments = arguments_object(call.arguments)
         if arguments is None:
             self.content += f"{call.name}({call.arguments}"
@@ -78,7 +77,7 @@ class PieceReader:
         self._open: dict[int, ToolCall] = {}
 
     def read(self, chunk: TextChunk) -> Piece:
-        """Returns the text, reasoning and tool calls that a chunk adds. A tool call is returned whole, when it ends."""
+        """Returns what a chunk adds. A tool call is returned whole, when it ends."""
         piece = Piece()
         for event in chunk.events or (ContentText(chunk.text),):
             match event:
@@ -105,7 +104,7 @@ Show = Callable[[Piece], dict[str, Any]]
 
 @dataclass(eq=False)
 class OllamaView(View):
-    """Shows an answer as JSON lines. A request without a prompt loads or unloads a model and gets a single line."""
+    """Shows an answer as lines of JSON."""
 
     tokenizer: Tokenizer
     begin: dict[str, Any]  # Fields of every line.
@@ -190,11 +189,11 @@ class OllamaDialect(Dialect[AnyAnswer]):
         """Converts a request's body to a completion request."""
 
     async def reply(self, parsed: ParsedRequest[AnyAnswer]) -> Reply:
-        """Uses the admission time as `created_at`, so that a second computation of the reply shows the same time."""
         body, end = parsed.body, None
         if body.is_load:
             unloads = self.settings.can_unload and read_keep_alive(body.keep_alive) == 0
             end = "unload" if unloads else "load"
+        # The time of admission stays the same if the reply is computed again.
         begin = {"model": parsed.model, "created_at": shown_time(parsed.context.created)}
         return Reply(
             service=self.service,
@@ -234,7 +233,6 @@ class Generate(OllamaDialect[GenerateBody]):
         return {"response": piece.content, **thinking}
 
     async def request(self, parsed: ParsedRequest[GenerateBody]) -> CompletionRequest:
-        """Puts `context`, the token ids of an earlier reply, before the prompt, and removes the prompt's BOS token."""
         body, earlier = parsed.body, tuple(parsed.body.context)
         if body.suffix:
             return await self._fill_in(body)

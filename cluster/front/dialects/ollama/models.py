@@ -177,8 +177,7 @@ def _expiry(model: ApiModel) -> str:
 
 
 async def _capabilities(model: ApiModel) -> list[str]:
-    """Returns Ollama's names for the model's capabilities. `tools` is always included: if the chat template has no
-    place for tools, a message describes them."""
+    """Returns Ollama's names for the model's capabilities."""
     has_reasoning = (await model.service.chat_format.get()).knows_reasoning
     further = {
         "vision": model.service.vision is not None,

@@ -24,7 +24,7 @@ _MOST_OF_A_MESSAGE: Final = 500
 
 
 class CatalogPulls:
-    """Downloads models of the catalog, each in its own process. A request can select a catalog entry, but no URL."""
+    """Downloads models of the catalog, one at a time, each in its own process."""
 
     def __init__(self, settings: ApiSettings) -> None:
         self._settings = settings
@@ -46,8 +46,7 @@ class CatalogPulls:
         return entry
 
     async def progress(self, entry: CatalogEntry) -> AsyncGenerator[dict[str, Any], None]:
-        """Downloads a model and yields its progress as Ollama's JSON. Raises HttpError 409 if another download is
-        running, or 502 if this one fails. Closing the generator stops the download, which can be continued later."""
+        """Downloads a model and yields its progress. Raises HttpError if it fails or another download is running."""
         if self._running is not None:
             message = f"model {self._running!r} is being downloaded; try again when the download is done"
             raise HttpError(409, "pull_in_progress", message, {"Retry-After": "10"}, param="model")

@@ -131,7 +131,7 @@ class AnswerFields(Body):
 
     @property
     def has_context(self) -> bool:
-        """True to show the token ids of prompt and answer in the reply. A later request can continue from these ids."""
+        """True to show the token ids of prompt and answer in the reply."""
         return False
 
     @property

@@ -142,7 +142,7 @@ def _not_found(request: Request) -> HttpError:
 
 
 def _unended(kept: KeptReply, response_id: str) -> dict[str, Any]:
-    """Returns the JSON of an incomplete response. Most fields are missing if a restart queued the response again."""
+    """Returns the JSON of a response that is not complete."""
     known = kept.acknowledgement
     shown: dict[str, Any] = {"id": response_id, "object": "response", "created_at": kept.context.created}
     shown |= {"background": True, "output": []} if known is None else known

@@ -68,7 +68,7 @@ class ChatCompletions(_Generating[ChatBody]):
     body, view = ChatBody, ChatView
 
     def routes(self) -> Iterator[Route]:
-        """Adds llama.cpp's endpoint that counts a chat's tokens. It accepts any model name, even under `/v1/`."""
+        """Adds llama.cpp's endpoint that counts a chat's tokens."""
         yield from super().routes()
         if self.path == "/chat/completions":
             for path in self.paths:

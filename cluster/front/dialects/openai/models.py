@@ -56,8 +56,7 @@ class ModelEndpoints:
         return JsonResponse({"success": True})
 
     async def unload(self, request: Request) -> Response:
-        """Unloads a model, then replies. Raises HttpError 409 if the model has requests, or DeadlineError if the model
-        is still being loaded after a minute."""
+        """Unloads a model. Replies with status 409 if the model has requests."""
         model = await self._named(request)
         async with deadline(f"unloading {model.name!r}, which is still being loaded,", _UNLOAD_S):
             await model.resident.sleep()

@@ -48,8 +48,7 @@ _THOUGHTS: Final = ("summary_text", "reasoning_text", "text")
 
 
 def read_items(value: Any, context: object) -> list[Item]:
-    """Converts the field `input` to items. In a `Leniency` context, removes unknown items without role and content, and
-    replaces media that the model cannot read with short texts. In other contexts, such items raise ValueError."""
+    """Converts the field `input` to items. Raises ValueError if an item is invalid."""
     if isinstance(value, str):
         return [_message({"role": "user", "content": value}, context)]
     if not isinstance(value, list):
@@ -181,7 +180,7 @@ def _call(kind: str, value: Item, context: object) -> Item:
 
 
 def _output(kind: str, value: Item, context: object) -> str | list[Item]:
-    """Returns a tool call's result as a text or as parts. Short texts replace media that the model cannot read."""
+    """Returns a tool call's result as a text or as parts."""
     is_text = kind.removesuffix(_OUTPUT) in CALL_TEXTS
     output = value.get("output") or ("" if is_text else None)
     if isinstance(output, str):
@@ -203,8 +202,7 @@ def _is_part(part: Any) -> bool:
 
 
 def _compaction(item: Item, context: object) -> Item:
-    """Validates a compaction item. In a `Leniency` context, an item of another server becomes a note that the summary
-    cannot be read. In other contexts, such an item raises ValueError."""
+    """Validates a compaction item. A `Leniency` context replaces the summary of another server with a note."""
     try:
         _summary(item)
     except ValueError:

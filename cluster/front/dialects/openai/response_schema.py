@@ -183,8 +183,7 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
 
 
 def _chat(instructions: str | None, messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    """Joins the instructions and the first system messages, because many chat templates allow only one system message.
-    Messages with images are not joined."""
+    """Joins the instructions and the first system messages, because many chat templates allow only one."""
     systems = [*takewhile(_is_system_text, messages)]
     texts = [*([] if instructions is None else [instructions]), *(message["content"] for message in systems)]
     prompt = [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
@@ -277,9 +276,9 @@ class CompactionBody(AdapterFields, foreign=COMPACTION):
 
 
 def _with_task(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Appends the instruction to summarize the chat. If the last message has the role user, extends that message
-    instead, because many chat templates require that roles alternate."""
+    """Appends the instruction to summarize the chat."""
     last = messages[-1]
+    # Many chat templates require that roles alternate.
     if last["role"] == "user":
         content = last["content"]
         task = f"{content}\n\n{_TASK}" if isinstance(content, str) else joined([*parts_of(content), _TASK])

@@ -22,7 +22,7 @@ Messages = tuple[Mapping[str, Any], ...]
 
 @dataclass(slots=True, eq=False)
 class StoredResponse:
-    """A response with its input. The constructor estimates `held_bytes`, which takes long for a large response."""
+    """A response with its input."""
 
     response: dict[str, Any]  # The response's JSON.
     input_items: list[Item]
@@ -34,7 +34,7 @@ class StoredResponse:
 
 
 async def stored_response(response: dict[str, Any], input_items: Sequence[Item], messages: Messages) -> StoredResponse:
-    """Makes a stored response, and gives ids to its input items. A response with many values is made on a thread."""
+    """Makes a stored response, and gives ids to its input items."""
 
     def make() -> StoredResponse:
         return StoredResponse(response, with_ids(input_items, response["id"]), messages)
@@ -43,8 +43,7 @@ async def stored_response(response: dict[str, Any], input_items: Sequence[Item],
 
 
 class ResponseStore:
-    """Stored responses by owner and id. If memory or the number of responses reaches its limit, `put` finds the owner
-    who uses most of it, and deletes that owner's oldest response. Not thread-safe."""
+    """Stored responses by owner and id, with limits on their number and memory. Not thread-safe."""
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self._max_responses = max_responses
@@ -54,8 +53,7 @@ class ResponseStore:
         self._computed = WeakValueDictionary[tuple[str, str], Storing]()
 
     def storing(self, owner: str, response_id: str, input_items: Sequence[Item], messages: Messages) -> Storing:
-        """Returns an object that stores the response when it is complete, unless `delete` or `replace` is called first.
-        `messages` are the chat before the answer."""
+        """Returns an object that stores the response when it is complete. `messages` are the chat before the answer."""
         storing = self._computed[owner, response_id] = Storing(self, owner, input_items, messages)
         return storing
 
@@ -70,12 +68,12 @@ class ResponseStore:
         return self._stored.get((owner, response_id))
 
     def replace(self, owner: str, stored: StoredResponse) -> None:
-        """Stores a cancelled response. A thread that is still rendering the complete response will not overwrite it."""
+        """Stores a cancelled response, which the complete response will not replace."""
         self.delete(owner, stored.response["id"])
         self.put(owner, stored)
 
     def delete(self, owner: str, response_id: str) -> bool:
-        """Deletes a response, or keeps its computation from storing it. Returns True if a response was deleted."""
+        """Deletes a response, or keeps it from being stored later. Returns True if it was stored."""
         key = owner, response_id
         if (storing := self._computed.pop(key, None)) is not None:
             storing.is_done = True
@@ -91,8 +89,7 @@ class ResponseStore:
         return stored
 
     async def resolved(self, owner: str, items: list[Item], most_bytes: int) -> list[Item]:
-        """Replaces references by the items to which they refer. Raises HttpError if an item is unknown, and
-        ParameterError if the JSON of the referenced items is larger than `most_bytes`."""
+        """Replaces references by items. Raises HttpError for an unknown item, and ParameterError above `most_bytes`."""
         references = Counter(item["id"] for item in items if item["type"] == REFERENCE)
         if not references:
             return items
@@ -132,7 +129,7 @@ class ResponseStore:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Storing:
-    """Stores a response and its input once, even if many readers call `complete`. Make it on the store's event loop."""
+    """Stores a response and its input once, even if many readers call `complete`."""
 
     store: ResponseStore
     owner: str
@@ -147,8 +144,7 @@ class Storing:
             self.store.put(self.owner, stored)
 
     def complete(self, response: dict[str, Any]) -> None:
-        """Stores the complete response. Thread-safe. Every reader of the reply calls this method before its client gets
-        the end of the reply."""
+        """Stores the complete response. Thread-safe."""
         if not self.is_done:
             messages = (*self.messages, *messages_of(response["output"]))
             stored = StoredResponse(response, with_ids(self.input_items, response["id"]), messages)

@@ -80,7 +80,7 @@ class OutputItems:
         self._pending: list[ShownRow] = []  # Logprobs of tokens whose text is not complete yet.
 
     def take(self, events: Iterable[AnswerEvent], logprobs: Sequence[ShownRow] = ()) -> Iterator[Shown]:
-        """Adds the answer's next events and the logprobs of their tokens. Drops logprobs of tokens outside messages."""
+        """Adds the answer's next events and the logprobs of their tokens, and yields the stream events for them."""
         self._pending += logprobs
         for event in events:
             # Drops older pending logprobs. The new ones stay, because one token can contain both markup and text.
@@ -173,8 +173,7 @@ def _call(name: str, tool: ClientTool | None) -> tuple[str, dict[str, Any]]:
 
 
 def _logprobs_of(text: str, entries: list[ShownRow], *, is_first: bool) -> tuple[list[ShownRow], list[ShownRow]]:
-    """Returns the entries of the tokens in `text`, and the entries of later tokens. Entries of earlier tokens are
-    dropped, because these tokens are hidden markup."""
+    """Splits `entries` into those of the tokens in `text` and those of later tokens. Drops those of earlier tokens."""
     ends = [*accumulate(len(entry.token_bytes) for entry in entries)]
     data, wanted = b"".join(entry.token_bytes for entry in entries), text.encode("utf-8", "surrogatepass")
     start = data.rfind(wanted) if is_first else data.find(wanted)
@@ -205,7 +204,6 @@ class ResponseView(View):
         self._reasoning = ReasoningCount(tokenizer)
 
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
-        """Returns the response's JSON. Logprobs need all chunks in `parts`, to assign tokens to texts."""
         (chunks,) = parts
         for chunk in chunks:
             for _ in self._take(chunk):
@@ -213,13 +211,12 @@ class ResponseView(View):
         return self._ended(chunks[-1])
 
     def frames(self, prompt: int, item: LogItem) -> Iterator[Event]:
-        """Yields the events of a log item. Progress events have a slot of their own, because a second computation of
-        the reply may yield a different number of them. Each repeats the `sequence_number` of the event before it."""
         if not self._events:
             yield from map(self._numbered, self._head.first_events)
         if isinstance(item, TextChunk):
             yield from self._events_of(item)
             return
+        # Progress events have their own slot, because their number may change if the reply is computed again.
         shown = {**self._head.event(Status.IN_PROGRESS), "sequence_number": self._events - 1}
         more = shown_progress(item, with_timings=self._body.timings_per_token)
         yield Event(1, {**shown, **more}, shown["type"])
@@ -265,7 +262,7 @@ class ResponseView(View):
 
 
 class ReasoningCount:
-    """Counts reasoning tokens. Encodes blocks of 1,024 characters, so that chunk sizes do not change the count."""
+    """Counts reasoning tokens. The count does not depend on the sizes of the added texts."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

@@ -72,8 +72,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
         """Returns the content and logprobs that a chunk adds. If `is_whole`, the chunk is the choice's whole answer."""
 
     def frames(self, prompt: int, item: LogItem) -> Sequence[Event]:
-        """Returns the events of a log item. Progress events have a slot of their own, because a second computation of
-        the reply may yield a different number of them."""
+        # Progress events have their own slot, because their number may change if the reply is computed again.
         if isinstance(item, PromptProgress):
             progress = shown_progress(item, with_timings=self._body.timings_per_token)
             return (Event(self._choices + 1, self._event([], progress)),)
@@ -147,8 +146,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
         return {**content, **ids, **self._ending(prompt, part)}
 
     def _ending(self, prompt: int, part: TextChunk) -> dict[str, Any]:
-        """Returns the fields that end a choice, or a null `finish_reason` before its end. `stop_reason` is the stop
-        string or token id, as in vLLM. `finish_reason` is `tool_calls` if the client must run tools."""
+        """Returns the fields that end a choice, or a null `finish_reason` if the choice has not ended."""
         if part.finish_reason is None or part.timings is None:
             return {"finish_reason": None}
         waits = part.finish_reason is FinishReason.STOP and (prompt, part.index) in self._calling
@@ -183,9 +181,9 @@ class OpenAiView(View, Generic[AnyGeneration]):
 
 
 def _around(name: str, text: str, event: Event) -> tuple[int, bytes, bytes]:
-    """Splits an event's JSON at `text`, the value of its field `name`. Returns the event's slot, the JSON before
-    `text`, and the JSON after it. No string matches by accident, because JSON escapes quotes in strings."""
+    """Returns the event's slot, and its JSON before and after `text`, which is the value of the field `name`."""
     key = to_json(name) + b":"
+    # No string contains this text by accident, because JSON escapes quotes in strings.
     begin, _, end = to_json(event.value).partition(key + to_json(text))
     return event.slot, begin + key, end
 
@@ -260,7 +258,7 @@ class CompletionView(OpenAiView[CompletionBody]):
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[ShownToken]) -> dict[str, Any]:
-    """Returns logprobs in the form of `/v1/completions`. Iterators take the place of lists to save memory."""
+    """Returns logprobs in the form of `/v1/completions`."""
     return {
         "tokens": (_label(tokenizer, token) for token, _, _ in tokens),
         "token_logprobs": (None if row is None else json_logprob(row.logprob) for _, _, row in tokens),
@@ -313,7 +311,7 @@ class ChatView(OpenAiView[ChatBody]):
 
 
 class Message:
-    """Builds a choice's chat message. In a stream, the text of a custom tool call is sent when the call ends."""
+    """Builds the chat message of one choice."""
 
     def __init__(self, choice_id: str, tools: Iterable[ClientTool]) -> None:
         self._choice_id = choice_id

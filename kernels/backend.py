@@ -26,15 +26,13 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class BatchStates:
-    """The places where the recurrent states of a batch's sequences are read and written. Sequence s starts from the
-    state in block before[s], unless its first row is at position 0. For each i in [starts[s], starts[s + 1]), the state
-    after row rows[i] is written to block blocks[i]. The last of these rows is the last row of the sequence. The other
-    states are checkpoints, from which other sequences may start. A block that one sequence writes must not be used by
-    another."""
+    """The blocks from which recurrent states are read and to which they are written. Sequence s starts from the state
+    in block before[s], unless its first row is at position 0. For each i in [starts[s], starts[s + 1]), its state after
+    row rows[i] is written to block blocks[i]. A block that one sequence writes must not be used by another."""
 
     before: Int32  # [sequences] Block ids; -1 where no state is read.
     starts: Int32  # [sequences + 1]
-    rows: Int32  # [states] Row numbers, ascending.
+    rows: Int32  # [states] Row numbers, ascending. A sequence's last number is its last row.
     blocks: Int32  # [states] Block ids.
 
 
@@ -82,16 +80,14 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class RankedLogits:
-    """The logits of the last run, which stay on the GPU. `records` has the best candidates of each row, and sums of the
-    weights exp(logit - largest logit), which suffice to sample most tokens."""
+    """The last run's logits, which stay on the GPU, and the best candidates of each row."""
 
     records: NDArray[np.int64]  # [outputs, words]; cpu/native/sampler/ranked.h has the format.
     rows: Callable[[Sequence[int]], Float32]
     """Copies the logits of these rows to the host as [rows, vocabulary]. The next call overwrites the result."""
     totals: Callable[[Sequence[float]], NDArray[np.int64]]
-    """Returns sums of the weights exp((logit - largest logit) / divisor), in units of 2^-40: [outputs, parts], with one
-    sum for each part of the vocabulary. The argument has each output's divisor, which is the temperature. Outputs with
-    divisor 0 are skipped. The next call overwrites the result."""
+    """Returns sums of exp((logit - largest logit) / divisor), in units of 2^-40: [outputs, parts of the vocabulary].
+    The argument has each output's divisor, and 0 skips an output. The next call overwrites the result."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -147,8 +143,7 @@ class CacheCounts:
 
 @runtime_checkable
 class KvInRam(Protocol):
-    """A stage with its KV memory in RAM. Its layers keep all KV blocks, even after the blocks have left attention
-    windows."""
+    """A stage whose KV memory is in RAM and whose layers keep all KV blocks."""
 
     def kv_layers(self) -> tuple[tuple[NDArray[np.uint8], ...], ...]:
         """Returns each layer's KV memory and states as arrays [KV blocks, bytes], which stay valid after `close`."""
@@ -166,9 +161,8 @@ class GathersRows(Protocol):
 
 
 Experts = Callable[[int, Float32], Float32 | None]
-"""Computes the experts of a stage's `Exchange` step. The arguments are the step's index among the `Exchange` steps, and
-the rows of all buffers that the step reads, side by side: [rows, sum of widths]. Returns the result [rows, width], or
-None if the result is already in the stage's memory. The next call overwrites the result."""
+"""Computes the experts of a stage's `Exchange` step, given the step's index and its inputs side by side. Returns the
+result [rows, width], or None if the result is already in the stage's memory. The next call overwrites the result."""
 
 
 class ExchangingStage(Stage, Protocol):
@@ -181,8 +175,7 @@ class ExchangingStage(Stage, Protocol):
 
 
 class ExpertsStage(Protocol):
-    """Loaded experts. `number` is the index of a mixture of experts in the program. Each call overwrites the results of
-    the previous call."""
+    """Loaded experts. `number` is the index of a mixture of experts. Each call overwrites the previous results."""
 
     weight_bytes: int
     workspace_bytes: int
@@ -193,8 +186,7 @@ class ExpertsStage(Protocol):
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32: ...
 
     def route(self, number: int, hidden: Float32) -> tuple[Int32, Float32]:
-        """Returns the expert ids of each row, best first, and the experts' weights: [rows, used]. The experts must be
-        loaded with `lines` > 0."""
+        """Returns each row's expert ids, best first, and their weights: [rows, used]. Needs a load with `lines` > 0."""
 
     def run_lines(self, number: int, x: Float32, experts: Int32) -> Float32:
         """Returns the unweighted output of expert experts[i] for row x[i]. The next call overwrites the output."""
@@ -212,8 +204,7 @@ class ExpertsCache(Protocol):
     def counts(self) -> CacheCounts: ...
 
     def step(self) -> AbstractContextManager[None]:
-        """Wraps a run of the stage. Experts that the run uses stay in the cache until the run ends. If the thread that
-        copies experts has failed, raises its error, such as DeviceLostError."""
+        """Wraps a run of the stage, whose experts stay in the cache until the run ends. Raises DeviceLostError."""
 
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32 | None: ...
 
@@ -250,8 +241,7 @@ class SharesKv(Protocol):
 @runtime_checkable
 class HasThreads(Protocol):
     def apart(self, niceness: int = 0) -> Backend:
-        """Returns a backend with its own threads, which shares the loaded weights. `niceness` lowers the priority of
-        these threads. The thread that calls `run` keeps its priority."""
+        """Returns a backend with the same weights and its own threads. `niceness` lowers the threads' priority."""
 
 
 def with_own_threads(backend: Backend, niceness: int = 0) -> Backend:
@@ -273,8 +263,7 @@ class ExchangingBackend(Backend, Protocol):
         limits: StageLimits,
         n_bytes: int,
     ) -> ExpertsCache | None:
-        """Returns a cache for `experts` in the memory of the device of `stage`. The cache takes at most `n_bytes`.
-        Returns None if no expert fits."""
+        """Returns a cache of at most `n_bytes` for `experts`, on the device of `stage`, or None if no expert fits."""
 
 
 class ExpertsBackend(Backend, Protocol):

@@ -19,8 +19,7 @@ _TAIL = 3
 
 
 def distinct_layers(program: Program, tensors: Mapping[str, Tensor]) -> Program:
-    """Keeps one pair of adjacent layers of each kind. Pairs suffice, because no fused step spans more than two layers.
-    The result has all types and shapes of tensors that the program has."""
+    """Keeps one pair of adjacent layers of each kind, because no fused step spans more than two layers."""
     if any(isinstance(step, Attention) and step.shares_kv for step in program.steps):
         return program  # Some layers refer to other layers by number.
     groups = _by_layer(program.steps)
@@ -52,7 +51,7 @@ def _kind(steps: Sequence[Step], tensors: Mapping[str, Tensor]) -> Hashable:
 
 
 def _form(value: Hashable, tensors: Mapping[str, Tensor]) -> Hashable:
-    """Returns a key. A step has equal keys in different layers if its tensors there have equal types and shapes."""
+    """Returns a key, which is equal for steps of two layers if their tensors have equal types and shapes."""
     if names := _part_names(type(value)):
         return type(value), *(_form(getattr(value, name), tensors) for name in names)
     if isinstance(value, str) and (tensor := tensors.get(value)) is not None:

@@ -93,8 +93,7 @@ def _adapts(steps: Sequence[ir.Step]) -> tuple[ir.Adapt, ...]:
 
 
 def _attend(program: ir.Program, at: int) -> Attend | None:
-    """Returns the attention step and the rotations before it, from index `at` on. Returns None if other steps read the
-    rotated buffers."""
+    """Returns the attention step with the rotations before it, or None if other steps read the rotated buffers."""
     ropes: dict[str, ir.Rope] = {}
     step = program.steps[at]
     while isinstance(step, ir.Rope):

@@ -1,5 +1,4 @@
-"""Rules for gathers, in which the members of a group exchange rows: the format of rows, and their division into bands,
-which are gathered one by one. `executor/workspace.h` and `executor/gatherer.h` have the same limits."""
+"""Rules for gathers, in which the members of a group exchange rows: the format of rows, and bands of rows."""
 
 from __future__ import annotations
 
@@ -15,6 +14,7 @@ from llamaclust.model.groups.formats import format_of_readers
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 _INT8_OF_FLOAT = 4
+# `executor/workspace.h` and `executor/gatherer.h` have the same limits.
 LEAST_BANDED_ROWS = 64
 LEAST_ROWS_OF_BAND = 32
 MOST_BANDS = 4
@@ -23,8 +23,7 @@ _PACKED = (ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 
 
 def band_borders(program: ir.Program, rows: int, most: int) -> list[int]:
-    """Divides the `rows` rows of a microbatch into up to `most` bands, and returns the borders. Each gather before
-    `SelectRows` runs once per band. The first band has about two thirds as many rows as each other band."""
+    """Divides the rows of a microbatch into up to `most` bands, and returns the borders. Gathers run once per band."""
     before = takewhile(lambda step: not isinstance(step, ir.SelectRows), program.steps)
     is_whole = rows < LEAST_BANDED_ROWS or program.states or not program.is_causal
     if is_whole or not any(isinstance(step, ir.Gather) for step in before):

@@ -115,8 +115,7 @@ class MultiDeviceStage:
             first += sum(isinstance(step, Gather) for step in program.steps)
 
     def _numbered(self, gatherer: Gatherer, first: int, program: Program) -> PythonGatherer:
-        """Returns a gatherer for a part of the stage, which numbers the part's gathers from `first`. All members of a
-        group must number gathers alike."""
+        """Returns a gatherer that numbers a part's gathers from `first`, so that all members number them alike."""
         gathers = [step for step in program.steps if isinstance(step, Gather)]
 
         def gather(number: int, own: Float32, whole: Float32) -> None:
@@ -136,8 +135,7 @@ class MultiDeviceStage:
 
 
 def layers_of(program: Program, start: int, end: int) -> Program:
-    """Returns the part of a program with layers [start, end). A layer begins with the first step that names it. The
-    first layer has the embedding, the last has the head. Channels that later layers read follow the hidden state."""
+    """Returns layers [start, end) as a program. The first layer includes the embedding, and the last layer the head."""
     assert program.start <= start < end <= program.end, (start, end)
     bounds = {program.start: 0, program.end: len(program.steps)}
     for at, step in enumerate(program.steps):
@@ -157,8 +155,7 @@ def layers_of(program: Program, start: int, end: int) -> Program:
 
 @dataclass(frozen=True, slots=True)
 class _Carried:
-    """The row that a device passes to the next device: the hidden state, followed by the channels of `further` from
-    channel `start` on, which later layers read. For example, Gemma has inputs for each layer there."""
+    """The row that a device passes to the next: the hidden state, followed by channels that later layers read."""
 
     hidden: Buffer
     further: Buffer

@@ -7,8 +7,7 @@ from llamaclust.kernels import _native
 
 
 class ReadProbe:
-    """Measures the read bandwidth of 1 to 1024 threads. Reads 16 times the size of the last-level cache, but at most 1
-    GiB. Raises ValueError for any other number of threads."""
+    """Measures the read bandwidth of a number of threads. Raises ValueError if the number is not in [1, 1024]."""
 
     def __init__(self, threads: int) -> None:
         self._probe = _native.ReadProbe(threads, 16)

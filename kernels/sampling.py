@@ -19,15 +19,12 @@ from llamaclust.kernels.backend import Logits, RankedLogits
 
 
 class Sampler:
-    """The sampler of one stage. It runs one call at a time and releases the GIL. Sampling follows llama.cpp's default
-    order: logit bias, then repetition, frequency and presence penalties. Suppressed tokens and tokens that a grammar
-    forbids become -infinity. At temperature 0, the largest logit wins, or the lowest id on a tie. Otherwise top-k,
-    top-p and min-p are applied at temperature 1, then the temperature, and a token is drawn. (OpenAI and vLLM apply
-    temperature before top-p.) A sampler chain adds or reorders steps. Logprobs are the log-softmax of raw logits."""
+    """The sampler of one stage, which runs one call at a time and releases the GIL. It follows llama.cpp's default
+    order: logit bias, penalties, top-k, top-p, min-p, temperature. At temperature 0, the largest logit wins. Logprobs
+    are the log-softmax of raw logits."""
 
     def __init__(self, vocabulary_size: int, feature_level: str = "", threads: int = 1) -> None:
-        """`threads` threads share the rows. An empty `feature_level` selects the best level. Raises ValueError for
-        unknown levels."""
+        """`threads` threads share the rows. `feature_level` "" is the best. Raises ValueError for unknown levels."""
         self._native = _native.Sampler(vocabulary_size, feature_level, threads)
 
     @property
@@ -40,8 +37,7 @@ class Sampler:
         tasks: tuple[RowTask, ...],
         allowed: Sequence[AllowedTokens | None] | None = None,
     ) -> tuple[RowResult, ...]:
-        """Returns one result for each row of logits [tasks, vocabulary]. If a row has no token, its `failure` says
-        why."""
+        """Returns one result for each row of logits [tasks, vocabulary]. A result without a token has a `failure`."""
         native = list(map(_native_task, tasks, repeat(None) if allowed is None else allowed))
         if isinstance(logits, RankedLogits):
             return tuple(map(_result, self._native.run_ranked(logits.records, native, logits.rows, logits.totals)))

@@ -1,5 +1,4 @@
-"""Splits a program between a GPU and the CPU, which computes the experts of some layers. At each of these layers, the
-GPU sends the normed input of the experts and receives their weighted sum."""
+"""Splits a program between a GPU and the CPU, which computes the experts of some layers."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Buffer, Exchange, Moe, Program, Slice, Step
 
 MOST_CACHED_ROWS = 64
-"""The maximum number of rows in a microbatch that uses the experts cache. Larger microbatches use most experts, so one
-device computes them all."""
+"""The maximum number of rows in a microbatch that uses the experts cache. Larger microbatches use most experts."""
 
 
 def without_experts(program: Program, layers: Collection[int]) -> Program:
@@ -35,8 +33,7 @@ def without_experts(program: Program, layers: Collection[int]) -> Program:
 
 
 def experts_of(program: Program, layers: Collection[int]) -> Program | None:
-    """Returns a program that has only the mixtures of experts of `layers`, or None if there are none. Each mixture
-    reads the hidden state. A second input of a mixture, if any, follows the first in the hidden state."""
+    """Returns a program that has only the mixtures of experts of `layers`, or None if there are none."""
     mixtures = [step for step in mixtures_of(program) if _is_of(step, layers)]
     if not mixtures:
         return None
@@ -51,9 +48,8 @@ def mixtures_of(program: Program) -> tuple[Moe, ...]:
 
 
 def cached_lines(program: Program, limits: StageLimits) -> int:
-    """Returns the maximum number of lines in a microbatch that uses the experts cache. A line is a row together with
-    one of its experts. Returns 0 if the kernels cannot compute single experts of the program: if experts have no gate,
-    if routing weights multiply the inputs of experts, or if layers have different sizes."""
+    """Returns the maximum number of lines in a microbatch that uses the experts cache, or 0 if the kernels cannot
+    compute single experts of the program. A line is a row together with one of its experts."""
     mixtures = mixtures_of(program)
     figures = {(step.used, step.experts, step.x.width, step.out.width) for step in mixtures}
     is_divisible = all((step.gate or step.fused) and not step.options.weighs_inputs for step in mixtures)
@@ -94,8 +90,7 @@ def _from_hidden(step: Moe, hidden: Buffer, out: Buffer) -> tuple[Step, ...]:
 
 
 class SplitExpertsBackend:
-    """Loads programs on two backends. `experts` computes the experts of `layers`, and `rest` computes everything
-    else."""
+    """Loads programs on two backends. `experts` computes the experts of `layers`, and `rest` all other steps."""
 
     def __init__(
         self, rest: ExchangingBackend, experts: ExpertsBackend, layers: Collection[int], cache_bytes: int = 0

@@ -1,5 +1,5 @@
 """Reads LoRA adapters from GGUF files or PEFT folders, checks them, and adds their steps to programs. The tensors of
-adapter 0 have names such as `adapter.0.blk.3.attn_q.weight.lora_a`. A model's id does not depend on its adapters."""
+adapter 0 have names such as `adapter.0.blk.3.attn_q.weight.lora_a`."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ _PREFIX = "adapter."
 _TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 _NAME = re.compile(r"(?P<weight>blk\.\d+\.\w+\.weight)\.lora_(?P<half>[ab])")
 _MOST = 65504.0
-"""The largest accepted absolute weight, which is the largest finite F16 number. A larger weight could become infinite
-in F16, and a product with 0 would then be NaN instead of 0."""
+"""The largest accepted absolute weight, which is the largest finite F16 number."""
 _READ_BYTES = 1 << 22
 _SAMPLE_BYTES = 4096
 _OTHER = "convert this model's adapter with llama.cpp's convert_lora_to_gguf.py"
@@ -56,8 +55,8 @@ def read_adapter(path: Path, model: ModelFile) -> ModelFile:
 
 
 def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelFile:
-    """Returns the model with the tensors of its adapters added. Raises ModelFileError if an adapter is not a LoRA
-    adapter or is for another architecture. `adapted` checks shapes, and `check_adapter_weights` checks weights."""
+    """Returns the model with the tensors of `adapters` added. Raises ModelFileError if an adapter is not a LoRA adapter
+    or is for another architecture."""
     if not adapters:
         return model
     if max(adapters) >= MAX_ADAPTERS:
@@ -78,7 +77,7 @@ def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelF
 
 
 def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
-    """Reads all weights of the adapters. Raises ModelFileError if a weight is not finite or is larger than `_MOST`."""
+    """Reads all weights of the adapters. Raises ModelFileError if a weight is not finite or is too large for F16."""
     for tensor in (tensor for adapter in adapters for tensor in adapter.tensors.values()):
         for start in range(0, tensor.n_bytes, _READ_BYTES):
             largest = _largest(tensor, start, min(start + _READ_BYTES, tensor.n_bytes))
@@ -88,9 +87,9 @@ def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
 
 
 def _largest(tensor: Tensor, start: int, end: int) -> float:
-    """Returns the largest absolute weight in the bytes [start, end), or NaN if a weight is NaN. Absolute weights are
-    compared as integers, because their bits have the same order, with NaN last."""
+    """Returns the largest absolute weight in the bytes [start, end), or NaN if a weight is NaN."""
     data = tensor.read_range(start, end)
+    # The bits of absolute values have the same order as the values, with NaN last.
     match tensor.quant_type:
         case QuantType.F32:
             return float((np.frombuffer(data, "<u4") & np.uint32(0x7FFF_FFFF)).max().view(np.float32))
@@ -142,8 +141,8 @@ def _numbers(model: ModelFile) -> tuple[int, ...]:
 
 
 def adapted(program: Program, model: ModelFile) -> Program:
-    """Returns the program with an `Adapt` step for each MatMul step that an adapter changes. Consecutive MatMul steps
-    with the same input stay together, and their `Adapt` steps follow. Raises ModelFileError if shapes do not fit."""
+    """Returns the program with an `Adapt` step for each MatMul step that an adapter changes. Raises ModelFileError if
+    shapes do not fit."""
     numbers = _numbers(model)
     return replace(program, steps=tuple(_adapted(program.steps, model, numbers))) if numbers else program
 

@@ -21,8 +21,7 @@ _Result = TypeVar("_Result")
 _Reply = tuple[dict[str, Any], bytes]
 
 _KEPT_VARIABLES: Final = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL")
-"""Environment variables that a child process inherits. Python needs them to start and to handle dates. All other
-variables are withheld, because they may hold secrets."""
+"""Environment variables that a child process inherits. All others are withheld, because they may hold secrets."""
 _OTHERS_SIGNALS: Final = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 _TIME_SIGNALS: Final = (signal.SIGXCPU, signal.SIGPROF)
 _END_S: Final = 5.0
@@ -46,8 +45,7 @@ class ChildUnusableError(ChildEndedError):
 
 @dataclass(frozen=True, slots=True)
 class ChildProgram:
-    """The module that a child process runs, the first frame that it receives, and its limits. If the reply to the first
-    frame has the key "error", the child process is unusable."""
+    """The module that a child process runs, the first frame that it receives, and its limits."""
 
     module: str
     first: Callable[[], Mapping[str, Any]]
@@ -58,8 +56,7 @@ class ChildProgram:
 
 
 class BoundedChild:
-    """A child process and the thread that owns it. The first request starts the child. If the child has ended, the next
-    request starts a new child. Linux kills the child when the owning thread ends. Thread-safe."""
+    """A child process and the thread that owns it. A request starts a child process if none is running. Thread-safe."""
 
     def __init__(self, program: ChildProgram, name: str) -> None:
         self.pid: int | None = None  # Process id, or None if no child is ready for requests.

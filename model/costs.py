@@ -28,8 +28,7 @@ class TypedWeights:
 
 
 def typed_weights(tensors: Mapping[str, Tensor], steps: Iterable[Step], *, experts: bool) -> tuple[TypedWeights, ...]:
-    """Sums up matrices by quant type. With `experts`, counts only the matrices of experts, and otherwise only the
-    matrices outside mixtures of experts. Routers are never counted."""
+    """Sums up matrices by quant type: those of experts if `experts`, otherwise those outside mixtures of experts."""
     n_bytes, products = Counter[QuantType](), Counter[QuantType]()
     kind = WeightKind.EXPERTS if experts else WeightKind.MATRIX
     seen = set[str]()
@@ -85,10 +84,9 @@ def all_macs(steps: Iterable[Step]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LayerCost:
-    """The cost of a layer, or of a part of a layer. `weight_bytes` is the size in memory. `used_file_bytes` is the size
-    in the file of the weights that one token uses. `idle_bytes` is the part of `weight_bytes` for experts that a token
-    does not choose. `idle_share` is the fraction of experts that a token does not choose. Multiply-accumulates (`macs`)
-    exclude attention, because its cost grows with the context."""
+    """The cost of a layer, or of a part of a layer. `idle_bytes` and `idle_share` are the bytes and the fraction of
+    experts that a token does not choose. `used_file_bytes` is the size in the file of the weights that one token uses.
+    Multiply-accumulates (`macs`) exclude attention."""
 
     weight_bytes: int
     macs_per_token: int
@@ -114,8 +112,8 @@ class LayerCost:
         return self.touched_bytes(rows) + 2 * sequences * self.state_bytes
 
     def touched_bytes(self, rows: int) -> float:
-        """Returns the expected number of weight bytes that a step of `rows` rows reads. If each row chooses u of E
-        experts evenly and independently, the step reads E * (1 - (1 - u / E) ** rows) experts."""
+        """Returns the expected number of weight bytes that a step of `rows` rows reads, if rows choose experts evenly
+        and independently."""
         return self.weight_bytes - self._idle_bytes(rows)
 
     def touched_expert_bytes(self, rows: int) -> float:
@@ -158,8 +156,7 @@ class ModelCosts:
 
     @property
     def borders(self) -> tuple[int, ...]:
-        """Layer numbers at which a stage may begin, and the layer count. A stage cannot begin at a part with
-        `is_joined`, or between a layer and a later layer that reads the earlier layer's keys and values."""
+        """Layer numbers at which a stage may begin, followed by the layer count."""
         shared = [(layer.kv_source, number) for number, layer in enumerate(self.layers) if layer.kv_source is not None]
         sources = ((source * self.expert_shards, number) for source, number in shared)
         between = {border for source, number in sources for border in range(source + 1, number + 1)}
@@ -208,6 +205,6 @@ def steps_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
 
 
 def is_before_head(program: Program, step: Step) -> bool:
-    """Returns False if `step` is the first step of the output head, which is the norm of all rows or `SelectRows`."""
+    """Returns False if `step` is the first step of the output head."""
     has_norm = program.normed is not None and program.normed != program.hidden
     return not isinstance(step, SelectRows) and not (has_norm and step.out == program.normed)

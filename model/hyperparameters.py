@@ -66,8 +66,7 @@ class RopeScaling(StrEnum):
 @dataclass(frozen=True, slots=True)
 class RopeParameters:
     """RoPE of the first `dimension_count` channels of a head. Only YaRN uses `extrapolation_factor`, `beta_fast`,
-    `beta_slow`, `log_multiplier` and `truncated`. YaRN divides cos and sin by 1 + 0.1 * log_multiplier * ln(factor). If
-    `truncated`, YaRN's ramp begins and ends at whole channel pairs."""
+    `beta_slow`, `log_multiplier` and `truncated`."""
 
     dimension_count: int
     frequency_base: float
@@ -84,8 +83,8 @@ class RopeParameters:
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
-    """Widths (in channels) and counts of a model. Tuples have one number for each layer: 0 KV heads without attention,
-    and a feed-forward length of 0 without a feed-forward network. `expert_count` is 0 without experts."""
+    """Widths (in channels) and counts of a model. Tuples have one number for each layer, which is 0 if the layer has no
+    attention (KV heads) or no feed-forward network. `expert_count` is 0 without experts."""
 
     architecture: str
     block_count: int
@@ -235,7 +234,7 @@ class ModelKeys:
         return [bool(flag) for flag in value[:layers]]
 
     def refuse_unread(self) -> None:
-        """Raises ModelFileError if an unread key has a value that would change the arithmetic (`_NEUTRAL_VALUES`)."""
+        """Raises ModelFileError if an unread key has a value that would change the arithmetic."""
         for key in _NEUTRAL_VALUES.keys() - self._read:
             if not self.has(key):
                 continue
@@ -245,9 +244,8 @@ class ModelKeys:
                 raise self.error(key, f"{shown(str(value))} is not supported")
 
     def windowed_layers(self, layers: int, default_period: int, *, full_first: bool = False) -> list[bool]:
-        """Returns, for each layer, whether its attention has the sliding window. `attention.sliding_window_pattern` is
-        an array of flags or a period. The last layer of each period (the first if `full_first`) has no window. With a
-        period of 0, all layers have the window."""
+        """Returns, for each layer, whether its attention has the sliding window. If the file has no flags for layers,
+        the last layer of each period (the first if `full_first`) has no window. A period of 0 means no such layer."""
         key = "attention.sliding_window_pattern"
         if isinstance(self.model.metadata.get(self._recorded(key)), np.ndarray):
             return self._layer_flags(key, layers)

@@ -139,7 +139,7 @@ class Program:
     `expert_shards`). The first stage begins with `Embed`, and other stages receive `hidden`. The last stage writes the
     logits to `out` [output rows, vocabulary], and other stages write the hidden state [rows, embedding]. On the last
     stage, `normed` is the normed hidden state [rows, embedding] of every row, or a reranker's scores [rows, classes].
-    `normed` is written before `SelectRows`. Encoders and rerankers have no logits."""
+    Encoders and rerankers have no logits."""
 
     start: int
     end: int
@@ -172,8 +172,7 @@ class Program:
 
     @property
     def kv_memory(self) -> tuple[KvLayer, ...]:
-        """All steps that keep memory for a sequence: those with a recurrent state and, for each layer, the first
-        attention step that stores keys and values."""
+        """The program's recurrent states and, for each layer, the first attention step that stores keys and values."""
         kept: list[KvLayer] = []
         layers: set[int] = set()
         for step in self.steps:

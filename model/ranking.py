@@ -27,7 +27,7 @@ class PairTemplate:
     text: str
 
     def prompt(self, tokenizer: Tokenizer, query: str, document: str) -> tuple[int, ...]:
-        """Returns the token ids of a pair's prompt. Raises RequestError if a text contains U+FDD0."""
+        """Returns the prompt's token ids for a query and a document. Raises RequestError if a text contains U+FDD0."""
         (texts,) = guard_messages([dict(zip(_FIELDS, (query, document), strict=True))], tokenizer)
         rendered = _PLACES.sub(lambda place: str(texts[place[0][1:-1]]), self.text)
         parts = tokenizer.split_special(rendered, parse_special=True)
@@ -54,8 +54,8 @@ class Ranking:
 
 
 def read_ranking(metadata: Mapping[str, Any], tokenizer: Tokenizer, *, of_last: bool) -> Ranking:
-    """Reads the form of a reranker's prompt, which contains a query and a document: the file's template or, if there is
-    none, special tokens around the texts. Raises ModelFileError if the template is invalid."""
+    """Reads the form of a reranker's prompts: the file's template or, if there is none, special tokens around the
+    texts. Raises ModelFileError if the template is invalid."""
     text = metadata.get(_KEY)
     if text is None:
         return Ranking(read_pair_form(metadata, tokenizer), of_last)

@@ -32,9 +32,8 @@ from llamaclust.model.program import Program
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Inputs of matrices in the last run, for importance matrices. The matrices named in `weights` multiplied the rows
-    x [rows, width]. For matrices of experts or heads, `chosen` [rows, used] has the numbers of each row's experts or
-    heads. If each of them has its own input, x is [rows * used, width]. The next run overwrites x."""
+    """The rows x [rows, width] that the matrices named in `weights` multiplied in the last run. The next run overwrites
+    x. For matrices of experts or heads, `chosen` [rows, used] has their numbers, and x may be [rows * used, width]."""
 
     weights: tuple[str, ...]
     x: Float32
@@ -166,9 +165,8 @@ def _explained(program: Program) -> Iterator[None]:
 
 
 class CpuBackend:
-    """Implements `kernels.backend.Backend` on the CPU. The thread that calls `run` is one of the `threads` threads. If
-    `yields` is True, fewer threads compute while other programs keep the cores busy. `feature_level` is by default the
-    best of this machine. `mlock` locks packed weights in RAM."""
+    """Implements `kernels.backend.Backend` on the CPU. `feature_level` is by default the best of this machine. If
+    `yields`, fewer threads compute while other programs keep the cores busy. `mlock` locks packed weights in RAM."""
 
     name = "cpu"
     numerics_version = NUMERICS_VERSION
@@ -217,8 +215,7 @@ class CpuBackend:
         *,
         observed: bool = False,
     ) -> CpuStage:
-        """Raises ModelFileError if there are no kernels for the program. With `observed`, the stage keeps its
-        `inputs`."""
+        """Raises ModelFileError if there are no kernels for the program. `observed` keeps the `inputs` of a run."""
         found: list[Observed] = []
         with self._loading(program, tensors, limits):
             weights = self._weights.load(program, tensors, progress)

@@ -9,16 +9,15 @@ from llamaclust.model.quant_types import ActivationFormat
 
 @dataclass(slots=True)
 class Buffers:
-    """Assigns numbers to the buffers of a plan. Steps that compute row by row write to private buffers, of which each
-    thread may have a copy. Products and attention write to shared buffers. A program's buffer that both kinds of steps
-    write becomes two buffers of the plan, one private and one shared."""
+    """Assigns numbers to the buffers of a plan. A private buffer, of which each thread may have a copy, is for steps
+    that compute row by row. Products and attention write to shared buffers."""
 
     plan: Plan
     rows: int
     ids: dict[tuple[ir.Buffer, bool, int], int] = field(default_factory=dict)
     current: dict[str, tuple[int, bool]] = field(default_factory=dict)
     packed: dict[str, ActivationFormat] = field(default_factory=dict)
-    """The format of buffers whose newest values are int8, by buffer name. A separate buffer holds the int8 values."""
+    """The format of each buffer whose newest values are int8, by buffer name."""
 
     def read(self, buffer: ir.Buffer) -> int:
         return self.current[buffer.name][0]

@@ -31,15 +31,13 @@ _SLOTS = 4
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """A copy of matrix inputs. Each run copies the rows that the matrices named in `weights` multiply. Buffer number
-    `buffer` gets the copy, and buffer number `choice` has the ids of each row's experts. `used` is the number of inputs
-    per row if each expert has its own input, and otherwise 1. `heads` is the number of heads in a row."""
+    """A copy of the rows that the matrices named in `weights` multiply, made in each run."""
 
     weights: tuple[str, ...]
-    buffer: int
-    choice: int | None = None
-    used: int = 1
-    heads: int = 1
+    buffer: int  # Number of the buffer that gets the copy.
+    choice: int | None = None  # Number of the buffer with the ids of each row's experts.
+    used: int = 1  # Number of inputs of a row, if each of its experts has its own input.
+    heads: int = 1  # Number of heads in a row.
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +84,7 @@ class Compiler:
 
     @property
     def _experts(self) -> PlanExperts:
-        """Makes a new emitter for each use. A stored emitter would refer back to the compiler, and this reference cycle
-        would keep all weights in memory."""
+        # Not stored, because the reference cycle with the compiler would keep all weights in memory.
         copy = None if self._observed is None else self._copy
         return PlanExperts(self.plan, self._buffers, self._weights, self._activations, self._observe, copy)
 
@@ -160,8 +157,7 @@ class Compiler:
         return out
 
     def _gather_packed(self, step: ir.Gather, form: ActivationFormat) -> None:
-        """Quantizes this member's columns to int8 before sending them. This does not change results: products quantize
-        the gathered rows anyway, and no quantization segment crosses a border between members."""
+        """Quantizes this member's columns to int8 before sending them, which does not change results."""
         assert step.x is not None
         own, whole = (ir.Buffer(buffer.name, buffer.width // step.lines) for buffer in (step.x, step.out))
         packed = self._buffers.write(_packed(own, form), step.lines)
@@ -280,8 +276,7 @@ class Compiler:
         self.plan.multiply_heads(list(weight.matrices), self._buffers.write(step.out), slot)
 
     def _adapt(self, x: ir.Buffer, steps: Sequence[ir.Adapt]) -> None:
-        """Emits the products with all `down` matrices, and then with the `up` matrices, `_SLOTS` at a time. Separate
-        steps add the results, so that runs without adapters can skip all steps of adapters."""
+        """Emits the products of adapters: first with all `down` matrices, and then with the `up` matrices."""
         down = [self._weights[step.down] for step in steps]
         inner = [ir.Buffer(f"adapter {place} of rank {step.rank}", step.rank) for place, step in enumerate(steps)]
         slots = self._quantize(self._buffers.read(x), [weight.quant_type for weight in down])
@@ -354,6 +349,5 @@ def _packed(buffer: ir.Buffer, form: ActivationFormat) -> ir.Buffer:
 def compile_program(
     program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits, observed: list[Observed] | None = None
 ) -> Compiled:
-    """Compiles a program. Raises ValueError if widths, heads or ranges are inconsistent. If `observed` is given, the
-    plan copies the inputs of each product, and `observed` receives their buffers. Results do not change."""
+    """Compiles a program. `observed` receives the plan's copies of matrix inputs. Raises ValueError."""
     return Compiler(program, weights, limits, observed).run()

@@ -1,5 +1,4 @@
-"""Compiles mixtures of experts that the CPU computes for another device. A plan has several parts that run separately.
-A part computes a whole mixture, chooses a mixture's experts, or computes single experts."""
+"""Compiles mixtures of experts that the CPU computes for another device. The parts of a plan run separately."""
 
 from __future__ import annotations
 
@@ -19,8 +18,7 @@ from llamaclust.model.steps.options import Gating
 
 @dataclass(frozen=True, slots=True)
 class CompiledLines:
-    """A plan with two parts for each mixture. Part 2 * i chooses the experts of mixture i. Part 2 * i + 1 computes the
-    outputs of single experts. A line is a row together with one of its experts."""
+    """A plan with two parts per mixture: part 2 * i chooses experts, and part 2 * i + 1 computes single experts."""
 
     plan: Plan
     choice: int  # The buffer with the ids of each row's experts, followed by their weights.
@@ -42,8 +40,7 @@ class _ExpertsCompiler(Compiler):
         return Compiled(self.plan, None)
 
     def run_lines(self) -> CompiledLines:
-        """Compiles two parts for each mixture. The input of a line is a row, followed by one channel per expert, which
-        is 1 for the line's expert and 0 for the others. So no line can select an expert that does not exist."""
+        """Compiles two parts for each mixture. A line's input is a row and a one-hot vector of the line's expert."""
         first, *_ = mixtures = mixtures_of(self._program)
         read = sum(buffer.width for buffer in first.reads)
         choice = self.plan.add_buffer(2 * first.used, 1, False, self._limits.max_batch_tokens)

@@ -18,16 +18,14 @@ GATINGS = tuple(Gating)
 
 @dataclass(frozen=True, slots=True)
 class PlanExperts:
-    """Emits the steps of mixtures of experts into a plan. `quantize` quantizes a buffer for each of the weight types,
-    and returns the slots of the results. `observe` copies the inputs of weights for `CpuStage.inputs`. `copy` copies a
-    buffer. It is None if the stage keeps no inputs."""
+    """Emits the steps of mixtures of experts into a plan."""
 
     plan: Plan
     buffers: Buffers
     weights: Mapping[str, Weight]
-    quantize: Callable[[ir.Buffer, Sequence[QuantType]], list[int]]
+    quantize: Callable[[ir.Buffer, Sequence[QuantType]], list[int]]  # Returns a slot for each of the weight types.
     observe: Callable[[Sequence[str], ir.Buffer, int | None, int], None]
-    copy: Callable[[int, int], int] | None
+    copy: Callable[[int, int], int] | None  # Copies a buffer. None if the stage keeps no inputs.
 
     def emit(self, step: ir.Moe | ir.MixtureStep) -> None:
         match step:
@@ -82,8 +80,7 @@ class PlanExperts:
         self.plan.combine_experts(choice, results, out, step.used, not step.options.weighs_inputs)
 
     def _place(self, step: ir.ExpertShards, choice: int, results: int) -> None:
-        """Joins this worker's results with those that earlier workers computed (`step.given`). If a later stage
-        continues the mixture, adds the buffers that it needs (`step.carried` and the choice)."""
+        """Joins this worker's results with those of earlier workers, and adds the buffers that a later stage needs."""
         buffers, used, start = self.buffers, step.mixture.used, 0
         given = None if step.given is None else (buffers.read(step.given), step.given.width - step.results_width)
         if step.carried is None:

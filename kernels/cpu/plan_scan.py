@@ -1,4 +1,4 @@
-"""Emits scans and norms whose weights are matrices with one row for each head or group."""
+"""Emits scans and norms, which may have a row of weights for each head or group."""
 
 from __future__ import annotations
 

@@ -25,9 +25,8 @@ _CAST_NUMBERS = {QuantType.F32: 0, QuantType.F16: 1, QuantType.BF16: 2, QuantTyp
 
 
 def narrowed(values: NDArray[Any], stored: QuantType, quant_type: QuantType) -> NDArray[np.uint8] | None:
-    """Rounds contiguous `values` [..., k] of type `stored` (F32, F16 or BF16) to the nearest values of `quant_type`
-    (F32, F16, BF16 or Q8_0). k must be a multiple of the block size. Releases the GIL. Returns None if a float16 result
-    (an F16 value or a Q8_0 scale) is not finite."""
+    """Rounds contiguous `values` [..., k] to `quant_type` (F32, F16, BF16 or Q8_0), where k is a multiple of the block
+    size. Returns None if a float16 result (an F16 value or a Q8_0 scale) is not finite."""
     out = np.empty(values.size // quant_type.info.block_size * quant_type.info.block_bytes, np.uint8)
     numbers = _CAST_NUMBERS[stored], _CAST_NUMBERS[quant_type]
     return out if _native.cast_dtype(values.reshape(-1).view(np.uint8), numbers[0], out, numbers[1]) else None

@@ -1,5 +1,4 @@
-"""Weights on a GPU, in the same packed tiles as on the CPU. A layer is uploaded through two pinned buffers while the
-next layer is packed. The layer's host memory is freed after the upload."""
+"""Weights on a GPU, in the same packed tiles as on the CPU. A layer is uploaded while the next layer is packed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Measures the speed of products on a GPU (weight bytes per second with one row, multiply-accumulates per second with
-many rows) and the peaks of both rates. Also flushes the GPU's cache for other measurements."""
+"""Measures the speed of products on a GPU and the peak rates of reads and multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ _BLOCK, _PIECE_BYTES = 256, 65536
 _ROUNDS, _MACS = 1024, 8 * 16 * 32 * 8
 _READ_BYTES = 1 << 30
 _FLUSHED_BYTES = 256 << 20
-"""Bytes that exceed the largest last-level cache of any GPU (126 MiB)."""
+"""A size that exceeds the last-level cache of any GPU (at most 126 MiB), in bytes."""
 _SCALES = (1 / 1024, 1 / 64, 1 / 8, 1.0)
 _LONG_S = 0.002
 _REPEATED_S = 0.02
@@ -83,10 +82,10 @@ def limits(device: Device) -> tuple[float, float]:
 
 
 def _rate(device: Device, work_at: Callable[[float], _Work]) -> float:
-    """Returns the amount of work per second. Tries the sizes of `_SCALES` until one takes longer than `_LONG_S`. Runs
-    each size twice, because the first launch also loads the kernel, which takes milliseconds."""
+    """Returns the amount of work per second. Uses the first of `_SCALES` that takes longer than `_LONG_S`."""
     for scale in _SCALES:
         work, amount = work_at(scale)
+        # The first launch also loads the kernel, which takes milliseconds.
         taken_s = min(_taken_s(device, work, 1) for _ in range(2))
         if taken_s > _LONG_S:
             break

@@ -1,6 +1,5 @@
-"""The packed-weight cache. It stores tiles that a load has packed, and later loads map or read them. A layer's key is a
-SHA-256 of its packing and of its bytes. The bytes are identified by their own SHA-256 if it is known, and otherwise by
-the model file's device, inode, size and times. Each load verifies checksums and packs damaged layers again."""
+"""The packed-weight cache, which keeps the tiles that a load has packed for later loads. A layer's key is a SHA-256 of
+its packing and of its bytes (or of the model file's identity and times)."""
 
 from __future__ import annotations
 
@@ -54,8 +53,7 @@ class PackedCache:
     def open(
         self, layers: Sequence[PackedLayer], pool: Executor, progress: Progress | None, since_ns: int | None = None
     ) -> dict[PackedLayer, Memory]:
-        """Returns the cached layers that are intact. `progress` counts their bytes. `since_ns` is the time when the
-        load began, if this was before the call. Raises MemoryError if the system refuses the memory."""
+        """Returns the intact cached layers. `since_ns` is when the load began (None: now). Raises MemoryError."""
         if not self._is_usable():
             return {}
         self._started_ns = since_ns or time.time_ns()
@@ -144,8 +142,7 @@ class PackedCache:
 
 
 def layer_key(layer: PackedLayer) -> str | None:
-    """Returns the key of a layer's cache entry, in hex. Returns None if the layer must not be stored: the file has
-    changed, or is so new that one more change might not change its times."""
+    """Returns the hex key of a layer's cache entry, or None if the file has changed or may still change."""
     parts: list[object] = [sys.byteorder]
     for tensor in layer.tensors:
         bytes_of_it = _bytes_key(tensor)

@@ -52,8 +52,7 @@ class Listed:
 
 
 class PackedCacheFolder(DiskCache):
-    """The files of the cache: entries, and images with the packed bytes. A lookup marks first the entry as used, and
-    then its image. The least recently used file is deleted first, so an entry never outlives its image."""
+    """The files of the cache: entries, and images with the packed bytes. An entry is deleted before its image."""
 
     suffixes = (_ENTRY, _IMAGE)
     content, limit = "packed layers", "LLAMACLUST_CACHE_SIZE"

@@ -21,8 +21,7 @@ _COMPACT = "as root, before a restart: echo 1 > /proc/sys/vm/compact_memory"
 
 
 def in_huge_pages(memories: Sequence[Memory]) -> list[bool]:
-    """Returns True for each map in huge pages. If huge pages are disabled, returns True for all maps. Weights in
-    small pages are read 6 to 8 % slower."""
+    """Returns True for each map in huge pages, and for all maps if huge pages are disabled."""
     if _no_huge_pages():
         return [True] * len(memories)
     huge_bytes = {addresses.start: n_bytes for addresses, n_bytes in _huge_bytes("FilePmdMapped|ShmemPmdMapped")}
@@ -51,7 +50,7 @@ def move_to_huge_pages(memories: Sequence[Memory], pool: Executor) -> None:
 
 
 def own_huge_bytes(memories: Sequence[Memory]) -> int:
-    """Returns how many bytes of `memories` are in huge pages. Linux may list adjacent memories as one mapping."""
+    """Returns how many bytes of `memories` are in huge pages."""
     return sum(
         n_bytes
         for addresses, n_bytes in _huge_bytes("AnonHugePages")

@@ -12,8 +12,7 @@ from llamaclust.model.gguf.tensors import Tensor
 
 @dataclass(frozen=True, slots=True)
 class PackedLayer:
-    """The matrices of one layer, stored one after another, or one matrix outside the layers. Vectors are not
-    included."""
+    """The matrices (not the vectors) of one layer, stored one after another, or one matrix outside the layers."""
 
     name: str
     tensors: tuple[Tensor, ...]

@@ -20,8 +20,7 @@ _VECTOR_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Weight:
-    """A loaded tensor: a float32 vector, a packed matrix, or one packed matrix per expert. If `is_shape_only`, the
-    tensor is not loaded, and its shape is used to compute memory sizes."""
+    """A float32 vector, a packed matrix, or one packed matrix per expert. If `is_shape_only`, it is not loaded."""
 
     quant_type: QuantType
     matrices: tuple[PackedMatrix, ...] = ()

@@ -23,13 +23,13 @@ _EXP64 = [1 / math.factorial(n) for n in range(14)]
 
 
 def fma32(a: Float32 | float, b: Float32 | float, c: Float32 | float) -> Float32:
-    """Returns a * b + c, rounded once. The sum is rounded to odd in float64, so that rounding it to float32 is
-    exact."""
+    """Returns a * b + c, rounded once."""
     product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
     addend = np.broadcast_to(np.asarray(c, np.float64), product.shape)
     total = product + addend
     back = total - product
     error = (product - (total - back)) + (addend - back)
+    # Rounds to odd, so that rounding to float32 is exact.
     is_even = (total.view(np.int64) & 1) == 0
     toward = np.where(error > 0, np.inf, -np.inf)
     total = np.where((error != 0) & is_even, np.nextafter(total, toward), total)

@@ -1,5 +1,4 @@
-"""The grids of ggml's IQ types. A grid index stands for four or eight weights, and each weight has one of a few levels.
-The numbers come from kernels/cpu/native/pack/grid_points.h. This file unpacks them independently of the C++ code."""
+"""The grids of ggml's IQ types. A grid index stands for four or eight weights, each with one of a few levels."""
 
 from __future__ import annotations
 
@@ -23,12 +22,11 @@ _LEVELS = {
 
 @cache
 def grid(name: str) -> NDArray[np.float32]:
-    """Returns the grid as float32 [points, dims]. The header has an ascending number for each point, as the difference
-    from the previous number. A difference is a character's distance from "$", plus 56 for each "~" before it. The
-    digits of a number, lowest first, select the levels of the point's weights."""
+    """Returns the grid as float32 [points, dims], unpacked from the text in grid_points.h."""
     levels = _LEVELS[name]
     found = re.search(rf'k{name}Grid = unpack<\d+, {len(levels)}>\((.+?")\);', _HEADER.read_text(), re.DOTALL)
     assert found is not None, name
+    # A step is a character's distance from "$", plus 56 for each "~" before it.
     steps = re.findall("(~*)([^~])", "".join(re.findall('"(.*)"', found[1])))
     numbers = np.cumsum([56 * len(far) + ord(near) - ord("$") for far, near in steps])
     digits = numbers[:, None] // len(levels) ** np.arange(8 if len(levels) == 3 else 4) % len(levels)

@@ -30,9 +30,7 @@ def q3_k(blocks: Bytes) -> Float32:
 
 
 def six_bit_scales(packed: Bytes) -> tuple[Float32, Float32]:
-    """Returns eight scales and eight minima of 6 bits. Bytes 0-3 hold scales 0-3 and the top two bits of scales 4-7.
-    Bytes 4-7 hold the minima in the same way. The low halves of bytes 8-11 hold the low four bits of scales 4-7. Their
-    high halves hold the low four bits of minima 4-7."""
+    """Returns eight scales and eight minima of 6 bits, which are packed in twelve bytes."""
     first, second, low = packed[:, :4], packed[:, 4:8], packed[:, 8:12]
     scales = np.concatenate([first & 63, low & 15 | first >> 6 << 4], axis=1)
     minima = np.concatenate([second & 63, low >> 4 | second >> 6 << 4], axis=1)

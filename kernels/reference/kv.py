@@ -71,8 +71,7 @@ class Rounded:
 
 def round_to_bytes(rows: Float32) -> Rounded:
     """Rounds rows [..., channels] to q8_0, in float32. The scale of 32 channels is their largest magnitude / 127, as
-    float16. The quants are x * (1 / scale), rounded to nearest (ties to even) within -127..127. If the scale is 0, the
-    quants are 0. If a channel is not finite, the scale is NaN."""
+    float16, or NaN if a channel is not finite."""
     channels = rows.shape[-1]
     missing = -channels % KV_GROUP_CHANNELS
     padded = np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)])

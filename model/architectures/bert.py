@@ -65,9 +65,8 @@ def jina_bert_v3(builder: EncoderBuilder) -> None:
 
 
 def modern_bert(builder: EncoderBuilder) -> None:
-    """ModernBERT. Gate and up are one tensor. The attention of the first layer has no norm before it. The first layer
-    and every third layer after it attend to all tokens. The others have a sliding window, and RoPE with another
-    base."""
+    """ModernBERT. The first layer and every third layer after it attend to all tokens. The others have a sliding
+    window, and RoPE with another base."""
     hp, activation = builder.hyperparameters, _activation(builder)
     windowed = builder.keys.windowed_layers(hp.block_count, 3, full_first=True)
     whole = AttentionVariant(RopeStyle.NEOX, builder.rope_table(), causal=False)

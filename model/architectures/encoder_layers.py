@@ -16,9 +16,8 @@ _TYPES = "token_types.weight"
 
 class EncoderBuilder(ProgramBuilder):
     def sentence_layers(self, *, positions: bool = False, last_norm: bool = False) -> Iterator[int]:
-        """Yields the numbers of the stage's layers. Before layer 0, emits the sum of the token embedding, the embedding
-        of token type 0 and (if `positions`) learned positions, and then a norm. If `last_norm`, emits a norm after the
-        last layer."""
+        """Yields the numbers of the stage's layers, and emits the normed embedding before layer 0. If `positions`, the
+        embedding includes learned positions. If `last_norm`, emits a norm after the last layer."""
         if self.stage.start == 0:
             self._embed_sentence(positions)
         yield from self.stage
@@ -38,8 +37,8 @@ class EncoderBuilder(ProgramBuilder):
         activation: ActivationFunction,
         experts: bool = False,
     ) -> None:
-        """Emits a layer: attention and a feed-forward network, with a norm after each residual sum. The network is
-        down(activation(up)), or has a gate if `gated`. If `experts`, a mixture of ungated experts replaces it."""
+        """Emits a layer: attention and a feed-forward network, with a norm after each residual sum. If `gated`, the
+        network has a gate. If `experts`, a mixture of ungated experts replaces the network."""
         prefix = f"blk.{layer}"
         self._normed = self._hidden  # Products read `_normed`, and here no norm precedes them.
         self._attend(layer, variant)
@@ -110,7 +109,7 @@ class EncoderBuilder(ProgramBuilder):
             raise self.keys.error(key, "expected 2 (cls); a classifier on the mean of rows is not supported")
 
     def _dense(self, rows: Buffer) -> Buffer:
-        """Emits the model's dense layers. They may run before mean pooling, because they commute with the mean."""
+        """Emits the model's dense layers, which commute with mean pooling."""
         if not any(f"dense_{number}.weight" in self.model.tensors for number in (2, 3)):
             return rows
         inner = Buffer("dense", self.model.tensor("dense_2.weight").shape[0])

@@ -66,7 +66,7 @@ def expert_step(
     routed: Buffer | None = None,
 ) -> Moe:
     """Returns the step of a mixture of experts, which reads the first buffer and writes the second. If `routed` is
-    given, the router reads `routed` instead. The file may lack biases and scales. Gate and up may be one tensor."""
+    given, the router reads `routed` instead."""
     (x, out), count, ffn = buffers, hp.expert_count, hp.expert_feed_forward_length
     old = f"{prefix}.ffn_gate.0.weight"
     if tensors.has(old):

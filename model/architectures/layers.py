@@ -40,9 +40,8 @@ class Norms(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AttentionVariant:
-    """Options of an attention block. A `table` of None means no RoPE. A `scale` of None means 1 / sqrt(head_dim).
-    `Attention` describes `window`, `chunked`, `soft_cap` and `slopes`, and `Rope` describes `sections`. If `sinks`, the
-    layer has a tensor of attention sinks. `temperature` has the arguments of a `PositionScale` step for queries."""
+    """Options of an attention block. A `table` of None means no RoPE, and a `scale` of None means 1 / sqrt(head_dim).
+    `temperature` has the arguments of a `PositionScale` step for queries."""
 
     style: RopeStyle = RopeStyle.NEOX
     table: RopeTable | None = None
@@ -111,9 +110,8 @@ class ProgramBuilder(CheckedTensors):
         may_rank: bool = False,
         logit_factor: float = 1.0,
     ) -> Iterator[int]:
-        """Yields the numbers of the stage's layers. Emits the embedding before the model's first layer, and the head
-        after its last layer. If `positions`, learned positions are added to the embedding. `soft_cap` limits the
-        logits. With `may_rank`, a file whose pooling is RANK has a classifier as its head."""
+        """Yields the numbers of the stage's layers, and emits the embedding before the model's first layer and the head
+        after its last layer. If `may_rank`, the head is a classifier in files whose pooling is RANK."""
         self._embed(embedding_factor, positions)
         yield from self.stage
         if self.stage.stop == self.hyperparameters.block_count:

@@ -88,10 +88,8 @@ def glm4moe(builder: ProgramBuilder) -> None:
 
 
 def llama4(builder: ProgramBuilder) -> None:
-    """Llama 4. In three of four layers, a token attends only to its own chunk, and q and k are normed after RoPE
-    (except in Maverick). Every fourth layer has no RoPE, and multiplies queries by a function of the position. Sigmoid
-    gates weight the experts' inputs. The length of a chunk is the file's sliding window, or 8192 tokens if the key is
-    missing."""
+    """Llama 4. In three of four layers, a token attends only to its own chunk. Every fourth layer has no RoPE, and
+    multiplies queries by a function of the position. Sigmoid gates weight the experts' inputs."""
     hp, keys = builder.hyperparameters, builder.keys
     if not hp.expert_count:
         raise keys.error("expert_count", "the count is missing or 0, but the architecture has experts")

@@ -46,9 +46,7 @@ def _plain_frequencies(rope: RopeParameters, factors: tuple[float, ...] | None) 
 
 
 def _yarn_shares(rope: RopeParameters) -> list[Decimal]:
-    """YaRN mixes the unscaled and the scaled frequency of each channel pair. Returns the unscaled frequency's share for
-    each pair. The share is 1 for pairs that turn often within the original context and 0 for slow pairs, with a ramp
-    between them. (arXiv 2309.00071, section 3.2.)"""
+    """Returns the unscaled frequency's share of each channel pair in YaRN's mixture (arXiv 2309.00071, section 3.2)."""
     if rope.frequency_base <= 1:
         raise ModelFileError(f"metadata rope.freq_base: expected more than 1 with YaRN, found {rope.frequency_base:g}")
     last = Decimal(rope.dimension_count - 1)
@@ -78,11 +76,9 @@ def yarn_score_scale(rope: RopeParameters, multiplier: float, width: int) -> flo
 
 
 def rope_sections(keys: ModelKeys, pairs: int, *, interleaved: bool) -> tuple[int, ...]:
-    """Returns the number of each channel pair's section: 0, 1 or 2 for time, height or width, or 3 for the file's
-    fourth section. Adjacent pairs form a section. If `interleaved`, pairs take turns between the first three sections,
-    until each section has its number of pairs. The remaining pairs belong to time. (llama.cpp assigns them to the
-    fourth section, but in existing models they turn very slowly.) Text has the same position in all sections. Raises
-    ModelFileError if sections are missing or too long."""
+    """Returns the section of each channel pair: 0 for time, 1 for height, 2 for width, or 3 for the file's fourth
+    section. If `interleaved`, pairs take turns between the first three sections. Otherwise, adjacent pairs form a
+    section. Raises ModelFileError if sections are missing or too long."""
     key = _SECTIONS_KEY
     sections = keys.integers(key)
     if len(sections) < _LEAST_SECTIONS:
@@ -90,6 +86,7 @@ def rope_sections(keys: ModelKeys, pairs: int, *, interleaved: bool) -> tuple[in
     if min(sections) < 0 or sum(sections) > pairs:
         what = f"found {shown(str(list(sections)))}, with a sum of {sum(sections)}; expected non-negative numbers"
         raise keys.error(key, f"{what} with a sum of at most {pairs} (rotated pairs)")
+    # llama.cpp puts the remaining pairs into the fourth section. In existing models, these pairs turn very slowly.
     if interleaved:
         return tuple(i % 3 if i < 3 * sections[i % 3] else 0 for i in range(pairs))
     runs = [section for section, count in enumerate(sections) for _ in range(count)]
@@ -97,7 +94,7 @@ def rope_sections(keys: ModelKeys, pairs: int, *, interleaved: bool) -> tuple[in
 
 
 def text_sections(keys: ModelKeys, pairs: int) -> tuple[int, ...] | None:
-    """Returns the section of each pair, or None if the model has no sections because it reads no images."""
+    """Returns each channel pair's section, or None if the file has no sections because the model reads no images."""
     if not keys.has(_SECTIONS_KEY) or not any(keys.integers(_SECTIONS_KEY)):
         return None
     return rope_sections(keys, pairs, interleaved=False)
@@ -105,9 +102,8 @@ def text_sections(keys: ModelKeys, pairs: int) -> tuple[int, ...] | None:
 
 @lru_cache(maxsize=64)
 def alibi_slopes(heads: int) -> tuple[float, ...]:
-    """Returns the ALiBi slope of each head, as float32. Let n be the greatest power of two that is not above `heads`.
-    The first n heads have the slopes 2^(-8 (h + 1) / n). The other heads have the 1st, 3rd, 5th, ... slope of 2 n
-    heads. (ALiBi, arXiv 2108.12409, and its authors' code for head counts that are not powers of two.)"""
+    """Returns the ALiBi slope of each head, as float32 (arXiv 2108.12409, and its authors' code for head counts that
+    are not powers of two)."""
     whole = 1 << (heads.bit_length() - 1)
     exponents = [(h + 1, whole) for h in range(whole)] + [(2 * h + 1, 2 * whole) for h in range(heads - whole)]
     with localcontext(_DIGITS):

@@ -14,7 +14,7 @@ from llamaclust.model.quant_types import QuantType
 
 _FACTORS, _SHORT_FACTORS, _LONG_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 FACTOR_TENSORS = (_FACTORS, _SHORT_FACTORS, _LONG_FACTORS)
-"""Names of the tensors with RoPE factors. Their values become part of the program, so no step names these tensors."""
+"""Names of the tensors with RoPE factors, whose values become part of the program."""
 
 
 class CheckedTensors:
@@ -62,8 +62,8 @@ class CheckedTensors:
         return self.vector(name, width) if self.has(name) else None
 
     def rope_factors(self, rope: RopeParameters, context_tokens: int) -> tuple[float, ...] | None:
-        """Returns the divisors of RoPE frequencies: `rope_freqs` (since Llama 3.1), or otherwise the long or the short
-        factors. The program's context length selects long or short factors for all sequences, as in llama.cpp."""
+        """Returns the divisors of RoPE frequencies, or None if the file has none. Some files have long and short
+        divisors, and `context_tokens` decides between them."""
         by_context = _LONG_FACTORS if context_tokens > rope.original_context_length else _SHORT_FACTORS
         name = _FACTORS if self.has(_FACTORS) else by_context
         if not self.has(name):

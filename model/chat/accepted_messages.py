@@ -33,8 +33,8 @@ def lacks_system(messages: Sequence[Message], rendered: str) -> bool:
 
 
 def _with_late_systems_joined(messages: Messages) -> Messages:
-    """Appends each later system message to the user message just before it. If there is none, puts the system message
-    before the next user message, so that it never comes between tool calls and their results."""
+    """Moves the text of each later system message to the end of the user message just before it, or else to the
+    beginning of the next user message."""
     begin = len([*takewhile(_is_system, messages)])
     joined, waiting = messages[:begin], list[str]()
     for message in messages[begin:]:

@@ -98,7 +98,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any) -> str:
         """Returns the prompt. `extra` has the template's variables (`tools`, `documents`, ...) and `now_s`, the Unix
         time that the template sees. Raises TemplateRefusalError if the template refuses the messages, DeadlineError if
-        rendering took too long or was stopped, and RequestError for failures that a retry would repeat."""
+        rendering took too long or was stopped, and RequestError for other failures."""
         future = self._submit(messages, add_generation_prompt, extra)
         try:
             return future.result(self._limits.wait_s)
@@ -139,7 +139,6 @@ class _Renderer:
         return self.child.submit(partial(self._render, variables))
 
     def _render(self, variables: Mapping[str, Any]) -> str:
-        """Renders on the thread of the child process, because sending large messages takes long."""
         if self._broken is not None:
             raise RequestError(self._broken)
         try:

@@ -84,7 +84,7 @@ def _clock(now_s: float) -> Callable[[str], str]:
 
 
 def functions_of(tools: Sequence[Mapping[str, Any]] | None) -> str:
-    """Returns `functions`, a variable of old templates: the tools as JSON. It is built here because it may be long."""
+    """Returns `functions`, a variable of old templates, which has the tools as JSON."""
     return json.dumps([tool.get("function", tool) for tool in tools], ensure_ascii=False, indent=4) if tools else ""
 
 

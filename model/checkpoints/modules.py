@@ -60,10 +60,9 @@ _MATRICES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
         "starcoder2": {**_ATTENTION, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
     }
 )
-"""Matrix names by architecture and module. In `PAIRED` architectures, GGUF has another order of the rows of Q and K."""
+"""Matrix names by architecture and module."""
 PAIRED: Final = frozenset({"granite", "granitehybrid", "granitemoe", "llama", "mistral3", "smollm3"})
-"""Architectures whose GGUF files interleave the two halves of each head's rows in Q and K: the first row of the first
-half, the first row of the second half, and so on. Adjacent channels are then rotated as a pair."""
+"""Architectures whose GGUF files interleave the two halves of each head's rows in Q and K."""
 _MODULE: Final = re.compile(
     r"(model\.|transformer\.|language_model\.model\.|model\.language_model\.)?(layers|h)\.(?P<layer>\d{1,4})\.(?P<module>.+)"
 )

@@ -26,7 +26,7 @@ _REFUSED: Final = (
     "target_parameters",
 )
 _CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Prefixes of values of `init_lora_weights`. These values mean that the base model's matrices were changed."""
+"""Prefixes of `init_lora_weights` values that mean that the base model's matrices were changed."""
 _PLAIN: Final = re.compile(r"[\w.-]+")
 
 
@@ -35,7 +35,7 @@ def plain_name(name: str) -> str:
 
 
 def factor_name(name: str) -> tuple[str, str] | None:
-    """Returns the module and the kind (A, B, embedding_A, embedding_B) of a factor, or None for other tensors."""
+    """Returns the module and the kind (A, B, embedding_A, embedding_B) of a LoRA factor, or None for other tensors."""
     found = _FACTOR.fullmatch(name)
     return None if found is None else (found["module"], found["kind"])
 
@@ -61,7 +61,7 @@ class PeftSettings:
 
     @classmethod
     def read(cls, folder: Path) -> PeftSettings:
-        """Raises ModelFileError if `adapter_config.json` is damaged, or if the adapter is not W + factor * B @ A."""
+        """Reads `adapter_config.json`. Raises ModelFileError if it is damaged, or is not for W + factor * B @ A."""
         settings = Settings(read_json(folder / CONFIG), str(folder / CONFIG))
         _check_kind(settings)
         return cls(settings)

@@ -35,9 +35,8 @@ def peft_files(path: Path) -> tuple[Path, Path]:
 
 
 def read_peft(path: Path, model: ModelFile) -> Header:
-    """Returns the header that a GGUF file of this adapter would have, with the path of the PEFT weights. The header's
-    digest covers the metadata and the header of the weights, but no weights. Raises ModelFileError unless the adapter
-    only changes matrices W of layers to W + factor * B @ A."""
+    """Returns the header that a GGUF file of this adapter would have, with the path of the PEFT weights. Raises
+    ModelFileError unless the adapter only changes matrices W of layers to W + factor * B @ A."""
     _, weights = peft_files(path)
     settings = PeftSettings.read(weights.parent)
     if settings.settings.values.get("modules_to_save"):

@@ -30,9 +30,8 @@ def new_file(path: Path, size_bytes: int, advice: str = "") -> Iterator[BinaryIO
 @contextmanager
 def new_files(paths: Sequence[Path], size_bytes: int, advice: str = "") -> Iterator[Opened]:
     """Yields a function that opens the files, which must be in the same folder. If the block ends without an error, the
-    files get their names, the first file last. Otherwise, they are deleted. Partial files of killed processes are
-    reused or deleted. Raises UsageError if disk space is short (with `advice` appended) or if another process writes
-    the files."""
+    files get their names. Otherwise, they are deleted. Raises UsageError if disk space is short (with `advice`
+    appended) or if another process writes the files."""
     first = paths[0]
     for path in paths:
         _check_place(path)
@@ -118,7 +117,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _clear(paths: Sequence[Path]) -> None:
-    """Deletes killed processes' partial files of this model, even if they have another number of parts."""
+    """Deletes partial files of this model that killed processes left."""
     for path in paths[1:]:
         hidden_name(path).unlink(missing_ok=True)
     mine = _PART.fullmatch(paths[0].name)

@@ -42,8 +42,8 @@ class ModelFile:
 
     @property
     def version(self) -> str:
-        """A SHA-256 in hex over the identity and the inodes, sizes and times of the files. It changes when a file is
-        rewritten, unless the file's times are faked. Machines with copies of one disk have the same version."""
+        """A SHA-256 in hex over the identity and the files' inodes, sizes and times. It changes when a file is
+        rewritten."""
         files = sorted((found.inode, found.size_bytes, found.modified_ns, found.changed_ns) for _, found in self._files)
         return hashlib.sha256(repr((self.identity, files)).encode()).hexdigest()
 

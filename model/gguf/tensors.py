@@ -25,8 +25,8 @@ _READ_BYTES = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """The identity of a file. `changed_ns` is the inode's change time (ctime), which cannot be faked like the
-    modification time. Comparisons ignore `changed_ns`, because changes of links and permissions change it too."""
+    """The identity of a file. Comparisons ignore `changed_ns`, the inode's change time (ctime), because changes of
+    links and permissions change it too."""
 
     device: int
     inode: int

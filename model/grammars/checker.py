@@ -33,8 +33,8 @@ class GrammarChecker:
         self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()  # The keys are digests, least recently used first.
 
     async def check(self, grammar: Grammar, owner: str = "") -> Grammar:
-        """Checks a grammar and returns it in the form that workers compile. Owners of requests take turns. Raises
-        ParameterError if the grammar cannot be used, and DeadlineError if the machine is too busy."""
+        """Checks a grammar and returns it in the form that workers compile. Raises ParameterError if the grammar cannot
+        be used, and DeadlineError if the machine is too busy."""
         if not self._has_end:
             raise ParameterError(grammar.origin, "the model has no end-of-generation token, which grammars need")
         try:

@@ -75,8 +75,7 @@ def _reply(message: str, converted: str = "") -> dict[str, str]:
 
 
 def main() -> None:
-    """Builds the vocabulary, sets limits, and checks grammars. The stack is smaller than a worker's, so that a grammar
-    that passes the check cannot overflow a worker's stack."""
+    # Smaller than a worker's stack, so that a grammar that passes the check cannot overflow it.
     threading.stack_size(_STACK_BYTES)
     end_with_parent()
     first = read_frame()

@@ -23,8 +23,8 @@ _MAX_LINE_BYTES: Final = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class CheckLimits:
-    """Limits of a grammar's check. Most grammars that are too large reach the limits in matcher.py first. `guard_cpu_s`
-    and `memory_bytes` stop the others. `start_s`, `wall_s` and `wait_s` limit delays on a slow machine."""
+    """Limits of a grammar's check. `guard_cpu_s` and `memory_bytes` limit its work, and `start_s`, `wall_s` and
+    `wait_s` limit delays on a slow machine."""
 
     guard_cpu_s: float = 20.0
     memory_bytes: int = 1 << 30

@@ -14,8 +14,7 @@ COMBINING: Final = frozenset(("allOf", "if", "dependentSchemas", "dependencies",
 
 
 def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Closes all objects. If several schemas apply to one object, closes none, because each would refuse the others'
-    names."""
+    """Closes all objects, or none if several schemas apply to the same object."""
     try:
         return schema if _combines(schema) else _closed(schema)
     except RecursionError:  # The schema is too deep for llguidance too.

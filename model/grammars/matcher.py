@@ -27,12 +27,12 @@ _MAX_FORCED_BYTES = 1 << 13
 
 
 def _limits(definition: str) -> LLParserLimits:
-    """Returns llguidance's limits. Checks and answers have equal limits on every machine, so that they accept the same
-    grammars. The largest of 1,232 public schemas needs 81,000 units of lexer fuel to compile, 373,000 units and 7,600
-    items in a step, and 2,400 lexer states in an answer. Rules from users may be ambiguous. The time then grows with
-    the square of the items in a row, and is less than 50 ms for 800 items."""
+    """Returns llguidance's limits, equal on every machine, so that checks and answers accept the same grammars."""
     from llguidance import LLParserLimits
 
+    # The largest of 1,232 public schemas needs 81,000 units of lexer fuel to compile, 373,000 units and 7,600 items in
+    # a step, and 2,400 lexer states in an answer. Rules from users may be ambiguous. The time then grows with the
+    # square of the items in a row, and is less than 50 ms for 800 items.
     return LLParserLimits(
         max_items_in_row=2000 if has_schemas_only(definition) else 800,
         initial_lexer_fuel=1_000_000,
@@ -45,8 +45,7 @@ def _limits(definition: str) -> LLParserLimits:
 
 
 def compiled(definition: str, vocabulary: GrammarVocabulary) -> LLMatcher:
-    """Returns the state before the first token. Each answer compiles its grammar again, because copies of one state
-    would share the lexer's limits."""
+    """Returns a new state before the first token. Copies of one state would share the lexer's limits."""
     from llguidance import LLMatcher
 
     return LLMatcher(vocabulary.native, definition, log_level=0, limits=_limits(definition))
@@ -67,8 +66,7 @@ class LexerUsedUpError(RequestError):
 
 class GrammarMatcher:
     """The state of one answer, for one thread at a time. Methods release the GIL, and raise RequestError if the grammar
-    cannot be followed. llguidance limits the lexer's work between two computations of the allowed tokens. If
-    `is_costly`, these are computed at every token. Otherwise, LexerUsedUpError is raised at the limit."""
+    cannot be followed. Unless `is_costly`, they raise LexerUsedUpError when the lexer's limit is used up."""
 
     def __init__(self, grammar: Grammar, vocabulary: GrammarVocabulary, *, is_costly: bool = False) -> None:
         self.position = 0  # Number of tokens that were taken.
@@ -140,7 +138,7 @@ class GrammarMatcher:
         return following[0] if following else None
 
     def peek_forced(self) -> list[int]:
-        """Returns tokens that must come next, but does not take them. Even more tokens may be forced after them."""
+        """Returns tokens that must come next, but does not take them."""
         if self._waiting is not None or self._ended:
             return []
         return self._computed(self._must_follow)[:MAX_FORCED_TOKENS]
@@ -181,7 +179,7 @@ class GrammarMatcher:
 
     def _consumes(self, token: int) -> bool:
         if self._is_costly:
-            self.allowed()
+            self.allowed()  # llguidance limits the lexer's work between two computations of the allowed tokens.
         return self._native.try_consume_tokens([token]) == 1
 
     def _computed(self, compute: Callable[[], _Computed]) -> _Computed:
@@ -222,7 +220,7 @@ class _Triggers:
         self._newest: list[tuple[int, int]] = []  # Tokens of `_tail`, with their lengths in bytes.
 
     def take(self, token: int) -> list[list[int]]:
-        """Takes a token. Returns the answer's tokens since the start of each trigger that this token completes."""
+        """Takes a token. Returns the answer's tokens since the start of each trigger that is now complete."""
         word = self._vocabulary.words[token].removeprefix(b"\xff")
         before = len(self._tail)
         self._tail += word

@@ -15,8 +15,7 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
 
 class ReasoningMatcher:
-    """A matcher of reasoning, and of a grammar if there is one. It has the methods of `GrammarMatcher`. The budget has
-    an effect only if the reasoning delays the grammar, or if the grammar allows the tokens that end the reasoning."""
+    """A matcher of reasoning, and of a grammar if there is one. It has the methods of `GrammarMatcher`."""
 
     def __init__(self, reasoning: Reasoning, grammar: GrammarMatcher | None, vocabulary: GrammarVocabulary) -> None:
         self.position = 0  # Number of tokens that were taken.
@@ -90,7 +89,7 @@ class ReasoningMatcher:
         return None
 
     def _add(self, token: int) -> None:
-        """Takes a token. The grammar also gets the token that ends the reasoning, as this token may have a trigger."""
+        """Takes a token. A grammar that waits for a trigger also gets the token that ends the reasoning."""
         is_delayed = self._grammar is not None and self._ruling is None
         self._state.take(token)
         self.position += 1

@@ -75,7 +75,7 @@ def count(schema: Mapping[str, Any], key: str) -> int | None:
 
 
 def text_forms(schema: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
-    """Returns `pattern` and `format`, and False if a pattern with look-around is omitted without a `format`."""
+    """Returns the usable `pattern` and `format`, and False if no `format` replaces a pattern with look-around."""
     form, pattern = schema.get("format"), schema.get("pattern")
     made: dict[str, str] = {}
     if isinstance(form, str) and (form := _OTHER_FORMATS.get(form, form)) in FORMATS:

@@ -1,5 +1,4 @@
-"""Costs of a group's members: the divided parts of each layer and the gathers. The costs are computed from the division
-itself, so they match the members' programs."""
+"""Costs of a group's members: the divided parts of each layer and the gathers."""
 
 from __future__ import annotations
 
@@ -35,8 +34,8 @@ _SUMS = (
 class GatherCost:
     """An exchange in which the members of a group send each other the parts of a row that they computed. A row consists
     of `lines` parts of `width` channels, and members divide each part into `units` equal units. Values are sent in the
-    quantized format `form` if each member has whole blocks of this format, and otherwise as float32. If `to_leader`,
-    only the leader receives. If `from_leader`, only the leader sends, and the row is not divided."""
+    quantized format `form` if each member has whole blocks of it, and otherwise as float32. If `to_leader`, only the
+    leader receives. If `from_leader`, only the leader sends."""
 
     width: int
     units: int
@@ -122,7 +121,7 @@ class GroupCosts:
 
     @property
     def kinds(self) -> dict[int, DividedLayer]:
-        """The distinct layers by `id`, because hashing layers would be slow. `of` makes equal layers one object."""
+        """The distinct layers by their Python `id`."""
         return {id(layer): layer for layer in self.layers}
 
     def member(self, shares: Sequence[float], member: int) -> ModelCosts:

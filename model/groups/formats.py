@@ -11,8 +11,8 @@ from llamaclust.model.quant_types import ActivationFormat, QuantType
 def format_of_readers(
     steps: Sequence[Step], buffer: Buffer, results: Sequence[Buffer | None], type_of: Callable[[str], QuantType]
 ) -> ActivationFormat | None:
-    """Returns the quantized format that all readers of `buffer` need. Returns None if readers need different formats or
-    floats, or if `buffer` is one of `results` and no step overwrites it."""
+    """Returns the quantized format that all readers of `buffer` need, or None if they need floats or different
+    formats."""
     formats = set[ActivationFormat | None]()
     for step in steps:
         if buffer in step.reads:

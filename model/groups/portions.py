@@ -40,8 +40,7 @@ def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
 
 @dataclass(slots=True)
 class _Portion:
-    """A set of buffers that members divide into the same `units`. Two sets that must be divided alike are joined:
-    `joined` is the set that replaces this one."""
+    """A set of buffers that members divide into the same `units`. If `joined` is set, that set replaces this one."""
 
     units: int = 0
     has_heads: bool = False
@@ -73,9 +72,9 @@ class Gathered:
 
 @dataclass(frozen=True, slots=True)
 class DividedStep:
-    """A step of the undivided program. Members divide the step's result into `units`. If `units` is 0, every member
-    computes the whole result. Before the step, buffers in `gathered` are assembled from all members. Every member has
-    all columns of the buffers in `cut`, but reads only its own columns."""
+    """A step of the undivided program. Members divide the step's result into `units`, or each compute the whole result
+    if `units` is 0. Buffers in `gathered` are assembled from all members before the step. A member reads only its own
+    columns of the buffers in `cut`."""
 
     step: Step
     units: int
@@ -121,7 +120,7 @@ def _units_of(steps: Sequence[Step], members: int) -> list[int]:
 
 
 def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
-    """Returns the products that compute a layer's only KV head. Every member runs them, as gathers are slower."""
+    """Returns the indices of the products that compute a layer's only KV head, which every member runs."""
     found, wanted = set[int](), set[str]()
     for at, step in reversed([*enumerate(steps)]):
         name = step.out.name

@@ -35,8 +35,7 @@ def format_of(image: bytes) -> ImageFormat | None:
 
 
 def webp_size(image: bytes) -> tuple[int, int]:
-    """Returns the width and height of a WebP file's canvas, or (0, 0) if the file does not have them. Must be called
-    before the decoder, which allocates the canvas before it returns the size."""
+    """Returns the width and height of a WebP file's canvas, or (0, 0) if the file does not have them."""
     kind, body = image[12:16], image[20:30]
     if len(body) < 10:
         return 0, 0

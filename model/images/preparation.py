@@ -55,16 +55,15 @@ class ImageLimits:
 
 @dataclass(frozen=True, slots=True)
 class ImageTiles:
-    """The tiles of an image and its place in the prompt. `tiles` are RGB [height, width, 3], and the encoder runs once
-    for each tile. `prompt` has rows of the tiles, and texts in which special tokens are written as text."""
+    """The RGB tiles [height, width, 3] of an image, and the texts and rows that stand for the image in the prompt."""
 
     tiles: tuple[NDArray[np.uint8], ...]
     prompt: tuple[Piece, ...]
 
 
 class ImagePreparation:
-    """The child processes for images of all models. They start on first use and end when they are idle. Owners of
-    requests take turns, so that two slow images of one owner do not delay others. Must be used on one event loop."""
+    """The child processes that prepare images of all models. They start on first use and end when they are idle. Must
+    be used on one event loop."""
 
     def __init__(self, limits: ImageLimits | None = None) -> None:
         self._limits = limits or ImageLimits()
@@ -100,9 +99,8 @@ class ImagePreparation:
             yield
 
     async def tiles(self, image: bytes, settings: ImageSettings) -> ImageTiles:
-        """Prepares an image. The caller must hold a `turn`. Raises RequestError if the image is refused, which a retry
-        would repeat, and DeadlineError if the work takes too long or is stopped. If cancelled, waits until the work has
-        ended."""
+        """Prepares an image. The caller must hold a `turn`. Raises RequestError if the image is refused, and
+        DeadlineError if the work takes too long or is stopped. If cancelled, waits until the work has ended."""
         most = self._limits.max_bytes
         if len(image) > most:
             raise RequestError(f"the image has {len(image)} bytes; the limit is {most}: send a smaller image")

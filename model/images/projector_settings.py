@@ -15,8 +15,7 @@ _LOW_SIDE: Final = 512
 
 
 def settings_of(projector: Projector) -> ImageSettings:
-    """Returns a projector's settings. Numbers that the file lacks have the defaults of llama.cpp's `clip.cpp`, except
-    that Llama 4 has the 16 tiles of transformers (llama.cpp has 9)."""
+    """Returns a projector's settings, with the family's defaults for numbers that the file lacks."""
     basic = ImageSettings(projector.name, projector.patch_size, projector.merge)
     return FAMILIES[projector.name].complete(basic, projector.images)
 

@@ -10,8 +10,8 @@ from llamaclust.model.nextn.program import nextn_program
 
 
 def with_nextn(model: Model, costs: ModelCosts, kv_type: KvType) -> ModelCosts:
-    """Adds the costs of the model's MTP head. The cost of the last layer then includes the layer of the MTP head, but
-    not the logits that the head computes. Layers must not be divided into shards of experts."""
+    """Adds the costs of the model's MTP head, most of them to the last layer. Layers must not be divided into shards of
+    experts."""
     program = nextn_program(model, kv_type)
     own = layer_cost(model.file.tensors, program)
     held = {*model.program(model.layer_count - 1, model.layer_count).weights}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llamaclust.model.loader import Model
 
 FAMILIES: Final = ("deepseek2", "glm4moe", "qwen35", "qwen35moe")
-"""Architectures whose MTP heads contain a layer of the model, with attention."""
+"""Architectures whose MTP heads are supported."""
 
 
 def has_nextn(model: Model) -> bool:

@@ -20,8 +20,8 @@ _MOST_SHOWN = 4
 
 @dataclass(frozen=True, slots=True)
 class ProjectorsBeside:
-    """The projectors in a model file's folder. `fitting` has those that fit the model. `problems` says why the others
-    do not fit, or is empty if the folder has several models, to which these projectors may belong."""
+    """The projectors in a model file's folder. `fitting` has those that fit the model, and `problems` says why others
+    do not fit."""
 
     fitting: tuple[Projector, ...]
     problems: tuple[str, ...]

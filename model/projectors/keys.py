@@ -38,8 +38,7 @@ Colours = tuple[float, float, float]
 class ImageNumbers:
     """The numbers by which images are prepared. A colour c, 0 to 255, becomes (c / 255 - mean) / deviation.
     `image_size` is a tile's side in pixels, or the side for which learned positions were trained. `longest_edge` is an
-    image's edge before it is cut, or 0 if the file has none. Other limits are 0 if there is none. `max_pixels` is
-    limited to the tiles that an encoder can read (MAX_TILE_PATCHES, MAX_TILE_PIXELS), even if the file has more."""
+    image's edge before it is cut. `longest_edge` and limits are 0 if the file has none."""
 
     image_size: int
     longest_edge: int

@@ -26,7 +26,8 @@ def in_groups(height: int, width: int, merge: int) -> PatchOrder:
 
 
 def in_windows(height: int, width: int, merge: int, side: int) -> PatchOrder:
-    """Orders patches window by window, and in a window group by group. A window has up to side x side merge groups."""
+    """Returns an order in which the patches of each window are contiguous, and so are the patches of each merge group.
+    `side` is a window's side in merge groups."""
     groups = _grouped(height, width, merge)
     lines, columns = height // merge, width // merge
     parts = [
@@ -42,6 +43,6 @@ def in_windows(height: int, width: int, merge: int, side: int) -> PatchOrder:
 
 
 def _grouped(height: int, width: int, merge: int) -> Int32:
-    """Returns patch numbers [groups, merge * merge]."""
+    """Returns the patch numbers [groups, merge * merge] of all merge groups."""
     numbers = np.arange(height * width, dtype=np.int32).reshape(height // merge, merge, width // merge, merge)
     return numbers.swapaxes(1, 2).reshape(-1, merge * merge)

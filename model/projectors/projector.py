@@ -40,9 +40,9 @@ _DEEPSTACK_KEY = "n_deepstack_layers"
 
 @dataclass(frozen=True, slots=True)
 class Projector:
-    """An opened projector file. The encoder makes `levels` rows of `width` channels for each position. The first row is
-    the text model's input. The text model's first layers add the other rows to the hidden state (DeepStack). `file` has
-    the tensors in the program's shapes, and `plain` has them in the file's shapes."""
+    """An opened projector file. The encoder makes `levels` rows of `width` channels for each position: the text model's
+    input, and rows that its first layers add to the hidden state (DeepStack). `file` has the tensors in the program's
+    shapes, and `plain` has them in the file's shapes."""
 
     name: str
     file: ModelFile
@@ -101,9 +101,9 @@ class Projector:
 
     @property
     def max_tile_pixels(self) -> int:
-        """The maximum number of pixels of a tile. Kimi-VL's original code limits pixels before it pads to whole merge
-        groups. Sides have at most 511 patches, so padding adds less than half of the limit."""
+        """The maximum number of pixels of a tile."""
         most = max(self.images.max_pixels, self.images.image_size**2)
+        # Kimi-VL's original code limits pixels before it pads. Padding adds less than half of the limit.
         return most * 3 // 2 if self.family.pads else most
 
     def rows_of(self, height: int, width: int) -> int:
@@ -224,8 +224,7 @@ def _read_for_inputs(projector: Projector) -> Iterator[str]:
 
 
 def _table_shape(projector: Projector) -> tuple[int, ...]:
-    """Returns the shape of the table of learned positions, without channels. A table that is interpolated may have any
-    square number of rows. A table for each axis may have any number of rows."""
+    """Returns the shape of the table of learned positions, without channels."""
     family, hp = projector.family, projector.hyperparameters
     found = projector.file.tensor(POSITIONS).shape
     if family.positions is Positions.AXES:

@@ -71,8 +71,7 @@ class TileReader:
         self._normalized = normalized.T.astype(np.float32)  # [channels, colour values]
 
     def _set_class_row(self, place: int) -> None:
-        """Reads the class row, and removes its position from the table of positions. Adds the patches' bias to the
-        table, because the program adds no bias: the class row has none."""
+        """Reads the class row, removes its position from the table, and adds the patches' bias to the table."""
         assert self._table is not None
         tensors = self._projector.file.tensors
         row = read_floats(tensors[CLASS_ROW]) + self._table[place]
@@ -103,8 +102,7 @@ class TileReader:
         )
 
     def _with_class_row(self, class_row: Float32, patches: Float32, places: Int32) -> tuple[Float32, Int32, Int32]:
-        """Adds the class row, whose RoPE position is 0, and rows of zeros up to a whole merge group. A row of zeros
-        attends only to itself."""
+        """Adds the class row, and rows of zeros up to a whole merge group."""
         added, count = self._projector.hyperparameters.merged, len(patches) + 1
         ends = np.maximum(np.arange(count + added - 1) + 1, count)
         starts = np.where(ends > count, ends - 1, 0)
@@ -119,7 +117,6 @@ class TileReader:
         return in_windows(lines, columns, projector.merge, side)
 
     def _patches(self, tile: NDArray[np.uint8], lines: int, columns: int, order: Int32) -> Float32:
-        """Returns [patches, channels * size * size + added channels], in the order of the program."""
         size = self._projector.patch_size
         parts = tile.reshape(lines, size, columns, size, CHANNELS).transpose(0, 2, 4, 1, 3)
         numbers = parts.reshape(lines * columns, CHANNELS, size * size)

@@ -221,7 +221,7 @@ class Mix(BinaryStep):
 
 @dataclass(frozen=True, slots=True)
 class MatchMagnitude(BinaryStep):
-    """Scales each part of x, which is as wide as y, to the root mean square of y: out_i = x_i * sqrt(mean(y^2)) /
+    """Scales each part of x to the root mean square of y, where parts are as wide as y: out_i = x_i * sqrt(mean(y^2)) /
     sqrt(max(mean(x_i^2), epsilon)). out may be x."""
 
     epsilon: float
@@ -273,7 +273,7 @@ class _FewerRows(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class MergeRows(_FewerRows):
-    """Concatenates each `factor` rows of x: out[r] = x[factor * r : factor * (r + 1)]. out.width = factor * x.width."""
+    """Joins every `factor` rows of x: out[r] = x[factor * r : factor * (r + 1)]. out.width = factor * x.width."""
 
 
 @dataclass(frozen=True, slots=True)

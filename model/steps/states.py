@@ -26,9 +26,8 @@ class StatePart(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SequenceState:
-    """A layer's state of a sequence: `floats` float32 numbers. They are 0 at the beginning of the sequence, and each
-    row updates them in order. A state block holds the state after some position, so that sequences with the same prefix
-    can continue there. Without state blocks, each KV block holds the state after its last computed position."""
+    """A layer's state of a sequence: `floats` float32 numbers, which are 0 at the beginning of the sequence. Each row
+    updates them in order."""
 
     layer: int
     part: StatePart

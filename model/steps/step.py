@@ -48,10 +48,9 @@ def optional_weight(name: str | None, *shape: int) -> tuple[StepWeight, ...]:
 
 @dataclass(frozen=True, slots=True)
 class DivisionRule:
-    """The rule by which members of a group divide a step's result. If `rows` is not 0, they divide the `rows` rows of
-    a product's weights. Otherwise, they divide the result like the buffers in `reads`, in whole heads if `heads` is not
-    0. A result may consist of several `lines`, which are divided in the same way. If `has_part`, each member holds only
-    a part of the weights or of KV memory."""
+    """The rule by which members of a group divide a step's result: by the `rows` rows of a product's weights or, if
+    `rows` is 0, like the buffers in `reads`. Heads stay whole unless `heads` is 0. All `lines` of a result are divided
+    in the same way. If `has_part`, each member holds only a part of the weights or of KV memory."""
 
     reads: tuple[Buffer, ...] = ()
     heads: int = 0

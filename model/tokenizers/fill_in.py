@@ -50,7 +50,7 @@ class FillInTokens:
 
 
 def find_fill_in(ids: Mapping[str, int], id_of_key: Callable[[str], int | None]) -> FillInTokens | None:
-    """Returns None if the model cannot fill in text. `id_of_key` returns the token id that the file has for a key."""
+    """Returns the fill-in tokens, or None if there are none. `id_of_key` returns the file's token id for a key."""
 
     def found(keys: str, words: tuple[str, ...]) -> int | None:
         given = (*(id_of_key(f"{key}_token_id") for key in keys.split()), *map(ids.get, words))

@@ -103,8 +103,7 @@ def _model_proto(vocabulary: Vocabulary) -> Any:
 
 
 def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> bytes:
-    """Returns each piece's type. Types have the same numbers in SentencePiece and GGUF. SentencePiece allows only one
-    piece of type UNKNOWN, whose id is `unknown`. Other pieces of this type become control pieces."""
+    """Returns each piece's type. Pieces of type UNKNOWN become control pieces, except the piece `unknown`."""
     changed = {TokenType.UNDEFINED: TokenType.UNUSED, TokenType.UNKNOWN: TokenType.CONTROL}
     if not byte_fallback:
         changed[TokenType.BYTE] = TokenType.CONTROL
@@ -115,8 +114,7 @@ def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> b
 
 
 def check_charsmap(data: bytes, origin: str) -> None:
-    """Checks SentencePiece's precompiled character map. It has the trie's length, the trie as a double array
-    (darts-clone), and the leaves' texts, which end with zero bytes. Raises ModelFileError if the trie leads outside the
+    """Raises ModelFileError if SentencePiece's precompiled character map is too short, or if its trie leads outside the
     map."""
     if not data:
         return

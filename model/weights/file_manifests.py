@@ -15,7 +15,7 @@ from llamaclust.model.weights.manifest import MANIFEST_VERSION, make_manifest
 _log = logging.getLogger(__name__)
 
 _SETTLED_NS = 100_000_000
-"""Files are read when their last change is this old, so later changes get another time (steps of up to 10 ms)."""
+"""The minimum age of a file's last change when the file is read, so that a later change gets another time."""
 
 
 @dataclass(frozen=True, slots=True)

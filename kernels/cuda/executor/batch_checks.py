@@ -1,5 +1,4 @@
-"""Checks a microbatch against a stage's limits, so that no kernel accesses memory outside its buffers. batch_checks.cpp
-has the same rules. Plain Python is faster than NumPy on arrays this small."""
+"""Checks a microbatch against a stage's limits, by the same rules as batch_checks.cpp."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
-    """Raises ValueError if the batch exceeds `limits`. `window` is the largest attention window, or None if no layer
-    frees KV blocks outside its window."""
+    """Raises ValueError if the batch exceeds `limits`. `window` is None if no layer frees KV blocks."""
     starts, table_starts = batch.sequence_starts.tolist(), batch.table_starts.tolist()
     outputs, rows, blocks = batch.output_rows.tolist(), batch.rows, len(batch.block_tables)
     check_range("number of rows", rows, 1, limits.max_batch_tokens + 1)
@@ -49,9 +47,8 @@ def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
 def check_images(
     batch: Batch, limits: StageLimits, sections: int, given: tuple[int, int], merged: Sequence[int]
 ) -> None:
-    """Checks the additional inputs of microbatches with images. `sections` is the number of RoPE positions that the
-    program reads for each row, or 0. `given` has the number of parts of a given row, and a part's width (see
-    `ir.GivenRows`). `merged` has the number of rows that the program merges into one row, or is empty."""
+    """Checks the additional inputs of microbatches with images. `sections` is the number of RoPE positions of a row,
+    `given` the number and the width of a given row's parts, and `merged` the number of rows that become one row."""
     for together in merged:
         for start in batch.sequence_starts.tolist():
             if start % together:

@@ -24,8 +24,7 @@ from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 
 def position_factors(step: ir.PositionScale, context_tokens: int) -> NDArray[np.float32]:
-    """Returns the factors for positions below `context_tokens`. Position p has the factor with index (p +
-    `step.offset`) // `step.length`."""
+    """Returns the factors of the step for positions below `context_tokens`, one for every `step.length` positions."""
     lengths = range(1, (context_tokens - 1 + step.offset) // step.length + 2)
     return np.array([1 + step.factor * log(length) for length in lengths], np.float32)
 
@@ -37,8 +36,7 @@ def _first_in_order(launches: Iterator[Launch | HostStep]) -> Iterator[Launch | 
 
 
 def fused_steps(program: ir.Program, types: Mapping[str, QuantType], *, given: bool) -> tuple[GpuStep, ...]:
-    """Groups a program's steps into launches. Without `given`, drops the steps for given rows, since they would cost
-    launches and prevent fusion."""
+    """Groups a program's steps into launches. Without `given`, drops the steps for given rows."""
     if not given and program.given_levels:
         kept = (step for step in program.steps if not (isinstance(step, ir.GivenRows) and step.x == step.out))
         program = replace(program, steps=tuple(kept))

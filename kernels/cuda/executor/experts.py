@@ -25,7 +25,7 @@ class _Product:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsEmitter:
-    """Emits the launches of one mixture. A line is a row together with one of its experts."""
+    """Emits the launches of one mixture of experts."""
 
     ops: Operands
     step: Moe

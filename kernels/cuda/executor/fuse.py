@@ -1,5 +1,4 @@
-"""Fuses steps into GPU launches, after the fusion in kernels/fuse.py. A launch for one row takes as long as reading a
-few megabytes of weights, so the small steps between two products become one launch."""
+"""Fuses the small steps between two products into one GPU launch, after the fusion in kernels/fuse.py."""
 
 from __future__ import annotations
 
@@ -20,8 +19,7 @@ TypeOf = Callable[[str], QuantType]
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A norm of a row or, if `add` is set, of the sum of two rows. The result is written once in each of `formats`: the
-    formats that the next products need, and F32 if other steps read the result."""
+    """A norm of a row or, if `add` is set, of the sum of two rows. The result is written in each of `formats`."""
 
     norm: ir.RmsNorm
     add: ir.Add | None
@@ -61,8 +59,7 @@ GpuStep = FusedStep | Norm | Gated | Attended
 
 
 def fuse_for_gpu(program: ir.Program, type_of: TypeOf) -> Iterator[GpuStep]:
-    """Groups a program's steps into launches. Values that later steps read are written as float32 too. All products of
-    a `Products` have the same quant type."""
+    """Groups a program's steps into launches. All products of a `Products` have the same quant type."""
     steps = tuple(fuse(program))
     at = done = 0  # Indices into `steps` and into the program's own steps.
     while at < len(steps):
@@ -85,8 +82,7 @@ class _Reader:
         return is_read(self.program, self.done + makers, out.name)
 
     def formats(self, out: ir.Buffer, makers: int, reader: FusedStep) -> frozenset[ActivationFormat]:
-        """Returns the formats in which `reader` and later steps read `out`. `makers` is the number of steps before
-        `reader` that compute `out`. The set is empty if `reader` neither multiplies nor exchanges `out`."""
+        """Returns the formats in which `reader` and later steps read `out`, the result of `makers` steps."""
         if isinstance(reader, ir.Exchange) and out in reader.reads:
             return frozenset({ActivationFormat.F32})
         weights = _weights_of(reader, out)

@@ -24,8 +24,7 @@ _MOST = np.finfo(np.float32).max
 def gather_rows(
     gatherer: Gatherer, program: Program, host: HostStep, batch: Batch, own: Float32, whole: Float32
 ) -> None:
-    """Fills `whole` with the rows of all members. Rows that were sent as int8 become floats. Quantizing these floats
-    gives exactly the int8 values and scales that were sent."""
+    """Fills `whole` with the rows of all members. Rows that were sent as int8 become floats."""
     step = host.step
     assert isinstance(step, Gather)
     places, borders, given = (
@@ -58,7 +57,8 @@ def pack(x: Float32, form: ActivationFormat) -> Float32:
 
 
 def unpack(packed: Float32, form: ActivationFormat) -> Float32:
-    """Returns floats that quantize to the packed values again: ((m / 127) * 127) / 127 = m / 127 for every float m."""
+    """Returns floats that quantize to the packed values again."""
+    # ((m / 127) * 127) / 127 = m / 127 for every float m.
     segments = packed.reshape(len(packed), -1, int(form) // 4 + 1)
     quants = np.ascontiguousarray(segments[..., :-1]).view(np.int8)
     with np.errstate(over="ignore"):

@@ -25,8 +25,7 @@ _SEEN = 4
 
 
 class InputBuffer:
-    """The layout of the input buffer. Rope positions and row groups are at the end of the buffer. They are copied only
-    for microbatches with images."""
+    """The layout of the input buffer. Its end is copied only for microbatches with images."""
 
     def __init__(self, program: Program, limits: StageLimits) -> None:
         self._limits, self._has_states = limits, program.has_states
@@ -55,8 +54,7 @@ class InputBuffer:
         return Inputs(header, header + np.uint64(2 * _INT), *arrays, merged=merged)
 
     def fill(self, pinned: NDArray[np.uint8], batch: Batch) -> int:
-        """Writes a microbatch's integers to `pinned`. Returns the number of bytes to copy. Raises ValueError like
-        `check_batch`."""
+        """Writes a microbatch's integers to `pinned`. Returns the number of bytes to copy. Raises ValueError."""
         check_batch(batch, self._limits, self._window)
         check_images(batch, self._limits, self._reads.sections, self._given, self._merged[-1:])
         if batch.groups is not None and not self._reads.groups:

@@ -70,8 +70,7 @@ class Shape:
 
     @classmethod
     def all(cls, limits: StageLimits, *, looks_ahead: bool = False) -> list[Shape]:
-        """Returns the buckets that decide buffer sizes: one for each power of two of rows, with and without decode.
-        Buckets with images are not included. If `looks_ahead`, rows attend to later rows."""
+        """Returns the buckets that decide buffer sizes: one for each power of two of rows, with and without decode."""
         most = limits.max_batch_tokens
         rows = {_bucket(min(count, most), most) for count in (*_EDGES, most)}
         return [

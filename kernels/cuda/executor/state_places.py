@@ -20,9 +20,8 @@ class StatePlaces:
 
 
 def state_places(batch: Batch, limits: StageLimits) -> StatePlaces:
-    """Returns the places of a batch's states. They are `batch.states` if states have their own blocks. Otherwise states
-    are stored in KV blocks: each KV block with rows of the batch gets the state after the last of these rows. Raises
-    ValueError if a block is missing."""
+    """Returns the places of a batch's states: `batch.states` if states have their own blocks, or else the sequences' KV
+    blocks. Raises ValueError if a block is missing."""
     if limits.state_blocks:
         return _own_places(batch, limits.state_blocks)
     places = StatePlaces([], [0], [], [])

@@ -1,5 +1,4 @@
-"""A cache of experts on a GPU. In small microbatches, the GPU computes the cached experts and the CPU computes the
-others. Results are summed in a fixed order, so the bits do not depend on the cache."""
+"""A cache of experts on a GPU, which computes them in small microbatches. The CPU computes the other experts."""
 
 from __future__ import annotations
 
@@ -77,7 +76,7 @@ class CudaExpertsCache:
         return None
 
     def _compute(self, number: int, x: Float32, chosen: Int32, weights: Float32, slots: Int32) -> None:
-        """Computes a mixture. Overwrites pinned memory, because the stage has waited for the GPU before this call."""
+        """Computes a mixture. The stage must have waited for the GPU, because pinned memory is overwritten."""
         plan, device = self._plan, self._gpu_lock.device
         plan.inputs.fill(self._inputs, weights, slots, plan.piece(number, plan.shape(len(x))))
         with self._gpu_lock.exclusive():

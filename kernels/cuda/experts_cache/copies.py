@@ -46,8 +46,7 @@ class ExpertCopies:
         self._thread.join()
 
     def abandon(self) -> None:
-        """Ends the copies without waiting for their thread. Waiting could deadlock, as garbage collection may call
-        `abandon` on a thread with a lock that the copies need. The buffer is freed when no copy is in progress."""
+        """Ends the copies without waiting for their thread. Garbage collection may call this on any thread."""
         with self.lock:
             self._end()
             self._is_abandoned = True

@@ -1,6 +1,5 @@
 """Launches for an experts cache: first the products of lines whose experts are cached, then the weighted sums of all
-lines. A line is a row together with one of its experts. The host says which lines are cached, and uploads the results
-of all other lines."""
+lines. A line is a row together with one of its experts."""
 
 from __future__ import annotations
 
@@ -51,16 +50,14 @@ class LineInputs:
 
     @property
     def offsets(self) -> tuple[int, int, int, int, int]:
-        """The byte offsets of four arrays (weights, cached lines by slot, items, places of results), and the total
-        size."""
+        """The byte offsets of four arrays (weights, cached lines, items, places of results), and the total size."""
         each = aligned(_INT * self.lines)
         items = aligned(_INT * _ITEM * (self.lines + self.lines // matmul.LEAST_PIECE + 1))
         first = _INT * _HEADER
         return first, first + each, first + 2 * each, first + 2 * each + items, first + 3 * each + items
 
     def fill(self, pinned: NDArray[np.uint8], weights: Float32, slots: Int32, piece: int) -> None:
-        """Writes the arrays of `offsets` to `pinned`. Lines that the host computes have -1 in `slots` [rows, used], and
-        their results are stored after the GPU's results. An item has up to `piece` lines of one expert."""
+        """Writes the arrays of `offsets` to `pinned`. `slots` [rows, used] is -1 for experts that the host computes."""
         numbers, floats = pinned.view(np.int32), pinned.view(np.float32)
         at_weights, at_lines, at_items, at_sources, _ = (offset // _INT for offset in self.offsets)
         flat = slots.reshape(-1)

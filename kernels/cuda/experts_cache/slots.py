@@ -1,5 +1,4 @@
-"""The layout of experts in a cache's memory. Experts of equal layout share a pool of slots. A slot has one expert's
-matrices. The biases of all slots follow the last slot, in the order in which products read them."""
+"""The layout of experts in a cache's memory. Experts of equal layout share a pool of slots for one expert each."""
 
 from __future__ import annotations
 

@@ -32,8 +32,7 @@ class Copy:
 
 
 class ExpertTable:
-    """The uses and slots of experts. A use is a step in which an expert has at least one row. Recent uses count more:
-    the weight of new uses doubles every `_HALF_LIFE_STEPS` steps."""
+    """The uses and slots of experts. A use is a step in which an expert has a row, and recent uses count more."""
 
     def __init__(self, pools: Sequence[Pool], experts: int) -> None:
         self._pools = tuple(pools)
@@ -48,8 +47,7 @@ class ExpertTable:
         self.hits = self.misses = 0
 
     def use(self, mixture: int, experts: Int32) -> Int32:
-        """Counts a use of each expert. Returns the experts' slots, or -1 for experts that are not cached. The slots
-        stay valid until `end_step`."""
+        """Counts a use of each expert. Returns the experts' slots (-1 if not cached), valid until `end_step`."""
         used = np.unique(experts)
         self._uses[mixture, used] += self._weight
         places = self._places[mixture, used]
@@ -69,9 +67,8 @@ class ExpertTable:
             self._weight = 1.0
 
     def next_copy(self) -> Copy | None:
-        """Chooses the most used expert that is not cached, and a slot for it. The slot is free, or holds an expert that
-        the current step does not use and that has at least `_LEAD_USES` fewer uses. Returns None if there is no such
-        slot. The caller must call `complete` before the next call."""
+        """Chooses the most used expert that is not cached, and a slot for it, or returns None if no slot is available.
+        The caller must call `complete` before the next call."""
         assert self._copying is None, "one at a time"
         found = [(copy, uses) for index in range(len(self._pools)) for copy, uses in self._copies(index)]
         if not found:

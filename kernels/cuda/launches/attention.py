@@ -1,6 +1,5 @@
-"""Launches of attention. A first kernel divides rows into tiles, and the positions that a tile sees into spans. Layers
-of equal shape share this plan. Each layer then stores its keys and values, computes tiles with few queries (decode) and
-with many (prefill), and merges the partial results of spans."""
+"""Launches of attention. A plan divides rows into tiles, and the positions that a tile sees into spans. Each layer
+stores its keys and values, computes its tiles, and merges the partial results of spans."""
 
 from __future__ import annotations
 
@@ -130,7 +129,7 @@ def _group(step: Attention) -> int:
 
 
 def _many_queries(step: Attention, gpu: LaunchLimits) -> int:
-    """Returns the largest number of queries of a tile that fits shared memory. Raises ModelFileError if none fits."""
+    """Returns the largest tile, in queries, that fits shared memory. Raises ModelFileError if none fits."""
     for queries in _MANY_QUERIES[step.kv_type]:
         if (needed := many_shared_bytes(step, queries) + _STATIC_BYTES) <= gpu.shared_bytes:
             return queries
@@ -141,8 +140,7 @@ def _many_queries(step: Attention, gpu: LaunchLimits) -> int:
 
 
 def _few_queries(step: Attention) -> int:
-    """Returns the number of queries in a thread block of the kernel `few`: at least all query heads of one KV head.
-    Returns 0 for latent attention, or if too many query heads share a KV head."""
+    """Returns the number of queries in a thread block of the kernel `few`, or 0 if `few` cannot compute the step."""
     return 0 if step.v is None else next((queries for queries in _FEW_QUERIES if queries >= _group(step)), 0)
 
 
@@ -184,9 +182,7 @@ def _stage_channels(step: Attention) -> int:
 
 
 def _stage_floats(step: Attention, blocks: int, queries: int, channels: int) -> int:
-    """Returns the number of floats that values and their scales take in shared memory: `channels` channels of `blocks`
-    KV blocks. For KV type INT8, the memory holds 64 positions and their attention weights instead. Latent attention
-    needs no such memory."""
+    """Returns the number of floats that values and their scales take in shared memory."""
     if step.v is None:
         return 0
     if step.kv_type is KvType.INT8:
@@ -201,8 +197,7 @@ def value_slices(step: Attention) -> int:
 
 
 def few_shared_bytes(step: Attention, queries: int) -> int:
-    """Returns the bytes of shared memory of the kernel `few`. One part holds queries, and is reused for scores. The
-    other part holds queries and a key, and is reused for values."""
+    """Returns the bytes of shared memory of the kernel `few`."""
     scores = max(queries * max(_SCORE_STRIDE, 8 * -(-step.head_dim // 8)), _MERGER_FLOATS)
     channels = _stage_channels(step) if step.kv_type is KvType.INT8 else 128
     staged = _stage_floats(step, 2 if queries < 16 else 1, queries, channels)
@@ -226,8 +221,7 @@ def brings_own(step: Attention) -> bool:
 
 
 def many_shared_bytes(step: Attention, queries: int) -> int:
-    """Returns the bytes of shared memory of the kernel `many`. One part holds queries (for float16, also a chunk of
-    keys), and is reused for scores. The other part holds values."""
+    """Returns the bytes of shared memory of the kernel `many`."""
     if step.kv_type is KvType.F16:
         staged = 8 * (-(-step.head_dim // 8) * queries + SPAN_TOKENS)
     else:
@@ -247,8 +241,7 @@ def can_quantize(step: Attention, room: Room, *, decode: bool = False) -> bool:
 
 
 def _quantized_together(step: Attention) -> int:
-    """Returns the smallest number of KV heads whose results together fill whole segments of 256 channels. Returns 0 if
-    a thread block cannot merge so many heads."""
+    """Returns the smallest number of KV heads whose results fill whole segments, or 0 if that is too many to merge."""
     own = _group(step) * step.value_dim
     kv_heads = lcm(own, _MERGED_CHANNELS) // own
     return kv_heads if kv_heads * _group(step) <= _MOST_MERGED_HEADS else 0
@@ -284,8 +277,7 @@ class AttentionLaunches:
         return (self.inputs.seen, np.int32(sees)) if self.grouped else ()
 
     def _few(self, step: Attention) -> int:
-        """Returns the number of queries in a thread block of the kernel `few`, or 0 if that kernel does not run. In
-        decode, several blocks divide a row's heads if one block is too small, but only if the GPU would be idle."""
+        """Returns the number of queries in a thread block of the kernel `few`, or 0 if that kernel does not run."""
         if self.grouped:
             return 0
         if queries := _few_queries(step):

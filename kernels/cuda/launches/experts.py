@@ -27,7 +27,7 @@ class ExpertBuffers:
 
 
 def choice_bytes(step: Moe, rows: int) -> int:
-    """Returns the size of the chosen experts' ids. The experts' weights and lines have the same size."""
+    """Returns the size in bytes of the chosen experts' ids, which is also the size of their weights."""
     return 4 * rows * step.used
 
 

@@ -51,11 +51,10 @@ _ARRIVAL_BYTES, _OTHERS_PART = 8, 7
 """Bytes of a bulk copy's barrier. 1 / `_OTHERS_PART` of the shared memory stays free for concurrent kernels."""
 _GEMM_STAGES = 3
 _KEPT_BYTES, _TERM_BYTES, _TURN_PIECE_BYTES = 2560, 16, 3072
-"""A warp multiplies several pieces (a turn), keeps the products as terms, and then adds all terms at once. The numbers
-are the bytes that a warp has for terms, the bytes of a term, and the maximum bytes of a piece in such a turn."""
+"""Bytes of a warp's memory for terms (products to be added), of one term, and of the longest piece in a turn."""
 _STATIC_BYTES, _RESERVED_BYTES = 576, 1024
 _TEAM_ROWS, _TEAM_WARPS, _STAGE_BYTES = 2, 4, 8192
-"""Limits for float weights (float_teams.cuh): rows that a team of one warp computes, warps per block, stage bytes."""
+"""Limits for float weights (float_teams.cuh): rows of a team with one warp, warps of a block, and bytes of a stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,18 +113,15 @@ MOST_PRODUCTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """The lines of a launch, grouped by expert. A line is a row together with one of its experts. An item has three
-    numbers: its expert, the index of its first line in `lines`, and its number of lines, at most `piece`. Line l reads
-    row l // divisor of the activations and writes row l of the result. Biases are in tiles of `bias_rows` rows, column
-    by column."""
+    """The lines of a launch, grouped by expert. A line is a row together with one of its experts."""
 
-    items: np.uint64
+    items: np.uint64  # (expert, index of the first line in `lines`, number of lines) of each item.
     item_count: np.uint64
     lines: np.uint64
     max_items: int
-    piece: int
-    divisor: int
-    bias_rows: int = 1
+    piece: int  # Maximum number of lines of an item.
+    divisor: int  # Line l reads row l // divisor of the activations, and writes row l of the result.
+    bias_rows: int = 1  # Number of rows in a tile of biases, which are stored column by column.
 
 
 def expert_piece(lines: int, experts: int) -> int:
@@ -194,8 +190,7 @@ def _takes_gemm(products: Sequence[Product], rows: int, sms: int) -> bool:
 
 
 def _gemm_rows(products: Sequence[Product], rows: int, gpu: LaunchLimits) -> int:
-    """Returns the number of rows of a thread block. Wide blocks decode weights half as often, but are used only if
-    there are enough wide blocks for all multiprocessors."""
+    """Returns the number of rows of a thread block. Blocks are wide if there are enough for all multiprocessors."""
     if gpu.compute_capability != _HOPPER or products[0].weights.activation is ActivationFormat.F32:
         return _GEMM_ROWS
     wide_blocks = _blocks(products, _WIDE_WARPS) * -(-rows // _WIDE_ROWS)
@@ -286,8 +281,7 @@ def _plain_shape(piece_bytes: int, _: int, gpu: LaunchLimits) -> tuple[int, int,
 
 
 def _bulk_shape(piece_bytes: int, kept_bytes: int, gpu: LaunchLimits) -> tuple[int, int, int, int]:
-    """Returns the same values as `_plain_shape`, for GPUs with bulk copies. A multiprocessor runs two blocks at the
-    same time, or one if two would have only one stage each."""
+    """Returns the same values as `_plain_shape`, for GPUs with bulk copies."""
     stage_bytes = piece_bytes + _ARRIVAL_BYTES
     room = gpu.shared_bytes + _RESERVED_BYTES - gpu.shared_bytes // _OTHERS_PART
     own = _STATIC_BYTES + _RESERVED_BYTES + 8 * kept_bytes
@@ -330,8 +324,7 @@ def _gemm_warps(products: Sequence[Product], items: int, gpu: LaunchLimits) -> i
 
 
 def _gemm_shared_bytes(weights: Weights, rows: int, warps: int, gpu: LaunchLimits) -> int:
-    """Returns the bytes of shared memory for two stages of 256 columns, and for the integer scales of sixteen rows of
-    each warp. On Hopper there are up to three stages, which contain weights too."""
+    """Returns the bytes of shared memory that a thread block of the gemm kernel needs."""
     segments, info = 256 // weights.activation.value, weights.quant_type.info
     sub_blocks = _SUB_BLOCKS.get(weights.quant_type, 0)
     scales = warps * TILE_ROWS * 4 * (sub_blocks // 2 + 1) if sub_blocks else 0

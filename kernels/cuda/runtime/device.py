@@ -17,15 +17,13 @@ Scalar = np.int32 | np.float32 | np.float64 | np.uint64
 NULL = np.uint64(0)
 
 MIN_COMPUTE_CAPABILITY = (6, 1)
-"""The oldest supported compute capability, which is the first with four-byte dot products. CUDA 13 and 8-bit matrix
-instructions need 7.5."""
+"""The oldest supported compute capability, which is the first with four-byte dot products."""
 
 LEAST_SHARED_BYTES = 64 << 10
 """The minimum of `Device.shared_bytes` since compute capability 7.0. Older GPUs have PLAIN_SHARED_BYTES."""
 
 PLAIN_SHARED_BYTES = 48 << 10
-"""The default limit of a block's shared memory. A kernel must request more as dynamic memory, up to
-`Device.shared_bytes`."""
+"""The default limit of a block's shared memory. A kernel must request more as dynamic memory."""
 
 
 class Buffer(Protocol):
@@ -93,8 +91,7 @@ class Device(Protocol):
         """Copies an array of `Device.pinned`, in order with launches. The array must not change before the copy."""
 
     def copy_in_background(self, buffer: Buffer, parts: Iterable[tuple[int, Bytes]]) -> Event:
-        """Copies pinned memory to these offsets, at the same time as launches. The event marks the end of all
-        copies."""
+        """Copies pinned memory to these offsets while launches run. The event marks the end of all copies."""
 
     def copy_out(self, pinned: Bytes, buffer: Buffer, offset_bytes: int) -> None:
         """Fills `pinned` in order with launches. The data is complete after `synchronize` or after a later event."""

@@ -20,8 +20,7 @@ def modules() -> dict[str, Path]:
 
 
 def whole_text(path: Path, include: tuple[Path, ...] = INCLUDE) -> str:
-    """Returns the source with each include inserted once, so that the compilers' caches notice every change. Standard
-    headers are not inserted. An include of a missing file stays, because only another compiler needs it."""
+    """Returns the source with each include inserted once, so that the compilers' caches notice every change."""
     return "".join(_lines(path, include, set()))
 
 

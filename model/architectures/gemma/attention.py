@@ -20,8 +20,8 @@ class LayerKind:
 
 
 def shared_kv_sources(keys: ModelKeys, windowed: Sequence[bool]) -> list[int]:
-    """Returns the number of the layer whose keys and values each layer reads. A layer without its own keys and values
-    reads those of the last layer that has them and the same kind of window. Raises ModelFileError if there is none."""
+    """Returns, for each layer, the number of the layer whose keys and values it uses. Raises ModelFileError if a layer
+    without keys and values follows no layer with the same kind of window."""
     layers = len(windowed)
     first = layers - keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers - 1)
     last = {windowed[layer]: layer for layer in range(first)}
@@ -35,8 +35,8 @@ def shared_kv_sources(keys: ModelKeys, windowed: Sequence[bool]) -> list[int]:
 def attention(
     builder: ProgramBuilder, layer: int, source: int, kind: LayerKind, buffers: tuple[Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Yields the steps of a layer's attention. They read the first of `buffers`, use the keys and values of layer
-    `source`, and write the result to the second of `buffers`."""
+    """Yields the steps of a layer's attention from the first of `buffers` to the second. Keys and values are those of
+    layer `source`."""
     hp, prefix, (normed, projected) = builder.hyperparameters, f"blk.{layer}", buffers
     kv_heads, shares_kv = builder.kv_heads(layer), source != layer
     query, out = (Buffer(name, hp.head_count * kind.head_dim) for name in ("query", "attended"))

@@ -152,7 +152,7 @@ class _Layer:
         yield ir.Mix(active, predicted, self.copies.all, active.width, coefficients, 1.0)
 
     def _coefficients(self, x: Buffer, name: str, out: Buffer) -> Iterator[ir.Step]:
-        """Computes the copies' coefficients: out = weight @ tanh(router(norm(x) / width))."""
+        """Computes out = weight @ tanh(router(norm(x) / width)), where `name` is the name of the weight."""
         routed, modalities = self._buffer("routed"), Buffer("modalities", self.copies.count)
         yield self._norm("altup_router_norm", x, routed)
         yield ir.Scale(routed, routed, 1 / routed.width)
@@ -181,7 +181,7 @@ class _Layer:
         yield ir.Scale(result, result, 1 / math.sqrt(2))
 
     def _feed_forward(self, result: Buffer) -> Iterator[ir.Step]:
-        """Adds norm(down(gelu(gate) * up)) to `result`. Gate and up read its norm. `sparsity` zeroes small gates."""
+        """Adds norm(down(gelu(gate) * up)) to `result`, where gate and up are products of norm(result)."""
         normed, width = self._buffer("normed"), self.builder.hyperparameters.feed_forward_lengths[self.layer]
         gate, up, projected = Buffer("gate", width), Buffer("up", width), self._buffer("projected")
         yield self._norm("ffn_norm", result, normed)

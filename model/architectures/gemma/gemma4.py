@@ -46,8 +46,7 @@ def gemma4(builder: ProgramBuilder) -> None:
 
 
 def _kinds(builder: ProgramBuilder, window: int) -> tuple[LayerKind, LayerKind]:
-    """Returns the kind of layers without a sliding window, and the kind with a sliding window. Only the first kind uses
-    the file's RoPE factors."""
+    """Returns the kind of layers without a sliding window, and the kind of layers with a sliding window."""
     hp, keys = builder.hyperparameters, builder.keys
     head_dim = keys.count("attention.key_length_swa", hp.key_length, maximum=_MAX_HEAD)
     value_length = keys.count("attention.value_length_swa", head_dim, maximum=_MAX_HEAD)
@@ -118,8 +117,7 @@ class _Layer:
         yield self.builder.product(f"{self._prefix}.ffn_down", gate, projected)
 
     def _mixture(self, hidden: Buffer, projected: Buffer) -> Iterator[ir.Step]:
-        """Computes the sum of a feed-forward network and a mixture of experts, each with its own norms. The router
-        reads the hidden state after another norm, divided by the square root of the width."""
+        """Computes the sum of a feed-forward network and a mixture of experts, each with its own norms."""
         normed, mixed, routed = map(self._buffer, ("normed", "mixed", "routed"))
         yield from self._feed_forward(hidden, projected)
         yield self._norm("post_ffw_norm_1", projected, projected)

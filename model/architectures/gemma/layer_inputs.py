@@ -14,8 +14,8 @@ _MAX_INPUT = 1 << 12
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
-    """Per-layer inputs, which Gemma's layers read in addition to the hidden state. The first stage computes `width`
-    channels for each layer from a row's token. Stages send the hidden state, then the inputs of later layers."""
+    """Per-layer inputs of `width` channels, which Gemma's layers read in addition to the hidden state. The first stage
+    computes the inputs of all layers from a row's token."""
 
     builder: ProgramBuilder
     width: int

@@ -16,9 +16,9 @@ from llamaclust.model.steps.options import RopeStyle
 
 @dataclass(frozen=True, slots=True)
 class LatentVariant:
-    """Options of latent attention, with widths in channels. A key has `latent` channels without RoPE, then `rotated`
-    channels with RoPE. A head's query has `query` channels in total. `query_rank` is the width of the latent query, or
-    0. A `table` of None means no RoPE. `temperature` has a `PositionScale` step's arguments."""
+    """Options of latent attention, with widths in channels. A key has `latent` channels without RoPE, followed by
+    `rotated` channels with RoPE. `query_rank` is the width of the latent query, or 0 without one. A `table` of None
+    means no RoPE."""
 
     latent: int
     rotated: int
@@ -65,7 +65,7 @@ class LatentAttention:
         yield ir.Add(hidden, projected, hidden)
 
     def _queries(self, normed: Buffer, query: Buffer) -> Iterator[ir.Step]:
-        """Computes queries. A head has its part without RoPE times the key matrix, followed by its part with RoPE."""
+        """Computes the queries of all heads. Their part without RoPE is multiplied by the key matrix."""
         variant, heads = self.variant, self.heads
         x, name = normed, "attn_q"
         if variant.query_rank:

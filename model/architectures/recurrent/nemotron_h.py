@@ -43,8 +43,8 @@ def nemotron_h(builder: ProgramBuilder) -> None:
 
 
 def _experts(builder: ProgramBuilder, layer: int, variant: ExpertsVariant, latent_width: int) -> Iterator[ir.Step]:
-    """Yields the steps of the chosen experts + the shared expert. With a `latent_width`, a product reduces the chosen
-    experts' input to this width, and another product expands their sum. The router reads the whole input."""
+    """Yields the steps of the chosen experts + the shared expert. If `latent_width` is not 0, the chosen experts read
+    and write vectors of this width."""
     prefix, hp = f"blk.{layer}", builder.hyperparameters
     normed, projected = (Buffer(name, hp.embedding_length) for name in ("normed", "projected"))
     if latent_width:

@@ -46,8 +46,7 @@ def _layers(builder: ProgramBuilder, feed_forward: Callable[[int], None], *, til
 
 
 def _recurrent_layers(builder: ProgramBuilder) -> list[bool]:
-    """Returns True for each recurrent layer. The file has a flag for each layer, or a period, whose last layer is not
-    recurrent. The MTP head is not recurrent."""
+    """Returns, for each layer and for the MTP head, whether it is recurrent."""
     keys, layers = builder.keys, read_block_count(builder.keys)
     period = keys.count("full_attention_interval", 4, maximum=_MAX_PERIOD)
     flags = keys.flags("attention.recurrent_layers", layers)

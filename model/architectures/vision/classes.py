@@ -1,6 +1,5 @@
 """Encoders with a class embedding, which is one row for the whole tile: InternVL and Llama 4. The input has the rows of
-the patches, the class row, and rows of zeros that fill up the last merge group. Attention is in groups, because rows of
-zeros must attend only to themselves. The result of the last merge group is not used."""
+the patches, the class row, and rows of zeros that fill up the last merge group."""
 
 from __future__ import annotations
 

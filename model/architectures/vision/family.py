@@ -12,10 +12,9 @@ from llamaclust.model.steps.options import ActivationFunction
 
 
 class Positions(Enum):
-    """The learned positions that are added to patches. NONE means that there are none. TABLE is a table with a row for
-    each patch of a tile of fixed size. Three kinds are square tables that are interpolated to the tile's size:
-    BILINEAR_CORNERS keeps the corners in place, ANTIALIASED has wider weights if the tile is smaller than the table,
-    and BICUBIC has PyTorch's kernel (a = -0.75). AXES has a table for columns and a table for lines."""
+    """The learned positions that are added to patches. TABLE has a row for each patch of a tile of fixed size.
+    BILINEAR_CORNERS, ANTIALIASED and BICUBIC are square tables that are interpolated to the tile's size. AXES has a
+    table for columns and a table for lines."""
 
     NONE = auto()
     TABLE = auto()

@@ -17,9 +17,7 @@ STANDARD_BIAS, STANDARD_SCALE = "v.std_bias", "v.std_scale"
 
 
 def gemma4v(builder: VisionBuilder) -> Buffer:
-    """Emits the encoder. The first half of each head is rotated by the column, and the second half by the line. Scores
-    are not scaled. The mean of each group of patches is scaled, standardized if the file has tensors for it, and
-    normed."""
+    """Emits the encoder. RoPE rotates a head's first half by the patch's column, and its second half by the line."""
     builder.rms = True
     hp = builder.hyperparameters
     each = frequencies(hp.head_dim // 2, _ROPE_BASE)

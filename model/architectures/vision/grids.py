@@ -47,7 +47,7 @@ def _gated(builder: VisionBuilder, x: Buffer) -> Buffer:
 
 
 def kimivl(builder: VisionBuilder) -> Buffer:
-    """Kimi VL (MoonViT). Pairs are rotated alternately by the column and by the line. A norm precedes the merger."""
+    """Kimi VL (MoonViT). RoPE rotates even channel pairs by the patch's column, and odd channel pairs by its line."""
     hp = builder.hyperparameters
     each = frequencies(hp.head_dim // 2, _ROPE_BASE)
     table = RopeTable(tuple(frequency for frequency in each for _ in range(2)))

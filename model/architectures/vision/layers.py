@@ -58,7 +58,7 @@ class VisionBuilder(CheckedTensors):
         self._pixels = Buffer("pixels", pixels) if hp.added_width else self._patches
 
     def program(self, out: Buffer) -> Program:
-        """Returns a program that reads rows and writes rows, like a stage that is neither first nor last."""
+        """Returns the encoder's program, which reads the rows of a tile's patches and writes `out`."""
         layers = self.hyperparameters.block_count
         return Program(1, layers + 1, layers + 2, self._patches, out, tuple(self._steps))
 
@@ -66,8 +66,7 @@ class VisionBuilder(CheckedTensors):
         self._steps += added
 
     def embed(self, *, bias: bool = True, norm: str | None = None) -> None:
-        """Emits the patch embedding, the norm `norm` if it is given, the addition of the input's added channels, and
-        the norm `v.pre_ln` if the file has it."""
+        """Emits the embedding of patches, followed by the norm with the name `norm` if it is given."""
         hp, embedded = self.hyperparameters, self.hidden
         if hp.added_width:
             self.append(steps.Slice(self._patches, self._pixels, 0))
@@ -81,11 +80,10 @@ class VisionBuilder(CheckedTensors):
             self.norm("v.pre_ln", self.hidden, self.hidden)
 
     def _embed_pixels(self, embedded: Buffer, has_bias: bool) -> None:
-        """Embeds the pixels. Video models have a second weight, for the next frame. Both weights multiply an image."""
         shape = (embedded.width, self._pixels.width)
         bias = self.vector(PATCH_BIAS, embedded.width) if has_bias else None
         self.append(steps.MatMul(self._pixels, embedded, self.weight(PATCH_WEIGHT, shape), bias))
-        if self.has(SECOND_PATCH_WEIGHT):
+        if self.has(SECOND_PATCH_WEIGHT):  # Video models have a weight for each of two frames. Both multiply an image.
             second = Buffer("second", embedded.width)
             self.append(
                 steps.MatMul(self._pixels, second, self.weight(SECOND_PATCH_WEIGHT, shape)),

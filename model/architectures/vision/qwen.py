@@ -67,8 +67,7 @@ def _joined(builder: VisionBuilder, rows: Buffer, level: Buffer) -> Buffer:
 
 
 def _merged(builder: VisionBuilder, parts: list[Buffer]) -> Iterator[Buffer]:
-    """Merges the rows of each buffer in `parts`, and yields one merged buffer for each. The buffers are joined first,
-    because a program can merge rows only once. The next merged buffer overwrites the one before it."""
+    """Merges the rows of each buffer in `parts`. Each buffer that is yielded overwrites the one before it."""
     if len(parts) == 1:
         yield builder.merge(parts[0])
         return

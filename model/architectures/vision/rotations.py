@@ -20,8 +20,8 @@ def halves(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, in
 
 
 def alternating(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, int]) -> Rotation:
-    """Returns a rotation by the same positions as `halves`. Pairs of the first half have the frequencies base^(-2 i /
-    head_dim) for even i, and pairs of the second half have those for odd i."""
+    """Returns a rotation by the same positions as `halves`, but with the frequencies base^(-2 i / head_dim). The first
+    half has those with even i, and the second half has those with odd i."""
     whole = frequencies(head_dim, base)
     half = len(whole) // 2
     return Rotation(style, RopeTable(whole[::2] + whole[1::2]), _sections(half, sections))

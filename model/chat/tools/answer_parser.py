@@ -37,10 +37,9 @@ class AnswerParser:
         begun: str = "",
         reads_unmarked: bool = False,
     ) -> None:
-        """Creates a parser. It reads calls only if there are `tools`. Unless `splits_reasoning`, reasoning stays in the
-        content with its markers. `begun` is the beginning of the answer that the prompt contains. Events of `begun` are
-        dropped, except those of a call that continues after the prompt. If `reads_unmarked`, an answer that consists of
-        calls without markers is read as calls."""
+        """Creates a parser, which reads calls only if there are `tools`. `begun` is the beginning of the answer that
+        the prompt contains. Unless `splits_reasoning`, reasoning stays in the content with its markers. If
+        `reads_unmarked`, an answer that consists of calls without markers is read as calls."""
         self._form = form
         self._source = TextSource()
         self._sink = CallSink(tools, most_calls)

@@ -70,7 +70,7 @@ def type_name(value: Any) -> str:
 
 def json_of(text: str, types: frozenset[str]) -> str:
     """Returns the text itself if it is JSON of one of the types, and otherwise returns it as a JSON string. An empty
-    set of types means any type. Python's True, False and None are converted."""
+    set of types means any type."""
     if types == STRING:
         return string(text)
     bare = text.strip()

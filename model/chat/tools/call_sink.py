@@ -13,7 +13,7 @@ Tools = Mapping[str, Schema]
 
 
 class CallSink:
-    """Collects events of tool calls and numbers the answer's calls. Calls that end in the prompt get no number."""
+    """Collects events of tool calls and numbers the answer's calls."""
 
     def __init__(self, tools: Tools, most_calls: int | None) -> None:
         self.tools = tools
@@ -35,7 +35,7 @@ class CallSink:
         self._events.append(event)
 
     def drop_begun(self) -> None:
-        """Drops the events of the prompt's text, except those of an open call, which the answer continues."""
+        """Drops all events so far, except those of a call that has not ended."""
         of_call = (event for event in self.take_events() if isinstance(event, CallBegun | ArgumentText))
         self._prompt_calls = self._calls
         if self.is_open:

@@ -39,7 +39,7 @@ _ARGUMENTS: Final = {KEYS[0]: VALUES[0]}
 
 def derive_format(source: str, render: Render) -> ToolFormat:
     """Returns the format of a model's answers. Renders the model's template `source` about twenty times with test
-    messages, and compares the texts. A template may refuse a message, which then counts as an empty text."""
+    messages, and compares the texts."""
     known = next((form for form in KNOWN_FORMATS if all(mark in source for mark in form.marks)), KnownFormat(()))
     plain = Probe(render, _takes_text(Probe(render)))
     reasoning = known.reasoning or _derived_reasoning(plain) or _shown_reasoning(source, plain)
@@ -69,7 +69,7 @@ def _call_and_result(probe: Probe, call_id: str) -> tuple[Message, Message]:
 
 
 def _takes_text(probe: Probe) -> bool:
-    """Returns True if the template needs arguments as JSON text: it refuses objects or renders them like Python."""
+    """Returns True if the template needs the arguments of calls as JSON text instead of objects."""
     message = call_message([_ARGUMENTS], text_arguments=False)
     as_object = probe.text(message)
     if KEYS[0] in as_object and f"'{KEYS[0]}'" not in as_object:

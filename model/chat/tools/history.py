@@ -39,8 +39,7 @@ def template_messages(form: ToolFormat, messages: Sequence[Message], tools: Sequ
 
 
 def _with_ids(messages: Sequence[Message], length: int) -> list[Message]:
-    """Gives ids of `length` characters to calls and their results. A result without an id gets the id of the first call
-    of the same tool that has no result yet."""
+    """Gives ids of `length` characters to calls and their results."""
     made: list[Message] = []
     waiting: list[tuple[str, str]] = []  # Ids and names of calls without results.
     calls = 0

@@ -23,7 +23,7 @@ GENERIC_CALLS: Final = ObjectCalls(Frame(call_begin="<tool_call>", call_end="</t
 
 @dataclass(frozen=True, slots=True)
 class KnownFormat:
-    """The format of answers for templates that contain all texts in `marks`. None and empty values mean unknown."""
+    """The format of answers for templates with all texts in `marks`. Fields that are None or empty are unknown."""
 
     marks: tuple[str, ...]
     calls: Calls | None = None

@@ -28,14 +28,14 @@ class ObjectReader:
     """Reads JSON objects with the template's keys or other common keys, since models do not always follow templates."""
 
     def __init__(self, source: TextSource, sink: CallSink, calls: ObjectCalls, *, is_bare: bool) -> None:
-        """`is_bare` means that no marker precedes the object. Then the object must name a known tool to be a call."""
+        """`is_bare` means that no marker precedes the object. A bare object is a call only if it names a known tool."""
         self._source = source
         self._sink = sink
         self._calls = calls
         self._is_bare = is_bare
 
     def read(self) -> Reading[bool]:
-        """Returns True if there was a call. Emits no event if there was none."""
+        """Reads a call or a list of calls. Returns False, and emits no event, if there is no call."""
         yield from self._source.skip_space()
         first = yield from self._source.ahead()
         if first == "[":

@@ -40,8 +40,8 @@ class Frame:
 
     @property
     def triggers(self) -> tuple[str, ...]:
-        """Texts at which calls may begin: the first line, and later tags (`<call>`), as models may skip lines."""
-        lines = self.lines
+        """The texts at which calls may begin."""
+        lines = self.lines  # Models may skip lines, so later tags such as `<call>` are triggers too.
         return tuple(line for place, line in enumerate(lines) if place == 0 or line[0] in "<[]")
 
     @property
@@ -76,8 +76,7 @@ class NamedCalls:
 @dataclass(frozen=True, slots=True)
 class TaggedCalls:
     """Calls with markers around each key and value of the arguments, such as <parameter=city>Rome</parameter>. If
-    `value_begin` is set, an attribute stands between `key_end` and `value_begin`. The attribute of strings is
-    `string_attribute`. Other values have other attributes."""
+    `value_begin` is set, an attribute precedes it, which is `string_attribute` for strings."""
 
     frame: Frame
     name_end: str
@@ -108,9 +107,8 @@ class NotatedCalls:
 
 @dataclass(frozen=True, slots=True)
 class ChannelCalls:
-    """An answer that consists of messages. The header of a message names a recipient or a channel. In headers, the
-    regular expression `recipient` finds a tool's name, `reasoning` finds reasoning, and `ignored` finds other
-    recipients."""
+    """An answer that consists of messages with headers. Regular expressions find a tool's name (`recipient`), reasoning
+    (`reasoning`) and other recipients (`ignored`) in a header."""
 
     message_begin: str  # Text before a header. A generation prompt ends with this text.
     header_end: str

@@ -28,7 +28,7 @@ class UnmarkedReader:
     """Reads an answer that may consist of calls without markers. Holds text back only while calls are possible."""
 
     def __init__(self, source: TextSource, tools: Tools, calls: Calls | None, dropped: Iterable[str]) -> None:
-        """Objects may use the keys of `calls`, or `name` and `arguments`. Markers in `dropped` may follow the calls."""
+        """Reads JSON objects with the keys of `calls`, or `name` and `arguments`. Markers in `dropped` may follow."""
         self._source = source
         self._tools = tools
         form = calls if isinstance(calls, ObjectCalls) else None

@@ -32,8 +32,7 @@ def _cut(size: Size, settings: ImageSettings) -> Cut:
 
 
 def _grid(size: Size, tile: int, most: int) -> tuple[int, int]:
-    """Returns the grid that enlarges the image least. If all grids reduce the image, returns the grid that reduces it
-    least. Of grids with the same scale, the smallest is chosen. Scales have single precision, as in transformers."""
+    """Returns the grid that enlarges the image least, or the grid that reduces it least if all grids reduce it."""
     every = grids(1, most)
     scales = {grid: min(_single(grid[0] * tile / size[0]), _single(grid[1] * tile / size[1])) for grid in every}
     larger = [scale for scale in scales.values() if scale >= 1]

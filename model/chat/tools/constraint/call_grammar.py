@@ -41,7 +41,7 @@ class CallStart(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CallGrammar:
-    """A Lark grammar of tool calls. It applies from the first trigger (such as `<call>`), or to the whole answer."""
+    """A Lark grammar of tool calls. It applies from the first of `triggers` or, without them, to the whole answer."""
 
     lark: str
     triggers: tuple[str, ...] = ()
@@ -124,7 +124,7 @@ def _object(rules: LarkRules, calls: ObjectCalls, name: str, schema: Schema) -> 
 
 
 def _json_parts(text: str) -> str:
-    """Splits JSON text as llguidance splits JSON of schemas, so that a call and other JSON can be alternatives."""
+    """Splits JSON text into terminals like those that llguidance makes for JSON schemas."""
     return joined(*map(quoted, _JSON_PART.findall(text)))
 
 

@@ -15,12 +15,11 @@ _TAG: Final = re.compile(r"[^/<>\s][^<>]*")
 
 
 class _FreeValue(Exception):
-    """The schema allows any value. Such a value may contain its own tag, so a closing tag does not mark its end."""
+    """The schema allows any value, so a value may contain its own closing tag."""
 
 
 class ElementValues:
-    """Builds rules for a call's arguments in elements such as <city>Rome</city>. The text `mark` precedes each tag. If
-    the schema allows any value for one argument, all arguments of the call are unconstrained."""
+    """Builds rules for a call's arguments in elements such as <city>Rome</city>. The text `mark` precedes each tag."""
 
     def __init__(self, rules: LarkRules, mark: str) -> None:
         self._rules = rules

@@ -72,8 +72,7 @@ def chaos(
 
 
 def _run(settings: ChaosSettings) -> bool:
-    """Runs the test and prints its verdict. Returns True if faults occurred and every answer was intact. The verdict is
-    printed even if Ctrl-C or an error ended the test, provided that a fault or an answer was counted."""
+    """Runs the test, prints its verdict, and returns True if faults occurred and every answer was intact."""
     from llamaclust.tools.chaos.run import run_chaos
     from llamaclust.tools.chaos.tally import Tally
 
@@ -93,8 +92,7 @@ def _run(settings: ChaosSettings) -> bool:
 
 
 class ChaosView:
-    """Prints notices and progress on standard error. A terminal shows progress in a status line. Elsewhere, a line of
-    progress is printed every five seconds."""
+    """Prints notices and progress on standard error."""
 
     def __init__(self) -> None:
         from rich.console import Console

@@ -212,12 +212,12 @@ def _print_rest(file: TextIO) -> None:
 
 
 def _print_tail(record: ClusterRecord, worker: str, follow: bool) -> None:
-    """Prints the last lines of a worker's log and, if `follow` is True, new lines. A log that became shorter belongs to
-    a restarted worker, and is printed from its first line."""
+    """Prints the last lines of a worker's log and, if `follow` is True, new lines."""
     printed = 0
     with _api(record) as api:
         while True:
             before, lines = api.log(worker)
+            # A log that became shorter belongs to a restarted worker, and is printed from its first line.
             printed = printed if printed <= before + len(lines) else 0
             terminal.write("".join(f"{line}\n" for line in lines[max(0, printed - before) :]))
             printed = before + len(lines)

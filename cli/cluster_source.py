@@ -18,10 +18,8 @@ _MAX_NAME = 63
 def cluster_source(
     source: str | None, workers: int | None, overrides: Sequence[str], *, discover: bool = False
 ) -> tuple[Path | None, list[str]]:
-    """Returns the path of the cluster file and KEY=VALUE overrides. If `source` is a model, the path is None and the
-    overrides describe a cluster that has the model's name. The cluster's workers are processes on this machine or, with
-    `discover`, any workers that find the cluster. Raises UsageError if a model is neither a file nor a known name, and
-    if --workers is given with a cluster file."""
+    """Returns the path of the cluster file (None without a file) and KEY=VALUE overrides. Raises UsageError if a model
+    is neither a file nor a known name, and if --workers is given with a cluster file."""
     if source is not None and not _is_model(source):
         if workers is not None:
             raise UsageError(
@@ -84,8 +82,6 @@ def _cluster_name(text: str) -> str:
 
 
 def _local_workers(count: int) -> list[str]:
-    """Returns overrides for workers on this machine. One worker gets the objective latency, since it answers a single
-    request fastest. Several workers get the objective throughput, since they serve many requests."""
     names = [{"name": name} for name in string.ascii_lowercase[:count]]
     objective = "latency" if count == 1 else "throughput"
     return [f"workers={json.dumps(names)}", f"objective={objective}"]

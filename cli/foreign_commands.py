@@ -62,8 +62,7 @@ _MOST_SHOWN = 100
 
 def instead_of(group: str, words: Sequence[str], commands: Mapping[str, object]) -> str | None:
     """Returns advice about an unknown command, or None if there is no advice. `words` are the unknown command and its
-    arguments. `commands` are the known commands of `group`. The advice names llamaclust's equivalent of another
-    program's command, or the subgroup that has the command, such as `model pull` for `pull`."""
+    arguments. `commands` are the known commands of `group`."""
     word, *more = words
     known = _COMMANDS.get(group, {}).get(word)
     if known is None:

@@ -257,11 +257,11 @@ def _print_stream(chunks: ChunkStream) -> None:
 
 
 def reply_json(reply: Answer) -> dict[str, object]:
-    """Converts a reply to JSON. Logprobs have nine significant digits, which suffice to restore a float32 exactly."""
     timings = reply.timings
     return {
         "text": reply.text,
         "token_ids": reply.token_ids,
+        # Nine significant digits suffice to restore a float32 exactly.
         "logprobs": [float(f"{logprob:.9g}") for logprob in reply.logprobs],
         "prompt_token_ids": reply.prompt_token_ids,
         "finish_reason": reply.finish_reason,
@@ -295,8 +295,7 @@ class Target:
     mmproj: str | None = None  # Projector of `model`. None selects the only projector in the model's folder.
 
     def check_drafts(self, most: int | None) -> None:
-        """Raises UsageError if --model-draft or --mtp is given although `most` forbids drafts. `most` is the maximum
-        number of drafted tokens in a step: 0 or False forbids drafts, and None sets no limit."""
+        """Raises UsageError if --model-draft or --mtp is given although `most` is 0 or False, which forbids drafts."""
         given = [option for option, value in (("--model-draft", self.draft), ("--mtp", self.mtp)) if value]
         if given and most is not None and not most:
             none = "--speculative off" if most is False else "--draft-max 0"

@@ -14,15 +14,15 @@ from llamaclust.cli.terminal import print_error
 from llamaclust.core.errors import LlamaclustError
 
 _REPEAT_S = 0.01
-"""Seconds until a signal handler is called again, if it raised in a destructor, where Python discards exceptions."""
+"""Seconds until a signal handler is called again if Python discarded its exception."""
 
 
 _FIRST_PROCESS = 1
 
 
 def unhandled() -> Callable[[int, FrameType | None], None] | signal.Handlers:
-    """Returns the handler for signals that end the process. The first process of a container needs a handler in Python,
-    since the kernel drops every signal that such a process does not handle."""
+    """Returns the default handler, with which a signal ends this process."""
+    # The kernel drops every signal that the first process of a container does not handle.
     return _end_by_signal if os.getpid() == _FIRST_PROCESS else signal.SIG_DFL
 
 
@@ -31,8 +31,7 @@ def _end_by_signal(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def obey_signals() -> None:
-    """Lets SIGTERM and SIGHUP end this process if it is the first process in a container. Call it before slow
-    imports, because the kernel drops these signals until then."""
+    """Lets SIGTERM and SIGHUP end this process if it is the first process in a container."""
     for number in (signal.SIGTERM, signal.SIGHUP) if os.getpid() == _FIRST_PROCESS else ():
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end_by_signal)
@@ -40,8 +39,7 @@ def obey_signals() -> None:
 
 @contextmanager
 def ends_at_once() -> Iterator[None]:
-    """Lets Ctrl-C end the process without KeyboardInterrupt. Use it around imports, where KeyboardInterrupt would
-    print a traceback or be swallowed by a library."""
+    """Lets Ctrl-C end the process without KeyboardInterrupt, for example while modules are imported."""
     # A process in a shell's background ignores SIGINT, and must go on doing so.
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -67,9 +65,7 @@ Held = Callable[[], AbstractContextManager[None]]
 
 @contextmanager
 def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Calls `handle` for the first of the given signals and ignores later signals. Signals that were ignored before, as
-    under nohup, stay ignored. Calls `handle` again later if it raises in a destructor, where Python discards
-    exceptions."""
+    """Calls `handle` for the first of the given signals, and ignores later signals."""
     handled = [number for number in numbers if signal.getsignal(number) is unhandled()]
     received: list[int] = []
     usual_hook = sys.unraisablehook
@@ -84,6 +80,7 @@ def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameTy
         if not received or not isinstance(args.exc_value, SystemExit | KeyboardInterrupt):
             usual_hook(args)
             return
+        # Python has discarded the handler's exception, because a destructor was running.
         signal.signal(signal.SIGALRM, lambda _, frame: handle(received[0], frame))
         signal.setitimer(signal.ITIMER_REAL, _REPEAT_S)
 
@@ -151,8 +148,7 @@ def signals_as_interrupts(*numbers: signal.Signals) -> Iterator[None]:
 
 @contextmanager
 def ends_in_one_line() -> Iterator[None]:
-    """Wraps a script's main function. Ctrl-C, SIGTERM and SIGHUP run cleanup and end with a shell's exit code.
-    LlamaclustError and OSError are printed in one line."""
+    """Wraps a script's main function: prints LlamaclustError and OSError in one line, and ends cleanly on signals."""
     try:
         with signals_as_interrupts(signal.SIGTERM, signal.SIGHUP):
             yield

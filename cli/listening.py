@@ -20,9 +20,7 @@ _OWNER, _KEY_NAME = "owner", "lan"
 
 
 def listen_overrides(file: Path | None, overrides: list[str], port: int | None, *, lan: bool) -> list[str]:
-    """Returns the KEY=VALUE overrides for --port and --lan. --port replaces the port. --lan makes an API on loopback
-    listen at all addresses. --lan also sets the default file of API keys and allows this machine's names as hosts,
-    unless the cluster file sets `api_keys_file` or `allowed_hosts`."""
+    """Returns the KEY=VALUE overrides for --port and --lan. With --lan, other machines can reach the API with a key."""
     values = cluster_document(file, overrides).values
     listen = values.get("listen", ClusterConfig.model_fields["listen"].default)
     more = []
@@ -43,9 +41,9 @@ def _own_names() -> list[str]:
 
 
 def lan_key(path: Path) -> str:
-    """Returns the API key named `lan` if standard error is a terminal, and otherwise a text that tells where the key
-    is. If the file has no keys, adds the keys `owner` and `lan`. A file's first key has more permissions than the
-    others, so it must not be `lan`."""
+    """Returns the API key named `lan`, or a text that tells where to find a key. Adds this key to a file without
+    keys."""
+    # The first key of a file has more permissions than the others, so it must not be `lan`.
     keys = named_keys(path) or [add_key(path, name) for name in (_OWNER, _KEY_NAME)]
     own = next((each for each in keys if each.name == _KEY_NAME), None)
     if own is None:

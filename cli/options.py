@@ -83,8 +83,7 @@ _KEYS = {
 
 
 def _key_of(option: str, value: str) -> tuple[str, str] | None:
-    """Returns the key of the cluster file that an option corresponds to, and the argument for `--set`. Returns None if
-    no key corresponds to the option. `value` is "" if the option was given without a value."""
+    """Returns the cluster file's key for an option and the argument for `--set`, or None if there is no such key."""
     given = value or "..."
     match option:
         case "--cpu-moe" | "-cmoe":
@@ -259,7 +258,7 @@ class Gpus:
     @property
     def cpu_moe(self) -> int | None:
         """The number of leading layers whose experts stay in RAM, or None if free GPU memory decides. Raises UsageError
-        if both --cpu-moe and --n-cpu-moe are given, and if one of them is given without a GPU."""
+        if the options contradict each other."""
         name = "--cpu-moe" if self.all_cpu_moe else "--n-cpu-moe"
         if self.all_cpu_moe and self.n_cpu_moe is not None:
             raise UsageError("--cpu-moe and --n-cpu-moe: give one of them")
@@ -270,9 +269,8 @@ class Gpus:
 
     @property
     def parsed(self) -> tuple[str, int | None, int | None]:
-        """The device, the number of layers on GPUs, and the memory limit of each GPU in bytes. The number of layers is
-        None if it is automatic, and the limit is None if there is no limit. Raises UsageError if an option is invalid
-        or needs a GPU."""
+        """The device, the number of layers on GPUs (None if automatic), and the memory limit of each GPU in bytes (None
+        if unlimited). Raises UsageError if an option is invalid or needs a GPU."""
         from llamaclust.cluster.config.values import parse_device, parse_gpu_layers, parse_size
 
         device = option_value("--device", parse_device, ",".join(self.devices) or "cpu")

@@ -103,8 +103,7 @@ class ProgressLines:
 
 
 class JsonLines:
-    """Prints a JSON line when a step begins and when the step ends. While a step runs, prints at most ten lines a
-    second."""
+    """Prints a JSON line when a step begins or ends, and at most ten lines a second in between."""
 
     def __init__(self) -> None:
         self._step = ""
@@ -130,8 +129,7 @@ _UNNAMED = ("default", "demo")
 
 
 class ClusterView:
-    """Shows a cluster's events on standard error, with bars on a terminal and lines elsewhere. Leaving the context
-    restores the terminal. `lan_key` is passed to `ready_text`."""
+    """Shows a cluster's events on standard error, with bars on a terminal and lines elsewhere."""
 
     def __init__(self, lan_key: str | None = None) -> None:
         self._lan_key = lan_key
@@ -240,8 +238,7 @@ def _log_event(event: events.Event) -> None:
 
 @contextmanager
 def cluster_view(cluster: str, lan_key: str | None = None) -> Iterator[events.Report]:
-    """Yields a function that shows a cluster's events on standard error. The events are shown as text, or as log lines
-    if LLAMACLUST_LOG is logfmt or json. `lan_key` is passed to `ready_text`."""
+    """Yields a function that shows a cluster's events on standard error, in the form that LLAMACLUST_LOG names."""
     form = environment().log_format
     if form is LogFormat.TEXT:
         count_file_shortages()
@@ -254,8 +251,8 @@ def cluster_view(cluster: str, lan_key: str | None = None) -> Iterator[events.Re
 
 @contextmanager
 def _shown_by_thread(view: ClusterView) -> Iterator[events.Report]:
-    """Yields a function that passes events to a thread, which shows the events. Thus a blocked terminal cannot block
-    the event loop. Events are dropped while 1,000 events wait."""
+    """Yields a function that passes events to a thread, which shows them. A blocked terminal blocks only this
+    thread."""
     waiting: Queue[events.Event | None] = Queue(_MOST_WAITING)
 
     def show_all() -> None:
@@ -283,8 +280,8 @@ def joined_text(joined: events.WorkerJoined) -> str:
 
 
 def ready_text(ready: events.Ready, lan_key: str | None = None) -> str:
-    """Returns the message about a ready cluster, with commands to copy, one per line. `lan_key` is the API key for
-    other machines, or a text that tells where the key is. It is None without --lan."""
+    """Returns the message about a ready cluster, with commands to copy. `lan_key` is the API key for other machines, or
+    a text that tells where the key is. It is None without --lan."""
     name = "" if ready.name in _UNNAMED else f" --cluster {ready.name}"
     api = own_address(ready.api)
     key = "" if ready.api_keys_file is None else f", api_key=a line of {printable(ready.api_keys_file)}"
@@ -341,8 +338,8 @@ def _certificate_text(ready: events.Ready) -> str:
 
 
 def own_address(url: str) -> str:
-    """Returns the URL of an API on this machine. If the API listens at all addresses, the returned URL has this
-    machine's network address."""
+    """Returns the URL of an API on this machine, with this machine's network address if the API listens at all
+    addresses."""
     scheme, _, address = url.partition("://")
     host, port = split_address(address)
     return f"{scheme}://{joined_address(reachable_host(host), port)}"
@@ -363,8 +360,7 @@ def _requests(draining: events.Draining) -> str:
 
 @contextmanager
 def step_bar(description: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Yields a function that updates a progress bar. Its arguments are the number of finished steps and a description.
-    The bar appears only if standard error is a terminal."""
+    """Yields a function that updates a progress bar with the number of finished steps and a description."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

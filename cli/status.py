@@ -67,9 +67,7 @@ class Watched:
 
 
 def show_status(cluster: Watched, as_json: bool, watch: bool) -> None:
-    """Prints a cluster's state once or, with `watch`, every second until Ctrl-C or the cluster's end. On a terminal, a
-    repeated state replaces the previous one and is cut to the terminal's height. Elsewhere each repeated state is one
-    line."""
+    """Prints a cluster's state once or, with `watch`, every second until Ctrl-C or the cluster's end."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:  # Lines in a file or a pipe are not wrapped.
         console = Console(highlight=False, markup=False, width=_WIDE)
@@ -128,7 +126,6 @@ def _state_or_error(record: ClusterRecord) -> State:
 
 
 def _starting(name: str, record: ClusterRecord | None, start: ClusterStartingError) -> State:
-    """Returns the state of a cluster that is still starting. `name` is the cluster's endpoint if there is no record."""
     known = {"api": name} if record is None else {"api": record.api, "pid": record.pid, "model": record.model}
     requests = {"running": 0, "waiting": 0}
     return {"name": name, "state": _STARTING, "reason": start.awaited, **known, "workers": [], "requests": requests}
@@ -298,7 +295,7 @@ def _marks(worker: dict[str, Any]) -> tuple[tuple[str, bool], ...]:
 
 
 def _drafts(measured: dict[str, Any]) -> Iterator[str]:
-    """Yields lines about drafted tokens: of the last 10 seconds, and since the start. Omits lines without tokens."""
+    """Yields lines about the tokens drafted in the last 10 seconds, and since the start."""
     if drafted := measured.get("drafted_tokens"):
         yield f"{accepted_text(measured['accepted_tokens'], drafted)} in the last 10 s"
     if drafts := measured.get("drafts"):

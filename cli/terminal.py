@@ -55,8 +55,7 @@ def print_error(message: object) -> None:
 
 
 def argument(text: str) -> str:
-    """Returns an argument of the command line unchanged. Raises UsageError if its bytes are not valid UTF-8. Python
-    decodes such bytes as lone surrogates."""
+    """Returns an argument of the command line unchanged. Raises UsageError if its bytes are not valid UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -83,8 +83,8 @@ def _models(config: ClusterConfig, progress: Progress) -> list[Path]:
 
 
 def _model(spec: str, progress: Progress, *, is_auto: bool = False) -> Path:
-    """Returns the path of a model's file, which is downloaded if it is missing. If `is_auto` is True, also downloads
-    the projector from the model's repository. If only the projector cannot be downloaded, the error is ignored."""
+    """Returns the path of a model's file, which is downloaded if it is missing. If `is_auto` is True, a missing
+    projector is downloaded, too."""
     path = stored_model(spec)
     if path is not None and not (is_auto and lacks_projector(spec)):
         return path
@@ -100,8 +100,7 @@ def _model(spec: str, progress: Progress, *, is_auto: bool = False) -> Path:
 
 
 def _tune_grpc() -> None:
-    """Sets gRPC's environment variables. Must be called before gRPC is imported. Otherwise links between workers are
-    slower, and gRPC prints messages on the terminal."""
+    """Sets gRPC's environment variables. Must be called before gRPC is imported."""
     from llamaclust.wire.rpc.grpc_options import tune_grpc
 
     tune_grpc()
@@ -124,8 +123,7 @@ def _arguments(file: Path | None, overrides: list[str]) -> list[str]:
 
 
 def _run_notifying(config: ClusterConfig, starter: Starter) -> None:
-    """Serves a cluster in the detached process. Events go to the command that waits for the start, and to the log
-    after that command has ended."""
+    """Serves a cluster in the detached process, and sends events to the command that waits for the start."""
     _tune_grpc()
     from llamaclust.cluster.server.serve import serve
     from llamaclust.tools.progress import silent
@@ -146,8 +144,7 @@ _END_S = 10.0
 
 
 class Starter:
-    """The command that started this process. The command waits at the other end of a pipe for the event `Ready` or
-    `StartFailed`. If the command ends earlier, this process gets SIGTERM."""
+    """The command that started this process, and that waits until the cluster is ready."""
 
     def __init__(self, descriptor: int) -> None:
         self.waits = True
@@ -171,7 +168,7 @@ class Starter:
 
 def run_detached(config: ClusterConfig, arguments: list[str], lan_key: str | None = None) -> None:
     """Runs `up` with these arguments in another process, and returns when the cluster is ready. Raises LlamaclustError
-    if the start fails. After a failure or a signal, the other process is ended. `lan_key` is passed to `ready_text`."""
+    if the start fails."""
     folder = ClusterDir(config.state_dir / config.name)
     # If a cluster of that name runs, locked() raises an error before that cluster's log would be emptied.
     with folder.locked():

@@ -104,7 +104,7 @@ def _of_stages(groups: list[Record], records: list[Record]) -> list[Record]:
 
 
 def _gather_lines(lines: Iterator[str]) -> Iterator[str]:
-    """Adds a heading to lines about gathers (exchanges of rows in a group), which are not measured for each request."""
+    """Adds a heading to lines about gathers (exchanges of rows in a group)."""
     for index, line in enumerate(lines):
         if index == 0:
             yield "compute includes time in gathers; since the plan, over all requests:"
@@ -129,8 +129,7 @@ def _row(label: str, seconds: float, whole: float) -> str:
 
 
 def _bar(start: float, share: float) -> str:
-    """Returns a bar of at least one `#`, so that each phase is visible. The arguments are fractions of the full
-    width."""
+    """Returns a bar of at least one `#`. The arguments are fractions of the full width."""
     begin = min(round(start * _BAR), _BAR - 1)
     length = max(1, min(round(share * _BAR), _BAR - begin))
     return f"{' ' * begin}{'#' * length}".ljust(_BAR)

@@ -165,8 +165,8 @@ def _run(settings: WorkerSettings) -> NoReturn:
 
 
 def _addresses(given: list[str], variables: Environment, *, discover: bool) -> tuple[str, ...]:
-    """Returns the addresses of the coordinator and its standbys, without duplicates. Raises UsageError if no address is
-    given and the worker does not discover clusters."""
+    """Returns the addresses of the coordinator and its standbys. Raises UsageError if an address is needed but
+    missing."""
     name, values = ("--join", given) if given else ("LLAMACLUST_JOIN", list(variables.join))
     if not values and not discover:
         what = "the address that `llamaclust up` prints, or set LLAMACLUST_JOIN"
@@ -175,7 +175,7 @@ def _addresses(given: list[str], variables: Environment, *, discover: bool) -> t
 
 
 def _with_port(value: str) -> str:
-    """Adds the default enrolment port if no port is given. An IPv6 address without brackets counts as a host."""
+    """Adds the default enrolment port if no port is given."""
     if value.count(":") > 1 and not value.startswith("["):
         value = f"[{value}]"
     return value if ":" in value.rpartition("]")[2] or not value else f"{value}:{JOIN_PORT}"
@@ -230,8 +230,7 @@ def rotate(
 
 
 def _trust_folder(cluster: str | None, state_dir: Path) -> Path:
-    """Returns the trust folder of the cluster with this name. If `cluster` is None, the running cluster is meant, or
-    the cluster named `default` if no cluster runs."""
+    """Returns the trust folder of a cluster. None means the running cluster, or the cluster `default` if none runs."""
     from llamaclust.cluster.config.values import parse_name
     from llamaclust.cluster.membership.authority import trust_folder
     from llamaclust.cluster.state.clusters import find_running, running_clusters

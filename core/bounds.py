@@ -1,5 +1,4 @@
-"""Bounds on the fields of messages from peers. A check returns the value, or raises a ProtocolError that names the
-field and the bound. Dataclasses declare bounds in `Annotated`. wire/codec.py checks every field that it decodes."""
+"""Bounds on the fields of messages from peers. Dataclasses declare them in `Annotated`, and decoding checks them."""
 
 from __future__ import annotations
 

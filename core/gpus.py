@@ -53,8 +53,7 @@ def ranges(layers: Sequence[int]) -> str:
 
 
 def cache_room(left_bytes: int, limit_bytes: int | None) -> int:
-    """Returns the size in bytes of a GPU's expert cache: `left_bytes`, but at most `limit_bytes` (None: no limit),
-    rounded down to a multiple of 2 MiB."""
+    """Returns the size of a GPU's expert cache: the smaller argument, rounded down to a multiple of 2 MiB."""
     most = left_bytes if limit_bytes is None else min(left_bytes, limit_bytes)
     return max(0, most // _UNIT_BYTES * _UNIT_BYTES)
 
@@ -93,9 +92,9 @@ class Placement:
         return layer < self.cpu_moe
 
     def devices_of(self, layer: int, gpus: Sequence[str]) -> range:
-        """Returns the indices of the devices on which a layer may be: 0 is RAM, and 1 is the first GPU. A rule that
-        names a missing GPU allows all devices here, because `check` reports the rule."""
+        """Returns the indices of the devices on which a layer may be: 0 is RAM, and 1 is the first GPU."""
         rule = self.layers[layer] if self.layers else None
+        # `check` reports a rule that names a missing GPU.
         if rule is None or self.missing(gpus, layer, layer + 1):
             return range(len(gpus) + 1)
         if rule in (RAM, ANY_GPU):
@@ -128,7 +127,7 @@ class Placement:
                 first_open = layer
 
     def check_obeyed(self, devices: Sequence[DeviceLayers]) -> None:
-        """Raises UsageError if a layer is not where its rule says: layers that share KV memory must share a device."""
+        """Raises UsageError if a layer is not on the device that the user's rule names."""
         for part in devices if self.layers else ():
             allowed = (None, RAM) if part.device == "cpu" else (None, ANY_GPU, part.device)
             for layer in range(part.start, part.end):

@@ -71,8 +71,7 @@ class StageLimits:
 
 
 def layer_place(part: int, expert_shards: int) -> int | float:
-    """Converts a number of expert shards, counted from the first layer, to a layer number. With 2 shards per layer,
-    part 9 becomes 4.5, the middle of layer 4's experts. The result is exact if `expert_shards` is a power of two."""
+    """Returns the layer of expert shard `part`: with 2 shards per layer, part 9 is at 4.5, in the middle of layer 4."""
     return part // expert_shards if part % expert_shards == 0 else part / expert_shards
 
 

@@ -61,8 +61,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """The speed of one device. `isolated` fields were measured while the machine's other workers were idle. The other
-    fields were measured while those workers were busy. An empty `isolated` field means the same speed."""
+    """A device's speed, measured while other workers were busy or, in `isolated` fields, while they were idle."""
 
     read_bytes_s: Rate  # Bytes of weights read per second.
     int8_macs_s: Rate
@@ -70,7 +69,7 @@ class DeviceProfile:
     isolated: StepTimes = ()
     products: ProductTimes = ()
     isolated_products: ProductTimes = ()
-    isolated_limits: Limits | None = None
+    isolated_limits: Limits | None = None  # Empty `isolated` fields mean the same speed as on a busy machine.
 
     def check(self) -> None:
         for times in (self.concurrent, self.isolated):
@@ -93,8 +92,7 @@ class DeviceProfile:
         )
 
     def step_times(self, *, concurrent: bool) -> StepTimes:
-        """Returns the step times measured on a busy (`concurrent`) or an idle machine. If only products were measured
-        on an idle machine, returns (): products predict its speed better than steps measured on a busy machine."""
+        """Returns the step times on a busy (`concurrent`) or an idle machine, or () if products predict them better."""
         if concurrent or self.isolated:
             return self.concurrent if concurrent else self.isolated
         return () if self.isolated_products else self.concurrent

@@ -97,7 +97,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
-    """Writes a file of mode 0600 atomically. If `is_synced`, the file survives power failures. Errors leave no file."""
+    """Writes a file of mode 0600 atomically. If `is_synced`, the file survives power failures."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:

@@ -81,8 +81,8 @@ def plan_merge(model: ModelFile, out: Path) -> Part:
 
 
 def write_parts(parts: Sequence[Part], progress: Progress) -> None:
-    """Writes all files or none. When all files are complete, they are renamed to their final names, the first file
-    last. Raises UsageError if a file exists or the disk lacks space. `progress` receives file names and bytes."""
+    """Writes all files or none. Raises UsageError if a file exists or the disk lacks space. `progress` receives file
+    names and bytes."""
     for part in parts:
         if part.path.exists():
             raise UsageError(f"{part.path} already exists; delete it or choose another name")
@@ -105,7 +105,7 @@ def _source(tensor: Tensor, on_read: Callable[[int], None]) -> TensorSource:
 
 
 def _whole_metadata(model: ModelFile) -> dict[str, WritableValue]:
-    """Returns all metadata but the keys of a split. Parses only the alignment, because the writer needs its value."""
+    """Returns all metadata except the keys of a split."""
     raw: dict[str, WritableValue] = {
         key: RawValue(data) for key, data in raw_metadata(model.path).items() if not _SPLIT_KEYS.fullmatch(key)
     }

@@ -1,6 +1,5 @@
-"""Encodes dataclasses as protobuf messages with the same field names, and decodes them. `X | None` becomes `optional`,
-`tuple[X, ...]` becomes `repeated`, and a dataclass becomes a nested message. Decoding checks the bounds in `Annotated`
-types (core/bounds.py), and then calls the dataclass's `check` method."""
+"""Encodes dataclasses as protobuf messages with the same field names, and decodes them. Decoding checks the bounds in
+`Annotated` types (core/bounds.py), and then calls the dataclass's `check` method."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Announces and finds coordinators with multicast DNS and DNS service discovery (RFC 6762, RFC 6763), on IPv4 and IPv6.
-A cluster's id is the first part of the CA hash in join tokens. A false announcement costs only one connection, because
-enrolment verifies the coordinator."""
+"""Announces and finds coordinators with multicast DNS and DNS service discovery (RFC 6762, RFC 6763)."""
 
 from __future__ import annotations
 

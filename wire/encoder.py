@@ -36,8 +36,7 @@ def encode_tile(tile: NDArray[np.uint8]) -> bytes:
 
 
 def decode_tile(data: bytes) -> NDArray[np.uint8]:
-    """Returns a view of `data`, [height, width, 3]. Raises ProtocolError if the tile is empty, or if `data` is not as
-    long as the tile's height and width require."""
+    """Returns a view of `data`, [height, width, 3]. Raises ProtocolError if the tile is empty or has a wrong length."""
     if len(data) < _SIZE.size:
         raise ProtocolError(f"an image tile has {len(data)} bytes; its height and width alone take {_SIZE.size}")
     height, width = _SIZE.unpack_from(data)
@@ -72,8 +71,7 @@ class RowsReader:
         return self._rows.astype(np.float32, copy=False)
 
     def take(self, frame: bytes) -> None:
-        """Stores the rows in the next frame. Raises RequestError if the encoder refuses the tile. Raises ProtocolError
-        if the frame has a wrong kind or size, or contains numbers that are not finite."""
+        """Stores a frame's rows. Raises RequestError for a refused tile, and ProtocolError for a wrong frame."""
         if frame[:1] == _REFUSED and len(frame) <= _MAX_LINE_BYTES:
             raise RequestError(line("reason", frame[1:].decode("utf-8", "replace")) or "the encoder refused the tile")
         if frame == COMPUTING and len(self._left) == self._rows.nbytes:

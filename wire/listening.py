@@ -12,8 +12,7 @@ BACKLOG = 128
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """Opens a non-blocking listening TCP socket. A host in ANYWHERE means all IPv4 and IPv6 addresses; a name means its
-    first IPv4 address, or its first address if it has no IPv4 address. Raises OSError."""
+    """Opens a non-blocking listening TCP socket. A wildcard host means all IPv4 and IPv6 addresses. Raises OSError."""
     is_anywhere = host in ANYWHERE and socket.has_dualstack_ipv6()
     places = socket.getaddrinfo("::" if is_anywhere else host, port, type=socket.SOCK_STREAM)
     family, _, _, _, place = min(places, key=lambda found: found[0] != socket.AF_INET)
@@ -39,8 +38,7 @@ def listener(host: str, port: int, cure: str) -> socket.socket:
 
 
 def listening_host(opened: socket.socket) -> str:
-    """Returns a host at which this machine reaches a listener. For a listener on all addresses, the host is 0.0.0.0,
-    because 0.0.0.0 also works without IPv6."""
+    """Returns a host at which this machine reaches a listener, for example 0.0.0.0 for a listener on all addresses."""
     host = str(opened.getsockname()[0])
     takes_both = host == "::" and not opened.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
     return ANYWHERE[0] if takes_both else host

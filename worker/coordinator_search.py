@@ -40,8 +40,7 @@ class Place:
 
 
 class CoordinatorSearch:
-    """Searches for a coordinator at several addresses at once. The search fails if all addresses refuse the worker,
-    except with `discovers` (more addresses may be announced) or `stays` (the worker waits for the next coordinator)."""
+    """Searches for a coordinator at several addresses. Fails if all refuse, except with `discovers` or `stays`."""
 
     def __init__(self, addresses: Sequence[str], *, discovers: bool = False, stays: bool = False) -> None:
         self.limit_s: float | None = None
@@ -56,7 +55,7 @@ class CoordinatorSearch:
         self._logged: dict[str, float] = {}
 
     def admitted(self, address: str, limit_s: float) -> None:
-        """Forgets failures, because `address` admitted the worker. Drops other announced addresses that failed."""
+        """Records that `address` admitted the worker, and drops other announced addresses that failed."""
         self.limit_s = limit_s
         self._begun_s, self._error, self._logged = None, None, {}
         self._places = [
@@ -71,8 +70,7 @@ class CoordinatorSearch:
             place.failures, place.is_refused = 0, False
 
     def add(self, address: str) -> None:
-        """Adds an announced address. At most 64 are kept, because announcements may be false. A new address replaces an
-        address that has failed often."""
+        """Adds an announced address, unless 64 others are known, none of which has failed often."""
         if any(place.address == address for place in self._places):
             return
         found = [place for place in self._places if place.is_found]
@@ -90,8 +88,7 @@ class CoordinatorSearch:
         return True
 
     async def reached(self, attempt: Callable[[str], Awaitable[_Result]]) -> tuple[Place, _Result]:
-        """Calls `attempt` with all addresses at once until one call succeeds, and returns the place and result of that
-        call. Raises the errors of `failed`, or WorkerError if no attempt succeeds in time."""
+        """Attempts all addresses at once. Returns the place and result of the first success. Raises LlamaclustError."""
         self._trying = {}
         try:
             async with asyncio.timeout_at(self._end_s):

@@ -108,11 +108,11 @@ def _granted(data: bytes | None, where: str) -> enrolment.Grant:
 
 
 def _context(authority: bytes | None) -> ssl.SSLContext:
-    """Returns a TLS context. `authority` is the CA certificate (DER) that must have issued the server's certificate.
-    None accepts any server, because the token's hash then verifies the CA certificate that the server sends."""
+    """Returns a TLS context for servers with a certificate of the CA `authority` (DER), or for any server if None."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     if authority is None:
+        # The token's hash verifies the CA certificate that the server sends.
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
         return context

@@ -32,8 +32,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def run_worker(settings: WorkerSettings) -> int:
-    """Runs a worker, logs its error, and returns an exit code for `end_process`. A static worker with a text log raises
-    a UsageError instead, which the command line prints."""
+    """Runs a worker and returns an exit code. Logs errors, but a static worker with a text log raises UsageError."""
     start_logging(settings.log_format, cluster=settings.cluster, worker=settings.name)
     allow_many_files()
     request_slices(USUAL_SLICE_NS)

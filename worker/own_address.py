@@ -74,8 +74,7 @@ class OwnAddress:
         return f"{_host_of(self.at_port(port))}:{port}"
 
     async def changed(self) -> WorkerError:
-        """Waits until this machine has had another address on the route to the coordinator for some seconds. Returns an
-        error that names both addresses."""
+        """Waits for a lasting change of this machine's address, and returns an error that names both addresses."""
         now, looks = self.own_host, 0
         while True:
             await asyncio.sleep(_LOOK_S)

@@ -16,7 +16,7 @@ _PERIOD_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Keeps a file while the worker loads nothing and holds layers or is idle. Pod evictions wait for the file."""
+    """Keeps a file while the worker loads nothing, and either holds layers or is idle."""
 
     file: Path | None = None  # None if no file is wanted.
 

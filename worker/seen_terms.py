@@ -1,4 +1,4 @@
-"""The largest coordinator term that this process has seen in each cluster. One token may be for several clusters."""
+"""The largest coordinator term that this process has seen in each cluster."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ class SeenTerms:
         return self._largest.get(self.last, SeenTerm())
 
     def enter(self, cluster: ClusterKey, term: int, proof: TermProof) -> None:
-        """Records that a coordinator admitted the worker. Raises WorkerError if the coordinator is superseded, or if
-        the worker waits for another cluster."""
+        """Records an admission by a coordinator. Raises WorkerError if it is superseded or of another cluster."""
         if self.is_awaited and cluster != self.last:
             raise WorkerError(f"expected a coordinator of cluster {self.last.name!r}, found one of {cluster.name!r}")
         # Set even if `see` raises, so that the next attempt can tell a superseded coordinator the term.

@@ -80,8 +80,7 @@ class StageService:
             await asyncio.wait((freed,))
 
     async def last_tiles(self) -> bool:
-        """Waits up to `_TILE_S` seconds until closed encoders have computed their last tile and freed their memory.
-        Returns False if there are no such encoders."""
+        """Waits up to `_TILE_S` s until closed encoders have freed their memory. Returns False if there are none."""
         ending = tuple(self._ending)
         if ending:
             _log.info("waiting until the previous image encoder has computed its last tile and freed its memory")
@@ -139,8 +138,7 @@ class StageService:
         return bool(self._kept or self._kept_encoders)
 
     async def take_kept(self, order: Load, file_version: str | None) -> StageRunner | None:
-        """Returns a stage that an earlier membership has kept and that fits the order, or None. Frees all other kept
-        stages. `file_version` is None if there is no file."""
+        """Returns a kept stage that fits the order, or None. Frees all other kept stages."""
         runner = None
         while self._kept:
             streams = self._kept.pop()

@@ -12,8 +12,7 @@ from llamaclust.core.logs import LogFormat
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
-    """One worker's settings. A `static` worker joins at `join` or `standbys`. It enrols with its join token, or joins
-    an insecure cluster if it has no token. All other workers have a parent process and end with it."""
+    """One worker's settings. A `static` worker joins at `join` or `standbys`. Others end with their parent process."""
 
     name: str
     join: str = ""  # gRPC target of the coordinator. Set as soon as a launcher knows it.

@@ -1,5 +1,4 @@
-"""A worker of a static cluster, whose workers are started separately. If the coordinator is lost, the worker keeps its
-weights and joins again."""
+"""A worker that is started separately, and that keeps its weights and joins again if the coordinator is lost."""
 
 from __future__ import annotations
 
@@ -44,9 +43,8 @@ _COORDINATOR_S = 20.0
 
 
 async def run_static_worker(settings: WorkerSettings) -> str:
-    """Runs a worker until its cluster ends, and returns the coordinator's reason. With `settings.stays`, waits for the
-    next cluster instead. Raises UsageError if all coordinators refuse the worker at first, and WorkerError if a lost
-    coordinator does not return in time."""
+    """Runs a worker until its cluster ends, and returns the coordinator's reason. Raises UsageError if all coordinators
+    refuse the worker, and WorkerError if a lost coordinator does not return in time."""
     worker = _StaticWorker(settings)
     try:
         return await worker.run()

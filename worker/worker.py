@@ -42,8 +42,7 @@ class Worker:
 
     @classmethod
     def open(cls, settings: WorkerSettings) -> Worker:
-        """Opens the device and the caches. Raises UsageError if this machine lacks the device, or if KV memory of this
-        device cannot be kept on disk."""
+        """Opens the device and the caches. Raises UsageError if the device is missing or cannot keep KV on disk."""
         kv_disk = _open_kv_disk(settings)
         device, service = Device.open(settings), StageService(settings.name)
         for line in read_cores().lines(device.threads):

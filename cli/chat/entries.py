@@ -20,7 +20,7 @@ _BRIGHT: Final = ("\001\033[1;32m\002", "\001\033[0m\002")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A message or a command. A literal entry is always a message, and its text is sent unchanged."""
+    """A message or a command. If `is_literal` is True, the text is sent unchanged as a message."""
 
     text: str
     is_literal: bool = False
@@ -30,8 +30,8 @@ class Entries:
     """Reads entries from standard input. On a terminal, readline lets the user edit a line and recall earlier lines."""
 
     def __init__(self, history: Path, *, is_colored: bool, takes_commands: bool) -> None:
-        """`history` is the file of earlier lines. If `takes_commands` is False, piped lines are sent as messages and
-        never run as commands, since somebody else may have written the lines."""
+        """`history` is the file of earlier lines. If `takes_commands` is False, piped lines are never run as
+        commands."""
         self._is_terminal = sys.stdin.isatty()
         self._is_literal = not (self._is_terminal or takes_commands)
         self._edits = self._is_terminal and sys.stdout.isatty()

@@ -14,8 +14,7 @@ _MOST_NAMES: Final = 1000
 
 
 def completed_file(word: str, number: int) -> str | None:
-    """Returns one completion of a word, or None if there are no more. Readline calls this function with the numbers 0,
-    1, 2 and so on. Names with spaces are not completed, because readline ends a word at a space."""
+    """Returns the completion of a word with this number, counted from 0, or None if there are fewer completions."""
     if number == 0:
         _completions.cache_clear()
     found = _completions(word) if word.startswith(_MARK) else ()

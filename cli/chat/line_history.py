@@ -17,8 +17,7 @@ _MOST_BYTES: Final = 64 << 20
 
 
 class LineHistory:
-    """Enables line editing in input() by readline, and appends typed lines to a file that concurrent chats share. A
-    file that cannot be read or written is ignored."""
+    """Enables line editing in input() by readline, and appends typed lines to a file that concurrent chats share."""
 
     def __init__(self, path: Path) -> None:
         """Raises ImportError if Python was built without readline."""
@@ -34,7 +33,7 @@ class LineHistory:
             self._add(line)
 
     def add(self, line: str) -> None:
-        """Appends the line to the file at once, since closing the terminal would end the process without cleanup."""
+        """Appends the line to the file at once."""
         if not line.strip() or len(line) > _CHARACTERS:
             return
         self._add(line)

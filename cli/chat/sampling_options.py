@@ -46,9 +46,8 @@ _FILES: dict[str, Callable[[Path], Any]] = {"json_schema": _json_of, "grammar": 
 
 
 def with_samplers(*, recommended: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Returns a decorator that adds sampling options to a command. The command gets an argument `more`, which maps
-    request fields to values. If the user omits an option of `MAIN_NUMBERS`, `more` contains its default value. If
-    `recommended` is True, `more` lacks that field instead, so that the model file's recommendation applies."""
+    """Returns a decorator that adds sampling options to a command, which gets their values in its argument `more`. If
+    `recommended` is True, the model file's recommendations replace default values."""
     added = {name: _number_option(name, recommended) for name in _NUMBERS} | {name: _option(name) for name in _MORE}
 
     def add(command: Callable[..., None]) -> Callable[..., None]:

@@ -69,7 +69,6 @@ def pull(
 
 
 def _check_known(model: str) -> None:
-    """Raises UsageError if the model cannot be pulled. If only `plan --assume` knows the name, the error says so."""
     from llamaclust.tools.assume.public_shapes import no_file_hint
     from llamaclust.tools.hub.pull import check_known
 

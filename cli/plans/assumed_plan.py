@@ -20,9 +20,9 @@ def show_assumed_plan(
     as_json: bool,
     acceptances: Sequence[float] | None = None,
 ) -> None:
-    """Prints the plan for a model. If `model` is None, prints a table of plans for all known models. `acceptances` are
-    shares of accepted draft tokens for which the gain of speculation is predicted. Raises UsageError if `machines` is
-    None, and the errors of `plan_assumed`."""
+    """Prints the plan for a model, or a table of plans for all known models if `model` is None. The gain of speculation
+    is predicted for each share of accepted draft tokens in `acceptances`. Raises UsageError if an argument is missing,
+    and the errors of `plan_assumed`."""
     if machines is None:
         raise UsageError(f"--model needs --assume MACHINES, for example --assume {EXAMPLE!r}")
     if acceptances is not None and model is None:

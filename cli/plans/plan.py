@@ -38,9 +38,8 @@ from llamaclust.worker.devices.system_info import LOADING_BYTES, available_memor
 def show_plan(
     file: Path | None, overrides: list[str], as_json: bool, acceptances: Sequence[float] | None = None
 ) -> None:
-    """Prints a cluster's plan. If the cluster has several models, each model is planned as if it ran alone. Predicts
-    the gain of speculation for each share of accepted draft tokens in `acceptances`. Raises UsageError if `acceptances`
-    are given although speculation is off, and the errors of `planned`."""
+    """Prints a cluster's plan, and the gain of speculation for each share of accepted draft tokens in `acceptances`.
+    Raises UsageError if `acceptances` are given while speculation is off, and the errors of `planned`."""
     config = load_config(file, overrides)
     models = config.of_each_model()
     if acceptances is not None and any(own.speculative is None for own in models):
@@ -210,8 +209,7 @@ def _beside(config: ClusterConfig, own_bytes: int, draft_model: DraftModelMemory
 
 
 def _measurement_keys(model_id: str, fingerprints: Mapping[str, str], threads: int) -> dict[str, list[str]]:
-    """Maps each worker's name to the keys of its stored measurements. The measurement with this model comes before the
-    measurement without a model. `threads` is the number of threads of all workers together."""
+    """Maps each worker's name to the keys of its stored measurements, first the key for this model."""
     return {
         name: [measurement_key(text, len(fingerprints), threads, profiled) for profiled in (model_id, "")]
         for name, text in fingerprints.items()

@@ -1,5 +1,4 @@
-"""A folder of one user's cached files, with a limited size. Every file can be made again, and a complete file never
-changes. One process writes at a time. Readers need no lock. A file's access time is the time of its last use."""
+"""A folder of one user's cached files, with a limited size. One process writes at a time. Readers need no lock."""
 
 from __future__ import annotations
 
@@ -73,8 +72,7 @@ class DiskCache:
             raise PermissionError(errno.EPERM, f"{what} (mode {mode:o})", str(self.path))
 
     def open(self, name: str, *, is_use: bool = True) -> FileIO | None:
-        """Opens a file, and marks it as used if `is_use`. Returns None if the file is absent. Deletes a file that was
-        changed or belongs to another user, and returns None. Raises an OSError that contains the path."""
+        """Opens a file, or returns None if it is absent, was changed, or belongs to another user. Raises OSError."""
         path = self.path / name
         try:
             file = files.open_own(path)

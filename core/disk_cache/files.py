@@ -114,7 +114,7 @@ def used_ns(status: os.stat_result) -> int:
 
 
 def mark_used(descriptor: int) -> os.stat_result:
-    """Sets the access time to the exact time (the kernel's lags by milliseconds). Returns the file's old status."""
+    """Sets the file's access time to the present time. Returns the file's previous status."""
     found = os.fstat(descriptor)
     with suppress(OSError):
         os.utime(descriptor, ns=(time.time_ns(), found.st_mtime_ns))

@@ -53,7 +53,7 @@ class Reasoning:
 
 @dataclass(frozen=True, slots=True)
 class MatcherStart:
-    """The values from which the last stage creates an answer's matcher. The matcher's state depends on nothing else."""
+    """The values from which the last stage creates an answer's matcher."""
 
     key: int  # Identifies the answer within an epoch.
     grammar: Grammar | None

@@ -168,7 +168,7 @@ class SamplingParams:
 
     @property
     def needs_state(self) -> bool:
-        """True if sampling needs more than the earlier tokens: Mirostat also needs `mu` of the last result."""
+        """True if sampling needs `mu` of the last result, as Mirostat does."""
         return self.chain is not None and self.chain.mirostat != 0
 
     @property

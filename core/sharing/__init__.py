@@ -1,2 +1,1 @@
-"""Fair sharing among owners, such as API clients. `turns` limits concurrent work, `shares` and `line` divide a resource
-such as memory, and `computations` shares computed values."""
+"""Fair sharing of concurrent work, memory and computed values among owners, such as API clients."""

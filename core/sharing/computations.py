@@ -10,8 +10,7 @@ from typing import Any, Generic, TypeVar
 _Value = TypeVar("_Value")
 
 Owners = Sequence[str]
-"""The owners, such as API clients, of the callers that wait for a value or use it. The list changes as callers come and
-leave. The value is computed in the first owner's turn."""
+"""The owners, such as API clients, of the present callers. The value is computed in the first owner's turn."""
 Compute = Callable[[Owners], Coroutine[Any, Any, _Value]]
 
 
@@ -46,9 +45,8 @@ class _Shared(Generic[_Value]):
 
 
 class SharedComputations(Generic[_Value]):
-    """Computes each value once for all callers with the same key. The computation begins when the first caller gets its
-    turn, and all callers get its result or error. When the last caller has left, the computation is cancelled or its
-    value is closed."""
+    """Computes each value once for all callers with the same key. When the last caller has left, the computation is
+    cancelled or its value is closed."""
 
     def __init__(self, close: Callable[[bytes, _Value], None] = lambda key, value: None) -> None:
         self._close = close
@@ -69,8 +67,7 @@ class SharedComputations(Generic[_Value]):
     async def take(
         self, key: bytes, owner: str, turn: AbstractAsyncContextManager[None], compute: Compute[_Value]
     ) -> Lease[_Value]:
-        """Waits for a value and returns a lease of it. Raises the computation's error. If `turn` fails before the value
-        is known, raises that error to this caller only."""
+        """Waits for a value and returns a lease of it. Raises the error of the computation or of `turn`."""
         shared = self._shared.get(key)
         if shared is None:
             shared = self._shared[key] = _Shared()

@@ -10,8 +10,7 @@ from typing import Self
 
 class Line:
     """A queue of requests that wait for a resource and hold none of it. When the first request leaves, the request
-    whose owner holds the least of the resource becomes first. If several owners hold the least, the request that has
-    waited longest becomes first. Not thread-safe."""
+    whose owner holds the least of the resource becomes first. Not thread-safe."""
 
     def __init__(self, held: Counter[str]) -> None:
         self._held = held
@@ -32,7 +31,7 @@ class Line:
         return self._first is place
 
     def is_open(self, place: Place) -> bool:
-        """True if `place` may take from the resource, because `place` or no place is first."""
+        """True if `place` may take from the resource: it is first, or the line is empty."""
         return self._first in (None, place)
 
     async def enter(self, place: Place) -> None:

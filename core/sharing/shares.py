@@ -8,8 +8,7 @@ from contextlib import contextmanager
 
 
 def largest_share(own: int, held: int, room: int) -> int:
-    """Returns the number of units that an owner may hold: `room` minus half (rounded down) of the units that the other
-    owners hold, but at least 0. This owner holds `own` units now, and all owners together hold `held`."""
+    """Returns the most units that an owner may hold: `room` minus half of what other owners hold (`held` - `own`)."""
     return max(0, room - (held - own) // 2)
 
 

@@ -9,9 +9,8 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """Shares places for concurrent work among owners. A free place goes to the waiting owner with the fewest places. On
-    a tie, the owner that freed the place comes last. An owner has at most `most` places (None: any). Not
-    thread-safe."""
+    """Shares places for concurrent work among owners, each of which has at most `most` places (None: any number). A
+    free place goes to the waiting owner with the fewest places. Not thread-safe."""
 
     def __init__(self, places: int, most: int | None = None) -> None:
         self._free = places

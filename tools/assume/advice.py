@@ -19,7 +19,7 @@ _SMALLER_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K"
 _FEW_BITS = 3.0
 """Answers become clearly worse below this number of bits per weight."""
 _FURTHER = 3
-"""Advice tries n to n + _FURTHER additional machines, where n machines have the missing memory in total."""
+"""Advice adds at most this many machines to the number that covers the missing memory."""
 _NETWORKS = ((1.0, 1.0), (1.0, 0.3), (1.0, 0.1), (2.5, 0.1), (10.0, 0.1), (10.0, 0.05), (25.0, 0.03))
 """Networks to try for groups of machines, slowest first. Each network is (Gbit/s, round trip in ms)."""
 _WORTH_DECODE, _WORTH_PROMPT = 0.95, 0.9
@@ -47,8 +47,7 @@ def fastest_alone(cluster: AssumedCluster, model: AssumedModel) -> Alone | None:
 
 def what_fits(cluster: AssumedCluster, model: AssumedModel, error: InsufficientMemoryError) -> Iterator[str]:
     """Yields advice for a model that does not fit in memory: the largest quantization that fits, and the number of
-    machines to add that equal the last one. Quantizations in the catalog are preferred. Plans for this advice keep all
-    experts of a layer on one machine, because a search over divided experts takes long."""
+    machines to add."""
     for smaller in _smaller(model):
         if cluster.fitting_plan(smaller) is not None:
             yield f"{smaller.mix}, {gigabytes(smaller.file.size_bytes)}{_remark(smaller)}"
@@ -121,8 +120,7 @@ def _changes(cluster: AssumedCluster, model: AssumedModel) -> Iterator[tuple[str
 
 
 def _smaller(model: AssumedModel) -> Iterator[AssumedModel]:
-    """Yields the model in smaller quantizations. Quantizations in the catalog come first, and larger ones come before
-    smaller ones. Yields nothing for MXFP4 models."""
+    """Yields the model in smaller quantizations, first those in the catalog."""
     if model.has_mxfp4:
         return
     mixes = (model.quantized(mix) for mix in _SMALLER_MIXES)

@@ -135,8 +135,7 @@ def shape_model(name: str, shape: ModelShape, mix: str | None = None) -> Assumed
 
 
 def with_file_size(entry: CatalogEntry) -> CatalogEntry:
-    """Returns the entry with a file size computed from the model's shape, if the entry lacks a size and the shape is
-    known. Otherwise returns the entry unchanged."""
+    """Returns the entry, with a file size computed from the model's shape if the entry has none."""
     plain, _, quantization = entry.name.partition(":")
     shape, mix = public_shapes().get(plain), _mix(quantization)
     if shape is None or mix is None or entry.size_bytes is not None:
@@ -145,7 +144,7 @@ def with_file_size(entry: CatalogEntry) -> CatalogEntry:
 
 
 def _catalog_entry(spec: str) -> CatalogEntry | None:
-    """Returns the catalog's entry for NAME or NAME:MIX. Accepts mixes that the catalog does not offer."""
+    """Returns the catalog's entry for NAME or NAME:MIX, even if the catalog lacks this mix."""
     name, colon, _ = spec.rpartition(":")
     entry = _quantization_of(spec)
     return find_entry(name) if entry is None and colon and _split(spec)[1] is not None else entry
@@ -204,8 +203,7 @@ def _split(spec: str) -> tuple[str, str | None]:
 
 
 def _file_of(name: str, shape: ModelShape) -> ModelFile:
-    """Returns a model file without data. Matrices are F16, or MXFP4 if a model's experts were published as MXFP4. Other
-    tensors are F32."""
+    """Returns a model file without data. Matrices are F16, except experts that were published as MXFP4."""
     path = Path(name)
     tensors = {name: _tensor(path, name, _source_type(shape, name, sizes), sizes) for name, sizes in shape.tensors()}
     return ModelFile(

@@ -90,8 +90,8 @@ def _speeds(prediction: Prediction) -> str:
 def plan_assumed(
     machines: str, spec: str, overrides: Sequence[str], acceptances: Sequence[float] = USUAL_ACCEPTANCES
 ) -> AssumedPlan:
-    """Plans a model on described machines. Raises UsageError if an argument is wrong. Raises InsufficientMemoryError if
-    the model does not fit. That error states the missing MiB, and what would fit."""
+    """Plans a model on described machines. Raises UsageError if an argument is wrong, and InsufficientMemoryError with
+    advice if the model does not fit."""
     cluster = AssumedCluster.of(parse_machines(machines), overrides)
     model = assumed_model(spec)
     try:
@@ -178,7 +178,7 @@ class Survey:
 
 
 def plan_shapes(machines: str, overrides: Sequence[str], planned: Callable[[str], None]) -> Survey:
-    """Plans each known model, and calls `planned` with each name first. Raises UsageError if all plans fail."""
+    """Plans each known model, after a call of `planned` with its name. Raises UsageError if all plans fail."""
     cluster = AssumedCluster.of(parse_machines(machines), overrides)
     plans, errors = list[ShapePlan](), list[UsageError]()
     for name in SHAPES:

@@ -90,7 +90,7 @@ class _Reader:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """`count` equal machines. If `is_gpu` is True, `count` equal GPUs in each machine of the previous group instead."""
+    """A number of equal machines or, if `is_gpu` is True, of equal GPUs in each machine of the previous group."""
 
     begun: int  # Position in the text where the group begins.
     count: int
@@ -99,10 +99,9 @@ class _Group:
 
 
 def parse_machines(text: str) -> AssumedMachines:
-    """Parses text such as "2x16GB@40GB/s/8 + rtx3090 + 8GB, 1Gbit, 0.3ms". Groups of machines are joined by `+`, and
-    have the form `[Nx]MEMORY[@BANDWIDTH][/THREADS or @TOPS]`. A group that ends with ` gpu`, or has the form
-    `[Nx]NAME`, adds N GPUs to each machine of the previous group. The speed and the round trip of the network may
-    follow. Raises UsageError with the position of the mistake."""
+    """Parses text such as "2x16GB@40GB/s/8 + rtx3090 + 8GB, 1Gbit, 0.3ms": groups of machines
+    `[Nx]MEMORY[@BANDWIDTH][/THREADS or @TOPS]`, GPUs for the machines before them, and the network. Raises UsageError
+    with the position of the mistake."""
     reader = _Reader(text)
     groups: list[list[Machine]] = []
     while True:

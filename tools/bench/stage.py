@@ -53,7 +53,7 @@ class BenchStage:
 
     def prefill(self, tokens: int, sequences: int | None = None) -> float:
         """Returns the seconds to prefill `tokens` tokens of each sequence, one sequence after another. `sequences` is
-        the number of sequences, or None for all. Each prefill samples a token."""
+        the number of sequences, or None for all."""
         started_ns = perf_counter_ns()
         for index in range(len(self._tables[:sequences])):
             for start, rows in self._chunks(tokens):
@@ -63,7 +63,7 @@ class BenchStage:
         return (perf_counter_ns() - started_ns) / 1e9
 
     def decode(self, depth: int, steps: int, sequences: int | None = None) -> float:
-        """Returns the seconds of `steps` batched decode steps after `depth` tokens. `sequences` is as in `prefill`."""
+        """Returns the seconds of `steps` steps after `depth` tokens. `sequences` is the batch size, or None for all."""
         last = [tokens[depth] for tokens in self._tokens[:sequences]]
         started_ns = perf_counter_ns()
         for position in range(depth, depth + steps):
@@ -81,8 +81,7 @@ class BenchStage:
 
     @contextmanager
     def without_copies(self) -> Iterator[None]:
-        """Disables copies of experts on the GPU until the context ends, so that the CPU computes all experts whose
-        weights are in RAM. Waits first until no copy is pending."""
+        """Disables copies of experts on the GPU until the context ends."""
         stages = self._runner.split_stages
         caches = [stage.cache for stage in stages]
         for stage, cache in zip(stages, caches, strict=True):
@@ -99,7 +98,7 @@ class BenchStage:
         self._runner.close()
 
     def _chunks(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """Yields (first token, number of tokens) of each chunk into which the scheduler would divide one prompt."""
+        """Yields the first token and the number of tokens of each chunk into which a prompt is divided."""
         start = 0
         while start < tokens:
             rows = min(chunk_rows(self._settings, self._times, tokens, tokens - start, 0, alone=True), tokens - start)

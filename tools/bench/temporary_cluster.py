@@ -93,8 +93,8 @@ class ClusterRunner:
         return (perf_counter_ns() - started_ns) / 1e9
 
     async def decode(self) -> float:
-        """Returns the seconds to generate all tokens. Measures the time after every sequence has its first token.
-        Scales this time up for tokens that were sampled before."""
+        """Returns the seconds to generate all tokens, extrapolated from the time after every sequence has its first
+        token."""
         requests = (self._token_times(self._task.depth + 1, self._task.generate + 1) for _ in range(self._task.batch))
         times = await asyncio.gather(*requests)
         start_ns, end_ns = max(each[0] for each in times), max(each[-1] for each in times)

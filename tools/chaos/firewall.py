@@ -14,7 +14,7 @@ _CAP_NET_ADMIN = 12
 
 
 class FirewallError(LlamaclustError):
-    """Packets cannot be filtered on this machine. The message has one line and states the cause."""
+    """Packets cannot be filtered on this machine."""
 
 
 class Firewall:
@@ -65,7 +65,7 @@ def _load() -> Any:
 
 
 def _may_filter() -> bool:
-    """True if this process has CAP_NET_ADMIN. Without it, nftables would print to standard error."""
+    """True if this process has CAP_NET_ADMIN."""
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == "CapEff":

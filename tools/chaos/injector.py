@@ -59,9 +59,8 @@ class Injector:
         return find_running(self._state_dir, self._name)[0]
 
     async def inject(self, fault: Fault, targets: Targets) -> bool:
-        """Injects a fault. Returns False if the fault did not take place. Lasting faults continue in the background.
-        If the fault stops the coordinator, waits until the coordinator continues. If the fault kills the coordinator,
-        waits until another coordinator serves."""
+        """Injects a fault, and waits for a stopped or killed coordinator. Returns False if the fault did not take
+        place."""
         match fault.kind:
             case FaultKind.KILL:
                 return targets.workers[fault.target].send(signal.SIGKILL)
@@ -223,7 +222,6 @@ class Drains:
         return frozenset(self._workers)
 
     def add(self, name: str) -> None:
-        """Registers a worker for `begin`. `end` removes the worker, so that a later `begin` does nothing."""
         self._workers[name] = threading.Lock()
 
     def begin(self, name: str) -> None:

@@ -23,16 +23,15 @@ class Disturbance(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerLink:
-    """A worker's link to cluster members on this machine. For a worker on another machine, `own_ports` has the ports of
-    these members. For a local worker, `own_ports` is empty: its connections look like those of other processes."""
+    """A worker's link to cluster members on this machine. `own_ports` has the ports of these members, and is empty for
+    a local worker."""
 
     hosts: frozenset[str]  # IP addresses of the worker.
     ports: frozenset[int]  # The worker's ports for stages and for links of groups.
     own_ports: frozenset[int] = frozenset()
 
     def commands(self, table: str, label: str, disturbance: Disturbance, hold_s: float) -> str:
-        """Returns nft commands that begin a disturbance. The rules match sets of ports. The kernel removes the ports
-        from the sets after `hold_s` seconds, which ends the disturbance."""
+        """Returns nft commands that begin a disturbance, which the kernel ends after `hold_s` seconds."""
         lifetime = f"timeout {max(1, round(hold_s * 1000))}ms"
         lines = []
         for name, ports in (("port", self.ports), ("own", self.own_ports)):

@@ -33,9 +33,9 @@ class Process:
         return bool(fields) and int(fields[_START]) == self.start_time and fields[_STATE] not in ("Z", "X")
 
     def send(self, number: signal.Signals) -> bool:
-        """Sends a signal. Returns False if the process has ended. A pidfd makes sure that no later process with the
-        same id gets the signal."""
+        """Sends a signal. Returns False if the process has ended."""
         with suppress(ProcessLookupError):
+            # A pidfd makes sure that no later process with the same id gets the signal.
             descriptor = os.pidfd_open(self.pid)
             try:
                 if self.is_running:
@@ -46,7 +46,7 @@ class Process:
         return False
 
     def catches(self, number: signal.Signals) -> bool:
-        """Returns True if the process handles the signal. A signal without a handler would end the process."""
+        """Returns True if the process handles the signal."""
         with suppress(OSError):
             lines = (_PROC / str(self.pid) / "status").read_text().splitlines()
             caught = next((line for line in lines if line.startswith("SigCgt:")), "SigCgt: 0")
@@ -54,8 +54,8 @@ class Process:
         return False
 
     def limit_files(self, most_bytes: int) -> int | None:
-        """Limits the size of files that the process, and processes that it starts later, can write. The limit does not
-        exceed the process's hard limit. Returns the previous limit, or None if the process has ended."""
+        """Limits the size of files that the process and its later children can write. Returns the previous limit, or
+        None if the process has ended."""
         if not self.is_running:
             return None
         with suppress(ProcessLookupError):
@@ -81,8 +81,7 @@ def local_worker(worker: Mapping[str, Any], coordinator_pid: int) -> Process | N
 
 
 def joined_worker(worker: Mapping[str, Any]) -> Process | None:
-    """Returns the process of a worker that joined by itself, or None if the worker runs on another machine. A worker on
-    another machine may have the process id and port of a process here, so its address is checked, too."""
+    """Returns the process of a worker that joined by itself, or None if the worker runs on another machine."""
     process = _own_process(worker["pid"])
     if process is None:
         return None
@@ -96,8 +95,7 @@ def joined_worker(worker: Mapping[str, Any]) -> Process | None:
 
 
 def coordinator(pid: int, start_ticks: int) -> Process | None:
-    """Returns the coordinator's process. Returns None if the id belongs to another process, which is possible if the
-    coordinator runs in another container."""
+    """Returns the coordinator's process, or None if the id belongs to another process."""
     process = _own_process(pid)
     if process is None or process.start_time != start_ticks:
         return None

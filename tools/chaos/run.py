@@ -141,8 +141,7 @@ def _suffices(kind: FaultKind, targets: Targets) -> bool:
 
 @asynccontextmanager
 async def _load(streams: Streams) -> AsyncIterator[None]:
-    """Repeats requests until the context ends. Then, unless an exception occurred, waits until the running requests
-    have finished."""
+    """Repeats requests until the context ends, and then waits until the running requests have finished."""
     done = asyncio.Event()
     async with meanwhile(streams.repeat(number, done) for number in streams.expected) as tasks:
         yield

@@ -1,5 +1,4 @@
-"""Draws the order and times of faults from a seed, without a clock and without processes. Every fault consumes the same
-number of random numbers. Thus a seed gives the same faults in clusters with the same states."""
+"""Draws the order and times of faults from a seed, without a clock and without processes."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ _FULL_S = (0.5, 5.0)
 _SLOW_S = (0.5, 8.0)
 _LOSSES = 5
 _WITHIN_S = 75.0
-"""A worker is lost at most `_LOSSES` times in this period, since launchers restart it at most six times a minute."""
+"""Seconds in which a worker is lost at most `_LOSSES` times, since launchers limit restarts to six a minute."""
 
 
 class FaultKind(StrEnum):
@@ -115,8 +114,8 @@ class Schedule:
     def next_fault(
         self, now_s: float, targets: Mapping[FaultKind, Sequence[str]], held: Iterable[str] = ()
     ) -> Fault | None:
-        """Draws a fault for a target. Targets in `held` already have a lasting fault and get no other. Returns None if
-        no fault is possible. The last worker outside `held` can only be killed or get a slow link."""
+        """Draws a fault for a target, or returns None if no fault is possible. Targets in `held` already have a lasting
+        fault and get no other."""
         kind_draw, target_draw, hold_draw = (self._source.random() for _ in range(3))
         able = {kind: names for kind in FaultKind if (names := self._able(kind, now_s, targets, frozenset(held)))}
         if not able:

@@ -47,8 +47,7 @@ class Comparison:
 
 @dataclass(slots=True)
 class Pauses:
-    """The longest pause without any token after each fault. A pause counts if it begins before the next fault, and at
-    most 30 s after the fault."""
+    """The longest pause without any token after each fault."""
 
     _last_s: float | None = None
     _open: list[tuple[float, FaultKind]] = field(default_factory=list)  # Faults since the last token, with their times.

@@ -69,7 +69,7 @@ def find_targets(
 
 
 def _links(record: ClusterRecord, workers: Sequence[Mapping[str, Any]], coordinator: Process) -> dict[str, WorkerLink]:
-    """Returns the links that can be disturbed, by worker. Returns {} if the cluster has another network namespace."""
+    """Returns the links that can be disturbed, by worker."""
     if not processes.is_in_our_network(coordinator.pid):
         return {}
     own_ports = processes.listening_ports(coordinator.pid) - {int(record.api.rpartition(":")[2])}

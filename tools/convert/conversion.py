@@ -105,8 +105,7 @@ def thread_count() -> int:
 
 
 def output_type(name: str, tensor: Lazy, wanted: QuantType) -> QuantType:
-    """Returns the type in which a tensor is written. A packed tensor keeps its type. A vector or `_EXACT` tensor gets
-    F32. Another tensor gets `wanted`, or F16 if its rows are not a whole number of blocks."""
+    """Returns the type in which a tensor is written: `wanted` for most matrices, and F32 for vectors."""
     if tensor.packed is not None:
         return tensor.packed
     if len(tensor.shape) == 1 or _EXACT.fullmatch(name):

@@ -20,14 +20,13 @@ Rows = Callable[[int, int], Array]
 
 _MAX_LOGARITHM = 88.0
 _WASTE = 4
-"""Rows are read as one range, with unwanted rows in between, if the range has at most this many rows per wanted row."""
+"""A range of rows is read at once if it has at most this many rows for each wanted row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lazy:
-    """A tensor that is read on demand. `read(start, end)` can be called from any thread. It returns rows [start, end)
-    as an array [end - start, *shape[1:]], or, if `packed` is set, as bytes: blocks of that quantization type. `origin`
-    names the file and the tensor in errors."""
+    """A tensor that is read on demand. Any thread can call `read(start, end)`, which returns the rows [start, end) as
+    an array or, if `packed` is set, as blocks of that quantization type. `origin` names the tensor in errors."""
 
     shape: tuple[int, ...]
     storage: Storage

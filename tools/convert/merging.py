@@ -48,8 +48,8 @@ def merge_adapter(
     base: Path, adapter: Path, out: Path, type_name: str, hints: Hints, on_progress: OnProgress
 ) -> Converted:
     """Writes the base to `out`, with W + scale * B @ A in place of each matrix W that the adapter changes. `out` is a
-    GGUF file if its name ends in .gguf, and otherwise a folder. If the adapter has a tokenizer, it replaces the base's
-    tokenizer. Raises ModelFileError if adapter and base do not match."""
+    GGUF file if its name ends in .gguf, and otherwise a folder. Raises ModelFileError if adapter and base do not
+    match."""
     if not (base / CONFIG).is_file():
         raise ModelFileError(f"{base}: {CONFIG} is missing: the base must be a folder in Hugging Face's format")
     with SourceFiles() as files:
@@ -166,7 +166,6 @@ def _read_adapter(files: SourceFiles, folder: Path) -> _Adapter:
 
 
 def _factors(module: str, pair: Mapping[str, Lazy], settings: PeftSettings) -> _Factors:
-    """Reads a module's factors. Their product is transposed for an embedding, and if `fan_in_fan_out` is set."""
     kinds = set(pair)
     if kinds not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
         origin = next(iter(pair.values())).origin

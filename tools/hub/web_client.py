@@ -26,8 +26,8 @@ def failure(error: Exception) -> str:
 
 
 class WebClient(httpx.Client):
-    """An httpx client with a deadline for the headers of a reply, and a deadline for the whole body. A missed deadline
-    ends all connections of the client, and pending calls raise TransportError. Callers then retry."""
+    """An httpx client with deadlines for the headers and the body of a reply. A missed deadline ends all connections of
+    the client, and pending calls raise TransportError."""
 
     def __init__(self, *, headers_s: float = HEADERS_S, body_s: float = BODY_S, **options: Any) -> None:
         super().__init__(**options)
@@ -47,8 +47,6 @@ class WebClient(httpx.Client):
 
 
 class _Connections:
-    """All sockets of a client. httpcore does not say which socket a request uses, so `cut` shuts all sockets down."""
-
     def __init__(self) -> None:
         self._lock = Lock()
         self._sockets: WeakSet[socket.socket] = WeakSet()
@@ -58,7 +56,7 @@ class _Connections:
             self._sockets.add(stream.get_extra_info("socket"))
 
     def cut(self) -> None:
-        """Shuts all sockets down, which ends pending reads. (Closing a socket would not end a pending read.)"""
+        """Shuts all sockets down, which ends pending reads."""
         with self._lock:
             sockets = list(self._sockets)
         for connection in sockets:

@@ -47,8 +47,7 @@ def collect(
 
 
 def _run(stage: CpuStage, chunk: tuple[int, ...], rows: int, blocks: int) -> Iterator[int]:
-    """Runs a chunk in microbatches, and yields each microbatch's number of rows. All rows are marked as output rows,
-    because the last layer would skip other rows."""
+    """Runs a chunk in microbatches, and yields each microbatch's number of rows."""
     for start in range(0, len(chunk), rows):
         tokens = np.array(chunk[start : start + rows], np.int32)
         count = len(tokens)
@@ -59,6 +58,7 @@ def _run(stage: CpuStage, chunk: tuple[int, ...], rows: int, blocks: int) -> Ite
             sequence_starts=np.array([0, count], np.int32),
             table_starts=np.array([0, blocks], np.int32),
             block_tables=np.arange(blocks, dtype=np.int32),
+            # The last layer would skip rows that are not output rows.
             output_rows=np.arange(count, dtype=np.int32),
         )
         stage.run(batch, None)

@@ -144,8 +144,6 @@ class _Chooser:
         return QuantType.Q5_K if mix in LOWEST.split() or mix == "IQ3_XXS" else QuantType.Q6_K
 
     def _place(self, tensor: Tensor, part: Part, by_name: bool = True) -> Place:
-        """Returns the facts that rules need. `Place.index` is the number of earlier tensors of the same part. For gate,
-        up and down of a model with experts, it is the layer's number instead, unless `by_name` is False."""
         if part in VALUES:
             index, count = self._seen[Part.V], self._values
         else:

@@ -1,5 +1,4 @@
-"""Control messages about groups: orders to form a group, and reports of faults. The members of a group compute a stage
-together, each a part of every layer."""
+"""Control messages about groups, whose members compute a stage together, each a part of every layer."""
 
 from __future__ import annotations
 
@@ -46,7 +45,7 @@ class GroupCounters:
     gathers: int = 0
     waited_s: _Seconds = 0.0  # Seconds that gathers spent waiting for the rows of other members.
     waited_for_s: Annotated[tuple[_Seconds, ...], Size(0, MAX_GROUP_MEMBERS)] = ()
-    """Seconds of `waited_s` by member number. Each wait counts for the member that was ready last."""
+    """Seconds of `waited_s` by the number of the member that the others waited for."""
     sent_bytes: int = 0  # Bytes sent to other members, including headers.
     received_bytes: int = 0
     one_row_steps: int = 0  # Number of microbatches with one row.

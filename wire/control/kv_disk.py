@@ -55,8 +55,7 @@ class RestoreKv:
 
 @dataclass(frozen=True, slots=True)
 class SaveKv:
-    """Orders a worker to write `blocks` to disk. `keys` identify the sequence's blocks from its first block to the last
-    of `blocks`. To make room, the worker may delete files, but no files of this sequence."""
+    """Orders a worker to write `blocks` to disk. `keys` identify the sequence's blocks up to the last of `blocks`."""
 
     epoch: _Epoch
     keys: _Keys

@@ -17,7 +17,7 @@ from llamaclust.wire.microbatch.matchers import starts_out
 from llamaclust.wire.microbatch.messages import SamplingInputs
 
 PREPARE_MATCHERS: Final = b""
-"""An empty message that is sent instead of sampling inputs. It announces that answers with a matcher will follow."""
+"""An empty message instead of sampling inputs, which announces that answers with a matcher will follow."""
 
 _TASK = Struct("<iiQIIIIiiIIII")
 _CHAINED = Struct("<dIIII")

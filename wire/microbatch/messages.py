@@ -23,31 +23,27 @@ class ImageRows:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive tokens of one sequence to compute now: one token in decode, more in prefill.
-
-    tokens[i] has position `position` + i. `table` lists all KV blocks of the sequence, of 16 tokens each, as runs of
-    consecutive ids: (start, count, start, count, ...). `window_table` lists the blocks of sliding-window layers if
-    these layers have their own blocks. The list begins with the sequence's block number `window_start`. The last
-    `outputs` rows are sampled or scored. If `depends_on` names a row, `tokens` is (0,), and the stage replaces 0 by
-    the token that this row chose. The result has the normed hidden states of the `embedded` rows [first, end). An MTP
-    head reads `next_token`, the token after the chunk, and drafts `drafts` tokens. If `checked`, the first stage whose
-    hidden state for the chunk is not finite fails the microbatch."""
+    """Consecutive tokens of one sequence to compute now: one token in decode, more in prefill."""
 
     tokens: tuple[int, ...]
-    position: int
+    position: int  # Position of the first token.
+    # All KV blocks of the sequence, of 16 tokens each, as runs of consecutive ids: (start, count, start, count, ...).
     table: tuple[int, ...]
-    outputs: int
-    depends_on: tuple[int, int] | None = None  # (number of an earlier microbatch, index among its output rows)
+    outputs: int  # Number of last rows that are sampled or scored.
+    # (number of an earlier microbatch, index among its output rows). The stage replaces the only token, which is 0, by
+    # the token that this row chose.
+    depends_on: tuple[int, int] | None = None
+    # Blocks of sliding-window layers with their own blocks, from the block number `window_start` of the sequence on.
     window_table: tuple[int, ...] = ()
     window_start: int = 0
-    embedded: tuple[int, int] = (0, 0)
+    embedded: tuple[int, int] = (0, 0)  # Rows [first, end) whose normed hidden states are in the result.
     adapters: AdapterScales = ()
     state_from: int | None = None  # State block that the first row reads, if states have their own blocks.
     # (rows, block, rows, block, ...). Each block receives the state after this number of rows.
     state_to: tuple[int, ...] = ()
-    next_token: int | None = None
-    drafts: int = 0
-    checked: bool = False
+    next_token: int | None = None  # The token after the chunk, for an MTP head.
+    drafts: int = 0  # Number of tokens that an MTP head drafts.
+    checked: bool = False  # True if the first stage whose hidden state is not finite fails the microbatch.
     images: ImageRows | None = None
 
     @property

@@ -1,4 +1,4 @@
-"""Empties CPU caches before measurements. In a cluster, other processes empty them between two tokens."""
+"""Empties CPU caches before measurements, as a cluster's other processes do between two tokens."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The client side of streams, with channel options, the identities of both ends, and errors of broken streams. Only
-this file creates channels, and only `server.py` creates servers. Streams carry bytes, which the codecs decode."""
+"""The client side of streams. Only this file creates channels, and only `server.py` creates servers."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ EPOCH_KEY = "llamaclust-epoch"
 PERMIT_KEY = "llamaclust-permit"
 ACCEPTED_KEY = "llamaclust-accepted"
 ROOT_CAUSE_KEY = "llamaclust-root-cause"
-"""Key in the trailing metadata. Its value is the name of the worker at fault, if that worker is not the peer."""
+"""Key of the trailing metadata that names the worker at fault, if that worker is not the peer."""
 
 OPTIONS = (
     ("grpc.max_receive_message_length", PIECE_BYTES),
@@ -113,13 +112,13 @@ class ClientStream:
         await self._result(self._call.done_writing())
 
     async def _result(self, operation: Awaitable[Any]) -> Any:
-        """Awaits `operation`. Raises StreamBrokenError for errors from gRPC and for a cancellation by gRPC. If one task
-        cancels a stream, or is cancelled while it writes, gRPC cancels all tasks that wait for the stream."""
+        """Awaits `operation`. Raises StreamBrokenError if gRPC raises an error or cancels the operation."""
         try:
             return await operation
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             raise await self._broken() from error
         except asyncio.CancelledError:
+            # gRPC cancels all tasks that wait for a stream if one task cancels it, or is cancelled while it writes.
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
@@ -195,8 +194,7 @@ class Peer:
         permit: str | None = None,
         reply_bytes: int | None = None,
     ) -> ClientStream:
-        """Opens a stream. Without a running server, the stream fails, or with `wait_for_ready` waits until the server
-        runs. `reply_bytes` lowers the method's limit on the size of a reply."""
+        """Opens a stream. `wait_for_ready` waits for the server, and `reply_bytes` limits the size of a reply."""
         most_bytes = METHODS[method].reply_bytes if reply_bytes is None else reply_bytes
         metadata = [] if permit is None else [(PERMIT_KEY, permit)]
         if isinstance(self._credentials, ClusterToken):

@@ -9,8 +9,7 @@ from llamaclust.core.errors import DeadlineError
 
 
 class deadline:  # noqa: N801  is used like the function asyncio.timeout
-    """Cancels the body of the `async with` statement after `seconds` seconds. Raises a DeadlineError whose text begins
-    with `what` and whose `worker` is the awaited worker."""
+    """Limits the time of an `async with` body. After `seconds` seconds, raises a DeadlineError about `what`."""
 
     __slots__ = ("_limit", "_seconds", "_what", "_worker")
 

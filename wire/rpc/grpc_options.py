@@ -8,8 +8,7 @@ from importlib.metadata import version
 
 _EXPERIMENTS = "-event_engine_client,-event_engine_listener"
 _MEASURED_VERSIONS = ("1.85.",)
-"""Releases of gRPC in which `_EXPERIMENTS` were measured. Other releases might not know them and print a warning, so
-they keep the default event loop, which is slower between machines (benchmarks/notebook.md)."""
+"""Releases of gRPC in which `_EXPERIMENTS` were measured. Other releases keep gRPC's default event loop."""
 
 
 def tune_grpc() -> None:

@@ -83,8 +83,7 @@ async def _throughput(stream: ClientStream, round_trip_s: float) -> float:
 
 
 async def _fastest(stream: ClientStream, size: int, enough_s: float) -> float:
-    """Returns the seconds of the fastest try. Tries again if a try takes `enough_s` or longer, because another program
-    may have delayed it. Does so only for about a second, because slow links take long."""
+    """Returns the seconds of the fastest try. Tries for about a second, or until a try takes less than `enough_s`."""
     fastest_s, begun = await _sent(stream, size), perf_counter()
     for _ in range(1, _TRIES):
         if fastest_s < enough_s or fastest_s + perf_counter() - begun > _TRY_AGAIN_S:

@@ -37,8 +37,7 @@ class Callers(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """The limits of one method. `streams` is the maximum number of open streams in a process, and `streams_of_caller`
-    the maximum number from one caller."""
+    """The limits of one method. `streams` limits all open streams, and `streams_of_caller` those of one caller."""
 
     callers: Callers
     streams: int

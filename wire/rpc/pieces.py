@@ -23,14 +23,14 @@ def pieces_of(message: bytes) -> Iterator[bytes]:
 
 
 async def read_message(read: Callable[[], Awaitable[Any]], most_bytes: int) -> bytes | None:
-    """Reads a message, or returns None at the end of the stream. Raises ProtocolError if the message is too long or
-    incomplete. The error does not keep the message's bytes in memory."""
+    """Reads a message, or returns None at the stream's end. Raises ProtocolError if it is too long or incomplete."""
     data: Any = await read()
     if data is _EOF:
         return None
     if len(data) < PIECE_BYTES:
         return whole(data, most_bytes)
     parts, size = [data], len(data)
+    # An error must not keep the message's bytes in memory.
     del data
     while len(parts[-1]) == PIECE_BYTES:
         if size > most_bytes:

@@ -1,5 +1,4 @@
-"""Logs refused peers in a limited number of lines, so that connection attempts cannot fill a disk. Counts connections
-that end before they show a certificate, because gRPC refuses such connections without a report."""
+"""Logs refused peers in a limited number of lines, so that connection attempts cannot fill a disk."""
 
 from __future__ import annotations
 

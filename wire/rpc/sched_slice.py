@@ -1,5 +1,4 @@
-"""Time slices of threads. A thread that only forwards messages requests short slices, so that it does not wait long for
-a core on which other threads compute. Needs Linux 6.12. `benchmarks/run.py split` measures the effect."""
+"""Time slices of threads. Threads that only forward messages request short slices (Linux 6.12 or newer)."""
 
 from __future__ import annotations
 

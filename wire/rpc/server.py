@@ -144,8 +144,7 @@ class _Places:
 
     @contextmanager
     def taken(self, caller: Principal | None) -> Iterator[None]:
-        """Counts an open stream while its context lasts. Raises ProtocolError if too many streams are open, either in
-        total or from one caller. Streams without a certificate count only in total."""
+        """Counts an open stream. Raises ProtocolError if too many are open, either in total or from one caller."""
         method, total = self._method, self._open.total()
         if total >= method.streams or (caller is not None and self._open[caller] >= method.streams_of_caller):
             of_caller = "" if caller is None else f" ({self._open[caller]} of {caller})"

@@ -1,5 +1,4 @@
-"""Limits the number of connections to a port that have not shown a certificate, in total and for each host. The oldest
-connections are closed first. gRPC has no such limit, but it notices when this module shuts a connection down."""
+"""Limits the number of connections to a port that have not shown a certificate, in total and for each host."""
 
 from __future__ import annotations
 
@@ -38,9 +37,8 @@ class SilentConnections:
         self._looks: dict[_Caller, int] = {}
 
     def close_excess(self, port: int, callers: Container[str]) -> tuple[int, int]:
-        """Closes connections beyond the limits. Spares connections that are new since the previous call, because they
-        may still show a certificate. `callers` contains gRPC's names of peers that have made a call. Returns the
-        numbers of closed and of remaining connections. Raises OSError if fewer than two file descriptors are free."""
+        """Closes the oldest connections beyond the limits, and returns the numbers of closed and of remaining
+        connections. `callers` contains gRPC's names of peers that have made a call. Raises OSError."""
         silent = sorted(self._silent(port, callers), key=lambda connection: -connection.looks)
         self._looks = {connection.caller: connection.looks for connection in silent}
         of_host, closed = Counter(connection.host for connection in silent), 0

@@ -72,8 +72,7 @@ def _pieces(messages: tuple[bytes, ...]) -> Iterator[bytes | memoryview]:
 
 class UnixConnection(asyncio.BufferedProtocol):
     """Sends and receives frames. Calls `on_control` with each frame other than MESSAGE and END, and `on_lost` when the
-    connection ends. A message longer than `most_bytes` ends the connection. With `awaits_call`, the peer must send a
-    CALL frame first, within CALL_S seconds."""
+    connection ends. A message longer than `most_bytes` ends the connection."""
 
     def __init__(
         self,
@@ -119,8 +118,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         return data
 
     def post(self, kind: FrameKind, data: bytes = b"") -> None:
-        """Sends a small frame without waiting. While a large message is being sent, the frame is queued. Raises
-        EndedError if the connection has ended."""
+        """Sends or queues a small frame without waiting. Raises EndedError if the connection has ended."""
         frame = _HEAD.pack(len(data), kind) + data
         if self._is_sending:
             self._behind += frame

@@ -1,7 +1,6 @@
-"""Streams on Unix sockets, each on its own connection. They replace gRPC between processes of one machine, because
-gRPC's thread switches take as long as a small stage needs to compute a token. The classes have those parts of gRPC's
-interface that `client.py` and `server.py` use. A caller sends CALL, messages and perhaps END. The other side sends
-ACCEPTED, messages and finally STATUS."""
+"""Streams on Unix sockets, each on its own connection. They replace gRPC between processes of one machine, because they
+are faster. A caller sends CALL, messages and perhaps END. The other side sends ACCEPTED, messages and finally
+STATUS."""
 
 from __future__ import annotations
 
@@ -121,8 +120,7 @@ class UnixCall:
 
 
 class UnixContext:
-    """The server's side of a stream that a peer opened, with the interface of gRPC's contexts. The stream's handler is
-    cancelled when the peer ends the stream."""
+    """The server's side of a stream that a peer opened, with the interface of gRPC's contexts."""
 
     def __init__(self, server: UnixServer) -> None:
         self.connection = UnixConnection(self._control, self._lost, 0, awaits_call=True)

@@ -5,8 +5,7 @@ import asyncio
 from llamaclust.wire.security.credentials import Identity
 
 _LOOK_S = 5.0
-"""Maximum duration of one sleep, in seconds. A sleep does not count the time in which the machine is suspended, but
-certificates expire by the wall clock."""
+"""Maximum duration of one sleep, in seconds. A sleep does not count the time in which the machine is suspended."""
 
 
 async def until_renewal(identity: Identity) -> None:

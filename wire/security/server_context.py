@@ -6,11 +6,11 @@ from pathlib import Path
 
 
 def server_context(pem: bytes, minimum: ssl.TLSVersion) -> ssl.SSLContext:
-    """Returns a TLS context with the certificates and the private key in `pem`. Writes `pem` to a temporary file,
-    because Python can load a key only from a file."""
+    """Returns a TLS context with the certificates and the private key in `pem`."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = minimum
     context.options |= ssl.OP_NO_RENEGOTIATION
+    # Python can load a key only from a file.
     with tempfile.TemporaryDirectory(prefix="llamaclust-") as folder:
         path = Path(folder) / "pair"
         path.touch(mode=0o600)

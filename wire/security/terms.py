@@ -1,5 +1,4 @@
-"""Proofs of terms. A term is the number of a coordinator's run, and grows with each run. The coordinator signs its
-term, so that no other member can pretend to be a newer coordinator."""
+"""Proofs that a coordinator's term is genuine. A term is the number of a coordinator's run, and grows with each run."""
 
 from __future__ import annotations
 

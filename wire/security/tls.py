@@ -39,8 +39,7 @@ def server_credentials(identity: Identity, on_handshake: Callable[[], None]) -> 
 
 
 def peer_principal(auth_context: Mapping[str, Iterable[bytes]], identity: Identity) -> Principal:
-    """Returns the identity in the peer's certificate. Raises UsageError if the certificate does not name a member or
-    has expired. The expiry is checked here because TLS does not check it in resumed sessions."""
+    """Returns the identity in the peer's certificate. Raises UsageError if it does not name a member or has expired."""
     from llamaclust.wire.security.certificates import ends_at_s
 
     names = [name.decode("ascii", "replace") for name in auth_context.get("x509_subject_alternative_name", ())]
@@ -48,6 +47,7 @@ def peer_principal(auth_context: Mapping[str, Iterable[bytes]], identity: Identi
     if principal is None:
         raise UsageError("the certificate names no member of this cluster")
     (certificate,) = auth_context.get("x509_pem_cert", (b"",))
+    # TLS does not check the expiry in resumed sessions.
     if ends_at_s(certificate) <= time.time():
         raise UsageError(f"the certificate of {principal} has expired")
     return principal

@@ -169,8 +169,7 @@ def _fingerprint(kind: str, threads: int, level: str, gpus: tuple[Gpu, ...], cor
 
 
 def check_devices(devices: Iterable[tuple[str, str]], model: Model) -> None:
-    """Checks each (kind, feature level). Raises UsageError if this machine lacks such a processor, and ModelFileError
-    if the processor has no kernels for the model."""
+    """Raises UsageError if this machine lacks a (kind, feature level), or ModelFileError if one has no kernels."""
     for kind, feature_level in sorted(set(devices)):
         backends.open_processor(kind, 1, feature_level)
         if kind != _REFERENCE:

@@ -9,8 +9,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.model.projectors.projector import Projector
 
 ENCODER_NICENESS = 5
-"""Niceness of the encoder's threads relative to the worker's threads. With 5, Linux gives a stage three times as much
-time as the encoder on a shared core. With 10, it would be nine times, and the encoder would be too slow."""
+"""Niceness of an encoder's threads relative to a stage's threads, which get three times as much time."""
 
 
 @dataclass(frozen=True, slots=True)

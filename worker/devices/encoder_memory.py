@@ -30,9 +30,9 @@ def _input_bytes(projector: Projector) -> int:
 
 
 def _tile_bytes(projector: Projector) -> int:
-    """Returns the larger of two sizes: the memory to prepare a tile's patches, or the patches and output rows together.
-    Each output number takes 5 bytes: a float32, and a byte that tells whether the float is finite."""
+    """Returns the memory for preparing a tile's patches, or for the patches and output rows if this is more."""
     program, rows = projector.program, projector.most_program_rows
     patches = _FLOAT_BYTES * rows * program.hidden.width
+    # Each number takes a float32, and a byte that tells whether the float is finite.
     merged = (_FLOAT_BYTES + 1) * (rows // program.rows_together) * program.out.width
     return max(input_bytes(projector), patches + merged)

@@ -1,5 +1,4 @@
-"""Measures matrix products by quant type on this CPU, for plans of models whose steps cannot be measured. Flushes
-caches before products with few rows, because in a cluster other processes run between two tokens."""
+"""Measures matrix products by quant type on this CPU, for plans of models whose steps cannot be measured."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ _LEAST_BYTES: Final = 96 << 20  # Many bytes, because some parts of memory are f
 _MOST_BYTES: Final = 160 << 20  # Maximum size of the float32 weights, activations and results.
 _TRIES: Final = 5
 _ENOUGH_S: Final = 0.3
-"""Seconds, with cache flushes, after which a product is not measured again. Each prefetching mode has its own limit."""
+"""Seconds, including cache flushes, after which a product is not measured again."""
 
 
 def measure_products(

@@ -1,6 +1,5 @@
 """Measures a model's step times on this worker with three stages: one layer, several layers, and the last layer with
-the output head. Flushes caches before each step, because in a cluster other processes run between two steps. The rows
-of a step differ, so that they choose different experts."""
+the output head. The rows of a step differ, so that they choose different experts."""
 
 from __future__ import annotations
 
@@ -95,7 +94,7 @@ class ProfiledDevice:
 
     @contextmanager
     def cold(self, most_bytes: int, left_bytes: int) -> Iterator[Sweep]:
-        """Yields a function that flushes caches. For a CPU, its buffer has at most `most_bytes` and `left_bytes`."""
+        """Yields a function that flushes caches. On a CPU, its buffer is not larger than either argument."""
         if self.own_cache is None:
             yield CacheFlush(min(largest_cache_bytes(), most_bytes, left_bytes)).sweep
             return
@@ -120,8 +119,7 @@ class _Part:
 
 
 def try_stages(device: ProfiledDevice, model: Model) -> tuple[StepTime, ...]:
-    """Measures a model's step times. Returns () if memory is short, or if the model is too small or shares KV memory
-    between layers."""
+    """Measures a model's step times. Returns () if memory is short or the model is too small or shares KV memory."""
     costs = model.costs(KvType(device.size.limits.kv_type)).layers
     first = _first_tried(costs)
     sizes = [layer.weight_bytes for layer in costs[first:]]
@@ -240,8 +238,7 @@ def _line(few: tuple[float, float], many: tuple[float, float]) -> tuple[float, f
 
 
 def _task(runner: StageRunner, vocabulary: int, rows: int, number: int) -> tuple[bytes, bytes]:
-    """Returns the frame and the sampling inputs of a random microbatch. 1 or 8 rows are decode rows of different
-    sequences. More rows are one prompt."""
+    """Returns the frame and the sampling inputs of a random microbatch: 1 or 8 decode rows, or one prompt."""
     program, source = runner.program, np.random.default_rng(number)
     tokens = source.integers(vocabulary, size=rows).tolist()
     if rows in _DECODE_ROWS:

@@ -45,9 +45,8 @@ def held_layers(
     placement: Placement | None = None,
     experts_cache: int | None = None,
 ) -> tuple[DeviceLayers, ...]:
-    """Assigns layers to devices. The last layers go to the last GPU. Experts for which `placement` has no rule go to
-    RAM if they do not fit on the first GPU. Up to `experts_cache` bytes of free GPU memory cache the experts that are
-    in RAM. Raises UsageError if a rule cannot be obeyed, and InsufficientMemoryError if memory is short."""
+    """Assigns layers to devices by the rules of `placement`, the last layers to the last GPU. Free GPU memory up to
+    `experts_cache` bytes caches experts. Raises UsageError or InsufficientMemoryError."""
     placement, end = placement or Placement(cpu_moe=None), model.layer_count
     placement.check([gpu.device for gpu in device.gpus], 0, end)
     borders = model.costs(KvType(limits.kv_type)).borders

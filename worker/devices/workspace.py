@@ -20,8 +20,7 @@ def planned_workspace_bytes(
 
 
 def planned_program(model: Model, start: int, end: int, limits: StageLimits, device: str = "cpu") -> Program:
-    """Returns a program that needs the same workspace as layers [start, end), but may have fewer layers. Each member of
-    a group also needs the same workspace for its part of either program."""
+    """Returns a program that needs the same workspace as layers [start, end), but may have fewer layers."""
     program = model_program(model, start, end, limits)
     if gpu_names(device):
         return program  # On GPUs, workspace contains the rounding of each layer's KV memory.

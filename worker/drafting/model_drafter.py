@@ -25,8 +25,7 @@ class ModelDrafter:
         self._caches = SequenceCaches(stage.limits.kv_blocks)
 
     def draft(self, orders: Sequence[DraftOrder]) -> DraftReplies:
-        """Drafts tokens. An order gets no draft if memory is short, or if its tokens are too many or unknown. Logits
-        that are not finite end a draft and set `taken_in` to 0, so that the sequence gets no more drafts."""
+        """Drafts tokens. An order gets no draft if memory is short, or if its tokens are too many or unknown."""
         kept = {order.key for order in orders}
         drafting: list[_Drafting] = []
         replies = {order.key: DraftReply(order.key, order.length, order.most > 0, (), 0) for order in orders}

@@ -1,5 +1,4 @@
-"""Chooses the number of bands (ranges of rows) into which a group divides a prompt, from the waits of earlier gathers.
-More bands hide more of a slow network's delays, but weights are decoded again for each band."""
+"""Chooses the number of bands (ranges of rows) into which a group divides a prompt, by the waits of gathers."""
 
 from __future__ import annotations
 

@@ -12,8 +12,7 @@ from llamaclust.model.steps.across import Gather
 
 
 def checked_gathers(links: Gatherer, program: Program, rows: int, accuse: Callable[[int], None]) -> PythonGatherer:
-    """Returns gathers that call `accuse` with the index of the first member that sent numbers that are not finite. If
-    several members computed and all of them sent such numbers, none is accused: their common input may be wrong."""
+    """Returns gathers that call `accuse` with the index of a member that sent numbers that are not finite."""
     gathers = [step for step in program.steps if isinstance(step, Gather)]
     bands = bands_of(program, rows, links.bands)
 
@@ -24,6 +23,7 @@ def checked_gathers(links: Gatherer, program: Program, rows: int, accuse: Callab
         are_finite = finite_members(step, whole)
         with_columns = [place for place in range(len(are_finite)) if borders[place] < borders[place + 1]]
         wrong = [place for place in with_columns if not are_finite[place]]
+        # If all members sent such numbers, their common input may be wrong.
         if wrong and (len(wrong) < len(with_columns) or step.is_of_one):
             accuse(wrong[0])
 

@@ -37,11 +37,11 @@ class Handshakes:
         self._proven: asyncio.LifoQueue[Link] = asyncio.LifoQueue()
 
     def take(self, connection: socket.socket) -> None:
-        """Begins a handshake. If too many are in progress, first ends one from the host with the most. The choice is
-        random, because the oldest may be the real member's. Raises OSError if no file descriptor is free."""
+        """Begins a handshake, and ends another if too many are in progress. Raises OSError if no descriptor is free."""
         claim = _Claim(caller_of(connection), connection.dup())
         if len(self._claims) >= MOST_HANDSHAKES:
             crowd = of_the_most({task: each.host for task, each in self._claims.items()})
+            # A random choice, because the oldest may be the real member's.
             self._claims.pop(secrets.choice(crowd)).end()
         task = asyncio.ensure_future(self._prove(connection))
         self._claims[task] = claim

@@ -110,8 +110,7 @@ class LinkOpener:
             await asyncio.sleep(_RETRY_S)
 
     async def _accept(self, place: int) -> Link:
-        """Waits until the other member connects, and returns the link. Sends the hello of this member on the newest
-        connection only. The other member connects again if it gets no hello."""
+        """Waits until the other member connects, and returns the link of the newest connection."""
         own, theirs = self._hello(self._order.member, place), self._hello(place, self._order.member)
 
         def failed(error: LinkError) -> None:

@@ -1,6 +1,5 @@
 """Accepts connections of other members, and passes each to the group that expects it. A connection begins with an
-unencrypted hello: 8 bytes of version, the group's 16-byte id, and the numbers of sender and receiver. The id is random
-and only members know it, so strangers cannot begin handshakes. A certificate proves who the sender is."""
+unencrypted hello: 8 bytes of version, the group's 16-byte id, and the numbers of sender and receiver."""
 
 from __future__ import annotations
 
@@ -47,8 +46,7 @@ class Hello:
 
 
 def link_address(stages: str, port: int | None) -> str:
-    """Returns the address for links between members: the host of `stages` (the Stage service's address) with `port`. A
-    `port` of None means the stage port plus `LINK_PORTS`, or 0 (any free port) if the stage port is 0 or too large."""
+    """Returns the address for links on the host of `stages`. Without `port`, derives the port from that of `stages`."""
     if stages.startswith(PREFIX):
         return f"{stages}{SOCKET_ENDING}"
     host, stage_port = split_address(stages)

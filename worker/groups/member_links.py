@@ -115,8 +115,7 @@ class MemberLinks:
         return 0.0 if self._links is None else self._links.computing_s
 
     def fault(self, error: Exception) -> Fault:
-        """Returns a report for the coordinator about an error that ended this member's work. The report names the
-        member at fault, which is the leader for a ProtocolError."""
+        """Returns a report of an error that ended this member's work. The report names the member at fault."""
         if isinstance(error, LinkError) and error.place >= 0:
             worker = self._order.members[error.place].worker
             if error.kind == "unreachable":

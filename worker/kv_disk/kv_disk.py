@@ -33,8 +33,7 @@ class KvDisk:
         self._writer = ThreadPoolExecutor(1, "write-kv", initializer=partial(lower_priority, _LOW_PRIORITY))
 
     async def answer(self, request: FindKv | RestoreKv | SaveKv, runner: StageRunner) -> KvDone:
-        """Finds, restores or saves blocks as requested. Raises ProtocolError if the stage has no such block. The answer
-        is 0 blocks if the folder cannot be used."""
+        """Finds, restores or saves blocks as requested. Raises ProtocolError if the stage has no such block."""
         thread = self._writer if isinstance(request, SaveKv) else self._reader
         done = await asyncio.get_running_loop().run_in_executor(thread, self._done, request, runner)
         return KvDone(done, request.request_id)

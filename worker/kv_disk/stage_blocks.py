@@ -58,8 +58,7 @@ class StageBlocks:
         return done
 
     def save(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
-        """Writes missing blocks. `keys` identify all blocks of a sequence, of which `blocks` are the last. No files of
-        this sequence are deleted to make room. Returns len(blocks), or 0 if writing failed."""
+        """Writes missing `blocks`, the last blocks of the sequence of `keys`. Returns len(blocks), or 0 on failure."""
         with self._lock:
             self._refresh()
             own = zip(keys[-len(blocks) :], blocks, strict=True)

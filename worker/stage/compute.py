@@ -30,8 +30,7 @@ _HUNG_TIMES, _HUNG_LEAST_S = 20, 30.0
 
 
 def step_limit_s(last_ns: int | None, *, on_gpus: bool) -> float:
-    """Returns the seconds after which a step counts as hung. `last_ns` is the last similar step's duration. Returns
-    infinity for a first step, which may compile kernels, and for weights in RAM, which may be read from disk again."""
+    """Returns the seconds until a step counts as hung, or infinity for a first step or for weights in RAM."""
     return _HUNG_LEAST_S + _HUNG_TIMES * last_ns / 1e9 if on_gpus and last_ns is not None else inf
 
 
@@ -49,15 +48,14 @@ class Compute:
         threading.Thread(target=self._work, args=(niceness,), name="compute", daemon=True).start()
 
     async def run(self, job: Callable[[], _Answer], *, expected_ns: int = INLINE_NS, limit_s: float = inf) -> _Answer:
-        """Runs `job` and returns its result. A job that has begun runs to its end even if the caller is cancelled. A
-        job with a limit always runs on the thread, because the event loop watches the limit."""
+        """Runs `job` and returns its result. A job that has begun runs to its end even if the caller is cancelled."""
+        # A job with a limit runs on the thread, because the event loop watches the limit.
         if expected_ns < self._inline_ns and limit_s == inf and self._queued == 0:
             return job()
         return await asyncio.shield(self.queue(job, limit_s=limit_s))
 
     def apart(self, niceness: int = 0) -> Compute:
-        """Returns another Compute for the same devices, which never uses the event loop. A device that is lost in one
-        counts as lost in both. `niceness` lowers the new thread's priority."""
+        """Returns another Compute for the same devices with its own thread, whose priority `niceness` lowers."""
         twin = Compute(inline=False, niceness=niceness)
         twin._lost = self._lost
         return twin
@@ -79,8 +77,7 @@ class Compute:
     def queue(
         self, job: Callable[[], _Answer], *, limit_s: float = inf, expected_ns: float = inf
     ) -> asyncio.Future[_Answer]:
-        """Runs `job` on the thread after earlier jobs. If it takes longer than `limit_s`, the device counts as lost
-        (see `while_able`). If `expected_ns` is long, earlier jobs' results are passed on before `job` begins."""
+        """Runs `job` on the thread after earlier jobs. If it takes longer than `limit_s`, the device counts as lost."""
         answer: asyncio.Future[_Answer] = self._loop.create_future()
         answer.add_done_callback(self._settled)
         self._queued += 1

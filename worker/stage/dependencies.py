@@ -46,8 +46,7 @@ class SampledTokensBox:
         return self._came[number][1] if number in self._came else 0
 
     def fill(self, frame: _native.MicrobatchFrame) -> list[SampledTokens]:
-        """Replaces the frame's placeholders by sampled tokens of earlier microbatches, and returns these tokens. Raises
-        WorkerError if a token is unknown."""
+        """Fills in sampled tokens of earlier microbatches, and returns them. Raises WorkerError if one is unknown."""
         followed = []
         for number in frame.depends_on:
             sampled = self._came[number][0] if number in self._came else SampledTokens(number, ())
@@ -73,8 +72,7 @@ class Dependencies:
         self._broken: LlamaclustError | None = None
 
     def put_inputs(self, inputs: StepInputs) -> None:
-        """Adds sampling inputs, or drops them if their microbatch has ended. Raises ProtocolError if they are out of
-        order or too many."""
+        """Adds a microbatch's sampling inputs. Raises ProtocolError if they are out of order or too many."""
         found, expected = (inputs.tasks.epoch, inputs.tasks.number), (self._epoch, self._next_put)
         if found != expected:
             raise ProtocolError(f"sampling inputs: expected {place_text(expected)}, found {place_text(found)}")

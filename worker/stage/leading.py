@@ -46,10 +46,9 @@ class Leader:
     def step(
         self, arrival: Arrival, followed: Sequence[SampledTokens], checked: Program | None = None
     ) -> Iterator[None]:
-        """Announces a microbatch, and the sampled tokens `followed` that it depends on. The body of the `with`
-        statement computes the step. `checked` is the stage's program if the step is computed again because numbers were
-        not finite. Raises LinkError if a link fails, or if numbers are not finite again. Lets a WorkerError pass,
-        because every member raises it. Replaces any other error by MemberFailedError."""
+        """Announces a microbatch and the sampled tokens `followed` that it depends on, for the `with` body to compute.
+        If `checked` (the stage's program) is given, finds the member whose numbers are not finite. Raises LinkError,
+        WorkerError or MemberFailedError."""
         assert self._links is not None, "a stream is accepted when the links are open"
         rows = arrival.frame.rows
         is_whole = rows >= LEAST_BANDED_ROWS and arrival.has_groups

@@ -1,5 +1,4 @@
-"""The loop of a loaded stage. It receives, computes and answers microbatches in the order of their numbers. An answer
-is a frame for the next stage. The last stage sends results to the coordinator, and tokens to the first stage."""
+"""The loop of a loaded stage, which receives, computes and answers microbatches in the order of their numbers."""
 
 from __future__ import annotations
 
@@ -38,9 +37,9 @@ _log = logging.getLogger(__name__)
 _DIRECT_BYTES = 1 << 16
 """Maximum size of an answer that is sent before the next step begins. Sending more bytes may wait for the receiver."""
 
+# The coordinator handles a result in 0.7 ms, perhaps on the core that the first stage needs.
 _RESULT_DELAY_S = 0.001
-"""Seconds between sending tokens to a first stage in this process and sending the result to the coordinator. The
-coordinator handles a result in 0.7 ms, perhaps on the core that the first stage needs."""
+"""Seconds from sending tokens to a first stage in this process until sending the result to the coordinator."""
 _MIN_ROUND_S = 0.004
 
 _Value = TypeVar("_Value")
@@ -77,8 +76,7 @@ class Answer:
 
 
 class StageLoop:
-    """Computes one epoch's microbatches. A failed microbatch gets an answer, but LinkError and MemberFailedError end
-    the loop."""
+    """Computes one epoch's microbatches. Failed microbatches get answers, but failures of a group end the loop."""
 
     def __init__(self, epoch: int, runner: StageRunner, context: StageContext, deadlines: Deadlines) -> None:
         self.runner = runner
@@ -100,8 +98,7 @@ class StageLoop:
     async def run(
         self, stream: ServerStream, outlet: Writable, to_first: Writable | None = None, receiver: str | None = None
     ) -> None:
-        """Serves a stream. Computes a microbatch while it receives the next. Sends answers to `outlet`, and sampled
-        tokens to `to_first`. Errors of sending name the worker `receiver`."""
+        """Serves a stream. Sends answers to `outlet`, and sampled tokens to `to_first`. Errors name the `receiver`."""
         incoming = Incoming(stream)
         sending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         sending.set_result(None)
@@ -157,8 +154,7 @@ class StageLoop:
         self.runner.matchers.receive(inputs)
 
     async def compute(self, arrival: Arrival) -> asyncio.Future[Answer]:
-        """Computes a microbatch. Returns when the next microbatch may begin, possibly before the answer is done. Raises
-        ProtocolError, directly or as the answer's error."""
+        """Computes a microbatch. Returns when the next may begin, perhaps before the answer. Raises ProtocolError."""
         program = self.runner.program
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:

@@ -51,8 +51,7 @@ class MatcherTime:
 
 
 class MatchedAnswer:
-    """An answer with a matcher. The thread that makes the matcher owns the answer until `ready` is done. Then the stage
-    owns the answer."""
+    """An answer with a matcher. The thread that makes the matcher owns the answer until `ready` is done."""
 
     def __init__(self, start: MatcherStart) -> None:
         self.ready: Future[None] = Future()
@@ -88,8 +87,7 @@ class MatchedAnswer:
             self.fail(error)
 
     def _make_matcher(self, vocabulary: GrammarVocabulary) -> None:
-        """Makes the matcher. If the answer is empty, adds the tokens that the grammar forces at its beginning. Later,
-        `take` adds forced tokens."""
+        """Makes the matcher. If the answer is empty, adds the tokens that the grammar forces at its beginning."""
         matcher, tokens = answer_matcher(self._start, vocabulary, is_costly=self._is_costly), self._tokens
         self._excess_ns = 0
         for place in range(0, len(tokens), _TOKENS_AT_ONCE):
@@ -118,9 +116,7 @@ class MatchedAnswer:
         return self._due is not None
 
     def begin(self, row: MatcherRow) -> bool:
-        """Begins a row. Returns False if the row is deferred, because the matcher is not ready or an earlier row was
-        deferred. Raises ProtocolError for a wrong position. A row that the coordinator sent before it knew of forced
-        tokens is allowed: its result repeats these tokens."""
+        """Begins a row. Returns False if the row is deferred. Raises ProtocolError for a wrong position."""
         if self._due is not None and row.position > self._due:
             return False
         is_ready = self.ready.done() and self._matcher is not None
@@ -158,9 +154,8 @@ class MatchedAnswer:
         return self._matcher is not None and self._failed is None and self._matcher.is_complete
 
     def take(self, result: RowResult, time: MatcherTime) -> RowResult | AllowedTokens:
-        """Feeds a sampled token to the matcher. Returns the result together with forced tokens that must follow. If the
-        token is not allowed, returns the allowed tokens, from which the caller must sample again. Returns DEFERRED if
-        the matcher must be made again or the step has no time left."""
+        """Feeds a sampled token to the matcher. Returns the result with forced tokens, or DEFERRED if there is no time.
+        If the token is refused, returns the allowed tokens, from which the caller must sample again."""
         if self._failed is None and self._forced:
             return RowResult(self._forced[0], 0.0, forced=tuple(self._forced[1:]))
         if self._failed is None and result.failure is not None:

@@ -1,7 +1,5 @@
 """Matchers apply grammars and reasoning budgets to answers at the last stage. A thread makes matchers when sampling
-inputs arrive. A row whose matcher is not ready is deferred, and the coordinator sends it again. A row is first sampled
-without its grammar. If the grammar refuses the token, the row is sampled again from the allowed tokens. The rows of a
-step share a limited CPU time. Any pipeline can make an answer's matcher from its grammar and tokens."""
+inputs arrive. A row whose matcher is not ready is deferred, and the coordinator sends it again."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from llamaclust.worker.stage.matched_answer import DEFERRED, MatchedAnswer, Matc
 from llamaclust.worker.stage.step_inputs import StepInputs
 
 _ALONE_S: Final = 0.05
-"""Maximum wait in seconds if no row of the step is ready. Without it, the coordinator would send the rows again."""
+"""Maximum wait in seconds if no row of the step is ready."""
 _FIRST_S: Final = 0.01
 """Maximum wait in seconds for rows that have not been deferred yet, if other rows are ready."""
 
@@ -99,8 +97,7 @@ class StageMatchers:
         return [answer.ready for answer in (late if is_alone else first)], _ALONE_S if is_alone else _FIRST_S
 
     def begin(self, tasks: SamplingTasks) -> list[int]:
-        """Begins a step. Returns the indices of rows whose answer is complete, so that only an end token may follow.
-        Drafted rows must be marked in `tasks` already. Raises ProtocolError if a row has no matcher."""
+        """Begins a step. Returns the indices of rows whose answer is complete. Raises ProtocolError."""
         with self._lock:
             self._admit(tasks.number)
         self._rows, self._deferred, self._last = {}, [], {}
@@ -127,8 +124,7 @@ class StageMatchers:
 
     def take(self, results: list[RowResult]) -> dict[int, AllowedTokens]:
         """Feeds the step's results to the matchers, and replaces some of the results. Returns the allowed tokens of
-        each row whose token was refused, by row index. The caller samples these rows again and calls `take` until it
-        returns {}. A drafted row counts only if the previous row chose its token."""
+        each refused row. The caller samples these rows again and calls `take` until it returns {}."""
         for place in self._deferred:
             results[place] = DEFERRED
         refused: dict[int, AllowedTokens] = {}

@@ -1,5 +1,4 @@
-"""A multi-token prediction (MTP) head, which drafts after the last stage's layers. Its KV cache has the same block ids
-as the layers' cache, and does not contain rejected drafts. Wrong entries make drafts worse, but change no answer."""
+"""A multi-token prediction (MTP) head, which drafts after the last stage's layers."""
 
 from __future__ import annotations
 
@@ -105,8 +104,7 @@ class NextnDrafter:
         return lines, self._stage.run(batch, np.ascontiguousarray(hidden))
 
     def _choose(self, drafting: Sequence[_Taken], logits: Float32, tasks: SamplingTasks, later: int) -> None:
-        """Samples a draft token from each row of logits. `later` is the token's distance from the last sampled token,
-        and selects the random number. Logits that are not finite end a draft."""
+        """Samples a draft token from each row of logits. `later` is its distance from the last sampled token."""
         if not drafting:
             return
         rows = self._sampler.sample(logits, tasks.drafts([each.output for each in drafting], later)).rows

@@ -106,8 +106,7 @@ def portion_of(order: Load) -> Portion | None:
 
 
 def model_program(model: Model, start: int, end: int, limits: StageLimits, portion: Portion | None = None) -> Program:
-    """Returns the program of the layers [start, end). Raises UsageError if the model lacks these layers, or if they
-    cannot be divided as `portion` requires."""
+    """Returns the program of layers [start, end). Raises UsageError if the model lacks them or cannot be divided."""
     shards = limits.expert_shards
     if not 0 <= start < end <= model.layer_count * shards:
         raise UsageError(

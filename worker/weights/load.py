@@ -41,8 +41,7 @@ _Value = TypeVar("_Value")
 async def load_stage(
     order: Load, device: Device, report: Report, weights: Weights, reach: Reach, reserved_bytes: int = 0
 ) -> StageRunner:
-    """Loads a stage. `reserved_bytes` of the free memory must stay free. Raises ModelFileError or
-    InsufficientMemoryError, or the errors of `RemoteFile` if this machine has no file."""
+    """Loads a stage, and leaves `reserved_bytes` of memory free. Raises LlamaclustError, for example ModelFileError."""
     files = _Files(weights, reach, Progress())
     return await _reported(order.epoch, files.progress, report, _load(order, device, files, reserved_bytes))
 
@@ -202,8 +201,7 @@ class _Files(AsyncExitStack):
 
 
 async def _in_thread(work: Callable[[], _Value], progress: Progress) -> _Value:
-    """Runs `work` on a thread. Waits for the thread even if cancelled, because the thread holds memory. A cancelled
-    `work` ends when it next reports progress."""
+    """Runs `work` on a thread. Waits for the thread even if cancelled, because the thread holds memory."""
     running = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(running)

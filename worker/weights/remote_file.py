@@ -21,8 +21,7 @@ from llamaclust.worker.weights.weights import Weights, key_of
 
 
 class RemoteFile:
-    """A file on other machines. The cache keeps its fetched weights while the context lasts. Raises LlamaclustError if
-    there is no cache."""
+    """A file on other machines, whose weights are fetched into the cache. Raises LlamaclustError without a cache."""
 
     def __init__(
         self,
@@ -33,7 +32,7 @@ class RemoteFile:
         sources: Mapping[str | None, Peer],
         on_bytes: Callable[[int], None],
     ) -> None:
-        """`path` is for messages. `sources` are by worker name (None for the coordinator), the best source first."""
+        """`path` appears in messages. `sources` has peers by worker name (None: the coordinator), the best first."""
         if weights.cache is None:
             raise LlamaclustError(
                 f"{path}: there is no such file on this machine, and LLAMACLUST_WEIGHTS_SIZE=0 forbids fetching it"

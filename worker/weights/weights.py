@@ -79,8 +79,7 @@ class Weights:
     def __init__(
         self, cache: WeightCache | None = None, model_dir: Path | None = None, models_dir: Path | None = None
     ) -> None:
-        """`model_dir` has model files that have other paths on the coordinator's machine. `models_dir` has one folder
-        for each downloaded model."""
+        """`model_dir` has model files by name, and `models_dir` has one folder for each downloaded model."""
         self.cache = cache
         self.received_bytes = 0
         self._model_dir = model_dir
@@ -96,13 +95,12 @@ class Weights:
                 file.renew(update.source, reach(update.source))
 
     def open_file(self, model_path: str, model_id: str) -> ModelFile | None:
-        """Opens the model's file. Returns None if no file is found, and raises ModelFileError if the files that are
-        found belong to other models."""
+        """Opens the model's file, or returns None if there is none. Raises ModelFileError for files of other models."""
         places = [place for place in self.places(model_path) if place.is_file()]
         return _chosen(lambda place: as_programs_read(open_model(place)), places, model_id)
 
     def open_adapter(self, wanted: AdapterFile, plain: ModelFile) -> ModelFile | None:
-        """Opens an adapter like `open_file`. Reads only headers and samples: the coordinator checked the adapter."""
+        """Opens an adapter like `open_file`. Reads only headers and samples of its file."""
         places = [place for place in self.places(wanted.path) if is_adapter(place)]
         return _chosen(partial(read_adapter, model=plain), places, wanted.adapter_id)
 

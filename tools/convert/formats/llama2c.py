@@ -107,7 +107,6 @@ def _read_header(file: SourceFile) -> _Header:
 
 
 def _old_header(file: SourceFile) -> _Header | None:
-    """Reads a header without a version. If the vocabulary size is negative, the file has a separate output matrix."""
     *numbers, words, context = unpack("<7i", file.read(0, _OLD_HEADER))
     return _checked((*numbers, abs(words), context), tied=words > 0)
 
@@ -129,7 +128,7 @@ def _layers(name: str, whole: Lazy, layers: int) -> dict[str, Lazy]:
 def _quantized(
     file: SourceFile, header: _Header, name: str, shape: tuple[int, ...], at: int
 ) -> tuple[dict[str, Lazy], int]:
-    """Reads one matrix per layer of version 2: int8 numbers, then scales. Also returns the next matrix's offset."""
+    """Reads one int8 matrix per layer. Returns the matrices and the offset of the next matrix."""
     layers = header.layers if "{}" in name else 1
     shape = (shape[0] // layers, shape[1])
     count = prod(shape)

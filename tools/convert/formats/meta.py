@@ -51,7 +51,7 @@ _TENCENT_SETTINGS: Final = {
 
 
 def read_meta(files: SourceFiles, folder: Path, context_length: int | None) -> Checkpoint:
-    """Reads a folder in Meta's format. The user can give `context_length`, because params.json may lack it."""
+    """Reads a folder in Meta's format. If `context_length` is None, it is read or inferred from params.json."""
     path = folder / PARAMS
     params = Settings(read_json(path), str(path))
     width = params.count("dim")
@@ -124,8 +124,7 @@ def _rows(tensors: dict[str, Lazy], name: str, params: Settings) -> int:
 
 
 def _context(params: Settings, values: dict[str, Any]) -> int:
-    """Returns the context length. If params.json lacks it, other settings tell Code Llama and Llama 3.1, 3, 2 and 1
-    apart."""
+    """Returns the context length, which is inferred from other settings if params.json lacks it."""
     if params.has("max_seq_len"):
         return params.count("max_seq_len", maximum=MAX_CONTEXT)
     if "rope_scaling" in values:

@@ -15,7 +15,6 @@ _MAX_SCALE = 1e6
 
 
 def build_seed_oss(page: Page) -> None:
-    """Q, K and V have biases. GGUF calls the norm before the feed-forward network `post_attention_norm`."""
     for name in ("attention_out_bias", "mlp_bias"):
         if page.settings.flag(name):
             raise page.settings.error(name, "true is not supported by seed_oss")
@@ -70,7 +69,7 @@ def _plain(page: Page, base: float) -> None:
 
 
 def build_exaone4(page: Page) -> None:
-    """EXAONE 4 has norms only after blocks. If it has a window, every fourth layer has neither window nor RoPE."""
+    """Converts EXAONE 4, which has norms only after blocks."""
     settings, hidden = page.settings, page.width
     width = decoder.feed_forward_width(page)
     decoder.usual_keys(page, width)
@@ -98,8 +97,7 @@ def build_exaone4(page: Page) -> None:
 
 
 def build_cohere2(page: Page) -> None:
-    """Command R7B and Command A. Norms subtract the mean. Attention and the feed-forward network are parallel. Three of
-    four layers have a window and RoPE. RoPE pairs neighbouring channels, in the checkpoint and in GGUF."""
+    """Converts Command R7B and Command A, whose attention and feed-forward network are parallel."""
     settings, hidden = page.settings, page.width
     width = decoder.feed_forward_width(page)
     if settings.real("rotary_pct", default=1.0) != 1:

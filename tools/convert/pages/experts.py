@@ -29,8 +29,7 @@ def weight_keys(page: Page, gating: int, *, normalized: bool) -> None:
 
 
 def group_keys(page: Page, count: int, chosen: int) -> None:
-    """Writes the metadata of expert groups. The model chooses experts from the groups with the highest scores. The
-    score of a group is the sum of the scores of its two best experts."""
+    """Writes the metadata of expert groups. A model chooses experts only from the groups with the highest scores."""
     settings = page.settings
     groups = settings.count("n_group", "num_expert_group", default=1, maximum=count)
     used = settings.count("topk_group", default=1, maximum=groups)
@@ -45,8 +44,7 @@ def group_keys(page: Page, count: int, chosen: int) -> None:
 
 
 def matrices(page: Page, place: str, source: str, count: int, width: int, names: tuple[str, str, str] = PARTS) -> None:
-    """Writes the expert matrices gate, up and down. `source` has three tensors for each expert, or `gate_up_proj` and
-    `down_proj` for all experts. The first rows of `gate_up_proj` are gate, the others up."""
+    """Writes the expert matrices gate, up and down, from tensors of single experts or of all experts."""
     if not page.has(f"{source}.gate_up_proj"):
         decoder.experts(page, place, count, width, names, source)
         return
@@ -57,8 +55,7 @@ def matrices(page: Page, place: str, source: str, count: int, width: int, names:
 
 
 def column_matrices(page: Page, place: str, source: str, count: int, width: int) -> None:
-    """Writes the expert matrices gate, up and down. `source` has transposed tensors `gate_up_proj` and `down_proj` for
-    all experts. The first columns of `gate_up_proj` are gate, the others up."""
+    """Writes the expert matrices gate, up and down, from transposed tensors of all experts."""
     both = exchanged(page.take(f"{source}.gate_up_proj", count, page.width, 2 * width))
     page.put(f"{place}.ffn_gate_exps.weight", part_of_each(both, 0, width))
     page.put(f"{place}.ffn_up_exps.weight", part_of_each(both, width, 2 * width))

@@ -31,7 +31,6 @@ def build(page: Page) -> None:
 
 
 def _kv_heads(page: Page) -> int:
-    """Returns the number of KV heads. If `multi_query` is set, the number is 1 and newer settings are ignored."""
     settings = page.settings
     large = settings.flag("new_decoder_architecture", default=settings.has("n_head_kv"))
     if not large and not settings.flag("parallel_attn", default=True):
@@ -42,9 +41,9 @@ def _kv_heads(page: Page) -> int:
 
 
 def _layer(page: Page, place: str, source: str, kv_heads: int, feed_forward: int) -> None:
-    """Copies a layer. The 40B model has two norms, and GGUF calls the norm of the feed-forward network `attn_norm`."""
     width, attention = page.width, f"{source}.self_attention"
     if page.has(f"{source}.ln_attn.weight"):
+        # GGUF calls the norm of the feed-forward network `attn_norm`.
         page.copy(f"{place}.attn_norm", f"{source}.ln_mlp", width, bias=True)
         page.copy(f"{place}.attn_norm_2", f"{source}.ln_attn", width, bias=True)
     else:

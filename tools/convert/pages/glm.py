@@ -9,8 +9,7 @@ from llamaclust.tools.convert.rotation import rotating_channels, rotation
 
 
 def build(page: Page) -> None:
-    """Converts checkpoints in Hugging Face's format. GLM-4-0414 has two more norms: after attention and after the
-    feed-forward network."""
+    """Converts GLM checkpoints in Hugging Face's format."""
     width, hidden = decoder.feed_forward_width(page), page.width
     decoder.usual_keys(page, width)
     decoder.rms_epsilon(page)

@@ -10,7 +10,7 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT
 
 
 def build_gpt2(page: Page) -> None:
-    """GPT-2 has a table of positions, and stores its matrices transposed."""
+    """Converts GPT-2, which has a table of positions and stores its matrices transposed."""
     settings, width = page.settings, page.width
     context = settings.count("n_ctx", "n_positions", maximum=1 << 20)
     if settings.flag("scale_attn_by_inverse_layer_idx") or not settings.flag("scale_attn_weights", default=True):

@@ -58,7 +58,7 @@ def _experts(page: Page, layer: int, count: int, width: int) -> None:
 
 
 def _matrices(page: Page, source: str, shape: tuple[int, int, int], parts: int) -> list[Lazy]:
-    """Reads MXFP4 [experts, rows, columns] or floats [experts, columns, rows]. Row i goes to matrix i % `parts`."""
+    """Reads the matrices of experts, and divides their rows in turn among `parts` matrices."""
     count, rows, columns = shape
     if not page.has(f"{source}_blocks"):
         whole = exchanged(page.take(source, count, columns, rows))
@@ -72,8 +72,7 @@ def _matrices(page: Page, source: str, shape: tuple[int, int, int], parts: int) 
 
 
 def packed_blocks(blocks: Lazy, scales: Lazy) -> Lazy:
-    """Packs blocks [experts, rows, blocks per row, 16] and scales into GGUF's MXFP4: a scale, then 16 bytes. Byte i
-    holds numbers i (low half) and i + 16 (high half) in GGUF, but numbers 2 i and 2 i + 1 in the checkpoint."""
+    """Packs blocks [experts, rows, blocks per row, 16] and scales into GGUF's MXFP4."""
     count, rows, width, _ = blocks.shape
 
     def read(start: int, end: int) -> Array:
@@ -81,6 +80,7 @@ def packed_blocks(blocks: Lazy, scales: Lazy) -> Lazy:
         first, second = pairs[..., : _BLOCK // 4], pairs[..., _BLOCK // 4 :]
         found = np.empty((*pairs.shape[:-1], 1 + _BLOCK // 2), np.uint8)
         found[..., 0] = scales.read(start, end)
+        # Byte i has numbers 2 i and 2 i + 1 in the checkpoint, but numbers i (low half) and i + 16 (high half) in GGUF.
         found[..., 1::2] = first & 15 | second << 4
         found[..., 2::2] = first >> 4 | second & 240
         return found.reshape(*pairs.shape[:2], -1)

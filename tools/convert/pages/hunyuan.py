@@ -16,7 +16,7 @@ def build_dense(page: Page) -> None:
 
 
 def build_moe(page: Page) -> None:
-    """Hunyuan A13B has experts and a shared expert. All layers must have the same number and width of experts."""
+    """Converts Hunyuan A13B, which has experts and a shared expert."""
     settings, width = page.settings, decoder.feed_forward_width(page)
     count = _of_all_layers(page, "num_experts", maximum=experts.MAX_EXPERTS)
     inner = _of_all_layers(page, "moe_intermediate_size", default=width)

@@ -18,7 +18,7 @@ _BAICHUAN_2_WORDS = 125696
 
 
 def build(page: Page) -> None:
-    """LLaMA in Hugging Face's format, and models with the same layers: Mistral, Mixtral, Yi, SmolLM, DeepSeek LLM."""
+    """Converts LLaMA in Hugging Face's format, and models with the same layers, such as Mistral, Mixtral and Yi."""
     width = decoder.feed_forward_width(page)
     count = page.settings.count("num_local_experts", default=0, minimum=0, maximum=1 << 10)
     decoder.usual_keys(page, width)
@@ -43,7 +43,7 @@ def build(page: Page) -> None:
 
 
 def build_smollm3(page: Page) -> None:
-    """SmolLM 3. Every fourth layer has no RoPE, and GGUF cannot express another pattern. No window is used."""
+    """Converts SmolLM 3, in which every fourth layer has no RoPE."""
     settings = page.settings
     if settings.flag("use_sliding_window"):
         raise settings.error("use_sliding_window", "true is not supported")
@@ -63,7 +63,7 @@ def build_smollm3(page: Page) -> None:
 
 
 def build_mistral3(page: Page) -> None:
-    """Mistral Small 3.1, and Ministral 3, which scales queries by their position."""
+    """Converts Mistral Small 3.1 and Ministral 3."""
     settings, width = page.settings, decoder.feed_forward_width(page)
     decoder.usual_keys(page, width)
     context = settings.count("max_position_embeddings", maximum=MAX_CONTEXT)
@@ -86,7 +86,7 @@ def _layers(page: Page, width: int) -> None:
 
 
 def build_meta(page: Page) -> None:
-    """LLaMA with Meta's tensor names, also from llama2.c and TencentPretrain files. Q and K need no permutation."""
+    """Converts LLaMA with Meta's tensor names, also from llama2.c and TencentPretrain files."""
     width, hidden = decoder.feed_forward_width(page), page.width
     decoder.usual_keys(page, width)
     page.key("vocab_size", page.words)

@@ -72,7 +72,7 @@ def _check_attention(page: Page, count: int) -> None:
 
 
 def _chunks(page: Page) -> None:
-    """Writes the length of attention chunks, unless it equals Scout's and Maverick's, whose published files omit it."""
+    """Writes the length of attention chunks if it differs from Scout's and Maverick's."""
     settings, rotated = page.settings, _rotated(page)
     kinds = ["chunked_attention" if flag else "full_attention" for flag in rotated]
     if settings.has("layer_types") and settings.values["layer_types"] != kinds:
@@ -85,8 +85,7 @@ def _chunks(page: Page) -> None:
 
 
 def _rotated(page: Page) -> list[bool]:
-    """Returns, for each layer, True if the layer has RoPE. Without a list in the configuration, the last layer of each
-    interval has no RoPE."""
+    """Returns, for each layer, True if the layer has RoPE."""
     settings = page.settings
     listed = settings.values.get("no_rope_layers")
     if not listed:

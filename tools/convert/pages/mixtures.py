@@ -60,7 +60,7 @@ def granite_feed_forward(page: Page, layer: int, width: int, suffix: str = "") -
 
 
 def build_ernie(page: Page) -> None:
-    """ERNIE 4.5 with experts and shared experts in every n-th layer. MTP layers are omitted, as in llama.cpp."""
+    """Converts ERNIE 4.5 with experts, without layers for multi-token prediction."""
     settings, width = page.settings, decoder.feed_forward_width(page)
     if settings.flag("use_bias"):
         raise settings.error("use_bias", "true is not supported by ernie4_5-moe")
@@ -114,8 +114,7 @@ def _ernie_experts(page: Page, layer: int) -> None:
 
 
 def build_bailing(page: Page) -> None:
-    """Ling and Ring 2.0. Q, K and V are one matrix. RoPE rotates half of each head. Dense layers come first, then
-    layers with grouped sigmoid experts and shared experts. MTP layers are omitted."""
+    """Converts Ling and Ring 2.0, without layers for multi-token prediction."""
     settings, width, hidden = page.settings, decoder.feed_forward_width(page), page.width
     for name, wanted in (("use_bias", False), ("use_qkv_bias", False), ("use_qk_norm", True)):
         if settings.flag(name, default=wanted) is not wanted:
@@ -177,8 +176,7 @@ def _bailing_experts(page: Page, layer: int) -> None:
 
 
 def build_minimax(page: Page) -> None:
-    """MiniMax M2. The norms of Q and K extend over all heads. RoPE rotates a head's first channels. All layers have
-    experts, which are chosen with a sigmoid."""
+    """Converts MiniMax M2, in which the norms of Q and K extend over all heads."""
     settings, width, hidden = page.settings, decoder.feed_forward_width(page), page.width
     count = settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
     for name, usual in (("scoring_func", "sigmoid"), ("qk_norm_type", "per_layer")):

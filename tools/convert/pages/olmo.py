@@ -18,7 +18,7 @@ def build(page: Page) -> None:
 
 
 def build_olmo3(page: Page) -> None:
-    """OLMo 3 is OLMo 2 with a window in three of four layers. Layers with a window ignore RoPE scaling."""
+    """Converts OLMo 3, which is OLMo 2 with a window in three of four layers."""
     settings = page.settings
     _build(page, _BASE)
     base = page.metadata["olmo2.rope.freq_base"]

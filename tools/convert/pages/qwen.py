@@ -12,7 +12,7 @@ from llamaclust.tools.convert.settings import MAX_LAYERS
 
 
 def build(page: Page) -> None:
-    """Refuses models with `use_sliding_window`. Without it, the setting `sliding_window` has no effect."""
+    """Converts Qwen models, dense or with experts. Raises ModelFileError if `use_sliding_window` is set."""
     if page.settings.flag("use_sliding_window"):
         raise page.settings.error("use_sliding_window", "true is not supported")
     width = decoder.feed_forward_width(page)

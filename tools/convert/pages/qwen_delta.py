@@ -28,8 +28,7 @@ _PREDICTION = (
 
 @dataclass(frozen=True, slots=True)
 class _DeltaNet:
-    """Sizes of a delta net. Several value heads share a key head, and are neighbours in a checkpoint. If `tiled`, the
-    GGUF file has another order, in which value head j belongs to key head j % key_heads."""
+    """Sizes of a delta net. If `tiled`, value head j belongs to key head j % key_heads in the GGUF file."""
 
     key_heads: int
     heads: int
@@ -50,8 +49,7 @@ class _DeltaNet:
         return 2 * self.keys + self.values
 
     def order(self, width: int) -> NDArray[np.int64]:
-        """Returns, for each row of the value heads in GGUF, the row of the checkpoint. A value head has `width`
-        rows."""
+        """Returns the checkpoint's row for each row of the value heads in GGUF. A value head has `width` rows."""
         numbers = np.arange(self.heads * width, dtype=np.int64)
         if not self.tiled:
             return numbers
@@ -108,9 +106,9 @@ def _recurrent(page: Page) -> list[bool]:
 
 
 def _further_layers(page: Page) -> int:
-    """Returns the number of MTP layers. The configuration of Qwen3-Next does not state its one MTP layer."""
     if not page.has("mtp.fc.weight"):
         return 0
+    # The configuration of Qwen3-Next does not state its one MTP layer.
     return page.settings.count("mtp_num_hidden_layers", default=1, maximum=MAX_LAYERS)
 
 
@@ -195,8 +193,7 @@ def _delta_net(page: Page, place: str, source: str, net: _DeltaNet) -> None:
 
 
 def _grouped_products(page: Page, place: str, source: str, net: _DeltaNet) -> None:
-    """Splits a matrix that has a group of rows (q, k, v, gates) for each key head. The tensor `attn_qkv` gets q, k and
-    v, and `attn_gate` gets the gates."""
+    """Splits the matrix that computes q, k, v and gates into `attn_qkv` and `attn_gate`."""
     shared = net.values // net.key_heads
     group = 2 * net.width + 2 * shared
     whole = page.take(f"{source}.in_proj_qkvz.weight", net.key_heads * group, page.width)

@@ -92,8 +92,8 @@ _PICTURES: Final = tuple(
 
 
 def text_part(checkpoint: Checkpoint) -> Checkpoint:
-    """Returns the text model of a multimodal checkpoint. Returns any other checkpoint unchanged. Raises ModelFileError
-    if the kind of the text model is unknown."""
+    """Returns the text model of a multimodal checkpoint, or the given checkpoint if it is not multimodal. Raises
+    ModelFileError if the kind of the text model is unknown."""
     part = MULTIMODAL.get(checkpoint.family)
     if part is None:
         return checkpoint

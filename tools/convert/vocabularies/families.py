@@ -21,7 +21,7 @@ _GLM_PARTS: Final = {
     "glm4": {"eot": _CHATGLM_TURN},
     "glm4moe": {"bos": "[gMASK]", "eot": _CHATGLM_TURN, "eom": "<|observation|>", "unknown": "<|endoftext|>"},
 }
-"""Special tokens by role. The files of these models do not state the roles."""
+"""Special tokens by role, for models whose files do not state the roles."""
 _HUNYUAN_BOS: Final = {"hunyuan-dense": "<|startoftext|>", "hunyuan-moe": "<|bos|>"}
 """BOS tokens of Hunyuan's tiktoken files, which take precedence over the ids in the configurations."""
 _GEMMA4: Final = "gemma4"
@@ -55,7 +55,7 @@ def vocabulary_of(architecture: str, files: SourceFiles, place: Path, rows: int)
 
 
 def _become_gemma4(words: Words) -> None:
-    """Turns a SentencePiece vocabulary into BPE with the merges of tokenizer.json, which scores cannot express."""
+    """Turns a SentencePiece vocabulary into BPE with the merges of tokenizer.json."""
     if not words.merges:
         raise ModelFileError(f"{words.origin}: has no merges; gemma4 needs the merges of {_LIBRARY_FILE}")
     if words.flags["add_space_prefix"]:

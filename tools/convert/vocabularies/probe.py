@@ -27,8 +27,8 @@ Pieces = tuple[str, ...]
 
 
 def recognised(pre_tokenizer: Any, ignore_merges: bool, adds_bos: bool) -> str | None:
-    """Returns the name of a known pre-tokenizer that splits the probe text into the same pieces and has the given
-    `ignore_merges`, or None. If there are several, prefers one whose `add_bos` equals `adds_bos`."""
+    """Returns the name of a known pre-tokenizer that splits the probe text in the same way, or None. The pre-tokenizer
+    must have the given `ignore_merges`, and preferably the given `adds_bos`."""
     found = cut(pre_tokenizer)
     alike = [name for name, pieces in _known().items() if pieces == found]
     kinds = known_pre_tokenizers()

@@ -45,8 +45,7 @@ _BEHIND: Final = {
     "qwen2": (_QWEN_SPECIAL, {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}),
     "hunyuan": (_HUNYUAN_SPECIAL, {"bos": "<|startoftext|>", "eos": "<|eos|>", "padding": "<|pad|>"}),
 }
-"""Maps a pre-tokenizer to the control tokens that follow the file's words, and to the roles of some tokens. Other
-models list these tokens in tokenizer_config.json."""
+"""Maps a pre-tokenizer to the control tokens that follow the file's words, and to the roles of some tokens."""
 _OLD_SPECIAL: Final = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
     *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]"),
@@ -65,8 +64,7 @@ def is_ranks(data: bytes) -> bool:
 
 
 def read_ranks(path: Path, data: bytes) -> Words:
-    """Reads words and merges of a tiktoken file. Adds control tokens that are not in the file, as the model's program
-    does."""
+    """Reads words and merges of a tiktoken file, and adds the model's control tokens."""
     ranks = _parse(path, data)
     texts = spelled(ranks)
     pre = _model_of(path, len(texts))

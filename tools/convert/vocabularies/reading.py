@@ -105,10 +105,10 @@ def _read_parts(words: Words, stated: dict[str, Any], named: dict[str, Any], con
 
 
 def _read_ends(words: Words, config: dict[str, Any], rows: int) -> None:
-    """Reads the tokens, other than EOS, that end an answer. The first ones become EOT and EOM, unless the vocabulary
-    has these. The configuration's list is read backwards, because chats use the tokens at its end."""
+    """Reads the tokens, other than EOS, that end an answer."""
     listed = config.get("eos_token_id")
     stated = [config.get("eod_token_id"), *(listed if isinstance(listed, list) else ())]
+    # The list is read backwards, because chats use the tokens at its end.
     ends = dict.fromkeys(end for end in reversed(stated) if type(end) is int and 0 <= end < rows)
     known = {words.ids.get(role) for role in ("eos", *_ENDS)}
     others = [end for end in ends if end not in known]

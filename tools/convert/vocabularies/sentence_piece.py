@@ -19,7 +19,7 @@ _PROTO: Any = sentencepiece_model_pb2
 _ENTRY: Final = Struct("<fI")
 _LONGEST: Final = 1 << 16
 _BYTE: Final = re.compile(r"<0x[0-9A-F]{2}>")
-"""Matches the text of a byte token, such as <0x0A>. Files of 2023 have the character with this code instead."""
+"""Matches the text of a byte token, such as <0x0A>."""
 _FIRST: Final = (("<unk>", TokenType.UNKNOWN), ("<s>", TokenType.CONTROL), ("</s>", TokenType.CONTROL))
 
 

@@ -99,12 +99,12 @@ def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], doc
 
 
 def _pre_tokenizer_name(library: Any, document: dict[str, Any]) -> str | None:
-    """Returns the name of the pre-tokenizer, or None if it is unknown. `ignore_merges` may differ if merges produce
-    every word, because it then makes no difference."""
+    """Returns the name of the pre-tokenizer, or None if it is unknown."""
     ignores_merges, has_bos = document["model"].get("ignore_merges") is True, _template_ends(document)[0] is not None
     name = recognised(library.pre_tokenizer, ignores_merges, has_bos)
     if name is not None:
         return name
+    # If merges produce every word, `ignore_merges` makes no difference.
     name = recognised(library.pre_tokenizer, not ignores_merges, has_bos)
     return name if name is not None and _merges_reach_words(library, document) else None
 

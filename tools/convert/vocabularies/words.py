@@ -22,8 +22,7 @@ _MARKED_CONTROL: Final = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 
 @dataclass(slots=True)
 class Words:
-    """A vocabulary. `kind` is GGUF's `tokenizer.ggml.model`. SentencePiece has `scores`, and BPE has `merges`. A
-    SentencePiece vocabulary in tokenizer.json has both, but only gemma4 files get its merges."""
+    """A vocabulary. `kind` is GGUF's `tokenizer.ggml.model`. SentencePiece has `scores`, and BPE has `merges`."""
 
     kind: str
     pre: str
@@ -41,7 +40,7 @@ class Words:
     charsmap: bytes = b""
 
     def add(self, token_id: int, text: str, special: bool) -> None:
-        """Adds a token, or marks an existing word as control or user-defined. Does not change the unknown token."""
+        """Adds a token, or marks an existing word as control or user-defined."""
         if token_id == self.ids.get("unknown"):
             return
         if not 0 <= token_id < MAX_WORDS:
@@ -72,7 +71,7 @@ class Words:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Advice for the user if tokens that end an answer have no GGUF key and are not recognized by their text."""
+        """Advice for the user about tokens that end an answer but that GGUF cannot mark as such."""
         written = self.ids.values()
         left = [shown(self.texts[end]) for end in self.ends if end not in written and not self._ends_by_text(end)]
         if not left:

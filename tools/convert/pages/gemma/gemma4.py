@@ -193,7 +193,6 @@ def _expert_keys(page: Page) -> int:
 
 
 def _experts(page: Page, layer: int, count: int) -> None:
-    """Copies the experts. Gate and up of an expert are one matrix, as in GGUF. A scale multiplies the output."""
     place, source, hidden = f"blk.{layer}", f"model.layers.{layer}", page.width
     width = page.settings.count("moe_intermediate_size", "expert_intermediate_size")
     for name, norm in (

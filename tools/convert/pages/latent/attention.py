@@ -26,7 +26,7 @@ class Latent:
 
 
 def read_latent(page: Page) -> Latent:
-    """Raises ModelFileError for attention that GGUF's latent attention cannot express."""
+    """Reads the sizes of latent attention. Raises ModelFileError for attention that GGUF cannot express."""
     settings = page.settings
     if settings.flag("attention_bias"):
         raise settings.error("attention_bias", f"true is not supported by {page.architecture}")
@@ -52,7 +52,7 @@ def read_latent(page: Page) -> Latent:
 
 
 def latent_keys(page: Page, latent: Latent) -> None:
-    """Writes the metadata of latent attention. There is one KV head, and values are the latent part of the keys."""
+    """Writes the metadata of latent attention."""
     page.key("attention.head_count_kv", 1)
     page.key("attention.key_length", latent.rank + latent.rotated)
     page.key("attention.value_length", latent.rank)

@@ -15,8 +15,7 @@ _GLM = "glm4moe"
 
 @dataclass(frozen=True, slots=True)
 class _Mixture:
-    """The gating of experts. If `has_bias`, a bias affects the choice. If `has_groups`, experts are chosen by groups,
-    and the weights of chosen experts are normalized."""
+    """The gating function of experts (`name` in configurations, `number` in GGUF), with or without bias and groups."""
 
     name: str
     number: int
@@ -30,7 +29,7 @@ _MISTRAL4 = _Mixture("softmax", experts.SOFTMAX, has_bias=False)
 
 
 def build_v2(page: Page) -> None:
-    """DeepSeek V2. Refuses full models: they rank expert groups by the best expert, but GGUF by the best two."""
+    """Converts DeepSeek V2 Lite. Raises ModelFileError for full models, whose choice of groups GGUF cannot express."""
     settings = page.settings
     method = settings.text("topk_method", default="greedy")
     if method != "greedy" and settings.count("n_group", default=1) != 1:
@@ -43,7 +42,7 @@ def build_v2(page: Page) -> None:
 
 
 def build_v3(page: Page) -> None:
-    """DeepSeek V3, V3.1, R1 and Kimi K2. Layers for multi-token prediction are omitted, as in llama.cpp."""
+    """Converts DeepSeek V3, V3.1, R1 and Kimi K2, without layers for multi-token prediction."""
     _build(page, _V3)
     experts.leave_further_layers(page)
 

@@ -41,7 +41,7 @@ def build(page: Page) -> None:
 
 
 def _ends(page: Page) -> None:
-    """Copies embedding and output matrix. They have different multipliers even if the checkpoint has one matrix."""
+    """Copies embedding and output matrix, each with its own multiplier."""
     embedding = page.take("model.embed_tokens.weight", page.words, page.width)
     head = embedding
     if not page.settings.flag("tie_word_embeddings"):

@@ -52,7 +52,7 @@ def build(page: Page) -> None:
 
 
 def _kinds(page: Page) -> list[str]:
-    """Returns each layer's kind, given by name or letter. Adds the layer count and head width if they are missing."""
+    """Returns each layer's kind. Adds the layer count and head width to the page's settings if they are missing."""
     settings = page.settings
     values = dict(settings.values)
     listed = next((values[name] for name in ("layers_block_type", "layer_types") if settings.has(name)), None)
@@ -120,7 +120,6 @@ def _feed_forward(page: Page, place: str, source: str, width: int, suffix: str =
 
 
 def _experts(page: Page, place: str, source: str) -> None:
-    """Copies the experts. Their input is the hidden state, or its projection to `moe_latent_size` channels."""
     settings, hidden = page.settings, page.width
     count, width = (
         settings.count("n_routed_experts", maximum=experts.MAX_EXPERTS),

@@ -125,7 +125,7 @@ def random_matrix(
 
 
 def _set_quarters(blocks: NDArray[np.uint8], scale: np.float16) -> None:
-    """Sets the float16 scale of IQ1_M blocks. Each of a block's last four 16-bit words has four of its bits."""
+    """Sets the float16 scale of IQ1_M blocks, whose bits are spread over the last four 16-bit words of a block."""
     for quarter in range(4):
         place = blocks[:, 49 + 2 * quarter]
         place[:] = place & 15 | (int(scale.view(np.uint16)) >> 4 * quarter & 15) << 4

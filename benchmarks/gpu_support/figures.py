@@ -12,9 +12,8 @@ from gpu_support.work import Rates, Work
 from llamaclust.tools.bench.limits import Spread
 
 DECODE_SHARE, MIXED_SHARE, PREFILL_SHARE, TIMES_ONE, RATIO = 0.80, 0.85, 0.35, 6.0, 1.0
-"""Goals. Shares of the read bandwidth in decode: DECODE_SHARE on a GPU alone, MIXED_SHARE with layers or experts in
-RAM. TIMES_ONE is the speed of eight sequences relative to one. RATIO is the speed relative to llama.cpp, and of decode
-with GPU copies of experts relative to decode without copies."""
+"""Goals for decode on a GPU alone, decode with layers or experts in RAM, prefill, eight sequences relative to one, and
+the speed relative to llama.cpp or to decode without copies of experts."""
 _TOGETHER = 8
 
 
@@ -31,8 +30,7 @@ class CopiedSteps:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Seconds of a prefill, and of decode steps with one and with several sequences, without GPU copies of experts.
-    `copied` has the times of decode steps with GPU copies of experts."""
+    """Seconds of a prefill and of decode steps. `copied` has the times of decode steps with GPU copies of experts."""
 
     rates: Rates
     prefill_s: float
@@ -184,10 +182,8 @@ class Figures:
         ]
 
     def _wanted_of_sequences(self, decode_share: float) -> Wanted:
-        """Returns the figure for several sequences and its goal. For a dense model, the figure is the speed relative to
-        one sequence. A mixture of experts reads more experts for more sequences, so its figure is the minimum time to
-        read a step's bytes, as a share of the step's time. Its goal is the share that a dense model has if it just
-        meets its goals for one and for several sequences."""
+        """Returns the figure for several sequences and its goal, which differ between dense models and mixtures of
+        experts."""
         count, is_mixture = self.work.sequences, self.work.is_mixture
         least = decode_share * TIMES_ONE / _TOGETHER if is_mixture else TIMES_ONE
         found = self.many_share if is_mixture else self.times_one

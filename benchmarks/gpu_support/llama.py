@@ -1,4 +1,6 @@
-"""Measures llama.cpp's CUDA backend with llama-bench, all layers on one GPU. docs/gpu.md says how to build it."""
+"""Measures llama.cpp's CUDA backend with llama-bench, all layers on one GPU.
+
+docs/internals/gpu-kernels.md says how to build it."""
 
 from __future__ import annotations
 

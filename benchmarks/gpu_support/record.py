@@ -72,8 +72,7 @@ def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
 
 
 def record_name(record: dict[str, Any]) -> str:
-    """Returns `<gpu>-<model>.json`. The memory limit, the number of layers with experts in RAM, and the size of copies
-    are parts of the name if they are set, so that each setting has its own file."""
+    """Returns the name of the record's file, with the GPU, the model and the memory settings."""
     placement, cap = record["placement"], record["settings"]["gpu_memory_bytes"]
     layers, copies = len(placement["cpu_moe"]), placement["experts_cache_bytes"]
     parts = [record["gpu"]["name"], record["model"]["name"], *([f"{cap >> 20}mib"] if cap else [])]

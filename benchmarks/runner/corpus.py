@@ -63,7 +63,7 @@ def _edited(model: Model, draw: random.Random, characters: int) -> Prompt:
 
 def _continued(model: Model, kind: str, head: str, text: str, least: int) -> Prompt:
     """Makes a prompt of the head and the first third of the text, or at least `least` characters. The rest of the text
-    is the expected answer. The cut is between tokens, because a cut inside a token would change the expected tokens."""
+    is the expected answer."""
     head_ids = model.tokenizer.encode(head)
     ids = model.tokenizer.encode(text, add_special=False)
     shown = len(model.tokenizer.encode(text[:least], add_special=False)) if least else 0

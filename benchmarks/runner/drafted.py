@@ -39,7 +39,7 @@ class RecordedDrafters:
         self._drafts: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def record(self, prompt: tuple[int, ...], answer: Sequence[int], is_right: Sequence[bool], vocabulary: int) -> None:
-        """Records an answer for later drafts. Where `is_right` is False, the draft gets the next token id instead."""
+        """Records an answer for later drafts. Where `is_right` is False, drafts get a wrong token."""
         pairs = zip(answer, is_right, strict=True)
         self._drafts[prompt] = tuple(token if right else (token + 1) % vocabulary for token, right in pairs)
 

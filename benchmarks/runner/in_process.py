@@ -40,8 +40,7 @@ async def run(cluster: Cluster, prompt: tuple[int, ...], tokens: int) -> Finishe
 
 @contextmanager
 def pinned_to_cores(cluster: Cluster) -> Iterator[None]:
-    """Pins each one-thread worker to a core, in the order of stages. The coordinator (this process) shares the second
-    core, because it works at the same time as the first stage. Without pins, some virtual machines leave cores idle."""
+    """Pins each one-thread worker to a core, in the order of stages."""
     cores = sorted(os.sched_getaffinity(0))
     present = cluster.registry.present
     workers = [str(present[stage.worker].registration.pid) for stage in cluster.engine.metrics.stage_report()]

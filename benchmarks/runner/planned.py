@@ -120,7 +120,7 @@ async def compared(
     opening: Callable[[], AbstractAsyncContextManager[Cluster]], times: Callable[[Cluster], Awaitable[Times]]
 ) -> Measures:
     """Compares measured times of a cluster with the mean of two predictions: one before the measurement, and one after
-    a restart. One prediction does not suffice, because machines change their speed."""
+    a restart."""
     async with opening() as cluster:
         said, layers = [predicted(cluster)], layers_of(cluster)
         await times(cluster)  # Warms up.

@@ -43,8 +43,8 @@ class RowCosts:
         return self.ns[0] / self.prefill_row_ns
 
     def allowed_gain(self, acceptance: float) -> float:
-        """Returns the gain with the best fixed number of drafted tokens (maybe 0). `acceptance` is the probability
-        that a drafted token is accepted if all earlier drafted tokens were accepted."""
+        """Returns the gain with the best fixed number of drafted tokens, each of which is right with the probability
+        `acceptance`."""
         return max(
             sum(acceptance**depth for depth in range(window + 1)) * self.at(1) / self.at(window + 1)
             for window in range(_MOST_WINDOW + 1)

@@ -45,8 +45,7 @@ VISION_SHAPES: Mapping[str, VisionShape] = {
 
 
 def write_vision_shape(path: Path, shape: VisionShape, quant_type: QuantType, layers: int, seed: int = 1) -> None:
-    """Writes the first `layers` layers. Vectors, convolution kernels, and matrices without whole blocks are floats, as
-    in files that llama.cpp converts."""
+    """Writes a projector with the first `layers` layers of the shape and random matrices of type `quant_type`."""
     generator = np.random.default_rng(seed)
     write_gguf(path, _metadata(shape, quant_type, layers), _Tensors(shape, quant_type, generator).all(layers))
 

@@ -11,8 +11,7 @@ _REQUEST_S = 120
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """An OpenAPI document and the checks of replies. The server may accept requests that the document forbids, such as
-    unknown fields and nulls. It may refuse requests that the document allows, such as those that fill the context."""
+    """An OpenAPI document, and checks of a server's replies."""
 
     place: str  # The document's path in a checkout, or its URL path on the server, which begins with /.
     checks: tuple[str, ...] = ()  # Checks in addition to server errors, content types and schemas of replies.

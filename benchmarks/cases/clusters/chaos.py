@@ -95,7 +95,7 @@ async def _pauses(faults: int, seconds: list[float], turn: int) -> Measures:
 
 
 async def _keep_up(bench: Bench, *, with_standby: bool) -> None:
-    """Starts a coordinator whenever the last one has ended, or a standby whenever the last one has taken over."""
+    """Starts a coordinator, or a standby if `with_standby` is True, whenever one is missing."""
     while True:
         await asyncio.sleep(_LOOK_S)
         present = sum(process.poll() is None for process in bench.started)

@@ -172,11 +172,10 @@ def _outcome(case: _Case, most: int, source: random.Random) -> Measures | None:
 
 @dataclass(frozen=True)
 class PlanGrid(Case):
-    """Compares the planner's choices with other plans on assumed clusters. No other plan may be clearly faster.
-    The case compares predicted times for a prompt of 512 tokens and an answer of 128 tokens. The other plans are the
-    best plan without groups, and manual plans. Manual plans divide up to three machines into stages and groups in every
-    way, and more machines at random. Members of a group get equal shares, or shares by speed or memory. Layer borders
-    depend on memory or are random. The case fails if another plan is faster by more than 3 %."""
+    """Compares the planner's choices with other plans on assumed clusters. No other plan may be clearly faster. The
+    case compares predicted times for a prompt of 512 tokens and an answer of 128 tokens. The other plans are the best
+    plan without groups, and manual plans with many divisions into stages, groups and shares. The case fails if another
+    plan is faster by more than 3 %."""
 
     rounds = 1
     count: int | None = option(None, "number of clusters to draw from the grid (default: all)", positive)

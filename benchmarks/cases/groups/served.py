@@ -99,8 +99,8 @@ class ServedWay:
     pids: tuple[int, ...]
 
     async def reading(self) -> tuple[float, ...]:
-        """Returns milliseconds since the start: computing time of stages, a leader's wait for its group,
-        and processor time of each process. Waits until heartbeats have counted all steps."""
+        """Returns milliseconds since the start: computing time of stages, a leader's wait for its group, and processor
+        time of each process."""
         used = tuple(map(_processor_ms, self.pids))  # Read first, because waiting for heartbeats takes processor time.
         for _ in range(_LOOKS):
             found = await self.bench.cluster()
@@ -288,8 +288,7 @@ class Served(Case):
         return [[source.randrange(_PLAIN_WORDS, words) for _ in range(length)] for _ in range(count)]
 
     async def _repeated(self, served: ServedWay) -> list[int]:
-        """Returns a prompt whose greedy answer repeats the prompt. Such a prompt exists, because the model's layers add
-        nothing to the hidden state."""
+        """Returns a prompt whose greedy answer repeats the prompt."""
         for turn in range(1_000):
             begin = self._prompts_begin(turn)
             ids = (await answer(served.bench.api, begin, _REPEATED_PROMPT)).ids

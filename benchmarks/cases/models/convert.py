@@ -100,7 +100,7 @@ def converted(folder: Path, out: Path, kind: str) -> tuple[float, float]:
 
 
 def moved(out: Path, size_bytes: int, source: Path | None) -> float:
-    """Returns the seconds that dd takes to write this many bytes. Meanwhile another dd reads `source`, if given."""
+    """Returns the seconds that dd takes to write `size_bytes` bytes, while another dd reads `source` if it is given."""
     count = -(-size_bytes // DD_BLOCK)
     commands = [[f"of={out}", "if=/dev/zero", f"count={count}", "conv=fsync"]]
     if source is not None:

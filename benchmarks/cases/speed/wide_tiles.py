@@ -41,7 +41,6 @@ class WideTiles(Case):
                 )
 
     async def _measure(self, matrices: list[_native.PackedMatrix], x: NDArray[np.float32], turn: int) -> Measures:
-        """Measures products of `matrices` and `x`. If `x` has one row, takes the faster of two ways to prefetch."""
         level, ways = _native.available_levels()[-1], (False, True) if len(x) == 1 else (False,)
         bits = _native.matmul(level, matrices[0], x, self.threads).tobytes()
         used = list(islice(cycle(matrices), max(1, int(WORK // (len(bits) // 4 * _COLUMNS)))))

@@ -10,33 +10,39 @@ import os
 import socket
 import ssl
 import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import URLError
+from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
 _DEADLINE_S = 5.0
+_LISTEN = "0A"
 
 
 def arguments_of(process: int) -> list[str]:
     return [os.fsdecode(word) for word in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")]
 
 
-def _listens(arguments: list[str]) -> Iterator[tuple[int, str]]:
-    """Yields the index of each `--listen` or `--listen=ADDRESS`, and the address in that argument or ""."""
-    for place, word in enumerate(arguments):
-        option, _, value = word.partition("=")
-        if option == "--listen":
-            yield place, value
+def listening(process: int) -> Iterator[tuple[str, int]]:
+    """Yields host and port of the TCP sockets on which the process listens. Source: proc_pid_net(5)."""
+    sockets = {str(entry.readlink()) for entry in Path(f"/proc/{process}/fd").iterdir()}
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == _LISTEN and f"socket:[{inode}]" in sockets:
+                address, _, port = local.partition(":")
+                words = (int(address[at : at + 8], 16) for at in range(0, len(address), 8))
+                host = socket.inet_ntop(family, b"".join(word.to_bytes(4, sys.byteorder) for word in words))
+                yield host, int(port, 16)
 
 
-def check_worker(arguments: list[str]) -> str:
-    """Raises OSError if no process listens at the address of --listen."""
-    listen = next(after or arguments[place + 1] for place, after in _listens(arguments))
-    host, _, port = listen.rpartition(":")
-    host = host.strip("[]")
-    with socket.create_connection(("127.0.0.1" if host == "0.0.0.0" else host, int(port)), _DEADLINE_S):
-        return f"listens on {listen}"
+def check_worker(process: int) -> str:
+    """Raises OSError if the process listens at no address, or if one of its addresses accepts no connection."""
+    addresses = [*listening(process)]
+    if not addresses:
+        raise OSError("the worker listens at no address yet")
+    for address in addresses:
+        socket.create_connection(address, _DEADLINE_S).close()
+    return f"listens on {', '.join(f'{host} port {port}' for host, port in addresses)}"
 
 
 def check_coordinator(state: Path) -> str:
@@ -48,7 +54,9 @@ def check_coordinator(state: Path) -> str:
         api = record["api"].replace("//0.0.0.0:", "//127.0.0.1:")
         certificate = record.get("api_certificate")
         context = None if certificate is None else _trusting(certificate)
-        urllib.request.urlopen(f"{api}/health", timeout=_DEADLINE_S, context=context).close()
+        # Proxies that the environment names are not for this container's own address.
+        opener = build_opener(ProxyHandler({}), HTTPSHandler(context=context))
+        opener.open(f"{api}/health", timeout=_DEADLINE_S).close()
     return "takes requests"
 
 
@@ -62,14 +70,13 @@ def _trusting(certificate: str) -> ssl.SSLContext:
 
 
 def main() -> None:
-    arguments = arguments_of(1)
     try:
-        if "worker" in arguments and list(_listens(arguments)):
-            print(check_worker(arguments))
+        if "worker" in arguments_of(1):
+            print(check_worker(1))
         else:
             print(check_coordinator(Path(os.environ["LLAMACLUST_STATE_DIR"])))
-    except (OSError, URLError) as error:
-        print(error)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"{type(error).__name__}: {error}")
         sys.exit(1)
 
 

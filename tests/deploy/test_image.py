@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.front.http.certificate import ServerCertificate
+from support.network.loopback import free_port, has_ipv6_loopback
 from support.paths import ROOT
 from support.wire.api_certificates import write_signed
 
@@ -128,7 +130,9 @@ def record(state: Path, port: int, scheme: str = "http", certificate: Path | Non
 
 def health(state: Path) -> subprocess.CompletedProcess[str]:
     script = [sys.executable, "-I", str(ROOT / "deploy/healthcheck.py")]
-    variables = {"PATH": os.environ["PATH"], "LLAMACLUST_STATE_DIR": str(state)}
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    variables = {"PATH": os.environ["PATH"], "LLAMACLUST_STATE_DIR": str(state), "http_proxy": nowhere}
+    variables["https_proxy"] = nowhere
     return subprocess.run(script, env=variables, capture_output=True, text=True, timeout=20, check=False)
 
 
@@ -155,13 +159,38 @@ def test_a_coordinator_with_tls_is_healthy_if_it_shows_its_certificate(is_its_ow
     assert done.stdout.count("\n") == 1 and done.stderr == ""
 
 
-def test_a_worker_is_healthy_while_it_listens() -> None:
+def test_a_damaged_record_is_told_in_a_line(tmp_path: Path) -> None:
+    record(tmp_path, 1)
+    (tmp_path / "lab/cluster.json").write_text("{")
+    done = health(tmp_path)
+    assert done.returncode == 1 and done.stdout.startswith("JSONDecodeError: ") and done.stderr == ""
+
+
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::1")])
+def test_a_worker_is_healthy_while_its_process_listens(family: socket.AddressFamily, host: str) -> None:
     check = runpy.run_path(str(ROOT / "deploy/healthcheck.py"))["check_worker"]
-    with serving(200) as port:
-        assert check(["llamaclust", "worker", "--listen", f"0.0.0.0:{port}"]) == f"listens on 0.0.0.0:{port}"
-        assert check(["llamaclust", "worker", f"--listen=127.0.0.1:{port}"])
-    with pytest.raises(OSError):
-        check(["llamaclust", "worker", "--listen", f"0.0.0.0:{port}"])
+    listener = """
+import socket, sys
+with socket.socket(socket.AddressFamily(int(sys.argv[1]))) as one:
+    one.bind((sys.argv[2], 0))
+    if sys.argv[3] == "listen":
+        one.listen()
+    print(one.getsockname()[1], flush=True)
+    sys.stdin.read()
+"""
+    if family is socket.AF_INET6 and not has_ipv6_loopback():
+        pytest.skip("this machine has no ::1")
+    for does in ("listen", "not"):
+        command = [sys.executable, "-c", listener, str(int(family)), host, does]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            port = int(process.stdout.readline())
+            if does == "listen":
+                assert check(process.pid) == f"listens on {host} port {port}"
+            else:
+                with pytest.raises(OSError, match="listens at no address yet"):
+                    check(process.pid)
+            process.communicate()
 
 
 # -- builders ----------------------------------------------------------------------------------------------------------

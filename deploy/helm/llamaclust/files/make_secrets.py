@@ -69,7 +69,9 @@ class SecretStore:
         token = (self.account / "token").read_text()
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         tls = ssl.create_default_context(cafile=self.account / "ca.crt") if url.startswith("https:") else None
-        with urllib.request.urlopen(urllib.request.Request(url, body, headers), None, _TIMEOUT_S, context=tls) as reply:
+        # The cluster's own API server is not behind a proxy that the environment names.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=tls))
+        with opener.open(urllib.request.Request(url, body, headers), None, _TIMEOUT_S) as reply:
             found: dict[str, dict[str, str]] = json.load(reply)
         return found
 

@@ -60,6 +60,8 @@ class ApiSettings:
     head_s: float = 10.0
     body_s: float = 30.0  # Maximum time until the body of a request has arrived.
     keepalive_s: float = 15.0  # Time without an event after which a stream gets a comment.
+    # Time for preparing a request, such as its images, after which a stream begins with comments.
+    prepare_s: float = 10.0
     first_chunk_s: float = 1.0  # A stream that fails within this time gets an HTTP error status.
     unread_s: float = 60.0  # A client that accepts no data for this time is disconnected.
     resume_s: float = 30.0  # Time for which a kept reply waits for a client.

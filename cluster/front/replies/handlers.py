@@ -84,19 +84,34 @@ class Replies:
         return await self._begun(request, kept, Position())
 
     async def _begin(self, request: Request, kept: KeptReply, reply: Reply, body: bytes) -> None:
-        """Starts computing a reply. Waits until a journalled request is on disk."""
+        """Starts computing a reply. Waits until it is prepared and a journalled request is on disk. The wait for a
+        stream has a limit, because clients give up if nothing arrives while images are encoded."""
         is_journalled = kept.is_kept or (kept.context.is_streamed and self._form(kept).has_ids)
         admitted = body if is_journalled and self.cache.journal is not None else None
+        is_streamed = kept.context.is_streamed
         try:
-            on_disk = await unless_disconnected(request, kept.begin(reply, admitted=admitted))
+            beginning = kept.start(reply, admitted)
+            await unless_disconnected(
+                request, asyncio.wait([beginning], timeout=self.settings.prepare_s if is_streamed else None)
+            )
+            if not beginning.done():  # From now on, an error is an event of the stream.
+                beginning.add_done_callback(partial(self._began, kept))
+                return
+            if not beginning.cancelled():  # A reply that is replaced meanwhile ends with an error in its log.
+                beginning.result()
             # An error before the first part can still set the HTTP status.
-            if kept.context.is_streamed and not kept.is_kept:
+            if is_streamed and not kept.is_kept:
                 await unless_disconnected(request, kept.log.first(self.settings.first_chunk_s))
-            if on_disk is not None:
-                await asyncio.shield(on_disk)
         except BaseException:
             await self.cache.forget(kept)
             raise
+
+    def _began(self, kept: KeptReply, beginning: asyncio.Task[None]) -> None:
+        if beginning.cancelled() or (error := beginning.exception()) is None:
+            return
+        self.cache.remove(kept)  # Another attempt of the client begins anew.
+        if not isinstance(error, LlamaclustError):
+            _log.error("request %s failed", kept.context.id, exc_info=error)
 
     async def _begun(self, request: Request, kept: KeptReply, given: Position) -> Response:
         if kept.context.is_background and not kept.context.is_streamed:

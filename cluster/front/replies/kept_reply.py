@@ -56,7 +56,7 @@ class KeptReply:
         self.is_kept = is_kept
         # None until the reply has begun. See `Reply.acknowledgement`.
         self.acknowledgement: Mapping[str, Any] | None = None
-        self.log = AnswerLog(*([self._grow] if is_kept else []), is_held=is_kept)
+        self.log = AnswerLog(*([self._grow] if is_kept else []), is_held=True)
         # Set when a token arrives that no earlier coordinator recorded, or when the reply has ended.
         self.progressed = asyncio.Event()
         self.held_bytes = 0
@@ -67,6 +67,7 @@ class KeptReply:
         self._postponed: Callable[[], None] | None = None  # Starts a computation that waits for a reader.
         self._computing = AsyncExitStack()
         self._timer: asyncio.TimerHandle | None = None
+        self._beginning: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -99,6 +100,21 @@ class KeptReply:
             self._stop_timer()
             begin()
 
+    def start(self, reply: Reply, admitted: bytes | None) -> asyncio.Task[None]:
+        """Starts a task that submits the request, and then waits until `admitted`, the body to journal, is on disk."""
+        self._beginning = asyncio.create_task(self._begin_on_disk(reply, admitted))
+        return self._beginning
+
+    async def _begin_on_disk(self, reply: Reply, admitted: bytes | None) -> None:
+        try:
+            on_disk = await self.begin(reply, admitted=admitted)
+            if on_disk is not None:
+                await asyncio.shield(on_disk)
+            self.log.release()
+        except BaseException as error:
+            self.end(_as_ended(error))
+            raise
+
     async def begin(
         self, reply: Reply, *, admitted: bytes | None = None, until_s: float | None = None
     ) -> asyncio.Future[None] | None:
@@ -110,7 +126,7 @@ class KeptReply:
             on_disk = None if admitted is None else self._owner.admit(self, admitted)
             self.context.images = {}  # The images are encoded, or the journal has them.
         except BaseException as error:
-            self.end(error if isinstance(error, LlamaclustError) else RequestCancelledError())
+            self.end(_as_ended(error))
             await self._computing.aclose()
             raise
         self._view, self.acknowledgement = reply.view, reply.acknowledgement
@@ -213,6 +229,10 @@ class KeptReply:
         if self._timer is not None:
             self._timer.cancel()
         self.end(RequestCancelledError())
+        if self._beginning is not None:
+            self._beginning.cancel()
+            await asyncio.wait([self._beginning])
+            self._beginning = None
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -342,6 +362,12 @@ class _Sizes:
             return item.entries
         self._begun.add((prompt, item.index))
         return self._entries + self._request_entries()
+
+
+def _as_ended(error: BaseException) -> LlamaclustError:
+    if isinstance(error, LlamaclustError):
+        return error
+    return internal_error() if isinstance(error, Exception) else RequestCancelledError()
 
 
 def _prompt_tokens(log: AnswerLog) -> int:

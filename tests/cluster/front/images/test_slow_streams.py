@@ -1,0 +1,111 @@
+"""A stream begins while its images are still encoded, so that its client hears of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from llamaclust.cluster.client.http_codec import CHAT
+from llamaclust.cluster.front.text.image_rows import RowLeases
+from llamaclust.cluster.front.text.images import PromptImages, image_part
+from llamaclust.cluster.front.text.vision import CheckLength, ImagePrompt
+from llamaclust.core.errors import LlamaclustError, RequestError
+from support.chat.vision import TinyVision, data_url, image
+from support.clusters import served as served_module
+from support.clusters.served import ScriptedEngine, make_app, says, serving, until
+
+BODY = {"messages": [{"role": "user", "content": [image_part(data_url(image(2)))]}], "stream": True}
+KEPT = {"idempotency-key": "a"}
+COMMENT = ": waiting"
+
+
+class GatedVision(TinyVision):
+    """Encodes images when the gate opens, or raises `error`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()
+        self.error: Exception | None = None
+        self.begun = self.cancelled = 0
+
+    async def image_prompt(self, prompt: PromptImages, check: CheckLength, leases: RowLeases) -> ImagePrompt:
+        self.begun += 1
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.error is not None:
+            raise self.error
+        return await super().image_prompt(prompt, check, leases)
+
+
+@asynccontextmanager
+async def served(
+    engine: ScriptedEngine, vision: GatedVision, monkeypatch: pytest.MonkeyPatch, **settings: Any
+) -> AsyncIterator[httpx.AsyncClient]:
+    monkeypatch.setattr(served_module, "CONTEXT", 1 << 14)
+    app = make_app(engine, vision=vision, keepalive_s=0.02, **settings)
+    async with serving(app) as address, httpx.AsyncClient(base_url=address, timeout=60) as http:
+        yield http
+
+
+@pytest.mark.parametrize("headers", [{}, KEPT])
+async def test_a_stream_has_comments_while_its_images_are_encoded(
+    headers: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, vision = ScriptedEngine(says("a")), GatedVision()
+    async with served(engine, vision, monkeypatch, prepare_s=0.02) as http:
+        async with http.stream("POST", CHAT, json=BODY, headers=headers) as reply:
+            assert reply.status_code == 200
+            lines = reply.aiter_lines()
+            assert [await anext(lines) for _ in range(4)] == [COMMENT, ""] * 2 and not engine.submitted
+            vision.gate.set()
+            slow = [line async for line in lines if line.startswith("data: ")]
+        quick = (await http.post(CHAT, json=BODY)).text
+    assert slow[-1] == "data: [DONE]" and len(slow) == quick.count("data: ") and not vision.leases
+
+
+@pytest.mark.parametrize("headers", [{}, KEPT])
+@pytest.mark.parametrize(
+    ("error", "says_"), [(RequestError("the image is damaged"), "the image is damaged"), (KeyError("x"), "internal")]
+)
+async def test_an_error_after_the_head_is_an_event_and_another_attempt_begins_anew(
+    error: Exception, says_: str, headers: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, vision = ScriptedEngine(says("a")), GatedVision()
+    vision.error = error
+    async with served(engine, vision, monkeypatch, prepare_s=0.02) as http:
+        async with http.stream("POST", CHAT, json=BODY, headers=headers) as reply:
+            assert reply.status_code == 200
+            lines = reply.aiter_lines()
+            assert await anext(lines) == COMMENT
+            vision.gate.set()
+            rest = [line async for line in lines if line.startswith("data: ")]
+        assert len(rest) == 1 and '"error"' in rest[0] and says_ in rest[0] and not engine.submitted
+        vision.error = None
+        again = await http.post(CHAT, json=BODY, headers=headers)
+        assert again.status_code == 200 and "[DONE]" in again.text and vision.begun == 2
+
+
+async def test_an_error_before_the_head_sets_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    vision = GatedVision()
+    vision.error = LlamaclustError("no encoder")
+    vision.gate.set()
+    async with served(ScriptedEngine(says("a")), vision, monkeypatch, prepare_s=600.0) as http:
+        reply = await http.post(CHAT, json=BODY)
+    assert reply.status_code == 500 and "no encoder" in reply.text
+
+
+async def test_a_client_that_leaves_during_the_comments_ends_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, vision = ScriptedEngine(says("a")), GatedVision()
+    async with served(engine, vision, monkeypatch, prepare_s=0.02) as http:
+        async with http.stream("POST", CHAT, json=BODY) as reply:
+            assert await anext(reply.aiter_lines()) == COMMENT
+        await until(lambda: vision.cancelled == 1)
+    assert not engine.submitted

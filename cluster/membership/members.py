@@ -96,10 +96,9 @@ class Members:
         self._changed = asyncio.Event()
 
     def process_exited(self, name: str, how: str) -> None:
+        self._exits[name] = how
         if name in self._workers:
             self.fence(self._workers[name], how)
-        else:
-            self._exits[name] = how
         self._set_changed()
 
     def admit(self, handle: WorkerHandle) -> None:
@@ -122,7 +121,7 @@ class Members:
             self.publish(MemberLost(handle))
 
     def report_loss(self, handle: WorkerHandle, reason: str) -> None:
-        """Marks a disconnected worker as lost. The reason is the launcher's report of its exit, or else `reason`."""
+        """Marks a disconnected worker as lost. The launcher's report of its exit, if any, replaces `reason`."""
         self.losing.start(self._lose(handle, reason))
 
     async def _lose(self, handle: WorkerHandle, reason: str) -> None:

@@ -122,6 +122,16 @@ async def test_a_worker_that_ended_before_it_joined_ends_the_start() -> None:
         await waiting
 
 
+async def test_a_worker_that_joined_and_ended_ends_the_start() -> None:
+    start = Start(enough=2)
+    waiting = start.wait()
+    start.join("a")
+    await start.reported(WorkerJoined)
+    start.registry.process_exited("a", "killed by SIGKILL")
+    with pytest.raises(WorkerError, match="worker a did not start: killed by SIGKILL"):
+        await waiting
+
+
 def test_names_and_further_workers_that_are_missing() -> None:
     assert Awaited((), 2, 1.0, 1.0).missing(()) == ["2 more workers"]
     assert Awaited((), 2, 1.0, 1.0).missing(("x", "y", "z")) == []

@@ -11,7 +11,7 @@ from llamaclust.core.regular_file import open_regular, write_bytes
 MOST_LOG_BYTES = 64 << 20
 _KEPT_BYTES = 1 << 20
 _FORMER = "~.log"
-"""Ending of an older log's file name. A worker's name cannot end like this, so no other log has such a name."""
+"""Ending of an older log's file name, which no worker's name can have."""
 
 
 def limit_logs(folder: Path) -> None:
@@ -25,5 +25,6 @@ def limit_log(log: Path) -> None:
             return
         with open_regular(log, follows_links=False, is_writable=True) as file:
             file.seek(-_KEPT_BYTES, os.SEEK_END)
-            write_bytes(log.with_name(log.stem + _FORMER), file.read(_KEPT_BYTES), is_synced=False)
-            file.truncate(0)
+            kept = file.read(_KEPT_BYTES)
+            file.truncate(0)  # Before the copy is written: on a full disk, that needs the space.
+            write_bytes(log.with_name(log.stem + _FORMER), kept, is_synced=False)

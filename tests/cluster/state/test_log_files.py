@@ -86,6 +86,18 @@ def test_what_takes_a_log_s_place_meanwhile_is_left_alone(
     assert (tmp_path / "a~.log").read_bytes() == b"y" * 1000
 
 
+def test_a_log_that_filled_the_disk_is_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "a.log"
+    log.write_bytes(b"y" * 9000)
+
+    def full(path: Path, data: bytes, *, is_synced: bool) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(log_files, "write_bytes", full)
+    limit_logs(tmp_path)
+    assert log.stat().st_size == 0
+
+
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.ESTALE])
 def test_logs_that_cannot_be_limited_do_not_keep_a_folder_from_coming_back(
     error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

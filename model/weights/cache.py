@@ -48,7 +48,7 @@ class WeightCache(DiskCache):
         return self.place(content).with_suffix(UNFINISHED)
 
     def part_bytes(self, content: str) -> int:
-        """Returns the size of an unfinished tensor in bytes. Marks the tensor as used if no process is writing it."""
+        """Returns the size of an unfinished tensor in bytes, or 0 if there is none, and marks it as used."""
         try:
             with open_own(self.part_path(content), os.O_RDWR) as file:
                 if take_lock(file.fileno()):
@@ -58,7 +58,7 @@ class WeightCache(DiskCache):
             return 0
 
     def find(self, content: str) -> FileIdentity | None:
-        """Returns the file's identity and marks it as used. Returns None if it is missing. Deletes a changed file."""
+        """Finds a tensor's file and marks it as used. Returns None if the file is missing or was changed."""
         with suppress(OSError):
             file = self.open(self.place(content).name)
             if file is not None:
@@ -144,9 +144,8 @@ class WeightCache(DiskCache):
 
 
 class WeightPart:
-    """An unfinished tensor in the cache. One process at a time writes it, in pieces, and can resume earlier work. The
-    file gets its name after a check. Methods block, and any thread may call them. `resumed` is True if some of
-    `done_bytes` were written earlier."""
+    """An unfinished tensor in the cache, which one process at a time writes in pieces. Methods block, and any thread
+    may call them. `resumed` is True if some of `done_bytes` were written earlier."""
 
     def __init__(self, cache: WeightCache, content: str, n_bytes: int, file: FileIO) -> None:
         self._cache = cache
@@ -193,11 +192,11 @@ class WeightPart:
 
     def finish(self) -> bool:
         with self._lock:
-            if self.done_bytes != self._n_bytes or self._hash.hexdigest() != self._content:
-                self._file.truncate(0)
-                self._hash, self.done_bytes, self.resumed = sha256(), 0, False
-                return False
             try:
+                if self.done_bytes != self._n_bytes or self._hash.hexdigest() != self._content:
+                    self._file.truncate(0)
+                    self._hash, self.done_bytes, self.resumed = sha256(), 0, False
+                    return False
                 os.fsync(self._file.fileno())
                 os.utime(self._file.fileno(), ns=(time.time_ns(), _MODIFIED_NS))
                 self._path.rename(self._cache.place(self._content))

@@ -126,8 +126,7 @@ class WeightFetch:
             self._begin(renewed, self._lanes)
 
     async def run(self, wanted: Sequence[WantedWeights]) -> None:
-        """Fetches all wanted weights into the cache. The caller must have entered `cache.in_use()`. Raises WorkerError
-        if no source has some of the weights."""
+        """Fetches weights into the cache, which must be `in_use`. Raises WorkerError if some are not available."""
         by_content = {weights.content: weights for weights in wanted}
         largest_first = sorted(by_content.values(), key=lambda weights: -weights.n_bytes)
         self._items = [_Item(weights, self._cache.part_bytes(weights.content)) for weights in largest_first]
@@ -252,7 +251,7 @@ class WeightFetch:
                     full, frames = frames, []
                     await _in_thread(part.write, full)
         except LlamaclustError:
-            part.write(frames)  # The next attempt resumes after these bytes.
+            await _in_thread(part.write, frames)  # The next attempt resumes after these bytes.
             raise
         await _in_thread(part.write, frames)
 
@@ -263,8 +262,7 @@ class WeightFetch:
 
 
 async def _in_thread(function: Callable[..., _Value], *arguments: object) -> _Value:
-    """Runs `function` on a thread. Waits for the thread even if cancelled, because the thread uses the file. After a
-    cancellation, closes a WeightPart that `function` returns."""
+    """Runs `function` on a thread. Waits for the thread even if cancelled, because the thread uses the file."""
     working = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
     try:
         return await asyncio.shield(working)

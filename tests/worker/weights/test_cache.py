@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
+from io import FileIO
 from pathlib import Path
 from random import Random
 from threading import Lock
@@ -86,6 +88,22 @@ def test_a_part_that_is_being_written_is_not_deleted(tmp_path: Path) -> None:
     part.close()
     cache.make_room(2000)
     assert cache.files() == []
+
+
+class _FailingDisk(FileIO):
+    def truncate(self, size: int | None = None, /) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_disk_that_fails_while_wrong_bytes_are_dropped(tmp_path: Path) -> None:
+    cache = WeightCache(tmp_path / "w", 1 << 20)
+    cache.prepare()
+    part = WeightPart.open(cache, sha256(b"right").hexdigest(), 5)
+    assert part is not None
+    part.write([b"wrong"])
+    part._file = _FailingDisk(os.dup(part._file.fileno()), "r+")
+    with pytest.raises(LlamaclustError, match="input/output error"):
+        part.finish()
 
 
 def test_what_another_process_has_just_finished_is_not_begun_again(tmp_path: Path) -> None:

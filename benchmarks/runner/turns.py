@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 
-import psutil
-
+from llamaclust.cluster.state.measurements import LoadMeter, OtherLoad
 from llamaclust.core.errors import LlamaclustError
 from runner.case import Case, Group, Measures
 
@@ -25,7 +22,7 @@ class Turns:
     case: Case
     rounds: int | None = None
     json: Path | None = None
-    idleness: list[float] = field(default_factory=list)  # Number of cores that other programs used, by turn.
+    loads: list[OtherLoad] = field(default_factory=list)  # Load of other programs, by turn.
     _columns: tuple[str, ...] = ()
     _width: int = 12
 
@@ -34,9 +31,10 @@ class Turns:
             async for group in groups:
                 await self._measure(group)
                 self._summary(group)
-        if self.idleness:
-            used = f"{median(self.idleness):.2f} cores, at most {max(self.idleness):.2f}, of {os.cpu_count()}"
-            print(f"other programs used {used}")
+        if self.loads:
+            used = [load.others + load.stolen for load in self.loads]
+            cores = self.loads[0].cores
+            print(f"other programs used {median(used):.2f} cores, at most {max(used):.2f}, of {cores}")
 
     async def _measure(self, group: Group) -> None:
         self._width = max(self._width, *map(len, group.variants))
@@ -90,10 +88,10 @@ class Turns:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        begun_s, machine_s, own_s = time.monotonic(), _machine_s(), _own_s()
+        meter = LoadMeter()
         yield
-        took_s = max(1e-3, time.monotonic() - begun_s)
-        self.idleness.append(max(0.0, (_machine_s() - machine_s - (_own_s() - own_s)) / took_s))
+        if (load := meter.measure()) is not None:
+            self.loads.append(load)
 
 
 def check_same(name: str, found: Mapping[str, Measures]) -> None:
@@ -127,16 +125,3 @@ def spread(values: list[float]) -> str:
         return text
     low, _, high = quantiles(values, n=4, method="inclusive")
     return f"{text}, quartiles {low:.3f} and {high:.3f}"
-
-
-def _machine_s() -> float:
-    times = psutil.cpu_times()
-    return float(times.user + times.nice + times.system + times.irq + times.softirq + times.steal)
-
-
-def _own_s() -> float:
-    total = 0.0
-    for process in (me := psutil.Process(), *me.children(recursive=True)):
-        with suppress(psutil.NoSuchProcess):
-            total += sum(process.cpu_times()[:2])
-    return total

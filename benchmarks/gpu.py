@@ -8,9 +8,9 @@ and eight sequences relative to one. Can also compare llama.cpp, and keep layers
 
 The bytes of a decode step include only the experts that the step uses (for several sequences, an expected number).
 Decode is measured with and without copies of experts. A GPU and the extra `cuda13` or `cuda12` are needed.
-docs/gpu.md says how to build llama-bench. The best rates of GPU and CPU are measured before and after each round.
-Figures are medians with minimum and maximum. Progress goes to standard error, and all figures go to standard output
-as JSON."""
+docs/internals/gpu-kernels.md says how to build llama-bench. The best rates of GPU and CPU are measured before and after
+each round. Figures are medians with minimum and maximum. Progress goes to standard error, and all figures go to
+standard output as JSON."""
 
 from __future__ import annotations
 
@@ -155,7 +155,9 @@ def main(arguments: Sequence[str]) -> None:
     llama = None
     if given.llama_bench is not None:
         number = int(given.device.removeprefix(CUDA))
-        llama = LlamaCpp(check_program(given.llama_bench, "docs/gpu.md"), number, given.prompt, given.generate)
+        llama = LlamaCpp(
+            check_program(given.llama_bench, "docs/internals/gpu-kernels.md"), number, given.prompt, given.generate
+        )
     file = None
     if given.record is not None:
         ready_folder(given.record)

@@ -218,8 +218,7 @@ def _signals(how: int) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends all processes of a step. Sends SIGTERM first, so that programs remove partial models, which may take
-    gigabytes of RAM. Sends SIGKILL after some seconds or at another Ctrl-C."""
+    """Ends all processes of a step with SIGTERM and, after some seconds or at another Ctrl-C, with SIGKILL."""
     try:
         os.killpg(process.pid, signal.SIGTERM)
         end_s = time.monotonic() + _GRACE_S
@@ -273,7 +272,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if not given.models.is_dir():
         raise UsageError(f"{given.models}: no such folder")
-    llama = check_program(given.llama_bench, "docs/gpu.md") if given.llama_bench is not None else None
+    llama = check_program(given.llama_bench, "docs/internals/gpu-kernels.md") if given.llama_bench is not None else None
     ready_folder(given.results)
     steps = (*STEPS, *(LLAMA_STEPS if llama is not None else ()))
     places = {

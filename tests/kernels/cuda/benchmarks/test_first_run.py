@@ -203,7 +203,7 @@ def test_folders_in_the_way_of_results_are_named(tmp_path: Path, name: str) -> N
 
 def test_a_llama_bench_that_is_no_program_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch(0o644)
-    wrong = {"nowhere": r"no such file; docs/gpu.md", "file": "not a program", ".": "a folder"}
+    wrong = {"nowhere": r"no such file; docs/internals/gpu-kernels.md", "file": "not a program", ".": "a folder"}
     for name, words in wrong.items():
         with pytest.raises(UsageError, match=f"--llama-bench .*{words}"):
             first_run.main([str(tmp_path / "results"), "--llama-bench", str(tmp_path / name)])

@@ -8,7 +8,7 @@ MODEL ?= smollm2-135m-instruct
 # `make test` runs one case of each test, quickest first, up to CORE seconds of recorded time, summed over its processes.
 # Its random inputs are always the same, those of `make test-all` new in each run, unless LLAMACLUST_TEST_SEED names a seed.
 # If SINCE names a commit, all cases of test files that changes since the commit affect run, too.
-CORE ?= 1000
+CORE ?= 600
 SINCE ?=
 IMAGE ?= llamaclust:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
@@ -24,7 +24,7 @@ define need_compiler
   echo "error: no C++ compiler found: install g++ or clang++ (Debian, Ubuntu: sudo make system-deps), or name one in CXX" >&2; exit 1
 endef
 
-.PHONY: help demo model check test test-all test-unit test-gpu cuda-matrix lint structure format build wheel wheel-test proto bench chart image image-test system-deps system-deps-test clean
+.PHONY: help demo model check shim test test-all test-unit test-gpu cuda-matrix lint structure format build wheel wheel-test proto bench chart image image-test system-deps system-deps-test clean
 
 demo: build ## Lets a real model on two worker processes answer a question.
 	$(BIN)/python examples/demo.py
@@ -41,18 +41,20 @@ check: build $(VENV)/.lint $(VENV)/.test ## Checks format, style, types and impo
 test-unit:
 	$(BIN)/python -m pytest -n 2 -m unit
 
-# The CUDA kernels are compiled for the CPU before tests run, so that no test has to wait for the compiler.
 define run_tests
-PYTHONPATH=tests $(BIN)/python -m support.cuda.shim_build
 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not alone" $(1)
 $(BIN)/python -m pytest -m alone $(1)
 endef
 
+# The CUDA kernels are compiled for the CPU before tests run, so that no test has to wait for the compiler.
+shim: build $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python -m support.cuda.shim_build
+
 test: export LLAMACLUST_TEST_SEED ?= 1
-test: build $(VENV)/.test $(VENV)/.helm model ## Runs tests of all packages. Downloads the demo model once.
+test: build $(VENV)/.test $(VENV)/.helm model shim ## Runs tests of all packages. Downloads the demo model once.
 	$(call run_tests,--core $(CORE) $(if $(SINCE),--since $(SINCE)))
 
-test-all: build $(VENV)/.test $(VENV)/.helm model ## Runs all cases of all tests.
+test-all: build $(VENV)/.test $(VENV)/.helm model shim ## Runs all cases of all tests.
 	$(call run_tests)
 
 test-gpu: build $(VENV)/.test ## Tests the CUDA kernels on the first NVIDIA GPU.

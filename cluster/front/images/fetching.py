@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from socket import SOCK_STREAM, getaddrinfo
+from threading import BoundedSemaphore
 from typing import Final
 
 import httpx
 
 from llamaclust.cluster.front.images.urls import ImageUrl
 from llamaclust.cluster.front.text.sharing import hold_bytes
+from llamaclust.core.background import in_background
 from llamaclust.core.errors import DeadlineError, ParameterError
 from llamaclust.core.version import VERSION
 from llamaclust.model.images.settings import MAX_IMAGE_BYTES
@@ -22,8 +23,8 @@ from llamaclust.wire.rpc.deadlines import deadline
 _MAX_S: Final = 20.0
 """Maximum seconds for fetching all images of a request."""
 _LOOKUP_S: Final = 10.0
-_LOOKUPS: Final = ThreadPoolExecutor(2, "look-up-host")
-"""Separate threads for name lookups. A name server that does not answer blocks its thread even after the deadline."""
+_LOOKUPS: Final = BoundedSemaphore(32)
+"""Name lookups that may run. A name server that does not answer keeps a lookup running even after the deadline."""
 _ONE_USE: Final = httpx.Limits(max_keepalive_connections=0)
 """Connections are not reused. Hosts may share an address, and a certificate is checked only when a connection opens."""
 _INTERNET: Final = IPv6Network("2000::/3")
@@ -35,8 +36,7 @@ _HEADERS: Final = {"accept": "image/*", "accept-encoding": _PLAIN, "user-agent":
 
 
 async def fetch_images(urls: Sequence[str], most_bytes: int) -> dict[str, bytes]:
-    """Fetches images one by one. Raises ParameterError if an image cannot be fetched or the images exceed `most_bytes`.
-    Raises DeadlineError after `_MAX_S`."""
+    """Fetches images. Raises DeadlineError, or ParameterError if images cannot be fetched or exceed `most_bytes`."""
     images: dict[str, bytes] = {}
     left_bytes = most_bytes
     try:
@@ -58,7 +58,7 @@ def _client() -> httpx.AsyncClient:
 
 
 async def _fetched(client: httpx.AsyncClient, url: ImageUrl, most_bytes: int) -> bytes:
-    """Fetches an image. Connects to the address that was checked, because a second lookup could return another."""
+    # Connects to the address that is checked here, because a second lookup could return another.
     address = await _public_address(url)
     request = client.build_request(
         "GET",
@@ -93,19 +93,26 @@ async def _read(reply: httpx.Response, most_bytes: int) -> bytes:
 
 
 async def _public_address(url: ImageUrl) -> str:
-    """Returns the first address of a host. Raises ValueError if the host is unknown or any of its addresses is not
-    public. Raises DeadlineError if the lookup takes too long."""
-    look_up = partial(getaddrinfo, url.host, url.port, type=SOCK_STREAM)
+    """Returns the first address of a host. Raises ValueError for an unknown or private host, and DeadlineError."""
+    what = f"the addresses of {url.host} from its name server"
+    if not _LOOKUPS.acquire(blocking=False):
+        raise DeadlineError(f"{what}: earlier lookups have no answer yet; send images as data URLs")
     try:
-        async with deadline(f"the addresses of {url.host} from its name server", _LOOKUP_S):
-            found = await asyncio.get_running_loop().run_in_executor(_LOOKUPS, look_up)
+        async with deadline(what, _LOOKUP_S):
+            addresses = await asyncio.wrap_future(in_background(partial(_look_up, url)))
     except OSError as error:
         raise ValueError(f"the host is not found: {error.strerror or error}") from error
-    addresses = [str(place[0]) for *_, place in found]
     for address in addresses:
         if not is_public(address):
             raise ValueError(f"expected a host on the internet, found the address {address}, which is not public")
     return addresses[0]
+
+
+def _look_up(url: ImageUrl) -> list[str]:
+    try:
+        return [str(place[0]) for *_, place in getaddrinfo(url.host, url.port, type=SOCK_STREAM)]
+    finally:
+        _LOOKUPS.release()
 
 
 def is_public(address: str) -> bool:

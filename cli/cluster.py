@@ -69,7 +69,9 @@ def up(
     discover: Annotated[
         bool, Option("--discover", help="Let workers on the local network find the cluster by multicast DNS.")
     ] = False,
-    detach: Annotated[bool, Option("--detach", "-d", help="Return when the cluster is ready; it runs on.")] = False,
+    detach: Annotated[
+        bool, Option("--detach", "-d", help="Return when the cluster is ready, and leave it running.")
+    ] = False,
     standby: Annotated[
         bool, Option("--standby", help="Run a standby, which takes over if the running coordinator ends unexpectedly.")
     ] = False,

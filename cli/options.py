@@ -167,7 +167,12 @@ Threads = Annotated[
 ]
 ModelDraft = Annotated[
     str | None,
-    Option("--model-draft", "-md", metavar="DRAFT", help="Small model that drafts for --model and has its vocabulary."),
+    Option(
+        "--model-draft",
+        "-md",
+        metavar="DRAFT",
+        help="Small model that drafts tokens for --model, with the same vocabulary.",
+    ),
 ]
 Mtp = Annotated[bool, Option("--mtp", help="Draft tokens with the multi-token prediction head of --model.")]
 Workers = Annotated[

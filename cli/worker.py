@@ -87,7 +87,7 @@ def worker(
         Option(
             "--kv-disk",
             metavar="SIZE",
-            help="Limit for KV memory kept on disk, e.g. 4GiB; for all workers or none. Default: keep none on disk.",
+            help="Limit for KV memory kept on disk, e.g. 4GiB. Set it for all workers or none. Default: none.",
         ),
     ] = None,
     model_dir: Annotated[

@@ -33,7 +33,8 @@ def convert(
         ),
     ],
     out: Annotated[
-        Path | None, Option("--out", "-o", metavar="FILE", help="Output file. Default: NAME-TYPE.gguf in this folder.")
+        Path | None,
+        Option("--out", "-o", metavar="FILE", help="Output file. Default: NAME-TYPE.gguf in the current folder."),
     ] = None,
     kind: TypeOption = "f16",
     tokenizer: Annotated[
@@ -114,7 +115,7 @@ def split(
         Option("--split-max-tensors", metavar="N", min=1, help="Maximum number of tensors in a part. Default: 128."),
     ] = None,
     no_tensor_first: Annotated[
-        bool, Option("--no-tensor-first-split", help="Write only metadata to the first part.")
+        bool, Option("--no-tensor-first-split", help="Write no tensors to the first part, only metadata.")
     ] = False,
     dry_run: DryRun = False,
 ) -> None:

@@ -22,7 +22,7 @@ Out = Annotated[
         metavar="OUT",
         default_factory=list,
         show_default=False,
-        help="Output file. Default: MODEL-TYPE.gguf next to MODEL, or in this folder for a downloaded model.",
+        help="Output file. Default: MODEL-TYPE.gguf next to MODEL; for a downloaded model, in the current folder.",
     ),
 ]
 Type = Annotated[str, Argument(metavar="TYPE", help="Type of the output, e.g. Q4_K_M or Q8_0.")]

@@ -78,7 +78,7 @@ class PeftSettings:
 def _check_kind(settings: Settings) -> None:
     kind = settings.text("peft_type", default="LORA")
     if kind != "LORA":
-        raise settings.error("peft_type", f"{kind!r} is not supported; supported is LORA")
+        raise settings.error("peft_type", f"{kind!r} is not supported; expected LORA")
     for name in _REFUSED:
         if settings.values.get(name):
             raise settings.error(name, "this setting is not supported")
@@ -88,7 +88,7 @@ def _check_kind(settings: Settings) -> None:
     if isinstance(begun, str) and begun.lower().startswith(_CHANGES_BASE):
         raise settings.error("init_lora_weights", f"{begun!r} changes the base model; save the adapter as plain LoRA")
     if settings.text("bias", default="none") != "none":
-        raise settings.error("bias", f"{settings.values['bias']!r} is not supported; supported is 'none'")
+        raise settings.error("bias", f"{settings.values['bias']!r} is not supported; expected 'none'")
 
 
 def _pattern(settings: Settings, name: str, module: str, default: float) -> float:

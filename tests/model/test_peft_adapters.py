@@ -109,9 +109,9 @@ def test_modules_of_each_architecture_are_products_of_its_programs(name: str, tm
 
 LAYER_1 = {name.replace("layers.0", "layers.1"): value for name, value in factors().items()}
 BAD: dict[str, tuple[Arrays, dict[str, Any], str]] = {
-    "another kind": (factors(), {"peft_type": "LOHA"}, "'LOHA' is not supported; supported is LORA"),
+    "another kind": (factors(), {"peft_type": "LOHA"}, "'LOHA' is not supported; expected LORA"),
     "DoRA": (factors(), {"use_dora": True}, "'use_dora': this setting is not supported"),
-    "bias": (factors(), {"bias": "all"}, "'bias': 'all' is not supported; supported is 'none'"),
+    "bias": (factors(), {"bias": "all"}, "'bias': 'all' is not supported; expected 'none'"),
     "whole matrices": (
         factors(),
         {"modules_to_save": ["lm_head"]},

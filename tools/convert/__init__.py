@@ -1,1 +1,1 @@
-"""Converts checkpoints to GGUF: formats, architectures (pages), vocabularies, and a streaming writer."""
+"""Converts checkpoints to GGUF: formats, converters of architectures, vocabularies, and a streaming writer."""

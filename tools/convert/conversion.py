@@ -13,10 +13,10 @@ from llamaclust.core.errors import UsageError
 from llamaclust.model.gguf.header import MAGIC
 from llamaclust.model.gguf.writer import WritableValue
 from llamaclust.model.quant_types import QuantType
+from llamaclust.tools.convert.converters import convert_checkpoint
 from llamaclust.tools.convert.formats.opening import Hints, open_checkpoint
 from llamaclust.tools.convert.formats.source_files import SourceFiles
 from llamaclust.tools.convert.lazy import Lazy
-from llamaclust.tools.convert.pages import build_page
 from llamaclust.tools.convert.settings import Checkpoint
 from llamaclust.tools.convert.stream import OUTPUT_TYPES, OnProgress, Output, write_stream
 from llamaclust.tools.convert.vocabularies.families import vocabulary_of
@@ -66,24 +66,24 @@ def write_converted(
     kind = OUTPUT_TYPES.get(target.type_name)
     if kind is None:
         raise UsageError(f"--type {target.type_name}: give one of {', '.join(OUTPUT_TYPES)}")
-    page = build_page(checkpoint)
-    rows = page.tensors["token_embd.weight"].shape[0]
-    words = vocabulary_of(page.vocabulary_rules, files, hints.tokenizer or checkpoint.vocabulary, rows)
+    model = convert_checkpoint(checkpoint)
+    rows = model.tensors["token_embd.weight"].shape[0]
+    words = vocabulary_of(model.vocabulary_rules, files, hints.tokenizer or checkpoint.vocabulary, rows)
     name = target.name or checkpoint.name
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
     path = target.path or Path(f"{stem}-{target.type_name}.gguf")
-    outputs = [Output(key, output_type(key, tensor, kind), tensor) for key, tensor in page.tensors.items()]
+    outputs = [Output(key, output_type(key, tensor, kind), tensor) for key, tensor in model.tensors.items()]
     general: dict[str, WritableValue] = {
-        "general.architecture": page.architecture,
+        "general.architecture": model.architecture,
         "general.type": "model",
         "general.name": name,
         "general.file_type": _file_type(outputs, kind),
         "general.quantization_version": _QUANTIZATION_VERSION,
     }
-    metadata = general | page.metadata | words.metadata()
+    metadata = general | model.metadata | words.metadata()
     _check_replaceable(path)
     write_stream(path, metadata, outputs, on_progress, thread_count(), files.check_unchanged)
-    return Converted(path, page.architecture, len(outputs), (*page.notes, *words.notes))
+    return Converted(path, model.architecture, len(outputs), (*model.notes, *words.notes))
 
 
 def _file_type(outputs: Sequence[Output], kind: QuantType) -> int:

@@ -1,5 +1,5 @@
-"""The interface of `pages/`. A page converts one architecture. It takes tensors by their names in the checkpoint,
-states their shapes, and gives them GGUF's names. A tensor that no page takes is an error, since it may be needed."""
+"""Collects the metadata and tensors of a GGUF file. Each function in `converters/` converts one architecture: it takes
+tensors by their names in the checkpoint, states their shapes, and gives them GGUF's names."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from llamaclust.tools.convert.settings import MAX_HEADS, MAX_LAYERS, MAX_WORDS, 
 _NOT_NEEDED: Final = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias|rope\.freqs)"
 )
-"""Names of tables and masks that no page needs, because settings determine their values."""
+"""Names of tables and masks that are not converted, because settings determine their values."""
 
 
-class Page:
+class ConvertedModel:
     """Metadata and tensors to write. `vocabulary_rules` names the architecture whose rules convert the vocabulary."""
 
     def __init__(self, checkpoint: Checkpoint, architecture: str) -> None:

@@ -16,7 +16,7 @@ from llamaclust.tools.convert.lazy import Array, Lazy, Recent
 
 _EIGHT_BIT_METHODS: Final = ("fp8", "compressed-tensors")
 KEPT_METHOD: Final = "mxfp4"
-"""A quantization method whose blocks exist in GGUF. Pages copy the blocks unchanged."""
+"""A quantization method whose blocks exist in GGUF. Converters copy the blocks unchanged."""
 _SCALES: Final = ("_scale_inv", "_scale")
 """Name suffixes of scales. All scales multiply the weights, even scales named `_scale_inv`."""
 _NOT_NEEDED: Final = ("input_scale", "activation_scale")
@@ -44,7 +44,7 @@ def dequantized(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent)
         known = ", ".join(("gptq", "awq", *_EIGHT_BIT_METHODS, KEPT_METHOD))
         raise quantization.error("quant_method", f"{shown(method)} is not supported; supported: {known}")
     if quantization.count("bits", "w_bit", default=4, maximum=32) != 4:
-        raise quantization.error("bits", f"{quantization.shown('bits')} is not supported; supported is 4")
+        raise quantization.error("bits", f"{quantization.shown('bits')} is not supported; expected 4")
     found = {name: tensor for name, tensor in tensors.items() if not _is_part(name, tensors)}
     # GPTQ stores zeros minus 1, except in version 2.
     zero_offset = 0 if method == "awq" or quantization.text("checkpoint_format", default="gptq") == "gptq_v2" else 1

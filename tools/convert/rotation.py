@@ -9,8 +9,8 @@ import numpy as np
 
 from llamaclust.model.checkpoints.settings import Settings
 from llamaclust.model.gguf.values import shown
+from llamaclust.tools.convert.converted_model import ConvertedModel
 from llamaclust.tools.convert.lazy import constant
-from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.settings import MAX_CONTEXT
 
 _LEAST_TURNS: Final = 1e-3
@@ -21,7 +21,7 @@ _LLAMA3: Final = ("factor", "low_freq_factor", "high_freq_factor", "original_max
 
 
 def rotation(
-    page: Page,
+    model: ConvertedModel,
     dimensions: int,
     *,
     base: float | None = None,
@@ -30,51 +30,51 @@ def rotation(
 ) -> None:
     """Writes RoPE's metadata and tensors of frequency factors. RoPE rotates `dimensions` channels of each head. `base`
     is used if the configuration states no base. Raises ModelFileError for an unknown kind of scaling."""
-    rope = _parameters(page.settings)
+    rope = _parameters(model.settings)
     theta = _base(rope, base or 10000.0)
-    page.key("rope.freq_base", theta)
+    model.key("rope.freq_base", theta)
     if says_dimensions:
-        page.key("rope.dimension_count", dimensions)
+        model.key("rope.dimension_count", dimensions)
     kind = rope.text("rope_type", "type", default="default").lower()
     if kind == "linear":
-        page.key("rope.scaling.type", "linear")
-        page.key("rope.scaling.factor", rope.real("factor", minimum=1e-3, maximum=1e6))
+        model.key("rope.scaling.type", "linear")
+        model.key("rope.scaling.factor", rope.real("factor", minimum=1e-3, maximum=1e6))
     elif kind == "yarn":
-        _yarn(page, rope, log_multiplier)
+        _yarn(model, rope, log_multiplier)
     elif kind == "llama3":
-        _llama3(page, rope, theta, dimensions)
+        _llama3(model, rope, theta, dimensions)
     elif kind in ("su", "longrope"):
-        _longrope(page, rope, dimensions)
+        _longrope(model, rope, dimensions)
     elif kind == "dynamic":
-        _dynamic(page, rope)
+        _dynamic(model, rope)
     elif kind != "default":
         raise rope.error("rope_type", f"{shown(kind)} is not known; known: linear, dynamic, yarn, llama3, longrope")
 
 
-def latent_rotation(page: Page, dimensions: int) -> None:
+def latent_rotation(model: ConvertedModel, dimensions: int) -> None:
     """Writes RoPE's metadata for latent attention. Raises ModelFileError for scaling that GGUF cannot express."""
-    rope = _parameters(page.settings)
-    page.key("rope.freq_base", _base(rope, 10000.0))
-    page.key("rope.dimension_count", dimensions)
+    rope = _parameters(model.settings)
+    model.key("rope.freq_base", _base(rope, 10000.0))
+    model.key("rope.dimension_count", dimensions)
     kind = rope.text("rope_type", "type", default="default").lower()
     if kind == "default":
         return
     if kind != "yarn":
-        raise rope.error("rope_type", f"{shown(kind)} is not supported; {page.architecture} supports yarn")
-    factor, share = _yarn_keys(page, rope), rope.real("mscale_all_dim", default=0.0, maximum=1e3)
+        raise rope.error("rope_type", f"{shown(kind)} is not supported; {model.architecture} supports yarn")
+    factor, share = _yarn_keys(model, rope), rope.real("mscale_all_dim", default=0.0, maximum=1e3)
     if not share or rope.real("mscale", default=0.0, maximum=1e3) != share:
         both = f"{rope.shown('mscale_all_dim')}, mscale {rope.shown('mscale')}"
-        raise rope.error("mscale_all_dim", f"{both}: {page.architecture} needs two equal numbers above 0")
+        raise rope.error("mscale_all_dim", f"{both}: {model.architecture} needs two equal numbers above 0")
     if rope.real("attention_factor", "attn_factor", default=1.0) != 1:
-        raise rope.error("attention_factor", f"expected 1, since {page.architecture} computes with 1")
-    page.key("rope.scaling.yarn_log_multiplier", share / 10)
-    if page.architecture == "mistral4" and share != 1:
-        page.key("rope.scaling.attn_factor", _growth(factor, share) / _growth(factor))
+        raise rope.error("attention_factor", f"expected 1, since {model.architecture} computes with 1")
+    model.key("rope.scaling.yarn_log_multiplier", share / 10)
+    if model.architecture == "mistral4" and share != 1:
+        model.key("rope.scaling.attn_factor", _growth(factor, share) / _growth(factor))
 
 
-def alpha_rotation(page: Page, dimensions: int) -> bool:
+def alpha_rotation(model: ConvertedModel, dimensions: int) -> bool:
     """Writes RoPE of type dynamic, whose base grows with `alpha`. Returns False if there is no `alpha`."""
-    rope = _parameters(page.settings)
+    rope = _parameters(model.settings)
     alpha = rope.real("alpha", default=0.0, maximum=1e6)
     if rope.text("rope_type", "type", default="default").lower() != "dynamic" or not alpha:
         return False
@@ -82,21 +82,22 @@ def alpha_rotation(page: Page, dimensions: int) -> bool:
         raise rope.error("alpha", f"expected a number of 1 or more, found {alpha:g}")
     if dimensions < 4:
         raise rope.error("alpha", f"{alpha:g} with heads of {dimensions} channels is not supported")
-    page.key("rope.freq_base", _base(rope, 10000.0) * alpha ** (dimensions / (dimensions - 2)))
-    page.key("rope.dimension_count", dimensions)
+    model.key("rope.freq_base", _base(rope, 10000.0) * alpha ** (dimensions / (dimensions - 2)))
+    model.key("rope.dimension_count", dimensions)
     if alpha >= _HUNYUAN_ALPHA:
-        page.key(
-            "context_length", max(_HUNYUAN_CONTEXT, page.settings.count("max_position_embeddings", maximum=MAX_CONTEXT))
+        model.key(
+            "context_length",
+            max(_HUNYUAN_CONTEXT, model.settings.count("max_position_embeddings", maximum=MAX_CONTEXT)),
         )
     return True
 
 
-def rotating_channels(page: Page, default_share: float = 1.0) -> int:
-    rope = _parameters(page.settings)
+def rotating_channels(model: ConvertedModel, default_share: float = 1.0) -> int:
+    rope = _parameters(model.settings)
     share = rope.real("partial_rotary_factor", default=default_share, maximum=1.0)
-    channels = int(share * page.head_width)
+    channels = int(share * model.head_width)
     if channels < 2 or channels % 2:
-        what = f"expected an even number of 2 or more channels, found {channels} ({share:g} of {page.head_width})"
+        what = f"expected an even number of 2 or more channels, found {channels} ({share:g} of {model.head_width})"
         raise rope.error("partial_rotary_factor", what)
     return channels
 
@@ -115,16 +116,16 @@ def sections(settings: Settings, pairs: int) -> list[int]:
     return [*listed, 0][:4]
 
 
-def position_scale(page: Page) -> int:
+def position_scale(model: ConvertedModel) -> int:
     """Writes the scale of queries, which grows with the position. Returns the number of positions with equal scale, or
     0 if the configuration has no such scale."""
-    rope = _parameters(page.settings)
+    rope = _parameters(model.settings)
     growth = rope.real("llama_4_scaling_beta", default=0.0, maximum=1e3)
     if not growth:
         return 0
     original = rope.count("original_max_position_embeddings", maximum=MAX_CONTEXT)
-    page.key("attention.temperature_scale", growth)
-    page.key("rope.scaling.original_context_length", original)
+    model.key("attention.temperature_scale", growth)
+    model.key("rope.scaling.original_context_length", original)
     return original
 
 
@@ -148,28 +149,28 @@ def _base(rope: Settings, default: float) -> float:
     return rope.real("rope_theta", "rotary_emb_base", default=default, minimum=1.0)
 
 
-def _yarn(page: Page, rope: Settings, log_multiplier: bool) -> None:
-    factor = _yarn_keys(page, rope)
+def _yarn(model: ConvertedModel, rope: Settings, log_multiplier: bool) -> None:
+    factor = _yarn_keys(model, rope)
     wanted = rope.real("attention_factor", "attn_factor", default=_magnitude(rope, factor), minimum=1e-3, maximum=1e3)
     usual = _growth(factor)
     if log_multiplier and rope.has("mscale_all_dim"):
         divisor = rope.real("mscale_all_dim", maximum=1e3)
-        page.key("rope.scaling.yarn_log_multiplier", divisor)
+        model.key("rope.scaling.yarn_log_multiplier", divisor)
         usual /= _growth(factor, divisor)
     # A configuration states the attention factor, and GGUF its ratio to the usual factor.
     if wanted != usual:
-        page.key("rope.scaling.attn_factor", wanted / usual)
+        model.key("rope.scaling.attn_factor", wanted / usual)
 
 
-def _yarn_keys(page: Page, rope: Settings) -> float:
+def _yarn_keys(model: ConvertedModel, rope: Settings) -> float:
     factor = rope.real("factor", minimum=1e-3, maximum=1e6)
-    page.key("rope.scaling.type", "yarn")
-    page.key("rope.scaling.factor", factor)
-    trained = page.settings.count("max_position_embeddings", default=0, minimum=0, maximum=MAX_CONTEXT)
+    model.key("rope.scaling.type", "yarn")
+    model.key("rope.scaling.factor", factor)
+    trained = model.settings.count("max_position_embeddings", default=0, minimum=0, maximum=MAX_CONTEXT)
     original = rope.count("original_max_position_embeddings", default=trained or None, maximum=MAX_CONTEXT)
-    page.key("rope.scaling.original_context_length", original)
+    model.key("rope.scaling.original_context_length", original)
     if not rope.flag("truncate", default=True):
-        page.key("rope.scaling.yarn_truncate", False)
+        model.key("rope.scaling.yarn_truncate", False)
     if _base(rope, 10000.0) <= 1:
         raise rope.error("rope_theta", f"expected more than 1 with yarn, found {rope.shown('rope_theta')}")
     for key, name, least in (
@@ -178,7 +179,7 @@ def _yarn_keys(page: Page, rope: Settings) -> float:
         ("yarn_beta_slow", "beta_slow", _LEAST_TURNS),
     ):
         if rope.has(name):
-            page.key(f"rope.scaling.{key}", rope.real(name, minimum=least, maximum=1e6))
+            model.key(f"rope.scaling.{key}", rope.real(name, minimum=least, maximum=1e6))
     return factor
 
 
@@ -193,15 +194,15 @@ def _growth(factor: float, share: float = 1.0) -> float:
     return 1 + 0.1 * share * math.log(factor) if factor > 1 else 1.0
 
 
-def _dynamic(page: Page, rope: Settings) -> None:
+def _dynamic(model: ConvertedModel, rope: Settings) -> None:
     """Adds a note for the user about dynamic scaling, which is not written."""
     if rope.has("alpha"):
         raise rope.error("alpha", "a stretch of all texts by alpha is not supported")
-    context = page.metadata[f"{page.architecture}.context_length"]
-    page.notes.append(f"dynamic rope scaling begins after {context} tokens, the context length in the file")
+    context = model.metadata[f"{model.architecture}.context_length"]
+    model.notes.append(f"dynamic rope scaling begins after {context} tokens, the context length in the file")
 
 
-def _llama3(page: Page, rope: Settings, theta: float, dimensions: int) -> None:
+def _llama3(model: ConvertedModel, rope: Settings, theta: float, dimensions: int) -> None:
     defaults = dict(zip(_LLAMA3, (8.0, 1.0, 4.0, 8192.0), strict=True))
     factor, low, high, original = (rope.real(name, default=defaults[name], minimum=1e-3) for name in _LLAMA3)
     if low >= high:
@@ -216,17 +217,17 @@ def _llama3(page: Page, rope: Settings, theta: float, dimensions: int) -> None:
         else:
             share = (original / length - low) / (high - low)
             factors.append(1 / ((1 - share) / factor + share))
-    page.put("rope_freqs.weight", constant(np.array(factors, np.float32), "rope factors"))
+    model.put("rope_freqs.weight", constant(np.array(factors, np.float32), "rope factors"))
 
 
-def _longrope(page: Page, rope: Settings, dimensions: int) -> None:
+def _longrope(model: ConvertedModel, rope: Settings, dimensions: int) -> None:
     original = rope.count("original_max_position_embeddings", minimum=2, maximum=MAX_CONTEXT)
-    context = page.settings.count("max_position_embeddings", default=original, maximum=MAX_CONTEXT)
-    page.key("rope.scaling.type", "longrope")
-    page.key("rope.scaling.original_context_length", original)
+    context = model.settings.count("max_position_embeddings", default=original, maximum=MAX_CONTEXT)
+    model.key("rope.scaling.type", "longrope")
+    model.key("rope.scaling.original_context_length", original)
     scale = rope.real("factor", default=context / original, minimum=1e-3, maximum=1e6)
     magnitude = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
-    page.key("rope.scaling.attn_factor", rope.real("attention_factor", default=magnitude, maximum=1e3))
+    model.key("rope.scaling.attn_factor", rope.real("attention_factor", default=magnitude, maximum=1e3))
     for name in ("long", "short"):
         factors = np.array(rope.reals(f"{name}_factor", dimensions // 2), np.float32)
-        page.put(f"rope_factors_{name}.weight", constant(factors, f"{name} rope factors"))
+        model.put(f"rope_factors_{name}.weight", constant(factors, f"{name} rope factors"))

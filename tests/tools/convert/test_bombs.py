@@ -33,7 +33,7 @@ def test_lists_of_a_pickle_are_not_copied_again_and_again() -> None:
 def test_very_many_long_words_are_refused_before_their_merges_are_looked_for() -> None:
     words = [bytes([byte]) for byte in range(256)] + [b"%04d" % number * 250 for number in range(100)]
     lines = [base64.b64encode(word) + b" %d\n" % rank for rank, word in enumerate(words)]
-    with pytest.raises(ModelFileError, match="words are too long to find their merges"):
+    with pytest.raises(ModelFileError, match="words are too long to compute their merges"):
         read_ranks(Path("x.tiktoken"), b"".join(lines))
 
 

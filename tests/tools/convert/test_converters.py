@@ -1,4 +1,4 @@
-"""Every architecture's page: GGUF's names as gguf-py's own table has them, shapes, and where each number went."""
+"""Every architecture's converter: GGUF's names as gguf-py's own table has them, shapes, and where each number went."""
 
 from __future__ import annotations
 
@@ -240,8 +240,8 @@ def test_40_layers_of_baichuan_are_the_13b_model(tmp_path: Path) -> None:
 
 def test_the_head_of_baichuan_2_has_rows_of_length_one(tmp_path: Path) -> None:
     from llamaclust.model.checkpoints.settings import Settings
+    from llamaclust.tools.convert.converters import convert_checkpoint
     from llamaclust.tools.convert.lazy import constant
-    from llamaclust.tools.convert.pages import build_page
     from llamaclust.tools.convert.settings import Checkpoint
 
     config, tensors = checkpoint("BaichuanForCausalLM")
@@ -250,8 +250,8 @@ def test_the_head_of_baichuan_2_has_rows_of_length_one(tmp_path: Path) -> None:
     tensors |= {"lm_head.weight": head, "model.embed_tokens.weight": head}
     lazy = {name: constant(array, name) for name, array in tensors.items()}
     settings = Settings(config | {"vocab_size": words}, "config.json")
-    page = build_page(Checkpoint("BaichuanForCausalLM", settings, lazy, tmp_path, "tiny"))
-    rows = page.tensors["output.weight"].read(7, 9)
+    model = convert_checkpoint(Checkpoint("BaichuanForCausalLM", settings, lazy, tmp_path, "tiny"))
+    rows = model.tensors["output.weight"].read(7, 9)
     np.testing.assert_allclose(rows, head[7:9] / np.linalg.norm(head[7:9], axis=1, keepdims=True), rtol=1e-6)
 
 

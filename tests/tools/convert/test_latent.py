@@ -13,9 +13,9 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.model.checkpoints.settings import Settings
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.quant_types import QuantType
+from llamaclust.tools.convert.converted_model import ConvertedModel
+from llamaclust.tools.convert.converters import convert_checkpoint
 from llamaclust.tools.convert.lazy import constant
-from llamaclust.tools.convert.page import Page
-from llamaclust.tools.convert.pages import build_page
 from llamaclust.tools.convert.quantized import E4M3
 from llamaclust.tools.convert.settings import Checkpoint
 from support.models.checkpoints.latent import PLAIN, RANK, VALUE
@@ -34,10 +34,10 @@ def read(model: ModelFile, name: str) -> NDArray[np.float32]:
     return np.frombuffer(tensor.read(), "<f4").reshape(tensor.shape)
 
 
-def page_of(case: str, folder: Path, tensors: dict[str, NDArray[Any]] | None = None, **change: Any) -> Page:
+def model_of(case: str, folder: Path, tensors: dict[str, NDArray[Any]] | None = None, **change: Any) -> ConvertedModel:
     config, plain = checkpoint(case)
     lazy = {name: constant(values, name) for name, values in (tensors or plain).items()}
-    return build_page(Checkpoint(case, Settings(config | change, "config.json"), lazy, folder, "tiny"))
+    return convert_checkpoint(Checkpoint(case, Settings(config | change, "config.json"), lazy, folder, "tiny"))
 
 
 def check_cut(model: ModelFile, layer: int, both: NDArray[np.float32]) -> None:
@@ -73,9 +73,9 @@ def test_layers_of_predictions_are_left_out_of_deepseek_and_kept_of_glm(tmp_path
     tensors = checkpoint(V3)[1]
     behind = {name.replace("layers.1.", "layers.2."): values for name, values in tensors.items() if "layers.1." in name}
     behind["model.layers.2.eh_proj.weight"] = np.ones((4, 8), np.float32)
-    page = page_of(V3, tmp_path, {**tensors, **behind}, num_nextn_predict_layers=1)
-    assert page.tensors.keys() == page_of(V3, tmp_path).tensors.keys() and len(page.notes) == 1
-    glm = page_of(GLM, tmp_path)
+    model = model_of(V3, tmp_path, {**tensors, **behind}, num_nextn_predict_layers=1)
+    assert model.tensors.keys() == model_of(V3, tmp_path).tensors.keys() and len(model.notes) == 1
+    glm = model_of(GLM, tmp_path)
     assert f"blk.{LAYERS}.nextn.eh_proj.weight" in glm.tensors and f"blk.{LAYERS}.attn_k_b.weight" in glm.tensors
     assert glm.metadata["deepseek2.nextn_predict_layers"] == 1 and glm.metadata["deepseek2.block_count"] == LAYERS + 1
     assert glm.vocabulary_rules == "glm4moe"
@@ -84,7 +84,7 @@ def test_layers_of_predictions_are_left_out_of_deepseek_and_kept_of_glm(tmp_path
 def test_gating_groups_and_stretched_rotations(tmp_path: Path) -> None:
     """The multiplier is a tenth of the share of YaRN's magnitude, as llama.cpp writes it for this architecture."""
     scaling = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}
-    found = {case: page_of(case, tmp_path, rope_scaling=scaling).metadata for case in (V2, V3, GLM, MISTRAL4)}
+    found = {case: model_of(case, tmp_path, rope_scaling=scaling).metadata for case in (V2, V3, GLM, MISTRAL4)}
     names = {case: "mistral4" if case == MISTRAL4 else "deepseek2" for case in found}
     gating = {case: keys[f"{names[case]}.expert_gating_func"] for case, keys in found.items()}
     assert gating == {V2: 1, V3: 2, GLM: 2, MISTRAL4: 1}
@@ -115,7 +115,7 @@ def test_decays_and_convolutions_of_kimi_stay_exact(tmp_path: Path) -> None:
         (V2, {"rope_scaling": {"type": "a" * 9999}}, r"'a{61}\.\.\.' is not supported; deepseek2 supports yarn"),
         (V2, {"norm_topk_prob": True}, "true is not supported by DeepSeek V2"),
         (V2, {"scoring_func": "sigmoid"}, "expected softmax, found 'sigmoid'"),
-        (V2, {"moe_layer_freq": 2}, "'moe_layer_freq': 2 is not supported; supported is 1"),
+        (V2, {"moe_layer_freq": 2}, "'moe_layer_freq': 2 is not supported; expected 1"),
         (V2, {"rope_scaling": YARN}, r"'mscale_all_dim': None, mscale None: deepseek2 needs two equal numbers"),
         (V2, {"rope_scaling": YARN | {"mscale": 1, "mscale_all_dim": 0.5}}, "0.5, mscale 1: deepseek2 needs two equal"),
         (V2, {"rope_scaling": {"type": "linear", "factor": 2}}, "'linear' is not supported; deepseek2 supports yarn"),
@@ -125,7 +125,7 @@ def test_decays_and_convolutions_of_kimi_stay_exact(tmp_path: Path) -> None:
             "deepseek2 computes with 1",
         ),
         (V3, {"attention_bias": True}, "true is not supported by deepseek2"),
-        (V3, {"rope_interleave": False}, "false is not supported; supported is a rotation of neighbouring channels"),
+        (V3, {"rope_interleave": False}, "false is not supported; expected a rotation of neighbouring channels"),
         (V3, {"num_key_value_heads": 2}, "expected 4 as for queries, found 2: latent attention"),
         (V3, {"qk_rope_head_dim": 7}, "'qk_rope_head_dim': expected an even number of channels, found 7"),
         (KIMI, {"qk_rope_head_dim": 7}, "'qk_rope_head_dim': expected an even number of channels, found 7"),
@@ -151,7 +151,7 @@ def test_decays_and_convolutions_of_kimi_stay_exact(tmp_path: Path) -> None:
 )
 def test_what_no_key_can_say(case: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=message):
-        page_of(case, tmp_path, **change)
+        model_of(case, tmp_path, **change)
 
 
 @pytest.mark.parametrize(
@@ -165,4 +165,4 @@ def test_numbers_of_kimi_s_attention_layers_count_from_one(listed: list[Any], me
     config, _ = checkpoint(KIMI)
     said = config["linear_attn_config"] | {"full_attn_layers": listed}
     with pytest.raises(ModelFileError, match=f"'full_attn_layers': {message}"):
-        page_of(KIMI, tmp_path, linear_attn_config=said)
+        model_of(KIMI, tmp_path, linear_attn_config=said)

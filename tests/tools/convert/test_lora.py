@@ -128,7 +128,7 @@ def test_exchanged_matrices_and_ranks_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("parts", "config", "message"),
     [
-        (factors("mlp.up_proj", INNER, HIDDEN), {"peft_type": "LOHA"}, "'LOHA' is not supported; supported is LORA"),
+        (factors("mlp.up_proj", INNER, HIDDEN), {"peft_type": "LOHA"}, "'LOHA' is not supported; expected LORA"),
         (factors("mlp.up_proj", INNER, HIDDEN), {"use_dora": True}, "'use_dora': this setting is not supported"),
         (factors("mlp.up_proj", INNER, HIDDEN), {"init_lora_weights": "pissa_niter_4"}, "changes the base model"),
         (factors("mlp.up_proj", INNER, HIDDEN), {"alpha_pattern": {r"layers\.\d+": 9}}, "patterns are not supported"),

@@ -14,9 +14,9 @@ from llamaclust.model.checkpoints.modules import matrix_name
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.tools.convert.conversion import convert
+from llamaclust.tools.convert.converters import CONVERTERS
 from llamaclust.tools.convert.formats.opening import Hints
 from llamaclust.tools.convert.merging import merge_adapter
-from llamaclust.tools.convert.pages import PAGES
 from support.models.checkpoint_files import safetensors_bytes, write_hugging_face
 from support.models.checkpoints.shapes import LAYERS
 from support.models.random_checkpoints import CASES, checkpoint, values
@@ -71,7 +71,7 @@ def test_merged_matrices_are_those_of_the_model_and_the_adapter(case: str, tmp_p
     config, tensors = checkpoint(case)
     write_hugging_face(tmp_path / "base", config, tensors)
     (tmp_path / "base" / "tokenizer.json").write_text(tokenizer_json())
-    architecture = PAGES[case.split()[0]][0]
+    architecture = CONVERTERS[case.split()[0]][0]
     adapter, count = write_adapter(tmp_path / "adapter", architecture, tensors, case == "GPT2LMHeadModel")
     convert(tmp_path / "base", tmp_path / "base.gguf", "f32", Hints(), lambda done, total: None, None)
     base = open_model(tmp_path / "base.gguf")

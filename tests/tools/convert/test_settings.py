@@ -84,7 +84,7 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
         ("GptOssForCausalLM", {"sliding_window": None}, "'sliding_window': missing"),
         ("GptOssForCausalLM", {"num_local_experts": 10**9}, "expected a whole number of 1 to 1024, found 1000000000"),
         ("GptOssForCausalLM", {"num_experts_per_tok": 5}, "expected a whole number of 1 to 4, found 5"),
-        ("Glm4MoeForCausalLM", {"n_group": 2}, "2 is not supported; supported is one group of experts"),
+        ("Glm4MoeForCausalLM", {"n_group": 2}, "2 is not supported; expected one group of experts"),
         ("Glm4MoeForCausalLM", {"n_routed_experts": None}, "'n_routed_experts': missing"),
         (
             "Glm4MoeForCausalLM",
@@ -131,9 +131,9 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
         (
             _GEMMA4,
             {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
-            "'yarn' is not supported; supported is a proportional",
+            "'yarn' is not supported; expected a proportional",
         ),
-        (_GEMMA4, {"rope_parameters": {"full_attention": {"factor": 2.0}}}, "supported is a proportional rotation"),
+        (_GEMMA4, {"rope_parameters": {"full_attention": {"factor": 2.0}}}, "expected a proportional rotation"),
         (
             _GEMMA4,
             {"rope_parameters": {"sliding_attention": {"partial_rotary_factor": 0.5}}},
@@ -186,11 +186,11 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
             {"num_local_experts": 10**9},
             "expected a whole number of 1 to 1024, found 1000000000",
         ),
-        ("Ernie4_5_MoeForCausalLM", {"moe_layer_end_index": 0}, "0 is not supported; supported is 1, the last layer"),
+        ("Ernie4_5_MoeForCausalLM", {"moe_layer_end_index": 0}, "0 is not supported; expected 1, the last layer"),
         ("Ernie4_5_MoeForCausalLM", {"moe_layer_interval": 0}, "expected a whole number of 1 to 1024, found 0"),
         ("Ernie4_5_MoeForCausalLM", {"moe_k": None}, "'moe_k': missing"),
         ("Cohere2ForCausalLM", {"logit_scale": None}, "'logit_scale': missing"),
-        ("Cohere2ForCausalLM", {"rotary_pct": 0.5}, "0.5 is not supported; supported is 1"),
+        ("Cohere2ForCausalLM", {"rotary_pct": 0.5}, "0.5 is not supported; expected 1"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, "omits the rotation in every 4th layer, and only there"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": "all"}, "'no_rope_layers': smollm3 omits the rotation in every 4th"),
         (

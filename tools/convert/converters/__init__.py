@@ -9,8 +9,8 @@ from types import MappingProxyType
 from typing import Final
 
 from llamaclust.model.gguf.values import shown
-from llamaclust.tools.convert.page import Page
-from llamaclust.tools.convert.pages import (
+from llamaclust.tools.convert.converted_model import ConvertedModel
+from llamaclust.tools.convert.converters import (
     dense,
     falcon,
     glm,
@@ -26,13 +26,13 @@ from llamaclust.tools.convert.pages import (
     qwen,
     qwen_delta,
 )
-from llamaclust.tools.convert.pages.gemma import gemma, gemma3n, gemma4
-from llamaclust.tools.convert.pages.latent import deepseek
-from llamaclust.tools.convert.pages.recurrent import falcon_h1, granite_hybrid, kimi, lfm2, nemotron_h
-from llamaclust.tools.convert.pages.text_parts import MULTIMODAL, text_part
+from llamaclust.tools.convert.converters.gemma import gemma, gemma3n, gemma4
+from llamaclust.tools.convert.converters.latent import deepseek
+from llamaclust.tools.convert.converters.recurrent import falcon_h1, granite_hybrid, kimi, lfm2, nemotron_h
+from llamaclust.tools.convert.converters.text_parts import MULTIMODAL, text_part
 from llamaclust.tools.convert.settings import Checkpoint
 
-PAGES: Mapping[str, tuple[str, Callable[[Page], None]]] = MappingProxyType(
+CONVERTERS: Mapping[str, tuple[str, Callable[[ConvertedModel], None]]] = MappingProxyType(
     {
         "LlamaForCausalLM": ("llama", llama.build),
         "LLaMAForCausalLM": ("llama", llama.build),
@@ -103,20 +103,20 @@ _LONGEST_NAME: Final = 100
 _NOTE: Final = "only the text model is written, without the parts for images and sound"
 
 
-def build_page(checkpoint: Checkpoint) -> Page:
+def convert_checkpoint(checkpoint: Checkpoint) -> ConvertedModel:
     text = text_part(checkpoint)
-    found = PAGES.get(text.family)
+    found = CONVERTERS.get(text.family)
     if found is None:
-        names = [name for name in (*PAGES, *MULTIMODAL) if name != "Meta"]
+        names = [name for name in (*CONVERTERS, *MULTIMODAL) if name != "Meta"]
         near = difflib.get_close_matches(checkpoint.family[:_LONGEST_NAME], names, 3)
         hint = f", did you mean {' or '.join(near)}?" if near else ""
         known = f"{len(names)} architectures can: docs/models.md"
         what = f"{shown(checkpoint.family)} cannot be converted{hint}; {known}"
         raise checkpoint.settings.error("architectures", what)
     architecture, build = found
-    page = Page(text, architecture)
+    model = ConvertedModel(text, architecture)
     if text is not checkpoint:
-        page.notes.append(_NOTE)
-    build(page)
-    page.finish()
-    return page
+        model.notes.append(_NOTE)
+    build(model)
+    model.finish()
+    return model

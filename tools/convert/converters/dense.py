@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from llamaclust.tools.convert.page import Page
-from llamaclust.tools.convert.pages import decoder
+from llamaclust.tools.convert.converted_model import ConvertedModel
+from llamaclust.tools.convert.converters import decoder
 from llamaclust.tools.convert.rotation import rotation
 from llamaclust.tools.convert.settings import MAX_CONTEXT
 
@@ -14,107 +14,107 @@ _EXAONE4_32B_LAYERS = 64
 _MAX_SCALE = 1e6
 
 
-def build_seed_oss(page: Page) -> None:
+def build_seed_oss(model: ConvertedModel) -> None:
     for name in ("attention_out_bias", "mlp_bias"):
-        if page.settings.flag(name):
-            raise page.settings.error(name, "true is not supported by seed_oss")
-    width = decoder.feed_forward_width(page)
-    decoder.usual_keys(page, width)
-    decoder.rms_epsilon(page)
-    rotation(page, page.head_width, base=1e7)
-    decoder.ends(page)
-    for layer in range(page.layers):
+        if model.settings.flag(name):
+            raise model.settings.error(name, "true is not supported by seed_oss")
+    width = decoder.feed_forward_width(model)
+    decoder.usual_keys(model, width)
+    decoder.rms_epsilon(model)
+    rotation(model, model.head_width, base=1e7)
+    decoder.ends(model)
+    for layer in range(model.layers):
         place, source = f"blk.{layer}", f"model.layers.{layer}"
-        page.copy(f"{place}.attn_norm", f"{source}.input_layernorm", page.width)
-        page.copy(f"{place}.post_attention_norm", f"{source}.post_attention_layernorm", page.width)
-        decoder.attention(page, layer)
-        decoder.feed_forward(page, layer, width)
+        model.copy(f"{place}.attn_norm", f"{source}.input_layernorm", model.width)
+        model.copy(f"{place}.post_attention_norm", f"{source}.post_attention_layernorm", model.width)
+        decoder.attention(model, layer)
+        decoder.feed_forward(model, layer, width)
 
 
-def build_ernie4_5(page: Page) -> None:
-    if page.settings.flag("use_bias"):
-        raise page.settings.error("use_bias", "true is not supported by ernie4_5")
-    _plain(page, base=500000.0)
+def build_ernie4_5(model: ConvertedModel) -> None:
+    if model.settings.flag("use_bias"):
+        raise model.settings.error("use_bias", "true is not supported by ernie4_5")
+    _plain(model, base=500000.0)
 
 
-def build_granite(page: Page) -> None:
-    settings = page.settings
+def build_granite(model: ConvertedModel) -> None:
+    settings = model.settings
     if settings.flag("mlp_bias"):
         raise settings.error("mlp_bias", "true is not supported by granite")
-    granite_scales(page)
-    _plain(page, base=10000.0)
+    granite_scales(model)
+    _plain(model, base=10000.0)
 
 
-def granite_scales(page: Page) -> None:
+def granite_scales(model: ConvertedModel) -> None:
     for key, name in (
         ("embedding_scale", "embedding_multiplier"),
         ("attention.scale", "attention_multiplier"),
         ("residual_scale", "residual_multiplier"),
         ("logit_scale", "logits_scaling"),
     ):
-        page.key(key, page.settings.real(name, default=1.0, minimum=1e-6, maximum=_MAX_SCALE))
+        model.key(key, model.settings.real(name, default=1.0, minimum=1e-6, maximum=_MAX_SCALE))
 
 
-def _plain(page: Page, base: float) -> None:
-    width = decoder.feed_forward_width(page)
-    decoder.usual_keys(page, width)
-    page.key("vocab_size", page.words)
-    decoder.rms_epsilon(page)
-    rotation(page, page.head_width, base=base)
-    decoder.ends(page)
-    for layer in range(page.layers):
-        decoder.norms(page, layer)
-        decoder.attention(page, layer)
-        decoder.feed_forward(page, layer, width)
+def _plain(model: ConvertedModel, base: float) -> None:
+    width = decoder.feed_forward_width(model)
+    decoder.usual_keys(model, width)
+    model.key("vocab_size", model.words)
+    decoder.rms_epsilon(model)
+    rotation(model, model.head_width, base=base)
+    decoder.ends(model)
+    for layer in range(model.layers):
+        decoder.norms(model, layer)
+        decoder.attention(model, layer)
+        decoder.feed_forward(model, layer, width)
 
 
-def build_exaone4(page: Page) -> None:
+def build_exaone4(model: ConvertedModel) -> None:
     """Converts EXAONE 4, which has norms only after blocks."""
-    settings, hidden = page.settings, page.width
-    width = decoder.feed_forward_width(page)
-    decoder.usual_keys(page, width)
-    page.key("vocab_size", page.words)
-    decoder.rms_epsilon(page)
-    rotation(page, page.head_width, base=1e6)
+    settings, hidden = model.settings, model.width
+    width = decoder.feed_forward_width(model)
+    decoder.usual_keys(model, width)
+    model.key("vocab_size", model.words)
+    decoder.rms_epsilon(model)
+    rotation(model, model.head_width, base=1e6)
     if settings.has("sliding_window"):
-        page.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
-        page.key("attention.sliding_window_pattern", np.array(decoder.windowed_layers(page, _PERIOD), np.bool_))
-    elif page.layers == _EXAONE4_32B_LAYERS:
+        model.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
+        model.key("attention.sliding_window_pattern", np.array(decoder.windowed_layers(model, _PERIOD), np.bool_))
+    elif model.layers == _EXAONE4_32B_LAYERS:
         raise settings.error(
-            "sliding_window", f"missing; exaone4 needs it with {page.layers} layers, as in its 32B model"
+            "sliding_window", f"missing; exaone4 needs it with {model.layers} layers, as in its 32B model"
         )
-    page.copy("token_embd", "model.embed_tokens", page.words, hidden)
-    page.copy("output_norm", "model.norm", hidden)
-    page.output()
-    for layer in range(page.layers):
+    model.copy("token_embd", "model.embed_tokens", model.words, hidden)
+    model.copy("output_norm", "model.norm", hidden)
+    model.output()
+    for layer in range(model.layers):
         place, source = f"blk.{layer}", f"model.layers.{layer}"
-        decoder.attention(page, layer)
+        decoder.attention(model, layer)
         for part in ("q", "k"):
-            page.copy(f"{place}.attn_{part}_norm", f"{source}.self_attn.{part}_norm", page.head_width)
-        page.copy(f"{place}.post_attention_norm", f"{source}.post_attention_layernorm", hidden)
-        decoder.feed_forward(page, layer, width)
-        page.copy(f"{place}.post_ffw_norm", f"{source}.post_feedforward_layernorm", hidden)
+            model.copy(f"{place}.attn_{part}_norm", f"{source}.self_attn.{part}_norm", model.head_width)
+        model.copy(f"{place}.post_attention_norm", f"{source}.post_attention_layernorm", hidden)
+        decoder.feed_forward(model, layer, width)
+        model.copy(f"{place}.post_ffw_norm", f"{source}.post_feedforward_layernorm", hidden)
 
 
-def build_cohere2(page: Page) -> None:
+def build_cohere2(model: ConvertedModel) -> None:
     """Converts Command R7B and Command A, whose attention and feed-forward network are parallel."""
-    settings, hidden = page.settings, page.width
-    width = decoder.feed_forward_width(page)
+    settings, hidden = model.settings, model.width
+    width = decoder.feed_forward_width(model)
     if settings.real("rotary_pct", default=1.0) != 1:
-        raise settings.error("rotary_pct", f"{settings.shown('rotary_pct')} is not supported; supported is 1")
-    decoder.usual_keys(page, width)
-    page.key("vocab_size", page.words)
-    decoder.norm_epsilon(page, "layer_norm_eps")
-    page.key("logit_scale", settings.real("logit_scale", minimum=1e-6, maximum=_MAX_SCALE))
-    page.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
-    windowed = decoder.windowed_layers(page, _PERIOD)
-    if windowed != [(layer + 1) % _PERIOD != 0 for layer in range(page.layers)]:
-        page.key("attention.sliding_window_pattern", np.array(windowed, np.bool_))
-    rotation(page, page.head_width)
-    page.copy("token_embd", "model.embed_tokens", page.words, hidden)
-    page.copy("output_norm", "model.norm", hidden)
-    page.output(tied=True)
-    for layer in range(page.layers):
-        page.copy(f"blk.{layer}.attn_norm", f"model.layers.{layer}.input_layernorm", hidden)
-        decoder.attention(page, layer)
-        decoder.feed_forward(page, layer, width)
+        raise settings.error("rotary_pct", f"{settings.shown('rotary_pct')} is not supported; expected 1")
+    decoder.usual_keys(model, width)
+    model.key("vocab_size", model.words)
+    decoder.norm_epsilon(model, "layer_norm_eps")
+    model.key("logit_scale", settings.real("logit_scale", minimum=1e-6, maximum=_MAX_SCALE))
+    model.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
+    windowed = decoder.windowed_layers(model, _PERIOD)
+    if windowed != [(layer + 1) % _PERIOD != 0 for layer in range(model.layers)]:
+        model.key("attention.sliding_window_pattern", np.array(windowed, np.bool_))
+    rotation(model, model.head_width)
+    model.copy("token_embd", "model.embed_tokens", model.words, hidden)
+    model.copy("output_norm", "model.norm", hidden)
+    model.output(tied=True)
+    for layer in range(model.layers):
+        model.copy(f"blk.{layer}.attn_norm", f"model.layers.{layer}.input_layernorm", hidden)
+        decoder.attention(model, layer)
+        decoder.feed_forward(model, layer, width)

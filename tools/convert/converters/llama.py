@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.tools.convert.converted_model import ConvertedModel, neighbours, picked
+from llamaclust.tools.convert.converters import decoder
 from llamaclust.tools.convert.lazy import mapped, rows
-from llamaclust.tools.convert.page import Page, neighbours, picked
-from llamaclust.tools.convert.pages import decoder
 from llamaclust.tools.convert.rotation import position_scale, rotation
 from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_LAYERS
 
@@ -17,154 +17,154 @@ _BAICHUAN_2_WORDS = 125696
 """The vocabulary size of Baichuan 2, whose output matrix has rows normalized to length 1."""
 
 
-def build(page: Page) -> None:
+def build(model: ConvertedModel) -> None:
     """Converts LLaMA in Hugging Face's format, and models with the same layers, such as Mistral, Mixtral and Yi."""
-    width = decoder.feed_forward_width(page)
-    count = page.settings.count("num_local_experts", default=0, minimum=0, maximum=1 << 10)
-    decoder.usual_keys(page, width)
-    page.key("vocab_size", page.words)
-    decoder.rms_epsilon(page, default=1e-6)
-    rotation(page, page.head_width)
-    if page.settings.has("sliding_window"):
-        page.key("attention.sliding_window", page.settings.count("sliding_window", maximum=MAX_CONTEXT))
+    width = decoder.feed_forward_width(model)
+    count = model.settings.count("num_local_experts", default=0, minimum=0, maximum=1 << 10)
+    decoder.usual_keys(model, width)
+    model.key("vocab_size", model.words)
+    decoder.rms_epsilon(model, default=1e-6)
+    rotation(model, model.head_width)
+    if model.settings.has("sliding_window"):
+        model.key("attention.sliding_window", model.settings.count("sliding_window", maximum=MAX_CONTEXT))
     if count:
-        page.key("expert_count", count)
-        page.key("expert_used_count", page.settings.count("num_experts_per_tok", maximum=count))
-    decoder.ends(page)
-    for layer in range(page.layers):
-        decoder.norms(page, layer)
-        decoder.attention(page, layer)
+        model.key("expert_count", count)
+        model.key("expert_used_count", model.settings.count("num_experts_per_tok", maximum=count))
+    decoder.ends(model)
+    for layer in range(model.layers):
+        decoder.norms(model, layer)
+        decoder.attention(model, layer)
         if count:
             prefix = f"model.layers.{layer}.block_sparse_moe"
-            page.copy(f"blk.{layer}.ffn_gate_inp", f"{prefix}.gate", count, page.width)
-            decoder.experts(page, f"blk.{layer}", count, width, _MIXTRAL, f"{prefix}.experts")
+            model.copy(f"blk.{layer}.ffn_gate_inp", f"{prefix}.gate", count, model.width)
+            decoder.experts(model, f"blk.{layer}", count, width, _MIXTRAL, f"{prefix}.experts")
         else:
-            decoder.feed_forward(page, layer, width)
+            decoder.feed_forward(model, layer, width)
 
 
-def build_smollm3(page: Page) -> None:
+def build_smollm3(model: ConvertedModel) -> None:
     """Converts SmolLM 3, in which every fourth layer has no RoPE."""
-    settings = page.settings
+    settings = model.settings
     if settings.flag("use_sliding_window"):
         raise settings.error("use_sliding_window", "true is not supported")
     period = settings.count("no_rope_layer_interval", default=_SMOLLM3_PERIOD, maximum=MAX_LAYERS)
-    rotated = [int((layer + 1) % period != 0) for layer in range(page.layers)]
+    rotated = [int((layer + 1) % period != 0) for layer in range(model.layers)]
     if settings.has("no_rope_layers"):
         rotated = settings.values["no_rope_layers"]
-    if rotated != [int((layer + 1) % _SMOLLM3_PERIOD != 0) for layer in range(page.layers)]:
+    if rotated != [int((layer + 1) % _SMOLLM3_PERIOD != 0) for layer in range(model.layers)]:
         name = "no_rope_layers" if settings.has("no_rope_layers") else "no_rope_layer_interval"
         raise settings.error(name, f"smollm3 omits the rotation in every {_SMOLLM3_PERIOD}th layer, and only there")
-    width = decoder.feed_forward_width(page)
-    decoder.usual_keys(page, width)
-    page.key("vocab_size", page.words)
-    decoder.rms_epsilon(page, default=1e-6)
-    rotation(page, page.head_width, base=2e6)
-    _layers(page, width)
+    width = decoder.feed_forward_width(model)
+    decoder.usual_keys(model, width)
+    model.key("vocab_size", model.words)
+    decoder.rms_epsilon(model, default=1e-6)
+    rotation(model, model.head_width, base=2e6)
+    _layers(model, width)
 
 
-def build_mistral3(page: Page) -> None:
+def build_mistral3(model: ConvertedModel) -> None:
     """Converts Mistral Small 3.1 and Ministral 3."""
-    settings, width = page.settings, decoder.feed_forward_width(page)
-    decoder.usual_keys(page, width)
+    settings, width = model.settings, decoder.feed_forward_width(model)
+    decoder.usual_keys(model, width)
     context = settings.count("max_position_embeddings", maximum=MAX_CONTEXT)
     if settings.count("sliding_window", default=context, maximum=MAX_CONTEXT) < context:
         what = f"{settings.shown('sliding_window')} for a context of {context}: mistral3 has no window"
         raise settings.error("sliding_window", what)
-    page.key("vocab_size", page.words)
-    decoder.rms_epsilon(page, default=1e-5)
-    rotation(page, page.head_width, log_multiplier=True)
-    position_scale(page)
-    _layers(page, width)
+    model.key("vocab_size", model.words)
+    decoder.rms_epsilon(model, default=1e-5)
+    rotation(model, model.head_width, log_multiplier=True)
+    position_scale(model)
+    _layers(model, width)
 
 
-def _layers(page: Page, width: int) -> None:
-    decoder.ends(page)
-    for layer in range(page.layers):
-        decoder.norms(page, layer)
-        decoder.attention(page, layer)
-        decoder.feed_forward(page, layer, width)
+def _layers(model: ConvertedModel, width: int) -> None:
+    decoder.ends(model)
+    for layer in range(model.layers):
+        decoder.norms(model, layer)
+        decoder.attention(model, layer)
+        decoder.feed_forward(model, layer, width)
 
 
-def build_meta(page: Page) -> None:
+def build_meta(model: ConvertedModel) -> None:
     """Converts LLaMA with Meta's tensor names, also from llama2.c and TencentPretrain files."""
-    width, hidden = decoder.feed_forward_width(page), page.width
-    decoder.usual_keys(page, width)
-    page.key("vocab_size", page.words)
-    decoder.rms_epsilon(page)
-    rotation(page, page.head_width)
-    page.copy("token_embd", "tok_embeddings", page.words, hidden)
-    page.copy("output_norm", "norm", hidden)
-    page.output("output")
-    for layer in range(page.layers):
+    width, hidden = decoder.feed_forward_width(model), model.width
+    decoder.usual_keys(model, width)
+    model.key("vocab_size", model.words)
+    decoder.rms_epsilon(model)
+    rotation(model, model.head_width)
+    model.copy("token_embd", "tok_embeddings", model.words, hidden)
+    model.copy("output_norm", "norm", hidden)
+    model.output("output")
+    for layer in range(model.layers):
         place, source = f"blk.{layer}", f"layers.{layer}"
-        query, key = page.heads * page.head_width, page.kv_heads * page.head_width
-        page.copy(f"{place}.attn_norm", f"{source}.attention_norm", hidden)
-        page.copy(f"{place}.ffn_norm", f"{source}.ffn_norm", hidden)
-        page.copy(f"{place}.attn_q", f"{source}.attention.wq", query, hidden)
-        page.copy(f"{place}.attn_k", f"{source}.attention.wk", key, hidden)
-        page.copy(f"{place}.attn_v", f"{source}.attention.wv", key, hidden)
-        page.copy(f"{place}.attn_output", f"{source}.attention.wo", hidden, query)
-        _meta_feed_forward(page, place, source, width)
+        query, key = model.heads * model.head_width, model.kv_heads * model.head_width
+        model.copy(f"{place}.attn_norm", f"{source}.attention_norm", hidden)
+        model.copy(f"{place}.ffn_norm", f"{source}.ffn_norm", hidden)
+        model.copy(f"{place}.attn_q", f"{source}.attention.wq", query, hidden)
+        model.copy(f"{place}.attn_k", f"{source}.attention.wk", key, hidden)
+        model.copy(f"{place}.attn_v", f"{source}.attention.wv", key, hidden)
+        model.copy(f"{place}.attn_output", f"{source}.attention.wo", hidden, query)
+        _meta_feed_forward(model, place, source, width)
 
 
-def _meta_feed_forward(page: Page, place: str, source: str, width: int) -> None:
-    page.copy(f"{place}.ffn_gate", f"{source}.feed_forward.w1", width, page.width)
-    page.copy(f"{place}.ffn_down", f"{source}.feed_forward.w2", page.width, width)
-    page.copy(f"{place}.ffn_up", f"{source}.feed_forward.w3", width, page.width)
+def _meta_feed_forward(model: ConvertedModel, place: str, source: str, width: int) -> None:
+    model.copy(f"{place}.ffn_gate", f"{source}.feed_forward.w1", width, model.width)
+    model.copy(f"{place}.ffn_down", f"{source}.feed_forward.w2", model.width, width)
+    model.copy(f"{place}.ffn_up", f"{source}.feed_forward.w3", width, model.width)
 
 
-def build_internlm2(page: Page) -> None:
-    width, hidden = decoder.feed_forward_width(page), page.width
-    decoder.usual_keys(page, width)
-    decoder.rms_epsilon(page)
-    rotation(page, page.head_width)
-    page.copy("token_embd", "model.tok_embeddings", page.words, hidden)
-    page.copy("output_norm", "model.norm", hidden)
-    page.output("output")
-    for layer in range(page.layers):
+def build_internlm2(model: ConvertedModel) -> None:
+    width, hidden = decoder.feed_forward_width(model), model.width
+    decoder.usual_keys(model, width)
+    decoder.rms_epsilon(model)
+    rotation(model, model.head_width)
+    model.copy("token_embd", "model.tok_embeddings", model.words, hidden)
+    model.copy("output_norm", "model.norm", hidden)
+    model.output("output")
+    for layer in range(model.layers):
         place, source = f"blk.{layer}", f"model.layers.{layer}"
-        page.copy(f"{place}.attn_norm", f"{source}.attention_norm", hidden)
-        page.copy(f"{place}.ffn_norm", f"{source}.ffn_norm", hidden)
-        _internlm2_attention(page, place, f"{source}.attention")
-        page.copy(f"{place}.attn_output", f"{source}.attention.wo", hidden, page.heads * page.head_width)
-        _meta_feed_forward(page, place, source, width)
+        model.copy(f"{place}.attn_norm", f"{source}.attention_norm", hidden)
+        model.copy(f"{place}.ffn_norm", f"{source}.ffn_norm", hidden)
+        _internlm2_attention(model, place, f"{source}.attention")
+        model.copy(f"{place}.attn_output", f"{source}.attention.wo", hidden, model.heads * model.head_width)
+        _meta_feed_forward(model, place, source, width)
 
 
-def _internlm2_attention(page: Page, place: str, source: str) -> None:
+def _internlm2_attention(model: ConvertedModel, place: str, source: str) -> None:
     """Splits a matrix whose rows form groups of several query heads, a key head and a value head."""
-    head, shared = page.head_width, page.heads // page.kv_heads
+    head, shared = model.head_width, model.heads // model.kv_heads
     group = (shared + 2) * head
-    packed = page.take(f"{source}.wqkv.weight", page.kv_heads * group, page.width)
-    starts = range(0, page.kv_heads * group, group)
+    packed = model.take(f"{source}.wqkv.weight", model.kv_heads * group, model.width)
+    starts = range(0, model.kv_heads * group, group)
     query = picked(packed, [range(at, at + shared * head) for at in starts])
     key = picked(packed, [range(at + shared * head, at + (shared + 1) * head) for at in starts])
-    page.put(f"{place}.attn_q.weight", neighbours(query, page.heads))
-    page.put(f"{place}.attn_k.weight", neighbours(key, page.kv_heads))
-    page.put(f"{place}.attn_v.weight", picked(packed, [range(at + group - head, at + group) for at in starts]))
+    model.put(f"{place}.attn_q.weight", neighbours(query, model.heads))
+    model.put(f"{place}.attn_k.weight", neighbours(key, model.kv_heads))
+    model.put(f"{place}.attn_v.weight", picked(packed, [range(at + group - head, at + group) for at in starts]))
 
 
-def build_baichuan(page: Page) -> None:
-    width = decoder.feed_forward_width(page)
-    decoder.usual_keys(page, width)
-    decoder.rms_epsilon(page)
-    rotation(page, page.head_width)
-    page.metadata["baichuan.tensor_data_layout"] = "Meta AI original pth"
-    decoder.ends(page)
-    if page.words == _BAICHUAN_2_WORDS:
-        page.tensors["output.weight"] = mapped(page.tensors["output.weight"], _of_length_one)
-    for layer in range(page.layers):
-        decoder.norms(page, layer)
-        _baichuan_attention(page, layer)
-        decoder.feed_forward(page, layer, width)
+def build_baichuan(model: ConvertedModel) -> None:
+    width = decoder.feed_forward_width(model)
+    decoder.usual_keys(model, width)
+    decoder.rms_epsilon(model)
+    rotation(model, model.head_width)
+    model.metadata["baichuan.tensor_data_layout"] = "Meta AI original pth"
+    decoder.ends(model)
+    if model.words == _BAICHUAN_2_WORDS:
+        model.tensors["output.weight"] = mapped(model.tensors["output.weight"], _of_length_one)
+    for layer in range(model.layers):
+        decoder.norms(model, layer)
+        _baichuan_attention(model, layer)
+        decoder.feed_forward(model, layer, width)
 
 
-def _baichuan_attention(page: Page, layer: int) -> None:
-    place, source, width = f"blk.{layer}", f"model.layers.{layer}.self_attn", page.width
-    packed = page.take(f"{source}.W_pack.weight", 3 * width, width)
+def _baichuan_attention(model: ConvertedModel, layer: int) -> None:
+    place, source, width = f"blk.{layer}", f"model.layers.{layer}.self_attn", model.width
+    packed = model.take(f"{source}.W_pack.weight", 3 * width, width)
     for number, part in enumerate(("q", "k", "v")):
         found = rows(packed, number * width, (number + 1) * width)
-        page.put(f"{place}.attn_{part}.weight", found if part == "v" else neighbours(found, page.heads))
-    page.copy(f"{place}.attn_output", f"{source}.o_proj", width, width)
+        model.put(f"{place}.attn_{part}.weight", found if part == "v" else neighbours(found, model.heads))
+    model.copy(f"{place}.attn_output", f"{source}.o_proj", width, width)
 
 
 def _of_length_one(values: NDArray[np.float32]) -> NDArray[np.float32]:

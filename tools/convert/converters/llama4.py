@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from llamaclust.tools.convert.page import Page
-from llamaclust.tools.convert.pages import decoder, experts
+from llamaclust.tools.convert.converted_model import ConvertedModel
+from llamaclust.tools.convert.converters import decoder, experts
 from llamaclust.tools.convert.rotation import rotation
 from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_LAYERS
 
@@ -17,46 +17,46 @@ _TEMPERATURE = (("attn_scale", 0.1), ("floor_scale", 8192))
 _MAVERICK_EXPERTS = 128
 
 
-def build(page: Page) -> None:
-    settings = page.settings
-    decoder.activation(page, decoder.SILU, "hidden_act")
+def build(model: ConvertedModel) -> None:
+    settings = model.settings
+    decoder.activation(model, decoder.SILU, "hidden_act")
     width = settings.count("intermediate_size_mlp", default=16384)
-    count, step = settings.count("num_local_experts", maximum=experts.MAX_EXPERTS), _step(page)
-    decoder.usual_keys(page, width)
-    page.key("vocab_size", page.words)
-    decoder.rms_epsilon(page, default=1e-5)
-    rotation(page, page.head_width, base=_BASE)
-    _check_attention(page, count)
-    _chunks(page)
-    page.key("interleave_moe_layer_step", step)
+    count, step = settings.count("num_local_experts", maximum=experts.MAX_EXPERTS), _step(model)
+    decoder.usual_keys(model, width)
+    model.key("vocab_size", model.words)
+    decoder.rms_epsilon(model, default=1e-5)
+    rotation(model, model.head_width, base=_BASE)
+    _check_attention(model, count)
+    _chunks(model)
+    model.key("interleave_moe_layer_step", step)
     used = settings.count("num_experts_per_tok", default=1, maximum=count)
-    experts.expert_keys(page, count, used, settings.count("intermediate_size"))
-    decoder.ends(page)
-    for layer in range(page.layers):
-        decoder.norms(page, layer)
-        decoder.attention(page, layer)
+    experts.expert_keys(model, count, used, settings.count("intermediate_size"))
+    decoder.ends(model)
+    for layer in range(model.layers):
+        decoder.norms(model, layer)
+        decoder.attention(model, layer)
         if (layer + 1) % step == 0:
-            _experts(page, layer, count, settings.count("intermediate_size"))
+            _experts(model, layer, count, settings.count("intermediate_size"))
         else:
-            decoder.feed_forward(page, layer, width, source="feed_forward")
+            decoder.feed_forward(model, layer, width, source="feed_forward")
 
 
-def _step(page: Page) -> int:
-    settings = page.settings
+def _step(model: ConvertedModel) -> int:
+    settings = model.settings
     listed = settings.values.get("moe_layers")
     if listed is None:
         return settings.count("interleave_moe_layer_step", default=1, maximum=MAX_LAYERS)
-    for found in range(1, page.layers + 1):
-        if listed == list(range(found - 1, page.layers, found)):
+    for found in range(1, model.layers + 1):
+        if listed == list(range(found - 1, model.layers, found)):
             return found
     raise settings.error(
         "moe_layers", f"expected layers with experts at equal distances, found {settings.shown('moe_layers')}"
     )
 
 
-def _check_attention(page: Page, count: int) -> None:
+def _check_attention(model: ConvertedModel, count: int) -> None:
     """Raises ModelFileError if GGUF cannot express the norms of Q and K, or the scales of queries."""
-    settings = page.settings
+    settings = model.settings
     has_norms = settings.flag("use_qk_norm", default=True)
     if has_norms != (count != _MAVERICK_EXPERTS):
         stated = "true" if has_norms else "false"
@@ -71,33 +71,33 @@ def _check_attention(page: Page, count: int) -> None:
             raise settings.error(name, f"{settings.shown(name)} is not supported; llama4 computes with {value}")
 
 
-def _chunks(page: Page) -> None:
+def _chunks(model: ConvertedModel) -> None:
     """Writes the length of attention chunks if it differs from Scout's and Maverick's."""
-    settings, rotated = page.settings, _rotated(page)
+    settings, rotated = model.settings, _rotated(model)
     kinds = ["chunked_attention" if flag else "full_attention" for flag in rotated]
     if settings.has("layer_types") and settings.values["layer_types"] != kinds:
         raise settings.error("layer_types", "chunks in layers other than those that rotate are not supported")
-    if rotated != [(layer + 1) % _PERIOD != 0 for layer in range(page.layers)]:
-        page.key("attention.sliding_window_pattern", np.array(rotated, np.bool_))
+    if rotated != [(layer + 1) % _PERIOD != 0 for layer in range(model.layers)]:
+        model.key("attention.sliding_window_pattern", np.array(rotated, np.bool_))
     chunk = settings.count("attention_chunk_size", default=_CHUNK, maximum=MAX_CONTEXT)
     if chunk != _CHUNK:
-        page.key("attention.sliding_window", chunk)
+        model.key("attention.sliding_window", chunk)
 
 
-def _rotated(page: Page) -> list[bool]:
+def _rotated(model: ConvertedModel) -> list[bool]:
     """Returns, for each layer, True if the layer has RoPE."""
-    settings = page.settings
+    settings = model.settings
     listed = settings.values.get("no_rope_layers")
     if not listed:
         interval = settings.count("no_rope_layer_interval", default=_PERIOD, maximum=MAX_LAYERS)
-        return [(layer + 1) % interval != 0 for layer in range(page.layers)]
-    if not isinstance(listed, list) or len(listed) != page.layers or not all(flag in (0, 1) for flag in listed):
-        raise settings.error("no_rope_layers", f"expected {page.layers} numbers 0 or 1, one for each layer")
+        return [(layer + 1) % interval != 0 for layer in range(model.layers)]
+    if not isinstance(listed, list) or len(listed) != model.layers or not all(flag in (0, 1) for flag in listed):
+        raise settings.error("no_rope_layers", f"expected {model.layers} numbers, 0 or 1 for each layer")
     return [flag == 1 for flag in listed]
 
 
-def _experts(page: Page, layer: int, count: int, width: int) -> None:
+def _experts(model: ConvertedModel, layer: int, count: int, width: int) -> None:
     place, source = f"blk.{layer}", f"model.layers.{layer}.feed_forward"
-    page.copy(f"{place}.ffn_gate_inp", f"{source}.router", count, page.width)
-    experts.column_matrices(page, place, f"{source}.experts", count, width)
-    decoder.feed_forward(page, layer, width, source="feed_forward.shared_expert", suffix="_shexp")
+    model.copy(f"{place}.ffn_gate_inp", f"{source}.router", count, model.width)
+    experts.column_matrices(model, place, f"{source}.experts", count, width)
+    decoder.feed_forward(model, layer, width, source="feed_forward.shared_expert", suffix="_shexp")

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from llamaclust.tools.convert.page import Page
-from llamaclust.tools.convert.pages import decoder
+from llamaclust.tools.convert.converted_model import ConvertedModel
+from llamaclust.tools.convert.converters import decoder
 from llamaclust.tools.convert.rotation import rotating_channels, rotation
 from llamaclust.tools.convert.settings import MAX_CONTEXT
 
 
-def build(page: Page) -> None:
+def build(model: ConvertedModel) -> None:
     """Converts Phi-3 and Phi-4. Models without a window get 0 as `attention.sliding_window`."""
-    settings, width = page.settings, decoder.feed_forward_width(page)
-    decoder.usual_keys(page, width)
-    decoder.rms_epsilon(page)
-    rotation(page, rotating_channels(page))
+    settings, width = model.settings, decoder.feed_forward_width(model)
+    decoder.usual_keys(model, width)
+    decoder.rms_epsilon(model)
+    rotation(model, rotating_channels(model))
     original = settings.count("original_max_position_embeddings", default=0, minimum=0, maximum=MAX_CONTEXT)
     if original:
-        page.key("rope.scaling.original_context_length", original)
+        model.key("rope.scaling.original_context_length", original)
     window = settings.count("sliding_window", default=0, minimum=0, maximum=MAX_CONTEXT)
-    page.key("attention.sliding_window", window)
-    decoder.ends(page)
-    packed = (page.heads + 2 * page.kv_heads) * page.head_width
-    for layer in range(page.layers):
+    model.key("attention.sliding_window", window)
+    decoder.ends(model)
+    packed = (model.heads + 2 * model.kv_heads) * model.head_width
+    for layer in range(model.layers):
         place, source = f"blk.{layer}", f"model.layers.{layer}"
-        decoder.norms(page, layer)
-        page.copy(f"{place}.attn_qkv", f"{source}.self_attn.qkv_proj", packed, page.width)
-        page.copy(f"{place}.attn_output", f"{source}.self_attn.o_proj", page.width, page.heads * page.head_width)
-        page.copy(f"{place}.ffn_up", f"{source}.mlp.gate_up_proj", 2 * width, page.width)
-        page.copy(f"{place}.ffn_down", f"{source}.mlp.down_proj", page.width, width)
+        decoder.norms(model, layer)
+        model.copy(f"{place}.attn_qkv", f"{source}.self_attn.qkv_proj", packed, model.width)
+        model.copy(f"{place}.attn_output", f"{source}.self_attn.o_proj", model.width, model.heads * model.head_width)
+        model.copy(f"{place}.ffn_up", f"{source}.mlp.gate_up_proj", 2 * width, model.width)
+        model.copy(f"{place}.ffn_down", f"{source}.mlp.down_proj", model.width, width)

@@ -80,7 +80,7 @@ def _merged(files: SourceFiles, parts: list[Path], width: int) -> dict[str, Lazy
     for path, shard in zip(parts, shards, strict=True):
         if shard.keys() != shards[0].keys():
             strange = sorted(shard.keys() ^ shards[0].keys())[0]
-            raise ModelFileError(f"{path}: tensor {shown(strange)} is not in every .pth file; get all files of a model")
+            raise ModelFileError(f"{path}: tensor {shown(strange)} is not in every .pth file; copy all of them again")
     return {name: _joined(name, [shard[name] for shard in shards], width) for name in shards[0]}
 
 

@@ -122,7 +122,7 @@ def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
     if max(map(len, ranks)) > _MOST_BYTES:
         raise ModelFileError(f"{path}: a word has {max(map(len, ranks))} bytes; the limit is {_MOST_BYTES}")
     if sum(len(word) ** 2 for word in ranks) > _MOST_PAIRS:
-        raise ModelFileError(f"{path}: the {len(ranks)} words are too long to find their merges")
+        raise ModelFileError(f"{path}: the {len(ranks)} words are too long to compute their merges")
     if any(bytes([byte]) not in ranks for byte in range(256)):
         raise ModelFileError(f"{path}: not all 256 bytes are words")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.tools.convert.converted_model import ConvertedModel
+from llamaclust.tools.convert.converters import decoder
 from llamaclust.tools.convert.lazy import mapped
-from llamaclust.tools.convert.page import Page
-from llamaclust.tools.convert.pages import decoder
 from llamaclust.tools.convert.rotation import local_base, rotation
 from llamaclust.tools.convert.settings import MAX_CAP, MAX_CONTEXT, MAX_LAYERS
 
@@ -16,82 +16,82 @@ _PERIODS = {"gemma2": 2, "gemma3": 6}
 _LAYERS_27B = {"gemma2": 46, "gemma3": 62}
 
 
-def build(page: Page) -> None:
-    width, settings = page.settings.count("intermediate_size"), page.settings
-    decoder.activation(page, decoder.GELU, "hidden_activation", "hidden_act")
-    decoder.usual_keys(page, width)
-    page.key("attention.key_length", page.head_width)
-    page.key("attention.value_length", page.head_width)
-    decoder.rms_epsilon(page, default=1e-6)
-    if page.architecture == "gemma3":
-        rotation(page, page.head_width, base=1e6, says_dimensions=False)
-        page.key("rope.freq_base_swa", local_base(settings))
+def build(model: ConvertedModel) -> None:
+    width, settings = model.settings.count("intermediate_size"), model.settings
+    decoder.activation(model, decoder.GELU, "hidden_activation", "hidden_act")
+    decoder.usual_keys(model, width)
+    model.key("attention.key_length", model.head_width)
+    model.key("attention.value_length", model.head_width)
+    decoder.rms_epsilon(model, default=1e-6)
+    if model.architecture == "gemma3":
+        rotation(model, model.head_width, base=1e6, says_dimensions=False)
+        model.key("rope.freq_base_swa", local_base(settings))
     else:
-        rotation(page, page.head_width, says_dimensions=False)
+        rotation(model, model.head_width, says_dimensions=False)
     if settings.flag("use_bidirectional_attention"):
         raise settings.error("use_bidirectional_attention", "true is not supported")
-    if page.architecture != "gemma":
-        _window(page)
-        _caps(page)
-        _check_scale(page)
-    page.output(tied=True)
-    page.copy("token_embd", "model.embed_tokens", page.words, page.width)
-    _norm(page, "output_norm", "model.norm", page.width)
-    for layer in range(page.layers):
-        _norms(page, f"blk.{layer}", f"model.layers.{layer}")
-        decoder.attention(page, layer)
-        decoder.feed_forward(page, layer, width)
+    if model.architecture != "gemma":
+        _window(model)
+        _caps(model)
+        _check_scale(model)
+    model.output(tied=True)
+    model.copy("token_embd", "model.embed_tokens", model.words, model.width)
+    _norm(model, "output_norm", "model.norm", model.width)
+    for layer in range(model.layers):
+        _norms(model, f"blk.{layer}", f"model.layers.{layer}")
+        decoder.attention(model, layer)
+        decoder.feed_forward(model, layer, width)
 
 
-def _window(page: Page) -> None:
-    settings = page.settings
-    page.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
-    usual = _PERIODS[page.architecture]
+def _window(model: ConvertedModel) -> None:
+    settings = model.settings
+    model.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
+    usual = _PERIODS[model.architecture]
     period = settings.count("sliding_window_pattern", "_sliding_window_pattern", default=usual, maximum=MAX_LAYERS)
-    windowed = decoder.windowed_layers(page, period)
-    if windowed != [(layer + 1) % usual != 0 for layer in range(page.layers)]:
-        page.key("attention.sliding_window_pattern", np.array(windowed, np.bool_))
+    windowed = decoder.windowed_layers(model, period)
+    if windowed != [(layer + 1) % usual != 0 for layer in range(model.layers)]:
+        model.key("attention.sliding_window_pattern", np.array(windowed, np.bool_))
 
 
-def _caps(page: Page) -> None:
-    settings = page.settings
+def _caps(model: ConvertedModel) -> None:
+    settings = model.settings
     scores, final = "attn_logit_softcapping", "final_logit_softcapping"
-    if page.architecture == "gemma2":
+    if model.architecture == "gemma2":
         for name, default in ((scores, 50.0), (final, 30.0)):
             if settings.values.get(name, default) is None:
                 raise settings.error(name, "null is not supported by gemma2")
-            page.key(name, settings.real(name, default=default, minimum=1e-3, maximum=MAX_CAP))
+            model.key(name, settings.real(name, default=default, minimum=1e-3, maximum=MAX_CAP))
         return
     if settings.has(scores):
         raise settings.error(scores, "gemma3 does not cap scores")
     if settings.has(final):
-        page.key(final, settings.real(final, minimum=1e-3, maximum=MAX_CAP))
+        model.key(final, settings.real(final, minimum=1e-3, maximum=MAX_CAP))
 
 
-def _check_scale(page: Page) -> None:
+def _check_scale(model: ConvertedModel) -> None:
     """Raises ModelFileError for an unusual attention scale, since GGUF readers infer the scale from the layer count."""
-    settings, name = page.settings, "query_pre_attn_scalar"
-    whole = page.layers == _LAYERS_27B[page.architecture]
-    wanted = page.width // page.heads if whole else page.head_width
+    settings, name = model.settings, "query_pre_attn_scalar"
+    whole = model.layers == _LAYERS_27B[model.architecture]
+    wanted = model.width // model.heads if whole else model.head_width
     if settings.has(name) and settings.real(name) != wanted:
-        raise settings.error(name, f"expected {wanted} for {page.layers} layers, found {settings.shown(name)}")
+        raise settings.error(name, f"expected {wanted} for {model.layers} layers, found {settings.shown(name)}")
 
 
-def _norms(page: Page, place: str, source: str) -> None:
-    _norm(page, f"{place}.attn_norm", f"{source}.input_layernorm", page.width)
-    if page.architecture == "gemma":
-        _norm(page, f"{place}.ffn_norm", f"{source}.post_attention_layernorm", page.width)
+def _norms(model: ConvertedModel, place: str, source: str) -> None:
+    _norm(model, f"{place}.attn_norm", f"{source}.input_layernorm", model.width)
+    if model.architecture == "gemma":
+        _norm(model, f"{place}.ffn_norm", f"{source}.post_attention_layernorm", model.width)
         return
-    _norm(page, f"{place}.post_attention_norm", f"{source}.post_attention_layernorm", page.width)
-    _norm(page, f"{place}.ffn_norm", f"{source}.pre_feedforward_layernorm", page.width)
-    _norm(page, f"{place}.post_ffw_norm", f"{source}.post_feedforward_layernorm", page.width)
-    if page.architecture == "gemma3":
+    _norm(model, f"{place}.post_attention_norm", f"{source}.post_attention_layernorm", model.width)
+    _norm(model, f"{place}.ffn_norm", f"{source}.pre_feedforward_layernorm", model.width)
+    _norm(model, f"{place}.post_ffw_norm", f"{source}.post_feedforward_layernorm", model.width)
+    if model.architecture == "gemma3":
         for part in ("q", "k"):
-            _norm(page, f"{place}.attn_{part}_norm", f"{source}.self_attn.{part}_norm", page.head_width)
+            _norm(model, f"{place}.attn_{part}_norm", f"{source}.self_attn.{part}_norm", model.head_width)
 
 
-def _norm(page: Page, name: str, source: str, width: int) -> None:
-    page.put(f"{name}.weight", mapped(page.take(f"{source}.weight", width), _plus_one))
+def _norm(model: ConvertedModel, name: str, source: str, width: int) -> None:
+    model.put(f"{name}.weight", mapped(model.take(f"{source}.weight", width), _plus_one))
 
 
 def _plus_one(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -1,1 +1,1 @@
-"""Pages of model families with latent attention in all layers."""
+"""Converters of model families with latent attention in all layers."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llamaclust.model.gguf.values import shown
-from llamaclust.tools.convert.page import Page
-from llamaclust.tools.convert.pages import decoder, experts
-from llamaclust.tools.convert.pages.latent.attention import latent_attention, latent_keys, read_latent
+from llamaclust.tools.convert.converted_model import ConvertedModel
+from llamaclust.tools.convert.converters import decoder, experts
+from llamaclust.tools.convert.converters.latent.attention import latent_attention, latent_keys, read_latent
 from llamaclust.tools.convert.rotation import latent_rotation, position_scale
 
 _GLM = "glm4moe"
@@ -28,9 +28,9 @@ _V3 = _Mixture("sigmoid", experts.SIGMOID, has_bias=True)
 _MISTRAL4 = _Mixture("softmax", experts.SOFTMAX, has_bias=False)
 
 
-def build_v2(page: Page) -> None:
+def build_v2(model: ConvertedModel) -> None:
     """Converts DeepSeek V2 Lite. Raises ModelFileError for full models, whose choice of groups GGUF cannot express."""
-    settings = page.settings
+    settings = model.settings
     method = settings.text("topk_method", default="greedy")
     if method != "greedy" and settings.count("n_group", default=1) != 1:
         raise settings.error(
@@ -38,79 +38,79 @@ def build_v2(page: Page) -> None:
         )
     if settings.flag("norm_topk_prob"):
         raise settings.error("norm_topk_prob", "true is not supported by DeepSeek V2")
-    _build(page, _V2)
+    _build(model, _V2)
 
 
-def build_v3(page: Page) -> None:
+def build_v3(model: ConvertedModel) -> None:
     """Converts DeepSeek V3, V3.1, R1 and Kimi K2, without layers for multi-token prediction."""
-    _build(page, _V3)
-    experts.leave_further_layers(page)
+    _build(model, _V3)
+    experts.leave_further_layers(model)
 
 
-def build_glm_flash(page: Page) -> None:
-    page.vocabulary_rules = _GLM
-    _build(page, _V3, further=experts.further_layers(page))
+def build_glm_flash(model: ConvertedModel) -> None:
+    model.vocabulary_rules = _GLM
+    _build(model, _V3, further=experts.further_layers(model))
 
 
-def build_mistral4(page: Page) -> None:
-    _build(page, _MISTRAL4)
-    length = position_scale(page)
+def build_mistral4(model: ConvertedModel) -> None:
+    _build(model, _MISTRAL4)
+    length = position_scale(model)
     if length:
-        page.key("attention.temperature_length", length)
+        model.key("attention.temperature_length", length)
 
 
-def _build(page: Page, mixture: _Mixture, further: int = 0) -> None:
-    width, latent = decoder.feed_forward_width(page), read_latent(page)
-    dense = experts.leading_dense(page)
-    decoder.usual_keys(page, width)
-    page.key("vocab_size", page.words)
-    decoder.rms_epsilon(page, default=1e-6)
-    latent_rotation(page, latent.rotated)
-    latent_keys(page, latent)
-    page.key("leading_dense_block_count", dense)
-    _expert_keys(page, mixture)
+def _build(model: ConvertedModel, mixture: _Mixture, further: int = 0) -> None:
+    width, latent = decoder.feed_forward_width(model), read_latent(model)
+    dense = experts.leading_dense(model)
+    decoder.usual_keys(model, width)
+    model.key("vocab_size", model.words)
+    decoder.rms_epsilon(model, default=1e-6)
+    latent_rotation(model, latent.rotated)
+    latent_keys(model, latent)
+    model.key("leading_dense_block_count", dense)
+    _expert_keys(model, mixture)
     if further:
-        page.key("block_count", page.layers + further)
-        page.key("nextn_predict_layers", further)
-    decoder.ends(page)
-    for layer in range(page.layers + further):
-        decoder.norms(page, layer)
-        latent_attention(page, layer, latent)
+        model.key("block_count", model.layers + further)
+        model.key("nextn_predict_layers", further)
+    decoder.ends(model)
+    for layer in range(model.layers + further):
+        decoder.norms(model, layer)
+        latent_attention(model, layer, latent)
         if layer < dense:
-            decoder.feed_forward(page, layer, width)
+            decoder.feed_forward(model, layer, width)
         else:
-            _experts(page, layer, mixture)
-        if layer >= page.layers:
-            experts.prediction(page, layer)
+            _experts(model, layer, mixture)
+        if layer >= model.layers:
+            experts.prediction(model, layer)
 
 
-def _expert_keys(page: Page, mixture: _Mixture) -> None:
-    settings = page.settings
+def _expert_keys(model: ConvertedModel, mixture: _Mixture) -> None:
+    settings = model.settings
     function = settings.text("scoring_func", default=mixture.name)
     if function != mixture.name:
         raise settings.error("scoring_func", f"expected {mixture.name}, found {shown(function)}")
-    count, width, shared = _sizes(page)
+    count, width, shared = _sizes(model)
     used = settings.count("num_experts_per_tok", maximum=count)
-    experts.expert_keys(page, count, used, width)
-    page.key("expert_shared_count", shared)
-    experts.weight_keys(page, mixture.number, normalized=mixture.has_groups)
+    experts.expert_keys(model, count, used, width)
+    model.key("expert_shared_count", shared)
+    experts.weight_keys(model, mixture.number, normalized=mixture.has_groups)
     if mixture.has_groups:
-        experts.group_keys(page, count, used)
+        experts.group_keys(model, count, used)
 
 
-def _sizes(page: Page) -> tuple[int, int, int]:
-    settings = page.settings
+def _sizes(model: ConvertedModel) -> tuple[int, int, int]:
+    settings = model.settings
     count = settings.count("n_routed_experts", "num_local_experts", maximum=experts.MAX_EXPERTS)
     shared = settings.count("n_shared_experts", default=0, minimum=0, maximum=experts.MAX_EXPERTS)
     return count, settings.count("moe_intermediate_size"), shared
 
 
-def _experts(page: Page, layer: int, mixture: _Mixture) -> None:
+def _experts(model: ConvertedModel, layer: int, mixture: _Mixture) -> None:
     place, source = f"blk.{layer}", f"model.layers.{layer}.mlp"
-    count, width, shared = _sizes(page)
-    page.copy(f"{place}.ffn_gate_inp", f"{source}.gate", count, page.width)
+    count, width, shared = _sizes(model)
+    model.copy(f"{place}.ffn_gate_inp", f"{source}.gate", count, model.width)
     if mixture.has_bias:
-        page.put(f"{place}.exp_probs_b.bias", page.take(f"{source}.gate.e_score_correction_bias", count))
-    experts.matrices(page, place, f"{source}.experts", count, width)
+        model.put(f"{place}.exp_probs_b.bias", model.take(f"{source}.gate.e_score_correction_bias", count))
+    experts.matrices(model, place, f"{source}.experts", count, width)
     if shared:
-        decoder.feed_forward(page, layer, shared * width, source="mlp.shared_experts", suffix="_shexp")
+        decoder.feed_forward(model, layer, shared * width, source="mlp.shared_experts", suffix="_shexp")

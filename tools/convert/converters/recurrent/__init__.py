@@ -1,1 +1,1 @@
-"""Pages of models that keep a recurrent state for each sequence."""
+"""Converters of models that keep a recurrent state for each sequence."""

@@ -8,8 +8,8 @@ from types import MappingProxyType
 
 from llamaclust.model.architectures.recurrent.mamba import MambaShape
 from llamaclust.model.steps.states import MAX_TAPS
+from llamaclust.tools.convert.converted_model import ConvertedModel
 from llamaclust.tools.convert.lazy import Lazy, decay, in_groups, joined
-from llamaclust.tools.convert.page import Page
 
 _MAX_HEADS, _MAX_STATE_SIZE = 1 << 14, 1 << 12
 _NAMES = MappingProxyType(
@@ -46,9 +46,9 @@ class Mamba:
         return self.inner + self.convolved + self.heads
 
 
-def read_mamba(page: Page, inner: int | None) -> Mamba:
+def read_mamba(model: ConvertedModel, inner: int | None) -> Mamba:
     """Reads the sizes of a Mamba 2 block. `inner` is the width of all heads, or None if the configuration lacks it."""
-    settings = page.settings
+    settings = model.settings
     heads = settings.count("mamba_n_heads", "mamba_num_heads", maximum=_MAX_HEADS)
     width = None if inner is None else max(1, inner // heads)
     if settings.values.get("mamba_d_head") != "auto":
@@ -66,38 +66,40 @@ def read_mamba(page: Page, inner: int | None) -> Mamba:
     return Mamba(heads, width, groups, state_size, taps)
 
 
-def mamba_keys(page: Page, mamba: Mamba) -> None:
-    _check_time_steps(page)
-    page.key("ssm.conv_kernel", mamba.taps)
-    page.key("ssm.state_size", mamba.state_size)
-    page.key("ssm.group_count", mamba.groups)
-    page.key("ssm.inner_size", mamba.inner)
-    page.key("ssm.time_step_rank", mamba.heads)
+def mamba_keys(model: ConvertedModel, mamba: Mamba) -> None:
+    _check_time_steps(model)
+    model.key("ssm.conv_kernel", mamba.taps)
+    model.key("ssm.state_size", mamba.state_size)
+    model.key("ssm.group_count", mamba.groups)
+    model.key("ssm.inner_size", mamba.inner)
+    model.key("ssm.time_step_rank", mamba.heads)
 
 
-def write_mamba(page: Page, place: str, source: str, mamba: Mamba, *, has_norm: bool = True) -> None:
+def write_mamba(model: ConvertedModel, place: str, source: str, mamba: Mamba, *, has_norm: bool = True) -> None:
     """Copies all tensors of a block. The checkpoint's `A_log` is converted to the decays: A = -exp(A_log)."""
-    page.copy(f"{place}.ssm_in", f"{source}.in_proj", mamba.products, page.width)
-    page.put(f"{place}.ssm_conv1d.weight", joined(page.take(f"{source}.conv1d.weight", mamba.convolved, 1, mamba.taps)))
-    if page.has(f"{source}.conv1d.bias"):
-        page.put(f"{place}.ssm_conv1d.bias", page.take(f"{source}.conv1d.bias", mamba.convolved))
-    page.put(f"{place}.ssm_dt.bias", page.take(f"{source}.dt_bias", mamba.heads))
-    page.put(f"{place}.ssm_a", decay(_column(page, f"{source}.A_log", mamba)))
-    page.put(f"{place}.ssm_d", _column(page, f"{source}.D", mamba))
+    model.copy(f"{place}.ssm_in", f"{source}.in_proj", mamba.products, model.width)
+    model.put(
+        f"{place}.ssm_conv1d.weight", joined(model.take(f"{source}.conv1d.weight", mamba.convolved, 1, mamba.taps))
+    )
+    if model.has(f"{source}.conv1d.bias"):
+        model.put(f"{place}.ssm_conv1d.bias", model.take(f"{source}.conv1d.bias", mamba.convolved))
+    model.put(f"{place}.ssm_dt.bias", model.take(f"{source}.dt_bias", mamba.heads))
+    model.put(f"{place}.ssm_a", decay(_column(model, f"{source}.A_log", mamba)))
+    model.put(f"{place}.ssm_d", _column(model, f"{source}.D", mamba))
     if has_norm:
-        norm = page.take(f"{source}.norm.weight", mamba.inner)
-        page.put(f"{place}.ssm_norm.weight", in_groups(norm, mamba.inner // mamba.groups))
-    page.copy(f"{place}.ssm_out", f"{source}.out_proj", page.width, mamba.inner)
+        norm = model.take(f"{source}.norm.weight", mamba.inner)
+        model.put(f"{place}.ssm_norm.weight", in_groups(norm, mamba.inner // mamba.groups))
+    model.copy(f"{place}.ssm_out", f"{source}.out_proj", model.width, mamba.inner)
 
 
-def _column(page: Page, name: str, mamba: Mamba) -> Lazy:
-    return in_groups(page.take(name, mamba.heads), 1)
+def _column(model: ConvertedModel, name: str, mamba: Mamba) -> Lazy:
+    return in_groups(model.take(name, mamba.heads), 1)
 
 
-def _check_time_steps(page: Page) -> None:
+def _check_time_steps(model: ConvertedModel) -> None:
     for name in ("time_step_limit", "mamba_dt_limit"):
-        stated = page.settings.values.get(name)
+        stated = model.settings.values.get(name)
         if stated is not None and stated not in _ALL_STEPS:
-            raise page.settings.error(
-                name, f"{page.settings.shown(name)} is not supported: time steps are 0 to infinity"
+            raise model.settings.error(
+                name, f"{model.settings.shown(name)} is not supported: time steps are 0 to infinity"
             )

@@ -12,8 +12,8 @@ from llamaclust.cluster.control import reconcile as act
 from llamaclust.cluster.control.cluster_state import Expulsion, PipelineLoss
 from llamaclust.cluster.control.epochs import Epoch, Epochs, StageLoadError
 from llamaclust.cluster.control.notices import awake_text, images_text, moving_text, recovered_text
-from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.partitions import PartitionTracker
+from llamaclust.cluster.control.state_store import StateStore
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.retirement import Retirement
 from llamaclust.cluster.membership.registry import Registry
@@ -37,7 +37,7 @@ _ENDING_S = 30.0
 class ActionRunner:
     """Executes the supervisor's actions for one model. Posts the result of each action as an observation."""
 
-    observed: Observed
+    store: StateStore
     epochs: Epochs
     planner: ClusterPlanner
     _registry: Registry
@@ -59,12 +59,12 @@ class ActionRunner:
 
     @property
     def is_asleep(self) -> bool:
-        return not self.observed.state.is_wanted
+        return not self.store.state.is_wanted
 
     async def set_adapters(self, model: Model) -> None:
         """Waits until an epoch serves, and then gives its stages the adapters of `model`."""
         async with deadline(f"the change of adapters of {self.planner.config.model_name}", ADAPTERS_S):
-            await self.observed.until(lambda state: state.loss is None or not state.is_wanted)
+            await self.store.until(lambda state: state.loss is None or not state.is_wanted)
             await self.epochs.set_adapters(model)
         self.planner.model = model
 
@@ -82,13 +82,13 @@ class ActionRunner:
                 await asyncio.gather(*(epoch.pipeline.close() for epoch in self.open_epochs))
                 self.retiring = None
                 await self._partitions.settled()
-                self.observed.post(observations.Signal.PIPELINE_CLOSED)
+                self.store.post(observations.Signal.PIPELINE_CLOSED)
             case act.Sleep(is_forced):
                 await self._sleep(is_forced=is_forced)
             case act.Expel(expulsions):
                 for expulsion in expulsions:
                     self._expel(expulsion)
-                self.observed.post(observations.Signal.WORKERS_EXPELLED)
+                self.store.post(observations.Signal.WORKERS_EXPELLED)
             case act.FailRequests(reason):
                 self._fail_requests(reason)
             case act.Interrupt(error):
@@ -99,7 +99,7 @@ class ActionRunner:
                     self._report(Waiting(text.removeprefix("waiting for ")))
                 else:
                     self._notice(text)
-                self.observed.post(observations.Noticed(text))
+                self.store.post(observations.Noticed(text))
 
     def _notice(self, text: str) -> None:
         config = self.planner.config
@@ -113,13 +113,13 @@ class ActionRunner:
             pause = f"for {expulsion.pause_s:g} s if the others suffice"
             self._report(Notice(f"worker {name} gets no {what} {pause}: {expulsion.reason}"))
         elif self._registry.joins[name] == join:
-            self._registry.fence(self._registry.workers[name], expulsion.reason)
+            self._registry.mark_lost(self._registry.workers[name], expulsion.reason)
 
     async def _make_plan(self, inputs: observations.PlanInputs) -> None:
         """Plans with the workers that are not quarantined, and adds quarantined workers only if necessary."""
         present = self._registry.present
         usable = {name: present[name] for name, _ in inputs.workers if name in present}
-        excluded = self.observed.state.pool.quarantine.worst_first(inputs.quarantined & usable.keys())
+        excluded = self.store.state.pool.quarantine.worst_first(inputs.quarantined & usable.keys())
         needs_images = self.engine is None and self.planner.config.mmproj is not None
         plan, failure = None, None
         async with self.planner.ledger.lock:
@@ -135,13 +135,13 @@ class ActionRunner:
                 except (InsufficientMemoryError, WorkerError) as error:
                     failure = error
             is_beside = bool(self.planner.ledger.beside(self.epochs.model_id))
-            if plan is not None and self.observed.state.loss is not None:
+            if plan is not None and self.store.state.loss is not None:
                 self._enter(plan)
         served = None if plan is None else await self._predict_served(usable)
-        self.observed.post(observations.Planned(inputs, plan, failure, served, is_beside))
+        self.store.post(observations.Planned(inputs, plan, failure, served, is_beside))
 
     async def _predict_served(self, workers: Mapping[str, WorkerHandle]) -> Prediction | None:
-        serving, loss = self.observed.state.serving, self.observed.state.loss
+        serving, loss = self.store.state.serving, self.store.state.loss
         return None if serving is None or loss is not None else await self.planner.predict(serving.plan, workers)
 
     def _enter(self, *plans: Plan) -> None:
@@ -152,7 +152,7 @@ class ActionRunner:
         async with self.planner.ledger.lock:
             is_reserved = self.planner.ledger.reserve(self.epochs.model_id, (*serving, plan))
         if not is_reserved:
-            self.observed.post(observations.Signal.MEMORY_TAKEN)
+            self.store.post(observations.Signal.MEMORY_TAKEN)
             return
         try:
             await self._open(plan, is_exclusive=is_exclusive)
@@ -164,9 +164,9 @@ class ActionRunner:
                 await self._partitions.settled()
                 if short := [each.name for each in suspects if isinstance(each.error, InsufficientMemoryError)]:
                     await self.epochs.refresh_memory(short, self.planner.ledger)
-            self.observed.post(observations.EpochLoadFailed(error, is_exclusive, suspects, self.epochs.file_is_absent))
+            self.store.post(observations.EpochLoadFailed(error, is_exclusive, suspects, self.epochs.file_is_absent))
             return
-        self.observed.post(observations.Signal.EPOCH_LOADED)
+        self.store.post(observations.Signal.EPOCH_LOADED)
 
     async def _open(self, plan: Plan, *, is_exclusive: bool) -> None:
         async with deadline("the end of lost workers' processes", _ENDING_S):
@@ -187,7 +187,7 @@ class ActionRunner:
                 )
 
     async def _serve(self) -> None:
-        old, epoch, loss = self.epoch, self._loaded, self.observed.state.loss
+        old, epoch, loss = self.epoch, self._loaded, self.store.state.loss
         assert epoch is not None
         if (text := images_text(self.plan, epoch.plan)) is not None:
             self._notice(text)
@@ -198,7 +198,7 @@ class ActionRunner:
             if retirement is not None:
                 self.retiring = old
                 self.watching.start(self._observe(retirement, old))
-        self.observed.post(observations.Signal.EPOCH_SERVING)
+        self.store.post(observations.Signal.EPOCH_SERVING)
         if self.engine is None or self.retiring is not None:
             return
         if loss is not None:
@@ -222,29 +222,29 @@ class ActionRunner:
         if retirement.error is not None:
             self._notice(f"requests of the previous epoch are computed again: {retirement.error}")
         if self.retiring is retiring:
-            self.observed.post(observations.Signal.RETIRING_EMPTY)
+            self.store.post(observations.Signal.RETIRING_EMPTY)
 
     async def _free_retired(self) -> None:
         retired, self.retiring = self.retiring, None
         assert retired is not None and self.epoch is not None
         await retired.pipeline.close()
         await self._free_others(self.epoch)
-        self.observed.post(observations.Signal.RETIRING_FREED)
+        self.store.post(observations.Signal.RETIRING_FREED)
 
     async def _sleep(self, *, is_forced: bool) -> None:
         assert self.engine is not None
         if not self.engine.sleep(is_forced=is_forced):
-            self.observed.post(observations.Signal.WAKE_REQUESTED)
+            self.store.post(observations.Signal.WAKE_REQUESTED)
             return
         epochs, self.epoch, self.retiring = self.open_epochs, None, None
         await asyncio.gather(*(epoch.pipeline.close() for epoch in epochs))
         await self._free_others(None)
         why = "it is another model's turn, and requests for this model wait" if is_forced else "a request wakes it"
         self._report(Notice(f"model {self.planner.config.model_name} sleeps: {why}"))
-        self.observed.post(observations.Signal.ASLEEP)
+        self.store.post(observations.Signal.ASLEEP)
         # Requests for this model may have arrived while its stages were freed.
-        if not (self.observed.state.is_preempted or self.engine.requests.are_empty):
-            self.observed.post(observations.Signal.WAKE_REQUESTED)
+        if not (self.store.state.is_preempted or self.engine.requests.are_empty):
+            self.store.post(observations.Signal.WAKE_REQUESTED)
 
     async def _free_others(self, epoch: Epoch | None) -> None:
         try:
@@ -254,12 +254,12 @@ class ActionRunner:
         self._enter(*(() if epoch is None else (epoch.plan,)))
 
     def _fail_requests(self, reason: str) -> None:
-        loss = self.observed.state.loss
+        loss = self.store.state.loss
         assert self.engine is not None and loss is not None
         # The lost worker's error is preferred to errors of workers that could not reach it.
         lost = None if self.epoch is None else self.epoch.root_cause
         error = loss.error if lost is None else lost.error
         self.engine.fail_requests(WorkerError(reason if error is None else f"{error}; {reason}"))
-        self.observed.post(observations.RequestsFailed(reason))
-        if not self.observed.state.is_alone:  # The next request tries to load the model again.
-            self.observed.post(observations.Signal.SLEEP_REQUESTED)
+        self.store.post(observations.RequestsFailed(reason))
+        if not self.store.state.is_alone:  # The next request tries to load the model again.
+            self.store.post(observations.Signal.SLEEP_REQUESTED)

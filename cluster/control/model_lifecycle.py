@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llamaclust.cluster.control.observations import Signal
-from llamaclust.cluster.control.observed import Observed
+from llamaclust.cluster.control.state_store import StateStore
 from llamaclust.cluster.engine.engine import Engine, EngineState
 from llamaclust.wire.rpc.task_set import TaskSet
 
@@ -25,11 +25,11 @@ def _now_s() -> float:
 
 
 @dataclass(eq=False, slots=True)
-class Resident:
+class ModelLifecycle:
     """A model that is awake or asleep. `usual_s` is how long it stays awake without requests, or None for no limit."""
 
     name: str
-    observed: Observed
+    store: StateStore
     engine: Engine
     usual_s: float | None
     keep_alive_s: float | None = field(init=False)  # Seconds that the model stays awake after its last request.
@@ -47,11 +47,11 @@ class Resident:
 
     @property
     def is_asleep(self) -> bool:
-        return self.observed.state.is_asleep
+        return self.store.state.is_asleep
 
     @property
     def is_loading(self) -> bool:
-        return not self.is_asleep and self.observed.state.loss is not None
+        return not self.is_asleep and self.store.state.loss is not None
 
     @property
     def is_idle(self) -> bool:
@@ -60,7 +60,7 @@ class Resident:
     @property
     def is_leaving(self) -> bool:
         """True if the model will sleep soon, because its idle time is over or another model needs its memory."""
-        return not self.observed.state.is_wanted or (self.is_idle and self.expires_in_s == 0)
+        return not self.store.state.is_wanted or (self.is_idle and self.expires_in_s == 0)
 
     @property
     def expires_in_s(self) -> float | None:
@@ -92,7 +92,7 @@ class Resident:
     def _stay_awake(self) -> None:
         # The signal is posted even if the model is awake, because it may just be going to sleep for another model.
         if not self.is_preempted:
-            self.observed.post(Signal.WAKE_REQUESTED)
+            self.store.post(Signal.WAKE_REQUESTED)
 
     def load(self) -> None:
         self.is_explicit = self.serving_since_s is None
@@ -103,9 +103,9 @@ class Resident:
         if self._users:
             return
         self.is_explicit = False
-        self.observed.post(Signal.SLEEP_REQUESTED)
-        await self.observed.until(lambda state: not state.is_wanted)
-        await self.observed.until(lambda state: state.is_asleep or state.is_wanted)
+        self.store.post(Signal.SLEEP_REQUESTED)
+        await self.store.until(lambda state: not state.is_wanted)
+        await self.store.until(lambda state: state.is_asleep or state.is_wanted)
 
     async def preempt(self) -> None:
         """Puts the model to sleep although it has requests, which are computed again at its next turn."""
@@ -113,9 +113,9 @@ class Resident:
         self.turns = min(2 * self.turns, _MOST_TURNS) if found & self._interrupted else 1
         self._interrupted, self.is_preempted = found, True
         await self.engine.finish_tile()
-        self.observed.post(Signal.TURN_ENDED)
-        await self.observed.until(lambda state: not state.is_wanted)
-        await self.observed.until(lambda state: state.is_asleep or state.is_wanted)
+        self.store.post(Signal.TURN_ENDED)
+        await self.store.until(lambda state: not state.is_wanted)
+        await self.store.until(lambda state: state.is_asleep or state.is_wanted)
 
     def resume(self) -> None:
         self.is_preempted = False
@@ -146,89 +146,89 @@ class Resident:
         return bool(done)
 
 
-class Residency:
+class ModelRotation:
     """The models of a cluster. Decides which models are awake while this context manager is open."""
 
-    def __init__(self, residents: Mapping[str, Resident]) -> None:
-        self.residents = residents  # Models by name.
+    def __init__(self, lifecycles: Mapping[str, ModelLifecycle]) -> None:
+        self.lifecycles = lifecycles  # Models by name.
         # This event is set, and replaced by a new one, when a model has no requests any longer.
         self._idle = asyncio.Event()
         self._tasks = TaskSet()
 
-    async def __aenter__(self) -> Residency:
-        for resident in self.residents.values():
-            self._tasks.start(self._follow(resident))
-            self._tasks.start(self._make_room(resident))
-            self._tasks.start(self._time(resident))
+    async def __aenter__(self) -> ModelRotation:
+        for lifecycle in self.lifecycles.values():
+            self._tasks.start(self._follow(lifecycle))
+            self._tasks.start(self._make_room(lifecycle))
+            self._tasks.start(self._time(lifecycle))
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._tasks.close()
 
-    async def _follow(self, resident: Resident) -> None:
+    async def _follow(self, lifecycle: ModelLifecycle) -> None:
         while True:
-            await resident.requested()
-            resident.wake()
-            await resident.idle()
-            if resident.engine.state is EngineState.REFUSING:  # The next request tries to load the model again.
-                await resident.sleep()
+            await lifecycle.requested()
+            lifecycle.wake()
+            await lifecycle.idle()
+            if lifecycle.engine.state is EngineState.REFUSING:  # The next request tries to load the model again.
+                await lifecycle.sleep()
             self._idle.set()
             self._idle = asyncio.Event()
 
-    async def _make_room(self, resident: Resident) -> None:
-        """Puts other models to sleep while `resident` lacks memory, models without requests first."""
+    async def _make_room(self, lifecycle: ModelLifecycle) -> None:
+        """Puts other models to sleep while `lifecycle` lacks memory, models without requests first."""
         while True:
-            await resident.observed.until(lambda state: state.lacks_memory)
-            preempted: list[Resident] = []
+            await lifecycle.store.until(lambda state: state.lacks_memory)
+            preempted: list[ModelLifecycle] = []
             try:
-                await self._free(resident, preempted)
+                await self._free(lifecycle, preempted)
             finally:
                 for other in preempted:
                     other.resume()
 
-    async def _free(self, resident: Resident, preempted: list[Resident]) -> None:
-        while resident.observed.state.lacks_memory:
+    async def _free(self, lifecycle: ModelLifecycle, preempted: list[ModelLifecycle]) -> None:
+        while lifecycle.store.state.lacks_memory:
             idle = self._idle
-            if (sleeper := self._longest_idle(resident)) is not None:
+            if (sleeper := self._longest_idle(lifecycle)) is not None:
                 await sleeper.sleep()
-            elif (sleeper := self._longest_serving(resident)) is not None:
+            elif (sleeper := self._longest_serving(lifecycle)) is not None:
                 preempted.append(sleeper)
                 await sleeper.preempt()
             else:  # Memory may also become free when another model moves its layers.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK_S):
                         await idle.wait()
-            await _plan_again(resident.observed)
+            await _plan_again(lifecycle.store)
 
-    async def _time(self, resident: Resident) -> None:
+    async def _time(self, lifecycle: ModelLifecycle) -> None:
         while True:
-            await resident.observed.until(lambda state: state.loss is None)
-            resident.serving_since_s, resident.is_explicit = _now_s(), False
-            await resident.observed.until(lambda state: state.loss is not None)
-            resident.serving_since_s = None
+            await lifecycle.store.until(lambda state: state.loss is None)
+            lifecycle.serving_since_s, lifecycle.is_explicit = _now_s(), False
+            await lifecycle.store.until(lambda state: state.loss is not None)
+            lifecycle.serving_since_s = None
 
-    def _longest_serving(self, resident: Resident) -> Resident | None:
-        waiting = resident.observed.state.loss
-        if resident.is_idle or waiting is None:
+    def _longest_serving(self, lifecycle: ModelLifecycle) -> ModelLifecycle | None:
+        waiting = lifecycle.store.state.loss
+        if lifecycle.is_idle or waiting is None:
             return None
-        others = (other for other in self.residents.values() if other is not resident and not other.is_preempted)
+        others = (other for other in self.lifecycles.values() if other is not lifecycle and not other.is_preempted)
         serving = ((other.serving_since_s, other) for other in others if other.serving_since_s is not None)
         since_s, found = min(serving, key=lambda each: each[0], default=(0.0, None))
         is_over = found is not None and max(since_s, waiting.since_s) + found.turns * _TURN_S <= _now_s()
         return found if is_over else None
 
-    def _longest_idle(self, resident: Resident) -> Resident | None:
-        if resident.is_idle and not resident.is_explicit:
-            return resident
-        others = (other for other in self.residents.values() if other is not resident)
+    def _longest_idle(self, lifecycle: ModelLifecycle) -> ModelLifecycle | None:
+        if lifecycle.is_idle and not lifecycle.is_explicit:
+            return lifecycle
+        others = (other for other in self.lifecycles.values() if other is not lifecycle)
         idle = (other for other in others if other.is_idle and not other.is_asleep)
         return min(idle, key=lambda other: other.idle_since_s, default=None)
 
 
-async def _plan_again(observed: Observed) -> None:
+async def _plan_again(store: StateStore) -> None:
     """Requests a plan for the memory that is free now. Returns when the plan is made or is no longer needed."""
-    before = observed.state.pool.memory
-    observed.post(Signal.MEMORY_FREED)
-    await observed.until(
+    before = store.state.pool.memory
+    store.post(Signal.MEMORY_FREED)
+    await store.until(
         lambda state: state.pool.memory > before and (state.is_planned or state.loss is None or not state.is_wanted)
     )

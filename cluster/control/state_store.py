@@ -12,7 +12,7 @@ from llamaclust.cluster.control.observations import Observation
 from llamaclust.cluster.control.state_changes import observe
 
 
-class Observed:
+class StateStore:
     """The supervisor's state and its queue of observations. `settled` is set while the supervisor has nothing to do."""
 
     def __init__(self, state: ClusterState) -> None:

@@ -9,10 +9,10 @@ from llamaclust.cluster.control import observations
 from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, PoolState, Waits
 from llamaclust.cluster.control.epochs import Epoch, Epochs
-from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.pool.worker_pool import WorkerPool
 from llamaclust.cluster.control.reconcile import Abort, Action, Wait, reconcile
+from llamaclust.cluster.control.state_store import StateStore
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.failures import PipelineFailure
 from llamaclust.cluster.planner.plan import Plan
@@ -48,10 +48,8 @@ class Supervisor:
             is_unloaded=is_asleep,
             is_alone=len(config.models) < 2,
         )
-        self.observed = Observed(state)
-        self._runner = ActionRunner(
-            self.observed, epochs, planner, workers.registry, pool.partitions, report, pool.ending
-        )
+        self.store = StateStore(state)
+        self._runner = ActionRunner(self.store, epochs, planner, workers.registry, pool.partitions, report, pool.ending)
         pool.runners.append(self._runner)
         self._launcher = workers.launcher
         self._report = report
@@ -104,27 +102,25 @@ class Supervisor:
             self._report(Notice(str(error)))
         if self._runner.engine is not None and self._runner.engine.suspects_request:
             self._launcher.reset_restarts()
-        self.observed.post(
-            observations.PipelineLost(failure.error, failure.requests, failure.causes, failure.is_repeated)
-        )
+        self.store.post(observations.PipelineLost(failure.error, failure.requests, failure.causes, failure.is_repeated))
 
     @property
     def may_suspect_workers(self) -> bool:
         is_planned = self._runner.planner.config.plan is None
-        return is_planned and self.observed.state.pool.may_exclude_more(self._tick().now_s)
+        return is_planned and self.store.state.pool.may_exclude_more(self._tick().now_s)
 
     def rows_failed(self, key: int) -> None:
-        self.observed.post(observations.RowsFailed(key))
+        self.store.post(observations.RowsFailed(key))
 
     async def _loop(self, *, is_start: bool) -> None:
         while not (is_start and self._runner.epoch is not None and self._action is None):
-            self.observed.apply(self._tick())
-            until_s = self._act(reconcile(self.observed.state))
-            observation = await self.observed.next(until_s)
+            self.store.apply(self._tick())
+            until_s = self._act(reconcile(self.store.state))
+            observation = await self.store.next(until_s)
             if observation is not None:
-                self.observed.apply(self._tick())
-                self.observed.apply(observation)
-                if self.observed.state.is_plan_useless:
+                self.store.apply(self._tick())
+                self.store.apply(observation)
+                if self.store.state.is_plan_useless:
                     self._runner.epochs.cancel_loads()
             if observation is observations.Signal.ACTION_ENDED:
                 assert self._action is not None
@@ -138,12 +134,12 @@ class Supervisor:
             case Abort(error):
                 raise error
             case Wait(until_s, is_settled):
-                if is_settled and self.observed.is_current:
-                    self.observed.settle()
+                if is_settled and self.store.is_current:
+                    self.store.settle()
                 return until_s
-        self.observed.begin()
+        self.store.begin()
         self._action = asyncio.create_task(self._runner.run(action))
-        self._action.add_done_callback(lambda _: self.observed.post(observations.Signal.ACTION_ENDED))
+        self._action.add_done_callback(lambda _: self.store.post(observations.Signal.ACTION_ENDED))
         return None
 
     def _tick(self) -> observations.Tick:

@@ -29,7 +29,7 @@ from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.errors import ParameterError
 
 if TYPE_CHECKING:
-    from llamaclust.cluster.control.residency import Resident
+    from llamaclust.cluster.control.model_lifecycle import ModelLifecycle
     from llamaclust.cluster.front.replies.handlers import Replies
 
 
@@ -105,7 +105,7 @@ class ApiModel:
     settings: ApiSettings
     replies: Replies  # Shared by all models.
     engine: Engine
-    resident: Resident
+    lifecycle: ModelLifecycle
     status: Callable[[], Mapping[str, Any]]  # Makes the JSON of `GET /cluster`.
     adapter_control: AdapterControl | None = None  # None if clients may not load adapters.
 
@@ -168,7 +168,7 @@ class ModelRouter:
     ) -> None:
         """Passes a request to its model. Then applies Ollama's `keep_alive`, unless the request was refused."""
         addressed = await self._addressed(route, Request(scope, receive))
-        app, resident = apps[addressed.model.name], addressed.model.resident
+        app, lifecycle = apps[addressed.model.name], addressed.model.lifecycle
         status = HTTPStatus.INTERNAL_SERVER_ERROR  # Status if the app sends no reply.
         if not _keeps_awake(route):
             await app(scope, receive, send)
@@ -180,14 +180,14 @@ class ModelRouter:
             await send(message)
 
         if not addressed.unloads:
-            resident.enter()
+            lifecycle.enter()
         try:
             await app(scope, receive, note_status)
         finally:
             if not addressed.unloads:
-                resident.leave()
+                lifecycle.leave()
             if addressed.keep is not None and status < HTTPStatus.BAD_REQUEST:
-                resident.keep(None if addressed.keep == inf else addressed.keep)
+                lifecycle.keep(None if addressed.keep == inf else addressed.keep)
 
     async def _addressed(self, route: Route, request: Request) -> _Addressed:
         """Finds a request's model. Raises HttpError if the body is invalid or the model must be loaded first."""
@@ -205,7 +205,7 @@ class ModelRouter:
 
     def _check_loaded(self, model: ApiModel, request: Request) -> None:
         """Raises HttpError (400) if the model is unloaded and idle, unless a kept reply answers the request."""
-        if not (model.resident.is_asleep and model.resident.is_idle):
+        if not (model.lifecycle.is_asleep and model.lifecycle.is_idle):
             return
         own, key = owner(request.headers, self.settings.api_keys), request.headers.get("idempotency-key", "")
         if model.replies.cache.named(own, key) is None:

@@ -98,7 +98,7 @@ class Members:
     def process_exited(self, name: str, how: str) -> None:
         self._exits[name] = how
         if name in self._workers:
-            self.fence(self._workers[name], how)
+            self.mark_lost(self._workers[name], how)
         self._set_changed()
 
     def admit(self, handle: WorkerHandle) -> None:
@@ -113,7 +113,7 @@ class Members:
         self._set_changed()
         self.publish(MemberJoined(handle))
 
-    def fence(self, handle: WorkerHandle, reason: str) -> None:
+    def mark_lost(self, handle: WorkerHandle, reason: str) -> None:
         """Marks a worker as lost. Later messages from it are ignored, although its process may still run."""
         if not handle.state.is_gone:
             handle.lose(reason)
@@ -128,7 +128,7 @@ class Members:
         with contextlib.suppress(DeadlineError):
             async with deadline("the report of its process", _EXIT_REPORT_S):
                 await handle.lost.wait()
-        self.fence(handle, reason)
+        self.mark_lost(handle, reason)
 
 
 def _start_failed(name: str, how: str, last_error: str) -> WorkerError:

@@ -144,7 +144,7 @@ class Registry(Members):
     async def _serve(self, register: Register, stream: ServerStream) -> None:
         name = register.name
         if name in self.present:
-            self.fence(self.workers[name], "it joins again")
+            self.mark_lost(self.workers[name], "it joins again")
         send = _serial_sender(stream)
         handle = WorkerHandle(register, send, lambda: self.read_last_error(name), self._credentials)
         self.admit(handle)
@@ -193,7 +193,7 @@ class Registry(Members):
                     if isinstance(message, messages.Heartbeat):
                         self.publish(HeartbeatReceived(handle))
             silent = f"no sign of life for {self._settings.heartbeat_timeout_s:g} s"
-            self.fence(handle, silent)  # The launcher has reported no exit, so there is nothing to wait for.
+            self.mark_lost(handle, silent)  # The launcher has reported no exit, so there is nothing to wait for.
             return silent
         finally:
             reading.cancel()

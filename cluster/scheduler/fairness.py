@@ -63,7 +63,7 @@ def first_in_turn(waiting: Iterable[Sequence], running: Running) -> Sequence:
     return min(waiting, key=running.rank)
 
 
-def gives_way(running: Reversible[Sequence], counts: Running) -> Sequence:
+def preemption_victim(running: Reversible[Sequence], counts: Running) -> Sequence:
     """Returns the sequence to preempt. Chooses the owner with the most running sequences, then this owner's request
     with the most, then the youngest sequence of this request. `running` begins with the oldest sequence."""
     return max(reversed(running), key=counts.rank)
@@ -74,7 +74,7 @@ def takes_turn(sequence: Sequence, running: Reversible[Sequence], counts: Runnin
     if not running:
         return False
     owner, request = counts.rank(sequence)
-    most_of_owner, most_of_request = counts.rank(gives_way(running, counts))
+    most_of_owner, most_of_request = counts.rank(preemption_victim(running, counts))
     if not owner:
         return most_of_owner > 1
     return not request and most_of_request > 1 and owner <= most_of_owner

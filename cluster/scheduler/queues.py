@@ -8,7 +8,14 @@ from collections.abc import Iterable
 from functools import partial
 from operator import attrgetter
 
-from llamaclust.cluster.scheduler.fairness import Running, first_in_turn, gives_way, in_turn, startable, takes_turn
+from llamaclust.cluster.scheduler.fairness import (
+    Running,
+    first_in_turn,
+    in_turn,
+    preemption_victim,
+    startable,
+    takes_turn,
+)
 from llamaclust.cluster.scheduler.kv.memory import RESERVE_BLOCKS, KvMemory
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.core.errors import QueueFullError
@@ -194,7 +201,7 @@ class SequenceQueues:
             self.waiting.appendleft(sequence)
 
     def _preempt_one(self) -> None:
-        self.preempt(gives_way(self.running, Running.of(self.running)))
+        self.preempt(preemption_victim(self.running, Running.of(self.running)))
 
     def preempt(self, sequence: Sequence) -> None:
         self.put_back(sequence)

@@ -17,9 +17,9 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.sections import ModelEntry
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
+from llamaclust.cluster.control.model_lifecycle import ModelLifecycle, ModelRotation
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.pool.worker_pool import SupervisedWorkers, WorkerPool
-from llamaclust.cluster.control.residency import Residency, Resident
 from llamaclust.cluster.control.resources.link_profiling import MeasureLinks
 from llamaclust.cluster.control.resources.profiling import WorkerProfiles
 from llamaclust.cluster.control.supervisor import Supervisor
@@ -78,7 +78,7 @@ class Cluster:
     pool: WorkerPool
     record: ControlRecord
     models: tuple[ServedModel, ...]
-    residency: Residency
+    rotation: ModelRotation
     row_limits: RowLimits
     metrics: CollectorRegistry  # Metrics that belong to no single model.
 
@@ -142,11 +142,11 @@ async def open_cluster(
             stack, opened, planners, drafts.settings, pool=pool, adapter_record=adapter_record, report=report
         )
         metrics = _cluster_metrics(served, registry)
-        residents = {one.name: _resident(one, entry) for one, entry in zip_longest(served, config.models)}
-        residency = Residency(residents)
+        lifecycles = {one.name: _lifecycle(one, entry) for one, entry in zip_longest(served, config.models)}
+        rotation = ModelRotation(lifecycles)
         if config.models:
-            await stack.enter_async_context(residency)
-        yield Cluster(config, registry, launcher, pool, record, served, residency, limits, metrics)
+            await stack.enter_async_context(rotation)
+        yield Cluster(config, registry, launcher, pool, record, served, rotation, limits, metrics)
 
 
 async def _joined(
@@ -254,9 +254,9 @@ def _cluster_metrics(models: Sequence[ServedModel], registry: Registry) -> Colle
     return metrics
 
 
-def _resident(served: ServedModel, entry: ModelEntry | None) -> Resident:
+def _lifecycle(served: ServedModel, entry: ModelEntry | None) -> ModelLifecycle:
     keep_alive_s = None if entry is None else entry.keep_alive
-    return Resident(served.name, served.supervisor.observed, served.engine, keep_alive_s)
+    return ModelLifecycle(served.name, served.supervisor.store, served.engine, keep_alive_s)
 
 
 async def _shortfall(

@@ -193,7 +193,7 @@ async def api_models(
     cluster: Cluster, settings: ApiSettings, journal: Journal, show: Callable[[ServedModel], Mapping[str, Any]]
 ) -> AsyncIterator[list[ApiModel]]:
     """Yields the served models. `show` returns the JSON object of `GET /cluster`. The caller closes the journal."""
-    residents = cluster.residency.residents
+    lifecycles = cluster.rotation.lifecycles
     async with AsyncExitStack() as stack:
         rows, preparation = RowCache(cluster.row_limits), await stack.enter_async_context(ImagePreparation())
         made = (_text_service(served, preparation, rows) for served in cluster.models)
@@ -209,8 +209,8 @@ async def api_models(
             digest = answer_digest(served.config, files, model.chat_template.source, context_length)
             own = _settings_of(served, replace(settings, digest=digest), cluster.models)
             control = AdapterControl(served.loader.load, served.loader.unload)
-            status, resident = partial(show, served), residents[served.name]
-            models.append(ApiModel(service, own, replies, served.engine, resident, status, control))
+            status, lifecycle = partial(show, served), lifecycles[served.name]
+            models.append(ApiModel(service, own, replies, served.engine, lifecycle, status, control))
         yield models
 
 

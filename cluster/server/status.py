@@ -9,8 +9,8 @@ from dataclasses import asdict
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from llamaclust.cluster.control.model_lifecycle import ModelLifecycle
 from llamaclust.cluster.control.planning import in_order
-from llamaclust.cluster.control.residency import Resident
 from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.engine.metrics import StageReport
 from llamaclust.cluster.engine.throughput import MeasuredSpeed
@@ -106,12 +106,12 @@ def _status(cluster: Cluster, record: ClusterRecord, served: ServedModel) -> dic
         "recovery_seconds": list(engine.metrics.recovery_s),
         "speed": _speed(served.plan, engine.metrics.speed()),
         "choice": None if served.plan is None else choice_json(served.plan),
-        "models": [_model(each, cluster.residency.residents[each.name]) for each in cluster.models],
+        "models": [_model(each, cluster.rotation.lifecycles[each.name]) for each in cluster.models],
     }
 
 
 def _quarantine(supervisor: Supervisor, name: str) -> dict[str, Any] | None:
-    quarantine, now_s = supervisor.observed.state.pool.quarantine, asyncio.get_running_loop().time()
+    quarantine, now_s = supervisor.store.state.pool.quarantine, asyncio.get_running_loop().time()
     if name not in quarantine.names(now_s):
         return None
     record = quarantine.records[name]
@@ -119,12 +119,12 @@ def _quarantine(supervisor: Supervisor, name: str) -> dict[str, Any] | None:
     return {**figures, "reason": record.reason}
 
 
-def _model(served: ServedModel, resident: Resident) -> dict[str, Any]:
+def _model(served: ServedModel, lifecycle: ModelLifecycle) -> dict[str, Any]:
     state = served.engine.state
     counts = served.engine.counts
     return {
         "name": served.name,
-        "state": "loading" if resident.is_loading and state is EngineState.ASLEEP else str(state),
+        "state": "loading" if lifecycle.is_loading and state is EngineState.ASLEEP else str(state),
         "requests": {"running": counts.running, "waiting": counts.waiting},
         "recoveries": served.supervisor.recoveries,
         "adapters": served.adapters.names,

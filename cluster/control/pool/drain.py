@@ -62,12 +62,12 @@ class WorkerOperations:
             self._report(Notice(f"worker {name} is drained: it gets no layers until `undrain`"))
         self._drained.add(name)
         self._post(DrainRequested(name))
-        observed = [runner.observed for runner in self._runners]
-        await asyncio.gather(*(each.settled_or(lambda state: state.is_freed(name)) for each in observed))
+        store = [runner.store for runner in self._runners]
+        await asyncio.gather(*(each.settled_or(lambda state: state.is_freed(name)) for each in store))
         if any(runner.epoch is not None and runner.epoch.holds(name) for runner in self._runners):
             self._report(Notice(f"the layers of worker {name} could not be moved"))
             self.undrain(name)
-            await asyncio.gather(*(each.settled.wait() for each in observed))
+            await asyncio.gather(*(each.settled.wait() for each in store))
             raise WorkerError(f"the layers of worker {name} could not be moved: see the log")
 
     async def _plan_all(self, workers: Mapping[str, WorkerHandle]) -> None:
@@ -75,8 +75,8 @@ class WorkerOperations:
         async with (ledger := self._runners[0].planner.ledger).lock:
             scratch = ledger.copy()
             for runner in self._runners:
-                if not runner.observed.state.is_asleep:
-                    reads_images, pairs = runner.observed.state.reads_images, self._partitions.pairs
+                if not runner.store.state.is_asleep:
+                    reads_images, pairs = runner.store.state.reads_images, self._partitions.pairs
                     plan = await runner.planner.plan(workers, pairs, scratch, needs_images=reads_images)
                     scratch.enter(runner.epochs.model_id, (plan,))
 
@@ -95,7 +95,7 @@ class WorkerOperations:
 
     def _post(self, request: DrainRequested | UndrainRequested) -> None:
         for runner in self._runners:
-            runner.observed.post(request)
+            runner.store.post(request)
         self._recording.start(self._recorded(self.drained))
 
     async def _recorded(self, drained: frozenset[str]) -> None:

@@ -70,7 +70,7 @@ class MembershipWatch:
         limits_s = self._limits_s(worker)
         limit_s = max(limits_s, default=UNPREDICTED_S)
         if computing_s > limit_s and any(runner.engine is not None for runner in self._runners):
-            self._registry.fence(worker, hang_text(computing_s, limit_s))
+            self._registry.mark_lost(worker, hang_text(computing_s, limit_s))
         now_s = asyncio.get_running_loop().time()
         due = [(runner, *served) for runner in self._runners for served in _due(runner)]
         self._overdue.keep([epoch.number for _, epoch, _, _ in due])
@@ -86,7 +86,7 @@ class MembershipWatch:
         limit_s = self._turns_s(worker) + sum(link_limit_s(link, hidden_bytes) for link in links)
         waited_s = self._overdue.waited_s(Owed(epoch.number, number, stage), now_s)
         if waited_s > limit_s and worker.loss is None:
-            self._registry.fence(worker, silence_text(number, waited_s, limit_s))
+            self._registry.mark_lost(worker, silence_text(number, waited_s, limit_s))
 
     def _turns_s(self, worker: WorkerHandle) -> float:
         """Sums the step limits of all epochs with work in flight, because a step may wait for other epochs' steps."""
@@ -104,7 +104,7 @@ class MembershipWatch:
         self._ending.start(self._launcher.end(worker.name))
         self._partitions.forget(worker.name)
         for runner in self._runners:
-            runner.observed.post(observations.WorkerLost(worker.name))
+            runner.store.post(observations.WorkerLost(worker.name))
 
 
 def _computing(epoch: Epoch, stage: int) -> WorkerHandle:

@@ -58,4 +58,4 @@ class Newcomers:
 
     def _observe(self, worker: WorkerHandle) -> None:
         for runner in self._runners if worker.loss is None else ():
-            runner.observed.post(WorkerSeen(worker.name, self._registry.joins[worker.name]))
+            runner.store.post(WorkerSeen(worker.name, self._registry.joins[worker.name]))

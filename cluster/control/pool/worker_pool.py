@@ -70,8 +70,8 @@ class WorkerPool:
 
     def _ports_changed(self) -> None:
         for runner in self.runners:
-            runner.observed.post(observations.Signal.LINKS_CHANGED)
+            runner.store.post(observations.Signal.LINKS_CHANGED)
 
     def _partitioned(self, pairs: Pairs) -> None:
         for runner in self.runners:
-            runner.observed.post(observations.PartitionsChanged(pairs))
+            runner.store.post(observations.PartitionsChanged(pairs))

@@ -218,7 +218,7 @@ class LinkMonitor:
         measured: dict[str, WorkerHandle] = {}
         while measured != self._registry.present:
             for runner in self._runners:
-                await runner.observed.settled.wait()
+                await runner.store.settled.wait()
             measured = self._registry.present
             try:
                 links = await measure(measured)
@@ -227,4 +227,4 @@ class LinkMonitor:
                 return
             for runner in self._runners:
                 if runner.planner.update(links):
-                    runner.observed.post(Signal.LINKS_CHANGED)
+                    runner.store.post(Signal.LINKS_CHANGED)

@@ -17,12 +17,12 @@ from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.cluster_state import Expulsion, PipelineLoss, PoolState
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers, StageLoadError
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
-from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.pool.drain import WorkerOperations
 from llamaclust.cluster.control.pool.worker_pool import SupervisedWorkers, WorkerPool
 from llamaclust.cluster.control.reconcile import Expel, LoadEpoch, MakePlan
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.control.serving import Serving
+from llamaclust.cluster.control.state_store import StateStore
 from llamaclust.cluster.control.supervisor import Supervisor
 from llamaclust.cluster.membership.members import Members
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
@@ -36,7 +36,7 @@ from llamaclust.wire.control.messages import CoordinatorMessage, Failure, Load, 
 from llamaclust.wire.control.weights import FindWeights, WeightsFound
 from llamaclust.wire.security.credentials import Insecure
 from support.plans.plan_inputs import REQUEST, SMALL, worker
-from support.several_models.runner import ANYTHING, action_runner, observed_cluster
+from support.several_models.runner import ANYTHING, action_runner, new_store
 from support.wire.control_messages import LOAD, REGISTER
 
 UNPARTITIONED: Any = SimpleNamespace(pairs=frozenset())
@@ -113,19 +113,19 @@ async def test_the_pipeline_that_serves_is_predicted_again_with_each_plan(is_los
         assert plan == former
         return new.prediction
 
-    observed = observed_cluster()
+    store = new_store()
     loss = PipelineLoss(0.0) if is_lost else None
-    observed.state = replace(observed.state, serving=Serving(former, (("a", 1), ("b", 2))), loss=loss)
-    runner = action_runner(observed, ANYTHING)
+    store.state = replace(store.state, serving=Serving(former, (("a", 1), ("b", 2))), loss=loss)
+    runner = action_runner(store, ANYTHING)
     runner.planner = SimpleNamespace(plan=plan, predict=predict, ledger=MemoryLedger())  # type: ignore[assignment]
-    await runner.run(MakePlan(observed.state.inputs))
-    planned = await observed.next(None)
-    assert planned == observations.Planned(observed.state.inputs, new, served=None if is_lost else new.prediction)
+    await runner.run(MakePlan(store.state.inputs))
+    planned = await store.next(None)
+    assert planned == observations.Planned(store.state.inputs, new, served=None if is_lost else new.prediction)
 
 
-async def load_failure(runner: ActionRunner, observed: Observed, *, is_exclusive: bool) -> LlamaclustError:
+async def load_failure(runner: ActionRunner, store: StateStore, *, is_exclusive: bool) -> LlamaclustError:
     await runner.run(LoadEpoch(plan_of("a"), is_exclusive))
-    observation = await observed.next(None)
+    observation = await store.next(None)
     assert isinstance(observation, observations.EpochLoadFailed)
     assert observation.is_exclusive is is_exclusive and observation.suspects == ()
     return observation.error
@@ -138,36 +138,36 @@ async def test_any_error_of_a_worker_is_a_failed_load(is_exclusive: bool) -> Non
     async def open_epoch(*_: object, **__: object) -> None:
         raise late
 
-    observed = observed_cluster()
-    assert await load_failure(action_runner(observed, open_epoch), observed, is_exclusive=is_exclusive) is late
+    store = new_store()
+    assert await load_failure(action_runner(store, open_epoch), store, is_exclusive=is_exclusive) is late
 
 
 async def test_a_load_does_not_wait_for_ever_for_the_end_of_lost_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actions, "_ENDING_S", 0.05)
-    observed = observed_cluster()
-    runner = action_runner(observed, ANYTHING)
+    store = new_store()
+    runner = action_runner(store, ANYTHING)
     ending = runner.ending.start(asyncio.sleep(60))
     async with asyncio.timeout(30):
-        error = await load_failure(runner, observed, is_exclusive=True)
+        error = await load_failure(runner, store, is_exclusive=True)
     assert str(error) == "the end of lost workers' processes took longer than 0.05 s"
     assert not ending.done(), "a later load waits for it again"
     await runner.ending.close()
 
 
 @pytest.mark.parametrize("stays", [True, False])
-async def test_a_worker_that_stays_for_other_models_is_not_fenced(stays: bool) -> None:
-    fenced, events = list[str](), list[Event]()
-    runner = action_runner(observed_cluster(), ANYTHING)
+async def test_a_worker_that_stays_for_other_models_is_not_marked_as_lost(stays: bool) -> None:
+    lost, events = list[str](), list[Event]()
+    runner = action_runner(new_store(), ANYTHING)
     runner.planner.config = SimpleNamespace(model_name="m", models=("m",))  # type: ignore[assignment]
     runner._report = events.append
     registry = SimpleNamespace(
-        workers={"b": "b"}, joins={"b": 2}, fence=lambda name, why: fenced.append(f"{name}: {why}")
+        workers={"b": "b"}, joins={"b": 2}, mark_lost=lambda name, why: lost.append(f"{name}: {why}")
     )
     runner._registry = registry  # type: ignore[assignment]
     await runner.run(Expel((Expulsion(("b", 2), "its disk is bad", stays, 10.0),)))
     notice = Notice("worker b gets no layers of model m for 10 s if the others suffice: its disk is bad")
-    assert (fenced, events) == (([], [notice]) if stays else (["b: its disk is bad"], []))
-    assert await runner.observed.next(None) is observations.Signal.WORKERS_EXPELLED
+    assert (lost, events) == (([], [notice]) if stays else (["b: its disk is bad"], []))
+    assert await runner.store.next(None) is observations.Signal.WORKERS_EXPELLED
 
 
 def supervised(registry: Members) -> tuple[WorkerPool, Supervisor]:
@@ -214,14 +214,14 @@ async def test_a_worker_that_is_admitted_while_the_supervisor_starts_joins_once(
     pool.start()
     await supervisor.start()
     registry.announce(handle)  # once it has got the answer to its registration
-    joined = await supervisor.observed.next(None)
-    assert joined == observations.WorkerSeen("a", 1) and supervisor.observed.is_current
-    supervisor.observed.apply(joined)
-    assert supervisor.observed.state.pool.present == {"a": 1}
-    registry.fence(handle, "it joins again")
+    joined = await supervisor.store.next(None)
+    assert joined == observations.WorkerSeen("a", 1) and supervisor.store.is_current
+    supervisor.store.apply(joined)
+    assert supervisor.store.state.pool.present == {"a": 1}
+    registry.mark_lost(handle, "it joins again")
     registry.announce(handle)
-    assert await supervisor.observed.next(None) == observations.WorkerLost("a")
-    assert supervisor.observed.is_current, "a lost worker does not join"
+    assert await supervisor.store.next(None) == observations.WorkerLost("a")
+    assert supervisor.store.is_current, "a lost worker does not join"
     registry.admit(worker_handle("a"))
     assert registry.joins == {"a": 2}
     await supervisor.aclose()
@@ -232,30 +232,30 @@ async def test_a_drain_of_a_worker_without_layers_returns_although_requests_dela
     async def plan(*_: object, **__: object) -> Plan:
         return plan_of("a", "b")
 
-    observed, events = observed_cluster(), list[Event]()
+    store, events = new_store(), list[Event]()
     workers = dict.fromkeys("abc", ANYTHING)
     epoch = SimpleNamespace(holds="ab".__contains__)
     planner, epochs = SimpleNamespace(plan=plan, ledger=MemoryLedger()), SimpleNamespace(model_id="m")
-    served: Any = SimpleNamespace(planner=planner, epochs=epochs, epoch=epoch, observed=observed)
+    served: Any = SimpleNamespace(planner=planner, epochs=epochs, epoch=epoch, store=store)
     registry: Any = SimpleNamespace(workers=workers, present=workers)
     joins = {"a": 1, "b": 2, "c": 3}
-    observed.state = replace(observed.state, pool=PoolState(joins))
-    observed.apply(observations.Planned(observed.state.inputs, plan_of("a", "b")))
-    observed.apply(observations.Signal.EPOCH_SERVING)
+    store.state = replace(store.state, pool=PoolState(joins))
+    store.apply(observations.Planned(store.state.inputs, plan_of("a", "b")))
+    store.apply(observations.Signal.EPOCH_SERVING)
     pool = WorkerOperations(registry, ControlRecord(), [served], UNPARTITIONED, events.append)
     drains = {name: asyncio.create_task(pool.drain(name)) for name in "cb"}
     for _ in drains:
-        observation = await observed.next(None)
+        observation = await store.next(None)
         assert observation is not None
-        observed.apply(observation)
+        store.apply(observation)
     assert events == [Notice(f"worker {name} is drained: it gets no layers until `undrain`") for name in "cb"]
     await asyncio.sleep(0.01)
     assert not any(drain.done() for drain in drains.values()), "an older plan may give it layers"
-    observed.begin()
-    observed.apply(observations.Planned(observed.state.inputs, plan_of("a")))
+    store.begin()
+    store.apply(observations.Planned(store.state.inputs, plan_of("a")))
     await asyncio.sleep(0)
     assert not drains["c"].done(), "an action runs"
-    observed.apply(observations.Signal.ACTION_ENDED)
+    store.apply(observations.Signal.ACTION_ENDED)
     async with asyncio.timeout(30):
         await drains["c"]
     assert not drains["b"].done(), "its layers are not moved yet"
@@ -277,9 +277,9 @@ async def test_a_drain_that_is_undrained_while_it_is_planned_does_not_take_place
         await planned.wait()
         return plan_of("b")
 
-    observed, workers, events = observed_cluster(), dict.fromkeys("ab", ANYTHING), list[Event]()
+    store, workers, events = new_store(), dict.fromkeys("ab", ANYTHING), list[Event]()
     planner, epochs = SimpleNamespace(plan=plan, ledger=MemoryLedger()), SimpleNamespace(model_id="m")
-    served: Any = SimpleNamespace(planner=planner, epochs=epochs, observed=observed)
+    served: Any = SimpleNamespace(planner=planner, epochs=epochs, store=store)
     registry: Any = SimpleNamespace(workers=workers, present=workers)
     pool = WorkerOperations(registry, ControlRecord(), [served], UNPARTITIONED, events.append)
     drain = asyncio.create_task(pool.drain("a"))
@@ -289,5 +289,5 @@ async def test_a_drain_that_is_undrained_while_it_is_planned_does_not_take_place
     with pytest.raises(WorkerError, match="worker a was undrained before its layers moved"):
         async with asyncio.timeout(30):
             await drain
-    assert await observed.next(None) == observations.UndrainRequested("a") and observed.is_current
+    assert await store.next(None) == observations.UndrainRequested("a") and store.is_current
     assert events == []

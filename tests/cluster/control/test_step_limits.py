@@ -102,16 +102,16 @@ def test_silence_is_a_loss_after_the_steps_that_its_worker_has_to_compute(
     models: list[list[tuple[list[Held], bool]]], looks: int
 ) -> None:
     """The watch looks once a second; an epoch with nothing in flight has no steps to compute."""
-    numbers, fenced = count(1), list[Held]()
+    numbers, lost = count(1), list[Held]()
     runners = [
         runner_of(*((scheduler_of(next(numbers), is_busy=is_busy), workers) for workers, is_busy in epochs))
         for epochs in models
     ]
-    registry: Any = SimpleNamespace(fence=lambda worker, reason: fenced.append(worker))
+    registry: Any = SimpleNamespace(mark_lost=lambda worker, reason: lost.append(worker))
     nothing: Any = None
     watch = MembershipWatch(registry, nothing, runners, nothing, nothing, nothing, nothing)
     for look in range(100):
         watch._check_result(runners[0], runners[0].open_epochs[0], 0, 2, float(look))
-        if fenced:
+        if lost:
             break
-    assert fenced == [A] and look == looks
+    assert lost == [A] and look == looks

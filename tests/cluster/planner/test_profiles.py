@@ -12,8 +12,8 @@ import pytest
 
 from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, Waits
 from llamaclust.cluster.control.observations import Signal, Tick
-from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.resources.link_profiling import LinkMonitor
+from llamaclust.cluster.control.state_store import StateStore
 from llamaclust.cluster.control.weight_sources import nearest_first
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.format import plan_json, plan_lines
@@ -157,16 +157,16 @@ def test_links_are_measured_again_once_a_pipeline_serves() -> None:
             return True
 
         registry: Any = SimpleNamespace(present=present)
-        observed = Observed(ClusterState(Waits(120.0, 120.0), 2, Tick(0.0), PipelineLoss(0.0)))
-        runner: Any = SimpleNamespace(planner=SimpleNamespace(update=update), observed=observed)
+        store = StateStore(ClusterState(Waits(120.0, 120.0), 2, Tick(0.0), PipelineLoss(0.0)))
+        runner: Any = SimpleNamespace(planner=SimpleNamespace(update=update), store=store)
         monitor = LinkMonitor(measure, registry, [runner], lambda event: None)
         monitor.measure_again()
         await asyncio.sleep(0.01)
         assert not measured, "a pipeline comes first"
-        observed.settled.set()
+        store.settled.set()
         async with asyncio.timeout(30):
-            assert await observed.next(None) == Signal.LINKS_CHANGED
-        assert not observed.settled.is_set()
+            assert await store.next(None) == Signal.LINKS_CHANGED
+        assert not store.settled.is_set()
 
     asyncio.run(run())
     assert known == [new] and measured == [present]

@@ -16,7 +16,7 @@ import pytest
 
 from llamaclust.cluster.client.http import AsyncClient
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.residency import Resident
+from llamaclust.cluster.control.model_lifecycle import ModelLifecycle
 from llamaclust.cluster.front.app import create_app
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.server.front import api_models, api_settings
@@ -186,13 +186,13 @@ async def test_a_model_is_unloaded_when_its_request_says_so(files: list[Path], t
 async def test_a_model_that_is_about_to_sleep_is_not_listed_as_loaded(
     files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    goes_on, sleep = asyncio.Event(), Resident.sleep
+    goes_on, sleep = asyncio.Event(), ModelLifecycle.sleep
 
-    async def sleep_late(resident: Resident) -> None:
+    async def sleep_late(lifecycle: ModelLifecycle) -> None:
         await goes_on.wait()
-        await sleep(resident)
+        await sleep(lifecycle)
 
-    monkeypatch.setattr(Resident, "sleep", sleep_late)
+    monkeypatch.setattr(ModelLifecycle, "sleep", sleep_late)
     async with api_of(files, tmp_path, tight=False) as api:
         await api.post("/v1/completions", model="b", **PROMPT)
         await api.post("/api/generate", model="b", stream=False, keep_alive=0)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llamaclust.cluster.control import residency
+from llamaclust.cluster.control import model_lifecycle
 from llamaclust.cluster.engine import encoder as encoder_module
 from llamaclust.cluster.engine.pipeline import PipelineEncoder, TileTask
 from support.clusters.recovering import generations, undisturbed
@@ -41,7 +41,7 @@ class Held:
 async def test_images_wake_a_model_that_is_not_unloaded_before_their_end(tmp_path: Path) -> None:
     (seeing, path), other, tiles = seeing_model(tmp_path), model_files(tmp_path)[1], random_tiles()
     async with models([other, seeing], tmp_path, tight=False, keys={"max_loaded_models": 1}) as found:
-        served, resident = found.cluster.models[1], found.cluster.residency.residents["a"]
+        served, lifecycle = found.cluster.models[1], found.cluster.rotation.lifecycles["a"]
         encoder = served.engine.encoder
         assert encoder is not None and found.states == [AWAKE, ASLEEP]
         check_rows(path, tiles, await encode(encoder, tiles))
@@ -52,27 +52,27 @@ async def test_images_wake_a_model_that_is_not_unloaded_before_their_end(tmp_pat
         encoder.serve(held)
         encoding = asyncio.create_task(encode(encoder, tiles))
         await found.run.until("a tile", lambda: len(held.begun) == 1)
-        assert not resident.is_idle
-        await resident.sleep()
-        assert not resident.is_asleep
+        assert not lifecycle.is_idle
+        await lifecycle.sleep()
+        assert not lifecycle.is_asleep
         held.gate.set()
         check_rows(path, tiles, await encoding)
-        assert resident.is_idle
-        resident.enter()
-        await resident.sleep()
-        assert not resident.is_asleep, "a request may be on its way"
-        resident.leave()
-        await resident.sleep()
-        assert resident.is_asleep
+        assert lifecycle.is_idle
+        lifecycle.enter()
+        await lifecycle.sleep()
+        assert not lifecycle.is_asleep, "a request may be on its way"
+        lifecycle.leave()
+        await lifecycle.sleep()
+        assert lifecycle.is_asleep
 
 
 async def test_a_tile_longer_than_a_turn_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residency, "_TURN_S", 0.1)
+    monkeypatch.setattr(model_lifecycle, "_TURN_S", 0.1)
     (seeing, path), tiles = seeing_model(tmp_path), random_tiles()
     other, (request, *_) = model_files(tmp_path)[1], generations(SEED, 12, 40)
     (expected,) = await asyncio.to_thread(undisturbed, other, (request,))
     async with models([seeing, other], tmp_path, tight=False, keys={"max_loaded_models": 1}) as found:
-        served, resident = found.cluster.models[0], found.cluster.residency.residents["a"]
+        served, lifecycle = found.cluster.models[0], found.cluster.rotation.lifecycles["a"]
         encoder, pipeline = served.engine.encoder, served.supervisor.epoch.pipeline
         assert encoder is not None and pipeline.encoder is not None
         held = Held(pipeline.encoder)
@@ -80,7 +80,7 @@ async def test_a_tile_longer_than_a_turn_ends(tmp_path: Path, monkeypatch: pytes
         encoding = asyncio.create_task(encode(encoder, tiles))
         await found.run.until("a tile", lambda: len(held.begun) == 1)
         answering = asyncio.create_task(found.answer(1, request))
-        await found.run.until("the end of the turn", lambda: resident.is_preempted)
+        await found.run.until("the end of the turn", lambda: lifecycle.is_preempted)
         await asyncio.sleep(0.2)
         assert found.states == [AWAKE, ASLEEP] and not answering.done(), "the tile is waited for"
         held.gate.set()
@@ -93,7 +93,7 @@ async def test_a_tile_longer_than_a_turn_ends(tmp_path: Path, monkeypatch: pytes
 async def test_a_tile_that_never_ends_holds_up_another_model_only_for_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(residency, "_TURN_S", 0.1)
+    monkeypatch.setattr(model_lifecycle, "_TURN_S", 0.1)
     monkeypatch.setattr(encoder_module, "_LAST_TILE_S", 0.2)
     (seeing, path), tiles = seeing_model(tmp_path), random_tiles()
     other, (request, *_) = model_files(tmp_path)[1], generations(SEED, 12, 40)

@@ -25,7 +25,7 @@ def measured(run: Recovering, one_way_s: float) -> None:
     """All links are found to be so long."""
     link, supervisor = Link(one_way_s + 1.5e-4, 1e-10, one_way_s), run.cluster.supervisor
     supervisor.planner.update(Links({frozenset(pair): link for pair in combinations((COORDINATOR, *NAMES), 2)}))
-    supervisor.observed.post(Signal.LINKS_CHANGED)
+    supervisor.store.post(Signal.LINKS_CHANGED)
 
 
 async def grouped(run: Recovering) -> None:

@@ -1,4 +1,4 @@
-"""Served models of an app without a cluster, with residents of a scripted state."""
+"""Served models of an app without a cluster, with lifecycles of a scripted state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 
-from llamaclust.cluster.control.residency import Resident
+from llamaclust.cluster.control.model_lifecycle import ModelLifecycle
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.front.models import AdapterControl, ApiModel
 from llamaclust.cluster.front.replies.handlers import Replies
@@ -14,7 +14,7 @@ from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.service import TextService
 
 
-class ScriptedResident:
+class ScriptedLifecycle:
     """`sleep` ends asleep unless there are requests."""
 
     def __init__(self) -> None:
@@ -49,13 +49,19 @@ def api_model(
     """A model that is always loaded. `engine`: the one that operators see; `replies`: of all models."""
     replies = replies or Replies(settings or ApiSettings())
     return ApiModel(
-        service, settings or replies.settings, replies, engine, cast(Resident, ScriptedResident()), status, control
+        service,
+        settings or replies.settings,
+        replies,
+        engine,
+        cast(ModelLifecycle, ScriptedLifecycle()),
+        status,
+        control,
     )
 
 
 def named_model(
     name: str,
-    resident: ScriptedResident | None = None,
+    lifecycle: ScriptedLifecycle | None = None,
     *,
     aliases: tuple[str, ...] = (),
     kept: Collection[str] = (),
@@ -69,6 +75,6 @@ def named_model(
         own,
         cast(Replies, SimpleNamespace(settings=own, cache=cache)),
         cast(Engine, SimpleNamespace()),
-        cast(Resident, resident or ScriptedResident()),
+        cast(ModelLifecycle, lifecycle or ScriptedLifecycle()),
         dict,
     )

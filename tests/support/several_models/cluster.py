@@ -61,10 +61,10 @@ class Models:
 
     async def until(self, *states: EngineState) -> None:
         """Waits until the models have these states, and those that sleep hold no memory any more."""
-        residents = self.cluster.residency.residents.values()
+        lifecycles = self.cluster.rotation.lifecycles.values()
 
         def reached() -> bool:
-            asleep = [resident.is_asleep for resident in residents]
+            asleep = [lifecycle.is_asleep for lifecycle in lifecycles]
             return self.states == list(states) and asleep == [state is ASLEEP for state in states]
 
         await self.run.until(f"models {states}", reached)

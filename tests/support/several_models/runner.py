@@ -10,18 +10,18 @@ from llamaclust.cluster.control import observations
 from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, PoolState, Waits
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
-from llamaclust.cluster.control.observed import Observed
+from llamaclust.cluster.control.state_store import StateStore
 from llamaclust.cluster.planner.links import UNKNOWN
 from llamaclust.wire.rpc.task_set import TaskSet
 
 ANYTHING: Any = SimpleNamespace()
 
 
-def observed_cluster() -> Observed:
-    return Observed(ClusterState(Waits(120.0, 120.0), 2, observations.Tick(0.0), PipelineLoss(0.0), PoolState()))
+def new_store() -> StateStore:
+    return StateStore(ClusterState(Waits(120.0, 120.0), 2, observations.Tick(0.0), PipelineLoss(0.0), PoolState()))
 
 
-def action_runner(observed: Observed, open_epoch: Callable[..., Any]) -> ActionRunner:
+def action_runner(store: StateStore, open_epoch: Callable[..., Any]) -> ActionRunner:
     """Builds the runner of a cluster that serves."""
 
     async def settled() -> None: ...
@@ -31,6 +31,6 @@ def action_runner(observed: Observed, open_epoch: Callable[..., Any]) -> ActionR
     planner: Any = SimpleNamespace(links=UNKNOWN, ledger=MemoryLedger(), config=own)
     registry: Any = SimpleNamespace(workers={}, present={})
     partitions: Any = SimpleNamespace(settled=settled)
-    runner = ActionRunner(observed, loading, planner, registry, partitions, lambda event: None, TaskSet())
+    runner = ActionRunner(store, loading, planner, registry, partitions, lambda event: None, TaskSet())
     runner.engine = ANYTHING
     return runner

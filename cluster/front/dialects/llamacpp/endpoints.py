@@ -188,7 +188,7 @@ def server_properties(models: Sequence[ApiModel], model: ApiModel) -> dict[str, 
         "eos_token": "" if tokenizer.eos_id is None else tokenizer.token_text(tokenizer.eos_id),
         "modalities": {"vision": has_vision, "audio": False},
         "build_info": FINGERPRINT,
-        "is_sleeping": api.can_unload and model.resident.is_asleep,
+        "is_sleeping": api.can_unload and model.lifecycle.is_asleep,
         **({"media_marker": MEDIA_MARKER} if has_vision else {}),
     }
     if api.can_unload:

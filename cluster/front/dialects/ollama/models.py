@@ -136,7 +136,7 @@ class OllamaModels:
                 "context_length": model.service.settings.context_length,
             }
             for model in self._router.models
-            if not (model.resident.is_asleep or model.resident.is_leaving)
+            if not (model.lifecycle.is_asleep or model.lifecycle.is_leaving)
         ]
         return JsonResponse({"models": entries})
 
@@ -168,10 +168,10 @@ def _names(model: ApiModel) -> list[str]:
 
 def _expiry(model: ApiModel) -> str:
     """Returns the time when the model will be unloaded. For a busy model, assumes that its requests end now."""
-    resident = model.resident
-    if resident.expires_in_s is None:
+    lifecycle = model.lifecycle
+    if lifecycle.expires_in_s is None:
         return _NEVER
-    seconds = resident.expires_in_s if resident.is_idle else resident.keep_alive_s
+    seconds = lifecycle.expires_in_s if lifecycle.is_idle else lifecycle.keep_alive_s
     assert seconds is not None
     return shown_time(time.time() + seconds)
 

@@ -52,15 +52,15 @@ class ModelEndpoints:
 
     async def load(self, request: Request) -> Response:
         """Starts to load a model if memory is free or other models can be unloaded. Replies at once."""
-        (await self._named(request)).resident.load()
+        (await self._named(request)).lifecycle.load()
         return JsonResponse({"success": True})
 
     async def unload(self, request: Request) -> Response:
         """Unloads a model. Replies with status 409 if the model has requests."""
         model = await self._named(request)
         async with deadline(f"unloading {model.name!r}, which is still being loaded,", _UNLOAD_S):
-            await model.resident.sleep()
-        if not model.resident.is_asleep:
+            await model.lifecycle.sleep()
+        if not model.lifecycle.is_asleep:
             message = f"model: {model.name!r} has requests and stays loaded; try again after their replies"
             raise HttpError(409, "model_in_use", message, param="model")
         return JsonResponse({"success": True})
@@ -97,6 +97,6 @@ def _capabilities(model: ApiModel) -> dict[str, Any]:
 
 
 def _status(model: ApiModel) -> str:
-    if model.resident.is_asleep:
+    if model.lifecycle.is_asleep:
         return "unloaded"
-    return "loading" if model.resident.is_loading else "loaded"
+    return "loading" if model.lifecycle.is_loading else "loaded"

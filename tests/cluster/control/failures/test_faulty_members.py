@@ -56,7 +56,7 @@ async def test_the_member_at_fault_is_named_and_its_partners_are_not(
         for outcome in await asyncio.gather(*run.start(requests[:2]), return_exceptions=True):
             assert isinstance(outcome, WorkerError) and not isinstance(outcome, RequestFailedError), outcome
             assert f"failed 6 times, each time at worker {member}, and no other worker" in str(outcome)
-        records = run.cluster.supervisor.observed.state.pool.quarantine.records
+        records = run.cluster.supervisor.store.state.pool.quarantine.records
         assert records.keys() == {member}, run.told
         assert all(handle.loss is None for handle in run.cluster.registry.workers.values())
 

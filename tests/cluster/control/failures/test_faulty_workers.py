@@ -169,7 +169,7 @@ async def test_a_request_whose_rows_have_no_result_on_any_worker_ends_and_releas
             with pytest.raises(WorkerError, match="the logits are not finite numbers"):
                 await ending
             assert run.cluster.supervisor.recoveries == recoveries
-            await run.until("the release", lambda: not run.cluster.supervisor.observed.state.inputs.quarantined)
+            await run.until("the release", lambda: not run.cluster.supervisor.store.state.inputs.quarantined)
         assert await asyncio.gather(*others) == expected
 
 

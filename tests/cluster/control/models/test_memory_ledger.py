@@ -26,7 +26,7 @@ from llamaclust.core.sizes import MIB
 from llamaclust.wire.control.messages import Heartbeat, Loaded
 from llamaclust.wire.security.credentials import Insecure
 from support.plans.plan_inputs import REQUEST, SMALL, worker
-from support.several_models.runner import action_runner, observed_cluster
+from support.several_models.runner import action_runner, new_store
 from support.wire.control_messages import LOAD, REGISTER
 
 
@@ -56,8 +56,8 @@ async def test_a_move_that_a_loss_overtook_holds_the_memory_of_one_plan() -> Non
 
     async def free_others(epoch: object) -> None: ...
 
-    observed = observed_cluster()
-    runner = action_runner(observed, open_epoch)
+    store = new_store()
+    runner = action_runner(store, open_epoch)
     runner.epochs.free_others = free_others  # type: ignore[method-assign]
     runner.planner.config = SimpleNamespace(models=(), model_name="m")  # type: ignore[assignment]
     counts = SimpleNamespace(running=0, waiting=0)
@@ -65,10 +65,10 @@ async def test_a_move_that_a_loss_overtook_holds_the_memory_of_one_plan() -> Non
     runner.epoch, runner.engine, ledger = epoch_of(ONLY_A), engine, runner.planner.ledger
     await runner.run(LoadEpoch(BOTH, is_exclusive=False))
     assert ledger.beside("another") == use_of(ONLY_A, BOTH)
-    observed.state = replace(observed.state, loss=PipelineLoss(asyncio.get_running_loop().time()))
+    store.state = replace(store.state, loss=PipelineLoss(asyncio.get_running_loop().time()))
     await runner.run(Serve())
     assert ledger.beside("another") == use_of(BOTH)
-    assert [await observed.next(None) for _ in range(2)] == [
+    assert [await store.next(None) for _ in range(2)] == [
         observations.Signal.EPOCH_LOADED,
         observations.Signal.EPOCH_SERVING,
     ]
@@ -86,25 +86,25 @@ async def test_a_plan_of_before_another_model_took_memory_is_not_loaded(is_lost:
         opened.append(new)
         return epoch_of(new)
 
-    observed = observed_cluster()
-    runner, ledger = action_runner(observed, open_epoch), MemoryLedger()
+    store = new_store()
+    runner, ledger = action_runner(store, open_epoch), MemoryLedger()
     planner: Any = SimpleNamespace(
         plan=plan, ledger=ledger, links=None, config=SimpleNamespace(models=(), model_name="m")
     )
     runner.planner = planner
-    loss, observed.state = observed.state.loss, replace(observed.state, loss=None)
-    await runner.run(MakePlan(observed.state.inputs))
+    loss, store.state = store.state.loss, replace(store.state, loss=None)
+    await runner.run(MakePlan(store.state.inputs))
     ledger.enter("another", (ONLY_A,))
-    assert isinstance(await observed.next(None), observations.Planned)
+    assert isinstance(await store.next(None), observations.Planned)
     await runner.run(LoadEpoch(BOTH, is_exclusive=is_lost))
-    taken = await observed.next(None)
+    taken = await store.next(None)
     assert taken is observations.Signal.MEMORY_TAKEN and not opened
-    before = observed.state.inputs
-    observed.apply(taken)
-    assert observed.state.inputs != before, "another plan is due"
+    before = store.state.inputs
+    store.apply(taken)
+    assert store.state.inputs != before, "another plan is due"
     assert ledger.beside("another") == MemoryUse()
-    observed.state = replace(observed.state, loss=loss if is_lost else None)
-    await runner.run(MakePlan(observed.state.inputs))
+    store.state = replace(store.state, loss=loss if is_lost else None)
+    await runner.run(MakePlan(store.state.inputs))
     assert ledger.beside("another") == (use_of(BOTH) if is_lost else MemoryUse())
     if is_lost:
         ledger.enter("a third", (ONLY_B,))
@@ -124,10 +124,10 @@ async def test_a_drain_is_refused_where_the_others_suffice_for_each_model_but_no
             held = beside.beside(model_id)
             return make_plan(SMALL, [worker(name, 420 - held[name, "cpu"] // MIB - 1) for name in workers], REQUEST)
 
-        observed = observed_cluster()
+        store = new_store()
         ledger.enter(model_id, (old,))
         planner, epochs = SimpleNamespace(plan=plan, ledger=ledger), SimpleNamespace(model_id=model_id)
-        return SimpleNamespace(planner=planner, epochs=epochs, observed=observed)
+        return SimpleNamespace(planner=planner, epochs=epochs, store=store)
 
     models, workers = [runner_of("m"), runner_of("n")], dict.fromkeys("bc")
     for model in models:
@@ -139,7 +139,7 @@ async def test_a_drain_is_refused_where_the_others_suffice_for_each_model_but_no
     with pytest.raises(InsufficientMemoryError):
         async with asyncio.timeout(30):
             await operations.drain("b")
-    assert not operations.drained and all(model.observed.is_current for model in models)
+    assert not operations.drained and all(model.store.is_current for model in models)
     assert (ledger.beside("m"), ledger.beside("n")) == before
 
 

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.control import observations, residency
+from llamaclust.cluster.control import model_lifecycle, observations
+from llamaclust.cluster.control.model_lifecycle import ModelLifecycle, ModelRotation
 from llamaclust.cluster.control.observations import Signal
 from llamaclust.cluster.control.reconcile import Action, LoadEpoch, MakePlan, Serve, Wait, reconcile
-from llamaclust.cluster.control.residency import Residency, Resident
 from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.engine.request_stream import OpenRequests
 from llamaclust.core.errors import InsufficientMemoryError
 from support.plans.observed_cluster import BOTH
 from support.seed import SEED
-from support.several_models.runner import ANYTHING, action_runner, observed_cluster
+from support.several_models.runner import ANYTHING, action_runner, new_store
 
 _PLACES = 2  # for loaded models
 _WAKE = 30  # iterations of the event loop after which a request has marked its model as wanted
@@ -49,17 +49,15 @@ class Model:
         self.may_free.set()
         engine: Any = Engine()
         self.engine = engine
-        self.observed = observed_cluster()
+        self.store = new_store()
         for number, worker in enumerate("ab", 1):
-            self.observed.apply(observations.WorkerSeen(worker, number))
-        self.observed.state = replace(
-            self.observed.state, is_start=False, is_wanted=False, is_unloaded=True, is_alone=False
-        )
-        self.runner = action_runner(self.observed, ANYTHING)
+            self.store.apply(observations.WorkerSeen(worker, number))
+        self.store.state = replace(self.store.state, is_start=False, is_wanted=False, is_unloaded=True, is_alone=False)
+        self.runner = action_runner(self.store, ANYTHING)
         self.runner.engine = self.engine
         epochs: Any = self.runner.epochs
         epochs.free_others = self.free
-        self.resident = Resident(name, self.observed, self.engine, None)
+        self.lifecycle = ModelLifecycle(name, self.store, self.engine, None)
 
     @property
     def is_awake(self) -> bool:
@@ -80,37 +78,37 @@ class Model:
         match action:
             case MakePlan(inputs):
                 plan, error = (None, InsufficientMemoryError("full")) if is_full else (BOTH, None)
-                self.observed.post(observations.Planned(inputs, plan, error, is_beside=True))
+                self.store.post(observations.Planned(inputs, plan, error, is_beside=True))
             case LoadEpoch() if is_full:
-                self.observed.post(Signal.MEMORY_TAKEN)
+                self.store.post(Signal.MEMORY_TAKEN)
             case LoadEpoch():
                 self.loaded.add(self.name)
                 await self.pause()
-                self.observed.post(Signal.EPOCH_LOADED)
+                self.store.post(Signal.EPOCH_LOADED)
             case Serve():
                 self.engine.state = EngineState.READY
-                self.observed.post(Signal.EPOCH_SERVING)
+                self.store.post(Signal.EPOCH_SERVING)
             case _:
                 await self.runner.run(action)
-        self.observed.post(Signal.ACTION_ENDED)
+        self.store.post(Signal.ACTION_ENDED)
 
     async def supervise(self) -> None:
         while True:
-            self.observed.apply(observations.Tick(asyncio.get_running_loop().time()))
-            action = reconcile(self.observed.state)
+            self.store.apply(observations.Tick(asyncio.get_running_loop().time()))
+            action = reconcile(self.store.state)
             if action is not None and not isinstance(action, Wait):
-                self.observed.begin()
+                self.store.begin()
                 acting = asyncio.create_task(self.act(action))
                 acting.add_done_callback(lambda ended: ended.result())
-            observation = await self.observed.next(None)
+            observation = await self.store.next(None)
             assert observation is not None
-            self.observed.apply(observation)
+            self.store.apply(observation)
 
     async def watch(self) -> None:
         count = 0
         while count < _WAKE:
-            resident = self.resident
-            count = count + 1 if resident.is_asleep and not (resident.is_idle or resident.is_preempted) else 0
+            lifecycle = self.lifecycle
+            count = count + 1 if lifecycle.is_asleep and not (lifecycle.is_idle or lifecycle.is_preempted) else 0
             await asyncio.sleep(0)
         raise AssertionError(f"model {self.name} sleeps although requests wait for it")
 
@@ -124,7 +122,7 @@ async def _iterations(count: int) -> None:
 async def _models(names: str, source: Random) -> AsyncIterator[Sequence[Model]]:
     loaded = set[str]()
     models = [Model(name, source, loaded) for name in names]
-    async with asyncio.timeout(60), Residency({model.name: model.resident for model in models}):
+    async with asyncio.timeout(60), ModelRotation({model.name: model.lifecycle for model in models}):
         supervising = [asyncio.create_task(model.supervise()) for model in models]
         yield models
         for task in supervising:
@@ -132,56 +130,56 @@ async def _models(names: str, source: Random) -> AsyncIterator[Sequence[Model]]:
 
 
 async def _until_awake(model: Model) -> None:
-    await model.observed.until(lambda state: state.loss is None)
+    await model.store.until(lambda state: state.loss is None)
 
 
 @pytest.mark.parametrize("signal", [Signal.SLEEP_REQUESTED, Signal.TURN_ENDED])
 async def test_a_request_and_an_unload_that_come_while_the_stages_are_freed(signal: Signal) -> None:
     async with _models("a", Random(SEED)) as (model,):
-        model.resident.load()
+        model.lifecycle.load()
         await _until_awake(model)
         model.may_free.clear()
-        model.observed.post(signal)
+        model.store.post(signal)
         await model.frees.wait()
         with model.engine.requests.announced():
-            await model.observed.until(lambda state: state.is_wanted)
-            unloading = asyncio.create_task(model.resident.sleep())
-            await model.observed.until(lambda state: not state.is_wanted)
+            await model.store.until(lambda state: state.is_wanted)
+            unloading = asyncio.create_task(model.lifecycle.sleep())
+            await model.store.until(lambda state: not state.is_wanted)
             model.may_free.set()
             await _iterations(_WAKE)
-            assert not model.resident.is_asleep
+            assert not model.lifecycle.is_asleep
             await _until_awake(model)
         await unloading
 
 
 async def test_a_request_that_comes_in_the_moment_in_which_another_ends() -> None:
     async with _models("a", Random(SEED)) as (model,):
-        model.resident.is_preempted = True
+        model.lifecycle.is_preempted = True
         with model.engine.requests.announced():
             await _iterations(_WAKE)
-            assert model.resident.is_asleep
-        model.resident.resume()
+            assert model.lifecycle.is_asleep
+        model.lifecycle.resume()
         with model.engine.requests.announced():
             await _iterations(_WAKE)
-            assert not model.resident.is_asleep
+            assert not model.lifecycle.is_asleep
 
 
 async def test_a_request_that_reaches_the_engine_after_the_requests_failed_and_the_model_slept() -> None:
     async with _models("a", Random(SEED)) as (model,):
-        model.resident.enter()
+        model.lifecycle.enter()
         await _until_awake(model)
-        model.observed.post(Signal.SLEEP_REQUESTED)
-        await model.observed.until(lambda state: state.is_asleep)
+        model.store.post(Signal.SLEEP_REQUESTED)
+        await model.store.until(lambda state: state.is_asleep)
         with model.engine.requests.announced():
             await _iterations(_WAKE)
-            assert not model.resident.is_asleep
-        model.resident.leave()
+            assert not model.lifecycle.is_asleep
+        model.lifecycle.leave()
 
 
 async def test_requests_and_unloads_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some requests end early, because their clients disconnect."""
-    monkeypatch.setattr(residency, "_TURN_S", 0.0)
-    monkeypatch.setattr(residency, "_LOOK_S", 0.0)
+    monkeypatch.setattr(model_lifecycle, "_TURN_S", 0.0)
+    monkeypatch.setattr(model_lifecycle, "_LOOK_S", 0.0)
     source = Random(SEED)
     async with _models("abcd", source) as models:
 
@@ -198,11 +196,11 @@ async def test_requests_and_unloads_at_random(monkeypatch: pytest.MonkeyPatch) -
         async def load_and_unload() -> None:
             while True:
                 await _iterations(source.randrange(30))
-                resident = source.choice(models).resident
+                lifecycle = source.choice(models).lifecycle
                 if source.randrange(3):
-                    await resident.sleep()
+                    await lifecycle.sleep()
                 else:
-                    resident.load()
+                    lifecycle.load()
 
         works = [*(model.watch() for model in models), *(load_and_unload() for _ in range(4))]
         tasks = [asyncio.create_task(work) for work in works]

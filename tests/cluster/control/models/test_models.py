@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.control import residency
+from llamaclust.cluster.control import model_lifecycle
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.errors import WorkerError
 from support.clusters.recovering import Answer, generations, undisturbed
@@ -61,7 +61,7 @@ async def test_without_demand_models_sleep_until_they_are_loaded(
 ) -> None:
     async with models(files, tmp_path, tight=False, keys={"load_on_demand": False}) as found:
         assert found.states == [ASLEEP, ASLEEP]
-        found.cluster.residency.residents["b"].load()
+        found.cluster.rotation.lifecycles["b"].load()
         await found.until(ASLEEP, AWAKE)
         assert await found.answer(1, requests[0]) == expected[1][0]
 
@@ -73,7 +73,7 @@ async def test_a_model_with_requests_all_the_time_gives_way_after_its_turn(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(residency, "_TURN_S", 0.2)
+    monkeypatch.setattr(model_lifecycle, "_TURN_S", 0.2)
     async with models(files, tmp_path, tight=True) as found:
         is_answered = asyncio.Event()
 
@@ -86,7 +86,7 @@ async def test_a_model_with_requests_all_the_time_gives_way_after_its_turn(
             return count
 
         working = [asyncio.create_task(busy(number)) for number in range(4)]
-        await found.run.until("requests to the first model", lambda: not found.cluster.residency.residents["a"].is_idle)
+        await found.run.until("requests to the first model", lambda: not found.cluster.rotation.lifecycles["a"].is_idle)
         assert await found.answer(1, requests[0]) == expected[1][0]
         is_answered.set()
         assert min(await asyncio.gather(*working)) > 0
@@ -128,9 +128,9 @@ async def test_a_model_sleeps_after_its_time_without_requests(
         assert not any(worker.stages for worker in found.cluster.registry.workers.values())
         assert await found.answer(0, requests[0]) == expected[0][0]
         await found.until(ASLEEP, ASLEEP)
-        resident = found.cluster.residency.residents["a"]
-        resident.load()
-        resident.keep(None)
+        lifecycle = found.cluster.rotation.lifecycles["a"]
+        lifecycle.load()
+        lifecycle.keep(None)
         await found.until(AWAKE, ASLEEP)
         await asyncio.sleep(0.2)
         assert found.states == [AWAKE, ASLEEP]
@@ -163,8 +163,8 @@ async def test_a_model_that_did_not_load_for_no_request_is_tried_again_for_the_n
     async with models(files, tmp_path, tight=False, keys={"timeouts": {"recovery": "500ms"}}) as found:
         files[1].rename(hidden)
         try:
-            found.cluster.residency.residents["b"].load()
-            await found.run.until("a load", lambda: not found.cluster.residency.residents["b"].is_asleep)
+            found.cluster.rotation.lifecycles["b"].load()
+            await found.run.until("a load", lambda: not found.cluster.rotation.lifecycles["b"].is_asleep)
             await found.until(AWAKE, ASLEEP)
         finally:
             hidden.rename(files[1])
@@ -175,7 +175,7 @@ async def test_a_model_that_no_request_waits_for_any_more_puts_none_to_sleep(
     files: list[Path], requests: tuple[GenerationRequest, ...], expected: list[list[Answer]], tmp_path: Path
 ) -> None:
     async with models(files, tmp_path, tight=True) as found:
-        first, second = found.cluster.residency.residents.values()
+        first, second = found.cluster.rotation.lifecycles.values()
         first.enter()
         second.enter()
         text = "waiting for memory that other models hold"

@@ -17,11 +17,11 @@ from llamaclust.cluster.front.dialects.openai.models import ModelEndpoints
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.models import ModelRouter
 from llamaclust.core.errors import DeadlineError, ParameterError
-from support.several_models.api_models import ScriptedResident, named_model
+from support.several_models.api_models import ScriptedLifecycle, named_model
 
 
-def endpoints(resident: ScriptedResident) -> ModelEndpoints:
-    return ModelEndpoints(ModelRouter([named_model("a", resident)]))
+def endpoints(lifecycle: ScriptedLifecycle) -> ModelEndpoints:
+    return ModelEndpoints(ModelRouter([named_model("a", lifecycle)]))
 
 
 def request(**fields: Any) -> Request:
@@ -42,24 +42,24 @@ async def test_large_bodies_are_parsed_on_a_thread(call: str, monkeypatch: pytes
         return {"model": "a"}
 
     monkeypatch.setattr(body, "parse_object", parse)
-    resident = ScriptedResident()
-    await getattr(endpoints(resident), call)(request(model="a", more=[0.5] * 100_000))
+    lifecycle = ScriptedLifecycle()
+    await getattr(endpoints(lifecycle), call)(request(model="a", more=[0.5] * 100_000))
     assert len(threads) == 1 and threads[0] is not threading.main_thread()
-    assert resident.is_asleep is (call == "unload")
+    assert lifecycle.is_asleep is (call == "unload")
 
 
 async def test_a_model_with_requests_is_not_unloaded() -> None:
-    resident = ScriptedResident()
-    resident.enter()
+    lifecycle = ScriptedLifecycle()
+    lifecycle.enter()
     with pytest.raises(HttpError, match="'a' has requests and stays loaded") as refused:
-        await endpoints(resident).unload(request(model="a"))
-    assert refused.value.http_status == 409 and not resident.is_asleep
-    resident.leave()
-    assert (await endpoints(resident).unload(request(model="a"))).status_code == 200 and resident.is_asleep
+        await endpoints(lifecycle).unload(request(model="a"))
+    assert refused.value.http_status == 409 and not lifecycle.is_asleep
+    lifecycle.leave()
+    assert (await endpoints(lifecycle).unload(request(model="a"))).status_code == 200 and lifecycle.is_asleep
 
 
 async def test_an_unload_does_not_wait_for_a_load_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Loading(ScriptedResident):
+    class Loading(ScriptedLifecycle):
         async def sleep(self) -> None:
             await asyncio.Event().wait()
 
@@ -71,7 +71,7 @@ async def test_an_unload_does_not_wait_for_a_load_without_end(monkeypatch: pytes
 @pytest.mark.parametrize("fields", [{}, {"model": None}, {"model": [1]}, {"model": 1}])
 @pytest.mark.parametrize("call", ["load", "unload"])
 async def test_a_model_must_be_named(call: str, fields: dict[str, Any]) -> None:
-    resident = ScriptedResident()
+    lifecycle = ScriptedLifecycle()
     with pytest.raises(ParameterError, match=r"model: (is missing|must be a string)"):
-        await getattr(endpoints(resident), call)(request(**fields))
-    assert not resident.is_asleep
+        await getattr(endpoints(lifecycle), call)(request(**fields))
+    assert not lifecycle.is_asleep

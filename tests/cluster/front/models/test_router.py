@@ -22,7 +22,7 @@ from llamaclust.cluster.front.http.responses import Route, add_error_handlers
 from llamaclust.cluster.front.models import ApiModel, ModelRouter
 from llamaclust.cluster.front.settings import ApiSettings
 from support.clusters.served import ScriptedEngine, make_app, says
-from support.several_models.api_models import ScriptedResident, named_model
+from support.several_models.api_models import ScriptedLifecycle, named_model
 
 NOT_COMPUTED = (
     *("/input_tokens", "/count_tokens", "/cancel", "/tokenize", "/detokenize", "/apply-template", "/lora-adapters"),
@@ -107,22 +107,22 @@ async def test_a_number_that_no_reply_could_show_is_refused() -> None:
 
 @pytest.mark.parametrize(("status", "seconds"), [(200, 300.0), (400, None)])
 async def test_the_keep_alive_of_a_refused_request_does_not_count(status: int, seconds: float | None) -> None:
-    resident = ScriptedResident()
-    async with client_of(named_model("a", resident), endpoint=replying(status, "")) as http:
+    lifecycle = ScriptedLifecycle()
+    async with client_of(named_model("a", lifecycle), endpoint=replying(status, "")) as http:
         assert (await http.post("/api/chat", json={"keep_alive": "5m"})).status_code == status
-    assert resident.keep_alive_s == seconds and resident.is_idle
+    assert lifecycle.keep_alive_s == seconds and lifecycle.is_idle
 
 
 async def test_the_keep_alive_of_a_request_without_a_reply_does_not_count() -> None:
-    resident = ScriptedResident()
+    lifecycle = ScriptedLifecycle()
 
     async def fail(request: Request) -> Response:
         raise RuntimeError
 
-    async with client_of(named_model("a", resident), endpoint=fail) as http:
+    async with client_of(named_model("a", lifecycle), endpoint=fail) as http:
         with pytest.raises(RuntimeError):
             await http.post("/api/chat", json={"messages": [{}], "keep_alive": "5m"})
-    assert resident.keep_alive_s is None and resident.is_idle
+    assert lifecycle.keep_alive_s is None and lifecycle.is_idle
 
 
 @pytest.mark.parametrize(
@@ -139,14 +139,14 @@ async def test_the_keep_alive_of_a_request_without_a_reply_does_not_count() -> N
 async def test_a_request_of_ollamas_clients_keeps_its_model_awake(
     path: str, body: dict[str, Any], is_idle: bool, seconds: float | None
 ) -> None:
-    resident = ScriptedResident()
+    lifecycle = ScriptedLifecycle()
 
     async def look(request: Request) -> Response:
-        return PlainTextResponse(str(resident.is_idle))
+        return PlainTextResponse(str(lifecycle.is_idle))
 
-    async with client_of(named_model("a"), named_model("b", resident), endpoint=look) as http:
+    async with client_of(named_model("a"), named_model("b", lifecycle), endpoint=look) as http:
         assert (await http.post(path, json={"model": "b", **body})).text == str(is_idle)
-    assert resident.is_idle and resident.keep_alive_s == seconds
+    assert lifecycle.is_idle and lifecycle.keep_alive_s == seconds
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/api/chat"])
@@ -190,9 +190,9 @@ async def test_an_endpoint_takes_less_than_was_read() -> None:
 
 
 async def test_without_demand_a_request_loads_no_model() -> None:
-    resident = ScriptedResident()
-    resident.is_asleep = True
-    async with client_of(named_model("a", resident, kept=("kept",), load_on_demand=False)) as http:
+    lifecycle = ScriptedLifecycle()
+    lifecycle.is_asleep = True
+    async with client_of(named_model("a", lifecycle, kept=("kept",), load_on_demand=False)) as http:
         refused = await http.post("/v1/chat/completions", json={"model": "a"})
         assert refused.status_code == 400 and "POST /models/load" in refused.json()["error"]["message"]
         assert (await http.post("/api/chat", json={"model": "a", "messages": [{}]})).status_code == 400
@@ -201,9 +201,9 @@ async def test_without_demand_a_request_loads_no_model() -> None:
             assert (await http.post(path, json={"model": "a"})).text == "a", path
         again = {"Idempotency-Key": "kept"}
         assert (await http.post("/v1/completions", json={"model": "a"}, headers=again)).text == "a"
-        resident.is_idle = False  # it gave way
+        lifecycle.is_idle = False  # it gave way
         assert (await http.post("/v1/chat/completions", json={"model": "a"})).text == "a"
-        resident.is_asleep, resident.is_idle = False, True
+        lifecycle.is_asleep, lifecycle.is_idle = False, True
         assert (await http.post("/v1/chat/completions", json={"model": "a"})).text == "a"
 
 

@@ -18,7 +18,7 @@ from llamaclust.core.process_settings import lower_priority
 from llamaclust.core.sizes import needed
 from llamaclust.kernels import _native
 from llamaclust.kernels.backend import Batch, Float32, Int32, Progress, Stage, kv_bytes
-from llamaclust.kernels.cpu.compile import Compiled, Observed, compile_program
+from llamaclust.kernels.cpu.compile import Compiled, InputCopy, compile_program
 from llamaclust.kernels.cpu.compile_experts import compile_experts, compile_lines
 from llamaclust.kernels.cpu.experts import CpuExperts, ExpertLines
 from llamaclust.kernels.cpu.weight_store import WeightStore
@@ -48,7 +48,7 @@ class CpuStage:
         native: _native.Stage,
         weights: dict[str, Weight],
         compiled: Compiled,
-        observed: Sequence[Observed] = (),
+        observed: Sequence[InputCopy] = (),
     ) -> None:
         self._observed = observed
         self._normed = compiled.normed
@@ -216,7 +216,7 @@ class CpuBackend:
         observed: bool = False,
     ) -> CpuStage:
         """Raises ModelFileError if there are no kernels for the program. `observed` keeps the `inputs` of a run."""
-        found: list[Observed] = []
+        found: list[InputCopy] = []
         with self._loading(program, tensors, limits):
             weights = self._weights.load(program, tensors, progress)
             compiled = compile_program(program, weights, limits, found if observed else None)
@@ -248,7 +248,7 @@ class CpuBackend:
         self,
         weights: dict[str, Weight],
         compiled: Compiled,
-        observed: Sequence[Observed] = (),
+        observed: Sequence[InputCopy] = (),
         shares_kv: _native.Stage | None = None,
     ) -> CpuStage:
         native = _native.Stage(compiled.plan, self.feature_level, self._pool, shares_kv)

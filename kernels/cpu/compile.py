@@ -30,7 +30,7 @@ _SLOTS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Observed:
+class InputCopy:
     """A copy of the rows that the matrices named in `weights` multiply, made in each run."""
 
     weights: tuple[str, ...]
@@ -59,7 +59,7 @@ class Compiled:
 
 class Compiler:
     def __init__(
-        self, program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits, observed: list[Observed] | None
+        self, program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits, observed: list[InputCopy] | None
     ) -> None:
         check_ranges(program, limits)
         self._observed = observed
@@ -247,7 +247,7 @@ class Compiler:
         if self._observed is None:
             return
         copy = self._copy(self._buffers.read(x), x.width, used)
-        self._observed.append(Observed(tuple(names), copy, choice, used))
+        self._observed.append(InputCopy(tuple(names), copy, choice, used))
 
     def _copy(self, x: int, width: int, multiple: int = 1) -> int:
         out = self.plan.add_buffer(width, multiple, False, self._buffers.rows)
@@ -268,7 +268,7 @@ class Compiler:
     def _multiply_heads(self, step: ir.HeadMatMul) -> None:
         if self._observed is not None:
             copy = self._copy(self._buffers.read(step.x), step.x.width)
-            self._observed.append(Observed((step.weight,), copy, heads=step.heads))
+            self._observed.append(InputCopy((step.weight,), copy, heads=step.heads))
         weight, slot = self._weights[step.weight], 0
         activation = weight.quant_type.info.activation
         assert activation is not None
@@ -347,7 +347,7 @@ def _packed(buffer: ir.Buffer, form: ActivationFormat) -> ir.Buffer:
 
 
 def compile_program(
-    program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits, observed: list[Observed] | None = None
+    program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits, observed: list[InputCopy] | None = None
 ) -> Compiled:
     """Compiles a program. `observed` receives the plan's copies of matrix inputs. Raises ValueError."""
     return Compiler(program, weights, limits, observed).run()

@@ -112,8 +112,7 @@ class LayerCost:
         return self.touched_bytes(rows) + 2 * sequences * self.state_bytes
 
     def touched_bytes(self, rows: int) -> float:
-        """Returns the expected number of weight bytes that a step of `rows` rows reads, if rows choose experts evenly
-        and independently."""
+        """Returns the expected number of weight bytes that a step reads, if rows choose experts at random."""
         return self.weight_bytes - self._idle_bytes(rows)
 
     def touched_expert_bytes(self, rows: int) -> float:

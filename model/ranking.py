@@ -36,8 +36,7 @@ class PairTemplate:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The prompts and the score of a reranker. In a causal model (`of_last`), the score is the softmax of the first
-    class at the last token. In other models, the score is the first class's output at the first token."""
+    """The prompts and the score of a reranker. `of_last` is true for causal models, whose last token has the score."""
 
     prompts: PairForm | PairTemplate
     of_last: bool

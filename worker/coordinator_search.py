@@ -55,7 +55,7 @@ class CoordinatorSearch:
         self._logged: dict[str, float] = {}
 
     def admitted(self, address: str, limit_s: float) -> None:
-        """Records that `address` admitted the worker, and drops other announced addresses that failed."""
+        """Records that the coordinator at `address` accepted the worker."""
         self.limit_s = limit_s
         self._begun_s, self._error, self._logged = None, None, {}
         self._places = [

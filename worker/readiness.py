@@ -21,7 +21,7 @@ class Readiness:
     file: Path | None = None  # None if no file is wanted.
 
     def __post_init__(self) -> None:
-        """Removes the file, because a killed process may have left it behind."""
+        """Removes a file that an earlier process left."""
         self._show(False)
 
     async def follow(self, exclusive: asyncio.Lock, service: StageService) -> None:

@@ -31,7 +31,7 @@ LoadedStage = StageStreams | FollowingStage
 
 
 class StageService:
-    """The loaded stages and image encoders by epoch. During a move, two epochs of a model are loaded."""
+    """The loaded stages and image encoders of a worker. During a move, it holds two stages of a model."""
 
     def __init__(self, worker: str) -> None:
         self._worker = worker
@@ -193,7 +193,7 @@ _BLOCK_COUNTS = ("kv_blocks", "window_blocks", "state_blocks")
 
 
 def _serves(held: StageRunner, order: Load, file_version: str | None) -> bool:
-    """True if a stage fits an order. The stage may have more KV blocks than the order requests."""
+    """True if a loaded stage is the one that `order` would load. It may have more KV blocks."""
     same_layers = (held.program.start, held.program.end, held.devices) == (order.start, order.end, order.devices)
     same_portion = held.portion == portion_of(order)
     has, wanted = held.limits, order.limits

@@ -191,7 +191,7 @@ class Metrics(Collector):
             self._histograms[_ROWS].observe(result.timings[0].rows)
 
     def finished(self, request: EndedRequest) -> None:
-        """Counts an ended request. Ignores the times of a restored request, because a part of its answer was known."""
+        """Counts a request that has ended."""
         timings, operation = request.timings, request.operation
         self._finished.labels(request.reason).inc()
         self._prompt.inc(timings.prompt_tokens)

@@ -12,7 +12,7 @@ TOGETHER: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Several steps (`steps`) with `rows` rows each: tokens of one prompt, or one token of each sequence."""
+    """A number of equal steps. Each step computes `rows` rows: tokens of one prompt, or a token of each sequence."""
 
     rows: int
     steps: float

@@ -72,7 +72,7 @@ def mxfp4(blocks: Bytes) -> Float32:
 
 
 def nvfp4(blocks: Bytes) -> Float32:
-    """Block layout: four scale bytes (E4M3 without a sign, halved), then 16 x E2M1 for each scale."""
+    """Block layout: four scales (E4M3 without a sign), then 16 x E2M1 for each scale."""
     exponent, mantissa = (blocks[:, :4] >> 3 & 15).astype(np.int32), (blocks[:, :4] & 7).astype(np.float32)
     normal = np.ldexp(1 + mantissa / np.float32(8), exponent - 7)
     scale = np.where(exponent == 0, np.ldexp(mantissa, -9), normal) * np.float32(0.5)

@@ -14,7 +14,7 @@ COMBINING: Final = frozenset(("allOf", "if", "dependentSchemas", "dependencies",
 
 
 def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Closes all objects, or none if several schemas apply to the same object."""
+    """Forbids properties that objects do not name. Returns `schema` unchanged if it combines schemas."""
     try:
         return schema if _combines(schema) else _closed(schema)
     except RecursionError:  # The schema is too deep for llguidance too.

@@ -87,7 +87,7 @@ def has_schemas_only(definition: str) -> bool:
 
 
 def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:
-    """Returns a grammar that applies from the first trigger on. `grammar` must allow a trigger as its first text."""
+    """Returns a grammar that allows any text until a trigger begins, and follows `grammar` from there on."""
     if not 0 < len(triggers) <= MAX_TRIGGERS or not all(
         0 < len(text.encode()) <= MAX_TRIGGER_BYTES for text in triggers
     ):

@@ -17,7 +17,7 @@ GPU_EXAMPLE: Final = "64GB@60GB/s + rtx3090"
 
 @dataclass(frozen=True, slots=True)
 class Ddr:
-    """A kind of memory modules. None means that the value was not given."""
+    """A kind of memory modules, as the user described it."""
 
     generation: int  # 3, 4 or 5
     channels: int | None = None

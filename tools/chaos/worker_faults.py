@@ -19,7 +19,7 @@ Active = Callable[[], bool]
 
 
 def break_steps(is_active: Active) -> None:
-    """Makes all steps raise an error while `is_active()` is True, in stages and in followers of a group."""
+    """Makes all steps of a worker fail while `is_active()` returns True."""
     # The process that only sends signals must not import the worker.
     from llamaclust.worker.stage.following import FollowingStage
     from llamaclust.worker.stage.loop import StageLoop

@@ -95,7 +95,7 @@ class ServerStream:
 
     @property
     def is_local(self) -> bool:
-        """True if the stream is on a Unix socket. Messages then arrive even while no task reads."""
+        """True if the stream uses a Unix socket."""
         return False
 
     @property

@@ -51,7 +51,7 @@ class WorkerProfiles:
         return {name: profile for name, profile in found.items() if profile is not None}
 
     async def measure(self, names: Collection[str], workers: Mapping[str, WorkerHandle]) -> None:
-        """Measures all workers without a known profile, at the same time. The workers should be idle."""
+        """Measures, at the same time, all workers that have no profile yet. The workers should be idle."""
         known = self.of(workers)
         missing = [name for name in names if name not in known]
         if missing:

@@ -33,7 +33,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step that gives the next layers to a worker or group. `before` holds indices of possible previous steps."""
+    """A step of the search, which gives the next layers to a worker or group."""
 
     holder: int
     before: tuple[int, ...]
@@ -65,7 +65,7 @@ class Bounds(Protocol):
     """Lower bounds of the cost of layers, for given numbers of workers by class."""
 
     def together(self, workers: Counts) -> Table:
-        """Returns lower bounds for all ranges [0, n) of layers, if all `workers` compute every layer together."""
+        """Returns the lower bound for each range [0, n) of layers, if all `workers` form one group."""
         ...
 
     def of_rest(self, workers: Counts) -> Table:

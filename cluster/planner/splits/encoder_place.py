@@ -97,7 +97,7 @@ def _plans_in_place(
 
 
 def _by_memory(without: Plan, workers: Sequence[WorkerFacts], partitions: Pairs) -> list[WorkerFacts]:
-    """Returns one worker of each kind, in the order in which they are tried."""
+    """Returns one of each group of equal workers. Workers with layers come first, then those with more memory."""
     unlike = frozenset[str]().union(*partitions)
     kinds: dict[WorkerFacts, WorkerFacts] = {}
     for worker in sorted(workers, key=lambda worker: (not _has_layers(without, worker), -_room(worker))):
@@ -144,7 +144,7 @@ def _plan_of(
 def _plans_with_a_layer(
     plan: Plan, holder: WorkerFacts, workers: Sequence[WorkerFacts], make_plan: MakePlan
 ) -> Iterator[Plan]:
-    """Yields a plan in which the holder gets the first layers of the largest stage, as few as borders allow."""
+    """Yields a plan in which the worker `holder` takes over the first layers of the largest stage."""
     entries = [_entry(stage) for stage in plan.by_stage]
     place, largest = max(enumerate(entries), key=lambda each: each[1].end - each[1].start)
     for border in range(largest.start + 1, largest.end):

@@ -25,8 +25,7 @@ class Copy:
         self._end, self._place = len(tokens), place
 
     def resumption(self, tokens: Sequence[int]) -> Resumption | None:
-        """Returns the place in the earlier passage where the most tokens match the end of the text. Returns None if no
-        token matches, or if the copy continues without a difference."""
+        """Finds where a copied passage goes on after a few other tokens. Returns None if there is no such place."""
         if self._place < 0 or len(tokens) - self._end > _MOST_SINCE:
             return None
         while self._end < len(tokens) and tokens[self._end] == tokens[self._place + 1]:

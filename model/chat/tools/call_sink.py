@@ -13,7 +13,7 @@ Tools = Mapping[str, Schema]
 
 
 class CallSink:
-    """Collects events of tool calls and numbers the answer's calls."""
+    """Collects the events of tool calls, and gives each call its number."""
 
     def __init__(self, tools: Tools, most_calls: int | None) -> None:
         self.tools = tools

@@ -288,7 +288,7 @@ class Infill(LlamaCppCompletion):
 
 
 class Completions(TextCompletions):
-    """Reads a body with the field `model` as OpenAI's API does, and any other body as llama.cpp's API does."""
+    """Reads a request with a field `model` as one of OpenAI's API, and other requests as those of llama.cpp's API."""
 
     paths = ("/completions",)
 

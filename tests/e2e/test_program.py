@@ -36,7 +36,7 @@ from support.kubernetes.local_pods import LocalPod
 from support.network.loopback import free_port
 
 NAME = f"{RELEASE}-llamaclust"
-_START_S = 60.0
+_START_S = 180.0
 _OWN_VARIABLES = {"HOME", "POD_NAME", "POD_IP", "CORES", "HTTPS_PROXY", "TZ"}
 matrix = pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
 

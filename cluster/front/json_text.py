@@ -40,9 +40,19 @@ class DeferredValue(ABC):
         """Makes the JSON value."""
 
 
+_LINE_ENDS: Final = {
+    mark.encode(): f"\\u{ord(mark):04x}".encode()
+    for mark in ("\u0085", "\N{LINE SEPARATOR}", "\N{PARAGRAPH SEPARATOR}")
+}
+"""Characters at which some clients, such as httpx's `iter_lines`, divide lines of a stream, and their JSON escapes."""
+
+
 def to_json(value: Any) -> bytes:
     """Renders a value. Iterators become arrays, lone surrogates become '?'. Raises ValueError for NaN and infinity."""
-    return _encoder.encode(value).encode("utf-8", "replace")
+    data = _encoder.encode(value).encode("utf-8", "replace")
+    for mark, escape in _LINE_ENDS.items():
+        data = data.replace(mark, escape)
+    return data
 
 
 def _made(value: object) -> Any:

@@ -4,6 +4,7 @@ whichever way they reach the connection."""
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from typing import Any
 
@@ -31,6 +32,14 @@ def body_of(path: str, fields: dict[str, Any]) -> dict[str, Any]:
     if "logprobs" in fields and "chat" not in path:
         fields = {"logprobs": 1}
     return {"max_tokens": 100, "seed": 3, "stream": True, **prompt, **fields}
+
+
+def test_no_client_takes_a_character_of_a_text_for_the_end_of_a_line() -> None:
+    """Among them are httpx and requests, whose `iter_lines` divide lines as `str.splitlines` does."""
+    dividing = [each for each in map(chr, range(0x110000)) if len(f"a{each}b".splitlines()) > 1]
+    assert len(dividing) == 10
+    data = to_json({"text": "".join(dividing)}).decode()
+    assert len(data.splitlines()) == 1 and json.loads(data) == {"text": "".join(dividing)}
 
 
 def without_names(data: bytes) -> bytes:
@@ -67,7 +76,7 @@ async def written(url: str, path: str, fields: dict[str, Any], version: bytes) -
     head = b"POST %b HTTP/%b\r\nHost: %b\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
     writer.write(head % (path.encode(), version, host.encode(), len(body)) + body)
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             return await reader.read()
     finally:
         writer.close()

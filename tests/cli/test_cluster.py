@@ -70,7 +70,7 @@ def test_logs_are_those_of_the_worker(line: CommandLine, cluster: Cluster) -> No
     log = line.cluster_dir("tiny") / "logs" / "a.log"
     with log.open("a") as file:
         file.write("something new\n")
-    eventually(lambda: "something new" in following.out.read_text(), 30.0, "the new line")
+    eventually(lambda: "something new" in following.out.read_text(), 60.0, "the new line")
     following.press_ctrl_c()
     assert following.wait().code == 130 and "Traceback" not in following.err.read_text()
 

@@ -29,7 +29,7 @@ def begun(line: CommandLine, model: str = "slow.gguf", before: Sequence[str] = (
     log = line.cluster_dir("tiny") / "logs" / "coordinator.log"
     log.unlink(missing_ok=True)
     running = line.start("up", "-d", line.cluster_file(model, context_length=64, max_sequences=2), before=before)
-    eventually(lambda: log.exists() and len(line.left_running()) > 1, 30.0, "the coordinator's process")
+    eventually(lambda: log.exists() and len(line.left_running()) > 1, 60.0, "the coordinator's process")
     return running
 
 
@@ -40,7 +40,7 @@ def loading(line: CommandLine) -> Running:
 
 
 def nothing_left(line: CommandLine) -> None:
-    eventually(lambda: not line.left_running(), 30.0, "the end of every process")
+    eventually(lambda: not line.left_running(), 60.0, "the end of every process")
     folder = line.cluster_dir("tiny")
     assert not (folder / "cluster.json").exists() and not (folder / "run").exists()
     assert not ClusterDir(folder).is_running

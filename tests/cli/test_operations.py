@@ -23,7 +23,7 @@ def cluster(line: CommandLine) -> Iterator[Cluster]:
 
 
 def printed(running: Running, lines: int) -> list[str]:
-    eventually(lambda: running.out.read_text().count("\n") >= lines, 30.0, f"{lines} lines")
+    eventually(lambda: running.out.read_text().count("\n") >= lines, 60.0, f"{lines} lines")
     return running.out.read_text().splitlines()
 
 
@@ -95,10 +95,10 @@ def test_watched_as_json_it_is_an_object_a_line(line: CommandLine, cluster: Clus
 def test_watched_on_a_terminal_it_stays_in_its_place(line: CommandLine, cluster: Cluster) -> None:
     """The picture is as high as the terminal at most; after Ctrl-C the cursor is there again."""
     shown, process = on_terminal(line, "status", "--watch", lines=4)
-    eventually(lambda: b"".join(shown).count(b"tiny: ready") >= 3, 30.0, "three pictures")
+    eventually(lambda: b"".join(shown).count(b"tiny: ready") >= 3, 60.0, "three pictures")
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    eventually(lambda: shown[-1] == b"", 10.0, "the end of what it wrote")
+    eventually(lambda: shown[-1] == b"", 60.0, "the end of what it wrote")
     text = b"".join(shown).decode()
     assert "Traceback" not in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
@@ -145,7 +145,7 @@ def test_layers_leave_a_drained_worker_and_come_back(line: CommandLine, cluster:
     assert cluster.answer() == before
     done = line.run("undrain", "a")
     assert done.code == 0 and "worker a is used again" in done.err
-    eventually(lambda: cluster.status["workers"][0]["layers"] == [0, 2], 30.0, "layers on a")
+    eventually(lambda: cluster.status["workers"][0]["layers"] == [0, 2], 60.0, "layers on a")
     shown = cluster.command.err.read_text()
     assert (
         "worker a is drained: it gets no layers until `undrain`" in shown and "worker a is no longer drained" in shown

@@ -74,7 +74,7 @@ def test_a_lost_worker_of_a_detached_cluster_is_in_its_log(line: CommandLine) ->
         pids = {worker["name"]: worker["pid"] for worker in line.run("status", "--json").json["workers"]}
         os.kill(pids["a"], signal.SIGKILL)
         log = line.cluster_dir("tiny") / "logs" / "coordinator.log"
-        eventually(lambda: "worker a (layers [0, 2)) is lost" in log.read_text(), 30.0, "the loss in the log")
+        eventually(lambda: "worker a (layers [0, 2)) is lost" in log.read_text(), 60.0, "the loss in the log")
     finally:
         line.run("down")
     assert "Traceback" not in log.read_text()
@@ -192,7 +192,7 @@ def test_a_terminal_that_goes_away_leaves_nothing(line: CommandLine) -> None:
         while b"is ready" not in seen:
             seen += os.read(primary, 1 << 16)
         os.close(primary)
-        eventually(lambda: not line.left_running(), 30.0, "the end of every process")
+        eventually(lambda: not line.left_running(), 60.0, "the end of every process")
     finally:
         process.kill()
         process.wait()

@@ -166,7 +166,7 @@ def test_a_cluster_tells_of_itself_in_fields(line: CommandLine) -> None:
         reply = cluster.http.post("/v1/completions", json=body, headers=header).json()
         token = next(line.cluster_dir("tiny").rglob("token")).read_text().strip()
         log = cluster.command.err
-        eventually(lambda: "request ended" in log.read_text(), 30.0, "the request's line")
+        eventually(lambda: "request ended" in log.read_text(), 60.0, "the request's line")
         records = [json.loads(text) for text in log.read_text().splitlines()]
         logs = {name: (line.cluster_dir("tiny") / "logs" / f"{name}.log").read_text() for name in "ab"}
     assert all(record["cluster"] == "tiny" for record in records)
@@ -237,5 +237,5 @@ def test_shortages_are_counted_and_other_errors_stay(number: int, caplog: pytest
             raise OSError(code, os.strerror(code))
         except OSError:
             log.exception("failed")
-    eventually(lambda: len(caplog.records) == 2, 20.0, "the line of the shortages")
+    eventually(lambda: len(caplog.records) == 2, 60.0, "the line of the shortages")
     assert caplog.records[0].exc_info is not None and "3 failures" in caplog.records[1].getMessage()

@@ -68,7 +68,7 @@ def test_a_killed_worker_is_a_pause_for_its_requests_and_the_cluster_says_so(lin
             assert first + text(stream) == undisturbed
         assert cluster.metric("llamaclust_recovery_seconds_count") == 1
         assert cluster.http.get("/health").json() == {"status": "ok"}
-        eventually(lambda: cluster.status["workers"][1]["state"] == "ready", 30.0, "worker b with layers again")
+        eventually(lambda: cluster.status["workers"][1]["state"] == "ready", 60.0, "worker b with layers again")
         assert cluster.status["recoveries"] == 1 and cluster.status["reason"] is None
         assert line.run("down").code == 0
         ended = cluster.command.wait()
@@ -86,7 +86,7 @@ def test_no_process_outlives_a_coordinator_that_was_killed(line: CommandLine) ->
             processes = cluster.processes
             assert len(processes) == 3  # with the one that renders templates
             os.kill(cluster.pid, signal.SIGKILL)
-            eventually(lambda: not any(map(is_there, processes)), 30.0, "the end of all processes")
+            eventually(lambda: not any(map(is_there, processes)), 60.0, "the end of all processes")
     assert line.run("status").code == 2
 
 
@@ -101,7 +101,7 @@ def test_a_signal_lets_requests_finish_and_ends_with_0(line: CommandLine, how: s
             processes = cluster.processes
             with paused(cluster.worker_pids["b"]):  # so that it does not finish before it is looked at
                 end(cluster, how)
-                eventually(lambda: cluster.http.get("/health").status_code == 503, 30.0, "draining")
+                eventually(lambda: cluster.http.get("/health").status_code == 503, 60.0, "draining")
             assert list(stream)[-1] == "[DONE]"
         done = cluster.command.wait()
     assert done.code == 0 and "Traceback" not in done.err
@@ -122,7 +122,7 @@ def test_a_second_signal_ends_requests_too(line: CommandLine) -> None:
             stream = events(reply)
             assert next(stream)
             end(cluster, "Ctrl-C")
-            eventually(lambda: cluster.http.get("/health").status_code == 503, 30.0, "draining")
+            eventually(lambda: cluster.http.get("/health").status_code == 503, 60.0, "draining")
             end(cluster, "Ctrl-C")
             *_, last = stream
             assert "stopping" in last["error"]["message"]
@@ -137,7 +137,7 @@ def test_requests_that_no_worker_has_seen_are_told_that_the_cluster_stops(line: 
     model = tiny(line.folder / "slow_chats.gguf", extra={"tokenizer.chat_template": slow})
     with line.cluster(model) as cluster, ThreadPoolExecutor(1) as pool:
         chat = pool.submit(cluster.http.post, "/v1/chat/completions", json=CHAT)
-        eventually(lambda: len(cluster.processes) == 3, 30.0, "the process that renders")
+        eventually(lambda: len(cluster.processes) == 3, 60.0, "the process that renders")
         host, _, port = cluster.api.removeprefix("http://").rpartition(":")
         with socket.create_connection((host, int(port)), timeout=10.0) as half:
             half.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 99\r\n\r\n{{".encode())
@@ -209,7 +209,7 @@ def test_a_cluster_whose_state_directory_is_deleted_is_found_again(line: Command
     with line.cluster("good.gguf") as cluster:
         record = line.cluster_dir("tiny") / "cluster.json"
         shutil.rmtree(line.state_dir.rename(line.folder / "deleted"))  # at once: the coordinator writes into it
-        eventually(record.exists, 30.0, "the record again")
+        eventually(record.exists, 60.0, "the record again")
         assert line.run("status", "--json").json["state"] == "ready"
         assert cluster.http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 2}).status_code == 200
         second = line.run("up", line.folder / "tiny.yaml")

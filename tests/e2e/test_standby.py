@@ -149,7 +149,7 @@ def test_down_of_a_coordinator_that_hangs_ends_its_standby(
     with line.cluster(model) as cluster:
         standby = line.start("up", line.cluster_file(model), "--standby")
         standby.says("this standby takes over")
-        eventually(lambda: ClusterDir(line.cluster_dir("tiny")).has_standby, 20.0, "the standby's wait")
+        eventually(lambda: ClusterDir(line.cluster_dir("tiny")).has_standby, 60.0, "the standby's wait")
         os.kill(cluster.pid, signal.SIGSTOP)
         monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(line.state_dir))
         monkeypatch.setattr("llamaclust.cli.cluster._STOP_S", 0.2)

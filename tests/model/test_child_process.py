@@ -141,6 +141,6 @@ async def test_stop_ends_a_start_and_a_request(starts: bool) -> None:
         await until(lambda: child._process is not None and (starts or child.pid is not None))
         child.stop()
         with pytest.raises(ChildKilledError):
-            running.result(30)
+            running.result(60)
         assert child._process is None
     child.close()

@@ -245,7 +245,7 @@ def test_broken_off_it_leaves_the_old_file_as_it_was(model: Path, tmp_path: Path
     out.write_bytes(b"old")
     command = [sys.executable, "-c", _SLOW, str(model), str(out), "Q4_0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    eventually(lambda: len(names(tmp_path)) > 1 or process.poll() is not None, 30, "a file in the making")
+    eventually(lambda: len(names(tmp_path)) > 1 or process.poll() is not None, 60.0, "a file in the making")
     process.send_signal(getattr(signal, signal_name))
     printed, said = process.communicate(timeout=20)
     assert out.read_bytes() == b"old" and printed == b""

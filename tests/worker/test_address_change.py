@@ -62,7 +62,7 @@ async def test_nothing_of_a_membership_runs_on(
 ) -> None:
     parts: Any = _Parts(turns, ends, changes)
     error = changes or ends
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         if isinstance(error, WorkerError):
             with pytest.raises(WorkerError, match=str(error)):
                 await _served(parts, parts)
@@ -143,7 +143,7 @@ async def test_tasks_of_a_membership_end_with_it(turns: int, end: Shutdown | Wor
     parts: Any = MagicMock()
     parts.readiness.follow = follow
     member = Member(parts, Insecure())
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         with patch.object(member, "_receive", receive), suppress(WorkerError, asyncio.CancelledError):
             assert await member.serve() == "stopped"
     assert ended and not len(member._tasks)

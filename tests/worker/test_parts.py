@@ -350,7 +350,7 @@ async def test_a_load_that_is_not_needed_ends_soon(monkeypatch: pytest.MonkeyPat
     orders: Any = (SimpleNamespace(epoch=epoch, seconds=seconds, **fields) for epoch, seconds in ((1, 50), (2, 0)))
     long, short = orders
     members = [Loads(Session(worker, anything, Deadlines(), Counters(), send)) for _ in range(2)]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         loading = asyncio.create_task(members[0].load(long))
         await asyncio.to_thread(begun.wait, 10)
         if is_orphan:

@@ -16,7 +16,7 @@ from llamaclust.worker.stage.streams import StageStreams
 
 
 async def eventually(check: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not check():  # noqa: ASYNC110  a file reports nothing
             await asyncio.sleep(0.01)
 

@@ -35,7 +35,7 @@ async def test_a_profile_does_not_begin_beside_one_of_an_ended_membership() -> N
     device: Any = SimpleNamespace(measure=measure)
     worker = Worker("a", device, StageService("a"), nothing, nothing)
     first, second = (Requests(Session(worker, nothing, Deadlines(), Counters(), send), nothing) for _ in range(2))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         ended = asyncio.create_task(first.answer(ProfileWorker()))
         await asyncio.to_thread(begun.acquire)
         ended.cancel()

@@ -328,7 +328,7 @@ def test_a_client_may_be_collected_on_its_services_own_thread(tiny: Path) -> Non
 
     with suppress(LlamaclustError):  # it ends with the service
         thread.call(close())
-    thread._thread.join(10)
+    thread._thread.join(60)
     assert not thread._thread.is_alive()
 
 
@@ -347,5 +347,5 @@ def test_closing_ends_what_runs(tiny: Path) -> None:
     reader.start()
     started.wait(10)
     client.close()
-    reader.join(10)
+    reader.join(60)
     assert not reader.is_alive() and failed

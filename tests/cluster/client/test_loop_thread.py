@@ -86,7 +86,7 @@ def test_an_interrupted_call_is_cancelled(thread: LoopThread[str]) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         thread.call(work())
-    assert cancelled.wait(10)
+    assert cancelled.wait(60)
 
 
 def test_an_interrupt_while_it_opens_ends_the_thread() -> None:
@@ -171,7 +171,7 @@ def test_closing_ends_a_step_that_runs_before_the_resource(thread: LoopThread[st
 
     reader = threading.Thread(target=read)
     reader.start()
-    assert begun.wait(10)
+    assert begun.wait(60)
     thread.close()
-    reader.join(10)
+    reader.join(60)
     assert EVENTS == ["opened", "ended", "closed"] and raised == ["the client is closed"]

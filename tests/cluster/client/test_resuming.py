@@ -52,7 +52,7 @@ async def silent_server() -> AsyncIterator[tuple[str, list[str]]]:
 
 async def test_a_silent_stream_is_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "READ_TIMEOUT_S", 0.3)
-    async with silent_server() as (url, had), AsyncClient(url) as client, asyncio.timeout(20):
+    async with silent_server() as (url, had), AsyncClient(url) as client, asyncio.timeout(60):
         chunks = [chunk async for chunk in client.generate("abc", stream=True)]
     assert "".join(chunk.text for chunk in chunks) == "".join(TEXT)
     assert had == ["", "x:1", "x:2"]
@@ -94,7 +94,7 @@ async def test_a_request_that_is_given_up_before_its_reply_begins_is_cancelled()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    async with server, AsyncClient(url) as client, asyncio.timeout(20):
+    async with server, AsyncClient(url) as client, asyncio.timeout(60):
         reading = asyncio.create_task(read())
         assert (await lines.get()).startswith("POST /v1/completions")
         reading.cancel()

@@ -147,7 +147,7 @@ async def test_a_load_does_not_wait_for_ever_for_the_end_of_lost_workers(monkeyp
     store = new_store()
     runner = action_runner(store, ANYTHING)
     ending = runner.ending.start(asyncio.sleep(60))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         error = await load_failure(runner, store, is_exclusive=True)
     assert str(error) == "the end of lost workers' processes took longer than 0.05 s"
     assert not ending.done(), "a later load waits for it again"
@@ -195,7 +195,7 @@ async def test_closing_waits_for_the_action_and_for_the_end_of_lost_workers() ->
     supervisor._action = asyncio.create_task(hang("action"))
     pool.ending.start(hang("ending"))
     await asyncio.sleep(0)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await supervisor.aclose()
         await pool.aclose()
     assert ended == ["action", "ending"]
@@ -256,7 +256,7 @@ async def test_a_drain_of_a_worker_without_layers_returns_although_requests_dela
     await asyncio.sleep(0)
     assert not drains["c"].done(), "an action runs"
     store.apply(observations.Signal.ACTION_ENDED)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await drains["c"]
     assert not drains["b"].done(), "its layers are not moved yet"
     drains["b"].cancel()
@@ -287,7 +287,7 @@ async def test_a_drain_that_is_undrained_while_it_is_planned_does_not_take_place
     pool.undrain("a")
     planned.set()
     with pytest.raises(WorkerError, match="worker a was undrained before its layers moved"):
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await drain
     assert await store.next(None) == observations.UndrainRequested("a") and store.is_current
     assert events == []

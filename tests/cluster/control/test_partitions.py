@@ -185,7 +185,7 @@ async def test_a_network_that_falls_apart_in_two_is_known_after_one_report() -> 
     with members.tracker:
         living = asyncio.create_task(live())
         members.says("b", "c")
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(60):
             await members.tracker.settled()
         living.cancel()
         assert members.tracker.pairs == {frozenset(way) for way in sides}
@@ -220,7 +220,7 @@ async def test_reports_without_end_do_not_delay_settling() -> None:
     with members.tracker:
         lies = asyncio.create_task(say_it())
         await asyncio.sleep(0.01)
-        async with asyncio.timeout(20.0):
+        async with asyncio.timeout(60):
             await members.tracker.settled()
         lies.cancel()
     assert members.tracker.pairs == {AB} and members.changes == 1

@@ -64,7 +64,7 @@ class FakeEncoder:
             self.open -= 1
 
     async def has_begun(self, *numbers: int) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while self.begun != [*numbers]:  # noqa: ASYNC110  few turns
                 await asyncio.sleep(0)
 
@@ -270,7 +270,7 @@ async def test_a_tile_that_hangs_holds_up_no_other_model(
     encoding = asyncio.create_task(encode(encoder, tiles(1), "o"))
     await fake.reached.wait()
     encoder.pause()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await encoder.wait_idle()
     assert not encoding.done() and "longer than 0.05 s" in caplog.text
     encoder.lose(None)
@@ -304,7 +304,7 @@ async def test_tiles_wait_for_the_engine_s_pipeline(projector: Projector) -> Non
     asleep, awake, later = FakePipeline(1, stages=0), FakePipeline(200), FakePipeline(200)
     awake.encoder, later.encoder = FakeEncoder(hangs=frozenset((3,))), FakeEncoder()
     owner = Losses()
-    async with asyncio.timeout(20), Engine(asleep, SETTINGS, EngineSettings(), owner, projector) as engine:
+    async with asyncio.timeout(60), Engine(asleep, SETTINGS, EngineSettings(), owner, projector) as engine:
         assert engine.encoder is not None
         encoding = asyncio.create_task(encode(engine.encoder, tiles(1), "o"))
         await passes()
@@ -342,7 +342,7 @@ async def test_a_pipeline_without_an_encoder_refuses_tiles_until_one_has_it(proj
     first, blind, later = FakePipeline(200), FakePipeline(200), FakePipeline(200)
     first.encoder, later.encoder = FakeEncoder(hangs=frozenset((1,))), FakeEncoder()
     blind.no_images = "images are refused: no room"
-    async with asyncio.timeout(20), Engine(first, SETTINGS, EngineSettings(), Losses(), projector) as engine:
+    async with asyncio.timeout(60), Engine(first, SETTINGS, EngineSettings(), Losses(), projector) as engine:
         assert engine.encoder is not None
         encoding = asyncio.create_task(encode(engine.encoder, tiles(1), "o"))
         await first.encoder.reached.wait()

@@ -242,7 +242,7 @@ async def test_closing_the_engine_ends_every_stream() -> None:
 async def test_an_engine_that_was_down_when_a_launch_was_due_serves_again() -> None:
     owner = Losses()
     pipeline, error = FakePipeline(SETTINGS.kv_blocks), WorkerError("worker w1 is lost")
-    async with asyncio.timeout(30), Engine(pipeline, SETTINGS, owner=owner) as engine:
+    async with asyncio.timeout(60), Engine(pipeline, SETTINGS, owner=owner) as engine:
         failed = engine.submit(generation())
         engine.interrupt_pipeline(error)
         engine.fail_requests(error)

@@ -90,13 +90,13 @@ def wanted(generation: GenerationRequest) -> list[int]:
 
 async def saved(disks: FakeDisks, blocks: int) -> None:
     """Returns when at least `blocks` blocks are on disk."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await until(lambda: len(disks.kept) >= blocks)
 
 
 async def idle(engine: Engine) -> None:
     """Returns when no blocks are held for reading or writing."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await until(lambda: not engine.scheduler.queues.memory.transfers.are_under_way)
 
 
@@ -202,7 +202,7 @@ async def test_a_disk_that_does_not_answer_ends_the_pipeline() -> None:
     disks.engine = engine = Engine(pipeline, SETTINGS, owner=owner)
     async with engine:
         answering = asyncio.create_task(answered(engine, generation))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await until(lambda: bool(owner.failures))
         other = FakePipeline(KV_BLOCKS)
         other.kv_disks = found = FakeDisks(other, engine, kept)
@@ -219,7 +219,7 @@ async def test_requests_that_wait_are_read_for_a_new_pipeline() -> None:
     async with engine:
         pipeline.gate.clear()
         answering = asyncio.create_task(answered(engine, generation))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await pipeline.taken.wait()
             pipeline.lose(WorkerError("lost"))
             await until(lambda: bool(owner.failures))
@@ -237,7 +237,7 @@ async def test_a_prompt_that_is_being_read_when_layers_move_is_answered() -> Non
     async with engine:
         disks.gate.clear()
         answering = asyncio.create_task(answered(engine, generation))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await until(lambda: len(engine.scheduler.queues.restoring) == 1)
             other = FakePipeline(KV_BLOCKS)
             other.kv_disks = FakeDisks(other, engine, kept)

@@ -86,7 +86,7 @@ def test_interruptions_without_end_are_few_phases() -> None:
 
 async def test_requests_of_an_engine_are_known_while_they_run_and_afterwards() -> None:
     pipeline = FakePipeline(SETTINGS.kv_blocks)
-    async with asyncio.timeout(30), Engine(pipeline, SETTINGS) as engine:
+    async with asyncio.timeout(60), Engine(pipeline, SETTINGS) as engine:
         pipeline.gate.clear()
         stream = engine.submit(request(received_ns=monotonic_ns() - 1_000_000))
         await pipeline.taken.wait()
@@ -123,7 +123,7 @@ def test_what_an_id_is_beyond_its_shown_characters_cannot_be_found_out() -> None
 
 
 async def test_a_load_is_a_phase_of_the_requests_that_wait_for_it() -> None:
-    async with asyncio.timeout(30), Engine(FakePipeline(SETTINGS.kv_blocks, stages=0), SETTINGS) as engine:
+    async with asyncio.timeout(60), Engine(FakePipeline(SETTINGS.kv_blocks, stages=0), SETTINGS) as engine:
         stream = engine.submit(request())
         engine.resume(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
         await read(stream)
@@ -139,7 +139,7 @@ async def test_a_load_is_a_phase_of_the_requests_that_wait_for_it() -> None:
 
 async def test_adapters_of_a_request_are_known_by_their_names() -> None:
     settings = replace(SETTINGS, adapters={0: "ab", 1: "cd"})
-    async with asyncio.timeout(30), Engine(FakePipeline(SETTINGS.kv_blocks), settings) as engine:
+    async with asyncio.timeout(60), Engine(FakePipeline(SETTINGS.kv_blocks), settings) as engine:
         await read(engine.submit(request(adapters=((0, 1.0), (1, 0.5)))))
         await read(engine.submit(request("ffff4567")))
         chosen, plain = (
@@ -152,7 +152,7 @@ async def test_adapters_of_a_request_are_known_by_their_names() -> None:
 async def test_a_loss_is_a_phase_of_the_requests_that_it_interrupts() -> None:
     owner = Losses()
     pipeline = FakePipeline(SETTINGS.kv_blocks)
-    async with asyncio.timeout(30), Engine(pipeline, SETTINGS, owner=owner) as engine:
+    async with asyncio.timeout(60), Engine(pipeline, SETTINGS, owner=owner) as engine:
         stream = engine.submit(request())
         for _ in range(3):
             await anext(stream)

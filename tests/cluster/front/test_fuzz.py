@@ -92,7 +92,7 @@ def caller() -> Iterator[Callable[[str, bytes], int]]:
         http = runner.run(stack.enter_async_context(client(make_app(engine))))
 
         async def post(path: str, data: bytes) -> int:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 reply = await http.post(path, content=data)
             if reply.status_code >= 400:
                 error = reply.json()["error"]

@@ -288,7 +288,7 @@ async def test_a_body_that_is_cancelled_ends_after_the_part_that_is_rendered(
             for number in range(5):
                 if number == place:
                     loop.call_soon_threadsafe(rendering.set)
-                    assert gate.wait(20)
+                    assert gate.wait(60)
                 yield "x"
         finally:
             closed.append(number)
@@ -298,7 +298,7 @@ async def test_a_body_that_is_cancelled_ends_after_the_part_that_is_rendered(
             async for _ in body:
                 pass
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         taking = asyncio.create_task(take(json_body(items, is_large=True)))
         await rendering.wait()
         taking.cancel()

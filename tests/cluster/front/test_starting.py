@@ -36,7 +36,7 @@ async def test_a_coordinator_that_waits_is_live(target: str, status: int) -> Non
     async with (
         port() as (listener, url),
         StartingReplies(ApiPort(listener), ApiSettings(), lambda event: None, is_live=True),
-        asyncio.timeout(20),
+        asyncio.timeout(60),
     ):
         host, _, number = url.removeprefix("http://").rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(number))
@@ -132,5 +132,5 @@ async def test_a_request_that_comes_as_the_replies_end_is_answered_by_them_or_th
             for _ in range(turns):
                 await asyncio.sleep(0)
             replies.close()
-            async with replies_on(listener), asyncio.timeout(20):
+            async with replies_on(listener), asyncio.timeout(60):
                 assert (await loop.sock_recv(client, 100)).startswith(b"HTTP/1.1 503")

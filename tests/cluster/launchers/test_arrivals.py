@@ -48,7 +48,7 @@ class Start:
         )
 
     async def reported(self, kind: type[Event]) -> Event:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not (found := [event for event in self.events if isinstance(event, kind)]):  # noqa: ASYNC110  a list
                 await asyncio.sleep(0.005)
         return found[-1]
@@ -58,7 +58,7 @@ async def test_a_whole_start_waits_for_nothing_and_is_not_planned_twice() -> Non
     start = Start(enough=1, awaited=replace(ABC, grace_s=3600.0))
     waiting = start.wait()
     start.join("b", "a", "c")
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await waiting
     assert start.asked == 0
     joined = [event for event in start.events if isinstance(event, WorkerJoined)]
@@ -73,7 +73,7 @@ async def test_a_start_goes_on_after_a_grace_with_those_that_suffice() -> None:
     start = Start(enough=2)
     waiting = start.wait()
     start.join("a", "c")
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await waiting
     assert start.events[-1] == Notice("the start continues with 2 of 3 workers, without worker b")
 
@@ -86,7 +86,7 @@ async def test_a_start_waits_on_where_those_that_are_here_do_not_suffice_and_say
     assert why == Waiting("worker b, worker c, because the present workers do not suffice: 12 MiB are missing")
     assert not waiting.done()
     start.join("c")
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await waiting
     assert start.asked == 2, "once for each set of workers"
 
@@ -100,7 +100,7 @@ async def test_a_worker_that_is_lost_while_others_are_awaited_is_reported() -> N
     lost = await start.reported(Waiting)
     assert lost == Waiting("2 more workers; worker b is lost: its connection closed")
     start.join("b", "c")
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await waiting
 
 

@@ -112,7 +112,7 @@ async def test_a_worker_whose_log_cannot_be_opened_is_given_up_by_name(tmp_path:
         launcher._restarts.limits = RestartLimits(most=2, first_s=0.001)
         launcher._processes["a"] = SimpleNamespace(wait=killed)  # type: ignore[assignment]
         with launcher.restarting(lambda name, why: given_up.append((name, why))):
-            async with asyncio.timeout(30.0):
+            async with asyncio.timeout(60):
                 await launcher._watch(WorkerSettings(name="a"), lambda name, how: ends.append(name))
     reason = f"it cannot be started: {tmp_path}/a.log is not a regular file, but must be a log file; remove it"
     assert given_up == [("a", f"{reason}; it was restarted 2 times within 60 s")]
@@ -186,7 +186,7 @@ def test_a_worker_of_no_launcher_ends_when_its_coordinator_is_gone(tmp_path: Pat
             server = cluster.registry._server
             assert isinstance(server, Server)
             await server.stop(0.0)
-            async with asyncio.timeout(20.0):
+            async with asyncio.timeout(60):
                 _, log = await process.communicate()
             return process.returncode, log.decode()
 

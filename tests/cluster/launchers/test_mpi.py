@@ -74,7 +74,7 @@ def rank_of(worker: int) -> psutil.Process:
 
 
 def all_gone(processes: Sequence[psutil.Process]) -> None:
-    eventually(lambda: not any(map(is_there, processes)), 30.0, "the end of every process of the job")
+    eventually(lambda: not any(map(is_there, processes)), 60.0, "the end of every process of the job")
 
 
 @pytest.mark.promise
@@ -95,8 +95,8 @@ def test_three_ranks_give_the_single_workers_bits(line: CommandLine, model: Path
         os.kill(workers["b"], signal.SIGKILL)
         assert answers(cluster) == undisturbed
         back = lambda: cluster.worker_pids["b"] != workers["b"]  # noqa: E731
-        eventually(back, 30.0, "worker b is started again by its rank")
-        eventually(lambda: len(cluster.status["workers"]) == 3 and answers(cluster) == undisturbed, 30.0, "all is well")
+        eventually(back, 60.0, "worker b is started again by its rank")
+        eventually(lambda: len(cluster.status["workers"]) == 3 and answers(cluster) == undisturbed, 60.0, "all is well")
         assert max(sum(rank.cpu_times()[:2]) - one for rank, one in zip(ranks, before, strict=True)) < 0.5
         processes = family(command)
         assert line.run("down").code == 0
@@ -174,7 +174,7 @@ async def test_a_coordinator_ends_with_its_rank(
         if is_order_unread:
             launcher._send(EndWorker(1, signal.SIGKILL))
         rank.close()
-        async with asyncio.timeout(30.0):
+        async with asyncio.timeout(60):
             await is_ended.wait()
         await launcher.stop()
     finally:
@@ -190,7 +190,7 @@ async def test_a_launcher_that_stops_does_not_signal_its_process(
     launcher, rank = await started(tmp_path, monkeypatch)
     with rank:
         await launcher.stop()
-        async with asyncio.timeout(30.0):
+        async with asyncio.timeout(60):
             await launcher._tasks.join()
     assert signals == []
 

@@ -90,7 +90,7 @@ def test_a_ray_cluster_of_its_own_gives_the_single_workers_bits_and_is_gone_afte
         before = cluster.worker_pids
         os.kill(before["b"], signal.SIGKILL)
         assert answers(cluster) == undisturbed
-        eventually(lambda: cluster.worker_pids["b"] != before["b"] and present(cluster, "b"), 20.0, "worker b is back")
+        eventually(lambda: cluster.worker_pids["b"] != before["b"] and present(cluster, "b"), 60.0, "worker b is back")
         assert "SIGKILL" in command.err.read_text()
         assert line.run("down").code == 0
     assert command.wait().code == 0

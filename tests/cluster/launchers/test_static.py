@@ -170,14 +170,14 @@ def test_a_killed_worker_is_done_without_and_may_come_back(
     workers = [start_worker(line, port, name) for name in ("a", "b", "c")]
     with ready(coordinator, line) as cluster:
         workers[2].kill()
-        eventually(lambda: cluster.status["workers"][2]["state"] == "lost", 30.0, "the loss of worker c")
+        eventually(lambda: cluster.status["workers"][2]["state"] == "lost", 60.0, "the loss of worker c")
         lost = cluster.status["workers"][2]
         assert (lost["layers"], lost["device_layers"], lost["memory_bytes"]) == (None, [], 0)
         coordinator.says("worker c (layers [")
         coordinator.says(f"; look at {workers[2].err} on ")
         assert answers(cluster) == undisturbed
         start_worker(line, port, "c")
-        eventually(lambda: cluster.status["workers"][2]["state"] != "lost", 30.0, "worker c's return")
+        eventually(lambda: cluster.status["workers"][2]["state"] != "lost", 60.0, "worker c's return")
         assert answers(cluster) == undisturbed
     coordinator.press_ctrl_c()
 
@@ -294,7 +294,7 @@ def test_what_the_authority_leaves_is_private(line: CommandLine, model: Path) ->
     again = start_coordinator(line, model)
     join_port(again)
     assert token_file(line).read_text() == before
-    eventually(lambda: str(token_file(line)) in again.err.read_text(), 30.0, "where the token is")
+    eventually(lambda: str(token_file(line)) in again.err.read_text(), 60.0, "where the token is")
 
 
 def test_a_worker_that_the_file_does_not_name_is_refused(line: CommandLine, model: Path) -> None:

@@ -80,7 +80,7 @@ async def test_who_hangs_is_waited_for_and_then_replaced_by_who_joins_under_its_
         _, welcome = await join(there, trust.identity(A), SECOND)
         assert isinstance(welcome, Admitted)
         assert there.workers["a"].registration.pid == SECOND.pid and there.workers["a"].loss is None
-        async with deadline("the end of the first membership", 10):
+        async with deadline("the end of the first membership", 60):
             with contextlib.suppress(StreamBrokenError):
                 while await hung.hear():
                     pass
@@ -133,7 +133,7 @@ async def test_a_registry_that_is_closed_leaves_no_task(trust: Authority) -> Non
             await join(there, trust.identity(B), replace(REGISTER, name="b")),
         ]
         assert all(isinstance(welcome, Admitted) for _, welcome in members)
-    async with deadline("the members' calls", 10):
+    async with deadline("the members' calls", 60):
         for member, _ in members:
             with contextlib.suppress(StreamBrokenError):
                 while await member.hear():
@@ -172,7 +172,7 @@ async def test_a_renewed_certificate_is_looked_at_again_at_once(trust: Authority
         for _ in range(2):
             fresh = identity.pair
             identity.pair = replace(fresh, made_at_s=fresh.made_at_s - 10 * fresh.life_s)
-            async with deadline("a renewal", 15):
+            async with deadline("a renewal", 60):
                 answer = await member.hear()
             assert isinstance(answer, CertificateRenewed)
             renewal.receive(answer)
@@ -183,7 +183,7 @@ async def test_the_coordinators_own_certificate_is_renewed(trust: Authority) -> 
     identity = trust.identity(COORDINATOR, timedelta(seconds=3))
     short = identity.pair
     renewing = asyncio.create_task(keep_renewed(trust, identity))
-    async with deadline("a new certificate", 10):
+    async with deadline("a new certificate", 60):
         while identity.pair is short:
             assert not renewing.done()
             await asyncio.sleep(0.01)

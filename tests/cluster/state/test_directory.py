@@ -126,7 +126,7 @@ def test_a_folder_that_is_deleted_under_a_cluster_comes_back(tmp_path: Path) -> 
         folder.write_record(record)
         for _ in range(2):
             shutil.rmtree(tmp_path / "home")
-            eventually(lambda: folder.is_running and folder.read_record() == record, 30.0, "the folder again")
+            eventually(lambda: folder.is_running and folder.read_record() == record, 60.0, "the folder again")
             assert folder.logs.is_dir()
             with pytest.raises(UsageError, match=rf"already running \(pid {os.getpid()}"), folder.locked():
                 pass
@@ -200,8 +200,8 @@ def test_a_standby_that_waits_is_seen(tmp_path: Path) -> None:
     with folder.locked():
         assert not folder.has_standby
         standby.start()
-        eventually(lambda: folder.has_standby, 5.0, "a standby")
-    standby.join(10)
+        eventually(lambda: folder.has_standby, 60.0, "a standby")
+    standby.join(60)
     assert not standby.is_alive() and not folder.has_standby
 
 
@@ -217,18 +217,18 @@ def test_a_standby_waits_on_while_the_files_of_a_running_cluster_are_deleted(tmp
     standby = threading.Thread(target=wait)
     with folder.locked():
         standby.start()
-        eventually(lambda: folder.has_standby, 5.0, "a standby")
+        eventually(lambda: folder.has_standby, 60.0, "a standby")
         lock = folder.path / "lock"
         before = lock.stat().st_ino, os.open(lock, os.O_RDONLY)  # so that no other file gets the number
         if deleted == "lock":
             lock.unlink()
         else:
             shutil.rmtree(folder.path)
-        eventually(lambda: lock.exists() and lock.stat().st_ino != before[0], 10.0, "another lock")
-        eventually(lambda: folder.is_running and folder.has_standby, 10.0, "both processes' locks")
+        eventually(lambda: lock.exists() and lock.stat().st_ino != before[0], 60.0, "another lock")
+        eventually(lambda: folder.is_running and folder.has_standby, 60.0, "both processes' locks")
         assert served == [] and standby.is_alive()
         os.close(before[1])
-    standby.join(10)
+    standby.join(60)
     assert served == [True]
 
 
@@ -273,11 +273,11 @@ def test_a_standby_ends_with_an_orderly_stop_alone(tmp_path: Path, end: str) -> 
         if end != "stopped without a record":
             folder.write_record(ClusterRecord("home", os.getpid(), "http://127.0.0.1:1", "m"))
         standby.start()
-        eventually(lambda: folder.has_standby, 5.0, "a standby")
+        eventually(lambda: folder.has_standby, 60.0, "a standby")
         if end.startswith("stopped"):
             folder.mark_stopped()
         folder.remove_record()
-    standby.join(10)
+    standby.join(60)
     assert served == [end.startswith("failed")]
     with folder.locked(is_standby=True) as is_held:  # the next one has nothing to wait for
         assert is_held

@@ -90,7 +90,7 @@ def test_no_command_blocks_on_what_is_no_file(reader: str, thing: str, tmp_path:
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive(), "it blocks"
     for error in errors:
         raise error

@@ -72,7 +72,7 @@ async def test_what_is_in_the_way_of_a_new_file_goes(tmp_path: Path, kind: str) 
         os.mkfifo(left)
     else:
         left.symlink_to(other)
-    async with asyncio.timeout(5), journal(path) as writing:
+    async with asyncio.timeout(60), journal(path) as writing:
         await writing.admit(admission(0))
         assert [request.id for request in read_journal(path, NOW)] == ["id0"]
     assert other.read_text() == "precious" and not left.exists()
@@ -124,7 +124,7 @@ async def test_what_could_not_be_written_is_written_although_nothing_comes(
         rewrite(self, data)
 
     monkeypatch.setattr("llamaclust.cluster.state.journal._RETRY_S", 0.01)
-    async with asyncio.timeout(20), journal(path) as writing:
+    async with asyncio.timeout(60), journal(path) as writing:
         await writing.admit(admission(0))
         await writing.admit(admission(1))
         if last == "an end":
@@ -149,7 +149,7 @@ async def test_a_journal_that_another_coordinator_has_taken_is_not_tried_again(
 
     monkeypatch.setattr("llamaclust.cluster.state.journal._RETRY_S", 0.01)
     monkeypatch.setattr(JournalFile, "rewrite", failing)
-    async with asyncio.timeout(20), journal(tmp_path / "journal") as writing:
+    async with asyncio.timeout(60), journal(tmp_path / "journal") as writing:
         await writing.admit(admission(0))
         await until(lambda: writing._writer.is_sealed and writing._writer._writing is None)
         assert not errors and writing._writer._due is None
@@ -169,7 +169,7 @@ async def test_a_disk_that_hangs_stops_no_request(
     monkeypatch.setattr("llamaclust.cluster.state.disk_thread._CALL_S", 0.2)
     monkeypatch.setattr("llamaclust.cluster.state.journal._RETRY_S", 0.0)
     try:
-        async with asyncio.timeout(20), journal(path) as writing:
+        async with asyncio.timeout(60), journal(path) as writing:
             await writing.admit(admission(0))
             monkeypatch.setattr(JournalFile, "append", hanging)
             for number in range(1, 4):
@@ -193,7 +193,7 @@ async def test_a_mistake_while_the_journal_is_written_stops_no_request(
         raise TypeError("a mistake of ours")
 
     monkeypatch.setattr(JournalFile, "rewrite", mistaken)
-    async with asyncio.timeout(20), journal(tmp_path / "journal") as writing:
+    async with asyncio.timeout(60), journal(tmp_path / "journal") as writing:
         await writing.admit(admission(0))
     assert "cannot be written: TypeError('a mistake of ours')" in caplog.text
 

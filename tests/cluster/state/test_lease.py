@@ -102,7 +102,7 @@ def test_of_two_candidates_at_once_one_gets_it(api: LeaseApi, locks: Locks, monk
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert sorted(results) == [False, False, False, True]
 
 
@@ -201,7 +201,7 @@ def test_a_holder_that_cannot_renew_loses_it_before_others_take_it(api: LeaseApi
     assert lock.take()
     with held(lock, note):
         seen = api.version
-        eventually(lambda: api.version > seen + 2, 10.0, "renewals")
+        eventually(lambda: api.version > seen + 2, 60.0, "renewals")
         assert not reasons
         if kind == "taken":
             api.change(holderIdentity="other")
@@ -209,7 +209,7 @@ def test_a_holder_that_cannot_renew_loses_it_before_others_take_it(api: LeaseApi
             api.permits = False
         else:
             api.answers.clear()
-        assert lost.wait(10)
+        assert lost.wait(60)
         since_s = time.clock_gettime(time.CLOCK_BOOTTIME) - (lock.renewed_s or 0.0)
         assert kind == "taken" or since_s > 1.3
         expected = {"taken": "other has the Lease", "forbidden": "403", "hangs": "timed out"}[kind]

@@ -113,14 +113,14 @@ def test_logs_that_cannot_be_limited_do_not_keep_a_folder_from_coming_back(
     record = ClusterRecord("home", os.getpid(), "http://127.0.0.1:1", "model")
     with folder.locked():
         folder.write_record(record)
-        eventually(lambda: bool(looked), 30, "a look at the logs")
+        eventually(lambda: bool(looked), 60.0, "a look at the logs")
         shutil.rmtree(folder.path)
-        eventually(lambda: folder.is_running and folder.read_record() == record, 30, "the lock and the record")
+        eventually(lambda: folder.is_running and folder.read_record() == record, 60.0, "the lock and the record")
 
 
 def test_a_running_cluster_bounds_its_logs(tmp_path: Path) -> None:
     folder = ClusterDir(tmp_path / "home")
     with folder.locked():
         folder.log_file("a").write_bytes(b"line\n" * 2000)
-        eventually(lambda: folder.log_file("a").stat().st_size == 0, 30, "an emptied log")
+        eventually(lambda: folder.log_file("a").stat().st_size == 0, 60.0, "an emptied log")
         assert folder.log_file("a~").stat().st_size == 1000

@@ -89,7 +89,7 @@ def test_the_kernel_ends_a_fault_at_its_time(pair: tuple[Host, Host]) -> None:
     link = WorkerLink(frozenset({b.address}), frozenset({PORT}))
     firewall.run(link.commands(firewall.table, "f1", Disturbance.CUT, 1.0))
     assert not reaches(a, b, PORT)
-    eventually(lambda: reaches(a, b, PORT), 10.0, "the end of the fault")
+    eventually(lambda: reaches(a, b, PORT), 60.0, "the end of the fault")
     firewall.close()
 
 
@@ -162,7 +162,7 @@ def test_workers_on_the_same_machine_change_no_answer(model: Path, line: Command
         inside = box["all"].namespace
         coordinator = line.start("up", file, network=inside)
         token = line.state_dir / ".trust" / "token"
-        eventually(token.is_file, 30.0, "the join token")
+        eventually(token.is_file, 60.0, "the join token")
         for port, name in enumerate("ab", 7102):
             own = ("--name", name, "--listen", f"127.0.0.1:{port}", "--threads", "1", "--token-file", token)
             line.start("worker", "--join", "127.0.0.1:7100", *own, network=inside)

@@ -59,13 +59,13 @@ def answered(cluster: DistantCluster) -> tuple[Counted, list[Answer]]:
     before = Counted.of(cluster)
     answers = cluster.answers(GENERATION)
     steps = GENERATION[0].max_tokens - 1
-    eventually(lambda: (Counted.of(cluster) - before).steps == steps, 30.0, "a heartbeat with all steps")
+    eventually(lambda: (Counted.of(cluster) - before).steps == steps, 60.0, "a heartbeat with all steps")
     return Counted.of(cluster) - before, answers
 
 
 def test_time_in_gathers_is_what_the_network_adds(small_model: Path, small_answers: list[Answer]) -> None:
     with Box((COORDINATOR, "a", "b"), delays=True) as box, distant_cluster(box, small_model, **KEYS) as cluster:
-        eventually(lambda: has_counters(cluster), 30.0, "a heartbeat with the links' counters")
+        eventually(lambda: has_counters(cluster), 60.0, "a heartbeat with the links' counters")
         none, answers = answered(cluster)
         assert answers == small_answers[:1]
         for round_trip_ms in ROUND_TRIPS_MS:

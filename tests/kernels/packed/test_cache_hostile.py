@@ -231,7 +231,7 @@ def test_the_end_waits_no_longer_for_the_disk(
     program = opened.program(0, opened.layer_count)
     with closing(backend.load(program, opened.tensors_for(program), LIMITS, lambda done_bytes: None)):
         assert backend.packed_cache is not None
-        assert syncs.wait(30) and len(list(folder.path.glob("*.tmp"))) == 1
+        assert syncs.wait(60) and len(list(folder.path.glob("*.tmp"))) == 1
         started = time.monotonic()
         backend.packed_cache._writer.end()
         assert time.monotonic() - started < 15 and list(folder.path.glob("*.tmp")) == []

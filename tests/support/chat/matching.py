@@ -75,7 +75,7 @@ def begin(stage: StageMatchers, inputs: StepInputs) -> list[int]:
     """Returns the places of rows that only the end may follow, once the matchers are ready."""
     stage.receive(inputs)
     for answer in (*filter(None, stage._changes.values()), *stage._answers.values()):
-        answer.ready.result(30)
+        answer.ready.result(60)
     return stage.begin(inputs.tasks)
 
 

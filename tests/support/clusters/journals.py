@@ -44,7 +44,7 @@ def left(
 
 
 async def until(check: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not check():  # noqa: ASYNC110  a file reports nothing
             await asyncio.sleep(0.01)
 

@@ -47,7 +47,7 @@ class Joined:
         await self.stream.write(encode_worker_message(message))
 
     async def hear(self) -> CoordinatorMessage | None:
-        async with deadline("an answer", 10):
+        async with deadline("an answer", 60):
             data = await self.stream.read()
         return None if data is None else decode_coordinator_message(data)
 

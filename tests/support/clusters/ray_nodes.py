@@ -95,7 +95,7 @@ def _end(processes: Sequence[psutil.Process]) -> None:
     for process in (*processes, *below):
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
-    eventually(lambda: not any(_is_there(one) for one in (*processes, *below)), 10.0, "the end of Ray's processes")
+    eventually(lambda: not any(_is_there(one) for one in (*processes, *below)), 60.0, "the end of Ray's processes")
 
 
 def _is_there(process: psutil.Process) -> bool:

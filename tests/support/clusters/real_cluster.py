@@ -126,7 +126,7 @@ class Running:
         """The next one, or the pipeline's error. A deadline of its own: the tests' pipelines answer soon."""
         getting = asyncio.create_task(self._results.get())
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 await asyncio.wait((getting, self._work), return_when=asyncio.FIRST_COMPLETED)
             if not getting.done():
                 await self._work

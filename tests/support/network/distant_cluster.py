@@ -116,7 +116,7 @@ class DistantCluster:
 def start_worker(box: Box, line: CommandLine, name: str, *options: str) -> Running:
     """Starts a worker. `options`: how it joins and where it listens; without any, at fixed addresses."""
     token = line.state_dir / ".trust" / "token"
-    eventually(token.is_file, 30.0, "the join token")
+    eventually(token.is_file, 60.0, "the join token")
     fixed = ("--join", f"{box[COORDINATOR].address}:7100", "--listen", f"{box[name].address}:7102")
     own = ("--name", name, "--threads", "1", *(options or fixed))
     return line.start("worker", "--token-file", token, *own, network=box[name].namespace)

@@ -27,7 +27,7 @@ class Raw:
         self.writer = writer
 
     async def hear(self) -> ServerMessage | None:
-        async with deadline("an answer", 15):
+        async with deadline("an answer", 60):
             data = await read_message(self.reader)
         return None if data is None else decode_server_message(data)
 

@@ -30,7 +30,7 @@ class SlowApi:
 
     def drain(self, name: str) -> None:
         self.begun.set()
-        assert self.moved.wait(30)
+        assert self.moved.wait(60)
         self.done.append(f"drain {name}")
 
     def undrain(self, name: str) -> None:
@@ -46,7 +46,7 @@ def test_a_drain_under_way_is_awaited_before_its_worker_is_undrained(
     drains.add("a")
     begin = threading.Thread(target=drains.begin, args=["a"])
     begin.start()
-    assert api.begun.wait(30)
+    assert api.begun.wait(60)
     end = threading.Thread(target=drains.end, args=["a"])
     end.start()
     end.join(0.05)

@@ -88,7 +88,7 @@ def test_an_interruption_leaves_the_old_file_and_a_rerun_works(number: signal.Si
     out.write_bytes(b"GGUF")
     running = line.start("model", "convert", folder, "-o", "out.gguf", "--type", "q8_0")
     part = line.folder / ".out.gguf.part"
-    eventually(lambda: part.is_file() and part.stat().st_size > 0, 30, "the first bytes")
+    eventually(lambda: part.is_file() and part.stat().st_size > 0, 60.0, "the first bytes")
     with paused(running.process.pid):
         busy = line.run("model", "convert", model(line.folder / "m"), "-o", "out.gguf")
         assert busy.code == 2 and "another process is writing it" in busy.error

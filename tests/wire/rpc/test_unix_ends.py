@@ -55,7 +55,7 @@ async def test_why_a_stream_ended_is_known_also_where_a_write_fails_first(addres
         await peer.close()
 
     calling = asyncio.create_task(asyncio.to_thread(asyncio.run, elsewhere()))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await begun.wait()
         await until(lambda: not server._server.contexts)
         ended.set()
@@ -74,7 +74,7 @@ async def test_control_frames_follow_all_large_messages_and_come_once(address: s
     server = await Server.start(address, TOKEN, {SAMPLE: taking})
     peer = Peer(address, TOKEN)
     large = [bytes([each]) * (1 << 20) for each in range(3)]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         stream = peer.open(SAMPLE)
         await stream.opened()
         sending = asyncio.create_task(stream._call.write(*large))

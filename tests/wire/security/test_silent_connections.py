@@ -83,7 +83,7 @@ async def _served(address: str, identity: Identity) -> int:
     for attempt in range(1, 1000):
         peer = Peer(address, identity, A)
         try:
-            async with deadline("an answer", 10):
+            async with deadline("an answer", 60):
                 from llamaclust.wire.rpc.methods import JOIN
 
                 if await answers(peer.open(JOIN, epoch=1)):
@@ -168,7 +168,7 @@ async def test_looks_that_find_no_free_descriptor_are_repeated(
     monkeypatch.setattr(handshakes, "_silent", looks)
     for _ in range(MAX_SILENT_OF_HOST + 1):
         handshakes.begun()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await until(lambda: looks.made > failures + 1)
         for number in range(MAX_SILENT_OF_HOST + 1):
             with handshakes.call(f"ipv4:127.0.0.1:{number}"):
@@ -234,7 +234,7 @@ async def test_a_caller_is_known_while_its_call_is_under_way(others: int, monkey
                 pass
         for _ in range(others + MAX_SILENT_OF_HOST + 2):
             handshakes.begun()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await until(lambda: bool(looks))
     assert "first" in looks[0] and "first" in handshakes._callers
     assert len(handshakes._callers) <= 4096 and not handshakes._calls

@@ -93,7 +93,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
     def hold(encoder: TileEncoder, tile: Any) -> Float32:
         held.tiles += 1
         held.begun.set()
-        assert held.gate.wait(20.0)
+        assert held.gate.wait(60)
         return rows(encoder, tile)
 
     monkeypatch.setattr(TileEncoder, "rows", hold)
@@ -189,7 +189,7 @@ async def test_a_tile_in_progress_keeps_its_turn_when_its_stream_is_cancelled() 
 
     def rows(tile: np.ndarray) -> Float32:
         begun.append(int(tile[0, 0, 0]))
-        assert gate.wait(20)
+        assert gate.wait(60)
         return np.ones((1, 4), np.float32)
 
     encoder: Any = SimpleNamespace(rows=rows, close=lambda: None)
@@ -197,7 +197,7 @@ async def test_a_tile_in_progress_keeps_its_turn_when_its_stream_is_cancelled() 
     first, second, third = (
         asyncio.create_task(streams._answer(np.full((1, 1, 3), number, np.uint8))) for number in range(3)
     )
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await until(lambda: begun == [0])
         for cancelled in (first, second):
             cancelled.cancel()

@@ -202,7 +202,7 @@ def test_a_grammar_that_is_not_ready_in_time_fails_its_answer(
     monkeypatch.setattr(module.MatchedAnswer, "_make_matcher", wait)
     inputs = inputs_of(0, task(1, 0, ABC), task(2, 0, ABC))
     stage.receive(inputs)
-    assert began.wait(30)
+    assert began.wait(60)
     stage.begin(inputs.tasks)
     (late, queued), _ = taken(stage, (sampled("a"), sampled("a")))
     go_on.set()
@@ -219,7 +219,7 @@ def test_matchers_of_answers_that_are_released_are_not_made(stage: StageMatchers
     stage.receive(second)
     go_on.set()
     for answer in filter(None, stage._changes.values()):
-        answer.ready.result(30)
+        answer.ready.result(60)
     asyncio.run(stage.ready(first.tasks))
     stage.begin(first.tasks)
     assert taken(stage, (sampled("a"), sampled("a"))) == ([DEFERRED, DEFERRED], {})
@@ -235,7 +235,7 @@ def test_no_matchers_of_an_epoch_that_is_over_are_made(stage: StageMatchers) -> 
     assert answer is not None
     stage.clear()
     go_on.set()
-    answer.ready.result(30)
+    answer.ready.result(60)
     assert answer._matcher is None
 
 

@@ -59,7 +59,7 @@ def _all_arrived(cluster: Cluster) -> bool:
         sent, received = _moved(cluster)
         return sent >= received > 20_000_000  # more where a worker was lost while it loaded
 
-    eventually(told, 30.0, "bytes of weights")
+    eventually(told, 60.0, "bytes of weights")
     return True
 
 

@@ -70,7 +70,7 @@ class Members:
         return await self.ports.is_found(caller, other, epoch)
 
     async def until(self, happens: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not happens():  # noqa: ASYNC110  counted by other tasks
                 await asyncio.sleep(0.001)
 

@@ -137,7 +137,7 @@ async def test_a_drain_is_refused_where_the_others_suffice_for_each_model_but_no
     pairs: Any = SimpleNamespace(pairs=frozenset())
     operations = WorkerOperations(registry, ControlRecord(), models, pairs, lambda event: None)
     with pytest.raises(InsufficientMemoryError):
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await operations.drain("b")
     assert not operations.drained and all(model.store.is_current for model in models)
     assert (ledger.beside("m"), ledger.beside("n")) == before

@@ -74,7 +74,7 @@ async def web_host(serve: Serve) -> AsyncIterator[Host]:
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     async with server:
         yield Host(server.sockets[0].getsockname()[1], connected, closed)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await asyncio.gather(*tasks)  # every connection was closed by the client
 
 
@@ -146,7 +146,7 @@ async def test_a_name_server_that_does_not_answer_holds_up_no_other_work(monkeyp
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
         waiting = [asyncio.create_task(fetching.fetch_images(["http://a.example/"], 1)) for _ in range(4)]
         await asyncio.sleep(0)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await asyncio.to_thread(threading.get_ident)
         for each in waiting:
             each.cancel()
@@ -170,7 +170,7 @@ async def test_a_client_that_leaves_ends_the_fetch(monkeypatch: pytest.MonkeyPat
         slow = asyncio.create_task(http.post(f"/{CHAT}", json=question(f"http://{HOST}:{host.port}/")))
         await host.connected.wait()
         slow.cancel()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await host.closed.wait()
 
 

@@ -214,7 +214,7 @@ async def test_an_image_that_never_fits_beside_its_request_s_rows_is_refused_in_
         await until(lambda: vision._rows.line.is_busy)
         other = for_owner("two", spans_of(vision, png(4)))
         held.close()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             with pytest.raises(ParameterError, match="send fewer or smaller images"):
                 await waits
             assert await other
@@ -333,7 +333,7 @@ async def test_an_owner_whose_rows_fill_the_memory_gives_way_to_others(tmp_path:
         held[0].close()  # the first in line goes on
         _, (last,) = await asyncio.wait(more, return_when=asyncio.FIRST_COMPLETED)
         held[1].close()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await other
         assert [owners[0] for owners in encoder.owners] == ["one"] * 3 + ["two"] and not last.done()
         last.cancel()

@@ -79,7 +79,7 @@ async def test_a_repeated_request_for_a_response_in_the_background_does_not_wait
 async def test_requests_that_repeat_one_at_the_same_moment_do_not_wait_for_its_answer() -> None:
     engine = ScriptedEngine(says("Yes."))
     engine.gate.clear()
-    async with served(engine) as http, asyncio.timeout(10):
+    async with served(engine) as http, asyncio.timeout(60):
         body, headers = {"input": "A", "background": True}, {"Idempotency-Key": "one"}
         replies = await asyncio.gather(*(http.post(PATH, json=body, headers=headers) for _ in range(6)))
         assert len({reply.content for reply in replies}) == 1 and replies[0].json()["status"] == "queued"

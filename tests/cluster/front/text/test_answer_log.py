@@ -155,7 +155,7 @@ async def test_readers_of_a_held_log_wait_for_its_release_or_its_failure() -> No
 async def test_each_wait_that_is_too_long_is_told() -> None:
     log = log_of(1)
     with LogReader(log) as reader:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             assert [await reader.wait(0.01) for _ in range(2)] == [False, False]
             waiting = asyncio.create_task(reader.wait(60.0))
             await asyncio.sleep(0)

@@ -66,7 +66,7 @@ def test_a_step_ends_at_its_limit_with_all_of_its_processes(tmp_path: Path) -> N
     outcome = Record(tmp_path, "c1").outcome(hanging)
     assert outcome is not None and outcome.status == 124
     child = Path("/proc") / (tmp_path / "child").read_text().strip()
-    eventually(lambda: not child.exists() or "Z" in (child / "stat").read_text(), 10, "the end of the child")
+    eventually(lambda: not child.exists() or "Z" in (child / "stat").read_text(), 60.0, "the end of the child")
 
 
 def partial(folder: Path, then: str = "exit 1") -> str:
@@ -101,7 +101,7 @@ def test_signals_end_a_step_as_its_limit_does(tmp_path: Path, number: signal.Sig
     )
     process = subprocess.Popen([sys.executable, "-c", "\n".join(lines)], stderr=subprocess.PIPE, text=True)
     try:
-        eventually((tmp_path / "part").exists, 20, "the partial file")
+        eventually((tmp_path / "part").exists, 60.0, "the partial file")
         process.send_signal(number)
         _, err = process.communicate(timeout=20)
     finally:

@@ -101,7 +101,7 @@ async def test_a_disk_that_hangs_ends_the_request_alone(tmp_path: Path, monkeypa
         finally:
             back.set()
         monkeypatch.undo()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while (await http.post(SAVE, json={"filename": "b"})).status_code != 200:  # noqa: ASYNC110  as a client
                 await asyncio.sleep(0.005)
     assert _names(tmp_path) == ["a", "b"]

@@ -67,7 +67,7 @@ async def _rubbish_to_a_registry(tmp_path: Path) -> None:
         peer = Peer(there.address, trust.identity(B), COORDINATOR)
         for case in range(COUNT):
             stream = peer.open(JOIN)
-            async with deadline(f"the end of case {case} of seed {SEED}", 10):
+            async with deadline(f"the end of case {case} of seed {SEED}", 60):
                 try:
                     await stream.write(damaged(source, good))
                     await stream.done_writing()
@@ -105,7 +105,7 @@ async def _rubbish_to_an_echo() -> None:
     try:
         for case in range(max(8, COUNT // 1000)):
             stream = peer.open(ECHO)
-            async with deadline(f"the end of case {case} of seed {SEED}", 10):
+            async with deadline(f"the end of case {case} of seed {SEED}", 60):
                 with contextlib.suppress(StreamBrokenError):
                     for _ in range(300):  # more than are answered
                         await stream.write(damaged(source, sent))
@@ -134,7 +134,7 @@ async def _rubbish_to_the_enrolment_port(tmp_path: Path, caplog: pytest.LogCaptu
         framed = encode_request(good)
         for case in range(max(50, COUNT // 20)):
             data = damaged(source, [len(framed).to_bytes(4, "big") + framed])
-            async with deadline(f"the end of case {case} of seed {SEED}", 15), raw(host, port) as client:
+            async with deadline(f"the end of case {case} of seed {SEED}", 60), raw(host, port) as client:
                 await client.challenge()
                 client.writer.write(data)
                 if int.from_bytes(data[:4], "big") <= len(data) - 4:

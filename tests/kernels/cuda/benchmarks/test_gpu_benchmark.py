@@ -310,7 +310,7 @@ def test_mistakes_are_told_before_anything_runs(
 ) -> None:
     with pytest.raises(UsageError, match=r"nope\.gguf: no such file"):
         gpu.main(["nope.gguf"])
-    with pytest.raises(UsageError, match=r"no such file; docs/gpu\.md says how to build it"):
+    with pytest.raises(UsageError, match=r"no such file; docs/internals/gpu-kernels\.md says how to build it"):
         gpu.main([str(model), "--llama-bench", str(tmp_path / "llama-bench")])
     with pytest.raises(UsageError, match="10001 tokens are requested, but the model's context length is 2048"):
         gpu.main([str(model), "--prompt", "10000"])

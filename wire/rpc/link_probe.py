@@ -22,7 +22,7 @@ _BETWEEN_S = 0.002  # Pause in which the other side becomes ready again.
 _FIRST_BYTES, _MOST_BYTES = 1 << 16, 1 << 25
 _LONG_ENOUGH_S = 0.1
 _TRIES, _TRY_AGAIN_S = 3, 1.0
-_MOST_MESSAGES = 512
+MOST_MESSAGES = 512
 
 
 async def serve_echo(stream: ServerStream) -> None:
@@ -30,7 +30,7 @@ async def serve_echo(stream: ServerStream) -> None:
     await stream.accept()
     caches: CacheFlush | None = None
     async with deadline("a measurement of a link", _SERVE_S):
-        for _ in range(_MOST_MESSAGES):
+        for _ in range(MOST_MESSAGES):
             if (data := await stream.read()) is None:
                 return
             await stream.write(_ANSWER)

@@ -14,7 +14,7 @@ from llamaclust.wire.control.codec import encode_worker_message
 from llamaclust.wire.control.messages import Heartbeat
 from llamaclust.wire.rpc.client import Peer, StreamBrokenError
 from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.wire.rpc.link_probe import measure_link, serve_echo
+from llamaclust.wire.rpc.link_probe import MOST_MESSAGES, measure_link, serve_echo
 from llamaclust.wire.rpc.methods import ECHO, JOIN
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.certificate_names import COORDINATOR
@@ -107,12 +107,12 @@ async def _rubbish_to_an_echo() -> None:
             stream = peer.open(ECHO)
             async with deadline(f"the end of case {case} of seed {SEED}", 60):
                 with contextlib.suppress(StreamBrokenError):
-                    for _ in range(300):  # more than are answered
+                    for _ in range(MOST_MESSAGES + 50):  # more than are answered
                         await stream.write(damaged(source, sent))
                 answers = 0
                 while await stream.read() == b"here":
                     answers += 1
-            assert answers <= 256
+            assert answers <= MOST_MESSAGES
             stream.cancel()
             with contextlib.suppress(LlamaclustError):
                 assert (await measure_link(liar)).bytes_s > 0

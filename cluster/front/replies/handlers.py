@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from llamaclust.cluster.engine.trace_context import TraceContext, current_trace
 from llamaclust.cluster.front.body import read_bytes
-from llamaclust.cluster.front.errors import HttpError
+from llamaclust.cluster.front.errors import HttpError, internal_error
 from llamaclust.cluster.front.http.gates import owner
 from llamaclust.cluster.front.http.sse import EventResponse, JsonParts, StreamFormat, rendered, unless_disconnected
 from llamaclust.cluster.front.images.chat_images import check_restored
@@ -27,7 +27,7 @@ from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.sharing import current_owner, hold_bytes
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Instant, RequestContext
-from llamaclust.core.errors import LlamaclustError, RequestFailedError, WorkerError
+from llamaclust.core.errors import LlamaclustError, RequestCancelledError, RequestFailedError, WorkerError
 from llamaclust.wire.rpc.task_set import TaskSet
 
 _MOST_RESTORES = 10
@@ -97,7 +97,9 @@ class Replies:
             if not beginning.done():  # From now on, an error is an event of the stream.
                 beginning.add_done_callback(partial(self._began, kept))
                 return
-            if not beginning.cancelled():  # A reply that is replaced meanwhile ends with an error in its log.
+            if beginning.cancelled():  # Another request replaced this one.
+                kept.end(RequestCancelledError())
+            else:
                 beginning.result()
             # An error before the first part can still set the HTTP status.
             if is_streamed and not kept.is_kept:
@@ -107,11 +109,13 @@ class Replies:
             raise
 
     def _began(self, kept: KeptReply, beginning: asyncio.Task[None]) -> None:
-        if beginning.cancelled() or (error := beginning.exception()) is None:
-            return
-        self.cache.remove(kept)  # Another attempt of the client begins anew.
-        if not isinstance(error, LlamaclustError):
-            _log.error("request %s failed", kept.context.id, exc_info=error)
+        if beginning.cancelled():
+            kept.end(RequestCancelledError())
+        elif (error := beginning.exception()) is not None:
+            self.cache.remove(kept)  # Another attempt of the client begins anew.
+            kept.end(error if isinstance(error, LlamaclustError) else internal_error())
+            if not isinstance(error, LlamaclustError):
+                _log.error("request %s failed", kept.context.id, exc_info=error)
 
     async def _begun(self, request: Request, kept: KeptReply, given: Position) -> Response:
         if kept.context.is_background and not kept.context.is_streamed:

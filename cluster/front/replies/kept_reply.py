@@ -106,14 +106,10 @@ class KeptReply:
         return self._beginning
 
     async def _begin_on_disk(self, reply: Reply, admitted: bytes | None) -> None:
-        try:
-            on_disk = await self.begin(reply, admitted=admitted)
-            if on_disk is not None:
-                await asyncio.shield(on_disk)
-            self.log.release()
-        except BaseException as error:
-            self.end(_as_ended(error))
-            raise
+        on_disk = await self.begin(reply, admitted=admitted)
+        if on_disk is not None:
+            await asyncio.shield(on_disk)
+        self.log.release()
 
     async def begin(
         self, reply: Reply, *, admitted: bytes | None = None, until_s: float | None = None

@@ -58,7 +58,7 @@ ENDPOINTS: Final[tuple[type[Endpoint[Any]], ...]] = (
     Embed,
     Embeddings,
 )
-"""Endpoint classes that need only a model and a path. `_model_routes` adds the other endpoints."""
+"""Endpoint classes whose constructors take only a model and a path."""
 _EXPOSED_HEADERS = (IGNORED_HEADER, "Retry-After", "WWW-Authenticate")
 
 
@@ -120,7 +120,7 @@ def _routes(router: ModelRouter, store: ResponseStore, workers: WorkerOperations
 
 
 def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
-    """Yields one model's routes. Their order is the same for every model."""
+    """Yields the routes of one model, in the same order for every model."""
     for endpoint in ENDPOINTS:
         for path in endpoint.paths:
             yield from endpoint(model, path).routes()

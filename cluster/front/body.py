@@ -23,7 +23,7 @@ from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.foreign_fields import ALWAYS_LOADED, SLOTS_NOT_KEPT
 from llamaclust.cluster.front.images.urls import ImageRules
 from llamaclust.cluster.front.json_text import MAX_FIELD_VALUES, Member, Outline, has_many_values, outline
-from llamaclust.cluster.front.schema import AnyBody, Body, BodyContext, Leniency, Neutral, parts_of, read_fields
+from llamaclust.cluster.front.schema import AnyBody, Body, BodyContext, LenientContext, Neutral, parts_of, read_fields
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.sharing import Threads, ignored_parts, report_ignored, run_on
 from llamaclust.core.errors import ParameterError
@@ -39,15 +39,15 @@ _PROMPT_FIELDS = {
     *("prompt", "suffix", "input_prefix", "input_suffix", "input_extra", "context", "content", "tokens"),
     *("messages", "system", "input", "instructions", "query", "documents", "texts", "images"),
 }
-"""Fields with input for the model. Only the limits of the whole body apply to these fields."""
+"""Fields that contain input for the model. The limits on the size of a single field do not apply to them."""
 _MOST_FIELD_BYTES = 1 << 22
 _MOST_FIELD_VALUES = {"tools": 1 << 17}
 _MOST_FIELDS = 1024
 
 _reading = Threads(1, "read-body")
-"""Thread that parses large bodies. The interpreter lock prevents parallel parsing."""
+"""The thread that parses large bodies. Several threads would not be faster, because of the interpreter lock."""
 _converting = Threads(1, "convert-body")
-"""Thread that converts parsed bodies."""
+"""The thread that converts parsed bodies to requests for the model."""
 
 _Made = TypeVar("_Made")
 _Arguments = ParamSpec("_Arguments")
@@ -62,14 +62,14 @@ async def read_body(
 async def parse_body(
     data: bytes, kind: type[AnyBody], settings: ApiSettings, images: ImageRules | None = None
 ) -> AnyBody:
-    """Parses a body, and reports fields that have no effect. `images` is None if the model reads only text."""
-    context = BodyContext(images) if settings.is_strict or _is_strict.get() else Leniency(images)
+    """Parses a body, and records fields that have no effect. `images` is None if the model cannot read images."""
+    context = BodyContext(images) if settings.is_strict or _is_strict.get() else LenientContext(images)
 
     def parse() -> AnyBody:
         return read_fields(kind, _with_defaults(parse_object(data), kind, settings), context, _idle(kind, settings))
 
     body = parse() if len(data) <= LARGE_BYTES else await run_on(_reading, parse)
-    if isinstance(context, Leniency) and context.ignored:
+    if isinstance(context, LenientContext) and context.ignored:
         report_ignored(context.ignored)
     return body
 
@@ -77,7 +77,7 @@ async def parse_body(
 async def converted(
     body: Body, make: Callable[_Arguments, _Made], *given: _Arguments.args, **named: _Arguments.kwargs
 ) -> _Made:
-    """Calls `make` with the other arguments, on a thread if `body` has many values."""
+    """Returns `make(*given, **named)`. Makes the call on a thread if `body` has many values."""
     if not has_many_values([*vars(body).values()]):
         return make(*given, **named)
     return await run_on(_converting, make, *given, **named)
@@ -89,7 +89,7 @@ def _idle(kind: type[Body], settings: ApiSettings) -> dict[str, Neutral]:
 
 
 async def has_field(data: bytes, name: str) -> bool:
-    """Returns True if the body has a field with this name that is not null."""
+    """Returns True if the JSON object in `data` has a field `name` that is not null."""
     if len(data) <= LARGE_BYTES:
         return parse_object(data).get(name) is not None
     members = (await run_on(_reading, outline, data)).members
@@ -97,7 +97,7 @@ async def has_field(data: bytes, name: str) -> bool:
 
 
 def _with_defaults(fields: dict[str, Any], kind: type[Body], settings: ApiSettings) -> dict[str, Any]:
-    """Adds the server's defaults for fields that the body lacks, unless they conflict with the body's own fields."""
+    """Fills absent fields with the server's default values, except values that conflict with fields of the request."""
     if not settings.defaults and not settings.recommended:
         return fields
     given = {kind.foreign.name(name): value for name, value in fields.items() if value is not None}
@@ -115,7 +115,7 @@ async def parse_object_in_time(data: bytes) -> dict[str, Any]:
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """Parses a JSON object. Raises HttpError or ParameterError if the body is no JSON object or has too many values."""
+    """Parses a JSON object. Raises HttpError or ParameterError if `data` is no JSON object or is too large."""
     if len(data) > LARGE_BYTES:
         _check_sizes(outline(data))
     payload = parse_json(data)
@@ -172,7 +172,7 @@ def _not_finite(value: Any) -> str | None:
 
 
 async def read_bytes(request: Request, settings: ApiSettings, most_bytes: int | None = None) -> bytes:
-    """Reads a body. `most_bytes` defaults to the setting `max_body_bytes`. Raises HttpError (413, 408 or 415)."""
+    """Reads a request's body. `most_bytes` defaults to `settings.max_body_bytes`. Raises HttpError (408, 413, 415)."""
     most = settings.max_body_bytes if most_bytes is None else most_bytes
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
@@ -216,11 +216,11 @@ _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.$:/\[\]-]")
 
 _log = logging.getLogger(__name__)
 _is_strict: ContextVar[bool] = ContextVar("is_strict", default=False)
-"""True if the current task's request must be refused when one of its fields has no effect."""
+"""True to refuse the current request if any of its fields has no effect."""
 
 
 class IgnoredFields:
-    """Middleware that lists fields without effect in the header X-Llamaclust-Ignored. Logs each field once per path."""
+    """Middleware that lists a request's ignored fields in the reply's header X-Llamaclust-Ignored, and logs them."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -8,7 +8,7 @@ from operator import ne
 from typing import Any, Final
 
 _Refuses = Callable[[Any, Any], bool]
-"""Takes the values of two fields (None if a field is absent). Returns True if they cannot be in one request."""
+"""A predicate of two fields' values (None if absent). It returns True if one request cannot have both values."""
 
 _GRAMMARS: Final = (
     *("response_format", "json_schema", "grammar", "structured_outputs", "guided_json", "guided_regex"),
@@ -53,11 +53,11 @@ _NEEDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     ("score_from", "logprobs", _alone),
     ("tool_choice", "tools", lambda choice, tools: choice not in ("auto", "none") and _is_empty(tools)),
 )
-"""Fields that need another field. The predicate is True if the other field's value does not allow the first field."""
+"""Pairs of a field and a field that it requires. The predicate is True if the requirement is not met."""
 
 
 def usable_defaults(defaults: Mapping[str, Any], given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """Returns the defaults that do not conflict with the request's fields. `known` are the fields of the endpoint."""
+    """Returns the defaults that do not conflict with the fields `given`. Drops fields that are not in `known`."""
     absent = {name: value for name, value in defaults.items() if name in known and name not in given}
     values = {**absent, **given}
     excluded = {

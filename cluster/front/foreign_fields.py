@@ -1,4 +1,4 @@
-"""Fields of other servers' APIs that this server does not implement, with predicates for values without effect."""
+"""Fields of other servers' APIs that this server does not implement, each with a predicate for harmless values."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def only(*values: Any) -> Neutral:
 
 
 def anything(value: Any) -> bool:
-    """Returns True for every value, because the field never changes the answer."""
+    """Returns True. Used as the predicate for fields that never change the answer."""
     return True
 
 
 def negative(value: Any) -> bool:
-    """Returns True for negative numbers, which switch the field off."""
+    """Returns True for negative integers. Used for fields that a negative number switches off."""
     return type(value) is int and value < 0
 
 
 def number(neutral: float) -> Neutral:
-    """Makes a predicate that is True for one number, written as 1 or as 1.0."""
+    """Makes a predicate that is True for the number `neutral`, as an int or a float."""
     return lambda value: type(value) in (int, float) and value == neutral
 
 
@@ -57,7 +57,7 @@ _REFUSED: Final = {
     "n_indent": number(0),
     "min_keep": only(0, 1),
 }
-"""Fields for samplers, constraints and forms of output that no endpoint has."""
+"""Fields of samplers, constraints and output formats that no endpoint implements."""
 
 _OTHER_NAMES: Final = {"typ_p": "typical_p", "tfs": "tfs_z", "speculative.n_max": "speculative"}
 
@@ -191,7 +191,7 @@ OLLAMA_OPTIONS: Final = ForeignFields(
     | _OTHER_NAMES
     | _BUDGETS,
 )
-"""Ollama's options. The ignored options set how a model is computed, which only the cluster file can set here."""
+"""Ollama's options. Options that set how a model is computed are ignored, because the cluster file sets this."""
 
 OLLAMA_GENERATE: Final = ForeignFields(
     refused={**_CHAT_ONLY, **_names("template adapters lora", only())},

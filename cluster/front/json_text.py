@@ -21,7 +21,7 @@ from llamaclust.cluster.scheduler.requests import PromptProgress, Timings
 
 
 class DeferredValue(ABC):
-    """A part of a JSON value that is made only while it is rendered, to save memory."""
+    """A part of a JSON value that is computed only while it is rendered, to save memory."""
 
     __slots__ = ()
 
@@ -37,7 +37,7 @@ class DeferredValue(ABC):
 
     @abstractmethod
     def made(self) -> Any:
-        """Makes the JSON value."""
+        """Returns the JSON value."""
 
 
 _LINE_ENDS: Final = {
@@ -48,7 +48,7 @@ _LINE_ENDS: Final = {
 
 
 def to_json(value: Any) -> bytes:
-    """Renders a value. Iterators become arrays, lone surrogates become '?'. Raises ValueError for NaN and infinity."""
+    """Renders JSON, with iterators as arrays and lone surrogates as '?'. Raises ValueError for NaN and infinity."""
     data = _encoder.encode(value).encode("utf-8", "replace")
     for mark, escape in _LINE_ENDS.items():
         data = data.replace(mark, escape)
@@ -80,7 +80,7 @@ _NAME: Final = re.compile(rb'\s*("(?:[^"\\]|\\.)*")\s*:', re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member of the outermost JSON object. `values` is counted from commas and brackets and may be slightly high."""
+    """A field of a top-level JSON object. `values` is the number of JSON values in it, and may be slightly too high."""
 
     name: str
     size_bytes: int
@@ -90,7 +90,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """The first 1,024 members of the outermost JSON object, and the number of all values in the text."""
+    """The sizes of the first 1,024 fields of a top-level JSON object, and the number of all JSON values."""
 
     members: tuple[Member, ...]
     member_count: int
@@ -98,7 +98,7 @@ class Outline:
 
 
 def outline(text: bytes) -> Outline:
-    """Returns the outline of a JSON text without parsing it. The outline of invalid JSON is arbitrary."""
+    """Measures the fields of a JSON object without parsing it. The result for invalid JSON is arbitrary."""
     values = depth = border_count = 0
     # Position of each border between members of the outermost object, and number of values before it.
     borders: list[tuple[int, int]] = []
@@ -169,7 +169,7 @@ def has_many_values(value: Any) -> bool:
 
 
 def entries_of(value: Any) -> int:
-    """Estimates how many numbers and texts a value has. Stops counting at a large number."""
+    """Estimates how many numbers and texts a value contains. Stops counting when the number is large."""
     left, count = [value], 0
     while left:
         part = left.pop()
@@ -206,7 +206,7 @@ JsonBody: TypeAlias = AsyncGenerator[bytes, None]
 
 
 async def json_body(make: Callable[[], Any], *, is_large: bool) -> JsonBody:
-    """Yields the JSON of a value in parts. Each part is rendered when it is taken, on a thread if `is_large`."""
+    """Yields the JSON of the value `make()` in parts. Renders each part on a thread if `is_large`."""
     rendering, parts = Lock(), _made_parts(make)
 
     def locked(step: Callable[[], _Value]) -> _Value:

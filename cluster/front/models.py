@@ -77,7 +77,7 @@ class AdapterLoading:
         self._settings = settings
 
     async def load(self, request: Request) -> Response:
-        """Loads a LoRA adapter. Answers when requests can use the adapter."""
+        """Loads a LoRA adapter. Replies when requests can use the adapter."""
         require_first_key(request.headers, self._settings, "load adapters")
         body = await read_body(request, LoadAdapterBody, self._settings)
         self._models.check(body.model)
@@ -87,7 +87,7 @@ class AdapterLoading:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload(self, request: Request) -> Response:
-        """Unloads a LoRA adapter. Answers when the model is served without the adapter."""
+        """Unloads a LoRA adapter. Replies when the model no longer uses the adapter."""
         require_first_key(request.headers, self._settings, "unload adapters")
         body = await read_body(request, UnloadAdapterBody, self._settings)
         self._models.check(body.model)
@@ -118,13 +118,13 @@ class ApiModel:
         return ModelNames(self.name, self.settings)
 
     def continues(self, request: RequestContext) -> bool:
-        """True if this model would give the same answer to an unfinished request of an earlier coordinator."""
+        """Returns True if a request from the journal began with this model and its current adapters."""
         return request.served == self.settings.digest and self.settings.adapters.have(request.adapters)
 
 
 @dataclass(frozen=True, slots=True)
 class _Addressed:
-    """A request's model, which stays loaded for `keep` seconds after the request (None: no change)."""
+    """The model that a request names. It stays loaded for `keep` seconds after the request (None: no change)."""
 
     model: ApiModel
     keep: float | None = None

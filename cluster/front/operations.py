@@ -53,14 +53,14 @@ class Workers:
             yield Route(method, f"/cluster/workers/{{worker}}/{endpoint.__name__}", endpoint)
 
     async def drain(self, request: Request) -> Response:
-        """Drains a worker. Answers when the worker holds no layers. The drain continues if the client disconnects."""
+        """Drains a worker. Replies when the worker holds no layers. The drain continues if the client disconnects."""
         name = request.path_params["worker"]
         async with deadline(f"moving the layers of worker {name} to others", _DRAIN_S):
             await self._pool.drain(name)
         return JsonResponse({"worker": name, "drained": True})
 
     async def undrain(self, request: Request) -> Response:
-        """Undrains a worker and answers at once. The planner may move layers to the worker later."""
+        """Ends the drain of a worker, and replies at once. The planner may move layers to the worker later."""
         name = request.path_params["worker"]
         self._pool.undrain(name)
         return JsonResponse({"worker": name, "drained": False})
@@ -86,7 +86,7 @@ class Operations:
         yield Route("GET", "/cluster/requests/{request}", self.waterfall)
 
     async def health(self, request: Request) -> Response:
-        """Answers 200 if requests are accepted, even if they must wait, else 503. Clients with a key get the reason."""
+        """Replies with status 200 if requests are accepted, even if they must wait, and otherwise with 503."""
         state = self._router.queried(request).engine.state
         if state in (EngineState.READY, EngineState.ASLEEP):
             return JsonResponse({"status": "ok"})
@@ -96,7 +96,7 @@ class Operations:
         raise HttpError(503, f"cluster_{state}", reason, {"Retry-After": "5"})
 
     async def live(self, request: Request) -> Response:
-        """Answers a liveness probe with 200, or with 503 if only a restart of the coordinator helps."""
+        """Replies to a liveness probe with 200, or with 503 if only a restart of the coordinator helps."""
         if self._router.queried(request).engine.state is not EngineState.DOWN:
             return JsonResponse({"status": "ok"})
         raise HttpError(503, "cluster_down", self._reason(request))
@@ -107,7 +107,7 @@ class Operations:
         return str(error or f"the cluster is {engine.state}")
 
     async def metrics(self, request: Request) -> Response:
-        """Returns metrics for Prometheus. Metrics that llama.cpp has too appear under both programs' names."""
+        """Returns metrics for Prometheus. Metrics that llama.cpp also has are repeated under llama.cpp's names."""
         engines = {model.name: model.engine for model in self._read(request)}
         metrics = {name: engine.metrics for name, engine in engines.items()}
         own = render_all(metrics) if len(metrics) > 1 else b"".join(each.render() for each in metrics.values())

@@ -47,7 +47,7 @@ class PlacedError(ValueError):
 
 
 Neutral = Callable[[Any], bool]
-"""Returns True if a value of the field has no effect."""
+"""A predicate that returns True for values of a field that have no effect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class BodyContext:
         self.images = images
 
 
-class Leniency(BodyContext):
+class LenientContext(BodyContext):
     """Validation context that accepts fields that have no effect here, and collects their names in `ignored`."""
 
     def __init__(self, images: ImageRules | None = None) -> None:
@@ -82,7 +82,7 @@ class Leniency(BodyContext):
 
 
 class Body(DocumentedModel):
-    """The strictly typed fields of a request. Unknown fields are an error, except in a `Leniency` context."""
+    """Base class of strictly typed request bodies. Unknown fields are an error, except with a `LenientContext`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
     takes_recommended: ClassVar[bool] = False
@@ -99,13 +99,13 @@ class Body(DocumentedModel):
     @model_validator(mode="before")
     @classmethod
     def _knows_its_fields(cls, fields: Any, info: ValidationInfo) -> Any:
-        """Refuses or ignores unknown fields here, because pydantic would take seconds for a million unknown fields."""
+        """Refuses or ignores unknown fields. Pydantic's own check takes seconds for a million unknown fields."""
         if not isinstance(fields, dict):
             return fields
         known = cls.model_fields
         unknown = [name for name in fields if name not in known]
         for name in unknown:
-            if not isinstance(info.context, Leniency):
+            if not isinstance(info.context, LenientContext):
                 raise _unknown_field(str(name), known)
             info.context.ignore(str(name))
         if unknown:
@@ -120,7 +120,7 @@ def _unknown_field(name: str, known: Iterable[str]) -> PydanticCustomError:
 
 
 def _as_declared(field_info: FieldInfo, value: Any) -> Any:
-    """Reads 5.0 as 5 for a whole number. Reads [] as {} for an object, because PHP writes an empty object as []."""
+    """Converts 5.0 to 5 for integer fields, and [] to {} for object fields, because PHP writes empty objects as []."""
     if type(value) is float and value.is_integer() and field_info.annotation in (int, int | None):
         return int(value)
     return {} if value == [] and _is_object(field_info) else value
@@ -166,14 +166,14 @@ def read_fields(
     foreign, kept = kind.foreign, {name: value for name, value in fields.items() if value is not None}
     for name, is_neutral in {**foreign.refused, **foreign.hints, **idle}.items():
         if name in kept and not is_neutral(kept.pop(name)):
-            if not isinstance(context, Leniency) or name in foreign.refused:
+            if not isinstance(context, LenientContext) or name in foreign.refused:
                 raise ParameterError(name, NOT_SUPPORTED)
             context.ignore(name)
     as_sent = {name: other for other, name in foreign.other_names.items() if other in kept and name not in kept}
     for other, name in foreign.other_names.items():
         if other in kept and kept.setdefault(name, kept[other]) != kept.pop(other):
             raise ParameterError(
-                other, f"is another name of {name}, which has a different value: leave out one of the two fields"
+                other, f"is another name of {name}, and the two values differ: leave out one of the two fields"
             )
     try:
         body = _built(kind).model_validate(kept, context=context)
@@ -234,7 +234,7 @@ def _limit(value: Any) -> Any:
 
 
 def _without_end(value: Any) -> Any:
-    """Returns -1 for a limit above every context length. Some clients write 2147483647 for no limit."""
+    """Replaces a limit that exceeds every context length with -1 (no limit). Some clients send 2147483647."""
     return -1 if is_int(value) and MAX_CONTEXT_TOKENS < value <= _LARGEST_NUMBER else value
 
 

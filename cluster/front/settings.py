@@ -108,11 +108,11 @@ class ModelNames:
     def adapters(
         self, name: str | None, lora: AdapterScales | None = None, default: AdapterScales = ()
     ) -> AdapterScales:
-        """Returns the adapters of a request: the adapter that is named as its model, else `lora`, else `default`.
+        """Returns a request's adapters: the adapter called `name` (the request's model), else `lora`, else `default`.
         Raises HttpError (404) for an unknown model, and ParameterError for an unknown adapter."""
         if (number := self._adapters.number_of(self.shown(name))) is not None:
             if lora is not None:
-                raise ParameterError("lora", f"model already names the adapter {name!r}: remove one of the two fields")
+                raise ParameterError("lora", f"the field model already names adapter {name!r}: remove one of the two")
             scale = self._adapters[number].scale
             return ((number, scale),) if scale else ()
         self.check(name)
@@ -125,9 +125,9 @@ class ModelNames:
         return (name and self.find(name)) or self._served
 
     def check(self, name: str | None) -> None:
-        """Raises HttpError if `name` is an adapter, or is unknown and unknown names are refused."""
+        """Raises HttpError if `name` is an adapter, or if it is unknown and the settings refuse unknown names."""
         if self.shown(name) in self._adapters.names:
-            message = f"model: {name!r} is an adapter; this endpoint uses only {self._served!r} itself"
+            message = f"model: {name!r} is an adapter; this endpoint uses no adapters: request {self._served!r}"
             raise HttpError(400, "unsupported_parameter", message, param="model")
         if name is not None and not self._takes_any and self.find(name) is None:
             raise not_served(name, (self._served, *self._adapters.names))

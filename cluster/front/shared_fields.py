@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, Wit
 
 from llamaclust.cluster.config.values import shown, switched
 from llamaclust.cluster.front.foreign_fields import CHAT
-from llamaclust.cluster.front.schema import Body, Leniency, Prompt, SeedField
+from llamaclust.cluster.front.schema import Body, LenientContext, Prompt, SeedField
 from llamaclust.cluster.front.text.images import PromptImages
 from llamaclust.cluster.front.text.request import (
     MAX_MESSAGE_CHARACTERS,
@@ -39,7 +39,7 @@ from llamaclust.core.sampler.table import MAIN_NUMBERS, SAMPLING_TABLE
 
 @dataclass(frozen=True, slots=True)
 class Requested:
-    """Marks a field to copy to the field `name` of `CompletionRequest`. An empty `name` stands for the same name."""
+    """Marks a field that is copied to the field `name` of `CompletionRequest`. `name` defaults to its own name."""
 
     name: str = ""
 
@@ -108,14 +108,14 @@ class ReasoningFields(Body):
         return None if tokens < 0 else ReasoningBudget(tokens, self.reasoning_budget_message)
 
 
-_FORMS: Final = f'give true, false, a number of drafted tokens from 0 to {MAX_WINDOW}, or {{"n_max": such a number}}'
+_FORMS: Final = f'give true, false, a number of drafted tokens from 0 to {MAX_WINDOW}, or {{"n_max": NUMBER}}'
 
 
 def _most_drafted(value: Any, info: ValidationInfo) -> int | None:
-    """Reads the maximum number of drafted tokens (None: the server decides). llama.cpp's other keys have no effect."""
+    """Reads the maximum number of drafted tokens (None: the server decides). If `value` is a dict, reads `n_max`."""
     if isinstance(value, dict):
         for name in filter("n_max".__ne__, value):
-            if not isinstance(info.context, Leniency):
+            if not isinstance(info.context, LenientContext):
                 raise ValueError(f"{shown(name)} is not a known key; {_FORMS}")
             info.context.ignore(f"speculative.{name}")
         value = value.get("n_max")
@@ -189,7 +189,7 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 
 def documented(low: float, high: float) -> Any:
-    """Makes a field with limits for openapi.json. The scheduler checks the limits."""
+    """Makes a field whose limits appear only in openapi.json. The scheduler checks the limits."""
     return Field(json_schema_extra={"minimum": low, "maximum": high})
 
 
@@ -256,7 +256,7 @@ class SamplerFields(Body):
         params: SamplingParams | None = None,
         **more: Any,
     ) -> CompletionRequest:
-        """Returns the request for one prompt, with the body's fields that are marked as `Requested` and with `more`."""
+        """Returns the completion request of one prompt, with the `Requested` fields and the fields `more`."""
         marks = [(name, mark) for name, info in type(self).model_fields.items() for mark in info.metadata]
         own = {mark.name or name: getattr(self, name) for name, mark in marks if isinstance(mark, Requested)}
         windows = {"penalty_window": self.penalty_window, "dry_window": self.dry_window}

@@ -61,12 +61,12 @@ class GrammarFields(Body):
         first = next(iter(made), "")
         for name, grammar in made.items():
             if grammar != made[first]:
-                raise ParameterError(name, f"cannot be used together with {first}, which requires another form")
+                raise ParameterError(name, f"cannot be used together with {first}: send only one of the two fields")
         return made.get(first)
 
 
 def response_format_grammar(value: dict[str, Any], origin: str) -> Grammar | None:
-    """Returns the grammar of a `response_format`, or None for `text`. Raises ParameterError, which names `origin`."""
+    """Returns the grammar of a `response_format`, or None for `text`. `origin` is the field's name in errors."""
     kind = value.get("type")
     match kind:
         case "text":

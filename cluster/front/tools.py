@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Final
 
-from llamaclust.cluster.front.schema import Leniency
+from llamaclust.cluster.front.schema import LenientContext
 from llamaclust.model.chat.tools.argument_values import arguments_object
 
 _MEDIA: Final = ("image", "audio", "video", "screenshot", "document", "file", "container")
@@ -27,17 +27,17 @@ def is_media(kind: str) -> bool:
 
 
 def media_text(kind: str, context: object) -> str:
-    """Returns the text that replaces a media part. Raises ValueError unless `context` is a `Leniency`."""
+    """Returns the text that replaces a media part. Raises ValueError unless `context` is a `LenientContext`."""
     word = next(word for word in _MEDIA if word in kind)
-    if not isinstance(context, Leniency):
+    if not isinstance(context, LenientContext):
         raise ValueError(f"{word} input is not supported by this server; remove it")
     context.ignore(f"content.{kind}")
     return f"[{word} omitted: this model reads text only]"
 
 
 def leave_out(place: str, kind: str, context: object) -> None:
-    """Reports a tool or an item as ignored. Raises ValueError unless `context` is a `Leniency`."""
-    if not isinstance(context, Leniency):
+    """Reports a tool or an item as ignored. Raises ValueError unless `context` is a `LenientContext`."""
+    if not isinstance(context, LenientContext):
         raise ValueError(f"{kind[:60]!r} is not supported by this server; remove it")
     context.ignore(f"{place}.{kind}")
 
@@ -48,7 +48,7 @@ def tool_text(kind: str, fields: Mapping[str, Any]) -> str:
 
 
 def item_text(item: Mapping[str, Any]) -> str:
-    """Returns an item as JSON of at most 4,000 characters, without `_OF_ITEMS`, encrypted texts and media bytes."""
+    """Returns an item as JSON of at most 4,000 characters, without ids, encrypted texts and media bytes."""
     kept = {name: _readable(value) for name, value in _without_bytes(item) if name not in _OF_ITEMS}
     return _cut({name: value for name, value in kept.items() if value not in (None, [], {})})
 
@@ -105,11 +105,11 @@ class ClientTool:
 
 
 def function_tool(function: Mapping[str, Any], place: str = "", parameters: str = "parameters") -> dict[str, Any]:
-    """Makes OpenAI's definition of a function. Raises ValueError with `place` and the name of the wrong field."""
+    """Makes OpenAI's definition of a function. Raises ValueError, whose message begins with `place`."""
     if not isinstance(function.get("name"), str) or not _NAME.fullmatch(function["name"]):
-        raise ValueError(f"{place}name: must have 1 to 128 letters, digits and characters of _.-/:")
+        raise ValueError(f"{place}name: must have 1 to 128 characters: letters, digits or _.-/:")
     if not isinstance(function.get(parameters) or {}, dict):
-        raise ValueError(f"{place}{parameters}: must be a JSON schema, an object")
+        raise ValueError(f"{place}{parameters}: must be an object with a JSON schema")
     if not isinstance(function.get("description") or "", str):
         raise ValueError(f"{place}description: must be a string")
     made = {"name": function["name"], "description": function.get("description") or ""}
@@ -120,7 +120,7 @@ def function_tool(function: Mapping[str, Any], place: str = "", parameters: str 
 
 
 def with_objects(schema: Any) -> Any:
-    """Returns a JSON schema in which {} replaces each [] that stands for an object. PHP writes {} as []."""
+    """Replaces [] by {} in a JSON schema wherever an object is required, because PHP writes {} as []."""
     if isinstance(schema, list):
         return [with_objects(part) for part in schema]
     if not isinstance(schema, dict):
@@ -162,7 +162,7 @@ def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
 
 
 def text_of_call(arguments: str) -> str:
-    """Returns the text argument of a custom tool's call, or `arguments` if they are not valid."""
+    """Returns the text argument of a custom tool's call, or `arguments` unchanged if they are invalid."""
     given = (arguments_object(arguments) or {}).get(TEXT_ARGUMENT)
     return given if isinstance(given, str) else arguments
 

@@ -38,14 +38,14 @@ class ParsedRequest(Generic[AnyBody]):
     async def chat(
         self, make: Callable[_Arguments, ChatRequest], *given: _Arguments.args, **named: _Arguments.kwargs
     ) -> ChatRequest:
-        """Calls `make`, and adds the creation time, the adapters and the fetched images to the chat."""
+        """Returns the chat from `make`, with the request's creation time, adapters and fetched images."""
         chat = await converted(self.body, make, *given, **named)
         admitted = chat.admitted(self.context.created, self.adapters)
         return await with_images(admitted, self.context)
 
 
 class Endpoint(ABC, Generic[AnyBody]):
-    """An endpoint of an API, for one model. Classes in `ENDPOINTS` (front/app.py) are served on their `paths`."""
+    """An API endpoint for one model. A subclass is served on its `paths` if `ENDPOINTS` in front/app.py lists it."""
 
     paths: ClassVar[tuple[str, ...]]
     body: type[AnyBody]
@@ -53,7 +53,7 @@ class Endpoint(ABC, Generic[AnyBody]):
     """True to accept any model name, even on `/v1/` paths. `api.strict_model` takes precedence."""
     form: ClassVar[StreamFormat] = StreamFormat.EVENTS
     errors: ClassVar[ErrorShape | None] = None
-    """The JSON form of errors on `paths` and all paths below them. None: `usual_shape` selects the form by the path."""
+    """The format of error replies on `paths` and all paths below them. None: `usual_shape` selects it by the path."""
 
     def __init__(self, model: ApiModel, path: str) -> None:
         self.model = model
@@ -97,7 +97,7 @@ class Dialect(Endpoint[AnyBody]):
 
     @abstractmethod
     async def reply(self, parsed: ParsedRequest[AnyBody]) -> Reply:
-        """Describes how to compute and format the reply. If this method raises an error, the client gets that error."""
+        """Describes how to compute and format the reply. Errors from this method are sent to the client."""
 
     async def make(self, data: bytes, context: RequestContext) -> Reply:
         body = await parse_body(data, self.body, self.settings, self.images)

@@ -53,14 +53,14 @@ def _input(value: Any) -> Input:
     if isinstance(value, dict) and value.keys() == {"content"} and isinstance(value["content"], list):
         return ("".join(map(_part, value["content"])),)
     raise ValueError(
-        "must be one prompt (a string, a list of token ids and strings, an object with text parts) or a list of prompts"
+        "must be a prompt (string, list of token ids and strings, or object with text parts) or a list of prompts"
     )
 
 
 def _part(part: Any) -> str:
     is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
     if not is_text or len(part) > 2:
-        raise ValueError("a part of 'content' must be an object of type 'text' with the field 'text' and no others")
+        raise ValueError("a part of 'content' must have type 'text', a string 'text' and no other fields")
     return str(part["text"])
 
 
@@ -156,7 +156,7 @@ def _texts(value: Any) -> tuple[str, ...]:
 def _text(item: Any) -> str:
     text = item.get("text") if isinstance(item, dict) else item
     if not isinstance(text, str):
-        raise ValueError("each must be a string, or an object with the field 'text'")
+        raise ValueError("each item must be a string, or an object with the field 'text'")
     return text
 
 
@@ -186,7 +186,7 @@ class RerankBody(Body, foreign=RERANK):
     def given(self) -> tuple[str, ...]:
         lists = [texts for texts in (self.documents, self.texts) if texts is not None]
         if len(lists) != 1:
-            raise ParameterError("documents", "give one of documents and texts")
+            raise ParameterError("documents", "give either documents or texts")
         return lists[0]
 
 

@@ -105,7 +105,7 @@ class ServerCertificate:
         return self._loaded.fingerprint
 
     def publish(self, path: Path) -> None:
-        """Writes the certificate to `path` now and after each change. Raises LlamaclustError if it cannot write."""
+        """Writes the certificate to `path` now and after each change. Raises LlamaclustError if writing fails."""
         self._published = path
         self._publish()
 

@@ -84,7 +84,7 @@ class HttpConnection(h11.Connection):
         self._body_bytes += len(data.data)
         if self._chunks > _FEW_CHUNKS and self._body_bytes < _LEAST_CHUNK_BYTES * self._chunks:
             raise h11.RemoteProtocolError(
-                f"the body has {self._chunks} chunks of {self._body_bytes} bytes in all; send larger chunks"
+                f"the body has {self._chunks} chunks with only {self._body_bytes} bytes; send larger chunks"
             )
 
     # Implements only the last overload of the base method.
@@ -120,7 +120,7 @@ class _Phase(Enum):
 
 
 class TlsProtocol(asyncio.Protocol):
-    """Wraps the protocol `carried` in TLS. Connects it before the handshake, unlike asyncio's own TLS."""
+    """Wraps another protocol in TLS. Unlike asyncio's TLS, it calls `connection_made` before the handshake."""
 
     def __init__(self, carried: asyncio.Protocol, context: ssl.SSLContext) -> None:
         self.context = context
@@ -159,7 +159,7 @@ class TlsProtocol(asyncio.Protocol):
             self._fail(error)
 
     def _read(self) -> None:
-        """Passes decrypted data to the carried protocol. Raises ssl.SSLWantReadError when there is no more data."""
+        """Passes decrypted data to the wrapped protocol. Raises ssl.SSLWantReadError when there is no more data."""
         while self._phase is _Phase.OPEN and not self._transport.is_closing():
             try:
                 data = self._tls.read(_READ_BYTES)
@@ -201,7 +201,7 @@ class TlsProtocol(asyncio.Protocol):
 
 
 class _TlsTransport:
-    """The transport of the carried protocol. `write` and `close` go through TLS, other calls to the real transport."""
+    """The transport that the wrapped protocol gets. `write` and `close` go through TLS, other calls to `transport`."""
 
     def __init__(self, tls: TlsProtocol, transport: asyncio.Transport) -> None:
         self._tls = tls

@@ -26,7 +26,7 @@ from llamaclust.core.addresses import bounded_host, is_address, is_loopback
 from llamaclust.core.sharing.shares import Shares, fits
 
 OPEN_PATHS = frozenset({"/health", "/live"})
-"""Paths that need no API key. If no valid key was sent, their replies show no errors."""
+"""Paths that need no API key. Their replies contain no error details if the request has no valid key."""
 
 LOCALHOST = "localhost"
 
@@ -63,7 +63,7 @@ def owner(headers: Mapping[str, str], api_keys: Sequence[str]) -> str:
 
 
 def require_first_key(headers: Mapping[str, str], settings: ApiSettings, action: str) -> None:
-    """Raises HttpError (403) if API keys are configured and the request lacks the first one. `action` is a verb."""
+    """Raises HttpError (403) if API keys are set and the request lacks the first key. The message contains `action`."""
     keys = settings.api_keys
     if keys and not hmac.compare_digest(_digest(sent_key(headers)), _digest(keys[0])):
         raise HttpError(403, "first_key_required", f"only the first key of api_keys_file may {action}")
@@ -76,7 +76,7 @@ def page_origins(settings: ApiSettings) -> re.Pattern[str]:
 
 
 class KeyGate:
-    """Refuses requests without a valid API key, except for `OPEN_PATHS` and the web page. Sets `current_owner`."""
+    """Middleware that refuses requests without a valid API key, except requests for `OPEN_PATHS` and the web page."""
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
@@ -177,7 +177,7 @@ class _Open:
 
 
 class Admission:
-    """All open requests of an HTTP app. Not thread-safe: use it on one event loop."""
+    """Tracks the open requests of an HTTP app, and limits their number and size. Not thread-safe."""
 
     def __init__(self, settings: ApiSettings) -> None:
         self.is_stopping = False
@@ -235,7 +235,7 @@ class Admission:
         if request not in self._open:
             return
         if not self._body_bytes.fits(request.owner, size):
-            raise _busy(f"the server is busy with {self._body_bytes.held[request.owner] + size} bytes of requests")
+            raise _busy(f"the server is busy with open requests of {self._body_bytes.held[request.owner] + size} bytes")
         request.body_bytes += size
         self._body_bytes.take(request.owner, size)
 
@@ -251,7 +251,7 @@ class Admission:
 
 
 class AdmissionGate:
-    """Admits POST requests and requests with a body. Sends status 503 if `Admission` refuses or cancels a request."""
+    """Middleware that applies `Admission` to POST requests and other requests with a body."""
 
     def __init__(self, app: ASGIApp, admission: Admission) -> None:
         self._app = app
@@ -272,7 +272,7 @@ class AdmissionGate:
                 await error_response(refused, scope)(scope, receive, send)
 
     async def _answer(self, request: _Open, scope: Scope, receive: Receive, send: Send) -> HttpError | None:
-        """Runs the app. If `Admission` cancels the request before its reply begins, returns the error to send."""
+        """Runs the app. Returns the error to send if `Admission` cancelled the request before the reply began."""
 
         async def counted() -> Message:
             message = await receive()

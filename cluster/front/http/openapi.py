@@ -42,7 +42,7 @@ _EVENT: Final = {
     "required": ["data"],
     "properties": {"data": {"type": "string"}, "event": {"type": "string"}, "id": {"type": "string"}},
 }
-"""Schema of one event. It stands for the schema of a whole stream, because OpenAPI 3.1 has no field for events."""
+"""Schema of one event. It describes a whole stream, because OpenAPI 3.1 has no schema for a series of events."""
 _SCHEMAS: Final[dict[str, Any]] = {JSON: {}, EVENTS: _EVENT}
 _STYLE: Final = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
@@ -66,7 +66,7 @@ class Document:
 
 @cache
 def _request_body(body: type[BaseModel]) -> dict[str, Any]:
-    """Describes a request body. Each optional field may be null, which means the same as leaving out the field."""
+    """Returns the OpenAPI description of a request body. Null is allowed for each optional field and means no value."""
     schema = _inlined(body.model_json_schema())
     required, fields = schema.get("required", ()), schema.get("properties", {})
     if fields:

@@ -39,7 +39,7 @@ class JsonResponse(Response):
 
 
 def unsupported(what: str, status: int = 501) -> Callable[[Request], Awaitable[Response]]:
-    """Makes an endpoint that refuses all requests. `what` is the reason."""
+    """Makes an endpoint that refuses all requests with the reason `what`."""
 
     async def refuse(request: Request) -> Response:
         raise HttpError(status, "not_supported", f"{given_path(request.scope)}: {what}")
@@ -100,7 +100,7 @@ def has_body(scope: Scope) -> bool:
 
 
 class EarlyReplies:
-    """Sends a reply before the request's body has arrived, but ends the reply only afterwards."""
+    """Middleware that delays the end of a reply until the request's body has arrived, for at most 0.9 s."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -164,8 +164,8 @@ class Route(PathRoute):
         types: Sequence[str] | None = None,
         status: int = 200,
     ) -> None:
-        """`body` is the class of the request body. `computes` is true if the model must be loaded. `types` are the
-        reply's media types, by default JSON, and also `form` if the body has a field `stream`."""
+        """`computes` is true if requests need a loaded model. `types` are the media types of replies, by
+        default JSON. If `body` has a field `stream`, the default also has `form`, the media type of streams."""
         super().__init__(path, endpoint, methods=[method])
         self.method = method
         self.body = body

@@ -39,10 +39,10 @@ _NO_HTTP = {431: "head_too_large", 501: "not_supported"}
 
 
 def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: int | None = None) -> uvicorn.Config:
-    """Returns a configuration that allows at most `places` connections."""
+    """Returns uvicorn's configuration. `places` is the maximum number of connections (None: as in `settings`)."""
 
     class Connection(_Connection):
-        room = _Room(settings, settings.max_connections if places is None else places)
+        room = _ConnectionLimit(settings, settings.max_connections if places is None else places)
 
     def connect(**given: Any) -> asyncio.Protocol:
         return port.carrying(Connection(**given))
@@ -60,12 +60,12 @@ def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: in
         server_header=False,
         proxy_headers=False,  # Any program on this machine could claim another client's address.
         timeout_graceful_shutdown=_GRACE_S,
-        # `_Room` closes idle connections earlier, but later than clients and proxies (nginx: 60 s) do.
+        # `_ConnectionLimit` closes idle connections earlier, but later than clients and proxies (nginx: 60 s) do.
         timeout_keep_alive=2 * math.ceil(max(settings.head_s, settings.idle_s)),
     )
 
 
-class _Room:
+class _ConnectionLimit:
     """Limits the number of connections of a server. At the limit, the connection that was idle longest is closed."""
 
     def __init__(self, settings: ApiSettings, most: int) -> None:
@@ -100,7 +100,7 @@ class _Room:
 class _Connection(H11Protocol):
     """A connection to a client. The head of a request must arrive within `head_s`."""
 
-    room: ClassVar[_Room]
+    room: ClassVar[_ConnectionLimit]
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
@@ -188,7 +188,7 @@ def _no_http(error: BaseException | None) -> Failure:
 
 
 class _Body:
-    """Writes the body of a reply. All pieces of one event loop turn share a system call."""
+    """Writes a reply's body. One system call sends all pieces that are written in one turn of the event loop."""
 
     def __init__(self, connection: _Connection, cycle: RequestResponseCycle) -> None:
         # None once the reply has ended.
@@ -230,7 +230,7 @@ class StartingReplies:
     """Replies to requests while the cluster starts. The API later uses the same listening sockets."""
 
     def __init__(self, port: ApiPort, settings: ApiSettings, report: Report, *, is_live: bool = False) -> None:
-        """`is_live` is true if `/live` must be answered with status 200."""
+        """`is_live` makes `/live` reply with status 200 instead of 503."""
         self._settings = settings
         self._is_live = is_live
         self._report = report

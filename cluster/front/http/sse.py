@@ -46,7 +46,7 @@ class StreamFormat(Enum):
         return b"%bdata: %b\n\n" % ((f"{head}event: {name}\n" if name else head).encode(), data)
 
     def error(self, scope: Scope, error: LlamaclustError, fields: Mapping[str, Any]) -> bytes:
-        """Returns the last part of a failed stream, which is the error in the format of the API, plus `fields`."""
+        """Renders an error, with additional fields, as the last part of a stream."""
         shape, failure = shape_of(scope), failure_of(error)
         kind = {"type": shape.event_name} if shape.event_name else {}
         return self.part(to_json({**kind, **shape.body(failure), **fields}), shape.event_name)
@@ -91,7 +91,7 @@ class EventResponse(PartsResponse):
         form: StreamFormat,
         error_fields: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """`error_fields` are added to an error that ends the stream. They may be changed while the stream runs."""
+        """`error_fields` are added to an error that ends the stream. The caller may change them during the stream."""
         self.media_type = form.value
         super().__init__(parts, close, _HEADERS)
         self._form = form
@@ -119,7 +119,7 @@ class EventResponse(PartsResponse):
 
 
 class JsonParts(PartsResponse):
-    """A JSON body in parts. An error in the first two parts can still set the status."""
+    """A JSON body that is sent in parts. An error before the third part can still set the HTTP status."""
 
     media_type = "application/json"
 
@@ -142,7 +142,7 @@ def rendered(value: Any) -> JsonParts:
 
 
 async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Value:
-    """Awaits `work`. Raises ClientDisconnect if the client disconnects. The request's body must have been read."""
+    """Returns the result of `work`, or raises ClientDisconnect. The caller must have read the request's body."""
     results: list[_Value] = []
 
     async def do_it() -> None:
@@ -155,7 +155,7 @@ async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Val
 
 
 async def first_of(*works: Awaitable[None]) -> None:
-    """Waits until one of `works` is done, and cancels the others. Raises the error of the one that was done, if any."""
+    """Runs `works` until the first one ends, and cancels the others. If the first one failed, raises its error."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

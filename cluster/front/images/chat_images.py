@@ -15,7 +15,7 @@ MAX_JOURNALLED_BYTES: Final = 16 << 20
 
 
 async def with_images(chat: ChatRequest, context: RequestContext | None = None) -> ChatRequest:
-    """Fetches the images at the URLs of a chat. Raises ParameterError or DeadlineError. `context` keeps the images."""
+    """Returns the chat with fetched images, which `context` also stores. Raises ParameterError or DeadlineError."""
     urls = image_urls(chat.messages)
     if not urls:
         return chat
@@ -41,7 +41,7 @@ def _inline_bytes(url: str) -> int:
 
 
 def journalled(context: RequestContext, body: bytes) -> RequestContext:
-    """Returns the request's journal record. The record has no body if the request's images are too large."""
+    """Returns a copy of the context for the journal. The copy has no body if the images are too large."""
     if context.image_bytes <= MAX_JOURNALLED_BYTES:
         return replace(context, body=body)
     return replace(context, body=b"", earlier=(), images={}, idempotency_key="")

@@ -24,7 +24,7 @@ _MAX_S: Final = 20.0
 """Maximum seconds for fetching all images of a request."""
 _LOOKUP_S: Final = 10.0
 _LOOKUPS: Final = BoundedSemaphore(32)
-"""Name lookups that may run. A name server that does not answer keeps a lookup running even after the deadline."""
+"""Limits concurrent lookups of host names. A lookup may continue after its deadline if the name server is silent."""
 _ONE_USE: Final = httpx.Limits(max_keepalive_connections=0)
 """Connections are not reused. Hosts may share an address, and a certificate is checked only when a connection opens."""
 _INTERNET: Final = IPv6Network("2000::/3")
@@ -93,10 +93,10 @@ async def _read(reply: httpx.Response, most_bytes: int) -> bytes:
 
 
 async def _public_address(url: ImageUrl) -> str:
-    """Returns the first address of a host. Raises ValueError for an unknown or private host, and DeadlineError."""
-    what = f"the addresses of {url.host} from its name server"
+    """Looks up the address of a host. Raises DeadlineError, or ValueError if the host is unknown or not public."""
+    what = f"looking up the host {url.host}"
     if not _LOOKUPS.acquire(blocking=False):
-        raise DeadlineError(f"{what}: earlier lookups have no answer yet; send images as data URLs")
+        raise DeadlineError(f"{what}: too many earlier lookups still wait for name servers; send images as data URLs")
     try:
         async with deadline(what, _LOOKUP_S):
             addresses = await asyncio.wrap_future(in_background(partial(_look_up, url)))

@@ -52,7 +52,7 @@ def placed(place: str, read: Callable[_Arguments, Part], *given: _Arguments.args
 
 
 def base64_part(kind: str, data: object, context: object) -> Part:
-    """Reads an image from base64. Its format is detected from its bytes. Otherwise works like `url_part`."""
+    """Reads an image from base64, and detects its format from its bytes. Raises ValueError if the data is invalid."""
     if not takes_images(context):
         return media_text(kind, context)
     if not isinstance(data, str):

@@ -31,7 +31,7 @@ from llamaclust.core.errors import LlamaclustError, RequestCancelledError, Reque
 from llamaclust.wire.rpc.task_set import TaskSet
 
 _MOST_RESTORES = 10
-"""Maximum number of restarts of a request without a new token."""
+"""Maximum number of times that a request is restored without a new token."""
 _ALONE_S = 10.0
 """Maximum number of seconds for which a restored request delays the next one."""
 
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 class Replies:
-    """All replies of an HTTP app. Not thread-safe: use it on one event loop. `aclose` ends all kept replies."""
+    """Computes, keeps and restores the replies of an HTTP app. Not thread-safe. `aclose` ends all kept replies."""
 
     def __init__(self, settings: ApiSettings, journal: Journal | None = None) -> None:
         self.settings = settings
@@ -84,13 +84,13 @@ class Replies:
         return await self._begun(request, kept, Position())
 
     async def _begin(self, request: Request, kept: KeptReply, reply: Reply, body: bytes) -> None:
-        """Starts computing a reply. Waits until it is prepared and a journalled request is on disk. The wait for a
-        stream has a limit, because clients give up if nothing arrives while images are encoded."""
+        """Starts computing a reply, and waits until it is prepared. The wait has a limit if the reply is streamed."""
         is_journalled = kept.is_kept or (kept.context.is_streamed and self._form(kept).has_ids)
         admitted = body if is_journalled and self.cache.journal is not None else None
         is_streamed = kept.context.is_streamed
         try:
             beginning = kept.start(reply, admitted)
+            # Clients of streams give up if nothing arrives while images are encoded.
             await unless_disconnected(
                 request, asyncio.wait([beginning], timeout=self.settings.prepare_s if is_streamed else None)
             )
@@ -147,14 +147,13 @@ class Replies:
     # -- handlers for kept replies -------------------------------------------------------------------------------------
 
     async def resume(self, request: Request) -> Response:
-        """Sends a reply to `GET /v1/streams/ID`. A stream begins after the event that `Last-Event-ID` or `?after=`
-        names. A reply that is not streamed is sent whole."""
+        """Sends a kept reply again. A stream resumes after the event that `Last-Event-ID` or `?after=` names."""
         kept = self._find(request)
         return await self.respond(request, kept, _given(request, kept.context))
 
     async def replay(self, request: Request) -> Response:
-        """Sends a reply to llama.cpp's `GET /v1/stream/ID?from=N` or `/v1/stream?conv_id=ID&from=N`. A stream begins at
-        byte N. N must be 0 if the reply is not streamed, or if its stream has measurements and was computed again."""
+        """Sends a kept reply again for llama.cpp's `GET /v1/stream/ID?from=N` or `/v1/stream?conv_id=ID&from=N`, where
+        N is the number of bytes of the stream to skip. Replies that are not streamed allow only 0."""
         kept = self._find(request)
         start = request.query_params.get("from", "0")
         if not (start.isascii() and start.isdigit() and len(start) < 16):
@@ -172,7 +171,7 @@ class Replies:
         return self._stream(kept, framing)
 
     async def stop(self, request: Request) -> Response:
-        """Ends a reply (`DELETE /v1/streams/ID` or `/v1/stream/ID`). Answers 204 even if there is no such reply."""
+        """Ends a reply. The status is 204 even if there is no such reply."""
         with suppress(HttpError):
             await self.cache.forget(self._find(request))
         return Response(status_code=204)
@@ -194,7 +193,7 @@ class Replies:
     # -- after a restart of the coordinator ----------------------------------------------------------------------------
 
     async def restore(self, requests: Sequence[RequestContext]) -> None:
-        """Restores the requests of an earlier coordinator, in order."""
+        """Restores the journal's requests after a restart of the coordinator, first those with unsent replies."""
         assert self.cache.journal is not None
         await self.cache.journal.restore(requests)
         begun: list[KeptReply] = []
@@ -207,7 +206,7 @@ class Replies:
                 self.cache.remove(kept)
                 continue
             if request.restores >= _MOST_RESTORES:
-                what = f"the coordinator ended {request.restores} times while it computed this request, finally alone"
+                what = f"the coordinator ended {request.restores} times during this request, which at last ran alone"
                 _log.warning("request %s: %s", request.id, what)
                 kept.fail(RequestFailedError(what))
             elif request.is_sent:
@@ -240,7 +239,6 @@ class Replies:
                     await kept.progressed.wait()
 
     async def _attempt(self, beginning: Coroutine[Any, Any, None]) -> None:
-        """Starts `beginning`, and waits at most `_ALONE_S` seconds until it is done."""
         await asyncio.wait([self._tasks.start(beginning)], timeout=_ALONE_S)
 
     async def _begin_alone(self, kept: KeptReply) -> None:
@@ -252,7 +250,7 @@ class Replies:
         await self.cache.journal.begin_restored(times)
 
     async def _begin_again(self, kept: KeptReply) -> None:
-        """Begins a restored request. Must run in a task of its own, because it sets the owner and trace of the task."""
+        """Begins a restored request. Must run in a task of its own, because it sets the task's context variables."""
         context = kept.context
         current_owner.set(context.client)
         current_trace.set(TraceContext.parse([context.traceparent], [context.tracestate]))
@@ -278,7 +276,7 @@ class Replies:
 
 
 def _given(request: Request, context: RequestContext) -> Position:
-    """Returns the position at which the client's stream broke off. Raises HttpError if the last event id is invalid."""
+    """Returns the position at which a client resumes a stream. Raises HttpError if its last event id is invalid."""
     param = "after" if "after" in request.query_params else "Last-Event-ID"
     last = request.query_params.get("after", request.headers.get("last-event-id", ""))
     if not last:

@@ -1,4 +1,4 @@
-"""A reply with its log. The log grows while the reply is computed, and a reader can begin at any entry of the log."""
+"""A reply and the log of its answers. Clients can read the log while the reply is computed or later."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 
 class KeptReply:
-    """A reply and its log. If `is_kept` is false, the log drops entries that were read."""
+    """A reply that is computed into a log. If `is_kept` is false, the log drops entries that were read."""
 
     def __init__(self, context: RequestContext, owner: ReplyCache, *, is_kept: bool = True) -> None:
         self.context = context
@@ -101,7 +101,7 @@ class KeptReply:
             begin()
 
     def start(self, reply: Reply, admitted: bytes | None) -> asyncio.Task[None]:
-        """Starts a task that submits the request, and then waits until `admitted`, the body to journal, is on disk."""
+        """Starts and returns a task that submits the request and waits until the journal has its body, `admitted`."""
         self._beginning = asyncio.create_task(self._begin_on_disk(reply, admitted))
         return self._beginning
 
@@ -114,8 +114,8 @@ class KeptReply:
     async def begin(
         self, reply: Reply, *, admitted: bytes | None = None, until_s: float | None = None
     ) -> asyncio.Future[None] | None:
-        """Submits the request. If `until_s` (event loop time) is given, tries again until then while the cluster is
-        busy. The returned future is done when `admitted`, the body to journal, is on disk."""
+        """Submits the request. While the cluster is busy, retries until the event loop time `until_s`, if it is given.
+        The returned future is done when `admitted`, the request's body, is in the journal."""
         try:
             await self._submit(reply, until_s, is_recorded=admitted is not None or self.context.is_restored)
             # No `await` may separate this call from the submission.
@@ -249,7 +249,7 @@ class KeptReply:
         self._timer = asyncio.get_running_loop().call_later(kept_s, self._owner.expired, self)
 
     def _grow(self, prompt: int, chunk: TextChunk) -> None:
-        """Counts the bytes of a chunk. Raises HttpError if the reply is too large, or the error that ended the log."""
+        """Counts the bytes of a new chunk. Raises HttpError if the reply becomes too large."""
         packed = self.log.content.storage is RowStorage.PACKED
         rows = len(chunk.rows) + len(chunk.prompt_rows)
         data_bytes = len(chunk.text) + _TOP_BYTES * (chunk.entries - rows)
@@ -279,7 +279,7 @@ class KeptReply:
             self._expire_later()
 
     async def stream(self, framing: Framing) -> AsyncGenerator[bytes, None]:
-        """Yields the part of the stream that the client has not received. Raises the error that ended the log."""
+        """Yields the part of the stream that the client has not received. Raises the error that ended the reply."""
         view: View | None = None
         sizes, cost = _Sizes(self._request_entries), 0
         with self.reading() as reader:
@@ -333,7 +333,7 @@ class KeptReply:
         return self._request_entries() + sum(chunk.entries for chunks in parts for chunk in chunks)
 
     def _request_entries(self) -> int:
-        """Counts what a reply may show of its request: the prompt's tokens and the values in `Reply.repeated`."""
+        """Counts the prompt's tokens and the values in `Reply.repeated`. The reply may contain both."""
         return _prompt_tokens(self.log) + self._repeated_entries
 
     def _new_view(self) -> View:
@@ -342,7 +342,7 @@ class KeptReply:
 
 
 class _Sizes:
-    """Computes an upper bound on the number of tokens and logprobs to render for the next log entry."""
+    """Upper bounds on the number of tokens and logprobs to render for each log entry."""
 
     def __init__(self, request_entries: Callable[[], int]) -> None:
         self._request_entries = request_entries

@@ -18,7 +18,7 @@ _RECORDED_S = 1.0
 
 
 class Recording:
-    """Journals the tokens of a request, several tokens per record."""
+    """Writes the tokens of one request to the journal."""
 
     def __init__(self, journal: Journal, context: RequestContext, progressed: asyncio.Event) -> None:
         """`progressed` is set when a restored request gets a token that no earlier coordinator recorded."""
@@ -33,7 +33,7 @@ class Recording:
         self._oldest_s = 0.0  # Arrival time of the oldest token in `_rows`.
 
     def follow(self, log: AnswerLog) -> None:
-        """Records the tokens that are added to a log."""
+        """Records all tokens that are added to the log from now on."""
         needs_more = any(
             each.top_logprobs or each.score_from is not None or each.params.needs_state for each in log.generations
         )
@@ -44,7 +44,7 @@ class Recording:
             log.subscribe(self.progress)
 
     def add(self, prompt: int, chunk: TextChunk) -> None:
-        """Records the next tokens of a choice. The caller must also pass the tokens that were recorded earlier."""
+        """Records the next tokens of a choice. The caller must also pass tokens recorded earlier, which are skipped."""
         choice, new = (prompt, chunk.index), chunk.rows
         came = self._came[choice]
         self._came[choice] = came + len(new)

@@ -51,8 +51,8 @@ def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> Reque
 
 
 def identified(request: CompletionRequest, context: RequestContext, prompt: int) -> CompletionRequest:
-    """Returns the completion request of one prompt, with an id, a seed and the tokens recorded so far. Raises
-    WorkerError if the grammar of tool calls is not ready."""
+    """Returns the request with an id, a seed and the tokens recorded before a restart. Raises WorkerError if the
+    request had a grammar before the restart and has none now."""
     named = replace(
         request,
         request_id=context.id if prompt == 0 else f"{context.id}-p{prompt}",
@@ -97,7 +97,7 @@ class View(ABC):
 
     @abstractmethod
     def frames(self, prompt: int, item: LogItem) -> Iterable[Event]:
-        """Yields the events that a log entry adds. The caller renders each event before it takes the next one."""
+        """Returns the stream events of a log entry. The caller renders each event before it takes the next one."""
 
     @property
     def error_fields(self) -> Mapping[str, Any]:
@@ -129,7 +129,7 @@ class Reply:
     has_measurements: bool = False
     """True if the stream contains times or numbers of cached tokens, which differ if it is computed again."""
     acknowledgement: Mapping[str, Any] | None = None
-    """JSON value for a client that does not wait for its background reply. None if the client waits."""
+    """The JSON value that a client gets at once instead of the reply. None if the client waits for the reply."""
     repeated: Any = None  # Values of the request that the reply shows or stores. Large values are rendered on a thread.
     # True if rendering the reply stores it. The reply is then rendered even if no client reads it.
     is_stored: bool = False
@@ -145,7 +145,7 @@ class Reply:
         return RowStorage.STREAMED if self.is_streamed else RowStorage.PACKED
 
     def content(self, *, is_kept: bool) -> LogContent:
-        """Returns which parts of an answer the reply's log keeps."""
+        """Returns the settings of the reply's log: the storage of tokens, timings, and progress."""
         if not self.is_streamed:
             return LogContent(self._storage)
         return LogContent(RowStorage.CHUNKS if is_kept else RowStorage.STREAMED, self.timed, self.with_progress)
@@ -163,7 +163,7 @@ MakeReply = Callable[[bytes, RequestContext], Awaitable[Reply]]
 
 
 Position = Counter[int]
-"""Numbers of events that a client has received, by `Event.slot`. Event ids contain `3`, or `3-5-0` for three slots."""
+"""The number of events that a client has received, by `Event.slot`. Event ids contain it as `3` or `3-5-0`."""
 
 
 def read_position(text: str, param: str) -> Position:

@@ -50,7 +50,7 @@ class ReplyCache:
         self._ending = TaskSet()
 
     def add(self, kept: KeptReply, body: bytes, earlier_bytes: int = 0) -> None:
-        """Adds a reply. Raises HttpError (503) if there is no room. `earlier_bytes` is the size of the stored chat."""
+        """Adds a reply. Raises HttpError (503) if there is no room. `context.earlier` takes `earlier_bytes`."""
         context, client = kept.context, kept.context.client
         body_bytes = len(body) + earlier_bytes + sum(map(len, context.images.values()))
         self._make_room(client, body_bytes)
@@ -104,7 +104,7 @@ class ReplyCache:
         self._ending.start(self.forget(kept))
 
     def grew(self, kept: KeptReply, more_bytes: int) -> None:
-        """Counts more bytes of a reply. Above the memory limits, evicts unread replies or lets running replies fail."""
+        """Counts more bytes of a reply. Above the memory limits, evicts unread replies or fails running replies."""
         if (entry := self._entries.get(kept.context.id)) is None:
             return
         self._held_bytes.take(entry.client, more_bytes)
@@ -115,7 +115,6 @@ class ReplyCache:
                 pass
 
     def _too_large(self, client: str) -> list[_Entry]:
-        """Returns the client's replies if they are too large, else all replies if all are too large, else none."""
         held, most = self._held_bytes.held, self._held_bytes.room
         if held[client] > most:
             clients: Collection[str] = (client,)
@@ -126,7 +125,7 @@ class ReplyCache:
         return [entry for entry in self._of(clients) if entry.held_bytes]
 
     def _evict(self, entries: Iterable[_Entry], held: Mapping[str, int]) -> bool:
-        """Removes an evictable reply of the client that holds most. Returns False if no reply is evictable."""
+        """Removes an evictable reply of the client with the largest count in `held`. Returns False if there is none."""
         evictable = (entry for entry in entries if entry.kept.is_evictable)
         entry = max(evictable, key=lambda entry: held[entry.client], default=None)
         if entry is not None:

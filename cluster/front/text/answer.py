@@ -16,7 +16,7 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 
 class PackedRows(Sequence[RowResult]):
-    """Result rows in packed arrays, which take little memory. Each read makes a new RowResult."""
+    """A sequence of RowResult in packed arrays, which take little memory. Each access makes a new RowResult."""
 
     __slots__ = ("_ends", "_logprobs", "_tokens", "_tops")
 

@@ -23,7 +23,7 @@ MAX_UNREAD_ROWS = 4096
 LogItem = TextChunk | PromptProgress
 Entry = tuple[int, LogItem]
 Subscriber = Callable[[int, TextChunk], None]
-"""Receives the index of a prompt and a chunk that is appended for it. An error that it raises ends the log."""
+"""A callback for appended chunks, with the prompt's index and the chunk. An error that it raises ends the log."""
 
 
 class Timed(Enum):
@@ -47,7 +47,7 @@ class _PromptEnd:
 
 
 class AnswerLog:
-    """A log of answers in the order of the prompts, even if a later prompt is computed first."""
+    """A log of the answers to several prompts. It is in the order of the prompts, even if a later prompt ends first."""
 
     def __init__(self, *subscribers: Subscriber, is_held: bool = False) -> None:
         """Makes a log. If `is_held` is true, readers get nothing until `release` is called."""
@@ -75,7 +75,7 @@ class AnswerLog:
         return self.ended_s is not None
 
     def begin(self, generations: Sequence[GenerationRequest], content: LogContent) -> None:
-        """Begins the answers to these prompts, and drops the answers of an earlier attempt."""
+        """Starts the log of these prompts. Drops all entries of an earlier attempt."""
         self.clear()
         self.generations = [replace(each, images=()) if each.images else each for each in generations]
         self.content = content
@@ -90,7 +90,7 @@ class AnswerLog:
         self._subscribers.append(subscriber)
 
     def append(self, prompt: int, item: LogItem) -> None:
-        """Appends an item. Raises DeadlineError if too many rows are unread, and the errors of subscribers."""
+        """Appends an item and calls the subscribers. Raises their errors, and DeadlineError if readers are too slow."""
         if self.ended_s is not None:
             return
         if isinstance(item, TextChunk):
@@ -149,7 +149,7 @@ class AnswerLog:
         await self._over.wait()
 
     async def first(self, timeout_s: float) -> None:
-        """Waits up to `timeout_s` for the first chunk. Raises the error that ended a log without chunks."""
+        """Waits up to `timeout_s` for the first chunk. If the log ends without a chunk, raises the log's error."""
         with LogReader(self) as reader:
             end_s = asyncio.get_running_loop().time() + timeout_s
             while not self.is_over and not any(isinstance(item, TextChunk) for _, item in self._entries):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Final
 
-from llamaclust.cluster.front.text.request import AnswerReading, ChatRequest, ToolMode
+from llamaclust.cluster.front.text.request import AnswerParsing, ChatRequest, ToolMode
 from llamaclust.cluster.front.text.sharing import TOKENIZING, current_owner, report_ignored, run_on
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampler.matchers import Grammar
@@ -22,13 +22,13 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _ORIGIN: Final = "tools"
 _MOST_CHECKS: Final = 64
-"""Maximum number of checks to find the tools whose schemas cannot be enforced. Tools left over are not constrained."""
+"""Maximum number of checks to find tools with unsupported schemas. Tools that were not checked are not constrained."""
 
 _log = logging.getLogger(__name__)
 
 
 async def answer_grammar(
-    chat: ChatRequest, reading: AnswerReading | None, tokenizer: Tokenizer, checker: GrammarChecker
+    chat: ChatRequest, reading: AnswerParsing | None, tokenizer: Tokenizer, checker: GrammarChecker
 ) -> Grammar | None:
     """Returns the grammar of a chat's answer. Raises ParameterError if required calls or the answer's format cannot be
     enforced, and DeadlineError if a check takes too long."""
@@ -55,7 +55,7 @@ def _normal(tools: Tools) -> dict[str, NormalSchema]:
 
 
 def _unobeyed(schemas: Mapping[str, NormalSchema], free: Iterable[str]) -> list[str]:
-    """Returns the places of schemas, such as `tools.NAME.PLACE`, that are not enforced."""
+    """Returns the parts of tool schemas that are not enforced, as paths such as `tools.NAME.PLACE`."""
     free = frozenset(free)
     names = []
     for name, normal in schemas.items():
@@ -68,7 +68,7 @@ class _Calls:
     def __init__(
         self,
         chat: ChatRequest,
-        reading: AnswerReading,
+        reading: AnswerParsing,
         other: Grammar | None,
         tokenizer: Tokenizer,
         checker: GrammarChecker,
@@ -120,7 +120,7 @@ class _Calls:
             raise
 
     def _grammar(self, tools: Tools) -> Grammar | None:
-        """Returns the grammar, or None if no marker shows where a call begins. Raises ParameterError."""
+        """Returns the grammar of tool calls, or None if the model's calls begin without a marker."""
         if self._use.mode is ToolMode.REQUIRED:
             start = CallStart.THOUGHT if self._reading.is_thinking else CallStart.ANSWER
         else:
@@ -136,7 +136,7 @@ class _Calls:
 
 
 def _largest_half(tools: Mapping[str, Schema]) -> set[str]:
-    """Returns the names of the half of the tools that has the longest schemas."""
+    """Returns the names of one half of the tools, the half with the longest schemas."""
     names = sorted(tools, key=lambda name: -len(str(tools[name])))
     return {*names[: -(-len(names) // 2)]}
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from llamaclust.cluster.front.text.images import ImageMarkers, ImageSource, Part, PromptImages, source_of, text_part
 from llamaclust.cluster.front.text.request import (
-    AnswerReading,
+    AnswerParsing,
     ChatRequest,
     CompletionRequest,
     PromptEnd,
@@ -63,7 +63,7 @@ class ChatFormat:
         self._takes_parts = False
 
     async def get(self) -> ToolFormat:
-        """Returns the format of answers. Raises DeadlineError if deriving it is too slow. A later call tries again."""
+        """Returns the format of answers. The first call derives it. Raises DeadlineError if this takes too long."""
         async with deadline("the analysis of the chat template", _MAX_WAIT_S), self._lock:
             if self._form is None:
                 self._takes_parts = await run_on(RENDERING, self._needs_parts)
@@ -104,8 +104,8 @@ class ChatFormat:
             return tuple(encode_text(self._tokenizer, piece))
         return source_of(piece, images)
 
-    async def _rendered(self, chat: ChatRequest) -> tuple[str, AnswerReading | None]:
-        """Returns the prompt with guards (see `_guarded`), and how to parse the answer. Raises RequestError."""
+    async def _rendered(self, chat: ChatRequest) -> tuple[str, AnswerParsing | None]:
+        """Returns the rendered prompt with guards (see `_guarded`), and how to parse the answer."""
         form = await self.get()
         taken = _TEMPLATE_ARGUMENTS & chat.variables.keys()
         if taken:
@@ -123,7 +123,7 @@ class ChatFormat:
 
     async def _render(
         self, chat: ChatRequest, form: ToolFormat, history: ToolFormat
-    ) -> tuple[str, AnswerReading | None]:
+    ) -> tuple[str, AnswerParsing | None]:
         *messages, more = await run_on(TOKENIZING, self._guarded, chat, history)
         more |= {"now_s": chat.created}
         if chat.end is not PromptEnd.LAST_MESSAGE:
@@ -157,7 +157,7 @@ class ChatFormat:
         return shortened
 
     def _guarded(self, chat: ChatRequest, history: ToolFormat) -> list[dict[str, Any]]:
-        """Returns the messages and a dict of template variables. GUARD makes texts such as `<s>` plain text."""
+        """Returns the messages, then the template variables. Guards in both make texts such as `<s>` plain text."""
         tools, today = chat.offered_tools, datetime.fromtimestamp(chat.created).astimezone()
         variables = {
             "date_string": today.strftime("%d %b %Y"),
@@ -169,7 +169,7 @@ class ChatFormat:
         return guard_messages([*template_messages(history, chat.messages, tools), variables], self._tokenizer)
 
     def _needs_parts(self) -> bool:
-        """Returns True if the template shows contents only if they are lists of parts, as for some vision models."""
+        """Returns True if the template, like those of some vision models, renders contents only as lists of parts."""
         source = self._template.source or ""
         if not any(word in source for word in _PART_TYPES):
             return False
@@ -204,10 +204,10 @@ def _with_parts(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def answer_reasoning(
-    reading: AnswerReading | None, budget: ReasoningBudget | None, grammar: Grammar | None, tokenizer: Tokenizer
+    reading: AnswerParsing | None, budget: ReasoningBudget | None, grammar: Grammar | None, tokenizer: Tokenizer
 ) -> Reasoning | None:
-    """Returns the tags by which the engine finds the reasoning in an answer, or None if the engine need not find it.
-    Raises ParameterError if the budget's message contains the end tag."""
+    """Returns the tags that enclose reasoning in the answer, or None if the engine need not track reasoning. Raises
+    ParameterError if the budget's message contains the end tag."""
     calls_end = reading is not None and reading.form.calls_end_reasoning and (grammar is None or bool(grammar.triggers))
     found = None if reading is None else _open_or_closed(reading, calls_end=calls_end)
     if found is None:
@@ -224,7 +224,7 @@ def answer_reasoning(
     return replace(found, forced=tuple(forced), budget=tokens, delays_grammar=delays)
 
 
-def _open_or_closed(reading: AnswerReading, *, calls_end: bool) -> Reasoning | None:
+def _open_or_closed(reading: AnswerParsing, *, calls_end: bool) -> Reasoning | None:
     """Returns the reasoning tags, or None if there are no usable tags or the reasoning has ended."""
     found = _tags(reading.form)
     if found is None or any(len(text.encode()) > MAX_TRIGGER_BYTES for text in (*found.begins, *found.ends)):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 from llamaclust.cluster.engine.request_stream import SubmittedRequest
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, Timed
-from llamaclust.cluster.front.text.request import AnswerReading
+from llamaclust.cluster.front.text.request import AnswerParsing
 from llamaclust.cluster.front.text.sharing import when_free
 from llamaclust.cluster.scheduler.requests import (
     Event,
@@ -50,7 +50,7 @@ class Completion:
     def __init__(
         self, engine: Engine, choices: Sequence[Choice], log: AnswerLog, prompt: int, on_close: Callable[[], None]
     ) -> None:
-        """Submits the first choice. Raises the engine's errors. `log.begin` must have been called, with this prompt."""
+        """Submits the first choice. Raises the engine's errors. The caller must call `log.begin` before."""
         self.generation = choices[0][0]
         self._engine = engine
         self._on_close = on_close
@@ -81,7 +81,7 @@ class Completion:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Aborts the choices that have not ended. Afterwards, the engine holds nothing of the request."""
+        """Aborts the choices that have not ended, and releases all resources of the request."""
         for choice in self._choices:
             choice.abort()
         for task in self._tasks:
@@ -206,7 +206,7 @@ class _Running:
 
 
 class ChoiceText:
-    """Converts a choice's events to chunks."""
+    """Converts the engine's events of one choice to text chunks."""
 
     def __init__(
         self,
@@ -215,7 +215,7 @@ class ChoiceText:
         end_ids: frozenset[int],
         stop: Sequence[StopPattern],
         min_tokens: int,
-        reading: AnswerReading | None = None,
+        reading: AnswerParsing | None = None,
     ) -> None:
         """`reading` describes how to parse the answer to a chat, and is None for other answers."""
         self._index = index

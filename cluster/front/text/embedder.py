@@ -78,7 +78,7 @@ _MOST_SUBMITTED = 16
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingOptions:
-    """`norm` is llama.cpp's `embd_normalize` (2: Euclidean, -1: none) and applies only to pooled vectors. `dimensions`
+    """Options of embeddings. `norm` is llama.cpp's `embd_normalize`, which applies only to pooled vectors. `dimensions`
     is the number of leading channels to keep, or None for all."""
 
     pooling: Pooling

@@ -1,4 +1,4 @@
-"""Memory for images. Keeps rows, the image encoder's output, for later requests. Counts the bytes of tiles and rows."""
+"""Caches image rows, the image encoder's output, and limits the memory for image tiles and rows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RowLimits:
 
 
 class RowMemoryError(QueueFullError):
-    """There is no memory for `size` bytes of rows or tiles, because other requests with images hold it."""
+    """Raised if other requests' images leave too little memory for `size` bytes of rows or tiles."""
 
     def __init__(self, held_bytes: int, size: int) -> None:
         super().__init__(f"images of other requests take {held_bytes >> 20} MiB; try again", _RETRY_S)
@@ -48,7 +48,7 @@ class RowMemoryError(QueueFullError):
 
 
 class RowCache:
-    """Caches image rows that no request uses, by image digest, and limits the memory of images. Not thread-safe."""
+    """Limits the memory of images, and caches unused image rows by image digest. Not thread-safe."""
 
     def __init__(self, limits: RowLimits | None = None) -> None:
         self._limits = limits or RowLimits()

@@ -101,7 +101,8 @@ class ImageMarkers:
         return text
 
     def split(self, rendered: str) -> list[Part]:
-        """Splits a prompt into texts and images, a text first. Raises ParameterError if an image is missing."""
+        """Splits a prompt into texts and images, beginning with a text. Raises ParameterError if an image is
+        missing."""
         first, *others = self._pattern.split(rendered)
         numbers, texts = [*map(int, others[::2])], others[1::2]
         if missing := len(self._parts) - len({*numbers}):

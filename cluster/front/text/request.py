@@ -42,7 +42,7 @@ MAX_MESSAGE_CHARACTERS: Final = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class AnswerReading:
+class AnswerParsing:
     """Describes how to parse the text of an answer. All choices of a request share it."""
 
     form: ToolFormat
@@ -96,18 +96,18 @@ class CompletionRequest(AnswerOptions):
     parse_special: bool = True  # True to encode control words in a text prompt as control tokens.
     request_id: str | None = None  # Id of the request. None: drawn at random.
     group: str = ""  # Id that all prompts of one HTTP request share.
-    reading: AnswerReading | None = None  # None if the answer's text is not parsed.
+    reading: AnswerParsing | None = None  # None if the answer's text is not parsed.
     answered: Answered = field(default_factory=dict)  # First tokens of choices, if an earlier coordinator sampled them.
     slot: int | None = None  # Slot that records the tokens, if slots are kept.
 
     @property
     def begun_characters(self) -> int:
-        """Number of characters of answers that the prompt already contains, summed over all choices."""
+        """Number of characters of the continued message in the prompt, counted once for each choice."""
         return 0 if self.reading is None else len(self.reading.begun) * self.n
 
     @property
     def setup_characters(self) -> int:
-        """Number of characters to read before the answers begin: text of answers in the prompt, and stop strings."""
+        """Number of characters to process before generation: the continued messages and the stop strings."""
         return self.begun_characters + sum(map(len, self.stop))
 
     def check_begun(self) -> None:
@@ -212,8 +212,8 @@ class ChatRequest:
     def has_documents(self) -> bool:
         return bool(self.variables.get("documents"))
 
-    def reading(self, form: ToolFormat, begun: str) -> AnswerReading | None:
-        """Returns how to parse the answer, or None if its text needs no parsing."""
+    def reading(self, form: ToolFormat, begun: str) -> AnswerParsing | None:
+        """Returns a description of how to parse the answer, or None if its text needs no parsing."""
         schemas = {
             str(tool["function"]["name"]): tool["function"].get("parameters") or {} for tool in self.offered_tools
         }
@@ -221,7 +221,7 @@ class ChatRequest:
             return None
         most_calls = None if self.tool_use.is_parallel else 1
         may_be_unmarked = self.tool_use.mode is ToolMode.AUTO and self.answer.grammar is None
-        return AnswerReading(
+        return AnswerParsing(
             form, schemas, self.splits_reasoning, most_calls, begun, reads_unmarked=bool(schemas) and may_be_unmarked
         )
 
@@ -253,7 +253,7 @@ def effort_variables(effort: str | None) -> dict[str, Any]:
 def prompt_end(
     roles: Sequence[str], continue_final_message: bool | None, add_generation_prompt: bool | None
 ) -> PromptEnd:
-    """Returns how the prompt ends. Raises ParameterError for fields that contradict each other."""
+    """Determines how the prompt ends. Raises ParameterError if the fields contradict each other."""
     is_answered = roles[-1:] == ["assistant"]
     if continue_final_message is None:
         # llama.cpp has the same rule.
@@ -262,7 +262,7 @@ def prompt_end(
             reason = "expected one message of role assistant at the end, which is continued, found two"
             raise ParameterError("messages", reason)
     elif continue_final_message and add_generation_prompt:
-        raise ParameterError("continue_final_message", "excludes add_generation_prompt: true; set one of them")
+        raise ParameterError("continue_final_message", "conflicts with add_generation_prompt: true; set one of them")
     if continue_final_message:
         if not is_answered:
             found = f"found {roles[-1][:60]!r}" if roles else "found no messages"
@@ -275,7 +275,7 @@ def _check_stop(stop: Sequence[str]) -> None:
     check_count("stop", len(stop), MAX_STOP_STRINGS, "stop strings")
     for text in stop:
         if not text:
-            raise ParameterError("stop", "expected stop strings with characters, found an empty one")
+            raise ParameterError("stop", "expected stop strings that are not empty, found an empty one")
         if len(text) > MAX_STOP_CHARACTERS:
             reason = f"expected a stop string of at most {MAX_STOP_CHARACTERS} characters, found {len(text)}"
             raise ParameterError("stop", reason)

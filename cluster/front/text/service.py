@@ -51,7 +51,7 @@ _BLOCKING_CHARACTERS = 2048
 """Texts with more characters than this are tokenized on a thread."""
 _TOO_MANY_NUMBERS = "the embeddings have {count} numbers; the limit of a reply is {most}: send fewer prompts at once"
 _TOO_MANY_PAIRS = (
-    "with the query for each document, there are {count} tokens; the limit is {most}: send fewer documents at once"
+    "the documents, each with the query, have {count} tokens; the limit is {most}: send fewer documents at once"
 )
 _ANSWER_SHARE = 4
 """Infilling without `max_new_tokens` keeps a quarter (1 / 4) of the context free for the answer."""
@@ -77,7 +77,7 @@ class TextSettings:
 
 
 class TextService:
-    """The text service of one served model. Not thread-safe: use it on one event loop."""
+    """Serves text requests with one model. Not thread-safe: use it on one event loop."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class TextService:
             return self.submit(request, await self.choices(request, generation), log, leases=leases)
 
     async def prepare(self, request: CompletionRequest, leases: RowLeases) -> GenerationRequest:
-        """Returns the first choice's generation request. `leases` hold the rows of its images. Raises RequestError."""
+        """Returns the request of the first choice, and adds leases of image rows to `leases`. Raises RequestError."""
         request.check_text()
         self.slots.check(request.slot, has_images=isinstance(request.prompt, PromptImages))
         with self._counted():
@@ -177,7 +177,7 @@ class TextService:
     async def embed(
         self, prompts: Sequence[Sequence[str | int]], options: EmbeddingOptions
     ) -> AsyncIterator[list[Embedding]]:
-        """Embeds prompts of texts and token ids. Raises RequestError, QueueFullError, DeadlineError or WorkerError."""
+        """Yields the embeddings of prompts. Raises RequestError, QueueFullError, DeadlineError or WorkerError."""
         length = self.settings.embedding_length
         if self.settings.ranking is not None:
             raise ParameterError("model", "this model ranks documents and makes no embeddings: use /v1/rerank")
@@ -208,7 +208,7 @@ class TextService:
     async def _pair_reader(
         self, form: PairForm | PairTemplate, query: str
     ) -> Callable[[str, str], Awaitable[tuple[int, ...]]]:
-        """Returns a function that tokenizes the query with a document."""
+        """Returns a function that tokenizes a document together with the query."""
         tokenizer, context = self.tokenizer, self.settings.context_length
         self._check_characters(len(query), "query")
         if isinstance(form, PairTemplate):
@@ -225,7 +225,7 @@ class TextService:
             self._check_characters(beside + len(document), param)
             ids = await run_on(TOKENIZING, read, document)
             if len(ids) > context:
-                what = "has" if param == "query" else "one document has, with the query,"
+                what = "has" if param == "query" else "one document with the query has"
                 raise ContextLengthError(f"{what} {len(ids)} tokens", len(ids), context, param)
             return ids
 
@@ -237,7 +237,7 @@ class TextService:
         if not ids:
             raise ParameterError("input", "a prompt has no tokens; give at least one token")
         if len(ids) > context:
-            raise ContextLengthError(f"a prompt of {len(ids)} tokens is too large", len(ids), context, "input")
+            raise ContextLengthError(f"a prompt has {len(ids)} tokens", len(ids), context, "input")
         return ids
 
     async def fill_in(self, gap: Gap, max_new_tokens: int | None) -> tuple[int, ...]:
@@ -257,7 +257,7 @@ class TextService:
     async def tokenize_all(
         self, parts: Sequence[str | int], param: str, most_tokens: int | None = None, add_special: bool = False
     ) -> list[list[int]]:
-        """Returns the token ids of each part. Raises an error above `most_tokens` (None: the context length)."""
+        """Returns each part's token ids. Raises ParameterError for more than `most_tokens` (None: context length)."""
         self._check_room(f"has {len(parts)} parts", len(parts), param, most_tokens)
         characters = sum(len(part) for part in parts if isinstance(part, str))
         self._check_characters(characters, param, most_tokens)
@@ -295,7 +295,7 @@ class TextService:
         return await self._format_of(chat).text(chat)
 
     def _format_of(self, chat: ChatRequest) -> ChatFormat:
-        """Returns the format for a chat. Raises ParameterError if the template cannot show the chat's documents."""
+        """Returns the chat template's format. Raises ParameterError if the template cannot show the documents."""
         template = self.chat_template.variant(uses_tools=chat.uses_tools, has_documents=chat.has_documents)
         if chat.has_documents and "documents" not in (template.source or ""):
             raise ParameterError(
@@ -335,7 +335,7 @@ class TextService:
         ]
 
     def _check_characters(self, characters: int, param: str = "prompt", most_tokens: int | None = None) -> None:
-        """Raises an error if a text is certainly too long. Does not tokenize the text."""
+        """Raises an error if a text with this many characters certainly has too many tokens."""
         self._check_room(
             f"has {characters} characters", -(-characters // self.tokenizer.longest_word), param, most_tokens
         )

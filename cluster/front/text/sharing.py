@@ -25,7 +25,7 @@ current_owner: Final[ContextVar[str]] = ContextVar("owner", default="")
 """Owner of the current task's request: the digest of its API key, or the client's address if there is no key."""
 
 hold_bytes: Final[ContextVar[Callable[[int], None] | None]] = ContextVar("hold_bytes", default=None)
-"""Counts more bytes for the current task's request, or raises an error. None if the request did not come over HTTP."""
+"""A function that counts more bytes for the current request, or raises an error. None outside HTTP requests."""
 
 ignored_parts: Final[ContextVar[list[str] | None]] = ContextVar("ignored_parts", default=None)
 """Names of the fields that have no effect in the current task's request."""
@@ -96,7 +96,7 @@ MAX_REPLY_ENTRIES = 1 << 21
 """Maximum number of tokens and top logprobs in one reply."""
 UNIT_BYTES = 200
 MAX_HELD_UNITS = 1 << 21
-"""Memory limit for an owner's replies and reranking prompts, in units of `UNIT_BYTES`. All owners: twice as much."""
+"""Memory limit of one owner's replies and reranking prompts, in `UNIT_BYTES`. All owners together get twice as much."""
 _UNIT_NUMBERS = 5
 """Number of embedding values, or of tokens in reranking prompts, that count as one unit of memory."""
 _TOP_BYTES = 8
@@ -178,7 +178,7 @@ class ReplyBudget:
         raise ParameterError("logprobs" if top else "max_tokens", reason, "reply_too_large")
 
     def reserve_numbers(self, count: int, param: str, refusal: str) -> AbstractContextManager[None]:
-        """Reserves memory for `count` numbers. `refusal` is the error message for a reply that is too large."""
+        """Returns a context that reserves memory for `count` numbers. `refusal` is the error if `count` is too high."""
         most = MAX_REPLY_ENTRIES * _UNIT_NUMBERS
         if count > most:
             raise ParameterError(param, refusal.format(count=count, most=most), "reply_too_large")
@@ -188,7 +188,7 @@ class ReplyBudget:
         owner = current_owner.get()
         if not self.shares.fits(owner, units):
             held = _mib(self.shares.held.total())
-            raise QueueFullError(f"replies of up to {held} MiB are being computed; try again", _RETRY_S)
+            raise QueueFullError(f"too little memory is left: running replies may take {held} MiB; try again", _RETRY_S)
         return self.shares.holding(owner, units)
 
 

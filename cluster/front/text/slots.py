@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SlotTokens:
-    """The first tokens of a sequence. Sequences with equal first tokens, salt and adapters share KV memory."""
+    """The tokens of a slot. Sequences that begin with these tokens, with equal salt and adapters, share KV memory."""
 
     tokens: array[int] = field(default_factory=lambda: array("I"))
     cache_salt: str = ""

@@ -1,4 +1,4 @@
-"""Prompts with images, for a model with a projector. Makes token ids, and the encoder's rows for the images."""
+"""Converts prompts with images to token ids and image rows, for models with a projector."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Tile = NDArray[np.uint8]  # [height, width, 3]
 CheckLength = Callable[[int], None]
-"""Raises an error if a prompt with at least this many tokens is too long."""
+"""Takes a lower bound on the length of a prompt in tokens. Raises an error if the prompt is too long."""
 
 ImagePrompt = tuple[tuple[int, ...], tuple[ImageSpan, ...]]
 """Token ids of a prompt, and the rows of its images. Each row has a position in the prompt, with token id 0."""
@@ -46,7 +46,7 @@ _Found = TypeVar("_Found")
 
 class ImageEncoder(Protocol):
     def turn(self, owner: str) -> AbstractAsyncContextManager[None]:
-        """Waits for the owner's turn to encode one image."""
+        """Returns a context that is entered when it is the owner's turn to encode one image."""
         ...
 
     async def encode(self, tiles: Sequence[Tile], owners: Owners) -> list[Rows]:
@@ -88,7 +88,7 @@ class _Tiles:
 
 
 @dataclass(frozen=True, slots=True)
-class _Begun:
+class _PromptImage:
     """An image in a prompt. `tiles` is None if no tiles are needed."""
 
     source: ImageSource
@@ -140,7 +140,7 @@ class Vision:
         return await self._in_line(leases, partial(self._image_prompt, prompt, check))
 
     async def _in_line(self, leases: RowLeases, work: Callable[[Place, ExitStack], Awaitable[_Found]]) -> _Found:
-        """Runs `work`, which takes memory. If memory is short, frees it, waits in line, and runs `work` again."""
+        """Calls `work`. If memory is short, releases what `work` holds, waits in line, and calls `work` again."""
         with self._rows.line.place(current_owner.get()) as place:
             while True:
                 with ExitStack() as own:
@@ -211,9 +211,14 @@ class Vision:
             raise RowMemoryError(self._rows.held_bytes, size)
 
     async def _leased(
-        self, images: Prefetch[_Begun], image: _Begun, own_bytes: dict[bytes, int], place: Place, own: ExitStack
+        self,
+        images: Prefetch[_PromptImage],
+        image: _PromptImage,
+        own_bytes: dict[bytes, int],
+        place: Place,
+        own: ExitStack,
     ) -> Rows:
-        """Returns the rows of an image, which `own` holds. Adds their size to `own_bytes`."""
+        """Returns the rows of an image, and adds their size to `own_bytes`. Closing `own` releases the rows."""
         before = sum(own_bytes.values())
         own_bytes[image.digest] = self._bytes_of(image.layout)
         self._rows.check(sum(own_bytes.values()) + image.tile_bytes)
@@ -222,14 +227,14 @@ class Vision:
         own.enter_context(self._rows.owned.holding(current_owner.get(), lease.value.nbytes))
         return lease.value
 
-    async def _layout(self, place: Place, source: ImageSource) -> _Begun:
+    async def _layout(self, place: Place, source: ImageSource) -> _PromptImage:
         digest = await self._digest(source)
         layout = self._known(digest)
         if layout is None:
             tiles = await self._tiles_of(digest, source, place)
             layout = tiles.value.layout
             tiles.release()
-        return _Begun(source, digest, layout)
+        return _PromptImage(source, digest, layout)
 
     def _known(self, digest: bytes) -> ImageLayout | None:
         layout = self._layouts.get(digest)
@@ -237,13 +242,13 @@ class Vision:
             self._layouts.move_to_end(digest)
         return layout
 
-    async def _begin(self, place: Place, source: ImageSource) -> _Begun:
+    async def _begin(self, place: Place, source: ImageSource) -> _PromptImage:
         digest = await self._digest(source)
         layout = self._known(digest)
         if layout is not None and (digest in self._encoding or digest in self._rows):
-            return _Begun(source, digest, layout)
+            return _PromptImage(source, digest, layout)
         tiles = await self._tiles_of(digest, source, place)
-        return _Begun(source, digest, tiles.value.layout, tiles)
+        return _PromptImage(source, digest, tiles.value.layout, tiles)
 
     async def _digest(self, source: ImageSource) -> bytes:
         settings = self._settings[source.detail]
@@ -281,7 +286,7 @@ class Vision:
     def _bytes_of(self, layout: ImageLayout) -> int:
         return layout.rows * self._projector.width * self._projector.levels * _FLOAT_BYTES
 
-    async def _rows_of(self, image: _Begun, place: Place) -> Lease[Rows]:
+    async def _rows_of(self, image: _PromptImage, place: Place) -> Lease[Rows]:
         """Returns the rows of an image. Raises RowMemoryError with the number of bytes that are missing."""
         digest, owner = image.digest, current_owner.get()
         lacking = self._bytes_of(image.layout) + image.layout.tile_bytes - image.tile_bytes
@@ -294,7 +299,7 @@ class Vision:
         except RowMemoryError as error:  # Another request that shares the computation may lack fewer or more bytes.
             raise RowMemoryError(error.held_bytes, lacking) from error
 
-    async def _compute(self, image: _Begun, owners: Owners) -> Rows:
+    async def _compute(self, image: _PromptImage, owners: Owners) -> Rows:
         tiles = await self._tiles_of(image.digest, image.source)
         size = self._bytes_of(tiles.value.layout)
         try:
@@ -310,7 +315,7 @@ class Vision:
         rows.flags.writeable = False
         return rows
 
-    def _spans(self, start: int, image: _Begun, rows: Rows) -> Iterator[ImageSpan]:
+    def _spans(self, start: int, image: _PromptImage, rows: Rows) -> Iterator[ImageSpan]:
         layout = image.layout
         for piece in layout.pieces:
             if not isinstance(piece, TileRows):
@@ -329,7 +334,7 @@ class Vision:
             start = end
 
     def _rope_positions(self, rows: TileRows, columns: int) -> NDArray[np.int32] | None:
-        """Returns M-RoPE positions [sections, rows]: section 1 is the line in the span, 2 the column, others are 0."""
+        """Returns M-RoPE positions [sections, tokens]. Section 1 has the grid row, section 2 the column, others 0."""
         if not self._rope_sections:
             return None
         positions = np.zeros((self._rope_sections, rows.end - rows.start), np.int32)

@@ -275,7 +275,7 @@ async def test_requests_of_one_owner_keep_no_others_out() -> None:
         await hold("b", held)
         await hold("c", held)
         current_owner.set("b")
-        with pytest.raises(HttpError, match="busy with 1200 bytes of requests"):
+        with pytest.raises(HttpError, match="busy with open requests of 1200 bytes"):
             admission.count(next(one for one in admission._open if one.owner == "a"), part)
         for owner in "aaaab":
             current_owner.set(owner)

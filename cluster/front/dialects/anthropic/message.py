@@ -144,7 +144,6 @@ class _Blocks:
         yield self._event("content_block_start", content_block=block)
 
     def _close(self) -> Iterator[Shown]:
-        """Closes the open block, if any."""
         if self._open == "thinking":
             yield self._delta("signature_delta", signature="")
         if self._open is not None:
@@ -194,7 +193,6 @@ _ERROR_TYPES: Final = {
 
 
 def _error(failure: Failure) -> dict[str, Any]:
-    """Converts an error to Anthropic's JSON."""
     kind, message = error_type(failure, _ERROR_TYPES, "api_error"), failure.message
     if failure.numbers:
         tokens, most = failure.numbers["n_prompt_tokens"], failure.numbers["n_ctx"]

@@ -151,7 +151,7 @@ _ERROR: Final = "Error: "
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The content of successive messages of the same role."""
+    """The merged content of successive messages with the same role."""
 
     role: str
     parts: tuple[Part, ...] = ()
@@ -182,7 +182,7 @@ class Turn:
 
 
 def read_turn(message: Any, info: ValidationInfo) -> Turn:
-    """Validates a message. Raises ValueError if the message is invalid."""
+    """Converts a message to a turn. Raises ValueError if the message is invalid."""
     if not isinstance(message, dict) or message.get("role") not in _ROLES:
         raise ValueError(f"a message must be an object with a 'role' of {', '.join(_ROLES)}")
     role, content = message["role"], message.get("content")
@@ -338,7 +338,7 @@ class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
     tools: ToolsField = Field(default_factory=list)
     """Functions of the client, and Anthropic's tools bash_*, text_editor_* and memory_*. Other tools are removed."""
     tool_choice: ToolChoice | None = None
-    """The tool calls that the answer can or must contain."""
+    """The choice of tools that the model can or must call."""
     thinking: ThinkingField | None = None
     """Thinking before the answer. Type `disabled` switches thinking off. Otherwise, the model decides."""
     output_config: OutputConfig | None = None

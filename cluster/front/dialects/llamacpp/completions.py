@@ -59,7 +59,7 @@ _INPUTS: Final = {"model", "prompt", "return_tokens", "speculative", "input_pref
 
 @dataclass(frozen=True, slots=True)
 class MarkedPrompt:
-    """A prompt with images. `texts` are the texts before each image and the text after the last image."""
+    """A prompt with images. `texts` has one item more than `images`, because a text precedes and follows each image."""
 
     texts: tuple[str, ...]
     images: tuple[dict[str, Any], ...]
@@ -267,7 +267,7 @@ class LlamaCppCompletion(Dialect[LlamaCppBody]):
         return [request, *(replace(request, prompt=prompt) for prompt in others)]
 
     async def _biases(self, given: Sequence[tuple[int | str, float]]) -> tuple[tuple[int, float], ...]:
-        """Returns pairs of a token id and a bias. The bias of a text applies to each of the text's tokens."""
+        """Returns pairs of a token id and a bias. A bias for a text applies to each token of the text."""
         tokens = [token for token, _ in given]
         ids = await self.service.tokenize_all(tokens, "logit_bias", bounds.MAX_LOGIT_BIASES) if tokens else []
         biases: dict[int, float] = {}
@@ -282,13 +282,13 @@ class Infill(LlamaCppCompletion):
 
     async def make(self, data: bytes, context: RequestContext) -> Reply:
         if self.service.tokenizer.vocabulary.fill_in is None:
-            message = "/infill: the model has no tokens for a prefix, a suffix and a middle"
+            message = "/infill: the model does not support infill: it has no tokens that mark prefix, suffix and middle"
             raise HttpError(501, "not_supported", message)
         return await super().make(data, context)
 
 
 class Completions(TextCompletions):
-    """Reads a request with a field `model` as one of OpenAI's API, and other requests as those of llama.cpp's API."""
+    """Serves `/completions` with OpenAI's API for requests with a field `model`, else with llama.cpp's API."""
 
     paths = ("/completions",)
 

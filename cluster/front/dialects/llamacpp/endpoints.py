@@ -70,7 +70,7 @@ class TokenizeBody(Body, foreign=TEXT_ONLY):
     add_special: bool = False
     """True to add BOS and EOS if the model's tokenizer uses them."""
     parse_special: bool = True
-    """True to read special tokens that are written in the text, such as `<s>`, as special tokens."""
+    """True to read texts such as `<s>` as special tokens."""
     with_pieces: bool = False
     """True to show each token's text next to its id."""
 
@@ -167,7 +167,7 @@ class AdapterList:
 
 
 def server_properties(models: Sequence[ApiModel], model: ApiModel) -> dict[str, Any]:
-    """Returns the JSON of `GET /props`. If models can be unloaded, the fields of llama.cpp's router are added."""
+    """Returns the JSON of `GET /props`, with the fields of llama.cpp's router if models can be unloaded."""
     settings, tokenizer, template = model.service.settings, model.service.tokenizer, model.service.chat_template
     api = models[0].settings
     has_vision = model.service.vision is not None

@@ -35,7 +35,7 @@ from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.wire.rpc.deadlines import deadline
 
 _TURN_S = 60.0
-"""Timeout, in seconds, for the wait until no other request uses the slot files."""
+"""Maximum seconds to wait until no other request uses the slot files."""
 
 _Value = TypeVar("_Value")
 
@@ -135,7 +135,7 @@ _MOST_FILES: Final = 1024
 
 
 class SlotFolder:
-    """Slot files of all models, in one folder. The methods block, so call them on a thread."""
+    """Slot files of all models, in one folder. The methods are blocking, so call them on a thread."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -173,7 +173,6 @@ class SlotFolder:
 
 
 def _is_slot_file(path: Path) -> bool:
-    """Returns True for slot files, including damaged ones."""
     if path.is_symlink() or not path.is_file():
         return False
     with regular_file.open_regular(path, follows_links=False) as file:
@@ -193,7 +192,7 @@ def _encode(tokens: SlotTokens, model_id: str) -> bytes:
 
 
 def _decode(data: bytes, model_id: str) -> SlotTokens:
-    """Decodes a slot file. Raises ValueError if the data is damaged, or from another program or model."""
+    """Decodes a slot file. Raises ValueError if the file is damaged, or belongs to another program or model."""
     content, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
     head, _, ids = content.partition(b"\n")
     if sha256(content).digest() != digest or not head.startswith(_BEGINNING):
@@ -202,7 +201,7 @@ def _decode(data: bytes, model_id: str) -> SlotTokens:
     if fields.get("format") != _FORMAT:
         raise ValueError(f"the file's format is not {_FORMAT!r}")
     if fields.get("model") != model_id:
-        raise ValueError("another model saved the file")
+        raise ValueError("the file was saved for another model")
     count, rest = divmod(len(ids), _TOKEN.itemsize)
     if not count or rest or fields.keys() != _FIELDS or fields["tokens"] != count:
         raise ValueError("the file has too few or too many fields or tokens")

@@ -63,7 +63,7 @@ class Piece:
     calls: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, index: int, call: ToolCall) -> None:
-        """Adds a tool call, or adds its text to `content` if its arguments are not a complete JSON object."""
+        """Adds a tool call. If the arguments are not a complete JSON object, adds the call's text to `content`."""
         arguments = arguments_object(call.arguments)
         if arguments is None:
             self.content += f"{call.name}({call.arguments}"
@@ -77,7 +77,7 @@ class PieceReader:
         self._open: dict[int, ToolCall] = {}
 
     def read(self, chunk: TextChunk) -> Piece:
-        """Returns what a chunk adds. A tool call is returned whole, when it ends."""
+        """Returns the content that a chunk adds to the answer. A tool call is returned when it is complete."""
         piece = Piece()
         for event in chunk.events or (ContentText(chunk.text),):
             match event:
@@ -104,7 +104,7 @@ Show = Callable[[Piece], dict[str, Any]]
 
 @dataclass(eq=False)
 class OllamaView(View):
-    """Shows an answer as lines of JSON."""
+    """Renders an answer as lines of JSON."""
 
     tokenizer: Tokenizer
     begin: dict[str, Any]  # Fields of every line.
@@ -156,13 +156,13 @@ class OllamaView(View):
 
 
 def durations(timings: Timings) -> dict[str, int]:
-    """Returns Ollama's durations (ns) and token counts (including cached tokens). `load_duration` is queueing time."""
+    """Returns Ollama's token counts, and its durations in nanoseconds. `load_duration` is the time in the queue."""
     shown = shown_timings(timings)
     answer_ms = shown["predicted_ms"]
     return {
         "total_duration": _ns(timings.ttft_ms + answer_ms),
         "load_duration": _ns(timings.queue_ms),
-        "prompt_eval_count": timings.prompt_tokens,
+        "prompt_eval_count": timings.prompt_tokens,  # Includes cached tokens.
         "prompt_eval_duration": _ns(shown["prompt_ms"]),
         "eval_count": timings.generated_tokens,
         "eval_duration": _ns(answer_ms),
@@ -182,7 +182,7 @@ class OllamaDialect(Dialect[AnyAnswer]):
 
     @abstractmethod
     def show(self, piece: Piece) -> dict[str, Any]:
-        """Returns the fields of a JSON line that show this piece."""
+        """Returns the fields that represent `piece` in a line of JSON."""
 
     @abstractmethod
     async def request(self, parsed: ParsedRequest[AnyAnswer]) -> CompletionRequest:

@@ -29,7 +29,7 @@ from llamaclust.cluster.front.models import ApiModel, ModelRouter
 from llamaclust.cluster.front.text.service import TextSettings
 
 API_VERSION: Final = "0.12.11"
-"""The version of Ollama whose API this server has. Clients compare it with the version that they need."""
+"""The version of Ollama whose API this server implements. Clients compare it with their minimum version."""
 _NEVER: Final = "2318-12-31T00:00:00Z"
 _UNITS: Final = ((1_000_000_000_000, "T"), (1_000_000_000, "B"), (1_000_000, "M"), (1_000, "K"))
 _MOST_ITEMS: Final = 1 << 10
@@ -42,7 +42,7 @@ def shown_time(seconds: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ModelDetails:
-    """The parts of replies that come from a model's file. They are computed once per process."""
+    """Details of a model for Ollama's replies. They are read from the model's file, once per process."""
 
     listed: dict[str, Any]  # The model's entry in lists of models, without the model's names.
     info: dict[str, Any]  # The file's metadata. Arrays above `_MOST_ITEMS` items are None.
@@ -114,7 +114,7 @@ class OllamaModels:
         return PlainTextResponse("Ollama is running")
 
     async def version(self, request: Request) -> Response:
-        """Returns the version of Ollama whose API this server has."""
+        """Returns the version of Ollama whose API this server implements."""
         return JsonResponse({"version": API_VERSION})
 
     async def tags(self, request: Request) -> Response:

@@ -218,7 +218,7 @@ def _message(value: Any, info: ValidationInfo) -> Any:
         raise ValueError("a message must be an object with 'role' and 'content'")
     message = read_part(OllamaMessage, value, info.context)
     if message.role not in ("system", "user", "assistant", "tool"):
-        raise ValueError(f"role: {message.role[:60]!r} is none of system, user, assistant, tool")
+        raise ValueError(f"role: must be system, user, assistant or tool, not {message.role[:60]!r}")
     if message.tool_calls and message.role != "assistant":
         raise ValueError(f"tool_calls: not allowed for role {message.role!r}")
     return message
@@ -275,7 +275,7 @@ class CopyBody(Body):
 
 
 def _with_from(schema: dict[str, Any]) -> None:
-    """Renames the schema's field `source` to `from`, which is Ollama's name and a keyword in Python."""
+    """Renames the schema's field `source` to Ollama's name `from`, which is a keyword in Python."""
     schema["properties"]["from"] = schema["properties"].pop("source")
     schema["required"] = ["model", "from"]
 
@@ -305,7 +305,7 @@ _EMBEDDING: Final = ForeignFields(hints=dict.fromkeys(("keep_alive", "truncate",
 
 class EmbeddingFields(ModelBody, foreign=_EMBEDDING):
     pooling: Literal["none", "mean", "cls", "last"] | None = None
-    """Method that combines the hidden states. The default is the model file's, or else `last`. `none` is an error."""
+    """The method that combines the tokens' hidden states. The default is the model file's method, or else `last`."""
 
 
 class EmbedBody(EmbeddingFields):

@@ -91,7 +91,7 @@ class ModelEndpoints:
 
 
 def _capabilities(model: ApiModel) -> dict[str, Any]:
-    """Returns a model's entry in llama.cpp's format, which shows whether the model accepts images."""
+    """Returns a model's entry in llama.cpp's format. The entry shows whether the model accepts images."""
     capabilities = ["completion", *(["multimodal"] if model.service.vision is not None else [])]
     return {"name": model.name, "model": model.name, "type": "model", "capabilities": capabilities}
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from llamaclust.cluster.front.dialects.openai.tools import BUILT_IN
 from llamaclust.cluster.front.images.parts import placed, takes_images, url_part
-from llamaclust.cluster.front.schema import Leniency
+from llamaclust.cluster.front.schema import LenientContext
 from llamaclust.cluster.front.text.images import Content, Part, image_part, joined, parts_of
 from llamaclust.cluster.front.tools import (
     arguments_of_text,
@@ -174,7 +174,7 @@ def _call(kind: str, value: Item, context: object) -> Item:
     built_in = BUILT_IN.get(kind.removesuffix(_CALL))
     if built_in is not None and not isinstance(value.get(built_in.field), dict):
         raise ValueError(f"{built_in.field}: must be an object")
-    if built_in is None and not isinstance(context, Leniency):
+    if built_in is None and not isinstance(context, LenientContext):
         leave_out("input", kind, context)
     return {name: part for name, part in value.items() if name != "id" or isinstance(part, str)} | {"type": kind}
 
@@ -202,11 +202,12 @@ def _is_part(part: Any) -> bool:
 
 
 def _compaction(item: Item, context: object) -> Item:
-    """Validates a compaction item. A `Leniency` context replaces the summary of another server with a note."""
+    """Validates a compaction item. If `context` is a `LenientContext`, a note replaces the summary of
+    another server."""
     try:
         _summary(item)
     except ValueError:
-        if not isinstance(context, Leniency) or _SUMMARY_FORMAT in item["encrypted_content"]:
+        if not isinstance(context, LenientContext) or _SUMMARY_FORMAT in item["encrypted_content"]:
             raise
         leave_out("input", "compaction", context)
         return _message({**item, "role": "system", "content": _UNREADABLE_SUMMARY}, context)

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, Wit
 from llamaclust.cluster.front.dialects.openai.response_items import Item, read_items
 from llamaclust.cluster.front.dialects.openai.tools import MODES, ToolChoice, ToolSet, read_choice, read_tools
 from llamaclust.cluster.front.foreign_fields import COMPACTION, RESPONSES
-from llamaclust.cluster.front.schema import Body, Leniency, LimitField, StopField, strings
+from llamaclust.cluster.front.schema import Body, LenientContext, LimitField, StopField, strings
 from llamaclust.cluster.front.shared_fields import AdapterFields, AnswerFields, ReasoningFields, Requested
 from llamaclust.cluster.front.structured_output import response_format_grammar
 from llamaclust.cluster.front.text.images import joined, parts_of
@@ -47,7 +47,7 @@ def _include(value: Any, info: ValidationInfo) -> tuple[str, ...]:
     for name in names:
         if name == _LOGPROBS:
             continue
-        if not isinstance(info.context, Leniency):
+        if not isinstance(info.context, LenientContext):
             raise ValueError(f"{name[:60]!r} is not supported; remove it")
         info.context.ignore(f"include.{name}")
     return names
@@ -183,7 +183,7 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
 
 
 def _chat(instructions: str | None, messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    """Joins the instructions and the first system messages, because many chat templates allow only one."""
+    """Merges the instructions and the first system messages into one message, as many chat templates require."""
     systems = [*takewhile(_is_system_text, messages)]
     texts = [*([] if instructions is None else [instructions]), *(message["content"] for message in systems)]
     prompt = [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
@@ -267,7 +267,7 @@ class CompactionBody(AdapterFields, foreign=COMPACTION):
     """The chat's system prompt. It is not summarized."""
 
     def request(self, messages: Sequence[Mapping[str, Any]]) -> ChatRequest:
-        """Returns a chat that asks the model to summarize `messages`. Sampling is greedy, without reasoning."""
+        """Returns a chat that asks the model to summarize `messages`, with greedy sampling and without reasoning."""
         if not messages:
             raise ParameterError("input", "is missing")
         answer = CompletionRequest((), MAX_SUMMARY_TOKENS)

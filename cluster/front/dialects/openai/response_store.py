@@ -22,7 +22,7 @@ Messages = tuple[Mapping[str, Any], ...]
 
 @dataclass(slots=True, eq=False)
 class StoredResponse:
-    """A response with its input."""
+    """A response with its input items and its chat."""
 
     response: dict[str, Any]  # The response's JSON.
     input_items: list[Item]
@@ -43,7 +43,7 @@ async def stored_response(response: dict[str, Any], input_items: Sequence[Item],
 
 
 class ResponseStore:
-    """Stored responses by owner and id, with limits on their number and memory. Not thread-safe."""
+    """Stores responses by owner and id, and limits their number and memory. Not thread-safe."""
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self._max_responses = max_responses
@@ -58,7 +58,7 @@ class ResponseStore:
         return storing
 
     def put(self, owner: str, stored: StoredResponse) -> None:
-        """Stores a response and deletes others to make room. A response that is larger than the limit is not stored."""
+        """Stores a response unless it is too large. Deletes other responses to make room."""
         self._stored.pop((owner, stored.response["id"]), None)
         if stored.held_bytes <= self._max_bytes:
             self._make_room(stored.held_bytes)
@@ -68,19 +68,19 @@ class ResponseStore:
         return self._stored.get((owner, response_id))
 
     def replace(self, owner: str, stored: StoredResponse) -> None:
-        """Stores a cancelled response, which the complete response will not replace."""
+        """Stores a cancelled response. If the response still completes, the complete version is not stored."""
         self.delete(owner, stored.response["id"])
         self.put(owner, stored)
 
     def delete(self, owner: str, response_id: str) -> bool:
-        """Deletes a response, or keeps it from being stored later. Returns True if it was stored."""
+        """Deletes a stored response, and prevents later versions from being stored. Returns True if it was stored."""
         key = owner, response_id
         if (storing := self._computed.pop(key, None)) is not None:
             storing.is_done = True
         return self._stored.pop(key, None) is not None
 
     def followed(self, owner: str, response_id: str) -> StoredResponse:
-        """Returns a response to continue. Raises HttpError if the response is not stored or did not end normally."""
+        """Returns the response that a request continues. Raises HttpError if it is missing or did not end normally."""
         stored = self.get(owner, response_id)
         if stored is None or stored.response["status"] not in ("completed", "incomplete"):
             why = "is not stored on this server" if stored is None else f"is {stored.response['status']}"
@@ -89,7 +89,7 @@ class ResponseStore:
         return stored
 
     async def resolved(self, owner: str, items: list[Item], most_bytes: int) -> list[Item]:
-        """Replaces references by items. Raises HttpError for an unknown item, and ParameterError above `most_bytes`."""
+        """Replaces references with items. Raises HttpError for unknown items, and ParameterError for too many bytes."""
         references = Counter(item["id"] for item in items if item["type"] == REFERENCE)
         if not references:
             return items
@@ -129,7 +129,7 @@ class ResponseStore:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Storing:
-    """Stores a response and its input once, even if many readers call `complete`."""
+    """Stores one response with its input. Only the first call of `complete` has an effect."""
 
     store: ResponseStore
     owner: str

@@ -173,7 +173,7 @@ def _call(name: str, tool: ClientTool | None) -> tuple[str, dict[str, Any]]:
 
 
 def _logprobs_of(text: str, entries: list[ShownRow], *, is_first: bool) -> tuple[list[ShownRow], list[ShownRow]]:
-    """Splits `entries` into those of the tokens in `text` and those of later tokens. Drops those of earlier tokens."""
+    """Returns the entries of the tokens in `text`, and the entries of all later tokens."""
     ends = [*accumulate(len(entry.token_bytes) for entry in entries)]
     data, wanted = b"".join(entry.token_bytes for entry in entries), text.encode("utf-8", "surrogatepass")
     start = data.rfind(wanted) if is_first else data.find(wanted)
@@ -192,7 +192,7 @@ class ResponseView(View):
     def __init__(
         self, head: ResponseHead, tokenizer: Tokenizer, store: Callable[[dict[str, Any]], None] | None, log: AnswerLog
     ) -> None:
-        """Makes the view. `store` is called with the complete response, or is None if the response is not stored."""
+        """`store` is called with the complete response. It is None if the response is not stored."""
         self._body = head.body
         self._tokenizer = tokenizer
         self._head = head
@@ -262,7 +262,7 @@ class ResponseView(View):
 
 
 class ReasoningCount:
-    """Counts reasoning tokens. The count does not depend on the sizes of the added texts."""
+    """Counts the tokens of reasoning that arrives in pieces. The count does not depend on the sizes of the pieces."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

@@ -254,9 +254,7 @@ class CompletionBody(GenerationBody, foreign=COMPLETION):
     def check(self) -> None:
         super().check()
         if self.best_of not in (None, self.n):
-            raise ParameterError(
-                "best_of", f"is {shown(self.best_of)}; the only supported value is that of n, {shown(self.n)}"
-            )
+            raise ParameterError("best_of", f"is {shown(self.best_of)}, but must equal n, which is {shown(self.n)}")
         if self.score_from is not None and (not self.echo or self.logprobs is None):
             raise ParameterError("score_from", "requires echo and logprobs")
         answers = len(self.prompt) * self.n

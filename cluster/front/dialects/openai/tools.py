@@ -122,7 +122,7 @@ def _choice(value: Any) -> Any:
 
 
 def _flat(choice: Any) -> Any:
-    """Converts a tool choice to the Responses API's JSON. A tool without a type is a function."""
+    """Converts a tool choice of chat completions to the form of the Responses API."""
     if not isinstance(choice, dict):
         return choice
     kind = "custom" if choice.get("type") == "custom" else "function"
@@ -209,7 +209,7 @@ class ToolChoice:
         return tuple(tool.function for tool in tools)
 
     def check(self) -> None:
-        """Raises ParameterError if two tools have the same name, or the choice does not fit the tools."""
+        """Raises ParameterError if two tools have the same name, or if a required tool is not offered."""
         if isinstance(self.choice, dict):
             self._check_names()
         self.use.check(self.offered)
@@ -232,7 +232,7 @@ _HOSTED_ENVIRONMENTS: Final = ("container_auto", "container_reference")
 
 @dataclass(frozen=True, slots=True)
 class BuiltInTool:
-    """A tool that is defined by its type alone, such as `shell`. `field` names the object with a call's arguments."""
+    """A tool with fixed parameters, such as `shell`. `field` is the name of the field that holds a call's arguments."""
 
     field: str
     fixed: Mapping[str, Any]  # Default values in the object `field`.
@@ -268,14 +268,14 @@ BUILT_IN: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ToolSet:
-    """The client's tools in a Responses API request. Each tool in `client` defines a function for the model."""
+    """The client-side tools of a Responses API request."""
 
     client: tuple[ClientTool, ...] = ()
     shown: tuple[dict[str, Any], ...] = ()  # Definitions of the tools that the response repeats.
 
 
 def read_tools(value: Any, context: object) -> ToolSet:
-    """Validates tools. Raises ValueError for invalid tools, and for hosted tools unless `context` is a `Leniency`."""
+    """Validates tools. Raises ValueError for invalid tools, or for hosted tools if `context` is no `LenientContext`."""
     if not isinstance(value, list) or len(value) > MAX_TOOLS:
         raise ValueError(f"must be a list of at most {MAX_TOOLS} tools")
     client, shown = list[ClientTool](), list[dict[str, Any]]()
@@ -329,7 +329,7 @@ def _named(kind: str, fields: Mapping[str, Any], namespace: str | None) -> Clien
 
 
 def _shown_tool(tool: dict[str, Any], own: list[ClientTool]) -> dict[str, Any]:
-    """Returns a tool's JSON for the response. A function gets all fields. Any other tool is returned as it was sent."""
+    """Returns a tool's definition for the response."""
     if tool["type"] != "function":
         return tool
     function = own[0].function["function"]

@@ -65,7 +65,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
 
     @abstractmethod
     def _opening(self, prompt: int) -> Choice | None:
-        """Returns the first event of a streamed choice, without `index`, or None if the choice has no such event."""
+        """Returns the JSON of the first event of a streamed choice, or None if the stream begins with the content."""
 
     @abstractmethod
     def _content(self, prompt: int, part: TextChunk, *, is_whole: bool) -> Choice:
@@ -181,7 +181,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
 
 
 def _around(name: str, text: str, event: Event) -> tuple[int, bytes, bytes]:
-    """Returns the event's slot, and its JSON before and after `text`, which is the value of the field `name`."""
+    """Returns the event's slot, and the parts of its JSON before and after `text`, the value of the field `name`."""
     key = to_json(name) + b":"
     # No string contains this text by accident, because JSON escapes quotes in strings.
     begin, _, end = to_json(event.value).partition(key + to_json(text))
@@ -198,11 +198,11 @@ ShownToken = tuple[int, int, RowResult | None]
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """A prompt to repeat (`echo`). `offsets` are token positions in `text`. Tokens in `unscored` have no logprobs."""
+    """The prompt that a reply repeats (`echo`). `offsets` are the positions in `text` at which tokens begin."""
 
     text: str = ""
     offsets: Sequence[int] = ()
-    unscored: Sequence[ShownToken] = ()
+    unscored: Sequence[ShownToken] = ()  # Tokens without logprobs.
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, prompt: Prompt, ids: Sequence[int], score_from: int) -> Echo:

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from llamaclust.cluster.front.body import HEADER
 from llamaclust.cluster.front.dialects.openai.tools import read_tools
-from llamaclust.cluster.front.schema import Leniency
+from llamaclust.cluster.front.schema import LenientContext
 from support.clusters import served as served_module
 from support.clusters.served import ScriptedEngine, events_of, says, tokenizer
 from support.clusters.tool_chats import served
@@ -111,7 +111,7 @@ async def test_such_a_tool_can_be_demanded(choice: dict[str, Any]) -> None:
 
 def test_grammars_of_custom_tools() -> None:
     """A regular expression binds the text; a Lark grammar is shown to the model."""
-    context = Leniency()
+    context = LenientContext()
     regex = {"type": "grammar", "syntax": "regex", "definition": "[a-z]+|x"}
     lark = {"type": "grammar", "syntax": "lark", "definition": 'start: "a"'}
     named = [{"type": "custom", "name": name, "format": form} for name, form in (("a", regex), ("b", lark))]

@@ -59,7 +59,7 @@ async def test_a_request_that_ends_the_coordinator_again_and_again_fails_alone(
             lives += 1
     assert lives == 10
     assert '"code":"request_failed"' in poisoned.result().text
-    assert "the coordinator ended 10 times while it computed this request, finally alone" in poisoned.result().text
+    assert "the coordinator ended 10 times during this request, which at last ran alone" in poisoned.result().text
 
 
 async def test_a_suspected_request_begins_after_the_others_progressed(

@@ -10,7 +10,7 @@ import pytest
 
 from llamaclust.cluster.front.text import call_constraint as module
 from llamaclust.cluster.front.text.chat import PLAIN
-from llamaclust.cluster.front.text.request import AnswerReading, ChatRequest, ToolMode
+from llamaclust.cluster.front.text.request import AnswerParsing, ChatRequest, ToolMode
 from llamaclust.core.errors import DeadlineError, ParameterError
 from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.model.chat.tools.constraint.call_grammar import CallGrammar
@@ -144,7 +144,7 @@ async def test_a_form_that_cannot_be_obeyed_is_refused_beside_tools(checker: Gra
 
 async def test_only_a_refusal_leaves_calls_free(monkeypatch: pytest.MonkeyPatch, checker: GrammarChecker) -> None:
     """A check that the machine was too slow for must not change the tokens of an answer."""
-    reading = AnswerReading(PLAIN, {"f": {"type": "object"}})
+    reading = AnswerParsing(PLAIN, {"f": {"type": "object"}})
     late = GrammarChecker(TOKENIZER, CheckLimits(wall_s=0.0))
     monkeypatch.setattr(module, "call_grammar", lambda *_, **__: CallGrammar("start: nothing"))
     try:

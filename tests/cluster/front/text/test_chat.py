@@ -9,7 +9,7 @@ import pytest
 
 from llamaclust.cluster.front.text import service as service_module
 from llamaclust.cluster.front.text.chat import PLAIN, ChatFormat
-from llamaclust.cluster.front.text.request import MAX_BEGUN_CHARACTERS, AnswerReading, ChatRequest, CompletionRequest
+from llamaclust.cluster.front.text.request import MAX_BEGUN_CHARACTERS, AnswerParsing, ChatRequest, CompletionRequest
 from llamaclust.core.errors import DeadlineError, ParameterError
 from llamaclust.model.chat.template import ChatTemplate, TemplateLimits
 from support.clusters.served import ScriptedEngine, make_service, says, tokenizer
@@ -29,7 +29,7 @@ async def test_a_format_that_the_machine_held_up_is_derived_again() -> None:
 
 
 async def test_a_message_that_too_many_answers_continue_is_refused_before_it_is_read() -> None:
-    reading = AnswerReading(PLAIN, begun="a" * 10_000)
+    reading = AnswerParsing(PLAIN, begun="a" * 10_000)
     with pytest.raises(ParameterError, match="n: 128 answers would read 1280000 characters"):
         await make_service(ScriptedEngine(says("a"))).start(replace(GENERATION, n=128, reading=reading))
 
@@ -40,7 +40,7 @@ async def test_a_long_continued_message_is_refused_before_its_tags_are_read(monk
     service = make_service(ScriptedEngine(says("a")))
 
     async def continued(self: ChatFormat, chat: ChatRequest, check: object) -> CompletionRequest:
-        return replace(chat.answer, prompt=(1,), reading=AnswerReading(PLAIN, begun=str(chat.messages[0]["content"])))
+        return replace(chat.answer, prompt=(1,), reading=AnswerParsing(PLAIN, begun=str(chat.messages[0]["content"])))
 
     monkeypatch.setattr(ChatFormat, "completion", continued)
     text = "a" * (MAX_BEGUN_CHARACTERS + 1)

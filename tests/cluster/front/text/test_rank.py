@@ -55,7 +55,7 @@ async def test_documents_behind_one_that_is_too_long_are_not_read(monkeypatch: p
     long = "1" * (CONTEXT - FORM.length - 2)
     read, refused = await read_until_refused("123", ["1", long, *["b"] * 2000], monkeypatch)
     assert read == ["123", "1", long]
-    assert str(refused).startswith(f"documents: one document has, with the query, {CONTEXT + 1} tokens")
+    assert str(refused).startswith(f"documents: one document with the query has {CONTEXT + 1} tokens")
 
 
 async def test_a_prompt_may_fill_the_context_and_control_words_of_texts_stay_text(
@@ -85,7 +85,7 @@ async def test_prompts_count_for_the_budget(monkeypatch: pytest.MonkeyPatch) -> 
         service = ranking(engine)
         monkeypatch.setattr("llamaclust.cluster.front.text.sharing.MAX_REPLY_ENTRIES", 4)
         with pytest.raises(
-            ParameterError, match="documents: with the query for each document, there are 21 tokens; the limit is 20"
+            ParameterError, match="documents: the documents, each with the query, have 21 tokens; the limit is 20"
         ):
             await service.rank("1234", ["1", "2", "3"])
         monkeypatch.undo()
@@ -111,7 +111,7 @@ async def test_rendered_prompts_that_are_too_long_are_refused_in_order() -> None
     service = rendering(Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS))
     with pytest.raises(ContextLengthError, match=r"^query: has"):
         await service.rank("1" * (CONTEXT + 1), ["b"] * 2048)
-    with pytest.raises(ContextLengthError, match=r"^documents: one document has, with the query,"):
+    with pytest.raises(ContextLengthError, match=r"^documents: one document with the query has"):
         await service.rank("123", ["1", "1" * CONTEXT, "2"])
     assert not service.budget.shares.held
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llamaclust.cluster.front.text.chat import answer_reasoning
-from llamaclust.cluster.front.text.request import AnswerReading, ReasoningBudget
+from llamaclust.cluster.front.text.request import AnswerParsing, ReasoningBudget
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS
 from llamaclust.core.sampler.matchers import Grammar, Reasoning
@@ -28,7 +28,7 @@ def known(mark: str) -> ToolFormat:
 def reasoning(
     form: ToolFormat = THINK, begun: str = "", budget: ReasoningBudget | None = None, grammar: Grammar | None = None
 ) -> Reasoning | None:
-    return answer_reasoning(AnswerReading(form, TOOLS, begun=begun), budget, grammar, TOKENIZER)
+    return answer_reasoning(AnswerParsing(form, TOOLS, begun=begun), budget, grammar, TOKENIZER)
 
 
 @pytest.mark.parametrize("begun", ["", "<think>\n", "<think>a</think>\n\n"])

@@ -253,7 +253,7 @@ async def test_refusals_come_before_anything_runs() -> None:
         ({"seed": 2**64}, "seed: must be"),
         ({"seed": 10**5000}, "more than 60 digits"),
         ({"top_logprobs": 129}, "top_logprobs: must be"),
-        ({"stop": ("",)}, "stop: expected stop strings with characters, found an empty one"),
+        ({"stop": ("",)}, "stop: expected stop strings that are not empty, found an empty one"),
         ({"stop": ("x" * 1_000_000,)}, "stop: expected a stop string of at most 4096 characters, found 1000000"),
         ({"stop": ("x",) * 17}, "stop: has 17 stop strings; give at most 16"),
         ({"stop_token_ids": frozenset({999})}, "stop_token_ids: token id 999"),

@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletionMessageCustomToolCall
 
 from llamaclust.cluster.front.body import HEADER
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody
-from llamaclust.cluster.front.schema import Leniency
+from llamaclust.cluster.front.schema import LenientContext
 from llamaclust.core.errors import ParameterError
 from llamaclust.model.chat.template import ChatTemplate
 from support.clusters import served as served_module
@@ -100,7 +100,7 @@ async def test_the_official_client() -> None:
 
 def test_grammars() -> None:
     """A regular expression binds the text; a Lark grammar is shown to the model, and named as without effect."""
-    context = Leniency()
+    context = LenientContext()
     grammars = [{"syntax": "regex", "definition": "[a-z]+|x"}, {"syntax": "lark", "definition": 'start: "a"'}]
     formats = [{"type": "text"}, *({"type": "grammar", "grammar": grammar} for grammar in grammars)]
     tools = [{"type": "custom", "custom": {"name": f"t{place}", "format": form}} for place, form in enumerate(formats)]

@@ -25,8 +25,8 @@ class Chain:
     def of(
         cls, sizes: MemoryModel, entries: Sequence[Assignment], workers: Mapping[str, WorkerFacts], contexts: int
     ) -> Self:
-        """Builds a chain. Each stage is divided among its workers' devices so that `contexts` full-length sequences fit
-        into KV memory."""
+        """Builds the stages of a plan. The layers of each worker are divided among its devices so that `contexts`
+        full-length sequences fit into KV memory."""
         return cls(sizes, tuple(_held_stage(sizes, entry, workers, contexts) for entry in entries))
 
     @property

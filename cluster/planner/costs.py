@@ -38,10 +38,10 @@ class GpuFacts:
 class WorkerFacts:
     name: str
     memory_bytes: int | None  # RAM that the worker may use. None: unknown.
-    profile: DeviceProfile | None  # Profile of the processor. None: not measured.
+    profile: DeviceProfile | None  # Profile of the CPU. None: not measured.
     threads: int = 1
     reach: Link = NO_REACH  # Part of each link's time that is due to this worker (see `Links.reaches`).
-    gpus: tuple[GpuFacts, ...] = ()  # GPUs of the worker. The other fields describe its processor.
+    gpus: tuple[GpuFacts, ...] = ()  # GPUs of the worker. The other fields describe its CPU.
     # Number of a stage's layers on GPUs. None: as many as GPU memory allows.
     gpu_layers: int | None = None
     device: str = "cpu"
@@ -51,9 +51,9 @@ class WorkerFacts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageCosts:
-    """Costs of every stage [start, end) of a model. The first stage includes the embedding, and the last stage the
-    head. Tables have the shape [layers + 1, layers + 1], by start and end. Entries with end <= start have no
-    meaning."""
+    """Memory and time of every possible stage of a model. Tables have the shape [layers + 1, layers + 1]: table[start,
+    end] is the value for layers [start, end). Stages with the first layer include the embedding, and stages with the
+    last layer the head. Entries with end <= start have no meaning."""
 
     layers: int
     hidden_bytes: int  # Bytes of one row's hidden state at a border between two layers.
@@ -156,7 +156,7 @@ class StageCosts:
         return self._roofline_s(Roofline.of(profile, device, self.hidden_bytes, concurrent=concurrent), rows, 1)
 
     def experts_table(self, worker: WorkerFacts, rows: int, layers: Flags, *, concurrent: bool = False) -> Table:
-        """Returns the seconds per stage for routers and experts of the flagged `layers`, in a step of `rows` rows."""
+        """Returns a table of the seconds that routers and experts of the flagged `layers` take in each stage."""
         profile = worker.profile
         assert profile is not None
         if times := profile.step_times(concurrent=concurrent):
@@ -166,8 +166,8 @@ class StageCosts:
         return _float_sums(np.where(layers, [roofline.experts_s(layer, rows) for layer in self.model.layers], 0.0))
 
     def exchange_table(self, rows: int, layers: Flags) -> Table:
-        """Returns the seconds that each stage takes to copy inputs and outputs of experts between a GPU and RAM.
-        `layers` flags the layers with experts in RAM."""
+        """Returns the seconds to copy inputs and outputs of experts between a GPU and RAM, as a table by stage.
+        `layers` is true for layers whose experts are in RAM."""
         each_s = EXCHANGE_S + EXCHANGE_BYTE_S * 2 * rows * self.hidden_bytes
         seconds: Table = _float_sums((layers & self.mixtures).astype(np.float64)) * each_s
         return seconds
@@ -187,7 +187,8 @@ class StageCosts:
         return before - before[:, np.newaxis]
 
     def _prefilled(self, rows: int) -> Table:
-        # If layers have experts, they were measured. A dense layer counts as what they move for as many multiply-adds.
+        # If there are layers with experts, these were measured. A dense layer counts as at least the bytes that they
+        # move for the same number of multiply-accumulates.
         mixtures = [layer for layer in self.model.layers if layer.idle_bytes]
         macs = sum(layer.macs_per_token for layer in mixtures)
         mac_bytes = sum(layer.moved_bytes(rows, 1) for layer in mixtures) / macs if macs else 0.0
@@ -206,7 +207,7 @@ def _possible(costs: ModelCosts) -> NDArray[np.bool_]:
 
 
 def _saved_bytes(costs: ModelCosts) -> Counts:
-    """Returns the bytes that whole layers save in each stage. A layer is smaller than the sum of its shards."""
+    """Returns, for each stage, the bytes saved because whole layers are smaller than the sum of their shards."""
     shards, layers = costs.expert_shards, costs.layers
     before = np.array([0, *accumulate(layer.saved_bytes for layer in layers[::shards])], np.int64)
     borders = np.arange(len(layers) + 1)

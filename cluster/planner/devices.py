@@ -59,16 +59,16 @@ def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Division:
-    """Layers by device for every possible stage. Device i holds layers [bounds[i], bounds[i + 1])."""
+    """The layers of each possible stage on a worker's devices. Device i holds the layers [bounds[i], bounds[i + 1])."""
 
     devices: tuple[WorkerFacts, ...]
     bounds: tuple[Counts, ...]  # Tables by start and end of the stage.
-    # Experts of layers in `moe.open` below moe_ends[i] are in RAM. Tables as above, with entries of at least bounds[i].
+    # Tables like `bounds`. Device i keeps experts in RAM for its layers in `moe.open` below moe_ends[i] >= bounds[i].
     moe_ends: tuple[Counts, ...]
     moe: MoeLayers
 
     def held(self, start: int, end: int) -> tuple[Held, ...]:
-        """Returns the layers of a stage by device, without empty devices. Entries with experts in RAM come last."""
+        """Returns the layers of a stage on each device that has any. Entries for experts in RAM come last."""
         at = [int(table[start, end]) for table in self.bounds]
         ends = [int(table[start, end]) for table in self.moe_ends]
         parts = [
@@ -84,11 +84,11 @@ class Division:
         return tuple(layer for layer in range(begin, until) if fixed[layer] or (is_open[layer] and layer < moe_end))
 
     def parts(self) -> Iterator[tuple[WorkerFacts, Counts, Counts, Counts]]:
-        """Yields each device with tables by stage: start and end of its layers, and its entry of `moe_ends`."""
+        """Yields each device with three tables by stage: first layer, end of the layers, and entry of `moe_ends`."""
         yield from zip(self.devices, self.bounds, self.bounds[1:], self.moe_ends, strict=False)
 
     def moved_ranges(self) -> Iterator[tuple[WorkerFacts, Flags, Counts, Counts]]:
-        """Yields (GPU, flags by layer, start, end). Experts of the flagged layers in [start, end) are in RAM. `start`
+        """Yields (GPU, flags, start, end). Layers in [start, end) with a true flag have their experts in RAM. `start`
         and `end` are tables by stage."""
         for device, begin, until, moe_end in islice(self.parts(), 1, None):
             for layers, end in ((self.moe.fixed, until), (self.moe.open, moe_end)):
@@ -102,8 +102,8 @@ class Division:
         return total
 
     def moved(self, experts: Callable[[WorkerFacts, Flags], Table], exchange: Callable[[Flags], Table]) -> Table:
-        """Returns the seconds that experts in RAM add to each stage. `experts` returns the seconds to compute experts
-        of flagged layers on a device. `exchange` returns the seconds to copy their inputs and outputs."""
+        """Returns the extra seconds of each stage if experts are in RAM. `experts(device, flags)` is the time of
+        the flagged layers' experts on the device. `exchange(flags)` is the time to copy their inputs and outputs."""
         total: Table = np.zeros(self.bounds[0].shape)
         for device, layers, begin, end in self.moved_ranges():
             change = experts(self.devices[0], layers) + exchange(layers) - experts(device, layers)
@@ -118,7 +118,7 @@ class Division:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceNeeds:
-    """Bytes that every possible stage needs on a device."""
+    """Memory that a device lacks for each possible stage, and memory that is freed if experts are in RAM."""
 
     # Missing bytes by start and end, if all experts except those in `MoeLayers.fixed` are on the device.
     excess: Table
@@ -141,8 +141,8 @@ def divide(
     *,
     apart: bool = False,
 ) -> Division:
-    """Divides all `possible` stages among the worker's devices. If `apart` is set, experts of layers in `moe.open` go
-    to RAM until the stage fits on the first GPU."""
+    """Divides the layers of each possible stage among the worker's devices. If `apart` is set, experts of layers in
+    `moe.open` go to RAM, layer by layer, until the stage fits on the first GPU."""
     devices, borders = devices_of(worker), possible.diagonal()
     starts, ends = np.indices((len(borders), len(borders)))
     wanted = len(borders) if worker.gpu_layers is None else worker.gpu_layers
@@ -167,8 +167,8 @@ def divide(
 
 
 def _allowed(worker: WorkerFacts, borders: Flags, index: int, begin: Counts) -> Counts:
-    """Returns the first layer of device `index` in each stage: `begin`, or the nearest border that the user's placement
-    rules allow."""
+    """Returns the first layer on device `index` for each stage. This is `begin`, or the nearest layer that the user's
+    placement rules allow."""
     if not worker.placement.layers:
         return begin
     gpus, layers = [gpu.device for gpu in worker.gpus], len(borders) - 1

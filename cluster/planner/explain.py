@@ -88,7 +88,7 @@ def _fitting_context(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> int 
 def idle_workers(
     sizes: MemoryModel, workers: Sequence[WorkerFacts], used: Collection[str], contexts: int
 ) -> tuple[IdleWorker, ...]:
-    """Explains why some workers have no layers. KV memory is planned for `contexts` full-length sequences."""
+    """Returns workers without layers, with reasons. KV memory is planned for `contexts` full-length sequences."""
     idle = [worker for worker in workers if worker.name not in used]
     if sizes.request.manual is not None:
         return tuple(IdleWorker(worker.name, "the manual plan does not name this worker") for worker in idle)

@@ -11,14 +11,14 @@ from llamaclust.cluster.planner.plan import ANSWER_TOKENS, HeldLayers, Plan, Pre
 from llamaclust.cluster.planner.speculation import USUAL_ACCEPTANCES, SpeculationGain, predict_gain
 from llamaclust.cluster.planner.work import TOGETHER
 from llamaclust.core.gpus import ranges
-from llamaclust.core.limits import layer_place, layer_span
+from llamaclust.core.limits import layer_span, shard_position
 from llamaclust.core.sizes import MIB
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.model.projectors.projector import Projector
 
 _MOST_SHARE = 12
 _SPARSE = 0.75
-"""The bytes read per token are printed only if they are less than this share of all weights."""
+"""The bytes read per token are printed only if they are less than this share of the weight bytes."""
 
 
 def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def _speeds(prediction: Prediction) -> dict[str, float]:
 
 
 def _in_layers(stage: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    places = {key: layer_place(stage[key], plan.expert_shards) for key in ("start", "end")}
+    places = {key: shard_position(stage[key], plan.expert_shards) for key in ("start", "end")}
     devices = {"devices": [_in_layers(part, plan) for part in stage["devices"]]} if "devices" in stage else {}
     return stage | places | devices
 
@@ -196,7 +196,7 @@ def stage_name(plan: Plan, stage: StagePlan) -> str:
 
 
 def shares_text(shares: Sequence[int]) -> str:
-    """Formats shares as small whole numbers, such as 2:1, or relative to the smallest share, such as 1.1:1."""
+    """Formats shares as a ratio of small whole numbers, such as 2:1, or else of decimals, such as 1.1:1."""
     unit, least = gcd(*shares), min(shares)
     if max(shares) <= _MOST_SHARE * unit:
         return ":".join(str(share // unit) for share in shares)

@@ -36,7 +36,7 @@ class GroupLinks:
         return cls(latency_s + GATHER_S, byte_s)
 
     def all_to_all_s(self, sent: Table) -> Table:
-        """Returns the seconds until each member has sent its `sent` bytes, [members, ...], to every other member."""
+        """Returns the seconds until each member has sent its bytes to all others. `sent` is [members, ...]."""
         out = sent * self.byte_s.sum(axis=1).reshape(-1, *[1] * (sent.ndim - 1))
         into = np.tensordot(self.byte_s.T, sent, axes=1)
         slowest: Table = np.maximum(out, into).max(axis=0)
@@ -47,7 +47,7 @@ class GroupLinks:
         return float(self.byte_s[0].sum())
 
     def to_leader_s(self, sent: Table) -> Table:
-        """Returns the seconds until all followers have sent their `sent` bytes, [members, ...], to the leader."""
+        """Returns the seconds until all followers have sent their bytes to the leader. `sent` is [members, ...]."""
         found: Table = np.tensordot(self.byte_s[:, 0], sent, axes=1)
         return found
 
@@ -63,7 +63,7 @@ class GatherTimes(Generic[Seconds]):
         return self.layers_s + self.output_s + rows * (self.row_s + self.output_row_s)
 
     def prefill_s(self, rows: int, computing_s: Seconds) -> Seconds:
-        """Returns the seconds of gathers for `rows` prompt tokens, without the part that overlaps computation."""
+        """Returns the seconds that gathers add to the `computing_s` seconds of a prefill of `rows` tokens."""
         bytes_s = rows * self.row_s
         found: Seconds = self.layers_s + bytes_s - np.minimum(HIDDEN_SHARE * bytes_s, computing_s)
         return found

@@ -25,7 +25,7 @@ class Link:
 
     @property
     def gather_s(self) -> float:
-        """Seconds that a message takes in a gather, in which members poll their sockets."""
+        """Seconds of an empty message in a gather. Members poll their sockets, so only the network time counts."""
         return max(0.0, self.one_way_s - _PROGRAMS_S) if self.network_s is None else self.network_s
 
 
@@ -55,7 +55,7 @@ class Links:
         return [self.between(*pair) for pair in pairs]
 
     def estimated(self, pairs: Iterable[frozenset[str]]) -> Links:
-        """Returns these links, and estimates for pairs without a measured link."""
+        """Returns these links, with estimates added for the `pairs` that were not measured."""
         reaches = self.reaches({name for pair in self.measured for name in pair})
         known = (sorted(pair) for pair in pairs if pair <= reaches.keys())
         sums = {
@@ -67,7 +67,7 @@ class Links:
         return Links(sums | {**self.measured})
 
     def reaches(self, names: Collection[str]) -> dict[str, Link]:
-        """Divides link times into a part for each worker, by least squares."""
+        """Estimates each worker's part of the link times. The parts of two workers sum to the time of their link."""
         pairs = [pair for pair in combinations(sorted(names), 2) if frozenset(pair) in self.measured]
         if not pairs:
             return dict.fromkeys(names, NO_REACH)

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.core.errors import UsageError
-from llamaclust.core.limits import layer_place, layer_span
+from llamaclust.core.limits import layer_span, shard_position
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Assigns layers [start, end), or parts of layers, to one worker or to a group that divides them by shares."""
+    """Layers (or expert shards) [start, end) of one worker, or of a group that divides them by `shares`."""
 
     workers: tuple[str, ...]
     start: int
@@ -45,16 +45,16 @@ def checked(
 
 
 def check_possible(plan: Sequence[Assignment], possible: NDArray[np.bool_], expert_shards: int = 1) -> None:
-    """Raises UsageError if a range ends between layers that share KV memory, or inside an indivisible layer."""
+    """Raises UsageError if a bound divides layers that share KV memory, or is inside an indivisible layer."""
     borders = np.flatnonzero(possible.diagonal())
     for entry in plan:
         if not possible[entry.start, entry.end]:
-            known = ", ".join(str(layer_place(int(border), expert_shards)) for border in borders)
-            what = "divides layers that read the same keys and values"
+            known = ", ".join(str(shard_position(int(border), expert_shards)) for border in borders)
+            why = "a bound divides layers that share keys and values"
             if expert_shards > 1:
-                what += ", or a layer without so many experts"
+                why += ", or is inside a layer that cannot be divided"
             layers = layer_span(entry.start, entry.end, expert_shards)
-            raise UsageError(f"plan: a bound of layers {layers} of {entry.text} {what}; allowed bounds are {known}")
+            raise UsageError(f"plan: {entry.text} cannot have layers {layers}: {why}; allowed bounds are {known}")
 
 
 _Span = Callable[[int, int], str]
@@ -66,7 +66,7 @@ def _check_once(plan: Sequence[Assignment], span: _Span) -> None:
         for worker in entry.workers:
             if worker in ranges:
                 two = f"{span(*ranges[worker])} and {span(entry.start, entry.end)}"
-                raise UsageError(f"plan: worker {worker!r} has layers {two}; a worker holds one range")
+                raise UsageError(f"plan: worker {worker!r} has layers {two}; give each worker one range")
             ranges[worker] = entry.start, entry.end
 
 
@@ -79,8 +79,8 @@ def _check_covered(ordered: Sequence[Assignment], layers: int, span: _Span) -> N
                 f"plan: layers {span(covered, start)} are on no worker; the model has layers {span(0, layers)}"
             )
         if start < covered:
-            twice = f"layers {span(start, min(covered, end))} of {entry.text} are assigned twice"
-            raise UsageError(f"plan: {twice}; {before}")
+            twice = span(start, min(covered, end))
+            raise UsageError(f"plan: layers {twice} of {entry.text} are assigned twice; {before}")
         covered, before = end, f"{entry.text} {'has' if len(entry.workers) == 1 else 'have'} {span(start, end)}"
     if covered < layers:
         raise UsageError(

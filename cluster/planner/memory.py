@@ -86,14 +86,14 @@ class MemoryModel:
         return self if stages is self.stages else replace(self, stages=stages, portion=portion)
 
     def workspace_bytes(self, worker: WorkerFacts, start: int, end: int, cpu_moe: Sequence[int] = ()) -> int:
-        """Returns the bytes of a stage's workspace, and of rounding its weights to allocation units. Experts in RAM
-        (`cpu_moe`) are not included."""
+        """Returns the bytes of a stage's workspace, plus the bytes that rounding to allocation units adds to weights.
+        Layers in `cpu_moe` count without their experts."""
         whole, freed = self.request.rounding(worker.device), self._expert_rounding(worker)
         rounding = whole if isinstance(whole, int) else int(whole[start, end])
         return self._workspace_to(worker, end) + rounding - int(freed[list(cpu_moe)].sum())
 
     def workspace_of(self, held: Held) -> int:
-        """Returns the bytes of workspace of exactly this stage."""
+        """Returns the bytes of workspace for the layers in `held`. The value is exact on CPUs."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts or held.cpu_moe or device.device != "cpu":
             return self.parts(held, 0)["workspace"]
@@ -148,7 +148,7 @@ class MemoryModel:
         return self.kv_bytes(start, end, contexts * self.request.context_blocks)
 
     def parts(self, held: Held, contexts: int) -> Mapping[str, int]:
-        """Returns bytes by kind, such as 'weights'. KV memory holds `contexts` full-length sequences, up to a limit."""
+        """Returns bytes by kind of memory. KV memory holds `contexts` full-length sequences, up to the user's limit."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts:
             return {"weights": self.weight_bytes(held), "workspace": self._workspace_to(device, end - 1)}
@@ -185,11 +185,11 @@ class MemoryModel:
         return self._blocks_in(held.start, held.end, max(least, left // 2), most)
 
     def shortfall_table(self, worker: WorkerFacts, contexts: int) -> Table:
-        """Returns missing bytes by stage for `contexts` full-length sequences, and infinity for start >= end."""
+        """Returns missing bytes by stage for `contexts` full-length sequences, or infinity for empty stages."""
         return self._shortfall(self.division(worker, contexts), contexts)
 
     def excess_table(self, worker: WorkerFacts, contexts: int) -> Table:
-        """Returns missing bytes by stage on a worker without GPUs. Negative values are free bytes."""
+        """Returns the bytes that a worker without GPUs lacks for each stage. Negative values are free bytes."""
         return self._needs(worker, contexts, None).excess
 
     def _shortfall(self, division: Division, contexts: int) -> Table:
@@ -240,7 +240,7 @@ class MemoryModel:
         return DeviceNeeds(excess, sums(freed * is_open)[0], sums(experts * is_open)[0])
 
     def division(self, worker: WorkerFacts, contexts: int) -> Division:
-        """Divides all stages among a worker's devices. Experts may go to RAM where that fits better or is faster."""
+        """Divides every stage among a worker's devices. Experts go to RAM if that fits better or is faster."""
         moe, possible = MoeLayers.of(worker.placement, self.stages.mixtures), self.stages.possible
 
         def needs(device: WorkerFacts) -> DeviceNeeds:

@@ -41,7 +41,7 @@ class DevicePlan(HeldLayers):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan(HeldLayers):
-    """The layers of one worker. A group member has a portion of the group's layers."""
+    """The layers that a plan gives to one worker. A group member holds a portion of each layer of its group."""
 
     worker: str
     # Share of each group member in every layer, such as (2, 1). Empty: the worker holds the layers alone.
@@ -122,7 +122,7 @@ class RejectedGroup:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All stages from the embedding to the head. `stages` has one entry per worker that holds layers."""
+    """All stages of a model. `stages` has one entry per worker that holds layers."""
 
     stages: tuple[StagePlan, ...]
     kv_blocks: int
@@ -150,7 +150,7 @@ class Plan:
 
     @property
     def leaders(self) -> tuple[StagePlan, ...]:
-        """The first entry of each stage. The worker of this entry receives and sends the messages of the stage."""
+        """The entries of the leading workers, one per stage. A leader receives and sends the messages of its stage."""
         return tuple(stage for stage in self.stages if stage.member == 0)
 
     @property

@@ -34,8 +34,8 @@ _NOMINAL_GPU = DeviceProfile(read_bytes_s=500e9, int8_macs_s=50e12)
 
 
 def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRequest) -> Plan:
-    """Makes a plan. Raises UsageError if a manual plan is wrong, InsufficientMemoryError if the model does not fit, and
-    NetworkPartitionError if every plan needs a link between workers that cannot reach each other."""
+    """Makes a plan. Raises UsageError if a manual plan is invalid, InsufficientMemoryError if the model does not fit,
+    and NetworkPartitionError if every plan needs a link between workers that cannot reach each other."""
     stages = StageCosts.of(costs)
     sizes = MemoryModel(stages, request)
     if request.manual is not None:

@@ -1,4 +1,4 @@
-"""Times of matrix products on a processor, by quant type. Unmeasured times are derived from the machine's limits."""
+"""Times of matrix products on a CPU, by quant type. Unmeasured times are derived from the machine's limits."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from llamaclust.model.costs import TypedWeights
 from llamaclust.model.quant_types import QuantType
 
 READ_SHARE: Final = 0.85
-"""Fraction of the memory bandwidth that one-row products reach if nothing else limits them."""
+"""Fraction of the memory bandwidth that one-row matrix products reach if nothing else limits them."""
 
 
 @dataclass(frozen=True, slots=True)
 class TypeRates:
     """Speeds of matrix products with weights of one quant type, relative to the 8-bit peak rate. `benchmarks/run.py
-    product_rates` measures them with cached data."""
+    product_rates` measures them with weights in the CPU cache."""
 
     # Number of 8-bit multiply-accumulates that take as long as decoding one weight. Several rows share the decoding.
     decode_macs: float
@@ -88,7 +88,6 @@ class ProductTimes:
 
 
 def _at(times: Sequence[ProductTime], rows: float) -> float:
-    """Interpolates the seconds per byte linearly, or extrapolates them. Never returns less than the first value."""
     if len(times) == 1 or rows <= times[0].rows:
         return times[0].byte_s
     index = next((i for i in range(1, len(times) - 1) if rows <= times[i].rows), len(times) - 1)

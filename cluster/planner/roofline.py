@@ -13,7 +13,7 @@ from llamaclust.model.costs import LayerCost, ModelCosts, TypedWeights
 LAUNCHES_S: Final = 30e-6
 """Seconds to launch the kernels of a layer on a GPU. The value is assumed, not measured."""
 LAYER_S: Final = 60e-6
-"""Seconds of a layer on a processor in addition to its matrix products."""
+"""Seconds of a layer on a CPU in addition to its matrix products."""
 ROW_MACS: Final = 3000
 """Work other than matrix products, in 8-bit multiply-accumulates per channel of a row."""
 _STATE_MACS: Final = 4
@@ -25,18 +25,17 @@ class Roofline:
     _read_bytes_s: float
     _int8_macs_s: float
     _products: ProductTimes | None  # None for a GPU, whose limits do not depend on the quant type.
-    _row_s: float  # Seconds of one row in a layer, without products.
+    _row_s: float  # Seconds of one row in a layer, without matrix products.
 
     @classmethod
     def of(cls, profile: DeviceProfile, device: str, hidden_bytes: int, *, concurrent: bool) -> Self:
-        """Derives the limits of a device from its profile. `hidden_bytes` is the size of a float32 row."""
+        """Makes the roofline model of a device from its profile. `hidden_bytes` is the size of a float32 row."""
         products = ProductTimes.of(profile, concurrent=concurrent) if device == "cpu" else None
         limits = profile.limits(concurrent=concurrent)
         row_s = ROW_MACS * hidden_bytes / 4 / limits.int8_macs_s
         return cls(limits.read_bytes_s, limits.int8_macs_s, products, row_s)
 
     def layer_s(self, layer: LayerCost, rows: int, sequences: int) -> float:
-        """Returns the seconds of a layer, including its experts."""
         return self._rest_s(layer, rows, sequences) + self.experts_s(layer, rows)
 
     def experts_s(self, layer: LayerCost, rows: int) -> float:

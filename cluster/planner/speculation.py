@@ -39,7 +39,7 @@ def predict_gain(prediction: Prediction, acceptance: float) -> SpeculationGain |
 
 
 class _PlannedRounds:
-    """Predicted `RoundTimes` for one sequence in one microbatch. Missing window sizes are interpolated."""
+    """Predicted round times of one sequence in one microbatch, interpolated between the predicted window sizes."""
 
     def __init__(self, prediction: Prediction) -> None:
         self._plain_s = prediction.token_s

@@ -12,7 +12,7 @@ TOGETHER: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A number of equal steps. Each step computes `rows` rows: tokens of one prompt, or a token of each sequence."""
+    """A number of equal steps, each for `rows` tokens of one prompt or for one token of each of `rows` sequences."""
 
     rows: int
     steps: float
@@ -22,7 +22,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A workload by which splits are rated. The rating is the time of the slowest stage for the steps in `slowest`. If
+    """A workload for comparing splits. A split's time is the time of its slowest stage for the steps in `slowest`. If
     `adds_up` is set, the total time of all stages for the steps in `each` is added."""
 
     slowest: tuple[Rows, ...]
@@ -37,8 +37,8 @@ class Work:
 
 
 def works_of(objective: str, prompt_tokens: int) -> tuple[Work, ...]:
-    """Returns the workloads of an objective, which differ in the number of chunks. A split is rated by the workload in
-    which it is fastest."""
+    """Returns the workloads of an objective. They divide the prompt into different numbers of chunks. A split is rated
+    by its fastest workload."""
     if objective == "latency":
         return tuple(_request(prompt_tokens, chunks) for chunks in CHUNKS)
     steps = (

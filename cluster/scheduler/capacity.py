@@ -17,7 +17,7 @@ ROWS = 512
 
 
 def microbatch_rows(projector: Projector | None) -> int:
-    """Returns how many rows a microbatch must have room for, besides one row per sequence."""
+    """Returns the number of rows that a microbatch must be able to hold, in addition to one row per sequence."""
     if projector is None or not projector.is_bidirectional:
         return ROWS
     return max(ROWS, min(projector.max_rows, MAX_BATCH_TOKENS // 2))

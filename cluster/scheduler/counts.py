@@ -21,5 +21,5 @@ class Counts:
 
     @property
     def totals(self) -> Counts:
-        """The counts to keep when a scheduler has ended. Gauges become 0, and counters keep their values."""
+        """The counts after the scheduler has ended. Counters keep their values, and gauges become 0."""
         return replace(self, running=0, waiting=0, in_flight=0, kv_blocks=0, kv_blocks_held=0)

@@ -22,10 +22,11 @@ _KEPT = 16
 
 def check_size(tokens: int) -> None:
     if tokens > MAX_BREAKERS_TOKENS:
-        reason = (
-            f"the token sequences that contain these texts have {tokens} tokens; the limit is {MAX_BREAKERS_TOKENS}"
+        raise ParameterError(
+            "dry_sequence_breakers",
+            f"the token sequences that contain these texts have {tokens} tokens; the limit is {MAX_BREAKERS_TOKENS}: "
+            "give fewer or rarer texts",
         )
-        raise ParameterError("dry_sequence_breakers", f"{reason}: give fewer or rarer texts")
 
 
 class BreakerTokens:
@@ -55,7 +56,6 @@ class BreakerTokens:
         return TokenIndex([self._tokenizer.token_bytes(token) for token in range(self._tokenizer.vocabulary_size)])
 
     def _find(self, text: str) -> tuple[tuple[int, ...], ...]:
-        """Returns the token sequences that can write `text`."""
         whole = text.encode("utf-8", "surrogatepass")
         found: list[tuple[int, ...]] = [(token,) for token in self._index.containing(whole)]
         containing, tokens = {token for (token,) in found}, len(found)
@@ -76,7 +76,7 @@ class BreakerTokens:
 
 
 class SeenBreakers:
-    """Selects the DRY sequence breakers that the next token could complete."""
+    """The DRY sampler's sequence breakers whose tokens have occurred. The last of several tokens may still follow."""
 
     __slots__ = ("_by_head", "_found", "_seen", "_sequences", "_waiting")
 
@@ -97,7 +97,7 @@ class SeenBreakers:
         return self._sequences
 
     def with_tokens(self, tokens: Iterable[int]) -> tuple[tuple[int, ...], ...]:
-        """Returns the value that `sequences` would have after `add` was called for all `tokens`."""
+        """Returns what `sequences` would be after adding `tokens`, without adding them."""
         if not self._by_head or self._seen.issuperset(tokens):
             return self.sequences
         more = copy(self)

@@ -37,13 +37,13 @@ class Running:
         return Running(self.owners + Counter([sequence.request.owner]), self.requests + Counter([turn_of(sequence)]))
 
     def rank(self, sequence: Sequence) -> tuple[int, int]:
-        """Returns how many sequences the owner and the request run. The sequence with the lowest rank starts next."""
+        """Returns the numbers of running sequences of the owner and of the request. The lowest rank starts next."""
         return self.owners[sequence.request.owner], self.requests[turn_of(sequence)]
 
 
 def startable(waiting: Iterable[Sequence], running: Iterable[Sequence]) -> list[Sequence]:
-    """Returns the waiting sequences that may start. A sequence with a large grammar may not start while its owner waits
-    for `_MOST_MATCHERS` matchers."""
+    """Returns the waiting sequences that may start. A sequence with a large grammar must wait while `_MOST_MATCHERS`
+    matchers for large grammars are being made for its owner."""
     making = Counter(other.request.owner for other in running if other.phase is Phase.PREFILL and _is_large(other))
     if not making:
         return [*waiting]

@@ -23,7 +23,7 @@ class _Sent:
     slices: tuple[SequenceSlice, ...]
     decoding: int  # Number of decode slices, which are first in `slices`.
     is_lookahead: bool  # True if the input tokens were unknown when the microbatch was sent.
-    # True if nothing else was in flight except steps that this one follows, and lookahead steps that follow it.
+    # True if all other microbatches in flight were lookahead steps, or steps on which this lookahead step depends.
     alone: bool
     sent_ns: int
     # Time when this microbatch was sent. For a lookahead step, the time when the previous result was computed.
@@ -120,8 +120,8 @@ class InFlight:
             raise ProtocolError(f"microbatch {due.number} came back with {found} results instead of {outputs}")
         embedded, found = sum(taken.chunk.embedded_rows for taken in due.slices), len(result.embeddings)
         if found != embedded * self._row_bytes:
-            rows = f"{embedded} embedded rows of {self._row_bytes} bytes"
-            raise ProtocolError(f"microbatch {due.number} came back with {found} bytes for {rows}")
+            rows = f"{embedded} hidden states of {self._row_bytes} bytes"
+            raise ProtocolError(f"microbatch {due.number} came back with {found} bytes instead of {rows}")
         if (token := max(map(_highest_token, result.rows), default=0)) >= self._vocabulary:
             what = f"token id {token}; the vocabulary has {self._vocabulary} tokens"
             raise ProtocolError(f"microbatch {due.number} came back with {what}")

@@ -34,7 +34,7 @@ class MatcherTurns:
         self._next: list[Sequence] = []  # Sequences with slow matchers that may run next, in order.
 
     def held(self, running: Items[Sequence]) -> frozenset[Sequence]:
-        """Returns the sequences with slow matchers that get no rows in the next microbatch."""
+        """Returns the sequences that get no rows in the next microbatch because their matchers are slow."""
         slow = [sequence for sequence in running if sequence.matcher.is_slow]
         self._next = []
         if len(slow) < 2:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from llamaclust.core.sampler.results import RowResult
 
 _SLOW_NS = 5_000_000
-"""Minimum nanoseconds of processor time per step at which a matcher counts as slow."""
+"""Minimum nanoseconds of CPU time per step at which a matcher counts as slow."""
 
 
 @dataclass(slots=True)
 class MatcherUse:
     is_started: bool = False  # True if the last stage was sent the grammar and the answer so far.
-    step_ns: int = 0  # Estimated processor time of a step in nanoseconds.
+    step_ns: int = 0  # Estimated CPU time of a step in nanoseconds.
     turn: int = 0  # Number of the turn in which a slow matcher last got rows.
 
     @property
@@ -22,7 +22,7 @@ class MatcherUse:
         return self.step_ns >= _SLOW_NS
 
     def learn(self, rows: Iterable[RowResult]) -> None:
-        """Updates `step_ns`, which decreases slowly because slow rows may follow fast rows."""
+        """Updates `step_ns` from measured rows. It falls slowly, because slow rows may follow fast rows."""
         if taken := [row.matcher_ns for row in rows if not row.is_deferred]:
             self.step_ns = max(sum(taken), self.step_ns * 3 // 4)
 

@@ -90,8 +90,9 @@ class SequenceQueues:
         own = sum([other.request.owner == owner for other in waiting])
         limit = largest_share(own, len(waiting), most_waiting + self.max_running - len(self.running))
         if own >= limit:
-            what = f"{own} sequences of this API key or client address wait; the limit is now {limit}"
-            raise QueueFullError(f"{what}: try again later")
+            raise QueueFullError(
+                f"{own} sequences of this API key or client address wait; the limit is now {limit}: try again later"
+            )
 
     def add(self, sequence: Sequence, most_waiting: int) -> None:
         self.check_room(sequence.request.owner, most_waiting)
@@ -118,7 +119,7 @@ class SequenceQueues:
         return True
 
     def give_turn(self) -> None:
-        """Preempts a running sequence if the next waiting sequence cannot start otherwise, and `takes_turn` allows it.
+        """Preempts a running sequence if the next waiting sequence should run in its place and has no room otherwise.
         Must not be called while a microbatch is being made."""
         if not self.waiting or not (waiting := startable(self.waiting, self.running)):
             return
@@ -131,7 +132,7 @@ class SequenceQueues:
         self._preempt_one()
 
     def make_room(self, sequence: Sequence) -> None:
-        """Starts the sequence or gives it its next block. May preempt other sequences. Nothing may be in flight."""
+        """Starts the sequence or gives it more blocks. May preempt others. Requires that no microbatch is in flight."""
         grow = self.memory.grow if sequence.phase is _DECODE else self.memory.extend
         if sequence.is_running and not grow(sequence):
             self.preempt(sequence)
@@ -142,7 +143,7 @@ class SequenceQueues:
         self._start(sequence)
 
     def shortest(self, prefilling: list[Sequence]) -> Sequence | None:
-        """Returns a short sequence to prefill before the oldest one, or None. Starts the sequence if it waits."""
+        """Returns a short sequence to prefill before the oldest one, or None. Starts it if it is waiting."""
         if not prefilling:
             return None
         running = Running.of(self.running)

@@ -143,7 +143,7 @@ class PromptProgress:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Last event of a request that finished or was aborted. A failed request ends with an exception instead."""
+    """The last event of a request that finished or was aborted. A failed request ends with an exception instead."""
 
     reason: FinishReason
     timings: Timings
@@ -154,7 +154,7 @@ Event = PromptScored | PromptEmbedded | TokenSampled | Finished
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Last update of a request that failed because one of its rows has no result. Other requests continue."""
+    """The last update of a request that failed because one of its rows has no result. Other requests continue."""
 
     message: str
     is_request_fault: bool = False

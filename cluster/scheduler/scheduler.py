@@ -193,8 +193,8 @@ class Scheduler:
         return self._launch(slices, len(ready), now_ns) if slices else self._next_ahead(now_ns)
 
     def complete(self, result: Result, now_ns: int, *, suspects_workers: bool = False) -> Completed:
-        """Processes a result. `suspects_workers` means that another worker can take the last stage after a failure.
-        Raises ProtocolError if the result does not belong to the oldest microbatch in flight."""
+        """Processes a microbatch's result. `suspects_workers` means that another worker can take the last stage after a
+        failure. Raises ProtocolError if the result does not belong to the oldest microbatch in flight."""
         completed = Completed()
         row = at = 0  # Offsets in `result.rows` and in `result.embeddings`.
         slices = self.in_flight.complete(result, now_ns)
@@ -303,7 +303,7 @@ class Scheduler:
         return self._launch((take_token(sequence),), 1, now_ns) if sequence.drafting.next else None
 
     def _next_alone(self, sequence: Sequence, now_ns: int) -> ScheduledMicrobatch | None:
-        """Returns a microbatch of this sequence only, and preempts others if needed. Nothing may be in flight."""
+        """Returns a microbatch of this sequence only. May preempt others. Requires that no microbatch is in flight."""
         queues = self.queues
         queues.make_room(sequence)
         if sequence.phase is Phase.DECODE:

@@ -107,7 +107,7 @@ class Sequence:
 
     @property
     def next_rows(self) -> int:
-        """Number of rows with known tokens in the next decode step. It can exceed 1 after a state was reset."""
+        """Number of rows with known tokens in the next decode step. It can exceed 1 after states were reset."""
         return max(1, self.remaining)
 
     @property
@@ -131,7 +131,7 @@ class Sequence:
     @property
     def may_draft(self) -> bool:
         """True if drafted tokens may be computed in the same step as the last token. Mirostat excludes drafts, because
-        mu would be unknown."""
+        each sampled token changes its `mu`."""
         request = self.request
         is_open = self.phase is _DECODE and self.left > 1 and request.max_drafted != 0
         is_early = request.needs_matcher and self.generated < request.min_tokens
@@ -139,7 +139,7 @@ class Sequence:
 
     @property
     def may_draft_further(self) -> bool:
-        """True if more drafts may follow the drafts in flight."""
+        """True if more drafted tokens may be sent before those in flight are verified."""
         ahead = self.drafting.ahead
         return self.samples_alone and bool(ahead) and self.may_draft and self.left > len(ahead) + 1
 
@@ -179,7 +179,7 @@ class Sequence:
 
     @property
     def settled(self) -> int:
-        """First row that may be computed again, if drafts in flight are refused."""
+        """The first position that must be computed again if the drafts in flight are rejected."""
         ahead = self.drafting.ahead
         return self.computed if ahead and self.kv.states.is_begun else self.scheduled - len(ahead)
 

@@ -67,7 +67,7 @@ class SchedulerSettings:
 
     @property
     def max_drafted(self) -> int:
-        """Maximum number of drafted tokens in a step. It is 0 if there are too few blocks to reset recurrent states."""
+        """Maximum number of drafted tokens in a step. It is 0 if recurrent states have no separate blocks."""
         if self.speculation is None or (self.has_states and not self.state_blocks):
             return 0
         group = self.window_group

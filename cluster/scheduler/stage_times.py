@@ -23,7 +23,7 @@ def _occupied_ns(timing: StageTiming) -> int:
 
 
 class Curve:
-    """Time of one stage as a function of the number of rows: a point per power of two, and lines between the points."""
+    """Time of one stage by number of rows. It has a point per power of two, and is linear between points."""
 
     __slots__ = ("_learned", "_learned_at", "_points")
 
@@ -100,7 +100,7 @@ class StageCurves:
 
 
 class StageTimes:
-    """Times of all stages: decode alone in the pipeline, decode with other microbatches, prefill, and scored rows."""
+    """Measured times of all stages: for decode alone, decode beside other microbatches, prefill, and scored rows."""
 
     def __init__(self, stages: int) -> None:
         self.stages = stages
@@ -124,8 +124,8 @@ class StageTimes:
         was_lookahead: bool = False,
         was_scored: bool = False,
     ) -> None:
-        """Updates the estimates. `elapsed_ns` is the microbatch's time in flight. For a lookahead step, it is the time
-        since the last result. `was_alone` means that all other microbatches in flight were lookahead steps."""
+        """Adds a microbatch's times. `elapsed_ns` is its time in flight or, for a lookahead step, the time since the
+        last result. `was_alone` means that all other microbatches in flight were lookahead steps."""
         timings = result.timings
         if len(timings) != self.stages:
             return
@@ -154,7 +154,7 @@ class StageTimes:
 
     @property
     def in_flight(self) -> int:
-        """Number of microbatches that keeps all stages busy."""
+        """Number of microbatches that must be in flight to keep all stages busy."""
         if self._recent_ns is None:
             return self.stages + 1
         slowest = max(*self._recent_ns, 1.0)

@@ -23,8 +23,8 @@ _UINT64_MAX = (1 << 64) - 1
 
 
 def validate(request: GenerationRequest, settings: SchedulerSettings, *, is_prompt_valid: bool = False) -> None:
-    """Raises ParameterError with the HTTP API's field name, the value and the limit. `is_prompt_valid` means that the
-    prompt's token ids were already checked."""
+    """Checks a request. Raises ParameterError with the HTTP API's field name, the value and the limit.
+    `is_prompt_valid` means that the prompt's token ids were already checked."""
     vocabulary = settings.vocabulary
     if not settings.generates and request.embedded is None:
         raise ParameterError("model", NO_TEXT)
@@ -77,17 +77,17 @@ def _check_rows_of_image(name: str, span: ImageSpan, settings: SchedulerSettings
     count, width = span.end - span.start, settings.image_width
     if span.rows.shape != (count, width):
         shape = " x ".join(map(str, span.rows.shape))
-        raise ParameterError("images", f"{name}: expected rows of {count} x {width} numbers, found {shape}")
+        raise ParameterError("images", f"{name}: expected {count} rows of {width} numbers, found {shape}")
     if span.is_bidirectional and count > settings.max_group_rows:
-        together = f"{name} needs {count} rows in one microbatch; the limit is {settings.max_group_rows}"
-        raise ParameterError("images", f"{together}: set prefill_chunk to {count}")
+        limit = f"the limit is {settings.max_group_rows}: set prefill_chunk to {count}"
+        raise ParameterError("images", f"{name} needs {count} rows in one microbatch; {limit}")
     if span.is_bidirectional and count * span.row_bytes > settings.max_image_bytes:
-        together = f"{name} needs {count * span.row_bytes} bytes of rows in one microbatch"
-        raise ParameterError("images", f"{together}; the limit is {settings.max_image_bytes}")
+        needed, most = count * span.row_bytes, settings.max_image_bytes
+        raise ParameterError("images", f"{name}: its rows need {needed} bytes in one microbatch; the limit is {most}")
     positions = span.rope_positions
     if positions is not None:
         assert settings.rope_sections and positions.shape == (settings.rope_sections, count), positions.shape
-        assert positions.min() >= 0 and positions.max() < count, "no row is behind the image's last one"
+        assert positions.min() >= 0 and positions.max() < count, "a rope position is outside the image"
 
 
 def check_chain(chain: SamplerChain) -> None:
@@ -153,7 +153,7 @@ def _check_params(params: SamplingParams, vocabulary: int) -> None:
     biased = [token for token, _ in params.logit_bias]
     _check_tokens("logit_bias", biased, vocabulary)
     if biased != sorted(set(biased)):
-        raise ParameterError("logit_bias", "token ids must be ascending, and each may be given once")
+        raise ParameterError("logit_bias", "token ids must be ascending, without duplicates")
     for _, bias in params.logit_bias:
         check_number("logit_bias", bias, -bounds.MAX_BIAS, bounds.MAX_BIAS)
 

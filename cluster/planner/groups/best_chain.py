@@ -22,7 +22,7 @@ from llamaclust.cluster.planner.splits.stage_tables import stage_tables
 from llamaclust.cluster.planner.work import Work, works_of
 
 _WORTH_ROOM = 1.1
-"""A plan with room for fewer full-length sequences in KV memory is chosen only if it is faster by this factor."""
+"""A plan whose KV memory holds fewer full-length sequences is chosen only if it is faster by this factor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class Found:
 
 
 def best_chain(sizes: MemoryModel, workers: Sequence[WorkerFacts], contexts: Sequence[int]) -> Found | None:
-    """Returns the chain of stages that is best for the objective, or None if nothing fits. `contexts` lists how many
-    full-length sequences KV memory may hold, with the preferred number first."""
+    """Returns the best chain of stages for the objective, or None if the model does not fit. Tries KV memory for each
+    number of full-length sequences in `contexts`, whose first number is preferred."""
     works = works_of(sizes.request.objective, usual_prompt_tokens(sizes.request.context_length))
     unlike = frozenset[str]().union(*sizes.request.partitions)
     found: Found | None = None
@@ -70,8 +70,8 @@ class _Search:
         best = best_of(self._single(), below)
         single = None if best is None else self._of(best)
         limit = below if best is None else CLEARLY_BETTER * best.seconds
-        for nearly in (False, True):
-            grouped = self._grouped(limit, best, nearly=nearly)
+        for allow_unrounded in (False, True):
+            grouped = self._grouped(limit, best, allow_unrounded=allow_unrounded)
             if grouped is not None and (found := self._fitted(self._of(grouped))) is not None:
                 return replace(found, single=single)
             if grouped is None and single is not None:
@@ -92,12 +92,12 @@ class _Search:
     def _single(self) -> Iterator[Sequence[Way]]:
         return ways_of_workers(self.classes, self.works, self._apart)
 
-    def _grouped(self, below: float, known: Best | None, *, nearly: bool) -> Best | None:
+    def _grouped(self, below: float, known: Best | None, *, allow_unrounded: bool) -> Best | None:
         request = self.sizes.request
         if request.largest_group < 2 or request.group_costs is None or not is_measured(self.workers):
             return None
         classes = [part for one in self.classes for part in split_by_links(one, self.workers, request.links)]
-        tables = GroupTables(self.sizes, request.group_costs, self.contexts, nearly)
+        tables = GroupTables(self.sizes, request.group_costs, self.contexts, allow_unrounded)
         return GroupSearch(self.sizes, self.workers, classes, self.works, tables, self._apart).best(below, known)
 
     def _fitted(self, found: Found) -> Found | None:

@@ -13,7 +13,7 @@ from llamaclust.model.costs import ModelCosts
 from llamaclust.model.groups.costs import DividedLayer, GroupCosts, PortionCost
 
 _FINE = 64
-"""Minimum number of units, such as attention heads, from which a part of a layer counts as divisible in any ratio."""
+"""A part of a layer with at least this number of units, such as attention heads, counts as divisible in any ratio."""
 
 Shares = Table
 """Shares of members, [members, ...]. Their sum over members is 1."""
@@ -57,7 +57,8 @@ class DividedCosts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DividedTables:
-    """A table of stage costs, split as in `DividedCosts`. Tables of several members have the shape [members, ...]."""
+    """Stage costs in three parts: `whole` is not divided, `coarse` is divided in whole units, and `fine` is divided in
+    any ratio. For several members, each table has the shape [members, ...]."""
 
     whole: Table
     coarse: tuple[Table, ...]

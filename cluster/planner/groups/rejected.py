@@ -18,19 +18,19 @@ from llamaclust.cluster.planner.work import works_of
 
 _ALL_SETS = 4
 """Maximum number of workers for which every set is tried as a group. If there are more, only the fastest are tried."""
-_NO_LINKS = "accepts no links of groups", "accept no links of groups"
+_NO_LINKS = "accepts no links from other members", "accept no links from other members"
 _Candidate = tuple[Assignment, Chain]
 
 
 def rejected_group(plan: Chain, workers: Sequence[WorkerFacts], contexts: int) -> RejectedGroup | str | None:
-    """Returns the best group, or a text that says why no group is possible. Returns None if the plan has groups or no
-    predicted speed."""
+    """Returns the fastest group that could hold all layers. Returns a reason if no group is possible, and None if the
+    plan has groups or no predicted speed."""
     if len(workers) < 2 or plan.prediction is None or any(stage.shares for stage in plan.members):
         return None
     if (obstacle := _obstacle(plan.sizes, workers)) is not None:
         return obstacle
     if (best := _best(plan, workers, contexts)) is None:
-        return "no group has room for its portions"
+        return "no group has enough memory"
     entry, chain = best
     prediction = chain.prediction
     assert prediction is not None, "all workers were measured"
@@ -65,7 +65,7 @@ def _obstacle(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> str | None:
 
 
 def _sets(plan: Chain, workers: Sequence[WorkerFacts]) -> Iterator[list[tuple[WorkerFacts, ...]]]:
-    """Yields the possible groups by size. The fastest member of a group comes first and leads it."""
+    """Yields the possible groups of each size, from two on. The fastest worker comes first and leads the group."""
     sizes, request = plan.sizes, plan.sizes.request
     able = [worker for worker in workers if worker.joins_groups]
     able.sort(key=lambda worker: sizes.stages.decode_s(worker, 0, sizes.stages.layers))
@@ -83,8 +83,8 @@ def _group(sizes: MemoryModel, members: Sequence[WorkerFacts], contexts: int) ->
     assert request.group_costs is not None
     work, *_ = works_of(request.objective, usual_prompt_tokens(request.context_length))
     by_name = {member.name: member for member in members}
-    for nearly in (False, True):
-        tables = GroupTables(sizes, request.group_costs, contexts, nearly)
+    for allow_unrounded in (False, True):
+        tables = GroupTables(sizes, request.group_costs, contexts, allow_unrounded)
         table = tables.of(members, GroupLinks.of(request.links, names))
         if isfinite(table.of_work(work).slow[0, layers]):
             shares, _ = table.integer_shares(0, layers, work)

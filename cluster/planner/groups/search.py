@@ -30,7 +30,7 @@ from llamaclust.cluster.planner.splits.stage_tables import link_table
 from llamaclust.cluster.planner.work import Work
 
 _MOST_STEPS = 3**8
-"""All sets of workers are tried if this takes at most this number of steps, as it does for eight different workers."""
+"""Maximum number of search steps for which all sets of workers are tried. Eight different workers need this number."""
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 _MEMBER = 1e-3
 """Minimum fraction of the time that each member of a group must save."""
@@ -54,7 +54,7 @@ class Group:
         return self.search.costs_of(self.members).integer_shares(start, end, self.search.works[work])[0]
 
     def takes_longer(self, start: int, end: int, work: int) -> bool:
-        """Returns True if whole-number shares take longer than the group's table says, and corrects the table."""
+        """Returns True, and corrects the table, if whole-number shares are slower than the table predicts."""
         costs = self.search.costs_of(self.members)
         factor = costs.integer_shares(start, end, self.search.works[work])[1]
         is_longer = _NOTHING * costs.factor < factor < inf
@@ -65,8 +65,6 @@ class Group:
 
 @dataclass(eq=False)
 class GroupSearch:
-    """Searches for the best split in which workers or groups hold the stages."""
-
     sizes: MemoryModel
     workers: Sequence[WorkerFacts]
     classes: Sequence[WorkerClass]
@@ -81,7 +79,7 @@ class GroupSearch:
         self.holders.extend(self.classes)
 
     def best(self, below: float, known: Best | None) -> Best | None:
-        """Returns the best split that takes less than `below` seconds."""
+        """Returns the best split faster than `below` seconds, or None. `known` is the best split without groups."""
         best = None
         for _ in range(_ROUNDS):
             best = self._best(below, known)
@@ -96,7 +94,6 @@ class GroupSearch:
         return any(longer)
 
     def _best(self, below: float, known: Best | None) -> Best | None:
-        """Searches groups of neighbours first, and then all sets of workers."""
         neighbours, others = self._places()
         if len(self.holders) == len(self.classes):
             return None
@@ -180,7 +177,6 @@ class GroupSearch:
         return self._numbers[key]
 
     def _may_hold(self, members: tuple[int, ...]) -> bool:
-        """Returns True if the members can be a group whose gathers are not too slow."""
         request, facts = self.sizes.request, [self.workers[member] for member in members]
         if len(members) > request.largest_group or not all(worker.joins_groups for worker in facts):
             return False
@@ -196,7 +192,6 @@ class GroupSearch:
 
     @cached_property
     def _token_s(self) -> list[float]:
-        """Seconds per token of each worker, if it had memory for all layers."""
         stages = self.sizes.stages
         return [stages.decode_s(worker, 0, stages.layers) for worker in self.workers]
 

@@ -16,11 +16,13 @@ _LEAST_DIVIDED = 1e-6
 """Minimum ratio of divided time to fixed time, because the divided time is a divisor."""
 
 
-def balanced(parts: DividedCosts, seconds: DividedTables, lacking: DividedTables, *, nearly: bool = False) -> Shares:
-    """Returns shares, [members, stages], that minimize the time of the slowest member. Their sum is below 1 if memory
-    does not suffice. `lacking` has missing bytes, or free bytes as negative numbers."""
-    shares = _filled(seconds, lacking, parts.least_units, margin=0.0 if nearly else 0.5)
-    if nearly or not parts.coarse:
+def balanced(
+    parts: DividedCosts, seconds: DividedTables, lacking: DividedTables, *, allow_unrounded: bool = False
+) -> Shares:
+    """Returns shares, [members, stages], for which the slowest member takes the least time. They sum to less than 1 if
+    memory does not suffice. `lacking` holds missing bytes. Negative values are free bytes."""
+    shares = _filled(seconds, lacking, parts.least_units, margin=0.0 if allow_unrounded else 0.5)
+    if allow_unrounded or not parts.coarse:
         return shares
     given = parts.coarse_parts(shares)
     rest = _filled(seconds.with_coarse(given), lacking.with_coarse(given), parts.least_units)
@@ -31,7 +33,7 @@ def balanced(parts: DividedCosts, seconds: DividedTables, lacking: DividedTables
 
 
 def _filled(seconds: DividedTables, lacking: DividedTables, units: int, *, margin: float = 0.5) -> Shares:
-    """Returns shares with which all members take equally long. Memory for `margin` units stays free."""
+    """Returns shares for which all members take equally long. Memory for `margin` units stays free."""
     fixed = seconds.whole
     each = np.maximum(seconds.divided, _LEAST_DIVIDED * np.abs(fixed) + 1e-12)
     short, more, least = lacking.whole, lacking.divided, 1 / units
@@ -56,7 +58,7 @@ def _taken(limit: Table, fixed: Table, each: Table, least: float, most: Table) -
 
 
 def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float]) -> tuple[tuple[int, ...], float]:
-    """Returns small whole-number shares with nearly the lowest cost, and this cost. It is infinite if none fit."""
+    """Returns small whole-number shares that cost nearly the least, and their cost. It is infinite if none fit."""
     near = (in_total(shares, total) for total in (*range(len(shares), _FEW + 1), MANY))
     costs = {found: cost(found) for found in dict.fromkeys(near)}
     limit = _NOTHING * min(costs.values())
@@ -66,7 +68,7 @@ def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float
 
 
 def in_total(shares: Sequence[float], total: int) -> tuple[int, ...]:
-    """Returns whole numbers near the shares. Their sum is `total`, or more if a member would otherwise get 0."""
+    """Rounds shares to whole numbers above 0. Their sum is `total`, or more if a small share was raised to 1."""
     wanted = np.array(shares) * total / sum(shares)
     found = np.floor(wanted).astype(int)
     for member in np.argsort(found - wanted, kind="stable")[: total - int(found.sum())]:

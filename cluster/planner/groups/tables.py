@@ -25,8 +25,6 @@ _INNER, _FIRST, _LAST, _ALL = range(4)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kinds:
-    """Sorts stages into kinds that have the same costs."""
-
     kind_of: Counts  # Kind of each stage, by start and end.
     places: tuple[Counts, Counts]  # Start and end of one stage per kind.
     cells: Counts  # Cell number per kind. Kinds with the same cell have the same shares.
@@ -47,7 +45,7 @@ class _Kinds:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _GatherTables:
-    """The number of gathers, and the bytes that they send for each row. Both are tables by kind of stage."""
+    """Numbers of gathers, and bytes that they send per row. Each table has one value for each kind of stage."""
 
     count: Table
     row_bytes: Table
@@ -88,7 +86,7 @@ class GroupTables:
     _sizes: MemoryModel
     costs_of: Callable[[int], GroupCosts]
     _contexts: int
-    nearly: bool = False
+    allow_unrounded: bool = False
     """True if stages need to fit only with unrounded shares."""
     _divided: dict[int, _DividedModel] = field(default_factory=dict)
     _seconds: dict[tuple[int, WorkerFacts, Rows], DividedTables] = field(default_factory=dict)
@@ -139,10 +137,10 @@ class GroupTables:
         return DividedTables.of_members(found)
 
     def lacking(self, divided: _DividedModel, members: Sequence[WorkerFacts]) -> DividedTables:
-        """Returns missing bytes by member and kind of stage. The first member is the leader."""
+        """Returns how many bytes each member lacks for each kind of stage. The first member leads the group."""
         found = []
         for place, member in enumerate(members):
-            portion = Portion((1,) * len(members), min(place, 1)) if self.nearly else None
+            portion = Portion((1,) * len(members), min(place, 1)) if self.allow_unrounded else None
             key = id(divided), member, place == 0, portion
             if key not in self._lacking:
                 table = partial(self._excess, worker=member, portion=portion)
@@ -164,7 +162,7 @@ class GroupTable:
     """Ratio of the time with whole-number shares to the time with unrounded shares."""
 
     def of_work(self, work: Work) -> StageTable:
-        """Returns the seconds of each stage, without links to other stages, and infinity for stages that do not fit."""
+        """Returns the seconds of each stage without transfers to other stages, or infinity if it does not fit."""
         kind_of = self.divided.kinds.kind_of
         slow = np.where(self._fits, self.factor * self._work_s(work.slowest), np.inf)
         starts, ends = np.indices(kind_of.shape)
@@ -187,7 +185,7 @@ class GroupTable:
         numbers = kinds.kind_of[_places(layers)]
         seconds, lacking = self._token.chosen(numbers), self._lack.chosen(numbers)
         with np.errstate(invalid="ignore"):
-            return balanced(self.divided.parts, seconds, lacking, nearly=self.tables.nearly)
+            return balanced(self.divided.parts, seconds, lacking, allow_unrounded=self.tables.allow_unrounded)
 
     @cached_property
     def _token(self) -> DividedTables:
@@ -205,7 +203,7 @@ class GroupTable:
     @cached_property
     def _fits(self) -> Flags:
         has_all: Flags = self._parts[1].sum(axis=0) > 1 - 1e-6
-        if self.tables.nearly:
+        if self.tables.allow_unrounded:
             return has_all
         fits: Flags = has_all & (self._lack.at(*self._parts) <= 0).all(axis=0)
         return fits
@@ -222,7 +220,7 @@ class GroupTable:
         )
 
     def integer_shares(self, start: int, end: int, work: Work) -> tuple[tuple[int, ...], float]:
-        """Returns the fastest whole-number shares that fit, and the ratio of their time to that of unrounded shares."""
+        """Returns the fastest whole-number shares, and how many times longer they take than unrounded shares."""
         kind = np.array([self.divided.kinds.kind_of[start, end]])
         lacking, parts = self._lack.chosen(kind), self.divided.parts
         steps = [*work.slowest, *(work.each if work.adds_up else ())]
@@ -255,7 +253,6 @@ def _step_s(costs: StageCosts, worker: WorkerFacts, step: Rows) -> Table:
 
 
 def _cells(layers: int) -> Counts:
-    """Returns a cell number for each stage. Stages with equal numbers have equal shares."""
     starts, ends = np.indices((layers + 1, layers + 1))
     kinds = np.where(starts == 0, np.where(ends == layers, _ALL, _FIRST), np.where(ends == layers, _LAST, _INNER))
     found: Counts = kinds * (layers + 1) + np.clip(ends - starts, 0, layers)

@@ -33,8 +33,6 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step of the search, which gives the next layers to a worker or group."""
-
     holder: int
     before: tuple[int, ...]
     is_first: bool  # True if the holder may have the first stage.
@@ -44,7 +42,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Takes the cheapest of the steps in `before`."""
+    """A merge of the steps in `before`. It keeps the cheapest one for each number of assigned layers."""
 
     before: tuple[int, ...]
 
@@ -62,14 +60,14 @@ class Ends:
 
 
 class Bounds(Protocol):
-    """Lower bounds of the cost of layers, for given numbers of workers by class."""
+    """Lower bounds of the cost of layers for given numbers of workers by class."""
 
     def together(self, workers: Counts) -> Table:
-        """Returns the lower bound for each range [0, n) of layers, if all `workers` form one group."""
+        """Returns a table of lower bounds. Entry n is for layers [0, n), computed by all `workers` as one group."""
         ...
 
     def of_rest(self, workers: Counts) -> Table:
-        """Returns lower bounds for all ranges [n, end) of layers, if `workers` compute them alone or together."""
+        """Returns a table of lower bounds. Entry n is for layers [n, end), computed alone or together by `workers`."""
         ...
 
 
@@ -131,7 +129,7 @@ class _Run:
         return self._tables[holder]
 
     def _extended(self, costs: Table, place: Step) -> Table:
-        """Adds the stage of a step to the costs. A cost is infinite if the whole split would exceed the limit."""
+        """Adds a step's stage to `costs`. The result is infinite where the whole split would exceed the limit."""
         bounds = self._steps.bounds if place.own and self._most < inf else None
         rest: Table = np.zeros(1)
         if bounds is not None:
@@ -175,8 +173,8 @@ LeaderOf = Callable[[int], int]
 def in_order(
     order: Sequence[int], sizes: Sequence[int], holder_of: HolderOf, leader_of: LeaderOf, apart: Ways = frozenset()
 ) -> Places:
-    """Returns steps that follow one order of workers. Members of a group are neighbours in this order. Two workers of a
-    pair in `apart` never lead adjacent stages."""
+    """Returns the search steps for one order of workers. The members of a group must be adjacent in this order. The two
+    workers of a pair in `apart` never lead adjacent stages."""
     places: list[Step | Choice] = []
     # For the first n workers in the order: indices of their steps, and the index of the choice among these steps.
     upto: list[tuple[list[int], tuple[int, ...]]] = [([], ())]
@@ -200,8 +198,8 @@ def in_order(
 def any_order(
     sizes: Counts, held_by: tuple[tuple[Counts, int], ...], leaders: tuple[int, ...], apart: Ways = frozenset()
 ) -> Places:
-    """Returns steps for all sets of workers in all orders. `held_by` has pairs (numbers of workers by class, holder). A
-    worker in `apart` must have its own class."""
+    """Returns the search steps for all sets of workers in all orders. `held_by` has pairs (numbers of workers by class,
+    number of the holder with these workers). A worker in `apart` must be the only one of its class."""
     numbers = dict(held_by)
     places: list[Step | Choice] = []
     found: dict[Counts, tuple[list[int], tuple[int, ...]]] = {}  # Steps and choices by used workers.
@@ -261,7 +259,7 @@ def steps_in_any_order(sizes: Sequence[int], held_by: Sequence[Counts]) -> int:
 
 
 def constrained_ends(workers: Collection[int], apart: Ways) -> list[Ends]:
-    """Returns the alternative constraints under which no pair in `apart` leads both the first and the last stage."""
+    """Returns alternative constraints. Under each, no pair in `apart` leads both the first and the last stage."""
     bound = sorted(worker for worker in workers if any(worker in pair for pair in apart))
     ends = [Ends(frozenset(workers) - frozenset(bound))]
     for first in bound:

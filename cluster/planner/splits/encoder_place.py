@@ -16,7 +16,7 @@ from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionErro
 from llamaclust.core.sizes import MIB, needed
 
 _MOST_HOLDERS = 8
-"""Number of workers after which the search ends if a plan was found."""
+"""Number of tried workers after which the search ends if a plan was found."""
 _FASTER = 0.98
 """Maximum ratio of times at which a plan counts as clearly faster than another."""
 _MUCH_FASTER = 0.9
@@ -28,7 +28,7 @@ EncoderParts = Callable[[int], Mapping[str, int]]
 
 class MakePlan(Protocol):
     def __call__(self, workers: Sequence[WorkerFacts], by_hand: tuple[Assignment, ...] | None = None) -> Plan:
-        """Makes a plan with the assignments in `by_hand`, or with the request's own if `by_hand` is None."""
+        """Makes a plan for these workers. Assignments in `by_hand` replace those of the plan request."""
         ...
 
 
@@ -40,7 +40,7 @@ def plan_with_encoder(
     is_manual: bool = False,
     partitions: Pairs = frozenset(),
 ) -> Plan:
-    """Makes a plan that also places the image encoder. Raises InsufficientMemoryError if no plan fits."""
+    """Makes a plan in which one worker also holds the image encoder. Raises InsufficientMemoryError if no plan fits."""
     without = _without_encoder(encoder, workers, make_plan)
     tried = _by_room(without, workers) if is_manual else _by_memory(without, workers, partitions)
     best: Plan | None = None
@@ -97,7 +97,7 @@ def _plans_in_place(
 
 
 def _by_memory(without: Plan, workers: Sequence[WorkerFacts], partitions: Pairs) -> list[WorkerFacts]:
-    """Returns one of each group of equal workers. Workers with layers come first, then those with more memory."""
+    """Returns one worker of each kind. Workers with layers come first, then workers with more memory."""
     unlike = frozenset[str]().union(*partitions)
     kinds: dict[WorkerFacts, WorkerFacts] = {}
     for worker in sorted(workers, key=lambda worker: (not _has_layers(without, worker), -_room(worker))):

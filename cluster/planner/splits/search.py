@@ -23,7 +23,7 @@ simpler split."""
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """Splits to try for one workload. `limits` holds time limits for the slowest stage, in ascending order."""
+    """A search for the best split in a workload. `limits` are ascending time limits for the slowest stage."""
 
     steps: Steps
     work: Work
@@ -63,7 +63,7 @@ class Best:
 
 
 def best_of(kinds: Iterable[Sequence[Way]], below: float = inf) -> Best | None:
-    """Returns the best split, or None. `kinds` begins with simple splits. Later kinds must be clearly faster."""
+    """Returns the best split, or None. Splits of later `kinds` are more complex and must be clearly faster."""
     best: Best | None = None
     for ways in kinds:
         limit = below if best is None else CLEARLY_BETTER * best.seconds

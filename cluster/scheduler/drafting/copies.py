@@ -25,7 +25,7 @@ class Copy:
         self._end, self._place = len(tokens), place
 
     def resumption(self, tokens: Sequence[int]) -> Resumption | None:
-        """Finds where a copied passage goes on after a few other tokens. Returns None if there is no such place."""
+        """Returns where the text follows the copied passage again after a few different tokens, or None."""
         if self._place < 0 or len(tokens) - self._end > _MOST_SINCE:
             return None
         while self._end < len(tokens) and tokens[self._end] == tokens[self._place + 1]:

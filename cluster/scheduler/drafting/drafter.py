@@ -49,11 +49,11 @@ NO_DRAFT = Draft((), 0)
 
 class Drafter(Protocol):
     def draft(self, tokens: Sequence[int], most: int) -> Draft:
-        """Returns a draft of up to `most` tokens. `tokens` holds prompt and answer, and may only grow between calls."""
+        """Returns a draft of up to `most` tokens. `tokens` (prompt and answer) may only grow between calls."""
 
 
 class Drafters(Protocol):
     def of(self, key: Hashable) -> Drafter:
-        """Returns a drafter. Drafters with different keys (cache salt and adapters) do not see each other's tokens."""
+        """Returns a new drafter. Drafters with different keys (cache salt and adapters) share no tokens."""
 
     def ended(self, key: Hashable, tokens: Sequence[int]) -> None: ...

@@ -30,8 +30,8 @@ NO_MATCH = Match(NONE, 0, 0)
 
 
 class HashChains:
-    """Linked lists of token indices, called places. Two places are in the same list if the `order` tokens that end
-    there have the same hash."""
+    """An index of n-grams with `order` tokens. A chain links the places (token indices) where n-grams with the same
+    hash end."""
 
     def __init__(self, order: int) -> None:
         self._order = order
@@ -46,7 +46,7 @@ class HashChains:
         return sys.getsizeof(self._newest) + sys.getsizeof(self._previous)
 
     def take_in(self, text: Sequence[int]) -> bool:
-        """Adds up to STEP_TOKENS new tokens of `text` to the index. Returns True once the index has all of them."""
+        """Adds up to STEP_TOKENS new tokens of `text` to the index. Returns True if it then has all of them."""
         assert len(text) >= len(self._previous)
         while len(self._newest) < len(text):
             self._newest.extend(self._newest)  # Both halves of the doubled table start with the existing chains.
@@ -68,7 +68,7 @@ class HashChains:
         return self._newest[hash(window) & len(self._newest) - 1]
 
     def longest(self, text: Sequence[int], place: int, tail: Sequence[int]) -> Match:
-        """Returns the longest match of `tail` (at most LONGEST tokens), searching backwards from index `place`."""
+        """Returns the longest match for the end of `tail` (at most LONGEST tokens). Searches back from `place`."""
         previous, order, window = self._previous, self._order, tail[-self._order :]
         found, length, followers, follower, agree = NONE, order - 1, 0, NONE, True
         for _ in range(CANDIDATES):

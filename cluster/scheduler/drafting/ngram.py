@@ -59,7 +59,7 @@ class NgramDrafter:
         return found
 
     def continued(self, tokens: Sequence[int], match: Match, most: int) -> Draft:
-        """Drafts the tokens that follow the match or the resumed copy. If fewer than `most` follow, repeats them."""
+        """Drafts the tokens after the match, or after the place where a copy resumes. Repeats them to fill `most`."""
         if match.length <= _UNSURE:
             resumed = self._copy.resumption(tokens)
             if resumed is not None and resumed.length >= match.length:
@@ -104,4 +104,4 @@ class NgramDrafters:
         return NgramDrafter()
 
     def ended(self, key: Hashable, tokens: Sequence[int]) -> None:
-        """Ignores the answer, because sequences share no answers."""
+        """Does nothing, because sequences share no answers."""

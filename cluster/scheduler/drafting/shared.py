@@ -41,7 +41,7 @@ class _Answers:
 
 
 class SharedAnswers:
-    """A store of answers in two halves. When the newer half is full, it replaces the older half."""
+    """A bounded store of answers in two halves. When the newer half is full, it replaces the older half."""
 
     def __init__(self, most_tokens: int) -> None:
         self._half_tokens = most_tokens // 2

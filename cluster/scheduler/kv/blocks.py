@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 
 class KvBlocks:
-    """A pool of the blocks [0, count). A holder is a sequence or a transfer that uses a block. A registered block
-    without holders is idle: `acquire` still finds it, until `take` reuses it."""
+    """A pool of reference-counted KV blocks. Their holders are sequences and transfers. A registered block without
+    holders is idle: `acquire` still finds it, until `take` reuses it."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -29,7 +29,7 @@ class KvBlocks:
         return self._holders[block]
 
     def take(self) -> int:
-        """Returns a block with undefined content, whose only holder is the caller. Requires `available` > 0."""
+        """Takes a free or idle block, whose content is undefined. Requires `available` > 0."""
         if self._free:
             block = self._free.pop()
         else:
@@ -40,7 +40,7 @@ class KvBlocks:
         return block
 
     def acquire(self, key: bytes) -> int:
-        """Adds a holder to the block registered with this key. Holders must not write to the block."""
+        """Adds a holder to the block registered with this key, and returns it. Holders must not write to it."""
         block = self._by_key[key]
         self._idle.pop(block, None)
         self._holders[block] += 1
@@ -54,8 +54,8 @@ class KvBlocks:
         return self._by_key.get(key) == block
 
     def register(self, block: int, key: bytes) -> None:
-        """Lets `acquire` find a full block by its key. The block's content must not change again. Does nothing if
-        another block is registered with the same key."""
+        """Registers a full block so that `acquire` finds it. Its content must not change again. Does nothing if another
+        block is registered with the same key."""
         assert self._holders[block] > 0
         if key not in self._by_key and block not in self._keys:
             self._by_key[key] = block
@@ -80,8 +80,8 @@ class KvBlocks:
 
 
 class BlockTable:
-    """The blocks of one sequence, in order of position. blocks[i] holds KV_BLOCK_TOKENS positions, from position
-    (start + i) * KV_BLOCK_TOKENS. `start` is 0, unless layers with a sliding window have dropped old blocks."""
+    """The KV blocks of one sequence in order of position. blocks[i] holds KV_BLOCK_TOKENS positions, beginning with
+    position (start + i) * KV_BLOCK_TOKENS. `start` is 0 unless a sliding window has dropped old blocks."""
 
     __slots__ = ("_runs", "_shown", "blocks", "committed", "start")
 

@@ -19,8 +19,8 @@ _SEQUENCES_A_CONTEXT = 4
 
 @dataclass(frozen=True, slots=True)
 class KvSizes(Generic[Sizes]):
-    """Byte counts for some layers. `token_bytes` is the size of one position's keys and values. `window_token_bytes` is
-    the part of `token_bytes` in layers with a sliding window. `state_bytes` is the size of one sequence's state."""
+    """KV memory of some layers in bytes. `token_bytes` is for the keys and values of one position, of which
+    `window_token_bytes` are in layers with a sliding window. `state_bytes` is for the states of one sequence."""
 
     token_bytes: Sizes
     window_token_bytes: Sizes
@@ -29,7 +29,7 @@ class KvSizes(Generic[Sizes]):
 
 @dataclass(frozen=True, slots=True)
 class WindowGroup:
-    """Layers with a sliding window. A row reads at most `window` positions, its own included."""
+    """The layers with a sliding window. A row attends to at most `window` positions, including its own."""
 
     window: int
     rows: int  # Maximum number of rows in a microbatch.
@@ -51,7 +51,7 @@ class WindowGroup:
         return max(0, position - self.window + 1) // KV_BLOCK_TOKENS
 
     def blocks_beside(self, kv_blocks: int, context_length: int, sequences: int) -> int:
-        """Returns the number of blocks for this group if other layers have `kv_blocks` blocks."""
+        """Returns the number of sliding-window blocks to plan if the other layers have `kv_blocks` blocks."""
         context = _blocks(context_length)
         further = -(-_SEQUENCES_A_CONTEXT * max(0, kv_blocks - context) * self.sequence_blocks // context)
         # The group never needs more blocks than the other layers.
@@ -78,7 +78,7 @@ class StateGroup:
         return max(self.kv_token_bytes, -(-self.state_bytes // _MOST_STATE_POSITIONS))
 
     def blocks_beside(self, kv_blocks: int, sequences: int) -> int:
-        """Returns the number of blocks for running sequences and checkpoints, if there are `kv_blocks` KV blocks."""
+        """Returns the number of state blocks to plan, including checkpoints, if there are `kv_blocks` KV blocks."""
         tokens = kv_blocks * KV_BLOCK_TOKENS
         # Running sequences and checkpoints may each take half as much memory as keys and values.
         half = tokens * self._token_bytes // (2 * self.state_bytes)

@@ -117,7 +117,7 @@ class KvMemory:
             self.window.reserve(sequence, sequence.next_rows + len(tokens))
 
     def settle(self, sequence: Sequence, *, is_whole: bool) -> None:
-        """Keeps or releases the memory of drafted rows. `is_whole` means that all drafts were accepted."""
+        """Keeps the memory of accepted drafts and releases the rest. `is_whole` means that all were accepted."""
         if self.states is not None:
             self.states.settle(sequence, is_whole=is_whole)
         if sequence.is_running:
@@ -145,7 +145,7 @@ class KvMemory:
             self.states.reserve(sequence, rows)
 
     def filled(self, sequence: Sequence) -> None:
-        """Registers the sequence's full blocks in the prefix cache. Must be called after the rows were scheduled."""
+        """Registers the sequence's full blocks in the prefix cache. Must be called after its rows were scheduled."""
         self._register(sequence)
         if self.window is not None:
             self.window.release_out_of_window(sequence)

@@ -17,12 +17,12 @@ _IMAGE = Struct("<5q")
 
 
 class BlockKeys(list[bytes]):
-    """Keys of a sequence's full blocks. Sequences with different salts, adapters or adapter scales share no blocks."""
+    """The keys of a sequence's full blocks. Different salts, adapters or adapter scales give different keys."""
 
     def __init__(
         self, salt: str = "", adapters: Sequence[tuple[str, float]] = (), images: Sequence[ImageSpan] = ()
     ) -> None:
-        """`adapters` holds (digest, scale) pairs in the order in which workers apply the adapters."""
+        """Takes `adapters` as (digest, scale) pairs, in the order in which workers apply them."""
         super().__init__()
         self._images, self._places = images, SpanPlaces(images)
         self.salt = f"{[*adapters]}\0{salt}" if adapters else f"\0{salt}"
@@ -30,7 +30,7 @@ class BlockKeys(list[bytes]):
         self._most_shared = 0
 
     def shared(self, blocks: int) -> BlockKeys:
-        """Returns keys for a sequence that has the same first `blocks` blocks."""
+        """Returns keys for another sequence whose first `blocks` blocks have the same content."""
         self._most_shared = blocks
         self.share()
         other = copy(self)
@@ -49,8 +49,8 @@ class BlockKeys(list[bytes]):
 
 
 class PrefixCache:
-    """Looks up KV blocks by the tokens they hold. The key of a block depends on all tokens up to the end of the block.
-    Methods append missing keys to `keys`, so a caller passes the same list for the same sequence."""
+    """Finds cached KV blocks by their tokens. A block's key depends on all tokens up to the end of the block. Methods
+    append missing keys to `keys`, so callers must pass the same list for the same sequence."""
 
     def __init__(self, blocks: KvBlocks, model_id: str, kv_type: KvType, enabled: bool = True) -> None:
         self.blocks = blocks
@@ -58,8 +58,8 @@ class PrefixCache:
         self.is_enabled = enabled
 
     def find(self, keys: BlockKeys, tokens: Sequence[int], reusable: int) -> tuple[int, int]:
-        """Returns (found, idle) for the blocks of tokens[:reusable]: the number of leading blocks that are cached, and
-        how many of them are idle."""
+        """Looks up the blocks of tokens[:reusable]. Returns the number of leading blocks that are cached, and how many
+        of these are idle (used by no sequence)."""
         if not self.is_enabled:
             return 0, 0
         self._extend(keys, tokens, reusable // KV_BLOCK_TOKENS)
@@ -75,7 +75,7 @@ class PrefixCache:
     def register(
         self, keys: BlockKeys, tokens: Sequence[int], table: Sequence[int], registered: int, full: int, start: int = 0
     ) -> None:
-        """Registers the blocks [registered, full) of a sequence. Block number n has the id table[n - start]."""
+        """Registers a sequence's blocks with indices [registered, full). table[i - start] is the block with index i."""
         if not self.is_enabled:
             return
         self._extend(keys, tokens, full)

@@ -9,8 +9,8 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class KvStates:
-    """Manages state blocks, which hold the state after one position. Each running sequence overwrites one block. Other
-    blocks are checkpoints. A checkpoint never changes, and sequences with the same first tokens start at it."""
+    """Manages blocks of recurrent states. A running sequence overwrites its own block. The other blocks are
+    checkpoints, which never change and from which sequences with the same first tokens start."""
 
     def __init__(self, span: int, cache: PrefixCache) -> None:
         self.blocks = cache.blocks

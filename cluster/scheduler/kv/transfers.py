@@ -15,7 +15,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 @dataclass(frozen=True, slots=True)
 class Transfer:
     """KV blocks that are being saved to disk or restored from disk. `keys` begins at the sequence's first block. The
-    last len(blocks) of these keys belong to `blocks`. The first `found` blocks were already cached."""
+    last len(blocks) of these keys belong to `blocks`. The first `found` of `blocks` were already cached."""
 
     keys: tuple[bytes, ...]
     blocks: tuple[int, ...]
@@ -37,8 +37,8 @@ class KvTransfers:
         return range(found, sequence.first_output // KV_BLOCK_TOKENS)
 
     def begin_restore(self, sequence: Sequence, end: int, reserve: int) -> Transfer | None:
-        """Prepares to restore the first `end` blocks: pins cached blocks and takes free blocks for the others. Returns
-        None if none is missing or too few are free. Microbatches in flight may still use the taken blocks."""
+        """Prepares to restore `end` blocks: pins the cached ones and takes free blocks for the others. Returns None if
+        all are cached or too few are free. Microbatches in flight may still use the taken blocks."""
         found, idle = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
         if found >= end or end - found + idle + reserve > self._blocks.available:
             return None
@@ -61,7 +61,7 @@ class KvTransfers:
         return all(map(self._blocks.holds, transfer.blocks, keys))
 
     def end(self, transfer: Transfer, restored: int = 0) -> None:
-        """Registers `restored` blocks, beginning after the cached blocks. Releases all blocks of the transfer."""
+        """Ends a transfer. Registers the `restored` blocks after the cached blocks, and releases all blocks."""
         start = transfer.found
         for key, block in zip(transfer.keys[start:], transfer.blocks[start : start + restored], strict=False):
             self._blocks.register(block, key)

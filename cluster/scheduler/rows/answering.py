@@ -90,7 +90,7 @@ def _is_refused(sequence: Sequence, rows: tuple[RowResult, ...], added: list[Row
 
 
 def _append(sequence: Sequence, place: int, row: RowResult) -> list[RowResult]:
-    """Appends the tokens that the row at position `place` chose, except those that the sequence already has."""
+    """Appends the row's sampled and forced tokens, except those that the sequence already has."""
     rows = (row, *(RowResult(token, 0.0) for token in row.forced)) if row.forced else (row,)
     added: list[RowResult] = []
     for following in rows[len(sequence.tokens) - place - 1 :]:
@@ -104,7 +104,7 @@ def _append(sequence: Sequence, place: int, row: RowResult) -> list[RowResult]:
 
 
 def _settle(sequence: Sequence, taken: SequenceSlice, end: int, added: list[int]) -> None:
-    """Counts drafted rows before position `end` as accepted, and schedules refused rows again."""
+    """Counts drafted rows before position `end` as accepted, and schedules rejected rows again."""
     if not taken.drafted:
         return
     sequence.drafting.accepted += max(0, taken.drafted - (taken.end - end))

@@ -27,7 +27,7 @@ class ImageSpan:
 
 
 class SpanPlaces:
-    """Finds the spans that overlap a range of positions. The spans are sorted and do not overlap each other."""
+    """An index that finds the image spans in a range of positions. Spans must be sorted and must not overlap."""
 
     def __init__(self, spans: Sequence[ImageSpan]) -> None:
         self._starts, self._ends = [span.start for span in spans], [span.end for span in spans]

@@ -10,7 +10,7 @@ from llamaclust.core.sampler.results import NOT_FINITE
 
 @dataclass(frozen=True, slots=True)
 class RowFault:
-    """The last stage failed twice on the rows of a sequence, although it received finite hidden states."""
+    """A sequence on whose rows the last stage failed twice, although it received finite hidden states."""
 
     key: int
     failure: str
@@ -27,8 +27,8 @@ class Retry(Enum):
 
 @dataclass(slots=True)
 class Retries:
-    """Decides how a failed sequence is computed again: first in other KV blocks, then if possible with another worker
-    as the last stage."""
+    """Decides if and how a failed sequence is computed again: first in other KV blocks, then if possible with another
+    worker as the last stage."""
 
     count: int = 0
 

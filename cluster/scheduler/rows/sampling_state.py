@@ -23,7 +23,7 @@ class SamplingState:
         self.mu = 0.0 if params.chain is None else params.chain.first_mu
 
     def history(self, count: int, newer: int = 0) -> array[int]:
-        """Returns up to `count` tokens that precede the newest `newer` tokens. Image rows are skipped."""
+        """Returns up to `count` tokens before the last `newer` tokens. Image rows are skipped."""
         end = len(self._seen) - newer
         return self._seen[max(0, end - count) : end]
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SequenceSlice:
-    """Rows of one sequence in a microbatch. The last `drafted` rows hold drafted tokens. A drafted row counts only if
-    the row before it chose the drafted token."""
+    """The rows of one sequence in a microbatch. The last `drafted` rows hold drafted tokens. A drafted row is valid
+    only if the row before it chose the drafted token."""
 
     sequence: Sequence
     chunk: Chunk

@@ -23,7 +23,7 @@ def prompt_tasks(sequence: Sequence, start: int, end: int) -> tuple[RowTask, ...
 
 
 def sample_task(sequence: Sequence, unknown: int = 0) -> SampleTask:
-    """Returns the task that samples the next token. The last `unknown` tokens before it are not known yet."""
+    """Returns the task that samples the next token. The last `unknown` tokens before it are not yet known."""
     sampler = sequence.sampler
     return _task(sequence, sampler.history(sampler.window - unknown) if sampler.window else (), unknown)
 
@@ -71,7 +71,7 @@ def _task(
 
 
 def matcher_start(sequence: Sequence, *, may_draft: bool) -> MatcherStart | None:
-    """Returns the data from which the last stage starts a matcher, or None if they were already sent."""
+    """Returns the data from which the last stage starts a matcher, or None if no matcher must be started."""
     if not sequence.lacks_matcher:
         return None
     sequence.matcher.is_started = True

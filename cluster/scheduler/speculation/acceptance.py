@@ -6,7 +6,7 @@ _CHANGES = 1 / 256
 """Probability per token that the kind of text changes, which changes the acceptance rate."""
 _STRETCHES = 6
 _EVEN = 1.0
-"""Number of accepted and of refused tokens assumed at the start."""
+"""Number of accepted and of rejected tokens assumed at the start."""
 
 
 class _Stretch:
@@ -41,7 +41,7 @@ class Acceptance:
         self._stretches = [self._first]
 
     def learn(self, *, is_accepted: bool) -> None:
-        """Records if a drafted token was accepted. The drafted tokens before it must have been accepted."""
+        """Records whether a drafted token was accepted. All drafted tokens before it must have been accepted."""
         self._rate = None
         stretches = self._stretches
         unchanged = (1 - _CHANGES) / sum([stretch.learn(is_accepted) for stretch in stretches])

@@ -11,7 +11,7 @@ LONGEST_DRAFT = 4 * MAX_WINDOW
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A draft. `rate` is the probability that a token is accepted if all tokens before it were accepted."""
+    """A draft to choose from. `rate` is the probability that a token is accepted if all before it were accepted."""
 
     tokens: tuple[int, ...] = ()
     rate: float = 0.0

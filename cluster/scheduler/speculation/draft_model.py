@@ -51,7 +51,7 @@ def _learned(estimate: float, sample: float) -> float:
 
 
 class DraftModel(Protocol):
-    """A draft model. All calls must come from one event loop. Orders are queued while the model computes."""
+    """Interface of a draft model. All calls must come from one event loop. Orders are queued while it computes."""
 
     @property
     def times(self) -> DraftTimes: ...
@@ -63,4 +63,4 @@ class DraftModel(Protocol):
     def lose(self) -> None: ...
 
     def draft(self, orders: Sequence[DraftOrder]) -> Awaitable[DraftReplies]:
-        """Drafts for the sequence of each order, if memory allows. Work begins before the result is awaited."""
+        """Drafts tokens for each order, if memory allows. Work begins even before the result is awaited."""

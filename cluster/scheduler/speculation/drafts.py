@@ -25,7 +25,7 @@ class SequenceDrafts:
         self._offered = 0  # Number of tokens before the draft model's last draft.
 
     def next(self, tokens: Sequence[int], most: int, forced: tuple[int, ...] = ()) -> Candidate:
-        """Returns up to `most` tokens that may follow `tokens`, starting with the tokens that a grammar forces."""
+        """Returns a draft of up to `most` tokens after `tokens`. It begins with `forced`, which a grammar requires."""
         self._compare(tokens)
         if not (self._at == len(tokens) and self._draft.tokens):
             self._draft, self._at = (
@@ -36,7 +36,7 @@ class SequenceDrafts:
         return Candidate(draft.tokens[:most], rate, min(draft.forced, most), self.rate(FORCED) if draft.forced else 1.0)
 
     def further(self, tokens: Sequence[int], ahead: tuple[int, ...], most: int) -> tuple[int, ...]:
-        """Returns up to `most` drafted tokens after the tokens `ahead` in flight, or () if the draft lacks these."""
+        """Returns up to `most` drafted tokens after those in flight (`ahead`), or () if the draft lacks these."""
         self._compare(tokens)
         under_way = (*tokens[self._at :], *ahead)
         if self._draft.tokens[: len(under_way)] != under_way:
@@ -55,7 +55,7 @@ class SequenceDrafts:
         return self._own[confidence].rate(self._common[confidence].rate(_PRIORS[confidence]))
 
     def offer(self, tokens: Sequence[int], length: int, drafted: tuple[int, ...]) -> None:
-        """Receives the draft model's draft for the first `length` tokens. Ignores it if tokens were added since."""
+        """Takes the draft model's draft of the tokens from index `length` on. Ignores it if `tokens` is longer."""
         self._compare(tokens)
         if length == len(tokens):
             self._offered = length

@@ -35,8 +35,8 @@ class ModelDrafts:
         return sequence.key in self._awaited
 
     def length(self, sequences: Items[Sequence], most: Mapping[int, int], speed: float) -> int:
-        """Returns the number of drafted tokens that are worth waiting for. `most` holds the maximum number by sequence
-        key. `speed` is the number of tokens per nanosecond without the draft model."""
+        """Returns how many tokens the draft model should draft, or 0 if waiting does not pay. `most` holds the maximum
+        by sequence key. `speed` is the number of tokens per nanosecond without the draft model."""
         drafted = [each for each in sequences if most.get(each.key) and self._is_close(each)]
         if not drafted or len(sequences) + len(self._awaited) > MOST_ORDERS:
             return 0
@@ -60,7 +60,7 @@ class ModelDrafts:
         return best
 
     def order(self, sequences: Iterable[Sequence], most: Mapping[int, int], count: int) -> list[Sequence]:
-        """Orders drafts of up to `count` tokens for the sequences in `most`, if the model has read nearly all of their
+        """Requests drafts of up to `count` tokens for sequences in `most`, if the draft model has read nearly all their
         tokens. Returns the other sequences."""
         others = []
         for sequence in sequences:

@@ -24,7 +24,7 @@ class Retry:
         return self._left > 0 or tokens >= self.again
 
     def ordered(self, tokens: int) -> None:
-        """Records that a draft was ordered at sequence length `tokens`."""
+        """Records that a draft was requested when the sequence had `tokens` tokens."""
         if tokens >= self.again:
             self._left, self._wait = _DRAFTS, min(2 * self._wait, _LONGEST_WAIT)
         elif self._left:

@@ -22,7 +22,7 @@ class Drafting:
     _forced_at: int = -_LATELY  # Number of answer tokens when the last forced token was added.
 
     def rate(self, confidence: int) -> float:
-        """Returns the probability that a drafted token of this confidence is accepted, or 0.0 before any draft."""
+        """Returns the probability that a token of this confidence class is accepted, or 0.0 before any draft."""
         return 0.0 if self.drafts is None else self.drafts.rate(confidence)
 
     def take(self) -> tuple[int, ...]:
@@ -36,7 +36,7 @@ class Drafting:
         self.ahead = ()
 
     def settle(self, added: list[int]) -> bool:
-        """Removes the first len(added) drafted tokens in flight. Returns True if these tokens equal `added`."""
+        """Removes the first len(added) drafted tokens in flight. Returns True if they equal `added`."""
         expected, self.ahead = self.ahead[: len(added)], self.ahead[len(added) :]
         return list(expected) == added[: len(expected)]
 

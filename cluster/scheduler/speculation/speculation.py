@@ -44,7 +44,7 @@ class Speculation:
         return None if own is None or not settings.max_drafted else cls(settings, own, times)
 
     def draft(self, sequences: Items[Sequence], memory: KvMemory, groups: int, most_rows: int, running: int) -> None:
-        """Assigns up to `most_rows` drafted rows to a microbatch's sequences."""
+        """Chooses drafted tokens for a microbatch's sequences, at most `most_rows` in total."""
         candidates = [self._next(sequence) if most_rows > 0 else Candidate() for sequence in sequences]
         windows = self._windows(candidates, groups, most_rows)
         for sequence in sequences:

@@ -26,10 +26,11 @@ class RoundTimes(Protocol):
     and the planner predicts them."""
 
     def plain_ns(self, sequences: int, groups: int) -> float:
-        """Returns the time of a round with lookahead steps and without drafts, or infinity if it is unknown."""
+        """Returns the time of a round without drafts, or infinity if it is unknown. Without drafts, a step may be
+        submitted before its input token is known (lookahead)."""
 
     def window_ns(self, rows: int, groups: int) -> float:
-        """Returns the time of a round of `rows` rows that include drafts."""
+        """Returns the time of a round with `rows` rows, including rows of drafted tokens."""
 
     def slowest_ns(self, rows: int) -> float: ...
 
@@ -58,7 +59,7 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
 
 
 def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
-    """Returns the number of drafted tokens for each sequence of a microbatch, at most `most_rows` in total."""
+    """Returns the number of tokens to draft for each sequence of a microbatch, at most `most_rows` in total."""
     sequences = len(candidates)
     windows = [0] * sequences
     plain_ns = times.plain_ns(sequences, groups)

@@ -74,9 +74,9 @@ def test_a_gpu_that_one_of_the_workers_lacks_is_named_with_the_others(model: Mod
     for values in cases:
         with pytest.raises(UsageError) as refused:
             planned(model, DEVICES, placement=[RULE], **values)
-        told = "there is no cuda:1 among cuda:0; name one of these, or gpu, or limit the rule to workers that have it"
-        assert str(refused.value) == f"placement: {told}: workers: [w2] (worker w1)"
-    with pytest.raises(UsageError, match=r"name one of these, or gpu \(worker w1\)"):
+        told = "there is no cuda:1 among cuda:0; name one of these, or `gpu` for any GPU, or limit the rule to workers"
+        assert str(refused.value) == f"placement: {told} that have it: workers: [w2] (worker w1)"
+    with pytest.raises(UsageError, match=r"name one of these, or `gpu` for any GPU \(worker w1\)"):
         planned(model, DEVICES, placement=[{**RULE, "device": "CUDA7"}])
 
 

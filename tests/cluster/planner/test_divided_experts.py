@@ -125,9 +125,7 @@ def test_the_error_is_that_of_whole_layers_where_nothing_fits(model: Model) -> N
     with pytest.raises(InsufficientMemoryError, match="the model does not fit: it needs") as refused:
         planned(model, config(2), 40 * MIB)
     assert "divided" not in str(refused.value), "all memory together holds less than the weights"
-    with pytest.raises(
-        InsufficientMemoryError, match=r"into up to 64 parts, the model does not fit either$"
-    ) as refused:
+    with pytest.raises(InsufficientMemoryError, match=r"not fit even with .* into up to 64 parts$") as refused:
         planned(model, config(4), 40 * MIB)
     assert str(refused.value).startswith("the model does not fit: it needs") and refused.value.missing_bytes
 
@@ -140,5 +138,5 @@ def test_mistakes_of_plans_by_hand(model: Model) -> None:
     check_plan(by_hand([0, 1.5], [1.5, 2]), model)
     with pytest.raises(UsageError, match=r"layers \[1\.25, 1\.5\) are on no worker; the model has layers \[0, 2\)"):
         check_plan(by_hand([0, 1.25], [1.5, 2]), model)
-    with pytest.raises(ValueError, match="halves may be halved down to 1/64"):
+    with pytest.raises(ValueError, match="a bound must be a multiple of 1/64"):
         by_hand([0, 1.3], [1.3, 2])

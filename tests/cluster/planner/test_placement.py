@@ -101,7 +101,7 @@ def test_layers_of_several_gpus() -> None:
         ({3: "ram"}, "layer 3 in RAM comes after layer 0, which may be on a GPU"),
         ({0: "ram", 1: "ram", 2: "gpu", 3: "ram"}, "layer 3 in RAM comes after layer 2, which may be on a GPU"),
         ({3: "cuda:1", 5: "cuda:0"}, "layer 5 on cuda:0 comes after layer 3 on cuda:1"),
-        ({3: "cuda:2"}, "there is no cuda:2 among cuda:0, cuda:1; name one of these, or gpu"),
+        ({3: "cuda:2"}, "there is no cuda:2 among cuda:0, cuda:1; name one of these, or `gpu` for any GPU"),
     ],
 )
 def test_devices_hold_layers_in_order(layers: dict[int, str], told: str) -> None:

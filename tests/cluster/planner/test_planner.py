@@ -207,7 +207,7 @@ def test_plans_by_hand() -> None:
         ((("a", 0, 13),), "worker 'a' cannot have layers [0, 13), because the model has layers [0, 12)"),
         ((("a", 0, 5), ("b", 5, 5)), "worker 'b' cannot have layers [5, 5), because the range is empty"),
         ((("x", 0, 12),), "unknown worker 'x'; the workers are a, b"),
-        ((("a", 0, 5), ("a", 5, 12)), "worker 'a' has layers [0, 5) and [5, 12); a worker holds one range"),
+        ((("a", 0, 5), ("a", 5, 12)), "worker 'a' has layers [0, 5) and [5, 12); give each worker one range"),
     ],
 )
 def test_wrong_plans_by_hand_are_refused(manual: tuple[tuple[str, int, int], ...], message: str) -> None:

@@ -40,7 +40,8 @@ def test_plans_keep_such_layers_together(objective: str, names: str, measured: b
 
 def test_a_manual_plan_between_them_is_refused() -> None:
     request = replace(REQUEST, manual=split_by_hand(("a", 0, 6), ("b", 6, 12)))
-    with pytest.raises(UsageError, match=r"layers \[0, 6\) of worker 'a'.*allowed bounds are 0, 1, 2, 3, 4, 12"):
+    message = r"worker 'a' cannot have layers \[0, 6\): .*allowed bounds are 0, 1, 2, 3, 4, 12"
+    with pytest.raises(UsageError, match=message):
         make_plan(COSTS, [worker("a"), worker("b")], request)
     good = make_plan(
         COSTS, [worker("a"), worker("b")], replace(request, manual=split_by_hand(("a", 0, 4), ("b", 4, 12)))

@@ -100,7 +100,7 @@ def test_workers_with_gpus_have_none(model: Model) -> None:
     order = Load(
         1, "m.gguf", "0" * 64, 0, 2, replace(LIMITS, wide_tiles=True), None, devices=(DeviceLayers("cuda:0", 0, 2),)
     )
-    with pytest.raises(ProtocolError, match="wide_tiles is for processors"):
+    with pytest.raises(ProtocolError, match="wide_tiles is for CPUs"):
         order.check()
     replace(order, devices=(DeviceLayers("cpu", 0, 2),)).check()
 

@@ -201,5 +201,5 @@ def test_a_result_with_other_bytes_than_rows_is_refused(n_bytes: int) -> None:
     run = Simulation(Scheduler(SETTINGS, 1, 2), stages(SETTINGS.kv_blocks))
     run.add(embedding(0, tuple(range(10))))
     run.send_all()
-    with pytest.raises(ProtocolError, match=f"{n_bytes} bytes for 10 embedded rows of 16 bytes"):
+    with pytest.raises(ProtocolError, match=f"{n_bytes} bytes instead of 10 hidden states of 16 bytes"):
         run.scheduler.complete(Result(1, 0, embeddings=bytes(n_bytes)), 1)

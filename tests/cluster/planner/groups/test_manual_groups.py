@@ -77,11 +77,11 @@ def test_a_group_has_room_where_no_member_has() -> None:
         ([Assignment(("a", "x"), 0, 12, (1, 1))], "unknown worker 'x'"),
         (
             [Assignment(("a", "a"), 0, 12, (1, 1))],
-            "worker 'a' has layers [0, 12) and [0, 12); a worker holds one range",
+            "worker 'a' has layers [0, 12) and [0, 12); give each worker one range",
         ),
         (
             [Assignment(("a", "b"), 0, 6, (1, 1)), Assignment(("b",), 6, 12)],
-            "worker 'b' has layers [0, 6) and [6, 12); a worker holds one range",
+            "worker 'b' has layers [0, 6) and [6, 12); give each worker one range",
         ),
         (
             [Assignment(("a", "b", "c"), 0, 7, (1, 1, 1)), Assignment(("d", "e"), 6, 12, (1, 1))],

@@ -99,7 +99,7 @@ def test_a_plan_says_why_no_group_is_possible(why: str, count: int) -> None:
 def test_workers_that_join_no_group_are_named(count: int, able_count: int) -> None:
     workers = [replace(able(name), joins_groups=number < able_count) for number, name in enumerate("abc"[:count])]
     names, are_several = ", ".join("abc"[able_count:count]), able_count < count - 1
-    assert planned(workers).no_group == f"{names} {'accept' if are_several else 'accepts'} no links of groups"
+    assert planned(workers).no_group == f"{names} {'accept' if are_several else 'accepts'} no links from other members"
     gpu = GpuFacts("cuda:0", 100 * MIB, profile())
     with_gpus = [worker if worker.joins_groups else replace(worker, gpus=(gpu,)) for worker in workers]
     assert planned(with_gpus).no_group == f"{names} {'have' if are_several else 'has'} a GPU"
@@ -114,7 +114,7 @@ def test_pairs_that_cannot_reach_each_other_are_named() -> None:
 @pytest.mark.parametrize("memory_mib", [1, 4])
 def test_groups_without_room_are_not_shown(memory_mib: int) -> None:
     workers = [able("a"), able("b", memory_mib=memory_mib)]
-    assert planned(workers).no_group == "no group has room for its portions"
+    assert planned(workers).no_group == "no group has enough memory"
 
 
 def test_plans_with_groups_of_one_worker_or_by_hand_have_no_line() -> None:

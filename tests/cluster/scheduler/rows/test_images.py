@@ -283,12 +283,12 @@ REFUSED = {
     "the model does not take images": (replace(SETTINGS, image_width=0), prompt_with(picture(1, 40))),
     "from text only": (SETTINGS, replace(prompt_with(picture(1, 40)), score_from=1)),
     "from text only: remove": (SETTINGS, replace(prompt_with(picture(1, 40)), max_new_tokens=0, embedded=(0, 9))),
-    "expected rows of 40 x 6 numbers, found 40 x 3": (replace(SETTINGS, image_width=6), prompt_with(picture(1, 40))),
+    "expected 40 rows of 6 numbers, found 40 x 3": (replace(SETTINGS, image_width=6), prompt_with(picture(1, 40))),
     "45 rows in one microbatch; the limit is 44: set prefill_chunk to 45": (
         SETTINGS,
         prompt_with(picture(1, 45, bidirectional=True)),
     ),
-    "480 bytes of rows in one microbatch; the limit is 479": (
+    "480 bytes in one microbatch; the limit is 479": (
         replace(SETTINGS, max_image_bytes=479),
         prompt_with(picture(1, 40, bidirectional=True)),
     ),

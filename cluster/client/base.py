@@ -43,7 +43,7 @@ Chunks = AsyncGenerator[TextChunk, None]
 
 
 class ChunkStream(Iterator[TextChunk]):
-    """The chunks of an answer as they arrive. Reading begins the request. Closing or dropping the stream ends it."""
+    """Chunks of an answer as they arrive. Reading begins the request, and closing or dropping the stream aborts it."""
 
     def __init__(self, chunks: Generator[TextChunk, None, None]) -> None:
         self._chunks = chunks
@@ -118,7 +118,7 @@ class TextCalls(ABC, Generic[WholeT, StreamT]):
 
     @abstractmethod
     async def most_image_bytes(self) -> int:
-        """Returns the maximum bytes of a request with images, or 0 if the model is known to read only text."""
+        """Returns the maximum size in bytes of a request with images, or 0 if the model is known to read only text."""
 
     @abstractmethod
     def deliver(self, chunks: Chunks, *, stream: bool) -> WholeT | StreamT:
@@ -133,7 +133,7 @@ class AsyncTextClient(TextCalls[Coroutine[None, None, Answer], AsyncChunkStream]
 
     async def embed(self, prompts: Sequence[Prompt], **options: Unpack[EmbeddingOptions]) -> list[Vector]:
         if isinstance(prompts, str):
-            raise TypeError("prompts must be a list of prompts, not a text")
+            raise TypeError("prompts must be a list of prompts, not a string")
         return await self._embed(embedding_body(prompts, options)) if prompts else []
 
     @abstractmethod
@@ -287,7 +287,7 @@ class TextClient(TextCalls[Answer, ChunkStream]):
         return ChunkStream(given) if stream else join(given)
 
     def embed(self, prompts: Sequence[Prompt], **options: Unpack[EmbeddingOptions]) -> list[Vector]:
-        """Returns the embeddings of texts or token ids in order. Each is an array [embedding] of Euclidean norm 1."""
+        """Returns one embedding per prompt, in order. Each is an array [embedding] of Euclidean norm 1."""
         return self._thread.call(self._client.embed(prompts, **options))
 
     def tokenize(self, text: str, add_special: bool = True) -> list[int]:
@@ -298,8 +298,8 @@ class TextClient(TextCalls[Answer, ChunkStream]):
         return self._thread.call(self._client.detokenize(ids))
 
     def chat_sampling(self) -> Options:
-        """Returns sampling options to pass to `chat`, which is greedy by default. The options come from the cluster
-        file or the model file. Missing options have the defaults of `llamaclust chat`."""
+        """Returns the sampling options that the cluster file or the model file recommends. Pass them to `chat`, which
+        is otherwise greedy. Missing options have the defaults of `llamaclust chat`."""
         return self._thread.call(self._client.chat_sampling())
 
     def close(self) -> None:

@@ -45,11 +45,11 @@ _IDLE_S = 60.0
 _STREAMED = {"stream": True, "return_token_ids": True}
 _CANCEL_S = 2.0
 _EMBED_S = 600.0
-"""Read timeout of embeddings, in seconds. The server sends nothing until all of them are computed."""
+"""Read timeout of embeddings, in seconds. The server sends nothing until all embeddings are computed."""
 _RESUME_S = 120.0
 """Seconds after which a lost connection becomes an error. Equals the default of the cluster's `timeouts.recovery`."""
 _MOST_S = 600.0
-"""Seconds without events, counted from a lost connection, after which a stream fails."""
+"""A stream fails if its connection was lost this many seconds ago and no event has arrived since then."""
 _BACKOFF = Backoff(first_s=0.1, max_s=1.0)
 READ_TIMEOUT_S = 20.0
 """Seconds without data after which a stream counts as lost. The server sends a comment at least every 15 s."""
@@ -151,8 +151,8 @@ class AsyncClient(AsyncTextClient):
 
 
 class Client(TextClient):
-    """A client of a cluster's HTTP API. It uses the proxies of the environment, except for servers on this machine. A
-    call fails if the server sends nothing for `timeout` seconds."""
+    """A client of a cluster's HTTP API. It uses the proxies that environment variables name, except for servers on this
+    machine. A call fails if the server sends nothing for `timeout` seconds."""
 
     _client: AsyncClient
 
@@ -177,7 +177,7 @@ class Client(TextClient):
         feature_level: str | None = None,
         settings: LocalSettings | None = None,
     ) -> LocalClient:
-        """Loads a model in this process. `model` is a path, or a text as for `--model` on the command line. Raises the
+        """Loads a model in this process. `model` is a path, or any string that the option `--model` accepts. Raises the
         errors of `LocalClient`."""
         from llamaclust.cluster.client.local import LocalClient
         from llamaclust.cluster.config.catalog import resolve_model
@@ -190,12 +190,12 @@ class Client(TextClient):
         self._thread.call(self._client.check_model())
 
 
-class CutShortError(ProtocolError):
-    """The server closed a stream that was not complete."""
+class TruncatedStreamError(ProtocolError):
+    """The server closed a stream before it was complete."""
 
 
 class ResumableStream:
-    """The server-sent events of one request. If the request is sent again, they continue after the last event."""
+    """The server-sent events of one request. After a reconnect, they continue after the last event that arrived."""
 
     def __init__(self, url: httpx.URL) -> None:
         self.is_done = False
@@ -221,7 +221,7 @@ class ResumableStream:
 
     @property
     def must_cancel(self) -> bool:
-        """True if the server may still compute the request."""
+        """True if the server may still be computing the request."""
         return not (self._has_failed or self.is_done)
 
     def opened(self, reply: httpx.Response, body: bytes) -> None:
@@ -233,7 +233,7 @@ class ResumableStream:
         self._parts.clear()
 
     def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
-        """Yields the events that `data` completes. Raises an error that the server sends as an event."""
+        """Parses the next bytes, and yields complete events. Raises an error that the server sends as an event."""
         self._lost_s, self._attempts = None, 0
         *lines, rest = data.split(b"\n")
         for line in lines:
@@ -260,9 +260,9 @@ class ResumableStream:
         return event
 
     def ended(self) -> None:
-        """Raises CutShortError if the connection has ended before the stream was complete."""
+        """Raises TruncatedStreamError if the connection has ended before the stream was complete."""
         if not self.is_done:
-            raise CutShortError("the server ended the answer before it was complete")
+            raise TruncatedStreamError("the server ended the answer before it was complete")
 
     def pause_s(self, error: httpx.HTTPError | LlamaclustError) -> float:
         """Returns the seconds to wait before the next attempt. Raises the error if another attempt would not help."""
@@ -282,7 +282,7 @@ class ResumableStream:
 
 def _may_pass(error: httpx.HTTPError | LlamaclustError) -> bool:
     if isinstance(error, LlamaclustError):
-        return isinstance(error, CutShortError) or error.code in _RETRIED_CODES
+        return isinstance(error, TruncatedStreamError) or error.code in _RETRIED_CODES
     return isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError | httpx.TimeoutException)
 
 

@@ -52,8 +52,8 @@ _EVENTS: dict[str, Callable[[str], AnswerEvent]] = {"reasoning_content": Reasoni
 """Maps fields of a chat chunk's `delta` to kinds of events. The events of one delta are in this order."""
 
 Message = Mapping[str, Any]
-"""A message of a chat, such as {"role": "user", "content": "Hello"}. A content with images is a list of texts and
-images, or of OpenAI parts. An image is a path, the bytes of a file, or an image of Pillow."""
+"""A message of a chat, such as {"role": "user", "content": "Hello"}. If it has images, the content is a list of texts
+and images, or of OpenAI parts. An image is a path, the bytes of a file, or a Pillow image."""
 Content = str | PathLike[str] | bytes | Sequence[Any]
 Prompt = str | Sequence[int]
 

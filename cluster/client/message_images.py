@@ -1,4 +1,4 @@
-"""Images in a client's messages. Paths, bytes of files, and images of Pillow become parts of a request."""
+"""Converts the images of a client's messages (paths, bytes of files, or Pillow images) to parts of a request."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def message_json(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def image_part(image: object) -> dict[str, Any]:
-    """Returns the OpenAI part for a path, the bytes of a file, or an image of Pillow. Raises UsageError."""
+    """Returns an image (a path, the bytes of a file, or a Pillow image) as an OpenAI part. Raises UsageError."""
     data, name = _bytes_of(image)
     kind = format_of(data)
     if kind is None:
@@ -68,7 +68,7 @@ def with_latest_images(
         fitting += 1
     missing = len(sizes) - fitting
     if missing and sizes[missing - 1][0] == len(messages) - 1:
-        what = f"expected at most {MAX_IMAGES} images in a request of {most_bytes} bytes, found more in one message"
+        what = f"the images of one message exceed the limit of {MAX_IMAGES} images and {most_bytes} bytes in a request"
         raise UsageError(f"{what}; send fewer or smaller images")
     counts = Counter(at for at, _ in sizes[:missing])
     return [_without_images(message, counts[at]) for at, message in enumerate(messages)], missing
@@ -109,7 +109,7 @@ def _is_image(value: object) -> bool:
 
 
 def _is_pillow(value: object) -> bool:
-    """Returns True for an image of Pillow, without importing Pillow."""
+    """Returns True for a Pillow image, without importing Pillow."""
     pillow = sys.modules.get("PIL.Image")
     return pillow is not None and isinstance(value, pillow.Image)
 

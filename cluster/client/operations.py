@@ -25,7 +25,7 @@ _STATUS = {"name": str, "state": str, "model": str, "api": str, "workers": list,
 
 
 class ClusterApi:
-    """A connection to a cluster for operations. Use it as a context manager. Error messages name the cluster."""
+    """A client for managing a cluster. Use it as a context manager. Error messages name the cluster."""
 
     def __init__(self, where: str, url: str, api_keys_file: Path | None, ca_file: Path | None = None) -> None:
         """`where` names the cluster in error messages. Raises UsageError if the address or a file is unusable."""
@@ -45,7 +45,7 @@ class ClusterApi:
         self._client.close()
 
     def status(self, model: str | None = None) -> dict[str, Any]:
-        """Returns the `status` of a model (None: the first model). Raises ClusterStartingError if there is none yet."""
+        """Returns the `status` of a model (None: the first). Raises ClusterStartingError if there is no status yet."""
         path = "/cluster" if model is None else f"/cluster?{urlencode({'model': model})}"
         state: dict[str, Any] = self._field(self._request("GET", path), "status", dict)
         if not all(isinstance(state.get(name), kind) for name, kind in _STATUS.items()):
@@ -64,7 +64,7 @@ class ClusterApi:
         self._request("POST", f"/cluster/workers/{worker}/undrain")
 
     def log(self, worker: str) -> tuple[int, list[str]]:
-        """Returns the number of earlier lines in the worker's log, and the log's last lines."""
+        """Returns (number of earlier lines that are left out, last lines) of a worker's log."""
         tail = self._request("GET", f"/cluster/workers/{worker}/log")
         return self._field(tail, "before", int), self._field(tail, "lines", list)
 
@@ -73,7 +73,7 @@ class ClusterApi:
         return self._field(self._request("GET", "/cluster/requests"), "requests", list)
 
     def waterfall(self, request: str) -> list[dict[str, Any]]:
-        """Returns a request's waterfalls, one per sequence. `request` is its id, or the first 4 or more characters."""
+        """Returns a waterfall (time line) for each sequence of a request, given its id or 4 or more leading digits."""
         return self._field(self._request("GET", f"/cluster/requests/{quote(request, safe='')}"), "requests", list)
 
     def _field(self, body: bytes, name: str, kind: type[_Value]) -> _Value:

@@ -52,8 +52,8 @@ class Session(Generic[WholeT, StreamT]):
     @overload
     def send(self, content: Content, *, stream: Literal[True], **options: Unpack[Options]) -> StreamT: ...
     def send(self, content: Content, *, stream: bool = False, **options: Unpack[Options]) -> WholeT | StreamT:
-        """Answers a user's message. `options` apply only to this answer. Both messages join the conversation when the
-        answer ends, unless the answer was cut off before any text. Raises UsageError if an image cannot be sent."""
+        """Answers a user's message. `options` apply only to this answer. At the end, adds the message and the answer to
+        the conversation, unless the answer was cut off before any text. Raises UsageError if an image is unusable."""
         message = message_json({"role": "user", "content": content})
         return self._client.deliver(self._answer(message, options), stream=stream)
 
@@ -63,7 +63,7 @@ class Session(Generic[WholeT, StreamT]):
     def regenerate(self, *, stream: Literal[True], **options: Unpack[Options]) -> StreamT: ...
     def regenerate(self, *, stream: bool = False, **options: Unpack[Options]) -> WholeT | StreamT:
         """Answers the user's last message again, and replaces the current answer. Raises UsageError if there is no
-        message of the user. The same `seed` gives the same answer, so pass a different seed or none."""
+        user message. The same `seed` gives the same answer, so pass a different seed or none."""
         self._last_turn()
         return self._client.deliver(self._answer(None, options), stream=stream)
 
@@ -100,7 +100,7 @@ class Session(Generic[WholeT, StreamT]):
             raise UsageError(f"{path}: cannot save: a message cannot be written as JSON: {error}") from error
 
     def load(self, path: str | PathLike[str]) -> None:
-        """Replaces the messages by those in a file from `save`. After a UsageError, the messages are unchanged."""
+        """Replaces the messages by those in a file from `save`. After a UsageError, the old messages are kept."""
         try:
             messages = _checked(read_json(_place(path)))
         except OSError as error:
@@ -171,7 +171,7 @@ class Session(Generic[WholeT, StreamT]):
         for at in range(len(self.messages) - 1, -1, -1):
             if self.messages[at]["role"] == "user":
                 return at
-        raise UsageError("the conversation has no message of the user yet")
+        raise UsageError("the conversation has no user message yet")
 
 
 class ChatSession(Session[Answer, ChunkStream]):

@@ -27,12 +27,12 @@ _NEVER_PROXIED = ("127.0.0.1", "localhost", "[::1]")
 _SCHEMES = ("http", "https", "socks5", "socks5h")
 _MOST_PORT = (1 << 16) - 1
 _KEY_LOG = "SSLKEYLOGFILE"
-_CURE = "give its file, or its authority's, by --ca-file, `verify=` or the environment variable SSL_CERT_FILE"
+_CURE = "give its file or the file of its authority by --ca-file, `verify=` or the variable SSL_CERT_FILE"
 
 
 def http_options(base_url: str, api_key: str | None, timeout: float, verify: Verify = None) -> dict[str, Any]:
-    """Returns httpx's arguments for a client of the HTTP API at `base_url`, with or without `/v1`. Raises UsageError if
-    the address, the key, a file or an environment variable is unusable."""
+    """Returns httpx's arguments for a client of the HTTP API at `base_url`, which may end in `/v1`. Raises UsageError
+    if the address, the key, a file or an environment variable is unusable."""
     try:
         url = httpx.URL(base_url.rstrip("/").removesuffix("/v1"))
     except httpx.InvalidURL as error:
@@ -106,7 +106,7 @@ def trust(url: httpx.URL, verify: Verify) -> ssl.SSLContext:
 
 
 def authorities(file: Path | None = None) -> ssl.SSLContext:
-    """Returns a context that trusts the authorities in a PEM file (None: those of this machine). Raises UsageError."""
+    """Returns a context that trusts the authorities in a PEM file (None: this machine's). Raises UsageError."""
     try:
         if file is not None:
             return ssl.create_default_context(cafile=file)

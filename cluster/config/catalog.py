@@ -25,7 +25,7 @@ _LISTED = 10
 _PROJECTOR = "mmproj"
 """Word in the file name of a projector, which is the image encoder of a vision model."""
 _NO_PROJECTOR = ".no-projector"
-"""Name of an empty file that marks a model's folder. It means that the model's repository has no projector."""
+"""Name of an empty file in a model's folder. It means that the model's repository has no projector."""
 _LONGEST_NAME = 200
 _REPOSITORY: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
@@ -290,7 +290,7 @@ def _existing(spec: str, path: Path, models_dir: Path | None) -> Path:
 
 
 def _only_model(name: str, folder: Path) -> Path:
-    """Returns the first part of the only model in the folder. Raises UsageError if there is no model, or several."""
+    """Returns the only model in the folder (part 1 if it is split). Raises UsageError if there is none, or several."""
     try:
         models = list(_models(folder))
         has_checkpoint = any(folder.glob("*.safetensors"))
@@ -309,7 +309,7 @@ def _only_model(name: str, folder: Path) -> Path:
 
 
 def _is_beside_a_model(path: Path) -> bool:
-    """Returns True if a GGUF file is not a model, but a vision encoder, an adapter or an importance matrix."""
+    """Returns True if a GGUF file is a vision encoder, an adapter or an importance matrix instead of a model."""
     from llamaclust.model.gguf.header import read_header
 
     if _is_projector(path):

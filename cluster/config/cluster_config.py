@@ -125,7 +125,8 @@ class ClusterConfig(Section):
     """Number type of keys and values in KV memory. q8_0 needs about half the memory of f16, but answers differ
     slightly. int8 is stored like q8_0, and attention uses 8-bit integers, which is faster after long prompts."""
     kv_memory: Annotated[Size | None, OrAuto()] = None
-    """Maximum KV memory of each worker. auto: 8,192 tokens or one longer context, at most about half of the rest."""
+    """Maximum KV memory of each worker. auto: room for 8,192 tokens or one longer context, at most about half of the
+    memory that weights leave free."""
     max_sequences: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] = 32
     """Maximum number of sequences that are decoded together. Further sequences wait."""
     max_waiting: Annotated[int, Field(ge=0, le=100_000)] = 256
@@ -246,7 +247,7 @@ class ClusterConfig(Section):
         if not facts.uses_ray and self.ray != Ray():
             raise PlaceError(("ray",), f"is for launcher: ray, but launcher is {self.launcher}")
         if self.lease is not None and facts.is_one_program:
-            raise PlaceError(("lease",), "is not for launcher: mpi, whose workers and coordinator are one program")
+            raise PlaceError(("lease",), "is not for launcher: mpi, which runs workers and coordinator as one program")
         if self.join.discover and (facts.starts_workers or self.insecure):
             raise PlaceError(
                 ("join", "discover"), "needs launcher: static and insecure: false, to identify the cluster by its token"
@@ -257,7 +258,7 @@ class ClusterConfig(Section):
             names = ", ".join(f"{{name: {name}}}" for name in "abcdefgh"[: len(self.workers)])
             more = ", ..." if len(self.workers) > 8 else ""
             why = f"launcher: {self.launcher} does not accept a number"
-            raise PlaceError(("workers",), f"{why}; name the workers: [{names}{more}]")
+            raise PlaceError(("workers",), f"{why}; write workers: [{names}{more}]")
         if self.join.addresses:
             raise PlaceError(("join", "addresses"), f"is for launcher: static; {self.launcher} starts workers itself")
         if facts.is_local and self.join != Join():
@@ -291,7 +292,7 @@ class ClusterConfig(Section):
                 why = "mpirun binds workers to cores: remove this, and start mpirun with --map-by numa --bind-to numa"
                 raise PlaceError(("workers", index, "numa_node"), why)
             if facts.uses_ray and worker.threads is None:
-                raise PlaceError(("workers", index), "needs threads with launcher: ray, to reserve as many CPUs")
+                raise PlaceError(("workers", index), "needs threads with launcher: ray, which reserves that many CPUs")
         return self
 
     @model_validator(mode="after")
@@ -305,7 +306,7 @@ class ClusterConfig(Section):
                     ("workers", index, "kv_disk"), f"is for device cpu, but this worker has {worker.device}"
                 )
             if without is not None:
-                why = f"is for all workers or none, because each keeps a part of each block: {without.name} lacks it"
+                why = f"is for all workers or none, because each keeps a part of each block; {without.name} has none"
                 raise PlaceError(("workers", index, "kv_disk"), why)
             if not self.prefix_cache:
                 raise PlaceError(
@@ -324,10 +325,10 @@ class ClusterConfig(Section):
                     why = f"{adapter.name!r} is also the name of another adapter or of the model; give it its own name"
                     raise PlaceError((*place, "adapters", index, "name"), why)
             if config.adapters and with_gpu is not None:
-                why = f"run on processors only, but worker {with_gpu.name} has {with_gpu.device}; set its device to cpu"
+                why = f"run on CPUs only, but worker {with_gpu.name} has {with_gpu.device}; set its device to cpu"
                 raise PlaceError((*place, "adapters"), why)
         if self.api.adapter_folder is not None and with_gpu is not None:
-            why = f"adapters run on processors only, but worker {with_gpu.name} has {with_gpu.device}; remove this key"
+            why = f"adapters run on CPUs only, but worker {with_gpu.name} has {with_gpu.device}; remove this key"
             raise PlaceError(("api", "adapter_folder"), why)
         return self
 
@@ -370,8 +371,7 @@ def cluster_document(path: Path | None, overrides: Sequence[str] = ()) -> Docume
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ClusterConfig:
-    """Reads a cluster file, applies KEY=VALUE overrides and checks all values. If `path` is None, reads the demo
-    cluster. Raises UsageError with the place, the mistake and what to do."""
+    """Reads a cluster file (None: the demo cluster) with KEY=VALUE overrides. Raises UsageError for invalid values."""
     document = cluster_document(path, overrides)
     try:
         return ClusterConfig.model_validate(document.values)

@@ -1,4 +1,4 @@
-"""Reads the variables that configure this program. Other modules only pass variables on, or set those of libraries."""
+"""Reads the environment variables that configure this program. Other modules may only set or pass on variables."""
 
 from __future__ import annotations
 

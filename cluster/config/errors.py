@@ -15,7 +15,7 @@ Schema = Mapping[str, Any]
 
 
 class PlaceError(ValueError):
-    """A mistake that involves several values. `place` is the path of the value to change, in the checked section."""
+    """A mistake that involves several values. `place` is the path from the checked section to the value to change."""
 
     def __init__(self, place: Place, message: str) -> None:
         super().__init__(message)
@@ -23,7 +23,7 @@ class PlaceError(ValueError):
 
 
 def explain(error: ValidationError, document: Document, schema: Schema) -> str:
-    """Describes the first unknown key, or else the first mistake."""
+    """Returns a message about the first unknown key or, if there is none, about the first mistake."""
     details = error.errors(include_url=False)
     # An unknown key may be a misspelt required key.
     first: Any = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
@@ -50,7 +50,7 @@ def _what(detail: Any, place: Place, schema: Schema) -> str:
 
 
 def _deeper(key: str, schema: Schema) -> str:
-    """Names the section that has the key. Returns "" unless exactly one section has the key."""
+    """Returns text that names the section with this key, or "" if no section has it or the right one is unclear."""
     within = []
     for name, section in schema["properties"].items():
         for option in _alternatives(section, schema):

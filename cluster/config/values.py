@@ -124,7 +124,7 @@ def _parse_layers(value: object) -> tuple[float, float]:
     if end > MAX_LAYERS:
         raise ValueError(f"{shown(value)} is not a layer range: no model has more than {MAX_LAYERS} layers")
     if any(place * MAX_EXPERT_SHARDS % 1 for place in (start, end)):
-        what = f"write 4.5 for half of the experts of layer 4; halves may be halved down to 1/{MAX_EXPERT_SHARDS}"
+        what = f"a bound must be a multiple of 1/{MAX_EXPERT_SHARDS}, such as 4.5 for half of the experts of layer 4"
         raise ValueError(f"{shown(value)} is not a layer range: {what}")
     return start, end
 

@@ -1,1 +1,1 @@
-"""Runs the control loop of each model: makes plans, loads them, and recovers from failures."""
+"""Runs a control loop per model, which makes plans, loads stages on workers, and recovers from failures."""

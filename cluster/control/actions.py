@@ -1,4 +1,4 @@
-"""Executes the supervisor's actions: makes plans, loads epochs, and changes the engine's pipeline."""
+"""Executes the supervisor's actions: makes plans, loads stages on workers, and switches the engine to them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ActionRunner:
         return not self.store.state.is_wanted
 
     async def set_adapters(self, model: Model) -> None:
-        """Waits until an epoch serves, and then gives its stages the adapters of `model`."""
+        """Replaces the adapters of all loaded stages by the adapters of `model`. First waits for a recovery to end."""
         async with deadline(f"the change of adapters of {self.planner.config.model_name}", ADAPTERS_S):
             await self.store.until(lambda state: state.loss is None or not state.is_wanted)
             await self.epochs.set_adapters(model)

@@ -44,7 +44,7 @@ class PoolState:
 
 @dataclass(frozen=True, slots=True)
 class Planning:
-    """The newest plan, or the error that prevented one. `rejected` is the error of a failed load of `plan`."""
+    """The newest plan, or the error if planning failed. `rejected` is the error if loading `plan` failed."""
 
     inputs: PlanInputs
     plan: Plan | None = None
@@ -55,13 +55,14 @@ class Planning:
 
     @property
     def lacks_memory(self) -> bool:
-        """True if there was no plan because other models use the workers' memory."""
+        """True if planning failed because other models use the workers' memory."""
         return self.is_beside and isinstance(self.error, InsufficientMemoryError)
 
 
 @dataclass(frozen=True, slots=True)
 class Expulsion:
-    """A worker to mark as lost or, if `stays` is true, to give no layers of this model for `pause_s` seconds."""
+    """A decision to stop using a worker. If `stays` is true, plans of this model exclude the worker for `pause_s`
+    seconds. Otherwise, the worker is marked as lost."""
 
     worker: Incarnation
     reason: str
@@ -79,7 +80,7 @@ class Loading:
 
 @dataclass(frozen=True, slots=True)
 class Retiring:
-    """The epoch that served before a move. Its stages are freed when its sequences have ended or moved."""
+    """Workers of the previous pipeline. Their stages are freed when the pipeline's last sequence has ended or moved."""
 
     workers: tuple[Incarnation, ...]
     is_empty: bool = False
@@ -87,7 +88,7 @@ class Retiring:
 
 @dataclass(frozen=True, slots=True)
 class PipelineLoss:
-    """A period without a pipeline. It begins when the cluster starts, the pipeline is lost or the model is woken."""
+    """A period without a pipeline: a start, a recovery after a failure, or the time while the model is unloaded."""
 
     since_s: float
     error: LlamaclustError | None = None
@@ -155,7 +156,7 @@ class ClusterState:
         return self.loss.since_s + self.wait_s
 
     def is_freed(self, name: str) -> bool:
-        """True if worker `name` is drained, holds no layers, and can get none from the current action or plan."""
+        """True if worker `name` is drained and holds no layers, and neither an action nor the plan gives it any."""
         serving, retiring, planning = self.serving, self.retiring, self.planning
         holders = [*(serving.workers if serving else ()), *(retiring.workers if retiring else ())]
         usable = () if planning is None else planning.inputs.workers

@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 
 class StageLoadError(Exception):
-    """A load failed. `suspects` are the workers that may have caused the failure, if any are known."""
+    """Loading the stages failed. `suspects` are the workers that may have caused the failure, if any are known."""
 
     def __init__(self, error: LlamaclustError, suspects: tuple[Suspect, ...]) -> None:
         super().__init__(str(error))
@@ -208,7 +208,7 @@ async def _refresh(worker: WorkerHandle, ledger: MemoryLedger) -> None:
 
 
 class Epochs:
-    """Opens and frees the epochs of one model."""
+    """Loads, connects and frees the stages of one model."""
 
     def __init__(
         self, config: ClusterConfig, model: Model, workers: EpochWorkers, speculation: SpeculationSettings | None
@@ -254,7 +254,7 @@ class Epochs:
         return scheduler_settings(self._config, self._model, plan, self._speculation, self.adapters)
 
     async def set_adapters(self, model: Model) -> None:
-        """Gives all stages the adapters of `model`. If this fails, restores the old adapters and raises the error."""
+        """Loads the adapters of `model` on all stages. On an error, restores the old adapters and raises it."""
         async with self._turn:
             try:
                 await self._set_adapters(model)
@@ -280,7 +280,7 @@ class Epochs:
 
     @property
     def held_layers(self) -> dict[str, tuple[float, float]]:
-        """The layers of the model's newest stage on each worker, by worker name. Workers without a stage are absent."""
+        """Half-open layer range of each worker's newest stage of this model, by worker name."""
         workers = self._registry.present
         newest = {name: max(held) for name, worker in workers.items() if (held := self._numbers & set(worker.stages))}
         return {name: workers[name].layers_of(epoch) for name, epoch in newest.items()}

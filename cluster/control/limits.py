@@ -46,12 +46,12 @@ def check_distinct(models: Iterable[tuple[str, str]]) -> None:
         if (other := names.setdefault(model_id, name)) != name:
             what = f"models: {other!r} and {name!r} are the same file"
             raise UsageError(
-                f"{what}; list the file once, with all of its adapters, and with the other name as an alias"
+                f"{what}; list the file once, as {other!r}, with {name!r} as an alias and with all of its adapters"
             )
 
 
 def check_plan(config: ClusterConfig, model: Model) -> None:
-    """Raises UsageError for mistakes that do not depend on the workers, such as a context that is too long."""
+    """Raises UsageError if the cluster file does not fit the model, for example if its context is too long."""
     context_length(config, model)
     _check_frames(config, model)
     _check_kv_disk(config, model)
@@ -74,9 +74,8 @@ def _check_frames(config: ClusterConfig, model: Model) -> None:
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // token_bytes
     if (most := max_batch_tokens(config, model.projector)) > room:
         cause = f"prefill_chunk and max_sequences allow microbatches of {most} tokens"
-        raise UsageError(
-            f"{cause}, but a message between workers holds only {room} (of {token_bytes} bytes); lower one of the keys"
-        )
+        what = f"a message between workers holds only {room} tokens of {token_bytes} bytes"
+        raise UsageError(f"{cause}, but {what}; lower one of the keys")
 
 
 def says_placement(config: ClusterConfig) -> bool:
@@ -88,10 +87,9 @@ def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> N
     if expert_shards == 1:
         return
     if model.hyperparameters.expert_count < expert_shards:
-        count = model.hyperparameters.expert_count or "no"
-        raise UsageError(
-            f"the plan divides layers into {expert_shards} parts, but the model's layers have {count} experts"
-        )
+        count = f"only {most}" if (most := model.hyperparameters.expert_count) else "no"
+        what = f"the plan divides a layer's experts into {expert_shards} parts"
+        raise UsageError(f"{what}, but the model's layers have {count} experts")
     if says_placement(config):
         raise UsageError("placement and cpu_moe need whole layers, but the plan divides some layers; remove both keys")
     if any(worker.kv_disk for worker in config.workers):
@@ -100,12 +98,12 @@ def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> N
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // max(row_bytes, 1)
     if (most := max_batch_tokens(config, model.projector)) > room:
         cause = f"prefill_chunk and max_sequences allow microbatches of {most} tokens"
-        what = f"a message between parts of a layer holds only {room} (of {row_bytes} bytes)"
+        what = f"a message between the parts of a divided layer holds only {room} tokens of {row_bytes} bytes"
         raise UsageError(f"{cause}, but {what}; lower one of the keys")
 
 
 def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping[str, Sequence[str]]) -> None:
-    """Raises UsageError if the manual plan divides layers of a worker that has GPUs. `gpus` has GPU names by worker."""
+    """Raises UsageError if a manual plan divides layers and uses workers with GPUs. `gpus` has GPU names by worker."""
     for entry in config.plan or () if expert_shards > 1 else ():
         for name in entry.names:
             if devices := gpus.get(name):
@@ -135,7 +133,7 @@ def _check_mtp(config: ClusterConfig, model: Model) -> None:
 
 
 def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:
-    """Returns the assignments of the cluster file's `plan`, in parts. With 2 parts per layer, bound 4.5 becomes 9."""
+    """Returns the cluster file's `plan`, with bounds in layer parts. With 2 parts per layer, 4.5 becomes 9."""
     shards = manual_shards(config)
     parts = ((entry, *entry.layers) for entry in config.plan or ())
     return tuple(
@@ -183,8 +181,8 @@ def unused_mtp(config: ClusterConfig, model: Model) -> str | None:
 
 
 def model_costs(config: ClusterConfig, model: Model, expert_shards: int = 1) -> ModelCosts:
-    """Returns the costs of the model for plans. Raises UsageError if `speculative.mtp` is set, but the model has no MTP
-    head."""
+    """Returns the model's memory and compute costs for the planner. Raises UsageError if `speculative.mtp` is set, but
+    the model has no MTP head."""
     return capacity_of(config, config.context_length).costs(model, expert_shards)
 
 
@@ -212,8 +210,8 @@ def scheduler_settings(
     speculation: SpeculationSettings | None,
     adapters: Mapping[int, str] | None = None,
 ) -> SchedulerSettings:
-    """Returns the scheduler's limits, which match those of the loaded stages. `adapters` (digests by number) defaults
-    to the model's adapters."""
+    """Returns scheduler settings with the same limits as the plan's stages. `adapters` maps adapter numbers to digests.
+    It defaults to the model's adapters."""
     capacity = capacity_of(config, plan.context_length, model.projector)
     settings = capacity.scheduler_settings(model, _blocks(plan), speculation)
     return settings if adapters is None else replace(settings, adapters=adapters)

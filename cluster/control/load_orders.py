@@ -1,4 +1,4 @@
-"""Makes the `Load` messages for an epoch's stages."""
+"""Makes the `Load` messages, which tell workers what stages to load."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llamaclust.wire.control.weights import AdapterFile, EncoderFile, WeightSour
 
 @dataclass(frozen=True, slots=True)
 class StageLoads:
-    """The stages of an epoch to load. If `is_exclusive` is set, workers free the model's other stages first."""
+    """The stages of a plan to load. If `is_exclusive` is set, workers first free the model's other stages."""
 
     epoch: int
     stages: Sequence[StageInfo]
@@ -46,7 +46,7 @@ def load_orders(
     adapters: Mapping[str, tuple[AdapterFile, ...]],
     encoders: Mapping[str, EncoderFile],
 ) -> list[Load]:
-    """Returns a `Load` message for each worker. Raises WorkerError if a group member accepts no links."""
+    """Returns a `Load` message for each worker. Raises WorkerError if a group member accepts no connections."""
     groups = _group_orders(loads.stages, handles)
     return [
         replace(

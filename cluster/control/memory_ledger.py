@@ -13,7 +13,7 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.wire.control.messages import Load
 
 MemoryUse = Counter[tuple[str, str]]
-"""Numbers of bytes by worker and device."""
+"""Bytes of memory by (worker, device)."""
 
 
 class ModelLimitError(InsufficientMemoryError):
@@ -35,7 +35,7 @@ class MemoryLedger:
         self._beside: dict[str, MemoryUse] = {}
 
     def enter(self, model_id: str, plans: Iterable[Plan]) -> None:
-        """Replaces a model's plans, which are loaded or will be loaded next. A model without plans uses no memory."""
+        """Records a model's plans that are loaded or will be loaded next. Without plans, the model uses no memory."""
         self._plans[model_id] = tuple(plans)
 
     def copy(self) -> MemoryLedger:
@@ -49,11 +49,11 @@ class MemoryLedger:
             raise ModelLimitError(self._max_models)
 
     def planned(self, model_id: str) -> None:
-        """Notes the memory that other models use now. `reserve` later checks that they have taken no more."""
+        """Records how much memory other models use when this model is planned, for a check in `reserve`."""
         self._beside[model_id] = self.beside(model_id)
 
     def reserve(self, model_id: str, plans: tuple[Plan, ...]) -> bool:
-        """Enters plans before a load. Returns False if other models have taken memory since the newest plan."""
+        """Records plans before a load. Returns False if other models have taken memory since the model was planned."""
         is_entered = _total(plans) <= _total(self._plans.get(model_id, ()))
         fits = is_entered or self.beside(model_id) <= self._beside.get(model_id, MemoryUse())
         if fits:

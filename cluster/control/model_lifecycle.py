@@ -1,4 +1,4 @@
-"""Decides which models are awake. Models that do not fit into memory together take turns."""
+"""Decides which models are awake (loaded). Models that do not fit into memory together take turns."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 _LOOK_S = 1.0
 _TURN_S = 30.0
-"""Minimum seconds of a model's turn, after which another model may take the memory."""
+"""Minimum seconds that a model stays loaded before another model with requests may take its memory."""
 _MOST_TURNS = 16
-"""Maximum length of a turn, in units of `_TURN_S`."""
+"""Maximum factor on `_TURN_S`. The factor doubles each time that a turn leaves the same requests unfinished."""
 
 
 def _now_s() -> float:
@@ -26,7 +26,7 @@ def _now_s() -> float:
 
 @dataclass(eq=False, slots=True)
 class ModelLifecycle:
-    """A model that is awake or asleep. `usual_s` is how long it stays awake without requests, or None for no limit."""
+    """A model that is awake (loaded) or asleep. It stays awake `usual_s` seconds without requests (None: forever)."""
 
     name: str
     store: StateStore
@@ -108,7 +108,7 @@ class ModelLifecycle:
         await self.store.until(lambda state: state.is_asleep or state.is_wanted)
 
     async def preempt(self) -> None:
-        """Puts the model to sleep although it has requests, which are computed again at its next turn."""
+        """Unloads the model although it has requests. They are computed again when the model is loaded again."""
         found = frozenset(self.engine.requests.keys)
         self.turns = min(2 * self.turns, _MOST_TURNS) if found & self._interrupted else 1
         self._interrupted, self.is_preempted = found, True

@@ -1,4 +1,4 @@
-"""Defines the supervisor's observations. They are plain values that enter one queue in the order of the events."""
+"""Defines the events that the supervisor observes. They are plain values in one queue, in the order of the events."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.core.errors import LlamaclustError
 
 Incarnation = tuple[str, int]
-"""Name of a worker, and the unique number of its join."""
+"""A worker's name, and a number that is new each time the worker joins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class UndrainRequested:
 
 @dataclass(frozen=True, slots=True)
 class PipelineLost:
-    """The pipeline failed while `requests` (keys) were in flight. `causes` are those that caused the failure."""
+    """The pipeline failed while `requests` (keys) were in flight. `causes` are the requests that caused the failure."""
 
     error: LlamaclustError
     requests: frozenset[int] = frozenset()
@@ -92,7 +92,7 @@ class Suspect:
 
 @dataclass(frozen=True, slots=True)
 class EpochLoadFailed:
-    """Loading an epoch failed. `file_is_absent` means that no worker has the model's file, but some need it."""
+    """Loading the stages of a plan failed. `file_is_absent` means that no machine can send the model's file."""
 
     error: LlamaclustError
     is_exclusive: bool

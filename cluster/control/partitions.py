@@ -22,7 +22,7 @@ _BACKOFF = Backoff(first_s=1.0, max_s=120.0, factor=1.5)
 _MEMORY_S = 600.0
 """Seconds for which a repaired link is remembered. If it breaks again in this time, it is probed less often."""
 _MAX_PROBES = 256
-"""Maximum number of links to probe at once. If there are more, only workers with a broken link are probed."""
+"""Maximum number of links to probe at once. If there are more, only links of workers with a broken link are probed."""
 
 _Direction = tuple[WorkerHandle, WorkerHandle]
 
@@ -69,7 +69,7 @@ class PartitionTracker:
             pending.add_done_callback(lambda done: self._pending.pop((caller, other)))
 
     async def settled(self) -> None:
-        """Waits until every report of a broken link that has arrived so far is confirmed or dropped."""
+        """Waits until all reports of broken links that have arrived so far are confirmed or dismissed."""
         if self._pending:
             await asyncio.wait(tuple(self._pending.values()))
 

@@ -68,18 +68,18 @@ class ClusterResources:
     links: Links = UNKNOWN
     partitions: Pairs = frozenset()  # Pairs of workers that cannot reach each other.
     free_bytes: int | None = None
-    """Free bytes of this machine while its workers held no layers. None if each worker reports its own bytes."""
+    """Free memory of this machine before its workers held layers. None if each worker reports its own free memory."""
     held: Mapping[tuple[str, str], int] = field(default_factory=dict)
     row_bytes: int = 0
-    """Bytes of this machine that are reserved for image embeddings, in addition to `free_bytes`."""
+    """Bytes of memory that are reserved for image embeddings on this machine. `free_bytes` does not include them."""
     encodes: bool = True
-    """True if a worker must hold the model's image encoder, if there is one."""
+    """True if a plan must give the model's image encoder, if there is one, to a worker."""
 
 
 def plan_cluster(
     config: ClusterConfig, model: Model, resources: ClusterResources, *, max_expert_shards: int = MAX_EXPERT_SHARDS
 ) -> Plan:
-    """Makes a plan. Workers in the cluster file come first, in the file's order. Other workers follow by name. Raises
+    """Makes a plan, with workers in the order of the cluster file, and then other workers by name. Raises
     InsufficientMemoryError with the missing MiB, UsageError if a manual plan is invalid, and NetworkPartitionError if
     broken links prevent a plan."""
     plan = _plan_in_own_tiles(config, model, resources, max_expert_shards)
@@ -133,7 +133,7 @@ def _plan_in_own_tiles(
             tried.append(expert_shards)
         if not tried:
             raise
-        what = f"with the experts of each layer divided into up to {tried[-1]} parts, the model does not fit either"
+        what = f"it does not fit even with the experts of each layer divided into up to {tried[-1]} parts"
         told = InsufficientMemoryError(f"{error}; {what}")
         told.missing_bytes = error.missing_bytes
         raise told from error
@@ -341,8 +341,8 @@ class ClusterPlanner:
         *,
         needs_images: bool = False,
     ) -> Plan:
-        """Plans in a thread. May omit the image encoder unless `needs_images` is set. Raises the errors of
-        `plan_cluster`, ModelLimitError for too many models, and WorkerError if a needed worker is absent."""
+        """Makes a plan in a thread. Leaves out an image encoder that does not fit, unless `needs_images` is set. Raises
+        the errors of `plan_cluster`, ModelLimitError for too many models, and WorkerError if a worker is absent."""
         (beside or self.ledger).check_count(self.model.model_id)
         planned = (name for entry in self.config.plan or () for name in entry.names)
         missing = [name for name in planned if name not in workers]

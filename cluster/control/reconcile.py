@@ -1,4 +1,4 @@
-"""Decides the supervisor's next action from the observed state, by pure functions."""
+"""Contains pure functions that choose the supervisor's next action from the observed state."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class LoadEpoch:
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """Lets the engine continue with the loaded epoch. An older epoch that still serves begins to retire."""
+    """Switches the engine to the newly loaded stages. The requests of an older pipeline then move to the new one."""
 
 
 @dataclass(frozen=True, slots=True)
 class FreeRetired:
-    """Frees the stages of the retired epoch, which no sequence uses any longer."""
+    """Frees the stages of the previous pipeline after its last sequence has ended or moved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +42,14 @@ class ClosePipeline:
 
 @dataclass(frozen=True, slots=True)
 class Sleep:
-    """Frees the model's stages if it has no requests, or in any case if `is_forced` is set. Requests then wait."""
+    """Unloads the model if it has no requests. If `is_forced` is set, unloads it in any case, and its requests wait."""
 
     is_forced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Expel:
-    """Marks workers as lost, except those whose expulsion has `stays` set."""
+    """Marks workers as lost. For an expulsion with `stays`, only reports that plans exclude the worker."""
 
     expulsions: tuple[Expulsion, ...]
 
@@ -80,7 +80,7 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Waits for an observation, at most until `until_s`. `is_settled` means that there is nothing to do."""
+    """Waits for an observation, or until time `until_s`. `is_settled` means that there is nothing to do."""
 
     until_s: float | None
     is_settled: bool = False
@@ -150,7 +150,7 @@ def _recover(state: ClusterState) -> Action | None:
 
 
 def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
-    """Waits until there is a plan. When the time limit has passed, aborts a start or fails the requests."""
+    """Returns the next action if no plan is possible: wait or, after a time limit, abort the start or fail requests."""
     loss = state.loss
     assert loss is not None and state.planning is not None
     is_link = isinstance(why, NetworkPartitionError)
@@ -173,7 +173,6 @@ def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
 
 
 def _wait_for_memory(state: ClusterState, why: LlamaclustError) -> Action:
-    """Waits until other models free memory when their turns end."""
     missing_bytes = why.missing_bytes if isinstance(why, InsufficientMemoryError) else None
     missing = "" if missing_bytes is None else f" ({mib(missing_bytes)} MiB)"
     text = f"waiting for memory that other models hold{missing}: they free it at the end of their turns"
@@ -189,7 +188,7 @@ def _absent_workers(state: ClusterState) -> str:
 
 
 def _improve(state: ClusterState) -> Action:
-    """Moves layers to a better plan while the old plan serves."""
+    """Returns the action while a pipeline runs: load a better plan if there is one, or wait."""
     serving, planning = state.serving, state.planning
     assert serving is not None and planning is not None
     must_move = any(name in state.pool.drained for name, _ in serving.workers)

@@ -1,4 +1,4 @@
-"""Describes the epoch that serves, and decides whether another plan is worth a move."""
+"""Describes the plan of the running pipeline, and decides whether a new plan is worth a move of layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.core.gpus import DeviceLayers
 
 _CLEARLY_BETTER = 0.95
-"""A clearly better plan takes at most this fraction of the time."""
+"""A plan is clearly better than another if it takes at most this fraction of the other plan's time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Serving:
     workers: tuple[Incarnation, ...]  # Workers in the order of their stages.
 
     def is_worth_keeping(self, plan: Plan) -> bool:
-        """True if a move to `plan` would gain nothing."""
+        """True if a move of layers to `plan` would bring no clear gain."""
         if self.plan.has_encoder != plan.has_encoder:
             return self.plan.has_encoder
         return self.has_layers_as(plan) or self.is_as_good_as(plan)
@@ -28,7 +28,7 @@ class Serving:
         return _layers(self.plan) == _layers(plan) and self.plan.wide_tiles == plan.wide_tiles
 
     def predicted(self, prediction: Prediction | None) -> Serving:
-        """Returns the same epoch with another prediction of its speed."""
+        """Returns a copy with a new prediction of the plan's speed."""
         return replace(self, plan=replace(self.plan, prediction=prediction))
 
     def is_as_good_as(self, plan: Plan) -> bool:
@@ -51,7 +51,7 @@ def is_clearly_faster(plan: Plan, other: Plan) -> bool:
 
 
 _Part = tuple[Fraction, Fraction, tuple[int, ...], int]
-"""A stage: its start and end in layers, the shares of its group, and its member's index in the group."""
+"""A stage's layer range (start and end), the shares of its group, and the index of the member in the group."""
 
 
 def _parts(plan: Plan) -> list[_Part]:

@@ -59,7 +59,7 @@ def workspace_of(model: Model, limits: StageLimits) -> Workspace:
 
 
 def _largest_stages(model: Model, limits: StageLimits, place: StagePlace) -> Iterator[tuple[int, int, StageLimits]]:
-    """Yields (start, end, limits) of some stages, one of which needs the largest workspace of all."""
+    """Yields (start, end, limits) for each stage that may need the largest workspace."""
     yield 0, model.layer_count if place.is_last else max(1, model.layer_count - 1), replace(limits, expert_shards=1)
     if limits.expert_shards > 1:
         for parts in _divided_stages(model, limits.expert_shards, place):
@@ -67,7 +67,7 @@ def _largest_stages(model: Model, limits: StageLimits, place: StagePlace) -> Ite
 
 
 def _divided_stages(model: Model, shards: int, place: StagePlace) -> Iterator[tuple[int, int]]:
-    """Yields stages that begin or end inside a layer, as ranges of parts. One of them needs the largest workspace."""
+    """Yields (start, end), in layer parts, for stages that have divided layers and may need the largest workspace."""
     layers = [layer for layer in range(model.layer_count) if model.is_divisible(layer, shards)]
     half = shards // 2
     if not layers:
@@ -87,8 +87,8 @@ def _divided_stages(model: Model, shards: int, place: StagePlace) -> Iterator[tu
 
 
 def rounding_of(model: Model, *, experts: bool = True) -> Rounding:
-    """Returns a function that computes the bytes that rounding adds to weights on a device. Entry [i, j] of its result
-    is for a stage with layers [i, j), including the embedding and the head if the stage has them."""
+    """Returns a function from a device to a table. Entry [i, j] is how many bytes rounding adds to the weights of a
+    stage with layers [i, j), including the embedding and the head if the stage has them."""
     known = _known.setdefault(model, _Known()).roundings
 
     def table(device: str) -> Counts:

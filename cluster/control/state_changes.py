@@ -1,4 +1,4 @@
-"""Applies observations to the supervisor's state, by pure functions."""
+"""Contains pure functions that apply observations to the supervisor's state."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def observe(state: ClusterState, observation: observations.Observation) -> Clust
             loss = PipelineLoss(state.tick.now_s, error, requests, causes, is_repeated)
             return replace(state, loss=loss, planning=planning)
         case observations.RowsFailed(key):
-            quarantine = pool.quarantine.exonerate_rows(key, state.tick.now_s)
+            quarantine = pool.quarantine.release_by_request(key, state.tick.now_s)
             return replace(state, pool=replace(pool, quarantine=quarantine))
         case observations.Signal.PIPELINE_CLOSED:
             state = replace(state, retiring=None)
@@ -123,7 +123,7 @@ def _attribute(state: ClusterState) -> ClusterState:
 
 
 def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, requests: frozenset[int]) -> ClusterState:
-    """Records a worker's failure. If the worker is quarantined now, adds an expulsion to report it."""
+    """Records a worker's failure. If this quarantines the worker, adds an expulsion to report it."""
     (name, _), now_s, before = worker, state.tick.now_s, state.pool.quarantine
     is_repeated = state.loss is not None and state.loss.is_repeated
     quarantine = before.failed(name, reason, requests, now_s, is_repeated=is_repeated)

@@ -20,7 +20,7 @@ from llamaclust.cluster.state.events import Notice, Report
 
 
 class Supervisor:
-    """Runs the control loop of one model. `start` opens the first epoch, and `run` keeps an epoch serving."""
+    """Runs the control loop of one model. `start` loads the first pipeline, and `run` keeps a pipeline running."""
 
     def __init__(
         self,

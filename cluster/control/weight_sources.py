@@ -55,7 +55,8 @@ class WantedBytes:
 async def weight_sources(
     loading: Collection[str], workers: Mapping[str, WorkerHandle], wanted: WantedBytes, report: Report | None = None
 ) -> dict[str, WeightSources]:
-    """Returns the file's manifest and sources by worker, or {} if all workers in `loading` read the same file."""
+    """Returns the file's manifest, and machines that can send the file, for each worker in `loading`. Returns {} if all
+    these workers read the same file."""
     members = {name: worker for name, worker in workers.items() if worker.loss is None}
     found = await _find(members.values(), lambda worker: find_weights(worker, wanted.request))
     if not _are_compared(wanted, [found[name] for name in loading if name in found]):
@@ -196,7 +197,7 @@ def _sources(
     coordinator: Sequence[WeightSource],
     links: Links,
 ) -> tuple[WeightSource, ...]:
-    """Lists the sources for `fetcher`: workers with the file, then the coordinator, then other workers."""
+    """Lists the sources for `fetcher`: workers with the file, the coordinator, workers that may have fetched parts."""
     machines = {name: worker.registration.machine for name, worker in members.items()}
     with_file = [name for name, weights in described.items() if weights.has_file]
     others = [name for name in members if name not in with_file] if described or coordinator else []

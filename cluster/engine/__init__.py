@@ -1,1 +1,1 @@
-"""Runs requests. The engine connects the scheduler with the pipeline of stages that compute."""
+"""Runs requests: sends the scheduler's microbatches through the pipeline of stages, and delivers the results."""

@@ -14,7 +14,7 @@ from llamaclust.core.errors import DeadlineError, LlamaclustError
 
 _DEADLINE_S = 30
 _SLICE_S = 1.0
-"""Length in seconds of each of the waits that make up the deadline."""
+"""Seconds of one wait. The deadline consists of many waits, so that a pause of this process uses up only one."""
 
 _log = logging.getLogger(__name__)
 

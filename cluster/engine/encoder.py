@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 _BACKOFF = Backoff(0.05, 1.0)
 _LAST_TILE_S = 120.0
-"""Maximum seconds for which the next model waits until the current image tile is encoded."""
+"""Maximum seconds to wait for the current image tile before the model is unloaded for another model."""
 
 
 class _AttemptError(Exception):
@@ -45,7 +45,7 @@ class _Serving:
 
 
 class Encoder:
-    """Encodes one image tile at a time. Clients take turns, tile by tile."""
+    """Encodes one image tile at a time. Clients with waiting tiles take turns after each tile."""
 
     def __init__(
         self, projector: Projector, deadline_s: float, announced: Callable[[], AbstractContextManager[None]]
@@ -69,7 +69,7 @@ class Encoder:
         self._serving.set_result(self._present)
 
     def lose(self, error: LlamaclustError | None) -> None:
-        """Stops encoding a tile. The next encoder encodes the tile again. `error` is the pipeline's failure, if any."""
+        """Stops encoding a tile, which the next encoder encodes again. `error` is the pipeline's failure, or None."""
         self.pause()
         if self._present is not None:
             self._present.lost.set_result(error)

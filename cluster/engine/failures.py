@@ -71,9 +71,9 @@ def row_failure(faults: Sequence[RowFault], stages: Sequence[StageInfo]) -> Pipe
 
 
 def _ending(struck: StruckOut, error: LlamaclustError, *, stages: int) -> LlamaclustError:
-    """Returns the error for a request that has failed too often, which blames a worker or the request."""
+    """Returns the error for a request that has failed too often. The error blames a worker or the request."""
     what = f"request {struck.sequence.request.request_id}: the pipeline failed {MAX_STRIKES} times"
     (worker, *others) = struck.workers
     if worker is None or others or (stages == 1 and struck.has_results):
-        return RequestFailedError(f"{what} while it computed this request, the last time alone: {error}")
+        return RequestFailedError(f"{what} while it computed this request, the last time as the only request: {error}")
     return WorkerError(f"{what}, each time at worker {worker}, and no other worker could take its layers: {error}")

@@ -31,7 +31,7 @@ _MOST_SAVES = 8
 
 
 class KvDisk:
-    """Saves and restores a lane's KV blocks. Does nothing if `disks` is None."""
+    """Saves KV blocks of a pipeline's prompts to disk, and restores them. Does nothing if `disks` is None."""
 
     def __init__(self, disks: KvDisks | None, scheduler: Scheduler, lane: Lane) -> None:
         settings = scheduler.settings
@@ -131,7 +131,6 @@ class KvDisk:
         return restored
 
     async def _in_flight_returned(self) -> None:
-        """Waits until all microbatches in flight have returned."""
         newest = self._scheduler.in_flight.newest
         if newest is not None:
             returned: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -1,4 +1,4 @@
-"""Runs a lane, which is a pipeline with the scheduler of the sequences that the pipeline computes."""
+"""Runs a lane, which is a pipeline together with the scheduler of its sequences."""
 
 from __future__ import annotations
 

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.core.errors import WorkerError
 from llamaclust.core.gpus import DeviceLayers
-from llamaclust.core.limits import layer_place
+from llamaclust.core.limits import shard_position
 from llamaclust.wire.microbatch.messages import Result
 
 
 @dataclass(frozen=True, slots=True)
 class StageInfo:
-    """One stage of a running pipeline: layers [start, end) on a worker. `devices` has the layers on its GPUs. If
-    a group holds the stage, each of its members has a StageInfo."""
+    """One stage of a running pipeline: layers [start, end) on a worker. `devices` has the layers on the worker's GPUs.
+    Each member of a group of workers has its own StageInfo."""
 
     worker: str
     start: int
@@ -32,8 +32,8 @@ class StageInfo:
 
     @property
     def layers(self) -> tuple[float, float]:
-        """The half-open range of layers. A bound is a fraction if it lies inside a layer whose experts are divided."""
-        return layer_place(self.start, self.expert_shards), layer_place(self.end, self.expert_shards)
+        """The half-open range of layers. A fraction, such as 4.5, means that the experts of a layer are divided."""
+        return shard_position(self.start, self.expert_shards), shard_position(self.end, self.expert_shards)
 
 
 class KvDisks(Protocol):
@@ -49,8 +49,8 @@ class KvDisks(Protocol):
         ...
 
     async def save(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Writes `blocks`, which have the last len(blocks) keys. Returns how many of them are on the disks of all
-        stages."""
+        """Writes `blocks`, whose keys are the last len(blocks) items of `keys`. Returns how many of these blocks all
+        stages have on disk."""
         ...
 
 

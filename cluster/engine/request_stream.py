@@ -97,7 +97,7 @@ class OpenRequests:
 
     @contextmanager
     def announced(self) -> Iterator[None]:
-        """Counts a request that is not open yet, but already needs the model to encode its images."""
+        """Keeps the model loaded while it encodes the images of a request that is not submitted yet."""
         self._announced += 1
         self._changed()
         try:

@@ -24,7 +24,7 @@ _LEAST_LEFT = 32
 
 @dataclass(frozen=True, slots=True)
 class _PreCopy:
-    """A copy of an old lane's sequence, which the new lane computes to fill its prefix cache."""
+    """A copy of an old lane's sequence. Computing the copy fills the new lane's prefix cache."""
 
     key: int
     of: Sequence

@@ -1,4 +1,4 @@
-"""Divides a sequence's time into phases, and computing phases into times of stages, links and idle time."""
+"""Divides a sequence's time into phases such as prefill, and computing phases into stage, link and idle time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _RECOMPUTATION, _PREFILL, _DECODE = PhaseKind.RECOMPUTATION, PhaseKind.PREFILL, 
 
 @dataclass(slots=True)
 class WaterfallPhase:
-    """A phase of a sequence's time. `ns` is its whole duration. If nothing is computed, the other times are 0."""
+    """A phase in a sequence's timeline. `ns` is its duration. The fields after `ns` stay 0 if nothing is computed."""
 
     kind: PhaseKind
     start_ns: int
@@ -59,7 +59,7 @@ class ComputedMicrobatch:
     def of(
         cls, stages: tuple[StageInfo, ...], timings: tuple[StageTiming, ...], sent_ns: int, done_ns: int
     ) -> ComputedMicrobatch:
-        """Converts a result's stage timings. If the timings of a stage are missing, all time counts for links."""
+        """Converts a result's stage timings. If the timings of a stage are missing, all time counts as link time."""
         if len(timings) != len(stages):
             return cls((), sent_ns, done_ns, (), 0)
         parts = tuple(ns for timing in timings for ns in (timing.compute_ns, timing.queue_ns, timing.wire_ns))

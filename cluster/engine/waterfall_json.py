@@ -1,4 +1,4 @@
-"""Converts waterfalls to JSON for `GET /cluster/requests`, in seconds. The parts of a phase add up to its time."""
+"""Converts waterfalls (time lines) to JSON for `GET /cluster/requests`. A phase's parts add up to its seconds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ID = re.compile(r"[0-9a-f]{4,}")
 
 
 def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
-    """Returns the records of the request whose id, or reply's id, begins with `name` (at least 4 characters)."""
+    """Returns the records of a request. `name` contains at least 4 leading digits of its id, as a reply's id does."""
     if not (found := _ID.findall(name)):
         return []
     beginning = max(found, key=len)[:SHOWN_CHARACTERS]
@@ -25,7 +25,7 @@ def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
 
 
 def summary_json(record: RequestRecord, adapters: Mapping[int, str]) -> dict[str, Any]:
-    """Converts a record without its phases. `adapters` maps numbers to names."""
+    """Converts a record to JSON without its phases. `adapters` maps adapter numbers to names."""
     timings = record.timings
     return {
         "id": record.request_id[:SHOWN_CHARACTERS],

@@ -1,4 +1,4 @@
-"""Owns the waterfalls of an engine's open requests and last ended requests. They contain no text and no tokens."""
+"""Owns the waterfalls (time lines) of open and recently ended requests. They contain no text and no tokens."""
 
 from __future__ import annotations
 

@@ -14,13 +14,13 @@ from llamaclust.core.sizes import counted
 from llamaclust.wire.rpc.deadlines import deadline
 
 Shortfall = Callable[[], Awaitable[LlamaclustError | None]]
-"""Returns an error that explains why the present workers cannot hold the model, or None if they can."""
+"""A function that returns an error if the present workers cannot hold the model, or None if they can."""
 
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
-    """The workers that a start waits for: all in `names`, and at least `count` in total. When no worker has joined for
-    `grace_s` seconds, present workers are used if they suffice. The start fails after `wait_s` seconds."""
+    """The workers that a start waits for: all in `names`, and at least `count` in total. If no further one joins
+    for `grace_s` seconds, the start continues with fewer workers if they suffice. It fails after `wait_s` seconds."""
 
     names: tuple[str, ...]
     count: int

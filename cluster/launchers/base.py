@@ -19,7 +19,7 @@ GaveUp = Callable[[str, str], None]
 
 
 class Launcher(ABC):
-    """Launches the workers of a cluster. The default methods are for workers on other machines."""
+    """A launcher of a cluster's workers. The default methods are for workers on other machines."""
 
     listen: str
     credentials: Credentials
@@ -45,8 +45,8 @@ class Launcher(ABC):
 
     @abstractmethod
     async def joined(self, registry: Registry, shortfall: Shortfall) -> None:
-        """Waits until all workers have joined, or enough of them. Raises DeadlineError, or WorkerError if a worker
-        ended."""
+        """Waits until all workers have joined, or enough of them according to `shortfall`. Raises DeadlineError, or
+        WorkerError if a worker ended."""
 
     @abstractmethod
     async def stop(self) -> None:
@@ -54,11 +54,10 @@ class Launcher(ABC):
 
     @abstractmethod
     def restarting(self, gave_up: GaveUp) -> AbstractContextManager[None]:
-        """Restarts ended workers while the context is open. Calls `gave_up` when a worker is not restarted any more."""
+        """Restarts ended workers while the context is open. Calls `gave_up` for a worker that it stops restarting."""
 
     @abstractmethod
-    def reset_restarts(self) -> None:
-        """Resets the restart counts."""
+    def reset_restarts(self) -> None: ...
 
     @abstractmethod
     async def end(self, name: str) -> None:

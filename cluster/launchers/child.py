@@ -17,15 +17,15 @@ from llamaclust.worker.settings import WorkerSettings
 _JOIN_S = 15.0
 
 Ended = Callable[[int], None]
-"""Called with the return code of the process. A negative code is a signal, as in `subprocess`."""
+"""A callback with the process's return code. A negative code is a signal, as in `subprocess`."""
 
 
 class Child:
     """A worker process. The kernel ends it when this process ends."""
 
     def __init__(self, settings: WorkerSettings, ended: Ended, log: IO[bytes] | None = None) -> None:
-        """Starts the worker, whose `settings` must have an enrolment address and a join token. Another thread calls
-        `ended`. If `log` is None, the worker writes to the output of this process."""
+        """Starts the worker. `settings` must have an enrolment address and a join token. `ended` is called on another
+        thread. If `log` is None, the worker writes to the output of this process."""
         self._started = threading.Event()
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None

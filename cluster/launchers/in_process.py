@@ -95,7 +95,7 @@ def local_capacity(model: Model, settings: LocalSettings) -> Capacity:
         ("kv_blocks", settings.kv_blocks, MAX_KV_BLOCKS - blocks_of(context)),
     ):
         if value is not None and not 0 < value <= most:
-            raise UsageError(f"{name} is {value}, which is out of range; set 1 to {most}")
+            raise UsageError(f"{name} is {value}, which is out of range; set a value from 1 to {most}")
     if settings.kv_type not in set(KvType):
         raise UsageError(f"kv_type {settings.kv_type} is unknown; set one of {', '.join(KvType)}")
     return Capacity(
@@ -229,7 +229,7 @@ class LocalStage:
         return decode_result(outputs.result(frame, StageTiming(started_ns - queued_ns, compute_ns, 0, frame.rows)))
 
     def logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
-        """Calls `use` with logits [rows, vocabulary] of the tokens from index `first` on. Runs between microbatches."""
+        """Calls `use` with blocks of logits [rows, vocabulary] for the tokens from `first` on. Delays microbatches."""
         most, vocabulary = self.scheduling.context_length, self.scheduling.vocabulary
         if not 0 < len(tokens) <= most:
             raise RequestError(f"logits need 1 to {most} tokens (the context length), but {len(tokens)} are given")
@@ -287,7 +287,7 @@ class LocalPipeline:
             on_results([await (await self._results.get())])
 
     async def close(self) -> None:
-        """Leaves the stage open, because its owner closes it."""
+        """Does nothing, because the owner of the stage closes it."""
 
 
 def _device_kind(settings: LocalSettings, model: Model) -> str:

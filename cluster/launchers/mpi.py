@@ -35,7 +35,7 @@ _GRACE_S = 1.0
 
 
 class MpiLauncher(RestartingLauncher):
-    """Orders the ranks of an MPI job to start workers, over a socket to rank 0."""
+    """A launcher that orders the ranks of an MPI job to start workers. Its orders go through a socket to rank 0."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         super().__init__(config, folder, report)
@@ -130,5 +130,5 @@ def _end_without_rank(receiving: asyncio.Task[None]) -> None:
 
 def _own_rank() -> socket.socket:
     if not stat.S_ISSOCK(os.fstat(0).st_mode):
-        raise UsageError("launcher mpi is started by mpirun: mpirun -n WORKERS llamaclust up FILE")
+        raise UsageError("launcher mpi must be started by mpirun; run: mpirun -n WORKERS llamaclust up FILE")
     return socket.socket(fileno=os.dup(0))

@@ -26,7 +26,7 @@ class EndWorker:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """Orders a rank to kill its worker and end. `with_all` is True if no rank is lost."""
+    """Orders a rank to kill its worker and end. MPI can be finalized only if no rank is lost (`with_all` is True)."""
 
     rank: int
     with_all: bool

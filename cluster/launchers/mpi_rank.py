@@ -57,7 +57,7 @@ _INSTALL = (
 
 
 class RankLostError(WorkerError):
-    """Raised if messages to or from a rank fail. The job continues without this rank."""
+    """A message to or from a rank failed. The job continues without this rank."""
 
 
 def run_ranks(config: ClusterConfig, arguments: Sequence[str]) -> int:
@@ -112,7 +112,7 @@ class _Ranks:
         self._world.Abort(1)
 
     def leave(self) -> None:
-        """Finalizes MPI, unless a rank is lost, because MPI would wait for this rank forever."""
+        """Finalizes MPI, unless a rank is lost, because MPI would wait forever for the lost rank."""
         if self.with_all and not self.lost:
             self._mpi.Finalize()
 
@@ -291,14 +291,14 @@ class _Coordinator:
 
 
 def _spawn(arguments: Sequence[str], to_rank: socket.socket) -> subprocess.Popen[bytes]:
-    """Starts the coordinator in a separate session, so that signals to the rank's process group do not reach it."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(_MPI_PREFIXES)}
     command = [sys.executable, "-P", "-m", "llamaclust", "up", *arguments, RANKED]
+    # Signals to the rank's process group must not reach the coordinator, so it gets a session of its own.
     return subprocess.Popen(command, stdin=to_rank.fileno(), env=variables, start_new_session=True)
 
 
 def _reachable(addresses: Sequence[str], token: str) -> str:
-    """Returns the first address at which the coordinator answers, or else the first address."""
+    """Returns the first address at which the coordinator answers, or `addresses[0]` if it answers at none of them."""
     pin = JoinToken.parse(token)
     assert pin is not None, "the coordinator sent an invalid token"
     for address in addresses if len(addresses) > 1 else ():

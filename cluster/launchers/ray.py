@@ -56,10 +56,10 @@ class RayLauncher(RestartingLauncher):
         self._workers = placed = RayWorkers(library, authority.cluster)
         join = await self._call(lambda: _reachable(library, where))
 
-        from llamaclust.cluster.launchers.ray_actor import Given
+        from llamaclust.cluster.launchers.ray_actor import ActorArguments
 
         token = authority.token.text
-        wanted = [Given(replace(worker, join=join, token=token), authority.cluster) for worker in workers]
+        wanted = [ActorArguments(replace(worker, join=join, token=token), authority.cluster) for worker in workers]
         if not await self._call(lambda: placed.take_back(wanted)):
             await self._reserve(placed, workers)
             await self._call(lambda: placed.make(wanted))
@@ -115,7 +115,7 @@ class RayLauncher(RestartingLauncher):
         return await self._call(lambda: self._cluster.open(workers))
 
     async def _reserve(self, placed: RayWorkers, workers: Sequence[WorkerSettings]) -> None:
-        """Waits for room in the Ray cluster. Raises DeadlineError after `join.wait`."""
+        """Reserves CPUs, GPUs and memory in the Ray cluster. Raises DeadlineError after `join.wait` seconds."""
         await self._call(lambda: placed.reserve(workers, self._config.ray.strategy))
         clock = asyncio.get_running_loop().time
         tell_s: float | None = clock() + _PATIENCE_S
@@ -152,8 +152,7 @@ class RayLauncher(RestartingLauncher):
 
 
 def _new_thread() -> ThreadPoolExecutor:
-    """Returns a thread for calls to Ray. Ray's processes end when the thread that started them ends."""
-    return ThreadPoolExecutor(1, "ray")
+    return ThreadPoolExecutor(1, "ray")  # Ray's processes end when the thread that started them ends.
 
 
 def _restore_signal_handlers() -> None:
@@ -209,6 +208,6 @@ def _listed(amounts: dict[str, float]) -> str:
 
 
 def _gone(error: Exception) -> str:
-    """Describes the error by one line of Ray's report."""
+    """Describes Ray's error in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"its Ray actor is gone: {lines[-1] if 'Traceback' in str(error) else lines[0]}"

@@ -25,11 +25,11 @@ _LOG = Path("/proc/self/fd/2")
 _LOOK_S = 2.0
 _CALL_S = 5.0
 _WAIT_S = 30.0
-"""Seconds until an actor ends itself after its worker was killed. The coordinator usually restarts the actor before."""
+"""Seconds from a worker's kill until its actor ends itself. Usually, the coordinator restarts the actor earlier."""
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class ActorArguments:
     """Arguments of an actor. `settings` include enrolment address and token. `cluster` is the cluster's id."""
 
     settings: WorkerSettings
@@ -39,7 +39,7 @@ class Given:
 class WorkerActor:
     """Runs a worker. If the actor's process or node is lost, Ray restarts the actor, and the worker joins again."""
 
-    def __init__(self, given: Given) -> None:
+    def __init__(self, given: ActorArguments) -> None:
         self._given = given
         self._over = threading.Event()
         self._how = ("", "")
@@ -47,7 +47,7 @@ class WorkerActor:
         self._is_again = bool(ray.get_runtime_context().was_current_actor_reconstructed)
         self._start()
 
-    def given(self) -> Given:
+    def given(self) -> ActorArguments:
         return self._given
 
     def incarnation(self) -> str:

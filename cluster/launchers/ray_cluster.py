@@ -34,7 +34,7 @@ def import_ray(*, authenticated: bool) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise UsageError(f"{_INSTALL} (on every node, the same versions): {error}") from error
+        raise UsageError(f"{_INSTALL} (install the same versions on every node): {error}") from error
     logging.getLogger("ray").setLevel(logging.ERROR)
     return ray
 
@@ -52,8 +52,8 @@ class RayCluster:
         self._ray: Any = None
 
     def open(self, workers: Sequence[WorkerSettings]) -> Any:
-        """Connects to Ray. Raises UsageError if the cluster must not be used, RayStartError if another try may help, or
-        LlamaclustError if Ray fails."""
+        """Connects to a Ray cluster, or starts one. Raises UsageError if Ray or a valid token is missing, RayStartError
+        if another try may help, or LlamaclustError if Ray fails."""
         settings = self._settings
         self._ray = import_ray(authenticated=not settings.allow_unauthenticated)
         address = None if settings.address == "none" else _address(settings.address)

@@ -24,8 +24,8 @@ class RayWorkers:
         self.actors: dict[str, Any] = {}
 
     def take_back(self, wanted: Sequence[Any]) -> bool:
-        """Takes over the actors of an earlier coordinator and returns True if they have the wanted arguments. Otherwise
-        removes them and returns False. Raises UsageError if they belong to another cluster."""
+        """Takes over the actors of an earlier coordinator if they have the wanted arguments. Otherwise removes them and
+        returns False. Raises UsageError if they belong to another cluster."""
         names = self._names()
         found = {name: self._request(name, "given") for name in names}
         if any(given is not None and given.cluster != self._cluster for given in found.values()):

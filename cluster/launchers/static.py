@@ -114,7 +114,7 @@ class StaticLauncher(Launcher):
         return 2 * self._config.timeouts.worker
 
     def _instructions(self, listen: str) -> list[str]:
-        """Returns instructions to start workers elsewhere. They name the token file, but do not show the token."""
+        """Returns instructions to start workers on other machines. They name the token file, but not the token."""
         host, port = split_address(listen)
         hosts = one_of_each_interface()[:_MOST_HOSTS] if host in ANYWHERE else [host]
         addresses = self._config.join.addresses or [joined_address(each, port) for each in hosts or [host]]
@@ -131,7 +131,7 @@ class StaticLauncher(Launcher):
 
 
 class RestartingLauncher(StaticLauncher):
-    """Base class of launchers that start and restart workers elsewhere. The workers join like static workers."""
+    """Base class of launchers that restart workers on other machines. The workers join like static workers."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         super().__init__(config, folder, report)

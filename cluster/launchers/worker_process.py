@@ -1,4 +1,4 @@
-"""Gives the command line, standard input and environment of a worker process, and describes its exit."""
+"""Builds the command line, standard input and environment of a worker process, and describes its exit."""
 
 from __future__ import annotations
 

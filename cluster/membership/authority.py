@@ -72,9 +72,9 @@ class Authority:
             certificate = x509.load_pem_x509_certificate(read_bytes(folder / _CA_CERTIFICATE, _MOST_BYTES))
         except (OSError, ValueError) as error:
             what = f"{folder}: the folder cannot be read: {error}"
-            raise UsageError(f"{what}; remove the folder for new certificates and a new token") from error
+            raise UsageError(f"{what}; remove the folder to get new certificates and a new token") from error
         if certificate.public_key() != key.public_key():
-            raise UsageError(f"{folder}: key and certificate do not match; remove the folder for new ones")
+            raise UsageError(f"{folder}: key and certificate do not match; remove the folder to get new ones")
         _check_time(folder, certificate)
         return cls(folder, key, certificate)
 
@@ -167,7 +167,7 @@ def _check_time(folder: Path, certificate: x509.Certificate) -> None:
         valid = f"its certificate is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}"
         clock = f"this machine's clock says {now:%Y-%m-%d %H:%M} UTC"
         raise UsageError(
-            f"{folder}: {valid}, {clock}; set the clock, or remove the folder for a new certificate and token"
+            f"{folder}: {valid}, {clock}; set the clock, or remove the folder to get a new certificate and token"
         )
 
 

@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 class EnrolmentServer:
-    """Server of the enrolment port. It runs while this context manager is entered."""
+    """The server of the enrolment port. It runs while its context is open."""
 
     def __init__(
         self, listen: str, authority: Authority, identity: Identity, refusal: RefusalReason | None, port: int

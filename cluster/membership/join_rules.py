@@ -41,7 +41,8 @@ class JoinRules:
         self._credentials = credentials
 
     async def refusal(self, register: Register, peer: Principal | None) -> str | None:
-        """Returns the reason to refuse a worker, or None. May wait to see if a member of the same name is alive."""
+        """Returns the reason to refuse a worker, or None. If a member has the same name, first waits until
+        it sends a message or is lost, because the name of a lost member is free."""
         if mismatch := self._mismatch(register, peer):
             return mismatch
         if duplicate := self._duplicate(register):

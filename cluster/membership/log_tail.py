@@ -24,7 +24,7 @@ _OTHER_LOGGERS = (
         r"(?: \S+:\d+ -- |: )(?P<message>.*)"
     ),
 )
-"""Formats of log lines: of glog and Abseil, of Ray's processes, and of Ray's Python code (`WARNING: ...`)."""
+"""Log line formats of glog and Abseil, of Ray's processes, and of Ray's Python code (`WARNING: ...`)."""
 _OF_ERRORS = "EFC"
 
 

@@ -1,4 +1,4 @@
-"""Keeps the present workers of a cluster, and its lost workers with the reason of each loss."""
+"""Keeps track of a cluster's present workers, and of its lost workers with the reasons of their losses."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 class Registry(Members):
-    """The members of a cluster, and its Coordinator service, which runs while this context manager is entered."""
+    """The members of a cluster, and the gRPC service that they join. It runs while its context is open."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Registry(Members):
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Ends the workers, unless another coordinator has them, `leave_workers` was called or the start timed out."""
+        """Ends the workers, unless `leave_workers` was called, another coordinator took over or the start timed out."""
         is_late = any(isinstance(part, DeadlineError) for part in error)
         present = [] if self._superseded.done() or self._is_left or is_late else list(self.present.values())
         for handle in present:
@@ -103,7 +103,7 @@ class Registry(Members):
         await self._serve(register, stream)
 
     async def _newer_coordinator(self, register: Register) -> str | None:
-        """Returns a refusal if the worker has seen a newer coordinator or waits for another cluster."""
+        """Returns the reason to refuse a worker that has seen a newer coordinator or waits for another cluster."""
         record, name, is_ours = self._settings.record, register.name, register.cluster == self._settings.cluster
         if register.is_awaited and not is_ours:
             here = f"but this is a coordinator of {self._settings.cluster!r}"

@@ -76,8 +76,8 @@ class WorkerChannel:
         return self._locks.setdefault(what, asyncio.Lock())
 
     async def request(self, request: WorkerRequest, limit: deadline) -> Any:
-        """Returns the answer. Raises the error that the worker reports, WorkerError if the worker is lost, or
-        DeadlineError after `limit`."""
+        """Sends a request and returns its answer. Raises the error that the worker reports, WorkerError if the worker
+        is lost, or DeadlineError at the deadline `limit`."""
         request_id = next(self._ids)
         self._expected[request_id] = _ANSWERS[type(request)]
         try:
@@ -98,7 +98,7 @@ class WorkerChannel:
             del self._pending[key]
 
     def answer(self, key: Key, answer: object) -> None:
-        """Completes a request. Ignores a late answer. Raises ProtocolError if the answer has the wrong type."""
+        """Completes the request `key`. Ignores a late answer. Raises ProtocolError if the answer has the wrong type."""
         pending = self._pending.get(key)
         if pending is None or pending.done():
             return
@@ -112,7 +112,7 @@ class WorkerChannel:
     async def with_progress(
         self, kind: type[Progress], request: Request, limit: ProgressDeadline, on_progress: OnProgress
     ) -> Any:
-        """Returns the answer to a request. Each progress message of type `kind` extends the deadline."""
+        """Calls `request` and returns its answer. Each progress message of type `kind` extends the deadline `limit`."""
 
         def observe(progress: Progress) -> None:
             limit.report(progress.done_bytes, progress.total_bytes)

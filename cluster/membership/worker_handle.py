@@ -49,7 +49,7 @@ _REPORTED: dict[str, Callable[[str], LlamaclustError]] = {
         LoadCancelledError,
     )
 }
-"""Errors that a worker may report, by name. Any other name becomes WorkerError."""
+"""Classes of errors that a worker may report, by name. An error with another name becomes a WorkerError."""
 _loss_numbers = count()
 
 
@@ -79,7 +79,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class FreshMemory:
-    """A worker's free memory, including the memory of its stages."""
+    """A worker's free memory. The memory of its loaded stages counts as free."""
 
     free_bytes: int
     gpus: tuple[Gpu, ...]
@@ -252,7 +252,7 @@ class WorkerHandle:
         on_progress: Callable[[LoadProgress], None] | None = None,
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
     ) -> Loaded:
-        """Loads a stage. Raises StalledError without progress, WorkerError, or the error that the worker reports."""
+        """Loads a stage. Raises WorkerError if the worker is lost, StalledError if it stalls, or the error it sends."""
         assert self.loading is None, "a worker loads one stage at a time"
         what = f"worker {self.name} made no progress with layers [{order.start}, {order.end})"
         request = partial(self.channel.order, f"load of epoch {epoch_text(order.epoch)}", order)
@@ -333,8 +333,8 @@ class WorkerHandle:
         group = self.stages[fault.epoch][0].group
         members = () if group is None else tuple(member.worker for member in group.members)
         if fault.worker not in members or (fault.kind == "failed" and fault.worker != self.name):
-            whose = f"whose group is {', '.join(members)}" if members else "which is in no group"
-            raise ProtocolError(f"worker {self.name}, {whose}, reports worker {fault.worker} as {fault.kind}")
+            name, group = self.name, ", ".join(members) or "none"
+            raise ProtocolError(f"worker {name} (group: {group}) must not report worker {fault.worker} as {fault.kind}")
 
     def lose(self, reason: str) -> None:
         """Marks the worker as lost and fails every pending request. Only the first call has an effect."""

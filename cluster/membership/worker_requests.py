@@ -66,7 +66,7 @@ async def set_adapters(worker: WorkerHandle, epoch: int, adapters: tuple[Adapter
 
 async def probe(worker: WorkerHandle, other: WorkerHandle, deadline_s: float) -> str:
     """Returns the reason why the worker cannot reach `other`, or an empty text. Raises WorkerError or DeadlineError."""
-    what = f"way to {other.name}"
+    what = f"probe of worker {other.name}"
     async with worker.channel.one_at_a_time(what):
         limit = deadline(f"worker {worker.name}: the {what}", deadline_s)
         request = messages.ProbePeer(other.name, other.registration.address, permit=worker.permit(other.name))
@@ -82,7 +82,7 @@ async def log_tail(worker: WorkerHandle, deadline_s: float = _LOG_S) -> LogTail:
 
 
 async def refresh_memory(worker: WorkerHandle, held: Mapping[str, int]) -> None:
-    """Updates a worker's free memory from its next heartbeat. `held` has the bytes of loaded stages by device, which
+    """Updates a worker's free memory from its next heartbeat. `held` has the bytes of loaded stages by device; they
     count as free. Raises DeadlineError if no heartbeat comes."""
     last = worker.heartbeat
     async with deadline(f"worker {worker.name}: sending a heartbeat", _HEARTBEAT_S):

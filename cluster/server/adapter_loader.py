@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """A model with its configuration, and with the adapters that clients loaded before a restart."""
+    """A model with its configuration, and the LoRA adapters of the cluster file and of clients."""
 
     config: ClusterConfig
     model: Model  # With the adapters of the cluster file.
@@ -38,7 +38,7 @@ class OpenedModel:
     async def restore(
         cls, config: ClusterConfig, model: Model, record: AdapterRecord, *, names: set[str], report: Report
     ) -> OpenedModel:
-        """Opens the recorded adapters. Skips adapters whose file has changed or whose name is in `names`."""
+        """Opens the recorded adapters. Skips an adapter whose file has changed or whose name is taken (in `names`)."""
         first = [ServedAdapter(adapter.name, str(adapter.path), adapter.scale) for adapter in config.adapters]
         adapters, adapted = ServedAdapters(first), model
         folder = config.api.adapter_folder
@@ -102,8 +102,8 @@ class AdapterLoader:
         self._report(Notice(f"a client loaded adapter {number} {name!r}: {adapter.path}"))
 
     async def unload(self, name: str) -> None:
-        """Unloads an adapter, so that the next start does not load it. Raises HttpError 404 if it does not exist,
-        HttpError 409 if it is in use, ParameterError if the cluster file names it, and the errors of `load`."""
+        """Unloads an adapter; the next start does not load it. Raises HttpError 404 if it does not exist, HttpError 409
+        if it is in use, ParameterError if the cluster file names it, and the errors of `load`."""
         adapters = self.adapters
         async with self._turn:
             if name not in adapters.names and await self._record.remove(self.name, name):

@@ -165,8 +165,8 @@ async def _measured(
     unused_bytes: int,
     of_rows: int,
 ) -> MeasureLinks | None:
-    """Measures workers and links for the planners. Returns a function that measures links again, or None if links are
-    not measured."""
+    """Measures workers and links, and gives the results to the planners. Returns the function that measures links
+    again, or None if links are not measured."""
     workers = registry.present
     for planner in planners:
         if not (folder.has_requests and planner.profiles.estimate(workers)):
@@ -187,7 +187,7 @@ async def _measured(
 async def _choose_images(
     planners: Sequence[ClusterPlanner], workers: Mapping[str, WorkerHandle], report: Report
 ) -> None:
-    """Lets models read images if their image encoder fits into memory, or if the user chose their projector."""
+    """Enables a model's image input if its image encoder fits into memory or the user chose its projector."""
     for planner in planners:
         if planner.config.mmproj is not None or not planner.reads_images:
             continue
@@ -213,8 +213,8 @@ async def _served(
     adapter_record: AdapterRecord,
     report: Report,
 ) -> tuple[ServedModel, ...]:
-    """Loads the first model if `load_on_demand` is true. Other models are loaded when they are needed. Raises an error
-    if a model does not fit."""
+    """Starts the engines of all models. Loads the first model if `load_on_demand` is true, and otherwise none. Raises
+    InsufficientMemoryError if a model does not fit."""
     config, workers = planners[0].config, pool.workers
     ledger = MemoryLedger(config.max_loaded_models)
     manifests = FileManifests(weight_cache())
@@ -291,8 +291,8 @@ async def _supervised(config: ClusterConfig, workers: SupervisedWorkers, report:
 async def _engine(
     config: ClusterConfig, projector: Projector | None, supervisor: Supervisor, sleeping: SchedulerSettings | None
 ) -> AsyncIterator[Engine]:
-    """Yields a model's engine. Loads the model first if `sleeping` is None. Otherwise, `sleeping` has the scheduler's
-    settings until the model is loaded."""
+    """Yields a model's engine. Loads the model first if `sleeping` is None. Otherwise the model is asleep, and
+    `sleeping` has the scheduler's settings until it is loaded."""
     deadlines = EngineSettings(request_s=config.timeouts.request)
     async with aclosing(supervisor):
         with named_errors(config):

@@ -13,7 +13,7 @@ from llamaclust.cluster.control.limits import speculation_settings, unused_mtp
 from llamaclust.cluster.launchers.models.draft_model import (
     DraftModelPlan,
     SharedDraftModel,
-    draft_model_beside,
+    loaded_draft_model,
     of_draft_model,
     plan_draft_model,
 )
@@ -56,13 +56,13 @@ class Drafting:
 
 
 async def drafting(stack: AsyncExitStack, models: Models, report: Report) -> Drafting:
-    """Loads the draft model, which the stack closes. Raises the errors of `plan_draft_model` and `open_draft_model`."""
+    """Loads the draft model. `stack` closes it. Raises the errors of `plan_draft_model` and `open_draft_model`."""
     for line in filter(None, (unused_mtp(*of) for of in models)):
         report(Notice(line))
     plan = await asyncio.to_thread(_planned, models)
     if plan is None:
         return Drafting([speculation_settings(config, None) for config, _ in models])
-    loaded = await stack.enter_async_context(draft_model_beside(plan))
+    loaded = await stack.enter_async_context(loaded_draft_model(plan))
     memory = _memory(plan, models)
     for remark in memory.remarks:
         report(Notice(remark))

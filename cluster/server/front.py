@@ -94,7 +94,7 @@ def _existing(folder: Path | None, key: str) -> Path | None:
 
 @contextmanager
 def open_port(config: ClusterConfig, folder: ClusterDir) -> Iterator[ApiPort]:
-    """Yields the API's port, with its certificate. The port is opened before workers are started."""
+    """Opens the API's port, with its certificate, and yields it. The port opens before workers are started."""
     certificate = _certificate(config, folder)
     with (
         nullcontext() if certificate is None else certificate.watched(),
@@ -175,7 +175,7 @@ BODIES: Final[tuple[type[Body], ...]] = (
 
 
 def check_defaults(defaults: Mapping[str, Any]) -> None:
-    """Checks default values. Raises UsageError if no endpoint has a field, or if no endpoint accepts its value."""
+    """Raises UsageError if `api.defaults` has a field that no endpoint has, or a value that no endpoint accepts."""
     objects = [part for kind in BODIES for part in (kind, *parts_of(kind).values())]
     for given, value in defaults.items():
         having = [(kind, name) for kind in objects if (name := kind.foreign.name(given)) in kind.model_fields]
@@ -199,7 +199,7 @@ async def api_models(
         made = (_text_service(served, preparation, rows) for served in cluster.models)
         services = [await stack.enter_async_context(aclosing(service)) for service in made]
         if settings.image_hosts and not any(service.vision for service in services):
-            raise UsageError("api.image_urls: no served model reads images; remove it")
+            raise UsageError("api.image_urls: no served model reads images; remove api.image_urls")
         replies = await stack.enter_async_context(aclosing(Replies(settings, journal)))
         models: list[ApiModel] = []
         for served, service in zip(cluster.models, services, strict=True):
@@ -252,8 +252,8 @@ KEYS = frozenset({"model", "mmproj", "chat_template", "context_length", "wire", 
 
 
 def answer_digest(config: ClusterConfig, files: str, chat_template: str | None, context_length: int) -> str:
-    """Hashes everything that affects answers. `files` has the identities of the model, its adapters and its projector.
-    `chat_template` is the template's source. `context_length` comes from the plan."""
+    """Hashes everything that affects answers. `files` identifies the files of the model, its adapters and its
+    projector. `chat_template` is the template's source. `context_length` comes from the plan."""
     defaults = json.dumps(config.api.defaults, sort_keys=True, default=str)
     adapters = tuple((adapter.name, adapter.scale) for adapter in config.adapters)
     keys = (files, chat_template, context_length, config.wire, config.kv_type.value, defaults, adapters)

@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def leading(lease: Lease, port: ApiPort, settings: ApiSettings, report: Report) -> Iterator[bool]:
-    """Holds the Lease while the context is open. Yields False if a signal ended the wait for the Lease."""
+    """Waits for the Lease, and holds it while the context is open. Yields False if a signal ended the wait."""
 
     def lost(reason: str) -> None:
         _log.error("this coordinator ends, because it has lost the Lease %s: %s", lease.name, reason)

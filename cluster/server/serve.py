@@ -57,10 +57,10 @@ _log = logging.getLogger(__name__)
 
 
 def serve(config: ClusterConfig, model_paths: Sequence[Path], report: Report, *, is_standby: bool = False) -> int:
-    """Runs a cluster until SIGINT, SIGTERM or SIGHUP. Running requests are finished, unless a second signal comes. A
-    standby first waits until the coordinator of the same name ends. Returns 128 + SIGINT if SIGINT interrupted the
-    start, and 0 otherwise. Raises UsageError if the name or port is taken or the API keys are invalid, and the errors
-    of `open_cluster`."""
+    """Runs a cluster until SIGINT, SIGTERM or SIGHUP. Running requests are finished, unless a second signal comes. If
+    `is_standby` is true, first waits until the cluster's running coordinator ends. Returns 128 + SIGINT if SIGINT
+    interrupted the start, and 0 otherwise. Raises UsageError if the name or port is taken or the API keys are invalid,
+    and the errors of `open_cluster`."""
     folder = ClusterDir(config.state_dir / config.name)
     settings, telemetry = api_settings(config), resolve_telemetry(config)
     if config.lease is not None:
@@ -217,7 +217,7 @@ async def _ended(serving: asyncio.Task[None]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Inheritance:
-    """Leaves accepted requests to the next coordinator. Leaves the workers too if there is a Lease."""
+    """Hand-over to the next coordinator: the accepted requests and, if there is a Lease, the workers."""
 
     journal: Journal
     registry: Registry | None
@@ -234,7 +234,7 @@ class _Inheritance:
 
 
 async def _drain(engines: Sequence[Engine], admission: Admission, left: _Inheritance) -> None:
-    """Refuses new requests. Finishes accepted requests, or leaves them to the next coordinator after 30 s."""
+    """Refuses new requests and finishes accepted ones. After 30 s, leaves the rest to the next coordinator."""
     admission.stop()
     try:
         with suppress(TimeoutError):
@@ -249,7 +249,7 @@ async def _drain(engines: Sequence[Engine], admission: Admission, left: _Inherit
 
 
 class _Server(uvicorn.Server):
-    """An HTTP server that does not handle signals. It sets `answers` when it accepts connections."""
+    """An HTTP server that does not handle signals. It sets `answers` as soon as it accepts connections."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)

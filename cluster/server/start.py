@@ -11,7 +11,7 @@ from pathlib import Path
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.control.limits import check_distinct, check_plan
-from llamaclust.cluster.control.resources.link_profiling import MeasureLinks, hops_matter, measure_links
+from llamaclust.cluster.control.resources.link_profiling import MeasureLinks, measure_links, needs_links
 from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.models.projectors import open_with_projector
@@ -66,7 +66,7 @@ def named_errors(config: ClusterConfig) -> Iterator[None]:
 
 @contextmanager
 def launching(config: ClusterConfig, folder: ClusterDir, report: Report) -> Iterator[Launcher]:
-    """Yields the launcher that the cluster file chooses. The caller must hold the lock of `folder`."""
+    """Yields the launcher that the cluster file names. The caller must hold the lock of `folder`."""
     match config.launcher:
         case "local":
             with run_directory(folder.path) as run:
@@ -109,9 +109,9 @@ def link_meter(
     *,
     anew: bool = False,
 ) -> MeasureLinks | None:
-    """Returns a function that measures links, or None if plans assume default links. If `anew` is set, links with
+    """Returns a function that measures links, or None if plans use default link speeds. If `anew` is true, links with
     stored measurements are measured again."""
-    if config.launcher_facts.is_local and not hops_matter(measured):
+    if config.launcher_facts.is_local and not needs_links(measured):
         return None
     return partial(
         measure_links, credentials=launcher.credentials, state_dir=folder.path.parent, report=report, anew=anew

@@ -39,7 +39,7 @@ _GROUP_COUNTERS = {
 
 
 class WorkerMetrics(Collector):
-    """Collects the workers' metrics. A counter starts at 0 when its worker starts again."""
+    """A collector of the workers' metrics. A worker's counters begin at 0 when it restarts."""
 
     def __init__(
         self, workers: Callable[[], Mapping[str, WorkerHandle]], models: Callable[[], Mapping[str, str]]

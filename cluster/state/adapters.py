@@ -29,8 +29,8 @@ class AdapterUnloadedError(RequestError):
 
 @dataclass(frozen=True, slots=True)
 class ServedAdapter:
-    """A LoRA adapter with the name that clients use for it. `content` is the digest of the adapter's file if a client
-    loaded the adapter. It is empty if the adapter comes from the cluster file."""
+    """A LoRA adapter with the name that clients use for it. `content` is the digest of its file if a client loaded it,
+    and "" if the cluster file names it."""
 
     name: str
     path: str
@@ -109,17 +109,17 @@ class ServedAdapters:
         return self._uses[number]
 
     def use(self, scales: AdapterScales, received_ns: int) -> None:
-        """Counts a request. Raises AdapterUnloadedError if one of its adapters was unloaded after `received_ns`."""
+        """Counts a request that uses adapters. Raises AdapterUnloadedError if one was unloaded after `received_ns`."""
         for number, _ in scales:
             if number not in self._present or 0 < received_ns < self._since_ns.get(number, 0):
-                raise AdapterUnloadedError(f"model: adapter {number} was unloaded meanwhile; send the request again")
+                raise AdapterUnloadedError(f"model: adapter {number} was unloaded; send the request again")
         self._uses.update(number for number, _ in scales)
 
     def release(self, scales: AdapterScales) -> None:
         self._uses.subtract(number for number, _ in scales)
 
     def marks(self, numbers: Collection[int]) -> tuple[str, ...]:
-        """Returns a text with number, file digest and name for each adapter in `numbers` that a client loaded."""
+        """Returns a text for each adapter in `numbers` that a client loaded: its number, file digest and name."""
         return tuple(
             f"{number} {adapter.content} {adapter.name}" for number, adapter in self.loaded if number in numbers
         )
@@ -129,7 +129,7 @@ class ServedAdapters:
 
 
 class AdapterRecord:
-    """Records on disk which adapters clients loaded. An adapter that cannot be loaded again stays in the record."""
+    """A record on disk of the adapters that clients loaded, including adapters that could not be loaded again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -147,11 +147,11 @@ class AdapterRecord:
         return self._models.get(model, [])
 
     def keep(self, model: str, number: int, adapter: ServedAdapter) -> None:
-        """Keeps the record of an adapter that could not be loaded again, until a client removes or replaces it."""
+        """Keeps the record of an adapter that could not be loaded, until a client removes or replaces it."""
         self._absent.setdefault(model, []).append((number, adapter))
 
     async def remove(self, model: str, name: str) -> bool:
-        """Removes an adapter that `keep` recorded, or returns False. Raises LlamaclustError if writing fails."""
+        """Removes an adapter that `keep` recorded, or else returns False. Raises LlamaclustError if writing fails."""
         absent = self._absent.get(model, [])
         left = [(number, adapter) for number, adapter in absent if adapter.name != name]
         if len(left) == len(absent):

@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NamedKey:
-    """An API key in lines [start, end) of the key file. Its name is the comment above it, or else its number."""
+    """An API key in lines [start, end) of the key file. Its name is the comment in these lines, or else its number."""
 
     name: str
     key: str = field(repr=False)

@@ -17,7 +17,7 @@ from llamaclust.core.epochs import MAX_TERM, epoch_number
 from llamaclust.core.errors import LlamaclustError, SupersededError
 
 _MAX_EXCEEDED = MAX_TERM >> 1
-"""Maximum term that a worker's report can set, so that no worker can use up all terms."""
+"""Limit for terms that workers report. A larger term counts as this limit, so that no worker can use up all terms."""
 _log = logging.getLogger(__name__)
 
 

@@ -138,7 +138,7 @@ class ClusterDir:
     @contextlib.contextmanager
     def locked(self, *, is_standby: bool = False) -> Iterator[bool]:
         """Locks the cluster's name and yields True. Raises UsageError if another process holds the lock. A standby
-        waits for the lock instead, and yields False if a signal or `llamaclust down` stopped the last holder."""
+        instead waits for the lock, and yields False if a signal or `llamaclust down` stopped the lock's last holder."""
         self.create()
         lock, is_stopped = FileLock(self._lock), False
         if is_standby:
@@ -152,7 +152,7 @@ class ClusterDir:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Takes the file lock for the holder of the Lease. Continues without it if a hung coordinator has the lock."""
+        """Takes the file lock for the holder of the Lease. Continues without it if a hung coordinator has it."""
         self.create()
         self._forget_last()
         lock = FileLock(self._lock)
@@ -184,7 +184,7 @@ class ClusterDir:
         self._stopped.unlink(missing_ok=True)
 
     def _await_end(self, lock: FileLock) -> bool:
-        """Waits for the lock. Returns True if a signal or `llamaclust down` stopped the last holder."""
+        """Waits for the lock. Returns True if a signal or `llamaclust down` stopped the lock's last holder."""
         has_waited, standby = False, FileLock(self._standby)
         try:
             while not self._has_ended(lock):
@@ -214,7 +214,7 @@ class ClusterDir:
                 limit_logs(self.logs)
 
     def _restore(self, lock: FileLock) -> None:
-        """Restores the lock and the record if they were deleted. Otherwise, another cluster could take this name."""
+        """Restores the lock file and the record if they were deleted, so that no other cluster can take this name."""
         if not lock.is_held:
             self.create()
             if lock.take():
@@ -247,7 +247,7 @@ class ClusterDir:
         return True
 
     def write_record(self, record: ClusterRecord) -> None:
-        """Writes the record. If the cluster is not in the default state directory, links the cluster there."""
+        """Writes the record. Links the cluster into the default state directory if its own folder is elsewhere."""
         write_private(self._record, _RECORD.dump_json(record).decode())
         self._published[:] = [record]
         if self._link is not None:

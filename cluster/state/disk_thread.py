@@ -18,7 +18,7 @@ _CALL_S = 10.0
 
 
 class DiskThread:
-    """Runs one call at a time, with a deadline of 10 s. The process can end while a call hangs."""
+    """Runs one call at a time on a daemon thread, with a deadline of 10 s. The process can end while a call hangs."""
 
     def __init__(self, name: str) -> None:
         self.hangs = False  # True while a call has not returned.

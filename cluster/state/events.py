@@ -90,7 +90,7 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Draining:
-    """The cluster ends when its open requests have ended, at the latest after `limit_s` seconds."""
+    """The cluster is stopping. It ends when its open requests have ended, at the latest after `limit_s` seconds."""
 
     requests: int
     limit_s: float

@@ -27,7 +27,7 @@ class FileLock:
         return self._has_taken(descriptor)
 
     def take_next(self) -> bool:
-        """Takes the lock and returns True if its holder has ended. A deleted lock file does not make the lock free."""
+        """Takes the lock if its holder has ended, or returns False. Deleting the lock file does not release it."""
         if self._awaited is None:
             self._awaited = self._open()
         if not take_lock(self._awaited):

@@ -1,6 +1,6 @@
 """Journals admitted requests, so that a restarted coordinator can compute the same answers bit for bit. Prompt,
 parameters and seed determine an answer; recorded tokens only save computation. A request is kept for some time after
-its reply was sent, because the client may not have read all of it."""
+its reply was sent, because the client may not have received all of it."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from llamaclust.core.sampler.results import RowResult
 _PAUSE_S = 0.02
 """Minimum time between the starts of two writes. All admissions within this time share one write."""
 _LATER_S = 0.1
-"""Maximum seconds until lines other than admissions are written."""
+"""Maximum delay in seconds before lines other than admissions are written."""
 _RETRY_S = 5.0
 _ENDED_BYTES = 4 << 20
 _SENT_BYTES = 16 << 20
-"""Maximum total size of requests whose replies were sent. If the size is larger, the oldest of them are removed."""
+"""Maximum total size of requests whose replies were sent. Above it, the oldest of these requests are removed."""
 
 _LONG_BYTES = 1 << 16
 """A thread encodes requests whose body has at least this number of bytes."""
@@ -47,14 +47,14 @@ _log = logging.getLogger(__name__)
 
 class Journal:
     def __init__(self, path: Path, record: ControlRecord, sent_s: float) -> None:
-        """Keeps a request for `sent_s` seconds after its reply was sent. `record` tells whether a newer coordinator
-        owns the file."""
+        """Opens a journal that keeps a request for `sent_s` seconds after its reply was sent. `record` tells whether a
+        newer coordinator owns the file."""
         self._sent_s = sent_s
         self._contents = _Contents()
         self._writer = _Writer(JournalFile(path, record), self._contents)
         self._steps = _Steps()
         self._making = ThreadPoolExecutor(1, "journal-lines")
-        self._without_progress: dict[str, int] = {}  # Number of restarts without a new token, by request id.
+        self._without_progress: dict[str, int] = {}  # Number of restarts since the last new token, by request id.
 
     async def restore(self, requests: Sequence[RequestContext]) -> None:
         """Replaces the file's content with the open requests of an earlier coordinator."""
@@ -72,8 +72,8 @@ class Journal:
         await on_disk
 
     def admit(self, request: RequestContext) -> asyncio.Future[None]:
-        """Records a request and returns a future that ends when the record is on disk or cannot be written. The future
-        raises RequestError if the record is too long. Raises SupersededError after `seal`."""
+        """Records a request. The returned future is done when the record is on disk or cannot be written. It fails
+        with RequestError if the record is too long. After `seal`, `admit` itself raises SupersededError."""
         if self._writer.is_sealed:
             raise SupersededError("this coordinator has stopped serving; try again later")
         on_disk: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -85,7 +85,7 @@ class Journal:
         self._add(Change.answered(request_id, choice, start, rows))
 
     async def begin_restored(self, times: Mapping[str, int]) -> None:
-        """Records how often each request was restarted without a new token. Returns when the file is written."""
+        """Records how often each request was restarted since its last new token. Returns when the file is written."""
         if not self._writer.is_sealed:
             self._without_progress.update(times)
             in_file: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -103,7 +103,7 @@ class Journal:
             self._steps.take(partial(self._enter_sent, request_id))
 
     def completed(self, request_id: str, limit_s: float) -> None:
-        """Marks a background reply as computed. A restarted coordinator can compute the reply again for its reader,
+        """Marks a background reply as computed. A restarted coordinator can compute the reply again for the client,
         until `limit_s` seconds after admission."""
         self._add(Change(request_id, is_sent=True, limit_s=limit_s))
 
@@ -115,7 +115,7 @@ class Journal:
             self._steps.take(self._end_sent)
 
     def stop_in_order(self) -> None:
-        """Subtracts 1 from the counts of `begin_restored`, because an orderly stop is not a failed attempt."""
+        """Lowers the counts that `begin_restored` recorded by 1, because an orderly stop is not a failed attempt."""
         for request_id, times in self._without_progress.items():
             self._add(Change(request_id, restores=times - 1))
         self._without_progress.clear()
@@ -173,7 +173,7 @@ class Journal:
 
 
 class _Steps:
-    """Changes the contents in the order of calls. While a thread encodes a long line, later changes wait."""
+    """Changes the journal's contents in the order of calls. While a thread encodes a long line, later changes wait."""
 
     def __init__(self) -> None:
         self._waiting: deque[_Step] = deque()
@@ -259,7 +259,7 @@ class _Writer:
             self._write_at(asyncio.get_running_loop().time() + _LATER_S)
 
     def write(self, lines: bytes, written: asyncio.Future[None], *, is_synced: bool) -> None:
-        """Adds lines. The future `written` ends when all lines so far are written, or when writing has failed."""
+        """Queues lines to write at once. The future `written` is done when they are written or writing has failed."""
         self._pending.append(lines)
         self._waiting.append(written)
         self._is_sync_due |= is_synced

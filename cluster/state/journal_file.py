@@ -20,7 +20,7 @@ class JournalFile:
         self._descriptor: int | None = None
 
     def append(self, data: bytes, is_synced: bool) -> bool:
-        """Appends all of `data` or nothing. Returns False if the file is missing or replaced, and must be rewritten."""
+        """Appends all of `data` or nothing. Returns False if the file is missing or replaced: `rewrite` must follow."""
         descriptor = self._descriptor
         if descriptor is None or not self._is_in_place(descriptor):
             return False

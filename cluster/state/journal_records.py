@@ -30,7 +30,7 @@ _ROW = Struct("<id")
 """Binary format of a token id and its logprob."""
 _CHECKSUM = b"%08x "
 _PART_BYTES = 3 << 15
-"""Number of bytes per call of base64. Multiples of 3 need no padding."""
+"""Number of bytes that are encoded by one call of base64. A multiple of 3 needs no padding."""
 _BASE64 = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 
 _log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Instant:
         return cls(time.time(), boot_s(), machine_id())
 
     def passed_s(self, until: Instant) -> float:
-        """Returns the seconds from this time to `until`. Never negative for two machines, whose clocks may differ."""
+        """Returns the seconds from this time to `until`. A negative difference between two machines counts as 0."""
         if self.machine == until.machine:
             return until.boot_s - self.boot_s
         return max(0.0, until.unix_s - self.unix_s)
@@ -142,7 +142,7 @@ class Change:
     choice: int = 0
     start: int = 0  # Number of tokens that were recorded before `rows`.
     rows: bytes = b""
-    restores: int | None = None  # Number of restarts without a new token. None if this record does not change it.
+    restores: int | None = None  # Number of restarts since the last new token. None if unchanged by this record.
     is_sent: bool = False  # True if the whole reply was sent. The client may not have read all of it.
     is_ended: bool = False  # True if the request needs no record any longer.
     limit_s: float = 0.0  # New limit in seconds since admission. 0 if the limit does not change.

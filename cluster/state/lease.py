@@ -1,5 +1,5 @@
-"""Uses a Kubernetes Lease as a lock, with the rules of Kubernetes' Go client. A candidate takes the Lease when it has
-seen no change of the Lease for the Lease's duration, so the clocks of machines are not compared."""
+"""Uses a Kubernetes Lease as a lock, with the rules of Kubernetes' Go client. A candidate takes the Lease after it has
+seen no change for the Lease's duration by its own clock, so machines' clocks may differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shortens log files that have become too large. The processes that write them keep them open."""
+"""Shortens log files that have become too large, while other processes have them open for writing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.core.regular_file import open_regular, write_bytes
 MOST_LOG_BYTES = 64 << 20
 _KEPT_BYTES = 1 << 20
 _FORMER = "~.log"
-"""Ending of an older log's file name, which no worker's name can have."""
+"""File name suffix for a copy of a shortened log's last lines. No worker's log has this suffix."""
 
 
 def limit_logs(folder: Path) -> None:
@@ -26,5 +26,5 @@ def limit_log(log: Path) -> None:
         with open_regular(log, follows_links=False, is_writable=True) as file:
             file.seek(-_KEPT_BYTES, os.SEEK_END)
             kept = file.read(_KEPT_BYTES)
-            file.truncate(0)  # Before the copy is written: on a full disk, that needs the space.
+            file.truncate(0)  # Truncated before the copy is written, because a full disk has no space for both.
             write_bytes(log.with_name(log.stem + _FORMER), kept, is_synced=False)

@@ -26,9 +26,9 @@ _CPU_TIMES = slice(11, 15)
 
 @dataclass(frozen=True, slots=True)
 class OtherLoad:
-    """Mean number of the `cores` that other programs (`others`) and other virtual machines (`stolen`) used."""
+    """Mean numbers of cores that other programs (`others`) and other virtual machines (`stolen`) used."""
 
-    cores: int
+    cores: int  # Number of cores that this process may use.
     others: float
     stolen: float
 
@@ -59,7 +59,7 @@ def disturbance(loads: Iterable[OtherLoad]) -> str | None:
 
 
 class CpuSeconds(NamedTuple):
-    """Processor seconds since boot on the cores of this process. `at` is the perf_counter time of the reading."""
+    """CPU time in seconds since boot on this process's cores. `at` is the perf_counter time of the reading."""
 
     busy: float
     stolen: float
@@ -118,7 +118,7 @@ def _ticks(pid: str) -> int:
 
 
 def write_profiles(state_dir: Path, profiles: Mapping[str, Profile], load: OtherLoad | None = None) -> None:
-    """Adds profiles to the stored profiles. `load` is the load during the measurement of the profiles."""
+    """Adds profiles to the stored profiles. `load` is the load by other programs while the profiles were measured."""
     loads = {key: other for key, other in read_other_loads(state_dir).items() if key not in profiles}
     loads |= {} if load is None else dict.fromkeys(profiles, load)
     values = {key: asdict(profile) for key, profile in ({**read_profiles(state_dir), **profiles}).items()}

@@ -12,9 +12,9 @@ from llamaclust.core.errors import LlamaclustError, WorkerError
 from llamaclust.wire.control.groups import GroupFault
 
 _ATTRIBUTION_S = 1.0
-"""Seconds to wait for a worker's loss to become known after its streams broke."""
+"""Seconds to wait after a broken stream, because the loss of a worker may be noticed a little later."""
 _REPORTS_S = 10.0
-"""Seconds to wait for further reports after a group member's first report, which may name the wrong worker."""
+"""Seconds to wait for the other group members' reports, because the first report may name the wrong worker."""
 
 
 def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
@@ -24,7 +24,7 @@ def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
 
 
 def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | None:
-    """Returns the lost worker that another stage could not reach, or else the worker that was lost first, or None."""
+    """Returns the first lost worker that others could not reach, or else the first lost one. None if none is lost."""
     unreachable = {worker.unreachable_peer(epoch).name for worker in workers}
     lost = (worker for worker in workers if worker.loss is not None)
     return min(
@@ -51,7 +51,8 @@ async def has_failed(epoch: int, workers: Sequence[WorkerHandle]) -> None:
 async def attribute_failure(
     epoch: int, workers: Sequence[WorkerHandle], ended: LlamaclustError | None
 ) -> LlamaclustError:
-    """Returns an error that names the worker at fault if it becomes known, and otherwise quotes `ended`."""
+    """Waits for the cause of a pipeline's failure. Returns an error that names the worker at fault, or that quotes
+    `ended` if no worker is known to be at fault."""
     signs: list[asyncio.Task[bool]] = [asyncio.create_task(worker.lost.wait()) for worker in workers]
     signs += [asyncio.create_task(_is_partitioned(epoch, worker, workers)) for worker in workers]
     signs += [asyncio.create_task(_can_be_judged(epoch, group)) for group in groups_of(epoch, workers)]

@@ -1,4 +1,4 @@
-"""Finds the stage that delays an overdue result. Its worker may hang although it still sends heartbeats."""
+"""Finds the stage that delays an overdue result, because a worker that sends heartbeats may hang nevertheless."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Excludes workers that failed repeatedly from plans for a time, unless the other workers do not suffice."""
+"""Excludes workers that failed repeatedly from plans for a limited time, unless no plan is possible without them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FREE = 1  # The first failure is free, because a request may have caused it.
 _REMEMBERED_S = 600.0
 _MOST_RECORDS = 1000
 _PAUSES_REMEMBERED = 10
-"""Failures are remembered for this multiple of the exclusion's length, and at least for `_REMEMBERED_S`."""
+"""A failure is remembered after its exclusion for this multiple of the exclusion's length, at least `_REMEMBERED_S`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class FailureRecord:
     retry_at_s: float = 0.0  # Earliest time to load a plan with this worker again.
 
     def failed_within(self, reason: str, requests: frozenset[int], now_s: float) -> FailureRecord:
-        """Records another failure of a worker that plans use although it is excluded."""
+        """Returns the record after another failure of a worker that a plan used although it was excluded."""
         before = self.failures_within
         if before and now_s - self.retry_at_s > _RETRY.pause_s(before - 1):
             before = 0
@@ -61,7 +61,7 @@ class Quarantine:
     def failed(
         self, name: str, reason: str, requests: frozenset[int], now_s: float, *, is_repeated: bool = False
     ) -> Quarantine:
-        """Adds a serving worker's failure. `is_repeated` means that the worker failed on the same tokens before."""
+        """Adds a failure of a worker in the running pipeline. `is_repeated`: it failed on the same tokens before."""
         return self._add(name, reason, requests, now_s, least=_FREE + is_repeated)
 
     def exclude(self, name: str, reason: str, now_s: float) -> Quarantine:
@@ -79,7 +79,6 @@ class Quarantine:
         return replace(self, records={**records, name: record})
 
     def _kept(self, now_s: float) -> dict[str, FailureRecord]:
-        """Returns the newest records that are not forgotten yet."""
         kept = [(name, record) for name, record in self.records.items() if not record.is_forgotten(now_s)]
         return dict(kept[-(_MOST_RECORDS - 1) :])
 
@@ -89,8 +88,8 @@ class Quarantine:
     def exonerate(self, requests: frozenset[int]) -> Quarantine:
         return self.release([name for name, record in self.records.items() if record.requests & requests])
 
-    def exonerate_rows(self, key: int, now_s: float) -> Quarantine:
-        """Releases the workers that failed because of request `key`, which fails on every worker."""
+    def release_by_request(self, key: int, now_s: float) -> Quarantine:
+        """Ends the exclusion of workers that failed because of request `key`, which fails on every worker."""
         released = self.exonerate(frozenset({key}))
         if len(released.records) == len(self.records):
             return self
@@ -103,7 +102,7 @@ class Quarantine:
         return frozenset(name for name, record in self.records.items() if record.end_s > now_s)
 
     def retry_at_s(self, names: Collection[str]) -> float:
-        """Returns the earliest time to load a plan with these workers."""
+        """Returns the earliest time at which a plan with these workers may be loaded again."""
         return max((self.records[name].retry_at_s for name in names if name in self.records), default=0.0)
 
     def worst_first(self, names: Collection[str]) -> list[str]:

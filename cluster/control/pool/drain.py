@@ -43,7 +43,7 @@ class WorkerOperations:
         return frozenset(self._drained)
 
     async def recorded(self) -> None:
-        """Waits until all drains so far have been written to disk, or could not be written."""
+        """Waits until the list of drained workers is written to disk, or writing has failed."""
         await self._recording.join()
 
     async def drain(self, name: str) -> None:

@@ -89,7 +89,7 @@ class MembershipWatch:
             self._registry.mark_lost(worker, silence_text(number, waited_s, limit_s))
 
     def _turns_s(self, worker: WorkerHandle) -> float:
-        """Sums the step limits of all epochs with work in flight, because a step may wait for other epochs' steps."""
+        """Returns the sum of the worker's step limits in all pipelines, because their steps may wait for each other."""
         due = (served for runner in self._runners for served in _due(runner))
         stages = ((epoch.stage_of(worker), scheduler, epoch.plan) for epoch, scheduler, _ in due)
         return sum(stage_limit_s(scheduler, plan, stage) for stage, scheduler, plan in stages if stage is not None)
@@ -128,7 +128,7 @@ def _served(runner: ActionRunner) -> Iterator[tuple[Epoch, Scheduler]]:
 
 
 def _due(runner: ActionRunner) -> Iterator[tuple[Epoch, Scheduler, int]]:
-    """Yields each epoch that has microbatches in flight, with its scheduler and the number of its next result."""
+    """Yields each epoch that has microbatches in flight, its scheduler, and the number of the next expected result."""
     if runner.engine is None or not runner.engine.is_running:
         return
     for epoch, scheduler in _served(runner):

@@ -1,4 +1,4 @@
-"""Owns the workers that the control loops of all models share, and passes the workers' events to these loops."""
+"""Owns the workers, which all models share, and passes their events to the control loop of each model."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 @dataclass(frozen=True, slots=True)
 class SupervisedWorkers:
-    """Registry, launcher and record of a cluster's workers. If `measure_links` is None, links are not measured again.
-    `start_s` is the minimum time that a start waits for workers."""
+    """Objects that manage a cluster's workers. If `measure_links` is None, links are not measured again. A start waits
+    for workers at least `start_s` seconds before it gives up."""
 
     registry: Registry
     launcher: Launcher

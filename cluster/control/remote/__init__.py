@@ -1,1 +1,1 @@
-"""Connects the coordinator with an epoch's stages: their pipeline, image encoder, and KV blocks on disk."""
+"""Connects the coordinator with the stages on workers: their pipeline, image encoder, and KV blocks on disk."""

@@ -1,4 +1,4 @@
-"""Calls the image encoder of an epoch, which runs on one of the epoch's workers."""
+"""Sends image tiles to the image encoder, which runs on one of the workers."""
 
 from __future__ import annotations
 

@@ -12,11 +12,11 @@ from llamaclust.wire.rpc.deadlines import deadline
 _log = logging.getLogger(__name__)
 
 _DISK_S = 60.0
-"""Seconds after which a worker's disk counts as hanging."""
+"""Maximum seconds for reading or writing KV blocks on a worker's disk."""
 
 
 class RemoteKvDisks:
-    """Implements `KvDisks` for an epoch's workers. A block is usable only if every worker has its part."""
+    """Implements `KvDisks` for a pipeline's workers. A block is usable only if each worker has its part on disk."""
 
     def __init__(self, epoch: int, workers: Sequence[WorkerHandle]) -> None:
         self._epoch = epoch

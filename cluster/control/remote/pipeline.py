@@ -34,8 +34,7 @@ _WRITE_S = 20.0
 
 
 class RemotePipeline:
-    """Implements `Pipeline` with streams to an epoch's first and last stage. The caller loads and unloads the
-    stages."""
+    """Implements `Pipeline` with streams to the first and the last stage. The caller loads and unloads the stages."""
 
     @classmethod
     async def open(
@@ -100,8 +99,8 @@ class RemotePipeline:
             self._inputs.put(PREPARE_MATCHERS)
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
-        """Runs until a stream ends, a write takes too long or a worker is lost. Raises ProtocolError if a result is
-        invalid, or else an error that names the worker at fault."""
+        """Runs until the pipeline fails, and always raises: ProtocolError if a result is invalid, or else an error that
+        names the worker at fault if it is known."""
         parts = self._microbatches.run(), self._inputs.run(), self._read_results(on_results), self._watch_forward()
         work = [asyncio.create_task(part) for part in parts]
         failing = asyncio.create_task(has_failed(self.epoch, self._workers))

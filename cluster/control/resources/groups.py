@@ -1,4 +1,4 @@
-"""Finds features that prevent groups of workers, because groups do not support them yet."""
+"""Finds settings and model features that groups of workers do not support yet."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_groups(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequenc
             raise UsageError(f"{group}: {problem}; {first}give each worker layers of its own")
         with_gpu = next((name for name in entry.workers if gpus.get(name)), None)
         if with_gpu is not None and model.hyperparameters.expert_count:
-            what = f"a group divides experts on processors only, but {with_gpu} has {', '.join(gpus[with_gpu])}"
+            what = f"a group divides experts on CPUs only, but {with_gpu} has {', '.join(gpus[with_gpu])}"
             raise UsageError(f"{group}: {what}; set its device to cpu, or give it layers of its own")
 
 
@@ -39,7 +39,7 @@ def no_groups(config: ClusterConfig, model: Model) -> str:
 
 
 def group_problems(config: ClusterConfig, model: Model) -> Iterator[tuple[str, str | None]]:
-    """Yields each reason why workers cannot form groups, with a change of the cluster file that removes it, if any."""
+    """Yields the reasons why groups are impossible, each with a change of the cluster file that helps, or None."""
     if model.has_states:
         yield "layers of this model have recurrent states, which groups do not divide yet", None
     if any(worker.kv_disk is not None for worker in config.workers):

@@ -45,8 +45,8 @@ _MOST_KEPT = 2048
 Pair = tuple[str, str]
 
 
-def hops_matter(measured: Mapping[str, Profile]) -> bool:
-    """True if links within a machine should be measured."""
+def needs_links(measured: Mapping[str, Profile]) -> bool:
+    """Returns True if links between the workers of one machine should be measured, too."""
     return len(measured) > 1 and all(profile.cpu.concurrent for profile in measured.values())
 
 
@@ -96,7 +96,7 @@ def _newest(known: Mapping[str, Link], used: Iterable[str]) -> dict[str, Link]:
 
 
 def _unreachable_by_others(addresses: Mapping[str, str]) -> dict[str, str]:
-    """Returns the loopback addresses by worker, or {} if all workers have one."""
+    """Returns the loopback addresses by worker, or {} if all workers have loopback addresses."""
     hosts = {name: split_address(address)[0] for name, address in addresses.items() if not address.startswith("unix:")}
     loopback = {name: addresses[name] for name, host in hosts.items() if is_loopback(host)}
     return {} if len(loopback) == len(addresses) else loopback
@@ -136,7 +136,7 @@ class _Place(NamedTuple):
 
 
 def _places(registered: Mapping[str, Register]) -> dict[str, str]:
-    """Returns a text for each worker's place in the network."""
+    """Returns text that identifies the host, address and hardware of each worker."""
     ways = {name: own.address.rpartition(":")[0] for name, own in registered.items()}
     found = {name: _Place(own.machine, own.host) for name, own in registered.items()}
     of_place: dict[_Place, set[str]] = {}

@@ -11,7 +11,7 @@ from llamaclust.model.placement import PlacementRule, placement_of, rule_effects
 
 
 def placements(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequence[str]]) -> dict[str, Placement]:
-    """Returns each worker's placement. `gpus` has GPU names by worker. Raises UsageError if a rule cannot be obeyed."""
+    """Returns where each worker puts tensors, given the names of its GPUs. Raises UsageError for an impossible rule."""
     known: dict[tuple[tuple[PlacementRule, ...], int | None], Placement] = {}
     found = {}
     for worker in gpus:

@@ -51,7 +51,7 @@ class WorkerProfiles:
         return {name: profile for name, profile in found.items() if profile is not None}
 
     async def measure(self, names: Collection[str], workers: Mapping[str, WorkerHandle]) -> None:
-        """Measures, at the same time, all workers that have no profile yet. The workers should be idle."""
+        """Measures the workers in `names` that have no profile yet, all at once. The workers should be idle."""
         known = self.of(workers)
         missing = [name for name in names if name not in known]
         if missing:
@@ -73,7 +73,7 @@ class WorkerProfiles:
         return {name: known[found[0]] for name, found in keys.items() if found}
 
     def estimate(self, workers: Mapping[str, WorkerHandle]) -> bool:
-        """Estimates speeds from known profiles of equal hardware. Returns True if a worker has a profile."""
+        """Estimates speeds from known profiles of equal hardware. Returns True if any worker now has a profile."""
         for worker in workers.values():
             similar = most_similar_key(_key(worker, workers, self._model_id), self._known)
             if similar is not None:
@@ -174,7 +174,7 @@ class _Measuring:
 
     def _report_unmeasured(self, worker: WorkerHandle, error: LlamaclustError) -> None:
         limit = " (timeouts.load)" if isinstance(error, DeadlineError) else ""
-        consequence = "plans assume that all workers are equal, or do not use it if other workers suffice"
+        consequence = "plans treat all workers as equally fast, or use it only if the other workers do not suffice"
         what = f"worker {worker.name} is not measured; {consequence}"
         self._report(Notice(f"{what}: {error}{limit}"))
 
@@ -199,7 +199,7 @@ class _Measuring:
                 self._report_unmeasured(worker, error)
                 return None
             self.failed.add(self._keys[worker.name])
-            fallback = "plans use its times of matrix products"
+            fallback = "plans use its matrix product times instead"
             what = f"could not time the model's steps on worker {worker.name}; {fallback}"
             self._report(Notice(f"{what}: {error}"))
             return None

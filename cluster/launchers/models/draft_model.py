@@ -81,7 +81,7 @@ class LoadedDraftModel:
         self.path = plan.path
         self.memory_bytes = stage.memory.total_bytes
         self.kv_bytes = stage.memory.kv_bytes
-        """Bytes of KV memory, a part of `memory_bytes`."""
+        """Bytes of KV memory, which `memory_bytes` includes."""
         self.is_lost = False
         self._drafter = ModelDrafter(stage, plan.model.hyperparameters.vocabulary_size)
         self.times = self._tried(min(MOST_ROWS, stage.limits.max_context_tokens - _TRIED))
@@ -122,7 +122,7 @@ class LoadedDraftModel:
 
 
 class SharedDraftModel:
-    """View of a draft model for one of the models that share it. Sequence keys of different models never collide."""
+    """A draft model as seen by one of the models that share it. Sequence keys of different models never collide."""
 
     def __init__(self, model: LoadedDraftModel, number: int, sharers: int) -> None:
         self._model = model
@@ -175,7 +175,7 @@ def of_draft_model() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def draft_model_beside(plan: DraftModelPlan) -> AsyncIterator[LoadedDraftModel]:
+async def loaded_draft_model(plan: DraftModelPlan) -> AsyncIterator[LoadedDraftModel]:
     """Loads the draft model on a thread, and closes it when the context ends."""
     thread = ThreadPoolExecutor(1, "draft model")
     loading = thread.submit(open_draft_model, plan)

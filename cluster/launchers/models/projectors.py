@@ -8,7 +8,7 @@ from pathlib import Path
 from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.config.values import OFF
 from llamaclust.model.loader import Model
-from llamaclust.model.projectors.beside import projectors_beside
+from llamaclust.model.projectors.folder_projectors import projectors_beside
 from llamaclust.model.projectors.projector import Projector, open_projector
 from llamaclust.worker.devices.encoder_memory import encoder_bytes
 
@@ -16,15 +16,14 @@ from llamaclust.worker.devices.encoder_memory import encoder_bytes
 def open_with_projector(
     path: Path, mmproj: str | None, chat_template: str | None = None, adapters: Sequence[Path] = ()
 ) -> tuple[Model, str | None]:
-    """Opens a model and its projector. Returns the model, and the reason why a projector in its folder is unused, or
-    None."""
+    """Opens a model and its projector. Also returns why a projector in the model's folder is unused, or None."""
     model = Model.open(path, chat_template, adapters)
     model.projector, unused = choose_projector(model, mmproj)
     return model, unused
 
 
 def choose_projector(model: Model, mmproj: str | None) -> tuple[Projector | None, str | None]:
-    """Returns the projector, or None, and the reason why a projector in the model's folder is unused, or None. Raises
+    """Returns the projector, and the reason why a projector in the model's folder is unused. Either may be None. Raises
     UsageError if a given projector is missing, and ModelFileError if it is damaged or does not fit the model."""
 
     def check(projector: Projector) -> None:

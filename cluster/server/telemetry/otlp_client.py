@@ -20,7 +20,7 @@ from llamaclust.core.version import VERSION
 _PAUSES_S: Final = (1.0, 2.0, 4.0)
 """Seconds between attempts to send a message. If the previous message failed too, there is only one attempt."""
 _AGAIN: Final = frozenset({429, 502, 503, 504})
-"""HTTP status codes after which OTLP requires another attempt."""
+"""HTTP status codes on which OTLP clients must try again."""
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class _Outcome(Enum):
 
 class OtlpClient:
     def __init__(self, target: Target, stopping: Event) -> None:
-        """Creates the client. Setting `stopping` ends repeated attempts. Raises UsageError if the URL is invalid."""
+        """Creates the client. Setting `stopping` ends its retries. Raises UsageError if the URL is invalid."""
         self._target = target
         self._stopping = stopping
         self._is_known_absent = False

@@ -15,7 +15,7 @@ from llamaclust.cluster.server.telemetry.trace_sampler import RequestTrace
 
 @dataclass(frozen=True, slots=True)
 class ServedRequest:
-    """A finished HTTP request. Times are monotonic. `route` is the path with placeholders instead of names."""
+    """A finished HTTP request. Times are monotonic. `route` is the path with placeholders for parameters."""
 
     trace: RequestTrace
     method: str

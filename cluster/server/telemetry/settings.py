@@ -189,5 +189,5 @@ def _number(variables: Mapping[str, str], name: str, default: float, *, least: f
     except ValueError as error:
         raise UsageError(f"{name}={variables[name]} is not a number") from error
     if not least <= number <= most:
-        raise UsageError(f"{name}={number:g} is out of range; set {least:g} to {most:g}")
+        raise UsageError(f"{name}={number:g} is out of range; set a value from {least:g} to {most:g}")
     return number

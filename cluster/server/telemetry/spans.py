@@ -1,6 +1,6 @@
-"""Converts records to OTLP spans, which are named by OpenTelemetry's GenAI conventions. The span of an HTTP request
-contains the spans of its sequences. A sequence's span contains its phases, and a computing phase contains its stages.
-Each stage has one span per phase, whose length is the stage's total time in the phase."""
+"""Converts records to OTLP spans, which are named by OpenTelemetry's GenAI conventions. An HTTP request's span contains
+its sequences' spans. A sequence's span contains its phases' spans. The span of a computing phase contains one span per
+stage, whose length is the time that the stage took in the phase."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exports a coordinator's telemetry, which is traces of requests and periodic metrics."""
+"""Exports a coordinator's telemetry: traces of requests and periodic metrics."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ async def open_telemetry(
     settings: TelemetrySettings, cluster: str, engines: Mapping[str, Engine], registry: CollectorRegistry
 ) -> AsyncIterator[Telemetry]:
     """Exports telemetry while the context is open. `engines` has the engines by model name. `registry` has the
-    cluster's metrics, to which this function adds counts of exports."""
+    cluster's metrics, and gets counters of exports."""
     from llamaclust.cluster.server.telemetry.exporter import ExportCounts, Exporter
 
     resource = {"service.version": VERSION, "service.instance.id": cluster, **settings.resource}

@@ -10,7 +10,7 @@ from llamaclust.cluster.engine.trace_context import TraceContext
 
 _TRACE_ID_BYTES, SPAN_ID_BYTES = 16, 8
 _COUNTED_BITS = 64
-"""Number of low bits of a trace id that decide whether the trace is kept."""
+"""Number of low bits of the trace id that decide whether a request is traced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class RequestTrace:
 
 @dataclass(frozen=True, slots=True)
 class TraceSampler:
-    """Chooses the requests to trace, a fraction `ratio` of all. If `obeys_parent` is set and a request has a trace
-    context, uses the decision in this context instead."""
+    """A sampler that traces the fraction `ratio` of all requests. If `obeys_parent` is true and a request
+    has a trace context, that context decides instead."""
 
     ratio: float = 1.0
     obeys_parent: bool = True

@@ -14,7 +14,7 @@ from llamaclust.cluster.server.telemetry.trace_sampler import RequestTrace, Trac
 
 
 class TracedRequests:
-    """An ASGI app that calls `ended` for each traced request, unless the client had no access to the API."""
+    """An ASGI middleware that calls `ended` after each traced request, unless the client had no access to the API."""
 
     def __init__(self, app: ASGIApp, sampler: TraceSampler, ended: Callable[[ServedRequest], None]) -> None:
         self._app = app
@@ -43,7 +43,7 @@ class TracedRequests:
                 self._ended(ServedRequest(trace, scope["method"], names[0], start_ns, monotonic_ns(), status))
 
     def _begin(self, scope: Scope) -> RequestTrace | None:
-        """Begins a trace. Returns None for requests that compute nothing: probes, pages and status requests."""
+        """Begins a trace. Returns None if the request is not sampled, or computes nothing because it is no POST."""
         if scope["type"] != "http" or scope["method"] != "POST":
             return None
         return self._sampler.begin(_values(scope, b"traceparent"), _values(scope, b"tracestate"))

@@ -119,7 +119,7 @@ def test_the_latest_images_that_fit_are_sent(monkeypatch: pytest.MonkeyPatch) ->
     )
     found, _ = with_latest_images(messages, other_bytes + size - images * 3 // 4 + 20)
     assert parts_of(found) == ["Be.", [text], "b", "", [text, part]]
-    with pytest.raises(UsageError, match="found more in one message; send fewer or smaller images"):
+    with pytest.raises(UsageError, match="bytes in a request; send fewer or smaller images"):
         with_latest_images(messages, other_bytes + size - images)
     monkeypatch.setattr(message_images, "MAX_IMAGES", 2)
     assert with_latest_images(messages)[1] == 2

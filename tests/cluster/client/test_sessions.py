@@ -105,7 +105,7 @@ async def test_without_a_message_there_is_nothing_to_take_back() -> None:
     with Client() as client:
         session = ChatSession(client, "Be.")
         for refused in (session.undo, session.regenerate):
-            with pytest.raises(UsageError, match="no message of the user"):
+            with pytest.raises(UsageError, match="no user message"):
                 refused()
         session.set_system("Be more.")
         session.clear()

@@ -142,7 +142,7 @@ def test_each_of_several_models_may_have_adapters_and_a_plan(tmp_path: Path) -> 
             "plan: cannot be set with `models`; give `plan` in the entries of `models`",
         ),
         ("", "name: b", "models[0].plan[0].worker: unknown worker 'a'"),
-        ("", "name: a, device: cuda", "models[1].adapters: run on processors only"),
+        ("", "name: a, device: cuda", "models[1].adapters: run on CPUs only"),
         ("- {model: x}", "name: a", "two models or adapters are named 'x'"),
     ):
         file = f"{text}{line}\nworkers: [{{{workers}}}]\n"

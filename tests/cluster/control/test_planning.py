@@ -66,6 +66,6 @@ async def test_others_have_turns_while_caches_are_swept(monkeypatch: pytest.Monk
             await asyncio.sleep(0)
 
     serving = asyncio.create_task(serve())
-    await CacheFlush().sweep_in_turns()
+    await CacheFlush().sweep_async()
     serving.cancel()
     assert turns >= 32

@@ -154,7 +154,7 @@ async def test_a_request_that_fails_again_and_again_ends_and_others_are_served(
             async with asyncio.timeout(60):
                 (outcome,) = await asyncio.gather(failing, return_exceptions=True)
         assert isinstance(outcome, RequestFailedError)
-        assert re.match(r".*failed 6 times while it computed this .* the last time alone: failure", str(outcome)), (
+        assert re.match(r".*failed 6 times while it .* the last time as the only request: failure", str(outcome)), (
             outcome
         )
         assert await asyncio.gather(*run.start(requests)) == expected

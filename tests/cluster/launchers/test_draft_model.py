@@ -15,7 +15,7 @@ from llamaclust.cluster.launchers.models.draft_model import (
     DraftModelPlan,
     LoadedDraftModel,
     SharedDraftModel,
-    draft_model_beside,
+    loaded_draft_model,
     open_draft_model,
     plan_draft_model,
 )
@@ -61,7 +61,7 @@ async def test_a_start_that_ends_while_it_loads_leaves_nothing(
     monkeypatch.setattr(LoadedDraftModel, "close", close)
 
     async def start() -> None:
-        async with draft_model_beside(plan):
+        async with loaded_draft_model(plan):
             raise AssertionError("it was cancelled")
 
     starting = asyncio.create_task(start())
@@ -85,7 +85,7 @@ async def test_it_is_closed_beside_the_event_loop(plan: DraftModelPlan, monkeypa
         closing(self)
 
     monkeypatch.setattr(LoadedDraftModel, "close", close)
-    async with draft_model_beside(plan) as model:
+    async with loaded_draft_model(plan) as model:
         replies = await model.draft([DraftOrder(1, [3, 4, 5], 3, 4, TASK)])
     assert [len(reply.tokens) for reply in replies.replies] == [4]
 
@@ -95,7 +95,7 @@ async def test_too_little_memory_is_said_before_it_is_loaded(
 ) -> None:
     monkeypatch.setattr(Device, "free_bytes_of", lambda self, name: plan.memory.total_bytes - 1)
     with pytest.raises(InsufficientMemoryError, match=r"draft model .*tiny.gguf needs .*: 1 MiB are missing"):
-        async with draft_model_beside(plan):
+        async with loaded_draft_model(plan):
             raise AssertionError("it does not fit")
 
 

@@ -51,7 +51,7 @@ def test_workers_are_divided_over_two_nodes(
 def test_workers_share_a_machine_of_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
     _machine(monkeypatch, 8)
     assert _shares(_config({}, {})) == [(4, None), (4, None)]
-    with pytest.raises(UsageError, match="numa_node 1: this process may use no core of this node"):
+    with pytest.raises(UsageError, match="numa_node 1: this process may not use the cores of this node"):
         thread_shares(_config({"numa_node": 1}))
 
 

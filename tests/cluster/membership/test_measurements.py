@@ -203,7 +203,7 @@ async def test_without_step_times_plans_use_the_roofline_and_a_notice_says_so(tm
     isolated = ("a", False)
     assert machines.asked == [("a", True), ("b", True), ("a", False), ("b", False), isolated]
     assert machines.told == [
-        f"could not time the model's steps on worker {name}; plans use its times of matrix products: "
+        f"could not time the model's steps on worker {name}; plans use its matrix product times instead: "
         f"worker {name}: RuntimeError: out of luck"
         for name in "ab"
     ]

@@ -158,7 +158,7 @@ async def test_a_member_reports_others_of_its_group_and_by_itself_that_it_failed
         error = await attribute_failure(3, [workers[sender]], None)
         assert error.worker == accused
     else:
-        with pytest.raises(ProtocolError, match=f"worker {sender}, .* reports worker {accused} as {kind}"):
+        with pytest.raises(ProtocolError, match=rf"worker {sender} \(.*\) must not report worker {accused} as {kind}"):
             workers[sender].receive(report)
         assert workers[sender].group_faults(3).fault is None
     workers[sender].receive(replace(report, epoch=4))  # of no stage: it was unloaded meanwhile

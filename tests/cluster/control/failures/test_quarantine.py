@@ -132,8 +132,8 @@ def test_requests_without_results_anywhere_are_no_evidence_for_a_growing_time() 
     for pause_s in (60, 120, 240):
         quarantine = quarantine.failed("c", "not finite", frozenset({7}), now_s, is_repeated=True)
         assert quarantine.names(now_s) == {"c"}, "one failure that came twice"
-        assert quarantine.exonerate_rows(8, now_s) == quarantine
-        quarantine = quarantine.exonerate_rows(7, now_s)
+        assert quarantine.release_by_request(8, now_s) == quarantine
+        quarantine = quarantine.release_by_request(7, now_s)
         assert quarantine.names(now_s) == NONE and quarantine.ignores_rows(now_s + pause_s - 1)
         now_s += pause_s
         assert not quarantine.ignores_rows(now_s)
@@ -144,5 +144,5 @@ def test_rows_are_evidence_where_another_worker_is_left() -> None:
     assert pool.may_exclude_more(0.0)
     assert not replace(pool, quarantine=Quarantine().exclude("b", "", 0.0)).may_exclude_more(0.0)
     assert not replace(pool, drained=frozenset("b")).may_exclude_more(0.0)
-    ignoring = Quarantine().exclude("b", "", 0.0).failed("c", "", frozenset({7}), 0.0).exonerate_rows(7, 0.0)
+    ignoring = Quarantine().exclude("b", "", 0.0).failed("c", "", frozenset({7}), 0.0).release_by_request(7, 0.0)
     assert not replace(pool, quarantine=ignoring.release(["b"])).may_exclude_more(0.0)

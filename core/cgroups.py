@@ -11,7 +11,7 @@ from pathlib import Path
 
 _ROOT = Path("/")
 _UNLIMITED_BYTES = 1 << 60
-"""A limit of this size or more counts as no limit. Control groups of version 1 state a number near 2^63."""
+"""A limit of this size or more counts as no limit. cgroup version 1 reports a number near 2^63 for no limit."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ class LlamaclustError(Exception):
         self.worker = worker
 
     def __copy__(self) -> Self:
-        """Returns an equal error without a traceback, for an error that is stored and raised several times."""
+        """Returns a copy without a traceback, because a stored error may be raised several times."""
         twin = type(self).__new__(type(self), *self.args)
         twin.__dict__.update(self.__dict__)
         return twin
@@ -49,7 +49,7 @@ class InsufficientMemoryError(LlamaclustError):
     code = "insufficient_memory"
     missing_bytes: float | None = None
     problem: str | None = None
-    """The reason that a planning error gives, without the advice. None for other errors."""
+    """The planner's reason, without its advice. None if the error is not from planning."""
     fitting_context: int | None = None
     """Maximum context in tokens for which a plan would fit, or None if there is none."""
 

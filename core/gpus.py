@@ -42,7 +42,7 @@ class DeviceLayers:
         ascending = all(lower < upper for lower, upper in pairwise((self.start - 1, *self.cpu_moe, self.end)))
         if self.cpu_moe and not (ascending and self.device.startswith(CUDA)):
             what = f"{self.device} holds layers [{self.start}, {self.end})"
-            raise ProtocolError(f"{what}, but the list of layers with experts in RAM is {self.cpu_moe[:8]}")
+            raise ProtocolError(f"{what}, but its list of layers with experts in RAM is invalid: {self.cpu_moe[:8]}")
 
 
 def ranges(layers: Sequence[int]) -> str:
@@ -109,18 +109,18 @@ class Placement:
         """Raises UsageError if the rules break a stage's order: layers in RAM come first, then each GPU's layers."""
         if not gpus:
             return
-        missing = self.missing(gpus, start, end)
-        if missing is not None:
-            raise UsageError(f"placement: there is no {missing} among {', '.join(gpus)}; name one of these, or gpu")
+        if (missing := self.missing(gpus, start, end)) is not None:
+            what = f"there is no {missing} among {', '.join(gpus)}"
+            raise UsageError(f"placement: {what}; name one of these, or `gpu` for any GPU")
         least, held_up, first_open = 0, start, None
         for layer in range(start, end):
             devices = self.devices_of(layer, gpus)
             if devices == range(1) and first_open is not None:
                 what = f"layer {layer} in RAM comes after layer {first_open}, which may be on a GPU"
-                raise UsageError(f"placement: {what}, but {_ORDER}")
+                raise UsageError(f"placement: {what}; {_ORDER}")
             if devices[-1] < least:
                 what = f"layer {layer} on {gpus[devices[-1] - 1]} comes after layer {held_up} on {gpus[least - 1]}"
-                raise UsageError(f"placement: {what}, but {_ORDER}")
+                raise UsageError(f"placement: {what}; {_ORDER}")
             if devices[0] > least:
                 least, held_up = devices[0], layer
             if devices != range(1) and first_open is None:
@@ -137,4 +137,4 @@ class Placement:
 
 
 NO_RULES = Placement()
-_ORDER = "a worker's first layers must be in RAM, and its last layers on GPUs in order; any experts may be in RAM"
+_ORDER = "a worker's layers in RAM must come first, then those on each GPU in order; any experts may be in RAM"

@@ -49,8 +49,8 @@ class StageLimits:
     max_context_tokens: Annotated[int, Integer(1, MAX_CONTEXT_TOKENS)]
     kv_blocks: Annotated[int, Integer(1, MAX_KV_BLOCKS)]
     kv_type: Annotated[str, Choice(KV_TYPES)] = "f16"
-    # Number of separate KV blocks for sliding-window layers, which then free blocks outside the window. 0 means that
-    # these layers use ordinary KV blocks.
+    # Number of separate KV blocks for sliding-window layers, which then free the blocks outside the window. 0 means
+    # that these layers use ordinary KV blocks.
     window_blocks: Annotated[int, Integer(0, MAX_KV_BLOCKS)] = 0
     # State blocks of sequences. 0 means that each KV block holds the state after its last computed position.
     state_blocks: Annotated[int, Integer(0, MAX_KV_BLOCKS)] = 0
@@ -60,20 +60,20 @@ class StageLimits:
     wide_tiles: bool = False  # Weights of some quant types are stored in larger tiles, which are faster to decode.
 
     def places(self, start: int, end: int) -> tuple[float, float]:
-        return layer_place(start, self.expert_shards), layer_place(end, self.expert_shards)
+        return shard_position(start, self.expert_shards), shard_position(end, self.expert_shards)
 
     def gives_up(self, window: int | None) -> bool:
-        """True if layers with this attention window have their own KV blocks, and free blocks outside the window."""
+        """True if layers with this window have their own KV blocks, and free the blocks outside the window."""
         return window is not None and self.window_blocks > 0
 
     def layer_blocks(self, window: int | None) -> int:
         return self.window_blocks if self.gives_up(window) else self.kv_blocks
 
 
-def layer_place(part: int, expert_shards: int) -> int | float:
-    """Returns the layer of expert shard `part`: with 2 shards per layer, part 9 is at 4.5, in the middle of layer 4."""
+def shard_position(part: int, expert_shards: int) -> int | float:
+    """Returns where expert shard `part` begins, in layers. With 2 shards per layer, part 9 begins at layer 4.5."""
     return part // expert_shards if part % expert_shards == 0 else part / expert_shards
 
 
 def layer_span(start: int, end: int, expert_shards: int) -> str:
-    return f"[{layer_place(start, expert_shards)}, {layer_place(end, expert_shards)})"
+    return f"[{shard_position(start, expert_shards)}, {shard_position(end, expert_shards)})"

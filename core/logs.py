@@ -77,7 +77,7 @@ class _Memory(logging.Handler):
 
 
 class FileShortage(logging.Filter):
-    """Drops log records about too many open files. Instead logs their number, at most once per `wait_s` seconds."""
+    """Drops and counts log records about too many open files. Logs the count at most once per `wait_s` seconds."""
 
     def __init__(self, log: logging.Logger, wait_s: float = 5.0) -> None:
         super().__init__()

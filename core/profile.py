@@ -16,8 +16,8 @@ _Seconds = Annotated[float, Real(0.0, 3600.0)]
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """The time of a step with `rows` rows: stage_s + layers_byte_s * bytes, plus head_s on the last stage. `bytes` is
-    the size of the weights that the step uses, and of the KV memory or recurrent state that it reads."""
+    """The time of a step with `rows` rows: stage_s + layers_byte_s * bytes, plus head_s on the last stage. `bytes`
+    counts the weights, KV memory and recurrent state that the step reads."""
 
     rows: Annotated[int, Integer(1, 1 << 16)]
     stage_s: _Seconds
@@ -43,7 +43,7 @@ def at_rows(times: StepTimes, rows: int) -> StepTime:
 
 @dataclass(frozen=True, slots=True)
 class ProductTime:
-    """The time of a matrix product per byte of its weights in memory, for weights of one quant type."""
+    """The time of a matrix product with weights of one quant type, per byte of these weights in memory."""
 
     quant_type: Annotated[int, Integer(0, 255)]  # Number of the quant type in ggml.
     rows: Annotated[int, Integer(1, 1 << 16)]
@@ -61,7 +61,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """A device's speed, measured while other workers were busy or, in `isolated` fields, while they were idle."""
+    """A device's speed, measured while other workers were busy. For the `isolated` fields, they were idle."""
 
     read_bytes_s: Rate  # Bytes of weights read per second.
     int8_macs_s: Rate
@@ -77,7 +77,7 @@ class DeviceProfile:
                 raise ProtocolError("step times must be in ascending order of rows")
         for products in (self.products, self.isolated_products):
             if any(_place(time) >= _place(later) for time, later in pairwise(products)):
-                raise ProtocolError("product times must be in ascending order of quant type and rows")
+                raise ProtocolError("matrix product times must be in ascending order of quant type and rows")
 
     def limits(self, *, concurrent: bool) -> Limits:
         measured = Limits(self.read_bytes_s, self.int8_macs_s)
@@ -92,7 +92,7 @@ class DeviceProfile:
         )
 
     def step_times(self, *, concurrent: bool) -> StepTimes:
-        """Returns the step times on a busy (`concurrent`) or an idle machine, or () if products predict them better."""
+        """Returns step times on a busy (`concurrent`) or idle machine, or () if `product_times` predict them better."""
         if concurrent or self.isolated:
             return self.concurrent if concurrent else self.isolated
         return () if self.isolated_products else self.concurrent

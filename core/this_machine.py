@@ -62,7 +62,7 @@ def interface_addresses() -> list[InterfaceAddress]:
 
 
 def _listed_addresses() -> list[tuple[str, str]]:
-    """Returns the name and host of each address. Raises OSError if the system does not list interfaces."""
+    """Returns (interface name, host) of each address. Raises OSError if the system does not list interfaces."""
     import ifaddr  # Imported here because the import takes as long as a whole command.
 
     return [
@@ -142,6 +142,6 @@ def process_fields(pid: int | str) -> list[str]:
 
 
 def start_ticks(pid: int) -> int | None:
-    """Returns a process's start time in clock ticks since boot, or None if it has ended. This reveals reused pids."""
+    """Returns a process's start time in clock ticks since boot, or None if it has ended. It differs for reused pids."""
     fields = process_fields(pid)
     return int(fields[_START]) if fields else None

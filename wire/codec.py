@@ -102,7 +102,7 @@ def _compiled(kind: type, name: str, hint: Any) -> _Field:
     label = f"{kind.__name__}.{name}"
     nested: Any = hint if is_dataclass(hint) else None
     if not bounds and (hint in (str, float) or (is_repeated and not sizes)):
-        raise TypeError(f"{label} has no bound")
+        raise TypeError(f"{label}: the type hint has no bound; add one from core/bounds.py")
     return _Field(name, label, nested, is_repeated, is_optional, bounds, sizes if is_repeated else ())
 
 
@@ -130,7 +130,7 @@ def read(kind: type[_Value], record: Any) -> _Value:
 
 
 class Envelope(Generic[_Value]):
-    """Encodes and decodes messages with a `oneof kind`. The field for class PeerUnreachable is `peer_unreachable`."""
+    """A codec of messages with a `oneof kind`. Class PeerUnreachable, for example, has the field `peer_unreachable`."""
 
     def __init__(self, record: type[Message], union: Any, most_bytes: int) -> None:
         self._record = record
@@ -147,7 +147,7 @@ class Envelope(Generic[_Value]):
         return record.SerializeToString()
 
     def decode(self, data: bytes) -> _Value:
-        """Raises ProtocolError if `data` is damaged, has an unknown kind, or has a field that is out of bounds."""
+        """Decodes a message. Raises ProtocolError if it is damaged, of unknown kind, or has a field out of bounds."""
         record: Any = parse(self._record, data, self._most_bytes)
         name = record.WhichOneof("kind")
         if name is None:

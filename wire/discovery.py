@@ -80,7 +80,7 @@ async def browsing(cluster: str, found: Callable[[str], None], other: Callable[[
 
 
 class _Browser:
-    """Looks up announced names that contain the cluster's id. At most 16 look-ups run at a time."""
+    """Looks up announced services whose names contain the cluster's id, at most 16 at a time."""
 
     def __init__(
         self, zeroconf: Zeroconf, cluster: str, found: Callable[[str], None], other: Callable[[str], None]

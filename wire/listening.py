@@ -30,7 +30,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 
 def listener(host: str, port: int, cure: str) -> socket.socket:
-    """Opens a `listening_socket`. Raises UsageError, whose text ends with `cure`, if the port cannot be opened."""
+    """Opens a listening socket. Raises UsageError, with the advice `cure` to the user, if that fails."""
     try:
         return listening_socket(host, port)
     except OSError as error:

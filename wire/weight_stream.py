@@ -23,7 +23,7 @@ _MAX_LINE, _MAX_LINE_BYTES = 200, 1000
 
 
 class WeightsNotFoundError(ProtocolError):
-    """The other side does not have the requested bytes."""
+    """The peer does not have the requested bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def decode_range(data: bytes) -> WeightRange:
 
 
 def frames_of(data: memoryview) -> Iterator[bytes]:
-    """Yields the frames of a range. `data` may be a part of the range if its length is a multiple of FRAME_BYTES."""
+    """Yields the frames of a range. `data` may be a part of the range if len(data) is a multiple of FRAME_BYTES."""
     for start in range(0, len(data), FRAME_BYTES):
         yield b"".join((_BYTES, data[start : start + FRAME_BYTES]))
 

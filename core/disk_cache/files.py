@@ -62,7 +62,7 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> FileIO:
 
 @contextmanager
 def locked(path: Path, writing: Writing) -> Iterator[None]:
-    """Locks the file `path`, which may not exist yet. Raises BusyError after `_LOCK_WAIT_S` s, or StoppedError."""
+    """Locks a new or existing file. Raises BusyError after `_LOCK_WAIT_S` s, StoppedError if `writing` is stopped."""
     with open_own(path, os.O_RDWR | os.O_CREAT) as file:
         deadline, writing.waits = time.monotonic() + _LOCK_WAIT_S, True
         while not take_lock(file.fileno()):

@@ -1,4 +1,4 @@
-"""The type of a row in the sampling table: a number with its bounds, its defaults by API and its names."""
+"""The row type of the sampling table. A row has a numeric parameter's bounds, defaults by API, and names."""
 
 from __future__ import annotations
 

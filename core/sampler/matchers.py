@@ -36,8 +36,8 @@ class Grammar:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """Tags around reasoning text. Any of `begins` opens reasoning, and any of `ends` closes it. When the reasoning has
-    taken `budget` tokens, the tokens in `forced` end it."""
+    """Tags around reasoning text. Any of `begins` opens reasoning, and any of `ends` closes it. After `budget` tokens
+    of reasoning, the tokens in `forced` are generated, which end it."""
 
     begins: Annotated[Tags, Size(1, MAX_TRIGGERS)]
     ends: Annotated[Tags, Size(1, MAX_TRIGGERS)]

@@ -168,7 +168,7 @@ class SamplingParams:
 
     @property
     def needs_state(self) -> bool:
-        """True if sampling needs `mu` of the last result, as Mirostat does."""
+        """True if sampling needs Mirostat's state `mu` from the previous result."""
         return self.chain is not None and self.chain.mirostat != 0
 
     @property

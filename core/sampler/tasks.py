@@ -57,7 +57,7 @@ class SampleTask:
 
 @dataclass(frozen=True, slots=True)
 class ScoreTask:
-    """Requests the logprob of a given token after an output row. Perplexity and `echo` need it."""
+    """A request for the logprob of a given token after an output row. Perplexity and `echo` use it."""
 
     token: int
     top_logprobs: int = 0
@@ -70,5 +70,5 @@ _SECOND_DRAW = 1 << 31
 
 
 def second_draw(task: RowTask) -> RowTask:
-    """Returns the task with another random draw, for a row whose first drawn token the grammar refused."""
+    """Returns the task with a different random draw, for use after a grammar refused the first drawn token."""
     return replace(task, choice=task.choice + _SECOND_DRAW) if isinstance(task, SampleTask) else task

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 _Value = TypeVar("_Value")
 
 Owners = Sequence[str]
-"""The owners, such as API clients, of the present callers. The value is computed in the first owner's turn."""
+"""Owners (for example API clients) of the callers that wait for a value. It is computed in the first owner's turn."""
 Compute = Callable[[Owners], Coroutine[Any, Any, _Value]]
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 def largest_share(own: int, held: int, room: int) -> int:
-    """Returns the most units that an owner may hold: `room` minus half of what other owners hold (`held` - `own`)."""
+    """Returns how many units an owner may hold: `room` minus half of the other owners' units (`held` - `own`)."""
     return max(0, room - (held - own) // 2)
 
 

@@ -1,4 +1,4 @@
-"""Turns at a few concurrent places. An owner with much work delays only its own work."""
+"""Fair turns at a limited number of concurrent places. An owner with much work delays only its own work."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """Shares places for concurrent work among owners, each of which has at most `most` places (None: any number). A
-    free place goes to the waiting owner with the fewest places. Not thread-safe."""
+    """Shares places for concurrent work among owners. An owner gets up to `most` places (None: all). A free place goes
+    to the waiting owner with the fewest places. Not thread-safe."""
 
     def __init__(self, places: int, most: int | None = None) -> None:
         self._free = places

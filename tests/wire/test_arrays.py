@@ -25,7 +25,7 @@ GOOD_CHUNK = Chunk((1, 2), 0, (0, 1), 1)
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("tokens", b"123", "tokens: 3 bytes, not records of 4"),
+        ("tokens", b"123", "tokens has 3 bytes, which is not a multiple of 4"),
         ("logprobs", b"", "logprobs is 0, must be within 2..2"),
         ("top_counts", bytes(4), "top_counts is 1, must be within 2..2"),
         ("top_logprobs", bytes(8), "bytes of top_logprobs is 8, must be within 16..16"),

@@ -156,7 +156,7 @@ def test_random_bytes_are_refused_or_decoded(data: bytes) -> None:
 @pytest.mark.parametrize("held", [("cpu", (3,)), ("cuda:0", (1, 2)), ("cuda:0", (4,)), ("cuda:0", (3, 2))])
 def test_experts_in_ram_are_those_of_layers_on_a_gpu(held: tuple[str, tuple[int, ...]]) -> None:
     order = replace(LOAD, devices=(DeviceLayers(held[0], 2, 4, held[1]),))
-    with pytest.raises(ProtocolError, match=r"holds layers \[2, 4\), but .* experts in RAM is \(.*\)"):
+    with pytest.raises(ProtocolError, match=r"holds layers \[2, 4\), but .* experts in RAM is invalid: \(.*\)"):
         decode_coordinator_message(encode_coordinator_message(order))
 
 

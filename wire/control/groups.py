@@ -1,4 +1,4 @@
-"""Control messages about groups, whose members compute a stage together, each a part of every layer."""
+"""Control messages about groups. The members of a group compute a stage together, each a part of every layer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class GroupCounters:
     gathers: int = 0
     waited_s: _Seconds = 0.0  # Seconds that gathers spent waiting for the rows of other members.
     waited_for_s: Annotated[tuple[_Seconds, ...], Size(0, MAX_GROUP_MEMBERS)] = ()
-    """Seconds of `waited_s` by the number of the member that the others waited for."""
+    """Parts of `waited_s` by the index of the member that was waited for."""
     sent_bytes: int = 0  # Bytes sent to other members, including headers.
     received_bytes: int = 0
     one_row_steps: int = 0  # Number of microbatches with one row.
@@ -57,7 +57,7 @@ FAULTS = ("late", "closed", "wrong", "failed")
 
 @dataclass(frozen=True, slots=True)
 class GroupFault:
-    """Reports that a member has ended an epoch, because it failed itself or because another member is at fault."""
+    """Reports that a group member ended an epoch because of a fault of its own or of another member."""
 
     epoch: Annotated[int, Integer(0, UINT64 - 1)]
     worker: WorkerName  # Name of the member at fault, as far as the sender knows.

@@ -55,7 +55,7 @@ class RestoreKv:
 
 @dataclass(frozen=True, slots=True)
 class SaveKv:
-    """Orders a worker to write `blocks` to disk. `keys` identify the sequence's blocks up to the last of `blocks`."""
+    """Orders a worker to write `blocks` to disk. `keys` cover the sequence up to the last of these blocks."""
 
     epoch: _Epoch
     keys: _Keys

@@ -156,7 +156,7 @@ class Load:
                 f"devices hold layers {ranges} of [{self.start}, {self.end}); expected all layers in order"
             )
         if self.limits.wide_tiles and any(part.device != "cpu" for part in held):
-            raise ProtocolError("wide_tiles is for processors, but the load puts layers on GPUs")
+            raise ProtocolError("wide_tiles is for CPUs, but the load puts layers on GPUs")
 
 
 @dataclass(frozen=True, slots=True)

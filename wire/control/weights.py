@@ -27,7 +27,7 @@ class WeightSources:
 
 @dataclass(frozen=True, slots=True)
 class AddWeightSource:
-    """Tells loads that fetch weights of this manifest about a new source, or about a source's new address."""
+    """Announces a source of a manifest's weights, or the source's new address, to loads that fetch these weights."""
 
     manifest: Digest
     source: WeightSource

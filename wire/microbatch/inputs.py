@@ -17,7 +17,7 @@ from llamaclust.wire.microbatch.matchers import starts_out
 from llamaclust.wire.microbatch.messages import SamplingInputs
 
 PREPARE_MATCHERS: Final = b""
-"""An empty message instead of sampling inputs, which announces that answers with a matcher will follow."""
+"""An empty message in place of sampling inputs. It announces that answers with matchers will follow."""
 
 _TASK = Struct("<iiQIIIIiiIIII")
 _CHAINED = Struct("<dIIII")
@@ -45,7 +45,7 @@ def encode_inputs(inputs: SamplingInputs) -> bytes:
 
 
 class _Tasks:
-    """Builds a message's arrays. Equal parameters, and token lists that several tasks share, are stored once."""
+    """Collects the arrays of a SamplingInputs message. Equal parameters and shared token lists are stored once."""
 
     def __init__(self) -> None:
         self.params: dict[bytes, int] = {}

@@ -1,4 +1,4 @@
-"""Encodes and decodes the part of sampling inputs that starts matchers. A message contains each grammar once."""
+"""Encodes and decodes the values in sampling inputs that start matchers. A message contains each grammar once."""
 
 from __future__ import annotations
 

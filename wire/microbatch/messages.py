@@ -75,7 +75,7 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True)
 class SamplingInputs:
-    """Tasks for the last stage, one per output row of a microbatch. The stage first drops the `released` matchers."""
+    """Tasks for the last stage, one per output row of a microbatch, and grammar matchers to drop or start first."""
 
     epoch: int
     number: int
@@ -87,7 +87,7 @@ class SamplingInputs:
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """Tokens of a microbatch's output rows, which the last stage sends to the first stage for dependent chunks."""
+    """Tokens of a microbatch's output rows. The last stage sends them to the first, for chunks that depend on them."""
 
     number: int
     tokens: tuple[int, ...]  # Contains 0 for a row without an answer. Empty if the microbatch failed.

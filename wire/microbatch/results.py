@@ -152,5 +152,5 @@ def _numbers(what: str, data: bytes, kind: Struct) -> Any:
 
 def _records(what: str, data: bytes, kind: Struct) -> Any:
     if len(data) % kind.size:
-        raise ProtocolError(f"{what}: {len(data)} bytes, not records of {kind.size}")
+        raise ProtocolError(f"{what} has {len(data)} bytes, which is not a multiple of {kind.size}")
     return kind.iter_unpack(data)

@@ -1,4 +1,4 @@
-"""Empties CPU caches before measurements, as a cluster's other processes do between two tokens."""
+"""Empties CPU caches before measurements, because a cluster's other processes use the caches between two tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _REST_S = 0.0005  # Pause after which threads that spin for work are asleep.
 
 
 def largest_cache_bytes(levels: Path = Path(_LEVELS)) -> int:
-    """Returns the size of the largest CPU cache as Linux states it, but at least BYTES and at most `_MOST_BYTES`."""
+    """Returns the size of the largest CPU cache that Linux reports, limited to [BYTES, `_MOST_BYTES`]."""
     sizes = [BYTES]
     for size in levels.glob("index*/size"):
         with suppress(OSError, ValueError):
@@ -48,7 +48,7 @@ class CacheFlush:
         self._memory.max()
         sleep(_REST_S)
 
-    async def sweep_in_turns(self) -> None:
+    async def sweep_async(self) -> None:
         for piece in np.array_split(self._memory, self._memory.nbytes // _TURN_BYTES):
             piece.max()
             await asyncio.sleep(0)

@@ -89,7 +89,7 @@ class ClientStream:
                 await self._result(self._call.write(piece))
 
     def try_write(self, *messages: bytes) -> bool:
-        """Sends all messages if that needs no waiting, or else returns False. Must not be called while `write` runs."""
+        """Sends all messages if that needs no waiting, or else returns False. Not allowed while `write` runs."""
         return False
 
     @property
@@ -161,8 +161,8 @@ class UnixClientStream(ClientStream):
 
 
 class Peer:
-    """Connections to one process, which must show the certificate of `principal` if the cluster uses certificates. A
-    broken connection is noticed within `patience_s` seconds (None: gRPC's own limits), even if nothing is sent."""
+    """Connections to one process. With certificates, the process must show the certificate of `principal`. A broken
+    connection is noticed within `patience_s` seconds (None: gRPC's own limits), even if nothing is sent."""
 
     def __init__(
         self,
@@ -194,7 +194,7 @@ class Peer:
         permit: str | None = None,
         reply_bytes: int | None = None,
     ) -> ClientStream:
-        """Opens a stream. `wait_for_ready` waits for the server, and `reply_bytes` limits the size of a reply."""
+        """Opens a stream. If `wait_for_ready` is true, it waits for the server. `reply_bytes` limits a reply's size."""
         most_bytes = METHODS[method].reply_bytes if reply_bytes is None else reply_bytes
         metadata = [] if permit is None else [(PERMIT_KEY, permit)]
         if isinstance(self._credentials, ClusterToken):
@@ -210,7 +210,7 @@ class Peer:
         return ClientStream(call, self.address, self.worker, most_bytes)
 
     async def connected(self) -> None:
-        """Waits until open streams are connected or have failed. Raises UnreachableError after a deadline."""
+        """Waits until the connections are established or have failed. Raises UnreachableError after a deadline."""
         try:
             async with deadline(f"connection to {self.address}", self._answer_s):
                 if self.address.startswith(PREFIX):

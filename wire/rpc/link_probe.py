@@ -1,4 +1,4 @@
-"""Measures a stream's round trip and throughput to another process, with messages as large as hidden states."""
+"""Measures the round trip and throughput of streams between processes, with messages as large as hidden states."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MOST_MESSAGES = 512
 
 
 async def serve_echo(stream: ServerStream) -> None:
-    """Answers each message. Flushes caches after each ping, because a stage's caches are cold between two tokens."""
+    """Answers each probe message. Flushes caches after pings, because a stage's caches are cold between tokens."""
     await stream.accept()
     caches: CacheFlush | None = None
     async with deadline("a measurement of a link", _SERVE_S):
@@ -37,7 +37,7 @@ async def serve_echo(stream: ServerStream) -> None:
             if len(data) == PING_BYTES:
                 if caches is None:
                     caches = await asyncio.to_thread(CacheFlush.shared)
-                await caches.sweep_in_turns()
+                await caches.sweep_async()
 
 
 async def measure_link(peer: Peer, permit: str = "") -> LinkProfile:
@@ -67,7 +67,7 @@ async def try_link(peer: Peer, seconds: float, permit: str = "") -> None:
 async def _round_trip(stream: ClientStream) -> float:
     caches, times = await asyncio.to_thread(CacheFlush.shared), []
     for _ in range(_WARM_UP + _PINGS):
-        await caches.sweep_in_turns()
+        await caches.sweep_async()
         await asyncio.sleep(_BETWEEN_S)
         times.append(await _sent(stream, PING_BYTES))
     return median(times[_WARM_UP:])
@@ -83,7 +83,7 @@ async def _throughput(stream: ClientStream, round_trip_s: float) -> float:
 
 
 async def _fastest(stream: ClientStream, size: int, enough_s: float) -> float:
-    """Returns the seconds of the fastest try. Tries for about a second, or until a try takes less than `enough_s`."""
+    """Returns the shortest of up to 3 transfer times, in s. Stops if one is below `enough_s`, or after about 1 s."""
     fastest_s, begun = await _sent(stream, size), perf_counter()
     for _ in range(1, _TRIES):
         if fastest_s < enough_s or fastest_s + perf_counter() - begun > _TRY_AGAIN_S:

@@ -60,7 +60,7 @@ class Handshakes:
         self.port = 0  # Set when the server listens.
 
     def begun(self) -> None:
-        """Counts a handshake. Called by gRPC's threads."""
+        """Counts a handshake. Threads of gRPC call this."""
         with contextlib.suppress(RuntimeError):  # The event loop has ended, and no more lines are logged.
             self._loop.call_soon_threadsafe(self._count)
 
@@ -91,7 +91,7 @@ class Handshakes:
 
     @contextmanager
     def call(self, caller: str) -> Iterator[None]:
-        """Counts a call in progress. `caller` is gRPC's name of the connection, which has shown a certificate."""
+        """Counts a call in progress. `caller` is gRPC's name of the peer, which has shown a certificate."""
         if caller not in self._calls and caller not in self._callers:
             self._answered += 1
         self._callers.pop(caller, None)

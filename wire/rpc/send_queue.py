@@ -18,7 +18,7 @@ class Sink(Writable, Protocol):
 
 class SendQueue:
     def __init__(self, stream: Sink, what: str, seconds: float) -> None:
-        """`what` names a message in errors. Sending one message may take `seconds` seconds."""
+        """Creates a queue. `run` raises a DeadlineError about `what` if a message takes longer than `seconds` s."""
         self._stream = stream
         self._what = what
         self._seconds = seconds

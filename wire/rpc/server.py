@@ -47,7 +47,7 @@ _CODES: tuple[tuple[type[LlamaclustError], grpc.StatusCode], ...] = (
 
 @contextmanager
 def _peer_here() -> Iterator[None]:
-    """Raises StreamBrokenError for the undocumented errors that gRPC raises after the peer or the server has gone."""
+    """Converts undocumented errors, which gRPC raises after the peer or the server has gone, to StreamBrokenError."""
     try:
         yield
     except aio.BaseError as error:
@@ -174,7 +174,7 @@ class _Entry:
             yield
 
     async def ended(self) -> None:
-        """Waits for the end of cancelled calls. Otherwise gRPC prints a traceback for each when the event loop ends."""
+        """Waits until cancelled calls have ended. If the event loop closed first, gRPC would print their tracebacks."""
         if self._calls:
             await asyncio.wait(self._calls, timeout=_CALLS_END_S)
         await asyncio.sleep(0)
@@ -195,7 +195,7 @@ class _Entry:
         return None
 
     def check(self, callers: Callers, caller: Principal | None, context: Any) -> None:
-        """Raises ProtocolError if `callers` excludes `caller`. Stages themselves check that a caller is a neighbour."""
+        """Raises ProtocolError if `callers` excludes `caller`. Stages themselves check callers of kind NEIGHBOUR."""
         if caller is None or callers in (Callers.MEMBERS, Callers.NEIGHBOUR) or caller == COORDINATOR:
             return
         if callers is Callers.COORDINATOR:
@@ -241,7 +241,7 @@ async def _end(context: Any, code: grpc.StatusCode, why: str, attributed: str | 
 
 
 async def _started(server: Any) -> None:
-    """Starts the server. A cancelled start is completed before the server stops, because gRPC breaks otherwise."""
+    """Starts the server. If cancelled, waits until the start is complete and stops the server, as gRPC requires."""
     starting = asyncio.ensure_future(server.start())
     try:
         await asyncio.shield(starting)

@@ -17,7 +17,7 @@ from grpc import aio
 _HEAD = struct.Struct("<IB")
 _MOST_CONTROL_BYTES = 1 << 16
 _MOST_UNREAD_BYTES = 1 << 22
-"""The connection stops receiving while more than this number of bytes of messages are unread. The sender then waits."""
+"""Maximum bytes of unread messages. Above it, the connection stops receiving, so that the sender waits."""
 _MESSAGE_BYTES = 64
 """The memory that a message takes in addition to its content, in bytes."""
 _PIECE_BYTES = 1 << 18
@@ -131,7 +131,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         self._transport.write(data)
 
     def try_send(self, *messages: bytes) -> bool:
-        """Sends small messages with one system call. Returns False if it sent nothing because it would have to wait."""
+        """Sends small messages with one system call. Returns False and sends nothing if it would have to wait."""
         transport = self._transport
         if transport is None or transport.is_closing() or self._is_sending or not self._writable.is_set():
             return False

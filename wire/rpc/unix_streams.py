@@ -1,6 +1,5 @@
-"""Streams on Unix sockets, each on its own connection. They replace gRPC between processes of one machine, because they
-are faster. A caller sends CALL, messages and perhaps END. The other side sends ACCEPTED, messages and finally
-STATUS."""
+"""Streams on Unix sockets, each on its own connection. Between processes of one machine, they are faster than gRPC. The
+caller sends CALL, messages and optionally END. The server sends ACCEPTED, messages and finally STATUS."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def pem(der: bytes) -> bytes:
 
 
 def ends_at_s(certificate_pem: bytes) -> float:
-    """Returns when a certificate expires, in seconds since 1970. Raises UsageError if the certificate is unreadable."""
+    """Returns a certificate's expiry time in seconds since 1970. Raises UsageError if the certificate is unreadable."""
     try:
         return x509.load_pem_x509_certificate(certificate_pem).not_valid_after_utc.timestamp()
     except ValueError as error:

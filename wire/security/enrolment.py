@@ -74,7 +74,7 @@ def _transcript(token: JoinToken, challenge: Challenge, request: Request) -> tup
 
 
 def _mac(token: JoinToken, label: bytes, *parts: bytes) -> bytes:
-    """Returns an HMAC. Each part is preceded by its length, so that different lists never give equal bytes."""
+    """Returns an HMAC. Each part is preceded by its length, so that different lists of parts never give equal bytes."""
     data = b"".join(len(part).to_bytes(4, "big") + part for part in (label, *parts))
     return hmac.digest(token.secret, data, "sha256")
 

@@ -13,7 +13,7 @@ from llamaclust.wire.security.credentials import Credentials, Identity
 
 
 def permit(credentials: Credentials, caller: str, worker: str) -> str:
-    """Returns a permit for `caller`, signed by the coordinator. Returns "" if members have no certificates."""
+    """Returns a signed permit for `caller` to measure its link to `worker`, or "" if members have no certificates."""
     if not isinstance(credentials, Identity):
         return ""
     from llamaclust.wire.security.certificates import sign
@@ -23,7 +23,7 @@ def permit(credentials: Credentials, caller: str, worker: str) -> str:
 
 
 def is_permitted(credentials: Credentials, caller: Principal, shown: str) -> bool:
-    """Returns True if `shown` permits `caller` to measure its link to this worker, and the permit has not expired."""
+    """Returns True if `shown` is a valid permit for `caller` to measure its link to this worker, or none is needed."""
     if not isinstance(credentials, Identity):
         return True
     from llamaclust.wire.security.certificates import ends_at_s, has_signed

@@ -35,7 +35,7 @@ class ClusterToken:
     def read(cls, path: Path) -> ClusterToken:
         value = read_private(path)
         if not (len(value) >= _LEAST_CHARACTERS and value.isascii() and value.isprintable()):
-            raise UsageError(f"token file {path} must hold one line of at least {_LEAST_CHARACTERS} printable letters")
+            raise UsageError(f"token file {path} must be one line of at least {_LEAST_CHARACTERS} printable characters")
         return cls(value)
 
     def matches(self, given: str | bytes | None) -> bool:
@@ -80,11 +80,11 @@ def read_private(path: Path) -> str:
         value = decode_text(data).strip()
     except OSError as error:
         what = f"token file {path} cannot be read: {error.strerror}"
-        raise UsageError(f"{what}; give a readable copy of the file that `llamaclust up` names") from error
+        raise UsageError(f"{what}; give the path of a readable copy of the file that `llamaclust up` names") from error
     except ValueError as error:
         raise UsageError(f"token file {path}: {error}; copy the file again") from error
     if stat.S_IMODE(mode) & 0o077:
         raise UsageError(f"token file {path} can be read by other users; run: chmod 600 {path}")
     if len(value) > _MOST_CHARACTERS:
-        raise UsageError(f"token file {path} is longer than {_MOST_CHARACTERS} letters, so it holds no token")
+        raise UsageError(f"token file {path} is longer than {_MOST_CHARACTERS} characters, so it holds no token")
     return value

@@ -164,7 +164,7 @@ def test_a_token_file_that_is_not_there_is_named_once(tmp_path: Path) -> None:
         ClusterToken.read(path)
     assert str(raised.value) == (
         f"token file {path} cannot be read: No such file or directory; "
-        "give a readable copy of the file that `llamaclust up` names"
+        "give the path of a readable copy of the file that `llamaclust up` names"
     )
 
 

@@ -322,8 +322,8 @@ class CoreContention:
     def report(self, rows: int, began_ns: int, ended_ns: int, waited_ns: int) -> None: ...
 
 class Plan:
-    """A list of steps over numbered buffers. The arguments `rotation`, `rotate_q` and `rotate_k` have a number that
-    `add_rotation` returned, and a flag that is True for RoPE in NEOX style."""
+    """A list of steps over numbered buffers. The arguments `rotation`, `rotate_q` and `rotate_k` are pairs: a number
+    that `add_rotation` returned, and True for RoPE in NEOX style."""
 
     def __init__(
         self,

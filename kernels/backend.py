@@ -26,9 +26,9 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class BatchStates:
-    """The blocks from which recurrent states are read and to which they are written. Sequence s starts from the state
-    in block before[s], unless its first row is at position 0. For each i in [starts[s], starts[s + 1]), its state after
-    row rows[i] is written to block blocks[i]. A block that one sequence writes must not be used by another."""
+    """The blocks of recurrent states that a batch reads and writes. Sequence s starts from the state in block
+    before[s], unless its first row is at position 0. For each i in [starts[s], starts[s + 1]), the state after row
+    rows[i] is written to block blocks[i]. A block that one sequence writes must not be used by another sequence."""
 
     before: Int32  # [sequences] Block ids; -1 where no state is read.
     starts: Int32  # [sequences + 1]
@@ -38,8 +38,8 @@ class BatchStates:
 
 @dataclass(frozen=True, slots=True)
 class GivenRows:
-    """Rows that are computed outside the program, such as an image's rows. Each `ir.GivenRows` step reads one part of a
-    row: the step with `level` i reads values[:, i * width : (i + 1) * width]."""
+    """Values of rows that are computed outside the program, such as an image's embeddings. Each `ir.GivenRows` step
+    reads one part of a row: the step with `level` i reads values[:, i * width : (i + 1) * width]."""
 
     rows: Int32  # [given] Row numbers, ascending.
     values: Float32  # [given, levels * width]
@@ -51,8 +51,8 @@ class Batch:
 
     Rows [sequence_starts[s], sequence_starts[s + 1]) belong to sequence s, at ascending, consecutive positions.
     Position p of sequence s is in KV block block_tables[table_starts[s] + p // KV_BLOCK_TOKENS]. Layers with a window
-    and their own KV blocks use window_tables at the same index. An entry of a table is -1 if no row of the batch uses
-    its block.
+    may have KV blocks of their own, whose ids are at the same index of window_tables. An entry of a table is -1 if no
+    row of the batch uses its block.
 
     A group is a range of positions whose rows attend to each other, such as an image. All rows of a group must be in
     one batch. If a step merges k rows into one, each sequence must have a multiple of k rows."""
@@ -112,7 +112,7 @@ class Stage(Protocol):
         embedding] or, from a last stage, logits [outputs, vocabulary]. The next `run` overwrites the result."""
 
     def normed(self, rows: Int32) -> Float32:
-        """Copies the normed hidden states of these rows from a last stage's last `run`: [len(rows), embedding]."""
+        """Copies the normed hidden states [len(rows), embedding] that a last stage's newest run computed for `rows`."""
 
     def close(self) -> None:
         """Frees weights and KV memory. The stage must not run again."""
@@ -161,8 +161,8 @@ class GathersRows(Protocol):
 
 
 Experts = Callable[[int, Float32], Float32 | None]
-"""Computes the experts of a stage's `Exchange` step, given the step's index and its inputs side by side. Returns the
-result [rows, width], or None if the result is already in the stage's memory. The next call overwrites the result."""
+"""Computes the experts of a stage's `Exchange` step. The arguments are the step's index and its concatenated inputs.
+Returns the result [rows, width], or None if it is already in the stage's memory. The next call overwrites it."""
 
 
 class ExchangingStage(Stage, Protocol):
@@ -175,7 +175,7 @@ class ExchangingStage(Stage, Protocol):
 
 
 class ExpertsStage(Protocol):
-    """Loaded experts. `number` is the index of a mixture of experts. Each call overwrites the previous results."""
+    """Loaded mixtures of experts. `number` is the index of a mixture. Each call overwrites the previous results."""
 
     weight_bytes: int
     workspace_bytes: int
@@ -186,7 +186,7 @@ class ExpertsStage(Protocol):
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32: ...
 
     def route(self, number: int, hidden: Float32) -> tuple[Int32, Float32]:
-        """Returns each row's expert ids, best first, and their weights: [rows, used]. Needs a load with `lines` > 0."""
+        """Returns each row's expert ids, best first, and their weights: [rows, used]. Requires `lines` > 0 at load."""
 
     def run_lines(self, number: int, x: Float32, experts: Int32) -> Float32:
         """Returns the unweighted output of expert experts[i] for row x[i]. The next call overwrites the output."""
@@ -204,7 +204,7 @@ class ExpertsCache(Protocol):
     def counts(self) -> CacheCounts: ...
 
     def step(self) -> AbstractContextManager[None]:
-        """Wraps a run of the stage, whose experts stay in the cache until the run ends. Raises DeviceLostError."""
+        """Wraps a run of the stage. Experts that the run uses stay cached until it ends. Raises DeviceLostError."""
 
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32 | None: ...
 
@@ -226,7 +226,7 @@ class Backend(Protocol):
         """Returns the size of the weights that other stages have already loaded, and that `load` would share."""
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-        """Returns a stage's bytes except weights and KV memory. Raises the errors of `load`, but reads no weights."""
+        """Returns a stage's memory besides weights and KV memory. Raises what `load` raises, but reads no weights."""
 
 
 @runtime_checkable
@@ -245,7 +245,7 @@ class HasThreads(Protocol):
 
 
 def with_own_threads(backend: Backend, niceness: int = 0) -> Backend:
-    """Returns `backend.apart` if the backend has threads, or else the backend itself."""
+    """Returns `backend.apart(niceness)` if the backend has threads, and otherwise `backend` itself."""
     return backend.apart(niceness) if isinstance(backend, HasThreads) else backend
 
 

@@ -19,7 +19,7 @@ _TAIL = 3
 
 
 def distinct_layers(program: Program, tensors: Mapping[str, Tensor]) -> Program:
-    """Keeps one pair of adjacent layers of each kind, because no fused step spans more than two layers."""
+    """Keeps the first of all equal pairs of adjacent layers. Pairs suffice, as no fused step spans three layers."""
     if any(isinstance(step, Attention) and step.shares_kv for step in program.steps):
         return program  # Some layers refer to other layers by number.
     groups = _by_layer(program.steps)
@@ -61,6 +61,6 @@ def _form(value: Hashable, tensors: Mapping[str, Tensor]) -> Hashable:
 
 @cache
 def _part_names(kind: type[Any]) -> tuple[str, ...]:
-    """Returns the names of a step's or state's fields except the layer's number, and no names for other classes."""
+    """Returns the field names of a class of steps or states, except `layer`. Returns () for other classes."""
     is_step = issubclass(kind, StepFacts | SequenceState)
     return tuple(field.name for field in fields(kind) if field.name != "layer") if is_step else ()

@@ -1,4 +1,4 @@
-"""Fusion for every backend. Groups products of the same input, and joins attention with the rotations before it."""
+"""Fusion for every backend. Groups matrix products of the same input. Joins attention with the rotations before it."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _attend(program: ir.Program, at: int) -> Attend | None:
 
 
 def is_read(program: ir.Program, at: int, name: str) -> bool:
-    """True if the buffer's present content is a result of the program or is read by a step at index `at` or later."""
+    """True if the content of buffer `name` is the program's result, or is read by a step at index `at` or later."""
     for step in program.steps[at:]:
         if any(buffer.name == name for buffer in step.reads):
             return True

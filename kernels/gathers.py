@@ -23,7 +23,7 @@ _PACKED = (ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 
 
 def band_borders(program: ir.Program, rows: int, most: int) -> list[int]:
-    """Divides the rows of a microbatch into up to `most` bands, and returns the borders. Gathers run once per band."""
+    """Divides a microbatch's rows into up to `most` bands, and returns their borders. Gathers run once per band."""
     before = takewhile(lambda step: not isinstance(step, ir.SelectRows), program.steps)
     is_whole = rows < LEAST_BANDED_ROWS or program.states or not program.is_causal
     if is_whole or not any(isinstance(step, ir.Gather) for step in before):

@@ -142,7 +142,7 @@ def layers_of(program: Program, start: int, end: int) -> Program:
         layer = _layer(step)
         if layer is not None and layer > program.start:
             bounds.setdefault(layer, at)
-    given, sent = (_Carried.at(program, bounds[layer]) for layer in (start, end))
+    given, sent = (_Carried.before(program, bounds[layer]) for layer in (start, end))
     steps = program.steps[bounds[start] : bounds[end]]
     hidden, out, normed = program.hidden, program.out, program.normed
     if start > program.start and given is not None:
@@ -162,11 +162,11 @@ class _Carried:
     start: int
 
     @classmethod
-    def at(cls, program: Program, at: int) -> _Carried | None:
-        """Returns the row that the steps from index `at` need, or None if they need only the hidden state."""
+    def before(cls, program: Program, index: int) -> _Carried | None:
+        """Returns the row to pass to the steps from `index` on, or None if they need only the hidden state."""
         # `slices` maps a buffer to the start of its first slice.
         whole, slices, written = set[Buffer](), dict[Buffer, int](), set[str]()
-        for step in program.steps[at:]:
+        for step in program.steps[index:]:
             for buffer in step.reads:
                 if buffer.name in written:
                     continue

@@ -1,4 +1,4 @@
-"""Checks that the compiled module has all that its stub declares. An outdated build would fail later."""
+"""Checks that the compiled module has everything that its stub declares, because an outdated build would fail later."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Sampler:
     are the log-softmax of raw logits."""
 
     def __init__(self, vocabulary_size: int, feature_level: str = "", threads: int = 1) -> None:
-        """`threads` threads share the rows. `feature_level` "" is the best. Raises ValueError for unknown levels."""
+        """`threads` is the thread count. `feature_level` "" means the best. Raises ValueError for unknown levels."""
         self._native = _native.Sampler(vocabulary_size, feature_level, threads)
 
     @property

@@ -32,8 +32,9 @@ from llamaclust.model.program import Program
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The rows x [rows, width] that the matrices named in `weights` multiplied in the last run. The next run overwrites
-    x. For matrices of experts or heads, `chosen` [rows, used] has their numbers, and x may be [rows * used, width]."""
+    """The last run's inputs x [rows, width] of the matrices named in `weights`. The next run overwrites x. If each
+    expert or head has its own matrix, `chosen` [rows, used] has the ids of each row's experts or heads, and x may be
+    [rows * used, width]."""
 
     weights: tuple[str, ...]
     x: Float32
@@ -215,7 +216,7 @@ class CpuBackend:
         *,
         observed: bool = False,
     ) -> CpuStage:
-        """Raises ModelFileError if there are no kernels for the program. `observed` keeps the `inputs` of a run."""
+        """`observed` keeps a run's `inputs`. Raises ModelFileError if there are no kernels for the program."""
         found: list[InputCopy] = []
         with self._loading(program, tensors, limits):
             weights = self._weights.load(program, tensors, progress)

@@ -9,8 +9,8 @@ from llamaclust.model.quant_types import ActivationFormat
 
 @dataclass(slots=True)
 class Buffers:
-    """Assigns numbers to the buffers of a plan. A private buffer, of which each thread may have a copy, is for steps
-    that compute row by row. Products and attention write to shared buffers."""
+    """Assigns numbers to the buffers of a plan. Private buffers, which may have a copy per thread, are for steps that
+    compute row by row. Matrix products and attention write to shared buffers."""
 
     plan: Plan
     rows: int

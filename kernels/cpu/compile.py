@@ -31,7 +31,7 @@ _SLOTS = 4
 
 @dataclass(frozen=True, slots=True)
 class InputCopy:
-    """A copy of the rows that the matrices named in `weights` multiply, made in each run."""
+    """A buffer into which each run copies the rows that the matrices named in `weights` multiply."""
 
     weights: tuple[str, ...]
     buffer: int  # Number of the buffer that gets the copy.
@@ -42,7 +42,7 @@ class InputCopy:
 
 @dataclass(frozen=True, slots=True)
 class RowScales:
-    """A buffer with one number for each row: the row's scale of LoRA adapter number `adapter`, times `factor`."""
+    """A buffer with one number per row: the row's scale for LoRA adapter number `adapter`, times `factor`."""
 
     buffer: int
     adapter: int
@@ -134,7 +134,7 @@ class Compiler:
                 out = buffers.write(step.out, private=True)
                 self.plan.merge_rows(x, out, step.factor, isinstance(step, ir.MeanRows))
             case ir.Exchange():
-                raise AssertionError("a processor computes its experts itself")
+                raise AssertionError("an Exchange step reached the CPU backend, which computes experts itself")
             case ir.Gather():
                 self._gather(step)
             case _:
@@ -157,7 +157,7 @@ class Compiler:
         return out
 
     def _gather_packed(self, step: ir.Gather, form: ActivationFormat) -> None:
-        """Exchanges columns that are already quantized to int8, which are fewer bytes and give the same results."""
+        """Quantizes columns to int8 before they are gathered, which sends fewer bytes. The results are the same."""
         assert step.x is not None
         own, whole = (ir.Buffer(buffer.name, buffer.width // step.lines) for buffer in (step.x, step.out))
         packed = self._buffers.write(_packed(own, form), step.lines)
@@ -276,7 +276,7 @@ class Compiler:
         self.plan.multiply_heads(list(weight.matrices), self._buffers.write(step.out), slot)
 
     def _adapt(self, x: ir.Buffer, steps: Sequence[ir.Adapt]) -> None:
-        """Emits the products of adapters: first with all `down` matrices, and then with the `up` matrices."""
+        """Emits the matrix products of adapters: first with all `down` matrices, and then with the `up` matrices."""
         down = [self._weights[step.down] for step in steps]
         inner = [ir.Buffer(f"adapter {place} of rank {step.rank}", step.rank) for place, step in enumerate(steps)]
         slots = self._quantize(self._buffers.read(x), [weight.quant_type for weight in down])

@@ -40,7 +40,7 @@ class _ExpertsCompiler(Compiler):
         return Compiled(self.plan, None)
 
     def run_lines(self) -> CompiledLines:
-        """Compiles two parts for each mixture. A line's input is a row and a one-hot vector of the line's expert."""
+        """Compiles two parts per mixture. A line is a row with a one-hot vector that selects its expert."""
         first, *_ = mixtures = mixtures_of(self._program)
         read = sum(buffer.width for buffer in first.reads)
         choice = self.plan.add_buffer(2 * first.used, 1, False, self._limits.max_batch_tokens)

@@ -75,11 +75,11 @@ class CpuExperts:
         return self._mixtures.run_mixture(number, batch, hidden)
 
     def route(self, number: int, hidden: Float32) -> tuple[Int32, Float32]:
-        assert self._lines is not None, "loaded without lines"
+        assert self._lines is not None, "the experts were loaded with lines=0"
         return self._lines.route(number, hidden)
 
     def run_lines(self, number: int, x: Float32, experts: Int32) -> Float32:
-        assert self._lines is not None, "loaded without lines"
+        assert self._lines is not None, "the experts were loaded with lines=0"
         return self._lines.run(number, x, experts)
 
     def expert_weights(self, number: int, expert: int) -> tuple[NDArray[np.uint8], ...]:

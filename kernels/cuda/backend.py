@@ -163,14 +163,14 @@ class CudaBackend:
 
 
 def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-    """Returns the bytes of a stage except weights and KV memory. Needs no GPU. Raises ModelFileError or UsageError."""
+    """Returns a stage's memory besides weights and KV memory. Needs no GPU. Raises ModelFileError or UsageError."""
     plan = _plan(program, tensors, limits)
     rounded = plan.kv_allocated_bytes - kv_bytes(program, limits)
     return plan.buffers_allocated_bytes + rounded + rounded_weight_bytes(program, tensors)
 
 
 def most_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-    """Returns an upper bound of `workspace_bytes` for any number of KV blocks, without `rounded_weight_bytes`."""
+    """Returns an upper bound of `workspace_bytes` minus `rounded_weight_bytes` for any number of KV blocks."""
     if program.window is not None:
         # With window blocks, layers with windows have their own block table, which takes memory.
         limits = replace(limits, window_blocks=1)

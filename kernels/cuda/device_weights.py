@@ -50,7 +50,7 @@ class LayerTensors:
 
     @property
     def offsets(self) -> Iterator[tuple[Tensor, int]]:
-        """Yields each tensor and its offset, a multiple of 16 bytes. Matrices have the offsets of `PackedLayer`."""
+        """Yields tensors and their offsets, multiples of 16 bytes. Matrices have the same offsets in `PackedLayer`."""
         at = 0
         for tensor in self.tensors:
             yield tensor, at
@@ -80,7 +80,7 @@ class DeviceWeights:
         self._loaded: WeakValueDictionary[tuple[object, ...], LayerMemory] = WeakValueDictionary()
 
     def load(self, program: Program, tensors: Mapping[str, Tensor], progress: Progress) -> tuple[LayerMemory, ...]:
-        """Raises InsufficientMemoryError, and the errors of the CPU backend's `WeightStore.load`."""
+        """Uploads packed weights. Raises InsufficientMemoryError, and the errors of the CPU's `WeightStore.load`."""
         check_weights(program, tensors)
         layers = layers_of_weights(tensors[name] for name in program.weights)
         with self._lock:
@@ -150,7 +150,7 @@ class _Uploads:
 
 
 class LoadProgress:
-    """Reports loaded bytes. Holds back 1 / `_KERNELS_SHARE` of them until the kernels are compiled. Thread-safe."""
+    """Reports loaded bytes. Reports the last 1 / `_KERNELS_SHARE` of them as kernels are compiled. Thread-safe."""
 
     def __init__(self, progress: Progress, total_bytes: int, modules: int) -> None:
         self._progress = progress

@@ -1,4 +1,4 @@
-"""Measures the speed of products on a GPU and the peak rates of reads and multiply-accumulates."""
+"""Measures the speed of matrix products on a GPU and the peak rates of reads and multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def limits(device: Device) -> tuple[float, float]:
 
 
 def _rate(device: Device, work_at: Callable[[float], _Work]) -> float:
-    """Returns the amount of work per second. Uses the first of `_SCALES` that takes longer than `_LONG_S`."""
+    """Returns work per second, measured with the first of `_SCALES` that takes longer than `_LONG_S`."""
     for scale in _SCALES:
         work, amount = work_at(scale)
         # The first launch also loads the kernel, which takes milliseconds.
@@ -111,7 +111,7 @@ def allocate_flush(device: Device) -> Buffer:
 
 
 def flush_cache(device: Device, memory: Buffer) -> None:
-    """Replaces the content of the GPU's cache, as weights do between two tokens. Takes about a millisecond."""
+    """Overwrites the GPU's cache, as reading all weights for a token does. Takes about a millisecond."""
     args = memory.at(), np.int32(memory.n_bytes // _PIECE_BYTES), memory.at()
     device.launch(Launch("limits.read", (8 * device.sms, 1, 1), (_BLOCK, 1, 1), args))
     device.synchronize()

@@ -1,5 +1,5 @@
-"""The packed-weight cache, which keeps the tiles that a load has packed for later loads. A layer's key is a SHA-256 of
-its packing and of its bytes (or of the model file's identity and times)."""
+"""The packed-weight cache, which stores packed tiles on disk for later loads. A layer's key is a SHA-256 of its packing
+and of its bytes (or of the model file's identity and times)."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class PackedCache:
         return self._usable and self._writer.is_usable
 
     def _found(self, layers: Sequence[PackedLayer], pool: Executor) -> Iterator[_Found | None]:
-        """Yields the cached layers. Logs unreadable layers once in a load, because they usually have the same cause."""
+        """Yields the cached layers. Logs one warning for all unreadable layers, because they usually have one cause."""
         self._keys.update((layer, layer_key(layer)) for layer in layers)
         blocked: list[OSError] = []
         for layer, found in zip(layers, pool.map(self._find, layers), strict=True):

@@ -1,4 +1,4 @@
-"""Tells which memory maps of cache files are in huge pages, and moves other memory of this process to huge pages."""
+"""Finds the memory maps of cache files in huge pages, and moves other memory of this process to huge pages."""
 
 from __future__ import annotations
 
@@ -50,7 +50,6 @@ def move_to_huge_pages(memories: Sequence[Memory], pool: Executor) -> None:
 
 
 def own_huge_bytes(memories: Sequence[Memory]) -> int:
-    """Returns how many bytes of `memories` are in huge pages."""
     return sum(
         n_bytes
         for addresses, n_bytes in _huge_bytes("AnonHugePages")

@@ -12,7 +12,7 @@ from llamaclust.model.gguf.tensors import Tensor
 
 @dataclass(frozen=True, slots=True)
 class PackedLayer:
-    """The matrices (not the vectors) of one layer, stored one after another, or one matrix outside the layers."""
+    """Matrices that are stored one after another: all of a layer (without vectors), or one that is in no layer."""
 
     name: str
     tensors: tuple[Tensor, ...]

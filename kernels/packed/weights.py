@@ -63,7 +63,7 @@ def _check(tensor: Tensor, wanted: tuple[int, ...]) -> None:
     if tensor.quant_type not in allowed:
         known = ", ".join(kind.name for kind in allowed)
         what = f"type {tensor.quant_type.name} has no CPU kernels; supported: {known}"
-        raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; take another file of the model")
+        raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; use another GGUF file of this model")
     fits = len(wanted) == len(tensor.shape) and all(map(_is_size, wanted, tensor.shape))
     if not fits or max(tensor.shape) >= 1 << 31:
         sizes = [size if size >= 0 else "any" for size in wanted]

@@ -138,6 +138,6 @@ def _load(tensor: Tensor) -> Float32:
     if tensor.quant_type not in SUPPORTED_TYPES:
         known = ", ".join(sorted(kind.name for kind in SUPPORTED_TYPES))
         what = f"the reference backend does not support type {tensor.quant_type.name}; supported: {known}"
-        raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; take another file of the model")
+        raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; use another GGUF file of this model")
     weights = dequantize(tensor.quant_type, tensor.read(), tensor.rows * tensor.shape[-1])
     return weights.reshape(tensor.shape)

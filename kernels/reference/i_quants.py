@@ -119,8 +119,8 @@ def iq1_m(blocks: Bytes) -> Float32:
 
 
 def iq4_xs(blocks: Bytes) -> Float32:
-    """Block layout: float16 d, 8 x upper 2 bits of a scale, 8 x lower 4 bits of a scale (minus 32), 256 x 4 bits (32
-    weights in 16 bytes)."""
+    """Block layout: float16 d, the upper 2 bits of 8 scales, their lower 4 bits, 256 four-bit indices in 8 x 16 bytes.
+    A scale is its six bits minus 32."""
     high = words(blocks[:, 2:4], np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16) & 3
     scales = (nibble_pairs(blocks[:, 4:8]) | high << 4).astype(np.float32) - np.float32(32)
     weights = IQ4_VALUES[fields(blocks[:, 8:].reshape(-1, 8, 16), 4)]

@@ -9,8 +9,8 @@ from llamaclust.kernels.reference.bits import Bytes, Float32, fields, floats16, 
 
 
 def q2_k(blocks: Bytes) -> Float32:
-    """Block layout: 16 x (4-bit scale, 4-bit minimum), 256 x 2 bits (128 weights in 32 bytes), float16 d, float16
-    dmin."""
+    """Block layout: 16 bytes with a 4-bit scale and a 4-bit minimum each, 256 two-bit weights in 2 x 32 bytes, float16
+    d, float16 dmin."""
     scales = blocks[:, :16]
     weights = fields(blocks[:, 16:80].reshape(-1, 2, 32), 2).astype(np.float32)
     d, dmin = floats16(blocks, 80), floats16(blocks, 82)
@@ -43,20 +43,20 @@ def _q45(blocks: Bytes, weights: Bytes) -> Float32:
 
 
 def q4_k(blocks: Bytes) -> Float32:
-    """Block layout: float16 d, float16 dmin, 12 bytes of scales, 256 x 4 bits (64 weights in 32 bytes)."""
+    """Block layout: float16 d, float16 dmin, 12 bytes of scales, 256 four-bit weights in 4 x 32 bytes."""
     return _q45(blocks, fields(blocks[:, 16:].reshape(-1, 4, 32), 4))
 
 
 def q5_k(blocks: Bytes) -> Float32:
-    """Block layout: float16 d, float16 dmin, 12 bytes of scales, 256 x fifth bit (bit i of 32 bytes is for weights 32 *
-    i to 32 * i + 31), 256 x 4 bits (64 weights in 32 bytes)."""
+    """Block layout: float16 d, float16 dmin, 12 bytes of scales, the fifth bits of 256 weights in 32 bytes (bit i of
+    byte j is for weight 32 * i + j), their low four bits in 4 x 32 bytes."""
     low = fields(blocks[:, 48:].reshape(-1, 4, 32), 4).reshape(-1, 8, 32)
     return _q45(blocks, low | fields(blocks[:, 16:48], 1) << np.uint8(4))
 
 
 def q6_k(blocks: Bytes) -> Float32:
-    """Block layout: 256 x 4 bits (128 weights in 64 bytes), 256 x upper 2 bits (128 weights in 32 bytes), 16 x int8
-    scale, float16 d."""
+    """Block layout: the low four bits of 256 weights in 2 x 64 bytes, their upper two bits in 2 x 32 bytes, 16 int8
+    scales, float16 d."""
     low = fields(blocks[:, :128].reshape(-1, 2, 64), 4).reshape(-1, 256)
     high = fields(blocks[:, 128:192].reshape(-1, 2, 32), 2).reshape(-1, 256)
     weights = (low | high << 4).astype(np.float32) - np.float32(32)
@@ -64,8 +64,7 @@ def q6_k(blocks: Bytes) -> Float32:
 
 
 def _ternary_digits(data: Bytes, digits: int) -> Bytes:
-    """Returns the base-3 digits of the fraction byte / 256, highest digit first: [blocks, n] -> [blocks, digits *
-    n]."""
+    """Returns the base-3 digits of byte / 256, highest digit first: [blocks, n] -> [blocks, digits * n]."""
     powers = np.array([3**i for i in range(digits)], np.uint8)[:, None]
     fractions = data[:, None, :] * powers
     return (fractions.astype(np.uint16) * 3 >> 8).astype(np.uint8).reshape(len(data), -1)
@@ -79,6 +78,6 @@ def tq1_0(blocks: Bytes) -> Float32:
 
 
 def tq2_0(blocks: Bytes) -> Float32:
-    """Block layout: 256 x 2 bits (128 weights in 32 bytes), then float16 d. No quantizer writes the value 2."""
+    """Block layout: 256 two-bit weights in 2 x 32 bytes, then float16 d. No quantizer writes the value 2."""
     weights = fields(blocks[:, :64].reshape(-1, 2, 32), 2).reshape(-1, 256)
     return (weights.astype(np.float32) - np.float32(1)) * floats16(blocks, 64)

@@ -79,8 +79,8 @@ def dry(row: Candidates) -> None:
 
 
 def repetitions(history: tuple[int, ...], breakers: tuple[tuple[int, ...], ...], allowed_length: int) -> dict[int, int]:
-    """Returns tokens that would continue a repetition of at least `allowed_length` tokens, with its length (DRY). For
-    example, the token c has length 2 after "a b c a b". A repetition contains none of the `breakers`."""
+    """Returns the tokens that would continue a repetition (DRY), with its length, which is at least `allowed_length`.
+    For example, the token c has length 2 after "a b c a b". A repetition contains none of the `breakers`."""
     reach = _reach(history, breakers)
     if len(history) <= allowed_length or reach < allowed_length:
         return {}

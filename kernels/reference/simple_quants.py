@@ -44,12 +44,12 @@ def _five_bits(high: Bytes, low: Bytes) -> Float32:
 
 
 def q5_0(blocks: Bytes) -> Float32:
-    """Block layout: float16 d, 32 x fifth bit, then 32 x 4 bits."""
+    """Block layout: float16 d, the fifth bits of 32 weights, then 32 x 4 bits."""
     return (_five_bits(blocks[:, 2:6], blocks[:, 6:]) - np.float32(16)) * floats16(blocks, 0)
 
 
 def q5_1(blocks: Bytes) -> Float32:
-    """Block layout: float16 d, float16 m, 32 x fifth bit, then 32 x 4 bits."""
+    """Block layout: float16 d, float16 m, the fifth bits of 32 weights, then 32 x 4 bits."""
     return _five_bits(blocks[:, 4:8], blocks[:, 8:]) * floats16(blocks, 0) + floats16(blocks, 2)
 
 

@@ -14,7 +14,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
-    """Raises ValueError if the batch exceeds `limits`. `window` is None if no layer frees KV blocks."""
+    """Raises ValueError if the batch exceeds `limits`. `window` is the window of layers that free KV blocks, if any."""
     starts, table_starts = batch.sequence_starts.tolist(), batch.table_starts.tolist()
     outputs, rows, blocks = batch.output_rows.tolist(), batch.rows, len(batch.block_tables)
     check_range("number of rows", rows, 1, limits.max_batch_tokens + 1)
@@ -34,7 +34,7 @@ def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
         _check_blocks("KV block", batch.block_tables, limits.kv_blocks)
     if window is not None and (batch.window_tables is None or len(batch.window_tables) != blocks):
         entries = 0 if batch.window_tables is None else len(batch.window_tables)
-        raise ValueError(f"batch: number of window_tables is {entries}, expected {blocks} like block_tables")
+        raise ValueError(f"batch: number of window_tables is {entries}, expected {blocks}, as many as block_tables")
     positions = batch.positions.tolist()
     for (begin, end), (first_block, end_block) in zip(pairwise(starts), pairwise(table_starts), strict=True):
         first, last = positions[begin], positions[begin] + end - begin - 1
@@ -47,8 +47,8 @@ def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
 def check_images(
     batch: Batch, limits: StageLimits, sections: int, given: tuple[int, int], merged: Sequence[int]
 ) -> None:
-    """Checks the additional inputs of microbatches with images. `sections` is the number of RoPE positions of a row,
-    `given` the number and the width of a given row's parts, and `merged` the number of rows that become one row."""
+    """Checks the inputs of a batch with images. `sections` is the number of RoPE positions per row. `given` is the
+    number and the width of a row's parts in `GivenRows`. Each number in `merged` is how many rows become one."""
     for together in merged:
         for start in batch.sequence_starts.tolist():
             if start % together:
@@ -64,22 +64,23 @@ def check_images(
 
 def _check_groups(batch: Batch, groups: NDArray[np.int32]) -> None:
     if groups.shape != (batch.rows, 2):
-        raise ValueError(f"batch: groups are {list(groups.shape)}, expected {[batch.rows, 2]}")
+        raise ValueError(f"batch: the shape of groups is {list(groups.shape)}, expected {[batch.rows, 2]}")
     starts, positions = batch.sequence_starts.tolist(), batch.positions.tolist()
     for begin, end in pairwise(starts):
         group_start, group_end = 0, positions[begin]
         for position, (first, last) in zip(positions[begin:end], groups[begin:end].tolist(), strict=True):
             if position == group_end:
-                group_start, group_end = position, last
-            if (first, last) != (group_start, group_end) or last <= position:
-                raise ValueError(f"batch: group of position {position} is [{first}, {last})")
+                group_start, group_end = position, max(last, position + 1)
+            if (first, last) != (group_start, group_end):
+                expected = f"expected [{group_start}, {group_end})"
+                raise ValueError(f"batch: group of position {position} is [{first}, {last}), {expected}")
         if group_end != positions[end - 1] + 1:
             raise ValueError(f"batch: end of a group is {group_end}, expected {positions[end - 1] + 1}")
 
 
 def _check_rope_positions(positions: NDArray[np.int32], least: tuple[int, int], context_tokens: int) -> None:
     if positions.ndim != 2 or positions.shape[0] < least[0] or positions.shape[1] != least[1]:
-        raise ValueError(f"batch: rope positions are {list(positions.shape)}, expected {list(least)}")
+        raise ValueError(f"batch: the shape of rope positions is {list(positions.shape)}, expected {list(least)}")
     for position in (int(positions.min()), int(positions.max())):
         check_range("rope position", position, 0, context_tokens)
 
@@ -112,7 +113,7 @@ def _check_positions(positions: Sequence[int], context_tokens: int, room: int) -
         if position != wanted:
             raise ValueError(f"batch: position is {position}, expected {wanted}")
     if end > room:
-        raise ValueError(f"batch: number of positions is {end}, a block table has {room}")
+        raise ValueError(f"batch: number of positions is {end}, but the block table has room for {room}")
 
 
 def _check_blocks(what: str, blocks: NDArray[np.int32], end: int) -> None:

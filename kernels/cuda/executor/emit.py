@@ -36,7 +36,7 @@ def _first_in_order(launches: Iterator[Launch | HostStep]) -> Iterator[Launch | 
 
 
 def fused_steps(program: ir.Program, types: Mapping[str, QuantType], *, given: bool) -> tuple[GpuStep, ...]:
-    """Groups a program's steps into launches. Without `given`, drops the steps for given rows."""
+    """Groups a program's steps into launches. If `given` is False, drops the steps that insert given rows."""
     if not given and program.given_levels:
         kept = (step for step in program.steps if not (isinstance(step, ir.GivenRows) and step.x == step.out))
         program = replace(program, steps=tuple(kept))
@@ -110,7 +110,7 @@ class Emitter:
             case Adapts():
                 raise AssertionError("programs with adapters are refused")
             case Attend():
-                raise AssertionError("attention is Attended")
+                raise AssertionError("no kernel computes Attend steps, but fuse_for_gpu left one")
             case Attended():
                 yield from self._attend(step)
             case Norm():
@@ -120,11 +120,11 @@ class Emitter:
             case ir.Moe():
                 yield from ExpertsEmitter(self.ops, step).launches()
             case ir.ExpertChoice() | ir.ExpertInner() | ir.ExpertDown() | ir.ExpertShards() | ir.ExpertSum():
-                raise AssertionError("programs with a part of the experts of a layer are refused")
+                raise AssertionError("programs with only some of a layer's experts are refused")
             case ir.MergeRows() | ir.MeanRows():
                 yield self._merge_rows(step)
             case ir.Exchange() | ir.Gather() | ir.GivenRows():
-                raise AssertionError("the host computes these")
+                raise AssertionError("no kernel computes Exchange, Gather or GivenRows steps, but one was requested")
             case ir.SelectRows():
                 x, self.ops.selected = self.ops.current[step.x.name], True
                 self.ops.quantized.clear()
@@ -229,7 +229,7 @@ class Emitter:
                 yield self._embed(step.weight, self._numbers_of(step.row), added)
                 yield elementwise.elementwise("add", (x, added), out, width, rows)
             case ir.GivenRows():
-                raise AssertionError("the host gives rows")
+                raise AssertionError("no kernel computes GivenRows steps, but one was requested")
             case ir.Decay():
                 yield states.decay(step, x, (self.ops.vector(step.weight), self.ops.vector(step.bias)), out, rows)
             case ir.PositionScale():

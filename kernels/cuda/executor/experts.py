@@ -25,8 +25,6 @@ class _Product:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsEmitter:
-    """Emits the launches of one mixture of experts."""
-
     ops: Operands
     step: Moe
 

@@ -1,4 +1,4 @@
-"""Fuses the small steps between two products into one GPU launch, after the fusion in kernels/fuse.py."""
+"""Fuses the small steps between two matrix products into one GPU launch, after the fusion in kernels/fuse.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Gated:
-    """Computes `out` = activation(gate) * up. `out` is written only in the format that the next product reads."""
+    """Computes `out` = activation(gate) * up, and writes it only in the format that the next matrix product reads."""
 
     gate: ir.Buffer
     up: ir.Buffer
@@ -39,7 +39,7 @@ class Gated:
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """Attention and the norms of its heads. `format` is set if all readers of the result want the same int8 format."""
+    """Attention, fused with the norms of its heads. `format` is set if all readers want the same int8 format."""
 
     attend: Attend
     norms: tuple[ir.RmsNorm, ...] = ()
@@ -59,7 +59,7 @@ GpuStep = FusedStep | Norm | Gated | Attended
 
 
 def fuse_for_gpu(program: ir.Program, type_of: TypeOf) -> Iterator[GpuStep]:
-    """Groups a program's steps into launches. All products of a `Products` have the same quant type."""
+    """Groups a program's steps into launches. All matrices of a `Products` step have the same quant type."""
     steps = tuple(fuse(program))
     at = done = 0  # Indices into `steps` and into the program's own steps.
     while at < len(steps):
@@ -82,7 +82,7 @@ class _Reader:
         return is_read(self.program, self.done + makers, out.name)
 
     def formats(self, out: ir.Buffer, makers: int, reader: FusedStep) -> frozenset[ActivationFormat]:
-        """Returns the formats in which `reader` and later steps read `out`, the result of `makers` steps."""
+        """Returns the formats of `out` that `reader` and later steps read. The next `makers` steps compute `out`."""
         if isinstance(reader, ir.Exchange) and out in reader.reads:
             return frozenset({ActivationFormat.F32})
         weights = _weights_of(reader, out)

@@ -1,4 +1,4 @@
-"""Gathers rows for a group's member on a GPU. Members on CPUs send the same bytes in the same order."""
+"""Gathers rows for a group member on a GPU. Members on CPUs send the same bytes in the same order."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def pack(x: Float32, form: ActivationFormat) -> Float32:
 
 
 def unpack(packed: Float32, form: ActivationFormat) -> Float32:
-    """Returns floats that quantize to the packed values again."""
+    """Returns floats whose quantization gives the packed values again."""
     # ((m / 127) * 127) / 127 = m / 127 for every float m.
     segments = packed.reshape(len(packed), -1, int(form) // 4 + 1)
     quants = np.ascontiguousarray(segments[..., :-1]).view(np.int8)

@@ -58,7 +58,7 @@ class InputBuffer:
         check_batch(batch, self._limits, self._window)
         check_images(batch, self._limits, self._reads.sections, self._given, self._merged[-1:])
         if batch.groups is not None and not self._reads.groups:
-            raise ValueError("batch: rows are in groups with latent attention, which GPUs do not support")
+            raise ValueError("batch: rows are in groups, but GPUs support no groups in models with latent attention")
         numbers = pinned.view(np.int32)
         merged = (batch.rows // together for together in self._merged)
         header = (batch.rows, len(batch.sequence_starts) - 1, len(batch.output_rows), *merged)

@@ -120,7 +120,7 @@ class Plan:
         return tuple(launch for segment in self.segments(shape) for launch in segment)
 
     def segments(self, shape: Shape) -> tuple[tuple[Launch, ...], ...]:
-        """Returns the launches in segments, between which the host computes a step."""
+        """Returns the launches in segments. Between two segments, the host computes a step."""
         segments: list[list[Launch]] = [[]]
         for launch in self._emitted(shape):
             if isinstance(launch, HostStep):

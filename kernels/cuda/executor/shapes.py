@@ -13,8 +13,8 @@ _EDGES = tuple(1 << power for power in range(12))
 
 @dataclass(frozen=True, slots=True)
 class ImageReads:
-    """The image inputs that a program reads: given rows (`gives`), rope positions in a number of `sections`, and row
-    groups (`groups`). If `looks_ahead`, rows attend to later rows in every microbatch."""
+    """The image inputs that a program reads: given rows (`gives`), RoPE positions with `sections` sections, and row
+    groups (`groups`). `looks_ahead` is True if rows always attend to later rows."""
 
     gives: bool = False
     sections: int = 0
@@ -70,7 +70,7 @@ class Shape:
 
     @classmethod
     def all(cls, limits: StageLimits, *, looks_ahead: bool = False) -> list[Shape]:
-        """Returns the buckets that decide buffer sizes: one for each power of two of rows, with and without decode."""
+        """Returns the buckets that determine buffer sizes: for 1, 2, 4, 8, ... rows, each with and without decode."""
         most = limits.max_batch_tokens
         rows = {_bucket(min(count, most), most) for count in (*_EDGES, most)}
         return [

@@ -40,7 +40,7 @@ class SegmentPlan(Protocol):
 
 
 class LaunchCache:
-    """Keeps the launches of recent shapes. The second use of a shape captures graphs."""
+    """Keeps the launches of recent shapes. At its second use, a shape's launches are captured as CUDA graphs."""
 
     def __init__(self, device: Device, plan: SegmentPlan, graphs: bool) -> None:
         self._device = device

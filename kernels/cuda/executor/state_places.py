@@ -11,7 +11,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class StatePlaces:
-    """Places as in `BatchStates`, but before[s] is -1 if sequence s starts from zeros."""
+    """The same blocks as in `BatchStates`, but before[s] is -1 if sequence s starts from zeros."""
 
     before: list[int]
     starts: list[int]
@@ -20,8 +20,8 @@ class StatePlaces:
 
 
 def state_places(batch: Batch, limits: StageLimits) -> StatePlaces:
-    """Returns the places of a batch's states: `batch.states` if states have their own blocks, or else the sequences' KV
-    blocks. Raises ValueError if a block is missing."""
+    """Returns the blocks of a batch's states: those in `batch.states` if states have their own blocks, or else the
+    sequences' KV blocks. Raises ValueError if a block is missing."""
     if limits.state_blocks:
         return _own_places(batch, limits.state_blocks)
     places = StatePlaces([], [0], [], [])

@@ -1,5 +1,5 @@
-"""Launches for an experts cache: first the products of lines whose experts are cached, then the weighted sums of all
-lines. A line is a row together with one of its experts."""
+"""Launches for an experts cache: first the matrix products of lines whose experts are cached, then the weighted sums of
+all lines. A line is a row together with one of its experts."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Copy:
 
 
 class ExpertTable:
-    """The uses and slots of experts. A use is a step in which an expert has a row, and recent uses count more."""
+    """The use counts and slots of experts. An expert counts once per step with rows for it. Recent uses count more."""
 
     def __init__(self, pools: Sequence[Pool], experts: int) -> None:
         self._pools = tuple(pools)

@@ -36,7 +36,7 @@ _CAUSAL, _GROUP, _SEQUENCE = range(3)
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """The memory that a stage's attention steps share. A slot holds the partial result of one row over one span."""
+    """The memory that a stage's attention steps share. A slot holds a row's partial result over a position range."""
 
     max_rows: int
     slots: int
@@ -134,9 +134,8 @@ def _many_queries(step: Attention, gpu: LaunchLimits) -> int:
         if (needed := many_shared_bytes(step, queries) + _STATIC_BYTES) <= gpu.shared_bytes:
             return queries
     found = f"{needed >> 10} KiB of shared memory in a block, but this GPU has {gpu.shared_bytes >> 10} KiB"
-    raise ModelFileError(
-        f"heads of {step.head_dim} channels need {found} (compute capability 7.0 has enough); set 'device: cpu'"
-    )
+    instead = "use a GPU of compute capability 7.0 or higher, or set 'device: cpu'"
+    raise ModelFileError(f"heads of {step.head_dim} channels need {found}; {instead}")
 
 
 def _few_queries(step: Attention) -> int:
@@ -197,7 +196,6 @@ def value_slices(step: Attention) -> int:
 
 
 def few_shared_bytes(step: Attention, queries: int) -> int:
-    """Returns the bytes of shared memory of the kernel `few`."""
     scores = max(queries * max(_SCORE_STRIDE, 8 * -(-step.head_dim // 8)), _MERGER_FLOATS)
     channels = _stage_channels(step) if step.kv_type is KvType.INT8 else 128
     staged = _stage_floats(step, 2 if queries < 16 else 1, queries, channels)
@@ -214,14 +212,13 @@ def _merged_floats(step: Attention) -> int:
 
 
 def brings_own(step: Attention) -> bool:
-    """True if the kernel `few` can also store the row's own key and value, which saves the launch that stores them."""
+    """True if the kernel `few` can also store the row's own key and value, which saves a separate launch."""
     queries = _few_queries(step)
     fits = 4 * (queries * _SCORE_STRIDE + _fresh_floats(step)) + _STATIC_BYTES <= PLAIN_SHARED_BYTES
     return queries > 0 and not step.shares_kv and fits
 
 
 def many_shared_bytes(step: Attention, queries: int) -> int:
-    """Returns the bytes of shared memory of the kernel `many`."""
     if step.kv_type is KvType.F16:
         staged = 8 * (-(-step.head_dim // 8) * queries + SPAN_TOKENS)
     else:
@@ -261,7 +258,7 @@ class AttentionLaunches:
     grouped: bool = False
 
     def plan(self, step: Attention, plan: np.uint64) -> Launch:
-        """Plans the tiles and spans of a microbatch. Runs once for all layers of equal `likeness`."""
+        """Returns the launch that writes tiles (groups of rows) and spans (ranges of positions) to `plan`."""
         inputs, room, few = self.inputs, self.room, self._few(step)
         split_below = -(-2 * self.gpu.sms // (step.kv_heads * _parts(step, self._many(step))))
         places = 2 * self.gpu.sms // (step.kv_heads * _parts(step, few)) if few else 0

@@ -27,7 +27,7 @@ class ExpertBuffers:
 
 
 def choice_bytes(step: Moe, rows: int) -> int:
-    """Returns the size in bytes of the chosen experts' ids, which is also the size of their weights."""
+    """Returns the size in bytes of the chosen experts' ids. The routing weights have the same size."""
     return 4 * rows * step.used
 
 

@@ -33,7 +33,7 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class RowCount:
-    """A grid of `bucket` rows. Only the first `multiple` * n rows are computed, where n is the int32 at `address`."""
+    """A grid of `bucket` rows. Kernels compute only the first `multiple` * n rows. n is the int32 at `address`."""
 
     bucket: int
     address: np.uint64

@@ -51,7 +51,7 @@ _ARRIVAL_BYTES, _OTHERS_PART = 8, 7
 """Bytes of a bulk copy's barrier. 1 / `_OTHERS_PART` of the shared memory stays free for concurrent kernels."""
 _GEMM_STAGES = 3
 _KEPT_BYTES, _TERM_BYTES, _TURN_PIECE_BYTES = 2560, 16, 3072
-"""Bytes of a warp's memory for terms (products to be added), of one term, and of the longest piece in a turn."""
+"""Bytes of a warp's memory for terms (products to be added), of one term, and of the longest piece with terms."""
 _STATIC_BYTES, _RESERVED_BYTES = 576, 1024
 _TEAM_ROWS, _TEAM_WARPS, _STAGE_BYTES = 2, 4, 8192
 """Limits for float weights (float_teams.cuh): rows of a team with one warp, warps of a block, and bytes of a stage."""
@@ -190,7 +190,7 @@ def _takes_gemm(products: Sequence[Product], rows: int, sms: int) -> bool:
 
 
 def _gemm_rows(products: Sequence[Product], rows: int, gpu: LaunchLimits) -> int:
-    """Returns the number of rows of a thread block. Blocks are wide if there are enough for all multiprocessors."""
+    """Returns the number of rows per thread block. Blocks are wide if each multiprocessor still gets about one."""
     if gpu.compute_capability != _HOPPER or products[0].weights.activation is ActivationFormat.F32:
         return _GEMM_ROWS
     wide_blocks = _blocks(products, _WIDE_WARPS) * -(-rows // _WIDE_ROWS)
@@ -324,7 +324,6 @@ def _gemm_warps(products: Sequence[Product], items: int, gpu: LaunchLimits) -> i
 
 
 def _gemm_shared_bytes(weights: Weights, rows: int, warps: int, gpu: LaunchLimits) -> int:
-    """Returns the bytes of shared memory that a thread block of the gemm kernel needs."""
     segments, info = 256 // weights.activation.value, weights.quant_type.info
     sub_blocks = _SUB_BLOCKS.get(weights.quant_type, 0)
     scales = warps * TILE_ROWS * 4 * (sub_blocks // 2 + 1) if sub_blocks else 0

@@ -16,7 +16,7 @@ from llamaclust.kernels.cuda.runtime.sources import OPTIONS
 _log = logging.getLogger(__name__)
 
 _MOST_BYTES = 1 << 30
-"""The folder's maximum bytes, for all versions, architectures and compilers. One set of kernels takes 1 % of this."""
+"""The maximum size of the folder, for all versions, architectures and compilers. One set of kernels takes 1 % of it."""
 
 _MOST_MODULE_BYTES = 1 << 28
 

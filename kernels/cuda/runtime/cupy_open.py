@@ -71,8 +71,8 @@ def usable_nvrtc(cupy: Any, architecture: int) -> Nvrtc:
             _version(one) for one in (nvrtc.version, divmod(oldest, 10), divmod(architecture, 10))
         )
         raise UsageError(
-            f"device cuda: NVRTC {made_by} compiles for compute capability {needed} and later, the GPU has {found}: "
-            "uninstall cupy-cuda13x, then pip install 'llamaclust[cuda12]'"
+            f"device cuda: NVRTC {made_by} compiles for compute capability {needed} and later, but the GPU "
+            f"has {found}: uninstall cupy-cuda13x, then pip install 'llamaclust[cuda12]'"
         )
     return nvrtc
 

@@ -88,13 +88,13 @@ class Device(Protocol):
     def upload(self, buffer: Buffer, offset_bytes: int, data: Bytes) -> None: ...
 
     def copy_in(self, buffer: Buffer, offset_bytes: int, pinned: Bytes) -> None:
-        """Copies an array of `Device.pinned`, in order with launches. The array must not change before the copy."""
+        """Copies a pinned array to the GPU, in stream order. The array must not change before the copy is done."""
 
     def copy_in_background(self, buffer: Buffer, parts: Iterable[tuple[int, Bytes]]) -> Event:
-        """Copies pinned memory to these offsets while launches run. The event marks the end of all copies."""
+        """Copies each (offset, pinned memory) of `parts` while launches run. The event marks the end of all copies."""
 
     def copy_out(self, pinned: Bytes, buffer: Buffer, offset_bytes: int) -> None:
-        """Fills `pinned` in order with launches. The data is complete after `synchronize` or after a later event."""
+        """Copies GPU memory to `pinned` in stream order. The data is complete after `synchronize` or a later event."""
 
     def launch(self, launch: Launch) -> None: ...
 

@@ -271,7 +271,7 @@ def test_a_plan_shows_what_rules_did(
     for mistake, line in {
         "placement=[expz=CPU]": "placement: 'expz=ram' matches none of ",
         "placement=['blk.3.=CPU']": "placement: layer 3 in RAM comes after layer 0, .* (worker a)",
-        "placement=[exps=CUDA7]": "placement: there is no cuda:7 among cuda:0; name one of these, or gpu (worker a)",
+        "placement=[exps=CUDA7]": "there is no cuda:7 among cuda:0; name one of these, or `gpu` for any GPU (worker a)",
         "placement=[{tensors: exps, device: CPU, workers: [b]}]": "applies to no worker with a GPU, and workers",
     }.items():
         with pytest.raises(UsageError, match=line.replace("(", r"\(").replace(")", r"\)")):

@@ -82,7 +82,7 @@ def test_a_cupy_that_does_not_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         (FakeRuntime(gpus=((9, 0), (6, 0))), "Card 1 has compute capability 6.0, but kernels need 6.1"),
         (
             FakeRuntime(gpus=((9, 0), (6, 1))),
-            r"NVRTC 13\.0 compiles for compute capability 7\.5 and later, the GPU has 6\.1: .*'llamaclust\[cuda12\]'",
+            r"13\.0 compiles for compute capability 7\.5 and later, but the GPU has 6\.1: .*'llamaclust\[cuda12\]'",
         ),
     ],
 )

@@ -238,7 +238,7 @@ def test_random_rules_change_no_bit(shim: None, mixture: Path) -> None:
             r"blk\.3\.=CPU",
             "placement: layer 3 in RAM comes after layer 0, which may be on a GPU, but a worker's",
         ),
-        ("cuda:0", "exps=CUDA1", "placement: there is no cuda:1 among cuda:0; name one of these, or gpu"),
+        ("cuda:0", "exps=CUDA1", "placement: there is no cuda:1 among cuda:0; name one of these, or `gpu` for any GPU"),
         ("cuda:0", "attn_q=CPU", "placement: 'attn_q=ram' puts blk.0.attn_q.weight in RAM, but not"),
         ("cpu", "exps=CPU", "placement is for GPUs; set device to cuda:0 as well"),
     ],

@@ -203,6 +203,6 @@ def test_tables_of_windows_are_as_long_as_those_of_blocks(opened: Open, cuda: Cu
     stage = load_stage(cuda, opened("gemma2"), limits=replace(LIMITS, window_blocks=4))
     batch = batch_of([([5], [32], [0, 1, 2])])
     for tables, entries in ((None, 0), (np.array([0, 1], np.int32), 2)):
-        with pytest.raises(ValueError, match=f"window_tables is {entries}, expected 3 like block_tables"):
+        with pytest.raises(ValueError, match=f"window_tables is {entries}, expected 3, as many as block_tables"):
             stage.run(replace(batch, window_tables=tables), None)
     stage.close()

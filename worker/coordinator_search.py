@@ -1,4 +1,4 @@
-"""Finds a worker's coordinator. Tries all known addresses at the same time, each with its own pauses after failures."""
+"""Finds a worker's coordinator. Tries all known addresses concurrently, with a separate backoff for each address."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _STAGGER_S = 0.25
 """Seconds between the first attempts at two addresses (RFC 8305, section 5)."""
 _LOG_EVERY_S = 60.0
 _IDLE_LOG_S = 3600.0
-"""Seconds between two log lines of a worker that waits, perhaps for days, for the next cluster."""
+"""Seconds between two log lines while a worker waits for the next cluster, which may take days."""
 _MOST_LOGGED = 16
 _MOST_FOUND = 64
 _FALSE_AFTER = 3
-"""Number of failures after which an announced address counts as false, so that a new address may replace it."""
+"""Number of failures after which an announced address may be replaced by a newly announced address."""
 
 _Result = TypeVar("_Result")
 
@@ -40,7 +40,7 @@ class Place:
 
 
 class CoordinatorSearch:
-    """Searches for a coordinator at several addresses. Fails if all refuse, except with `discovers` or `stays`."""
+    """Searches for a coordinator at several addresses. Fails if all refuse, unless `discovers` or `stays` is set."""
 
     def __init__(self, addresses: Sequence[str], *, discovers: bool = False, stays: bool = False) -> None:
         self.limit_s: float | None = None
@@ -70,7 +70,7 @@ class CoordinatorSearch:
             place.failures, place.is_refused = 0, False
 
     def add(self, address: str) -> None:
-        """Adds an announced address, unless 64 others are known, none of which has failed often."""
+        """Adds an announced address. If 64 are known, replaces one with 3 or more failures, or else does nothing."""
         if any(place.address == address for place in self._places):
             return
         found = [place for place in self._places if place.is_found]
@@ -88,7 +88,7 @@ class CoordinatorSearch:
         return True
 
     async def reached(self, attempt: Callable[[str], Awaitable[_Result]]) -> tuple[Place, _Result]:
-        """Attempts all addresses at once. Returns the place and result of the first success. Raises LlamaclustError."""
+        """Calls `attempt` for all addresses concurrently. Returns the first success. Raises LlamaclustError."""
         self._trying = {}
         try:
             async with asyncio.timeout_at(self._end_s):

@@ -194,7 +194,7 @@ class Loads:
         return EncoderStreams(encoder, self._worker.compute.apart(ENCODER_NICENESS))
 
     async def _beside_last_tiles(self, load: Callable[[], Awaitable[_Value]]) -> _Value:
-        """Awaits `load`. If memory is short, waits until ended encoders have freed memory, and awaits `load` again."""
+        """Calls `load`. If memory is short, waits until closed encoders have freed memory, and calls `load` again."""
         try:
             return await load()
         except InsufficientMemoryError:

@@ -32,7 +32,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def run_worker(settings: WorkerSettings) -> int:
-    """Runs a worker and returns an exit code. Logs errors, but a static worker with a text log raises UsageError."""
+    """Runs a worker and returns its exit code. Logs errors, but a static worker with a text log raises UsageError."""
     start_logging(settings.log_format, cluster=settings.cluster, worker=settings.name)
     allow_many_files()
     request_slices(USUAL_SLICE_NS)
@@ -67,7 +67,7 @@ def _set_parent_death_signal(parent_pid: int) -> None:
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent_pid:
         raise SystemExit(f"the process that started this worker (pid {parent_pid}) has ended")
 

@@ -127,7 +127,7 @@ class Member:
         return self._deadlines.coordinator_s
 
     async def serve(self) -> str:
-        """Obeys the coordinator until it ends the membership, and returns its reason. Raises WorkerError."""
+        """Handles the coordinator's requests until it ends the membership. Returns its reason. Raises WorkerError."""
         coordinator = "" if self._stream is None else self._stream.address
         session = Session(self._worker, self._credentials, self._deadlines, Counters(), self.send, coordinator)
         loads = Loads(session)

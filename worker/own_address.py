@@ -41,7 +41,7 @@ class Route:
     def own_host(self) -> str:
         host = source_host(self.host, self.family, self.port)
         if host is None:
-            raise WorkerError(f"{self.host} cannot be reached: this machine has no route there")
+            raise WorkerError(f"{self.host} cannot be reached: this machine has no route to it")
         return host
 
 

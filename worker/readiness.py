@@ -16,7 +16,7 @@ _PERIOD_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Keeps a file while the worker loads nothing, and either holds layers or is idle."""
+    """Maintains a file that exists while the worker is not loading and either holds layers or is idle."""
 
     file: Path | None = None  # None if no file is wanted.
 

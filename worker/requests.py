@@ -61,7 +61,7 @@ class Requests:
         return await worker.kv_disk.answer(request, worker.service.stage(request.epoch).runner)
 
     async def _profile_in_thread(self, request: profiles.ProfileWorker) -> profiles.WorkerProfile:
-        """Waits for the thread even if cancelled, so that the next measurement cannot run at the same time."""
+        """Measures in a thread. Waits for the thread even if cancelled, so that measurements never overlap."""
         measuring = asyncio.ensure_future(asyncio.to_thread(self._profile, request))
         try:
             return await asyncio.shield(measuring)
@@ -103,7 +103,7 @@ class Requests:
         return replace(await progress.during(finding, progressed, _REPORT_S), request_id=request.request_id)
 
     async def _probe(self, request: messages.ProbePeer) -> messages.ProbeResult:
-        """Tests a link with a new connection, because an open connection may outlast the link, or be broken itself."""
+        """Tests the link to a worker with a new connection, because an open connection may outlast the link."""
         peer = self._session.peer(request.address, request.worker)
         reason = ""
         try:

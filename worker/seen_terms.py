@@ -33,7 +33,7 @@ class SeenTerms:
         return self._largest.get(self.last, SeenTerm())
 
     def enter(self, cluster: ClusterKey, term: int, proof: TermProof) -> None:
-        """Records an admission by a coordinator. Raises WorkerError if it is superseded or of another cluster."""
+        """Records an admission. Raises WorkerError if the coordinator is superseded or belongs to another cluster."""
         if self.is_awaited and cluster != self.last:
             raise WorkerError(f"expected a coordinator of cluster {self.last.name!r}, found one of {cluster.name!r}")
         # Set even if `see` raises, so that the next attempt can tell a superseded coordinator the term.
@@ -42,7 +42,7 @@ class SeenTerms:
         self.is_awaited = True
 
     def see(self, term: int, proof: TermProof | None = None) -> None:
-        """Records a term of the last cluster. Raises WorkerError if an earlier term was larger."""
+        """Records a term of the last cluster. Raises WorkerError if a larger term was seen before."""
         largest = self.largest
         if term < largest.value:
             seen = f"this worker has seen a newer one (term {largest.value})"

@@ -25,13 +25,13 @@ from llamaclust.worker.stage.streams import StageStreams
 _log = logging.getLogger(__name__)
 
 _TILE_S = 30.0
-"""Maximum number of seconds that a load waits for the memory of an encoder that computes its last tile."""
+"""Maximum number of seconds that a load waits for an encoder to compute its last tile and free its memory."""
 
 LoadedStage = StageStreams | FollowingStage
 
 
 class StageService:
-    """The loaded stages and image encoders of a worker. During a move, it holds two stages of a model."""
+    """The loaded stages and image encoders of a worker. While layers move between workers, a model has two stages."""
 
     def __init__(self, worker: str) -> None:
         self._worker = worker
@@ -66,7 +66,7 @@ class StageService:
             self._encoders[streams.epoch] = encoder
 
     async def remove(self, epoch: int) -> None:
-        """Frees an epoch's stage. Frees its encoder when a tile in progress is computed (see `last_tiles`)."""
+        """Frees an epoch's stage, and its image encoder as soon as no tile is being computed (see `last_tiles`)."""
         if (encoder := self._encoders.pop(epoch, None)) is not None:
             await self.free_encoder(encoder)
         if (streams := self._stages.pop(epoch, None)) is not None:
@@ -80,7 +80,7 @@ class StageService:
             await asyncio.wait((freed,))
 
     async def last_tiles(self) -> bool:
-        """Waits up to `_TILE_S` s until closed encoders have freed their memory. Returns False if there are none."""
+        """Waits up to `_TILE_S` s for closed encoders to free their memory. Returns False if there were none."""
         ending = tuple(self._ending)
         if ending:
             _log.info("waiting until the previous image encoder has computed its last tile and freed its memory")
@@ -159,7 +159,7 @@ class StageService:
         return found
 
     async def clear(self, model_id: str) -> list[object]:
-        """Frees a model's stages, but keeps its encoders. The returned list keeps the stages' weights in memory."""
+        """Frees a model's stages, but keeps its encoders. Returns the stages' weights, to keep them in memory."""
         freed = {epoch: streams for epoch, streams in self._stages.items() if streams.runner.model_id == model_id}
         weights = [streams.runner.weights for streams in (*freed.values(), *self._kept)]
         for epoch in freed:
@@ -193,7 +193,7 @@ _BLOCK_COUNTS = ("kv_blocks", "window_blocks", "state_blocks")
 
 
 def _serves(held: StageRunner, order: Load, file_version: str | None) -> bool:
-    """True if a loaded stage is the one that `order` would load. It may have more KV blocks."""
+    """True if `held` equals the stage that `order` would load, except that it may have more KV blocks."""
     same_layers = (held.program.start, held.program.end, held.devices) == (order.start, order.end, order.devices)
     same_portion = held.portion == portion_of(order)
     has, wanted = held.limits, order.limits

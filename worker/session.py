@@ -1,4 +1,4 @@
-"""The state that a membership's parts share, and their access to the coordinator and to other workers."""
+"""The state of one membership, with access to the coordinator and to other workers."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from llamaclust.core.logs import LogFormat
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
-    """One worker's settings. A `static` worker joins at `join` or `standbys`. Others end with their parent process."""
+    """One worker's settings. A `static` worker may join `standbys` too. Other workers end with their parent process."""
 
     name: str
     join: str = ""  # gRPC target of the coordinator. Set as soon as a launcher knows it.
@@ -51,7 +51,7 @@ class WorkerSettings:
     gpu_memory_bytes: int | None = None  # Maximum memory of each GPU, or None for all free memory.
 
     def to_json(self) -> str:
-        """Returns JSON that contains the secret token. It is for a pipe and must not be logged."""
+        """Returns JSON that contains the secret token. It must be passed through a pipe and must not be logged."""
         return json.dumps(asdict(self), default=str)
 
     @classmethod

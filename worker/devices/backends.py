@@ -30,7 +30,7 @@ class GpuBackend(ExchangingBackend, Protocol):
         """Returns upper bounds on the GPU's speed."""
 
     def cache_flush(self) -> AbstractContextManager[Callable[[], None]]:
-        """The context manager yields a function that empties the GPU's cache."""
+        """Returns a context manager, which yields a function that empties the GPU's cache."""
 
     def close(self) -> None: ...
 
@@ -64,7 +64,7 @@ def open_gpu(
     *,
     graphs: bool = True,
 ) -> GpuBackend:
-    """Opens the GPU "cuda:N". `threads` CPU threads pack its weights. Raises UsageError that states what is missing."""
+    """Opens the GPU "cuda:N". `threads` CPU threads pack weights. Raises a UsageError that states what is missing."""
     from llamaclust.kernels.cuda.backend import CudaBackend
     from llamaclust.kernels.cuda.runtime.cupy_device import CupyDevice
     from llamaclust.kernels.cuda.runtime.device import Device

@@ -28,7 +28,7 @@ class Core:
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """The usable cores. `online` counts the machine's hardware threads. `quota` is in CPUs, and None means no limit."""
+    """The usable CPU cores. `online` counts the machine's hardware threads. `quota` is in CPUs (None: no limit)."""
 
     cores: tuple[Core, ...]
     online: int
@@ -36,7 +36,7 @@ class Cores:
 
     @property
     def count(self) -> int:
-        """The best number of compute threads: one per core, but not more than the quota, rounded up."""
+        """The best number of compute threads: one per core, but not more than the rounded-up CPU quota."""
         return max(1, len(self.cores) if self.quota is None else min(len(self.cores), math.ceil(self.quota)))
 
     @property
@@ -52,7 +52,7 @@ class Cores:
         if not cores:
             known = ", ".join(map(str, self.nodes))
             raise UsageError(
-                f"numa_node {node}: this process may use no core of this node, only those of NUMA node {known}"
+                f"numa_node {node}: this process may not use the cores of this node, only those of NUMA node {known}"
             )
         return Cores(cores, self.online, self.quota)
 
@@ -91,7 +91,7 @@ def _kinds(cores: Sequence[Core]) -> str:
 
 
 def read_cores(root: Path = _ROOT, affinity: Iterable[int] | None = None) -> Cores:
-    """Reads /proc and /sys below `root`. If the topology is unknown, each hardware thread counts as a core."""
+    """Reads usable cores from files below `root`. If the topology is unknown, each hardware thread counts as a core."""
     usable = sorted(os.sched_getaffinity(0) if affinity is None else affinity)
     efficiency, nodes = _efficiency(root, usable), _nodes(root)
     siblings: dict[str, list[int]] = {}

@@ -30,7 +30,7 @@ class DeviceShare:
 def device_shares(
     device: Device, model: Model, held: Sequence[DeviceLayers], limits: StageLimits, portion: Portion | None = None
 ) -> dict[str, DeviceShare]:
-    """Returns the memory that the layers `held` need, by device name. Experts in RAM count only for the CPU."""
+    """Returns the memory that the layers in `held` need, by device name. Experts in RAM count only for the CPU."""
     found: dict[str, list[DeviceShare]] = {}
     for part in held:
         backend, layers = (

@@ -84,7 +84,7 @@ class Device:
         return next((gpu.free_bytes for gpu in self.gpus if gpu.device == name), self.free_memory_bytes)
 
     def backend_for(self, held: Iterable[DeviceLayers], *, apart: bool = False) -> Backend:
-        """Returns a backend for layers on one or several devices. `apart` gives CPU backends threads of their own."""
+        """Returns a backend for layers on one or several devices. `apart` gives a CPU backend its own threads."""
         parts = [BackendLayers(self._backend_for(part), part.start, part.end) for part in held]
         if apart:
             parts = [replace(part, backend=with_own_threads(part.backend)) for part in parts]
@@ -100,7 +100,7 @@ class Device:
         return SplitExpertsBackend(gpu, experts, part.cpu_moe, part.experts_cache_bytes)
 
     def measure(self, model: Model | None = None, quant_types: Iterable[int] = ()) -> Profile:
-        """Measures the machine, a model's steps, and matrix products with `quant_types`. Blocks for seconds."""
+        """Measures the machine, a model's step times, and matrix products with `quant_types`. Blocks for seconds."""
         from llamaclust.kernels.probes import measure_machine
         from llamaclust.worker.devices.product_profiler import measure_products
         from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
@@ -156,7 +156,7 @@ def gpus_of(device: str, gpu_memory_bytes: int | None) -> tuple[Gpu, ...]:
 def fingerprint(
     kind: str, threads: int, feature_level: str, gpus: tuple[Gpu, ...] = (), numa_node: int | None = None
 ) -> str:
-    """Describes processor, threads and GPUs. Equal workers have equal texts. Raises UsageError if `kind` is missing."""
+    """Returns a text that is equal for workers with equal devices. Raises UsageError if `kind` is not available."""
     level = backends.open_processor(kind, 1, feature_level).feature_level
     cores = read_cores() if numa_node is None else read_cores().on_node(numa_node)
     return _fingerprint(kind, threads, level, gpus, len(cores.hardware_threads))
@@ -169,7 +169,7 @@ def _fingerprint(kind: str, threads: int, level: str, gpus: tuple[Gpu, ...], cor
 
 
 def check_devices(devices: Iterable[tuple[str, str]], model: Model) -> None:
-    """Raises UsageError if this machine lacks a (kind, feature level), or ModelFileError if one has no kernels."""
+    """Raises UsageError if a (kind, feature level) is missing here, or ModelFileError if no kernels fit the model."""
     for kind, feature_level in sorted(set(devices)):
         backends.open_processor(kind, 1, feature_level)
         if kind != _REFERENCE:

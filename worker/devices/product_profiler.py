@@ -31,7 +31,7 @@ _ENOUGH_S: Final = 0.3
 def measure_products(
     quant_types: Iterable[int], threads: int, feature_level: str, free_bytes: int
 ) -> tuple[ProductTime, ...]:
-    """Measures products with weights of each quant type, for tens of ms per type. Returns () if memory is short."""
+    """Measures matrix products with each quant type, for tens of ms per type. Returns () if memory is short."""
     known = sorted({QuantType(number) for number in quant_types if number in QUANTIZED_TYPES})
     flush_bytes = min(largest_cache_bytes(), free_bytes - _MOST_BYTES)
     if not known or flush_bytes < SWEEP_BYTES:

@@ -69,7 +69,7 @@ class ProfileSize:
 
 PROCESSOR = ProfileSize(96 << 20, {1: 15, 8: 7, 128: 3})
 GPU = ProfileSize(1 << 30, {1: 9, 8: 5, 128: 3, 512: 3})
-"""Measures more bytes and rows than a CPU: a GPU reads about ten times as fast, and gains more from many rows."""
+"""More bytes and rows than for a CPU: a GPU reads about ten times as fast, and gains more from many rows."""
 
 
 _PROMPT_ROWS = 512
@@ -94,7 +94,7 @@ class ProfiledDevice:
 
     @contextmanager
     def cold(self, most_bytes: int, left_bytes: int) -> Iterator[Sweep]:
-        """Yields a function that flushes caches. On a CPU, its buffer is not larger than either argument."""
+        """Yields a function that flushes caches. On a CPU, it uses a buffer that is not larger than either argument."""
         if self.own_cache is None:
             yield CacheFlush(min(largest_cache_bytes(), most_bytes, left_bytes)).sweep
             return
@@ -119,7 +119,7 @@ class _Part:
 
 
 def try_stages(device: ProfiledDevice, model: Model) -> tuple[StepTime, ...]:
-    """Measures a model's step times. Returns () if memory is short or the model is too small or shares KV memory."""
+    """Measures a model's step times. Returns () if memory is short, the model is too small, or it shares KV memory."""
     costs = model.costs(KvType(device.size.limits.kv_type)).layers
     first = _first_tried(costs)
     sizes = [layer.weight_bytes for layer in costs[first:]]
@@ -154,7 +154,7 @@ class _Measurement:
     sweep: Sweep
 
     def parts(self, ranges: Sequence[tuple[int, int]]) -> list[_Part]:
-        """Measures one stage per range of layers. The stages' steps alternate, so that disturbances affect all."""
+        """Measures one stage per range of layers. Alternates between the stages, so that a disturbance affects all."""
         device, model = self.device, self.model
         limits, options = device.size.limits, StageOptions(device.feature_level, device.threads)
         with ExitStack() as opened:

@@ -26,7 +26,7 @@ def total_memory_bytes(root: Path = _ROOT) -> int:
 
 
 def available_memory_bytes(root: Path = _ROOT) -> int:
-    """Returns the bytes that can be taken without swapping. Counts mapped files as used, unlike MemAvailable."""
+    """Returns the bytes that can be allocated without swapping. Mapped files count as used, unlike in MemAvailable."""
     figures = _figures(root / "proc/meminfo")
     available = figures.get("MemAvailable", os.sysconf("SC_AVPHYS_PAGES") * _PAGE_BYTES)
     mapped = max(

@@ -31,7 +31,7 @@ def load_whole(
     parts: tuple[DeviceLayers, ...] = (),
     progress: Progress | None = None,
 ) -> StageRunner:
-    """Loads all layers on the devices of `parts`, or on the CPU. Does not check memory. Samples on the CPU."""
+    """Loads all layers on the devices of `parts` (default: the CPU). Does not check memory. Samples on the CPU."""
     end = model.layer_count
     options = StageOptions(device.backend.feature_level, device.threads, parts, progress, device.backend)
     backend = device.backend_for(parts or (DeviceLayers(_CPU, 0, end),))
@@ -45,8 +45,8 @@ def held_layers(
     placement: Placement | None = None,
     experts_cache: int | None = None,
 ) -> tuple[DeviceLayers, ...]:
-    """Assigns layers to devices by the rules of `placement`, the last layers to the last GPU. Free GPU memory up to
-    `experts_cache` bytes caches experts. Raises UsageError or InsufficientMemoryError."""
+    """Assigns layers to devices by the rules of `placement`. The last layers go to the last GPU. Experts are cached in
+    up to `experts_cache` bytes of free GPU memory. Raises UsageError or InsufficientMemoryError."""
     placement, end = placement or Placement(cpu_moe=None), model.layer_count
     placement.check([gpu.device for gpu in device.gpus], 0, end)
     borders = model.costs(KvType(limits.kv_type)).borders
@@ -94,7 +94,7 @@ class _Choice:
     borders: Sequence[int]  # Numbers of the layers with which a device's range of layers may start.
 
     def first_gpu(self, end: int) -> DeviceLayers | None:
-        """Returns the first GPU's layers, with the experts of as few layers as possible in RAM."""
+        """Assigns layers below `end` to the first GPU, with the experts of as many layers as possible in its memory."""
         least, _ = self._starts(0, end)
         is_open = any(self.placement.experts_in_ram(layer) is None for layer in self.mixtures)
         if is_open and end > least:
@@ -114,7 +114,7 @@ class _Choice:
         return self._part(index, start, end, open_end) if start < end else None
 
     def _starts(self, index: int, end: int) -> tuple[int, int]:
-        """Returns the lowest and the highest start of the layers [start, end) on this GPU. The range may be empty."""
+        """Returns the lowest and the highest `start` for this GPU's layers [start, end), a range that may be empty."""
         number, gpus = index + 1, [gpu.device for gpu in self.device.gpus]
         allowed = [self.placement.devices_of(layer, gpus) for layer in range(end)]
         ended = max((layer + 1 for layer, devices in enumerate(allowed) if devices[-1] < number), default=0)
@@ -126,7 +126,7 @@ class _Choice:
         return max(min(least, last_begun), first_ended), max(last_begun, first_ended)
 
     def _part(self, index: int, start: int, end: int, open_end: int) -> DeviceLayers:
-        """Returns the layers [start, end) on a GPU. Experts without a rule are in RAM below layer `open_end`."""
+        """Returns layers [start, end) on a GPU. Below layer `open_end`, experts without a rule are in RAM."""
         rules = ((layer, self.placement.experts_in_ram(layer)) for layer in range(start, end) if layer in self.mixtures)
         cpu_moe = (layer for layer, in_ram in rules if in_ram or (in_ram is None and layer < open_end))
         return DeviceLayers(self.device.gpus[index].device, start, end, tuple(cpu_moe))

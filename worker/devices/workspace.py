@@ -1,4 +1,4 @@
-"""Computes a stage's memory on a device that this machine need not have. Opens and loads nothing."""
+"""Computes the memory of a stage without loading it. This machine does not need the stage's device."""
 
 from __future__ import annotations
 

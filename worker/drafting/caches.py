@@ -41,7 +41,7 @@ class SequenceCaches:
         self._caches: OrderedDict[int, SequenceCache] = OrderedDict()
 
     def of(self, order: DraftOrder, rows: int, kept: Collection[int]) -> SequenceCache | None:
-        """Returns a cache with blocks for `rows` rows, or None if that would take blocks from `kept` sequences."""
+        """Returns a cache for `rows` rows, or None if memory is short. May free caches of sequences not in `kept`."""
         cache = self._caches.setdefault(order.key, SequenceCache())
         self._caches.move_to_end(order.key)
         wanted = -(-rows // KV_BLOCK_TOKENS) - len(cache.blocks)

@@ -1,4 +1,4 @@
-"""A small model that drafts greedily or with the answer's random draws. Calls block, and only one may run at a time."""
+"""A draft model, which drafts greedily or with the answer's random numbers. Calls block, and are not thread-safe."""
 
 from __future__ import annotations
 

@@ -26,10 +26,10 @@ _COMPUTING_S = 5.0
 
 
 class EncoderStreams:
-    """Serves the streams of an encoder for one epoch at a time. Each open stream has at most one tile that waits."""
+    """Serves the streams of an encoder for one epoch at a time. A stream has at most one waiting tile."""
 
     def __init__(self, encoder: TileEncoder, compute: Compute) -> None:
-        """`compute` must not be shared with a stage, so that no step waits for a tile."""
+        """`compute` must not be shared with a stage, whose steps would wait for image tiles."""
         self.encoder = encoder
         self._compute = compute
         self._turn = asyncio.Lock()  # Held while a tile is computed, even after its stream was cancelled.
@@ -87,7 +87,7 @@ class EncoderStreams:
             task.cancel()
 
     def close(self) -> asyncio.Future[None]:
-        """Ends all streams. The future is done when a tile in progress is computed and the encoder's memory is free."""
+        """Ends all streams. The future is done when the tile in progress is computed and the memory is freed."""
         self.end()
         freed = self._compute.queue(self.encoder.close)
         self._compute.close()

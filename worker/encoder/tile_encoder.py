@@ -13,7 +13,7 @@ from llamaclust.worker.devices.encoder_limits import EncoderMemory, encoder_limi
 
 
 class TileEncoder:
-    """A loaded encoder. `memory` is the planned memory. `manifest` is None if no SHA-256 of the file was checked."""
+    """A loaded image encoder with its planned `memory`. `manifest` is None if the file's SHA-256 was not checked."""
 
     def __init__(
         self, backend: Backend, projector: Projector, memory: EncoderMemory, manifest: str | None, progress: Progress
@@ -35,7 +35,7 @@ class TileEncoder:
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes that the encoder may still take after its load."""
+        """Bytes of the planned workspace that the encoder has not allocated yet."""
         return self.memory.workspace_bytes - self._stage.workspace_bytes
 
     @property

@@ -1,4 +1,4 @@
-"""Chooses the number of bands (ranges of rows) into which a group divides a prompt, by the waits of gathers."""
+"""Chooses into how many bands (ranges of rows) a group divides a prompt, from the time that gathers wait."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _REMEMBERED_RUNS = 64
 
 
 class BandChoice:
-    """Chooses the number of bands in one epoch. Similar numbers of rows (equal bit length) share measurements."""
+    """Chooses the number of bands (ranges of rows). Row counts of the same bit length share measurements."""
 
     def __init__(self) -> None:
         self._alike: dict[int, _SimilarRuns] = {}

@@ -1,4 +1,4 @@
-"""Gathers that find the member at fault. They are used when a step is repeated because numbers were not finite."""
+"""Gathers that identify a member that sends numbers that are not finite. A failed step is repeated with them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamaclust.model.steps.across import Gather
 
 
 def checked_gathers(links: Gatherer, program: Program, rows: int, accuse: Callable[[int], None]) -> PythonGatherer:
-    """Returns gathers that call `accuse` with the index of a member that sent numbers that are not finite."""
+    """Returns a gatherer that calls `accuse` with the index of a member that sent NaN or infinity."""
     gathers = [step for step in program.steps if isinstance(step, Gather)]
     bands = bands_of(program, rows, links.bands)
 

@@ -1,4 +1,4 @@
-"""Performs handshakes with all connections that claim to come from a member, so that a false claim delays nobody."""
+"""Performs handshakes with all connections that claim to come from a member, so that a false claim delays no member."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Claim:
 
 
 class Handshakes:
-    """Performs handshakes while its context lasts, and then closes connections whose handshake is incomplete."""
+    """Performs handshakes concurrently. At the end of the context, closes connections whose handshake is incomplete."""
 
     def __init__(self, prove: Callable[[socket.socket], Awaitable[Link]], failed: Callable[[LinkError], None]) -> None:
         self._prove, self._failed = prove, failed
@@ -37,7 +37,7 @@ class Handshakes:
         self._proven: asyncio.LifoQueue[Link] = asyncio.LifoQueue()
 
     def take(self, connection: socket.socket) -> None:
-        """Begins a handshake, and ends another if too many are in progress. Raises OSError if no descriptor is free."""
+        """Begins a handshake, and ends another if there are too many. Raises OSError if no file descriptor is free."""
         claim = _Claim(caller_of(connection), connection.dup())
         if len(self._claims) >= MOST_HANDSHAKES:
             crowd = of_the_most({task: each.host for task, each in self._claims.items()})

@@ -37,7 +37,7 @@ class MemberLostError(LlamaclustError):
 
 
 class LinkOpener:
-    """Opens a member's links once. Of two members, the one with the higher number connects to the other."""
+    """Opens a member's links to the other members of its group, once. It connects to members with lower numbers."""
 
     def __init__(self, order: GroupOrder, credentials: Credentials, listener: LinkListener) -> None:
         self._order, self._credentials, self._listener = order, credentials, listener
@@ -52,7 +52,7 @@ class LinkOpener:
         self._threads = ThreadPoolExecutor(MOST_HANDSHAKES * len(order.members), "links")
 
     async def open(self, gather_s: float, seconds: float = OPEN_S, answer_s: float = ANSWER_S) -> Links:
-        """Opens the links to all other members. Raises MemberLostError after `seconds` seconds. Can be called once."""
+        """Opens the links to all other members, once. Raises MemberLostError if one is missing after `seconds`."""
         tasks = {place: asyncio.create_task(self._link(place, seconds)) for place in self._peers()}
         try:
             await asyncio.gather(*tasks.values())

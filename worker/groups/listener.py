@@ -1,5 +1,5 @@
-"""Accepts connections of other members, and passes each to the group that expects it. A connection begins with an
-unencrypted hello: 8 bytes of version, the group's 16-byte id, and the numbers of sender and receiver."""
+"""Accepts connections of group members, and passes each to the group that expects it. A connection begins with an
+unencrypted hello: an 8-byte version, the group's 16-byte id, and the numbers of sender and receiver."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _HELLO = struct.Struct("<8s16sII")
 _VERSION = b"lcgroup2"
 HELLO_S = 5.0
 _MOST_SILENT = 64
-"""Maximum number of connections that have sent no hello. Beyond it, the busiest host's oldest connection is closed."""
+"""Maximum number of connections that have sent no hello. Above it, the host with the most loses its oldest."""
 SOCKET_ENDING = ".l"
 LINK_PORTS = 1000
-"""The port for links is the stage port plus this number. The ports between them may belong to other workers."""
+"""Difference between a worker's link port and its stage port. Other workers may use the ports in between."""
 _LAST_PORT = 65535
 _RETRY_S = 0.1
 
@@ -46,7 +46,7 @@ class Hello:
 
 
 def link_address(stages: str, port: int | None) -> str:
-    """Returns the address for links on the host of `stages`. Without `port`, derives the port from that of `stages`."""
+    """Returns the link address for the stage address `stages`. If `port` is None, derives it from the stage port."""
     if stages.startswith(PREFIX):
         return f"{stages}{SOCKET_ENDING}"
     host, stage_port = split_address(stages)
@@ -56,7 +56,7 @@ def link_address(stages: str, port: int | None) -> str:
 
 
 Take = Callable[[socket.socket], None]
-"""Receives a connection with the expected hello. Raises OSError if it cannot take the connection."""
+"""A callback that takes over a connection with the expected hello. Raises OSError if it cannot."""
 
 
 class LinkListener:

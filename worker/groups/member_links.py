@@ -93,7 +93,7 @@ class MemberLinks:
 
     @contextmanager
     def step(self, rows: int) -> Iterator[None]:
-        """Counts one-row (decode) steps and the seconds that their gathers waited. Use it in one thread at a time."""
+        """Wraps one step. Counts steps with one row (decode) and the time that their gathers wait. Not thread-safe."""
         assert self._links is not None, "no step begins before the links are open"
         begun_s = self._links.counters().waited_s
         yield
@@ -135,7 +135,7 @@ class MemberLinks:
         return error
 
     async def give_up(self, error: Exception) -> Fault:
-        """Reports an error. Links stay open after a LinkError, so that other members can read who is at fault."""
+        """Reports `error`. Closes the links except after a LinkError, because the others must learn who is at fault."""
         fault = self.fault(error)
         await self._tell(fault)
         if not isinstance(error, LinkError):

@@ -10,7 +10,7 @@ _SUFFIX = ".kv"
 
 
 class KvFolder(DiskCache):
-    """A folder of KV files. A file's name begins with a digest of all that its content depends on, like the model."""
+    """A folder of KV files. Each name begins with a digest of all that the content depends on, such as the model."""
 
     suffixes = (_SUFFIX,)
     content, limit = "KV memory", "kv_disk"
@@ -25,7 +25,7 @@ class KvFolder(DiskCache):
         return f"{content}-{uuid4().hex}{_SUFFIX}"
 
     def mark_used(self, names: Sequence[str]) -> None:
-        """Marks files as used. The first is deleted last, because the other files are useless without the first."""
+        """Marks files as used. The cache deletes names[0] last, because the other files are useless without it."""
         for name in reversed(names):
             with suppress(OSError):
                 file = self.open(name)

@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class KvDisk:
-    """One process's KV memory on disk. One thread reads blocks. Another thread, with low priority, writes blocks."""
+    """One process's KV memory on disk. One thread reads blocks, and another thread with low priority writes blocks."""
 
     def __init__(self, folder: KvFolder) -> None:
         self.folder = folder
@@ -77,4 +77,4 @@ def _check(blocks: tuple[int, ...], count: int) -> None:
 
 
 def _nothing() -> None:
-    """A job that does nothing. When it ends, all earlier jobs have ended."""
+    """Does nothing. When this job ends, all earlier jobs have ended."""

@@ -126,7 +126,7 @@ def _split(digests: bytes) -> list[bytes]:
 def _read(file: FileIO, at: int, size: int) -> bytes:
     data = os.pread(file.fileno(), size, at)
     if len(data) != size:
-        raise DamagedError(f"the file ends after {at + len(data)} bytes")
+        raise DamagedError(f"the file ends at byte {at + len(data)}, expected {at + size} or more")
     return data
 
 

@@ -24,7 +24,7 @@ class KvTraffic:
 
 
 class StageBlocks:
-    """A stage's blocks on disk. `content` is the digest in the names of its files, and `start` is its first layer."""
+    """A stage's KV blocks on disk. `content` is the digest in file names, and `start` is the stage's first layer."""
 
     def __init__(self, folder: KvFolder, content: str, start: int, traffic: KvTraffic) -> None:
         self._folder = folder
@@ -58,7 +58,7 @@ class StageBlocks:
         return done
 
     def save(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
-        """Writes missing `blocks`, the last blocks of the sequence of `keys`. Returns len(blocks), or 0 on failure."""
+        """Writes blocks of the last len(blocks) keys that are not on disk yet. Returns len(blocks), or 0 on failure."""
         with self._lock:
             self._refresh()
             own = zip(keys[-len(blocks) :], blocks, strict=True)

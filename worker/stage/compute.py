@@ -30,7 +30,7 @@ _HUNG_TIMES, _HUNG_LEAST_S = 20, 30.0
 
 
 def step_limit_s(last_ns: int | None, *, on_gpus: bool) -> float:
-    """Returns the seconds until a step counts as hung, or infinity for a first step or for weights in RAM."""
+    """Returns the seconds after which a step counts as hung: infinity if `last_ns` is None or `on_gpus` is False."""
     return _HUNG_LEAST_S + _HUNG_TIMES * last_ns / 1e9 if on_gpus and last_ns is not None else inf
 
 
@@ -93,7 +93,7 @@ class Compute:
             self._lost.set_exception(error)
 
     async def while_able(self, life: Coroutine[None, None, _Answer]) -> _Answer:
-        """Returns the result of `life`. Raises DeviceLostError if a device is lost or a job exceeds its limit."""
+        """Awaits `life` and returns its result. Raises DeviceLostError if a device is lost or a job takes too long."""
         living, watching = asyncio.create_task(life), asyncio.create_task(self._watch())
         try:
             await asyncio.wait((living, self._lost), return_when=asyncio.FIRST_COMPLETED)
@@ -153,7 +153,7 @@ class _Held:
         self._answers.append(answer)
 
     def before(self, expected_ns: float) -> None:
-        """Hands results to the event loop if the next job, of about `expected_ns`, would delay them too long."""
+        """Passes results to the event loop if the next job, of about `expected_ns`, would delay them too long."""
         if self._answers and perf_counter_ns() + expected_ns > self._until_ns:
             self.hand_back()
 

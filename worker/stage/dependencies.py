@@ -46,7 +46,7 @@ class SampledTokensBox:
         return self._came[number][1] if number in self._came else 0
 
     def fill(self, frame: _native.MicrobatchFrame) -> list[SampledTokens]:
-        """Fills in sampled tokens of earlier microbatches, and returns them. Raises WorkerError if one is unknown."""
+        """Inserts sampled tokens into `frame`, and returns them. Raises WorkerError if a token is unknown."""
         followed = []
         for number in frame.depends_on:
             sampled = self._came[number][0] if number in self._came else SampledTokens(number, ())
@@ -99,7 +99,7 @@ class Dependencies:
         return self._inputs[number]
 
     async def known(self, number: int | None) -> None:
-        """Waits for a microbatch's tokens. Raises DeadlineError, or the error that was passed to `fail`."""
+        """Waits until microbatch `number` has sampled tokens. Raises DeadlineError, or the error passed to `fail`."""
         if number is not None and number not in self.tokens:
             self.awaits_tokens = True
             try:

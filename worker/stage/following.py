@@ -1,4 +1,4 @@
-"""A member of a group, but not its leader. A thread computes its portion of each step that the leader announces."""
+"""A group member that is not the leader. Its thread computes its portion of each step that the leader announces."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FollowingStage:
         links: MemberLinks,
         give_up: Callable[[DeviceLostError], None],
     ) -> None:
-        """`give_up` is called when a device is lost. The call may come from any thread."""
+        """`give_up` is called when a device is lost, on any thread."""
         self.epoch = epoch
         self.runner = runner
         self._counters = counters

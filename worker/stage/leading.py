@@ -27,7 +27,7 @@ class MemberFailedError(LlamaclustError):
 
 
 class Leader:
-    """Announces the steps of one epoch when the group's links are open. Only one thread may use it at a time."""
+    """Announces the steps of one epoch, once the group's links are open. Only one thread may use it at a time."""
 
     def __init__(self, epoch: int, links: MemberLinks, gather_by: Callable[[Gatherer], None]) -> None:
         self._epoch = epoch
@@ -46,9 +46,9 @@ class Leader:
     def step(
         self, arrival: Arrival, followed: Sequence[SampledTokens], checked: Program | None = None
     ) -> Iterator[None]:
-        """Announces a microbatch and the sampled tokens `followed` that it depends on, for the `with` body to compute.
-        If `checked` (the stage's program) is given, finds the member whose numbers are not finite. Raises LinkError,
-        WorkerError or MemberFailedError."""
+        """Announces a microbatch and the sampled tokens `followed` that it depends on. The `with` body computes it.
+        If `checked` (the stage's program) is given, a LinkError names a member that sends numbers that are not finite.
+        Raises LinkError, WorkerError or MemberFailedError."""
         assert self._links is not None, "a stream is accepted when the links are open"
         rows = arrival.frame.rows
         is_whole = rows >= LEAST_BANDED_ROWS and arrival.has_groups
@@ -111,5 +111,5 @@ def _number(data: bytes, at: int, most: int) -> int:
         raise ProtocolError(f"a step's message is incomplete: it ends after {len(data)} bytes")
     (number,) = _LENGTH.unpack_from(data, at)
     if number > most:
-        raise ProtocolError(f"a step's message has the count or size {number}; the limit is {most}")
+        raise ProtocolError(f"a step's message has a count or size of {number}; the limit is {most}")
     return int(number)

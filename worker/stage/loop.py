@@ -39,12 +39,12 @@ _DIRECT_BYTES = 1 << 16
 
 # The coordinator handles a result in 0.7 ms, perhaps on the core that the first stage needs.
 _RESULT_DELAY_S = 0.001
-"""Seconds from sending tokens to a first stage in this process until sending the result to the coordinator."""
+"""Seconds between sending tokens to a first stage in this process and sending the result to the coordinator."""
 _MIN_ROUND_S = 0.004
 
 _Value = TypeVar("_Value")
 _Kind = tuple[str, int, int]
-"""(name of the job, bit length of its number of rows, bit length of its number of attended keys)."""
+"""A kind of job: its name, and the bit lengths of its numbers of rows and of attended keys."""
 
 
 def _kind(job: str, arrival: Arrival) -> _Kind:
@@ -76,7 +76,7 @@ class Answer:
 
 
 class StageLoop:
-    """Computes one epoch's microbatches. Failed microbatches get answers, but failures of a group end the loop."""
+    """Computes one epoch's microbatches. Failed microbatches get error answers, but a group's failure ends the loop."""
 
     def __init__(self, epoch: int, runner: StageRunner, context: StageContext, deadlines: Deadlines) -> None:
         self.runner = runner
@@ -154,7 +154,7 @@ class StageLoop:
         self.runner.matchers.receive(inputs)
 
     async def compute(self, arrival: Arrival) -> asyncio.Future[Answer]:
-        """Computes a microbatch. Returns when the next may begin, perhaps before the answer. Raises ProtocolError."""
+        """Computes a microbatch. Returns when the next may begin; the answer may come later. Raises ProtocolError."""
         program = self.runner.program
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
@@ -190,7 +190,7 @@ class StageLoop:
             return self._failure(arrival, error)
 
     async def _step(self, arrival: Arrival) -> Answer:
-        """Computes a microbatch. Waits for sampling inputs after the layers, because a new matcher can take 50 ms."""
+        """Computes a microbatch. Runs layers before waiting for sampling inputs, as a new matcher can take 50 ms."""
         program = self.runner.program
         if program.is_first and not program.is_last:
             await self.dependencies.known(arrival.newest_dependency)

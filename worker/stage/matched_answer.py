@@ -139,7 +139,7 @@ class MatchedAnswer:
 
     @property
     def turn(self) -> tuple[bool, int]:
-        """Sort key of a step's answers: fast answers first, then slow answers by falling number of deferrals."""
+        """Sort key of a step's answers: fast before slow, and then by number of deferrals, highest first."""
         return self._is_slow, -self._held
 
     @property
@@ -154,8 +154,8 @@ class MatchedAnswer:
         return self._matcher is not None and self._failed is None and self._matcher.is_complete
 
     def take(self, result: RowResult, time: MatcherTime) -> RowResult | AllowedTokens:
-        """Feeds a sampled token to the matcher. Returns the result with forced tokens, or DEFERRED if there is no time.
-        If the token is refused, returns the allowed tokens, from which the caller must sample again."""
+        """Feeds a sampled token to the matcher. Returns the result with forced tokens, or DEFERRED if the step has no
+        time left. If the token is refused, returns the allowed tokens, from which the caller must sample again."""
         if self._failed is None and self._forced:
             return RowResult(self._forced[0], 0.0, forced=tuple(self._forced[1:]))
         if self._failed is None and result.failure is not None:

@@ -30,7 +30,7 @@ class StageMatchers:
     """The matchers of one epoch. `receive` and `ready` run on the event loop, and `begin` and `take` on a thread."""
 
     def __init__(self, vocabulary: Callable[[], GrammarVocabulary], most: int) -> None:
-        """`vocabulary` is called for the first matcher. At most `most` answers are kept."""
+        """`vocabulary` is called once, by `prepare` or for the first matcher. `most` limits the number of answers."""
         self._read_vocabulary = vocabulary
         self._vocabulary: GrammarVocabulary | None = None
         self._most = most

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llamaclust.model.loader import Model
 
 Normed = Callable[[Int32], Float32]
-"""Returns the normed hidden states [rows, embedding] of the given rows in the stage's last run."""
+"""A function that returns normed hidden states [rows, embedding] of the given rows in the stage's last run."""
 
 
 def nextn_program_of(model: Model, limits: StageLimits) -> Program:
@@ -61,7 +61,7 @@ class NextnDrafter:
         self.kv_bytes, self.workspace_bytes = self._stage.kv_bytes, self._stage.workspace_bytes
 
     def draft(self, frame: MicrobatchFrame, normed: Normed, outcomes: RowOutcomes, tasks: SamplingTasks) -> None:
-        """Computes keys and values of all rows except rejected drafts, and adds requested drafts to the outcomes."""
+        """Computes the MTP head's keys and values, except for rejected drafts. Adds requested drafts to `outcomes`."""
         taken = _taken(frame, outcomes, tasks)
         for each in taken:
             each.end = min(each.end, self._most_tokens)
@@ -104,7 +104,7 @@ class NextnDrafter:
         return lines, self._stage.run(batch, np.ascontiguousarray(hidden))
 
     def _choose(self, drafting: Sequence[_Taken], logits: Float32, tasks: SamplingTasks, later: int) -> None:
-        """Samples a draft token from each row of logits. `later` is its distance from the last sampled token."""
+        """Samples a token from each row of logits. `later` is the draft's distance from the last sampled token."""
         if not drafting:
             return
         rows = self._sampler.sample(logits, tasks.drafts([each.output for each in drafting], later)).rows
@@ -141,8 +141,8 @@ def _taken(frame: MicrobatchFrame, outcomes: RowOutcomes, tasks: SamplingTasks) 
 def following(
     tokens: tuple[int, ...], next_token: int | None, chosen: Sequence[int], scored: Sequence[bool]
 ) -> tuple[tuple[int, ...], int | None]:
-    """Returns the token that follows each of the chunk's rows, up to the first rejected draft. Also returns the index
-    of the output that sampled the last of these tokens, or None if it was not sampled."""
+    """Returns the token after each of the chunk's rows, up to the first rejected draft. Also returns the index in
+    `chosen` of the last of these tokens, or None if it was not sampled."""
     for index, (token, is_scored) in enumerate(zip(chosen, scored, strict=True)):
         place = len(tokens) - len(chosen) + index
         if is_scored:

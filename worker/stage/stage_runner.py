@@ -106,7 +106,7 @@ def portion_of(order: Load) -> Portion | None:
 
 
 def model_program(model: Model, start: int, end: int, limits: StageLimits, portion: Portion | None = None) -> Program:
-    """Returns the program of layers [start, end). Raises UsageError if the model lacks them or cannot be divided."""
+    """Returns the program of layers [start, end). Raises UsageError if the model lacks these or cannot be divided."""
     shards = limits.expert_shards
     if not 0 <= start < end <= model.layer_count * shards:
         raise UsageError(
@@ -117,7 +117,7 @@ def model_program(model: Model, start: int, end: int, limits: StageLimits, porti
 
 
 def kv_content(model: Model, manifest: str, limits: StageLimits) -> str:
-    """Returns a digest of all that KV memory depends on, except tokens. All splits of a model have the same digest."""
+    """Returns a digest of all that KV memory depends on, except tokens. It is equal for all splits of a model."""
     whole = model_program(model, 0, model.layer_count, replace(limits, expert_shards=1)).steps
     # Adapters are left out here, because they are part of the keys of KV blocks.
     steps = tuple(step for step in whole if not isinstance(step, Adapt))
@@ -229,7 +229,7 @@ class StageRunner:
         self._newest = stage
 
     def settle(self) -> None:
-        """Frees the former adapters' memory. Must not be called while a run's result is still needed."""
+        """Frees the memory of adapters that `adapt` replaced. Must not be called while a run's result is in use."""
         if (stage := self._newest) is self._stage:
             return
         if self._gatherer is not None and isinstance(stage, GathersRows):
@@ -268,7 +268,7 @@ class StageRunner:
         return row_results(self.finish_step(logits, StepInputs.read(encode_inputs(inputs))).rows)
 
     def finish_step(self, logits: Logits, inputs: StepInputs) -> StepOutputs:
-        """Samples, scores and drafts. Raises ProtocolError if tasks do not fit or too many rows request embeddings."""
+        """Samples, scores and drafts. Raises ProtocolError if `inputs` are invalid or request too many embeddings."""
         rows = self.sample(logits, inputs)
         embeddings = self.embeddings()
         if self._nextn is None:
@@ -315,7 +315,7 @@ class StageRunner:
     def kv_layers(self) -> Sequence[Sequence[NDArray[np.uint8]]]:
         """KV memory by layer. Raises ProtocolError if it is on a GPU, or if layers have a window or a state."""
         if not isinstance(self._stage, KvInRam) or self.limits.window_blocks or self.limits.state_blocks:
-            raise ProtocolError("KV memory on a GPU, or of layers with a window or a state, is not kept on disk")
+            raise ProtocolError("KV memory is not kept on disk if it is on a GPU or if layers have a window or a state")
         return self._stage.kv_layers()
 
     @property

@@ -31,7 +31,7 @@ _Use = Callable[[ClientStream], Coroutine[None, None, None]]
 
 
 async def _while_open(stream: ClientStream, which: str, work: Coroutine[None, None, None]) -> None:
-    """Does the work, and then ends the stream. Raises WorkerError if the other side ends the stream first."""
+    """Awaits `work`, and then ends the stream. Raises WorkerError if the other side ends the stream first."""
     is_done = False
 
     async def working() -> None:
@@ -130,7 +130,7 @@ class StageStreams:
             self._loop.dependencies.fail(WorkerError("the last stage stopped sending tokens"))
 
     async def forward(self, stream: ServerStream) -> None:
-        """Serves the stream of microbatches. Accepts it when the streams to later stages are open."""
+        """Accepts the stream of microbatches once the streams to later stages are open, and serves it."""
         _check_caller(stream, Principal(self._neighbours.previous_worker))
         if self._forwarding is not None:
             raise ProtocolError(f"a second stream of microbatches was opened for epoch {epoch_text(self.epoch)}")
@@ -167,7 +167,7 @@ class StageStreams:
             await self._with_stream_to(first, SAMPLED_TOKENS, "first", stream, use)
 
     async def _with_stream_to(self, stage: Peer, method: str, which: str, incoming: ServerStream, use: _Use) -> None:
-        """Opens and uses a stream to `stage`. Reports a lost connection before this stage's own streams end."""
+        """Opens a stream to `stage` and calls `use` with it. Reports a lost connection before it ends any stream."""
         stream = stage.open(method, epoch=self.epoch)
         try:
             await stage.connected()
@@ -186,7 +186,7 @@ class StageStreams:
             await stream.opened()
 
     async def settle(self) -> None:
-        """Frees the former adapters' memory. If a microbatch is in flight, leaves this to the next run."""
+        """Frees the memory of replaced adapters, or leaves this to the next run if a microbatch is in flight."""
         progress = self._loop.progress
         if progress.received == progress.sent:
             await self._compute.run(self.runner.settle)

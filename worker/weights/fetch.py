@@ -92,7 +92,7 @@ class _Source:
 
 
 class WeightFetch:
-    """Fetches weights once. `sources` are pairs (name, peer), the best source first."""
+    """Fetches weights. Each fetch needs a new object. `sources` are pairs (name, peer), the best source first."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class WeightFetch:
         on_others_bytes: OnBytes,
         patience: Patience = Patience(),
     ) -> None:
-        """Reports bytes fetched here to `on_bytes`, and bytes that other processes cached to `on_others_bytes`."""
+        """`on_bytes` counts bytes that this process fetches, and `on_others_bytes` those that other processes fetch."""
         self._cache = cache
         self._sources = [_Source(name, peer) for name, peer in sources]
         self._on_bytes = on_bytes
@@ -126,7 +126,7 @@ class WeightFetch:
             self._begin(renewed, self._lanes)
 
     async def run(self, wanted: Sequence[WantedWeights]) -> None:
-        """Fetches weights into the cache, which must be `in_use`. Raises WorkerError if some are not available."""
+        """Fetches weights into the cache. The caller holds `cache.in_use()`. Raises WorkerError if some are missing."""
         by_content = {weights.content: weights for weights in wanted}
         largest_first = sorted(by_content.values(), key=lambda weights: -weights.n_bytes)
         self._items = [_Item(weights, self._cache.part_bytes(weights.content)) for weights in largest_first]

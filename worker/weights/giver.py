@@ -37,7 +37,7 @@ class WeightGiver:
         return self._cache is not None
 
     def add(self, file: ModelFile, manifest: str) -> None:
-        """Offers a file's tensors. The cache must have the manifest whose SHA-256 is `manifest`."""
+        """Offers a file's tensors to other workers. The cache must contain the manifest with SHA-256 `manifest`."""
         assert self._cache is not None
         for record in read_manifest(self._cache.place(manifest)).tensors:
             self._tensors[record.content] = file.tensor(record.name)

@@ -177,7 +177,7 @@ class _Files(AsyncExitStack):
         return _Opened(await remote.outline(), remote=remote)
 
     def _here(self, read: Callable[[], ModelFile | None], path: str, known: WeightSources | None) -> ModelFile | None:
-        """Returns this machine's file, or None if it is missing or wrong and the weights can be fetched."""
+        """Returns this machine's file, or None if its weights must be fetched instead. May raise ModelFileError."""
         try:
             file = read()
             if file is not None and known is not None:

@@ -100,7 +100,7 @@ class Weights:
         return _chosen(lambda place: as_programs_read(open_model(place)), places, model_id)
 
     def open_adapter(self, wanted: AdapterFile, plain: ModelFile) -> ModelFile | None:
-        """Opens an adapter like `open_file`. Reads only headers and samples of its file."""
+        """Opens a LoRA adapter like `open_file`. Reads only the header, and the first and last bytes of each tensor."""
         places = [place for place in self.places(wanted.path) if is_adapter(place)]
         return _chosen(partial(read_adapter, model=plain), places, wanted.adapter_id)
 
@@ -114,7 +114,7 @@ class Weights:
         return [*dict.fromkeys((path, *own, *downloaded))]
 
     def locate(self, wanted: FindWeights, progress: Progress | None = None) -> WeightsFound:
-        """Finds weights. Reads the whole file to make its manifest if requested. `progress` counts the bytes read."""
+        """Finds weights on this machine. Reads the whole file if its manifest is requested. `progress` counts bytes."""
         try:
             file = self._wanted(wanted)
         except ModelFileError as error:

@@ -150,7 +150,7 @@ def test_nodes_of_two_sockets(tmp_path: Path) -> None:
     assert found.on_node(1).lines(8) == (found.on_node(1).threads_text(8),)
     assert read_cores(tmp_path, range(0, 32, 2)).nodes == (0,), "those of the affinity"
     with pytest.raises(
-        UsageError, match="numa_node 2: this process may use no core of this node, only those of NUMA node 0, 1"
+        UsageError, match="numa_node 2: this process may not use the cores of this node, only those of NUMA node 0, 1"
     ):
         found.on_node(2)
 

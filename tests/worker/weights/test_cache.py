@@ -127,7 +127,7 @@ def test_a_folder_that_others_may_write_to_is_not_used(tmp_path: Path) -> None:
     cache = WeightCache(tmp_path / "w", 1 << 20)
     cache.prepare()
     cache.path.chmod(0o777)
-    with pytest.raises(LlamaclustError, match=r"weights cannot be kept there: other users may write .* \(mode 777\)"):
+    with pytest.raises(LlamaclustError, match=r"weights cannot be stored there: other users may write .* \(mode 777\)"):
         cache.prepare()
 
 

@@ -1,5 +1,5 @@
-"""Reads LoRA adapters from GGUF files or PEFT folders, checks them, and adds their steps to programs. The tensors of
-adapter 0 have names such as `adapter.0.blk.3.attn_q.weight.lora_a`."""
+"""Reads and checks LoRA adapters from GGUF files or PEFT folders, and adds them to programs. The tensors of adapter 0
+have names such as `adapter.0.blk.3.attn_q.weight.lora_a`."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def adapter_files(path: Path) -> tuple[Path, ...]:
 
 
 def read_adapter(path: Path, model: ModelFile) -> ModelFile:
-    """Reads an adapter. The adapter's identity is a hash of its header and of the first and last bytes of every tensor.
-    Raises the errors of `read_header`."""
+    """Reads a LoRA adapter. Its identity is a hash of the header and of the first and last bytes of every tensor.
+    Raises ModelFileError if the file is invalid."""
     header = read_peft(path, model) if is_peft(path) else read_header(path)
     hashed = sha256(header.digest)
     for tensor in header.tensors.values():
@@ -56,7 +56,7 @@ def read_adapter(path: Path, model: ModelFile) -> ModelFile:
 
 def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelFile:
     """Returns the model with the tensors of `adapters` added. Raises ModelFileError if an adapter is not a LoRA adapter
-    or is for another architecture."""
+    or is made for another architecture."""
     if not adapters:
         return model
     if max(adapters) >= MAX_ADAPTERS:
@@ -109,11 +109,11 @@ def _alpha(found: ModelFile, model: ModelFile) -> MetadataValue:
     architecture, own = found.metadata_str("general.architecture"), model.metadata_str("general.architecture")
     if architecture != own:
         raise found.error(
-            "general.architecture", f"expected {own!r} like the model, found {shown(architecture)}", _OTHER
+            "general.architecture", f"expected {own!r}, the model's architecture, found {shown(architecture)}", _OTHER
         )
     if "adapter.alora.invocation_tokens" in found.metadata:
         what = "adapters that certain tokens activate (aLoRA) are not supported"
-        raise found.error("adapter.alora.invocation_tokens", what, "remove it from `adapters`")
+        raise found.error("adapter.alora.invocation_tokens", what, "remove the adapter from `adapters`")
     if not found.tensors:
         raise fail_at(found.path, "tensors", "the adapter has no tensors", _OTHER)
     return found.metadata_float("adapter.lora.alpha", minimum=0.0, maximum=1e6)
@@ -141,8 +141,8 @@ def _numbers(model: ModelFile) -> tuple[int, ...]:
 
 
 def adapted(program: Program, model: ModelFile) -> Program:
-    """Returns the program with an `Adapt` step for each MatMul step that an adapter changes. Raises ModelFileError if
-    shapes do not fit."""
+    """Returns the program with an added `Adapt` step for each MatMul step that an adapter changes. Raises
+    ModelFileError if tensor shapes do not match."""
     numbers = _numbers(model)
     return replace(program, steps=tuple(_adapted(program.steps, model, numbers))) if numbers else program
 

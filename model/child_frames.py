@@ -1,5 +1,5 @@
-"""Exchanges frames between a process and its child process. A frame begins with a line of JSON, which is an object, or
-a list of an object and a number. The number is the size in bytes of a payload that follows the line."""
+"""Exchanges frames with a child process. A frame begins with a line of JSON, which is an object, or a list of an object
+and a number. The number is the size in bytes of the payload after the line."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _SET_PARENT_DEATH_SIGNAL: Final = 1
 
 
 def encoded(frame: Mapping[str, Any], payload: bytes = b"") -> bytes:
-    """Returns the frame's line, in ASCII, and the payload. Raises TypeError, ValueError or RecursionError like
-    `json.dumps`."""
+    """Returns a frame as bytes: a line of ASCII JSON, and the payload. Raises the errors of `json.dumps`: TypeError,
+    ValueError or RecursionError."""
     return json.dumps([frame, len(payload)] if payload else frame).encode() + b"\n" + payload
 
 
 def decoded(line: bytes) -> tuple[dict[str, Any], int]:
-    """Returns a line's object and the size of its payload in bytes. Raises ValueError if the line is not a frame."""
+    """Returns the object and the payload's size in bytes from a frame's line. Raises ValueError if it is invalid."""
     values = json.loads(line)
     frame, size = values if isinstance(values, list) and len(values) == 2 else (values, 0)
     if not isinstance(frame, dict) or type(size) is not int or size < 0:
@@ -30,7 +30,7 @@ def decoded(line: bytes) -> tuple[dict[str, Any], int]:
 
 
 def end_with_parent() -> None:
-    """Makes Linux kill this process when the thread that started it ends. Makes this process ignore Ctrl-C."""
+    """Makes Linux kill this process when its parent thread ends. Also makes this process ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)

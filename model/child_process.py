@@ -32,15 +32,15 @@ class ChildEndedError(Exception):
 
 
 class ChildKilledError(ChildEndedError):
-    """The child process was killed from outside or could not be started. The request was not the cause."""
+    """The child process was killed from outside or could not be started. The request is not the cause."""
 
 
 class ChildLateError(ChildEndedError):
-    """The child process did not reply before the deadline. The request takes too long, or the machine is stalled."""
+    """The child process missed its deadline. Either the request takes too long, or the machine is stalled."""
 
 
 class ChildUnusableError(ChildEndedError):
-    """The child process refused its first frame, or ended while it handled that frame."""
+    """The child process refused its first frame, or ended while it handled its first frame."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class ChildProgram:
 
 
 class BoundedChild:
-    """A child process and the thread that owns it. A request starts a child process if none is running. Thread-safe."""
+    """A child process and the thread that owns it. A request starts the process if it is not running. Thread-safe."""
 
     def __init__(self, program: ChildProgram, name: str) -> None:
         self.pid: int | None = None  # Process id, or None if no child is ready for requests.
@@ -73,7 +73,7 @@ class BoundedChild:
         return len(self._work)
 
     def submit(self, work: Callable[[], _Result]) -> Future[_Result]:
-        """Runs `work` on the owning thread, where `work` may call `request`. Raises DeadlineError after `close`."""
+        """Runs `work` on the owning thread. Only `work` may call `request`. Raises DeadlineError after `close`."""
         try:
             future = self._thread.submit(work)
         except RuntimeError:
@@ -88,8 +88,8 @@ class BoundedChild:
     def request_with_payload(
         self, values: Mapping[str, Any], payload: bytes = b"", max_payload_bytes: int = 0
     ) -> tuple[dict[str, Any], bytes]:
-        """Sends a request and returns the reply with its payload. If the child was killed from outside, the request is
-        sent once more to a new child. Raises ChildEndedError, and the errors of `encoded`."""
+        """Sends a request to the child process and returns the reply with its payload. If the child is killed from
+        outside, sends the request once more to a new child. Raises ChildEndedError, and the errors of `encoded`."""
         frame = encoded(values, payload)
         try:
             return self._request(frame, max_payload_bytes)
@@ -97,13 +97,13 @@ class BoundedChild:
             return self._request(frame, max_payload_bytes)
 
     def stop(self) -> None:
-        """Kills the child. The request in progress and all later requests fail."""
+        """Kills the child process. The current request and all later requests fail."""
         self._is_stopped = True
         if (process := self._process) is not None:
             process.kill()
 
     def close(self) -> None:
-        """Waits until the child has ended. `stop` must be called first. A second call of `close` does nothing."""
+        """Waits until the child process has ended. Callers must call `stop` first, and may call `close` twice."""
         self._drop_later()
         self._thread.shutdown(wait=True)
 
@@ -113,7 +113,7 @@ class BoundedChild:
 
     def _request(self, frame: bytes, max_payload_bytes: int) -> _Reply:
         if self._is_stopped:
-            raise ChildKilledError("its process was closed")
+            raise ChildKilledError("the child process was closed")
         if self._idle_end is not None:
             self._idle_end.cancel()
         try:
@@ -152,7 +152,7 @@ class BoundedChild:
                 env={name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
             )
         except OSError as error:  # For example, the limit on the number of processes is reached.
-            raise ChildKilledError(f"its process cannot be started: {error.strerror}") from error
+            raise ChildKilledError(f"the child process cannot be started: {error.strerror}") from error
 
     def _exchange(
         self, process: subprocess.Popen[bytes], frame: bytes, timeout_s: float, max_payload_bytes: int = 0
@@ -176,7 +176,7 @@ class BoundedChild:
         if reply is not None:
             return reply
         if is_late.is_set():
-            raise ChildLateError(f"it did not end within {timeout_s:g} s")
+            raise ChildLateError(f"the child process did not reply within {timeout_s:g} s")
         raise _ending(process)
 
     def _drop(self) -> None:
@@ -203,7 +203,7 @@ def _read_reply(stream: IO[bytes], max_line_bytes: int, max_payload_bytes: int) 
     try:
         frame, size = decoded(line)
     except (ValueError, RecursionError):
-        raise ChildEndedError("its reply cannot be decoded") from None
+        raise ChildEndedError("the child process's reply cannot be decoded") from None
     _check_size(size, max_payload_bytes)
     payload = stream.read(size)
     return (frame, payload) if len(payload) == size else None
@@ -211,16 +211,16 @@ def _read_reply(stream: IO[bytes], max_line_bytes: int, max_payload_bytes: int) 
 
 def _check_size(size: int, max_bytes: int) -> None:
     if size > max_bytes:
-        raise ChildEndedError(f"its reply has more than {max_bytes} bytes")
+        raise ChildEndedError(f"the child process's reply has more than {max_bytes} bytes")
 
 
 def _ending(process: subprocess.Popen[bytes]) -> ChildEndedError:
     try:
         code = process.wait(_END_S)
     except subprocess.TimeoutExpired:
-        return ChildEndedError("its process does not answer")
+        return ChildEndedError("the child process does not reply")
     if -code in _OTHERS_SIGNALS:
-        return ChildKilledError(f"its process was killed by {signal.Signals(-code).name}")
+        return ChildKilledError(f"the child process was killed by {signal.Signals(-code).name}")
     if -code in _TIME_SIGNALS:
-        return ChildEndedError("it exceeded its CPU time limit")
-    return ChildEndedError("it crashed its process")
+        return ChildEndedError("the child process exceeded its CPU time limit")
+    return ChildEndedError("the child process crashed")

@@ -71,13 +71,13 @@ def limit_resources(memory_bytes: int) -> None:
 
 
 def limit_cpu(seconds: int) -> None:
-    """Allows this process `seconds` more seconds of CPU time. The kernel counts from the start of the process."""
+    """Limits this process to `seconds` more seconds of CPU time. The kernel's limit includes the time used so far."""
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + seconds + 1, hard))
 
 
 def confine() -> str | None:
-    """Makes system calls outside the filter fail with EPERM. Returns None, or the reason why there is no filter."""
+    """Makes system calls that the filter does not allow fail with EPERM. Returns None, or why there is no filter."""
     machine = os.uname().machine
     architecture = _ARCHITECTURES.get(machine) if sys.platform == "linux" else None
     if architecture is None:
@@ -97,7 +97,7 @@ def confine() -> str | None:
 
 
 def _filter(architecture: _Architecture) -> Iterable[bytes]:
-    """Yields the filter's BPF instructions. They refuse calls of other architectures too, such as 32-bit x86."""
+    """Yields the filter's BPF instructions. They also refuse calls of other architectures, such as 32-bit x86."""
     refuse, allow = _instruction(_RETURN, _REFUSE), _instruction(_RETURN, _ALLOW)
     yield _instruction(_LOAD, _ARCHITECTURE_AT)
     yield _instruction(_EQUAL, architecture.audit, if_equal=1)

@@ -20,7 +20,7 @@ file_bytes = attrgetter("n_bytes")
 
 @dataclass(frozen=True, slots=True)
 class TypedWeights:
-    """All matrices of one quant type: their bytes in memory, and their multiply-accumulates for one row."""
+    """The matrices of one quant type: their total bytes in memory, and their multiply-accumulates for one row."""
 
     quant_type: QuantType
     n_bytes: int
@@ -28,7 +28,7 @@ class TypedWeights:
 
 
 def typed_weights(tensors: Mapping[str, Tensor], steps: Iterable[Step], *, experts: bool) -> tuple[TypedWeights, ...]:
-    """Sums up matrices by quant type: those of experts if `experts`, otherwise those outside mixtures of experts."""
+    """Returns the totals of matrices by quant type: those of experts if `experts`, and otherwise all others."""
     n_bytes, products = Counter[QuantType](), Counter[QuantType]()
     kind = WeightKind.EXPERTS if experts else WeightKind.MATRIX
     seen = set[str]()
@@ -85,7 +85,7 @@ def all_macs(steps: Iterable[Step]) -> int:
 @dataclass(frozen=True, slots=True)
 class LayerCost:
     """The cost of a layer, or of a part of a layer. `idle_bytes` and `idle_share` are the bytes and the fraction of
-    experts that a token does not choose. `used_file_bytes` is the size in the file of the weights that one token uses.
+    experts that a token does not use. `used_file_bytes` is the file size of the weights that a token uses.
     Multiply-accumulates (`macs`) exclude attention."""
 
     weight_bytes: int
@@ -112,7 +112,7 @@ class LayerCost:
         return self.touched_bytes(rows) + 2 * sequences * self.state_bytes
 
     def touched_bytes(self, rows: int) -> float:
-        """Returns the expected number of weight bytes that a step reads, if rows choose experts at random."""
+        """Returns the expected weight bytes that a step of `rows` rows reads if they choose experts at random."""
         return self.weight_bytes - self._idle_bytes(rows)
 
     def touched_expert_bytes(self, rows: int) -> float:
@@ -126,13 +126,13 @@ class LayerCost:
 
 
 JOINED = LayerCost(0, 0, 0, is_joined=True)
-"""The cost of the later parts of a layer that cannot be divided. The first part has the layer's whole cost."""
+"""The cost of all but the first part of a layer that cannot be divided. The first part has the layer's whole cost."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCosts:
-    """The costs of a model. The first stage holds the embedding, and the last stage holds the head. `tied_bytes` is the
-    size of tensors that embedding and head share. A stage that is both first and last holds these tensors once."""
+    """The costs of a model. The first stage has the embedding, and the last stage has the head. `tied_bytes` is the
+    size of tensors that embedding and head share. A single stage holds these tensors only once."""
 
     embedding_bytes: int
     head_bytes: int
@@ -155,7 +155,7 @@ class ModelCosts:
 
     @property
     def borders(self) -> tuple[int, ...]:
-        """Layer numbers at which a stage may begin, followed by the layer count."""
+        """The layer numbers at which a stage may begin, followed by the layer count."""
         shared = [(layer.kv_source, number) for number, layer in enumerate(self.layers) if layer.kv_source is not None]
         sources = ((source * self.expert_shards, number) for source, number in shared)
         between = {border for source, number in sources for border in range(source + 1, number + 1)}
@@ -204,6 +204,6 @@ def steps_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
 
 
 def is_before_head(program: Program, step: Step) -> bool:
-    """Returns False if `step` is the first step of the output head."""
+    """Returns True for all steps before the output head, and False for its first step."""
     has_norm = program.normed is not None and program.normed != program.hidden
     return not isinstance(step, SelectRows) and not (has_norm and step.out == program.normed)

@@ -26,8 +26,8 @@ Build = Callable[[int, int], Program]
 
 
 def divided_program(build: Build, start: int, end: int, shards: int) -> Program:
-    """Returns the program of parts [start, end), where each layer has `shards` parts. Raises UsageError if a layer in
-    which the program begins or ends has fewer than `shards` experts."""
+    """Returns the program of parts [start, end), where each layer has `shards` parts. Raises UsageError if the program
+    begins or ends in a layer with fewer than `shards` experts."""
     (first, skipped), (last, before) = divmod(start, shards), divmod(end - 1, shards)
     kept, program = before + 1, build(first, last + 1)
     steps, hidden, out, normed = program.steps, program.hidden, program.out, program.normed
@@ -53,7 +53,7 @@ def mixture_of(steps: Sequence[Step], layer: int) -> Moe | None:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """A layer that is divided. `carried` lists the buffers that steps before the experts write and later steps read."""
+    """A layer that is divided at its experts. `carried` lists the buffers written before the experts and read later."""
 
     mixture: Moe
     carried: tuple[Buffer, ...]

@@ -41,8 +41,8 @@ _NEUTRAL_VALUES = {
     "swiglu_clamp_exp": (0,),
     "swiglu_clamp_shexp": (0,),
 }
-"""Keys that change the arithmetic of some architectures, with the values that change nothing. An architecture that does
-not read such a key refuses files with another value."""
+"""Keys that change the arithmetic of some architectures, with the values that change nothing. Files with another value
+are refused if the architecture does not read the key."""
 
 
 LATENT_KEYS = ("attention.key_length_mla", "attention.value_length_mla")
@@ -51,9 +51,9 @@ LATENT_KEYS = ("attention.key_length_mla", "attention.value_length_mla")
 MAX_LAYERS = 1 << 10
 PROJECTOR_ARCHITECTURE = "clip"
 SHARED_KV_KEY = "attention.shared_kv_layers"
-"""The metadata key for the number N of shared layers. The last N layers read the keys and values of earlier layers."""
+"""The metadata key for the number of last layers that read the keys and values of earlier layers."""
 NEXTN_KEY = "nextn_predict_layers"
-"""The metadata key for the number N of MTP layers. The last N layers are heads for multi-token prediction (MTP)."""
+"""The metadata key for the number of last layers that are heads for multi-token prediction (MTP)."""
 
 
 class RopeScaling(StrEnum):
@@ -83,8 +83,8 @@ class RopeParameters:
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
-    """Widths (in channels) and counts of a model. Tuples have one number for each layer, which is 0 if the layer has no
-    attention (KV heads) or no feed-forward network. `expert_count` is 0 without experts."""
+    """Widths (in channels) and counts of a model. Tuples have one number for each layer, which is 0 for layers without
+    attention (KV heads) or without a feed-forward network. `expert_count` is 0 without experts."""
 
     architecture: str
     block_count: int
@@ -153,7 +153,7 @@ def hyperparameters_of(keys: ModelKeys) -> Hyperparameters:
 
 
 class ModelKeys:
-    """Reads metadata keys. Callers name them without the architecture's prefix. Records which keys were read."""
+    """Reads metadata keys, given without the architecture's prefix, and records which keys were read."""
 
     def __init__(self, model: ModelFile) -> None:
         self.model = model
@@ -167,11 +167,11 @@ class ModelKeys:
         return self.model.error(self._full(key), what)
 
     def count(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int) -> int:
-        """Reads a whole number. An array with one number for each layer is accepted if its numbers are equal."""
+        """Returns a whole number from metadata. Also accepts an array with the same number for each layer."""
         value: Any = self.model.metadata.get(self._recorded(key))
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and len(value):
             if (value != value[0]).any():
-                raise self.error(key, "different values for layers are not supported")
+                raise self.error(key, "different values per layer are not supported")
             default = int(value[0])
             if not minimum <= default <= maximum:
                 raise self.error(key, f"expected {minimum} to {maximum}, found {default}")
@@ -234,7 +234,7 @@ class ModelKeys:
         return [bool(flag) for flag in value[:layers]]
 
     def refuse_unread(self) -> None:
-        """Raises ModelFileError if an unread key has a value that would change the arithmetic."""
+        """Raises ModelFileError if a key that was not read has a value that would change the arithmetic."""
         for key in _NEUTRAL_VALUES.keys() - self._read:
             if not self.has(key):
                 continue
@@ -244,8 +244,8 @@ class ModelKeys:
                 raise self.error(key, f"{shown(str(value))} is not supported")
 
     def windowed_layers(self, layers: int, default_period: int, *, full_first: bool = False) -> list[bool]:
-        """Returns, for each layer, whether its attention has the sliding window. If the file has no flags for layers,
-        the last layer of each period (the first if `full_first`) has no window. A period of 0 means no such layer."""
+        """Returns, for each layer, True if its attention has the sliding window. If the file does not say, all layers
+        have it except the last of each period (the first if `full_first`). With a period of 0, all layers have it."""
         key = "attention.sliding_window_pattern"
         if isinstance(self.model.metadata.get(self._recorded(key)), np.ndarray):
             return self._layer_flags(key, layers)

@@ -1,4 +1,4 @@
-"""Importance matrices in both of llama.cpp's formats. They sum the squared inputs of each column of a weight matrix."""
+"""Importance matrices in both of llama.cpp's formats: the sums of squared inputs of each column of a weight matrix."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NUMBER = Struct("<i")
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """The importance of a matrix or of each expert's matrix: sums of squares [experts, columns] over `counts`
+    """The importance of a matrix, or of each expert's matrix: sums of squares [experts, columns] over `counts`
     inputs."""
 
     sums: Float32
@@ -111,8 +111,8 @@ def _from_gguf(file: ModelFile) -> ImportanceMatrix:
 
 
 def _from_legacy(path: Path, data: bytes) -> ImportanceMatrix:
-    """Reads the old format: the number of entries, the entries, the number of chunks, and the name of the text. An
-    entry has a name, a number of calls, and means that are multiplied by this number."""
+    """Reads the old format: the number of entries, the entries, the number of chunks, and the name of the text. Each
+    entry has a name, a number of calls, and the mean squares multiplied by the number of calls."""
     at = 0
 
     def number() -> int:

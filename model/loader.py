@@ -47,7 +47,7 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 
 class Model:
-    """An opened model file. A tensor that no step reads is an error, because it may scale results."""
+    """An opened model file. Tensors that no step reads are refused, because they may scale results."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Model:
         adapters: Mapping[int, ModelFile] | None = None,
         projector: Projector | None = None,
     ) -> None:
-        """Raises ModelFileError if the architecture is not supported, or if the projector does not fit the model."""
+        """Creates a model. Raises ModelFileError for an unsupported architecture or a projector that does not fit."""
         self.plain = as_programs_read(file)
         self.adapters = adapters or {}
         self.file = file = with_adapters(self.plain, self.adapters)
@@ -110,7 +110,7 @@ class Model:
 
     @cached_property
     def widened(self) -> Model:
-        """The same model with weights packed as wider tiles, if their quant types have wider tiles (`WIDER_TILES`)."""
+        """The same model, with weights packed as wider tiles where the quant type allows it (`WIDER_TILES`)."""
         wide = copy(self)
         tensors = self.file.tensors.items()
         wide.file = replace(
@@ -136,9 +136,9 @@ class Model:
         context_tokens: int | None = None,
         expert_shards: int = 1,
     ) -> Program:
-        """Returns the program of layers [start, end). `context_tokens` is the maximum length of a sequence, and None
-        means the model's context length. With several `expert_shards`, start and end count parts of layers (see
-        `Program`). Raises UsageError if a layer cannot be divided into so many parts."""
+        """Returns the program of layers [start, end). `context_tokens` is the maximum sequence length. None means the
+        model's context length. With several `expert_shards`, start and end count parts of layers (see `Program`).
+        Raises UsageError if a layer cannot be divided into so many parts."""
 
         def build(first: int, last: int) -> Program:
             return adapted(build_program(self.file, first, last, kv_type, context_tokens), self.file)
@@ -167,7 +167,7 @@ class Model:
 
     @property
     def is_causal(self) -> bool:
-        """False if the model is an encoder, which computes each prompt as a whole."""
+        """False for an encoder, which computes each prompt as a whole."""
         return self._whole.is_causal
 
     @property
@@ -176,7 +176,7 @@ class Model:
 
     @property
     def embedding_width(self) -> int:
-        """The number of floats in an embedding, or the number of a reranker's scores."""
+        """The number of floats in an embedding, or the number of scores of a reranker."""
         return (self._whole.normed or self._whole.hidden).width
 
     @property
@@ -185,7 +185,7 @@ class Model:
         return self._whole.given_levels * self.hyperparameters.embedding_length
 
     def check_projector(self, projector: Projector) -> None:
-        """Raises ModelFileError if the model reads no images, or if the projector's rows do not fit the model."""
+        """Raises ModelFileError if the model reads no images, or if the projector does not fit it."""
         which = f"{projector.file.path}: the projector cannot be used with {self.file.path.name}, because"
         if not self.image_width:
             what = f"images for architecture {self.hyperparameters.architecture} are not supported"
@@ -269,13 +269,13 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, created on first use. Raises ModelFileError if the file has no supported tokenizer."""
+        """The model's tokenizer, created on first use. Raises ModelFileError if the file has no supported tokenizer."""
         with _named(self.file.path):
             return load_tokenizer(self.file.metadata)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
-        """The chat template, made on first use. `close` ends its processes. Raises ModelFileError like `tokenizer`."""
+        """The model's chat template, created on first use. `close` ends its processes. May raise ModelFileError."""
         tokenizer = self.tokenizer
         with _named(self.file.path):
             return load_chat_template(self.file.metadata, tokenizer, chosen=self._chosen_template)
@@ -301,7 +301,7 @@ class Model:
             raise error
         if unknown:
             what = f"the tensor is not part of architecture {self.hyperparameters.architecture} as it is known here"
-            raise ModelFileError(f"{self.file.path}: tensor {shown(min(unknown))}: {what}; take another model")
+            raise ModelFileError(f"{self.file.path}: tensor {shown(min(unknown))}: {what}; use another model")
 
 
 @contextmanager

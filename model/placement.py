@@ -27,8 +27,8 @@ _POSSIBLE = r"only whole layers ('blk\.3\.') or all experts of a layer ('ffn_.*_
 
 @dataclass(frozen=True, slots=True)
 class PlacementRule:
-    """Puts tensors on `device` if `pattern` matches a part of their name. Devices are "ram", "gpu" (any) and
-    "cuda:N"."""
+    """A rule that puts tensors on `device` if `pattern` matches a part of their name. Devices are "ram", "gpu" (any)
+    and "cuda:N"."""
 
     pattern: str
     device: str
@@ -52,7 +52,7 @@ class PlacementRule:
 
 
 def read_rules(text: str) -> Iterator[PlacementRule]:
-    """Reads rules in llama.cpp's form, such as `exps=CPU,attn=CUDA0`. Raises ValueError for any other text."""
+    """Parses rules in llama.cpp's form, such as `exps=CPU,attn=CUDA0`. Raises ValueError for any other text."""
     at = 0
     while at < len(text):
         found = _RULE.match(text, at)
@@ -64,7 +64,7 @@ def read_rules(text: str) -> Iterator[PlacementRule]:
 
 @lru_cache(256)
 def _matcher(pattern: str) -> SchemaValidator:
-    """Returns a matcher that takes linear time and limited memory. Raises ValueError if the pattern is invalid."""
+    """Returns a matcher with linear time and limited memory. Raises ValueError if the pattern is invalid."""
     try:
         return SchemaValidator(core_schema.str_schema(pattern=pattern, regex_engine="rust-regex"))
     except SchemaError as error:
@@ -93,7 +93,7 @@ def rule_effects(model: Model, rules: Sequence[PlacementRule]) -> tuple[RuleEffe
 
 
 def placement_of(model: Model, rules: Sequence[PlacementRule], cpu_moe: int | None) -> Placement:
-    """Returns the device of each layer. The first rule that matches a tensor applies to it. `cpu_moe` applies to
+    """Returns the device of each layer. Each tensor follows the first rule that matches it. `cpu_moe` applies to
     experts that no rule matches. Raises UsageError if a rule matches no tensor or cannot be obeyed."""
     if not rules:
         return Placement(cpu_moe=cpu_moe)
@@ -125,8 +125,8 @@ class _Part:
     others: list[str] = field(default_factory=list)  # Small tensors, which follow the `deciding` tensors.
 
     def place(self, decided: Mapping[str, PlacementRule]) -> tuple[str, PlacementRule] | None:
-        """Returns a tensor's name and its rule, which places the whole part. Returns None if no rule matches. Raises
-        UsageError if the rules would divide the part between devices."""
+        """Returns a tensor's name, and the rule that matches it and places the whole part, or None if no rule matches.
+        Raises UsageError if rules would divide the part between devices."""
         ruled = [(name, decided[name]) for name in (*self.deciding, *self.others) if name in decided]
         if not ruled:
             return None
@@ -148,7 +148,7 @@ class _Layer:
     vectors: set[str] = field(default_factory=set)  # Norms and biases outside the experts.
 
     def place(self, decided: Mapping[str, PlacementRule]) -> tuple[str | None, bool | None]:
-        """Returns the layer's device, and whether its experts are in RAM. Each is None if no rule decides it."""
+        """Returns the layer's device, and True if its experts are in RAM. Either is None if no rule decides it."""
         broad = {rule for name in self.rest.deciding if (rule := decided.get(name)) is not None}
         # Small tensors of the experts that a rule for the rest of the layer matches by accident.
         follow = {name for name in self.experts.others if decided.get(name) in broad}
@@ -163,7 +163,7 @@ class _Layer:
         return rest[1].device, False
 
     def _following_vectors(self, decided: Mapping[str, PlacementRule]) -> set[str]:
-        """Returns the vectors that a rule for experts matches by accident. For example, 'ffn_.*' matches ffn_norm."""
+        """Returns the norms and biases that a rule for experts matches by accident, as 'ffn_.*' matches ffn_norm."""
         of_rest = {decided[name] for name in self.rest.deciding if name in decided and name not in self.vectors}
         if any(rule.device == RAM for rule in of_rest):
             return set()

@@ -1,4 +1,4 @@
-"""The pooling that makes an embedding from a prompt's hidden states, and its metadata key."""
+"""The pooling, which makes an embedding from a prompt's hidden states, and its metadata key."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from llamaclust.model.hyperparameters import ModelKeys
 
 
 class Pooling(StrEnum):
-    """The rows that make an embedding. NONE gives an embedding for each row. MEAN uses the mean of all rows, CLS the
-    first row, and LAST the last row. RANK is for rerankers, and uses an encoder's first row."""
+    """The rows that make an embedding: all rows separately (NONE), the mean of all rows (MEAN), the first row (CLS) or
+    the last row (LAST). RANK is for rerankers, and uses an encoder's first row."""
 
     NONE = "none"
     MEAN = "mean"
@@ -42,8 +42,8 @@ _CLASSIFIER = frozenset({"cls.weight", "cls.output.weight"})
 
 
 def read_pooling(model: ModelFile, default: Pooling = DEFAULT) -> Pooling:
-    """Returns the file's pooling. A file without the key has RANK if it has a classifier, and otherwise `default`.
-    Raises ModelFileError if the key's number is unknown."""
+    """Returns the file's pooling. Without a pooling key, returns RANK if the file has a classifier, and otherwise
+    `default`. Raises ModelFileError if the key's number is unknown."""
     keys = ModelKeys(model)
     if not keys.has("pooling_type") and not _CLASSIFIER.isdisjoint(model.tensors):
         return Pooling.RANK

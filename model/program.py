@@ -123,7 +123,7 @@ StateStep = Convolution | DeltaRule | Scan
 MixtureStep = ExpertChoice | ExpertInner | ExpertDown | ExpertShards | ExpertSum
 
 Across = Exchange | Gather
-"""Steps that compute a part of their result on another device, or on another member of a group."""
+"""Steps whose result is partly computed on another device, or on another member of a group."""
 
 RowsChange = SelectRows | FewerRows
 
@@ -172,7 +172,7 @@ class Program:
 
     @property
     def kv_memory(self) -> tuple[KvLayer, ...]:
-        """The program's recurrent states and, for each layer, the first attention step that stores keys and values."""
+        """The recurrent states and, for each layer, the first attention step that stores keys and values."""
         kept: list[KvLayer] = []
         layers: set[int] = set()
         for step in self.steps:
@@ -199,8 +199,8 @@ class Program:
 
     @property
     def rope_sections(self) -> int:
-        """The number of position sections that RoPE uses, such as 3 for time, height and width. 0 means that a token
-        has only one position."""
+        """The number of position sections in RoPE, such as 3 for time, height and width. 0 means that a token has one
+        position."""
         sections = (step.sections for step in self.steps if isinstance(step, Rope) and step.sections is not None)
         return max((max(each) + 1 for each in sections), default=0)
 
@@ -223,7 +223,7 @@ class Program:
 
     @property
     def window(self) -> int | None:
-        """The largest window of causal attention, or None. KV memory of positions outside the window is released."""
+        """The largest sliding window of causal attention, or None. KV memory outside this window is released."""
         return max((kept.window for kept in self.kv_layers if kept.causal and kept.window is not None), default=None)
 
 
@@ -232,7 +232,7 @@ def weights_of(steps: Iterable[Step]) -> tuple[str, ...]:
 
 
 def read_before_written(steps: Iterable[Step], *results: Buffer | None) -> tuple[Buffer, ...]:
-    """Returns the buffers that these steps read before writing, in order. `results` are read after all steps."""
+    """Returns the buffers that are read before a step writes them, in order of the reads. `results` are read last."""
     found: dict[str, Buffer] = {}
     written: set[str] = set()
     for step in steps:

@@ -1,4 +1,4 @@
-"""The table of ggml's weight types: weights and bytes of a block, and the format of activations in products."""
+"""The table of ggml's weight types: block sizes, and the format of activations in products."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final, Self
 
 
 class ActivationFormat(IntEnum):
-    """The format of activations in products with weights: float32, or int8 with a scale for each 32 or 256 channels."""
+    """The format of activations in products: float32, or int8 with a scale for each 32 or 256 channels."""
 
     F32 = 1
     Q8_32 = 32
@@ -23,8 +23,8 @@ _CACHE_LINE_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class TypeInfo:
-    """A row of the table. `activation` is None for types without a dot product, which are integers and ggml's internal
-    types. In packed weights, a block has `tile_extra_bytes` more bytes, which make decoding faster."""
+    """The properties of a quant type. `activation` is None for types without a dot product, which are integers and
+    ggml's internal types. In packed weights, a block has `tile_extra_bytes` more bytes, which make decoding faster."""
 
     block_size: int
     block_bytes: int
@@ -36,7 +36,7 @@ class TypeInfo:
         return width // self.block_size * self.block_bytes
 
     def tile_bytes(self, width: int) -> int:
-        """Returns the bytes of one tile, which is 16 rows of packed weights. The size is a multiple of a cache line."""
+        """Returns the size of a tile in bytes. A tile is 16 rows of packed weights, padded to whole cache lines."""
         assert width % self.block_size == 0
         blocks = TILE_ROWS * (width // self.block_size)
         return -(-blocks * (self.block_bytes + self.tile_extra_bytes) // _CACHE_LINE_BYTES) * _CACHE_LINE_BYTES
@@ -46,8 +46,8 @@ _F32, _Q8_32, _Q8_256 = ActivationFormat
 
 
 class QuantType(IntEnum):
-    """ggml's types. Each member has its number in GGUF files, followed by the fields of `info`. Backends may support
-    only some types."""
+    """ggml's types. A member's value is its number in GGUF files. `info` has its properties. Backends may support only
+    some types."""
 
     info: TypeInfo
 
@@ -100,4 +100,4 @@ WIDER_TILES: Final[Mapping[QuantType, QuantType]] = {
     QuantType.IQ2_XS: QuantType.IQ2_S,
     QuantType.TQ1_0: QuantType.TQ2_0,
 }
-"""Types that may be packed as tiles of another type. Results are bit-identical and faster, but take more memory."""
+"""Types that may be packed as tiles of another type. Results are bit-identical and faster, but need more memory."""

@@ -1,4 +1,4 @@
-"""Ranks documents. Makes the prompt for a query and a document, and reads the score from the model's results."""
+"""Ranks documents: makes the prompt for a query and a document, and computes the score from the model's results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PairTemplate:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The prompts and the score of a reranker. `of_last` is true for causal models, whose last token has the score."""
+    """A reranker's prompts and score. `of_last` is true for causal models, whose last token gives the score."""
 
     prompts: PairForm | PairTemplate
     of_last: bool
@@ -53,8 +53,8 @@ class Ranking:
 
 
 def read_ranking(metadata: Mapping[str, Any], tokenizer: Tokenizer, *, of_last: bool) -> Ranking:
-    """Reads the form of a reranker's prompts: the file's template or, if there is none, special tokens around the
-    texts. Raises ModelFileError if the template is invalid."""
+    """Reads how a reranker's prompts are made: by the file's template or, if there is none, with special tokens around
+    the texts. Raises ModelFileError if the template is invalid."""
     text = metadata.get(_KEY)
     if text is None:
         return Ranking(read_pair_form(metadata, tokenizer), of_last)

@@ -8,7 +8,7 @@ _SHARD = re.compile(r"(?P<whole>.+)\[(?P<inner>:,)?(?P<start>\d+):(?P<end>\d+)\]
 
 
 def shard_name(name: str, part: range) -> str:
-    """Names a range of the slowest dimension (experts or rows). If `name` is a part, the range is within it."""
+    """Returns the name of a range of `name`'s experts or rows. If `name` is a range, `part` counts from its start."""
     found = _SHARD.fullmatch(name)
     if found is not None:
         assert found["inner"] is None, name
@@ -29,6 +29,6 @@ def whole_name(name: str) -> str:
 
 
 def named_range(name: str) -> tuple[int, range] | None:
-    """Returns the divided dimension (0 is the slowest) and the range. Returns None for the name of a whole tensor."""
+    """Returns the divided dimension (0 is the slowest) and the range, or None if `name` is a whole tensor."""
     found = _SHARD.fullmatch(name)
     return None if found is None else (int(found["inner"] is not None), range(int(found["start"]), int(found["end"])))

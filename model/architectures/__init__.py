@@ -98,8 +98,8 @@ _RESHAPES: Mapping[str, Callable[[ModelFile], ModelFile]] = MappingProxyType({"k
 def build_program(
     model: ModelFile, start: int, end: int, kv_type: KvType = KvType.F16, context_tokens: int | None = None
 ) -> Program:
-    """Returns the program of layers [start, end). `context_tokens` is the maximum length of a sequence, and None means
-    the model's context length. Raises ModelFileError, which names the faulty architecture, key or tensor."""
+    """Returns the program of layers [start, end). `context_tokens` is the maximum sequence length. None means the
+    model's context length. Raises ModelFileError, which names the invalid architecture, key or tensor."""
     keys = ModelKeys(as_programs_read(model))
     builder = EncoderBuilder(keys, hyperparameters_of(keys), start, end, kv_type, context_tokens)
     ARCHITECTURES[keys.architecture](builder)
@@ -108,8 +108,8 @@ def build_program(
 
 
 def as_programs_read(model: ModelFile) -> ModelFile:
-    """Returns the model with tensors in the shapes that programs expect. Raises ModelFileError if the architecture is
-    not supported."""
+    """Returns the model with its tensors reshaped as programs expect. Raises ModelFileError if the architecture is not
+    supported."""
     check_architecture(model)
     reshape = _RESHAPES.get(read_architecture(model))
     return model if reshape is None else reshape(model)
@@ -119,4 +119,4 @@ def check_architecture(model: ModelFile) -> None:
     name = read_architecture(model)
     if name not in ARCHITECTURES:
         what = f"{shown(name)} is not one of the {len(ARCHITECTURES)} supported architectures in docs/models.md"
-        raise model.error("general.architecture", what, "take another model")
+        raise model.error("general.architecture", what, "use another model")

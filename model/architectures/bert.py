@@ -19,7 +19,7 @@ _ACTIVATIONS = {
 
 
 def bert(builder: EncoderBuilder) -> None:
-    """BERT and most later sentence encoders (MiniLM, BGE, E5, GTE). Positions are learned. All products have biases."""
+    """Builds BERT and most later sentence encoders (MiniLM, BGE, E5, GTE), with learned positions and biases."""
     builder.use_layer_norms()
     for layer in builder.sentence_layers(positions=True):
         builder.require(layer, "attn_q.bias", "attn_output.bias", "ffn_up.bias", "ffn_down.bias")
@@ -28,7 +28,7 @@ def bert(builder: EncoderBuilder) -> None:
 
 
 def nomic_bert(builder: EncoderBuilder) -> None:
-    """Nomic Embed 1 and 1.5. They have RoPE, one tensor for q, k and v, and a gated feed-forward network."""
+    """Builds Nomic Embed 1 and 1.5, with RoPE, one tensor for q, k and v, and a gated feed-forward network."""
     table = builder.rope_table()
     builder.use_layer_norms()
     for layer in builder.sentence_layers():
@@ -37,7 +37,7 @@ def nomic_bert(builder: EncoderBuilder) -> None:
 
 
 def nomic_bert_moe(builder: EncoderBuilder) -> None:
-    """Nomic Embed 2. It is XLM-RoBERTa with RoPE. Every `moe_every_n_layers`-th layer, from layer 1, has experts."""
+    """Builds Nomic Embed 2: XLM-RoBERTa with RoPE. Every `moe_every_n_layers`-th layer from layer 1 has experts."""
     table, every = builder.rope_table(), builder.keys.count("moe_every_n_layers", 0, minimum=0, maximum=1 << 10)
     builder.use_layer_norms()
     for layer in builder.sentence_layers():
@@ -47,7 +47,7 @@ def nomic_bert_moe(builder: EncoderBuilder) -> None:
 
 
 def jina_bert_v2(builder: EncoderBuilder) -> None:
-    """Jina Embeddings 2. It has ALiBi instead of position embeddings, and a gated feed-forward network."""
+    """Builds Jina Embeddings 2, with ALiBi instead of position embeddings, and a gated feed-forward network."""
     slopes = alibi_slopes(builder.hyperparameters.head_count)
     builder.use_layer_norms()
     for layer in builder.sentence_layers():
@@ -56,7 +56,7 @@ def jina_bert_v2(builder: EncoderBuilder) -> None:
 
 
 def jina_bert_v3(builder: EncoderBuilder) -> None:
-    """Jina Embeddings 3. It is XLM-RoBERTa with RoPE instead of learned positions. Its adapters are separate files."""
+    """Builds Jina Embeddings 3: XLM-RoBERTa with RoPE, without learned positions. Its adapters are separate files."""
     table = builder.rope_table()
     builder.use_layer_norms()
     for layer in builder.sentence_layers():
@@ -65,8 +65,8 @@ def jina_bert_v3(builder: EncoderBuilder) -> None:
 
 
 def modern_bert(builder: EncoderBuilder) -> None:
-    """ModernBERT. The first layer and every third layer after it attend to all tokens. The others have a sliding
-    window, and RoPE with another base."""
+    """Builds ModernBERT. The first layer and every third layer after it attend to all tokens. The other layers have a
+    sliding window and another RoPE base."""
     hp, activation = builder.hyperparameters, _activation(builder)
     windowed = builder.keys.windowed_layers(hp.block_count, 3, full_first=True)
     whole = AttentionVariant(RopeStyle.NEOX, builder.rope_table(), causal=False)

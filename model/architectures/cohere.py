@@ -8,8 +8,8 @@ _MAX_SCALE = 1e6
 
 
 def cohere2(builder: ProgramBuilder) -> None:
-    """Command R7B and Command A. Attention and feed-forward network are parallel. Every fourth layer has neither a
-    sliding window nor RoPE."""
+    """Builds Command R7B and Command A. Attention and feed-forward network are parallel. Every fourth layer has neither
+    a sliding window nor RoPE."""
     hp, keys = builder.hyperparameters, builder.keys
     windowed = keys.windowed_layers(hp.block_count, _PERIOD)
     if hp.sliding_window is None:

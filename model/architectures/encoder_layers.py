@@ -16,8 +16,8 @@ _TYPES = "token_types.weight"
 
 class EncoderBuilder(ProgramBuilder):
     def sentence_layers(self, *, positions: bool = False, last_norm: bool = False) -> Iterator[int]:
-        """Yields the numbers of the stage's layers, and emits the normed embedding before layer 0. If `positions`, the
-        embedding includes learned positions. If `last_norm`, emits a norm after the last layer."""
+        """Yields the stage's layer numbers. Before layer 0, appends the embedding and its norm. After the last layer,
+        appends a norm if `last_norm`. If `positions`, the embedding includes learned positions."""
         if self.stage.start == 0:
             self._embed_sentence(positions)
         yield from self.stage
@@ -37,10 +37,10 @@ class EncoderBuilder(ProgramBuilder):
         activation: ActivationFunction,
         experts: bool = False,
     ) -> None:
-        """Emits a layer: attention and a feed-forward network, with a norm after each residual sum. If `gated`, the
-        network has a gate. If `experts`, a mixture of ungated experts replaces the network."""
+        """Appends a layer: attention and a feed-forward network, with a norm after each residual sum. The network has a
+        gate if `gated`. If `experts`, a mixture of ungated experts replaces it."""
         prefix = f"blk.{layer}"
-        self._normed = self._hidden  # Products read `_normed`, and here no norm precedes them.
+        self._normed = self._hidden  # Matrix products read `_normed`, and here no norm precedes them.
         self._attend(layer, variant)
         self._add_and_norm(f"{prefix}.attn_output_norm")
         if experts:
@@ -106,10 +106,10 @@ class EncoderBuilder(ProgramBuilder):
     def _refuse_mean_of_classifier(self) -> None:
         key, pools_mean = "classifier.pooling_type", self.hyperparameters.architecture == "modern-bert"
         if self.keys.count(key, 1 if pools_mean else 2, minimum=0, maximum=4) != 2:
-            raise self.keys.error(key, "expected 2 (cls); a classifier on the mean of rows is not supported")
+            raise self.keys.error(key, "expected 2 (cls); a classifier with mean pooling is not supported")
 
     def _dense(self, rows: Buffer) -> Buffer:
-        """Emits the model's dense layers, which commute with mean pooling."""
+        """Appends the model's dense layers. They may come before mean pooling, because they are linear."""
         if not any(f"dense_{number}.weight" in self.model.tensors for number in (2, 3)):
             return rows
         inner = Buffer("dense", self.model.tensor("dense_2.weight").shape[0])

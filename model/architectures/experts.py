@@ -1,4 +1,4 @@
-"""Mixtures of experts: reads their options from the file, and builds their steps."""
+"""Reads the options of mixtures of experts from the file, and builds their steps."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _GATINGS = {1: Gating.SOFTMAX, 2: Gating.SIGMOID, 3: Gating.SOFTMAX_OF_CHOSEN}
 
 @dataclass(frozen=True, slots=True)
 class ExpertsVariant:
-    """Options of a mixture-of-experts layer. `shared_width` is the width of the shared expert, which every token uses,
-    or 0 without a shared expert. If `shared_gate`, a sigmoid gate weights the shared expert's result."""
+    """Options of a mixture-of-experts layer. `shared_width` is the width of the shared expert, which every token uses
+    (0 means none). If `shared_gate`, a sigmoid gate weights the shared expert's result."""
 
     options: ExpertOptions = USUAL_EXPERTS
     shared_width: int = 0
@@ -44,7 +44,7 @@ def read_experts(
         what = f"{hp.expert_count} experts in {groups} groups, {hp.expert_used_count} chosen from {used_groups} groups"
         raise keys.error(
             "expert_group_count",
-            f"{what}; groups must divide the experts, and the used groups must hold the chosen experts",
+            f"{what}; groups must have the same number of experts, and the used groups must have enough experts",
         )
     options = ExpertOptions(
         gating=_GATINGS.get(number, gating),
@@ -65,8 +65,8 @@ def expert_step(
     buffers: tuple[Buffer, Buffer],
     routed: Buffer | None = None,
 ) -> Moe:
-    """Returns the step of a mixture of experts, which reads the first buffer and writes the second. If `routed` is
-    given, the router reads `routed` instead."""
+    """Returns a mixture-of-experts step, which reads the first buffer and writes the second. If `routed` is given, the
+    router reads it instead."""
     (x, out), count, ffn = buffers, hp.expert_count, hp.expert_feed_forward_length
     old = f"{prefix}.ffn_gate.0.weight"
     if tensors.has(old):

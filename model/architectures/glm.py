@@ -12,7 +12,7 @@ def chatglm(builder: ProgramBuilder) -> None:
 
 
 def glm4(builder: ProgramBuilder) -> None:
-    """GLM 4 and 4.1V. In GLM 4.1V, RoPE uses sections, and pairs channels that are a quarter of a head apart."""
+    """Builds GLM 4 and 4.1V. GLM 4.1V's RoPE has sections, and pairs channels that are a quarter of a head apart."""
     sections = text_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2)
     style = RopeStyle.NORM if sections is None else RopeStyle.NEOX
     _layers(builder, AttentionVariant(style, builder.rope_table(), sections=sections), Norms.BOTH)

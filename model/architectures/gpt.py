@@ -15,8 +15,8 @@ def gpt2(builder: ProgramBuilder) -> None:
 
 
 def starcoder2(builder: ProgramBuilder) -> None:
-    """StarCoder 2. It has biases and a sliding window, as in training. RoPE pairs channels that are half a head
-    apart."""
+    """Builds StarCoder 2, which has biases. A sliding window in the file is used, because the models were trained with
+    one. RoPE pairs channels that are half a head apart."""
     table = builder.rope_table()
     builder.use_layer_norms()
     for layer in builder.layers():
@@ -25,8 +25,8 @@ def starcoder2(builder: ProgramBuilder) -> None:
 
 
 def falcon(builder: ProgramBuilder) -> None:
-    """Falcon 7B, 40B and 180B. Attention and feed-forward network are parallel: both read the hidden state before the
-    layer. In the larger models, attention has a norm of its own, `attn_norm_2`."""
+    """Builds Falcon 7B, 40B and 180B. Attention and feed-forward network are parallel: both read the layer's input. In
+    the larger models, attention has its own norm, `attn_norm_2`."""
     table = builder.rope_table()
     builder.use_layer_norms()
     for layer in builder.layers():

@@ -11,7 +11,7 @@ _BIASES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp", "ffn_gat
 
 
 def gpt_oss(builder: ProgramBuilder) -> None:
-    """gpt-oss. It has biases, attention sinks, a sliding window in every second layer, and experts with a clamped
+    """Builds gpt-oss, with biases, attention sinks, a sliding window in every second layer, and experts with a clamped
     SwiGLU."""
     hp, keys = builder.hyperparameters, builder.keys
     if hp.sliding_window is None:

@@ -14,7 +14,7 @@ _MAX_SCALE = 1e6
 
 @dataclass(frozen=True, slots=True)
 class GraniteScales:
-    """Factors that multiply the embedding, the result of each block, the logits, and the attention scores."""
+    """Granite's factors for the embedding, the result of each block, the logits, and the attention scores."""
 
     embedding: float
     residual: float

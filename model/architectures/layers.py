@@ -1,4 +1,4 @@
-"""Blocks from which architectures are built. The builder checks that the file has each weight that a block names."""
+"""Blocks from which architectures are built. The builder checks that the file has each weight that a block uses."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
 
 
 class HeadNorms(StrEnum):
-    """Norms of q and k, over each head (before or after RoPE) or over all heads. Unit norms have no weights."""
+    """Norms of q and k. WHOLE norms all heads together before RoPE. The others norm each head, before or after RoPE."""
 
     NONE = "none"
     PER_HEAD = "per head"
     PER_HEAD_AFTER_ROPE = "per head after rope"
-    UNIT_AFTER_ROPE = "unit after rope"
+    UNIT_AFTER_ROPE = "unit after rope"  # Without weights.
     WHOLE = "whole"
 
 
 class Norms(StrEnum):
-    """The place of a block's norms: before its products, after its products but before the residual sum, or both."""
+    """The position of a block's norms: before its linear layers, between these and the residual sum, or both."""
 
     BEFORE = "before"
     AFTER = "after"
@@ -41,7 +41,7 @@ class Norms(StrEnum):
 @dataclass(frozen=True, slots=True)
 class AttentionVariant:
     """Options of an attention block. A `table` of None means no RoPE, and a `scale` of None means 1 / sqrt(head_dim).
-    `temperature` has the arguments of a `PositionScale` step for queries."""
+    `temperature` has the arguments of the `PositionScale` step for queries."""
 
     style: RopeStyle = RopeStyle.NEOX
     table: RopeTable | None = None
@@ -110,8 +110,8 @@ class ProgramBuilder(CheckedTensors):
         may_rank: bool = False,
         logit_factor: float = 1.0,
     ) -> Iterator[int]:
-        """Yields the numbers of the stage's layers, and emits the embedding before the model's first layer and the head
-        after its last layer. If `may_rank`, the head is a classifier in files whose pooling is RANK."""
+        """Yields the stage's layer numbers. Appends the embedding before the model's first layer, and the head after
+        its last layer. If `may_rank` and the file's pooling is RANK, the head is a classifier."""
         self._embed(embedding_factor, positions)
         yield from self.stage
         if self.stage.stop == self.hyperparameters.block_count:
@@ -143,7 +143,7 @@ class ProgramBuilder(CheckedTensors):
         self._steps.append(steps.AddPosition(embedded, out, weight))
 
     def _head(self, soft_cap: float | None, factor: float) -> None:
-        """Emits the output rows' logits. A model without `output.weight` uses the tensor of the token embedding."""
+        """Appends the output head. Without `output.weight`, it uses the tensor of the token embedding."""
         self.out = Buffer(steps.LOGITS, self.hyperparameters.vocabulary_size)
         selected = Buffer("selected", self._hidden.width)
         self._steps.append(steps.SelectRows(self._last_normed, selected))
@@ -158,7 +158,7 @@ class ProgramBuilder(CheckedTensors):
         name = "cls.output.weight"
         scores = Buffer("scores", self.model.tensor(name).shape[0])
         if scores.width < 2:
-            raise self.error(name, "expected 2 classes or more, found 1; the share of a single class is always 1")
+            raise self.error(name, "expected 2 classes or more, found 1; the score of a single class is always 1")
         self._matmul("cls.output", self._last_normed, scores)
         self.out = Buffer("selected", self._hidden.width)
         self._steps.append(steps.SelectRows(self._hidden, self.out))
@@ -167,7 +167,7 @@ class ProgramBuilder(CheckedTensors):
     def attention(
         self, layer: int, variant: AttentionVariant = AttentionVariant(), *, norms: Norms = Norms.BEFORE
     ) -> None:
-        """Emits hidden += output(attention(rope(q), rope(k), v)), where q, k and v read the normed hidden state."""
+        """Appends hidden += output(attention(rope(q), rope(k), v)). q, k and v read the normed hidden state."""
         prefix = f"blk.{layer}"
         self._norm_before(f"{prefix}.attn_norm", norms)
         self._attend(layer, variant)
@@ -182,7 +182,7 @@ class ProgramBuilder(CheckedTensors):
     def parallel(
         self, layer: int, variant: AttentionVariant, activation: ActivationFunction, *, gated: bool = False
     ) -> None:
-        """Emits hidden += attention + feed-forward network. Both read the hidden state from before the layer."""
+        """Appends hidden += attention + feed-forward network. Both read the layer's input."""
         prefix, second = f"blk.{layer}", f"blk.{layer}.attn_norm_2"
         two = any(self.has(f"{second}.{part}") for part in ("weight", "bias"))
         self._norm(second if two else f"{prefix}.attn_norm", self._hidden)
@@ -209,8 +209,8 @@ class ProgramBuilder(CheckedTensors):
         self._steps += added
 
     def mix(self, layer: int, mixer: Iterable[steps.Step], *, beside: bool = False) -> None:
-        """Emits a norm of the hidden state and the steps of `mixer`, which must write the buffer `projected`. Then adds
-        `projected` to the hidden state. If `beside`, emits no norm: `mixer` reads the preceding attention's norm."""
+        """Appends a norm of the hidden state and the steps of `mixer`, which must write the buffer `projected`. Then
+        adds `projected` to the hidden state. If `beside`, appends no norm, because attention already has one."""
         if not beside:
             self._norm(f"blk.{layer}.attn_norm", self._hidden)
         self.append(mixer)
@@ -274,8 +274,8 @@ class ProgramBuilder(CheckedTensors):
         norms: Norms = Norms.BEFORE,
         norm: str = "ffn_norm",
     ) -> None:
-        """Emits hidden += down(activation(gate) * up), where gate and up are products of the normed hidden state.
-        `norm` is the norm's name. If `fused`, the tensor `ffn_up` has the rows of gate, followed by the rows of up."""
+        """Appends hidden += down(activation(gate) * up). Gate and up read the normed hidden state. `norm` is the norm's
+        name. If `fused`, the tensor `ffn_up` has the rows of gate, followed by the rows of up."""
         prefix = f"blk.{layer}"
         self._norm_before(f"{prefix}.{norm}", norms)
         self._gated_inner(layer, activation, fused=fused)
@@ -296,7 +296,7 @@ class ProgramBuilder(CheckedTensors):
         self._matmul(f"{prefix}.ffn_down", gate, self._projected)
 
     def plain_feed_forward(self, layer: int, activation: ActivationFunction, *, norm: str = "ffn_norm") -> None:
-        """Emits hidden += down(activation(up)), where up is a product of the normed hidden state."""
+        """Appends the steps of hidden += down(activation(up)), where up is a projection of the normed hidden state."""
         self._norm(f"blk.{layer}.{norm}", self._hidden)
         self._plain_inner(layer, activation)
         self._add_projected()
@@ -309,7 +309,7 @@ class ProgramBuilder(CheckedTensors):
         self._matmul(f"{prefix}.ffn_down", activated, self._projected)
 
     def experts(self, layer: int, variant: ExpertsVariant, *, norm: str = "ffn_norm") -> None:
-        """Emits hidden += weighted sum of the chosen experts + shared expert. All read the normed hidden state."""
+        """Appends hidden += weighted sum of the chosen experts + shared expert. All read the normed hidden state."""
         self._norm(f"blk.{layer}.{norm}", self._hidden)
         self._mix_experts(f"blk.{layer}", variant)
         self._add_projected()
@@ -351,7 +351,7 @@ class ProgramBuilder(CheckedTensors):
         self._steps.append(steps.LayerNorm(x, out, weight, bias, self._layer_norm_epsilon))
 
     def _rms_norm(self, name: str, x: Buffer, out: Buffer, heads: int = 1) -> None:
-        """Emits an RMS norm. Files of Falcon H1 name the norm's tensor without `.weight`."""
+        """Appends an RMS norm. In files of Falcon H1, the name of the norm's tensor lacks `.weight`."""
         weight = self.vector(name if self.has(name) else f"{name}.weight", x.width // heads)
         self._steps.append(steps.RmsNorm(x, out, weight, self.rms_epsilon, heads))
 

@@ -13,7 +13,7 @@ from llamaclust.model.steps.states import MAX_TAPS
 
 
 def lfm2(builder: ProgramBuilder) -> None:
-    """LFM2. In models with experts, only the first `leading_dense_block_count` layers are dense."""
+    """Builds LFM2. In models with experts, only the first `leading_dense_block_count` layers are dense."""
     hp, keys, table = builder.hyperparameters, builder.keys, builder.rope_table()
     taps = keys.count("shortconv.l_cache", minimum=2, maximum=MAX_TAPS)
     if hp.embedding_length % KV_BLOCK_TOKENS:
@@ -35,7 +35,7 @@ def lfm2(builder: ProgramBuilder) -> None:
 
 
 def _short_convolution(builder: ProgramBuilder, layer: int, taps: int) -> Iterator[ir.Step]:
-    """Yields the steps of output(c * convolution(b * x)), where b, c and x are products of the normed hidden state."""
+    """Yields the steps of output(c * convolution(b * x)). b, c and x are projections of the normed hidden state."""
     prefix, width = f"blk.{layer}", builder.hyperparameters.embedding_length
     normed, projected = (Buffer(name, width) for name in ("normed", "projected"))
     b, c, x = (Buffer(f"convolution {name}", width) for name in ("b", "c", "x"))

@@ -15,8 +15,8 @@ _MAX_SCALE = 1e3
 
 
 def llama(builder: ProgramBuilder) -> None:
-    """LLaMA 1 to 3.x, Mistral, Mixtral, SmolLM and all others that GGUF files call llama. Rows of Q and K are permuted,
-    so that RoPE pairs adjacent channels. A sliding window in the file is used, because Mistral 7B v0.1 has one."""
+    """Builds LLaMA 1 to 3.x, Mistral, Mixtral, SmolLM and others that GGUF files call llama. Rows of Q and K are
+    permuted, so that RoPE pairs adjacent channels. A sliding window in the file (Mistral 7B v0.1 has one) is used."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NORM, table, builder.hyperparameters.sliding_window))
@@ -27,7 +27,7 @@ def llama(builder: ProgramBuilder) -> None:
 
 
 def internlm2(builder: ProgramBuilder) -> None:
-    """InternLM 2 and 2.5. They are LLaMA with separate q, k and v. Rows of Q and K are permuted as in LLaMA."""
+    """Builds InternLM 2 and 2.5, which are LLaMA with separate q, k and v. Rows of Q and K are permuted as in LLaMA."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NORM, table))
@@ -35,14 +35,13 @@ def internlm2(builder: ProgramBuilder) -> None:
 
 
 def baichuan(builder: ProgramBuilder) -> None:
-    """Baichuan 7B and 13B. The 7B model is LLaMA, and the 13B model has ALiBi. The number of layers distinguishes them,
-    as in llama.cpp. A sliding window in the file is ignored, because the models were trained without a sliding
-    window."""
+    """Builds Baichuan 7B, which is LLaMA, and Baichuan 13B, which has ALiBi. The number of layers distinguishes them,
+    as in llama.cpp. A sliding window in the file is ignored, because the models were trained without one."""
     layers, heads = builder.hyperparameters.block_count, builder.hyperparameters.head_count
     if layers not in (_BAICHUAN_7B_LAYERS, _BAICHUAN_13B_LAYERS):
         known = f"{_BAICHUAN_7B_LAYERS} (with RoPE) and {_BAICHUAN_13B_LAYERS} (with ALiBi)"
         raise builder.model.error(
-            "baichuan.block_count", f"{layers} layers are not supported; supported are {known}", "take another model"
+            "baichuan.block_count", f"{layers} layers are not supported; supported are {known}", "use another model"
         )
     table = builder.rope_table() if layers == _BAICHUAN_7B_LAYERS else None
     slopes = alibi_slopes(heads) if layers == _BAICHUAN_13B_LAYERS else None
@@ -52,7 +51,7 @@ def baichuan(builder: ProgramBuilder) -> None:
 
 
 def mistral3(builder: ProgramBuilder) -> None:
-    """Mistral Small 3 and Ministral 3. They are LLaMA, but newer models multiply queries by a function of the
+    """Builds Mistral Small 3 and Ministral 3, which are LLaMA. Newer models multiply queries by a function of the
     position."""
     keys, rope = builder.keys, builder.hyperparameters.rope
     factor = keys.real("attention.temperature_scale", 0.0, minimum=0.0, maximum=_MAX_SCALE)
@@ -68,7 +67,7 @@ def mistral3(builder: ProgramBuilder) -> None:
 
 
 def smollm3(builder: ProgramBuilder) -> None:
-    """SmolLM 3. Every fourth layer has no RoPE."""
+    """Builds SmolLM 3. Every fourth layer has no RoPE."""
     table = builder.rope_table()
     for layer in builder.layers():
         rotated = (layer + 1) % _SMOLLM3_PERIOD != 0
@@ -77,7 +76,7 @@ def smollm3(builder: ProgramBuilder) -> None:
 
 
 def seed_oss(builder: ProgramBuilder) -> None:
-    """Seed-OSS. It has biases on q, k and v. The norm of the feed-forward network is named `post_attention_norm`."""
+    """Builds Seed-OSS, with biases on q, k and v. The feed-forward norm is named `post_attention_norm`."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table))
@@ -92,7 +91,7 @@ def ernie4_5(builder: ProgramBuilder) -> None:
 
 
 def hunyuan_dense(builder: ProgramBuilder) -> None:
-    """Hunyuan 0.5B to 7B. Each head of q and k is normed after RoPE."""
+    """Builds Hunyuan 0.5B to 7B. Each head of q and k is normed after RoPE."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=HeadNorms.PER_HEAD_AFTER_ROPE))

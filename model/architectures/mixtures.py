@@ -19,8 +19,8 @@ _LLAMA4_EXPERTS = ExpertOptions(gating=Gating.SIGMOID, normalized=False, weighs_
 
 
 def ernie4_5_moe(builder: ProgramBuilder) -> None:
-    """ERNIE 4.5. Dense layers come first. Among the later layers, every `interleave_moe_layer_step`-th layer has a
-    shared expert, and experts that are chosen with a bias. The others are dense."""
+    """Builds ERNIE 4.5 with experts. Dense layers come first. After them, every `interleave_moe_layer_step`-th layer
+    has a shared expert, and experts that are chosen with a bias. The others are dense."""
     keys = builder.keys
     step = keys.count("interleave_moe_layer_step", 1, maximum=_MAX_COUNT)
     experts = read_experts(keys, builder.hyperparameters, gating=Gating.SOFTMAX, shared_width=_shared_width(builder))
@@ -34,7 +34,7 @@ def ernie4_5_moe(builder: ProgramBuilder) -> None:
 
 
 def hunyuan_moe(builder: ProgramBuilder) -> None:
-    """Hunyuan A13B. Each head of q and k is normed after RoPE. Every layer has a shared expert."""
+    """Builds Hunyuan A13B. Each head of q and k is normed after RoPE. Every layer has a shared expert."""
     hp, table = builder.hyperparameters, builder.rope_table()
     shared = _shared_width(builder) or hp.feed_forward_length
     experts = read_experts(builder.keys, hp, gating=Gating.SOFTMAX, shared_width=shared)
@@ -44,8 +44,8 @@ def hunyuan_moe(builder: ProgramBuilder) -> None:
 
 
 def bailingmoe2(builder: ProgramBuilder) -> None:
-    """Ling and Ring 2.0. Dense layers come first. The other layers have shared experts, and groups of experts with
-    sigmoid gates."""
+    """Builds Ling and Ring 2.0. Dense layers come first. The other layers have shared experts, and groups of experts
+    with sigmoid gates."""
     hp, keys, table = builder.hyperparameters, builder.keys, builder.rope_table()
     shared = (_shared_width(builder) or hp.expert_feed_forward_length) * _shared_experts(builder)
     experts = read_experts(keys, hp, gating=Gating.SIGMOID, normalized=False, shared_width=shared)
@@ -59,7 +59,7 @@ def bailingmoe2(builder: ProgramBuilder) -> None:
 
 
 def minimax_m2(builder: ProgramBuilder) -> None:
-    """MiniMax M2. Norms of q and k cover all heads. Experts have sigmoid gates and are chosen with a bias."""
+    """Builds MiniMax M2. Norms of q and k cover all heads. Experts have sigmoid gates and are chosen with a bias."""
     experts = read_experts(builder.keys, builder.hyperparameters, gating=Gating.SIGMOID)
     table = builder.rope_table()
     for layer in builder.layers():
@@ -69,9 +69,9 @@ def minimax_m2(builder: ProgramBuilder) -> None:
 
 
 def glm4moe(builder: ProgramBuilder) -> None:
-    """GLM 4.5, 4.6 and Air. Dense layers come first. The other layers have a shared expert, and experts with sigmoid
-    gates that are chosen with a bias. The feed-forward norm is named `post_attention_norm`. GLM 4.5V has RoPE by
-    sections."""
+    """Builds GLM 4.5, 4.6 and Air. Dense layers come first. The others have a shared expert. Their routed experts
+    have sigmoid gates and are chosen with a bias. The feed-forward norm is named `post_attention_norm`. GLM 4.5V has
+    RoPE by sections."""
     hp, keys, table = builder.hyperparameters, builder.keys, builder.rope_table()
     sections = text_sections(keys, hp.rope.dimension_count // 2)
     shared = hp.expert_feed_forward_length * _shared_experts(builder)
@@ -88,8 +88,8 @@ def glm4moe(builder: ProgramBuilder) -> None:
 
 
 def llama4(builder: ProgramBuilder) -> None:
-    """Llama 4. In three of four layers, a token attends only to its own chunk. Every fourth layer has no RoPE, and
-    multiplies queries by a function of the position. Sigmoid gates weight the experts' inputs."""
+    """Builds Llama 4. In three of four layers, a token attends only to its own chunk. Every fourth layer has no RoPE,
+    and multiplies queries by a function of the position. Sigmoid gates weight the experts' inputs."""
     hp, keys = builder.hyperparameters, builder.keys
     if not hp.expert_count:
         raise keys.error("expert_count", "the count is missing or 0, but the architecture has experts")

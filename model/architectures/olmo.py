@@ -1,4 +1,4 @@
-"""Models whose blocks have norms only after their products: olmo2 (OLMo 2 and 3), exaone4."""
+"""Models whose blocks have norms only after their linear layers: olmo2 (OLMo 2 and 3), exaone4."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _EXAONE4_32B_LAYERS, _EXAONE4_32B_WINDOW = 64, 4096
 
 
 def olmo2(builder: ProgramBuilder) -> None:
-    """OLMo 2 and 3. Norms of q and k cover all heads. Layers of OLMo 3 with a sliding window have unscaled RoPE."""
+    """Builds OLMo 2 and 3. Norms of q and k cover all heads. In OLMo 3, RoPE is unscaled in layers with a window."""
     hp = builder.hyperparameters
     windowed = builder.keys.windowed_layers(hp.block_count, _PERIOD) if hp.sliding_window else [False] * hp.block_count
     unscaled = replace(hp.rope, scaling=RopeScaling.NONE, factor=1.0, attention_factor=1.0)
@@ -26,8 +26,8 @@ def olmo2(builder: ProgramBuilder) -> None:
 
 
 def exaone4(builder: ProgramBuilder) -> None:
-    """EXAONE 4. Each head of q and k is normed. In the 32B model, every fourth layer has no sliding window and no
-    RoPE."""
+    """Builds EXAONE 4. Each head of q and k is normed. In the 32B model, every fourth layer has no sliding window and
+    no RoPE."""
     hp = builder.hyperparameters
     window = hp.sliding_window or (_EXAONE4_32B_WINDOW if hp.block_count == _EXAONE4_32B_LAYERS else None)
     windowed = builder.keys.windowed_layers(hp.block_count, _PERIOD)

@@ -7,8 +7,8 @@ from llamaclust.model.steps.options import RopeStyle
 
 
 def phi3(builder: ProgramBuilder) -> None:
-    """Phi 3 and 4. A sliding window in the file is used, because the models for 4096 tokens write nonsense without it.
-    In models for long contexts, the cluster's `context_length` selects short or long RoPE factors."""
+    """Builds Phi 3 and 4. A sliding window in the file is used, because the models for 4096 tokens write nonsense
+    without it. In models for long contexts, the cluster's `context_length` selects short or long RoPE factors."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, builder.hyperparameters.sliding_window))

@@ -46,7 +46,7 @@ def _plain_frequencies(rope: RopeParameters, factors: tuple[float, ...] | None) 
 
 
 def _yarn_shares(rope: RopeParameters) -> list[Decimal]:
-    """Returns the unscaled frequency's share of each channel pair in YaRN's mixture (arXiv 2309.00071, section 3.2)."""
+    """Returns the weight of the unscaled frequency for each channel pair in YaRN (arXiv 2309.00071, section 3.2)."""
     if rope.frequency_base <= 1:
         raise ModelFileError(f"metadata rope.freq_base: expected more than 1 with YaRN, found {rope.frequency_base:g}")
     last = Decimal(rope.dimension_count - 1)
@@ -60,14 +60,14 @@ def _yarn_shares(rope: RopeParameters) -> list[Decimal]:
 
 
 def _pair_with_turns(rope: RopeParameters, turns: float) -> Decimal:
-    """Returns the fractional index of the channel pair that makes `turns` turns over the original context."""
+    """Returns the fractional index of the channel pair that makes `turns` full rotations over the original context."""
     per_turn = Decimal(rope.original_context_length) / (Decimal(turns) * 2 * _PI)
     return rope.dimension_count * per_turn.ln() / (2 * Decimal(rope.frequency_base).ln())
 
 
 def yarn_score_scale(rope: RopeParameters, multiplier: float, width: int) -> float:
-    """Returns the factor of attention scores over `width` channels, as in llama.cpp: 1 / sqrt(width), times the square
-    of YaRN's scale of cos and sin, times the square of 1 + 0.1 * multiplier * ln(factor)."""
+    """Returns the scale of attention scores in heads of `width` channels with YaRN. As in llama.cpp, it is 1 /
+    sqrt(width), times the square of the scale of cos and sin, times the square of 1 + 0.1 * multiplier * ln(factor)."""
     with localcontext(_DIGITS):
         tenth = Decimal(rope.factor).ln() / 10
         magnitude = Decimal(rope.attention_factor) * (1 + tenth) / (1 + Decimal(rope.log_multiplier) * tenth)
@@ -77,8 +77,8 @@ def yarn_score_scale(rope: RopeParameters, multiplier: float, width: int) -> flo
 
 def rope_sections(keys: ModelKeys, pairs: int, *, interleaved: bool) -> tuple[int, ...]:
     """Returns the section of each channel pair: 0 for time, 1 for height, 2 for width, or 3 for the file's fourth
-    section. If `interleaved`, pairs take turns between the first three sections. Otherwise, adjacent pairs form a
-    section. Raises ModelFileError if sections are missing or too long."""
+    section. If `interleaved`, consecutive pairs alternate between the first three. Otherwise, a section's pairs are
+    adjacent. Raises ModelFileError if sections are missing or too long."""
     key = _SECTIONS_KEY
     sections = keys.integers(key)
     if len(sections) < _LEAST_SECTIONS:
@@ -94,7 +94,7 @@ def rope_sections(keys: ModelKeys, pairs: int, *, interleaved: bool) -> tuple[in
 
 
 def text_sections(keys: ModelKeys, pairs: int) -> tuple[int, ...] | None:
-    """Returns each channel pair's section, or None if the file has no sections because the model reads no images."""
+    """Returns each channel pair's RoPE section, or None if the file has none because the model reads no images."""
     if not keys.has(_SECTIONS_KEY) or not any(keys.integers(_SECTIONS_KEY)):
         return None
     return rope_sections(keys, pairs, interleaved=False)

@@ -18,7 +18,7 @@ def qwen2(builder: ProgramBuilder) -> None:
 
 
 def qwen2vl(builder: ProgramBuilder) -> None:
-    """The text models of Qwen 2 VL and 2.5 VL. They are Qwen 2 with RoPE by sections."""
+    """Builds the text models of Qwen 2 VL and 2.5 VL, which are Qwen 2 with RoPE by sections."""
     sections = rope_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2, interleaved=False)
     _qwen2_layers(builder, AttentionVariant(RopeStyle.NEOX, builder.rope_table(), sections=sections))
 
@@ -31,7 +31,7 @@ def _qwen2_layers(builder: ProgramBuilder, variant: AttentionVariant) -> None:
 
 
 def qwen2moe(builder: ProgramBuilder) -> None:
-    """Qwen 1.5 and 2 with experts. Weights of experts are not normalized. A sigmoid gate weights the shared expert."""
+    """Builds Qwen 1.5 and 2 with experts. Expert weights are not normalized. The shared expert has a sigmoid gate."""
     shared = builder.keys.count(
         "expert_shared_feed_forward_length", builder.hyperparameters.feed_forward_length, maximum=1 << 20
     )
@@ -44,7 +44,7 @@ def qwen2moe(builder: ProgramBuilder) -> None:
 
 
 def qwen3(builder: ProgramBuilder) -> None:
-    """Qwen 3. Each head of q and k is normed before RoPE. A reranker's head has two rows, `yes` and `no`."""
+    """Builds Qwen 3. Each head of q and k is normed before RoPE. A reranker's head has two rows, `yes` and `no`."""
     variant = _with_head_norms(builder)
     for layer in builder.layers(may_rank=True):
         builder.attention(layer, variant)
@@ -52,7 +52,7 @@ def qwen3(builder: ProgramBuilder) -> None:
 
 
 def qwen3moe(builder: ProgramBuilder) -> None:
-    """Qwen 3 with experts in every layer. The experts' weights are normalized, as if `norm_topk_prob` were set."""
+    """Builds Qwen 3 with experts in every layer. Expert weights are normalized, as if `norm_topk_prob` were set."""
     variant = _with_head_norms(builder)
     for layer in builder.layers():
         builder.attention(layer, variant)
@@ -60,8 +60,8 @@ def qwen3moe(builder: ProgramBuilder) -> None:
 
 
 def qwen3vl(builder: ProgramBuilder) -> None:
-    """The text model of Qwen 3 VL. It is Qwen 3 with interleaved RoPE sections. The first layers add results of the
-    image encoder's inner layers to an image's rows (DeepStack)."""
+    """Builds the text model of Qwen 3 VL, which is Qwen 3 with interleaved RoPE sections. The first layers add results
+    of the image encoder's inner layers to an image's rows (DeepStack)."""
     variant, levels = _with_sections(builder), _image_levels(builder)
     for layer in builder.layers(may_rank=True):
         builder.attention(layer, variant)

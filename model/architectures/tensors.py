@@ -1,4 +1,4 @@
-"""Checks that the model file has the tensors that programs name."""
+"""Checks that the model file has the tensors that programs read."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class CheckedTensors:
         return self.vector(name, width) if self.has(name) else None
 
     def rope_factors(self, rope: RopeParameters, context_tokens: int) -> tuple[float, ...] | None:
-        """Returns the divisors of RoPE frequencies, or None if the file has none. Some files have long and short
-        divisors, and `context_tokens` decides between them."""
+        """Returns the divisors of RoPE frequencies, or None if the file has none. If the file has long and short
+        divisors, `context_tokens` decides which are returned."""
         by_context = _LONG_FACTORS if context_tokens > rope.original_context_length else _SHORT_FACTORS
         name = _FACTORS if self.has(_FACTORS) else by_context
         if not self.has(name):
@@ -74,12 +74,12 @@ class CheckedTensors:
             raise self.error(name, "the tensor has factors that are not positive numbers")
         return tuple(values.tolist())
 
-    def error(self, tensor: str, what: str, advice: str = "take another file of the model") -> ModelFileError:
+    def error(self, tensor: str, what: str, advice: str = "use another GGUF file of this model") -> ModelFileError:
         return ModelFileError(f"{self.model.path}: tensor {tensor}: {what}; {advice}")
 
 
 def nextn_tensors(model: ModelFile) -> Iterator[str]:
-    """Yields the tensor names of heads for multi-token prediction (MTP), which are the model's last layers."""
+    """Yields the tensor names of heads for multi-token prediction (MTP). These heads are the model's last layers."""
     keys = ModelKeys(model)
     count = keys.count(NEXTN_KEY, 0, minimum=0, maximum=MAX_LAYERS)
     layers = keys.count("block_count", maximum=MAX_LAYERS)
@@ -88,7 +88,7 @@ def nextn_tensors(model: ModelFile) -> Iterator[str]:
 
 
 def idle_kv_tensors(model: ModelFile) -> Iterator[str]:
-    """Yields names of key and value weights that no step reads, because their layers use other layers' KV memory."""
+    """Yields the names of key and value weights that no step reads, because their layers use other layers' keys."""
     keys = ModelKeys(model)
     layers = keys.count("block_count", maximum=MAX_LAYERS)
     shared = keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers)

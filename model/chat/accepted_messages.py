@@ -1,4 +1,4 @@
-"""Rewrites chats that a strict template refuses. A chat that the template renders completely is not changed."""
+"""Rewrites chats that a strict template refuses. Does not change chats that the template renders completely."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _SHOWN: Final = 64
 
 
 def accepted_forms(messages: Sequence[Message]) -> Iterator[Messages]:
-    """Yields the messages with more and more changes. First, later system messages move into user messages. Then,
-    adjacent messages with the same role are merged. Then, an empty user message is put first. Finally, the first system
-    messages move into the first user message."""
+    """Yields versions of the chat, each with one more change: later system messages move into user messages, adjacent
+    messages with the same role are merged, an empty user message is put first, and finally the first system messages
+    move into the first user message."""
     before = [dict(message) for message in messages]
     for change in _CHANGES:
         changed = change(before)
@@ -27,14 +27,13 @@ def accepted_forms(messages: Sequence[Message]) -> Iterator[Messages]:
 
 
 def lacks_system(messages: Sequence[Message], rendered: str) -> bool:
-    """Returns True if a system message is missing from the text, because some templates skip such messages."""
+    """Returns True if the rendered chat lacks a system message. Some templates skip system messages."""
     systems = (_text(message).strip() for message in messages if message["role"] == "system")
     return any(text[:_SHOWN] not in rendered or text[-_SHOWN:] not in rendered for text in systems)
 
 
 def _with_late_systems_joined(messages: Messages) -> Messages:
-    """Moves the text of each later system message to the end of the user message just before it, or else to the
-    beginning of the next user message."""
+    """Moves each later system message into the user message just before it, or else into the next user message."""
     begin = len([*takewhile(_is_system, messages)])
     joined, waiting = messages[:begin], list[str]()
     for message in messages[begin:]:

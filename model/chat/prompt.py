@@ -10,7 +10,7 @@ from llamaclust.core.errors import RequestError
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 GUARD: Final = "\ufdd0"
-"""A Unicode noncharacter. It is inserted into control words of a user's text to hide them from the tokenizer."""
+"""A Unicode noncharacter, which is inserted into control words of user text to hide them from the tokenizer."""
 
 
 def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
@@ -65,6 +65,6 @@ def _guard_words(text: str, words: Sequence[str]) -> str:
 
 
 def _guard_end(text: str, starts: frozenset[str], longest: int) -> str:
-    """Appends GUARD to a text that ends with the beginning of a control word, because later text could complete it."""
+    """Appends GUARD if the text ends with the beginning of a control word, which later text could complete."""
     ends = (text[-length:] for length in range(1, min(longest, len(text)) + 1))
     return text + GUARD if any(end in starts for end in ends) else text

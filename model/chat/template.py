@@ -43,12 +43,12 @@ Message = Mapping[str, Any]
 
 
 class TemplateRefusalError(RequestError):
-    """The template raised an error for the messages of a request."""
+    """The chat template raised an error for the messages of a request."""
 
 
 @dataclass(frozen=True, slots=True)
 class TemplateLimits:
-    """Limits of one render. `wait_s` limits the duration of the whole call, including the wait for earlier renders."""
+    """Limits of rendering a chat. `wait_s` limits the whole call, including the wait for earlier renders."""
 
     wall_s: float = 15.0
     cpu_seconds: int = 4
@@ -69,8 +69,8 @@ class ChatTemplate:
         limits: TemplateLimits | None = None,
         named: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Creates the template. If `source` is None, every render raises RequestError. `named` may have other templates
-        for chats with tools (TOOL_USE) or documents (RAG)."""
+        """Creates the chat template. If `source` is None, every render raises RequestError. `named` may have other
+        templates for chats with tools (TOOL_USE) or documents (RAG)."""
         self.source = source
         self.named = {name: ChatTemplate(text, bos_token, eos_token, limits) for name, text in named.items()}
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
@@ -96,9 +96,9 @@ class ChatTemplate:
         return next((self.named[name] for name in names if name in self.named), self)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any) -> str:
-        """Returns the prompt. `extra` has the template's variables (`tools`, `documents`, ...) and `now_s`, the Unix
-        time that the template sees. Raises TemplateRefusalError if the template refuses the messages, DeadlineError if
-        rendering took too long or was stopped, and RequestError for other failures."""
+        """Returns the rendered prompt. `extra` has the template's variables (`tools`, `documents`, ...) and `now_s`,
+        the Unix time that the template sees. Raises TemplateRefusalError if the template refuses the messages,
+        DeadlineError if rendering is too slow or is stopped, and RequestError if it fails otherwise."""
         future = self._submit(messages, add_generation_prompt, extra)
         try:
             return future.result(self._limits.wait_s)
@@ -168,8 +168,8 @@ class _Renderer:
 def load_chat_template(
     metadata: Mapping[str, Any], tokenizer: Tokenizer, limits: TemplateLimits | None = None, chosen: str | None = None
 ) -> ChatTemplate:
-    """Returns the template that the user chose (`chosen`). Without a choice, returns the model file's template or, if
-    the file has none, a built-in template that fits. Raises ModelFileError if the file's template is not text."""
+    """Returns the user's chat template `chosen`. If it is None, returns the model file's template or, if the file has
+    none, a built-in template that fits. Raises ModelFileError if the file's template is not text."""
     source = _source(metadata, _KEY)
     found = {name: _source(metadata, f"{_KEY}.{name}") for name in (TOOL_USE, RAG)}
     named = {name: text for name, text in found.items() if text} if chosen is None else {}

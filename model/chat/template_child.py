@@ -28,7 +28,7 @@ _CODECS: Final = ("ascii", "latin-1", "utf-8", "utf-16", "utf-32", "unicode-esca
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """The tag `{% generation %}...{% endgeneration %}`, which marks answers for training. Renders its body."""
+    """Jinja's tag `{% generation %}...{% endgeneration %}`, which marks answers for training. Renders only its body."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares this attribute in the same way
 
@@ -58,7 +58,7 @@ def tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Returns plain JSON. Jinja's own filter would escape the JSON for HTML."""
+    """Returns plain JSON for a template. Jinja's own filter would escape it for HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys, default=_as_list
     )
@@ -84,7 +84,7 @@ def _clock(now_s: float) -> Callable[[str], str]:
 
 
 def functions_of(tools: Sequence[Mapping[str, Any]] | None) -> str:
-    """Returns `functions`, a variable of old templates, which has the tools as JSON."""
+    """Returns the tools as JSON for the variable `functions`, which old templates read."""
     return json.dumps([tool.get("function", tool) for tool in tools], ensure_ascii=False, indent=4) if tools else ""
 
 

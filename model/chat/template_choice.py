@@ -23,7 +23,7 @@ _MARKS: Final = (
     (("[gMASK]", "sop", "<|user|>"), "chatglm-3"),
     (("<|user|>", "<|assistant|>", "<|end|>"), "phi3"),
 )
-"""Each row has control words and a template's name. The template fits a vocabulary that has all words of the row."""
+"""Rows of control words and a template's name. A template fits a vocabulary that has all control words of its row."""
 
 _NAMES: Final = (
     (("linly",), "linly"),
@@ -40,7 +40,7 @@ _NAMES: Final = (
     (("mixtral", "instruct"), "mistral"),
     (("llama2", "chat"), "llama-2"),
 )
-"""Each row has parts of a chat model's name (lower case, no separators), and the name of the model's template."""
+"""Rows of parts of a chat model's name (lower case, no separators) and the name of the model's template."""
 
 
 def built_in_names() -> tuple[str, ...]:
@@ -55,8 +55,8 @@ def built_in(name: str) -> str:
 
 
 def chosen_template(choice: str) -> str:
-    """Returns the Jinja text of the built-in template named `choice`, or of the file at the path `choice`. Raises
-    UsageError, which lists the built-in templates, if neither exists."""
+    """Returns the Jinja text of the built-in template `choice`, or of the file at the path `choice`. Raises UsageError,
+    which lists the built-in templates, if neither exists."""
     names = built_in_names()
     if choice in names:
         return built_in(choice)
@@ -64,7 +64,7 @@ def chosen_template(choice: str) -> str:
         with open_regular(Path(choice).expanduser()) as file:
             text = file.read(_MOST_BYTES + 1)
         if len(text) > _MOST_BYTES:
-            raise UsageError(f"chat template {choice}: the file has more than {_MOST_BYTES} bytes, the limit")
+            raise UsageError(f"chat template {choice}: the file exceeds the limit of {_MOST_BYTES} bytes")
         return decode_text(text)
     except (OSError, RuntimeError, ValueError) as error:
         listed = ", ".join(names)

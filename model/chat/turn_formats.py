@@ -1,4 +1,4 @@
-"""Chat templates that only put texts around messages. They have llama.cpp's names and are converted to Jinja."""
+"""Chat templates that only put fixed texts around messages. They have llama.cpp's names and are converted to Jinja."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Around = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class TurnFormat:
-    """Texts before and after the messages of each role. Messages with other roles are refused."""
+    """The texts before and after the messages of each role. Messages with other roles are refused."""
 
     around: dict[str, Around]  # The keys are roles.
     prompt: str = ""  # The generation prompt, which comes just before the answer.

@@ -27,7 +27,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, origin: str) -> dict[str, Any]:
-    """Returns a JSON object. Refuses duplicate keys. NaN and infinity become floats, so callers must check for them."""
+    """Parses a JSON object. Refuses duplicate keys. NaN and infinity become floats, so callers must check for them."""
     try:
         found = json.loads(decode_text(data), object_pairs_hook=_object, parse_constant=float, parse_int=_whole)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Reads adapters in PEFT's format: a folder with settings, and with the LoRA factors A and B of modules."""
+"""Reads adapters in PEFT's format: a folder with settings, and with the LoRA factors A and B of each module."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REFUSED: Final = (
     "target_parameters",
 )
 _CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Prefixes of `init_lora_weights` values that mean that the base model's matrices were changed."""
+"""Prefixes of `init_lora_weights` values with which PEFT changes the base model's matrices."""
 _PLAIN: Final = re.compile(r"[\w.-]+")
 
 
@@ -61,7 +61,7 @@ class PeftSettings:
 
     @classmethod
     def read(cls, folder: Path) -> PeftSettings:
-        """Reads `adapter_config.json`. Raises ModelFileError if it is damaged, or is not for W + factor * B @ A."""
+        """Reads `adapter_config.json`. Raises ModelFileError if it is damaged or does not describe plain LoRA."""
         settings = Settings(read_json(folder / CONFIG), str(folder / CONFIG))
         _check_kind(settings)
         return cls(settings)

@@ -1,4 +1,4 @@
-"""Reads a PEFT folder as if it were a GGUF adapter. Tensors get GGUF names, but their bytes stay in the PEFT file."""
+"""Reads a PEFT folder as a GGUF adapter. Tensors get GGUF names, but their bytes stay in the PEFT file."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def peft_files(path: Path) -> tuple[Path, Path]:
 
 
 def read_peft(path: Path, model: ModelFile) -> Header:
-    """Returns the header that a GGUF file of this adapter would have, with the path of the PEFT weights. Raises
-    ModelFileError unless the adapter only changes matrices W of layers to W + factor * B @ A."""
+    """Returns the header that the PEFT adapter would have as a GGUF file, with the path of the PEFT weights. Raises
+    ModelFileError unless the adapter changes only layer matrices, from W to W + factor * B @ A."""
     _, weights = peft_files(path)
     settings = PeftSettings.read(weights.parent)
     if settings.settings.values.get("modules_to_save"):
@@ -109,7 +109,7 @@ class _Reader:
         self._alphas.setdefault(scaling.plain_alpha, module)
 
     def _paired_heads(self, name: str, stored: StoredTensor) -> int:
-        """Returns the number of heads if GGUF has another order of the rows of matrix `name`, and otherwise 0."""
+        """Returns the number of heads if GGUF interleaves the rows of matrix `name`, and otherwise 0."""
         part = name.rpartition(".")[2]
         if self.architecture not in PAIRED or part not in ("attn_q", "attn_k"):
             return 0

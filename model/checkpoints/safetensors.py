@@ -1,4 +1,4 @@
-"""Reads the header of safetensors files. A file has the length of the header, the header as JSON, and the data."""
+"""Reads the header of a safetensors file, which has the length of the header, the header as JSON, and the data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamaclust.model.gguf.values import shown
 _MAX_HEADER_BYTES: Final = 100_000_000
 _METADATA: Final = "__metadata__"
 _AS_BYTES: Final = {"F8_E4M3": Storage.U8}
-"""8-bit float types that are read as bytes. The scales of such tensors are in other tensors."""
+"""8-bit float types that are read as bytes. Their scales are in other tensors."""
 
 
 @dataclass(frozen=True, slots=True)

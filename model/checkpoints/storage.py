@@ -9,7 +9,7 @@ MAX_DIMENSIONS: Final = 5
 
 
 class Storage(Enum):
-    """Types of stored numbers, with their NumPy types. NumPy has no BF16, so such numbers are held as uint16."""
+    """Number types in checkpoint files, with their NumPy types. BF16 is held as uint16, because NumPy lacks it."""
 
     F64 = np.dtype("<f8")
     F32 = np.dtype("<f4")

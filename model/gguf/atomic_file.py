@@ -1,4 +1,4 @@
-"""Writes files so that they appear under their names only when all of them are complete."""
+"""Writes files that appear under their names only when all of them are complete."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def new_file(path: Path, size_bytes: int, advice: str = "") -> Iterator[BinaryIO
 @contextmanager
 def new_files(paths: Sequence[Path], size_bytes: int, advice: str = "") -> Iterator[Opened]:
     """Yields a function that opens the files, which must be in the same folder. If the block ends without an error, the
-    files get their names. Otherwise, they are deleted. Raises UsageError if disk space is short (with `advice`
-    appended) or if another process writes the files."""
+    files get their final names. Otherwise, they are deleted. Raises UsageError if the disk has too little space (with
+    `advice` appended) or if another process writes the files."""
     first = paths[0]
     for path in paths:
         _check_place(path)
@@ -82,7 +82,7 @@ def _check_room(path: Path, size_bytes: int, advice: str) -> None:
 
 
 def _no_links(path: str, flags: int) -> int:
-    """Opens a file without following links. Another user may have put a link at the name of the partial file."""
+    """Opens a file, but follows no symbolic link, which another user may have put in the file's place."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
@@ -117,7 +117,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _clear(paths: Sequence[Path]) -> None:
-    """Deletes partial files of this model that killed processes left."""
+    """Deletes partial files of this model that interrupted processes left behind."""
     for path in paths[1:]:
         hidden_name(path).unlink(missing_ok=True)
     mine = _PART.fullmatch(paths[0].name)

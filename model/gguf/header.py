@@ -47,7 +47,7 @@ _SCALARS = {number: Struct(code) for number, code in NUMBER_FORMATS.items()}
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The header of a file. `digest` is a SHA-256 over the header, the file's size and samples of the weights."""
+    """The header of a GGUF file. `digest` is a SHA-256 over the header, the file's size and samples of the weights."""
 
     path: Path
     file_identity: FileIdentity
@@ -120,7 +120,7 @@ class _Cursor:
         return self.take(length)
 
     def text(self, max_bytes: int) -> str:
-        """Reads a length and a text of this length. Invalid UTF-8, such as in an author's name, becomes U+FFFD."""
+        """Reads a text with its length in front. Invalid UTF-8, such as in an author's name, becomes U+FFFD."""
         return str(self._string_bytes(max_bytes), "utf-8", "replace")
 
     def string(self, max_bytes: int) -> str:
@@ -173,10 +173,9 @@ class _Cursor:
         if item_type == ARRAY_TYPE:
             self._nested += count
             if depth == _MAX_NESTING or self._nested > _MAX_NESTED_ARRAYS:
-                raise self.error(
-                    f"{self._nested} nested arrays, {depth + 1} levels deep, exceed the limit",
-                    "take another file of the model",
-                )
+                limits = f"the limits are {_MAX_NESTED_ARRAYS} arrays and {_MAX_NESTING} levels"
+                what = f"{self._nested} nested arrays, {depth + 1} levels deep; {limits}"
+                raise self.error(what, "use another GGUF file of this model")
             return tuple(self._array(key, depth + 1) for _ in range(count))
         return self._numbers(item_type, count)
 
@@ -212,7 +211,7 @@ def read_header(path: Path) -> Header:
 
 
 def raw_metadata(path: Path) -> dict[str, bytes]:
-    """Returns the bytes of each key's type and value, for exact copies. Raises the errors of `read_header`."""
+    """Returns the bytes of each metadata key's type and value, for exact copies. Raises ModelFileError."""
     with open_regular(path) as descriptor:
         cursor = _Cursor(descriptor, path, FileIdentity.of(descriptor).size_bytes)
         values = {}
@@ -280,7 +279,7 @@ def _read_shape(cursor: _Cursor) -> tuple[QuantType, tuple[int, ...]]:
         raise cursor.error(f"expected 1 to {MAX_DIMENSIONS} dimensions, found {dimensions}")
     sizes = [cursor.u64() for _ in range(dimensions)]
     if 0 in sizes or math.prod(sizes) > MAX_ELEMENTS:
-        raise cursor.error(f"shape {sizes} has a 0 or more than {MAX_ELEMENTS} elements")
+        raise cursor.error(f"shape {sizes} contains 0, or has more than {MAX_ELEMENTS} elements")
     quant_type = _quant_type(cursor, cursor.u32())
     block_size = quant_type.info.block_size
     if sizes[0] % block_size:

@@ -42,14 +42,14 @@ class ModelFile:
 
     @property
     def version(self) -> str:
-        """A SHA-256 in hex over the identity and the files' inodes, sizes and times. It changes when a file is
+        """A hash of the model's contents and its files' inodes, sizes and times. It changes when a file is
         rewritten."""
         files = sorted((found.inode, found.size_bytes, found.modified_ns, found.changed_ns) for _, found in self._files)
         return hashlib.sha256(repr((self.identity, files)).encode()).hexdigest()
 
     @property
     def copy_id(self) -> str:
-        """Identifies a copy of the files: a hash of the version and, on a local file system, of this machine's id."""
+        """A hash that identifies a copy of the files. On a local file system, it includes this machine's id."""
         machine = "" if is_remote(self.path) else machine_id()
         return hashlib.sha256(f"{self.version} {machine}".encode()).hexdigest()
 
@@ -61,13 +61,13 @@ class ModelFile:
     def _files(self) -> set[tuple[Path, FileIdentity]]:
         return {(tensor.path, tensor.file_identity) for tensor in self.tensors.values()}
 
-    def error(self, key: str, what: str, advice: str = "take another file of the model") -> ModelFileError:
+    def error(self, key: str, what: str, advice: str = "use another GGUF file of this model") -> ModelFileError:
         return fail_at(self.path, f"metadata {shown(key)}", what, advice)
 
     def tensor(self, name: str) -> Tensor:
         tensor = self.tensors.get(name)
         if tensor is None:
-            raise fail_at(self.path, f"tensor {shown(name)}", "missing", "take another file of the model")
+            raise fail_at(self.path, f"tensor {shown(name)}", "missing", "use another GGUF file of this model")
         return tensor
 
     def metadata_int(
@@ -163,7 +163,7 @@ def _other_parts(first: Header) -> list[Header]:
 
 
 def _check_alone(part: Header, count: int) -> None:
-    """Raises ModelFileError if the file contains another part, which means that parts were joined with `cat`."""
+    """Raises ModelFileError if the file contains several parts, which happens if parts were joined with `cat`."""
     end = max((tensor.offset + tensor.n_bytes for tensor in part.tensors.values()), default=0)
     size_bytes = part.file_identity.size_bytes
     follows = bytearray(min(size_bytes - end, DEFAULT_ALIGNMENT + len(MAGIC)))
@@ -189,7 +189,7 @@ def _part(first: Header, name: str, number: int, count: int, seen: dict[FileIden
         raise ModelFileError(f"{error} (part {number + 1} of {count} of {first.path.name})") from error
     identity = header.file_identity
     if identity in seen:
-        raise fail_at(path, "split model", f"it is the same file as {seen[identity].name}", _GET_PART)
+        raise fail_at(path, "split model", f"the part is the same file as {seen[identity].name}", _GET_PART)
     seen[identity] = path
     stated = _split_number(header, "split.no", default=None, minimum=0)
     if stated != number:

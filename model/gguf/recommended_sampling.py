@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 def recommended_sampling(file: ModelFile) -> dict[str, Any]:
-    """Returns the recommended values by llama.cpp's names of request fields. Invalid values are logged and omitted."""
+    """Returns the recommended values under the names of llama.cpp's request fields. Logs and omits invalid values."""
     found: dict[str, Any] = {}
     for key, (field, row) in _ROWS.items():
         value = file.metadata.get(_PREFIX + key)

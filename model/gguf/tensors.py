@@ -25,8 +25,8 @@ _READ_BYTES = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """The identity of a file. Comparisons ignore `changed_ns`, the inode's change time (ctime), because changes of
-    links and permissions change it too."""
+    """The identity of a file. Comparisons ignore `changed_ns`, the inode's change time (ctime), which also changes with
+    links and permissions."""
 
     device: int
     inode: int
@@ -45,7 +45,7 @@ class FileIdentity:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[int]:
-    """Yields a read-only descriptor. Raises ModelFileError if the file is not regular, since a pipe would block."""
+    """Yields a read-only descriptor. Raises ModelFileError if the file is not regular, because a pipe would block."""
     try:
         descriptor = open_descriptor(path)
     except FileNotFoundError:
@@ -105,7 +105,7 @@ class Tensor:
 
     @property
     def place(self) -> tuple[object, ...]:
-        """A key that identifies the tensor's bytes in the file."""
+        """A key that identifies the tensor's bytes within its file."""
         place = self.offset, self.n_bytes, self.shape
         if self.stride_bytes:
             return (*place, "stride", self.stride_bytes)
@@ -115,7 +115,7 @@ class Tensor:
 
     @property
     def source(self) -> tuple[object, ...]:
-        """A key that identifies the present version of the tensor's file."""
+        """A key that identifies the current version of the tensor's file."""
         if self.content is not None:
             return (self.content,)
         return self.path, self.file_identity, self.file_identity.changed_ns
@@ -126,7 +126,7 @@ class Tensor:
 
     @property
     def layer(self) -> str | None:
-        """The layer's prefix, such as `blk.7`, or `adapter.0.blk.7` in an adapter. None outside the layers."""
+        """The prefix of the tensor's layer, such as `blk.7` or `adapter.0.blk.7`. None outside the layers."""
         found = _LAYER.match(self.name)
         return None if found is None else found[0]
 
@@ -140,7 +140,7 @@ class Tensor:
 
     @property
     def resident_bytes(self) -> int:
-        """The size in memory in bytes. Vectors are held as float32, and matrices as tiles of sixteen rows."""
+        """The tensor's size in memory in bytes. Vectors are float32, and matrices are tiles of sixteen rows."""
         if len(self.shape) == 1:
             return 4 * self.shape[0]
         *count, rows, width = self.shape

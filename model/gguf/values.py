@@ -15,7 +15,7 @@ LENGTH = Struct("<Q")
 
 
 class LazyStrings(Sequence[str]):
-    """An array of strings. Until first use, it holds the file's bytes, with a 64-bit length before each string."""
+    """A metadata array of strings. Before first use, it holds raw bytes, with a 64-bit length before each string."""
 
     __slots__ = ("_count", "_data", "_decoded", "_origin")
 
@@ -39,7 +39,7 @@ class LazyStrings(Sequence[str]):
         return f"LazyStrings({self._origin}, {self._count} strings)"
 
     def decoded(self) -> list[str]:
-        """Returns a cached list of all strings, not to be changed. Raises ModelFileError if a string is not UTF-8."""
+        """Returns a cached list of all strings. Callers must not change it. Raises ModelFileError for invalid UTF-8."""
         if self._decoded is not None:
             return self._decoded
         data, unpack = self._data, LENGTH.unpack_from
@@ -60,7 +60,7 @@ MetadataValue = int | float | bool | str | NDArray[Any] | LazyStrings | tuple["M
 
 
 def shown(text: str) -> str:
-    """Makes text from a file safe for a one-line message: quotes it, escapes it, and shortens it to 64 characters."""
+    """Makes text from a file safe for a one-line message: quotes it, escapes it, and cuts it to 64 characters."""
     return ascii(text if len(text) <= 64 else text[:61] + "...")
 
 

@@ -1,4 +1,4 @@
-"""Checks grammars before requests are admitted. A hostile grammar can only end a child process that has limits."""
+"""Checks grammars before requests are admitted. Checks run in a child process with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KEPT_CHARACTERS: Final = 1 << 16  # Maximum length of a converted definition in
 
 
 class GuardedGrammarError(ParameterError):
-    """The check of a grammar reached its limit of CPU time or memory."""
+    """The check of a grammar exceeded its limit of CPU time or memory."""
 
 
 class GrammarChecker:
@@ -33,8 +33,8 @@ class GrammarChecker:
         self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()  # The keys are digests, least recently used first.
 
     async def check(self, grammar: Grammar, owner: str = "") -> Grammar:
-        """Checks a grammar and returns it in the form that workers compile. Raises ParameterError if the grammar cannot
-        be used, and DeadlineError if the machine is too busy."""
+        """Checks a grammar and returns it in the form that workers compile. Raises ParameterError if the grammar is
+        invalid, and DeadlineError if the machine is too busy."""
         if not self._has_end:
             raise ParameterError(grammar.origin, "the model has no end-of-generation token, which grammars need")
         try:

@@ -23,7 +23,7 @@ _MAX_LINE_BYTES: Final = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class CheckLimits:
-    """Limits of a grammar's check. `guard_cpu_s` and `memory_bytes` limit its work, and `start_s`, `wall_s` and
+    """Limits of a grammar check. `guard_cpu_s` and `memory_bytes` limit the check's work. `start_s`, `wall_s` and
     `wait_s` limit delays on a slow machine."""
 
     guard_cpu_s: float = 20.0
@@ -34,12 +34,12 @@ class CheckLimits:
 
 
 class CheckGuardError(RequestError):
-    """A grammar ended the process that checked it, because it exceeded a limit."""
+    """The check of a grammar ended its process, because it exceeded a limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The result of a check: the reason why the grammar is refused (or ""), and its converted form (or "")."""
+    """The result of a grammar check: the reason for refusing the grammar (or ""), and its converted form (or "")."""
 
     reason: str
     definition: str = ""
@@ -53,7 +53,7 @@ class CheckerProcess:
         self.child = BoundedChild(program, "grammar-check")
 
     def submit(self, definition: str) -> Future[Verdict]:
-        """Checks a definition. The future raises CheckGuardError, or DeadlineError if only the machine is slow."""
+        """Checks a grammar. The future raises CheckGuardError at a limit, or DeadlineError on a slow machine."""
         return self.child.submit(partial(self._checked, definition))
 
     def _checked(self, definition: str) -> Verdict:

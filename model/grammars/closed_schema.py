@@ -14,7 +14,7 @@ COMBINING: Final = frozenset(("allOf", "if", "dependentSchemas", "dependencies",
 
 
 def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Forbids properties that objects do not name. Returns `schema` unchanged if it combines schemas."""
+    """Returns a schema whose objects forbid properties that they do not name. Does not change combined schemas."""
     try:
         return schema if _combines(schema) else _closed(schema)
     except RecursionError:  # The schema is too deep for llguidance too.

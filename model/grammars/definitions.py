@@ -26,7 +26,7 @@ OWN_RULES = "own_rules"
 
 
 def of_schema(schema: Mapping[str, Any] | bool, origin: str, *, closes_objects: bool = False) -> Grammar:
-    """Returns a grammar of the JSON texts that match a schema. Raises ParameterError if it cannot express a keyword."""
+    """Returns a grammar of JSON texts that match a schema. Raises ParameterError if it cannot express a keyword."""
     try:
         normal = normal_schema(schema, closes_objects=closes_objects)
     except RecursionError:
@@ -42,7 +42,7 @@ def of_object(origin: str) -> Grammar:
 
 
 def of_regex(pattern: str, origin: str) -> Grammar:
-    """Returns a grammar of the texts that match a whole regular expression in Rust's syntax, without look-around."""
+    """Returns a grammar of texts that match a whole regular expression. The syntax is Rust's, without look-around."""
     from llguidance import regex_to_lark
 
     return _grammar({"lark_grammar": f"start: /{regex_to_lark(pattern, '')}/"}, origin)
@@ -53,12 +53,12 @@ def of_lark(text: str, origin: str) -> Grammar:
 
 
 def of_calls(rules: str, origin: str) -> Grammar:
-    """Returns a grammar of the tool calls that `rules` describe. This package made the rules, in llguidance's Lark."""
+    """Returns a grammar of tool calls. `rules` are in llguidance's Lark, and were made by this package."""
     return _grammar({"name": OWN_RULES, "lark_grammar": rules}, origin)
 
 
 def of_gbnf(text: str, origin: str) -> Grammar:
-    """Returns a grammar from GBNF or Lark. The check converts the text later, because that may take long."""
+    """Returns a grammar from GBNF or Lark text. The check converts the text later, because that may be slow."""
     if len(text) > _MAX_GBNF_BYTES:
         raise ParameterError(origin, f"the grammar has {len(text)} characters; the limit is {_MAX_GBNF_BYTES}")
     return _defined({GBNF: text}, origin)
@@ -66,7 +66,7 @@ def of_gbnf(text: str, origin: str) -> Grammar:
 
 def of_choice(texts: Sequence[str], origin: str) -> Grammar:
     if not texts or not all(texts):
-        raise ParameterError(origin, "expected a list of texts, none of them empty")
+        raise ParameterError(origin, "expected a list of one or more non-empty texts")
     return of_lark("start: CHOICE\nCHOICE: " + " | ".join(map(quoted, texts)), origin)
 
 
@@ -78,7 +78,7 @@ def either(calls: str, other: Grammar) -> Grammar:
 
 
 def has_schemas_only(definition: str) -> bool:
-    """Returns True if the definition has schemas and rules from this package, but no rules of a user."""
+    """Returns True if the definition has only schemas and rules from this package, and no rules from a user."""
     try:
         parts = json.loads(definition)["grammars"]
         return all("json_schema" in part or part.get("name") == OWN_RULES for part in parts)
@@ -87,7 +87,7 @@ def has_schemas_only(definition: str) -> bool:
 
 
 def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:
-    """Returns a grammar that allows any text until a trigger begins, and follows `grammar` from there on."""
+    """Returns a grammar that allows any text up to the first trigger, and follows `grammar` from the trigger on."""
     if not 0 < len(triggers) <= MAX_TRIGGERS or not all(
         0 < len(text.encode()) <= MAX_TRIGGER_BYTES for text in triggers
     ):
@@ -97,7 +97,7 @@ def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:
 
 
 def quoted(text: str) -> str:
-    """Quotes a text as a terminal of llguidance's Lark, which uses JSON's escapes but needs DEL escaped too."""
+    """Returns the text as a string literal for llguidance's Lark: a JSON string in which DEL is escaped too."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -1,4 +1,4 @@
-"""The state of an answer in a grammar: the tokens that may come next. It depends only on the grammar and the tokens."""
+"""The state of an answer in a grammar: which tokens may come next. It depends only on the grammar and the tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MAX_FORCED_BYTES = 1 << 13
 
 
 def _limits(definition: str) -> LLParserLimits:
-    """Returns llguidance's limits, equal on every machine, so that checks and answers accept the same grammars."""
+    """Returns llguidance's limits. They are the same everywhere, so checks and answers accept the same grammars."""
     from llguidance import LLParserLimits
 
     # The largest of 1,232 public schemas needs 81,000 units of lexer fuel to compile, 373,000 units and 7,600 items in
@@ -45,7 +45,7 @@ def _limits(definition: str) -> LLParserLimits:
 
 
 def compiled(definition: str, vocabulary: GrammarVocabulary) -> LLMatcher:
-    """Returns a new state before the first token. Copies of one state would share the lexer's limits."""
+    """Returns a new matcher in its initial state. Copies of one matcher would share the lexer's limits."""
     from llguidance import LLMatcher
 
     return LLMatcher(vocabulary.native, definition, log_level=0, limits=_limits(definition))
@@ -57,20 +57,20 @@ def one_line(message: str, most: int = 400) -> str:
 
 
 class TokenRefusedError(RequestError):
-    """The grammar does not allow a token. The answer may continue with a new matcher that takes the tokens again."""
+    """The grammar does not allow a token. The answer can continue with a new matcher that takes the same tokens."""
 
 
 class LexerUsedUpError(RequestError):
-    """The lexer's limit is used up, and the state is lost. A new matcher with `is_costly` can compute it again."""
+    """The lexer's work limit is used up, and the state is lost. A new matcher with `is_costly` can restore it."""
 
 
 class GrammarMatcher:
-    """The state of one answer, for one thread at a time. Methods release the GIL, and raise RequestError if the grammar
-    cannot be followed. Unless `is_costly`, they raise LexerUsedUpError when the lexer's limit is used up."""
+    """The state of one answer in a grammar. Must be used by one thread at a time. Methods release the GIL. They raise
+    RequestError if the grammar cannot be followed, and LexerUsedUpError (unless `is_costly`) at the lexer's limit."""
 
     def __init__(self, grammar: Grammar, vocabulary: GrammarVocabulary, *, is_costly: bool = False) -> None:
         self.position = 0  # Number of tokens that were taken.
-        self.looked_bytes = 0  # Total bytes of the forced texts that were computed.
+        self.forced_text_bytes = 0  # Total bytes of the forced texts that were computed.
         self._is_costly = is_costly
         self._vocabulary = vocabulary
         self._native = compiled(grammar.definition, vocabulary)
@@ -99,11 +99,11 @@ class GrammarMatcher:
                 self.allowed()  # Raises an error that explains why the grammar failed.
                 if not self._consumes(token):
                     self._check(_TOO_COMPLEX)
-                    raise TokenRefusedError(f"token {token} breaks the grammar")
+                    raise TokenRefusedError(f"the grammar does not allow token {token}")
             self._add(token)
 
     def try_take(self, token: int) -> AllowedTokens | None:
-        """Takes a token if it is allowed. Returns None if the token was taken, and otherwise the allowed tokens."""
+        """Takes a token if the grammar allows it, and returns None. Otherwise, returns the allowed tokens."""
         if self._waiting is not None:
             self._await_trigger(token)
         elif not self._allows(token):
@@ -138,7 +138,7 @@ class GrammarMatcher:
         return following[0] if following else None
 
     def peek_forced(self) -> list[int]:
-        """Returns tokens that must come next, but does not take them."""
+        """Returns the tokens that must come next, without taking them."""
         if self._waiting is not None or self._ended:
             return []
         return self._computed(self._must_follow)[:MAX_FORCED_TOKENS]
@@ -166,11 +166,11 @@ class GrammarMatcher:
         return self._consumes(token)
 
     def _must_follow(self) -> list[int]:
-        """Returns the forced tokens, computed once per position. Raises RequestError if their text is too long."""
+        """Returns the forced next tokens, computed once per position. Raises RequestError if their text is too long."""
         if self._following is None:
             self._following = self._native.compute_ff_tokens()
             size = sum(len(self._vocabulary.words[token]) for token in self._following)
-            self.looked_bytes += size
+            self.forced_text_bytes += size
             if size > _MAX_FORCED_BYTES:
                 raise RequestError(
                     f"the grammar forces a text of at least {size} bytes; the limit is {_MAX_FORCED_BYTES}"
@@ -200,7 +200,7 @@ class GrammarMatcher:
             return
         message = self._native.get_error()
         if message.startswith(_DEAD_END):
-            raise RequestError("nothing may follow here: the grammar has a rule that no text can complete")
+            raise RequestError("the answer cannot continue: the grammar has a rule that no text can complete")
         raise error(what + one_line(message.removesuffix(_NOT_VERBOSE)))
 
 
@@ -220,7 +220,7 @@ class _Triggers:
         self._newest: list[tuple[int, int]] = []  # Tokens of `_tail`, with their lengths in bytes.
 
     def take(self, token: int) -> list[list[int]]:
-        """Takes a token. Returns the answer's tokens since the start of each trigger that is now complete."""
+        """Takes a token. For each trigger that it completes, returns the answer's tokens since the trigger's start."""
         word = self._vocabulary.words[token].removeprefix(b"\xff")
         before = len(self._tail)
         self._tail += word

@@ -1,4 +1,4 @@
-"""Rewrites JSON schemas with keywords that llguidance obeys, and lists the keywords that it cannot obey."""
+"""Rewrites JSON schemas for llguidance, and lists the keywords that llguidance cannot obey."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from llamaclust.model.grammars.schema_references import MISSING, SchemaReference
 _COMBINED: Final = ("anyOf", "oneOf", "allOf")
 _REFUSED: Final = ("not", "dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef")
 _EVALUATED: Final = frozenset((*_COMBINED, "$ref", "if", "then", "else", "dependentSchemas", "patternProperties"))
-"""Keywords beside which `unevaluatedProperties` has another meaning than `additionalProperties`."""
+"""Keywords that give `unevaluatedProperties` another meaning than `additionalProperties`."""
 
 
 @dataclass(frozen=True, slots=True)
 class NormalSchema:
-    """A normalized schema, which may allow more than the original schema. `unobeyed` has the places of omitted
-    keywords, such as `properties.a.not`."""
+    """A normalized JSON schema, which may allow more than the original. `unobeyed` has the paths of omitted keywords,
+    such as `properties.a.not`."""
 
     schema: dict[str, Any]
     unobeyed: tuple[str, ...] = ()
 
 
 def normal_schema(schema: Any, *, closes_objects: bool = False) -> NormalSchema:
-    """Normalizes a schema, and closes it if `closes_objects` (see `closed_schema`). May raise RecursionError."""
+    """Normalizes a JSON schema. If `closes_objects`, also closes it (see `closed_schema`). May raise RecursionError."""
     reader = _Reader(schema)
     read = reader.read(schema, "")
     made = {"allOf": [read]} if isinstance(read, bool) else read
@@ -126,7 +126,7 @@ class _Reader:
         return made | self._property_counts(schema, made, place)
 
     def _name_properties(self, schema: Mapping[str, Any], made: dict[str, Any], place: str) -> None:
-        """Converts `propertyNames` to `properties` or `patternProperties`, if the schema has neither of them."""
+        """Converts `propertyNames` to `properties` or `patternProperties` if the schema has neither."""
         given = schema.get("propertyNames")
         rule = {} if given is None else self.read(given, f"{place}.propertyNames")
         if rule is True or rule in ({}, {"type": "string"}):
@@ -143,7 +143,7 @@ class _Reader:
             self._leave_out(place, "propertyNames")
 
     def _property_counts(self, schema: Mapping[str, Any], made: dict[str, Any], place: str) -> dict[str, int]:
-        """Returns limits of the property count, which llguidance obeys only if all named properties are required."""
+        """Returns limits on the property count. llguidance obeys them only if all named properties are required."""
         least, most = (count(schema, key) for key in ("minProperties", "maxProperties"))
         named, required = made.get("properties", {}), made.get("required", ())
         if all(name in required for name in named):
@@ -216,7 +216,7 @@ class _Reader:
 
 
 def _is_required(part: Any) -> bool:
-    """Returns True if the property itself has `required`, as in draft 3 and many handwritten schemas."""
+    """Returns True if a property's own schema has `required: true`, as in draft 3 and many handwritten schemas."""
     return isinstance(part, Mapping) and part.get("required") is True
 
 

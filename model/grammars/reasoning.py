@@ -1,5 +1,5 @@
 """The state of the reasoning in an answer, and the tokens that end the reasoning after its budget. The state depends
-only on settings and tokens. Tags are found in the answer's bytes, so tokens may split a tag in any way."""
+only on settings and tokens. Tags are found in the answer's bytes, so a tag may be split into tokens in any way."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ReasoningScanner:
 
     @property
     def is_in_part(self) -> bool:
-        """True if the bytes end within a UTF-8 character, or possibly within the tag that ends the reasoning."""
+        """True if the answer so far ends within a UTF-8 character, or possibly within the reasoning's end tag."""
         tag_parts = (end[:length] for end in self.ends for length in range(1, len(end)))
         return self._is_in_character() or any(map(self._tail.endswith, tag_parts))
 
@@ -64,7 +64,7 @@ class ReasoningScanner:
         self.place, self._tail = Place.BEFORE, b""
 
     def rest_behind_end(self, data: bytes) -> bytes | None:
-        """Returns the bytes of `data` after the reasoning's end, or None if `data` would not end the reasoning."""
+        """Returns the bytes of `data` after the reasoning's end tag, or None if `data` does not complete an end tag."""
         text = self._tail + data
         end = self._any_end.search(text) if self.place is Place.INSIDE else None
         return None if end is None else text[end.end() :]
@@ -83,7 +83,7 @@ class ReasoningScanner:
 
 class ReasoningState:
     """The reasoning of one answer. `words` has the bytes of each token. The reasoning may exceed its budget by a few
-    tokens, to complete a character or the tag that ends the reasoning."""
+    tokens, to complete a character or its end tag."""
 
     def __init__(self, reasoning: Reasoning, words: Sequence[bytes]) -> None:
         self._tags = ReasoningScanner(reasoning)
@@ -137,7 +137,7 @@ class ReasoningState:
 
 
 def may_run_over(words: Sequence[bytes], tag: bytes) -> tuple[int, ...]:
-    """Returns the tokens that can complete a tag and have more text after the tag."""
+    """Returns the tokens that can complete a tag and contain more text after it."""
     tag_ends = tuple(tag[-length:] for length in range(1, len(tag) + 1))
 
     def runs_over(word: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""The state of an answer whose reasoning has a budget or delays the grammar."""
+"""The state of an answer that has a reasoning budget, or a grammar that begins after the reasoning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
 
 class ReasoningMatcher:
-    """A matcher of reasoning, and of a grammar if there is one. It has the methods of `GrammarMatcher`."""
+    """A matcher of reasoning, and of a grammar if there is one. It has the same methods as `GrammarMatcher`."""
 
     def __init__(self, reasoning: Reasoning, grammar: GrammarMatcher | None, vocabulary: GrammarVocabulary) -> None:
         self.position = 0  # Number of tokens that were taken.
@@ -28,19 +28,19 @@ class ReasoningMatcher:
 
     @property
     def is_complete(self) -> bool:
-        """True if only one token, or only the end of the answer, is allowed."""
-        grammar = self._ruling
+        """True if the answer must end, or if the next token is forced by the reasoning budget."""
+        grammar = self._active_grammar
         return self._state.forced is not None or (grammar is not None and grammar.is_complete)
 
     def take(self, tokens: Iterable[int]) -> None:
         for token in tokens:
             self._forced()
-            if (grammar := self._ruling) is not None:
+            if (grammar := self._active_grammar) is not None:
                 grammar.take((token,))
             self._add(token)
 
     def try_take(self, token: int) -> AllowedTokens | None:
-        forced, grammar = self._forced(), self._ruling
+        forced, grammar = self._forced(), self._active_grammar
         if forced is not None and token != forced:
             return _only(forced, self._vocabulary)
         if grammar is not None and (allowed := grammar.try_take(token)) is not None:
@@ -54,12 +54,12 @@ class ReasoningMatcher:
         """Returns the tokens that may come next, or None if all may. `try_take` may still refuse some of them."""
         if (forced := self._forced()) is not None:
             return _only(forced, self._vocabulary)
-        return None if self._ruling is None else self._ruling.allowed()
+        return None if self._active_grammar is None else self._active_grammar.allowed()
 
     def forced(self) -> list[int]:
         tokens: list[int] = []
         while len(tokens) < MAX_FORCED_TOKENS:
-            following, grammar = self._forced(), self._ruling
+            following, grammar = self._forced(), self._active_grammar
             if following is None and grammar is not None:
                 following = grammar.next_forced()
             if following is None:
@@ -71,18 +71,18 @@ class ReasoningMatcher:
     def peek_forced(self) -> list[int]:
         if self._forced() is not None:
             return self._state.forced_end[:MAX_FORCED_TOKENS]
-        return [] if self._ruling is None else self._ruling.peek_forced()
+        return [] if self._active_grammar is None else self._active_grammar.peek_forced()
 
     @property
-    def _ruling(self) -> GrammarMatcher | None:
-        """The grammar that applies now, or None while reasoning delays it. A grammar that has begun is not delayed."""
+    def _active_grammar(self) -> GrammarMatcher | None:
+        """The grammar, or None if it does not apply now: reasoning may delay a grammar that has not begun."""
         grammar = self._grammar
         if grammar is None or not self._delays or not self._state.is_inside:
             return grammar
         return grammar if grammar.position and not grammar.is_free else None
 
     def _forced(self) -> int | None:
-        forced, grammar = self._state.forced, self._ruling
+        forced, grammar = self._state.forced, self._active_grammar
         if forced is None or grammar is None or grammar.may_follow(forced):
             return forced
         self._state.release()
@@ -90,7 +90,7 @@ class ReasoningMatcher:
 
     def _add(self, token: int) -> None:
         """Takes a token. A grammar that waits for a trigger also gets the token that ends the reasoning."""
-        is_delayed = self._grammar is not None and self._ruling is None
+        is_delayed = self._grammar is not None and self._active_grammar is None
         self._state.take(token)
         self.position += 1
         if is_delayed and self._grammar is not None and self._grammar.is_free and not self._state.is_inside:

@@ -46,8 +46,7 @@ def _references(schema: Any, read: set[int]) -> Iterator[str]:
 
 @dataclass(slots=True, eq=False)
 class _Condition:
-    """A condition that becomes true when `missing` more of its prerequisites are true. `users` depend on this
-    condition."""
+    """A condition that becomes true after `missing` more of its prerequisites become true. `users` depend on it."""
 
     missing: int
     users: list[_Condition] = field(default_factory=list)

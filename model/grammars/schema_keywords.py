@@ -34,7 +34,7 @@ MOST_OF_AN_INTEGER: Final = 10**16 - 1
 
 
 def normal_types(given: Any) -> tuple[list[str], bool]:
-    """Returns the allowed types (none means any type), and True if all given types are known."""
+    """Returns the allowed types (an empty list means any type), and True if all given types are known."""
     names = [name.lower() for name in given if isinstance(name, str)] if isinstance(given, list) else []
     if isinstance(given, str):
         names = [given.lower()]
@@ -46,15 +46,14 @@ def normal_types(given: Any) -> tuple[list[str], bool]:
 
 
 def as_list(given: Any) -> list[Any] | None:
-    """Returns a list, or None for other values. Accepts objects with numbers as keys, which PHP may write for a
-    list."""
+    """Returns `given` as a list, or None if it is not a list. PHP may write a list as an object with numeric keys."""
     if isinstance(given, Mapping) and all(isinstance(key, str) and key.isdigit() for key in given):
         return [*given.values()]
     return given if isinstance(given, list) else None
 
 
 def as_object(given: Any) -> Mapping[str, Any]:
-    """Returns an object, or {} for other values, because PHP writes an empty object as a list."""
+    """Returns `given` if it is an object, and otherwise {}, because PHP writes an empty object as a list."""
     return given if isinstance(given, Mapping) else {}
 
 
@@ -67,7 +66,7 @@ def matches_all(pattern: Any) -> bool:
 
 
 def count(schema: Mapping[str, Any], key: str) -> int | None:
-    """Reads a limit of a length or an item count, such as `minLength`. Returns None if the limit allows everything."""
+    """Returns a limit of a length or an item count, such as `minLength`, or None if the limit has no effect."""
     value = schema.get(key)
     if not _is_number(value) or value < (0 if key.startswith("max") else 1):
         return None
@@ -75,7 +74,8 @@ def count(schema: Mapping[str, Any], key: str) -> int | None:
 
 
 def text_forms(schema: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
-    """Returns the usable `pattern` and `format`, and False if no `format` replaces a pattern with look-around."""
+    """Returns the usable `pattern` and `format`, and a flag, which is False if a look-around pattern was dropped and no
+    format replaces it."""
     form, pattern = schema.get("format"), schema.get("pattern")
     made: dict[str, str] = {}
     if isinstance(form, str) and (form := _OTHER_FORMATS.get(form, form)) in FORMATS:
@@ -88,8 +88,8 @@ def text_forms(schema: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
 
 
 def bounds(schema: Mapping[str, Any], types: Sequence[str]) -> dict[str, Any]:
-    """Returns the limits of a number. Draft 4's Boolean limits become numbers. Integers are limited to sixteen
-    digits."""
+    """Returns the numeric limits of a schema. Draft 4's Boolean limits become numbers. Integers without a minimum
+    or maximum get one of sixteen digits."""
     made: dict[str, Any] = {}
     for limit, exclusive, sign in (("minimum", "exclusiveMinimum", -1), ("maximum", "exclusiveMaximum", 1)):
         value, other = schema.get(limit), schema.get(exclusive)

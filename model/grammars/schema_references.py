@@ -14,7 +14,7 @@ MISSING: Final = object()
 
 
 class SchemaReferences:
-    """Finds the schemas that references name. Never downloads a schema."""
+    """Resolves references within a schema. Never downloads a schema."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
@@ -36,7 +36,7 @@ class SchemaReferences:
         return found
 
     def target(self, reference: str) -> Any:
-        """Returns the schema that a reference names, or MISSING. This schema may be another reference."""
+        """Returns the schema that a reference names, which may be another reference, or MISSING."""
         resource, _, fragment = reference.partition("#")
         base = self._root if not resource else self._identified.get(resource, MISSING)
         if not fragment or base is MISSING:

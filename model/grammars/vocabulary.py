@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 _SPECIAL: Final = b"\xff"
-"""llguidance's prefix for the name of a token without text."""
+"""llguidance's prefix for the names of tokens without text."""
 _SLICES: Final = [r'[^"\\\x00-\x1F\x7F]{1,30}', r'[^"\\\x00-\x1F\x7F]+']
-"""Patterns of text in JSON strings. llguidance finds the allowed tokens of a pattern at once. Its default patterns take
-1.5 times the time and memory."""
+"""Patterns of text in JSON strings. llguidance computes the allowed tokens of a whole pattern at once. Its default
+patterns take 1.5 times the time and memory."""
 _KEPT_TEXTS: Final = 1024
 _KEPT_TAGS: Final = 16
 
@@ -28,7 +28,7 @@ class GrammarVocabulary:
         self.mask_words = (len(words) + 31) // 32  # Number of 32-bit words in a bit mask of all tokens.
         self._encode = encode
         self.may_run_over = lru_cache(_KEPT_TAGS)(partial(may_run_over, words))
-        """The function `may_run_over` for these words, cached by tag. The first call takes 0.2 s for 256 Ki tokens."""
+        """The function `may_run_over`, cached by tag. The first call takes 0.2 s for 256 Ki tokens."""
 
     @cached_property
     def native(self) -> LLTokenizer:

@@ -1,4 +1,4 @@
-"""Follows a grammar for some tokens before a request is admitted, so that a worker meets no failures later."""
+"""Follows a grammar for some tokens before a request is admitted, so that it does not fail later on a worker."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class GrammarWalk:
         self._ends = np.array(vocabulary.end_ids)
 
     def run(self, definition: str, names: Sequence[str] = ()) -> None:
-        """Follows a grammar, preferring properties in `names`. Raises RequestError if the grammar cannot be used."""
+        """Takes allowed tokens, preferably keys in `names`. Raises RequestError if the grammar cannot be used."""
         matcher = GrammarMatcher(Grammar(definition), self._vocabulary, is_costly=True)
         keys = deque(self._vocabulary.native.tokenize_bytes(_key(name)) for name in names[:_NAMES])
         taken: list[int] = []
@@ -44,7 +44,7 @@ class GrammarWalk:
             for _ in range(_CHOICES):
                 taken += matcher.forced()
                 following = self._next(matcher, keys, self._preferred if taken else self._first)
-                if not following or matcher.position > _TOKENS or matcher.looked_bytes > _LOOKED_BYTES:
+                if not following or matcher.position > _TOKENS or matcher.forced_text_bytes > _LOOKED_BYTES:
                     return
                 matcher.take(following)
                 taken += following

@@ -1,4 +1,4 @@
-"""Costs of a group's members: the divided parts of each layer and the gathers."""
+"""Costs of the members of a group: each layer's divided parts, and the gathers."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _SUMS = (
 
 @dataclass(frozen=True, slots=True)
 class GatherCost:
-    """An exchange in which the members of a group send each other the parts of a row that they computed. A row consists
-    of `lines` parts of `width` channels, and members divide each part into `units` equal units. Values are sent in the
+    """An exchange in which the members of a group send each other the channels that they computed. A row consists of
+    `lines` parts of `width` channels, and members divide each part into `units` equal units. Values are sent in the
     quantized format `form` if each member has whole blocks of it, and otherwise as float32. If `to_leader`, only the
     leader receives. If `from_leader`, only the leader sends."""
 
@@ -54,7 +54,7 @@ class GatherCost:
 
 @dataclass(frozen=True, slots=True)
 class PortionCost:
-    """A part of a layer that members divide into `units`. `cost` is the cost of all units together."""
+    """A part of a layer that members of a group divide into `units`. `cost` is the total cost of all units."""
 
     units: int
     cost: LayerCost
@@ -78,7 +78,7 @@ class PortionCost:
 
 @dataclass(frozen=True, slots=True)
 class DividedLayer:
-    """The costs of a layer or of the head. Every member has the cost `whole`, and its share of each of `portions`."""
+    """The costs of a layer or of the head. Each member has the cost `whole`, and its share of each of `portions`."""
 
     whole: LayerCost
     portions: tuple[PortionCost, ...]
@@ -94,8 +94,8 @@ class DividedLayer:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingCost:
-    """The costs before the first layer. The leader has the token embeddings and sends their rows to the other members.
-    Every member has the other tables, such as position embeddings, which take `whole_bytes`."""
+    """The costs before the first layer. The leader has the token embeddings and sends rows to the other members. Every
+    member has the other tables, such as position embeddings, which take `whole_bytes`."""
 
     whole_bytes: int
     gathers: tuple[GatherCost, ...]
@@ -103,7 +103,7 @@ class EmbeddingCost:
 
 @dataclass(frozen=True, slots=True)
 class GroupCosts:
-    """The costs of a model that `members` workers divide. The head counts as one more divided layer."""
+    """The costs of a model that a group of `members` workers divides. The head is listed separately from the layers."""
 
     members: int
     model: ModelCosts
@@ -121,7 +121,7 @@ class GroupCosts:
 
     @property
     def kinds(self) -> dict[int, DividedLayer]:
-        """The distinct layers by their Python `id`."""
+        """The distinct layers, by their Python `id`."""
         return {id(layer): layer for layer in self.layers}
 
     def member(self, shares: Sequence[float], member: int) -> ModelCosts:

@@ -19,8 +19,8 @@ LEADER = 0
 
 
 def divide(program: Program, shares: Sequence[float], member: int) -> Program:
-    """Returns the program of member number `member`, whose part of each product is in proportion to `shares[member]`.
-    Raises UsageError if a stage begins or ends inside a layer."""
+    """Returns the program of member number `member`, which computes a fraction of each product in proportion to
+    `shares[member]`. Raises UsageError if a stage begins or ends inside a layer."""
     return _Member(shares, member).program(Division.of(program, len(shares)))
 
 

@@ -1,4 +1,4 @@
-"""Finds the quantized format in which members of a group send a row: the format that all readers quantize to."""
+"""Finds the quantized format in which members of a group send a row: the format to which all readers quantize it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Finds which results of a program's steps the members of a group divide, and into how many equal units. Members divide
-the results of products, and results that are computed from them channel by channel or head by head."""
+"""Finds the step results that members of a group divide, and the number of equal units of each. Members divide the
+results of products, and results that are computed from them channel by channel or head by head."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from llamaclust.model.program import (
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat
 
 _LEAST_UNITS = {ActivationFormat.Q8_256: 16, ActivationFormat.Q8_32: 8}
-"""Minimum number of quantized blocks per member. With fewer blocks, portions could differ much from the shares."""
+"""Minimum number of quantized blocks per member. With fewer, a member's portion could differ much from its share."""
 
 
 def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """Divides `units` units nearly in proportion to `shares`, at least one for each share. Returns the borders."""
+    """Returns the borders that divide `units` units nearly in proportion to `shares`, with at least one unit each."""
     assert units >= len(shares)
     found, total = [0], sum(shares)
     for i in range(1, len(shares)):
@@ -40,7 +40,7 @@ def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
 
 @dataclass(slots=True)
 class _Portion:
-    """A set of buffers that members divide into the same `units`. If `joined` is set, that set replaces this one."""
+    """Buffers that members divide into the same number of `units`. If `joined` is set, it replaces this object."""
 
     units: int = 0
     has_heads: bool = False
@@ -67,14 +67,14 @@ class _Portion:
 class Gathered:
     buffer: Buffer
     units: int
-    lines: int  # Number of lines in each row. All lines are divided in the same way.
+    lines: int  # Number of equal parts in each row. All parts are divided in the same way.
 
 
 @dataclass(frozen=True, slots=True)
 class DividedStep:
-    """A step of the undivided program. Members divide the step's result into `units`, or each compute the whole result
-    if `units` is 0. Buffers in `gathered` are assembled from all members before the step. A member reads only its own
-    columns of the buffers in `cut`."""
+    """A step of the undivided program. Members divide the step's result into `units`. If `units` is 0, each member
+    computes the whole result. Before the step, buffers in `gathered` are assembled from all members. A member reads
+    only its own columns of buffers in `cut`."""
 
     step: Step
     units: int
@@ -84,7 +84,7 @@ class DividedStep:
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """The division of a program among members. Buffers in `gathered` are assembled from all members after all steps."""
+    """The division of a program. Buffers in `gathered` are assembled from all members after the last step."""
 
     program: Program
     steps: tuple[DividedStep, ...]
@@ -102,7 +102,7 @@ class Division:
 
 
 def _units_of(steps: Sequence[Step], members: int) -> list[int]:
-    """Returns the number of units into which each step's result is divided, or 0 if every member computes all of it."""
+    """Returns the number of units into which each step's result is divided, or 0 if each member computes it all."""
     found, current, kept = list[_Portion | None](), dict[str, _Portion | None](), dict[int, _Portion | None]()
     shared = _products_of_shared_keys(steps)
     for at, step in enumerate(steps):
@@ -120,7 +120,7 @@ def _units_of(steps: Sequence[Step], members: int) -> list[int]:
 
 
 def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
-    """Returns the indices of the products that compute a layer's only KV head, which every member runs."""
+    """Returns the indices of the products that compute a layer's only KV head. Every member runs these products."""
     found, wanted = set[int](), set[str]()
     for at, step in reversed([*enumerate(steps)]):
         name = step.out.name

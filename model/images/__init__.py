@@ -1,1 +1,1 @@
-"""Images, decoded and prepared for the encoder of a vision model. Only child processes read their bytes."""
+"""Decodes images and prepares them for the encoder of a vision model. Only child processes read image bytes."""

@@ -17,7 +17,7 @@ from llamaclust.model.images.tiling import tiling_of
 
 
 def _reply_to(image: bytes, settings: ImageSettings, first: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-    """Returns a reply and the pixels of the tiles, one tile [height, width, 3] after the other."""
+    """Returns a reply, and the pixels [height, width, 3] of each tile, one tile after the other."""
     try:
         tiling = tiling_of(decode(image, first["max_pixels"]), settings)
         sizes = [tile.size for tile in tiling.tiles]
@@ -27,7 +27,7 @@ def _reply_to(image: bytes, settings: ImageSettings, first: dict[str, Any]) -> t
     except ImageError as error:
         return {"error": str(error)}, b""
     except MemoryError:
-        what = f"it needs more than {first['memory_bytes'] >> 20} MiB to be decoded; send a smaller image"
+        what = f"decoding needs more than {first['memory_bytes'] >> 20} MiB; send a smaller image"
         return {"error": what}, b""
 
 

@@ -1,5 +1,5 @@
-"""Decodes an image's bytes with Pillow, and imports only five of Pillow's plugins. Only child processes import this
-module, because decoders are native code and images are untrusted."""
+"""Decodes images with Pillow, but imports only five of Pillow's plugins. Only child processes import this module,
+because decoders are native code and images are untrusted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TURNS: Mapping[int, Transpose] = MappingProxyType(
 
 
 _JPEG = type("_Jpeg", (JpegImageFile,), {"_read_dpi_from_exif": lambda _: None})
-"""Reads JPEG files. Does not search EXIF data for a resolution, because Pillow's search imports a TIFF plugin."""
+"""A JPEG reader that ignores the resolution in EXIF data, because Pillow's search for it imports a TIFF plugin."""
 
 
 _FILES: Mapping[ImageFormat, Callable[[BytesIO], Image]] = MappingProxyType(
@@ -50,11 +50,11 @@ _FILES: Mapping[ImageFormat, Callable[[BytesIO], Image]] = MappingProxyType(
 
 def decode(data: bytes, max_pixels: int) -> Image:
     """Returns an upright RGB image, or the first frame of an animation. Transparent parts become white, as in
-    transformers. Raises ImageError if the bytes cannot be decoded, and MemoryError if the process lacks the memory."""
+    transformers. Raises ImageError if the bytes cannot be decoded, and MemoryError if memory is short."""
     kind = format_of(data)
     if kind is None:
         *first, last = (each.value for each in ImageFormat)
-        raise ImageError(f"it is not a {', '.join(first)} or {last} file: {_shown(data)}")
+        raise ImageError(f"the image is not a {', '.join(first)} or {last} file: {_shown(data)}")
     if kind is ImageFormat.WEBP:
         _check_size(webp_size(data), max_pixels)
     try:
@@ -81,9 +81,9 @@ def _shown(data: bytes) -> str:
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
     if width < 1 or height < 1:
-        raise ImageError(f"it has {width} x {height} pixels; send an image with at least one")
+        raise ImageError(f"the image has {width} x {height} pixels; send one with at least 1 x 1")
     if width * height > max_pixels:
-        what = f"it has {width} x {height} = {width * height} pixels"
+        what = f"the image has {width} x {height} = {width * height} pixels"
         raise ImageError(f"{what}; the limit is {max_pixels}: send a smaller image")
 
 
@@ -103,7 +103,7 @@ def _rgb(image: Image) -> Image:
 
 
 def _over_white(image: Image) -> Image:
-    """Puts the image on white. Works strip by strip, so that memory holds little more than the two images."""
+    """Returns the image on a white background. Works in strips, to need little more memory than both images."""
     out = new("RGB", image.size)
     lines = max(_STRIP_PIXELS // image.width, 1)
     for top in range(0, image.height, lines):

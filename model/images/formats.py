@@ -21,7 +21,7 @@ class ImageFormat(Enum):
 
 
 def format_of(image: bytes) -> ImageFormat | None:
-    """Returns the format that the first bytes show, or None if it is not supported. Ignores the declared media type."""
+    """Returns the image format from the first bytes, or None if it is not supported. Ignores the media type."""
     if image.startswith(b"RIFF") and image[8:12] == b"WEBP":
         return ImageFormat.WEBP
     starts = {
@@ -35,7 +35,7 @@ def format_of(image: bytes) -> ImageFormat | None:
 
 
 def webp_size(image: bytes) -> tuple[int, int]:
-    """Returns the width and height of a WebP file's canvas, or (0, 0) if the file does not have them."""
+    """Returns the width and height of a WebP file's canvas, or (0, 0) if they are missing."""
     kind, body = image[12:16], image[20:30]
     if len(body) < 10:
         return 0, 0
@@ -51,7 +51,7 @@ def webp_size(image: bytes) -> tuple[int, int]:
 
 
 def orientation_of(exif: bytes) -> int:
-    """Returns the orientation, 1 to 8, from a TIFF directory in EXIF. 1 means upright or unknown."""
+    """Returns the EXIF orientation, 1 to 8. 1 means upright or unknown."""
     data = exif.removeprefix(b"Exif\0\0")
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
     if order is None or len(data) < 8:

@@ -31,7 +31,7 @@ from llamaclust.model.images.settings import CHANNELS, MAX_IMAGE_BYTES, ImageSet
 _CHILD: Final = "llamaclust.model.images.child"
 _PROCESSES: Final = 3
 _MOST_OF_AN_OWNER: Final = 2
-"""The maximum number of images that are prepared for one owner at the same time."""
+"""The maximum number of images that are prepared at the same time for one owner."""
 _MAX_LINE_BYTES: Final = 1 << 16
 _MAX_ERROR_CHARACTERS: Final = 300
 
@@ -40,8 +40,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """Limits of one image. The memory of a child process may grow by `memory_bytes` after its start. `cpu_seconds` and
-    `wall_s` limit its work, and `wait_s` limits the wait for earlier images. An idle process ends after `idle_s`."""
+    """Limits of image preparation. A child process's memory may grow by `memory_bytes`. `cpu_seconds` and `wall_s`
+    limit its work, and `wait_s` limits the wait for earlier images. An idle process ends after `idle_s`."""
 
     max_bytes: int = MAX_IMAGE_BYTES
     max_pixels: int = 32 << 20
@@ -55,15 +55,15 @@ class ImageLimits:
 
 @dataclass(frozen=True, slots=True)
 class ImageTiles:
-    """The RGB tiles [height, width, 3] of an image, and the texts and rows that stand for the image in the prompt."""
+    """The RGB tiles [height, width, 3] of an image, and its texts and embedding rows in the prompt."""
 
     tiles: tuple[NDArray[np.uint8], ...]
     prompt: tuple[Piece, ...]
 
 
 class ImagePreparation:
-    """The child processes that prepare images of all models. They start on first use and end when they are idle. Must
-    be used on one event loop."""
+    """The child processes that prepare images. They start on first use and end when idle. Must be used on one event
+    loop."""
 
     def __init__(self, limits: ImageLimits | None = None) -> None:
         self._limits = limits or ImageLimits()
@@ -88,7 +88,7 @@ class ImagePreparation:
 
     @asynccontextmanager
     async def turn(self, owner: str) -> AsyncIterator[None]:
-        """Waits for an owner's turn to prepare one image. Raises DeadlineError if other images take too long."""
+        """Waits until the owner may prepare an image. Raises DeadlineError if other images take too long."""
         async with AsyncExitStack() as turn:
             try:
                 async with asyncio.timeout(self._limits.wait_s):
@@ -99,8 +99,8 @@ class ImagePreparation:
             yield
 
     async def tiles(self, image: bytes, settings: ImageSettings) -> ImageTiles:
-        """Prepares an image. The caller must hold a `turn`. Raises RequestError if the image is refused, and
-        DeadlineError if the work takes too long or is stopped. If cancelled, waits until the work has ended."""
+        """Prepares an image. Callers must hold a `turn`. Raises RequestError if the image is refused, and DeadlineError
+        if the work takes too long or is stopped. If cancelled, waits until the work has ended."""
         most = self._limits.max_bytes
         if len(image) > most:
             raise RequestError(f"the image has {len(image)} bytes; the limit is {most}: send a smaller image")
@@ -147,7 +147,7 @@ class _Preparer:
 
 
 def _tiles(reply: dict[str, Any], pixels: bytes, settings: ImageSettings) -> ImageTiles:
-    """Converts a reply. Raises RequestError if its parts do not match, as an image may have taken over the child."""
+    """Converts a child's reply. Raises RequestError for an inconsistent reply, which a malicious image may cause."""
     try:
         sizes = [(int(width), int(height)) for width, height in reply["sizes"]]
         columns, rows = int(reply["columns"]), int(reply["rows"])
@@ -167,7 +167,7 @@ def _tiles(reply: dict[str, Any], pixels: bytes, settings: ImageSettings) -> Ima
 
 
 def _damaged() -> RequestError:
-    return RequestError("the image was refused: its process gave a damaged reply; send another image")
+    return RequestError("the image was refused: the child process sent an invalid reply; send another image")
 
 
 def _line(text: object) -> str:

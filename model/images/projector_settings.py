@@ -15,13 +15,13 @@ _LOW_SIDE: Final = 512
 
 
 def settings_of(projector: Projector) -> ImageSettings:
-    """Returns a projector's settings, with the family's defaults for numbers that the file lacks."""
+    """Returns a projector's image settings. The family's defaults replace numbers that the file lacks."""
     basic = ImageSettings(projector.name, projector.patch_size, projector.merge)
     return FAMILIES[projector.name].complete(basic, projector.images)
 
 
 def low_detail(settings: ImageSettings) -> ImageSettings:
-    """Returns the settings for OpenAI's `detail: low`: no tiles, and up to 512 x 512 pixels if the size is free."""
+    """Returns the settings for OpenAI's `detail: low`: no tiles and, if the size is free, up to 512 x 512 pixels."""
     most = max(_LOW_SIDE // settings.side, 1) ** 2 * settings.side**2
     return replace(
         settings,

@@ -10,7 +10,7 @@ from typing import Final
 MAX_IMAGE_BYTES: Final = 20 << 20
 CHANNELS: Final = 3
 _ROUNDING: Final = 2
-"""The factor by which the pixels of a tile may exceed the limit, because sides are rounded up or padded."""
+"""The factor by which a tile may exceed the pixel limit, because sides are rounded up or padded."""
 
 
 class ImageError(ValueError):
@@ -50,7 +50,7 @@ class ImageSettings:
         return tiles * max(edge**2, self.max_pixels) * CHANNELS * _ROUNDING
 
     def digest(self, image: bytes, projector_identity: str) -> bytes:
-        """Returns a SHA-256 that identifies the rows of an image with these bytes."""
+        """Returns a SHA-256 that identifies the embedding rows of an image."""
         settings = repr(sorted(asdict(self).items()))
         head = f"{len(projector_identity)} {projector_identity} {settings} "
         return hashlib.sha256(head.encode() + image).digest()

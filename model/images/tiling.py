@@ -13,7 +13,7 @@ from llamaclust.model.images.settings import ImageSettings
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """The tiles of an image, line by line. If there are several tiles, the last tile is the overview. `columns` and
+    """The tiles of an image, row by row. If there are several tiles, the last tile is the overview. `columns` and
     `rows` are 0 if the image was not cut."""
 
     tiles: tuple[Image, ...]

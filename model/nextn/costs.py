@@ -10,8 +10,8 @@ from llamaclust.model.nextn.program import nextn_program
 
 
 def with_nextn(model: Model, costs: ModelCosts, kv_type: KvType) -> ModelCosts:
-    """Adds the costs of the model's MTP head, most of them to the last layer. Layers must not be divided into shards of
-    experts."""
+    """Returns the costs with the model's MTP head added, mostly to the last layer. `costs` must not divide layers into
+    expert shards."""
     program = nextn_program(model, kv_type)
     own = layer_cost(model.file.tensors, program)
     held = {*model.program(model.layer_count - 1, model.layer_count).weights}

@@ -1,4 +1,4 @@
-"""The program of an MTP head (`nextn_predict_layers`): a projection of its inputs, a layer, and the logits' product.
+"""The program of an MTP head (`nextn_predict_layers`): a projection of its inputs, a layer, and the logits.
 
 The row of position p reads the normed hidden state of position p and the token at p + 1. Its logits are for the token
 at p + 2. Its keys and values are stored at position p in KV memory of the head's layer."""
@@ -36,8 +36,8 @@ def check_nextn(model: Model) -> None:
 
 
 def nextn_program(model: Model, kv_type: KvType = KvType.F16, context_tokens: int | None = None) -> Program:
-    """Returns the program of MTP head 0. Raises UsageError if it is missing, and ModelFileError if a tensor is
-    invalid."""
+    """Returns the program of MTP head 0. Raises UsageError if the model has none, and ModelFileError for invalid
+    tensors."""
     check_nextn(model)
     builder = _NextnBuilder(ModelKeys(model.file), kv_type, context_tokens)
     ARCHITECTURES[model.hyperparameters.architecture](builder)

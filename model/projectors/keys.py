@@ -37,8 +37,8 @@ Colours = tuple[float, float, float]
 @dataclass(frozen=True, slots=True)
 class ImageNumbers:
     """The numbers by which images are prepared. A colour c, 0 to 255, becomes (c / 255 - mean) / deviation.
-    `image_size` is a tile's side in pixels, or the side for which learned positions were trained. `longest_edge` is an
-    image's edge before it is cut. `longest_edge` and limits are 0 if the file has none."""
+    `image_size` is the side of a tile in pixels or, if tiles differ in size, of the tiles with which learned positions
+    were trained. `longest_edge` is an image's edge before it is cut. It and the limits are 0 if they are missing."""
 
     image_size: int
     longest_edge: int
@@ -52,7 +52,7 @@ class ImageNumbers:
 
 
 def family_name(keys: ModelKeys) -> str:
-    """Returns the projector's name. Raises ModelFileError if there is no image encoder, or no supported projector."""
+    """Returns the projector's name. Raises ModelFileError without an image encoder or a supported projector."""
     if not keys.flag("has_vision_encoder", True):
         raise keys.error("has_vision_encoder", "the value is false, so the file has no image encoder")
     name = keys.text("projector_type", "") or keys.text("vision.projector_type", "")
@@ -64,7 +64,7 @@ def family_name(keys: ModelKeys) -> str:
 def projector_keys(file: ModelFile) -> ModelKeys:
     found = read_architecture(file)
     if found != PROJECTOR_ARCHITECTURE:
-        what = f"{shown(found)}, but a projector has {PROJECTOR_ARCHITECTURE!r}"
+        what = f"found {shown(found)}, but a projector has {PROJECTOR_ARCHITECTURE!r}"
         raise file.error("general.architecture", what, "give the mmproj file of the vision model")
     return ModelKeys(file)
 
@@ -73,7 +73,7 @@ def read_hyperparameters(keys: ModelKeys, family: VisionFamily) -> VisionHyperpa
     width = keys.count("vision.embedding_length", maximum=_MAX_WIDTH)
     heads = keys.count("vision.attention.head_count", maximum=_MAX_HEADS)
     if width % heads or (family.turns and width // heads % 4):
-        what = f"{heads} heads do not divide a width of {width}" + " into parts of 4 n channels" * family.turns
+        what = f"{heads} heads do not divide a width of {width}" + " into multiples of 4 channels" * family.turns
         raise keys.error("vision.attention.head_count", what)
     for key in _UNSUPPORTED:
         if keys.has(key):
@@ -139,4 +139,4 @@ def _colours(keys: ModelKeys, key: str, *, minimum: float) -> Colours:
 
 def _bad_colours(keys: ModelKeys, key: str, values: tuple[float, ...], minimum: float) -> ModelFileError:
     found = ", ".join(f"{value:g}" for value in values)
-    return keys.error(key, f"expected three numbers of {minimum:g} to 10, found {found}")
+    return keys.error(key, f"expected three numbers from {minimum:g} to 10, found {found}")

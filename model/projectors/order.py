@@ -1,4 +1,4 @@
-"""The order of a tile's patches in an encoder. Merge groups are contiguous, and windows of merge groups are too."""
+"""The order of a tile's patches in an encoder. The patches of a merge group, and of a window, are contiguous."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Int32 = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class PatchOrder:
-    """The order of patches in an encoder's input. `patches` [rows] has the patches' numbers, counted line by line in
-    the tile. `windows` [rows, 2] has the rows [start, end) of each row's window. `places` [merged rows] has the
-    line-by-line index of each merged row in the tile, or is None if merged rows are in line-by-line order."""
+    """The order of patches in an encoder's input. `patches` [rows] has the patches' row-major indices in the tile.
+    `windows` [rows, 2] has the rows [start, end) of each row's window. `places` [merged rows] has the row-major index
+    of each merged row in the tile. None means that merged rows are in row-major order."""
 
     patches: Int32
     windows: Int32 | None = None
@@ -26,8 +26,8 @@ def in_groups(height: int, width: int, merge: int) -> PatchOrder:
 
 
 def in_windows(height: int, width: int, merge: int, side: int) -> PatchOrder:
-    """Returns an order in which the patches of each window are contiguous, and so are the patches of each merge group.
-    `side` is a window's side in merge groups."""
+    """Returns an order in which the patches of each window, and of each merge group, are contiguous. `side` is a
+    window's side in merge groups."""
     groups = _grouped(height, width, merge)
     lines, columns = height // merge, width // merge
     parts = [
@@ -43,6 +43,6 @@ def in_windows(height: int, width: int, merge: int, side: int) -> PatchOrder:
 
 
 def _grouped(height: int, width: int, merge: int) -> Int32:
-    """Returns the patch numbers [groups, merge * merge] of all merge groups."""
+    """Returns the patch indices [groups, merge * merge] of all merge groups."""
     numbers = np.arange(height * width, dtype=np.int32).reshape(height // merge, merge, width // merge, merge)
     return numbers.swapaxes(1, 2).reshape(-1, merge * merge)

@@ -17,10 +17,10 @@ from llamaclust.model.quant_types import QuantType
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Taps = Sequence[tuple[int, float]]
-"""The table's lines (or columns) that make one line (or column) of the result, each with its weight."""
+"""The rows (or columns) of the table that make one row (or column) of the result, with their weights."""
 
 _CUBIC = -0.75
-_LINES_AT_ONCE = 64
+_ROWS_AT_ONCE = 64
 _Q8_0_WEIGHTS = 32
 _READ = (QuantType.F32, QuantType.F16, QuantType.BF16, QuantType.Q8_0)
 
@@ -29,11 +29,11 @@ def check_readable(tensor: Tensor) -> None:
     if tensor.quant_type not in _READ:
         known = ", ".join(kind.name for kind in _READ)
         what = f"type {tensor.quant_type.name} is not supported; supported: {known}"
-        raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; take another file of the projector")
+        raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; use another mmproj file")
 
 
 def read_floats(tensor: Tensor) -> Float32:
-    """Returns a tensor's numbers in the tensor's shape. `check_readable` must have accepted the tensor."""
+    """Returns a tensor as floats in its shape. `check_readable` must have accepted the tensor."""
     data, shape = tensor.read(), tensor.shape
     match tensor.quant_type:
         case QuantType.F32:
@@ -46,35 +46,35 @@ def read_floats(tensor: Tensor) -> Float32:
             blocks = np.frombuffer(data, [("scale", "<f2"), ("quants", "i1", (_Q8_0_WEIGHTS,))])
             scaled = blocks["quants"].astype(np.float32) * blocks["scale"].astype(np.float32)[:, None]
             return scaled.reshape(shape)
-    raise AssertionError("the file was checked")
+    raise AssertionError("check_readable refuses other types")
 
 
 def interpolated(table: Float32, height: int, width: int, rule: Positions) -> Float32:
     """Interpolates a square table [side * side, channels] to [height * width, channels]. Weights, products and sums are
-    float64, in ascending order of lines, then columns. The result is rounded once."""
+    float64. Rows are added first, then columns, both in ascending order. The result is rounded once."""
     side = math.isqrt(len(table))
     if rule is Positions.TABLE or height == width == side:
         assert len(table) == height * width, (len(table), height, width)
         return table
     grid = table.reshape(side, side, -1).astype(np.float64)
     taps = _RULES[rule]
-    of_lines, of_columns = taps(side, height), taps(side, width)
+    of_rows, of_columns = taps(side, height), taps(side, width)
     out = np.empty((height, width, table.shape[1]), np.float32)
-    for start in range(0, height, _LINES_AT_ONCE):
-        lines = np.stack([_weighted(grid, read) for read in of_lines[start : start + _LINES_AT_ONCE]], axis=1)
+    for start in range(0, height, _ROWS_AT_ONCE):
+        rows = np.stack([_weighted(grid, read) for read in of_rows[start : start + _ROWS_AT_ONCE]], axis=1)
         for column, read in enumerate(of_columns):
-            out[start : start + _LINES_AT_ONCE, column] = _weighted(lines, read)
+            out[start : start + _ROWS_AT_ONCE, column] = _weighted(rows, read)
     return out.reshape(height * width, -1)
 
 
 def interpolation_bytes(side: int, channels: int) -> int:
-    return 8 * channels * (side * side + 2 * _LINES_AT_ONCE * side + 2 * _LINES_AT_ONCE)
+    return 8 * channels * (side * side + 2 * _ROWS_AT_ONCE * side + 2 * _ROWS_AT_ONCE)
 
 
 def of_axes(table: Float32, height: int, width: int) -> Float32:
-    """Returns table[0, column] + table[1, line] for each patch: [height * width, channels] from [2, size, channels]."""
-    columns, lines = table
-    added: Float32 = columns[None, :width] + lines[:height, None]
+    """Returns table[0, column] + table[1, row] for each patch: [height * width, channels] from [2, size, channels]."""
+    columns, rows = table
+    added: Float32 = columns[None, :width] + rows[:height, None]
     return added.reshape(height * width, -1)
 
 
@@ -86,7 +86,7 @@ def _weighted(grid: Float64, read: Taps) -> Float64:
 
 
 def _corner_taps(side: int, size: int) -> list[Taps]:
-    """Bilinear weights with aligned corners: the first and last lines of the result equal those of the table."""
+    """Returns weights that resize `side` values to `size` (bilinear, aligned corners). Keeps the end values."""
     return [_linear(number * (side - 1) / (size - 1) if size > 1 else 0.0, side) for number in range(size)]
 
 
@@ -97,7 +97,7 @@ def _linear(place: float, side: int) -> Taps:
 
 
 def _cubic_taps(side: int, size: int) -> list[Taps]:
-    """Bicubic weights with half-pixel centers. Outside the table, the values of its border are repeated."""
+    """Returns weights that resize `side` values to `size` (bicubic, half-pixel centers). Repeats edge values."""
     return [_cubic((number + 0.5) * side / size - 0.5, side) for number in range(size)]
 
 
@@ -116,7 +116,7 @@ def _cubic_weight(x: float) -> float:
 
 
 def _antialiased_taps(side: int, size: int) -> list[Taps]:
-    """Bilinear weights with half-pixel centers, widened if the table is reduced. The sum of the weights is 1."""
+    """Returns weights that resize `side` values to `size` (antialiased bilinear, half-pixel centers) and sum to 1."""
     return [_antialiased((number + 0.5) * side / size - 0.5, side, max(side / size, 1.0)) for number in range(size)]
 
 

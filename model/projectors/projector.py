@@ -40,9 +40,9 @@ _DEEPSTACK_KEY = "n_deepstack_layers"
 
 @dataclass(frozen=True, slots=True)
 class Projector:
-    """An opened projector file. The encoder makes `levels` rows of `width` channels for each position: the text model's
-    input, and rows that its first layers add to the hidden state (DeepStack). `file` has the tensors in the program's
-    shapes, and `plain` has them in the file's shapes."""
+    """An opened projector file. For each position, the encoder makes `levels` rows of `width` channels: the text
+    model's input, and rows that the text model's first layers add to the hidden state (DeepStack). `file` has the
+    tensors in the program's shapes, and `plain` has them in the file's shapes."""
 
     name: str
     file: ModelFile
@@ -74,7 +74,7 @@ class Projector:
 
     @property
     def is_bidirectional(self) -> bool:
-        """True if rows of the same image attend to each other in the text model."""
+        """True if the rows of an image attend to each other in the text model."""
         return self.family.bidirectional
 
     @property
@@ -83,7 +83,7 @@ class Projector:
 
     @property
     def most_patches(self) -> int:
-        """The maximum number of patches of a tile. The class row and rows of zeros are not counted."""
+        """The maximum number of patches of a tile, without the class row and rows of zeros."""
         return self.max_tile_pixels // self.patch_size**2
 
     @property
@@ -101,14 +101,12 @@ class Projector:
 
     @property
     def max_tile_pixels(self) -> int:
-        """The maximum number of pixels of a tile."""
         most = max(self.images.max_pixels, self.images.image_size**2)
         # Kimi-VL's original code limits pixels before it pads. Padding adds less than half of the limit.
         return most * 3 // 2 if self.family.pads else most
 
     def rows_of(self, height: int, width: int) -> int:
-        """Returns the number of rows that a tile of this size in pixels becomes. Raises RequestError for a wrong
-        size."""
+        """Returns the number of rows for a tile of this size in pixels. Raises RequestError if the size is wrong."""
         side, size = self.patch_size * self.merge, self.images.image_size
         if self.family.tokens is None and (height, width) != (size, size):
             raise RequestError(
@@ -178,17 +176,17 @@ def _flattened(tensor: Tensor) -> Tensor:
 
 
 def _transposed(tensor: Tensor, group: int | None) -> Tensor:
-    """Exchanges rows and columns of a matrix, or of the part [channels, group] in each of its rows."""
+    """Transposes the matrix. If `group` is given, transposes each row instead, which is a matrix [channels, group]."""
     if tensor.quant_type.info.block_size != 1:
         what = f"expected a type without blocks such as F16, found {tensor.quant_type.name}"
-        raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; take another file of the projector")
+        raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; use another mmproj file")
     flat = _flattened(tensor)
     rows, columns = flat.shape
     if group is None:
         return replace(flat, shape=(columns, rows), stored=(rows, columns))
     if columns % group:
         what = f"expected a multiple of {group} columns, found {columns}"
-        raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; take another file of the projector")
+        raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; use another mmproj file")
     return replace(flat, stored=(columns // group, group)) if group > 1 else flat
 
 
@@ -205,7 +203,7 @@ def _check_tensors(projector: Projector) -> None:
     unknown = {name for name in projector.file.tensors if name not in known and not name.startswith(_AUDIO)}
     if unknown:
         what = f"projector {projector.name} has no such tensor"
-        raise ModelFileError(f"{projector.file.path}: tensor {shown(min(unknown))}: {what}; take another projector")
+        raise ModelFileError(f"{projector.file.path}: tensor {shown(min(unknown))}: {what}; use another mmproj file")
 
 
 def _read_for_inputs(projector: Projector) -> Iterator[str]:
@@ -224,11 +222,11 @@ def _read_for_inputs(projector: Projector) -> Iterator[str]:
 
 
 def _table_shape(projector: Projector) -> tuple[int, ...]:
-    """Returns the shape of the table of learned positions, without channels."""
+    """Returns the shape of the learned positions' table, without channels."""
     family, hp = projector.family, projector.hyperparameters
     found = projector.file.tensor(POSITIONS).shape
     if family.positions is Positions.AXES:
-        # The maximum number of patches in a line. The tile then has only one line of merge groups.
+        # The maximum number of patches in a row. The tile then has only one row of merge groups.
         most = projector.images.max_pixels // (hp.merge * hp.patch_size**2)
         return 2, max(found[-2], most) if len(found) > 1 else most
     side = projector.images.image_size // hp.patch_size

@@ -1,4 +1,4 @@
-"""The inputs of an encoder: a tile's patches in the program's order, and their lines and columns."""
+"""The inputs of an image encoder: a tile's patches in the program's order, and their rows and columns in the tile."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _PATCHES_AT_ONCE = 1024
 
 @dataclass(frozen=True, slots=True)
 class EncoderInputs:
-    """The inputs of an encoder's program for one tile, which is one sequence. `patches` [rows, program.hidden.width] is
-    the given hidden state. `rope_positions` [2, rows] has each patch's line and column. `groups` [rows, 2] has, for
-    each row, the rows [start, end) that it attends to."""
+    """The inputs of an encoder's program for one tile. `patches` [rows, program.hidden.width] is the given hidden
+    state. `rope_positions` [2, rows] has each patch's row and column in the tile. `groups` [rows, 2] has the rows
+    [start, end) to which each row attends."""
 
     patches: Float32
     rope_positions: Int32 | None
@@ -31,7 +31,7 @@ class EncoderInputs:
     merged_rows: int
 
     def in_lines(self, rows: Float32) -> Float32:
-        """Returns a copy of the encoder's merged rows [merged rows, width], line by line, for the text model."""
+        """Returns a copy of the encoder's merged rows [merged rows, width] in row-major order."""
         kept = rows[: self.merged_rows]
         if self.order.places is None:
             return kept.copy()
@@ -41,7 +41,7 @@ class EncoderInputs:
 
 
 def input_bytes(projector: Projector) -> int:
-    """Returns the maximum bytes that a `TileReader` allocates for the inputs of a tile."""
+    """Returns the maximum number of bytes that a `TileReader` allocates for the inputs of a tile."""
     hp, rows, width = projector.hyperparameters, projector.most_program_rows, projector.program.hidden.width
     pixel_bytes = CHANNELS * hp.patch_size**2 * (rows + _PATCHES_AT_ONCE)
     floats = (rows + _PATCHES_AT_ONCE) * (width + hp.added_width) + _PATCHES_AT_ONCE * width
@@ -54,7 +54,7 @@ def input_bytes(projector: Projector) -> int:
 
 
 class TileReader:
-    """Makes an encoder's inputs from tiles. Holds the learned positions, which are read only once."""
+    """Converts tiles to an encoder's inputs. Reads the learned positions only once."""
 
     def __init__(self, projector: Projector) -> None:
         self._projector = projector
@@ -82,7 +82,7 @@ class TileReader:
             self._table = self._table + read_floats(tensors[PATCH_BIAS])
 
     def inputs(self, tile: NDArray[np.uint8]) -> EncoderInputs:
-        """Converts a tile [height, width, 3]. Raises RequestError if the tile's size does not fit the encoder."""
+        """Converts a tile [height, width, 3] to an encoder's inputs. Raises RequestError for a wrong tile size."""
         projector = self._projector
         height, width, _ = tile.shape
         merged_rows = projector.rows_of(height, width)
@@ -102,7 +102,7 @@ class TileReader:
         )
 
     def _with_class_row(self, class_row: Float32, patches: Float32, places: Int32) -> tuple[Float32, Int32, Int32]:
-        """Adds the class row, and rows of zeros up to a whole merge group."""
+        """Appends the class row, and rows of zeros up to a whole merge group."""
         added, count = self._projector.hyperparameters.merged, len(patches) + 1
         ends = np.maximum(np.arange(count + added - 1) + 1, count)
         starts = np.where(ends > count, ends - 1, 0)

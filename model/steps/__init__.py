@@ -1,1 +1,1 @@
-"""The kinds of steps in a program, each with its inputs, weights and result."""
+"""The kinds of steps in a program, with their inputs, weights and results."""

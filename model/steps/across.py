@@ -1,4 +1,4 @@
-"""Steps of which another device, or another member of a group, computes a part."""
+"""Steps that are partly computed by another device, or by another member of a group."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llamaclust.model.steps.step import Buffer, StepFacts
 
 @dataclass(frozen=True, slots=True)
 class Exchange(StepFacts):
-    """out[r] = the part of row r that another device computes from `inputs`, such as its experts' results."""
+    """out[r] = the part of row r that another device computes from `inputs`, such as the results of its experts."""
 
     inputs: tuple[Buffer, ...]
     out: Buffer

@@ -11,12 +11,12 @@ from llamaclust.model.steps.options import RopeStyle
 from llamaclust.model.steps.step import Buffer, DivisionRule, StepFacts, StepWeight, Units, optional_weight
 
 SPAN_TOKENS = 512
-"""Attention computes whole spans of this many positions, counted from position 0, and merges their results in order."""
+"""The number of positions in a span. Attention computes whole spans from position 0, and merges results in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class RopeTable:
-    """RoPE by the angle position * frequencies[i] for pair i, in float64. `scale` multiplies cos and sin."""
+    """RoPE frequencies: pair i rotates by position * frequencies[i], in float64. `scale` multiplies cos and sin."""
 
     frequencies: tuple[float, ...]
     scale: float = 1.0
@@ -24,8 +24,8 @@ class RopeTable:
 
 @dataclass(frozen=True, slots=True)
 class Rope(StepFacts):
-    """Rotates the first 2 * len(table.frequencies) channels of each head of x in place, by the row's position. A batch
-    may have several positions per row, such as time, height and width. Pair i then uses position number sections[i]."""
+    """Rotates the first 2 * len(table.frequencies) channels of each head of x in place, by the row's position. If rows
+    have several positions, such as time, height and width, pair i uses position number sections[i]."""
 
     x: Buffer
     heads: int
@@ -63,8 +63,8 @@ class Attention(StepFacts):
     attention attends to the later positions of its group too. If `grouped`, attention is not causal, has no window, and
     a row attends to exactly its group.
 
-    If v is None, attention is latent. There is one KV head, whose values are the first channels of its keys, which are
-    stored once. out is [rows, heads * value_dim]. There is no window, and there are no slopes. If `shares_kv`, an
+    If v is None, attention is latent. There is one KV head. Its values are the first channels of its keys, so only its
+    keys are stored. out is [rows, heads * value_dim]. There is no window, and there are no slopes. If `shares_kv`, an
     earlier step has stored the keys and values of `layer`, and k and v are not read. A later step that is not causal
     may overwrite them, so only steps of the same run may read them."""
 

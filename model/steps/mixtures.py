@@ -127,7 +127,7 @@ def _rows_of(name: str | None, rows: range) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class ExpertChoice(StepFacts):
-    """Chooses experts: out [2 * used] = the ids of the chosen experts, best first, followed by their weights."""
+    """Chooses experts. out [2 * used] has the ids of the chosen experts, best first, followed by their weights."""
 
     mixture: Moe
     out: Buffer
@@ -147,9 +147,10 @@ class ExpertChoice(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertShards(StepFacts):
-    """Computes the chosen experts whose ids are in `shards`, which are consecutive ranges. out = the unweighted results
-    of all `used` chosen experts, best first. Results of other experts are copied from the end of `given`, or are 0. If
-    `carried` is set, out = the `carried` buffers, `choice` and the results, so that the next stage can continue."""
+    """Computes those chosen experts whose ids are in `shards` (consecutive ranges). out has the unweighted results of
+    all `used` chosen experts, best first. Results of experts outside `shards` are copied from the last channels of
+    `given`, or are 0 without `given`. If `carried` is set, out has the `carried` buffers, `choice` and the results, for
+    the next stage."""
 
     mixture: Moe
     choice: Buffer
@@ -214,8 +215,8 @@ class ExpertInner(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertDown(StepFacts):
-    """Down products of the chosen experts, best first: out [used * width of the mixture's out] = down_e(x_e). x [used *
-    ffn_width] is the result of `ExpertInner`. `ExpertSum` applies the weights."""
+    """Computes the down projections of the chosen experts, best first: out [used * width of the mixture's out] =
+    down_e(x_e). x [used * ffn_width] is the result of `ExpertInner`. `ExpertSum` applies the weights."""
 
     mixture: Moe
     choice: Buffer
@@ -244,7 +245,7 @@ class ExpertDown(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertSum(StepFacts):
-    """Adds the chosen experts' results, best expert first: out = the sum of weight * result."""
+    """Adds the chosen experts' results, best first: out = the sum of weight * result."""
 
     mixture: Moe
     choice: Buffer

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class RopeStyle(StrEnum):
-    """The pairs of a head's channels that RoPE rotates. NORM: (2i, 2i + 1). NEOX: (i, i + rotated channels / 2)."""
+    """The pairs of channels that RoPE rotates in each head. NORM: (2i, 2i + 1). NEOX: (i, i + rotated channels / 2)."""
 
     NORM = "norm"
     NEOX = "neox"
@@ -29,7 +29,7 @@ class ActivationFunction(StrEnum):
 
 
 class Gating(StrEnum):
-    """The function that converts a router's logits to experts' weights. SOFTMAX and SIGMOID apply to all logits, before
+    """The function that converts a router's logits to expert weights. SOFTMAX and SIGMOID apply to all logits, before
     experts are chosen. SOFTMAX_OF_CHOSEN chooses experts by logits, and applies the softmax to the chosen logits."""
 
     SOFTMAX = "softmax"
@@ -48,7 +48,7 @@ class GatedActivation(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ExpertOptions:
-    """Options of `Moe`. If `weighs_inputs`, weights multiply the experts' inputs instead of their results."""
+    """Options of the step `Moe`. If `weighs_inputs`, weights multiply the experts' inputs instead of their results."""
 
     gating: Gating = Gating.SOFTMAX
     normalized: bool = True
@@ -62,6 +62,6 @@ class ExpertOptions:
 USUAL_EXPERTS = ExpertOptions()
 
 SWIGLU_LIMIT = 7.0
-"""The limit of clamped_swiglu. The factor 1.702 of clamped_swiglu is a constant in the kernels."""
+"""The limit of clamped_swiglu. The kernels have clamped_swiglu's factor 1.702 as a constant."""
 
 LEAST_WEIGHT_SUM = 2.0**-14

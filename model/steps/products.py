@@ -11,7 +11,7 @@ from llamaclust.model.steps.step import Buffer, DivisionRule, StepWeight, UnaryS
 
 @dataclass(frozen=True, slots=True)
 class MatMul(UnaryStep):
-    """out = x @ weight^T (+ bias). weight is [out.width, x.width] in GGUF's row order."""
+    """Computes out = x @ weight^T (+ bias). weight is [out.width, x.width] in GGUF's row order."""
 
     weight: str
     bias: str | None = None
@@ -39,8 +39,8 @@ class MatMul(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class HeadMatMul(UnaryStep):
-    """out_h = x_h @ weight_h^T for each of the `heads` equal parts of a row. weight is [heads, out.width / heads,
-    x.width / heads] in GGUF's row order."""
+    """Computes out_h = x_h @ weight_h^T for each of the `heads` equal parts of a row. weight is [heads, out.width /
+    heads, x.width / heads] in GGUF's row order."""
 
     weight: str
     heads: int
@@ -63,8 +63,8 @@ class HeadMatMul(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class Adapt(UnaryStep):
-    """out += scale * (x @ down^T) @ up^T. down is [rank, x.width]. up is [out.width, rank]. `scale` is `factor` times
-    the scale that the batch has for this adapter and row. A row with scale 0 is not changed."""
+    """Adds an adapter's change: out += scale * (x @ down^T) @ up^T. down is [rank, x.width]. up is [out.width, rank].
+    `scale` is `factor` times the batch's scale for this adapter and row. A row with scale 0 is not changed."""
 
     adapter: int
     down: str

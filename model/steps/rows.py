@@ -1,4 +1,4 @@
-"""Steps that compute a row of a buffer from the same row of other buffers, without weights or with a weight vector."""
+"""Steps that compute a row from the same row of other buffers, without weights or with a weight vector."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llamaclust.model.steps.step import (
 
 @dataclass(frozen=True, slots=True)
 class Embed(StepFacts):
-    """out[r] = dequantized row tokens[r] of `weight`, in float32."""
+    """Looks up embeddings: out[r] = row tokens[r] of `weight`, dequantized to float32."""
 
     out: Buffer
     weight: str
@@ -39,7 +39,7 @@ class Embed(StepFacts):
 @dataclass(frozen=True, slots=True)
 class RmsNorm(UnaryStep):
     """out = x / sqrt(mean(x^2) + epsilon) * weight for each of the `heads` equal parts of a row. weight is [x.width /
-    heads] for all parts, or [heads, x.width / heads] if `own_weights`, or None. out may be x."""
+    heads] for all parts, or [heads, x.width / heads] if `own_weights`, or None. out may alias x."""
 
     weight: str | None
     epsilon: float
@@ -62,7 +62,7 @@ class RmsNorm(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class LayerNorm(UnaryStep):
-    """out = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight (+ bias) for each row. out may be x."""
+    """out = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight (+ bias) for each row. out may alias x."""
 
     weight: str
     bias: str | None
@@ -75,7 +75,7 @@ class LayerNorm(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class AddPosition(UnaryStep):
-    """out[r] = x[r] + dequantized row positions[r] of `weight`. out must not be x."""
+    """Adds learned positions: out[r] = x[r] + dequantized row positions[r] of `weight`. out must not alias x."""
 
     weight: str
 
@@ -88,7 +88,7 @@ class AddPosition(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class AddRow(UnaryStep):
-    """out = x + dequantized row `row` of `weight`, the same for all rows of x. out must not be x."""
+    """Adds the dequantized row number `row` of `weight` to all rows of x. out must not alias x."""
 
     weight: str
     row: int
@@ -102,7 +102,7 @@ class AddRow(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class SiluMul(StepFacts):
-    """out = silu(gate) * up. out may be gate."""
+    """out = silu(gate) * up. out may alias gate."""
 
     gate: Buffer
     up: Buffer
@@ -117,7 +117,7 @@ class SiluMul(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class Activate(UnaryStep):
-    """out = function(x). out may be x."""
+    """Applies an activation function: out = function(x). out may alias x."""
 
     function: ActivationFunction
 
@@ -126,21 +126,21 @@ class Activate(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class Add(BinaryStep):
-    """out = x + y. out may be x."""
+    """out = x + y. out may alias x."""
 
     is_elementwise = True
 
 
 @dataclass(frozen=True, slots=True)
 class Mul(BinaryStep):
-    """out = x * y. out may be x."""
+    """out = x * y. out may alias x."""
 
     is_elementwise = True
 
 
 @dataclass(frozen=True, slots=True)
 class Scale(UnaryStep):
-    """out = x * factor, where factor is a float32. out may be x."""
+    """out = x * factor, where factor is a float32. out may alias x."""
 
     factor: float
 
@@ -149,7 +149,7 @@ class Scale(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class PositionScale(UnaryStep):
-    """out = x * (1 + factor * ln(1 + (position + offset) // length)), with a float32 factor. out may be x."""
+    """out = x * (1 + factor * ln(1 + (position + offset) // length)), with a float32 factor. out may alias x."""
 
     factor: float
     length: int
@@ -160,7 +160,7 @@ class PositionScale(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class SoftCap(UnaryStep):
-    """out = cap * tanh(x / cap). out may be x."""
+    """out = cap * tanh(x / cap). out may alias x."""
 
     cap: float
 
@@ -181,7 +181,7 @@ class Slice(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class Join(BinaryStep):
-    """out = the channels of x, followed by those of y, for each of `heads` equal parts. out must not be x or y."""
+    """Joins the channels of x and y, separately for each of `heads` equal parts. out must not alias x or y."""
 
     heads: int = 1
 
@@ -192,7 +192,7 @@ class Join(BinaryStep):
 
 @dataclass(frozen=True, slots=True)
 class ScaleByWeight(UnaryStep):
-    """out = x * weight. weight is [1], or [x.width] if `by_channel`. out may be x."""
+    """out = x * weight. weight is [1], or [x.width] if `by_channel`. out may alias x."""
 
     weight: str
     by_channel: bool = False
@@ -206,8 +206,8 @@ class ScaleByWeight(UnaryStep):
 class Mix(BinaryStep):
     """Adds a weighted sum of the parts of x to each part of y, where parts have `width` channels: out_i = y_i + the sum
     over j of (coefficients[i, j] + offset) * x_j. Without coefficients, each part of x is added with weight 1. The
-    first `first` parts of y are copied. coefficients is [rows, parts of out * parts of x]. out may be y, but must not
-    be x or coefficients."""
+    first `first` parts of y are copied. coefficients is [rows, parts of out * parts of x]. out may alias y, but not
+    x or coefficients."""
 
     width: int
     coefficients: Buffer | None = None
@@ -222,21 +222,21 @@ class Mix(BinaryStep):
 @dataclass(frozen=True, slots=True)
 class MatchMagnitude(BinaryStep):
     """Scales each part of x to the root mean square of y, where parts are as wide as y: out_i = x_i * sqrt(mean(y^2)) /
-    sqrt(max(mean(x_i^2), epsilon)). out may be x."""
+    sqrt(max(mean(x_i^2), epsilon)). out may alias x."""
 
     epsilon: float
 
 
 @dataclass(frozen=True, slots=True)
 class GaussianTopK(UnaryStep):
-    """out = max(x - (mean(x) + factor * standard deviation of x), 0) for each row. out may be x."""
+    """out = max(x - (mean(x) + factor * standard deviation of x), 0) for each row. out may alias x."""
 
     factor: float
 
 
 @dataclass(frozen=True, slots=True)
 class SigmoidGate(BinaryStep):
-    """out = y * 1 / (1 + exp(-x . weight)). A row has only one gate. weight is [x.width]. out may be y."""
+    """out = y * sigmoid(x . weight), with one gate for each row. weight is [x.width]. out may alias y."""
 
     weight: str
 
@@ -251,14 +251,14 @@ class SigmoidGate(BinaryStep):
 
 @dataclass(frozen=True, slots=True)
 class SelectRows(UnaryStep):
-    """out = the rows of x whose logits are needed (the microbatch's output rows). Later steps have only these rows."""
+    """Keeps only the rows of x whose logits are needed. Later steps have only these rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class GivenRows(UnaryStep):
-    """Replaces rows of x by rows that come with the batch, such as an image's embeddings. If `adds`, adds them to x
-    instead. Other rows are copied. A given row consists of parts as wide as x, of which the step uses part number
-    `level`. out may be x."""
+    """Replaces rows of x by rows from the batch, such as an image's embeddings. If `adds`, adds them to x instead.
+    Other rows are copied. The step uses channels [level * x.width, (level + 1) * x.width) of the batch's rows. out may
+    alias x."""
 
     level: int = 0
     adds: bool = False
@@ -266,7 +266,7 @@ class GivenRows(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class _FewerRows(UnaryStep):
-    """A step that turns `factor` consecutive rows of a sequence into one row. Later steps have only the new rows."""
+    """A step that combines `factor` consecutive rows of a sequence into one row. Later steps have only the new rows."""
 
     factor: int
 

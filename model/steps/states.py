@@ -1,4 +1,4 @@
-"""Steps that keep a state of each sequence, the states' layout in KV memory, and the decay of a state."""
+"""Steps that keep a state for each sequence, the states' layout in KV memory, and the decay of a state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_KEY_CHANNELS = 256
 MAX_STATE_FLOATS = 1 << 26
 """The maximum number of floats in one state of a layer. All limits in this file are limits of the kernels."""
 VALUE_CHANNELS = 16
-"""The number of channels of a delta rule's value must be a multiple of this number."""
+"""A delta rule's values must have a multiple of this number of channels."""
 MAX_HEADS = 1 << 10
 
 
@@ -26,8 +26,7 @@ class StatePart(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SequenceState:
-    """A layer's state of a sequence: `floats` float32 numbers, which are 0 at the beginning of the sequence. Each row
-    updates them in order."""
+    """A layer's state of a sequence: `floats` float32 numbers, which start at 0. Rows update the state in order."""
 
     layer: int
     part: StatePart
@@ -40,9 +39,9 @@ class SequenceState:
 
 @dataclass(frozen=True, slots=True)
 class Convolution(UnaryStep):
-    """out[r, c] = the sum over taps t of weight[c, t] * x[p + t - (taps - 1), c] (+ bias[c]). p is the position of row
-    r in its sequence. x is 0 at negative positions. The state is the last taps - 1 rows of x. weight is [x.width,
-    taps]. out must not be x."""
+    """A causal convolution. out[r, c] = the sum over taps t of weight[c, t] * x[p + t - (taps - 1), c] (+ bias[c]). p
+    is the position of row r in its sequence. x is 0 at negative positions. The state is the last taps - 1 rows of x.
+    weight is [x.width, taps]. out must not alias x."""
 
     weight: str
     taps: int
@@ -69,7 +68,7 @@ def excess_of_heads(heads: int, channels: int) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Decay(UnaryStep):
-    """out = exp(weight * softplus(x + bias)). weight [heads] is negative in models. bias is [x.width]. out may be x."""
+    """out = exp(weight * softplus(x + bias)). weight [heads] is < 0 in models. bias is [x.width]. out may alias x."""
 
     weight: str
     bias: str

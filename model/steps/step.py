@@ -1,4 +1,4 @@
-"""The base of all kinds of steps: buffers, weights, costs and division. Backends do the arithmetic."""
+"""The base of all steps: buffers, weights, costs and division. Backends do the arithmetic."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """A float32 matrix [rows, width] of activations. Buffers with the same name are the same memory."""
+    """A float32 matrix [rows, width] of activations. Buffers with the same name share memory."""
 
     name: str
     width: int
@@ -29,7 +29,7 @@ class WeightKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class StepWeight:
-    """A tensor that a step reads. -1 in `shape` means any length. Each row multiplies `used` of `experts` matrices."""
+    """A tensor that a step reads. -1 in `shape` means any length. Each row uses `used` of the `experts` matrices."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,9 +48,9 @@ def optional_weight(name: str | None, *shape: int) -> tuple[StepWeight, ...]:
 
 @dataclass(frozen=True, slots=True)
 class DivisionRule:
-    """The rule by which members of a group divide a step's result: by the `rows` rows of a product's weights or, if
-    `rows` is 0, like the buffers in `reads`. Heads stay whole unless `heads` is 0. All `lines` of a result are divided
-    in the same way. If `has_part`, each member holds only a part of the weights or of KV memory."""
+    """The rule by which members of a group divide a step's result. If `rows` is not 0, they divide the `rows` rows of a
+    weight matrix. Otherwise, the result is divided as the buffers in `reads` are. If `heads` is not 0, heads stay
+    whole. A row's `lines` parts are divided alike. If `has_part`, a member has only a part of weights or KV memory."""
 
     reads: tuple[Buffer, ...] = ()
     heads: int = 0
@@ -68,7 +68,7 @@ def by_heads(reads: tuple[Buffer, ...], heads: int) -> DivisionRule:
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """A member's portion of divided values: units [start, end) of `count` equal units."""
+    """A group member's portion of divided values: units [start, end) of `count` equal units."""
 
     start: int
     end: int
@@ -84,7 +84,7 @@ class Units:
 
 
 class StepFacts:  # No ABC, whose isinstance takes several times as long: plans ask it millions of times.
-    """The properties that all kinds of steps have. Every kind has a buffer `out` too."""
+    """The properties that every step has, besides its output buffer `out`."""
 
     __slots__ = ()
 
@@ -104,7 +104,7 @@ class StepFacts:  # No ABC, whose isinstance takes several times as long: plans 
 
     @property
     def state_macs(self) -> int:
-        """The multiply-accumulates of one row with its sequence's state, in float32."""
+        """The multiply-accumulates with the recurrent state for one row, in float32."""
         return 0
 
     @property
@@ -117,7 +117,7 @@ class StepFacts:  # No ABC, whose isinstance takes several times as long: plans 
         return DivisionRule(self.reads) if self.is_elementwise else WHOLE
 
     def portion(self, own: Units) -> Self:
-        """Returns the step with a member's part of its weights, if they are divided. Buffers and heads stay whole."""
+        """Returns the step with one member's part of its divided weights. Does not change buffers and heads."""
         return self
 
 

@@ -1,4 +1,4 @@
-"""Byte-level BPE vocabularies (`tokenizer.ggml.model` = gpt2). Words are spelled with one letter for each byte."""
+"""Byte-level BPE vocabularies (`tokenizer.ggml.model` = gpt2). In words, each letter stands for one byte."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary, key, read_flag, read_strings
 
 _HOLDING_CHARACTERS: Final = 2048
-"""The maximum number of characters for `encode` of the `tokenizers` library, which holds the GIL. Longer texts are
-encoded as a batch, which releases the GIL."""
+"""The maximum length of a text for `encode` of the `tokenizers` library, which holds the GIL. Longer texts are encoded
+as a batch, which releases the GIL."""
 
 _NEVER_FROM_TEXT: Final = frozenset({TokenType.CONTROL, TokenType.UNKNOWN, TokenType.UNUSED})
 
 
 def stand_ins() -> dict[str, bytes]:
-    """Returns the letters with which GPT-2 spells bytes. Printable Latin-1 letters stand for their own bytes. The other
-    bytes, such as the space, have the letters from U+0100."""
+    """Returns the bytes for which letters stand in GPT-2's vocabulary. Printable Latin-1 letters stand for their own
+    bytes. Letters from U+0100 stand for the other bytes, such as the space."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     pairs = [(chr(byte), byte) for byte in printable] + [(chr(256 + i), byte) for i, byte in enumerate(others)]
@@ -33,11 +33,11 @@ _BYTE_OF: Final = stand_ins()
 _LATIN_1: Final = dict.fromkeys(range(0x80, 0x100), "\uffff") | {
     ord(letter): byte.decode("latin-1") for letter, byte in _BYTE_OF.items()
 }
-"""Maps letters that stand for bytes to these bytes in Latin-1. Other letters become U+FFFF, so that encoding fails."""
+"""Maps letters to the bytes for which they stand, as Latin-1. Others become U+FFFF, so that encoding fails."""
 
 
 class BytePairTokenizer(Tokenizer):
-    """A tokenizer that merges pairs by rank, inside the words into which the pre-tokenizer splits a text."""
+    """A BPE tokenizer. It merges pairs by rank within the words into which the pre-tokenizer splits a text."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         name = metadata.get(key("pre"), "default")
@@ -77,15 +77,15 @@ def splitter(kind: PreTokenizer) -> Any:
 
 
 def merge_model(vocabulary: Vocabulary, merges: list[str], **options: bool) -> models.BPE:
-    """Returns a BPE model of the `tokenizers` library. Omits control tokens, so that text cannot become one, and merges
-    of missing words."""
+    """Returns a BPE model of the `tokenizers` library. Omits control tokens, so that text cannot become one. Also
+    omits merges whose words are missing."""
     types = vocabulary.types
     words = {word: i for i, word in enumerate(vocabulary.words) if types[i] not in _NEVER_FROM_TEXT}
     return models.BPE(vocab=words, merges=_known_pairs(merges, words), **options)
 
 
 def _known_pairs(merges: list[str], words: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Omits merges of words that the vocabulary does not have, because the library would panic."""
+    """Returns the merges as pairs. Omits pairs with words outside the vocabulary, because the library would panic."""
     known: list[tuple[str, str]] = []
     for merge in merges:
         left, _, right = merge.partition(" ")

@@ -1,4 +1,4 @@
-"""Finds a model's tokens for filling in text between a prefix and a suffix. Keys and words are those of llama.cpp."""
+"""Finds a model's tokens for filling in text between a prefix and a suffix, by llama.cpp's keys and words."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class FillInTokens:
 
 
 def find_fill_in(ids: Mapping[str, int], id_of_key: Callable[[str], int | None]) -> FillInTokens | None:
-    """Returns the fill-in tokens, or None if there are none. `id_of_key` returns the file's token id for a key."""
+    """Returns the fill-in tokens, or None if the model has none. `id_of_key` returns the file's token id for a key."""
 
     def found(keys: str, words: tuple[str, ...]) -> int | None:
         given = (*(id_of_key(f"{key}_token_id") for key in keys.split()), *map(ids.get, words))

@@ -1,4 +1,4 @@
-"""Prompts for answers that fill a gap between two texts, with tokens in llama.cpp's order."""
+"""Prompts that ask for text between a prefix and a suffix, with tokens in llama.cpp's order."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Gap:
 
 
 def fill_in_prompt(tokenizer: Tokenizer, tokens: FillInTokens, gap: Gap, room: int) -> list[int]:
-    """Returns the prompt's token ids. Omits the first tokens of `gap.files` if more than `room` tokens are needed."""
+    """Returns the prompt's token ids. If they exceed `room`, omits the first tokens of `gap.files`."""
     around = [
         *([tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []),
         tokens.prefix,

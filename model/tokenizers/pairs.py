@@ -11,7 +11,7 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from llamaclust.model.tokenizers.vocabulary import key, read_flag, read_token_id
 
 _SEPARATED: Final = ("jina-v1-en", "jina-v2-code", "roberta-bpe")
-"""Pre-tokenizers of models that have a token between texts, unless a flag in the file says otherwise."""
+"""Pre-tokenizers of models with a token between texts, unless a flag in the file says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
 """Pre-tokenizers, which split text into words before byte pairs are merged. `tokenizer.ggml.pre` has their names. The
-expressions are those of the models' own tokenizers. Each expression splits the pieces of the previous expression."""
+regular expressions are those of the models' own tokenizers. Each one splits the pieces that the previous one made."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ _DEEPSEEK_MARKS: Final = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u30
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
-    """Expressions that split text. If `ignore_merges`, words in the vocabulary stay whole. `add_bos` is the default if
-    the file has no such flag."""
+    """Regular expressions that split text into words. If `ignore_merges`, words in the vocabulary stay whole. `add_bos`
+    is the default if the file has no such flag."""
 
     expressions: tuple[str, ...]
     ignore_merges: bool = False

@@ -22,7 +22,7 @@ _BLOCK: Final = 256
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A tokenizer that merges by score (BPE), or finds the spelling with the greatest sum of scores (unigrams)."""
+    """A tokenizer that merges pieces by score (BPE), or finds those with the greatest sum of scores (unigrams)."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any], *, is_unigram: bool = False) -> None:
         super().__init__(
@@ -61,7 +61,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _charsmap(metadata: Mapping[str, Any]) -> bytes:
-    """Returns the character map for normalization. Checks the map, because older versions of sentencepiece do not."""
+    """Returns the character map for normalization, after a check that older versions of sentencepiece do not make."""
     value = metadata.get(_CHARSMAP)
     if value is None:
         return b""
@@ -83,7 +83,7 @@ def _processor(model: Any) -> Any:
 
 
 def _model_proto(vocabulary: Vocabulary) -> Any:
-    """Returns a ModelProto that merges by score. Adds a last piece for unknown text if the file has no such piece."""
+    """Returns a ModelProto for BPE by score. Appends a piece for unknown text if the vocabulary has none."""
     model = _PROTO.ModelProto()
     model.trainer_spec.model_type = _PROTO.TrainerSpec.BPE
     model.trainer_spec.byte_fallback = vocabulary.types.count(TokenType.BYTE) == 256
@@ -103,7 +103,7 @@ def _model_proto(vocabulary: Vocabulary) -> Any:
 
 
 def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> bytes:
-    """Returns each piece's type. Pieces of type UNKNOWN become control pieces, except the piece `unknown`."""
+    """Returns each piece's type. All pieces of type UNKNOWN except `unknown` become control pieces."""
     changed = {TokenType.UNDEFINED: TokenType.UNUSED, TokenType.UNKNOWN: TokenType.CONTROL}
     if not byte_fallback:
         changed[TokenType.BYTE] = TokenType.CONTROL
@@ -114,8 +114,8 @@ def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> b
 
 
 def check_charsmap(data: bytes, origin: str) -> None:
-    """Raises ModelFileError if SentencePiece's precompiled character map is too short, or if its trie leads outside the
-    map."""
+    """Raises ModelFileError if SentencePiece's precompiled character map is too short, or if its trie points outside
+    the map."""
     if not data:
         return
     length = int.from_bytes(data[:4], "little")
@@ -132,5 +132,5 @@ def check_charsmap(data: bytes, origin: str) -> None:
 
 
 def _offsets(units: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Returns each unit's branch offset, which is the unit's upper 22 bits, times 256 if bit 9 is set."""
+    """Returns each trie unit's branch offset: its upper 22 bits, times 256 if bit 9 is set."""
     return (units >> 10) << ((units & (1 << 9)) >> 6)

@@ -18,7 +18,7 @@ _LINES: Final = r"[^\n]+|\n+"
 
 
 class SpacedBytePairTokenizer(Tokenizer):
-    """Merges pairs by rank. A merge never crosses the border between text and line breaks. Prompts begin with BOS, even
+    """A BPE tokenizer that merges pairs by rank, but never merges text with line breaks. Prompts begin with BOS, even
     if the file's `add_bos_token` is false, which is wrong in some early files."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:

@@ -11,12 +11,12 @@ from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary
 
 _CONTROL = (TokenType.CONTROL, TokenType.UNKNOWN)
 _NOT_SPELLED = frozenset((*_CONTROL, TokenType.USER_DEFINED, TokenType.BYTE))
-"""Types of tokens whose words are literal. Words of other types are spelled, for example with ▁ for a space."""
+"""Types of tokens whose words are literal text. Words of other types are encoded, for example with ▁ for a space."""
 
 
 class Tokenizer(ABC):
     """A model's tokenizer. Thread-safe. Ids outside the vocabulary raise RequestError. `longest_word` is in characters.
-    `end_of_generation` has the file's eos, eot and eom tokens, and tokens whose words are known to mean the same."""
+    `end_of_generation` has the file's eos, eot and eom tokens, and tokens whose words are known to end generation."""
 
     def __init__(self, vocabulary: Vocabulary, *, add_bos: bool, add_eos: bool, add_space_prefix: bool) -> None:
         self.vocabulary = vocabulary
@@ -40,7 +40,7 @@ class Tokenizer(ABC):
         return [token_id for token_id, kind in enumerate(self.vocabulary.types) if kind in _CONTROL]
 
     def is_control(self, token_id: int) -> bool:
-        """Returns True for control tokens and unknown tokens, which have no text of their own."""
+        """Returns True for control tokens and unknown tokens, which have no text."""
         return self._type_of(token_id) in _CONTROL
 
     def token_id(self, word: str) -> int | None:
@@ -51,15 +51,15 @@ class Tokenizer(ABC):
         return self.vocabulary.words[token_id]
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
-        """Returns token ids. If `add_special`, BOS and EOS are added if the model needs them. If `parse_special`,
-        control words become control tokens. Callers must never set `parse_special` for a user's text."""
+        """Returns token ids. If `add_special`, adds BOS and EOS if the model needs them. If `parse_special`, text that
+        spells a control token becomes this token. Callers must never set `parse_special` for a user's text."""
         parts = self.split_special(text, parse_special)
         first = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
         last = [self.eos_id] if add_special and self.add_eos and self.eos_id is not None else []
         return [*first, *self.encode_parts(parts), *last]
 
     def split_special(self, text: str, parse_special: bool) -> list[str | int]:
-        """Splits a text into plain text and ids of special tokens. User-defined words always become ids."""
+        """Splits a text into plain text and ids of special tokens. User-defined tokens are always recognized."""
         return _split(_without_surrogates(text), self._special if parse_special else self._user_defined)
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
@@ -74,7 +74,7 @@ class Tokenizer(ABC):
         return self.decode_bytes(ids, skip_special).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Sequence[int], skip_special: bool = False) -> bytes:
-        """Returns the bytes of tokens, without the space that `encode` puts first."""
+        """Returns the bytes of tokens, without the space that `encode` adds at the beginning."""
         data = b"".join(self.token_bytes(i) for i in ids if not (skip_special and self.is_control(i)))
         return data[1:] if self.add_space_prefix and data.startswith(b" ") else data
 
@@ -97,7 +97,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def word_bytes(self, word: str) -> bytes:
-        """Returns the bytes of a word of type NORMAL."""
+        """Returns the bytes of a vocabulary word of type NORMAL."""
 
     def _bytes_of(self, token_id: int) -> bytes:
         kind = self._type_of(token_id)
@@ -115,8 +115,8 @@ class Tokenizer(ABC):
 
 
 class Detokenizer:
-    """The text of a stream of tokens, without incomplete characters. If `text_start`, the stream is a whole text, and
-    its leading space is removed. Otherwise, the stream continues a text. Control tokens in `shown` are not skipped."""
+    """Converts a stream of tokens to text without incomplete characters. If `text_start`, the stream is a whole text,
+    and its leading space is removed. Otherwise, it continues a text. Control tokens in `shown` are not skipped."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """Returns the characters that this token completes. Bytes that cannot be UTF-8 become U+FFFD."""
+        """Returns the characters that this token completes. Invalid UTF-8 becomes U+FFFD."""
         if self._skip_special and self._tokenizer.is_control(token_id) and token_id not in self._shown:
             return ""
         data = self._tokenizer.token_bytes(token_id)

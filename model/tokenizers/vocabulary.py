@@ -82,7 +82,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
 
 
 def read_token_id(metadata: Mapping[str, Any], name: str, count: int) -> int | None:
-    """Reads a token id. Returns None if it is missing or outside the vocabulary (2^32 - 1 means no token)."""
+    """Returns a token id, or None if it is missing or outside the vocabulary (2^32 - 1 means no token)."""
     value = metadata.get(key(name))
     if value is None:
         return None
@@ -120,8 +120,8 @@ def _read_words(metadata: Mapping[str, Any]) -> list[str]:
 def _ids_by_word(words: list[str]) -> dict[str, int]:
     ids = {word: index for index, word in enumerate(words)}
     if len(ids) != len(words):
-        again = next(index for index, word in enumerate(words) if ids[word] != index)
-        raise ModelFileError(f"{key('tokens')}: {ascii(words[again])[:66]} occurs twice, as token {again} and later")
+        at = next(index for index, word in enumerate(words) if ids[word] != index)
+        raise ModelFileError(f"{key('tokens')}: tokens {at} and {ids[words[at]]} are both {ascii(words[at])[:66]}")
     return ids
 
 
@@ -147,7 +147,7 @@ def _read_types(metadata: Mapping[str, Any], count: int) -> bytearray:
 
 
 def _end_of_generation(metadata: Mapping[str, Any], ids: Mapping[str, int], types: bytearray) -> frozenset[int]:
-    """Returns the ids that end a generation. Changes `types` where the types of known words are wrong."""
+    """Returns the ids of tokens that end generation. Corrects the types of known words in `types`."""
     padding = {ids[text] for text in _PADDING_TEXTS if text in ids and types[ids[text]] == TokenType.CONTROL}
     by_text = {ids[text] for text in END_OF_GENERATION_TEXTS if text in ids}
     for token_id in by_text:
@@ -161,7 +161,7 @@ def _end_of_generation(metadata: Mapping[str, Any], ids: Mapping[str, int], type
 
 
 def _keep_inner_marks(ids: Mapping[str, int], types: bytearray, ends: set[int | None]) -> None:
-    """Removes `<|end|>` and `</s>` from `ends` if the chat format has them inside answers or as plain words."""
+    """Removes `<|end|>` and `</s>` from `ends` if the chat format uses them inside answers or as plain words."""
     found = {text for text in END_OF_GENERATION_TEXTS if ids.get(text) in ends}
     calls = {"<|call|>", "<|calls|>"} & found
     if "<|end|>" in found and calls and found & {"<|return|>", "<|flush|>"}:

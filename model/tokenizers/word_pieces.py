@@ -1,4 +1,4 @@
-"""WordPiece vocabularies (`tokenizer.ggml.model` = bert). Words are spelled with the longest pieces that fit."""
+"""WordPiece vocabularies (`tokenizer.ggml.model` = bert). A word is split into the longest pieces that fit."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _HAN: Final = (
 
 
 class WordPieceTokenizer(Tokenizer):
-    """Converts to lower case and strips accents, unless the file forbids it. A word without a spelling becomes one
-    unknown token."""
+    """A WordPiece tokenizer. It lowercases text and strips accents, unless the file forbids it. A word that no pieces
+    spell becomes one unknown token."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         size = len(vocabulary)
@@ -103,5 +103,5 @@ def _named(metadata: Mapping[str, Any], names: tuple[str, ...], size: int, defau
         if (found := read_token_id(metadata, name, size)) is not None:
             return found
     if default >= size:
-        raise ModelFileError(f"{key(names[0])} is missing, and a vocabulary of {size} words has no token {default}")
+        raise ModelFileError(f"{key(names[0])} is missing, and the vocabulary of {size} words has no token {default}")
     return default

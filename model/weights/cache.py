@@ -48,7 +48,7 @@ class WeightCache(DiskCache):
         return self.place(content).with_suffix(UNFINISHED)
 
     def part_bytes(self, content: str) -> int:
-        """Returns the size of an unfinished tensor in bytes, or 0 if there is none, and marks it as used."""
+        """Returns the size of an unfinished tensor in bytes, or 0 if there is none. Marks it as recently used."""
         try:
             with open_own(self.part_path(content), os.O_RDWR) as file:
                 if take_lock(file.fileno()):
@@ -58,7 +58,7 @@ class WeightCache(DiskCache):
             return 0
 
     def find(self, content: str) -> FileIdentity | None:
-        """Finds a tensor's file and marks it as used. Returns None if the file is missing or was changed."""
+        """Returns the identity of a tensor's file, and marks it as used. Returns None if it is missing or changed."""
         with suppress(OSError):
             file = self.open(self.place(content).name)
             if file is not None:
@@ -92,7 +92,7 @@ class WeightCache(DiskCache):
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Protects files that are found or written within the block. They are not deleted to make room."""
+        """Protects files that are found or written within the block from deletion by `make_room`."""
         self.prepare()
         path = self.path / f"{secrets.token_hex(8)}{_LEASE}"
         with ExitStack() as stack:
@@ -105,7 +105,7 @@ class WeightCache(DiskCache):
             yield
 
     def make_room(self, n_bytes: int) -> None:
-        """Deletes the least recently used files that no load needs. Raises LlamaclustError if room is still short."""
+        """Deletes the least recently used files that no load needs. Raises LlamaclustError if space is still short."""
         with self._errors(), self.locked():
             self._make_room(n_bytes)
 
@@ -116,7 +116,7 @@ class WeightCache(DiskCache):
         except NoRoomError as error:
             raise LlamaclustError(str(error)) from error
         except OSError as error:
-            raise LlamaclustError(f"{self.path}: weights cannot be kept there: {error.strerror}") from error
+            raise LlamaclustError(f"{self.path}: weights cannot be stored there: {error.strerror}") from error
 
     def _needed_since_ns(self) -> int:
         begun = [NEVER_NS]
@@ -129,7 +129,7 @@ class WeightCache(DiskCache):
 
     @contextmanager
     def making(self, key: str) -> Iterator[None]:
-        """Lets one process at a time make the manifest of `key`. Other processes wait without a time limit."""
+        """Locks the manifest of `key`, so that only one process makes it. Other processes wait without a time limit."""
         path = self.path / f"{key}{MAKING}"
         with ExitStack() as stack:
             while True:
@@ -144,7 +144,7 @@ class WeightCache(DiskCache):
 
 
 class WeightPart:
-    """An unfinished tensor in the cache, which one process at a time writes in pieces. Methods block, and any thread
+    """An unfinished tensor in the cache, which only one process writes, piece by piece. Methods block, and any thread
     may call them. `resumed` is True if some of `done_bytes` were written earlier."""
 
     def __init__(self, cache: WeightCache, content: str, n_bytes: int, file: FileIO) -> None:
@@ -161,7 +161,7 @@ class WeightPart:
 
     @classmethod
     def open(cls, cache: WeightCache, content: str, n_bytes: int) -> WeightPart | None:
-        """Returns None if another process writes the tensor or has written it. Raises LlamaclustError on I/O errors."""
+        """Opens a tensor for writing. Returns None if another process has it. Raises LlamaclustError on I/O errors."""
         path = cache.part_path(content)
         try:
             file = open_own(path, os.O_RDWR | os.O_CREAT)
@@ -180,7 +180,7 @@ class WeightPart:
         return cls(cache, content, n_bytes, file)
 
     def write(self, pieces: Sequence[bytes | memoryview]) -> None:
-        """Writes pieces. If the disk is full or fails, deletes the tensor's file and raises LlamaclustError."""
+        """Appends pieces to the tensor. If the disk is full or fails, deletes its file and raises LlamaclustError."""
         with self._lock:
             if self._file.closed:
                 return

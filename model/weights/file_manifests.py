@@ -15,19 +15,19 @@ from llamaclust.model.weights.manifest import MANIFEST_VERSION, make_manifest
 _log = logging.getLogger(__name__)
 
 _SETTLED_NS = 100_000_000
-"""The minimum age of a file's last change when the file is read, so that a later change gets another time."""
+"""The minimum age of a file's last change when it is read, so that a later change gets another timestamp."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileManifest:
-    """The size of a manifest, and its SHA-256 in hex (`content`), which identifies the model's bytes."""
+    """The size of a manifest, and its SHA-256 in hex (`content`), which also identifies the model's bytes."""
 
     content: str
     n_bytes: int
 
 
 class FileManifests:
-    """The manifests of model files. Without a cache, each process computes them itself, and keeps only digests."""
+    """The manifests of model files. Without a cache, each process computes them, and keeps only their digests."""
 
     def __init__(self, cache: WeightCache | None = None) -> None:
         self.cache = cache
@@ -39,8 +39,8 @@ class FileManifests:
         begin: Callable[[int], None] = lambda total: None,
         add: Callable[[int], None] = lambda n: None,
     ) -> FileManifest:
-        """Returns the manifest of a file. If it is unknown, reads the whole file. `begin` gets the size of the file.
-        `add` gets the size of each piece, on several threads. Raises ModelFileError if the file changes meanwhile."""
+        """Returns a file's manifest. If it is unknown, reads the whole file. `begin` gets the size of the file, and
+        `add` the size of each piece, on several threads. Raises ModelFileError if the file changes meanwhile."""
         version = file.version
         if (known := self._known.get(version)) is None:
             known = self._known[version] = self._made(file, begin, add)

@@ -54,7 +54,7 @@ class Manifest:
     tensors: tuple[TensorRecord, ...]
 
     def file(self, path: Path, held: Mapping[str, tuple[Path, FileIdentity]]) -> ModelFile:
-        """Returns a ModelFile whose errors name `path`. `held` has the files with the tensors' bytes, by SHA-256."""
+        """Returns the model as a ModelFile whose errors name `path`. `held` has the files of tensors, by SHA-256."""
         tensors = {}
         for record in self.tensors:
             place, identity = held.get(record.content, (path, _NOWHERE))

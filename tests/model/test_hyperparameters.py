@@ -155,7 +155,7 @@ def test_numbers_may_be_given_for_each_layer(tmp_path: Path) -> None:
     found = read(tmp_path, attention__head_count_kv=counts, feed_forward_length=widths)
     assert found.head_counts_kv == (2, 4, 0, 2) and found.head_count_kv == 4
     assert found.feed_forward_lengths == (64, 64, 32, 96) and found.feed_forward_length == 96
-    with pytest.raises(ModelFileError, match=r"embedding_length.*different values for layers"):
+    with pytest.raises(ModelFileError, match=r"embedding_length.*different values per layer"):
         read(tmp_path, embedding_length=np.array([64, 32, 64, 64], np.uint32))
 
 

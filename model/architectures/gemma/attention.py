@@ -1,4 +1,4 @@
-"""Attention of Gemma 3n and 4. Scores are not scaled. The last layers use the keys and values of earlier layers."""
+"""Attention of Gemma 3n and 4, with unscaled scores. The last layers use the keys and values of earlier layers."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class LayerKind:
 
 def shared_kv_sources(keys: ModelKeys, windowed: Sequence[bool]) -> list[int]:
     """Returns, for each layer, the number of the layer whose keys and values it uses. Raises ModelFileError if a layer
-    without keys and values follows no layer with the same kind of window."""
+    has no keys and values, and no earlier layer with the same kind of window has them."""
     layers = len(windowed)
     first = layers - keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers - 1)
     last = {windowed[layer]: layer for layer in range(first)}
     for layer in range(first, layers):
         if windowed[layer] not in last:
             what = f"{layers - first} layers read other layers' keys and values"
-            raise keys.error(SHARED_KV_KEY, f"{what}, but no layer before them has the window of layer {layer}")
+            raise keys.error(SHARED_KV_KEY, f"{what}, but no earlier layer has the same window as layer {layer}")
     return [layer if layer < first else last[windowed[layer]] for layer in range(layers)]
 
 
 def attention(
     builder: ProgramBuilder, layer: int, source: int, kind: LayerKind, buffers: tuple[Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Yields the steps of a layer's attention from the first of `buffers` to the second. Keys and values are those of
-    layer `source`."""
+    """Yields the steps of a layer's attention, which reads the first of `buffers` and writes the second. It uses the
+    keys and values of layer `source`."""
     hp, prefix, (normed, projected) = builder.hyperparameters, f"blk.{layer}", buffers
     kv_heads, shares_kv = builder.kv_heads(layer), source != layer
     query, out = (Buffer(name, hp.head_count * kind.head_dim) for name in ("query", "attended"))

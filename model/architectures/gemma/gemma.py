@@ -23,7 +23,7 @@ def gemma(builder: ProgramBuilder) -> None:
 
 
 def gemma2(builder: ProgramBuilder) -> None:
-    """Gemma 2. It has norms before and after blocks, soft caps, and a sliding window in every second layer."""
+    """Builds Gemma 2, with norms before and after blocks, soft caps, and a sliding window in every second layer."""
     hp, keys = builder.hyperparameters, builder.keys
     scale = _scale(hp, _GEMMA2_27B_LAYERS)
     cap = keys.real("attn_logit_softcapping", 50.0, minimum=1e-3, maximum=_MAX_CAP)
@@ -37,8 +37,8 @@ def gemma2(builder: ProgramBuilder) -> None:
 
 
 def gemma3(builder: ProgramBuilder) -> None:
-    """Gemma 3, text only. It is Gemma 2 with norms of q and k instead of soft caps. Five of six layers have a sliding
-    window. RoPE of these layers has another base and no scaling."""
+    """Builds Gemma 3, text only. It is Gemma 2 with norms of q and k instead of soft caps. Five of six layers have a
+    sliding window. Their RoPE has another base and no scaling."""
     hp = builder.hyperparameters
     final_cap = builder.keys.real("final_logit_softcapping", 0.0, minimum=0.0, maximum=_MAX_CAP)
     variants = _windowed_variants(builder, _scale(hp, _GEMMA3_27B_LAYERS))
@@ -47,7 +47,7 @@ def gemma3(builder: ProgramBuilder) -> None:
 
 
 def gemma_embedding(builder: EncoderBuilder) -> None:
-    """EmbeddingGemma. It is Gemma 3 as an encoder with dense layers. A token is in the middle of its sliding window."""
+    """Builds EmbeddingGemma: Gemma 3 as an encoder with dense layers. Sliding windows are centered on the token."""
     hp = builder.hyperparameters
     if hp.sliding_window is None:
         raise builder.keys.error("attention.sliding_window", "missing or 0, but the architecture has windows")
@@ -70,7 +70,7 @@ def _normed_layer(builder: ProgramBuilder, layer: int, variant: AttentionVariant
 
 
 def _scale(hp: Hyperparameters, layers_27b: int) -> float:
-    """Returns the factor of attention scores. It is 1 / sqrt(width / heads) in the 27B models, although no key says
-    so."""
+    """Returns the factor by which attention scores are multiplied. In the 27B models, it is 1 / sqrt(width / heads).
+    The file does not state this factor."""
     channels = hp.embedding_length // hp.head_count if hp.block_count == layers_27b else hp.key_length
     return 1 / math.sqrt(channels)

@@ -24,7 +24,7 @@ _LEAST_SQUARE = 1e-5
 
 
 def gemma3n(builder: ProgramBuilder) -> None:
-    """Gemma 3n, text only. A stage sends all copies of the hidden state, then the per-layer inputs of later layers."""
+    """Builds Gemma 3n, text only. A stage sends all hidden-state copies and the per-layer inputs of later layers."""
     hp, keys = builder.hyperparameters, builder.keys
     for key in ("attention.sliding_window", "embedding_length_per_layer_input", SHARED_KV_KEY):
         keys.count(key, minimum=0 if key == SHARED_KV_KEY else 1, maximum=1 << 30)  # All known files have this key.
@@ -52,7 +52,7 @@ def gemma3n(builder: ProgramBuilder) -> None:
 
 
 def _sparsity(keys: ModelKeys, layers: int) -> tuple[float | None, ...]:
-    """Returns each layer's threshold for gates, in standard deviations above the mean. Smaller gates become 0."""
+    """Returns each layer's gate threshold in standard deviations above the mean. Gates below it become 0."""
     key = "activation_sparsity_scale"
     numbers = keys.reals(key, layers)
     for number in numbers:
@@ -87,7 +87,7 @@ class _Copies:
         return Buffer("hidden", self.width)
 
     def begin(self) -> Iterator[ir.Step]:
-        """Makes the copies: the embedding, and projections of the embedding that are scaled to the same magnitude."""
+        """Yields the steps that make the copies: the embedding, and its projections, scaled to the same magnitude."""
         repeated = self._hidden
         for count in range(2, self.count):
             more = Buffer(f"embedding {count} times", count * self.width)
@@ -99,7 +99,8 @@ class _Copies:
         yield ir.Join(self._hidden, projected, self.all)
 
     def merge(self) -> Iterator[ir.Step]:
-        """Computes the mean of copy 0 and the other copies' projections, which are scaled to copy 0's magnitude."""
+        """Yields the steps that project the other copies, scale the results to copy 0's magnitude, and compute the mean
+        of copy 0 and the results."""
         others, projected = (Buffer(name, self.all.width - self.width) for name in ("other copies", "projected copies"))
         yield ir.Slice(self.all, self._hidden, 0)
         yield ir.Slice(self.all, others, self.width)
@@ -136,7 +137,7 @@ class _Layer:
         yield from self._add_input(active)
 
     def _predict(self, predicted: Buffer, active: Buffer) -> Iterator[ir.Step]:
-        """Predicts each copy: predicted_i = copy_i + a weighted sum of all copies."""
+        """Yields the steps of AltUp's prediction: predicted_i = copy_i + a weighted sum of all copies."""
         copies, coefficients = self.copies.all, Buffer("predictions", self.copies.count**2)
         yield ir.Slice(copies, active, self.copies.active * active.width)
         yield from self._coefficients(active, "altup_predict_coef", coefficients)
@@ -144,7 +145,7 @@ class _Layer:
         yield ir.Slice(predicted, active, self.copies.active * active.width)
 
     def _correct(self, predicted: Buffer, active: Buffer, result: Buffer) -> Iterator[ir.Step]:
-        """Corrects all copies by the layer's result: copy_i = predicted_i + (1 + coefficient_i) * (result - active)."""
+        """Yields the steps of AltUp's correction: copy_i = predicted_i + (1 + coefficient_i) * (result - active)."""
         coefficients = Buffer("corrections", self.copies.count)
         yield from self._coefficients(result, "altup_correct_coef", coefficients)
         yield ir.Scale(active, active, -1.0)
@@ -152,7 +153,7 @@ class _Layer:
         yield ir.Mix(active, predicted, self.copies.all, active.width, coefficients, 1.0)
 
     def _coefficients(self, x: Buffer, name: str, out: Buffer) -> Iterator[ir.Step]:
-        """Computes out = weight @ tanh(router(norm(x) / width)), where `name` is the name of the weight."""
+        """Yields the steps of out = weight @ tanh(router(norm(x) / width)). `name` is the weight's name."""
         routed, modalities = self._buffer("routed"), Buffer("modalities", self.copies.count)
         yield self._norm("altup_router_norm", x, routed)
         yield ir.Scale(routed, routed, 1 / routed.width)
@@ -161,7 +162,7 @@ class _Layer:
         yield self._product(name, modalities, out)
 
     def _attention(self, active: Buffer, result: Buffer) -> Iterator[ir.Step]:
-        """result = (active + norm(attention(n)) + n + norm(laurel(n))) / sqrt(2), where n = norm(active)."""
+        """Yields result = (active + norm(attention(n)) + n + norm(laurel(n))) / sqrt(2), where n = norm(active)."""
         normed, projected = self._buffer("normed"), self._buffer("projected")
         rank = self.builder.model.tensor(f"blk.{self.layer}.laurel_l.weight").shape[0]
         if rank > _MAX_RANK:
@@ -181,7 +182,7 @@ class _Layer:
         yield ir.Scale(result, result, 1 / math.sqrt(2))
 
     def _feed_forward(self, result: Buffer) -> Iterator[ir.Step]:
-        """Adds norm(down(gelu(gate) * up)) to `result`, where gate and up are products of norm(result)."""
+        """Yields the steps of result += norm(down(gelu(gate) * up)). Both gate and up read norm(result)."""
         normed, width = self._buffer("normed"), self.builder.hyperparameters.feed_forward_lengths[self.layer]
         gate, up, projected = Buffer("gate", width), Buffer("up", width), self._buffer("projected")
         yield self._norm("ffn_norm", result, normed)
@@ -196,7 +197,7 @@ class _Layer:
         yield ir.Add(result, projected, result)
 
     def _add_input(self, active: Buffer) -> Iterator[ir.Step]:
-        """Adds the layer's own input, gated by the active copy, to all copies except the first."""
+        """Yields the steps that add the per-layer input, gated by the active copy, to all copies except the first."""
         projected, copies = self._buffer("projected"), self.copies.all
         scale = self.builder.vector(f"blk.{self.layer}.altup_correct_scale.weight", active.width)
         yield ir.Slice(copies, active, self.copies.active * active.width)

@@ -1,5 +1,5 @@
-"""Gemma 4. Layers with a sliding window differ from other layers in head size and RoPE. Experts are parallel to a
-feed-forward network. The E models have per-layer inputs, and layers that read other layers' keys and values."""
+"""Gemma 4. Layers with a sliding window have another head size and another RoPE. Experts are parallel to a feed-forward
+network. The E models have per-layer inputs, and layers that read other layers' keys and values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MAX_HEAD = 1 << 12
 
 
 def gemma4(builder: ProgramBuilder) -> None:
-    """Gemma 4. Values are normed without weights. A layer may use its keys as values. A layer's output may be
+    """Builds Gemma 4. Values are normed without weights. A layer may use its keys as values. A layer's output may be
     scaled."""
     hp, keys = builder.hyperparameters, builder.keys
     if hp.sliding_window is None:
@@ -46,7 +46,7 @@ def gemma4(builder: ProgramBuilder) -> None:
 
 
 def _kinds(builder: ProgramBuilder, window: int) -> tuple[LayerKind, LayerKind]:
-    """Returns the kind of layers without a sliding window, and the kind of layers with a sliding window."""
+    """Returns the kinds of layers without and with a sliding window."""
     hp, keys = builder.hyperparameters, builder.keys
     head_dim = keys.count("attention.key_length_swa", hp.key_length, maximum=_MAX_HEAD)
     value_length = keys.count("attention.value_length_swa", head_dim, maximum=_MAX_HEAD)
@@ -117,7 +117,7 @@ class _Layer:
         yield self.builder.product(f"{self._prefix}.ffn_down", gate, projected)
 
     def _mixture(self, hidden: Buffer, projected: Buffer) -> Iterator[ir.Step]:
-        """Computes the sum of a feed-forward network and a mixture of experts, each with its own norms."""
+        """Yields the steps of a feed-forward network plus a mixture of experts, each with its own norms."""
         normed, mixed, routed = map(self._buffer, ("normed", "mixed", "routed"))
         yield from self._feed_forward(hidden, projected)
         yield self._norm("post_ffw_norm_1", projected, projected)

@@ -65,7 +65,7 @@ class LayerInputs:
         yield ir.Scale(inputs, inputs, 1 / math.sqrt(2))
 
     def project(self, layer: int, hidden: Buffer, projected: Buffer) -> Iterator[ir.Step]:
-        """projected = norm(proj(gelu(gate(hidden)) * the layer's input))."""
+        """Yields the steps of projected = norm(proj(gelu(gate(hidden)) * the layer's input))."""
         builder, prefix = self.builder, f"blk.{layer}"
         gate, own = (Buffer(name, self.width) for name in ("input gate", "layer input"))
         yield builder.product(f"{prefix}.inp_gate", hidden, gate)

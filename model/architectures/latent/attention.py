@@ -1,6 +1,6 @@
-"""Latent attention (MLA). Keys and values are products of one short vector, and KV memory stores only this vector. In
-the absorbed form, queries are multiplied by the key matrix, and results by the value matrix. Prefill uses the absorbed
-form too, so that results do not depend on chunk sizes. (DeepSeek-V2, arXiv 2405.04434, section 2.1.)"""
+"""Latent attention (MLA). Keys and values are projections of one short vector, and KV memory stores only this vector.
+In the absorbed form, queries are multiplied by the key matrix, and results by the value matrix. Prefill uses the
+absorbed form too, so that results do not depend on chunk sizes. (DeepSeek-V2, arXiv 2405.04434, section 2.1.)"""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from llamaclust.model.steps.options import RopeStyle
 
 @dataclass(frozen=True, slots=True)
 class LatentVariant:
-    """Options of latent attention, with widths in channels. A key has `latent` channels without RoPE, followed by
-    `rotated` channels with RoPE. `query_rank` is the width of the latent query, or 0 without one. A `table` of None
-    means no RoPE."""
+    """Options of latent attention (MLA), with widths in channels. A key has `latent` channels without RoPE, followed by
+    `rotated` channels with RoPE. `query_rank` is the width of the latent query (0 means none). A `table` of None means
+    no RoPE."""
 
     latent: int
     rotated: int
@@ -65,7 +65,7 @@ class LatentAttention:
         yield ir.Add(hidden, projected, hidden)
 
     def _queries(self, normed: Buffer, query: Buffer) -> Iterator[ir.Step]:
-        """Computes the queries of all heads. Their part without RoPE is multiplied by the key matrix."""
+        """Yields the steps of all heads' queries. Channels without RoPE are multiplied by the key matrix."""
         variant, heads = self.variant, self.heads
         x, name = normed, "attn_q"
         if variant.query_rank:
@@ -88,7 +88,7 @@ class LatentAttention:
             yield ir.PositionScale(query, query, *variant.temperature)
 
     def _keys(self, normed: Buffer, key: Buffer) -> Iterator[ir.Step]:
-        """Computes the key: the normed latent vector, followed by the part with RoPE."""
+        """Yields the steps that compute the key: the normed latent vector, followed by the channels with RoPE."""
         whole = Buffer("key parts", key.width)
         latent, rotated = Buffer("latent", self.variant.latent), Buffer("rotated key", self.variant.rotated)
         yield self._product("attn_kv_a_mqa", normed, whole)

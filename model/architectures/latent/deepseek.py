@@ -18,14 +18,14 @@ _GLM_FLASH_LAYERS, _GLM_FLASH_VOCABULARY = (47, 48), 154880
 
 
 def deepseek2(builder: ProgramBuilder) -> None:
-    """DeepSeek 2. The first layers are dense. The other layers have groups of experts, and shared experts. With the key
-    `yarn_log_multiplier`, YaRN scales attention scores, but not cos and sin, as in the original code."""
+    """Builds DeepSeek 2. The first layers are dense. The others have groups of experts and shared experts. If the
+    file has `yarn_log_multiplier`, YaRN scales attention scores, but not cos and sin. So does the original code."""
     multiplier = _log_multiplier(builder)
     _latent_layers(builder, multiplier, 1.0 if multiplier else 0.0)
 
 
 def mistral4(builder: ProgramBuilder) -> None:
-    """Mistral Small 4. It is DeepSeek 2, but `yarn_log_multiplier` also affects the scale of cos and sin."""
+    """Builds Mistral Small 4, which is DeepSeek 2, but `yarn_log_multiplier` also affects the scale of cos and sin."""
     multiplier = _log_multiplier(builder)
     _latent_layers(builder, multiplier, multiplier)
 
@@ -79,13 +79,13 @@ def _query_rank(builder: ProgramBuilder) -> int:
 
 
 def _log_multiplier(builder: ProgramBuilder) -> float:
-    """Returns YaRN's log multiplier. The file stores a tenth of the multiplier, as float32."""
+    """Returns YaRN's log multiplier. The file stores a tenth of it, as float32."""
     tenth = builder.keys.real("rope.scaling.yarn_log_multiplier", 0.0, minimum=0.0, maximum=_MAX_SCALE)
     return float(np.float32(tenth) / np.float32(0.1))
 
 
 def _gating(builder: ProgramBuilder) -> Gating:
-    """Returns the default gating of experts. GLM-4.7-Flash is recognized by its size, as in llama.cpp."""
+    """Returns the default gating function of experts. Recognizes GLM-4.7-Flash by its size, as llama.cpp does."""
     hp = builder.hyperparameters
     is_glm = hp.block_count in _GLM_FLASH_LAYERS and hp.vocabulary_size == _GLM_FLASH_VOCABULARY
     return Gating.SIGMOID if is_glm else Gating.SOFTMAX

@@ -55,8 +55,8 @@ def read_delta_net(keys: ModelKeys, *, tiled: bool) -> DeltaNet:
 
 
 def delta_net(builder: ProgramBuilder, layer: int, net: DeltaNet) -> Iterator[ir.Step]:
-    """Yields the steps of hidden += output(norm(delta rule) * silu(z)), where the inputs of the delta rule and z are
-    products of the normed hidden state."""
+    """Yields the steps of hidden += output(norm(delta rule) * silu(z)). The delta rule's inputs and z are projections
+    of the normed hidden state."""
     prefix, width, epsilon = f"blk.{layer}", builder.hyperparameters.embedding_length, builder.rms_epsilon
     hidden, normed, projected = (Buffer(name, width) for name in ("hidden", "normed", "projected"))
     q, k = (Buffer(f"delta {name}", net.key_width) for name in ("q", "k"))
@@ -90,7 +90,7 @@ def unit_lengths(q: Buffer, k: Buffer, heads: int, epsilon: float) -> Iterator[i
 def _products(
     builder: ProgramBuilder, prefix: str, net: DeltaNet, buffers: tuple[Buffer, Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Yields the steps that compute q, k and v from the first buffer into the second, and the gate z into the third."""
+    """Yields the steps that compute q, k and v (written to the second buffer) and the gate z (third buffer)."""
     x, mixed, z = buffers
     if not builder.has(f"{prefix}.ssm_in.weight"):
         yield builder.product(f"{prefix}.attn_qkv", x, mixed)

@@ -1,4 +1,4 @@
-"""Attention with a gate, whose sigmoid multiplies the result. One product computes the queries and the gate."""
+"""Attention whose result is multiplied by the sigmoid of a gate. One linear layer computes the queries and the gate."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from llamaclust.model.steps.options import ActivationFunction, RopeStyle
 def gated_attention(
     builder: ProgramBuilder, layer: int, table: RopeTable, sections: tuple[int, ...] | None = None
 ) -> Iterator[ir.Step]:
-    """Yields the steps of hidden += output(attention(rope(norm(q)), rope(norm(k)), v) * sigmoid(gate)), where q, k, v
-    and gate are products of norm(hidden)."""
+    """Yields the steps of hidden += output(attention(rope(norm(q)), rope(norm(k)), v) * sigmoid(gate)). q, k, v and
+    gate are projections of norm(hidden)."""
     hp, prefix, kv_heads = builder.hyperparameters, f"blk.{layer}", builder.kv_heads(layer)
     hidden, normed, projected = (Buffer(name, hp.embedding_length) for name in ("hidden", "normed", "projected"))
     query, gate, out = (Buffer(name, hp.query_width) for name in ("query", "gate of attention", "attended"))

@@ -33,7 +33,7 @@ _CONVOLUTIONS = (".ssm_conv1d_q.weight", ".ssm_conv1d_k.weight", ".ssm_conv1d_v.
 
 
 def without_ones(file: ModelFile) -> ModelFile:
-    """Removes dimensions of size 1: convolutions get the shape [channels, taps], and decays get the shape [heads]."""
+    """Removes tensor dimensions of size 1: convolutions become [channels, taps], and decays [heads]."""
     reshaped = {}
     for name, tensor in file.tensors.items():
         if name.endswith((*_CONVOLUTIONS, ".ssm_a")):
@@ -45,8 +45,8 @@ def without_ones(file: ModelFile) -> ModelFile:
 
 
 def kimi_linear(builder: ProgramBuilder) -> None:
-    """Kimi Linear. Layers with KV heads have latent attention, and the others have delta nets. Dense layers come first,
-    and all later layers have experts."""
+    """Builds Kimi Linear. Layers with KV heads have latent attention, and the others have delta nets. Dense layers come
+    first, and all later layers have experts."""
     hp, keys = builder.hyperparameters, builder.keys
     latent = latent_variant(builder, 0.0, 0.0)
     latent = replace(latent, table=None, scale=1 / math.sqrt(latent.query))
@@ -74,7 +74,7 @@ def kimi_linear(builder: ProgramBuilder) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _KimiDelta:
-    """A delta net: hidden += output(norm(delta rule) * sigmoid(gate)). Its inputs are products of norm(hidden)."""
+    """A gated delta net: hidden += output(norm(delta rule) * sigmoid(gate)). Inputs are projections of norm(hidden)."""
 
     builder: ProgramBuilder
     layer: int

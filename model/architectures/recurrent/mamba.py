@@ -17,8 +17,8 @@ _MAX_HEADS, _MAX_WIDTH, _MAX_STATE_SIZE = 1 << 14, 1 << 20, 1 << 12
 
 @dataclass(frozen=True, slots=True)
 class MambaShape:
-    """The shape of a block. `inner` is the number of channels of all `heads`. Heads are divided into `groups`. The
-    heads of a group share the vectors B and C, which have `state_size` numbers for each token."""
+    """The shape of a Mamba 2 block. `inner` is the number of channels of all `heads`. The heads of each of the `groups`
+    share the vectors B and C, which have `state_size` numbers for each token."""
 
     taps: int
     inner: int
@@ -63,8 +63,8 @@ def read_mamba_shape(keys: ModelKeys) -> MambaShape:
 
 
 def mamba(builder: ProgramBuilder, layer: int, shape: MambaShape, *, has_norm: bool = True) -> Iterator[ir.Step]:
-    """Yields the steps of Mamba 2 from the buffer `normed` to the buffer `projected`. If `has_norm` is True, the file
-    must have a norm for each group."""
+    """Yields the steps of Mamba 2, which read the buffer `normed` and write the buffer `projected`. If `has_norm`, the
+    file must have a norm for each group."""
     prefix, hidden_width = f"blk.{layer}", builder.hyperparameters.embedding_length
     normed, projected = (Buffer(name, hidden_width) for name in ("normed", "projected"))
     gate, convolving = Buffer("mamba gate", shape.inner), Buffer("mamba x+b+c", shape.convolved)

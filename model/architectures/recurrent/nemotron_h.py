@@ -16,7 +16,7 @@ _MAX_WIDTH = 1 << 20
 
 
 def nemotron_h(builder: ProgramBuilder) -> None:
-    """Nemotron H. It has no RoPE. Its feed-forward networks and experts have no gates."""
+    """Builds Nemotron H, without RoPE. Feed-forward networks and experts have no gates."""
     hp, keys = builder.hyperparameters, builder.keys
     shape, experts = read_mamba_shape(keys), None
     latent_width = keys.count("moe_latent_size", 0, minimum=0, maximum=_MAX_WIDTH)
@@ -43,8 +43,8 @@ def nemotron_h(builder: ProgramBuilder) -> None:
 
 
 def _experts(builder: ProgramBuilder, layer: int, variant: ExpertsVariant, latent_width: int) -> Iterator[ir.Step]:
-    """Yields the steps of the chosen experts + the shared expert. If `latent_width` is not 0, the chosen experts read
-    and write vectors of this width."""
+    """Yields the steps that add the chosen experts and the shared expert. If `latent_width` is not 0, the chosen
+    experts read and write vectors of this width."""
     prefix, hp = f"blk.{layer}", builder.hyperparameters
     normed, projected = (Buffer(name, hp.embedding_length) for name in ("normed", "projected"))
     if latent_width:

@@ -18,7 +18,7 @@ _MAX_WIDTH, _MAX_PERIOD = 1 << 20, 1 << 10
 
 
 def qwen3next(builder: ProgramBuilder) -> None:
-    """Qwen 3 Next. Layers have experts and a gated shared expert. Value heads with the same key head are adjacent."""
+    """Builds Qwen 3 Next, with experts and a gated shared expert. Value heads with the same key head are adjacent."""
     experts = _experts(builder)
     _layers(builder, lambda layer: builder.experts(layer, experts, norm=_FEED_FORWARD_NORM), tiled=False)
 
@@ -46,7 +46,7 @@ def _layers(builder: ProgramBuilder, feed_forward: Callable[[int], None], *, til
 
 
 def _recurrent_layers(builder: ProgramBuilder) -> list[bool]:
-    """Returns, for each layer and for the MTP head, whether it is recurrent."""
+    """Returns, for each layer and the MTP head, True if it is recurrent."""
     keys, layers = builder.keys, read_block_count(builder.keys)
     period = keys.count("full_attention_interval", 4, maximum=_MAX_PERIOD)
     flags = keys.flags("attention.recurrent_layers", layers)

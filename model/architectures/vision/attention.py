@@ -8,8 +8,8 @@ from llamaclust.model.steps.options import RopeStyle
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """RoPE of queries and keys. Channel pair i of a head is rotated by the patch's line if sections[i] is 0, and by its
-    column if 1. If `split`, each half of a head is rotated separately, with its half of `sections`."""
+    """RoPE of queries and keys. Channel pair i of a head is rotated by the patch's row if sections[i] is 0, and by its
+    column if sections[i] is 1. If `split`, each half of a head is rotated separately, by its half of `sections`."""
 
     style: RopeStyle
     table: RopeTable
@@ -19,8 +19,8 @@ class Rotation:
 
 @dataclass(frozen=True, slots=True)
 class VisionAttention:
-    """Options of an attention block. If `grouped`, a patch attends only to its own window. A `scale` of None means 1 /
-    sqrt(head_dim). If `unit_values`, each head's values have an RMS norm without weights."""
+    """Options of an attention block of an image encoder. If `grouped`, a patch attends only to its own window. A
+    `scale` of None means 1 / sqrt(head_dim). If `unit_values`, each head's values have an RMS norm without weights."""
 
     rotation: Rotation | None = None
     grouped: bool = False

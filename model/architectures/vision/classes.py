@@ -17,7 +17,7 @@ _LARGE = (3200, 45)
 
 
 def internvl(builder: VisionBuilder) -> Buffer:
-    """InternVL 2.5 to 3.5. Blocks have LayerScale. Groups of patches are merged, normed and projected."""
+    """Builds InternVL 2.5 to 3.5, with LayerScale. Groups of patches are merged, normed and projected."""
     hp = builder.hyperparameters
     builder.rms = (hp.embedding_length, hp.block_count) == _LARGE
     builder.embed(bias=False)
@@ -31,7 +31,7 @@ def internvl(builder: VisionBuilder) -> Buffer:
 
 
 def llama4(builder: VisionBuilder) -> Buffer:
-    """Llama 4. RoPE uses a patch's line and column, counted from 1. The projector has three products."""
+    """Builds Llama 4. RoPE uses a patch's row and column, counted from 1. The projector has three linear layers."""
     hp = builder.hyperparameters
     rotation = halves(hp.head_dim, _ROPE_BASE, RopeStyle.NORM, (WIDTH, HEIGHT))
     builder.embed(bias=False)

@@ -14,7 +14,7 @@ from llamaclust.model.steps.options import ActivationFunction
 class Positions(Enum):
     """The learned positions that are added to patches. TABLE has a row for each patch of a tile of fixed size.
     BILINEAR_CORNERS, ANTIALIASED and BICUBIC are square tables that are interpolated to the tile's size. AXES has a
-    table for columns and a table for lines."""
+    table for columns and a table for rows."""
 
     NONE = auto()
     TABLE = auto()
@@ -28,20 +28,20 @@ class Positions(Enum):
 class VisionFamily:
     """A family of encoders. `emit` appends the steps to a builder and returns the buffer with the result.
 
-    merge_key, merge: the key for the side of a merge group in patches, and its default (None: the key is required).
-    gelu, plain: the activations of files with `use_gelu`, and of files with neither `use_gelu` nor `use_silu`.
-    turns: the program has RoPE by line and column. windows: the program has attention in windows.
-    bidirectional: rows of the same image attend to each other in the text model.
-    sections: the text model's RoPE uses the line and column of an image's rows (M-RoPE).
+    merge_key: the key for the side of a merge group in patches. merge: its default, or None if the key is required.
+    gelu: the activation of files with `use_gelu`. plain: that of files with neither `use_gelu` nor `use_silu`.
+    turns: True if the program has RoPE by row and column. windows: True if attention is divided into windows.
+    bidirectional: True if rows of the same image attend to each other in the text model.
+    sections: True if the text model's RoPE uses the row and column of each image token (M-RoPE).
     tokens: minimum and maximum number of rows of an image of free size. If None, all tiles have the file's size.
     class_place: the index of the class row in the table of positions (see `classes`). If None, there is no class row.
-    first_place: the position of the first line and column in RoPE. The class row has position 0.
-    pads: images of free size are padded to whole merge groups.
-    signed: a normalized colour c becomes 2 c - 1.
-    transposed: tensors that files store in another order. True marks a convolution of a merge group, whose shape is
-        [out, channels, height, width].
-    as_row: vectors that the program reads as matrices of one row.
-    unread: tensors that llama.cpp needs. Programs do not read them, because the text model has them too."""
+    first_place: the position of a tile's first row and column in RoPE. The class row has position 0.
+    pads: True if images of free size are padded to whole merge groups.
+    signed: True if each normalized colour c is replaced by 2 c - 1.
+    transposed: names of tensors that the program reads transposed. The flag is True if the tensor is the convolution of
+        a merge group, with the shape [out, channels, height, width], and False if it is a matrix.
+    as_row: names of vectors that the program reads as matrices of one row.
+    unread: names of tensors that llama.cpp needs. Programs do not read them, because the text model has them too."""
 
     emit: Callable[[VisionBuilder], Buffer]
     merge_key: str = "vision.projector.scale_factor"

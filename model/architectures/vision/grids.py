@@ -15,7 +15,7 @@ _MERGER = "mm.patch_merger"
 
 
 def glm4v(builder: VisionBuilder) -> Buffer:
-    """GLM-4.1V and later. Patches are normed before positions are added. A convolution merges patches near the end."""
+    """Builds GLM-4.1V and later. Patches are normed before positions are added, and merged by a convolution."""
     builder.rms = True
     hp = builder.hyperparameters
     rotation = halves(hp.head_dim, _ROPE_BASE, RopeStyle.NEOX, (HEIGHT, WIDTH))
@@ -47,7 +47,7 @@ def _gated(builder: VisionBuilder, x: Buffer) -> Buffer:
 
 
 def kimivl(builder: VisionBuilder) -> Buffer:
-    """Kimi VL (MoonViT). RoPE rotates even channel pairs by the patch's column, and odd channel pairs by its line."""
+    """Builds Kimi VL (MoonViT). RoPE rotates even channel pairs by the patch's column, and odd pairs by its row."""
     hp = builder.hyperparameters
     each = frequencies(hp.head_dim // 2, _ROPE_BASE)
     table = RopeTable(tuple(frequency for frequency in each for _ in range(2)))

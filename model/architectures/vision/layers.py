@@ -1,4 +1,4 @@
-"""Blocks from which image encoders are built. The builder checks that the file has each weight that a block names."""
+"""Blocks from which image encoders are built. The builder checks that the file has each weight that a block uses."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _PLAIN = VisionAttention()
 
 @dataclass(frozen=True, slots=True)
 class VisionHyperparameters:
-    """Widths and counts of an encoder. `patch_size` is in pixels. A square of `merge` x `merge` patches becomes one row
-    for the text model. In the input, a patch's pixels are followed by `added_width` channels, which are added to its
-    embedding."""
+    """Widths and counts of an image encoder. `patch_size` is in pixels. A square of `merge` x `merge` patches becomes
+    one row for the text model. In the input, a patch's pixels are followed by `added_width` channels, which are added
+    to its embedding."""
 
     block_count: int
     embedding_length: int
@@ -44,8 +44,8 @@ class VisionHyperparameters:
 
 
 class VisionBuilder(CheckedTensors):
-    """Builds the program of an encoder, which reads the patches of one tile and writes rows for a text model. Each
-    method appends steps in the order of computation. If `rms`, norms do not subtract the mean."""
+    """Builds the program of an image encoder, which reads the patches of one tile and writes rows for a text model.
+    Each method appends steps in the order of computation. If `rms`, norms do not subtract the mean."""
 
     def __init__(self, model: ModelFile, hyperparameters: VisionHyperparameters) -> None:
         super().__init__(model)
@@ -58,7 +58,7 @@ class VisionBuilder(CheckedTensors):
         self._pixels = Buffer("pixels", pixels) if hp.added_width else self._patches
 
     def program(self, out: Buffer) -> Program:
-        """Returns the encoder's program, which reads the rows of a tile's patches and writes `out`."""
+        """Returns the image encoder's program, which reads the patches of a tile and writes `out`."""
         layers = self.hyperparameters.block_count
         return Program(1, layers + 1, layers + 2, self._patches, out, tuple(self._steps))
 
@@ -66,7 +66,7 @@ class VisionBuilder(CheckedTensors):
         self._steps += added
 
     def embed(self, *, bias: bool = True, norm: str | None = None) -> None:
-        """Emits the embedding of patches, followed by the norm with the name `norm` if it is given."""
+        """Appends the embedding of patches, followed by the norm named `norm` if given."""
         hp, embedded = self.hyperparameters, self.hidden
         if hp.added_width:
             self.append(steps.Slice(self._patches, self._pixels, 0))
@@ -149,8 +149,8 @@ class VisionBuilder(CheckedTensors):
         self.append(steps.Join(first, second, x, heads))
 
     def feed_forward(self, layer: int, *, out: Buffer | None = None) -> None:
-        """Emits hidden += down(activation(up)), or down(activation(gate) * up) if the file has a gate. If `out` is
-        given, the sum is written to `out`, which becomes the hidden state."""
+        """Appends the steps of hidden += down(activation(up)), or of hidden += down(activation(gate) * up) if the file
+        has a gate. If `out` is given, it gets the sum and becomes the hidden state."""
         prefix, activation = f"v.blk.{layer}", self.hyperparameters.activation
         normed = self._normed(f"{prefix}.ln2")
         up_name, down_name = self._inner_names(prefix)
@@ -170,8 +170,7 @@ class VisionBuilder(CheckedTensors):
         self._add(projected, f"{prefix}.ls2", f"{prefix}.ffn_post_norm", out)
 
     def _inner_names(self, prefix: str) -> tuple[str, str]:
-        """Returns the names of the up and down tensors. In files from before April 2025, the two names are
-        exchanged."""
+        """Returns the names of the up and down tensors, which are exchanged in files from before April 2025."""
         names = f"{prefix}.ffn_up", f"{prefix}.ffn_down"
         down = self.model.tensor(f"{names[1]}.weight")
         return names[::-1] if down.shape[-1] == self.hyperparameters.embedding_length else names
@@ -191,7 +190,7 @@ class VisionBuilder(CheckedTensors):
         self.hidden = out
 
     def norm(self, name: str, x: Buffer, out: Buffer, heads: int = 1, epsilon: float | None = None) -> None:
-        """Emits out = norm(x). If the weight is only as wide as one head, each of the `heads` heads is normed."""
+        """Appends out = norm(x). If the weight is only as wide as one head, each of the `heads` heads is normed."""
         epsilon = epsilon or self.hyperparameters.epsilon
         if self.rms:
             parts = heads if self.model.tensor(f"{name}.weight").shape == (x.width // heads,) else 1

@@ -13,7 +13,7 @@ _MERGER = "mm.patch_merger"
 
 
 def pixtral(builder: VisionBuilder) -> Buffer:
-    """Emits the encoder. Rows of Q and K are permuted, so that RoPE pairs adjacent channels. Newer models merge
+    """Builds Pixtral's encoder. Rows of Q and K are permuted, so that RoPE pairs adjacent channels. Newer models merge
     patches."""
     builder.rms = True
     hp = builder.hyperparameters

@@ -1,4 +1,4 @@
-"""The encoders of Qwen 2.5 VL and Qwen 3 VL. They have RoPE by line and column, and merge 2 x 2 patches."""
+"""The encoders of Qwen 2.5 VL and Qwen 3 VL. They have RoPE by row and column, and merge 2 x 2 patches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MERGER = ("mm.0", "mm.2")
 
 
 def qwen25vl(builder: VisionBuilder) -> Buffer:
-    """Qwen 2.5 VL. It has RMS norms and gates. All layers have windows, except every `n_wa_pattern`-th layer."""
+    """Builds Qwen 2.5 VL, with RMS norms and gates. All layers have windows, except every `n_wa_pattern`-th layer."""
     builder.rms = True
     layers = builder.hyperparameters.block_count
     period = ModelKeys(builder.model).count("vision.n_wa_pattern", minimum=0, maximum=1 << 10)
@@ -31,8 +31,8 @@ def qwen25vl(builder: VisionBuilder) -> Buffer:
 
 
 def qwen3vl(builder: VisionBuilder) -> Buffer:
-    """Qwen 3 VL. Norms subtract the mean, and positions are interpolated. The results of some inner layers are also
-    projected, and the first layers of the text model add them to the hidden state (DeepStack)."""
+    """Builds the encoder of Qwen 3 VL. Norms subtract the mean, and positions are interpolated. The results of some
+    inner layers are also projected, and the first layers of the text model add them to the hidden state (DeepStack)."""
     layers = builder.hyperparameters.block_count
     kept: list[tuple[int, Buffer]] = []
     rotation = _rotation(builder)
@@ -67,7 +67,7 @@ def _joined(builder: VisionBuilder, rows: Buffer, level: Buffer) -> Buffer:
 
 
 def _merged(builder: VisionBuilder, parts: list[Buffer]) -> Iterator[Buffer]:
-    """Merges the rows of each buffer in `parts`. Each buffer that is yielded overwrites the one before it."""
+    """Yields each buffer with its patches merged. The next buffer overwrites the previous one."""
     if len(parts) == 1:
         yield builder.merge(parts[0])
         return

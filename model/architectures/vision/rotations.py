@@ -1,4 +1,4 @@
-"""RoPE of queries and keys by a patch's line and column in its tile."""
+"""RoPE of queries and keys by a patch's row and column in its tile."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from llamaclust.model.program import RopeTable
 from llamaclust.model.steps.options import RopeStyle
 
 HEIGHT, WIDTH = 0, 1
-"""Indices of a patch's two RoPE positions: its line and its column."""
+"""Indices of a patch's two RoPE positions: its row and its column."""
 
 
 def halves(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, int]) -> Rotation:
-    """Returns a rotation of the first half of a head's channel pairs by position `sections[0]`, and of the second half
+    """Returns RoPE that rotates the first half of a head's channel pairs by position `sections[0]`, and the second half
     by position `sections[1]`. Pair i of each half has the frequency base^(-4 i / head_dim)."""
     half = frequencies(head_dim // 2, base)
     return Rotation(style, RopeTable(half + half), _sections(len(half), sections))
 
 
 def alternating(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, int]) -> Rotation:
-    """Returns a rotation by the same positions as `halves`, but with the frequencies base^(-2 i / head_dim). The first
-    half has those with even i, and the second half has those with odd i."""
+    """Returns RoPE with the positions of `halves` and the frequencies base^(-2 i / head_dim). The first half of the
+    channel pairs has the frequencies with even i, and the second half has those with odd i."""
     whole = frequencies(head_dim, base)
     half = len(whole) // 2
     return Rotation(style, RopeTable(whole[::2] + whole[1::2]), _sections(half, sections))

@@ -12,7 +12,7 @@ _INPUT_NORM_EPSILON = 1e-5  # PyTorch's default.
 
 
 def idefics3(builder: VisionBuilder) -> Buffer:
-    """Idefics 3 and SmolVLM. Groups of patches are joined (pixel shuffle) and projected to the text model's width."""
+    """Builds Idefics 3 and SmolVLM. Groups of patches are joined (pixel shuffle) and projected to the text width."""
     _layers(builder)
     merged = builder.merge(builder.hidden)
     out = Buffer("rows", builder.width("mm.model.fc"))
@@ -21,7 +21,7 @@ def idefics3(builder: VisionBuilder) -> Buffer:
 
 
 def gemma3(builder: VisionBuilder) -> Buffer:
-    """Gemma 3. The mean of each group of patches is normed and projected to the text model's width."""
+    """Builds Gemma 3's encoder. The mean of each group of patches is normed and projected to the text model's width."""
     _layers(builder)
     hidden = builder.hidden
     pooled, out = Buffer("pooled", hidden.width), Buffer("rows", builder.width(_PROJECTION))
@@ -33,7 +33,7 @@ def gemma3(builder: VisionBuilder) -> Buffer:
 
 
 def lfm2(builder: VisionBuilder) -> Buffer:
-    """LFM2-VL (SigLIP 2). Positions are interpolated and patches are grouped. Some models norm the groups."""
+    """Builds LFM2-VL (SigLIP 2). Positions are interpolated and patches are grouped. Some models norm the groups."""
     _layers(builder)
     merged = builder.merge(builder.hidden)
     if builder.has(f"{_INPUT_NORM}.weight"):

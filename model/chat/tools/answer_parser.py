@@ -1,4 +1,4 @@
-"""Parses an answer while its text arrives, and emits events. How the text is split does not change the events."""
+"""Parses an answer while its text arrives, and emits events. The events do not depend on how the text is split."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CallReader = ObjectReader | NamedReader | TaggedReader | NotatedReader
 
 
 class AnswerParser:
-    """A parser that accepts any text. Text that is neither a tool call nor reasoning is content."""
+    """A parser for answers of any form. Text that is neither a tool call nor reasoning is content."""
 
     def __init__(
         self,
@@ -37,9 +37,9 @@ class AnswerParser:
         begun: str = "",
         reads_unmarked: bool = False,
     ) -> None:
-        """Creates a parser, which reads calls only if there are `tools`. `begun` is the beginning of the answer that
-        the prompt contains. Unless `splits_reasoning`, reasoning stays in the content with its markers. If
-        `reads_unmarked`, an answer that consists of calls without markers is read as calls."""
+        """Creates a parser. Tool calls are read only if there are `tools`. `begun` is the part of the answer that
+        the prompt already contains. Unless `splits_reasoning`, reasoning stays in the content with its markers. If
+        `reads_unmarked`, an answer may consist of calls without markers."""
         self._form = form
         self._source = TextSource()
         self._sink = CallSink(tools, most_calls)
@@ -188,7 +188,7 @@ class AnswerParser:
             case NotatedCalls():
                 return NotatedReader(self._source, self._sink, calls)
             case ChannelCalls():
-                raise AssertionError("ChannelReader reads the calls of channels")
+                raise AssertionError("ChannelCalls are read by ChannelReader")
 
 
 def _is_of_reasoning(form: ToolFormat, mark: str) -> bool:

@@ -1,4 +1,4 @@
-"""Converts the plain text of an argument to JSON of the type in the tool's schema."""
+"""Converts the plain text of a call's argument to JSON of the type in the tool's schema."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CONSTANTS: Final = {"True": "true", "False": "false", "None": "null"}
 
 
 def arguments_object(text: str) -> dict[str, Any] | None:
-    """Parses a call's arguments. Returns None if they are not a JSON object, or if a number exceeds float64."""
+    """Parses the arguments of a tool call. Returns None unless they are a JSON object whose numbers fit in float64."""
     try:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError):
@@ -69,8 +69,8 @@ def type_name(value: Any) -> str:
 
 
 def json_of(text: str, types: frozenset[str]) -> str:
-    """Returns the text itself if it is JSON of one of the types, and otherwise returns it as a JSON string. An empty
-    set of types means any type."""
+    """Returns `text` itself if it is JSON of one of the types, or else `text` as a JSON string. An empty set of types
+    means any type."""
     if types == STRING:
         return string(text)
     bare = text.strip()
@@ -112,12 +112,12 @@ def _refuse(constant: str) -> Any:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text[:60]} is too large")
+        raise ValueError(f"the number {text[:60]} is too large")
     return number
 
 
 class TextValue:
-    """Writes a string value as JSON while its text arrives. Removes the white space that the format adds around it."""
+    """Converts a string to JSON while its text arrives, without the white space that the call format adds around it."""
 
     def __init__(self, put: Callable[[str], None], indent: str, dedent: str) -> None:
         self._put = put

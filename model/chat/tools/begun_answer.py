@@ -1,4 +1,4 @@
-"""The part of an answer that the prompt already has: opened reasoning, or the beginning of an assistant message."""
+"""The beginning of an answer that the prompt already contains: open reasoning, or part of an assistant message."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from llamaclust.model.chat.tools.tool_format import ChannelCalls, ToolFormat
 
 
 def opened_reasoning(form: ToolFormat, prompt: str) -> str:
-    """Returns the open reasoning tag at the end of the prompt, or "" if the answer does not begin with reasoning."""
+    """Returns the open reasoning tag at the end of the prompt, or "" if there is none."""
     tags = form.reasoning
     if tags is None or not prompt.rstrip().endswith(tags.begin):
         return ""

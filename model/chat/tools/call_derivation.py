@@ -1,4 +1,4 @@
-"""Derives the format of tool calls from a chat template's output for calls with known names and values."""
+"""Derives the format of tool calls from the text that a chat template renders for test calls."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class CallSink:
         self._events.append(event)
 
     def drop_begun(self) -> None:
-        """Drops all events so far, except those of a call that has not ended."""
+        """Drops the events that came from the prompt, but keeps those of an unfinished tool call."""
         of_call = (event for event in self.take_events() if isinstance(event, CallBegun | ArgumentText))
         self._prompt_calls = self._calls
         if self.is_open:

@@ -1,4 +1,4 @@
-"""Reads answers that consist of messages. The header of a message marks reasoning, content or a tool call."""
+"""Parses answers that consist of messages with headers. A header marks reasoning, content or a tool call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Texts:
 
 
 class ChannelReader:
-    """Reads an answer that consists of messages. The prompt ends inside the header of the answer's first message."""
+    """Parses an answer that consists of messages with headers. The prompt ends inside the first header."""
 
     def __init__(
         self, source: TextSource, sink: CallSink, calls: ChannelCalls, content: TextRun, reasoning: TextRun | None
@@ -83,4 +83,4 @@ class ChannelReader:
 
 
 def _drop(_: str) -> None:
-    """Ignores text that has no meaning."""
+    pass

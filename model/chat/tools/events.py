@@ -1,4 +1,4 @@
-"""The events of a parsed answer, which are the same for all APIs, and the message that they add up to."""
+"""The events of a parsed answer, which are the same for all APIs, and the message that they form."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ContentText:
 
 @dataclass(frozen=True, slots=True)
 class CallBegun:
-    """A tool call begins. Calls have the indexes 0, 1, ... `call_id` is empty until the model writes an id."""
+    """The beginning of tool call number `index`, counted from 0. `call_id` is empty until the model writes an id."""
 
     index: int
     name: str
@@ -29,7 +29,7 @@ class CallBegun:
 
 @dataclass(frozen=True, slots=True)
 class ArgumentText:
-    """A piece of the arguments of call `index`. All pieces of a call, joined, are JSON text."""
+    """A piece of the arguments of tool call number `index`. All pieces of a call together are JSON text."""
 
     index: int
     text: str
@@ -37,8 +37,7 @@ class ArgumentText:
 
 @dataclass(frozen=True, slots=True)
 class CallEnded:
-    """The end of call number `index`. `call_id` is the id that the model wrote before or after the arguments, or
-    empty."""
+    """The end of tool call number `index`. `call_id` is the id that the model wrote, or empty if it wrote none."""
 
     index: int
     call_id: str = ""

@@ -38,8 +38,8 @@ _ARGUMENTS: Final = {KEYS[0]: VALUES[0]}
 
 
 def derive_format(source: str, render: Render) -> ToolFormat:
-    """Returns the format of a model's answers. Renders the model's template `source` about twenty times with test
-    messages, and compares the texts."""
+    """Returns the format of a model's answers. Renders the chat template `source` about twenty times with test
+    messages, and compares the results."""
     known = next((form for form in KNOWN_FORMATS if all(mark in source for mark in form.marks)), KnownFormat(()))
     plain = Probe(render, _takes_text(Probe(render)))
     reasoning = known.reasoning or _derived_reasoning(plain) or _shown_reasoning(source, plain)
@@ -69,7 +69,7 @@ def _call_and_result(probe: Probe, call_id: str) -> tuple[Message, Message]:
 
 
 def _takes_text(probe: Probe) -> bool:
-    """Returns True if the template needs the arguments of calls as JSON text instead of objects."""
+    """Returns True if the template expects a tool call's arguments as JSON text, not as an object."""
     message = call_message([_ARGUMENTS], text_arguments=False)
     as_object = probe.text(message)
     if KEYS[0] in as_object and f"'{KEYS[0]}'" not in as_object:
@@ -110,7 +110,7 @@ def _shown_reasoning(source: str, probe: Probe) -> ReasoningTags | None:
 
 
 def _wrappers(probe: Probe) -> tuple[str, ...]:
-    """Returns the begin and end tags that the template puts around content, but not around calls, or no tags."""
+    """Returns the begin and end tags that the template puts only around content, or () if there are none."""
     before, has_content, behind = probe.content_text().partition(CONTENT)
     call = probe.text(call_message([_ARGUMENTS], text_arguments=probe.text_arguments))
     prompt = probe.text(prompt=True)

@@ -1,4 +1,4 @@
-"""Adapts messages to a chat template. Parts that the template cannot render become text."""
+"""Adapts messages to a chat template. Message parts that the template cannot render become text."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def template_messages(form: ToolFormat, messages: Sequence[Message], tools: Sequ
 
 
 def _with_ids(messages: Sequence[Message], length: int) -> list[Message]:
-    """Gives ids of `length` characters to calls and their results."""
+    """Gives tool calls and their results ids of `length` characters."""
     made: list[Message] = []
     waiting: list[tuple[str, str]] = []  # Ids and names of calls without results.
     calls = 0
@@ -90,7 +90,7 @@ def _shaped(form: ToolFormat, function: Message) -> Any:
 
 
 def _arguments(function: Message) -> Any:
-    """Parses arguments that are JSON text, because templates that iterate over keys need an object."""
+    """Returns arguments as an object even if they are JSON text, because some templates iterate over their keys."""
     given = function.get("arguments") or {}
     if not isinstance(given, str):
         return given
@@ -102,7 +102,7 @@ def _arguments(function: Message) -> Any:
 
 
 def _add_result(form: ToolFormat, adapted: list[dict[str, Any]], message: Message, names: Mapping[str, str]) -> None:
-    """Adds a tool's result. For a template without a tool role, adjacent results are joined to one user message."""
+    """Appends a tool's result. For a template without a tool role, joins adjacent results into one user message."""
     name = message.get("name") or names.get(str(message.get("tool_call_id", "")))
     named = {} if name is None else {"name": name}
     if form.takes_tool_role:

@@ -18,7 +18,7 @@ Sink = Callable[[str], None]
 
 
 def raw_value(source: TextSource, sink: Sink) -> Reading[None]:
-    """Passes the text of a JSON value to `sink` while the text arrives. The value ends at text that is not JSON."""
+    """Reads a JSON value, and passes its text to `sink` while it arrives. Stops at text that is not JSON."""
     first = yield from source.ahead()
     if first == '"':
         yield from _raw_string(source, sink)

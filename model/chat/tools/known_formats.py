@@ -1,4 +1,4 @@
-"""Formats for templates whose output does not reveal their format. Texts in the template identify the format."""
+"""Answer formats for chat templates whose output does not reveal the format. Texts in the template identify them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GENERIC_CALLS: Final = ObjectCalls(Frame(call_begin="<tool_call>", call_end="</t
 
 @dataclass(frozen=True, slots=True)
 class KnownFormat:
-    """The format of answers for templates with all texts in `marks`. Fields that are None or empty are unknown."""
+    """The answer format of templates that contain all texts in `marks`. Fields that are None or empty are unknown."""
 
     marks: tuple[str, ...]
     calls: Calls | None = None
@@ -175,7 +175,7 @@ SHOWN_CALLS: Final = (
     ),
     (("functools[",), ObjectCalls(Frame("functools"), is_list=True)),
 )
-"""Call formats that a template only explains in words. Such a template does not render the calls of messages."""
+"""Tool-call formats that a template only describes in words. Such a template does not render calls in messages."""
 
 KNOWN_REASONING: Final = (
     ReasoningTags("<think>", ("</think>",)),
@@ -186,4 +186,4 @@ KNOWN_REASONING: Final = (
     ReasoningTags("<thinking>", ("</thinking>",)),
     ReasoningTags("<reasoning>", ("</reasoning>",)),
 )
-"""Reasoning tags. If a template does not render reasoning, its source is searched for these tags."""
+"""Reasoning tags, which are searched for in the source of a template that does not render reasoning."""

@@ -1,4 +1,4 @@
-"""Readers of tool calls that begin with the tool's name, followed by a JSON object or by arguments between markers."""
+"""Readers of tool calls that begin with the tool's name, followed by a JSON object or by marked arguments."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _MAX_DEPTH: Final = 64
 
 
 class NotatedReader:
-    """Reads calls. An argument is emitted only when its value is complete."""
+    """Reads tool calls in a `Notation`. Emits an argument only when its value is complete."""
 
     def __init__(self, source: TextSource, sink: CallSink, calls: NotatedCalls) -> None:
         self._source = source
@@ -134,7 +134,7 @@ class NotatedReader:
 
 
 class _Elements:
-    """Converts a call's elements to JSON. An element that may be a string is text, even if it contains elements."""
+    """Converts a call's XML-like elements to JSON. An element that may be a string is text, whatever it contains."""
 
     def __init__(self, text: str, mark: str) -> None:
         self._text = text

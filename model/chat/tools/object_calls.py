@@ -25,17 +25,17 @@ class _Call:
 
 
 class ObjectReader:
-    """Reads JSON objects with the template's keys or other common keys, since models do not always follow templates."""
+    """Reads tool calls that are JSON objects. Accepts common keys besides the template's, since models may use them."""
 
     def __init__(self, source: TextSource, sink: CallSink, calls: ObjectCalls, *, is_bare: bool) -> None:
-        """`is_bare` means that no marker precedes the object. A bare object is a call only if it names a known tool."""
+        """Creates a reader. If `is_bare`, an object has no marker, and is a call only if it names a known tool."""
         self._source = source
         self._sink = sink
         self._calls = calls
         self._is_bare = is_bare
 
     def read(self) -> Reading[bool]:
-        """Reads a call or a list of calls. Returns False, and emits no event, if there is no call."""
+        """Reads a tool call or a list of tool calls. Returns False, and emits no event, if there is no call."""
         yield from self._source.skip_space()
         first = yield from self._source.ahead()
         if first == "[":

@@ -11,7 +11,7 @@ _MAX_HELD: Final = 64
 
 
 class TextRun:
-    """A run of text. White space at the end of the run is held back until more text or a marker follows."""
+    """A run of content or reasoning. Holds back white space at its end until more text or a marker follows."""
 
     def __init__(self, put: Callable[[AnswerEvent], None], event: Callable[[str], AnswerEvent]) -> None:
         self._put = put
@@ -36,7 +36,7 @@ class TextRun:
         return self._skips_space
 
     def cut(self) -> None:
-        """Drops the white space at the end of the text so far and at the beginning of the text that follows."""
+        """Drops white space at the end of the text so far and at the beginning of the next text."""
         self._held = ""
         self._skips_space = True
 

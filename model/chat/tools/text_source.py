@@ -1,4 +1,4 @@
-"""Text that arrives in pieces, and generators that read it and wait for more. Results do not depend on the pieces."""
+"""Text that arrives in pieces, and generators that parse it and wait for more. Results do not depend on the pieces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SPACE: Final = re.compile(r"\s+")
 
 
 class Markers:
-    """Texts to search for. The leftmost match is found, or the longest of several matches at the same place."""
+    """Texts to search for. A search finds the leftmost match and, among matches at the same position, the longest."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = tuple(sorted({text for text in texts if text}, key=len, reverse=True))
@@ -25,7 +25,7 @@ class Markers:
         return (found.start(), found.end()) if found else (len(text), len(text))
 
     def cut_at(self, text: str, start: int) -> int:
-        """Returns the position where an incomplete marker may begin, or the end of the text."""
+        """Returns the position in `text` where an incomplete marker may begin, or else the length of `text`."""
         for place in range(max(start, len(text) - self._longest + 1), len(text)):
             rest = text[place:]
             if any(len(marker) > len(rest) and marker.startswith(rest) for marker in self._texts):
@@ -99,7 +99,7 @@ class TextSource:
             yield
 
     def until(self, markers: Markers, sink: Callable[[str], None]) -> Reading[str]:
-        """Passes the text before the next marker to `sink`. Consumes the marker and returns it, or "" at the end."""
+        """Passes the text before the next marker to `sink`. Returns and consumes the marker, or "" at the end."""
         while True:
             begin, end = markers.find(self._text, self._at)
             cut = len(self._text) if self._is_ended else markers.cut_at(self._text, self._at)
@@ -112,7 +112,7 @@ class TextSource:
             yield
 
     def word(self, markers: Markers, most: int) -> Reading[str | None]:
-        """Consumes and returns the text before the next marker or the end, or returns None beyond `most` characters."""
+        """Consumes and returns the text before the next marker or the end. Returns None beyond `most` characters."""
         while True:
             begin, end = markers.find(self._text, self._at)
             cut = len(self._text) if self._is_ended else markers.cut_at(self._text, self._at)

@@ -1,4 +1,4 @@
-"""The format of a model's reasoning and tool calls. Parser, grammar and template probe use it as data."""
+"""The format of a model's reasoning and tool calls, which the parser, the grammar and the template probe use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BETWEEN_TAGS: Final = re.compile(r"\n|(?<=[>`])(?=<)")
 
 @dataclass(frozen=True, slots=True)
 class ReasoningTags:
-    """The tags around reasoning. Any tag in `ends` ends the reasoning. `ends[0]` is the usual tag."""
+    """The tags around reasoning. Any of `ends` ends the reasoning. `ends[0]` is the usual end tag."""
 
     begin: str
     ends: tuple[str, ...]
@@ -25,7 +25,7 @@ class ReasoningTags:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Texts around calls. `section_begin` and `section_end` enclose all calls, and `call_begin` and `call_end` enclose
+    """Texts around tool calls. `section_begin` and `section_end` enclose all calls, and `call_begin` and `call_end`
     each call. The texts have no white space at their ends and may be empty. `call_begin` may have several lines."""
 
     section_begin: str = ""
@@ -40,7 +40,7 @@ class Frame:
 
     @property
     def triggers(self) -> tuple[str, ...]:
-        """The texts at which calls may begin."""
+        """The texts at which tool calls may begin."""
         lines = self.lines  # Models may skip lines, so later tags such as `<call>` are triggers too.
         return tuple(line for place, line in enumerate(lines) if place == 0 or line[0] in "<[]")
 
@@ -52,7 +52,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class ObjectCalls:
-    """Calls that are JSON objects, single or in a list. If the frame has no markers, the answer begins with calls."""
+    """Calls that are JSON objects, single or in a list. If the frame has no markers, the answer begins with a call."""
 
     frame: Frame
     name_key: str = "name"
@@ -65,7 +65,7 @@ class ObjectCalls:
 
 @dataclass(frozen=True, slots=True)
 class NamedCalls:
-    """Calls of the form NAME id_begin ID name_end ARGUMENTS. ARGUMENTS is a JSON object."""
+    """Tool calls of the form NAME id_begin ID name_end ARGUMENTS. ARGUMENTS is a JSON object."""
 
     frame: Frame
     name_end: str = ""
@@ -75,8 +75,8 @@ class NamedCalls:
 
 @dataclass(frozen=True, slots=True)
 class TaggedCalls:
-    """Calls with markers around each key and value of the arguments, such as <parameter=city>Rome</parameter>. If
-    `value_begin` is set, an attribute precedes it, which is `string_attribute` for strings."""
+    """Tool calls with markers around each key and value, such as <parameter=city>Rome</parameter>. If `value_begin` is
+    set, an attribute stands between `key_end` and `value_begin`. The attribute of strings is `string_attribute`."""
 
     frame: Frame
     name_end: str
@@ -98,7 +98,7 @@ class Notation(Enum):
 
 @dataclass(frozen=True, slots=True)
 class NotatedCalls:
-    """Calls in a `Notation`. `mark` is the string delimiter of GEMMA, or the text before each tag of ELEMENTS."""
+    """Tool calls in a `Notation`. `mark` is the string delimiter of GEMMA, or the text before each tag of ELEMENTS."""
 
     frame: Frame
     notation: Notation
@@ -107,8 +107,8 @@ class NotatedCalls:
 
 @dataclass(frozen=True, slots=True)
 class ChannelCalls:
-    """An answer that consists of messages with headers. Regular expressions find a tool's name (`recipient`), reasoning
-    (`reasoning`) and other recipients (`ignored`) in a header."""
+    """The format of answers that consist of messages with headers. Regular expressions find a tool's name
+    (`recipient`), reasoning (`reasoning`) and other recipients (`ignored`) in a header."""
 
     message_begin: str  # Text before a header. A generation prompt ends with this text.
     header_end: str

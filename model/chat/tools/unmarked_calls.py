@@ -1,4 +1,4 @@
-"""Reads answers that consist of calls without the format's markers. They are JSON objects, perhaps in a code fence."""
+"""Parses answers that consist of tool calls without markers. They are JSON objects, perhaps in a code fence."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _TYPES: Final = ("function",)
 
 
 class _NoCallError(Exception):
-    """The text that has arrived cannot be a call."""
+    """The text so far cannot be a tool call."""
 
 
 class UnmarkedReader:
-    """Reads an answer that may consist of calls without markers. Holds text back only while calls are possible."""
+    """Parses an answer that may be tool calls without markers. Holds back text only while calls are possible."""
 
     def __init__(self, source: TextSource, tools: Tools, calls: Calls | None, dropped: Iterable[str]) -> None:
-        """Reads JSON objects with the keys of `calls`, or `name` and `arguments`. Markers in `dropped` may follow."""
+        """Accepts JSON objects with `name` and `arguments`, or the keys in `calls`. Markers in `dropped` may follow."""
         self._source = source
         self._tools = tools
         form = calls if isinstance(calls, ObjectCalls) else None
@@ -37,7 +37,7 @@ class UnmarkedReader:
         self._dropped = tuple(dropped)
 
     def read(self) -> Reading[list[ToolCall]]:
-        """Returns the calls if the answer consists of calls. Otherwise, puts the text back and returns no calls."""
+        """Returns the tool calls if the answer consists of them. Otherwise, gives the text back and returns []."""
         self._source.record()
         try:
             calls = yield from self._whole()

@@ -1,4 +1,4 @@
-"""The rules by which an encoder family prepares an image: sizes, tiles, and the text in the prompt."""
+"""The rules by which a family of encoders prepares an image: sizes, tiles, and the text in the prompt."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class TileRows:
-    """A range of the embeddings that the encoder makes from tile number `tile`, line by line."""
+    """A range of the embeddings of tile number `tile`, in row-major order."""
 
     tile: int
     start: int
@@ -51,8 +51,8 @@ class TileRows:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The grid of tiles that an image was cut into. `columns` and `rows` are numbers of tiles, or 0 if the image is not
-    cut. `tiles` has, for each tile, the columns and lines of embeddings that the encoder makes from it."""
+    """The grid of tiles into which an image was cut. `columns` and `rows` are numbers of tiles, or 0 if the image is
+    not cut. `tiles` has the numbers of columns and rows of each tile's embeddings."""
 
     tiles: Sequence[tuple[int, int]]
     columns: int
@@ -73,7 +73,7 @@ class Grid:
 
 
 Piece = str | TileRows
-"""Part of an image's prompt: embeddings of a tile, or a text that may spell special tokens, such as "<image>"."""
+"""A part of an image's prompt: embeddings of a tile, or text, which may contain special tokens such as "<image>"."""
 Complete = Callable[[ImageSettings, "ImageNumbers"], ImageSettings]
 CutRule = Callable[[Size, ImageSettings], Cut]
 Layout = Callable[[Grid], Iterator[Piece]]
@@ -83,8 +83,8 @@ Layout = Callable[[Grid], Iterator[Piece]]
 class ImageFamily:
     """The rules of an encoder family.
 
-    complete: adds the family's numbers to settings: the numbers in the projector's file, or defaults.
-    cut: returns the tiles of an image of a given size. Raises ImageError if the family does not support its shape.
+    complete: adds the family's numbers to settings. The numbers come from the projector's file or are defaults.
+    cut: returns the tiles of an image of a given size. Raises ImageError if the family does not support the shape.
     layout: yields the text and the rows of an image in a prompt."""
 
     complete: Complete

@@ -11,7 +11,7 @@ def _square(_: Size, settings: ImageSettings) -> Size:
 
 
 def _largest(size: Size, settings: ImageSettings) -> Size:
-    """Returns the largest size within the pixel limit that keeps the aspect. Sides are multiples of `settings.side`."""
+    """Returns the largest size with the same aspect ratio within the pixel limit, in multiples of `settings.side`."""
     width, height = size
     side = settings.side
     factor = sqrt(settings.max_pixels / (height * width))

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def tiled(settings: ImageSettings, numbers: ImageNumbers, side: int, tiles: tuple[int, int]) -> ImageSettings:
-    """Returns the settings with a tile's side and the file's limits of the number of tiles (by default `tiles`)."""
+    """Returns the settings with the tile side and the file's limits on the number of tiles (by default `tiles`)."""
     least, most = numbers.min_tiles or tiles[0], numbers.max_tiles or tiles[1]
     return replace(settings, image_size=side, min_tiles=min(least, most), max_tiles=most)
 
 
 def closest_grid(size: Size, settings: ImageSettings) -> tuple[int, int]:
-    """Returns the grid whose aspect is closest to the image's."""
+    """Returns the grid of tiles whose aspect ratio is closest to the image's."""
     width, height = size
     aspect, best, least = width / height, (1, 1), float("inf")
     for columns, rows in grids(settings.min_tiles, settings.max_tiles):

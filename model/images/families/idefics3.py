@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _TILES_A_SIDE = 4
 _MAX_EDGE = 4096
-"""The maximum edge to which the implementation in transformers resizes."""
+"""The maximum edge in pixels to which transformers resizes."""
 _FAKE = "<fake_token_around_image>"
 
 

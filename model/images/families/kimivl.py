@@ -7,7 +7,7 @@ from llamaclust.model.images.families.rounding import up
 from llamaclust.model.images.settings import ImageError, ImageSettings
 
 _MAX_POSITIONS = 512
-"""The number of positions on each side for which the encoder has RoPE frequencies."""
+"""The number of patches on each side for which the encoder has RoPE frequencies."""
 
 
 def _cut(size: Size, settings: ImageSettings) -> Cut:
@@ -25,7 +25,7 @@ def _resized(size: Size, settings: ImageSettings) -> Size:
         width, height = max(int(width * scale), 1), max(int(height * scale), 1)
     if max(_padded((width, height), settings)) // patch >= _MAX_POSITIONS:
         what = f"the limit of a side is {_MAX_POSITIONS * patch - 1}"
-        raise ImageError(f"it has {size[0]} x {size[1]} pixels: {what}; send a smaller image, or a part of it")
+        raise ImageError(f"the image has {size[0]} x {size[1]} pixels: {what}; send a smaller image, or a part of it")
     return width, height
 
 

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 _TILES = (2, 10)
 _TILE = 512
 _TOLERANCE = 2.0
-"""An image is cut into tiles only if it has more than `max_pixels` times this factor."""
+"""An image is cut into tiles if it has more than `max_pixels` times this factor."""
 
 
 def _complete(settings: ImageSettings, numbers: ImageNumbers) -> ImageSettings:
-    """Adds the side of a tile, which files do not have. A tile has at most `max_pixels`, like an uncut image."""
+    """Adds a tile's side, which files do not state. A tile has at most `max_pixels`, like an uncut image."""
     side = isqrt(numbers.max_pixels) // settings.side * settings.side
     return tiled(free(settings, numbers), numbers, min(side, _TILE), _TILES)
 

@@ -32,7 +32,7 @@ def _cut(size: Size, settings: ImageSettings) -> Cut:
 
 
 def _grid(size: Size, tile: int, most: int) -> tuple[int, int]:
-    """Returns the grid that enlarges the image least, or the grid that reduces it least if all grids reduce it."""
+    """Returns the grid that enlarges the image least or, if all grids shrink it, the grid that shrinks it least."""
     every = grids(1, most)
     scales = {grid: min(_single(grid[0] * tile / size[0]), _single(grid[1] * tile / size[1])) for grid in every}
     larger = [scale for scale in scales.values() if scale >= 1]
@@ -41,7 +41,7 @@ def _grid(size: Size, tile: int, most: int) -> tuple[int, int]:
 
 
 def _resized(size: Size, canvas: Size, tile: int) -> Size:
-    """Returns a size that fits into the canvas. The image is enlarged only up to a tile's side."""
+    """Returns the size of the image in the canvas. The image is enlarged at most to a tile's side."""
     targets = [min(max(length, tile), most) for length, most in zip(size, canvas, strict=True)]
     are_single = [most < max(length, tile) for length, most in zip(size, canvas, strict=True)]
     wide, tall = (

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _complete(settings: ImageSettings, numbers: ImageNumbers) -> ImageSettings:
-    """Limits the longest edge to the image size, because the encoder has no RoPE for larger images."""
+    """Limits the longest edge to the file's image size, because the encoder has no RoPE for larger images."""
     return replace(settings, longest_edge=min(numbers.longest_edge or numbers.image_size, numbers.image_size))
 
 

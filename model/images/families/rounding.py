@@ -1,4 +1,4 @@
-"""Rounds an image's size to whole squares of pixels, and nearly keeps the aspect. A square becomes one embedding."""
+"""Rounds an image's size to multiples of a merge group's side, and nearly keeps the aspect ratio."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def smart_resized(size: Size, settings: ImageSettings) -> Size:
     width, height = size
     if max(size) / min(size) > _MAX_ASPECT:
         what = f"the longer side is more than {_MAX_ASPECT} times the shorter side"
-        raise ImageError(f"it has {width} x {height} pixels: {what}; send a part of the image")
+        raise ImageError(f"the image has {width} x {height} pixels: {what}; send a part of the image")
     side = settings.side
     rounded = (round(width / side) * side, round(height / side) * side)
     return within(size, rounded, settings)
 
 
 def within(size: Size, rounded: Size, settings: ImageSettings) -> Size:
-    """Returns `rounded`, or a size with the aspect of `size` if the pixels of `rounded` are outside the limits."""
+    """Returns `rounded` if its pixel count is allowed, and otherwise a size with the aspect ratio of `size`."""
     width, height = size
     side = settings.side
     if rounded[0] * rounded[1] > settings.max_pixels:

@@ -23,7 +23,7 @@ from llamaclust.tools.evaluate.logits_file import LogitsShape, writing
 from llamaclust.tools.progress import silent
 from llamaclust.tools.quantize.mixes import MIXES
 from llamaclust.tools.quantize.quantize import plan_quantizing, write_quantized
-from llamaclust.tools.quantize.type_choice import Wishes
+from llamaclust.tools.quantize.type_choice import MixChoice
 from llamaclust.tools.split import SplitRules, plan_split, write_parts
 from support.models.tiny_model import build_tiny_model
 
@@ -135,7 +135,7 @@ def _split(model: Path, out: Path) -> None:
 
 
 def _quantize(model: Path, out: Path) -> None:
-    job = plan_quantizing(open_model(model), Wishes(MIXES["Q8_0"]), None, allow_requantize=True)
+    job = plan_quantizing(open_model(model), MixChoice(MIXES["Q8_0"]), None, allow_requantize=True)
     write_quantized(job, out, 1, False, lambda *_: None)
 
 

@@ -75,10 +75,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "five dimensions": (gguf([], [tensor("x", [1] * 5)], bytes(64)), "found 5"),
     "zero dimension": (
         gguf([], [tensor("x", [4, 0])], bytes(64)),
-        r"shape \[4, 0\] has a 0 or more than 281474976710656 elements",
+        r"shape \[4, 0\] contains 0, or has more than 281474976710656 elements",
     ),
-    "huge dimension": (gguf([], [tensor("x", [HUGE])], bytes(64)), "shape .* has a 0 or more than"),
-    "product wraps to zero": (gguf([], [tensor("x", [1 << 32, 1 << 32])], bytes(64)), "shape .* has a 0 or more than"),
+    "huge dimension": (gguf([], [tensor("x", [HUGE])], bytes(64)), "shape .* contains 0, or has more than"),
+    "product wraps to zero": (gguf([], [tensor("x", [1 << 32, 1 << 32])], bytes(64)), "shape .* contains 0, or has"),
     "quant type": (gguf([], [tensor("x", [32], 4)], bytes(64)), "'x' .*unknown quant type 4"),
     "part of a block": (
         gguf([], [tensor("x", [33], Q4_0)], bytes(64)),

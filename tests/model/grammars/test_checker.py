@@ -305,7 +305,7 @@ def test_the_preparation_of_a_large_vocabulary_is_no_part_of_a_check(words: int)
 def test_a_check_that_is_late_says_nothing_about_the_grammar() -> None:
     checker = GrammarChecker(load_tokenizer(byte_level(330)), CheckLimits(wall_s=0.0))
     try:
-        with pytest.raises(DeadlineError, match="did not end within 0 s; try again"):
+        with pytest.raises(DeadlineError, match="did not reply within 0 s; try again"):
             refusal(checker, definitions.of_object("o"))
     finally:
         checker.close()

@@ -162,7 +162,7 @@ def test_an_answer_ends_where_its_grammar_does(vocabulary: GrammarVocabulary) ->
 def test_tokens_that_break_the_grammar_are_an_error(vocabulary: GrammarVocabulary) -> None:
     matcher = GrammarMatcher(definitions.of_choice(["a"], "guided_choice"), vocabulary)
     wrong = vocabulary.words.index(b"b")
-    with pytest.raises(RequestError, match=f"token {wrong} breaks the grammar"):
+    with pytest.raises(RequestError, match=f"the grammar does not allow token {wrong}"):
         matcher.take([wrong])
 
 

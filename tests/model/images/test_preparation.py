@@ -169,7 +169,7 @@ async def test_a_picture_of_too_many_bytes_or_pixels_is_refused_with_the_numbers
         for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP"):
             small = encoded(Image.new("1" if name == "BMP" else "RGB", (101, 100)), name)
             with pytest.raises(
-                RequestError, match=r"refused: it has 101 x 100 = 10100 pixels; the limit is 10000: send"
+                RequestError, match=r"refused: the image has 101 x 100 = 10100 pixels; the limit is 10000: send"
             ):
                 await preparation.prepare(small, SAME)
 
@@ -190,7 +190,7 @@ async def test_a_picture_that_takes_long_is_ended_holds_up_no_other_and_its_chil
         await until(lambda: preparation._preparers[0].child.load == 1)
         assert not (await one_tile(preparation, BLACK)).any()
         assert not late.done()
-        with pytest.raises(RequestError, match=r"refused: it exceeded its CPU time limit; the limit is 1 s"):
+        with pytest.raises(RequestError, match=r"process exceeded its CPU time limit; the limit is 1 s"):
             await late
         assert [preparer.child.pid is None for preparer in preparation._preparers] == [True, False, True]
         assert not (await one_tile(preparation, BLACK)).any()
@@ -199,7 +199,7 @@ async def test_a_picture_that_takes_long_is_ended_holds_up_no_other_and_its_chil
 async def test_the_deadline_is_the_parents() -> None:
     limits = ImageLimits(wall_s=0.3, wait_s=250.0, start_s=120.0)
     async with ImagePreparation(limits) as preparation:
-        with pytest.raises(DeadlineError, match=r"did not end within 0\.3 s; try again"):
+        with pytest.raises(DeadlineError, match=r"did not reply within 0\.3 s; try again"):
             await preparation.prepare(jpeg_with_scans(3000), SAME)
         assert preparation._preparers[0].child.pid is None
 
@@ -255,11 +255,11 @@ WHOLE = b'"columns": 0, "rows": 0'
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        (b"[", "its reply has more than 65536 bytes"),
-        (b"[" * 60000 + b"\n", "its reply cannot be decoded"),
-        (b'[{"sizes": [[28, 28]], %s}, 100000000]\n0' % WHOLE, "its reply has more than 4704 bytes"),
-        (b'[{"sizes": [[28, 28]], %s}, 3]\nabc\n' % WHOLE, "a damaged reply"),
-        (b'{"sizes": [[Infinity, 28]], %s}\n' % WHOLE, "a damaged reply"),
+        (b"[", "reply has more than 65536 bytes"),
+        (b"[" * 60000 + b"\n", "reply cannot be decoded"),
+        (b'[{"sizes": [[28, 28]], %s}, 100000000]\n0' % WHOLE, "reply has more than 4704 bytes"),
+        (b'[{"sizes": [[28, 28]], %s}, 3]\nabc\n' % WHOLE, "an invalid reply"),
+        (b'{"sizes": [[Infinity, 28]], %s}\n' % WHOLE, "an invalid reply"),
         (b'{"error": "%s"}\n' % (b"a" * 60000), "a{300}$"),
     ],
 )

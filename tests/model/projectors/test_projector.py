@@ -91,14 +91,14 @@ def test_up_and_down_may_be_exchanged(tmp_path: Path) -> None:
         ("gemma3", {"has_vision_encoder": False}, "", "has no image encoder"),
         ("gemma3", {"use_silu": True}, "", "use_gelu and use_silu are both true"),
         ("gemma3", {"vision.attention.head_count": 5}, "", "5 heads do not divide a width of 64"),
-        ("pixtral", {"vision.attention.head_count": 32}, "", "into parts of 4 n channels"),
+        ("pixtral", {"vision.attention.head_count": 32}, "", "into multiples of 4 channels"),
         ("gemma3", {"vision.image_size": 40}, "", "image_size': expected a multiple of 16"),
         ("gemma3", {"vision.image_size": 48}, "", "v.position_embd.weight: expected shape [64, 144], found [64, 64]"),
         (
             "gemma3",
             {"vision.image_std": np.array([0, 1, 1], np.float32)},
             "",
-            "expected three numbers of 0.001 to 10, found 0, 1, 1",
+            "expected three numbers from 0.001 to 10, found 0, 1, 1",
         ),
         (
             "gemma3",

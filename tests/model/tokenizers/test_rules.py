@@ -150,7 +150,7 @@ def test_unknown_token_ids_are_refused() -> None:
         ({}, "the file has no tokenizer"),
         ({"tokenizer.ggml.model": "rwkv"}, "a tokenizer of kind 'rwkv'; supported kinds are llama, gpt2, t5, bert"),
         (bpe(pre="martian"), "unknown pre-tokenizer 'martian'"),
-        (bpe(tokens=["a", "b", "a"], token_type=None), "'a' occurs twice"),
+        (bpe(tokens=["a", "b", "a"], token_type=None), "tokens 0 and 2 are both 'a'"),
         (bpe(tokens=[]), "tokens is empty"),
         (bpe(tokens="abc"), "not an array of text"),
         (bpe(tokens=[1, 2]), "not an array of text"),

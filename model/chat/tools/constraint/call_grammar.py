@@ -41,7 +41,7 @@ class CallStart(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CallGrammar:
-    """A Lark grammar of tool calls. It applies from the first of `triggers` or, without them, to the whole answer."""
+    """A Lark grammar of tool calls. It applies from the first text in `triggers`, or always if there are none."""
 
     lark: str
     triggers: tuple[str, ...] = ()
@@ -50,7 +50,7 @@ class CallGrammar:
 def call_grammar(
     form: ToolFormat, tools: Tools, split: Split, start: CallStart, *, is_parallel: bool
 ) -> CallGrammar | None:
-    """Returns the grammar, or None if calls cannot begin at `start`. `tools` has schemas from `arguments_schema`."""
+    """Returns the grammar, or None if no call may begin at `start`. `tools` has schemas from `arguments_schema`."""
     rules = LarkRules(split)
     calls = form.calls
     if calls is None or not tools:
@@ -124,7 +124,7 @@ def _object(rules: LarkRules, calls: ObjectCalls, name: str, schema: Schema) -> 
 
 
 def _json_parts(text: str) -> str:
-    """Splits JSON text into terminals like those that llguidance makes for JSON schemas."""
+    # The terminals are like those that llguidance makes for JSON schemas.
     return joined(*map(quoted, _JSON_PART.findall(text)))
 
 

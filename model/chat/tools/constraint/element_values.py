@@ -15,11 +15,11 @@ _TAG: Final = re.compile(r"[^/<>\s][^<>]*")
 
 
 class _FreeValue(Exception):
-    """The schema allows any value, so a value may contain its own closing tag."""
+    """Signals that a schema allows any value, even text that contains the closing tag of the value's own element."""
 
 
 class ElementValues:
-    """Builds rules for a call's arguments in elements such as <city>Rome</city>. The text `mark` precedes each tag."""
+    """Builds grammar rules for arguments in elements such as <city>Rome</city>. The text `mark` precedes each tag."""
 
     def __init__(self, rules: LarkRules, mark: str) -> None:
         self._rules = rules

@@ -30,15 +30,15 @@ class InlineValues(ABC):
     @property
     @abstractmethod
     def any_key(self) -> str:
-        """The rule for any key of an object and the separator after the key."""
+        """The grammar rule for any object key and the separator after it."""
 
     @abstractmethod
     def key(self, key: str) -> str:
-        """Returns the rule for a key and the separator after it. Returns "" if the notation cannot write the key."""
+        """Returns the grammar rule for a key and the separator after it, or "" if the notation cannot write the key."""
 
     @abstractmethod
     def constant(self, value: Any) -> str:
-        """Returns the rule for a string, a number, a Boolean or null."""
+        """Returns the grammar rule for a string, a number, a Boolean or null."""
 
     def any_value(self) -> str:
         if not self._any:
@@ -106,7 +106,7 @@ class InlineValues(ABC):
 
 
 class PythonValues(InlineValues):
-    """Values such as "text" or 'text', 1, True, None, ["text"], {"key": 1}, and JSON's true, false and null."""
+    """Values in Python's notation: "text", 'text', 1, True, None, ["text"], {"key": 1}, or JSON's true, false, null."""
 
     @property
     def text(self) -> str:
@@ -144,7 +144,7 @@ class PythonArguments(PythonValues):
 
 
 class GemmaValues(InlineValues):
-    """Values such as <|"|>text<|"|>, 1, true, null, [1,2] and {key:1}. Gemma's template sorts the keys of objects."""
+    """Values in Gemma's notation: <|"|>text<|"|>, 1, true, null, [1,2], {key:1}. Gemma's template sorts object keys."""
 
     def __init__(self, rules: LarkRules, mark: str) -> None:
         super().__init__(rules)

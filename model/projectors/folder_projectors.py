@@ -19,9 +19,9 @@ _MOST_SHOWN = 4
 
 
 @dataclass(frozen=True, slots=True)
-class ProjectorsBeside:
+class FolderProjectors:
     """The projectors in a model file's folder. `fitting` has those that fit the model, and `problems` says why others
-    do not fit."""
+    do not."""
 
     fitting: tuple[Projector, ...]
     problems: tuple[str, ...]
@@ -32,7 +32,7 @@ class ProjectorsBeside:
 
     @property
     def unused(self) -> str | None:
-        """The reason why no projector is used. None if a projector is used, or if the folder has none."""
+        """The reason why no projector is used. None if one is used, or if the folder has none."""
         if len(self.fitting) > 1:
             names = [shown(projector.file.path.name) for projector in self.fitting]
             more = ", ..." if len(names) > _MOST_SHOWN else ""
@@ -45,8 +45,8 @@ def is_named_projector(path: PurePath) -> bool:
     return path.name.lower().startswith(_PREFIX)
 
 
-def projectors_beside(model: Path, check: Callable[[Projector], None]) -> ProjectorsBeside:
-    """Opens the projectors in a model's folder. `check` must raise ModelFileError if one does not fit the model."""
+def projectors_beside(model: Path, check: Callable[[Projector], None]) -> FolderProjectors:
+    """Opens the projectors in a model's folder. `check` must raise ModelFileError for a projector that does not fit."""
     fitting, problems = [], []
     for path in _files(model):
         try:
@@ -57,7 +57,7 @@ def projectors_beside(model: Path, check: Callable[[Projector], None]) -> Projec
             fitting.append(projector)
         except ModelFileError as error:
             problems.append(str(error))
-    return ProjectorsBeside(tuple(fitting), () if _has_other_models(model) else tuple(problems))
+    return FolderProjectors(tuple(fitting), () if _has_other_models(model) else tuple(problems))
 
 
 def _files(model: Path) -> list[Path]:

@@ -9,7 +9,7 @@ import pytest
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.adapters import read_adapter
 from llamaclust.model.loader import Model
-from llamaclust.model.projectors.beside import projectors_beside
+from llamaclust.model.projectors.folder_projectors import projectors_beside
 from llamaclust.model.projectors.projector import open_projector
 from support.models.tiny_adapter import build_adapter
 from support.models.tiny_encoders import build_encoder

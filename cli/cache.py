@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def list_layers(as_json: Json = False) -> None:
     """List the packed weights of each model, the weights fetched from other workers, KV memory on disk and GPU kernels.
 
-    A part of a model is a layer, the embedding or the output matrix."""
+    A model's packed weights have several parts: each layer, the embedding and the output matrix."""
     from llamaclust.core.disk_cache.files import TEMPORARY
     from llamaclust.model.weights.cache import UNFINISHED, WHOLE
 

@@ -44,7 +44,7 @@ def chaos(
     ] = False,
     kill_joined: Annotated[
         bool,
-        Option("--kill-joined", help="Also kill workers that joined by themselves; another program must restart them."),
+        Option("--kill-joined", help="Also kill `llamaclust worker` processes; another program must restart them."),
     ] = False,
     yes: Annotated[bool, Option("--yes", "-y", help="Run even if other clients have active requests.")] = False,
     cluster: Cluster = None,

@@ -19,7 +19,7 @@ def cluster_source(
     source: str | None, workers: int | None, overrides: Sequence[str], *, discover: bool = False
 ) -> tuple[Path | None, list[str]]:
     """Returns the path of the cluster file (None without a file) and KEY=VALUE overrides. Raises UsageError if a model
-    is neither a file nor a known name, and if --workers is given with a cluster file."""
+    is neither a file nor a known name, or if --workers is given with a cluster file."""
     if source is not None and not _is_model(source):
         if workers is not None:
             raise UsageError(

@@ -292,13 +292,13 @@ class Target:
     draft: str | None = None  # Draft model for speculative decoding with `model`.
     mtp: bool = False  # True if the MTP head of `model` drafts tokens.
     reads_images: bool = False  # True if prompts for `model` may contain images.
-    mmproj: str | None = None  # Projector of `model`. None selects the only projector in the model's folder.
+    mmproj: str | None = None  # Projector of `model`. None: the projector in the model's folder, if only one fits.
 
-    def check_drafts(self, most: int | None) -> None:
-        """Raises UsageError if --model-draft or --mtp is given although `most` is 0 or False, which forbids drafts."""
+    def check_drafts(self, speculative: int | None) -> None:
+        """Raises UsageError if --model-draft or --mtp is given, but `speculative` (0 or False) forbids drafts."""
         given = [option for option, value in (("--model-draft", self.draft), ("--mtp", self.mtp)) if value]
-        if given and most is not None and not most:
-            none = "--speculative off" if most is False else "--draft-max 0"
+        if given and speculative is not None and not speculative:
+            none = "--speculative off" if speculative is False else "--draft-max 0"
             raise UsageError(f"{given[0]} adds drafts, but {none} forbids drafts: give one of them")
 
     def open(self) -> TextClient:
@@ -383,7 +383,7 @@ class Target:
 
 
 def connect(endpoint: str, api_key_file: Path | None, ca_file: Path | None = None, model: str | None = None) -> Client:
-    """Returns a client that uses the first key of `api_key_file`, if given. Raises UsageError if there is no key."""
+    """Returns a client that uses the first key in `api_key_file`, if given. Raises UsageError if the file has none."""
     from llamaclust.cluster.client.http import Client
     from llamaclust.cluster.state.api_keys import first_key
 

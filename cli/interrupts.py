@@ -21,8 +21,8 @@ _FIRST_PROCESS = 1
 
 
 def unhandled() -> Callable[[int, FrameType | None], None] | signal.Handlers:
-    """Returns the default handler, with which a signal ends this process."""
-    # The kernel drops every signal that the first process of a container does not handle.
+    """Returns a signal handler that ends this process, as signals do by default."""
+    # SIG_DFL does not suffice in the first process of a container: the kernel drops signals without a handler.
     return _end_by_signal if os.getpid() == _FIRST_PROCESS else signal.SIG_DFL
 
 
@@ -31,7 +31,7 @@ def _end_by_signal(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def obey_signals() -> None:
-    """Lets SIGTERM and SIGHUP end this process if it is the first process in a container."""
+    """Lets SIGTERM and SIGHUP end this process, even if it is the first process in a container."""
     for number in (signal.SIGTERM, signal.SIGHUP) if os.getpid() == _FIRST_PROCESS else ():
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end_by_signal)
@@ -65,7 +65,7 @@ Held = Callable[[], AbstractContextManager[None]]
 
 @contextmanager
 def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Calls `handle` for the first of the given signals, and ignores later signals."""
+    """Calls `handle` for the signal that arrives first, and ignores later signals."""
     handled = [number for number in numbers if signal.getsignal(number) is unhandled()]
     received: list[int] = []
     usual_hook = sys.unraisablehook
@@ -99,7 +99,7 @@ def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameTy
 
 @contextmanager
 def exits_on_signals(*numbers: signal.Signals) -> Iterator[Held]:
-    """Turns the first of the given signals into SystemExit, so that cleanup runs. The exit code is 128 plus the
+    """Turns the signal that arrives first into SystemExit, so that cleanup runs. The exit code is 128 plus the
     signal's number, as in a shell. Yields a `Held` for code that must not be interrupted."""
     holds = False
     received: list[int] = []
@@ -126,7 +126,7 @@ def exits_on_signals(*numbers: signal.Signals) -> Iterator[Held]:
 
 @contextmanager
 def signals_as_interrupts(*numbers: signal.Signals) -> Iterator[None]:
-    """Handles the first of the given signals like Ctrl-C, so that cleanup runs. The process then ends with 128 plus the
+    """Treats the signal that arrives first as Ctrl-C, so that cleanup runs. The process then ends with 128 plus the
     signal's number, as in a shell."""
     received: list[int] = []
 

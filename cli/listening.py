@@ -41,8 +41,8 @@ def _own_names() -> list[str]:
 
 
 def lan_key(path: Path) -> str:
-    """Returns the API key named `lan`, or a text that tells where to find a key. Adds this key to a file without
-    keys."""
+    """Returns the API key named `lan`, or a text that tells where to find a key. If the file has no keys, first
+    adds the keys `owner` and `lan`."""
     # The first key of a file has more permissions than the others, so it must not be `lan`.
     keys = named_keys(path) or [add_key(path, name) for name in (_OWNER, _KEY_NAME)]
     own = next((each for each in keys if each.name == _KEY_NAME), None)

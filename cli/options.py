@@ -28,7 +28,7 @@ BadUsage: type[Any] = BadParameter.__mro__[1]
 
 
 class PlainCommand(TyperCommand):
-    """A command whose help shows no values for flags and no types for arguments."""
+    """A command whose help shows neither types of arguments nor metavars of flags."""
 
     def get_params(self, ctx: Any) -> Any:
         return _without_types(super().get_params(ctx))
@@ -147,7 +147,7 @@ Mmproj = Annotated[
         "--mmproj",
         "-mm",
         metavar="FILE",
-        help="A vision model's projector, or 'off' to ignore images. Default: the only projector next to the model.",
+        help="A vision model's projector, or 'off' for none. Default: the file next to the model, if only one fits.",
     ),
 ]
 Overrides = Annotated[
@@ -174,7 +174,7 @@ ModelDraft = Annotated[
         help="Small model that drafts tokens for --model, with the same vocabulary.",
     ),
 ]
-Mtp = Annotated[bool, Option("--mtp", help="Draft tokens with the multi-token prediction head of --model.")]
+Mtp = Annotated[bool, Option("--mtp", help="Generate drafts with the multi-token prediction head of --model.")]
 Workers = Annotated[
     int, Option("--workers", min=1, max=64, metavar="K", help="Split the model over K local processes.")
 ]

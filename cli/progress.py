@@ -84,7 +84,7 @@ def shown_progress(counts_bytes: bool = True) -> Iterator[ShowProgress]:
 
 
 class ProgressLines:
-    """Prints a line when a step begins, after each tenth of it, and after ten seconds without a line."""
+    """Prints a line when a step begins, after each tenth of the step, and after ten seconds without a line."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, counts_bytes: bool = True) -> None:
         self._clock = clock
@@ -238,7 +238,7 @@ def _log_event(event: events.Event) -> None:
 
 @contextmanager
 def cluster_view(cluster: str, lan_key: str | None = None) -> Iterator[events.Report]:
-    """Yields a function that shows a cluster's events on standard error, in the form that LLAMACLUST_LOG names."""
+    """Yields a function that shows a cluster's events on standard error, in the format of LLAMACLUST_LOG."""
     form = environment().log_format
     if form is LogFormat.TEXT:
         count_file_shortages()
@@ -338,8 +338,8 @@ def _certificate_text(ready: events.Ready) -> str:
 
 
 def own_address(url: str) -> str:
-    """Returns the URL of an API on this machine, with this machine's network address if the API listens at all
-    addresses."""
+    """Returns the URL of an API on this machine. If the API listens on all addresses, the URL has this machine's
+    address on the local network."""
     scheme, _, address = url.partition("://")
     host, port = split_address(address)
     return f"{scheme}://{joined_address(reachable_host(host), port)}"

@@ -295,7 +295,6 @@ def _marks(worker: dict[str, Any]) -> tuple[tuple[str, bool], ...]:
 
 
 def _drafts(measured: dict[str, Any]) -> Iterator[str]:
-    """Yields lines about the tokens drafted in the last 10 seconds, and since the start."""
     if drafted := measured.get("drafted_tokens"):
         yield f"{accepted_text(measured['accepted_tokens'], drafted)} in the last 10 s"
     if drafts := measured.get("drafts"):

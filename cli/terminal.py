@@ -16,7 +16,7 @@ _LONG_WORD = re.compile(r"(\S{100})\S{100,}(\S{50})")
 
 
 class Color(StrEnum):
-    """Values of --color. `auto` means colors on a terminal that has them, unless NO_COLOR is set."""
+    """Values of --color. `auto` means colors on a terminal that supports them, unless NO_COLOR is set."""
 
     AUTO = "auto"
     ON = "on"

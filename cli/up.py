@@ -53,7 +53,7 @@ def run_cluster(
 
         if detach:
             raise UsageError(
-                "--detach has no effect on launcher mpi: its cluster ends with mpirun; run mpirun in the background"
+                "--detach has no effect on launcher mpi: if mpirun ends, the cluster ends; run mpirun in the background"
             )
         raise SystemExit(run_ranks(config, [*_arguments(file, overrides), *(["--lan"] if lan else [])]))
     key = lan_key(config.api_keys_file) if lan and config.api_keys_file else None
@@ -83,8 +83,7 @@ def _models(config: ClusterConfig, progress: Progress) -> list[Path]:
 
 
 def _model(spec: str, progress: Progress, *, is_auto: bool = False) -> Path:
-    """Returns the path of a model's file, which is downloaded if it is missing. If `is_auto` is True, a missing
-    projector is downloaded, too."""
+    """Returns the path of a model's file. Downloads a missing file and, if `is_auto` is True, a missing projector."""
     path = stored_model(spec)
     if path is not None and not (is_auto and lacks_projector(spec)):
         return path
@@ -123,7 +122,7 @@ def _arguments(file: Path | None, overrides: list[str]) -> list[str]:
 
 
 def _run_notifying(config: ClusterConfig, starter: Starter) -> None:
-    """Serves a cluster in the detached process, and sends events to the command that waits for the start."""
+    """Serves a cluster in a detached process, and sends events to the command that started it."""
     _tune_grpc()
     from llamaclust.cluster.server.serve import serve
     from llamaclust.tools.progress import silent

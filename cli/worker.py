@@ -33,7 +33,7 @@ def worker(
         ),
     ] = [],  # noqa: B006  typer reads the default
     discover: Annotated[
-        bool, Option("--discover", help="Find the coordinator by multicast DNS. The token names the cluster.")
+        bool, Option("--discover", help="Find the coordinator by multicast DNS. The join token identifies the cluster.")
     ] = False,
     token_file: Annotated[
         Path | None,
@@ -48,7 +48,7 @@ def worker(
         str,
         Option(
             metavar="HOST:PORT",
-            help="Address where other members connect. Default: a free port of the address that connects to --join.",
+            help="Address where other members connect. Default: a free port at the local address that reaches --join.",
         ),
     ] = "",
     advertise: Annotated[
@@ -62,7 +62,7 @@ def worker(
             min=1,
             max=65535,
             metavar="N",
-            help="Port for links within a group of workers. Default: the port of --listen plus 1000, if given.",
+            help="Port for links within worker groups. Default: port of --listen + 1000 if possible, or any port.",
         ),
     ] = None,
     device: Devices = [],  # noqa: B006  typer reads the default
@@ -122,7 +122,7 @@ def worker(
     if insecure and token_file is not None:
         raise UsageError("--insecure and --token-file: choose one; an insecure cluster has no token")
     if insecure and discover:
-        raise UsageError("--insecure and --discover: choose one; discovery needs the token, which names the cluster")
+        raise UsageError("--insecure and --discover: choose one; discovery finds the cluster by its token")
     variables = environment()
     addresses = _addresses(join, variables, discover=discover)
     device_name, layers, gpu_bytes = Gpus(device, gpu_layers, gpu_memory).parsed
@@ -175,7 +175,6 @@ def _addresses(given: list[str], variables: Environment, *, discover: bool) -> t
 
 
 def _with_port(value: str) -> str:
-    """Adds the default enrolment port if no port is given."""
     if value.count(":") > 1 and not value.startswith("["):
         value = f"[{value}]"
     return value if ":" in value.rpartition("]")[2] or not value else f"{value}:{JOIN_PORT}"
@@ -208,7 +207,7 @@ def rotate(
         Path | None, Option(metavar="DIR", help="Folder of the join token, if the cluster file sets `join.trust_dir`.")
     ] = None,
 ) -> None:
-    """Replace the join token, while the cluster runs or not, and print the path of the token's file.
+    """Replace the join token of a running or stopped cluster, and print the path of the token's file.
 
     The old token no longer admits workers. Connected workers stay, but need the new token to rejoin."""
     from llamaclust.cluster.config.environment import environment
@@ -230,7 +229,7 @@ def rotate(
 
 
 def _trust_folder(cluster: str | None, state_dir: Path) -> Path:
-    """Returns the trust folder of a cluster. None means the running cluster, or the cluster `default` if none runs."""
+    """Returns a cluster's trust folder. None means the running cluster, or the cluster `default` if none runs."""
     from llamaclust.cluster.config.values import parse_name
     from llamaclust.cluster.membership.authority import trust_folder
     from llamaclust.cluster.state.clusters import find_running, running_clusters

@@ -48,7 +48,7 @@ class Fit:
 
 def fit(path: Path, available_bytes: int, threads: int, context_length: int | None = None) -> Fit:
     """Computes the memory of one worker with the defaults of a cluster file. Reads only headers of the model file.
-    `context_length` is limited to the model's own. Raises ModelFileError if the model cannot run here."""
+    `context_length` is limited to the model's context length. Raises ModelFileError if the model cannot run."""
     model, _ = open_with_projector(path, None)
     with model:
         config = ClusterConfig.model_validate({"model": str(path), "workers": [{"name": "a"}]})

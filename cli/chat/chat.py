@@ -167,7 +167,7 @@ class Chat:
 
     def _print_stats(self) -> None:
         if self._timings is None:
-            raise UsageError("/stats: the conversation does not end with an answer completed in this session")
+            raise UsageError("/stats: there are no statistics to show: send a message and wait for the complete answer")
         timings = self._timings
         prompt = (
             f"{timings.prompt_tokens} tokens, {timings.cached_tokens} of them cached, {timings.prefill_tok_s:.0f} tok/s"

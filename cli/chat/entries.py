@@ -30,8 +30,8 @@ class Entries:
     """Reads entries from standard input. On a terminal, readline lets the user edit a line and recall earlier lines."""
 
     def __init__(self, history: Path, *, is_colored: bool, takes_commands: bool) -> None:
-        """`history` is the file of earlier lines. If `takes_commands` is False, piped lines are never run as
-        commands."""
+        """Opens standard input. `history` is the file of earlier lines. If `takes_commands` is False, piped lines are
+        never run as commands."""
         self._is_terminal = sys.stdin.isatty()
         self._is_literal = not (self._is_terminal or takes_commands)
         self._edits = self._is_terminal and sys.stdout.isatty()

@@ -20,8 +20,8 @@ _PLACE: Final = re.compile(rf'(?<!\S)@(?:"(?P<quoted>[^"\n]+)"|(?P<plain>[^\s"]*
 
 
 def with_files(text: str) -> str | list[dict[str, Any]]:
-    """Replaces each `@FILE` with the file's text. If a file is an image, returns a list of content parts as in OpenAI's
-    API. Raises UsageError if a file cannot be read, is too large (1 MiB of text), or is neither text nor an image."""
+    """Replaces each `@FILE` with the file's text. If a file is an image, returns a list of OpenAI content parts. Raises
+    UsageError if a file cannot be read, exceeds its size limit (1 MiB for text), or is neither text nor an image."""
     pieces: list[str | dict[str, Any]] = [""]
     end = 0
     for found in _PLACE.finditer(text):

@@ -87,7 +87,7 @@ def split_blocks(text: str) -> tuple[str, str]:
 
 
 def rendered(text: str) -> Markdown:
-    """Parses Markdown for rich. Line breaks within a paragraph are kept, as chats usually do."""
+    """Parses Markdown for the library `rich`. Line breaks within a paragraph are kept, as is usual in chats."""
     markdown = Markdown(text, code_theme=_CODE_THEME, hyperlinks=False)
     markdown.parsed = _PARSER.parse(text)
     for token in markdown.parsed:

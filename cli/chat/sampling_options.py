@@ -46,8 +46,8 @@ _FILES: dict[str, Callable[[Path], Any]] = {"json_schema": _json_of, "grammar": 
 
 
 def with_samplers(*, recommended: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Returns a decorator that adds sampling options to a command, which gets their values in its argument `more`. If
-    `recommended` is True, the model file's recommendations replace default values."""
+    """Returns a decorator that adds sampling options to a command. The command gets their values as the argument
+    `more`. If `recommended` is True, the model file's recommendations replace default values."""
     added = {name: _number_option(name, recommended) for name in _NUMBERS} | {name: _option(name) for name in _MORE}
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
@@ -95,7 +95,7 @@ def _number_option(name: str, recommended: bool) -> inspect.Parameter:
     row, help_text = SAMPLING_TABLE[name], SAMPLING_TABLE[name].doc
     default = None
     if name in MAIN_NUMBERS and recommended:
-        help_text += f" Default: what the model's file recommends, else {row.llamacpp:g}."
+        help_text += f" Default: recommendation in the model file, else {row.llamacpp:g}."
     elif name in MAIN_NUMBERS:
         default = getattr(SamplingParams(), name)
     option = Option(_option_name(row.llamacpp_name or name), metavar=row.placeholder, help=help_text)

@@ -242,14 +242,14 @@ def _print_fit(fit: Fit) -> None:
     states = f"; a state of the sequence {_mib(fit.state_bytes).strip()}" if fit.state_bytes else ""
     print(f"  a token of context: {kv}{states}; workspace {_mib(fit.workspace_bytes).strip()}")
     print(
-        f"  sequences of {fit.context_length} tokens: {_mib(fit.least_bytes).strip()} in all for one, "
-        f"{_mib(fit.total_bytes).strip()} with the usual KV memory for {fit.kv_tokens} tokens"
+        f"  sequences of {fit.context_length} tokens: {_mib(fit.least_bytes).strip()} in all for one sequence, "
+        f"{_mib(fit.total_bytes).strip()} with the default KV memory for {fit.kv_tokens} tokens"
     )
     room = _mib(fit.available_bytes).strip()
     if fit.is_whole:
         print(f"  fits in {room}, with a context of up to {fit.most_context} tokens")
     else:
-        longest = f"; all of them with {fit.most_context} tokens of context" if fit.most_context else ""
+        longest = f"; all layers with a context of {fit.most_context} tokens" if fit.most_context else ""
         print(f"  in {room}: {fit.layers} of {len(each)} layers{longest}")
 
 

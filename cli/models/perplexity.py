@@ -87,7 +87,7 @@ class Source:
             yield client
 
     def local(self, context: int, sequences: int = 1) -> LocalClient:
-        """Loads the model in this process. Raises UsageError if options place the model elsewhere."""
+        """Loads the model in this process. Raises UsageError if options select worker processes or a cluster."""
         if self.endpoint is not None or self.workers > 1:
             raise UsageError("logits need a model in this process: remove --endpoint and --workers")
         self._check_no_endpoint()

@@ -57,7 +57,7 @@ def quantize(
         Option("--allow-requantize", help="Accept weights that are already quantized; quality is lost a second time."),
     ] = False,
     keep_split: Annotated[
-        bool, Option("--keep-split", help="Divide the output into as many files as MODEL. Default: one file.")
+        bool, Option("--keep-split", help="Write as many output files as MODEL has files. Default: one file.")
     ] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Only print types and sizes.")] = False,
     threads: Threads = None,
@@ -68,14 +68,14 @@ def quantize(
     from llamaclust.model.gguf.model_file import open_model
     from llamaclust.model.imatrix import read_imatrix
     from llamaclust.tools.quantize.quantize import plan_quantizing, write_quantized
-    from llamaclust.tools.quantize.type_choice import Wishes
+    from llamaclust.tools.quantize.type_choice import MixChoice
     from llamaclust.worker.devices.cores import physical_cores
 
     if len(out) > 1:
         raise UsageError(f"too many names: {' '.join(out[1:])}; give MODEL, OUT and TYPE")
     if leave_output_tensor and output_tensor_type is not None:
         raise UsageError("--leave-output-tensor and --output-tensor-type contradict each other: give one of them")
-    wishes = Wishes(
+    wishes = MixChoice(
         _mix(type_name),
         pure=pure,
         keep_output=leave_output_tensor,
@@ -122,7 +122,7 @@ def imatrix(
     from llamaclust.worker.devices.cores import physical_cores
 
     if out.is_dir() or not out.parent.is_dir():
-        raise UsageError(f"{out} is a folder, or lies in a folder that does not exist; check the path")
+        raise UsageError(f"{out} is a folder, or is in a folder that does not exist; check the path")
     if out.exists() and any(source.exists() and out.samefile(source) for source in (model, text)):
         raise UsageError(f"{out} is also an input file; give the output another name")
     words = read_text(text)

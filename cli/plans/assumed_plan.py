@@ -20,13 +20,13 @@ def show_assumed_plan(
     as_json: bool,
     acceptances: Sequence[float] | None = None,
 ) -> None:
-    """Prints the plan for a model, or a table of plans for all known models if `model` is None. The gain of speculation
-    is predicted for each share of accepted draft tokens in `acceptances`. Raises UsageError if an argument is missing,
+    """Prints the plan for a model, or a table of plans for all known models if `model` is None. The gain from drafts is
+    predicted for each share of accepted draft tokens in `acceptances`. Raises UsageError if an argument is missing,
     and the errors of `plan_assumed`."""
     if machines is None:
         raise UsageError(f"--model needs --assume MACHINES, for example --assume {EXAMPLE!r}")
     if acceptances is not None and model is None:
-        raise UsageError("--acceptance needs --model MODEL: the table of all models shows no gain of speculation")
+        raise UsageError("--acceptance needs --model MODEL: the table of all models does not show the gain from drafts")
     found = _planned(machines, model, overrides, USUAL_ACCEPTANCES if acceptances is None else acceptances)
     print(json.dumps(found.json()) if as_json else "\n".join(found.lines()))
 

@@ -12,7 +12,7 @@ from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.control.limits import check_distinct, unused_mtp
 from llamaclust.cluster.control.planning import ClusterResources, MakeClusterPlan, plan_cluster, plan_text_at_least
-from llamaclust.cluster.control.resources.link_profiling import hops_matter, kept_links
+from llamaclust.cluster.control.resources.link_profiling import kept_links, needs_links
 from llamaclust.cluster.control.resources.placement import check_placement
 from llamaclust.cluster.control.resources.profiling import stated_speeds
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources, measurement_key
@@ -38,7 +38,7 @@ from llamaclust.worker.devices.system_info import LOADING_BYTES, available_memor
 def show_plan(
     file: Path | None, overrides: list[str], as_json: bool, acceptances: Sequence[float] | None = None
 ) -> None:
-    """Prints a cluster's plan, and the gain of speculation for each share of accepted draft tokens in `acceptances`.
+    """Prints a cluster's plan, and the gain from drafts for each share of accepted draft tokens in `acceptances`.
     Raises UsageError if `acceptances` are given while speculation is off, and the errors of `planned`."""
     config = load_config(file, overrides)
     models = config.of_each_model()
@@ -148,7 +148,7 @@ def planned(config: ClusterConfig) -> PlannedStart:
         used = {name: key for name, of in keys.items() if (key := next(filter(known.__contains__, of), None))}
         profiles = {name: known[key] for name, key in used.items()} | stated
         check_devices(((spec.device, spec.feature_level) for spec in specs), model)
-        links = kept_links(fingerprints, config.state_dir) if hops_matter(profiles) else Links()
+        links = kept_links(fingerprints, config.state_dir) if needs_links(profiles) else Links()
         # Settings with which workers would register. Without a limit, a worker may take all free memory.
         workers = {
             spec.name: WorkerResources(
@@ -209,7 +209,6 @@ def _beside(config: ClusterConfig, own_bytes: int, draft_model: DraftModelMemory
 
 
 def _measurement_keys(model_id: str, fingerprints: Mapping[str, str], threads: int) -> dict[str, list[str]]:
-    """Maps each worker's name to the keys of its stored measurements, first the key for this model."""
     return {
         name: [measurement_key(text, len(fingerprints), threads, profiled) for profiled in (model_id, "")]
         for name, text in fingerprints.items()

@@ -25,7 +25,7 @@ def measure(
     workers: LocalWorkers = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine again, with the model of FILE, for later plans. No cluster of that name may run, and other
+    """Measure this machine again, with the model of FILE, for later plans. Stop the cluster of FILE first. Other
     programs should be idle."""
     from llamaclust.cluster.config.cluster_config import load_config
 

@@ -244,4 +244,4 @@ def test_grpc_options_are_set_before_its_import(line: CommandLine) -> None:
 
 def test_a_worker_of_a_numa_node_that_is_not_there_is_refused(line: CommandLine) -> None:
     done = line.run("worker", "--join", "127.0.0.1:9", "--insecure", "--numa-node", "999")
-    assert done.code == 2 and "numa_node 999: this process may use no core of this node" in done.error
+    assert done.code == 2 and "numa_node 999: this process may not use the cores of this node" in done.error

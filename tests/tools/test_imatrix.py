@@ -22,7 +22,7 @@ from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.quantize.imatrix import collect
 from llamaclust.tools.quantize.mixes import MIXES
 from llamaclust.tools.quantize.quantize import plan_quantizing, write_quantized
-from llamaclust.tools.quantize.type_choice import Wishes
+from llamaclust.tools.quantize.type_choice import MixChoice
 from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
 
@@ -108,7 +108,7 @@ def test_each_expert_is_quantized_by_its_own_importance(path: Path, tmp_path: Pa
     name, random = "blk.1.ffn_up_exps.weight", np.random.default_rng(4)
     sums = np.exp(2 * random.standard_normal((4, 256))).astype(np.float32)
     matrix = ImportanceMatrix({name: Importance(sums, np.ones(4, np.float32))}, 1, 64, ())
-    job = plan_quantizing(open_model(path), Wishes(MIXES["Q4_0"]), matrix, False)
+    job = plan_quantizing(open_model(path), MixChoice(MIXES["Q4_0"]), matrix, False)
     write_quantized(job, tmp_path / "out.gguf", 2, False, lambda what, done, total: None)
     before, after = open_model(path).tensor(name), open_model(tmp_path / "out.gguf").tensor(name)
     x = np.frombuffer(before.read(), np.float16).astype(np.float32).reshape(before.shape)

@@ -129,7 +129,7 @@ async def test_a_server_with_another_vocabulary_is_found_out(
     async with serving(make_app(ScriptedEngine(says("Hi")))) as url:
         arguments = (str(tiny), "-f", str(text), "-c", str(CONTEXT), "--endpoint", url)
         code, out, err = await asyncio.to_thread(command, capsys, *arguments)
-    assert (code, out) == (2, "") and "is not the model of the file" in err
+    assert (code, out) == (2, "") and "of the model file differ" in err
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ _SMALLER_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K"
 _FEW_BITS = 3.0
 """Answers become clearly worse below this number of bits per weight."""
 _FURTHER = 3
-"""Advice adds at most this many machines to the number that covers the missing memory."""
+"""Maximum number of machines to try beyond the minimum that covers the missing memory."""
 _NETWORKS = ((1.0, 1.0), (1.0, 0.3), (1.0, 0.1), (2.5, 0.1), (10.0, 0.1), (10.0, 0.05), (25.0, 0.03))
 """Networks to try for groups of machines, slowest first. Each network is (Gbit/s, round trip in ms)."""
 _WORTH_DECODE, _WORTH_PROMPT = 0.95, 0.9
-"""Advice names a change if the new time per token, or to the first token, is below this share of the old time."""
+"""A change is advised if it lowers the time per token, or the time to first token, to less than this share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def what_helps(cluster: AssumedCluster, model: AssumedModel, plan: Plan) -> Iter
 
 
 def _what_groups_need(cluster: AssumedCluster, model: AssumedModel, plan: Plan) -> Iterator[str]:
-    """Yields the slowest network on which tensor-parallel groups would be faster, unless `plan` already has groups."""
+    """Yields the slowest network on which tensor-parallel groups would be faster, or nothing if `plan` has groups."""
     assumed, now = cluster.assumed, prediction_of(plan)
     is_grouped = any(stage.shares for stage in plan.stages)
     if len(assumed.machines) < 2 or is_grouped or any(text.startswith("groups=") for text in cluster.overrides):
@@ -120,7 +120,6 @@ def _changes(cluster: AssumedCluster, model: AssumedModel) -> Iterator[tuple[str
 
 
 def _smaller(model: AssumedModel) -> Iterator[AssumedModel]:
-    """Yields the model in smaller quantizations, first those in the catalog."""
     if model.has_mxfp4:
         return
     mixes = (model.quantized(mix) for mix in _SMALLER_MIXES)

@@ -35,7 +35,7 @@ from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.assume.public_shapes import IN_CATALOG, public_shapes
 from llamaclust.tools.assume.shapes import SHAPES, ModelShape
 from llamaclust.tools.quantize.mixes import ALIASES, MIXES, Mix
-from llamaclust.tools.quantize.type_choice import Wishes, choose_types, is_kept
+from llamaclust.tools.quantize.type_choice import MixChoice, choose_types, is_kept
 
 _NO_FILE: Final = FileIdentity(0, 0, 0, 0)
 _ALL: Final = "`llamaclust plan --assume MACHINES` lists all shapes, `llamaclust model list` the catalog"
@@ -88,7 +88,7 @@ class AssumedModel:
         return not self.has_file and model is not None and bool(model.mmproj)
 
     def quantized(self, mix: str) -> AssumedModel:
-        """Returns the model in another quantization mix. Raises UsageError if its architecture has no rules."""
+        """Returns the model in another quantization mix. Raises UsageError if the architecture is not supported."""
         return replace(self, file=_quantized(self.file, MIXES[mix]), mix=mix)
 
     @property
@@ -135,7 +135,7 @@ def shape_model(name: str, shape: ModelShape, mix: str | None = None) -> Assumed
 
 
 def with_file_size(entry: CatalogEntry) -> CatalogEntry:
-    """Returns the entry, with a file size computed from the model's shape if the entry has none."""
+    """Returns the entry. A missing file size is computed from the model's shape."""
     plain, _, quantization = entry.name.partition(":")
     shape, mix = public_shapes().get(plain), _mix(quantization)
     if shape is None or mix is None or entry.size_bytes is not None:
@@ -171,7 +171,7 @@ def _catalog_model(entry: CatalogEntry, spec: str, mix: str | None) -> AssumedMo
         near = near_names(plain, _known_names())
         like = f"; similar names with a known shape: {', '.join(near)}" if near else ""
         raise UsageError(
-            f"--model: {spec}: the file has {entry.shown_size}, but the model's shape is unknown{like}; {_ALL}"
+            f"--model: {spec}: the file's size is {entry.shown_size}, but the model's shape is unknown{like}; {_ALL}"
         )
     return shape_model(plain, shape, mix or _mix(quantization))
 
@@ -252,7 +252,7 @@ def _metadata(shape: ModelShape) -> Mapping[str, MetadataValue]:
 
 def _quantized(file: ModelFile, mix: Mix) -> ModelFile:
     """Changes tensor types as `quantize` would. An MXFP4 tensor that would become larger keeps its type."""
-    types = choose_types(file, Wishes(mix))
+    types = choose_types(file, MixChoice(mix))
     tensors = {name: _retyped(tensor, types[name]) for name, tensor in file.tensors.items()}
     return replace(file, tensors=tensors, size_bytes=sum(tensor.n_bytes for tensor in tensors.values()))
 

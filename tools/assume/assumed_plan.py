@@ -30,7 +30,7 @@ class AssumedPlan:
     plan: Plan
     alone: Alone | None  # The fastest machine that could hold the model alone, if the plan has several stages.
     helps: tuple[str, ...]
-    acceptances: tuple[float, ...]  # Shares of accepted drafts for which the gain of speculation is predicted.
+    acceptances: tuple[float, ...]  # Shares of accepted drafts for which the gain from drafts is predicted.
 
     def json(self) -> dict[str, Any]:
         return plan_json(self.plan, self.acceptances) | {
@@ -178,7 +178,7 @@ class Survey:
 
 
 def plan_shapes(machines: str, overrides: Sequence[str], planned: Callable[[str], None]) -> Survey:
-    """Plans each known model, after a call of `planned` with its name. Raises UsageError if all plans fail."""
+    """Plans each known model. Calls `planned` with each name before its plan. Raises UsageError if all plans fail."""
     cluster = AssumedCluster.of(parse_machines(machines), overrides)
     plans, errors = list[ShapePlan](), list[UsageError]()
     for name in SHAPES:

@@ -90,7 +90,7 @@ class _Reader:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """A number of equal machines or, if `is_gpu` is True, of equal GPUs in each machine of the previous group."""
+    """`count` equal machines or, if `is_gpu` is True, `count` equal GPUs in each machine of the previous group."""
 
     begun: int  # Position in the text where the group begins.
     count: int
@@ -99,9 +99,9 @@ class _Group:
 
 
 def parse_machines(text: str) -> AssumedMachines:
-    """Parses text such as "2x16GB@40GB/s/8 + rtx3090 + 8GB, 1Gbit, 0.3ms": groups of machines
-    `[Nx]MEMORY[@BANDWIDTH][/THREADS or @TOPS]`, GPUs for the machines before them, and the network. Raises UsageError
-    with the position of the mistake."""
+    """Parses a description such as "2x16GB@40GB/s/8 + rtx3090 + 8GB, 1Gbit, 0.3ms". Equal machines have the form
+    `[Nx]MEMORY[@BANDWIDTH]`, followed by `/THREADS` or `@TOPS` if known. GPUs follow their machines, and the network
+    comes last. Raises UsageError with the position of a mistake."""
     reader = _Reader(text)
     groups: list[list[Machine]] = []
     while True:
@@ -129,7 +129,7 @@ def _group(reader: _Reader) -> _Group:
         raise reader.error("memory such as 16GB, or machines such as 3x16GB", memory_at)
     behind = reader.take(_COUNT_BEHIND)
     if before is not None and behind is not None:
-        raise reader.error("the number of machines once, before or after the memory", begun)
+        raise reader.error("the number of machines only once, before or after the memory", begun)
     counted = before or behind
     count = 1 if counted is None else int(counted["count"])
     memory_bytes = int(float(memory["memory"]) * _UNIT_BYTES[memory["unit"].upper()])
@@ -155,7 +155,7 @@ def _named_gpus(reader: _Reader, *, is_first: bool) -> _Group | None:
         raise reader.error(f"the name of a GPU ({', '.join(known)}, ...) or its memory and bandwidth", at)
     behind = reader.take(_COUNT_BEHIND)
     if before is not None and behind is not None:
-        raise reader.error("the number of GPUs once, before or after the name", begun)
+        raise reader.error("the number of GPUs only once, before or after the name", begun)
     counted = before or behind
     count = 1 if counted is None else int(counted["count"])
     if not count:
@@ -210,11 +210,11 @@ def _add(groups: list[list[Machine]], group: _Group, reader: _Reader) -> None:
         groups.append([Machine(group.device)] * group.count)
         return
     if not groups:
-        raise reader.error(f"the machine of a GPU before it, as in {GPU_EXAMPLE!r}", group.begun)
+        raise reader.error(f"a machine before its GPU, as in {GPU_EXAMPLE!r}", group.begun)
     if not isinstance(group.device.bandwidth, float):
         raise reader.error(_GPU_BANDWIDTH, group.begun)
     if group.device.threads is not None:
-        raise reader.error("@TOPS: a GPU has no threads", group.begun)
+        raise reader.error("@TOPS instead of /THREADS for a GPU", group.begun)
     gpus = (*groups[-1][0].gpus, *((group.device,) * min(group.count, MAX_GPUS_EACH + 1)))
     if len(gpus) > MAX_GPUS_EACH:
         raise reader.error(f"at most {MAX_GPUS_EACH} GPUs for each machine", group.begun)

@@ -1,5 +1,5 @@
-"""Lists the tensors in a layer of each architecture, with GGUF's names. Each dimension of a shape is named after a
-size, as in ("queries", "hidden"). `ModelShape.size` returns the number for a name."""
+"""Lists the tensors in a layer of each architecture, by their GGUF names. Dimensions are given by name, as in
+("queries", "hidden"). `ModelShape.size` returns the number for a name."""
 
 from __future__ import annotations
 

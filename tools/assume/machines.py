@@ -17,7 +17,7 @@ GPU_EXAMPLE: Final = "64GB@60GB/s + rtx3090"
 
 @dataclass(frozen=True, slots=True)
 class Ddr:
-    """A kind of memory modules, as the user described it."""
+    """A type of DDR memory, as the user described it."""
 
     generation: int  # 3, 4 or 5
     channels: int | None = None
@@ -42,7 +42,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """The network between all machines. None means that the value was not given."""
+    """The network between all machines. A field is None if the user did not give its value."""
 
     bits_s: float | None = None
     round_trip_s: float | None = None

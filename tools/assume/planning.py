@@ -30,7 +30,7 @@ KEYS = (
     "prefill_chunk",
 )
 _LOADED = 0.95
-"""Minimum share of a file that is loaded. The rest may be layers for multi-token prediction, which are skipped."""
+"""Minimum share of a model file that must fit in memory. The rest may be MTP layers, which are not loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class AssumedCluster:
 
     @classmethod
     def of(cls, assumed: AssumedMachines, overrides: Sequence[str]) -> AssumedCluster:
-        """Returns a cluster of these machines. Raises UsageError for a key that has no effect in an assumed plan."""
+        """Returns a cluster of these machines. Raises UsageError for an override whose key is not in `KEYS`."""
         for text in overrides:
             key = text.partition("=")[0].strip()
             if key.split(".")[0] not in KEYS:
@@ -77,7 +77,7 @@ class AssumedCluster:
         except ModelFileError as error:
             if not any(machine.gpus for machine in self.assumed.machines):
                 raise
-            raise UsageError(f"--assume: {model.title}: {error}; remove the GPUs") from error
+            raise UsageError(f"--assume: {model.title}: {error}; remove the GPUs from MACHINES") from error
 
     @property
     def memory_bytes(self) -> int:

@@ -19,7 +19,7 @@ _GIB: Final = 1 << 30
 GPU_DECODE_SHARE: Final = 0.80
 GPU_PREFILL_SHARE: Final = 0.35
 OLD_GPU_PREFILL_SHARE: Final = 0.15
-"""Share of the peak of 8-bit operations that prefill reaches on GPUs without 8-bit matrix units."""
+"""Share of the peak 8-bit speed that prefill reaches on GPUs without 8-bit matrix units."""
 CHANNEL_BYTES_S: Final = {3: 10e9, 4: 20e9, 5: 30e9}
 CHANNELS: Final = 2
 DEFAULT_MEMORY: Final = Ddr(4)

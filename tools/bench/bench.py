@@ -60,8 +60,8 @@ class BenchTask:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The work of a prefill and of a decode step: multiply-adds (MACs) with weights, and bytes read. Weights count with
-    their size in the file."""
+    """The work of a prefill and of a decode step: multiply-adds (MACs) with weights, and bytes read. The sizes of
+    weights are those in the file."""
 
     prefill_macs: int
     float_share: float  # Share of `prefill_macs` with float weights.
@@ -115,12 +115,12 @@ class BenchReport:
 
     @property
     def decode_roofline(self) -> Spread:
-        """The shares of the read bandwidth that decode reached. They exceed 1 if weights stay in a cache."""
+        """Decode's share of the read bandwidth, as a spread over repeats. It exceeds 1 if weights stay in a cache."""
         return Spread.of(pair.share for pair in self.decodes)
 
     @property
     def prefill_roofline(self) -> Spread:
-        """The shares of the multiply-add peak that prefill reached."""
+        """Prefill's share of the multiply-add peak, as a spread over repeats."""
         return Spread.of(pair.share for pair in self.prefills)
 
     def as_json(self) -> dict[str, Any]:

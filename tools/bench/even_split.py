@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from llamaclust.model.costs import ModelCosts
 
 _PROMPT_TOKENS, _STEPS = 512, 16
-"""Assumed prompt tokens and decode steps per answer: 8 answers of 128 tokens share 128 steps."""
+"""Assumed prompt tokens and decode steps per request. A batch of 8 requests takes 128 steps for 128 tokens each."""
 _MACS_PER_BYTE = 15.0
 """Number of multiply-adds that take about as long as reading one byte."""
 _SHARPNESS = 8

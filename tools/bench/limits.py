@@ -94,7 +94,7 @@ class Limits:
         return self._read_gb_s[-1]
 
     async def peak(self) -> float:
-        """Returns the peak of the model's mix of 8-bit and float32 multiply-adds, in 10^9 per second."""
+        """Returns the peak speed for the model's mix of 8-bit and float32 multiply-adds, in 10^9 per second."""
         self._int8_gmac_s.append(await _elsewhere(partial(probes.int8_peak, self._threads, _PEAK_S)))
         self._fma_gmac_s.append(await _elsewhere(partial(probes.fma_peak, self._threads, _PEAK_S)))
         return 1 / ((1 - self._float_share) / self._int8_gmac_s[-1] + self._float_share / self._fma_gmac_s[-1])
@@ -124,8 +124,8 @@ class GpuLimits:
 
 
 async def paired(run: Callable[[], Awaitable[float]], work: float, limit: Callable[[], Awaitable[float]]) -> Pair:
-    """Measures the limit, then a run, then the limit again. `run` returns its seconds for `work` units of work, and
-    `limit` returns 10^9 units per second."""
+    """Measures the limit, then a run, then the limit again. `run` does `work` units of work and returns the seconds
+    that it took. `limit` returns the limit in 10^9 units per second."""
     before = await limit()
     seconds = await run()
     return Pair(work / seconds / 1e9, before, await limit())

@@ -35,7 +35,7 @@ def _capacity(batch: int, context: int, kv_type: KvType) -> Capacity:
 
 
 class BenchStage:
-    """A loaded stage, and as many sequences of random tokens as the stage's limits allow."""
+    """A loaded stage that processes `max_sequences` sequences of random tokens."""
 
     def __init__(self, model: Model, runner: StageRunner) -> None:
         limits = runner.limits
@@ -53,7 +53,7 @@ class BenchStage:
 
     def prefill(self, tokens: int, sequences: int | None = None) -> float:
         """Returns the seconds to prefill `tokens` tokens of each sequence, one sequence after another. `sequences` is
-        the number of sequences, or None for all."""
+        the number of sequences, or None for all sequences."""
         started_ns = perf_counter_ns()
         for index in range(len(self._tables[:sequences])):
             for start, rows in self._chunks(tokens):
@@ -63,7 +63,8 @@ class BenchStage:
         return (perf_counter_ns() - started_ns) / 1e9
 
     def decode(self, depth: int, steps: int, sequences: int | None = None) -> float:
-        """Returns the seconds of `steps` steps after `depth` tokens. `sequences` is the batch size, or None for all."""
+        """Returns the seconds that `steps` decode steps take after `depth` tokens. `sequences` is the batch size, or
+        None for all sequences."""
         last = [tokens[depth] for tokens in self._tokens[:sequences]]
         started_ns = perf_counter_ns()
         for position in range(depth, depth + steps):
@@ -81,7 +82,7 @@ class BenchStage:
 
     @contextmanager
     def without_copies(self) -> Iterator[None]:
-        """Disables copies of experts on the GPU until the context ends."""
+        """Disables the GPU's cache of experts until the context ends."""
         stages = self._runner.split_stages
         caches = [stage.cache for stage in stages]
         for stage, cache in zip(stages, caches, strict=True):
@@ -98,7 +99,7 @@ class BenchStage:
         self._runner.close()
 
     def _chunks(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """Yields the first token and the number of tokens of each chunk into which a prompt is divided."""
+        """Divides a prompt into chunks. Yields each chunk's start and number of tokens."""
         start = 0
         while start < tokens:
             rows = min(chunk_rows(self._settings, self._times, tokens, tokens - start, 0, alone=True), tokens - start)

@@ -33,7 +33,7 @@ class Firewall:
             raise FirewallError(f"{error}; the test needs nftables of Linux 5.12 or newer") from None
 
     def run(self, commands: str) -> None:
-        """Runs all commands. If a command fails, runs none of them and raises FirewallError."""
+        """Runs nftables commands. If one of them fails, none takes effect, and FirewallError is raised."""
         if self._library.nft_run_cmd_from_buffer(self._context, commands.encode()) != 0:
             lines = self._library.nft_ctx_get_error_buffer(self._context).decode(errors="replace").splitlines()
             raise FirewallError(f"nftables: {next(iter(lines), 'unknown error')}")
@@ -65,7 +65,6 @@ def _load() -> Any:
 
 
 def _may_filter() -> bool:
-    """True if this process has CAP_NET_ADMIN."""
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == "CapEff":

@@ -30,7 +30,7 @@ class Stops:
 
 
 class FullDisks:
-    """Simulates a full disk for coordinators and the workers that they start, by a file size limit of 0 bytes."""
+    """Simulates full disks: limits files of a coordinator, and of the workers that it starts, to 0 bytes."""
 
     def __init__(self) -> None:
         self._limits: dict[str, tuple[Process, int]] = {}  # Process and its previous limit, by target.
@@ -57,7 +57,7 @@ class FullDisks:
 
 
 class DisturbedLinks:
-    """Disturbs links of workers. The kernel ends a disturbance after `hold_s` seconds, even without `end`."""
+    """Disturbs links of workers. The kernel ends a disturbance after `hold_s` seconds if `end` was not called."""
 
     def __init__(self, firewall: Firewall | None) -> None:
         self._firewall = firewall

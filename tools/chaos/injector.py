@@ -27,7 +27,7 @@ _RETURN_S = 120.0
 _UNDRAIN_S = 30.0
 _POLL_S = 0.1
 _JOURNAL_S = 6.0
-"""Seconds to wait after a full disk, until the coordinator has written all open requests to its journal again."""
+"""Seconds to wait after a full disk, in which the coordinator writes all open requests to its journal again."""
 
 Show = Callable[[str], None]
 
@@ -59,8 +59,8 @@ class Injector:
         return find_running(self._state_dir, self._name)[0]
 
     async def inject(self, fault: Fault, targets: Targets) -> bool:
-        """Injects a fault, and waits for a stopped or killed coordinator. Returns False if the fault did not take
-        place."""
+        """Injects a fault. If the coordinator is stopped or killed, waits until a coordinator runs again. Returns False
+        if the fault did not take place."""
         match fault.kind:
             case FaultKind.KILL:
                 return targets.workers[fault.target].send(signal.SIGKILL)

@@ -13,7 +13,7 @@ from llamaclust.tools.chaos.processes import is_here
 
 _UNIX = "unix:"
 _PRIORITY = -310
-"""Priority of the rules. With this priority, they run before connection tracking and other programs' rules."""
+"""Priority with which the rules run before connection tracking and before other programs' rules."""
 
 
 class Disturbance(StrEnum):
@@ -23,12 +23,11 @@ class Disturbance(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerLink:
-    """A worker's link to cluster members on this machine. `own_ports` has the ports of these members, and is empty for
-    a local worker."""
+    """A worker's link to the cluster members on this machine."""
 
     hosts: frozenset[str]  # IP addresses of the worker.
     ports: frozenset[int]  # The worker's ports for stages and for links of groups.
-    own_ports: frozenset[int] = frozenset()
+    own_ports: frozenset[int] = frozenset()  # Ports of these members. Empty if the worker runs on this machine.
 
     def commands(self, table: str, label: str, disturbance: Disturbance, hold_s: float) -> str:
         """Returns nft commands that begin a disturbance, which the kernel ends after `hold_s` seconds."""

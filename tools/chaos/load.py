@@ -1,4 +1,4 @@
-"""Sends endless streamed requests, and compares each answer with the undisturbed answer to the same request."""
+"""Repeats streamed requests under faults, and compares each answer with the answer without faults."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Streams:
         self.expected = dict(enumerate(answers))
 
     async def repeat(self, number: int, until: asyncio.Event) -> None:
-        """Sends the same request again and again, and compares each answer with the undisturbed answer. A refused
+        """Repeats a request until `until` is set, and compares each answer with the answer without faults. A refused
         request is retried for up to two minutes."""
         refused_s: float | None = None
         while not until.is_set():

@@ -72,7 +72,7 @@ class Process:
 
 
 def local_worker(worker: Mapping[str, Any], coordinator_pid: int) -> Process | None:
-    """Returns the process of a worker that the coordinator started here. `worker` comes from `GET /cluster`."""
+    """Returns the process of a worker that the coordinator started. `worker` is an entry of `GET /cluster`."""
     process = _own_process(worker["pid"])
     if process is None or not _is_command(_command_line(process.pid), ["-m", "llamaclust.worker", "--name"], worker):
         return None
@@ -81,7 +81,7 @@ def local_worker(worker: Mapping[str, Any], coordinator_pid: int) -> Process | N
 
 
 def joined_worker(worker: Mapping[str, Any]) -> Process | None:
-    """Returns the process of a worker that joined by itself, or None if the worker runs on another machine."""
+    """Returns the process of a worker that `llamaclust worker` started, or None if it runs on another machine."""
     process = _own_process(worker["pid"])
     if process is None:
         return None

@@ -128,7 +128,7 @@ def _announce(settings: ChaosSettings, cluster: str, targets: Targets, view: Vie
         if kind in settings.required and kind not in kinds:
             raise UsageError(f"--faults {kind.option}: {cluster} {_IMPOSSIBLE[kind]}")
     if not kinds:
-        raise UsageError(f"{cluster}: this machine can inject no kind of fault")
+        raise UsageError(f"{cluster}: none of the faults can be injected from this machine")
     streams = counted(settings.streams, "stream")
     view.line(f"{cluster}: {settings.duration_s / 60:g} min of faults under {streams}, seed {settings.seed}:")
     view.line("  " + "; ".join(f"{kind.value} ({', '.join(targets.names[kind])})" for kind in kinds))

@@ -1,4 +1,4 @@
-"""Draws the order and times of faults from a seed, without a clock and without processes."""
+"""Draws random faults and pauses from a seed. Uses no clock and no processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FULL_S = (0.5, 5.0)
 _SLOW_S = (0.5, 8.0)
 _LOSSES = 5
 _WITHIN_S = 75.0
-"""Seconds in which a worker is lost at most `_LOSSES` times, since launchers limit restarts to six a minute."""
+"""A worker is lost at most `_LOSSES` times in this time, because launchers limit restarts to six a minute."""
 
 
 class FaultKind(StrEnum):
@@ -114,8 +114,8 @@ class Schedule:
     def next_fault(
         self, now_s: float, targets: Mapping[FaultKind, Sequence[str]], held: Iterable[str] = ()
     ) -> Fault | None:
-        """Draws a fault for a target, or returns None if no fault is possible. Targets in `held` already have a lasting
-        fault and get no other."""
+        """Draws a fault for a target, or returns None if no fault is possible. Targets in `held` are skipped,
+        because they have a lasting fault."""
         kind_draw, target_draw, hold_draw = (self._source.random() for _ in range(3))
         able = {kind: names for kind in FaultKind if (names := self._able(kind, now_s, targets, frozenset(held)))}
         if not able:

@@ -1,4 +1,4 @@
-"""The workers, coordinator and links of a running cluster for which faults are possible."""
+"""Finds the workers, the coordinator and the links of a running cluster that can get a fault."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GONE = ("left", "lost")
 @dataclass(frozen=True, slots=True)
 class Permissions:
     """The allowed faults. `coordinator` allows killing a coordinator without a standby, and `joined_workers` allows
-    killing workers that joined by themselves. For both, another program must restart the killed process."""
+    killing workers that `llamaclust worker` started. In both cases, another program must restart the killed process."""
 
     coordinator: bool = False
     joined_workers: bool = False
@@ -69,7 +69,6 @@ def find_targets(
 
 
 def _links(record: ClusterRecord, workers: Sequence[Mapping[str, Any]], coordinator: Process) -> dict[str, WorkerLink]:
-    """Returns the links that can be disturbed, by worker."""
     if not processes.is_in_our_network(coordinator.pid):
         return {}
     own_ports = processes.listening_ports(coordinator.pid) - {int(record.api.rpartition(":")[2])}

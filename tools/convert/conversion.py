@@ -22,14 +22,14 @@ from llamaclust.tools.convert.stream import OUTPUT_TYPES, OnProgress, Output, wr
 from llamaclust.tools.convert.vocabularies.families import vocabulary_of
 
 FILE_TYPES: Final = {QuantType.F32: 0, QuantType.F16: 1, QuantType.Q8_0: 7, QuantType.BF16: 32}
-"""Values of the GGUF key `general.file_type`, as llama.cpp defines them, by the type of most weights."""
+"""Maps the type of most weights to llama.cpp's value of the GGUF key `general.file_type`."""
 _MXFP4_EXPERTS: Final = 38
 _QUANTIZATION_VERSION: Final = 2
 _EXACT: Final = re.compile(
     r".*_norm(_2)?\.weight|blk\.\d+\.ffn_gate_inp(_shexp)?\.weight|position_embd\.weight|rope_.*|.*\.bias"
     r"|.*\.(ssm_conv1d(_[qkv])?|shortconv\.conv)\.weight|.*\.ssm_[ad]|.*\.altup_.*"
 )
-"""Small tensors with a large effect on answers. Every file stores them in float32."""
+"""Matches names of small tensors with a large effect on answers. Every file stores these tensors in float32."""
 _MOST_THREADS: Final = 8
 
 
@@ -51,9 +51,9 @@ class Target:
 def convert(
     source: Path, out: Path | None, type_name: str, hints: Hints, on_progress: OnProgress, name: str | None
 ) -> Converted:
-    """Converts the checkpoint at `source` and writes it to `out`, or to NAME-TYPE.gguf in this folder if `out` is None.
-    Raises ModelFileError for a bad checkpoint, and UsageError for a bad option or a full disk. After an error, no file
-    is left."""
+    """Converts the checkpoint at `source` and writes it to `out`, or to NAME-TYPE.gguf in the current folder if `out`
+    is None. Raises ModelFileError for a bad checkpoint, and UsageError for a bad option or a full disk. After an error,
+    no file is left."""
     with SourceFiles() as files:
         return write_converted(
             files, open_checkpoint(files, source, hints), Target(out, type_name, name), hints, on_progress

@@ -1,5 +1,5 @@
 """Collects the metadata and tensors of a GGUF file. Each function in `converters/` converts one architecture: it takes
-tensors by their names in the checkpoint, states their shapes, and gives them GGUF's names."""
+tensors by their names in the checkpoint, checks their shapes, and stores them with GGUF's names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llamaclust.tools.convert.settings import MAX_HEADS, MAX_LAYERS, MAX_WORDS, 
 _NOT_NEEDED: Final = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias|rope\.freqs)"
 )
-"""Names of tables and masks that are not converted, because settings determine their values."""
+"""Matches names of tables and masks that are not converted, because settings determine their values."""
 
 
 class ConvertedModel:
@@ -48,7 +48,7 @@ class ConvertedModel:
         """Takes a tensor from the checkpoint. Raises ModelFileError if it is missing or of another shape."""
         tensor = self._taken(name, shape)
         if not tensor.storage.is_real:
-            raise self._error(name, f"expected decimal numbers, found {tensor.storage.name}")
+            raise self._error(name, f"expected floating-point numbers, found {tensor.storage.name}")
         return tensor
 
     def take_bytes(self, name: str, *shape: int) -> Lazy:
@@ -70,7 +70,7 @@ class ConvertedModel:
         self.tensors[name] = tensor
 
     def copy(self, name: str, source: str, *shape: int, bias: bool | None = False) -> None:
-        """Copies a module's weight, and its bias if `bias` is True. If `bias` is None, the bias may be missing."""
+        """Copies a module's weight. Copies its bias if `bias` is True, or if `bias` is None and there is a bias."""
         self.put(f"{name}.weight", self.take(f"{source}.weight", *shape))
         if bias or (bias is None and self.has(f"{source}.bias")):
             self.put(f"{name}.bias", self.take(f"{source}.bias", shape[0]))
@@ -87,9 +87,8 @@ class ConvertedModel:
         if left:
             others = len(left) - 1
             more = "" if not others else ", nor is 1 other" if others == 1 else f", nor are {others} others"
-            raise self._error(
-                left[0], f"not a tensor of {self.architecture}{more}: another kind of model, or more layers"
-            )
+            what = "the model has another architecture, or more layers than its configuration says"
+            raise self._error(left[0], f"not a tensor of {self.architecture}{more}: {what}")
 
     def _error(self, name: str, what: str) -> ModelFileError:
         return ModelFileError(f"{self.settings.origin}: tensor {shown(name)}: {what}")

@@ -20,7 +20,7 @@ Rows = Callable[[int, int], Array]
 
 _MAX_LOGARITHM = 88.0
 _WASTE = 4
-"""A range of rows is read at once if it has at most this many rows for each wanted row."""
+"""`gathered` reads a contiguous range if the range has at most this many rows per wanted row."""
 
 
 @dataclass(frozen=True, slots=True)

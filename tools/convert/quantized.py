@@ -30,8 +30,8 @@ _AWQ_ORDER: Final = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 
 
 def dequantized(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent) -> Mapping[str, Lazy]:
-    """Returns the tensors with float weights in place of packed or scaled weights. Raises ModelFileError if the
-    quantization method is not supported."""
+    """Returns the tensors with quantized weights replaced by float weights. Raises ModelFileError if the quantization
+    method is not supported."""
     if not settings.has("quantization_config"):
         return tensors
     quantization = settings.inner("quantization_config")

@@ -73,7 +73,7 @@ def latent_rotation(model: ConvertedModel, dimensions: int) -> None:
 
 
 def alpha_rotation(model: ConvertedModel, dimensions: int) -> bool:
-    """Writes RoPE of type dynamic, whose base grows with `alpha`. Returns False if there is no `alpha`."""
+    """Writes RoPE's metadata with a base raised by `alpha`. Returns False if RoPE is not dynamic or `alpha` is 0."""
     rope = _parameters(model.settings)
     alpha = rope.real("alpha", default=0.0, maximum=1e6)
     if rope.text("rope_type", "type", default="default").lower() != "dynamic" or not alpha:
@@ -108,7 +108,7 @@ def sections(settings: Settings, pairs: int) -> list[int]:
     if listed is None:
         return [(pairs + 2 - number) // 3 for number in range(3)] + [0]
     if not isinstance(listed, list) or not all(type(count) is int and 0 <= count <= pairs for count in listed):
-        raise settings.error("mrope_section", f"expected whole numbers of 0 to {pairs}")
+        raise settings.error("mrope_section", f"expected whole numbers from 0 to {pairs}")
     if len(listed) not in (3, 4):
         raise settings.error("mrope_section", f"expected 3 or 4 numbers, found {len(listed)}")
     if sum(listed) > pairs:
@@ -132,7 +132,7 @@ def position_scale(model: ConvertedModel) -> int:
 def local_base(settings: Settings, default: float = 10000.0) -> float:
     rope = settings.inner("rope_parameters", "rope_scaling").inner("sliding_attention")
     if rope.text("rope_type", "type", default="default") != "default":
-        raise rope.error("rope_type", "layers with a window whose rotation is stretched are not supported")
+        raise rope.error("rope_type", "RoPE scaling in layers with a sliding window is not supported")
     return _base(rope, settings.real("rope_local_base_freq", default=default, minimum=1.0))
 
 
@@ -195,9 +195,9 @@ def _growth(factor: float, share: float = 1.0) -> float:
 
 
 def _dynamic(model: ConvertedModel, rope: Settings) -> None:
-    """Adds a note for the user about dynamic scaling, which is not written."""
+    """Writes no metadata for dynamic scaling, but adds a note for the user."""
     if rope.has("alpha"):
-        raise rope.error("alpha", "a stretch of all texts by alpha is not supported")
+        raise rope.error("alpha", f"{rope.shown('alpha')} is not supported by {model.architecture}")
     context = model.metadata[f"{model.architecture}.context_length"]
     model.notes.append(f"dynamic rope scaling begins after {context} tokens, the context length in the file")
 

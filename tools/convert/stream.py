@@ -53,8 +53,8 @@ def write_stream(
     threads: int,
     check: Callable[[], None],
 ) -> None:
-    """Writes a file. Raises UsageError before writing if the disk lacks space. `check` is called at the end, before the
-    file is renamed to `path`."""
+    """Writes a GGUF file. Raises UsageError at the beginning if the disk lacks space. `check` is called at the end,
+    before the file is renamed to `path`."""
     header = header_bytes(
         metadata, [TensorSource(output.name, output.quant_type, output.tensor.shape, bytes) for output in outputs]
     )
@@ -134,7 +134,7 @@ def _blocks(output: Output, values: Array) -> memoryview:
 
 
 def encoded(values: Array, storage: Storage, quant_type: QuantType, origin: str) -> memoryview:
-    """Returns rows in a type of `OUTPUT_TYPES`. Raises ModelFileError for numbers that float16 cannot hold."""
+    """Encodes rows as `quant_type`. Raises ModelFileError for numbers that float16 cannot hold."""
     values = np.ascontiguousarray(values)
     if storage.name == quant_type.name:
         return values.data.cast("B")

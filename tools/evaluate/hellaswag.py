@@ -1,4 +1,4 @@
-"""Measures HellaSwag: how often the right one of four endings is the likeliest. Tasks have llama.cpp's format."""
+"""Measures how often the right one of four endings in HellaSwag is the likeliest. Tasks have llama.cpp's format."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Number of tasks whose right ending is the likeliest, by the sum of logprobs (`right`) or by their mean
-    (`right_norm`)."""
+    """Counts tasks whose right ending has the highest sum of logprobs (`right`), or the highest mean (`right_norm`)."""
 
     tasks: int = 0
     right: int = 0
@@ -56,7 +55,7 @@ class Accuracy:
         return (share + z / 2 - half) / (1 + z), (share + z / 2 + half) / (1 + z)
 
     def plus(self, task: Task, logprobs: Sequence[Sequence[float]]) -> Accuracy:
-        """Adds a task. `logprobs` has the logprobs of each ending's tokens."""
+        """Returns the accuracy with one more task. `logprobs` has the logprobs of each ending's tokens."""
         sums = [math.fsum(ending) for ending in logprobs]
         means = [total / len(ending) for total, ending in zip(sums, logprobs, strict=True)]
         right, norm = sums.index(max(sums)) == task.right, means.index(max(means)) == task.right
@@ -93,7 +92,7 @@ def _task(path: Path, tokenizer: Tokenizer, lines: Sequence[str], line: int) -> 
     shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*encoded, strict=False)))
     shared = min(shared, min(map(len, encoded)) - 1)
     if shared < 1:
-        raise UsageError(f"{path}: line {line}: context and ending must begin with the same token for all four endings")
+        raise UsageError(f"{path}: line {line}: the context's first token must be the same with all four endings")
     return Task(encoded, shared, int(right))
 
 

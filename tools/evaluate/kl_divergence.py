@@ -17,7 +17,7 @@ from llamaclust.tools.evaluate.perplexity import MOST_NLL
 Float64 = NDArray[np.float64]
 
 _ROWS_AT_ONCE: Final = 16
-"""Number of positions whose logits and intermediate values fit in the cache of a core."""
+"""Number of positions to compare at once. Their logits and intermediate values fit in the cache of a core."""
 _LEAST_LOGPROB: Final = -16.0
 _FEW: Final = 10
 _QUANTILES: Final = (1.0, 0.999, 0.99, 0.95, 0.9, 0.5, 0.1, 0.05, 0.01, 0.001, 0.0)
@@ -47,7 +47,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Statistics of each token, float64 [tokens]."""
+    """Statistics of each token. All arrays have the shape [tokens]."""
 
     nll: Float64  # Negative logprob of the token by the model.
     base_nll: Float64  # Negative logprob of the token by the base.
@@ -60,7 +60,7 @@ class Scores:
 
 
 def compare(logits: Float32, base: Float32, tokens: Sequence[int]) -> Scores:
-    """Compares a model's logits with the base's logprobs, both [rows, vocabulary], for the actual tokens [rows]."""
+    """Compares a model's logits with a base model's logprobs, both [rows, vocabulary]. `tokens` has a token per row."""
     parts = [
         _compare(logits[at : at + _ROWS_AT_ONCE], base[at : at + _ROWS_AT_ONCE], tokens[at : at + _ROWS_AT_ONCE])
         for at in range(0, len(tokens), _ROWS_AT_ONCE)
@@ -86,7 +86,7 @@ def _compare(logits: Float32, base: Float32, tokens: Sequence[int]) -> Scores:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Statistics of all compared tokens. A perplexity ratio above 1 means that the model is worse than the base."""
+    """Statistics of all compared tokens. A perplexity ratio above 1 means that the base model is better."""
 
     scores: Scores
     chunks: int

@@ -100,6 +100,4 @@ def measure(client: TextClient, chunks: Sequence[tuple[int, ...]], on_chunk: OnC
 def check_same_model(client: TextClient, tokenizer: Tokenizer, text: str) -> None:
     sample = text[:_CHECKED_CHARACTERS]
     if client.tokenize(sample, add_special=False) != tokenizer.encode(sample, add_special=False, parse_special=True):
-        raise UsageError(
-            "the server's model is not the model of the file: their tokenizers differ; give the same model"
-        )
+        raise UsageError("the tokenizers of the server's model and of the model file differ; give the same model")

@@ -28,7 +28,7 @@ _LARGE_BYTES = 1 << 26
 _CONNECTIONS = 4
 _PIECE_BYTES = 8 << 20
 _AHEAD = 6
-"""Maximum number of pieces in memory or in transfer. It exceeds _CONNECTIONS, so that a slow piece delays no other."""
+"""Maximum number of pieces in memory or in transfer. It exceeds _CONNECTIONS, so that a slow piece blocks no other."""
 RETRY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -112,7 +112,7 @@ class RangeSource:
     deadline: float  # A value of time.monotonic().
 
     def pieces(self, start: int, end: int) -> Iterator[Piece]:
-        """Yields the bytes [start, end) in order, in pieces. Ends after a piece with a `failure`."""
+        """Yields the bytes [start, end) as consecutive pieces. Stops after a piece whose `failure` is not None."""
         stop = Event()
         ranges = iter([(at, min(at + _PIECE_BYTES, end)) for at in range(start, end, _PIECE_BYTES)])
         with ThreadPoolExecutor(_CONNECTIONS, "download") as pool:
@@ -208,7 +208,7 @@ class _Transfer:
             start = _start_of(response)
             if start not in (0, self.size_bytes):
                 self.forget()
-                raise _TryAgain(f"the server answered from byte {start}")
+                raise _TryAgain(f"the server sent bytes from {start}, which were not requested")
             rest = byte_count(response.headers.get("content-length", ""))
             total = None if rest is None else start + rest
             needed = self.wanted.room_bytes + max(0, (total or 0) - self.size_bytes)
@@ -219,7 +219,6 @@ class _Transfer:
         return self._append_ranges(start, total)
 
     def _validator(self) -> str | None:
-        """Returns the stored ETag or date."""
         try:
             noted = json.loads(self.note.read_text(encoding="utf-8"))
             return str(noted["validator"]) if noted["url"] == self.wanted.url else None
@@ -240,7 +239,7 @@ class _Transfer:
         return headers | ({"If-Range": validator} if validator else {})
 
     def _resume_headers(self) -> dict[str, str]:
-        """Returns request headers that ask for the missing range, if a change of the file would be noticed."""
+        """Returns request headers for the missing range, or for the whole file if a changed file would go unnoticed."""
         headers = self._range_headers()
         if self.size_bytes and ("If-Range" in headers or self.is_checked):
             return headers | {"Range": f"bytes={self.size_bytes}-"}

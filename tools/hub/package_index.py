@@ -105,7 +105,6 @@ def _effective_settings(lines: Iterable[str]) -> Mapping[str, str]:
 
 
 def _index_url() -> str:
-    """Returns the index address that pip's help shows."""
     match = _DEFAULT_INDEX.search(" ".join(_run_pip("download", "--help").split()))
     if match is None:
         raise DownloadError("pip's help names no package index; set one: pip config set global.index-url URL")

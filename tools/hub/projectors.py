@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Final
 
-from llamaclust.model.projectors.beside import is_named_projector
+from llamaclust.model.projectors.folder_projectors import is_named_projector
 
 _TYPES: Final = tuple(re.compile(rf"(?<![a-z0-9]){name}$") for name in ("f16", "q8_0", "bf16", "f32"))
-"""Ends of file names (without .gguf) in order of preference. F16 is first, as it is as accurate as the checkpoints."""
+"""File name endings (without .gguf), in order of preference. F16 is first, as it is as accurate as the checkpoints."""
 
 
 def projector_in(files: Iterable[str], model: str) -> str | None:

@@ -27,8 +27,8 @@ _OUTPUT = "output.weight"
 def collect(
     model: Model, chunks: Sequence[tuple[int, ...]], threads: int, text: str, with_output: bool, progress: Progress
 ) -> ImportanceMatrix:
-    """Collects sums for the matrices of layers, and for the output matrix if `with_output` is True. Raises
-    LlamaclustError if a sum is not finite."""
+    """Runs the chunks, and sums the squared inputs of each matrix in a layer and, if `with_output` is True, of the
+    output matrix. Raises LlamaclustError if a sum is not finite."""
     context = len(chunks[0])
     blocks = -(-context // KV_BLOCK_TOKENS)
     rows = min(_ROWS, context)
@@ -66,7 +66,7 @@ def _run(stage: CpuStage, chunk: tuple[int, ...], rows: int, blocks: int) -> Ite
 
 
 class _Sums:
-    """Sums in float64, added in the order of tokens, so that results do not depend on the number of threads."""
+    """Sums of squared inputs, in float64 and in token order, so that results do not depend on the thread count."""
 
     def __init__(self, model: Model, with_output: bool) -> None:
         self._model, self._with_output = model, with_output

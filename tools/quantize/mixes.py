@@ -136,9 +136,9 @@ When = Callable[[Place], bool]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A tensor gets `quant_type` if the mix is in `mixes` (separated by spaces) and `when` is True for its place."""
+    """A tensor gets `quant_type` if `mixes` names the mix and `when` is True for the tensor's `Place`."""
 
-    mixes: str
+    mixes: str  # Names of mixes, separated by spaces.
     quant_type: Q
     when: When = lambda place: True
 

@@ -22,7 +22,7 @@ from llamaclust.model.imatrix import ImportanceMatrix
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.progress import ByteProgress, Progress
 from llamaclust.tools.quantize.mixes import FLOATS
-from llamaclust.tools.quantize.type_choice import EMBEDDINGS, Wishes, choose_types, needs_importance
+from llamaclust.tools.quantize.type_choice import EMBEDDINGS, MixChoice, choose_types, needs_importance
 
 _CHUNK_WEIGHTS = 1 << 20
 _QUANTIZATION_VERSION = 2
@@ -45,7 +45,7 @@ class Change:
 @dataclass(frozen=True, slots=True)
 class Quantizing:
     model: ModelFile
-    wishes: Wishes
+    wishes: MixChoice
     changes: tuple[Change, ...]
 
     @property
@@ -58,7 +58,7 @@ class Quantizing:
 
 
 def plan_quantizing(
-    model: ModelFile, wishes: Wishes, importance: ImportanceMatrix | None, allow_requantize: bool
+    model: ModelFile, wishes: MixChoice, importance: ImportanceMatrix | None, allow_requantize: bool
 ) -> Quantizing:
     """Chooses the new type of each tensor. Raises UsageError if a change is impossible."""
     types = choose_types(model, replace(wishes, has_importance=importance is not None))
@@ -179,7 +179,7 @@ def _quantized(change: Change, rows: range) -> NDArray[np.uint8]:
 
 
 def sizes_by_type(job: Quantizing) -> Mapping[tuple[QuantType, QuantType], tuple[int, int, int]]:
-    """Maps (old type, new type) to (number of tensors, bytes before, bytes after), in falling order of bytes after."""
+    """Maps (old type, new type) to (number of tensors, old bytes, new bytes), sorted by new bytes, largest first."""
     sums: dict[tuple[QuantType, QuantType], tuple[int, int, int]] = {}
     for change in job.changes:
         key = (change.tensor.quant_type, change.quant_type)

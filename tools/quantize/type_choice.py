@@ -43,7 +43,7 @@ _OTHER_RULES = frozenset({"glm5-next", "bailingmoe3"})
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class MixChoice:
     """The user's choice of a mix, and deviations from the mix. A type of None leaves the choice to the mix."""
 
     mix: Mix
@@ -55,12 +55,12 @@ class Wishes:
     by_pattern: tuple[tuple[re.Pattern[str], QuantType], ...] = ()
 
 
-def choose_types(model: ModelFile, wishes: Wishes) -> dict[str, QuantType]:
-    """Returns each tensor's type in the model's order. Raises UsageError for an architecture in `_OTHER_RULES`."""
+def choose_types(model: ModelFile, wishes: MixChoice) -> dict[str, QuantType]:
+    """Maps each tensor to its type, in the file's order. Raises UsageError for architectures in `_OTHER_RULES`."""
     architecture = model.metadata_str("general.architecture")
     if architecture in _OTHER_RULES and not wishes.pure:
         raise UsageError(
-            f"{model.path}: mixes have unsupported rules for {architecture}: give --pure, and types with --tensor-type"
+            f"{model.path}: mixes for {architecture} are not supported: give --pure, and types with --tensor-type"
         )
     chooser = _Chooser(model, architecture, wishes)
     chosen = {tensor.name: chooser.choose(tensor) for tensor in in_layer_order(model)}
@@ -86,7 +86,7 @@ def needs_importance(name: str, quant_type: QuantType, mix: Mix) -> bool:
 
 
 class _Chooser:
-    def __init__(self, model: ModelFile, architecture: str, wishes: Wishes) -> None:
+    def __init__(self, model: ModelFile, architecture: str, wishes: MixChoice) -> None:
         self._wishes, self._mix = wishes, wishes.mix
         key = f"{architecture}."
         self._layers = model.metadata_int(f"{key}block_count", 0)

@@ -202,9 +202,9 @@ async def test_stats_have_drafted_tokens() -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("/again", "no message of the user"),
-        ("/undo", "no message of the user"),
-        ("/stats", "does not end with an answer completed in this session"),
+        ("/again", "no user message"),
+        ("/undo", "no user message"),
+        ("/stats", "there are no statistics to show"),
         ("/sing", "unknown command /sing"),
         ("/save", "needs the name of a file"),
         ("/save /nonexistent/a/b", "cannot save"),
@@ -372,7 +372,7 @@ def test_stats_are_not_those_of_the_answer_before(
             monkeypatch.setattr(session, name, lambda *_, **__: answer(TextChunk(text="H"), ends=ends))
         with suppress(LlamaclustError):
             chat.take(Entry(command.strip(), is_literal=command.startswith(" ")))
-        with pytest.raises(UsageError, match="does not end with an answer completed in this session"):
+        with pytest.raises(UsageError, match="there are no statistics to show"):
             chat.take(Entry("/stats"))
 
 
@@ -390,5 +390,5 @@ def test_stats_are_of_an_answer_in_the_conversation(
         chat.take(Entry("First"))
         chat.take(Entry("/stats"))
         chat.take(Entry(command.replace("FILE", str(tmp_path / "other"))))
-        with pytest.raises(UsageError, match="does not end with an answer completed in this session"):
+        with pytest.raises(UsageError, match="there are no statistics to show"):
             chat.take(Entry("/stats"))

@@ -29,7 +29,7 @@ from llamaclust.tools.assume.public_shapes import IN_CATALOG, no_file_hint, publ
 from llamaclust.tools.assume.shapes import SHAPES, ModelShape
 from llamaclust.tools.quantize.mixes import FLOATS, MIXES
 from llamaclust.tools.quantize.quantize import plan_quantizing, write_quantized
-from llamaclust.tools.quantize.type_choice import Wishes
+from llamaclust.tools.quantize.type_choice import MixChoice
 from llamaclust.worker.devices.workspace import planned_workspace_bytes
 from support.models.tiny_model import build_tiny_model
 from support.seed import SEED
@@ -127,7 +127,7 @@ def test_assumed_model_and_file_cost_the_same(name: str, mix: str, tmp_path: Pat
         for tensor in floats.tensors.values()
     ]
     write_gguf(tmp_path / "floats.gguf", floats.metadata, written)
-    job = plan_quantizing(open_model(tmp_path / "floats.gguf"), Wishes(MIXES[mix]), None, allow_requantize=False)
+    job = plan_quantizing(open_model(tmp_path / "floats.gguf"), MixChoice(MIXES[mix]), None, allow_requantize=False)
     write_quantized(job, tmp_path / "quantized.gguf", 1, keep_split=False, progress=lambda *done: None)
     file, assumed = Model.open(tmp_path / "quantized.gguf"), Model(AssumedModel("", floats, None).quantized(mix).file)
     assert assumed.costs(KvType.F16) == file.costs(KvType.F16)
@@ -173,7 +173,7 @@ def test_models_of_the_catalog_without_a_shape_say_so(tmp_path: Path, monkeypatc
         model_of("glm-4.7-flash:q6_k")
     text = str(error.value)
     assert text.startswith(
-        "--model: glm-4.7-flash:q6_k: the file has about 24.7 GB, but the model's shape is unknown; similar names "
+        "--model: glm-4.7-flash:q6_k: the file's size is about 24.7 GB, but the model's shape is unknown; similar "
     )
     assert "glm-4.5-air" in text and "`llamaclust plan --assume MACHINES` lists all" in text and len(text) < 300
 

@@ -110,7 +110,7 @@ def test_what_gpus_do_not_compute_is_said(monkeypatch: pytest.MonkeyPatch) -> No
         raise ModelFileError("this is not computed on GPUs; set device: cpu for its workers")
 
     monkeypatch.setattr(planning, "plan_cluster", refused)
-    with pytest.raises(UsageError, match=r"--assume: LLaMA 3.1 8B: this is not .*; remove the GPUs"):
+    with pytest.raises(UsageError, match=r"--assume: LLaMA 3.1 8B: this is not .*; remove the GPUs from MACHINES"):
         plan_assumed("64GB@60GB/s + 24GB@900GB/s gpu", "8b", ())
     with pytest.raises(ModelFileError):
         plan_assumed("64GB@60GB/s", "8b", ())

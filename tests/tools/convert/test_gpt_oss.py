@@ -115,7 +115,7 @@ def test_a_width_that_blocks_do_not_divide_is_refused(tmp_path: Path) -> None:
     tensors[f"{source}_blocks"] = np.zeros((COUNT, 200, 2, 16), np.uint8)
     tensors[f"{source}_scales"] = np.zeros((COUNT, 200, 2), np.uint8)
     tensors[f"{source}_bias"] = np.zeros((COUNT, 200), np.float32)
-    with pytest.raises(ModelFileError, match="'intermediate_size': blocks of 32 do not divide 100"):
+    with pytest.raises(ModelFileError, match="'intermediate_size': expected a multiple of 32, found 100"):
         converted(tmp_path, config | {"intermediate_size": 100}, tensors)
 
 

@@ -228,7 +228,7 @@ def test_each_end_is_written_once_and_is_a_word(
 
 @pytest.mark.parametrize(
     ("rows", "message"),
-    [(300, "320 words, but the embedding has 300 rows"), (55296, "only 320 words, but the embedding has 55296 rows")],
+    [(300, "320 tokens, but the embedding has 300 rows"), (55296, "only 320 tokens, but the embedding has 55296 rows")],
 )
 def test_the_tokenizer_of_another_model(rows: int, message: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(tokenizer_json())
@@ -241,7 +241,7 @@ def test_the_tokenizer_of_another_model(rows: int, message: str, tmp_path: Path)
     [
         ("tokenizer.model", b"\xff\xfe\x00garbage" * 9, "neither a SentencePiece model nor a tiktoken file"),
         ("tokenizer.model", b"", "has no pieces"),
-        ("tokenizer.model", b"YQ== 0\n!!! 1\n", "line 2 is not a word in base64"),
+        ("tokenizer.model", b"YQ== 0\n!!! 1\n", "line 2: expected a word in base64"),
         ("tokenizer.json", b"{", "the JSON cannot be read"),
         ("tokenizer.json", b"[1]", "expected a JSON object"),
         ("tokenizer.json", b"[" * 100000, "nested too deeply"),

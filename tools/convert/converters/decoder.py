@@ -19,7 +19,7 @@ GELU: Final = ("gelu_pytorch_tanh", "gelu_new", "gelu")
 def activation(model: ConvertedModel, names: Sequence[str], *keys: str) -> None:
     stated = model.settings.text(*keys, default=names[0])
     if stated not in names:
-        raise model.settings.error(keys[0], f"{shown(stated)}: {model.architecture} computes {names[0]}")
+        raise model.settings.error(keys[0], f"{shown(stated)} is not supported; expected {names[0]}")
 
 
 def usual_keys(model: ConvertedModel, feed_forward: int) -> None:
@@ -93,13 +93,15 @@ def feed_forward_width(model: ConvertedModel) -> int:
 
 
 def windowed_layers(model: ConvertedModel, period: int) -> list[bool]:
-    """Returns, for each layer, True if its attention has a window. By default, every `period`th layer has no window."""
+    """Returns True for each layer with a sliding window. By default, every `period`th layer has no sliding window."""
     listed = model.settings.values.get("layer_types")
     if not isinstance(listed, list):
         return [(layer + 1) % period != 0 for layer in range(model.layers)]
     if len(listed) != model.layers or not all(kind in ("sliding_attention", "full_attention") for kind in listed):
         raise model.settings.error(
-            "layer_types", f"expected {model.layers} kinds of attention, found {len(listed)} entries"
+            "layer_types",
+            f"expected {model.layers} entries, each sliding_attention or full_attention,"
+            f" found {len(listed)}: {model.settings.shown('layer_types')}",
         )
     return [kind == "sliding_attention" for kind in listed]
 
@@ -114,12 +116,12 @@ def layer_kinds(model: ConvertedModel, name: str, kinds: Mapping[str, str]) -> l
 
 
 def numbered_layers(model: ConvertedModel, name: str, listed: Sequence[Any], first: int = 0) -> set[int]:
-    """Returns the layer numbers in `listed`, counted from `first`. Raises ModelFileError for numbers out of range."""
+    """Returns `listed` as a set. Raises ModelFileError for a layer number below `first` or above the last layer."""
     if len(listed) > model.layers:
         raise model.settings.error(name, f"expected {model.layers} entries, one for each layer, found {len(listed)}")
     last = first + model.layers - 1
     if not all(type(number) is int and first <= number <= last for number in listed):
-        raise model.settings.error(name, f"expected numbers of {first} to {last}")
+        raise model.settings.error(name, f"expected layer numbers from {first} to {last}")
     return set(listed)
 
 

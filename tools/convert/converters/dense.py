@@ -80,9 +80,7 @@ def build_exaone4(model: ConvertedModel) -> None:
         model.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
         model.key("attention.sliding_window_pattern", np.array(decoder.windowed_layers(model, _PERIOD), np.bool_))
     elif model.layers == _EXAONE4_32B_LAYERS:
-        raise settings.error(
-            "sliding_window", f"missing; exaone4 needs it with {model.layers} layers, as in its 32B model"
-        )
+        raise settings.error("sliding_window", f"missing; an exaone4 model with {model.layers} layers (32B) needs it")
     model.copy("token_embd", "model.embed_tokens", model.words, hidden)
     model.copy("output_norm", "model.norm", hidden)
     model.output()

@@ -38,7 +38,8 @@ def group_keys(model: ConvertedModel, count: int, chosen: int) -> None:
     if count % groups or count // groups < 2:
         raise settings.error("n_group", f"{groups} does not divide {count} experts into groups of 2 or more")
     if chosen > used * (count // groups):
-        raise settings.error("topk_group", f"{used} of {groups} groups are too few for {chosen} of {count} experts")
+        what = f"{used} with {count // groups} experts per group is too few to choose {chosen} experts"
+        raise settings.error("topk_group", what)
     model.key("expert_group_count", groups)
     model.key("expert_group_used_count", used)
 
@@ -46,7 +47,7 @@ def group_keys(model: ConvertedModel, count: int, chosen: int) -> None:
 def matrices(
     model: ConvertedModel, place: str, source: str, count: int, width: int, names: tuple[str, str, str] = PARTS
 ) -> None:
-    """Writes the expert matrices gate, up and down, from tensors of single experts or of all experts."""
+    """Writes the expert matrices gate, up and down. The checkpoint's experts are separate or stacked."""
     if not model.has(f"{source}.gate_up_proj"):
         decoder.experts(model, place, count, width, names, source)
         return
@@ -57,7 +58,7 @@ def matrices(
 
 
 def column_matrices(model: ConvertedModel, place: str, source: str, count: int, width: int) -> None:
-    """Writes the expert matrices gate, up and down, from transposed tensors of all experts."""
+    """Writes the expert matrices gate, up and down. The checkpoint's experts are stacked and transposed."""
     both = exchanged(model.take(f"{source}.gate_up_proj", count, model.width, 2 * width))
     model.put(f"{place}.ffn_gate_exps.weight", part_of_each(both, 0, width))
     model.put(f"{place}.ffn_up_exps.weight", part_of_each(both, width, 2 * width))

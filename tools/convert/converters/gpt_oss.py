@@ -58,14 +58,14 @@ def _experts(model: ConvertedModel, layer: int, count: int, width: int) -> None:
 
 
 def _matrices(model: ConvertedModel, source: str, shape: tuple[int, int, int], parts: int) -> list[Lazy]:
-    """Reads the matrices of experts, and divides their rows in turn among `parts` matrices."""
+    """Returns `parts` tensors. Tensor i has rows i, i + parts, i + 2 * parts, ... of each expert's matrix."""
     count, rows, columns = shape
     if not model.has(f"{source}_blocks"):
         whole = exchanged(model.take(source, count, columns, rows))
         return [strided(whole, 1, first, parts) for first in range(parts)]
     if columns % _BLOCK:
         name = "hidden_size" if columns == model.width else "intermediate_size"
-        raise model.settings.error(name, f"blocks of {_BLOCK} do not divide {columns} columns")
+        raise model.settings.error(name, f"expected a multiple of {_BLOCK}, found {columns}")
     blocks = model.take_bytes(f"{source}_blocks", count, rows, columns // _BLOCK, _BLOCK // 2)
     scales = model.take_bytes(f"{source}_scales", count, rows, columns // _BLOCK)
     return [packed_blocks(strided(blocks, 1, first, parts), strided(scales, 1, first, parts)) for first in range(parts)]

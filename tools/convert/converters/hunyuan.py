@@ -62,5 +62,5 @@ def _of_all_layers(model: ConvertedModel, *names: str, default: int | None = Non
     if not isinstance(listed, list):
         return settings.count(name, default=default, maximum=maximum)
     if len(listed) != model.layers or any(number != listed[0] for number in listed):
-        raise settings.error(name, f"expected {model.layers} equal numbers, found {len(listed)}")
+        raise settings.error(name, f"expected {model.layers} equal numbers, found {settings.shown(name)}")
     return type(settings)({name: listed[0]}, settings.origin).count(name, maximum=maximum)

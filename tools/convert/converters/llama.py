@@ -131,7 +131,7 @@ def build_internlm2(model: ConvertedModel) -> None:
 
 
 def _internlm2_attention(model: ConvertedModel, place: str, source: str) -> None:
-    """Splits a matrix whose rows form groups of several query heads, a key head and a value head."""
+    """Splits the fused QKV matrix. Its rows form groups of several query heads, one key head and one value head."""
     head, shared = model.head_width, model.heads // model.kv_heads
     group = (shared + 2) * head
     packed = model.take(f"{source}.wqkv.weight", model.kv_heads * group, model.width)

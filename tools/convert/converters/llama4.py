@@ -49,9 +49,7 @@ def _step(model: ConvertedModel) -> int:
     for found in range(1, model.layers + 1):
         if listed == list(range(found - 1, model.layers, found)):
             return found
-    raise settings.error(
-        "moe_layers", f"expected layers with experts at equal distances, found {settings.shown('moe_layers')}"
-    )
+    raise settings.error("moe_layers", f"expected experts in every n-th layer, found {settings.shown('moe_layers')}")
 
 
 def _check_attention(model: ConvertedModel, count: int) -> None:
@@ -60,10 +58,8 @@ def _check_attention(model: ConvertedModel, count: int) -> None:
     has_norms = settings.flag("use_qk_norm", default=True)
     if has_norms != (count != _MAVERICK_EXPERTS):
         stated = "true" if has_norms else "false"
-        raise settings.error(
-            "use_qk_norm",
-            f"{stated} is not supported for {count} experts: only models with {_MAVERICK_EXPERTS} have no norms",
-        )
+        why = f"only models with {_MAVERICK_EXPERTS} experts have no norms"
+        raise settings.error("use_qk_norm", f"{stated} is not supported for {count} experts: {why}")
     if settings.values.get("attn_temperature_tuning", True) in (None, False, 0):
         raise settings.error("attn_temperature_tuning", "false is not supported by llama4")
     for name, value in _TEMPERATURE:
@@ -72,11 +68,11 @@ def _check_attention(model: ConvertedModel, count: int) -> None:
 
 
 def _chunks(model: ConvertedModel) -> None:
-    """Writes the length of attention chunks if it differs from Scout's and Maverick's."""
+    """Writes the length of attention chunks if it is not 8192, the length in Scout and Maverick."""
     settings, rotated = model.settings, _rotated(model)
     kinds = ["chunked_attention" if flag else "full_attention" for flag in rotated]
     if settings.has("layer_types") and settings.values["layer_types"] != kinds:
-        raise settings.error("layer_types", "chunks in layers other than those that rotate are not supported")
+        raise settings.error("layer_types", "expected chunked_attention in exactly the layers with RoPE")
     if rotated != [(layer + 1) % _PERIOD != 0 for layer in range(model.layers)]:
         model.key("attention.sliding_window_pattern", np.array(rotated, np.bool_))
     chunk = settings.count("attention_chunk_size", default=_CHUNK, maximum=MAX_CONTEXT)

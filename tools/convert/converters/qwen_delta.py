@@ -49,7 +49,7 @@ class _DeltaNet:
         return 2 * self.keys + self.values
 
     def order(self, width: int) -> NDArray[np.int64]:
-        """Returns the checkpoint's row for each row of the value heads in GGUF. A value head has `width` rows."""
+        """Returns, for each row of the value heads in GGUF, its index in the checkpoint. A head has `width` rows."""
         numbers = np.arange(self.heads * width, dtype=np.int64)
         if not self.tiled:
             return numbers
@@ -99,9 +99,8 @@ def _recurrent(model: ConvertedModel) -> list[bool]:
         period = settings.count("full_attention_interval", default=_PERIOD, maximum=MAX_LAYERS)
         return [(layer + 1) % period != 0 for layer in range(model.layers)]
     if len(listed) != model.layers or not all(kind in _KINDS for kind in listed):
-        raise settings.error(
-            "layer_types", f"expected {model.layers} of {', '.join(_KINDS)}, found {len(listed)} entries"
-        )
+        what = f"expected {model.layers} entries, each {' or '.join(_KINDS)}"
+        raise settings.error("layer_types", f"{what}, found {len(listed)}: {settings.shown('layer_types')}")
     return [kind == _KINDS[0] for kind in listed]
 
 

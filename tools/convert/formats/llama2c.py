@@ -32,7 +32,7 @@ _NUMBERS: Final = {
     "vocab_size": MAX_WORDS,
     "max_position_embeddings": MAX_CONTEXT,
 }
-"""The seven numbers of the header in their order, with Hugging Face's names and upper bounds."""
+"""Maps Hugging Face's names for the seven numbers of the header, in their order, to the maximum values."""
 
 _Place = tuple[str, tuple[int, ...]]
 
@@ -79,7 +79,7 @@ def read_llama2c(files: SourceFiles, path: Path) -> Checkpoint:
         at += 4 * prod(shape)
     if at != file.size_bytes:
         raise file.error(
-            f"expected {at} bytes by the header, found {file.size_bytes}: the file is cut short, or not of llama2.c"
+            f"the header requires {at} bytes, but the file has {file.size_bytes}: it is cut short, or not from llama2.c"
         )
     values = header.values
     return Checkpoint("Meta", Settings(values, str(path)), tensors, path.with_name("tokenizer.bin"), path.stem)
@@ -133,7 +133,7 @@ def _quantized(
     shape = (shape[0] // layers, shape[1])
     count = prod(shape)
     if count % header.group:
-        raise file.error(f"{name}: {count} weights are not whole groups of {header.group}")
+        raise file.error(f"{name}: expected a multiple of {header.group} weights, found {count}")
     found = {}
     for layer in range(layers):
         numbers = lazy_tensor(file, name, at, shape, Storage.I8)

@@ -155,7 +155,7 @@ def read_tencent_pretrain(
     stated = Settings(read_json(place), str(place))
     for name, wanted in _TENCENT_SETTINGS.items():
         if stated.values.get(name, wanted) != wanted:
-            raise stated.error(name, f"{stated.shown(name)}; LLaMA has {wanted!r}, other models are not supported")
+            raise stated.error(name, f"{stated.shown(name)} is not supported; LLaMA has {wanted!r}")
     renamed = {_meta_name(name, path): tensor for name, tensor in tensors.items()}
     values = _tencent_settings(stated, renamed, path, context_length)
     return Checkpoint("Meta", Settings(values, str(place)), renamed, path.with_name("tokenizer.model"), path.stem)

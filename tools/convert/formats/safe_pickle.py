@@ -207,7 +207,7 @@ def _allowed(module: Any, name: Any) -> _Named:
 
 
 def _refuse_call(arguments: tuple[Any, ...]) -> Any:
-    raise _Refused("the pickle calls a type of storage")
+    raise _Refused("the pickle calls a storage type as a function")
 
 
 def _tensor(arguments: tuple[Any, ...]) -> TensorRef:

@@ -94,7 +94,7 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _members(file: SourceFile) -> dict[str, _Member]:
     if file.read(0, min(4, file.size_bytes)) != _ZIP:
-        raise file.error("not a zip file, which torch.save has written since 1.6; save it again with a newer PyTorch")
+        raise file.error("not a zip file; torch.save writes zip files since 1.6: save it again with a newer PyTorch")
     try:
         with zipfile.ZipFile(_Window(file)) as archive:
             listed = archive.infolist()
@@ -149,7 +149,7 @@ class _Window(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size_bytes}[whence] + offset
         if at < 0:
-            raise ValueError("a place before the file")
+            raise ValueError("seek before the start of the file")
         self._at = at
         return at
 
@@ -157,7 +157,8 @@ class _Window(io.RawIOBase):
         left = max(0, self._file.size_bytes - self._at)
         count = left if count < 0 else min(count, left)
         if count > _MAX_DIRECTORY_BYTES:
-            raise ValueError(f"the directory of members has {count >> 20} MiB")
+            limit = f"the limit is {_MAX_DIRECTORY_BYTES >> 20} MiB"
+            raise ValueError(f"the directory of members has {count >> 20} MiB; {limit}")
         data = self._file.read(self._at, count)
         self._at += count
         return data

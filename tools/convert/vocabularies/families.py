@@ -1,4 +1,4 @@
-"""Adds what the vocabulary files of some architectures lack, such as the token that ends a turn."""
+"""Adds data that vocabulary files of some architectures lack, such as the end-of-turn token."""
 
 from __future__ import annotations
 

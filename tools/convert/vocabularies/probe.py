@@ -21,14 +21,14 @@ PROBE: Final = (
     "function(x){return x*2;}//comment\n\n\n    indented\n\tmore\n if(a&&b||!c) <tag attr='v'/> http://a.b/c?d=e&f=1 "
     "x\n/y \n//z !\n/a (\n) .\r\n/ end  "
 )
-"""The probe text has scripts with and without spaces and case, digits, combining marks, all spaces and line ends."""
+"""The probe text. It has many scripts, upper and lower case, digits, combining marks, spaces and line ends."""
 
 Pieces = tuple[str, ...]
 
 
 def recognised(pre_tokenizer: Any, ignore_merges: bool, adds_bos: bool) -> str | None:
-    """Returns the name of a known pre-tokenizer that splits the probe text in the same way, or None. The pre-tokenizer
-    must have the given `ignore_merges`, and preferably the given `adds_bos`."""
+    """Returns the name of a known pre-tokenizer that splits the probe text like `pre_tokenizer`, or None. The known
+    pre-tokenizer must have the same `ignore_merges`, and preferably the same `adds_bos`."""
     found = cut(pre_tokenizer)
     alike = [name for name, pieces in _known().items() if pieces == found]
     kinds = known_pre_tokenizers()

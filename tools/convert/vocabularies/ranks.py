@@ -79,7 +79,7 @@ def read_ranks(path: Path, data: bytes) -> Words:
 
 
 def spelled(ranks: Mapping[bytes, int]) -> list[str]:
-    """Returns words in order of rank, in the alphabet of byte-level BPE."""
+    """Returns words in order of rank. Each byte is written as its letter in byte-level BPE."""
     return [_spell(word) for word in sorted(ranks, key=ranks.__getitem__)]
 
 
@@ -110,15 +110,15 @@ def _parse(path: Path, data: bytes) -> dict[bytes, int]:
         try:
             ranks[base64.b64decode(word, validate=True)] = int(rank)
         except ValueError:
-            raise ModelFileError(f"{path}: line {number} is not a word in base64, a space and a rank") from None
+            raise ModelFileError(f"{path}: line {number}: expected a word in base64, a space and a rank") from None
     check_ranks(path, ranks)
     return ranks
 
 
 def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
-    """Raises ModelFileError if the ranks have gaps, a byte is not a word, or words are too long or too many."""
+    """Raises ModelFileError if ranks have gaps, one of the 256 bytes has no rank, or words are too long or too many."""
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) > _MOST_WORDS:
-        raise ModelFileError(f"{path}: the {len(ranks)} ranks do not count from 0 without gaps")
+        raise ModelFileError(f"{path}: the {len(ranks)} ranks are not consecutive from 0, or more than {_MOST_WORDS}")
     if max(map(len, ranks)) > _MOST_BYTES:
         raise ModelFileError(f"{path}: a word has {max(map(len, ranks))} bytes; the limit is {_MOST_BYTES}")
     if sum(len(word) ** 2 for word in ranks) > _MOST_PAIRS:

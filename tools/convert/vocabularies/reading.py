@@ -22,7 +22,7 @@ _RANKS: Final = ("qwen.tiktoken", "hy.tiktoken", "tiktoken.model")
 NAMES: Final = ("tokenizer.model", "tokenizer.json", *_RANKS, _TEKKEN, "tokenizer.bin")
 _MAX_BYTES: Final = 1 << 28
 _PARTS: Final = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
-"""Maps names of roles in Hugging Face's files to names in GGUF, which spells "seperator" like this."""
+"""Maps Hugging Face's names for roles of special tokens to GGUF's names. The spelling "seperator" is GGUF's."""
 _ENDS: Final = ("eot", "eom")
 _NUMBER: Final = re.compile("[0-9]{1,9}")
 _MAX_TEMPLATE_BYTES: Final = 1 << 22
@@ -31,8 +31,8 @@ _MAX_TEMPLATE_BYTES: Final = 1 << 22
 def read_words(
     files: SourceFiles, place: Path, rows: int, behind: Sequence[str] = (), names: Sequence[str] = NAMES
 ) -> Words:
-    """Reads the vocabulary from a file or a Hugging Face folder, and fits it to an embedding of `rows` rows. Appends
-    the control tokens `behind` to a SentencePiece vocabulary. `names` are tokenizer files in order of preference."""
+    """Reads the vocabulary from a file or a Hugging Face folder, and fits it to an embedding of `rows` rows. The
+    control tokens in `behind` are appended to a SentencePiece vocabulary. `names` are tokenizer files, best first."""
     path = _find(place, names) if place.is_dir() else place
     words = _read(files.open(path))
     if words.kind == "llama":

@@ -99,7 +99,6 @@ def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], doc
 
 
 def _pre_tokenizer_name(library: Any, document: dict[str, Any]) -> str | None:
-    """Returns the name of the pre-tokenizer, or None if it is unknown."""
     ignores_merges, has_bos = document["model"].get("ignore_merges") is True, _template_ends(document)[0] is not None
     name = recognised(library.pre_tokenizer, ignores_merges, has_bos)
     if name is not None:

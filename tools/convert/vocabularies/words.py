@@ -40,7 +40,7 @@ class Words:
     charsmap: bytes = b""
 
     def add(self, token_id: int, text: str, special: bool) -> None:
-        """Adds a token, or marks an existing word as control or user-defined."""
+        """Adds a control or user-defined token, or replaces the token that has this id. Ignores the unknown token."""
         if token_id == self.ids.get("unknown"):
             return
         if not 0 <= token_id < MAX_WORDS:
@@ -54,16 +54,16 @@ class Words:
             self.scores[token_id] = ADDED_SCORE
 
     def fit(self, rows: int) -> None:
-        """Adds or drops unused words until there are `rows` words. Raises ModelFileError if the numbers differ so much
-        that the vocabulary must belong to another model."""
+        """Adds or drops unused tokens until there are `rows` tokens. Raises ModelFileError if the numbers differ so
+        much that the vocabulary must belong to another model."""
         while len(self.texts) > rows and self.types[-1] is TokenType.UNUSED:
             self._drop()
         count = len(self.texts)
         if count > rows:
-            more = f"there are {count} words, but the embedding has {rows} rows"
+            more = f"there are {count} tokens, but the embedding has {rows} rows"
             raise ModelFileError(f"{self.origin}: {more}: take the tokenizer of the same model")
         if rows - count > max(_FREE_ROWS, rows * _FREE_SHARE):
-            fewer = f"there are only {count} words, but the embedding has {rows} rows"
+            fewer = f"there are only {count} tokens, but the embedding has {rows} rows"
             raise ModelFileError(f"{self.origin}: {fewer}: take the tokenizer of the same model")
         for number in range(count, rows):
             self._append(f"[PAD{number}]", TokenType.UNUSED, _PADDING_SCORE)
@@ -71,7 +71,7 @@ class Words:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Advice for the user about tokens that end an answer but that GGUF cannot mark as such."""
+        """Advice for the user about end-of-answer tokens for which GGUF has no key."""
         written = self.ids.values()
         left = [shown(self.texts[end]) for end in self.ends if end not in written and not self._ends_by_text(end)]
         if not left:

@@ -53,7 +53,8 @@ def _widths(model: ConvertedModel) -> list[int]:
     if not isinstance(listed, list):
         return [model.settings.count("intermediate_size")] * model.layers
     if len(listed) != model.layers or not all(type(width) is int and 0 < width <= MAX_WIDTH for width in listed):
-        raise model.settings.error("intermediate_size", f"expected {model.layers} widths, found {len(listed)} entries")
+        what = f"expected {model.layers} widths of 1 to {MAX_WIDTH}, found {len(listed)}"
+        raise model.settings.error("intermediate_size", f"{what}: {model.settings.shown('intermediate_size')}")
     return listed
 
 
@@ -71,7 +72,7 @@ def _keys(model: ConvertedModel, widths: list[int], copies: int, inputs: int) ->
     shared = settings.count("num_kv_shared_layers", default=15, minimum=0, maximum=model.layers - 1)
     own = model.layers - shared
     if {*windowed[own:]} - {*windowed[:own]}:
-        raise settings.error("num_kv_shared_layers", f"{shared} layers have no layer of their kind before them")
+        raise settings.error("num_kv_shared_layers", f"{shared} is too large: no earlier layer is of the same kind")
     model.key("attention.shared_kv_layers", shared)
     model.key("attention.sliding_window", settings.count("sliding_window", default=512, maximum=MAX_CONTEXT))
     model.key("attention.sliding_window_pattern", np.array(windowed, np.bool_))
@@ -85,8 +86,7 @@ def _keys(model: ConvertedModel, widths: list[int], copies: int, inputs: int) ->
 
 
 def _sparsity(model: ConvertedModel) -> list[float]:
-    """Returns each layer's threshold of activations, in standard deviations above the mean. If the threshold is -inf,
-    all activations pass."""
+    """Returns each layer's activation threshold, in standard deviations above the mean. -inf keeps all activations."""
     name, sparse = "activation_sparsity_pattern", _SPARSE_LAYERS if model.layers > _SPARSE_LAYERS else 0
     shares = model.settings.values.get(name)
     if shares is None:

@@ -1,5 +1,6 @@
-"""Gemma 4. Layers with a window and layers without a window have different heads. Experts are parallel to the
-feed-forward network. There are per-layer embeddings, and the last layers use other layers' keys and values."""
+"""Gemma 4. Layers with a sliding window differ from other layers in head size and number of KV heads. Experts are
+parallel to the feed-forward network. Each layer may have its own embeddings. The last layers use other layers' keys and
+values."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ class _Heads:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """Settings that differ between layers. The first `own` layers have keys and values, which later layers reuse."""
+    """Settings that differ between layers. Later layers reuse the keys and values of the first `own` layers."""
 
     windowed: list[bool]
     part: _Heads
@@ -77,7 +78,7 @@ def _read_form(model: ConvertedModel) -> _Form:
     shared = settings.count("num_kv_shared_layers", default=0, minimum=0, maximum=model.layers - 1)
     own = model.layers - shared
     if {*windowed[own:]} - {*windowed[:own]}:
-        raise settings.error("num_kv_shared_layers", f"{shared} layers have no layer of their kind before them")
+        raise settings.error("num_kv_shared_layers", f"{shared} is too large: no earlier layer is of the same kind")
     alike = settings.flag("attention_k_eq_v")
     inputs = settings.count("hidden_size_per_layer_input", default=256, minimum=0, maximum=_MAX_INPUT)
     part, full = _heads(model, windowed, alike)
@@ -140,14 +141,13 @@ def _rotation(model: ConvertedModel, form: _Form) -> None:
     usual = 1.0 if settings.inner("rope_parameters").has("full_attention") else _SHARE
     kind = rope.text("rope_type", default="proportional")
     if kind not in ("proportional", "default") or rope.real("factor", default=1.0) != 1:
-        raise rope.error(
-            "rope_type", f"{shown(kind)} is not supported; expected a proportional rotation that is not stretched"
-        )
+        found = f"{shown(kind)}, factor {rope.shown('factor')}"
+        raise rope.error("rope_type", f"expected proportional or default, in both cases with factor 1, found {found}")
     if settings.inner("rope_parameters").inner("sliding_attention").real("partial_rotary_factor", default=1.0) != 1:
-        raise settings.error("rope_parameters", "layers with a window that rotate a part of a head are not supported")
+        raise settings.error("rope_parameters", "partial rotation in layers with a sliding window is not supported")
     share = rope.real("partial_rotary_factor", default=usual, maximum=1.0)
     if kind == "default" and share != 1:
-        raise rope.error("partial_rotary_factor", f"{share:g} is not supported for a rotation that is not proportional")
+        raise rope.error("partial_rotary_factor", f"expected 1 for the rope_type default, found {share:g}")
     model.key("rope.freq_base", rope.real("rope_theta", default=_BASE, minimum=1.0))
     model.key("rope.freq_base_swa", local_base(settings))
     model.key("rope.dimension_count", form.full.width)

@@ -15,14 +15,13 @@ _MAX_RANK: Final = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """Numbers of channels of the latent vector (`rank`), of a key (`rotated` plus `plain`) and of a value. `query_rank`
-    is 0 if queries are not computed from a latent vector."""
+    """Numbers of channels in latent attention."""
 
-    rank: int
-    rotated: int
-    plain: int
-    value: int
-    query_rank: int
+    rank: int  # Channels of the latent vector for keys and values.
+    rotated: int  # Channels of a key that RoPE rotates.
+    plain: int  # Other channels of a key.
+    value: int  # Channels of a value.
+    query_rank: int  # Channels of the latent vector for queries, or 0 if queries have none.
 
 
 def read_latent(model: ConvertedModel) -> Latent:
@@ -50,7 +49,6 @@ def read_latent(model: ConvertedModel) -> Latent:
 
 
 def latent_keys(model: ConvertedModel, latent: Latent) -> None:
-    """Writes the metadata of latent attention."""
     model.key("attention.head_count_kv", 1)
     model.key("attention.key_length", latent.rank + latent.rotated)
     model.key("attention.value_length", latent.rank)

@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3, Kimi K2 and GLM-4.7-Flash become deepseek2. Mistral Small 4 becomes mistral4."""
+"""Converts DeepSeek V2 and V3, Kimi K2 and GLM-4.7-Flash to deepseek2, and Mistral Small 4 to mistral4."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _GLM = "glm4moe"
 
 @dataclass(frozen=True, slots=True)
 class _Mixture:
-    """The gating function of experts (`name` in configurations, `number` in GGUF), with or without bias and groups."""
+    """Expert selection. The gating function is called `name` in configurations, and has the number `number` in GGUF."""
 
     name: str
     number: int
@@ -29,13 +29,11 @@ _MISTRAL4 = _Mixture("softmax", experts.SOFTMAX, has_bias=False)
 
 
 def build_v2(model: ConvertedModel) -> None:
-    """Converts DeepSeek V2 Lite. Raises ModelFileError for full models, whose choice of groups GGUF cannot express."""
+    """Converts DeepSeek V2 Lite. Raises ModelFileError for V2, since GGUF cannot express its choice of groups."""
     settings = model.settings
     method = settings.text("topk_method", default="greedy")
     if method != "greedy" and settings.count("n_group", default=1) != 1:
-        raise settings.error(
-            "topk_method", f"{shown(method)}: a choice of groups by their best expert is not supported"
-        )
+        raise settings.error("topk_method", f"{shown(method)} is not supported; expected greedy")
     if settings.flag("norm_topk_prob"):
         raise settings.error("norm_topk_prob", "true is not supported by DeepSeek V2")
     _build(model, _V2)

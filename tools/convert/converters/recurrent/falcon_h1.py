@@ -41,7 +41,6 @@ def build(model: ConvertedModel) -> None:
 
 
 def _ends(model: ConvertedModel) -> None:
-    """Copies embedding and output matrix, each with its own multiplier."""
     embedding = model.take("model.embed_tokens.weight", model.words, model.width)
     head = embedding
     if not model.settings.flag("tie_word_embeddings"):

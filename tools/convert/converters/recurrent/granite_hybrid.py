@@ -1,4 +1,4 @@
-"""Granite 4.0 with Mamba 2 in most layers. A model without Mamba 2 becomes granite or granitemoe."""
+"""Granite 4.0 with Mamba 2 in most layers. A model without Mamba 2 is converted to granite or granitemoe."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def _attends(model: ConvertedModel) -> list[bool]:
         return [layer + 1 in attends for layer in range(model.layers)]
     kinds = settings.values.get("layer_types")
     if not isinstance(kinds, list) or len(kinds) != model.layers or not all(kind in _KINDS for kind in kinds):
-        raise settings.error("layer_types", f"expected {model.layers} of {', '.join(_KINDS)}")
+        raise settings.error("layer_types", f"expected {' or '.join(_KINDS)} for {model.layers} layers")
     return [kind == _KINDS[1] for kind in kinds]
 
 

@@ -16,7 +16,7 @@ _NAMES = MappingProxyType(
     {"ssm.inner_size": "mamba_d_head", "ssm.state_size": "mamba_d_state", "ssm.group_count": "mamba_n_groups"}
 )
 _ALL_STEPS = ([0, math.inf], [0, {"__float__": "Infinity"}])
-"""Values of `time_step_limit` that limit nothing: with infinity as a number, and as transformers writes it."""
+"""Values of `time_step_limit` that mean no limit. The second value is how transformers writes infinity in JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Mamba:
 
 
 def read_mamba(model: ConvertedModel, inner: int | None) -> Mamba:
-    """Reads the sizes of a Mamba 2 block. `inner` is the width of all heads, or None if the configuration lacks it."""
+    """Reads the sizes of a Mamba 2 block. `inner` is the width of all heads together, or None if it is not set."""
     settings = model.settings
     heads = settings.count("mamba_n_heads", "mamba_num_heads", maximum=_MAX_HEADS)
     width = None if inner is None else max(1, inner // heads)
@@ -100,6 +100,4 @@ def _check_time_steps(model: ConvertedModel) -> None:
     for name in ("time_step_limit", "mamba_dt_limit"):
         stated = model.settings.values.get(name)
         if stated is not None and stated not in _ALL_STEPS:
-            raise model.settings.error(
-                name, f"{model.settings.shown(name)} is not supported: time steps are 0 to infinity"
-            )
+            raise model.settings.error(name, f"{model.settings.shown(name)} is not supported; expected 0 to infinity")

@@ -22,7 +22,7 @@ from llamaclust.model.loader import Model
 from llamaclust.tools.evaluate.logit_scores import measure_divergence
 from llamaclust.tools.evaluate.logits_file import LogitsFile
 from llamaclust.tools.quantize.mixes import MIXES
-from llamaclust.tools.quantize.type_choice import Wishes, choose_types, needs_importance
+from llamaclust.tools.quantize.type_choice import MixChoice, choose_types, needs_importance
 
 _DEADLINE_S = 1800
 Float64 = NDArray[np.float64]
@@ -103,5 +103,5 @@ def _check_same_types(ours: Path, theirs: Path) -> None:
 
 
 def _goes_without(model: Path, mix: str) -> bool:
-    types = choose_types(open_model(model), Wishes(MIXES[mix]))
+    types = choose_types(open_model(model), MixChoice(MIXES[mix]))
     return not any(needs_importance(name, kind, MIXES[mix]) for name, kind in types.items())

@@ -13,7 +13,7 @@ from runner.padded import PaddedModels, llamaclust, told
 
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.tools.quantize.mixes import MIXES
-from llamaclust.tools.quantize.type_choice import Wishes, choose_types, is_kept
+from llamaclust.tools.quantize.type_choice import MixChoice, choose_types, is_kept
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Quantized(Case):
 
 def fall_back(narrow: ModelFile, wide: ModelFile, mix: str) -> float:
     matrices = [name for name, tensor in narrow.tensors.items() if not is_kept(name, tensor.shape)]
-    here, there = (choose_types(model, Wishes(MIXES[mix], has_importance=True)) for model in (narrow, wide))
+    here, there = (choose_types(model, MixChoice(MIXES[mix], has_importance=True)) for model in (narrow, wide))
     return sum(here[name] != there[name] for name in matrices) / len(matrices)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llamaclust.cluster.front.text.call_constraint import answer_grammar
-from llamaclust.cluster.front.text.request import AnswerReading, ChatRequest, CompletionRequest, ToolMode, ToolUse
+from llamaclust.cluster.front.text.request import AnswerParsing, ChatRequest, CompletionRequest, ToolMode, ToolUse
 from llamaclust.cluster.front.text.sharing import ignored_parts
 from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.model.grammars.checker import GrammarChecker
@@ -33,7 +33,7 @@ async def bound(
     named: list[str] = []
     token = ignored_parts.set(named)
     try:
-        return await answer_grammar(chat, AnswerReading(form_of(form), tools), TOKENIZER, checker), named
+        return await answer_grammar(chat, AnswerParsing(form_of(form), tools), TOKENIZER, checker), named
     finally:
         ignored_parts.reset(token)
 

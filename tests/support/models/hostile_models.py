@@ -24,7 +24,7 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "tensors without end": (gguf(tensor_count=HUGE), f"{HUGE} tensors"),
     "array without end": (gguf([array("a", STRING, HUGE, bytes(64))]), f"an array of {HUGE} strings"),
     "value type": (gguf([key("a", 77, bytes(8))]), "unknown value type 77"),
-    "zero dimension": (gguf([], [tensor("x", [4, 0])], bytes(64)), "shape [4, 0] has a 0 or more than"),
+    "zero dimension": (gguf([], [tensor("x", [4, 0])], bytes(64)), "shape [4, 0] contains 0, or has more than"),
     "overlap": (gguf([], [tensor("x", [16]), tensor("y", [16], F32, 32)], bytes(96)), "overlaps tensor 'x'"),
     "quant type": (gguf([], [tensor("x", [32], 4)], bytes(64)), "unknown quant type 4"),
 }

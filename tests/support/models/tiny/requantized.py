@@ -7,12 +7,12 @@ from pathlib import Path
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.tools.quantize.mixes import MIXES
 from llamaclust.tools.quantize.quantize import plan_quantizing, write_quantized
-from llamaclust.tools.quantize.type_choice import Wishes
+from llamaclust.tools.quantize.type_choice import MixChoice
 
 
 def requantized(path: Path, mix: str) -> Path:
     """Beside it, in that type."""
     out = path.with_name(f"{path.stem}.{mix}.gguf")
-    job = plan_quantizing(open_model(path), Wishes(MIXES[mix], pure=True), None, allow_requantize=True)
+    job = plan_quantizing(open_model(path), MixChoice(MIXES[mix], pure=True), None, allow_requantize=True)
     write_quantized(job, out, 1, False, lambda *_: None)
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from llamaclust.model.gguf.model_file import ModelFile
-from llamaclust.model.hyperparameters import ModelKeys
+from llamaclust.model.model_keys import ModelKeys
 
 
 class Pooling(StrEnum):

@@ -9,7 +9,8 @@ from typing import Any
 from llamaclust.cluster.launchers.models.projectors import open_with_projector
 from llamaclust.core.sizes import needed
 from llamaclust.model.gguf.model_file import ModelFile
-from llamaclust.model.hyperparameters import PROJECTOR_ARCHITECTURE, read_architecture
+from llamaclust.model.hyperparameters import PROJECTOR_ARCHITECTURE
+from llamaclust.model.model_keys import read_architecture
 from llamaclust.model.projectors.projector import Projector, projector_of
 from llamaclust.worker.devices.encoder_limits import EncoderMemory
 from llamaclust.worker.devices.encoder_memory import encoder_bytes

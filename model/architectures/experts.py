@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llamaclust.model.architectures.tensors import CheckedTensors
-from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys
+from llamaclust.model.hyperparameters import Hyperparameters
+from llamaclust.model.model_keys import ModelKeys
 from llamaclust.model.program import Buffer, Moe
 from llamaclust.model.steps.options import USUAL_EXPERTS, ActivationFunction, ExpertOptions, GatedActivation, Gating
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llamaclust.model.architectures.experts import ExpertsVariant
 from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
-from llamaclust.model.hyperparameters import ModelKeys
+from llamaclust.model.model_keys import ModelKeys
 from llamaclust.model.steps.options import RopeStyle
 
 _MAX_SCALE = 1e6

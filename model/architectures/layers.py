@@ -11,8 +11,9 @@ from llamaclust.model import program as steps
 from llamaclust.model.architectures.experts import ExpertsVariant, expert_step
 from llamaclust.model.architectures.positions import rope_table
 from llamaclust.model.architectures.tensors import CheckedTensors
-from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, RopeParameters, RopeScaling
+from llamaclust.model.hyperparameters import Hyperparameters, RopeParameters, RopeScaling
 from llamaclust.model.kv_type import KvType
+from llamaclust.model.model_keys import ModelKeys
 from llamaclust.model.pooling import Pooling, read_pooling
 from llamaclust.model.program import Buffer, Program, RopeTable
 from llamaclust.model.steps.options import ActivationFunction, RopeStyle

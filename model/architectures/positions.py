@@ -9,7 +9,8 @@ import numpy as np
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.values import shown
-from llamaclust.model.hyperparameters import ModelKeys, RopeParameters, RopeScaling
+from llamaclust.model.hyperparameters import RopeParameters, RopeScaling
+from llamaclust.model.model_keys import ModelKeys
 from llamaclust.model.program import RopeTable
 
 _DIGITS = Context(prec=50)

@@ -8,7 +8,8 @@ import numpy as np
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.model_file import ModelFile
-from llamaclust.model.hyperparameters import MAX_LAYERS, NEXTN_KEY, SHARED_KV_KEY, ModelKeys, RopeParameters
+from llamaclust.model.hyperparameters import MAX_LAYERS, RopeParameters
+from llamaclust.model.model_keys import NEXTN_KEY, SHARED_KV_KEY, ModelKeys
 from llamaclust.model.program import Buffer, MatMul, Slice
 from llamaclust.model.quant_types import QuantType
 

@@ -14,8 +14,9 @@ from llamaclust.model import program as steps
 from llamaclust.model.architectures import ARCHITECTURES
 from llamaclust.model.architectures.encoder_layers import EncoderBuilder
 from llamaclust.model.architectures.layers import EMBEDDING
-from llamaclust.model.hyperparameters import ModelKeys, hyperparameters_of
+from llamaclust.model.hyperparameters import hyperparameters_of
 from llamaclust.model.kv_type import KvType
+from llamaclust.model.model_keys import ModelKeys
 from llamaclust.model.program import Buffer, Program
 
 if TYPE_CHECKING:

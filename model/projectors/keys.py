@@ -11,7 +11,8 @@ from llamaclust.model.architectures.vision.family import Positions, VisionFamily
 from llamaclust.model.architectures.vision.layers import VisionHyperparameters
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.values import shown
-from llamaclust.model.hyperparameters import MAX_LAYERS, PROJECTOR_ARCHITECTURE, ModelKeys, read_architecture
+from llamaclust.model.hyperparameters import MAX_LAYERS, PROJECTOR_ARCHITECTURE
+from llamaclust.model.model_keys import ModelKeys, read_architecture
 from llamaclust.model.steps.options import ActivationFunction
 
 _MAX_WIDTH = 1 << 16

@@ -22,7 +22,8 @@ from llamaclust.model.architectures.vision.layers import (
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.values import shown
-from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys
+from llamaclust.model.hyperparameters import Hyperparameters
+from llamaclust.model.model_keys import ModelKeys
 from llamaclust.model.program import Program
 from llamaclust.model.projectors.keys import (
     ImageNumbers,

@@ -9,16 +9,11 @@ import numpy as np
 import pytest
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.model import hyperparameters
+from llamaclust.model import model_keys
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import WritableValue, write_gguf
-from llamaclust.model.hyperparameters import (
-    Hyperparameters,
-    ModelKeys,
-    RopeScaling,
-    hyperparameters_of,
-    read_hyperparameters,
-)
+from llamaclust.model.hyperparameters import Hyperparameters, RopeScaling, hyperparameters_of, read_hyperparameters
+from llamaclust.model.model_keys import ModelKeys
 from support.paths import DATA
 
 BASE: dict[str, WritableValue] = {
@@ -106,7 +101,7 @@ def test_a_key_that_is_read_is_not_refused(
 
 def test_all_readers_record_their_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pattern = "attention.sliding_window_pattern"
-    monkeypatch.setattr(hyperparameters, "_NEUTRAL_VALUES", {"context_length": (0,), pattern: (0,)})
+    monkeypatch.setattr(model_keys, "_NEUTRAL_VALUES", {"context_length": (0,), pattern: (0,)})
     keys = keys_of(tmp_path, attention__sliding_window_pattern=2)
     with pytest.raises(ModelFileError, match="is not supported"):
         keys.refuse_unread()

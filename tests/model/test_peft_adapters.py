@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.checkpoints.modules import matrix_name
 from llamaclust.model.gguf.model_file import ModelFile, open_model
-from llamaclust.model.hyperparameters import read_architecture
 from llamaclust.model.loader import Model
+from llamaclust.model.model_keys import read_architecture
 from llamaclust.model.program import Adapt
 from llamaclust.model.quant_types import QuantType
 from support.models.checkpoint_files import safetensors_bytes

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llamaclust.model import program as ir
 from llamaclust.model.architectures.layers import ProgramBuilder
-from llamaclust.model.hyperparameters import SHARED_KV_KEY, ModelKeys
+from llamaclust.model.model_keys import SHARED_KV_KEY, ModelKeys
 from llamaclust.model.program import Buffer, RopeTable
 from llamaclust.model.steps.options import RopeStyle
 

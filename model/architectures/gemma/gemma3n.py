@@ -11,7 +11,7 @@ from llamaclust.model import program as ir
 from llamaclust.model.architectures.gemma.attention import LayerKind, attention, shared_kv_sources
 from llamaclust.model.architectures.gemma.layer_inputs import LayerInputs
 from llamaclust.model.architectures.layers import ProgramBuilder
-from llamaclust.model.hyperparameters import SHARED_KV_KEY, ModelKeys
+from llamaclust.model.model_keys import SHARED_KV_KEY, ModelKeys
 from llamaclust.model.program import Buffer
 from llamaclust.model.steps.options import ActivationFunction
 

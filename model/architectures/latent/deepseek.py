@@ -10,7 +10,8 @@ from llamaclust.model.architectures.experts import read_experts
 from llamaclust.model.architectures.latent.attention import LatentAttention, LatentVariant
 from llamaclust.model.architectures.layers import ProgramBuilder
 from llamaclust.model.architectures.positions import yarn_score_scale
-from llamaclust.model.hyperparameters import LATENT_KEYS, RopeScaling
+from llamaclust.model.hyperparameters import RopeScaling
+from llamaclust.model.model_keys import LATENT_KEYS
 from llamaclust.model.steps.options import Gating
 
 _MAX_WIDTH, _MAX_COUNT, _MAX_SCALE = 1 << 12, 1 << 10, 1e3

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llamaclust.model import program as ir
 from llamaclust.model.architectures.layers import ProgramBuilder
-from llamaclust.model.hyperparameters import ModelKeys
+from llamaclust.model.model_keys import ModelKeys
 from llamaclust.model.program import Buffer
 from llamaclust.model.steps.options import ActivationFunction
 from llamaclust.model.steps.states import MAX_HEADS, MAX_KEY_CHANNELS, MAX_TAPS, VALUE_CHANNELS, Decay, DeltaRule

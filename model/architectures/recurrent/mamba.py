@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llamaclust.model import program as ir
 from llamaclust.model.architectures.layers import ProgramBuilder
-from llamaclust.model.hyperparameters import ModelKeys
+from llamaclust.model.model_keys import ModelKeys
 from llamaclust.model.program import KV_BLOCK_TOKENS, Buffer
 from llamaclust.model.steps.options import ActivationFunction
 from llamaclust.model.steps.states import MAX_STATE_FLOATS, MAX_TAPS

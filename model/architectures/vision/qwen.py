@@ -8,7 +8,7 @@ from llamaclust.model import program as steps
 from llamaclust.model.architectures.vision.attention import Rotation, VisionAttention
 from llamaclust.model.architectures.vision.layers import VisionBuilder
 from llamaclust.model.architectures.vision.rotations import HEIGHT, WIDTH, halves
-from llamaclust.model.hyperparameters import ModelKeys
+from llamaclust.model.model_keys import ModelKeys
 from llamaclust.model.program import Buffer
 from llamaclust.model.steps.options import ActivationFunction, RopeStyle
 

@@ -10,8 +10,8 @@ from time import monotonic_ns
 
 from llamaclust.cluster.engine.lane import Lane
 from llamaclust.cluster.scheduler.counts import Counts
-from llamaclust.cluster.scheduler.fairness import turn_of
 from llamaclust.cluster.scheduler.requests import Failed, GenerationRequest, Update
+from llamaclust.cluster.scheduler.sequence_choice import turn_of
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.model.program import KV_BLOCK_TOKENS

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from typing import TYPE_CHECKING
 
-from llamaclust.cluster.scheduler.fairness import turn_of
+from llamaclust.cluster.scheduler.sequence_choice import turn_of
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.core.sampler.bounds import MAX_FORCED_TOKENS
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from functools import partial
 from operator import attrgetter
 
-from llamaclust.cluster.scheduler.fairness import (
+from llamaclust.cluster.scheduler.kv.memory import RESERVE_BLOCKS, KvMemory
+from llamaclust.cluster.scheduler.sequence_choice import (
     Running,
     first_in_turn,
     in_turn,
@@ -16,7 +17,6 @@ from llamaclust.cluster.scheduler.fairness import (
     startable,
     takes_turn,
 )
-from llamaclust.cluster.scheduler.kv.memory import RESERVE_BLOCKS, KvMemory
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.core.errors import QueueFullError
 from llamaclust.core.sharing.shares import largest_share

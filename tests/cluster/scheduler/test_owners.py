@@ -6,9 +6,9 @@ from random import Random
 
 import pytest
 
-from llamaclust.cluster.scheduler.fairness import startable
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.sequence_choice import startable
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.usage import Usage

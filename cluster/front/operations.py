@@ -40,8 +40,8 @@ async def disabled(request: Request) -> Response:
 
 
 async def no_proxy(request: Request) -> Response:
-    """Refuses requests to llama.cpp's CORS proxy. This server fetches no URLs for its clients."""
-    raise HttpError(403, "forbidden", "/cors-proxy: this server fetches no URLs for its clients")
+    """Refuses requests to llama.cpp's CORS proxy. It would send requests to other servers for clients."""
+    raise HttpError(403, "forbidden", "/cors-proxy: this server is no proxy")
 
 
 class Workers:

@@ -49,7 +49,7 @@ def test_arrays_of_a_result_that_do_not_fit_together_are_refused(field: str, val
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("tasks", bytes(57), "tasks: 57 bytes, not records of 56"),
+        ("tasks", bytes(57), "tasks has 57 bytes, which is not a multiple of 56"),
         ("params", [], "parameters is 0, must be within 0..-1"),
         ("tokens", bytes(4), "tokens of tasks: 2 from 0 on, there are 1"),
         ("breakers", b"", "breakers: 1 from 0 on, there are 0"),
@@ -74,7 +74,7 @@ def test_arrays_of_inputs_that_do_not_fit_together_are_refused(field: str, value
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("chunks", bytes(21), "chunks: 21 bytes, not records of 20"),
+        ("chunks", bytes(21), "chunks has 21 bytes, which is not a multiple of 20"),
         ("chunks", b"", "chunks is 0, must be within 1.."),
         ("tokens", bytes(4), "1 tokens for chunks of 2"),
         ("tables", b"", "runs of a table is 1, must be within 1..0"),

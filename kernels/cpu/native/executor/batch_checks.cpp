@@ -39,7 +39,7 @@ void check_sequence(const Batch& batch, int sequence, const Limits& limits) {
     check_equal("position", batch.positions[row], first + (row - begin));
   const int64_t room = (static_cast<int64_t>(batch.table_starts[s + 1]) - batch.table_starts[s]) * kKvBlockTokens;
   if (first + (end - begin) > room)
-    refuse("number of positions", first + (end - begin), "a block table has " + std::to_string(room));
+    refuse("number of positions", first + (end - begin), "but the block table has room for " + std::to_string(room));
 }
 
 // Only the blocks that rows of a windowed layer read or write must exist.

@@ -113,8 +113,8 @@ class Records {
  public:
   Records(const char* what, Bytes bytes) : what_(what), bytes_(bytes) {
     if (bytes.size() % sizeof(T) != 0)
-      throw ProtocolViolation(std::string(what) + ": " + std::to_string(bytes.size()) + " bytes, not records of " +
-                              std::to_string(sizeof(T)));
+      throw ProtocolViolation(std::string(what) + " has " + std::to_string(bytes.size()) +
+                              " bytes, which is not a multiple of " + std::to_string(sizeof(T)));
   }
 
   size_t size() const { return bytes_.size() / sizeof(T); }

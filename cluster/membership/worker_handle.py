@@ -333,8 +333,8 @@ class WorkerHandle:
         group = self.stages[fault.epoch][0].group
         members = () if group is None else tuple(member.worker for member in group.members)
         if fault.worker not in members or (fault.kind == "failed" and fault.worker != self.name):
-            name, group = self.name, ", ".join(members) or "none"
-            raise ProtocolError(f"worker {name} (group: {group}) must not report worker {fault.worker} as {fault.kind}")
+            who = f"worker {self.name} (group: {', '.join(members) or 'none'})"
+            raise ProtocolError(f"{who} must not report worker {fault.worker} as {fault.kind}")
 
     def lose(self, reason: str) -> None:
         """Marks the worker as lost and fails every pending request. Only the first call has an effect."""

@@ -30,9 +30,9 @@ from llamaclust.cluster.config.catalog import WantedFile, find_entry, locate
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.state import events
 from llamaclust.core.addresses import ANYWHERE, is_loopback, joined_address, split_address
+from llamaclust.core.interfaces import reachable_host
 from llamaclust.core.logs import LogFormat, count_file_shortages, start_logging
 from llamaclust.core.sizes import MIB
-from llamaclust.core.this_machine import reachable_host
 
 if TYPE_CHECKING:
     from llamaclust.tools.progress import Progress as ShowProgress

@@ -15,7 +15,7 @@ from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZerocon
 
 from llamaclust.core.addresses import ANYWHERE, is_link_local, joined_address, split_address
 from llamaclust.core.errors import DeadlineError, UsageError
-from llamaclust.core.this_machine import network_addresses, own_addresses
+from llamaclust.core.interfaces import network_addresses, own_addresses
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.task_set import TaskSet
 

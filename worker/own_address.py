@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llamaclust.core.addresses import ANYWHERE, LASTING, is_link_local, joined_address, split_address
 from llamaclust.core.errors import WorkerError
-from llamaclust.core.this_machine import source_host
+from llamaclust.core.interfaces import source_host
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.settings import WorkerSettings
 

@@ -15,7 +15,7 @@ import httpx
 from llamaclust.cluster.config.environment import environment, proxy_variables, trust_variables
 from llamaclust.core.addresses import ANYWHERE, is_address, is_loopback, split_address
 from llamaclust.core.errors import UsageError
-from llamaclust.core.this_machine import own_addresses
+from llamaclust.core.interfaces import own_addresses
 
 Verify = str | PathLike[str] | ssl.SSLContext | None
 """A PEM file of certificates to trust, or an SSL context. None means the cluster's own certificate if it runs on this

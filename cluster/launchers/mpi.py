@@ -27,7 +27,7 @@ from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Report
 from llamaclust.core.addresses import ANYWHERE, joined_address, split_address
 from llamaclust.core.errors import UsageError
-from llamaclust.core.this_machine import own_addresses
+from llamaclust.core.interfaces import own_addresses
 from llamaclust.wire.rpc.task_set import TaskSet
 from llamaclust.worker.settings import WorkerSettings
 

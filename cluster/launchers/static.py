@@ -16,8 +16,8 @@ from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import AwaitingWorkers, Report
 from llamaclust.core.addresses import ANYWHERE, joined_address, split_address
+from llamaclust.core.interfaces import one_of_each_interface
 from llamaclust.core.sizes import counted
-from llamaclust.core.this_machine import one_of_each_interface
 from llamaclust.model.loader import Model
 from llamaclust.wire.security.certificate_names import COORDINATOR
 from llamaclust.wire.security.credentials import Identity, Insecure

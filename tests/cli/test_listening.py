@@ -13,7 +13,7 @@ from llamaclust.cli.progress import ready_text
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.state.api_keys import named_keys, read_api_keys
 from llamaclust.cluster.state.events import Ready
-from llamaclust.core import this_machine
+from llamaclust.core import interfaces
 from llamaclust.core.errors import UsageError
 
 
@@ -118,7 +118,7 @@ def test_a_file_without_keys_gets_one(keys: Path, text: str) -> None:
     ],
 )
 def test_what_is_typed_on_a_phone(monkeypatch: pytest.MonkeyPatch, own: list[str], place: str) -> None:
-    monkeypatch.setattr(this_machine, "own_addresses", lambda: own)
+    monkeypatch.setattr(interfaces, "own_addresses", lambda: own)
     ready = Ready("mine", "http://0.0.0.0:8080", "good", "/etc/keys")
     assert f"  phones and other computers of this network: {place}\n  API key: KEY\n" in ready_text(ready, "KEY")
     assert "phones" not in ready_text(ready)

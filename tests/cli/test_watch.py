@@ -28,7 +28,7 @@ from llamaclust.cluster.state.events import (
     to_line,
 )
 from llamaclust.core.errors import UsageError
-from llamaclust.core.this_machine import own_addresses
+from llamaclust.core.interfaces import own_addresses
 
 MIB = 1 << 20
 EVENTS: tuple[Event, ...] = (

@@ -27,8 +27,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from llamaclust.cluster.state.directory import write_private
 from llamaclust.core.addresses import ANYWHERE, is_address
 from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.core.interfaces import own_addresses
 from llamaclust.core.regular_file import file_version, open_regular, read_bytes
-from llamaclust.core.this_machine import own_addresses
 from llamaclust.wire.security.certificates import load_private, private_pem
 from llamaclust.wire.security.server_context import server_context
 

@@ -18,7 +18,7 @@ from llamaclust.cluster.client.web_access import trust
 from llamaclust.cluster.front.http.certificate import ServerCertificate
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.core.errors import LlamaclustError, UsageError
-from llamaclust.core.this_machine import own_addresses
+from llamaclust.core.interfaces import own_addresses
 from support.clusters.served import CONTEXT, ScriptedEngine, make_app, says, serving
 from support.wire.api_certificates import write_signed
 

@@ -12,7 +12,7 @@ import pytest
 from llamaclust import Client
 from llamaclust.cluster.client.web_access import web_options
 from llamaclust.core.errors import UsageError
-from llamaclust.core.this_machine import own_addresses
+from llamaclust.core.interfaces import own_addresses
 
 ELSEWHERE = "https://192.0.2.1:9"
 VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")

@@ -27,7 +27,7 @@ from llamaclust.cluster.front.http.certificate import (
     keep_self_signed,
 )
 from llamaclust.core.errors import UsageError
-from llamaclust.core.this_machine import own_addresses
+from llamaclust.core.interfaces import own_addresses
 from support.wire.api_certificates import SignedFiles, self_signed, write_signed
 
 

@@ -7,14 +7,9 @@ from pathlib import Path
 import ifaddr
 import pytest
 
-from llamaclust.core import this_machine
+from llamaclust.core import interfaces
 from llamaclust.core.addresses import bounded_host
-from llamaclust.core.this_machine import (
-    network_addresses,
-    one_of_each_interface,
-    own_addresses,
-    reachable_host,
-)
+from llamaclust.core.interfaces import network_addresses, one_of_each_interface, own_addresses, reachable_host
 
 LOOPBACK = ("lo", "127.0.0.1", "::1")
 
@@ -27,8 +22,8 @@ def use(monkeypatch: pytest.MonkeyPatch, *interfaces: tuple[str, ...], default: 
         adapters.append(ifaddr.Adapter(name, name, ips, number))
     monkeypatch.setattr(ifaddr, "get_adapters", lambda: adapters)
     by_family = {":" in host: host for host in default}
-    monkeypatch.setattr(this_machine, "source_host", lambda host, family: by_family.get(":" in host))
-    monkeypatch.setattr(this_machine, "_IPV6_ADDRESSES", Path("/nowhere"))
+    monkeypatch.setattr(interfaces, "source_host", lambda host, family: by_family.get(":" in host))
+    monkeypatch.setattr(interfaces, "_IPV6_ADDRESSES", Path("/nowhere"))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +81,7 @@ def test_addresses_that_the_system_replaces_are_left_out(monkeypatch: pytest.Mon
     flags = {1: 0x80, 2: 0x01, 3: 0x20, 4: 0x40, 5: 0x00}  # permanent, temporary, deprecated, tentative, none
     lines = [f"fd{'0' * 29}{last} 02 40 00 {flag:02x}     eth0" for last, flag in flags.items()]
     (tmp_path / "if_inet6").write_text("\n".join(lines) + "\n")
-    monkeypatch.setattr(this_machine, "_IPV6_ADDRESSES", tmp_path / "if_inet6")
+    monkeypatch.setattr(interfaces, "_IPV6_ADDRESSES", tmp_path / "if_inet6")
     assert own_addresses() == ["fd00::1", "fd00::5"]
 
 

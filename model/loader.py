@@ -34,9 +34,9 @@ from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.groups.costs import GroupCosts
-from llamaclust.model.hyperparameters import Hyperparameters, read_hyperparameters
+from llamaclust.model.hyperparameters import Hyperparameters
 from llamaclust.model.kv_type import KvType
-from llamaclust.model.model_keys import ModelKeys
+from llamaclust.model.model_keys import ModelKeys, read_hyperparameters
 from llamaclust.model.pooling import DEFAULT, Pooling, read_pooling
 from llamaclust.model.program import Program, weights_of
 from llamaclust.model.projectors.projector import Projector, open_projector

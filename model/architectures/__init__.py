@@ -26,9 +26,8 @@ from llamaclust.model.architectures.recurrent import falcon_h1, granite_hybrid, 
 from llamaclust.model.architectures.recurrent import qwen as recurrent_qwen
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.values import shown
-from llamaclust.model.hyperparameters import hyperparameters_of
 from llamaclust.model.kv_type import KvType
-from llamaclust.model.model_keys import ModelKeys, read_architecture
+from llamaclust.model.model_keys import ModelKeys, hyperparameters_of, read_architecture
 from llamaclust.model.program import Program
 
 ARCHITECTURES: Mapping[str, Callable[[EncoderBuilder], None]] = MappingProxyType(

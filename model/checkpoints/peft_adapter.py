@@ -18,8 +18,7 @@ from llamaclust.model.gguf.header import Header
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.tensors import FileIdentity, Tensor, open_regular
 from llamaclust.model.gguf.values import MetadataValue, fail_at, shown
-from llamaclust.model.hyperparameters import read_hyperparameters
-from llamaclust.model.model_keys import read_architecture
+from llamaclust.model.model_keys import read_architecture, read_hyperparameters
 from llamaclust.model.quant_types import QuantType
 
 _TYPES: Final = {Storage.F32: QuantType.F32, Storage.F16: QuantType.F16, Storage.BF16: QuantType.BF16}

@@ -14,9 +14,8 @@ from llamaclust.model import program as steps
 from llamaclust.model.architectures import ARCHITECTURES
 from llamaclust.model.architectures.encoder_layers import EncoderBuilder
 from llamaclust.model.architectures.layers import EMBEDDING
-from llamaclust.model.hyperparameters import hyperparameters_of
 from llamaclust.model.kv_type import KvType
-from llamaclust.model.model_keys import ModelKeys
+from llamaclust.model.model_keys import ModelKeys, hyperparameters_of
 from llamaclust.model.program import Buffer, Program
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.tensors import FileIdentity, Tensor
 from llamaclust.model.gguf.values import LazyStrings, MetadataValue, fail_at
 from llamaclust.model.gguf.writer import WritableValue, header_bytes
-from llamaclust.model.hyperparameters import PROJECTOR_ARCHITECTURE, read_hyperparameters
-from llamaclust.model.model_keys import read_architecture
+from llamaclust.model.hyperparameters import PROJECTOR_ARCHITECTURE
+from llamaclust.model.model_keys import read_architecture, read_hyperparameters
 from llamaclust.model.quant_types import QuantType
 
 MANIFEST_VERSION = 2

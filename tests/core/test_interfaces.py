@@ -14,10 +14,10 @@ from llamaclust.core.interfaces import network_addresses, one_of_each_interface,
 LOOPBACK = ("lo", "127.0.0.1", "::1")
 
 
-def use(monkeypatch: pytest.MonkeyPatch, *interfaces: tuple[str, ...], default: tuple[str, ...] = ()) -> None:
+def use(monkeypatch: pytest.MonkeyPatch, *listed: tuple[str, ...], default: tuple[str, ...] = ()) -> None:
     """Sets interfaces by number, with their addresses; `default` has the sources of the default routes."""
     adapters = []
-    for number, (name, *hosts) in enumerate(interfaces, 1):
+    for number, (name, *hosts) in enumerate(listed, 1):
         ips = [ifaddr.IP((host, 0, 0) if ":" in host else host, 24, name) for host in hosts]
         adapters.append(ifaddr.Adapter(name, name, ips, number))
     monkeypatch.setattr(ifaddr, "get_adapters", lambda: adapters)

@@ -12,8 +12,8 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.model import model_keys
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import WritableValue, write_gguf
-from llamaclust.model.hyperparameters import Hyperparameters, RopeScaling, hyperparameters_of, read_hyperparameters
-from llamaclust.model.model_keys import ModelKeys
+from llamaclust.model.hyperparameters import Hyperparameters, RopeScaling
+from llamaclust.model.model_keys import ModelKeys, hyperparameters_of, read_hyperparameters
 from support.paths import DATA
 
 BASE: dict[str, WritableValue] = {

@@ -10,7 +10,7 @@ from llamaclust.model.architectures.layers import ProgramBuilder
 from llamaclust.model.architectures.positions import rope_sections
 from llamaclust.model.architectures.recurrent.delta_net import delta_net, read_delta_net
 from llamaclust.model.architectures.recurrent.gated_attention import gated_attention
-from llamaclust.model.hyperparameters import read_block_count
+from llamaclust.model.model_keys import read_block_count
 from llamaclust.model.steps.options import Gating
 
 _FEED_FORWARD_NORM = "post_attention_norm"

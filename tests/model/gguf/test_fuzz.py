@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.values import LazyStrings
-from llamaclust.model.hyperparameters import read_hyperparameters
+from llamaclust.model.model_keys import read_hyperparameters
 from support.models.gguf_bytes import ARRAY, BOOL, FLOAT32, STRING, UINT32, array, gguf, key, tensor, text
 from support.models.tiny_model import build_tiny_model
 

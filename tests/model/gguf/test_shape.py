@@ -9,7 +9,7 @@ import pytest
 
 from llamaclust.kernels.reference.dequantize import dequantize
 from llamaclust.model.gguf.model_file import open_model
-from llamaclust.model.hyperparameters import read_hyperparameters
+from llamaclust.model.model_keys import read_hyperparameters
 from support.clusters.forked_commands import forked_script
 from support.paths import ROOT
 

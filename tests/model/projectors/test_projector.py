@@ -12,7 +12,7 @@ from llamaclust.core.errors import ModelFileError, RequestError
 from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
-from llamaclust.model.hyperparameters import read_hyperparameters
+from llamaclust.model.model_keys import read_hyperparameters
 from llamaclust.model.projectors.projector import open_projector
 from llamaclust.model.projectors.tiles import TileReader
 from support.models.tiny_architectures import build_architecture

@@ -12,8 +12,8 @@ import pytest
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.architectures import build_program
-from llamaclust.model.hyperparameters import read_hyperparameters
 from llamaclust.model.loader import Model
+from llamaclust.model.model_keys import read_hyperparameters
 from llamaclust.model.quant_types import QuantType
 from support.models.converted import converted, converted_checkpoint
 from support.models.original_models import SEED, Shapes, draw, recorded_form

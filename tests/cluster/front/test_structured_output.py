@@ -88,7 +88,7 @@ def test_every_form_is_one_grammar(fields: dict[str, Any], grammar: Grammar | No
         ({"guided_json": "{"}, "guided_json: is not JSON"),
         ({"guided_choice": []}, "guided_choice: expected a list of one or more non-empty texts"),
         ({"guided_choice": {}}, "guided_choice: must be a list of texts"),
-        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice: expected a list of texts"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice: expected a list of one or more"),
         ({"guided_choice": [""]}, "guided_choice: expected a list of one or more non-empty texts"),
         ({"guided_choice": "ab"}, "guided_choice: must be a list of texts"),
         ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs: must have exactly one of"),

@@ -236,7 +236,7 @@ def test_random_rules_change_no_bit(shim: None, mixture: Path) -> None:
         (
             "cuda:0",
             r"blk\.3\.=CPU",
-            "placement: layer 3 in RAM comes after layer 0, which may be on a GPU, but a worker's",
+            "placement: layer 3 in RAM comes after layer 0, which may be on a GPU; a worker's",
         ),
         ("cuda:0", "exps=CUDA1", "placement: there is no cuda:1 among cuda:0; name one of these, or `gpu` for any GPU"),
         ("cuda:0", "attn_q=CPU", "placement: 'attn_q=ram' puts blk.0.attn_q.weight in RAM, but not"),

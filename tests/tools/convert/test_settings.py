@@ -131,9 +131,9 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
         (
             _GEMMA4,
             {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
-            "'yarn' is not supported; expected a proportional",
+            "in both cases with factor 1, found 'yarn'",
         ),
-        (_GEMMA4, {"rope_parameters": {"full_attention": {"factor": 2.0}}}, "expected a proportional rotation"),
+        (_GEMMA4, {"rope_parameters": {"full_attention": {"factor": 2.0}}}, "found 'proportional', factor 2.0"),
         (
             _GEMMA4,
             {"rope_parameters": {"sliding_attention": {"partial_rotary_factor": 0.5}}},

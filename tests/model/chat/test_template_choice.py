@@ -198,7 +198,7 @@ def test_a_user_chooses_by_name_or_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nor a readable file"):
         chosen_template(str(tmp_path / "pipe"))
     (tmp_path / "large").write_bytes(b" " * ((1 << 20) + 1))
-    with pytest.raises(UsageError, match="more than 1048576 bytes"):
+    with pytest.raises(UsageError, match="exceeds the limit of 1048576 bytes"):
         chosen_template(str(tmp_path / "large"))
 
 

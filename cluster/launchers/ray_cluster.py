@@ -49,6 +49,8 @@ class RayCluster:
         self._namespace = namespace
         self._folder = folder
         self._own: Path | None = None
+        # Ray reads the token once in a process, so a second start in this process needs the same token.
+        self._token = secrets.token_urlsafe(32)
         self._ray: Any = None
 
     def open(self, workers: Sequence[WorkerSettings]) -> Any:
@@ -74,7 +76,7 @@ class RayCluster:
         """Starts a Ray cluster on this machine. Its folder is private, so that no other program finds the cluster."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         token = self._folder / "token"
-        write_private(token, secrets.token_urlsafe(32))
+        write_private(token, self._token)
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
         os.environ.pop("RAY_AUTH_TOKEN", None)
         os.environ.pop("RAY_ADDRESS", None)

@@ -168,6 +168,29 @@ def test_a_ray_that_does_not_start_is_tried_again_and_leaves_no_process(
     assert not [one for one in below if is_there(one)]
 
 
+def test_the_start_after_one_that_failed_serves(line: CommandLine, model: Path, undisturbed: Answers) -> None:
+    command = start(line, model, ray={"address": "none"})
+    process(command, "raylet").kill()
+    with ready(command, line) as cluster:
+        assert "Ray did not start, trying again (2 of 3)" in command.err.read_text()
+        assert answers(cluster) == undisturbed
+        assert line.run("down").code == 0
+    assert command.wait().code == 0
+
+
+def process(command: Running, name: str) -> psutil.Process:
+    """Waits for a process of this name below the command."""
+    found: list[psutil.Process] = []
+
+    def there() -> bool:
+        below = psutil.Process(command.process.pid).children(recursive=True)
+        found[:] = [one for one in below if is_there(one) and one.name() == name]
+        return bool(found)
+
+    eventually(there, 120.0, f"a process {name}")
+    return found[0]
+
+
 def test_a_ray_cluster_without_authentication_is_used_only_where_that_is_allowed(
     line: CommandLine, model: Path, undisturbed: Answers
 ) -> None:

@@ -251,7 +251,7 @@ def plan(
         Option(
             "--acceptance",
             metavar="SHARE",
-            help="Share of draft tokens that are accepted, e.g. 0.8 or 80%, to predict the gain of drafts; repeatable.",
+            help="Assumed share of accepted draft tokens, e.g. 0.8 or 80%, for predicted speeds; repeatable.",
         ),
     ] = [],  # noqa: B006  typer reads the default
 ) -> None:

@@ -159,7 +159,9 @@ Endpoint = Annotated[
     str | None,
     Option("--endpoint", metavar="URL", help="Address of a running cluster's API, e.g. http://10.0.0.1:8080."),
 ]
-CaFile = Annotated[Path | None, Option("--ca-file", metavar="FILE", help="Certificates (PEM) to trust at --endpoint.")]
+CaFile = Annotated[
+    Path | None, Option("--ca-file", metavar="FILE", help="Trusted certificates (PEM) for connections to --endpoint.")
+]
 KeyFile = Annotated[Path | None, Option("--api-key-file", metavar="FILE", help="File whose first line is the API key.")]
 Threads = Annotated[
     int | None,
@@ -223,7 +225,7 @@ OverrideTensors = Annotated[
         "--override-tensor",
         "-ot",
         metavar="PATTERN=DEVICE,...",
-        help="Put tensors into RAM (CPU) or on GPUs (gpu, CUDA0) by name, e.g. exps=CPU; repeatable.",
+        help="Place tensors in RAM or on GPUs by name, e.g. exps=CPU, exps=gpu or exps=CUDA0; repeatable.",
     ),
 ]
 _Given = TypeVar("_Given")
@@ -305,7 +307,7 @@ def text_of(path: Path) -> str:
     try:
         data = read_given(path, _MOST_TEXT_BYTES + 1)
         if len(data) > _MOST_TEXT_BYTES:
-            raise ValueError(f"larger than {_MOST_TEXT_BYTES >> 20} MiB")
+            raise ValueError(f"the file is larger than {_MOST_TEXT_BYTES >> 20} MiB")
         return decode_text(data).replace("\r\n", "\n")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error

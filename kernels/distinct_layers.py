@@ -51,7 +51,7 @@ def _kind(steps: Sequence[Step], tensors: Mapping[str, Tensor]) -> Hashable:
 
 
 def _form(value: Hashable, tensors: Mapping[str, Tensor]) -> Hashable:
-    """Returns a key, which is equal for steps of two layers if their tensors have equal types and shapes."""
+    """Returns a key. Steps of two layers get the same key if their tensors have the same types and shapes."""
     if names := _part_names(type(value)):
         return type(value), *(_form(getattr(value, name), tensors) for name in names)
     if isinstance(value, str) and (tensor := tensors.get(value)) is not None:

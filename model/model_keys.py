@@ -231,7 +231,7 @@ def _read_key_length(keys: ModelKeys, embedding_length: int, head_count: int) ->
     if value_length != key_length and not all(map(keys.has, LATENT_KEYS)):
         if keys.has("attention.kv_lora_rank"):
             raise keys.error(LATENT_KEYS[0], "missing, as in files from before May 2025: convert the model again")
-        raise keys.error("attention.value_length", f"expected {key_length} as for keys, found {value_length}")
+        raise keys.error("attention.value_length", f"expected {key_length}, the length of keys, found {value_length}")
     return key_length
 
 

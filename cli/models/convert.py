@@ -29,7 +29,8 @@ def convert(
     source: Annotated[
         Path,
         Argument(
-            metavar="SRC", help="Folder with config.json or params.json, TencentPretrain's .bin, or llama2.c's .bin."
+            metavar="SRC",
+            help="A folder with config.json or params.json, or a .bin file of TencentPretrain or llama2.c.",
         ),
     ],
     out: Annotated[

@@ -292,7 +292,9 @@ class ClusterConfig(Section):
                 why = "mpirun binds workers to cores: remove this, and start mpirun with --map-by numa --bind-to numa"
                 raise PlaceError(("workers", index, "numa_node"), why)
             if facts.uses_ray and worker.threads is None:
-                raise PlaceError(("workers", index), "needs threads with launcher: ray, which reserves that many CPUs")
+                raise PlaceError(
+                    ("workers", index), "needs `threads`, because launcher ray reserves a CPU for each thread"
+                )
         return self
 
     @model_validator(mode="after")

@@ -65,7 +65,7 @@ def parse_name(value: object) -> str:
     if not re.fullmatch(NAME, value):
         raise ValueError(
             f"{shown(value)} is not a name; write 1 to 63 letters, digits, dots, dashes or underscores, "
-            "a letter or digit at either end"
+            "beginning and ending with a letter or digit"
         )
     return value
 

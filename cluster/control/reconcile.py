@@ -188,7 +188,7 @@ def _absent_workers(state: ClusterState) -> str:
 
 
 def _improve(state: ClusterState) -> Action:
-    """Returns the action while a pipeline runs: load a better plan if there is one, or wait."""
+    """Chooses the next action while a pipeline runs: loads a better plan if there is one, or waits."""
     serving, planning = state.serving, state.planning
     assert serving is not None and planning is not None
     must_move = any(name in state.pool.drained for name, _ in serving.workers)

@@ -102,4 +102,4 @@ class Lane:
             age_s = (monotonic_ns() - sent_ns) / 1e9 if sent_ns is not None else 0.0
             if age_s > self._deadlines.result_s:
                 stages = ", ".join(f"{s.worker} (layers {s.start}-{s.end - 1})" for s in self.pipeline.stages)
-                raise DeadlineError(f"no result of a microbatch has come for {age_s:.0f} s from the workers {stages}")
+                raise DeadlineError(f"the workers {stages} returned no result of a microbatch for {age_s:.0f} s")

@@ -35,7 +35,7 @@ _GRACE_S = 1.0
 
 
 class MpiLauncher(RestartingLauncher):
-    """A launcher that orders the ranks of an MPI job to start workers. Its orders go through a socket to rank 0."""
+    """Starts workers through the ranks of an MPI job. Sends commands to rank 0 over a socket."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         super().__init__(config, folder, report)

@@ -118,7 +118,7 @@ def check_number(name: str, value: object, low: float, high: float) -> None:
 
 def check_count(name: str, count: int, most: int, items: str) -> None:
     if count > most:
-        raise ParameterError(name, f"has {count} {items}; give at most {most}")
+        raise ParameterError(name, f"found {count} {items}, at most {most} are allowed")
 
 
 def shown(value: object) -> str:

@@ -167,7 +167,8 @@ def _explained(program: Program) -> Iterator[None]:
 
 class CpuBackend:
     """Implements `kernels.backend.Backend` on the CPU. `feature_level` is by default the best of this machine. If
-    `yields`, fewer threads compute while other programs keep the cores busy. `mlock` locks packed weights in RAM."""
+    `yields` is true, it computes with fewer threads while other programs keep the cores busy. `mlock` locks packed
+    weights in RAM."""
 
     name = "cpu"
     numerics_version = NUMERICS_VERSION

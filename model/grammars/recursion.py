@@ -46,7 +46,8 @@ def _references(schema: Any, read: set[int]) -> Iterator[str]:
 
 @dataclass(slots=True, eq=False)
 class _Condition:
-    """A condition that becomes true after `missing` more of its prerequisites become true. `users` depend on it."""
+    """A condition that is true once all its prerequisites are. `missing` counts those that are not yet true. The
+    conditions in `users` depend on it."""
 
     missing: int
     users: list[_Condition] = field(default_factory=list)

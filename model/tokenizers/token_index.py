@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 
 class TokenIndex:
-    """Finds tokens by parts of their bytes. For 256 Ki tokens, building takes a second, and a search milliseconds."""
+    """Finds tokens by parts of their bytes. 256 Ki tokens are indexed in a second and searched in milliseconds."""
 
     def __init__(self, words: Sequence[bytes]) -> None:
         self._bytes: NDArray[np.uint8] = np.frombuffer(b"".join(words), np.uint8)

@@ -174,7 +174,7 @@ def test_numbers_may_be_given_for_each_layer(tmp_path: Path) -> None:
         ),
         ({"attention__head_count_kv": np.array([2, 3, 2, 2], np.int32)}, "3 KV heads do not divide 8 heads"),
         ({"feed_forward_length": np.zeros(4, np.int32)}, "feed_forward_length': expected 1 to .*, found 0"),
-        ({"attention__value_length": 16}, "expected 8 as for keys, found 16"),
+        ({"attention__value_length": 16}, "expected 8, the length of keys, found 16"),
         ({"attention__layer_norm_rms_epsilon": 0.0}, "layer_norm_rms_epsilon': expected 1e-13 to 0.1, found 0"),
         ({"attention__layer_norm_rms_epsilon": float("nan")}, "nan"),
         ({"rope__dimension_count": 10}, "expected 1 to 8, found 10"),

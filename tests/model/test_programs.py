@@ -363,7 +363,7 @@ def test_values_as_wide_as_keys(make: Callable[..., ModelFile]) -> None:
     assert {
         (step.head_dim, step.q.width) for step in whole(make("qwen3")).kv_layers if isinstance(step, Attention)
     } == {(32, 128)}
-    with pytest.raises(ModelFileError, match=r"value_length.*expected 32 as for keys, found 16"):
+    with pytest.raises(ModelFileError, match=r"value_length.*expected 32, the length of keys, found 16"):
         whole(make("qwen3", attention__value_length=16))
 
 

@@ -13,7 +13,7 @@ Scalar = int | float | bool
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """The shape of a public model. `ffn` is the width of dense feed-forward layers. `mix` is the usual quantization."""
+    """Shape of a public model. `ffn` is the width of dense feed-forward layers. `mix` is its default quantization."""
 
     architecture: str
     title: str

@@ -208,7 +208,7 @@ class Injector:
                     return record
             await asyncio.sleep(_POLL_S)
         raise LlamaclustError(
-            f"no coordinator of {self._name} is ready within {_RETURN_S:.0f} s: start it with `llamaclust up`"
+            f"no coordinator of {self._name} became ready within {_RETURN_S:.0f} s: start it with `llamaclust up`"
         )
 
 

@@ -69,7 +69,8 @@ def _write_folder(
     if type_name not in _STORAGE:
         raise UsageError(f"--type {type_name}: a folder holds one of {', '.join(_STORAGE)}; q8_0 is for .gguf files")
     if whole.settings.inner("quantization_config").values.get("quant_method") == KEPT_METHOD:
-        raise UsageError(f"{out}: a base with {KEPT_METHOD} weights becomes a GGUF file; give a name ending in .gguf")
+        advice = "can only be merged into a GGUF file; give a name ending in .gguf"
+        raise UsageError(f"{out}: a base model with {KEPT_METHOD} weights {advice}")
     weights = out / "model.safetensors"
     if out.exists() and (not out.is_dir() or set(out.iterdir()) - {hidden_name(weights)}):
         raise UsageError(f"{out} already exists; give another name, or one that ends in .gguf")

@@ -69,7 +69,7 @@ def _four_bit(stem: str, tensors: Mapping[str, Lazy], recent: Recent, *, is_awq:
     steps = _awq_steps if is_awq else _gptq_steps
 
     def load() -> tuple[NDArray[np.uint32], NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
-        """Returns packed numbers, zeros and scales [groups, outputs], and the group of each input."""
+        """Returns packed numbers, zeros [groups, outputs], scales [groups, outputs] and each input's group."""
         packed = _nibbles(zeros.all())
         if is_awq:
             packed = packed[..., _AWQ_ORDER]

@@ -126,7 +126,7 @@ def _read_shape(path: Path, file: BinaryIO) -> LogitsShape:
     head = file.read(len(_MAGIC) + _HEAD.size)
     if len(head) < len(_MAGIC) + _HEAD.size or not head.startswith(_MAGIC):
         raise UsageError(
-            f"{path}: not a file of logits; make one with --kl-divergence-base {path} and without --kl-divergence"
+            f"{path}: not a file of logits; to write one, give --kl-divergence-base {path} without --kl-divergence"
         )
     shape = LogitsShape(*_HEAD.unpack(head[len(_MAGIC) :]))
     if not (4 <= shape.context <= _MOST_TOKENS and shape.vocabulary > 0 and shape.chunks > 0):

@@ -24,8 +24,8 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 @dataclass(frozen=True, slots=True)
 class SupervisedWorkers:
-    """Objects that manage a cluster's workers. If `measure_links` is None, links are not measured again. A start waits
-    for workers at least `start_s` seconds before it gives up."""
+    """Groups the objects that manage a cluster's workers. If `measure_links` is None, links are not measured again.
+    The cluster waits at least `start_s` seconds for its workers to join."""
 
     registry: Registry
     launcher: Launcher

@@ -262,7 +262,7 @@ class LlamaCppEmbeddings(Endpoint[LlamaCppEmbeddingBody]):
     body = LlamaCppEmbeddingBody
 
     async def answer(self, request: Request) -> Response:
-        """Computes embedding vectors. Each prompt gets one vector, or with pooling `none` one vector for each token."""
+        """Computes one embedding vector for each prompt. With pooling `none`, computes one for each token."""
         body = await self.read(request)
         options = body.options(self.service.settings.pooling, body.embd_normalize)
         return await embedded(request, self.service, body.inputs, options, partial(_llamacpp_reply, body))

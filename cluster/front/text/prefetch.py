@@ -46,7 +46,8 @@ class Prefetch(Generic[_Result]):
         return result
 
     async def with_room(self, work: Callable[[], Awaitable[_Any]], own_bytes: int) -> _Any:
-        """Calls `work`. If memory is short, waits for `room` and calls `work` again. Raises the errors of `room`."""
+        """Calls `work`. If memory is short, waits for memory and calls `work` again. Raises RequestError if
+        the memory never becomes free."""
         while True:
             try:
                 return await work()

@@ -193,7 +193,7 @@ class TextService:
                 yield await self._embedder.embed(ids, options)
 
     async def rank(self, query: str, documents: Sequence[str]) -> list[Rank]:
-        """Returns the documents' scores in order. Raises RequestError, QueueFullError, DeadlineError or WorkerError."""
+        """Scores documents, in the given order. Raises RequestError, QueueFullError, DeadlineError or WorkerError."""
         ranking, budget = self.settings.ranking, self.budget
         if ranking is None:
             raise ParameterError("model", "this model does not rank documents")

@@ -99,7 +99,8 @@ def likely_orders(file: Order, classes: Sequence[WorkerClass], work: int, limits
 
 
 def _spread(order: Order, apart: Ways) -> list[int]:
-    """Reorders workers so that no pair in `apart` is adjacent. A worker without such a position comes last."""
+    """Reorders workers so that no pair in `apart` is adjacent. A worker that every position makes adjacent to
+    such a partner comes last."""
     spread: list[int] = []
     waiting = list(order)
     while waiting:

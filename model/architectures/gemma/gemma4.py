@@ -51,7 +51,7 @@ def _kinds(builder: ProgramBuilder, window: int) -> tuple[LayerKind, LayerKind]:
     head_dim = keys.count("attention.key_length_swa", hp.key_length, maximum=_MAX_HEAD)
     value_length = keys.count("attention.value_length_swa", head_dim, maximum=_MAX_HEAD)
     if value_length != head_dim:
-        raise keys.error("attention.value_length_swa", f"expected {head_dim} as for keys, found {value_length}")
+        raise keys.error("attention.value_length_swa", f"expected {head_dim}, the length of keys, found {value_length}")
     rope = replace(
         hp.rope,
         dimension_count=keys.count("rope.dimension_count_swa", head_dim, maximum=head_dim),

@@ -18,7 +18,10 @@ from llamaclust.core.errors import UsageError
 
 SMALL = "model: m\nworkers: [{name: a}, {name: b}]\n"
 
-NAME = "is not a name; write 1 to 63 letters, digits, dots, dashes or underscores, a letter or digit at either end"
+NAME = (
+    "is not a name; write 1 to 63 letters, digits, dots, dashes or underscores, "
+    "beginning and ending with a letter or digit"
+)
 COUNT = "give a whole number from 1 to"
 ADDRESS = "is not an address; write it like 127.0.0.1:8080 or [::1]:8080"
 DECIMAL = "is not a decimal number; write it in decimal digits, or put it in quotes"

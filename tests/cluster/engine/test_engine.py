@@ -194,7 +194,7 @@ async def test_a_result_out_of_order_closes_the_engine() -> None:
 async def test_a_missing_result_closes_the_engine() -> None:
     async with running(result_s=0.02, watch_s=0.01) as (engine, pipeline):
         message = await failing(engine, pipeline, lambda: None, DeadlineError)
-        assert "no result of a microbatch has come" in message and "w0 (layers 0-1)" in message
+        assert "returned no result of a microbatch for" in message and "w0 (layers 0-1)" in message
 
 
 async def test_a_request_ends_at_its_deadline_and_others_go_on() -> None:

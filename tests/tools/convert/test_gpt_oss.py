@@ -147,6 +147,8 @@ def test_an_adapter_is_merged_to_a_file_and_to_no_folder(tmp_path: Path) -> None
     found = np.frombuffer(model.tensor("blk.0.attn_output.weight").read(), "<f4").reshape(HIDDEN, HIDDEN)
     np.testing.assert_allclose(found, tensors[f"{module}.weight"] + up.T @ down, atol=1e-5)
     assert model.tensor("blk.0.ffn_down_exps.weight").quant_type is QuantType.MXFP4
-    with pytest.raises(UsageError, match=r"a base with mxfp4 weights becomes a GGUF file; give a name"):
+    with pytest.raises(
+        UsageError, match=r"a base model with mxfp4 weights can only be merged into a GGUF file; give a name"
+    ):
         merged("folder")
     assert not (tmp_path / "folder").exists()

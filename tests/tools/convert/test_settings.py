@@ -156,7 +156,7 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
         (_QWEN35, {"linear_num_key_heads": 5}, "expected a whole number of 1 to 4, found 5"),
         (_QWEN35, {"linear_num_value_heads": 10**9}, "expected a whole number of 1 to 1024, found 1000000000"),
         (_QWEN35, {"linear_key_head_dim": None}, "'linear_key_head_dim': missing"),
-        (_QWEN35, {"linear_value_head_dim": 32}, "expected 16 as for keys, found 32"),
+        (_QWEN35, {"linear_value_head_dim": 32}, "expected 16, the width of keys, found 32"),
         (_QWEN35, {"linear_conv_kernel_dim": 1}, "expected a whole number of 2 to 16, found 1"),
         (_QWEN35, {"linear_conv_kernel_dim": 17}, "expected a whole number of 2 to 16, found 17"),
         (_QWEN35, {"linear_key_head_dim": 272}, "expected a whole number of 1 to 256, found 272"),

@@ -87,7 +87,7 @@ def _read_net(model: ConvertedModel) -> _DeltaNet:
         raise settings.error("linear_num_key_heads", f"{key_heads} does not divide {heads} heads of values")
     if settings.count("linear_value_head_dim", maximum=MAX_KEY_CHANNELS) != width:
         value = settings.values["linear_value_head_dim"]
-        raise settings.error("linear_value_head_dim", f"expected {width} as for keys, found {value}")
+        raise settings.error("linear_value_head_dim", f"expected {width}, the width of keys, found {value}")
     taps = settings.count("linear_conv_kernel_dim", default=4, minimum=2, maximum=MAX_TAPS)
     return _DeltaNet(key_heads, heads, width, taps, model.architecture != "qwen3next")
 

@@ -119,6 +119,6 @@ class Words:
 
 
 def _looks_special(text: str) -> bool:
-    """Returns True for text in the form of a control token, since some tokenizers do not mark control tokens."""
+    """Tells whether text looks like a control token. Some tokenizers do not mark their control tokens."""
     marks = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
     return text in _MARKED_CONTROL or any(text.startswith(left) and text.endswith(right) for left, right in marks)

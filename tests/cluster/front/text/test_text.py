@@ -255,7 +255,7 @@ async def test_refusals_come_before_anything_runs() -> None:
         ({"top_logprobs": 129}, "top_logprobs: must be"),
         ({"stop": ("",)}, "stop: expected stop strings that are not empty, found an empty one"),
         ({"stop": ("x" * 1_000_000,)}, "stop: expected a stop string of at most 4096 characters, found 1000000"),
-        ({"stop": ("x",) * 17}, "stop: has 17 stop strings; give at most 16"),
+        ({"stop": ("x",) * 17}, "stop: found 17 stop strings, at most 16 are allowed"),
         ({"stop_token_ids": frozenset({999})}, "stop_token_ids: token id 999"),
         (
             {"stop_token_ids": frozenset({9}), "ignore_eos": True},

@@ -30,7 +30,7 @@ _HEAD = 128  # Default for configurations without a head width.
 def build(model: ConvertedModel) -> None:
     settings, kinds = model.settings, _kinds(model)
     if "moe" in kinds and "mlp" in kinds:
-        raise settings.error("layers_block_type", "feed-forward networks among layers with experts are not supported")
+        raise settings.error("layers_block_type", "a model with both mlp and moe layers is not supported")
     if "moe" in kinds:
         model.architecture = "nemotron_h_moe"
     mamba = read_mamba(model, None)

@@ -23,7 +23,7 @@ MISTAKES = {
     "launcher: mpi\nworkers: 3": "write workers: ",
     "launcher: mpi\nworkers: [{name: a}]\ninsecure: true": "is for launcher: static",
     "launcher: mpi\nworkers: [{name: a}]\ntimeouts: {coordinator: 60s}": "launcher: static or ray; mpi workers end",
-    "launcher: ray\nworkers: [{name: a}]": "needs threads with launcher: ray",
+    "launcher: ray\nworkers: [{name: a}]": "needs `threads`, since launcher ray",
     "launcher: ray\nworkers: [{name: a, threads: 1, device: cuda:1}]": "from 0: set cuda:0",
     "launcher: ray\nworkers: 3": "write workers: ",
     "launcher: ray\nworkers: [{name: a, threads: 1}]\nray: {address: here}": "auto and none are also possible",

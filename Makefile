@@ -134,11 +134,12 @@ $(VENV)/.installed: $(VENV)/.deps $(NATIVE) CMakeLists.txt
 
 $(VENV)/.test: $(VENV)/.installed
 	$(PIP) install -c constraints.txt --group test
-	@$(PIP) install -c constraints.txt --group launchers || \
-	  echo "Ray or Open MPI cannot be installed: the tests of these launchers are skipped" >&2
-	@$(PIP) install -c constraints.txt --group browser || \
-	  echo "Playwright cannot be installed: the tests of the web page in a browser are skipped" >&2
-	@touch $@
+	@touch $@.tried
+	@$(PIP) install -c constraints.txt --group launchers || { rm -f $@.tried; \
+	  echo "Ray or Open MPI cannot be installed: the tests of these launchers are skipped" >&2; }
+	@$(PIP) install -c constraints.txt --group browser || { rm -f $@.tried; \
+	  echo "Playwright cannot be installed: the tests of the web page in a browser are skipped" >&2; }
+	@[ ! -e $@.tried ] || mv $@.tried $@
 
 # Only tests of the chart need helm. Without helm, they are skipped.
 $(VENV)/.helm: $(VENV)/.deps deploy/helm/fetch.py

@@ -1,12 +1,9 @@
 """Logits of llama.cpp for small models of all weight types, at every position, on every backend and feature level.
 
-`NAME.f32` beside `NAME.gguf` holds what llama.cpp computed for TOKENS: float32 [24, 320], little-endian. The model of
-experts is too big for the repository: name the folder that has `tiny/llama-moe.gguf` in LLAMACLUST_TEST_DATA.
-"""
+`NAME.f32` beside `NAME.gguf` holds what llama.cpp computed for TOKENS: float32 [24, 320], little-endian."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +26,6 @@ BOUNDS = {
     "tiny/llama3-rope": 1e-5,
     "tiny/qwen2": 1e-5,
     "tiny/baichuan": 1e-5,
-    "tiny/llama-moe": 1e-5,
     "quant/BF16": 5e-5,
     "quant/Q8_0": 2e-3,
     "quant/Q6_K": 2e-3,
@@ -42,18 +38,11 @@ BOUNDS = {
 
 
 def golden_path(name: str) -> Path:
-    """The path of NAME.gguf; skips where it is too large to be here and no path is given."""
-    inside = DATA / f"{name}.gguf"
-    if inside.exists():
-        return inside
-    folder = os.environ.get("LLAMACLUST_TEST_DATA")
-    if folder is None:
-        pytest.skip(f"{name}.gguf is not in the repository: set LLAMACLUST_TEST_DATA to the folder that has it")
-    return Path(folder) / f"{name}.gguf"
+    return DATA / f"{name}.gguf"
 
 
 def test_the_files_hold_every_type() -> None:
-    files = [open_model(path) for name in BOUNDS if (path := DATA / f"{name}.gguf").exists()]
+    files = [open_model(golden_path(name)) for name in BOUNDS]
     assert {tensor.quant_type for file in files for tensor in file.tensors.values()} == set(SUPPORTED_TYPES)
 
 

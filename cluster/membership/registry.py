@@ -192,7 +192,7 @@ class Registry(Members):
                         self.publish(PeerReported(handle, message))
                     if isinstance(message, messages.Heartbeat):
                         self.publish(HeartbeatReceived(handle))
-            silent = f"no sign of life for {self._settings.heartbeat_timeout_s:g} s"
+            silent = f"no heartbeat for {self._settings.heartbeat_timeout_s:g} s"
             self.mark_lost(handle, silent)  # The launcher has reported no exit, so there is nothing to wait for.
             return silent
         finally:

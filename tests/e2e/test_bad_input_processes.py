@@ -199,7 +199,7 @@ def test_a_worker_that_hangs_is_replaced(line: CommandLine) -> None:
         psutil.Process(cluster.worker_pids["a"]).suspend()
         reply = pool.submit(cluster.http.post, COMPLETIONS, json={"prompt": "a"}).result(60.0)
         assert reply.status_code == 200
-        cluster.command.says("worker a (layers [0, 2)) is lost: no sign of life for 1 s")
+        cluster.command.says("worker a (layers [0, 2)) is lost: no heartbeat for 1 s")
         cluster.command.says("worker a joined (pid ")
         assert line.run("down").code == 0
     nothing_left(line)

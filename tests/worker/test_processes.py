@@ -114,7 +114,7 @@ def test_a_killed_worker_is_an_error_that_names_it(
         quiet: dict[str, Any] = {
             "heartbeat_timeout_s": 60.0,
             "deadlines": Deadlines(heartbeat_s=60.0),
-        }  # no sign of life from before its end
+        }  # no heartbeat from before its end
         async with real_cluster(tmp_path, 3, **quiet) as cluster:
             lost = losses(cluster.registry)
             pipeline = await cluster.load(model, (0, 2, 3, 5))
@@ -147,7 +147,7 @@ async def test_a_silent_worker_is_lost_after_the_timeout(model: Path, tmp_path: 
         os.kill(pid, signal.SIGSTOP)
         try:
             async with running(pipeline) as at_work:
-                with pytest.raises(WorkerError, match=r"worker b .* is lost: no sign of life for 1\.5 s"):
+                with pytest.raises(WorkerError, match=r"worker b .* is lost: no heartbeat for 1\.5 s"):
                     await at_work.next_result()
         finally:
             os.kill(pid, signal.SIGCONT)

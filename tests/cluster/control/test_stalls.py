@@ -85,7 +85,7 @@ async def test_loads_that_hang_and_workers_that_stop_while_they_load_change_no_t
             assert hangs in (2, 2 + len(stopped)), "b's loss cancels its load, unless that stalls before"
         assert stopped
         await run.whole()
-        assert any("worker b (layers" in text and "no sign of life for 0.6 s" in text for text in run.told)
+        assert any("worker b (layers" in text and "no heartbeat for 0.6 s" in text for text in run.told)
 
 
 Asked = Callable[[WorkerHandle], Awaitable[object]]

@@ -121,7 +121,7 @@ def test_workers_say_what_went_between_them(text: str) -> None:
     assert value(text, "llamaclust_worker_sent_bytes_total", worker="a") == 6000
     assert value(text, "llamaclust_worker_busy_ratio", worker="a") == 0.25
     assert value(text, "llamaclust_worker_resident_memory_bytes", worker="a") == 30
-    assert value(text, "llamaclust_worker_up", worker="b") == 1  # it has shown no sign of life yet
+    assert value(text, "llamaclust_worker_up", worker="b") == 1  # it has sent no heartbeat yet
     assert 'llamaclust_worker_sent_bytes_total{worker="b"}' not in text
     assert (
         value(text, "llamaclust_recovery_seconds_count") == 1 and value(text, "llamaclust_recovery_seconds_sum") == 0.5

@@ -53,7 +53,7 @@ async def opened(model: Path, folder: Path, **values: object) -> AsyncIterator[C
 
 
 async def next_heartbeat(worker: WorkerHandle) -> None:
-    """Waits until the worker has shown another sign of life."""
+    """Waits until the worker has sent another heartbeat."""
     last = worker.heartbeat
     while worker.heartbeat is last:
         assert worker.loss is None, worker.loss

@@ -78,7 +78,7 @@ async def _rubbish_to_a_registry(tmp_path: Path) -> None:
             if case % 100 == 0:
                 await member.say(Heartbeat(0.5, case + 1, 2, 3, 4))
         await member.say(Heartbeat(0.5, COUNT + 1, 2, 3, 4))
-        async with deadline("the last sign of life", 60):
+        async with deadline("the last heartbeat", 60):
             while (heartbeat := there.workers["a"].heartbeat) is None or heartbeat.microbatches <= COUNT:
                 assert there.workers["a"].loss is None
                 await asyncio.sleep(0.01)

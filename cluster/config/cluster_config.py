@@ -125,8 +125,8 @@ class ClusterConfig(Section):
     """Number type of keys and values in KV memory. q8_0 needs about half the memory of f16, but answers differ
     slightly. int8 is stored like q8_0, and attention uses 8-bit integers, which is faster after long prompts."""
     kv_memory: Annotated[Size | None, OrAuto()] = None
-    """Maximum KV memory of each worker. auto: room for 8,192 tokens or one longer context, at most about half of the
-    memory that weights leave free."""
+    """Maximum KV memory of each worker. auto: room for `max_sequences` contexts if that key is set, else for 8,192
+    tokens or one longer context, at most about half of the memory that weights leave free."""
     max_sequences: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] = 32
     """Maximum number of sequences that are decoded together. Further sequences wait."""
     max_waiting: Annotated[int, Field(ge=0, le=100_000)] = 256
@@ -292,9 +292,7 @@ class ClusterConfig(Section):
                 why = "mpirun binds workers to cores: remove this, and start mpirun with --map-by numa --bind-to numa"
                 raise PlaceError(("workers", index, "numa_node"), why)
             if facts.uses_ray and worker.threads is None:
-                raise PlaceError(
-                    ("workers", index), "needs `threads`, because launcher ray reserves a CPU for each thread"
-                )
+                raise PlaceError(("workers", index), "needs `threads`, since launcher ray reserves CPUs for them")
         return self
 
     @model_validator(mode="after")

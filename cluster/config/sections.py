@@ -203,7 +203,8 @@ class AdapterConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$", examples=["poet"])]
     """Name of the adapter. A request that gives this name as its model uses the adapter."""
     path: FilePath
-    """GGUF file of the adapter. A worker that has no copy at this path or in its models folder fetches its weights."""
+    """GGUF file of the adapter, or folder in PEFT's format. A worker that has no copy at this path or in its models
+    folder fetches its weights."""
     scale: Annotated[float, Field(ge=-MAX_ADAPTER_SCALE, le=MAX_ADAPTER_SCALE, allow_inf_nan=False)] = 1.0
     """Scale of the adapter in requests that give its name as their model."""
 

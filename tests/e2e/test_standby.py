@@ -70,6 +70,7 @@ async def has_arrived(arrived: list[int], wanted: int, asking: asyncio.Task[Any]
     assert not asking.done()
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("lock", ["file", "lease"])
 async def test_a_standby_at_other_addresses_takes_over(
     line: CommandLine, model: Path, api: LeaseApi, tmp_path: Path, lock: str

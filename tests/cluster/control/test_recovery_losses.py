@@ -50,6 +50,7 @@ async def test_a_worker_that_is_killed_while_the_start_measures_is_planned_aroun
         await run.until("worker c again", lambda: "c" in run.cluster.registry.present)
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("moment", ["prefill", "decode"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
 async def test_any_worker_is_lost_at_any_moment(

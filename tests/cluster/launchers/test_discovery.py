@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from llamaclust.model.quant_types import QuantType
 from support.clusters.command_line import command_line
 from support.clusters.static_cluster import SPEED, ready, start_coordinator, token_file
 from support.models.tiny_model import build_tiny_model
 
 
+@pytest.mark.promise
 def test_workers_without_an_address_give_the_single_workers_bits(tmp_path: Path) -> None:
     model = build_tiny_model(tmp_path / "tiny.gguf", layers=4, quant_type=QuantType.Q8_0)
     with command_line() as line:

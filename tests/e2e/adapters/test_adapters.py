@@ -122,6 +122,7 @@ async def test_adapters_in_the_format_of_peft_give_the_same_answers(
         assert await asyncio.gather(*run.start(requests())) == expected, f"seed {SEED}"
 
 
+@pytest.mark.promise
 async def test_a_loss_in_the_middle_of_an_answer_changes_nothing(
     folder: Path, expected: list[Answer], tmp_path: Path
 ) -> None:

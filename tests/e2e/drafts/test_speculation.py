@@ -55,6 +55,7 @@ def texts(requests: tuple[GenerationRequest, ...], answers: list[Answer]) -> lis
     return found
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("workers", [1, 2, 3])
 async def test_any_cut_gives_the_same_answers(
     model: Path, expected: list[Answer], windows: AnyWindows, workers: int, tmp_path: Path

@@ -30,6 +30,7 @@ def layers(line: CommandLine, model: Path, *bounds: tuple[int, int]) -> Abstract
     return line.cluster(model, workers=named(*names), plan=plan, context_length=512)
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize(
     ("name", "stages"), [("jina-bert-v2", [(0, 1), (1, 3)]), ("gemma-embedding", [(0, 1), (1, 2), (2, 3)])]
 )

@@ -85,6 +85,7 @@ def texts(requests: Requests, answers: list[Answer]) -> list[list[int]]:
     ]
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("case", CASES)
 async def test_requests_of_each_kind(model: Path, case: str, plan: str, tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def answers(cluster: Cluster) -> list[list[float]]:
     return [logprobs(answer) for answer in (first, again, other, low, both)]
 
 
+@pytest.mark.promise
 def test_answers_of_one_and_of_two_workers_are_equal(model: Path) -> None:
     found = []
     for names in ("a", "ab"):

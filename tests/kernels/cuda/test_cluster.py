@@ -178,6 +178,7 @@ def test_a_gpu_with_layers_in_ram_beside_a_worker_without(model: Path, wanted: l
     assert done.status["plan"]["token_ms"] > 0, "measured"
 
 
+@pytest.mark.promise
 def test_stages_on_a_gpu_on_both_and_on_a_processor(model: Path, wanted: list[Answer], tmp_path: Path) -> None:
     """Each stage has a worker of its own; two of the workers have the same GPU."""
     workers = (

@@ -6,6 +6,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from support.clusters.command_line import Cluster, CommandLine, Running, eventually
 from support.clusters.static_cluster import (
     join_port,
@@ -19,6 +21,7 @@ from support.clusters.static_cluster import (
 from support.models.tiny_model import build_tiny_model
 
 
+@pytest.mark.promise
 def test_workers_without_the_file_answer_as_the_one_that_has_it(line: CommandLine) -> None:
     model = build_tiny_model(line.folder / "m.gguf", hidden=512, ffn=1024, layers=6)
     with line.cluster(

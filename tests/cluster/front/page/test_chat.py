@@ -19,6 +19,7 @@ PHONE = {"width": 360, "height": 740}
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
+@pytest.mark.promise
 async def test_a_turn_streams_and_the_next_one_carries_it(browser: Browser) -> None:
     engine = ScriptedEngine(says("**Yes**"))
     async with chatting(browser, engine) as seen:

@@ -55,8 +55,8 @@ class PlainGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Raises UsageError for a command of another program, such as Ollama, that has an equivalent here."""
         is_known = args[0] in self.commands or ctx.resilient_parsing
-        if not is_known and (told := instead_of(ctx.command_path, args, self.commands)) is not None:
-            raise UsageError(told)
+        if not is_known and (advice := instead_of(ctx.command_path, args, self.commands)) is not None:
+            raise UsageError(advice)
         return super().resolve_command(ctx, args)
 
 

@@ -109,7 +109,7 @@ async def _run_started_worker(settings: WorkerSettings) -> str:
         links = worker.links.address or "no port"
         where = f"its stages are served at {server.address}, links of groups at {links}"
         _log.info("worker %s is a member, %s", settings.name, where)
-        return await worker.compute.while_able(member.serve())
+        return await worker.compute.run_until_device_lost(member.serve())
     except DeviceLostError:
         raise
     except WorkerError as error:

@@ -157,7 +157,7 @@ class _StaticWorker:
                 self._address,
                 links,
             )
-            return await self._worker.compute.while_able(_served(member, own))
+            return await self._worker.compute.run_until_device_lost(_served(member, own))
         finally:
             self._worker.service.keep()
             await peer.close()

@@ -11,7 +11,12 @@ from pathlib import Path
 from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.control.limits import check_distinct, unused_mtp
-from llamaclust.cluster.control.planning import ClusterResources, MakeClusterPlan, plan_cluster, plan_text_at_least
+from llamaclust.cluster.control.planning import (
+    ClusterResources,
+    MakeClusterPlan,
+    plan_cluster,
+    plan_with_optional_encoder,
+)
 from llamaclust.cluster.control.resources.link_profiling import kept_links, needs_links
 from llamaclust.cluster.control.resources.placement import check_placement
 from llamaclust.cluster.control.resources.profiling import stated_speeds
@@ -168,7 +173,7 @@ def planned(config: ClusterConfig) -> PlannedStart:
         free_bytes = max(0, available_memory_bytes() - taken_bytes - of_rows)
         try:
             resources = ClusterResources(workers, profiles, links, free_bytes=free_bytes, row_bytes=of_rows)
-            make: MakeClusterPlan = plan_text_at_least if config.mmproj is None else plan_cluster
+            make: MakeClusterPlan = plan_with_optional_encoder if config.mmproj is None else plan_cluster
             plan = make(config, model, resources)
         except InsufficientMemoryError as error:
             beside = map(str.strip, _beside(config, own_bytes, draft_model))

@@ -186,7 +186,7 @@ class ClusterConfig(Section):
 
     def _of_model(self, entry: ModelEntry) -> ClusterConfig:
         api = self.api.model_copy(update={"model_name": entry.name, "aliases": entry.aliases})
-        own = {key: value for key in _OF_ONE_MODEL if (value := getattr(entry, key))}
+        own = {key: value for key in _MODEL_KEYS if (value := getattr(entry, key))}
         return self.model_copy(update={"model": entry.model, "api": api, **own})
 
     def _places_of_models(self) -> list[tuple[tuple[str | int, ...], ClusterConfig]]:
@@ -204,7 +204,7 @@ class ClusterConfig(Section):
 
     @model_validator(mode="after")
     def _check_models(self) -> Self:
-        for key, instead in _FOR_ONE_MODEL.items() if self.models else ():
+        for key, instead in _KEYS_WITHOUT_MODELS.items() if self.models else ():
             if getattr(self.api, key) != Api.model_fields[key].default:
                 raise PlaceError(("api", key), f"cannot be set with `models`; {instead}")
         for key in ("max_loaded_models", "load_on_demand") if not self.models else ():
@@ -275,7 +275,7 @@ class ClusterConfig(Section):
     def _check_workers(self) -> Self:
         facts = self.launcher_facts
         for index, worker in enumerate(self.workers):
-            given = [key for key in _THEIR_OWN if key in worker.model_fields_set]
+            given = [key for key in _STATIC_WORKER_KEYS if key in worker.model_fields_set]
             if given and not facts.starts_workers:
                 options = " ".join(_as_option(worker, key) for key in given)
                 why = f"in a static cluster, give this on the worker's command line: llamaclust worker ... {options}"
@@ -342,10 +342,10 @@ class ClusterConfig(Section):
         return self
 
 
-_THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "numa_node", "memory", "mlock", "kv_disk")
+_STATIC_WORKER_KEYS = ("device", "gpu_layers", "gpu_memory", "threads", "numa_node", "memory", "mlock", "kv_disk")
 """Keys that a static cluster's file must not set for a worker. `llamaclust worker` has options for them."""
-_OF_ONE_MODEL = ("chat_template", "mmproj", "context_length", "kv_memory", "adapters", "placement", "plan")
-_FOR_ONE_MODEL = {
+_MODEL_KEYS = ("chat_template", "mmproj", "context_length", "kv_memory", "adapters", "placement", "plan")
+_KEYS_WITHOUT_MODELS = {
     **dict.fromkeys(("model_name", "aliases"), "give `name` and `aliases` in the entries of `models`"),
     "strict_model": "a request may name any model or none, so remove this key",
     "tags": "remove this key",

@@ -86,7 +86,7 @@ def plan_cluster(
     return _in_wide_tiles(config, model, resources, plan) or plan
 
 
-def plan_text_at_least(config: ClusterConfig, model: Model, resources: ClusterResources) -> Plan:
+def plan_with_optional_encoder(config: ClusterConfig, model: Model, resources: ClusterResources) -> Plan:
     """Plans like `plan_cluster`, but without the image encoder if the model fits only without it."""
     try:
         return plan_cluster(config, model, resources)
@@ -134,9 +134,9 @@ def _plan_in_own_tiles(
         if not tried:
             raise
         what = f"it does not fit even with the experts of each layer divided into up to {tried[-1]} parts"
-        told = InsufficientMemoryError(f"{error}; {what}")
-        told.missing_bytes = error.missing_bytes
-        raise told from error
+        explained = InsufficientMemoryError(f"{error}; {what}")
+        explained.missing_bytes = error.missing_bytes
+        raise explained from error
 
 
 def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources, most: int) -> Iterator[int]:
@@ -357,7 +357,7 @@ class ClusterPlanner:
         resources = self.resources(workers, partitions)
         if beside is not None:
             resources = replace(resources, held=beside.beside(self.model.model_id))
-        make: MakeClusterPlan = plan_cluster if needs_images or resources.held else plan_text_at_least
+        make: MakeClusterPlan = plan_cluster if needs_images or resources.held else plan_with_optional_encoder
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, make, self.config, self.model, resources)
 

@@ -9,7 +9,7 @@ from typing import Protocol
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.scheduler.rows.retries import RowFault
 from llamaclust.cluster.scheduler.scheduler import Scheduler
-from llamaclust.cluster.scheduler.strikes import MAX_STRIKES, StruckOut
+from llamaclust.cluster.scheduler.strikes import MAX_STRIKES, FailedSequence
 from llamaclust.core.errors import LlamaclustError, ProtocolError, RequestFailedError, WorkerError
 from llamaclust.wire.microbatch.messages import Result
 
@@ -59,7 +59,7 @@ def failure_of(
         error.worker = stages[-1].worker
     slices = scheduler.in_flight.slices(microbatch)
     struck_out = scheduler.strikes.add(slices, error.worker)
-    ended = {struck.sequence.key: _ending(struck, error, stages=len(stages)) for struck in struck_out}
+    ended = {failed.sequence.key: _ending(failed, error, stages=len(stages)) for failed in struck_out}
     is_repeated = microbatch is not None and any(taken.chunk.checked for taken in slices)
     return PipelineFailure(error, frozenset(taken.sequence.key for taken in slices), is_repeated, ended)
 
@@ -70,10 +70,10 @@ def row_failure(faults: Sequence[RowFault], stages: Sequence[StageInfo]) -> Pipe
     return PipelineFailure(error, frozenset(fault.key for fault in faults), is_repeated=True)
 
 
-def _ending(struck: StruckOut, error: LlamaclustError, *, stages: int) -> LlamaclustError:
+def _ending(failed: FailedSequence, error: LlamaclustError, *, stages: int) -> LlamaclustError:
     """Returns the error for a request that has failed too often. The error blames a worker or the request."""
-    what = f"request {struck.sequence.request.request_id}: the pipeline failed {MAX_STRIKES} times"
-    (worker, *others) = struck.workers
-    if worker is None or others or (stages == 1 and struck.has_results):
+    what = f"request {failed.sequence.request.request_id}: the pipeline failed {MAX_STRIKES} times"
+    (worker, *others) = failed.workers
+    if worker is None or others or (stages == 1 and failed.has_results):
         return RequestFailedError(f"{what} while it computed this request, the last time as the only request: {error}")
     return WorkerError(f"{what}, each time at worker {worker}, and no other worker could take its layers: {error}")

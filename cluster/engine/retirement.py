@@ -11,7 +11,7 @@ from time import monotonic_ns
 from llamaclust.cluster.engine.lane import Lane
 from llamaclust.cluster.scheduler.counts import Counts
 from llamaclust.cluster.scheduler.requests import Failed, GenerationRequest, Update
-from llamaclust.cluster.scheduler.sequence_choice import turn_of
+from llamaclust.cluster.scheduler.sequence_choice import request_key
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.model.program import KV_BLOCK_TOKENS
@@ -126,7 +126,7 @@ class Retirement:
             cache_salt=request.cache_salt,
             adapters=request.adapters,
             images=request.images,
-            group=turn_of(sequence),
+            group=request_key(sequence),
             owner=request.owner,
         )
         added = self.new.scheduler.add(copy, monotonic_ns())

@@ -26,10 +26,10 @@ class EndWorker:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """Orders a rank to kill its worker and end. MPI can be finalized only if no rank is lost (`with_all` is True)."""
+    """Orders a rank to kill its worker and end. MPI can be finalized only if no rank is lost (`is_complete`)."""
 
     rank: int
-    with_all: bool
+    is_complete: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,10 +45,10 @@ from llamaclust.worker.settings import WorkerSettings
 
 RANKED = "--ranked"
 _MPI_PREFIXES = ("OMPI_", "OPAL_", "ORTE_", "PMIX_", "PMI_", "PRTE_", "MPI", "HYDRA_", "HYDI_", "I_MPI_", "MV2_")
-_REST_S = 0.01
-_LOG_LOOK_S = 0.5
+_POLL_S = 0.01
+_LOG_CHECK_S = 0.5
 _CONNECT_S = 2.0
-_MEET_S = 60.0
+_REPORT_S = 60.0
 _DRAIN_S = 40.0
 """Seconds that a rank continues after SIGTERM, so that requests can finish."""
 _INSTALL = (
@@ -94,7 +94,7 @@ class _Ranks:
         self.own: int = self._world.Get_rank()
         self.count: int = self._world.Get_size()
         self.lost: set[int] = set()
-        self.with_all = True  # False if rank 0 has reported that a rank is lost.
+        self.is_complete = True  # False if rank 0 has reported that a rank is lost.
 
     def send(self, message: Message, rank: int) -> None:
         with self._losing(rank):
@@ -113,7 +113,7 @@ class _Ranks:
 
     def leave(self) -> None:
         """Finalizes MPI, unless a rank is lost, because MPI would wait forever for the lost rank."""
-        if self.with_all and not self.lost:
+        if self.is_complete and not self.lost:
             self._mpi.Finalize()
 
     @contextmanager
@@ -133,7 +133,7 @@ class _Rank:
         self._folder = ClusterDir(config.state_dir / config.name)
         self._child: Child | None = None
         self._log: Path | None = None
-        self._log_look_s = 0.0  # Time of the next check of the log's size.
+        self._log_check_s = 0.0  # Time of the next check of the log's size.
         self._leave_s = math.inf  # Time at which the rank leaves, by the monotonic clock.
 
     def on_signal(self, number: int, frame: object) -> None:
@@ -149,24 +149,24 @@ class _Rank:
                 for message in self.ranks.received(0):
                     if isinstance(message, Leave):
                         self.kill()
-                        self.ranks.with_all = message.with_all
+                        self.ranks.is_complete = message.is_complete
                         return 0
-                    self.obey(message)
+                    self.handle(message)
                 for end in self.update():
                     self.ranks.send(end, 0)
             except RankLostError:
                 break
             self._limit_log()
-            time.sleep(_REST_S)
+            time.sleep(_POLL_S)
         self.kill()
         return 1
 
     def _limit_log(self) -> None:
-        if self._log is not None and time.monotonic() >= self._log_look_s:
+        if self._log is not None and time.monotonic() >= self._log_check_s:
             limit_log(self._log)
-            self._log_look_s = time.monotonic() + _LOG_LOOK_S
+            self._log_check_s = time.monotonic() + _LOG_CHECK_S
 
-    def obey(self, message: Message) -> None:
+    def handle(self, message: Message) -> None:
         if isinstance(message, StartWorker):
             try:
                 self._start(message)
@@ -209,7 +209,7 @@ class _Coordinator:
         self._rank = rank
         self._config = config
         self._arguments = arguments
-        self._begun = b""  # Start of an incomplete message from the coordinator.
+        self._partial = b""  # Start of an incomplete message from the coordinator.
         self._unsent = b""  # Bytes for the coordinator that its socket has not accepted yet.
         self._machines = {0: machine_id()}  # Boot id of the machine, by rank.
 
@@ -219,34 +219,34 @@ class _Coordinator:
             if ranks.count != (wanted := len(self._config.workers)):
                 what = f"{wanted} workers need {wanted} ranks, but there are {ranks.count}"
                 raise UsageError(f"launcher mpi: {what}; run: mpirun -n {wanted} llamaclust up FILE")
-            return self._live() if self._meet() else 128 + signal.SIGTERM
+            return self._relay_until_exit() if self._wait_for_ranks() else 128 + signal.SIGTERM
         finally:
             self._rank.kill()
             for other in self._others():
                 with suppress(RankLostError):
-                    ranks.send(Leave(other, with_all=not ranks.lost), other)
+                    ranks.send(Leave(other, is_complete=not ranks.lost), other)
 
-    def _meet(self) -> bool:
+    def _wait_for_ranks(self) -> bool:
         """Waits until all ranks have reported. Returns False after a signal. Raises WorkerError after a minute."""
-        ranks, end_s = self._rank.ranks, time.monotonic() + _MEET_S
+        ranks, end_s = self._rank.ranks, time.monotonic() + _REPORT_S
         while missing := set(range(ranks.count)) - self._machines.keys():
             if self._rank.is_signalled or time.monotonic() > end_s:
                 ranks.lost |= missing  # The missing ranks would not take part in finalizing MPI.
                 if self._rank.is_signalled:
                     return False
-                raise WorkerError(f"ranks {sorted(missing)} have not reported within {_MEET_S:g} s")
+                raise WorkerError(f"ranks {sorted(missing)} have not reported within {_REPORT_S:g} s")
             for other in self._others():
                 for message in ranks.received(other):
                     assert isinstance(message, Machine)
                     self._machines[other] = message.boot_id
-            time.sleep(_REST_S)
+            time.sleep(_POLL_S)
         return True
 
     def _others(self) -> list[int]:
         ranks = self._rank.ranks
         return [rank for rank in range(1, ranks.count) if rank not in ranks.lost]
 
-    def _live(self) -> int:
+    def _relay_until_exit(self) -> int:
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
@@ -257,17 +257,17 @@ class _Coordinator:
                 if self._rank.is_signalled and not is_passed_on:
                     is_passed_on = True
                     process.terminate()
-                self._carry(ours)
-                time.sleep(_REST_S)
+                self._relay(ours)
+                time.sleep(_POLL_S)
         return code if code >= 0 else 128 - code
 
-    def _carry(self, to_coordinator: socket.socket) -> None:
+    def _relay(self, to_coordinator: socket.socket) -> None:
         for message in self._orders(to_coordinator):
             if isinstance(message, StartWorker):
                 sharers = list(self._machines.values()).count(self._machines[message.rank])
                 message = replace(message, sharers=sharers)
             if message.rank == 0:
-                self._rank.obey(message)
+                self._rank.handle(message)
             elif message.rank not in self._rank.ranks.lost:
                 with suppress(RankLostError):  # `received` reports the lost rank below.
                     self._rank.ranks.send(message, message.rank)
@@ -285,8 +285,8 @@ class _Coordinator:
     def _orders(self, coordinator: socket.socket) -> list[Message]:
         with suppress(BlockingIOError, ConnectionResetError):
             while data := coordinator.recv(1 << 16):
-                self._begun += data
-        *lines, self._begun = self._begun.split(b"\n")
+                self._partial += data
+        *lines, self._partial = self._partial.split(b"\n")
         return [from_bytes(line) for line in lines]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from typing import TYPE_CHECKING
 
-from llamaclust.cluster.scheduler.sequence_choice import turn_of
+from llamaclust.cluster.scheduler.sequence_choice import request_key
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.core.sampler.bounds import MAX_FORCED_TOKENS
 
@@ -52,13 +52,13 @@ class MatcherTurns:
     def _in_turn(self, slow: Iterable[Sequence], idle: Iterable[Sequence]) -> Iterable[Sequence]:
         owners, requests, turn = Counter[str](), Counter[str](), self._turn
         for sequence in sorted(slow, key=_by_turn):
-            owners[sequence.request.owner] = requests[turn_of(sequence)] = sequence.matcher.turn
+            owners[sequence.request.owner] = requests[request_key(sequence)] = sequence.matcher.turn
         left = [*idle]
         while left:
-            first = min(left, key=lambda s: (owners[s.request.owner], requests[turn_of(s)], s.matcher.turn, s.key))
+            first = min(left, key=lambda s: (owners[s.request.owner], requests[request_key(s)], s.matcher.turn, s.key))
             left.remove(first)
             turn += 1
-            owners[first.request.owner] = requests[turn_of(first)] = turn
+            owners[first.request.owner] = requests[request_key(first)] = turn
             yield first
 
     def _most_ns(self, running: Items[Sequence], slow: Items[Sequence]) -> float:

@@ -10,7 +10,7 @@ from operator import attrgetter
 
 from llamaclust.cluster.scheduler.kv.memory import RESERVE_BLOCKS, KvMemory
 from llamaclust.cluster.scheduler.sequence_choice import (
-    Running,
+    RunningCounts,
     first_in_turn,
     in_turn,
     preemption_victim,
@@ -29,7 +29,7 @@ _PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
 _by_arrival = attrgetter("key")
 
 
-def _rank(running: Running, sequence: Sequence) -> tuple[int, int, int]:
+def _rank(running: RunningCounts, sequence: Sequence) -> tuple[int, int, int]:
     return *running.rank(sequence), sequence.remaining
 
 
@@ -101,7 +101,7 @@ class SequenceQueues:
     def admit(self) -> Sequence | None:
         if not self.can_start or not (waiting := startable(self.waiting, self.running)):
             return None
-        running = Running.of(self.running)
+        running = RunningCounts.of(self.running)
         first, *others = in_turn(waiting, running, 1 + _OVERTAKING)
         if self._admit(first):
             return first
@@ -123,7 +123,7 @@ class SequenceQueues:
         Must not be called while a microbatch is being made."""
         if not self.waiting or not (waiting := startable(self.waiting, self.running)):
             return
-        running = Running.of(self.running)
+        running = RunningCounts.of(self.running)
         first = first_in_turn(waiting, running)
         if first.in_flight or not takes_turn(first, self.running, running):
             return
@@ -146,7 +146,7 @@ class SequenceQueues:
         """Returns a short sequence to prefill before the oldest one, or None. Starts it if it is waiting."""
         if not prefilling:
             return None
-        running = Running.of(self.running)
+        running = RunningCounts.of(self.running)
         if self.can_start and (startables := startable(self.waiting, self.running)):
             waiting = min(startables, key=partial(_rank, running))
             started = partial(_rank, running.with_another(waiting))
@@ -202,7 +202,7 @@ class SequenceQueues:
             self.waiting.appendleft(sequence)
 
     def _preempt_one(self) -> None:
-        self.preempt(preemption_victim(self.running, Running.of(self.running)))
+        self.preempt(preemption_victim(self.running, RunningCounts.of(self.running)))
 
     def preempt(self, sequence: Sequence) -> None:
         self.put_back(sequence)

@@ -16,29 +16,31 @@ _MOST_MATCHERS = 2
 """Maximum number of large grammars per owner that wait for a matcher at the same time."""
 
 
-def turn_of(sequence: Sequence) -> str:
+def request_key(sequence: Sequence) -> str:
     return sequence.request.group or sequence.request.request_id
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunningCounts:
     owners: Counter[str]
     requests: Counter[str]
 
     @classmethod
-    def of(cls, running: Iterable[Sequence]) -> Running:
+    def of(cls, running: Iterable[Sequence]) -> RunningCounts:
         owners, requests = Counter[str](), Counter[str]()
         for sequence in running:
             owners[sequence.request.owner] += 1
-            requests[turn_of(sequence)] += 1
+            requests[request_key(sequence)] += 1
         return cls(owners, requests)
 
-    def with_another(self, sequence: Sequence) -> Running:
-        return Running(self.owners + Counter([sequence.request.owner]), self.requests + Counter([turn_of(sequence)]))
+    def with_another(self, sequence: Sequence) -> RunningCounts:
+        return RunningCounts(
+            self.owners + Counter([sequence.request.owner]), self.requests + Counter([request_key(sequence)])
+        )
 
     def rank(self, sequence: Sequence) -> tuple[int, int]:
         """Returns the numbers of running sequences of the owner and of the request. The lowest rank starts next."""
-        return self.owners[sequence.request.owner], self.requests[turn_of(sequence)]
+        return self.owners[sequence.request.owner], self.requests[request_key(sequence)]
 
 
 def startable(waiting: Iterable[Sequence], running: Iterable[Sequence]) -> list[Sequence]:
@@ -55,21 +57,21 @@ def _is_large(sequence: Sequence) -> bool:
     return grammar is not None and len(grammar.definition) > _LARGE_GRAMMAR
 
 
-def in_turn(waiting: Iterable[Sequence], running: Running, most: int) -> list[Sequence]:
+def in_turn(waiting: Iterable[Sequence], running: RunningCounts, most: int) -> list[Sequence]:
     return nsmallest(most, waiting, key=running.rank)
 
 
-def first_in_turn(waiting: Iterable[Sequence], running: Running) -> Sequence:
+def first_in_turn(waiting: Iterable[Sequence], running: RunningCounts) -> Sequence:
     return min(waiting, key=running.rank)
 
 
-def preemption_victim(running: Reversible[Sequence], counts: Running) -> Sequence:
+def preemption_victim(running: Reversible[Sequence], counts: RunningCounts) -> Sequence:
     """Returns the sequence to preempt. Chooses the owner with the most running sequences, then this owner's request
     with the most, then the youngest sequence of this request. `running` begins with the oldest sequence."""
     return max(reversed(running), key=counts.rank)
 
 
-def takes_turn(sequence: Sequence, running: Reversible[Sequence], counts: Running) -> bool:
+def takes_turn(sequence: Sequence, running: Reversible[Sequence], counts: RunningCounts) -> bool:
     """Returns True if a running sequence must be preempted so that `sequence` gets its place."""
     if not running:
         return False

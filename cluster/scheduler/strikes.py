@@ -38,7 +38,7 @@ class _Suspected:
 
 
 @dataclass(frozen=True, slots=True)
-class StruckOut:
+class FailedSequence:
     """A sequence that must fail. `has_results` is true if a result arrived between its first and last failure."""
 
     sequence: Sequence
@@ -100,7 +100,7 @@ class Strikes:
         to_suspected = min(ahead, default=0)
         return to_suspected if to_suspected > 0 else _PROBED_ROWS
 
-    def add(self, slices: Iterable[SequenceSlice], worker: str | None = None) -> list[StruckOut]:
+    def add(self, slices: Iterable[SequenceSlice], worker: str | None = None) -> list[FailedSequence]:
         """Records that the pipeline failed with these slices in flight. `worker` is the worker at fault, or None if it
         is unknown. Returns the sequences that must fail."""
         in_flight = _rows_in_flight(slices)
@@ -116,7 +116,7 @@ class Strikes:
         if isolated is not None and self._is_paused:
             isolated.interrupted += 1
         return [
-            StruckOut(record.sequence, frozenset(record.workers), record.has_results)
+            FailedSequence(record.sequence, frozenset(record.workers), record.has_results)
             for record in struck
             if record.strikes >= MAX_STRIKES
         ]

@@ -114,7 +114,7 @@ async def test_a_step_far_beyond_its_usual_time_ends_the_process(monkeypatch: py
     unlimited = compute.queue(lambda: go_on.wait(0.1))
     hanging = compute.queue(lambda: go_on.wait(10), limit_s=0.05)
     with pytest.raises(DeviceLostError, match="the GPU hangs: a step has run for 0 s, but the limit is 0 s"):
-        await compute.while_able(asyncio.sleep(10))
+        await compute.run_until_device_lost(asyncio.sleep(10))
     assert unlimited.done() and not hanging.done()
     go_on.set()
     await hanging
@@ -127,7 +127,7 @@ async def test_a_short_step_with_a_limit_that_hangs_ends_the_process(monkeypatch
     monkeypatch.setattr("llamaclust.worker.stage.compute._WATCH_S", 0.005)
     compute, go_on = Compute(), threading.Event()
     with pytest.raises(DeviceLostError, match="the GPU hangs"):
-        await compute.while_able(compute.run(lambda: go_on.wait(5), expected_ns=0, limit_s=0.05))
+        await compute.run_until_device_lost(compute.run(lambda: go_on.wait(5), expected_ns=0, limit_s=0.05))
     go_on.set()
     await compute.idle(5.0)
     compute.close()
@@ -250,7 +250,7 @@ def test_a_device_that_is_lost_ends_the_workers_life() -> None:
             return "told so"
 
         try:
-            living = asyncio.create_task(compute.while_able(life()))
+            living = asyncio.create_task(compute.run_until_device_lost(life()))
             await asyncio.sleep(0)
             if not at_once:
                 threading.Thread(target=compute.give_up, args=(DeviceLostError("cuda:0 is lost"),)).start()

@@ -33,7 +33,7 @@ RETRY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class DownloadLimits:
     """Limits of a download: number of attempts without progress, pauses between attempts, and total time."""
 
     tries: int = 6
@@ -46,7 +46,7 @@ class Patience:
         return Backoff(self.first_pause_s, self.longest_pause_s)
 
 
-PATIENCE = Patience()
+DOWNLOAD_LIMITS = DownloadLimits()
 
 
 class _TryAgain(Exception):
@@ -62,13 +62,13 @@ class Download:
 
 
 def fetch(
-    client: httpx.Client, wanted: Download, partial: Path, progress: Progress, patience: Patience = PATIENCE
+    client: httpx.Client, wanted: Download, partial: Path, progress: Progress, limits: DownloadLimits = DOWNLOAD_LIMITS
 ) -> None:
     """Downloads a file into `partial`, or resumes an earlier download. Raises DownloadError if the server refuses, the
-    disk lacks space, `patience` is exhausted or the hash is wrong. An incomplete file is kept."""
-    transfer = _Transfer(client, wanted, partial, progress, time.monotonic() + patience.deadline_s)
+    disk lacks space, `limits` is exhausted or the hash is wrong. An incomplete file is kept."""
+    transfer = _Transfer(client, wanted, partial, progress, time.monotonic() + limits.deadline_s)
     resumed = transfer.size_bytes > 0
-    transfer.run(patience)
+    transfer.run(limits)
     if wanted.sha256 is None or hash_of(partial) == wanted.sha256:
         return
     transfer.forget()
@@ -77,7 +77,7 @@ def fetch(
             f"{wanted.url}: the SHA-256 is not {wanted.sha256}; the download is deleted, check the address"
         )
     progress("the resumed file has a wrong hash, downloading it again", 0, None)
-    fetch(client, wanted, partial, progress, patience)
+    fetch(client, wanted, partial, progress, limits)
 
 
 def hash_of(path: Path) -> str:
@@ -178,7 +178,7 @@ class _Transfer:
         self.path.unlink(missing_ok=True)
         self.note.unlink(missing_ok=True)
 
-    def run(self, patience: Patience) -> None:
+    def run(self, limits: DownloadLimits) -> None:
         failures, best, url = 0, self.size_bytes, self.wanted.url
         while True:
             try:
@@ -188,8 +188,8 @@ class _Transfer:
             except (_TryAgain, httpx.TransportError) as error:
                 failures = 1 if self.size_bytes > best else failures + 1
                 best = max(best, self.size_bytes)
-                pause_s = patience.backoff.pause_s(failures - 1)
-                if failures >= patience.tries or time.monotonic() + pause_s > self.deadline:
+                pause_s = limits.backoff.pause_s(failures - 1)
+                if failures >= limits.tries or time.monotonic() + pause_s > self.deadline:
                     raise DownloadError(
                         f"{url}: {failure(error)} ({failures} tries without progress, {best} bytes are "
                         "kept); run the same command again to continue"

@@ -18,7 +18,7 @@ from llamaclust.cluster.config.model_sources import HubFile
 from llamaclust.core.addresses import is_loopback
 from llamaclust.core.errors import DownloadError, UsageError
 from llamaclust.core.regular_file import decode_text
-from llamaclust.tools.hub.download import RETRY_STATUSES, Patience, byte_count
+from llamaclust.tools.hub.download import RETRY_STATUSES, DownloadLimits, byte_count
 from llamaclust.tools.hub.web_client import failure
 
 _SHA256: Final = re.compile(r'(?:W/)?"?([0-9a-f]{64})"?')
@@ -38,12 +38,12 @@ class RemoteFile:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-def find_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile, patience: Patience) -> RemoteFile:
+def find_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile, limits: DownloadLimits) -> RemoteFile:
     """Requests the file's size and SHA-256 from the hub. Raises DownloadError if the hub refuses, and UsageError if the
     access token cannot be used."""
     headers = _headers(settings)
     url = source.url(settings.endpoint)
-    response = _head(client, url, headers, patience)
+    response = _head(client, url, headers, limits)
     if response.status_code >= 400:
         raise DownloadError(_refusal(response, source, "Authorization" in headers))
     fields = response.headers
@@ -101,11 +101,11 @@ def _token_of_file(settings: HubSettings) -> str | None:
     return token or None
 
 
-def _head(client: httpx.Client, url: str, headers: Mapping[str, str], patience: Patience) -> httpx.Response:
+def _head(client: httpx.Client, url: str, headers: Mapping[str, str], limits: DownloadLimits) -> httpx.Response:
     """Returns the hub's reply. Follows redirects within the hub (for renamed repositories), but no others."""
     place = url
-    for failures in range(patience.tries):
-        tries_left = patience.tries - failures - 1
+    for failures in range(limits.tries):
+        tries_left = limits.tries - failures - 1
         try:
             for _ in range(_REDIRECTS):
                 response = client.head(
@@ -121,7 +121,7 @@ def _head(client: httpx.Client, url: str, headers: Mapping[str, str], patience: 
         except (httpx.TransportError, httpx.InvalidURL) as error:
             if not tries_left or isinstance(error, httpx.UnsupportedProtocol | httpx.InvalidURL):
                 raise DownloadError(f"{url}: {failure(error)}") from error
-        time.sleep(patience.backoff.pause_s(failures))
+        time.sleep(limits.backoff.pause_s(failures))
     raise AssertionError("the last try returns or raises")
 
 

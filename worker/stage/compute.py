@@ -92,7 +92,7 @@ class Compute:
         if not self._lost.done():
             self._lost.set_exception(error)
 
-    async def while_able(self, life: Coroutine[None, None, _Answer]) -> _Answer:
+    async def run_until_device_lost(self, life: Coroutine[None, None, _Answer]) -> _Answer:
         """Awaits `life` and returns its result. Raises DeviceLostError if a device is lost or a job takes too long."""
         living, watching = asyncio.create_task(life), asyncio.create_task(self._watch())
         try:

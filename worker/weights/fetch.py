@@ -30,7 +30,7 @@ _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class FetchTimeouts:
     connect_s: float = 10.0
     frame_s: float = 30.0
     source_s: float = 30.0  # Seconds without data until a source that keeps failing is given up.
@@ -100,14 +100,14 @@ class WeightFetch:
         sources: Iterable[tuple[str, Peer]],
         on_bytes: OnBytes,
         on_others_bytes: OnBytes,
-        patience: Patience = Patience(),
+        timeouts: FetchTimeouts = FetchTimeouts(),
     ) -> None:
         """`on_bytes` counts bytes that this process fetches, and `on_others_bytes` those that other processes fetch."""
         self._cache = cache
         self._sources = [_Source(name, peer) for name, peer in sources]
         self._on_bytes = on_bytes
         self._on_others_bytes = on_others_bytes
-        self._patience = patience
+        self._timeouts = timeouts
         self._items: list[_Item] = []
         self._lanes: asyncio.TaskGroup | None = None
 
@@ -165,7 +165,7 @@ class WeightFetch:
                     if stream is not None:
                         stream.cancel()
                     stream = None
-                    await source.rest(broken, self._patience.source_s)
+                    await source.rest(broken, self._timeouts.source_s)
         finally:
             if stream is not None:
                 stream.cancel()
@@ -189,7 +189,7 @@ class WeightFetch:
     async def _open(self, source: _Source) -> ClientStream:
         stream = source.peer.open(FETCH)
         try:
-            async with deadline(f"reaching {source.name} for weights", self._patience.connect_s):
+            async with deadline(f"reaching {source.name} for weights", self._timeouts.connect_s):
                 await source.peer.connected()
                 await stream.opened()
         except BaseException:
@@ -238,7 +238,7 @@ class WeightFetch:
         frames: list[memoryview] = []
         try:
             while left:
-                async with deadline(f"weights from {source.name}", self._patience.frame_s):
+                async with deadline(f"weights from {source.name}", self._timeouts.frame_s):
                     data = await stream.read()
                 if data is None:
                     raise StreamBrokenError(f"{source.name} ended the stream")

@@ -12,13 +12,13 @@ _LOOK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Owed:
+class PendingResult:
     epoch: int
     number: int
     stage: int
 
 
-def owing_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
+def delaying_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
     """Returns the index of the stage that delays microbatch `number`."""
     last, first, stage = len(progress) - 1, progress[0], 0
     for place, at in enumerate(progress):
@@ -36,16 +36,16 @@ def owing_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
 @dataclass(slots=True)
 class OverdueResults:
     # For each overdue result, the seconds counted so far and the time of the last `waited_s` call.
-    _waited: dict[Owed, tuple[float, float]] = field(default_factory=dict, init=False)
+    _waited: dict[PendingResult, tuple[float, float]] = field(default_factory=dict, init=False)
 
-    def waited_s(self, owed: Owed, now_s: float) -> float:
+    def waited_s(self, result: PendingResult, now_s: float) -> float:
         """Returns how many seconds the result has been awaited. A pause of this process counts as at most 1 s."""
-        if owed not in self._waited:
-            self._waited = {other: waited for other, waited in self._waited.items() if other.epoch != owed.epoch}
-        waited_s, last_s = self._waited.get(owed, (0.0, now_s))
+        if result not in self._waited:
+            self._waited = {other: waited for other, waited in self._waited.items() if other.epoch != result.epoch}
+        waited_s, last_s = self._waited.get(result, (0.0, now_s))
         waited_s += min(now_s - last_s, _LOOK_S)
-        self._waited[owed] = waited_s, now_s
+        self._waited[result] = waited_s, now_s
         return waited_s
 
     def keep(self, epochs: Collection[int]) -> None:
-        self._waited = {owed: waited for owed, waited in self._waited.items() if owed.epoch in epochs}
+        self._waited = {result: waited for result, waited in self._waited.items() if result.epoch in epochs}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from llamaclust.cluster.control import observations
 from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.epochs import Epoch
-from llamaclust.cluster.control.failures.overdue import OverdueResults, Owed, owing_stage
+from llamaclust.cluster.control.failures.overdue import OverdueResults, PendingResult, delaying_stage
 from llamaclust.cluster.control.notices import lost_text
 from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.control.pool.newcomers import Newcomers
@@ -79,12 +79,12 @@ class MembershipWatch:
 
     def _check_result(self, runner: ActionRunner, epoch: Epoch, number: int, rows: int, now_s: float) -> None:
         chain = epoch.chain
-        stage = owing_stage(number, [worker.progress(epoch.number) for worker in chain])
+        stage = delaying_stage(number, [worker.progress(epoch.number) for worker in chain])
         worker, names = _computing(epoch, stage), [COORDINATOR, *(worker.name for worker in chain), COORDINATOR]
         links = (runner.planner.links.between(*names[end : end + 2]) for end in (stage, stage + 1))
         hidden_bytes = 4 * rows * runner.planner.model.hyperparameters.embedding_length
         limit_s = self._turns_s(worker) + sum(link_limit_s(link, hidden_bytes) for link in links)
-        waited_s = self._overdue.waited_s(Owed(epoch.number, number, stage), now_s)
+        waited_s = self._overdue.waited_s(PendingResult(epoch.number, number, stage), now_s)
         if waited_s > limit_s and worker.loss is None:
             self._registry.mark_lost(worker, silence_text(number, waited_s, limit_s))
 

@@ -60,7 +60,7 @@ class Completion:
         self._is_primed = asyncio.Event()
         self._shows_progress = log.content.with_progress
         self._shown: PromptProgress | None = None
-        self._choices = [_Running(self, request, text, log.content.timed) for request, text in choices]
+        self._choices = [_RunningChoice(self, request, text, log.content.timed) for request, text in choices]
         self._tasks: list[asyncio.Task[None]] = []
         try:
             self._submit(self._choices[0])
@@ -91,7 +91,7 @@ class Completion:
         self._choices.clear()  # Breaks reference cycles: each choice refers to this object.
         self._tasks.clear()  # A cancelled task refers to this object through its error.
 
-    def _submit(self, choice: _Running) -> None:
+    def _submit(self, choice: _RunningChoice) -> None:
         self._engine.begin(choice.generation, choice)
 
     async def _begin_later(self) -> None:
@@ -147,7 +147,7 @@ class Completion:
         self.log.end(self._prompt, error)
 
 
-class _Running:
+class _RunningChoice:
     """A running choice. The engine calls its methods."""
 
     def __init__(self, owner: Completion, generation: GenerationRequest, text: ChoiceText, timed: Timed) -> None:

@@ -32,11 +32,13 @@ from llamaclust.cluster.planner.work import Work
 _MOST_STEPS = 3**8
 """Maximum number of search steps for which all sets of workers are tried. Eight different workers need this number."""
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
-_MEMBER = 1e-3
+_MIN_GAIN_PER_MEMBER = 1e-3
 """Minimum fraction of the time that each member of a group must save."""
-_LIMITS = 512
-_ROUNDS = 6
-_NOTHING = 1.01
+_TRIED_LIMITS = 512
+"""Number of limits for the slowest stage's time that are tried."""
+_MAX_CORRECTIONS = 6
+_TOLERANCE = 1.01
+"""A group's table is corrected if whole-number shares are slower than this factor times its prediction."""
 _AT_LEAST = 0.97
 """A lower bound is multiplied by this factor, because the relative costs of layers differ between workers."""
 _NEVER_S = 1e300
@@ -57,7 +59,7 @@ class Group:
         """Returns True, and corrects the table, if whole-number shares are slower than the table predicts."""
         costs = self.search.costs_of(self.members)
         factor = costs.integer_shares(start, end, self.search.works[work])[1]
-        is_longer = _NOTHING * costs.factor < factor < inf
+        is_longer = _TOLERANCE * costs.factor < factor < inf
         if is_longer:
             costs.factor = factor
         return is_longer
@@ -81,7 +83,7 @@ class GroupSearch:
     def best(self, below: float, known: Best | None) -> Best | None:
         """Returns the best split faster than `below` seconds, or None. `known` is the best split without groups."""
         best = None
-        for _ in range(_ROUNDS):
+        for _ in range(_MAX_CORRECTIONS):
             best = self._best(below, known)
             if best is None or not self._takes_longer(best):
                 break
@@ -109,7 +111,7 @@ class GroupSearch:
         if work.slowest:
             slow = [*self._slow_s(number)]
             least = _AT_LEAST / sum(1 / each for each in slow)
-            limits = np.array([*np.geomspace(least, 2 * max(slow), _LIMITS), inf])
+            limits = np.array([*np.geomspace(least, 2 * max(slow), _TRIED_LIMITS), inf])
         return Way(Steps(places, self.holders, number, ends, self._bounds(number)), work, limits, least)
 
     def _slow_s(self, number: int) -> Iterator[float]:
@@ -218,7 +220,8 @@ class GroupSearch:
         token_s = 1 / sum(1 / max(seconds, 1e-9) for seconds in self._token_s)
         steps = sum(step.steps for step in self.works[work].each)
         return StageTable(
-            np.maximum(own.slow, links.slow), own.total + links.total + _MEMBER * len(members) * steps * token_s
+            np.maximum(own.slow, links.slow),
+            own.total + links.total + _MIN_GAIN_PER_MEMBER * len(members) * steps * token_s,
         )
 
 

@@ -11,7 +11,8 @@ from llamaclust.cluster.planner.groups.divided_costs import DividedCosts, Divide
 _FEW = 100
 """Maximum sum of the small whole-number shares that are tried."""
 MANY = 1000
-_NOTHING = 1.003
+_TOLERANCE = 1.003
+"""Shares that take up to this factor times the shortest time are as good."""
 _LEAST_DIVIDED = 1e-6
 """Minimum ratio of divided time to fixed time, because the divided time is a divisor."""
 
@@ -61,7 +62,7 @@ def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float
     """Returns small whole-number shares that cost nearly the least, and their cost. It is infinite if none fit."""
     near = (in_total(shares, total) for total in (*range(len(shares), _FEW + 1), MANY))
     costs = {found: cost(found) for found in dict.fromkeys(near)}
-    limit = _NOTHING * min(costs.values())
+    limit = _TOLERANCE * min(costs.values())
     if limit == inf:
         return in_total(shares, MANY), inf
     return next((found, seconds) for found, seconds in costs.items() if seconds <= limit)

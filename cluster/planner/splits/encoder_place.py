@@ -190,13 +190,13 @@ def _without_encoder(encoder: EncoderParts, workers: Sequence[WorkerFacts], make
         return make_plan(workers)
     except InsufficientMemoryError as error:
         text = needed(encoder(min(worker.threads for worker in workers)))
-        told = InsufficientMemoryError(f"{error}; the encoder of images needs {text} in addition")
-        told.missing_bytes, told.problem, told.fitting_context = (
+        explained = InsufficientMemoryError(f"{error}; the encoder of images needs {text} in addition")
+        explained.missing_bytes, explained.problem, explained.fitting_context = (
             error.missing_bytes,
             error.problem,
             error.fitting_context,
         )
-        raise told from error
+        raise explained from error
 
 
 def _error(encoder: EncoderParts, workers: Sequence[WorkerFacts]) -> InsufficientMemoryError:

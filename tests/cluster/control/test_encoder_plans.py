@@ -13,7 +13,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.epochs import _stage_info
 from llamaclust.cluster.control.limits import check_plan, plan_limits, scheduler_settings
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
-from llamaclust.cluster.control.planning import ClusterResources, plan_cluster, plan_text_at_least
+from llamaclust.cluster.control.planning import ClusterResources, plan_cluster, plan_with_optional_encoder
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.plan import Plan, StagePlan
@@ -167,10 +167,10 @@ def test_a_plan_for_text_at_least_says_why_it_has_no_encoder(seeing: Model, row_
             least = plan_cluster(config, seeing, resources(room, encodes=False))
             break
         room += 1 << 14
-    plan = plan_text_at_least(config, seeing, resources(room - row_bytes, row_bytes))
+    plan = plan_with_optional_encoder(config, seeing, resources(room - row_bytes, row_bytes))
     assert plan == least and "the encoder of images" in plan.no_images and not plan.has_encoder
-    assert seeing.projector is not None and plan_text_at_least(config, seeing, resources(1 << 30)).has_encoder
+    assert seeing.projector is not None and plan_with_optional_encoder(config, seeing, resources(1 << 30)).has_encoder
     with pytest.raises(InsufficientMemoryError, match="the encoder of images"):
         plan_cluster(config, seeing, resources(room - row_bytes, row_bytes))
     with pytest.raises(InsufficientMemoryError, match="the model does not fit"):
-        plan_text_at_least(config, seeing, resources(room - row_bytes - (1 << 16), row_bytes))
+        plan_with_optional_encoder(config, seeing, resources(room - row_bytes - (1 << 16), row_bytes))

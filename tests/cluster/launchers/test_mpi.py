@@ -240,9 +240,11 @@ def test_a_rank_limits_the_log_of_its_worker(name: str, tmp_path: Path, monkeypa
                 log.write_bytes(b"line\n" * 2000)
                 other.write_bytes(b"line\n" * 2000)
             case 2:
-                yield Leave(1, with_all=True)
+                yield Leave(1, is_complete=True)
 
-    ranks = SimpleNamespace(own=1, with_all=False, send=lambda message, rank: sent.append(message), received=received)
+    ranks = SimpleNamespace(
+        own=1, is_complete=False, send=lambda message, rank: sent.append(message), received=received
+    )
     config = SimpleNamespace(state_dir=tmp_path, name="home")
     assert mpi_rank._Rank(ranks, config).run() == 0  # type: ignore[arg-type]
     assert [type(message) for message in sent] == [Machine]

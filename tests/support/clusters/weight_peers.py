@@ -16,11 +16,11 @@ from llamaclust.wire.rpc.methods import FETCH
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.credentials import Insecure
 from llamaclust.wire.weight_stream import WeightRange, decode_range
-from llamaclust.worker.weights.fetch import Patience, WantedWeights, WeightFetch
+from llamaclust.worker.weights.fetch import FetchTimeouts, WantedWeights, WeightFetch
 from llamaclust.worker.weights.weights import Weights
 
 ROOM = 1 << 30
-IMPATIENT = Patience(connect_s=1.0, frame_s=1.0, source_s=1.0)
+IMPATIENT = FetchTimeouts(connect_s=1.0, frame_s=1.0, source_s=1.0)
 INSECURE = Insecure()
 
 Answer = Callable[[ServerStream, WeightRange], Awaitable[None]]

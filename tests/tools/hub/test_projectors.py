@@ -22,14 +22,14 @@ from llamaclust.cluster.config.catalog import (
 from llamaclust.cluster.config.model_sources import HubFile
 from llamaclust.cluster.config.public_models import public_models
 from llamaclust.core.errors import DownloadError
-from llamaclust.tools.hub.download import Patience
+from llamaclust.tools.hub.download import DownloadLimits
 from llamaclust.tools.hub.projectors import projector_in
 from llamaclust.tools.hub.pull import pull_model
 from llamaclust.tools.progress import silent
 from support.hub.download_server import Server, running_server
 from support.hub.hub_files import offer
 
-QUICK = Patience(tries=2, first_pause_s=0.01, longest_pause_s=0.05, deadline_s=30.0)
+QUICK = DownloadLimits(tries=2, first_pause_s=0.01, longest_pause_s=0.05, deadline_s=30.0)
 NAME, REPOSITORY = "smolvlm-500m-instruct", "ggml-org/SmolVLM-500M-Instruct-GGUF"
 FILE, PROJECTOR = "SmolVLM-500M-Instruct-Q8_0.gguf", "mmproj-SmolVLM-500M-Instruct-Q8_0.gguf"
 MODEL, ENCODER = b"GGUF" + bytes(9_000), b"GGUF" + bytes(4_000)
@@ -69,10 +69,10 @@ def test_a_model_is_complete_when_it_is_there(hub: tuple[Server, Server], tmp_pa
     server, store = hub
     server.does.answers[f"/{REPOSITORY}/resolve/main/{PROJECTOR}"] = (404, {"X-Error-Code": "EntryNotFound"})
     with pytest.raises(DownloadError, match=f"{PROJECTOR}@main: the repository has no such file"):
-        pull_model(NAME, models_dir=tmp_path, patience=QUICK)
+        pull_model(NAME, models_dir=tmp_path, limits=QUICK)
     assert not stored_models(tmp_path)
     offer(server, store, REPOSITORY, PROJECTOR, ENCODER)
-    path = pull_model(NAME, models_dir=tmp_path, patience=QUICK)
+    path = pull_model(NAME, models_dir=tmp_path, limits=QUICK)
     assert path.name == FILE and path.read_bytes() == MODEL
     assert path.with_name(PROJECTOR).read_bytes() == ENCODER
     (stored,) = stored_models(tmp_path)
@@ -84,11 +84,11 @@ def test_a_model_is_complete_when_it_is_there(hub: tuple[Server, Server], tmp_pa
 def test_a_model_that_was_downloaded_without_its_projector_gets_it(hub: tuple[Server, Server], tmp_path: Path) -> None:
     server, store = hub
     offer(server, store, REPOSITORY, PROJECTOR, ENCODER)
-    path = pull_model(NAME, models_dir=tmp_path, patience=QUICK)
+    path = pull_model(NAME, models_dir=tmp_path, limits=QUICK)
     path.with_name(PROJECTOR).unlink()
     path.write_bytes(MODEL[:-1] + b"x")
     assert resolve_model(NAME, tmp_path) == path, "text needs no projector"
-    assert pull_model(NAME, models_dir=tmp_path, patience=QUICK) == path
+    assert pull_model(NAME, models_dir=tmp_path, limits=QUICK) == path
     assert path.with_name(PROJECTOR).read_bytes() == ENCODER and path.read_bytes()[-1:] == b"x"
 
 
@@ -96,7 +96,7 @@ def test_a_projector_can_be_downloaded_alone(hub: tuple[Server, Server], tmp_pat
     server, store = hub
     offer(server, store, REPOSITORY, PROJECTOR, ENCODER)
     spec = f"hf:{REPOSITORY}/{PROJECTOR}"
-    path = pull_model(spec, models_dir=tmp_path, patience=QUICK)
+    path = pull_model(spec, models_dir=tmp_path, limits=QUICK)
     assert resolve_model(spec, tmp_path) == path and [model.path for model in stored_models(tmp_path)] == [path]
 
 
@@ -109,11 +109,11 @@ def test_a_file_of_the_hub_gets_the_projector_of_its_repository(hub: tuple[Serve
     server, store = hub
     list_files(server, "README.md", FILE, f"other/{PROJECTOR}", PROJECTOR, "mmproj-F32.gguf")
     offer(server, store, REPOSITORY, PROJECTOR, ENCODER)
-    path = pull_model(f"hf:{REPOSITORY}/{FILE}", models_dir=tmp_path, patience=QUICK)
+    path = pull_model(f"hf:{REPOSITORY}/{FILE}", models_dir=tmp_path, limits=QUICK)
     assert sorted(each.name for each in path.parent.glob("*.gguf")) == [FILE, PROJECTOR]
     assert path.with_name(PROJECTOR).read_bytes() == ENCODER
     requests = len(server.does.seen)
-    assert pull_model(f"hf:{REPOSITORY}/{FILE}", models_dir=tmp_path, patience=QUICK) == path
+    assert pull_model(f"hf:{REPOSITORY}/{FILE}", models_dir=tmp_path, limits=QUICK) == path
     assert len(server.does.seen) == requests, "it is complete"
 
 
@@ -124,7 +124,7 @@ def test_a_model_comes_alone_where_the_hub_lists_no_projector(
     listing: bytes, hub: tuple[Server, Server], tmp_path: Path
 ) -> None:
     hub[0].does.files[f"/api/models/{REPOSITORY}/revision/main"] = listing
-    path = pull_model(f"hf:{REPOSITORY}/{FILE}", models_dir=tmp_path, patience=QUICK)
+    path = pull_model(f"hf:{REPOSITORY}/{FILE}", models_dir=tmp_path, limits=QUICK)
     assert [each.name for each in path.parent.glob("*.gguf")] == [FILE]
 
 
@@ -167,7 +167,7 @@ def test_a_downloaded_file_of_the_hub_gets_its_projector(
     list_files(server, FILE, PROJECTOR)
     offer(server, store, REPOSITORY, PROJECTOR, ENCODER)
     assert lacks_projector(SPEC) and _model(SPEC, silent) == downloaded and not server.does.seen
-    path = _model(SPEC, silent, is_auto=True) if is_start else pull_model(SPEC, patience=QUICK)
+    path = _model(SPEC, silent, is_auto=True) if is_start else pull_model(SPEC, limits=QUICK)
     assert path == downloaded and path.with_name(PROJECTOR).read_bytes() == ENCODER and not lacks_projector(SPEC)
 
 
@@ -175,7 +175,7 @@ def test_a_repository_without_projector_is_asked_once(hub: tuple[Server, Server]
     server, _ = hub
     list_files(server, FILE)
     for _ in range(2):
-        assert pull_model(SPEC, patience=QUICK) == _model(SPEC, silent, is_auto=True) == downloaded
+        assert pull_model(SPEC, limits=QUICK) == _model(SPEC, silent, is_auto=True) == downloaded
     assert len(server.does.seen) == 1 and not lacks_projector(SPEC)
     assert remove_model(SPEC) == downloaded.parent and not downloaded.parent.exists()
 
@@ -184,7 +184,7 @@ def test_a_downloaded_file_needs_no_hub(downloaded: Path, monkeypatch: pytest.Mo
     with running_server() as gone:
         monkeypatch.setenv("HF_ENDPOINT", gone.url)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    assert pull_model(SPEC, patience=QUICK) == _model(SPEC, silent, is_auto=True) == downloaded
+    assert pull_model(SPEC, limits=QUICK) == _model(SPEC, silent, is_auto=True) == downloaded
     assert lacks_projector(SPEC), "the next start looks again"
 
 
@@ -194,4 +194,4 @@ def test_a_start_needs_no_projector_that_cannot_be_downloaded(hub: tuple[Server,
     server.does.answers[f"/{REPOSITORY}/resolve/main/{PROJECTOR}"] = (404, {"X-Error-Code": "EntryNotFound"})
     assert _model(SPEC, silent, is_auto=True) == downloaded
     with pytest.raises(DownloadError, match=f"{PROJECTOR}@main: the repository has no such file"):
-        pull_model(SPEC, patience=QUICK)
+        pull_model(SPEC, limits=QUICK)

@@ -25,12 +25,12 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.model_sources import HubFile
 from llamaclust.cluster.config.public_models import PublicModel, public_models, terms_of
 from llamaclust.core.errors import DownloadError, UsageError
-from llamaclust.tools.hub.download import Patience
+from llamaclust.tools.hub.download import DownloadLimits
 from llamaclust.tools.hub.pull import pull_model
 from support.hub.download_server import Server, running_server
 from support.hub.hub_files import offer
 
-QUICK = Patience(tries=2, first_pause_s=0.01, longest_pause_s=0.05, deadline_s=30.0)
+QUICK = DownloadLimits(tries=2, first_pause_s=0.01, longest_pause_s=0.05, deadline_s=30.0)
 MODEL = b"GGUF" + random.Random(7).randbytes(9_996)
 SPDX = {"Apache-2.0", "MIT", "CC-BY-NC-4.0"}
 FILES = [(model, quantization) for model in public_models().values() for quantization in model.quantizations]
@@ -93,16 +93,16 @@ def test_the_default_is_q4_k_m_or_the_type_that_the_model_was_published_in() -> 
 def test_a_model_by_its_name(hub: Server, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"not downloaded yet; run: llamaclust model pull qwen3-8b$"):
         resolve_model("qwen3-8b", tmp_path)
-    path = pull_model("qwen3-8b", models_dir=tmp_path, patience=QUICK)
+    path = pull_model("qwen3-8b", models_dir=tmp_path, limits=QUICK)
     assert path == tmp_path / "qwen3-8b-q4_k_m" / "Qwen3-8B-Q4_K_M.gguf" and path.read_bytes() == MODEL
-    other = pull_model("qwen3-8b:q8_0", models_dir=tmp_path, patience=QUICK)
+    other = pull_model("qwen3-8b:q8_0", models_dir=tmp_path, limits=QUICK)
     assert resolve_model("qwen3-8b", tmp_path) == resolve_model("qwen3-8b:Q4_K_M", tmp_path) == path
     assert resolve_model("qwen3-8b-q8_0", tmp_path) == resolve_model("qwen3-8b:q8_0", tmp_path) == other
     assert remove_model("qwen3-8b", tmp_path) == path.parent and other.is_file()
 
 
 def test_a_model_of_several_files_by_its_name(hub: Server, tmp_path: Path) -> None:
-    pull_model("gpt-oss-120b", models_dir=tmp_path, patience=QUICK)
+    pull_model("gpt-oss-120b", models_dir=tmp_path, limits=QUICK)
     (stored,) = stored_models(tmp_path)
     assert (stored.name, stored.size_bytes) == ("gpt-oss-120b-mxfp4", 3 * len(MODEL))
 
@@ -112,7 +112,7 @@ def test_the_hub_may_have_moved_a_file(tmp_path: Path, monkeypatch: pytest.Monke
         empty.does.answers["/Qwen/Qwen3-8B-GGUF/resolve/main/Qwen3-8B-Q4_K_M.gguf"] = (404, {"X-Error-Code": "EntryNotFound"})  # fmt: skip # noqa: E501
         monkeypatch.setenv("HF_ENDPOINT", empty.url)
         with pytest.raises(DownloadError, match=r"Qwen3-8B-Q4_K_M\.gguf@main: the repository has no such file"):
-            pull_model("qwen3-8b", models_dir=tmp_path, patience=QUICK)
+            pull_model("qwen3-8b", models_dir=tmp_path, limits=QUICK)
     assert not stored_models(tmp_path)
 
 

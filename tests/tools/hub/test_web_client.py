@@ -15,12 +15,12 @@ import pytest
 
 from llamaclust.core.errors import DownloadError
 from llamaclust.tools.hub import web_client
-from llamaclust.tools.hub.download import Download, Patience, fetch
+from llamaclust.tools.hub.download import Download, DownloadLimits, fetch
 from llamaclust.tools.hub.pull import pull_model
 from llamaclust.tools.hub.web_client import WebClient, failure
 from support.hub.download_server import Server, running_server
 
-QUICK = Patience(tries=3, first_pause_s=0.01, longest_pause_s=0.05, deadline_s=30.0)
+QUICK = DownloadLimits(tries=3, first_pause_s=0.01, longest_pause_s=0.05, deadline_s=30.0)
 MODEL = b"GGUF" + random.Random(11).randbytes(99_996)
 HEADERS_S = 0.3
 
@@ -58,7 +58,7 @@ def test_a_pull_has_that_deadline(server: Server, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(WebClient.__init__, "__kwdefaults__", {"headers_s": HEADERS_S, "body_s": web_client.BODY_S})
     server.does.drips = 99
     with pytest.raises(DownloadError, match="headers took longer"):
-        pull_model(f"{server.url}/m.gguf", models_dir=tmp_path, patience=QUICK)
+        pull_model(f"{server.url}/m.gguf", models_dir=tmp_path, limits=QUICK)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from llamaclust.wire.rpc.server import ServerStream
 from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, frames_of
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.static import run_static_worker
-from llamaclust.worker.weights.fetch import Patience, WeightFetch
+from llamaclust.worker.weights.fetch import FetchTimeouts, WeightFetch
 from llamaclust.worker.weights.giver import WeightGiver
 from llamaclust.worker.weights.weights import Weights
 from support.clusters.command_line import eventually
@@ -117,8 +117,8 @@ async def test_a_holder_that_is_back_elsewhere_is_asked_at_once(
     model: Path, expected: list[Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The load goes on, although the holder's address answers no more."""
-    patience = Patience(connect_s=60.0, source_s=60.0)
-    monkeypatch.setattr("llamaclust.worker.weights.remote_file.WeightFetch", partial(WeightFetch, patience=patience))
+    timeouts = FetchTimeouts(connect_s=60.0, source_s=60.0)
+    monkeypatch.setattr("llamaclust.worker.weights.remote_file.WeightFetch", partial(WeightFetch, timeouts=timeouts))
     join, told = f"127.0.0.1:{free_port()}", list[str]()
     monkeypatch.setattr(Weights, "places", places)
     async with asyncio.timeout(100):
@@ -143,8 +143,8 @@ async def test_the_holder_is_lost_while_it_sends(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    patience = replace(IMPATIENT, source_s=4.0)  # the loss of worker a is known before worker b's load fails
-    monkeypatch.setattr("llamaclust.worker.weights.remote_file.WeightFetch", partial(WeightFetch, patience=patience))
+    timeouts = replace(IMPATIENT, source_s=4.0)  # the loss of worker a is known before worker b's load fails
+    monkeypatch.setattr("llamaclust.worker.weights.remote_file.WeightFetch", partial(WeightFetch, timeouts=timeouts))
     join, told = f"127.0.0.1:{free_port()}", list[str]()
     monkeypatch.setattr(Weights, "places", places)
     async with asyncio.timeout(100):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from llamaclust.cluster.control.failures.overdue import OverdueResults, Owed, owing_stage
+from llamaclust.cluster.control.failures.overdue import OverdueResults, PendingResult, delaying_stage
 from llamaclust.wire.control.messages import StageProgress
 
 
@@ -35,7 +35,7 @@ def progress(*received: int | None, awaits_tokens: bool = False) -> list[StagePr
 def test_the_last_stage_that_has_a_microbatch_owes_it_until_it_sends_it(
     received: tuple[int | None, ...], stage: int
 ) -> None:
-    assert owing_stage(7, progress(*received)) == stage
+    assert delaying_stage(7, progress(*received)) == stage
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_a_stage_owes_a_microbatch_that_was_sent_to_it(
         None if count is None or handed is None else StageProgress(1, count, handed)
         for count, handed in zip(received, sent, strict=True)
     ]
-    assert owing_stage(7, stages) == stage
+    assert delaying_stage(7, stages) == stage
 
 
 @pytest.mark.parametrize(
@@ -78,23 +78,23 @@ def test_a_stage_claims_no_microbatch_that_was_not_sent_to_it(
 
 
 def test_a_first_stage_that_waits_for_sampled_tokens_waits_for_the_last_one() -> None:
-    assert owing_stage(7, progress(8, 7, 7, awaits_tokens=True)) == 2
-    assert owing_stage(7, progress(8, 8, 7, awaits_tokens=True)) == 1, "the next microbatch waits, this one went on"
+    assert delaying_stage(7, progress(8, 7, 7, awaits_tokens=True)) == 2
+    assert delaying_stage(7, progress(8, 8, 7, awaits_tokens=True)) == 1, "the next microbatch waits, this one went on"
 
 
 def test_only_the_same_microbatch_at_the_same_stage_is_waited_for() -> None:
     overdue = OverdueResults()
-    waits = [overdue.waited_s(Owed(1, 7, 1), now_s) for now_s in (10.0, 11.0, 11.5)]
+    waits = [overdue.waited_s(PendingResult(1, 7, 1), now_s) for now_s in (10.0, 11.0, 11.5)]
     assert waits == [0.0, 1.0, 1.5]
-    assert overdue.waited_s(Owed(2, 7, 1), 11.5) == 0.0, "another epoch"
-    assert overdue.waited_s(Owed(1, 7, 1), 12.0) == 2.0
-    assert overdue.waited_s(Owed(1, 7, 2), 12.5) == 0.0, "it went on"
-    assert overdue.waited_s(Owed(1, 8, 2), 13.0) == 0.0
+    assert overdue.waited_s(PendingResult(2, 7, 1), 11.5) == 0.0, "another epoch"
+    assert overdue.waited_s(PendingResult(1, 7, 1), 12.0) == 2.0
+    assert overdue.waited_s(PendingResult(1, 7, 2), 12.5) == 0.0, "it went on"
+    assert overdue.waited_s(PendingResult(1, 8, 2), 13.0) == 0.0
     overdue.keep([2])
-    assert overdue.waited_s(Owed(1, 8, 2), 14.0) == 0.0
+    assert overdue.waited_s(PendingResult(1, 8, 2), 14.0) == 0.0
 
 
 def test_a_coordinator_that_was_stopped_accuses_no_worker() -> None:
     overdue = OverdueResults()
-    overdue.waited_s(Owed(1, 7, 1), 10.0)
-    assert overdue.waited_s(Owed(1, 7, 1), 70.0) == 1.0
+    overdue.waited_s(PendingResult(1, 7, 1), 10.0)
+    assert overdue.waited_s(PendingResult(1, 7, 1), 70.0) == 1.0

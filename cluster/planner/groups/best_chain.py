@@ -14,10 +14,10 @@ from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.memory import MemoryModel
 from llamaclust.cluster.planner.plan import usual_prompt_tokens
 from llamaclust.cluster.planner.splits.bounds import least_seconds
-from llamaclust.cluster.planner.splits.dynamic_program import Ways
+from llamaclust.cluster.planner.splits.dynamic_program import Partitions
 from llamaclust.cluster.planner.splits.holders import WorkerClass, worker_classes
-from llamaclust.cluster.planner.splits.orders import class_numbers, is_exact, ways_of_workers
-from llamaclust.cluster.planner.splits.search import CLEARLY_BETTER, Best, Way, best_of
+from llamaclust.cluster.planner.splits.orders import class_numbers, is_exact, worker_searches
+from llamaclust.cluster.planner.splits.search import CLEARLY_BETTER, Best, SplitSearch, best_of
 from llamaclust.cluster.planner.splits.stage_tables import stage_tables
 from llamaclust.cluster.planner.work import Work, works_of
 
@@ -76,7 +76,7 @@ class _Search:
                 return replace(found, single=single)
             if grouped is None and single is not None:
                 break
-        if single is None or is_exact(self.classes, self._apart):
+        if single is None or is_exact(self.classes, self._partitions):
             return single
         return replace(single, optimality_gap=single.seconds / least_seconds(self.classes, self.works) - 1)
 
@@ -84,13 +84,13 @@ class _Search:
         return Found(self._entries(best), self.contexts, best.seconds)
 
     @property
-    def _apart(self) -> Ways:
+    def _partitions(self) -> Partitions:
         places = {worker.name: place for place, worker in enumerate(self.workers)}
         pairs = (pair for pair in self.sizes.request.partitions if pair <= places.keys())
         return frozenset(frozenset(places[name] for name in pair) for pair in pairs)
 
-    def _single(self) -> Iterator[Sequence[Way]]:
-        return ways_of_workers(self.classes, self.works, self._apart)
+    def _single(self) -> Iterator[Sequence[SplitSearch]]:
+        return worker_searches(self.classes, self.works, self._partitions)
 
     def _grouped(self, below: float, known: Best | None, *, allow_unrounded: bool) -> Best | None:
         request = self.sizes.request
@@ -98,7 +98,7 @@ class _Search:
             return None
         classes = [part for one in self.classes for part in split_by_links(one, self.workers, request.links)]
         tables = GroupTables(self.sizes, request.group_costs, self.contexts, allow_unrounded)
-        return GroupSearch(self.sizes, self.workers, classes, self.works, tables, self._apart).best(below, known)
+        return GroupSearch(self.sizes, self.workers, classes, self.works, tables, self._partitions).best(below, known)
 
     def _fitted(self, found: Found) -> Found | None:
         by_name = {worker.name: worker for worker in self.workers}
@@ -107,7 +107,7 @@ class _Search:
         return replace(found, entries=entries) if blocks >= self.sizes.request.context_blocks else None
 
     def _entries(self, best: Best) -> tuple[Assignment, ...]:
-        holders, work = best.way.steps.holders, best.way.steps.work
+        holders, work = best.search.steps.holders, best.work
         classes = [holder for holder in holders if isinstance(holder, WorkerClass)]
         numbers, left = class_numbers(classes), [list(one.workers) for one in classes]
         found = []

@@ -16,16 +16,16 @@ from llamaclust.cluster.planner.links import Link
 from llamaclust.cluster.planner.memory import MemoryModel
 from llamaclust.cluster.planner.splits.dynamic_program import (
     Counts,
+    Partitions,
     Places,
     Steps,
-    Ways,
     any_order,
     constrained_ends,
     in_order,
 )
 from llamaclust.cluster.planner.splits.holders import Holder, StageTable, WorkerClass
 from llamaclust.cluster.planner.splits.orders import class_numbers
-from llamaclust.cluster.planner.splits.search import CLOSE, Best, Way, best_of
+from llamaclust.cluster.planner.splits.search import CLOSE, Best, SplitSearch, best_of
 from llamaclust.cluster.planner.splits.stage_tables import link_table
 from llamaclust.cluster.planner.work import Work
 
@@ -72,7 +72,7 @@ class GroupSearch:
     classes: Sequence[WorkerClass]
     works: Sequence[Work]
     tables: GroupTables
-    apart: Ways
+    partitions: Partitions
     holders: list[Holder] = field(default_factory=list, init=False)
     _numbers: dict[tuple[int, ...], int | None] = field(default_factory=dict, init=False)
     _costs: dict[tuple[int, ...], GroupTable] = field(default_factory=dict, init=False)
@@ -91,7 +91,7 @@ class GroupSearch:
 
     def _takes_longer(self, best: Best) -> bool:
         stages = ((self.holders[number], start, end) for number, start, end in best.split.stages)
-        work = best.way.steps.work
+        work = best.work
         longer = [holder.takes_longer(start, end, work) for holder, start, end in stages if isinstance(holder, Group)]
         return any(longer)
 
@@ -100,19 +100,20 @@ class GroupSearch:
         if len(self.holders) == len(self.classes):
             return None
         works = range(len(self.works))
-        best = best_of([[self._way(number, places) for places in neighbours for number in works]], below)
-        numbers = {best.way.steps.work} if best is not None else {0, known.way.steps.work if known is not None else 0}
+        best = best_of([[self._search(number, places) for places in neighbours for number in works]], below)
+        numbers = {best.work} if best is not None else {0, known.work if known is not None else 0}
         limit = below if best is None else CLOSE * best.seconds
-        return best_of([[self._way(number, places) for places in others for number in sorted(numbers)]], limit) or best
+        searches = [self._search(number, places) for places in others for number in sorted(numbers)]
+        return best_of([searches], limit) or best
 
-    def _way(self, number: int, places: Places) -> Way:
-        work, ends = self.works[number], constrained_ends(range(len(self.workers)), self.apart)
+    def _search(self, number: int, places: Places) -> SplitSearch:
+        work, ends = self.works[number], constrained_ends(range(len(self.workers)), self.partitions)
         limits, least = np.array([inf]), 0.0
         if work.slowest:
             slow = [*self._slow_s(number)]
             least = _AT_LEAST / sum(1 / each for each in slow)
             limits = np.array([*np.geomspace(least, 2 * max(slow), _TRIED_LIMITS), inf])
-        return Way(Steps(places, self.holders, number, ends, self._bounds(number)), work, limits, least)
+        return SplitSearch(Steps(places, self.holders, number, ends, self._bounds(number)), work, limits, least)
 
     def _slow_s(self, number: int) -> Iterator[float]:
         stages = self.sizes.stages
@@ -149,7 +150,7 @@ class GroupSearch:
         return [self._neighbours(one) for one in dict.fromkeys((by_speed, tuple(sorted(order)), by_memory))], []
 
     def _neighbours(self, order: Sequence[int]) -> Places:
-        return in_order(order, _SIZES, self._number, lambda number: self.holders[number].members[0], self.apart)
+        return in_order(order, _SIZES, self._number, lambda number: self.holders[number].members[0], self.partitions)
 
     def _any_sets(self, sizes: Counts) -> Places:
         held_by = sorted(
@@ -161,7 +162,7 @@ class GroupSearch:
             if number is not None:
                 numbers[counts] = number
         leaders = tuple(holder.members[0] for holder in self.holders)
-        return any_order(sizes, tuple(numbers.items()), leaders, self.apart)
+        return any_order(sizes, tuple(numbers.items()), leaders, self.partitions)
 
     def _first_of(self, counts: Counts) -> tuple[int, ...]:
         chosen = zip(counts, self.classes, strict=True)
@@ -182,7 +183,9 @@ class GroupSearch:
         request, facts = self.sizes.request, [self.workers[member] for member in members]
         if len(members) > request.largest_group or not all(worker.joins_groups for worker in facts):
             return False
-        if any(pair <= {*members} for pair in self.apart) or not request.links.are_known([each.name for each in facts]):
+        if any(pair <= {*members} for pair in self.partitions):
+            return False
+        if not request.links.are_known([each.name for each in facts]):
             return False
         links = self.costs_of(members).links
         gathers_s = self.tables.gathers_of(len(members)) * links.gather_s
@@ -200,7 +203,7 @@ class GroupSearch:
     @cached_property
     def _rank(self) -> dict[int, tuple[bool, float, int]]:
         """Sort keys for the choice of a leader. Workers that reach all others come first, and then faster workers."""
-        bound = frozenset[int]().union(*self.apart)
+        bound = frozenset[int]().union(*self.partitions)
         return {worker: (worker in bound, seconds, worker) for worker, seconds in enumerate(self._token_s)}
 
     def _memory(self, worker: int) -> float:

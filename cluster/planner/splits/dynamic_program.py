@@ -17,7 +17,7 @@ from llamaclust.cluster.planner.splits.holders import Holder, StageTable
 Stage = tuple[int, int, int]
 """A stage as (holder number, start, end). The holder is a worker or a group, and has the layers [start, end)."""
 
-Ways = frozenset[frozenset[int]]
+Partitions = frozenset[frozenset[int]]
 """Pairs of workers, as indices in the cluster file."""
 
 Counts = tuple[int, ...]
@@ -171,10 +171,14 @@ LeaderOf = Callable[[int], int]
 
 
 def in_order(
-    order: Sequence[int], sizes: Sequence[int], holder_of: HolderOf, leader_of: LeaderOf, apart: Ways = frozenset()
+    order: Sequence[int],
+    sizes: Sequence[int],
+    holder_of: HolderOf,
+    leader_of: LeaderOf,
+    partitions: Partitions = frozenset(),
 ) -> Places:
     """Returns the search steps for one order of workers. The members of a group must be adjacent in this order. The two
-    workers of a pair in `apart` never lead adjacent stages."""
+    workers of a pair in `partitions` never lead adjacent stages."""
     places: list[Step | Choice] = []
     # For the first n workers in the order: indices of their steps, and the index of the choice among these steps.
     upto: list[tuple[list[int], tuple[int, ...]]] = [([], ())]
@@ -183,7 +187,7 @@ def in_order(
         for size in (size for size in sizes if size <= end):
             holder = holder_of(tuple(order[end - size : end]))
             if holder is not None:
-                before = _following(leader_of(holder), *upto[end - size], places, leader_of, apart)
+                before = _following(leader_of(holder), *upto[end - size], places, leader_of, partitions)
                 steps.append(len(places))
                 places.append(Step(holder, before, is_first=True))
         new = steps[len(upto[-1][0]) :]
@@ -196,10 +200,13 @@ def in_order(
 
 @lru_cache(maxsize=8)
 def any_order(
-    sizes: Counts, held_by: tuple[tuple[Counts, int], ...], leaders: tuple[int, ...], apart: Ways = frozenset()
+    sizes: Counts,
+    held_by: tuple[tuple[Counts, int], ...],
+    leaders: tuple[int, ...],
+    partitions: Partitions = frozenset(),
 ) -> Places:
     """Returns the search steps for all sets of workers in all orders. `held_by` has pairs (numbers of workers by class,
-    number of the holder with these workers). A worker in `apart` must be the only one of its class."""
+    number of the holder with these workers). A worker in `partitions` must be the only one of its class."""
     numbers = dict(held_by)
     places: list[Step | Choice] = []
     found: dict[Counts, tuple[list[int], tuple[int, ...]]] = {}  # Steps and choices by used workers.
@@ -211,7 +218,7 @@ def any_order(
             if last not in numbers or (any(before) and not found[before][0]):
                 continue
             holder = numbers[last]
-            reached = _following(leaders[holder], *found[before], places, leaders.__getitem__, apart)
+            reached = _following(leaders[holder], *found[before], places, leaders.__getitem__, partitions)
             steps.append(len(places))
             places.append(Step(holder, reached, not any(before), last, left))
         if steps:
@@ -235,15 +242,15 @@ def _following(
     choice: tuple[int, ...],
     places: Places,
     leader_of: LeaderOf,
-    apart: Ways,
+    partitions: Partitions,
 ) -> tuple[int, ...]:
-    if not any(leader in pair for pair in apart):
+    if not any(leader in pair for pair in partitions):
         return choice
     reached = []
     for at in steps:
         step = places[at]
         assert isinstance(step, Step)
-        if frozenset((leader, leader_of(step.holder))) not in apart:
+        if frozenset((leader, leader_of(step.holder))) not in partitions:
             reached.append(at)
     return tuple(reached)
 
@@ -258,10 +265,10 @@ def steps_in_any_order(sizes: Sequence[int], held_by: Sequence[Counts]) -> int:
     return total
 
 
-def constrained_ends(workers: Collection[int], apart: Ways) -> list[Ends]:
-    """Returns alternative constraints. Under each, no pair in `apart` leads both the first and the last stage."""
-    bound = sorted(worker for worker in workers if any(worker in pair for pair in apart))
+def constrained_ends(workers: Collection[int], partitions: Partitions) -> list[Ends]:
+    """Returns alternative constraints. Under each, no pair in `partitions` leads both the first and the last stage."""
+    bound = sorted(worker for worker in workers if any(worker in pair for pair in partitions))
     ends = [Ends(frozenset(workers) - frozenset(bound))]
     for first in bound:
-        ends.append(Ends({first}, {other for other in bound if frozenset((first, other)) in apart}))
+        ends.append(Ends({first}, {other for other in bound if frozenset((first, other)) in partitions}))
     return ends

@@ -10,16 +10,16 @@ import numpy as np
 
 from llamaclust.cluster.planner.costs import Table
 from llamaclust.cluster.planner.splits.dynamic_program import (
+    Partitions,
     Places,
     Steps,
-    Ways,
     any_order,
     constrained_ends,
     in_order,
     steps_in_any_order,
 )
 from llamaclust.cluster.planner.splits.holders import StageTable, WorkerClass
-from llamaclust.cluster.planner.splits.search import Way, stage_limits
+from llamaclust.cluster.planner.splits.search import SplitSearch, stage_limits
 from llamaclust.cluster.planner.work import Work
 
 _MOST_STEPS = 1024
@@ -30,33 +30,35 @@ _ANY_WORK = Work(slowest=(), slowest_rows=0, each=(), hops=0, hop_rows=0, adds_u
 Order = Sequence[int]
 
 
-def ways_of_workers(classes: Sequence[WorkerClass], works: Sequence[Work], apart: Ways) -> Iterator[list[Way]]:
-    """Yields lists of searches. The first list keeps the cluster file's order. Pairs in `apart` are never adjacent."""
+def worker_searches(
+    classes: Sequence[WorkerClass], works: Sequence[Work], partitions: Partitions
+) -> Iterator[list[SplitSearch]]:
+    """Yields lists of searches. The first list keeps the cluster file's order. `partitions` are never adjacent."""
     file = sorted(worker for worker_class in classes for worker in worker_class.workers)
-    ends, limits = constrained_ends(file, apart), _limits(classes, works)
+    ends, limits = constrained_ends(file, partitions), _limits(classes, works)
 
-    def ways(number: int, orders: Sequence[Places]) -> Iterator[Way]:
+    def searches(number: int, orders: Sequence[Places]) -> Iterator[SplitSearch]:
         for places in orders:
-            yield Way(Steps(places, classes, number, ends), works[number], limits[number])
+            yield SplitSearch(Steps(places, classes, number, ends), works[number], limits[number])
 
     numbers = [number for number in range(len(works)) if len(limits[number])]
-    as_file = places_in_order(file, classes, apart)
-    yield [way for number in numbers for way in ways(number, [as_file])]
+    as_file = places_in_order(file, classes, partitions)
+    yield [search for number in numbers for search in searches(number, [as_file])]
     if len(classes) == 1:
         return
-    if is_exact(classes, apart):
-        places = _in_any_order(classes, apart)
-        yield [way for number in numbers for way in ways(number, [places])]
+    if is_exact(classes, partitions):
+        places = _in_any_order(classes, partitions)
+        yield [search for number in numbers for search in searches(number, [places])]
         return
-    others = [likely_orders(file, classes, number, limits[number], apart) for number in numbers]
-    found = {tuple(order): places_in_order(order, classes, apart) for orders in others for order in orders}
+    others = [likely_orders(file, classes, number, limits[number], partitions) for number in numbers]
+    found = {tuple(order): places_in_order(order, classes, partitions) for orders in others for order in orders}
     for number, orders in zip(numbers, others, strict=True):
-        yield [*ways(number, [found[tuple(order)] for order in orders])]
+        yield [*searches(number, [found[tuple(order)] for order in orders])]
 
 
 def least_total(classes: Sequence[WorkerClass]) -> float:
-    ways = (way for kind in ways_of_workers(classes, (_ANY_WORK,), frozenset()) for way in kind)
-    splits = (way.steps.least(inf) for way in ways)
+    searches = (search for kind in worker_searches(classes, (_ANY_WORK,), frozenset()) for search in kind)
+    splits = (search.steps.least(inf) for search in searches)
     return min((split.total for split in splits if split is not None), default=inf)
 
 
@@ -64,64 +66,68 @@ def _limits(classes: Sequence[WorkerClass], works: Sequence[Work]) -> list[Table
     return [stage_limits(one.table(number) for one in classes) for number in range(len(works))]
 
 
-def is_exact(classes: Sequence[WorkerClass], apart: Ways) -> bool:
+def is_exact(classes: Sequence[WorkerClass], partitions: Partitions) -> bool:
     if len(classes) == 1:
         return True
     file = [worker for worker_class in classes for worker in worker_class.workers]
     sizes = [len(worker_class.workers) for worker_class in classes]
-    return steps_in_any_order(sizes, _single(len(sizes))) * len(constrained_ends(file, apart)) <= _MOST_STEPS
+    return steps_in_any_order(sizes, _single(len(sizes))) * len(constrained_ends(file, partitions)) <= _MOST_STEPS
 
 
 def _single(classes: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(int(one == other) for one in range(classes)) for other in range(classes))
 
 
-def _in_any_order(classes: Sequence[WorkerClass], apart: Ways) -> Places:
+def _in_any_order(classes: Sequence[WorkerClass], partitions: Partitions) -> Places:
     leaders = tuple(worker_class.workers[0] for worker_class in classes)
     held_by = tuple((counts, number) for number, counts in enumerate(_single(len(classes))))
-    return any_order(tuple(len(one.workers) for one in classes), held_by, leaders, apart)
+    return any_order(tuple(len(one.workers) for one in classes), held_by, leaders, partitions)
 
 
-def places_in_order(order: Order, classes: Sequence[WorkerClass], apart: Ways) -> Places:
+def places_in_order(order: Order, classes: Sequence[WorkerClass], partitions: Partitions) -> Places:
     numbers = class_numbers(classes)
-    return in_order(order, (1,), lambda workers: numbers[workers[0]], lambda number: classes[number].workers[0], apart)
+    return in_order(
+        order, (1,), lambda workers: numbers[workers[0]], lambda number: classes[number].workers[0], partitions
+    )
 
 
 def class_numbers(classes: Sequence[WorkerClass]) -> dict[int, int]:
     return {worker: number for number, one in enumerate(classes) for worker in one.workers}
 
 
-def likely_orders(file: Order, classes: Sequence[WorkerClass], work: int, limits: Table, apart: Ways) -> list[Order]:
-    if apart:
-        return [_spread(file, apart), _spread(file[::-1], apart)[::-1]]
+def likely_orders(
+    file: Order, classes: Sequence[WorkerClass], work: int, limits: Table, partitions: Partitions
+) -> list[Order]:
+    if partitions:
+        return [_spread(file, partitions), _spread(file[::-1], partitions)[::-1]]
     numbers = class_numbers(classes)
     return _with_best_ends([(worker, classes[numbers[worker]].table(work)) for worker in file], limits)
 
 
-def _spread(order: Order, apart: Ways) -> list[int]:
-    """Reorders workers so that no pair in `apart` is adjacent. A worker that every position makes adjacent to
+def _spread(order: Order, partitions: Partitions) -> list[int]:
+    """Reorders workers so that no pair in `partitions` is adjacent. A worker that every position makes adjacent to
     such a partner comes last."""
     spread: list[int] = []
     waiting = list(order)
     while waiting:
-        taken = next((one for one in waiting if not spread or _fine(one, spread[-1], apart)), None)
+        taken = next((one for one in waiting if not spread or _fine(one, spread[-1], partitions)), None)
         if taken is None:
             break
         waiting.remove(taken)
         spread.append(taken)
     for one in waiting:
-        spread.insert(next(_gaps(spread, one, apart), len(spread)), one)
+        spread.insert(next(_gaps(spread, one, partitions), len(spread)), one)
     return spread
 
 
-def _gaps(order: Order, worker: int, apart: Ways) -> Iterator[int]:
+def _gaps(order: Order, worker: int, partitions: Partitions) -> Iterator[int]:
     for place in range(len(order)):
-        if all(_fine(worker, other, apart) for other in (order[place - 1], order[place])):
+        if all(_fine(worker, other, partitions) for other in (order[place - 1], order[place])):
             yield place
 
 
-def _fine(one: int, other: int, apart: Ways) -> bool:
-    return frozenset((one, other)) not in apart
+def _fine(one: int, other: int, partitions: Partitions) -> bool:
+    return frozenset((one, other)) not in partitions
 
 
 _Tables = Sequence[tuple[int, StageTable]]

@@ -22,7 +22,7 @@ simpler split."""
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class SplitSearch:
     """A search for the best split in a workload. `limits` are ascending time limits for the slowest stage."""
 
     steps: Steps
@@ -58,19 +58,24 @@ class Way:
 @dataclass(frozen=True, slots=True)
 class Best:
     split: Split
-    way: Way
+    search: SplitSearch
     seconds: float
 
+    @property
+    def work(self) -> int:
+        """Returns the number of the workload."""
+        return self.search.steps.work
 
-def best_of(kinds: Iterable[Sequence[Way]], below: float = inf) -> Best | None:
+
+def best_of(kinds: Iterable[Sequence[SplitSearch]], below: float = inf) -> Best | None:
     """Returns the best split, or None. Splits of later `kinds` are more complex and must be clearly faster."""
     best: Best | None = None
-    for ways in kinds:
+    for searches in kinds:
         limit = below if best is None else CLEARLY_BETTER * best.seconds
-        for way in ways:
-            split = way.best(limit)
+        for search in searches:
+            split = search.best(limit)
             if split is not None:
-                best = Best(split, way, way.work.seconds(split.slowest, split.total))
+                best = Best(split, search, search.work.seconds(split.slowest, split.total))
                 limit = CLOSE * best.seconds
     return best
 

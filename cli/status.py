@@ -211,7 +211,7 @@ def _model(model: State) -> str:
 def _quarantine_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
     for worker in workers:
         if quarantine := worker.get("quarantine"):
-            pause = f"gets no layers for {quarantine['left_s']:.0f} s if the others suffice"
+            pause = f"is quarantined for {quarantine['left_s']:.0f} s unless the model needs it"
             reason = quarantine["reason"]
             yield f"{worker['name']}: {pause}: it failed {quarantine['failures']} times, last: {reason}"
 
@@ -273,7 +273,7 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False)
     for title in ("worker", "pid", "device", "layers", "state"):
         table.add_column(title)
-    for title in ("MiB now", "at most", "busy", "tok/s", "ms/token", "predicted"):
+    for title in ("MiB now", "planned", "busy", "tok/s", "ms/token", "predicted"):
         table.add_column(title, justify="right")
     for worker in workers:
         layers = "-" if worker["layers"] is None else "[{}, {})".format(*worker["layers"])

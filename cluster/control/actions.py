@@ -109,9 +109,9 @@ class ActionRunner:
         name, join = expulsion.worker
         if expulsion.stays:
             config = self.planner.config
-            what = f"layers of model {config.model_name}" if config.models else "layers"
-            pause = f"for {expulsion.pause_s:g} s if the others suffice"
-            self._report(Notice(f"worker {name} gets no {what} {pause}: {expulsion.reason}"))
+            model = f"model {config.model_name}" if config.models else "the model"
+            pause = f"for {expulsion.pause_s:g} s unless {model} needs it"
+            self._report(Notice(f"worker {name} is quarantined {pause}: {expulsion.reason}"))
         elif self._registry.joins[name] == join:
             self._registry.mark_lost(self._registry.workers[name], expulsion.reason)
 

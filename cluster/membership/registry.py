@@ -75,7 +75,7 @@ class Registry(Members):
             handle.left = True
         goodbye = messages.Shutdown("the cluster was stopped")
         with contextlib.suppress(DeadlineError):
-            async with deadline("saying goodbye", _GOODBYE_S):
+            async with deadline("sending Shutdown to the workers", _GOODBYE_S):
                 await asyncio.gather(*(handle.channel.send(goodbye) for handle in present), return_exceptions=True)
         assert self._server is not None
         self._is_closed = True
@@ -144,7 +144,7 @@ class Registry(Members):
     async def _serve(self, register: Register, stream: ServerStream) -> None:
         name = register.name
         if name in self.present:
-            self.mark_lost(self.workers[name], "it joins again")
+            self.mark_lost(self.workers[name], "it has registered again")
         send = _serial_sender(stream)
         handle = WorkerHandle(register, send, lambda: self.read_last_error(name), self._credentials)
         self.admit(handle)

@@ -44,7 +44,7 @@ def test_status_shows_measured_beside_predicted(line: CommandLine, cluster: Clus
     assert re.search(r"^predicted: \S+ ms/token, .* bottleneck: [ab]$", shown, re.MULTILINE)
     assert "\nobjective: throughput (8 requests at once, each 256 tokens of prompt, 128 of answer)\n" in shown
     assert re.search("^(not as a group .*: .* tok/s .*: |no group is possible: )", shown, re.MULTILINE)
-    assert max(map(len, shown.splitlines()[-3:])) < 100 and "MiB now  at most" in shown  # the table
+    assert max(map(len, shown.splitlines()[-3:])) < 100 and "MiB now  planned" in shown  # the table
 
 
 def test_status_of_a_cluster_at_an_address(line: CommandLine, cluster: Cluster) -> None:

@@ -164,7 +164,7 @@ async def test_a_stage_that_takes_nothing_is_named_and_heartbeats_say_what_was_s
     assert (loop.progress.received, loop.progress.sent) == (0, 0)
     stream: Any = SimpleNamespace(read=read, is_local=False, has_message=False)
     async with asyncio.timeout(60):
-        with pytest.raises(DeadlineError, match="handing on a microbatch") as caught:
+        with pytest.raises(DeadlineError, match="forwarding a microbatch") as caught:
             await loop.run(stream, SimpleNamespace(write=write), receiver=receiver)
     compute.close()
     assert caught.value.worker == receiver

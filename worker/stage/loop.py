@@ -104,7 +104,7 @@ class StageLoop:
         sending.set_result(None)
         waiting: deque[asyncio.Future[Answer]] = deque()
         try:
-            async with recurring_deadline("handing on a microbatch", self._forward_s, receiver) as limit:
+            async with recurring_deadline("forwarding a microbatch", self._forward_s, receiver) as limit:
                 send = partial(self._send, outlet, to_first, limit)
                 is_local = stream.is_local
                 for number in count():

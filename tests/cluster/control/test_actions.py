@@ -165,7 +165,7 @@ async def test_a_worker_that_stays_for_other_models_is_not_marked_as_lost(stays:
     )
     runner._registry = registry  # type: ignore[assignment]
     await runner.run(Expel((Expulsion(("b", 2), "its disk is bad", stays, 10.0),)))
-    notice = Notice("worker b gets no layers of model m for 10 s if the others suffice: its disk is bad")
+    notice = Notice("worker b is quarantined for 10 s unless model m needs it: its disk is bad")
     assert (lost, events) == (([], [notice]) if stays else (["b: its disk is bad"], []))
     assert await runner.store.next(None) is observations.Signal.WORKERS_EXPELLED
 
@@ -218,7 +218,7 @@ async def test_a_worker_that_is_admitted_while_the_supervisor_starts_joins_once(
     assert joined == observations.WorkerSeen("a", 1) and supervisor.store.is_current
     supervisor.store.apply(joined)
     assert supervisor.store.state.pool.present == {"a": 1}
-    registry.mark_lost(handle, "it joins again")
+    registry.mark_lost(handle, "it has registered again")
     registry.announce(handle)
     assert await supervisor.store.next(None) == observations.WorkerLost("a")
     assert supervisor.store.is_current, "a lost worker does not join"

@@ -52,13 +52,13 @@ MANUAL = [
 
 
 def notices(run: Recovering) -> list[str]:
-    return [text for text in run.told if "if the others suffice" in text]
+    return [text for text in run.told if "is quarantined" in text]
 
 
 def quarantined(run: Recovering, name: str) -> None:
     """It is, and no other one."""
     (notice,) = notices(run)
-    assert notice.startswith(f"worker {name} gets no layers for 10 s if the others suffice: it failed 2 times")
+    assert notice.startswith(f"worker {name} is quarantined for 10 s unless the model needs it: it failed 2 times")
 
 
 async def answers_without(run: Recovering, worker: str, requests: tuple[GenerationRequest, ...]) -> list[Answer]:
@@ -186,6 +186,6 @@ async def test_a_start_goes_on_without_a_worker_whose_file_is_damaged(
     async with recovering(config(model, tmp_path)) as run:
         assert await asyncio.gather(*run.start(requests)) == expected
         (notice,) = notices(run)
-        assert notice.startswith(f"worker {worker} gets no layers for 10 s if the others suffice: ")
+        assert notice.startswith(f"worker {worker} is quarantined for 10 s unless the model needs it: ")
         assert notice.endswith(f"{model}: it is damaged")
         assert not run.cluster.supervisor.epoch.holds(worker) and run.cluster.supervisor.recoveries == 0

@@ -30,7 +30,7 @@ async def test_the_member_is_left_out(
         measured(run, NEAR_S)
         await grouped(run)
         assert await asyncio.gather(*run.start(requests)) == expected
-        (notice,) = [text for text in run.told if "if the others suffice" in text]
-        assert notice.startswith(f"worker {member} gets no layers for 10 s if the others suffice"), run.told
+        (notice,) = [text for text in run.told if "is quarantined" in text]
+        assert notice.startswith(f"worker {member} is quarantined for 10 s unless the model needs it"), run.told
         assert f"worker {member} twice computed numbers that are not finite" in notice
         assert not run.cluster.supervisor.epoch.holds(member)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
-from llamaclust.cluster.planner.devices import Held, devices_of
+from llamaclust.cluster.planner.devices import PlannedLayers, devices_of
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.memory import MemoryModel
 from llamaclust.cluster.planner.plan import Prediction, usual_prompt_tokens
@@ -58,7 +58,7 @@ def _held_stage(sizes: MemoryModel, entry: Assignment, workers: Mapping[str, Wor
             "a plan with shares must be refused if the model has no group costs"
         )
 
-        def held_of(name: str, costs: StageCosts, portion: Portion) -> tuple[Held, ...]:
+        def held_of(name: str, costs: StageCosts, portion: Portion) -> tuple[PlannedLayers, ...]:
             return sizes.of(costs, portion).held(workers[name], entry.start, entry.end, contexts)
 
         return held_by_group(entry, held_of, sizes.request.group_costs, sizes.request.links)

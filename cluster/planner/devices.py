@@ -13,7 +13,7 @@ from llamaclust.core.gpus import Placement
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class PlannedLayers:
     """Layers [start, end) on one device of a worker."""
 
     device: WorkerFacts
@@ -67,17 +67,20 @@ class Division:
     moe_ends: tuple[Counts, ...]
     moe: MoeLayers
 
-    def held(self, start: int, end: int) -> tuple[Held, ...]:
+    def held(self, start: int, end: int) -> tuple[PlannedLayers, ...]:
         """Returns the layers of a stage on each device that has any. Entries for experts in RAM come last."""
         at = [int(table[start, end]) for table in self.bounds]
         ends = [int(table[start, end]) for table in self.moe_ends]
         parts = [
-            Held(device, begin, until, self._cpu_moe(begin, until, moe_end) if number else ())
+            PlannedLayers(device, begin, until, self._cpu_moe(begin, until, moe_end) if number else ())
             for number, (device, begin, until, moe_end) in enumerate(zip(self.devices, at, at[1:], ends, strict=False))
             if begin < until
         ]
         layers = (part.cpu_moe for part in parts if part.cpu_moe)
-        return (*parts, *(Held(self.devices[0], moved[0], moved[-1] + 1, moved, is_experts=True) for moved in layers))
+        return (
+            *parts,
+            *(PlannedLayers(self.devices[0], moved[0], moved[-1] + 1, moved, is_experts=True) for moved in layers),
+        )
 
     def _cpu_moe(self, begin: int, until: int, moe_end: int) -> tuple[int, ...]:
         fixed, is_open = self.moe.fixed, self.moe.open

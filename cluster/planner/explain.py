@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from llamaclust.cluster.planner.costs import WorkerFacts
-from llamaclust.cluster.planner.devices import Held, devices_of
+from llamaclust.cluster.planner.devices import PlannedLayers, devices_of
 from llamaclust.cluster.planner.memory import MemoryModel
 from llamaclust.cluster.planner.plan import IdleWorker
 from llamaclust.cluster.planner.splits.holders import StageTable, worker_classes
@@ -101,7 +101,7 @@ def _reason(sizes: MemoryModel, worker: WorkerFacts, used: Collection[str], cont
     layers, stages = sizes.stages.layers, len(used)
     # With one other worker, the idle worker could hold the first or the last layer.
     open_to = range(layers) if stages > 1 else (0, layers - 1)
-    least = min(sum(sizes.parts(Held(worker, layer, layer + 1), contexts).values()) for layer in open_to)
+    least = min(sum(sizes.parts(PlannedLayers(worker, layer, layer + 1), contexts).values()) for layer in open_to)
     rooms = [device.memory_bytes for device in devices_of(worker)]
     room = max(least if memory_bytes is None else memory_bytes for memory_bytes in rooms)
     if room < least:

@@ -11,7 +11,7 @@ import numpy as np
 
 from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.planner.costs import Counts, StageCosts, Table, WorkerFacts, sums
-from llamaclust.cluster.planner.devices import DeviceNeeds, Division, Held, MoeLayers, devices_of, divide
+from llamaclust.cluster.planner.devices import DeviceNeeds, Division, MoeLayers, PlannedLayers, devices_of, divide
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.stage_parts import GroupCostsOf
@@ -92,7 +92,7 @@ class MemoryModel:
         rounding = whole if isinstance(whole, int) else int(whole[start, end])
         return self._workspace_to(worker, end) + rounding - int(freed[list(cpu_moe)].sum())
 
-    def workspace_of(self, held: Held) -> int:
+    def workspace_of(self, held: PlannedLayers) -> int:
         """Returns the bytes of workspace for the layers in `held`. The value is exact on CPUs."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts or held.cpu_moe or device.device != "cpu":
@@ -147,7 +147,7 @@ class MemoryModel:
     def context_bytes(self, start: int, end: int, contexts: int = 1) -> int:
         return self.kv_bytes(start, end, contexts * self.request.context_blocks)
 
-    def parts(self, held: Held, contexts: int) -> Mapping[str, int]:
+    def parts(self, held: PlannedLayers, contexts: int) -> Mapping[str, int]:
         """Returns bytes by kind of memory. KV memory holds `contexts` full-length sequences, up to the user's limit."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts:
@@ -159,11 +159,11 @@ class MemoryModel:
             "workspace": self.workspace_bytes(device, start, end, held.cpu_moe),
         }
 
-    def weight_bytes(self, held: Held) -> int:
+    def weight_bytes(self, held: PlannedLayers) -> int:
         moved = sum(int(self.stages.expert_bytes[layer, layer + 1]) for layer in held.cpu_moe)
         return moved if held.is_experts else self.stages.weight_bytes(held.start, held.end) - moved
 
-    def kv_blocks(self, split: Sequence[Held]) -> int:
+    def kv_blocks(self, split: Sequence[PlannedLayers]) -> int:
         """Returns how many KV blocks fit on every device. The maximum is `most_blocks`, unless `kv_memory` is set."""
         most = self.request.most_blocks
         beside: dict[tuple[str, str], int] = {}
@@ -172,7 +172,7 @@ class MemoryModel:
                 beside[held.place] = beside.get(held.place, 0) + sum(self.parts(held, 0).values())
         return min((self._held_blocks(held, beside.get(held.place, 0), most) for held in split), default=0)
 
-    def _held_blocks(self, held: Held, beside_bytes: int, most: int) -> int:
+    def _held_blocks(self, held: PlannedLayers, beside_bytes: int, most: int) -> int:
         given, memory_bytes = self.request.kv_memory_bytes, held.device.memory_bytes
         if held.is_experts:
             return MAX_KV_BLOCKS if memory_bytes is None or beside_bytes <= memory_bytes else 0
@@ -263,5 +263,5 @@ class MemoryModel:
         )
         return division.sums(stages.decode_table) + moved
 
-    def held(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> tuple[Held, ...]:
-        return self.division(worker, contexts).held(start, end) if worker.gpus else (Held(worker, start, end),)
+    def held(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> tuple[PlannedLayers, ...]:
+        return self.division(worker, contexts).held(start, end) if worker.gpus else (PlannedLayers(worker, start, end),)

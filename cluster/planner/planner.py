@@ -13,7 +13,7 @@ from dataclasses import replace
 from llamaclust.cluster.planner.adjacency import Pairs, violated_pair
 from llamaclust.cluster.planner.chain import Chain, is_measured
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
-from llamaclust.cluster.planner.devices import Held, devices_of
+from llamaclust.cluster.planner.devices import PlannedLayers, devices_of
 from llamaclust.cluster.planner.explain import idle_workers, model_memory_error, split_memory_error
 from llamaclust.cluster.planner.groups.best_chain import Found, best_chain
 from llamaclust.cluster.planner.groups.rejected import rejected_group
@@ -114,7 +114,7 @@ def _with_cache(part: DevicePlan, limit_bytes: int | None) -> DevicePlan:
     return replace(part, experts_cache_bytes=cache_room(part.memory_bytes - part.bytes, limit_bytes))
 
 
-def _touched_bytes(costs: StageCosts, part: Held) -> int:
+def _touched_bytes(costs: StageCosts, part: PlannedLayers) -> int:
     moved = costs.touched_expert_bytes(part.cpu_moe)
     return moved if part.is_experts else costs.touched_bytes(part.start, part.end) - moved
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
-from llamaclust.cluster.planner.devices import Held, devices_of
+from llamaclust.cluster.planner.devices import PlannedLayers, devices_of
 from llamaclust.cluster.planner.links import COORDINATOR, Links
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.plan import Plan, Prediction, Round, StagePlan, StagePrediction
@@ -113,16 +113,17 @@ def _stage_again(
     return held_by_group(entry, lambda name, *_: held[name], group_costs, links)
 
 
-def _held(stage: StagePlan, workers: Mapping[str, WorkerFacts]) -> tuple[Held, ...]:
+def _held(stage: StagePlan, workers: Mapping[str, WorkerFacts]) -> tuple[PlannedLayers, ...]:
     if stage.worker not in workers:
         return ()
     devices = {device.device: device for device in devices_of(workers[stage.worker])}
     if any(part.device not in devices for part in stage.devices) or (not stage.devices and "cpu" not in devices):
         return ()
     if not stage.devices:
-        return (Held(devices["cpu"], stage.start, stage.end),)
+        return (PlannedLayers(devices["cpu"], stage.start, stage.end),)
     return tuple(
-        Held(devices[part.device], part.start, part.end, part.cpu_moe, part.is_experts) for part in stage.devices
+        PlannedLayers(devices[part.device], part.start, part.end, part.cpu_moe, part.is_experts)
+        for part in stage.devices
     )
 
 

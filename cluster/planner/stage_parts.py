@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from llamaclust.cluster.planner.costs import StageCosts, Table, WorkerFacts
-from llamaclust.cluster.planner.devices import Held
+from llamaclust.cluster.planner.devices import PlannedLayers
 from llamaclust.cluster.planner.gathers import NO_GATHERS, GatherTimes, GroupLinks, gather_times
 from llamaclust.cluster.planner.links import Links
 from llamaclust.cluster.planner.manual import Assignment
@@ -18,7 +18,7 @@ from llamaclust.model.groups.portion import Portion
 
 GroupCostsOf = Callable[[int], GroupCosts]
 """Returns the costs of a model for groups with this number of members. Must cache its results."""
-HeldOf = Callable[[str, StageCosts, Portion], tuple[Held, ...]]
+HeldOf = Callable[[str, StageCosts, Portion], tuple[PlannedLayers, ...]]
 """Returns the layers of a worker by device. Arguments: the worker's name, the costs of its portion, and the portion."""
 
 
@@ -27,7 +27,7 @@ class StageParts:
     """The layers that one worker computes, device by device."""
 
     worker: str
-    parts: tuple[Held, ...]
+    parts: tuple[PlannedLayers, ...]
     costs: StageCosts  # Costs of the model, or of a member's portion of the model.
     shares: tuple[int, ...] = ()  # See `StagePlan.shares`.
     member: int = 0
@@ -102,7 +102,7 @@ class _StepTable(Protocol):
     def __call__(self, worker: WorkerFacts, rows: int, *, concurrent: bool = False) -> Table: ...
 
 
-def _held_s(costs: StageCosts, table: _StepTable, held: Held, rows: int, *, concurrent: bool) -> float:
+def _held_s(costs: StageCosts, table: _StepTable, held: PlannedLayers, rows: int, *, concurrent: bool) -> float:
     start, end, moved = held.start, held.end, np.isin(np.arange(costs.layers), held.cpu_moe)
     experts = costs.experts_table(held.device, rows, moved, concurrent=concurrent)[start, end] if held.cpu_moe else 0.0
     if held.is_experts:

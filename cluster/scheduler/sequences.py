@@ -153,7 +153,7 @@ class Sequence:
         return self.request.needs_matcher and self.drafting.expects_forced(self.generated)
 
     @property
-    def unknown(self) -> int:
+    def unknown_tokens(self) -> int:
         return max(0, self.scheduled + 1 - len(self.tokens))
 
     @property
@@ -178,7 +178,7 @@ class Sequence:
         return -(-(max(self.target, self.scheduled + 1) + len(self.drafting.next)) // KV_BLOCK_TOKENS)
 
     @property
-    def settled(self) -> int:
+    def first_unverified(self) -> int:
         """The first position that must be computed again if the drafts in flight are rejected."""
         ahead = self.drafting.ahead
         return self.computed if ahead and self.kv.states.is_begun else self.scheduled - len(ahead)

@@ -9,7 +9,7 @@ from math import inf
 import numpy as np
 
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
-from llamaclust.cluster.planner.devices import Held
+from llamaclust.cluster.planner.devices import PlannedLayers
 from llamaclust.cluster.planner.groups.shares import MANY, in_total
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.memory import MemoryModel
@@ -52,4 +52,4 @@ def _lacking_bytes(
     costs = StageCosts.of(costs_of(len(shares)).member(shares, member))
     # `entry.shares` gives the workspace of the original shares, because the workspace changes little.
     own = sizes.of(costs, Portion(entry.shares, member))
-    return sum(own.parts(Held(worker, entry.start, entry.end), contexts).values()) - worker.memory_bytes
+    return sum(own.parts(PlannedLayers(worker, entry.start, entry.end), contexts).values()) - worker.memory_bytes

@@ -66,7 +66,7 @@ class KvWindow:
         self._cache.register(sequence.kv.keys, sequence.tokens, table.blocks, first, full, table.start)
 
     def release_out_of_window(self, sequence: Sequence) -> None:
-        self._out_of_window += sequence.kv.window.drop_before(self.group.first_seen(sequence.settled))
+        self._out_of_window += sequence.kv.window.drop_before(self.group.first_seen(sequence.first_unverified))
 
     def settle(self, sequence: Sequence) -> None:
         table, kept = sequence.kv.window, -(-sequence.scheduled // KV_BLOCK_TOKENS)

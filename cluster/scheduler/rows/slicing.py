@@ -27,11 +27,11 @@ def take_rows(sequence: Sequence, rows: int) -> SequenceSlice:
 def take_token(sequence: Sequence) -> SequenceSlice:
     known, drafting = tuple(sequence.tokens[sequence.scheduled :]), sequence.drafting
     drafted = drafting.next
-    if not drafted and (unknown := sequence.unknown):
+    if not drafted and (unknown := sequence.unknown_tokens):
         return _slice(sequence, (0,), (sample_task(sequence, unknown),), sequence.sampled_at, sampled=1)
     if not drafted:
         return _slice(sequence, known, (sample_task(sequence),), sampled=1)
-    tasks = further_tasks(sequence, drafted) if sequence.unknown else window_tasks(sequence, drafted)
+    tasks = further_tasks(sequence, drafted) if sequence.unknown_tokens else window_tasks(sequence, drafted)
     return _slice(sequence, (*known, *drafting.take()), tasks, sampled=len(tasks), drafted=len(drafted))
 
 

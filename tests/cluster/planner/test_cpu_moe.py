@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from llamaclust.cluster.planner.costs import GpuFacts, StageCosts, WorkerFacts
-from llamaclust.cluster.planner.devices import Held
+from llamaclust.cluster.planner.devices import PlannedLayers
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.memory import MemoryModel, PlanRequest
 from llamaclust.cluster.planner.plan import Plan
@@ -157,7 +157,7 @@ def test_random_machines_hold_every_layer_and_every_expert_once() -> None:
 
 def test_experts_take_no_kv_memory() -> None:
     sizes = MemoryModel(StageCosts.of(MODEL), AUTO)
-    parts = sizes.parts(Held(machine(1800), 1, 3, (1, 2), is_experts=True), 1)
+    parts = sizes.parts(PlannedLayers(machine(1800), 1, 3, (1, 2), is_experts=True), 1)
     assert parts["weights"] == 2 * EXPERTS and set(parts) == {"weights", "workspace"}
 
 

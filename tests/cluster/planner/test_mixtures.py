@@ -12,7 +12,7 @@ import pytest
 
 from llamaclust.cluster.control.resources.resource_shares import measurement_key, most_similar_key
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
-from llamaclust.cluster.planner.devices import Held
+from llamaclust.cluster.planner.devices import PlannedLayers
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.memory import MemoryModel
 from llamaclust.cluster.planner.planner import make_plan
@@ -104,8 +104,8 @@ def test_kv_memory_of_layers_in_ram_leaves_room_for_experts_there() -> None:
     def kv_blocks(ram_bytes: int, *, experts: bool) -> int:
         ram = replace(worker("a"), memory_bytes=ram_bytes)
         gpu = replace(worker("a cuda:0"), device="cuda:0")
-        in_ram = [Held(replace(ram), 2, 4, (2, 3), is_experts=True)] if experts else []
-        return sizes.kv_blocks([Held(ram, 0, 2), Held(gpu, 2, 4), *in_ram])
+        in_ram = [PlannedLayers(replace(ram), 2, 4, (2, 3), is_experts=True)] if experts else []
+        return sizes.kv_blocks([PlannedLayers(ram, 0, 2), PlannedLayers(gpu, 2, 4), *in_ram])
 
     alone = [kv_blocks(size * MIB, experts=False) for size in (72, 75, 80)]
     beside = [kv_blocks(size * MIB + experts_bytes, experts=True) for size in (72, 75, 80)]

@@ -9,11 +9,13 @@ import json
 import os
 import stat
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 _JSON_BYTES = 16 << 20
+_LOCK_RETRY_S = 0.02
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 
 
@@ -133,4 +135,14 @@ def take_lock(file: BinaryIO | int, kind: int = fcntl.LOCK_EX) -> bool:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    return True
+
+
+def take_lock_within(file: BinaryIO | int, seconds: float) -> bool:
+    """Locks a file, and waits up to `seconds` for another holder. Returns False if the lock is still held."""
+    deadline_s = time.monotonic() + seconds
+    while not take_lock(file):
+        if time.monotonic() >= deadline_s:
+            return False
+        time.sleep(_LOCK_RETRY_S)
     return True

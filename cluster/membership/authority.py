@@ -3,7 +3,6 @@ certificates are valid for one day."""
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
@@ -20,7 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from llamaclust.cluster.state.directory import write_private
 from llamaclust.core.errors import LlamaclustError, UsageError
-from llamaclust.core.regular_file import read_bytes, sync_folder
+from llamaclust.core.regular_file import read_bytes, sync_folder, take_lock_within
 from llamaclust.wire.security.certificate_names import COORDINATOR, Principal
 from llamaclust.wire.security.certificates import NewKey, ca_hash, cluster_id, load_private, private_pem, requested_key
 from llamaclust.wire.security.credentials import MAX_SKEW_S, Identity, KeyPair
@@ -29,6 +28,7 @@ from llamaclust.wire.security.token import JoinToken
 LIFE = timedelta(hours=24)
 """Validity of certificates of workers and the coordinator. They are renewed after two thirds of this time."""
 _MOST_BYTES = 1 << 20
+_LOCK_WAIT_S = 10.0
 _CA_LIFE = timedelta(days=3650)
 _SKEW = timedelta(seconds=MAX_SKEW_S)
 _CA_BEGIN = datetime(2020, 1, 1, tzinfo=UTC)
@@ -207,7 +207,8 @@ def _create(folder: Path) -> None:
 def _alone(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not take_lock_within(descriptor, _LOCK_WAIT_S):
+            raise LlamaclustError(f"{folder}: another process has locked it for {_LOCK_WAIT_S:g} s; try again later")
         yield
     finally:
         os.close(descriptor)

@@ -3,7 +3,6 @@ A file gets its name only when it is complete, checked and on disk."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import secrets
@@ -18,12 +17,14 @@ from threading import Lock
 from llamaclust.core.disk_cache.cache import NEVER_NS, DiskCache, NoRoomError
 from llamaclust.core.disk_cache.files import delete_unlocked, mark_used, open_own
 from llamaclust.core.errors import LlamaclustError
-from llamaclust.core.regular_file import take_lock
+from llamaclust.core.regular_file import take_lock, take_lock_within
 from llamaclust.core.sizes import mib
 from llamaclust.model.gguf.tensors import FileIdentity
 
 WHOLE, UNFINISHED, KNOWN, MAKING = ".weights", ".part", ".manifest", ".lock"
 
+MAKING_WAIT_S = 3600.0
+"""Maximum seconds to wait for another process that reads a model file for its manifest."""
 _LEASE = ".load"
 _MODIFIED_NS = 1_000_000_000 * 10**9
 _READ_BYTES = 1 << 22
@@ -129,12 +130,15 @@ class WeightCache(DiskCache):
 
     @contextmanager
     def making(self, key: str) -> Iterator[None]:
-        """Locks the manifest of `key`, so that only one process makes it. Other processes wait without a time limit."""
+        """Locks the manifest of `key`, so that only one process makes it. A process that has waited for `MAKING_WAIT_S`
+        makes it too, in case the holder hangs."""
         path = self.path / f"{key}{MAKING}"
         with ExitStack() as stack:
             while True:
                 file = stack.enter_context(open_own(path, os.O_RDWR | os.O_CREAT))
-                fcntl.flock(file, fcntl.LOCK_EX)
+                if not take_lock_within(file.fileno(), MAKING_WAIT_S):
+                    yield
+                    return
                 with suppress(FileNotFoundError):  # The last holder deletes the file.
                     if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
                         break

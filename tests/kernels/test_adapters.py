@@ -1,5 +1,5 @@
-"""Adapters on every backend: a row's bits depend on its adapters and their scales alone, and are those of the merged
-model but for rounding."""
+"""Tests of adapters on every backend: a row's bits depend only on its own adapters and scales, and equal the merged
+model's up to rounding."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from support.models.tiny_model import build_tiny_model
 TOKENS = 24
 SMALL = {"hidden": 64, "heads": 2, "kv_heads": 1, "ffn": 96, "layers": 3}
 SCALES: tuple[AdapterScales, ...] = ((), ((0, 1.0),), ((1, -0.5),), ((0, 0.25), (1, 2.0)))
-"""The adapters of four sequences: none, one adapter, the other, both."""
+"""The adapters of four sequences: none, the first, the second, both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def _tokens(seed: int) -> list[int]:
 
 
 def _batch(sequences: list[int], start: int = 0, end: int = TOKENS) -> Batch:
-    """Builds a batch of tokens [start, end) of sequences with adapters as in SCALES and KV blocks of their own."""
+    """Builds a batch of tokens [start, end) of sequences with the adapters in SCALES, in separate KV blocks."""
     batch = batch_of(
         [(_tokens(index)[start:end], range(start, end), (2 * index, 2 * index + 1)) for index in sequences]
     )
@@ -65,7 +65,7 @@ def _batch(sequences: list[int], start: int = 0, end: int = TOKENS) -> Batch:
 
 
 def _logits(backend: str, files: Files, sequence: int) -> NDArray[np.float32]:
-    """Returns the logits of a sequence computed alone."""
+    """Returns the logits of a sequence that is computed alone."""
     return _run(backend, Model.open(files.base, adapters=files.adapters), _batch([sequence]))
 
 
@@ -98,7 +98,7 @@ def test_rows_without_an_adapter_are_those_of_the_model_alone(backend: str, file
 def test_what_an_adapter_would_add_to_other_rows_does_not_matter(
     backend: str, factor: float, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Added zeros would change the sign of -0, and infinities or NaN would change all numbers."""
+    """Adding zeros would change the sign of -0; adding infinities or NaN would change all numbers."""
     monkeypatch.setattr("llamaclust.model.loader.check_adapter_weights", lambda adapters: None)
     path = build_adapter(tmp_path / "bad.gguf", files.base)
     for tensor in open_model(path).tensors.values():
@@ -111,11 +111,11 @@ def test_what_an_adapter_would_add_to_other_rows_does_not_matter(
 
 
 def test_products_of_adapters_that_no_row_has_are_not_computed(files: Files) -> None:
-    """The buffers of such adapters keep their contents."""
+    """The buffers of unused adapters keep their contents."""
     model = Model.open(files.base, adapters=files.adapters)
     stage = load_stage(CpuBackend(1), model)
     assert isinstance(stage, CpuStage) and stage._native is not None
-    inner = [buffer for buffer in map(stage._native.contents, _ids(stage)) if buffer.shape[1] == 3]  # the second's rank
+    inner = [buffer for buffer in map(stage._native.contents, _ids(stage)) if buffer.shape[1] == 3]  # the second rank
     for sequence in (0, 1, 2, 0, 3):
         for buffer in inner:
             buffer[:] = 7.0
@@ -126,7 +126,7 @@ def test_products_of_adapters_that_no_row_has_are_not_computed(files: Files) -> 
 
 
 def _ids(stage: CpuStage) -> range:
-    """Returns the numbers of all buffers."""
+    """Returns the ids of all buffers."""
     assert stage._native is not None
     number = 0
     with suppress(IndexError):
@@ -147,7 +147,7 @@ def test_logits_are_those_of_the_merged_model(
     expected, plain = _run(backend, Model.open(merged), batch), _run(backend, Model.open(files.base), batch)
     spread = float(np.std(expected))
     error = float(np.max(np.abs(_logits(backend, files, sequence) - expected))) / spread
-    # Activations of the base model's Q4_1 products are rounded to 8 bits, those of the merged model's are not.
+    # Activations of the base model's Q4_1 products are rounded to 8 bits, unlike those of the merged model.
     is_rounded = backend != "reference" and "q4_1" in request.node.name
     assert error < (0.3 if is_rounded else 2e-3), error
     assert float(np.max(np.abs(plain - expected))) / spread > 1.0
@@ -166,7 +166,7 @@ def test_the_scale_of_each_sequence_chooses_its_words(tmp_path: Path) -> None:
 
 
 def test_the_pieces_of_memory_of_a_cut_are_pieces_of_every_larger_cut(files: Files) -> None:
-    """A worker that gives up layers thus gives up all their memory, and packs none again."""
+    """A worker that releases layers thus frees all their memory, and packs no weights again."""
     model = Model.open(files.base, adapters=files.adapters)
     whole, first = (set(packed_layers_of(model.tensors_for(model.program(0, end)).values())) for end in (3, 1))
     assert first < whole
@@ -182,7 +182,7 @@ def _run(backend: str, model: Model, batch: Batch) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_stage_beside_another_goes_on_with_its_keys_and_values(backend: str, files: Files) -> None:
-    """The stage goes on as one that had the adapters from the start, and the one before still can."""
+    """The second stage computes like one that had the adapters from the start, and the first one stays usable."""
     adapted = Model.open(files.base, adapters=files.adapters)
     alone = [_logits(backend, files, index) for index in range(len(SCALES))]
     opened, plain = BACKENDS[backend](), adapted.adapted_by({})

@@ -1,4 +1,4 @@
-"""The gated delta rule: the results of backends beside the reference's, in chunks, for any shape of heads."""
+"""Tests of the gated delta rule: backends against the reference, in chunks, for many shapes of heads."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from support.arithmetic.conformance_cases import EXACT, generator_of
 from support.arithmetic.single_steps import Case, Weight, check_conformance, normal, program_of, rows_at, splitter
 
 CHUNKS = (range(1), range(1, 3), range(3, 16), range(16, 17), range(17, 70), range(70, 96), range(96, 97))
-"""Chunks within KV blocks and at their borders, over which the state goes on."""
+"""Chunks within KV blocks and at their borders; the state continues across them."""
 
 
 def delta_rule(
     shape: tuple[int, int], channels: tuple[int, int], *, per_key: bool, tiled: bool
 ) -> tuple[Program, dict[str, Weight]]:
-    """Builds a rule as models have it: keys and queries of length 1, decays and betas between 0 and 1."""
+    """Builds a delta rule with values as in models: unit keys and queries, decays and betas between 0 and 1."""
     (heads, key_heads), (keys, values) = shape, channels
     q, k = (Buffer(name, key_heads * keys) for name in ("q", "k"))
     v, out = (Buffer(name, heads * values) for name in ("v", "out"))
@@ -59,7 +59,7 @@ def delta_rule(
 def test_chunks_of_it_are_those_of_the_reference(
     tmp_path: Path, shape: tuple[int, int], channels: tuple[int, int], tiled: bool, per_key: bool
 ) -> None:
-    """Heads of 16 to 80 channels are computed 32 and 16 at a time; all levels and threads give the same bits."""
+    """Heads of 16 to 80 channels are computed 32 and 16 at a time; all levels and thread counts give equal bits."""
     program, weights = delta_rule(shape, channels, per_key=per_key, tiled=tiled)
     generator = generator_of(*shape, *channels, per_key)
     runs = [(rows_at(positions), normal(generator, len(positions), program.hidden.width)) for positions in CHUNKS]
@@ -67,14 +67,14 @@ def test_chunks_of_it_are_those_of_the_reference(
 
 
 def spread(seed: int) -> Float32:
-    """Returns numbers from where exp underflows to where it overflows."""
+    """Returns numbers over a range in which exp underflows and overflows."""
     generator = np.random.default_rng(seed)
     parts = [generator.uniform(-limit, limit, 256) for limit in (0.1, 4.0, 30.0, 300.0)]
     return np.concatenate(parts).astype(np.float32)[None]
 
 
 def test_decays(tmp_path: Path) -> None:
-    """Softplus is 0 far below 0 and x far above it, for two heads."""
+    """Far below 0, softplus is 0; far above, softplus(x) is x. The step has two heads."""
     seed = zlib.crc32(b"decays")
     print("seed", seed)
     x, out = Buffer("x", 1024), Buffer("out", 1024)

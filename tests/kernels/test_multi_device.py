@@ -1,4 +1,4 @@
-"""Layers of one stage on several backends: the programs of the parts, and the bits of one stage."""
+"""Tests of one stage whose layers are on several backends: the programs of its parts, and equal bits."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def borders_of(model: Model) -> tuple[int, ...]:
 
 
 UNDIVIDED = ("gemma3n",)
-"""Models whose layers are on one device of a worker: further buffers than one go between them."""
+"""Models that stay on one device of a worker, since their layers exchange more than one buffer."""
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in UNDIVIDED])
@@ -82,7 +82,7 @@ def test_any_chain_has_the_bits_of_one_stage(
 
 
 class _Full(CpuBackend):
-    """One that has no room."""
+    """A backend without free memory."""
 
     def load(
         self,

@@ -1,4 +1,4 @@
-"""A compiled module of another build is refused at once, in one line."""
+"""Tests that a native module of another build is rejected with a one-line error."""
 
 from __future__ import annotations
 

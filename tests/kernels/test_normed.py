@@ -1,4 +1,4 @@
-"""The normed hidden state of every row, which embeddings are made of: the same on every backend, chunk and cut."""
+"""Tests of the normed hidden states that embeddings use: equal on every backend, for all chunks and cuts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_reference_agrees(model: Model) -> None:
 
 
 def test_normed_rows_are_those_that_the_logits_are_made_of(model: Model) -> None:
-    """The reference's products are exact but for one rounding."""
+    """The reference's products are exact up to one rounding."""
     chain = Chain(ReferenceBackend(), model)
     logits = chain.run(batch_of([(TOKENS, range(len(TOKENS)), range(4))]))
     rows = chain.stages[-1].normed(np.arange(len(TOKENS), dtype=np.int32)).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Every sampler of a chain: the reference's bits at every level, and a plain model of each one's definition."""
+"""Tests of every sampler of a chain: the reference's bits at every level, and a simple model of its definition."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def random_chain(rng: np.random.Generator, vocabulary: int) -> SamplerChain:
 
 
 def chained_task(rng: np.random.Generator, vocabulary: int) -> SampleTask:
-    """A history of few tokens, so that they repeat."""
+    """Returns a random task whose history has few distinct tokens, so that they repeat."""
     task, chain = random_task(rng, vocabulary), random_chain(rng, vocabulary)
     few = rng.integers(0, vocabulary, 3)
     return replace(
@@ -98,7 +98,8 @@ def test_the_plain_samplers_as_a_chain_choose_the_same_tokens() -> None:
         assert sampled(sampler, logits, plain) == sampled(sampler, logits, chained)
 
 
-# -- each sampler's definition, in float64 -----------------------------------------------------------------------------
+# -- definitions of the samplers, in float64
+# -----------------------------------------------------------------------------
 
 
 def probabilities(logits: Logits) -> NDArray[np.float64]:
@@ -110,7 +111,7 @@ def probabilities(logits: Logits) -> NDArray[np.float64]:
 def possible(
     logits: Logits, order: tuple[SamplerName, ...], history: tuple[int, ...] = (), **settings: float
 ) -> set[int]:
-    """Tokens that some draw chooses."""
+    """Returns the tokens that any of 3000 draws chooses."""
     chain = SamplerChain(order, **settings)  # type: ignore[arg-type]
     params = SamplingParams(temperature=1.0, chain=chain)
     tasks = tuple(SampleTask(params, 5, 0, position, history) for position in range(3000))
@@ -186,7 +187,7 @@ def test_the_temperature_goes_with_the_entropy(exponent: float) -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_mirostat_keeps_the_surprise_near_its_aim(version: int) -> None:
-    """Words as Zipf has them; the mean of 400 surprises."""
+    """Draws from a Zipf distribution; averages the surprises of 350 tokens."""
     x = -np.log(np.arange(1, 3001, dtype=np.float64)).astype(np.float32)
     p, sampler = probabilities(x), Sampler(3000)
     for tau in (2.0, 4.0):
@@ -202,7 +203,7 @@ def test_mirostat_keeps_the_surprise_near_its_aim(version: int) -> None:
 
 
 def test_dry_costs_what_a_repetition_is_long() -> None:
-    """... 5 6 7 8 ... 5 6 7: an 8 would be the fourth token in a row."""
+    """The history is ... 5 6 7 8 ... 5 6 7, so an 8 would extend a repetition to four tokens."""
     history = (1, 5, 6, 7, 8, 2, 6, 7, 3, 5, 6, 7)
     assert repetitions(history, (), 2) == {8: 3, 3: 2}
     assert repetitions(history, (), 3) == {8: 3}
@@ -233,7 +234,7 @@ def test_a_line_break_may_be_spared_by_penalties() -> None:
 
 
 def test_the_order_counts() -> None:
-    """Top-k before top-p leaves more of the rest's probability to the best."""
+    """Top-k before top-p increases the best token's share of the remaining probability."""
     x = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
     params = SamplingParams(1.0, top_k=2, top_p=0.55)
     for order, kept in (

@@ -1,4 +1,4 @@
-"""The sampler against its NumPy reference, over parameter mixes; equal bits at every level."""
+"""Tests of the sampler against its NumPy reference over mixed parameters, with equal bits at every level."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_logprob_is_of_the_raw_logits() -> None:
 
 
 def test_a_wide_flat_row_is_ranked_to_its_end() -> None:
-    """Nearly every token is likely, so the draw walks past what the block maxima can rank."""
+    """Nearly every token is likely, so a draw continues past the tokens that the block maxima can rank."""
     rng = np.random.default_rng(9)
     logits = rng.normal(0, 0.01, 30_000).astype(np.float32)
     params = SamplingParams(temperature=1.5)
@@ -72,7 +72,7 @@ def test_a_wide_flat_row_is_ranked_to_its_end() -> None:
 
 
 def test_a_row_whose_sample_misleads_is_ranked_to_its_end() -> None:
-    """Every 37th value is what a guess of the threshold looks at, and only these are high."""
+    """The threshold is estimated from every 37th value, and only these values are high."""
     logits = np.random.default_rng(10).normal(0, 0.01, 30_000).astype(np.float32)
     logits[::37] += 0.5
     for position in range(12):

@@ -1,4 +1,4 @@
-"""Random bits, the distribution of draws, and rows that have no answer."""
+"""Tests of random bits, of the distribution of draws, and of rows without a result."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def chi_square(counts: list[int], expected: list[float]) -> float:
 
 @pytest.mark.parametrize(("vary", "temperature"), [("position", 1.0), ("seed", 0.7), ("choice", 1.6)])
 def test_draws_follow_the_distribution(vary: str, temperature: float) -> None:
-    """9 degrees of freedom: chi-square stays below 27.9 in 999 of 1000; the draws are the same in every run."""
+    """Chi-square, with 9 degrees of freedom, is below 27.9 in 999 of 1000 cases; all runs have equal draws."""
     logits = np.linspace(-1.5, 1.5, 10).astype(np.float32)
     probability = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
     params, draws = SamplingParams(temperature=temperature), 20_000
@@ -55,8 +55,8 @@ def test_draws_follow_the_distribution(vary: str, temperature: float) -> None:
 
 
 def test_second_draws_of_refused_tokens_give_the_distribution_of_the_allowed_ones() -> None:
-    """A token that is not allowed is drawn again: independently, so that the sum is a draw among those that are. 5
-    degrees of freedom: chi-square stays below 20.5 in 999 of 1000."""
+    """A token that is not allowed is drawn again independently, so the result has the distribution of the allowed
+    tokens. Chi-square, with 5 degrees of freedom, is below 20.5 in 999 of 1000 cases."""
     logits = np.linspace(-1.5, 1.5, 10).astype(np.float32)
     ids, draws = [0, 2, 4, 6, 8, 9], 20_000
     allowed = np.array([sum(1 << token for token in ids)], np.uint32)

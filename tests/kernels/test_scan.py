@@ -1,4 +1,4 @@
-"""Scans of Mamba 2, and norms of groups: as the reference computes them, in any chunks; two states a layer."""
+"""Tests of Mamba 2's scans and grouped norms: the reference's results in any chunks, and two states per layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHUNKS = [range(1), range(1, 3), range(3, 16), range(16, 17), range(17, 70), ran
 
 
 def scan_of(heads: int, channels: int, groups: int, state_size: int) -> tuple[Program, dict[str, Weight]]:
-    """Builds a program that scans its hidden state, the channels of x and then dt, and the program's weights."""
+    """Builds a program that scans its hidden state (the channels of x, then dt), and the program's weights."""
     generator, inner = generator_of(heads, channels, groups, state_size), heads * channels
     x, dt = Buffer("x", inner + 2 * groups * state_size), Buffer("dt", heads)
     hidden, out = Buffer("hidden", x.width + dt.width), Buffer("out", inner)
@@ -45,7 +45,7 @@ def scan_of(heads: int, channels: int, groups: int, state_size: int) -> tuple[Pr
 def test_scans_are_those_of_the_reference(
     tmp_path: Path, heads: int, channels: int, groups: int, state_size: int
 ) -> None:
-    """Chunks go on where earlier ones ended, within blocks and at their borders."""
+    """Chunks end within blocks and at their borders, and continue the state of earlier chunks."""
     program, weights = scan_of(heads, channels, groups, state_size)
     generator = generator_of("rows", heads)
     runs = [(rows_at(positions), normal(generator, len(positions), program.hidden.width)) for positions in CHUNKS]
@@ -54,7 +54,7 @@ def test_scans_are_those_of_the_reference(
 
 @pytest.mark.parametrize("scale", [1e-3, 30.0])
 def test_steps_of_any_length(tmp_path: Path, scale: float) -> None:
-    """A step is as long as dt, or next to nothing, where dt is far from zero."""
+    """Far above zero, a step's length is dt; far below, it is almost zero."""
     program, weights = scan_of(8, 16, 2, 16)
     hidden = normal(generator_of("long", scale), 64, program.hidden.width)
     hidden[:, -8:] *= scale
@@ -62,7 +62,7 @@ def test_steps_of_any_length(tmp_path: Path, scale: float) -> None:
 
 
 def test_a_scan_by_its_formula() -> None:
-    """Covers two heads of one channel, with a state of two numbers."""
+    """The scan has two heads of one channel and a state of two numbers."""
     x, dt, out = Buffer("x", 6), Buffer("dt", 2), Buffer("out", 2)
     bias, decay, skip = [0.5, -1.0], [-0.5, -2.0], [0.25, 3.0]
     weights = {"bias": bias, "decay": decay, "skip": skip}
@@ -105,7 +105,7 @@ def random_tokens(count: int, seed: int) -> list[int]:
 
 
 def test_sequences_of_one_batch_have_states_of_their_own(model: Model) -> None:
-    """Sequences that share a beginning go on from it in blocks of their own."""
+    """Sequences with a common prefix continue its state in separate blocks."""
     first, second = random_tokens(60, 3), random_tokens(60, 4)
     second[:32] = first[:32]
     stage, alone = load_stage(CpuBackend(3), model, limits=LIMITS), load_stage(CpuBackend(1), model, limits=LIMITS)
@@ -117,7 +117,7 @@ def test_sequences_of_one_batch_have_states_of_their_own(model: Model) -> None:
 
 
 def test_layers_keep_a_state_of_each_part(model: Model) -> None:
-    """The stage allocates the KV bytes that are counted."""
+    """The stage allocates as many KV bytes as `kv_bytes` counts."""
     program = model.program(0, model.layer_count)
     states = [kept for kept in program.kv_memory if isinstance(kept, SequenceState)]
     assert len({(state.layer, state.part) for state in states}) == len(states)

@@ -1,5 +1,5 @@
-"""States of sequences: the same bits in any chunks, in whole memory or in blocks that are given up; and clusters that
-keep them."""
+"""Tests of sequence states: equal bits in any chunks, in KV blocks or in state blocks; and clusters that keep
+states."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def bits(rows: Float32) -> bytes:
 
 @pytest.mark.parametrize(("taps", "width", "bias"), [(2, 16, False), (3, 144, True), (4, 272, False), (16, 48, True)])
 def test_convolutions_are_those_of_the_reference(tmp_path: Path, taps: int, width: int, bias: bool) -> None:
-    """Chunks go on where earlier ones ended, within blocks and at their borders, shorter than the state and longer."""
+    """Chunks end within blocks and at their borders, and are shorter or longer than the state."""
     generator, x, out = generator_of(taps, width), Buffer("x", width), Buffer("out", width)
     weights = {"weight": Weight(normal(generator, width, taps)), "bias": Weight(normal(generator, width))}
     step = Convolution(x, out, "weight", taps, 1, "bias" if bias else None)
@@ -67,8 +67,8 @@ def test_convolutions_are_those_of_the_reference(tmp_path: Path, taps: int, widt
 def in_chunks(
     model: Model, backend: Backend, tokens: list[int], limits: StageLimits, chunk: int, span: int = 0
 ) -> tuple[Float32, int]:
-    """Returns logits of all rows and the stage's KV bytes. In state blocks, the state behind each `span` positions is
-    kept, and read by the chunk after it; all others are written where they were read."""
+    """Returns logits of all rows and the stage's KV bytes. With state blocks, the next chunk reads the state after each
+    `span` positions, which is kept; all other states are overwritten in place."""
     program = model.program(0, model.layer_count, KvType(limits.kv_type), limits.max_context_tokens)
     stage = backend.load(program, model.tensors_for(program), limits, lambda done_bytes: None)
     assert stage.kv_bytes == kv_bytes(program, limits)
@@ -101,7 +101,7 @@ def test_states_in_blocks_of_their_own_change_no_bit(model: Model, chunk: int, s
 
 
 def test_sequences_go_on_from_a_state_that_stays(model: Model) -> None:
-    """Two sequences of one batch read the state of a third, which stays, and write states of their own."""
+    """Two sequences of a batch read the state of a third one, which is kept, and write separate states."""
     tokens, limits = random_tokens(50), replace(LIMITS, state_blocks=4)
     others = [tokens[:32] + random_tokens(18, seed) for seed in (5, 6)]
     for backend in (all_threads(3), ReferenceBackend()):
@@ -122,7 +122,7 @@ def test_sequences_go_on_from_a_state_that_stays(model: Model) -> None:
 
 
 def test_sequences_of_one_batch_have_states_of_their_own(model: Model) -> None:
-    """Sequences that share a beginning go on from it in blocks of their own."""
+    """Sequences with a common prefix continue its state in separate blocks."""
     first, second = random_tokens(60), random_tokens(60, 4)
     second[:32] = first[:32]
     stage, alone = load_stage(CpuBackend(3), model, limits=LIMITS), load_stage(CpuBackend(1), model, limits=LIMITS)
@@ -159,7 +159,8 @@ def test_a_state_that_is_not_there_is_refused(model: Model) -> None:
 
 
 def test_costs_count_states_apart(model: Model) -> None:
-    """A convolution has two rows of 64 float32 numbers; attention has keys and values of two heads of 16 channels."""
+    """A convolution's state has two rows of 64 float32 numbers; attention has keys and values of two heads of 16
+    channels."""
     layers = model.costs(KvType.F16).layers
     assert [layer.state_bytes for layer in layers] == [512, 512, 0, 512, 0]
     assert [layer.kv_bytes_per_token for layer in layers] == [0, 0, 128, 0, 128]
@@ -221,7 +222,7 @@ def test_a_cluster_keeps_states_and_says_the_same(
 
 @pytest.fixture(scope="module")
 def expected(path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
-    """Returns the answers of one worker, request after request."""
+    """Returns the answers of one worker that serves one request after another."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("one")
         return run(path, Way((0, 5), every=True), make_work(20, VOCABULARY, 2, 16, 100), folder, patch)

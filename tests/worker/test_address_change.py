@@ -1,5 +1,5 @@
-"""Addresses of this machine and of its coordinator: a membership that ends for a change has ended whole before the next
-one begins; names that are not found, or have only link-local addresses."""
+"""Tests of changed addresses of this machine and its coordinator: a membership ends completely before the next one
+begins. Tests of names that are not found or have only link-local addresses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llamaclust.worker.static import _served
 
 
 class _Parts:
-    """A member whose service takes some turns of the event loop to end, and an address that may change."""
+    """A member whose service takes some turns of the event loop to end, and whose address may change."""
 
     def __init__(self, turns: int, ends: WorkerError | str, changes: WorkerError | None) -> None:
         self.turns = turns

@@ -1,4 +1,4 @@
-"""The native reader of frames and the plain one read the same, and refuse the same."""
+"""Tests that the native and the plain reader of frames give equal results and reject the same frames."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ tables = st.lists(runs, min_size=1, max_size=3).map(lambda parts: tuple(chain.fr
 
 @st.composite
 def known(draw: st.DrawFn) -> Chunk:
-    """Its window, if it has one, mostly ends with its last block."""
+    """Draws a chunk whose window, if any, usually ends with its last block."""
     ids = tuple(draw(st.lists(st.integers(0, VOCABULARY), min_size=1, max_size=5)))
     position, outputs = draw(st.integers(0, 95)), draw(st.integers(0, min(2, len(ids))))
     chunk = Chunk(ids, position, draw(tables), outputs)
@@ -73,7 +73,7 @@ def known(draw: st.DrawFn) -> Chunk:
 
 @st.composite
 def images(draw: st.DrawFn, rows: int) -> ImageRows:
-    """Mostly as many numbers as its rows need."""
+    """Draws image rows, usually with as many numbers as the rows need."""
     places = st.lists(st.integers(0, rows + 1), max_size=4).map(sorted)
     given, groups = ([*zip(ends[::2], ends[1::2], strict=False)] for ends in (draw(places), draw(places)))
     count = sum(end - first for first, end in given)
@@ -88,7 +88,7 @@ def images(draw: st.DrawFn, rows: int) -> ImageRows:
 
 @st.composite
 def stateful(draw: st.DrawFn) -> Chunk:
-    """Mostly with the states that it needs."""
+    """Draws a chunk, usually with the states that it needs."""
     chunk = draw(known())
     count, block = len(chunk.tokens), st.integers(0, STATES)
     early = (draw(st.integers(1, count - 1)), draw(block)) if count > 1 and draw(st.booleans()) else ()
@@ -109,7 +109,7 @@ microbatches = st.builds(
 
 
 def by_plain_reader(data: bytes, hidden_width: int = 0, window: int | None = None) -> tuple[Microbatch, Batch]:
-    """ProtocolError for what a stage refuses."""
+    """Reads a frame; raises ProtocolError if a stage rejects it."""
     frame = plain_frame(data)
     microbatch = plain_microbatch(frame.header)
     if len(frame.body) != microbatch.rows * hidden_width * 4 or microbatch.model_id != MODEL_ID:
@@ -165,7 +165,7 @@ def test_a_frame_is_read_as_the_plain_reader_reads_it_or_refused_by_both(
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """A header of which some bytes are others, missing, or there twice."""
+    """Draws a header with some bytes changed, missing or repeated."""
     data = bytearray(encode_microbatch(draw(microbatches)))
     for _ in range(draw(st.integers(1, 3))):
         start, end = sorted((draw(st.integers(0, len(data))), draw(st.integers(0, len(data)))))

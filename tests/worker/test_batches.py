@@ -1,4 +1,4 @@
-"""Microbatches become the arrays that backends are promised, or an error that names what does not fit."""
+"""Tests that microbatches become valid arrays for backends, or an error that names the invalid part."""
 
 from __future__ import annotations
 

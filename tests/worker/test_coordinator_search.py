@@ -1,4 +1,4 @@
-"""A worker finds its coordinator at one of several addresses, whatever the others do."""
+"""Tests that a worker finds its coordinator at one of several addresses, regardless of the others."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from llamaclust.worker.coordinator_search import CoordinatorSearch, Place
 from support.clusters.served import until
 
 Outcome = LlamaclustError | str | None
-"""The outcome of an attempt: an error, a result, or None for one that does not end."""
+"""The outcome of an attempt: an error, a result, or None if it does not end."""
 
 
 class Attempts:
-    """Attempts at addresses with scripted outcomes, whose last one is repeated."""
+    """Attempts at addresses with scripted outcomes; the last outcome repeats."""
 
     def __init__(self, **outcomes: list[Outcome]) -> None:
         self.made: list[str] = []
@@ -150,7 +150,7 @@ async def test_without_any_address_the_first_found_is_taken() -> None:
 
 
 async def test_false_announcements_do_not_end_a_worker() -> None:
-    """Fake addresses refuse the worker, which would be final if they were given."""
+    """Fake addresses reject the worker, which would be a final error for configured addresses."""
     wrong = UsageError("does not belong to the token's cluster")
     fakes = {f"fake{index}": [wrong] for index in range(200)}
     search = CoordinatorSearch((), discovers=True)
@@ -182,7 +182,7 @@ async def test_a_flood_of_false_announcements_hides_the_true_one_until_they_have
     for fake in fakes:
         search.add(fake)
     await until(lambda: len(attempts.made) == 1 + len(fakes))
-    search.add("first")  # whatever has not failed yet keeps its place
+    search.add("first")  # addresses that have not failed keep their places
     false = next(place for place in search._places if place.address == "fake7")
     for _ in range(3):
         search.failed(false, GONE)
@@ -196,7 +196,7 @@ async def test_a_flood_of_false_announcements_hides_the_true_one_until_they_have
 
 
 async def test_a_coordinator_that_was_found_is_waited_for_each_time_that_it_is_lost() -> None:
-    """Multicast DNS reports nothing when a coordinator comes back at the same address."""
+    """Multicast DNS does not report a coordinator that returns at the same address."""
     search, attempts = CoordinatorSearch((), discovers=True), Attempts(real=["here", GONE, "here", GONE, "here"])
     search.add("real")
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Answers of short jobs that wait for each other."""
+"""Tests of short jobs whose answers are held and sent together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamaclust.worker.stage.compute import Compute
 async def test_answers_of_short_jobs_come_together(
     monkeypatch: pytest.MonkeyPatch, hold_ns: int, is_held: bool
 ) -> None:
-    """No answer waits for a long job, or when no job follows."""
+    """An answer is sent at once if a long job or no job follows."""
     monkeypatch.setattr("llamaclust.worker.stage.compute._HOLD_NS", hold_ns)
     compute, may_begin = Compute(), threading.Event()
     begun, go_on = [threading.Event() for _ in range(3)], [threading.Event() for _ in range(3)]

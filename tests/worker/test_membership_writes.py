@@ -1,4 +1,5 @@
-"""Messages to the coordinator whose senders are gone when the stream ends: its reader reports that, and nobody else."""
+"""Tests of messages to the coordinator whose senders were cancelled before the stream ended: only the reader reports
+the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A draft model's tokens are those of the model behind the sequence, whatever was drafted or refused before."""
+"""Tests that a draft model drafts the tokens that it would generate, whatever was drafted or rejected before."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def order(key: int, tokens: list[int], most: int, task: SampleTask | None = None
 
 
 def test_drafts_are_the_models_own_answers(path: Path, model: LoadedDraftModel) -> None:
-    """Sequences grow by accepted tokens and others, several are drafted together, and memory holds not all of them."""
+    """Sequences grow by accepted and other tokens, several are drafted together, and memory does not suffice for
+    all."""
     source = Random(SEED)
     drawn = SamplingParams(temperature=1.0, top_k=40)
     texts = {key: [source.randrange(3, VOCABULARY) for _ in range(source.choice([3, 40, 200]))] for key in range(9)}

@@ -1,4 +1,4 @@
-"""Heads beside a last stage: which rows they take in, and drafts that no chunking changes."""
+"""Tests of MTP heads at the last stage: the rows that they read, and drafts that do not depend on chunks."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Model:
 
 
 class OneSequence:
-    """A stage of a whole model that computes one sequence, in any pieces."""
+    """A stage of a whole model that computes one sequence in chunks of any size."""
 
     def __init__(self, backend: Backend, model: Model) -> None:
         self._runner = StageRunner(backend, model, 0, model.layer_count, _LIMITS)
@@ -83,7 +83,7 @@ class OneSequence:
 
 
 def _one_pass(backend: Backend, model: Model, tokens: list[int]) -> Iterator[int]:
-    """Yields the head's token after each token but the last, all rows computed at once."""
+    """Yields the head's token after each token except the last, with all rows computed at once."""
     count = len(tokens) - 1
     arrays = (np.array([0, count], np.int32), np.array([0, 4], np.int32), np.arange(4, dtype=np.int32))
     rows = np.arange(count, dtype=np.int32)
@@ -99,7 +99,7 @@ def _one_pass(backend: Backend, model: Model, tokens: list[int]) -> Iterator[int
 
 @pytest.mark.parametrize("backend", [CpuBackend(1), ReferenceBackend()], ids=["cpu", "reference"])
 def test_drafts_are_those_of_one_pass_however_rows_are_computed(model: Model, backend: Backend) -> None:
-    """Prompts are drawn until one has more than three different drafts: greedy answers may repeat a token."""
+    """Draws prompts until one has more than three different drafts, since greedy answers may repeat a token."""
     source = Random(SEED)
     for _ in range(20):
         tokens, drafted = _drafts_in_pieces(source, model, backend)
@@ -111,18 +111,18 @@ def test_drafts_are_those_of_one_pass_however_rows_are_computed(model: Model, ba
 
 
 def _drafts_in_pieces(source: Random, model: Model, backend: Backend) -> tuple[list[int], dict[int, int]]:
-    """Returns tokens, and drafts by the number of tokens before them: of a prompt in chunks, then of steps of one
-    token, with drafted rows that are right, partly right and wrong; all are right where there are states, which a
-    scheduler has written elsewhere."""
+    """Returns tokens, and drafts by the number of tokens before them. The prompt is computed in chunks, then steps have
+    one token and correct, partly correct or wrong drafted rows; with states, all are correct, since a scheduler would
+    write other states elsewhere."""
     sequence, plain = OneSequence(backend, model), OneSequence(backend, model)
     tokens = [source.randrange(3, 320) for _ in range(13)]
     (row,) = plain.run(tuple(tokens), 0, 1)
-    while len(tokens) < _TOKENS:  # what follows greedily
+    while len(tokens) < _TOKENS:  # greedy continuation
         tokens.append(row.token)
         (row,) = plain.run((tokens[-1],), len(tokens) - 1, 1)
     drafted: dict[int, int] = {}
     at = 0
-    while at < 12:  # of the prompt, all but its last
+    while at < 12:  # the prompt without its last token
         end = min(12, at + source.randrange(1, 6))
         sequence.run(tuple(tokens[at:end]), at, 0, next_token=tokens[end])
         at = end
@@ -140,7 +140,8 @@ def _drafts_in_pieces(source: Random, model: Model, backend: Backend) -> tuple[l
 
 
 def test_further_tokens_follow_from_the_heads_own(model: Model) -> None:
-    """Heads draft as many tokens as asked for, up to the end of the blocks; shorter drafts begin longer ones."""
+    """Heads draft as many tokens as requested, up to the end of the blocks; shorter drafts are prefixes of longer
+    ones."""
     source, backend = Random(SEED), CpuBackend(1)
     tokens = tuple(source.randrange(3, 320) for _ in range(9))
     found = [OneSequence(backend, model).run(tokens, 0, 1, drafts=most)[0].drafted for most in (1, 3, 6)]
@@ -155,7 +156,7 @@ def test_further_tokens_follow_from_the_heads_own(model: Model) -> None:
 
 
 def test_drafted_keys_are_overwritten(model: Model) -> None:
-    """A step after drafts gives what it gives without them."""
+    """A step after drafts gives the same result as without drafts."""
     source, backend = Random(SEED), CpuBackend(1)
     tokens = tuple(source.randrange(3, 320) for _ in range(9))
     found = []

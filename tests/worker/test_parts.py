@@ -1,4 +1,4 @@
-"""The small parts of a worker: where jobs run, inputs that wait, settings, the machine."""
+"""Tests of small parts of a worker: threads of jobs, waiting inputs, settings, and machine information."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def test_jobs_never_overlap_not_even_after_a_cancelled_one() -> None:
     await asyncio.sleep(0.01)
     assert not after.done()
     go_on.set()
-    assert await after != threading.get_ident()  # it waited its turn in the queue
+    assert await after != threading.get_ident()  # it waited in the queue
     assert await compute.run(threading.get_ident, expected_ns=0) == threading.get_ident()
     compute.close()
 
@@ -108,7 +108,7 @@ async def test_a_job_that_does_not_end_is_known_and_ends_the_process() -> None:
 
 
 async def test_a_step_far_beyond_its_usual_time_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step without a limit does not end it, nor does one that waits behind such a step."""
+    """Steps without a limit do not end the process, nor do steps that wait behind them."""
     monkeypatch.setattr("llamaclust.worker.stage.compute._WATCH_S", 0.005)
     compute, go_on = Compute(), threading.Event()
     unlimited = compute.queue(lambda: go_on.wait(0.1))
@@ -118,12 +118,12 @@ async def test_a_step_far_beyond_its_usual_time_ends_the_process(monkeypatch: py
     assert unlimited.done() and not hanging.done()
     go_on.set()
     await hanging
-    assert await compute.run(lambda: 1, limit_s=0.0) == 1  # a job that ends is not looked at
+    assert await compute.run(lambda: 1, limit_s=0.0) == 1  # completed jobs are not checked
     compute.close()
 
 
 async def test_a_short_step_with_a_limit_that_hangs_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The step would run on the event loop if it had no limit."""
+    """A step without a limit would run on the event loop."""
     monkeypatch.setattr("llamaclust.worker.stage.compute._WATCH_S", 0.005)
     compute, go_on = Compute(), threading.Event()
     with pytest.raises(DeviceLostError, match="the GPU hangs"):
@@ -158,7 +158,7 @@ async def test_inputs_wait_or_are_waited_for_and_late_ones_are_dropped() -> None
         await dependencies.inputs(2)
     with pytest.raises(ProtocolError, match=r"expected 3 of epoch 0\.1, found 5 of epoch 0\.1"):
         dependencies.put_inputs(inputs[5])
-    most = 2 * MAX_STAGES + 4  # in_flight of the scheduler, and those that it sends ahead
+    most = 2 * MAX_STAGES + 4  # the scheduler's in_flight, and lookahead
     for number in range(3, 3 + most):
         dependencies.put_inputs(inputs[number])
     with pytest.raises(ProtocolError, match=f"more than {most} "):
@@ -203,7 +203,7 @@ def test_what_hides_a_gpu_is_said_with_what_to_do(tmp_path: Path, monkeypatch: p
     (dev / "nvidia-uvm").touch()
     assert advice(tmp_path) == ""
     (dev / "nvidia-uvm").unlink()
-    (dev / "nvidia-uvm").mkdir()  # as a file that root may not open, either
+    (dev / "nvidia-uvm").mkdir()  # like a file that may not be opened, even by root
     assert "nvidia-uvm: Is a directory: add this user to the file's group (often video)" in advice(tmp_path)
     (dev / "dxg").touch()
     assert advice(tmp_path) == "", "of Windows"
@@ -220,9 +220,9 @@ def test_a_cap_on_memory_counts_what_the_process_has() -> None:
 
 
 def test_memory_that_was_freed_is_returned_to_the_system() -> None:
-    """The blocks are below glibc's threshold for maps of their own, one remains behind the others, and only a cycle
-    refers to the rest."""
-    system_info.release_freed_memory()  # of tests before
+    """The blocks are smaller than glibc's mmap threshold, one remains after the others, and only a cycle refers to the
+    rest."""
+    system_info.release_freed_memory()  # memory of earlier tests
     before = system_info.resident_bytes()
     blocks: list[object] = [np.ones(1 << 16, np.uint8) for _ in range(1 << 10)]
     assert system_info.resident_bytes() - before > 50 << 20
@@ -321,7 +321,7 @@ async def test_an_unload_that_fails_is_answered_or_ends_the_process_of_a_lost_de
 
 @pytest.mark.parametrize("is_orphan", [False, True], ids=["unloaded", "its membership ends"])
 async def test_a_load_that_is_not_needed_ends_soon(monkeypatch: pytest.MonkeyPatch, is_orphan: bool) -> None:
-    """The load would take 50 s; the next one is not kept waiting by it."""
+    """The load would take 50 s; the next load does not wait for it."""
     answers: list[WorkerMessage] = []
     begun, at_work = threading.Event(), threading.Lock()
 
@@ -366,7 +366,7 @@ async def test_a_load_that_is_not_needed_ends_soon(monkeypatch: pytest.MonkeyPat
 
 
 async def test_figures_of_a_load_are_those_of_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No figures come before they are known; layers have 20 bytes, of which 10 are fetched first."""
+    """No numbers are reported before they are known; layers have 20 bytes, and 10 bytes are fetched first."""
     reports: list[LoadProgress] = []
 
     async def slow(order: object, device: object, files: Any, reserved_bytes: int) -> None:

@@ -1,4 +1,5 @@
-"""Real worker processes: the same results as in one process, losses with a name, refusals with a reason."""
+"""Tests of real worker processes: the results of a single process, losses that name the worker, and rejections with a
+reason."""
 
 from __future__ import annotations
 
@@ -104,7 +105,7 @@ async def test_two_epochs_live_side_by_side_and_memory_is_given_back(model: Path
 def test_a_killed_worker_is_an_error_that_names_it(
     model: Path, tmp_path: Path, victim: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However late the news of its process is."""
+    """The registry's reports about the worker's process may be late."""
     monkeypatch.setattr(members, "_EXIT_REPORT_S", 20.0)
     monkeypatch.setattr(failure_attribution, "_ATTRIBUTION_S", 20.0)
     lost: list[str] = []
@@ -114,7 +115,7 @@ def test_a_killed_worker_is_an_error_that_names_it(
         quiet: dict[str, Any] = {
             "heartbeat_timeout_s": 60.0,
             "deadlines": Deadlines(heartbeat_s=60.0),
-        }  # no heartbeat from before its end
+        }  # no heartbeat sent before its end
         async with real_cluster(tmp_path, 3, **quiet) as cluster:
             lost = losses(cluster.registry)
             pipeline = await cluster.load(model, (0, 2, 3, 5))
@@ -125,7 +126,7 @@ def test_a_killed_worker_is_an_error_that_names_it(
                 with pytest.raises(WorkerError) as caught:
                     await at_work.next_result()
             start, end = {"a": (0, 2), "b": (2, 3), "c": (3, 5)}[victim]
-            assert f"[{start}, {end})" in str(caught.value)  # on a busy machine, a broken stream may be noticed first
+            assert f"[{start}, {end})" in str(caught.value)  # on a busy machine, a broken stream may be detected first
             async with asyncio.timeout(60):
                 await cluster.registry.workers[victim].lost.wait()
             error = str(cluster.registry.workers[victim].error)

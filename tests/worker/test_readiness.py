@@ -1,4 +1,4 @@
-"""A worker is ready while it holds layers and loads none, or is idle."""
+"""Tests of readiness: a worker is ready if it is idle, or holds layers and loads none."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_layers_make_it_ready_and_a_load_does_not(file: Path) -> None:
         async with exclusive:
             await eventually(lambda: not is_ready())
         await eventually(is_ready)
-        service.keep()  # the coordinator is gone
+        service.keep()  # the coordinator is disconnected
         await eventually(lambda: not is_ready())
         following.cancel()
 

@@ -1,4 +1,4 @@
-"""Requests of a coordinator whose membership ends before they do."""
+"""Tests of a coordinator's requests that outlast its membership."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Terms are kept by cluster: one token may serve several, each of which counts its own."""
+"""Tests of terms, which are kept per cluster, since several clusters with separate terms may share a token."""
 
 from __future__ import annotations
 

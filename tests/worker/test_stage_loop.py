@@ -1,4 +1,4 @@
-"""The loop of a stage without streams: when it computes, and when it sends."""
+"""Tests of the stage loop without streams: when it computes and when it sends."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_wire_time_is_not_what_is_computed_while_a_result_is_sent(model: Model) 
 async def test_a_leader_announces_no_microbatch_that_does_not_fit(
     model: Model, layers: tuple[int, int], changes: dict[str, Any], width: int | None, why: str
 ) -> None:
-    """It ends the stream as at a worker alone: whoever sent it is at fault, and no member of the group."""
+    """The stream ends as on a single worker: its sender is at fault, not a member of the group."""
     announced: list[int] = []
 
     def step(arrival: Arrival, followed: object, checked: object) -> nullcontext[None]:
@@ -97,14 +97,14 @@ async def test_a_leader_announces_no_microbatch_that_does_not_fit(
 
 @pytest.mark.parametrize("is_local", [True, False])
 async def test_a_result_that_can_wait_is_sent_after_the_first_stage_has_begun(model: Model, is_local: bool) -> None:
-    """The second step is sent ahead, not the first one."""
+    """The second step is a lookahead step, the first one is not."""
     sent: dict[str, list[float]] = {"tokens": [], "result": []}
 
     async def read() -> bytes | None:
         if not frames:
             await asyncio.sleep(0.05)
             return None
-        await asyncio.sleep(0.005)  # a round
+        await asyncio.sleep(0.005)  # one round of the pipeline
         return frames.pop(0)
 
     async def tokens(*_: bytes) -> None:
@@ -225,7 +225,7 @@ async def test_steps_on_gpus_have_a_limit_once_their_kind_is_known(
 
 
 async def test_an_answer_that_cannot_be_made_ends_the_stream_while_no_microbatch_comes(model: Model) -> None:
-    """The answer of a step that the thread computes, while the next microbatch is read."""
+    """The thread computes the step's answer while the next microbatch is read."""
 
     class Queued(StageLoop):
         async def compute(self, arrival: Any) -> asyncio.Future[Answer]:

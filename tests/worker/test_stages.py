@@ -1,4 +1,5 @@
-"""The streams of a worker: microbatches through stages in one process over real streams, hostile peers, failures."""
+"""Tests of a worker's streams: microbatches through stages in one process over real streams, hostile peers, and
+failures."""
 
 from __future__ import annotations
 
@@ -67,7 +68,7 @@ async def test_sampling_inputs_may_come_late(model: Model, tmp_path: Path) -> No
     (microbatch, inputs), *_ = microbatches(model.model_id, 1, 1)
     async with chain(model, tmp_path) as stages:
         await stages.submit(microbatch, None)
-        await asyncio.sleep(0.05)  # The microbatch usually arrives first; the result is the same if it does not.
+        await asyncio.sleep(0.05)  # The microbatch usually arrives first; the result is the same otherwise.
         await stages.sample.write(encode_inputs(inputs))
         assert (await stages.result()).failure is None
 
@@ -79,7 +80,7 @@ async def test_sampling_inputs_that_never_come_fail_their_microbatch_alone(model
         failed = await stages.result()
         assert failed.failure is not None
         assert "worker w1 (layers [1, 3)): sampling inputs of microbatch 0 took longer than 0.2 s" in failed.failure
-        await stages.sample.write(encode_inputs(first_inputs))  # They come too late and are dropped.
+        await stages.sample.write(encode_inputs(first_inputs))  # The inputs are too late and are dropped.
         await stages.sample.write(encode_inputs(second_inputs))
         await stages.submit(second, None)
         assert (await stages.result()).failure is None
@@ -198,7 +199,7 @@ async def test_streams_that_do_not_belong_are_refused_by_name(model: Model, tmp_
         ):
             with pytest.raises(StreamBrokenError, match=why):
                 await peer.open(method, epoch=epoch).opened()
-        for microbatch, inputs in microbatches(model.model_id, 1, 2):  # nothing else is disturbed
+        for microbatch, inputs in microbatches(model.model_id, 1, 2):  # other streams continue
             await stages.submit(microbatch, inputs)
             assert (await stages.result()).failure is None
 
@@ -246,7 +247,7 @@ async def test_the_loss_of_the_next_stage_reaches_the_coordinator(model: Model, 
 
 
 async def test_only_a_connection_that_fails_is_told(model: Model, tmp_path: Path) -> None:
-    """A stage that ends its stream with an error is not reported: it can be reached."""
+    """A stage that ends its stream with an error is not reported, since it can be reached."""
 
     told: list[str] = []
 
@@ -265,7 +266,7 @@ async def test_only_a_connection_that_fails_is_told(model: Model, tmp_path: Path
     first = Peer(server.address, TOKEN)
     stream = first.open(FORWARD, epoch=1)
     with pytest.raises(StreamBrokenError, match="no more"):
-        await stream.opened()  # unless it is open before the next one has ended
+        await stream.opened()  # may fail if the next stage has already ended
         await stream.read()
     assert not told
     await first.close()

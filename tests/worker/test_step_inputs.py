@@ -1,4 +1,4 @@
-"""Native readers and writers of sampling inputs and results beside the plain ones."""
+"""Tests of native readers and writers of sampling inputs and results against the plain ones."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from support.wire.plain_tokens import PlainTokensBox
 from support.wire.slow_codec import decode_inputs, encode_frame, encode_result
 
 VOCABULARY = 50
-MOST_ROWS = 40  # that are sampled in a test
+MOST_ROWS = 40  # sampled in a test
 
 uint64 = st.integers(0, 2**64 - 1)
-tokens = st.integers(0, VOCABULARY)  # the last one is foreign
+tokens = st.integers(0, VOCABULARY)  # the last one is invalid
 params = st.builds(SamplingParams, **{**numbers_within(PARAMS), "top_k": st.integers(0, 9) | st.just(2**31 - 1)})
 chains = st.builds(
     SamplerChain,
@@ -85,12 +85,12 @@ a_timing = st.builds(StageTiming, uint64, uint64, uint64, st.integers(1, 9))
 
 
 def logits_of(rows: int, seed: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    """Returns logits [rows, vocabulary], some of which are equal."""
+    """Returns logits [rows, vocabulary]; some of them are equal."""
     return np.random.default_rng(seed).normal(0, 3, (rows, VOCABULARY)).round(1).astype(np.float32)
 
 
 def check_equal(data: bytes, inputs: SamplingInputs, seed: int) -> None:
-    """Both readers read the same, and sample the same tokens where no history is to go on."""
+    """Checks that both readers read the same inputs, which give the same samples."""
     assert decode_inputs(data) == inputs
     tasks = StepInputs.read(data).tasks
     if len(inputs.tasks) <= MOST_ROWS:
@@ -221,7 +221,7 @@ def test_histories_go_on_with_the_chunk_s_tokens(work: list[Chunk], data: st.Dat
     box.put(SampledTokens(5, (3, 7)))
     try:
         frame = reader().read(encode_hidden(encode_microbatch(microbatch)))
-    except ProtocolError:  # more than its limits
+    except ProtocolError:  # exceeds its limits
         return
     box.fill(frame)
     native = StepInputs.read(encode_inputs(inputs))
@@ -247,7 +247,7 @@ def test_tasks_that_are_not_as_many_as_output_rows_are_refused() -> None:
 
 
 def test_rows_that_are_drawn_again_choose_among_allowed_tokens() -> None:
-    """Tasks with the same parameters, another key and a grammar's tokens choose alike."""
+    """Both samplers draw equal tokens with the same parameters, another key and a grammar's allowed tokens."""
     tasks = tuple(replace(TASK, seed=seed, params=SamplingParams(temperature=3.0)) for seed in range(9))
     native = StepInputs.read(encode_inputs(SamplingInputs(1, 2, tasks))).tasks
     allowed = [np.array([3 << place, 1], np.uint32) for place in (2, 5)]
@@ -257,7 +257,7 @@ def test_rows_that_are_drawn_again_choose_among_allowed_tokens() -> None:
 
 
 def test_a_row_may_choose_suppressed_tokens_where_nothing_else_may_follow() -> None:
-    """The other rows still may not, although they share the list of tokens."""
+    """Other rows still may not, although they share the list of suppressed tokens."""
     suppressed = tuple(range(VOCABULARY - 1))
     native = StepInputs.read(encode_inputs(SamplingInputs(1, 2, (replace(TASK, suppressed=suppressed),) * 3))).tasks
     native.allow_suppressed(1)

@@ -1,4 +1,4 @@
-"""Attention with linear position biases: beside float64 and the reference, and to the same bits in any chunks."""
+"""Tests of attention with ALiBi biases: close to float64 and the reference, with equal bits in any chunks."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def biased(folder: Path, shape: tuple[int, int, int], kv_type: KvType, window: i
 @pytest.mark.parametrize(("shape", "window"), [((6, 3, 16), None), ((6, 6, 16), 540), ((72, 1, 8), None)])
 @pytest.mark.parametrize("kv_type", KvType)
 def test_close_to_float64(tmp_path: Path, kv_type: KvType, shape: tuple[int, int, int], window: int | None) -> None:
-    """Over a span's end; heads of a group that are two units of work."""
+    """Covers positions beyond a span, and a group's heads in two units of work."""
     model = biased(tmp_path, shape, kv_type, window)
     hidden = model.hidden(70 if shape[0] == 72 else 570)
     wanted = in_float64(model, hidden).astype(np.float32)
@@ -59,7 +59,7 @@ def test_close_to_float64(tmp_path: Path, kv_type: KvType, shape: tuple[int, int
 
 @pytest.mark.parametrize(("kv_type", "window"), [(KvType.F16, None), (KvType.Q8_0, 520)])
 def test_same_bits_in_any_chunks_on_any_level_and_threads(tmp_path: Path, kv_type: KvType, window: int | None) -> None:
-    """Prefill, and decoding over several spans, which go to different threads."""
+    """Covers prefill, and decoding over several spans, which are computed on different threads."""
     model = biased(tmp_path, (6, 3, 16), kv_type, window)
     hidden = model.hidden(1100)
     ones = [range(i, i + 1) for i in (*range(505, 515), *range(1020, 1030))]
@@ -86,7 +86,7 @@ def test_same_bits_beside_another_sequence(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("cap", "window"), [(None, None), (2.0, 520)])
 def test_as_the_reference_has_it(tmp_path: Path, cap: float | None, window: int | None) -> None:
-    """Over a span's end; the bias is added after a soft cap."""
+    """Covers positions beyond a span; the bias is added after a soft cap."""
     bounds = [0, 150, 300, 450, 511, 512, 513, 600]
     case = attention_case(6, 3, 16, [range(start, end) for start, end in itertools.pairwise(bounds)])
     *copies, step = case.program.steps

@@ -1,4 +1,4 @@
-"""Attention of the CPU backend: the same bits however positions are cut into chunks, batches, blocks and spans."""
+"""Tests of the CPU backend's attention: equal bits in any chunks, batches, blocks and spans."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def wanted_of(model: Model, rows: int) -> Float32:
 def test_close_to_float64(
     tmp_path: Path, kv_type: KvType, shape: tuple[int, int, int], make: Callable[[], CpuBackend]
 ) -> None:
-    """Covers groups of 1 to 20 query heads, and heads that are no whole number of lanes. The bound allows for a key
+    """Covers groups of 1 to 20 query heads, and head sizes that do not fill whole lanes. The bound allows for a key
     that is rounded the other way: a step of int8 is 16 times one of float16."""
     model = Model(tmp_path, *shape, kv_type)
     hidden = model.hidden(600 if shape == (9, 3, 64) else 90)
@@ -65,7 +65,7 @@ def test_close_to_float64(
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @pytest.mark.parametrize("dim", [30, 64, 80])
 def test_q8_0_rounds_as_the_reference_does(tmp_path: Path, dim: int, make: Callable[[], CpuBackend]) -> None:
-    """A sequence of one position attends to its own value alone, so the result has that value's bits. Values include
+    """A sequence of one position attends only to its own value, so the result has that value's bits. Values include
     zeros, groups whose scale is subnormal in float16, a halfway case, and the largest numbers."""
     model = Model(tmp_path, 2, 2, dim, KvType.Q8_0)
     step = model.program.kv_layers[0]
@@ -84,7 +84,7 @@ def test_q8_0_rounds_as_the_reference_does(tmp_path: Path, dim: int, make: Calla
 
 
 def test_q8_0_is_near_f16(tmp_path: Path) -> None:
-    """Rounding to eight bits costs an error between 1e-6 and 2e-4."""
+    """Rounding to eight bits causes an error between 1e-6 and 2e-4."""
     models = [Model(tmp_path, 8, 2, 64, kv_type) for kv_type in (KvType.F16, KvType.Q8_0)]
     hidden = models[0].hidden(600)
     exact, rounded = (in_float64(model, hidden) for model in models)
@@ -97,7 +97,7 @@ WINDOWS = [1, 7, 16, 100, 512, 600]
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @pytest.mark.parametrize("window", WINDOWS)
 def test_windows_are_close_to_float64(tmp_path: Path, window: int, make: Callable[[], CpuBackend]) -> None:
-    """Covers windows in one span, at its edges and over two spans."""
+    """Covers windows within one span, at its edges and over two spans."""
     model = Model(tmp_path, 4, 2, 32, window=window)
     hidden = model.hidden(700)
     with model.stage(make) as stage:
@@ -143,7 +143,7 @@ def test_same_bits_in_any_chunks_on_any_level_and_threads(
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("kv_type", "window"), [*product(KvType, (None, 520)), (KvType.F16, 9)])
 def test_same_bits_one_token_at_a_time(tmp_path: Path, kv_type: KvType, window: int | None, threads: int) -> None:
-    """Decoding over more than 512 positions divides spans over threads."""
+    """Decoding over more than 512 positions divides spans among threads."""
     model = Model(tmp_path, 4, 2, 32, kv_type, window)
     hidden = model.hidden(1100)
     steps = itertools.chain(chunks_of(500, 250), (range(i, i + 1) for i in range(500, 540)), [range(540, 1020)])
@@ -181,7 +181,7 @@ def test_what_memory_held_before_does_not_matter(
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("kv_type", "window"), [(KvType.F16, None), (KvType.Q8_0, 530), (KvType.INT8, None)])
 def test_same_bits_beside_other_sequences(tmp_path: Path, kv_type: KvType, window: int | None, threads: int) -> None:
-    """Sequences that decode or prefill several lengths in one batch have the bits of each one alone."""
+    """Sequences in decode or prefill in one batch have the bits of each sequence alone."""
     model = Model(tmp_path, 6, 2, 32, kv_type, window)
     before, now = [600, 0, 17, 1050], [1, 33, 1, 7]
     hidden = [model.hidden(a + b, seed) for seed, (a, b) in enumerate(zip(before, now, strict=True))]
@@ -204,7 +204,7 @@ def test_same_bits_beside_other_sequences(tmp_path: Path, kv_type: KvType, windo
 
 
 def test_the_window_of_a_model_file_is_obeyed(tmp_path: Path) -> None:
-    """Tokens within the first window have the bits of a model without a window, later ones do not. Chunks change no
+    """Tokens within the first window have the bits of a model without a window, later tokens do not. Chunks change no
     bits, and the reference agrees."""
     tokens, window = (np.arange(60) * 37 % 311).tolist(), 20
     plain = build_tiny_model(tmp_path / "plain.gguf", layers=2)

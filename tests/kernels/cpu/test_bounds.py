@@ -1,4 +1,4 @@
-"""Products of every weight type at every level against float64: each element is within the bound that
+"""Tests of products of every quant type at every level against float64: each element is within the bound that
 docs/internals/numerics.md proves ("How far from exact")."""
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ Float64 = NDArray[np.float64]
 LEVELS = _native.available_levels()
 TOKENS = [*range(1, 10), 17, 64, 131]
 SHAPES = [(1, 1536), (7, 64), (15, 32), (15, 256), (16, 96), (17, 576), (33, 1536), (50, 512), (97, 768)]
-"""(rows, cols); a type is tested with those that its blocks divide."""
+"""(rows, cols); each type is tested with the shapes that its blocks divide."""
 
 ROUNDING = 2.0**-24
 HALF_STEP = (1 + 2.0**-14) / 254
-"""The most that eight bits change a value, as a share of its segment's greatest activation."""
+"""The largest change of a value by rounding to eight bits, relative to its segment's largest activation."""
 
 
 def gamma(roundings: int) -> float:
-    """Returns the largest relative error of this number of roundings one after the other."""
+    """Returns the largest relative error of this number of consecutive roundings."""
     return roundings * ROUNDING / (1 - roundings * ROUNDING)
 
 
@@ -59,7 +59,7 @@ def exact(weights: NDArray[np.float32], x: Float64) -> Float64:
 
 
 def check(quant_type: QuantType, rows: int, cols: int) -> list[float]:
-    """Compares at every level for all TOKENS. Returns the largest errors as shares of their bounds."""
+    """Compares products at every level for all TOKENS, and returns the largest errors relative to their bounds."""
     seed = zlib.crc32(repr((quant_type, rows, cols)).encode())
     print("seed", seed)
     generator = np.random.default_rng(seed)
@@ -99,7 +99,7 @@ def test_products_are_within_the_proven_bound(quant_type: QuantType) -> None:
 
 @pytest.mark.parametrize("quant_type", list(DECODERS), ids=lambda kind: kind.name)
 def test_the_bound_on_sums_notices_a_wrong_weight(quant_type: QuantType) -> None:
-    """One quant of 16 x 512 that is off by one step is far outside of the bound on rounded activations."""
+    """One quant of 16 x 512 that is off by one step is far outside the bound on sums of rounded activations."""
     generator = np.random.default_rng(5)
     data, x = bytearray(random_weights(generator, quant_type, 16, 512)), random_activations(generator, 3, 512)
     _, of_sums = quantized_bounds(quant_type, bytes(data), 16, x)

@@ -1,4 +1,4 @@
-"""Every step kind over a grid of shapes: all backends against the reference, feature levels against one another."""
+"""Tests of every step kind over many shapes: all backends against the reference, feature levels against each other."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ WIDE_TYPES = [
 GRID_TYPES = [kind for kind in QuantType if kind.name.startswith(("IQ1", "IQ2", "IQ3"))]
 TYPES = [*FLOAT_TYPES, *SMALL_TYPES, *WIDE_TYPES, *GRID_TYPES]
 
-# Sums of float32 in another order. Activations in 8 bits cost some 2e-5 (a scale per 32) to 5e-5 (per 256).
+# Allows for float32 sums in another order and 8-bit activations, which cost 2e-5 (a scale per 32) to 5e-5 (per 256).
 ROUNDED = 1.5e-4
 
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 12, 17, 64]
@@ -81,7 +81,7 @@ def matmul_case(quant_type: QuantType, cols: int, rows: int, hidden: list[Float3
 @pytest.mark.parametrize(("cols", "rows"), [(256, 1), (256, 16), (256, 161), (1536, 15), (1536, 40)])
 @pytest.mark.parametrize("quant_type", TYPES, ids=lambda kind: kind.name)
 def test_matmul(tmp_path: Path, quant_type: QuantType, cols: int, rows: int) -> None:
-    """Activations need no rounding, so that results differ by the order of float additions alone."""
+    """Activations need no rounding, so results differ only by the order of float additions."""
     generator = generator_of("x", quant_type, cols, rows)
     hidden = [whole_numbers(generator, tokens, cols) for tokens in ROWS]
     check_conformance(tmp_path, matmul_case(quant_type, cols, rows, hidden, biased=rows % 2 == 0), EXACT)
@@ -89,7 +89,7 @@ def test_matmul(tmp_path: Path, quant_type: QuantType, cols: int, rows: int) -> 
 
 @pytest.mark.parametrize("quant_type", [QuantType.F16, QuantType.Q8_0, QuantType.Q4_K], ids=lambda kind: kind.name)
 def test_matmul_of_many_rows_with_a_small_matrix(tmp_path: Path, quant_type: QuantType) -> None:
-    """Threads share the product in parts of the rows."""
+    """Threads divide the rows of the product."""
     generator = generator_of("many", quant_type)
     hidden = [whole_numbers(generator, tokens, 256) for tokens in (150, 330)]
     check_conformance(tmp_path, matmul_case(quant_type, 256, 161, hidden, biased=True), EXACT)
@@ -114,7 +114,7 @@ def test_matmul_of_rounded_activations(tmp_path: Path, quant_type: QuantType) ->
 
 @pytest.mark.parametrize("quant_type", TYPES, ids=lambda kind: kind.name)
 def test_a_wrong_weight_is_noticed(quant_type: QuantType) -> None:
-    """The bound of exact products is tight: one weight of 48 x 512 that is off by one step is outside of it."""
+    """The bound of exact products is tight: one weight of 48 x 512 that is off by one step exceeds it."""
     generator = generator_of(quant_type)
     data = bytearray(quantize(normal(generator, 48, 512), quant_type))
     x = whole_numbers(generator, 17, 512)
@@ -218,7 +218,7 @@ def test_attention(tmp_path: Path, heads: int, kv_heads: int, head_dim: int) -> 
 
 
 def test_attention_over_several_spans(tmp_path: Path) -> None:
-    """The first token after 512 and 1024 positions begins a span; a chunk lies over the border."""
+    """The first token after 512 and 1024 positions begins a span; one chunk crosses a span border."""
     bounds = [0, 150, 300, 450, 511, 512, 513, 600, 700, 850, 1000, 1024, 1025, 1100]
     chunks = [range(start, end) for start, end in itertools.pairwise(bounds)]
     check_conformance(tmp_path, attention_case(4, 2, 32, chunks), EXACT)
@@ -236,7 +236,7 @@ def test_attention_of_sequences_beside_each_other(tmp_path: Path) -> None:
 
 
 def test_attention_with_one_score_far_above(tmp_path: Path) -> None:
-    """Exponentials of differences as small as -1000 are 0, not NaN."""
+    """Exponentials of differences down to -1000 are 0, not NaN."""
     case = attention_case(2, 1, 16, [range(0, 40), range(40, 41)])
     runs = [(batch, hidden * np.float32(40)) for batch, hidden in case.runs if hidden is not None]
     check_conformance(tmp_path, Case(case.program, case.weights, runs), EXACT)

@@ -1,4 +1,4 @@
-"""The CPU executor on whole models: the same bits for any chunks, cuts, threads, levels and neighbours."""
+"""Tests of the CPU executor on whole models: equal bits for any chunks, cuts, threads, levels and other sequences."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def wanted(model: Model) -> Float32:
-    """Logits at every position, on one thread, all rows at once."""
+    """Returns logits at every position, computed on one thread in one batch."""
     found = logits(model, all_threads(1))
     assert len(np.unique(found)) > 0.9 * found.size
     return found
@@ -62,7 +62,7 @@ def assert_same_bits(found: Float32, wanted: Float32) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7, 8, 9, 64])
 def test_any_chunks(model: Model, wanted: Float32, chunk: int) -> None:
-    """Eight rows is where threads begin to share rows out."""
+    """Threads divide the rows of batches of eight or more."""
     for threads in (1, 2, 3):
         assert_same_bits(logits(model, all_threads(threads), chunk=chunk), wanted)
 
@@ -80,7 +80,7 @@ def test_any_cut(model: Model, wanted: Float32, cuts: tuple[int, ...]) -> None:
 
 
 def test_any_neighbours_and_outputs(model: Model, wanted: Float32) -> None:
-    """A chunk of the sequence between others, and logits of some rows only."""
+    """The batch has a chunk of the sequence between others, and logits of only some rows."""
     chain = Chain(all_threads(2), model, (), LIMITS)
     chain.run(batch_of([(TOKENS[:40], range(40), range(10))], outputs=[]))
     others = [([3], [0], [60]), (TOKENS[40:60], range(40, 60), range(10)), ([9, 8, 7], range(3), [61])]
@@ -98,7 +98,7 @@ def test_no_outputs(model: Model) -> None:
 
 
 def test_the_callers_floating_point_mode_does_not_matter(model: Model, wanted: Float32) -> None:
-    """Rounding upward, as another library may have left it; it is still there afterwards."""
+    """The calling thread rounds upward, as another library may have set, and still does so afterwards."""
     libm = ctypes.CDLL("libm.so.6")
     upward, nearest = 0x800, 0
     backend = all_threads(2)
@@ -124,7 +124,7 @@ def test_stages_of_one_backend_run_from_several_threads(model: Model, wanted: Fl
 
 
 def test_one_wrong_bit_of_a_weight_is_noticed(model: Model, wanted: Float32, tmp_path: Path) -> None:
-    """The comparison of bits notices a change that no argmax shows."""
+    """The comparison of bits detects a change that argmax does not show."""
     source = model.file.tensors["blk.1.attn_v.weight"]
     data = bytearray(source.path.read_bytes())
     data[source.offset + source.n_bytes // 2 + 2] ^= 1
@@ -224,6 +224,6 @@ def test_hidden_states_must_fit(model: Model) -> None:
 
 
 def test_steps_follow_each_other_without_waiting_for_ever() -> None:
-    """Pools of more threads than cores come and go."""
+    """Creates and closes pools that have more threads than cores."""
     for threads, _ in itertools.product((1, 2, 5, 16), range(5)):
         CpuBackend(threads)

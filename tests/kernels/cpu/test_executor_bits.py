@@ -1,5 +1,5 @@
-"""Pins the arithmetic of docs/internals/numerics.md: logits of fixed models, over more than one span, are these bits on
-every machine. A change that is meant raises NUMERICS_VERSION (core/limits.py), so that clusters do not mix the two."""
+"""Pins the arithmetic of docs/internals/numerics.md: logits of fixed models over several spans have these bits on every
+machine. An intended change raises NUMERICS_VERSION (core/limits.py), so that clusters do not mix both."""
 
 from __future__ import annotations
 

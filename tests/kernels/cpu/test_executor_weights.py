@@ -1,4 +1,4 @@
-"""Loading of the CPU backend: progress, sharing, and files and programs that are refused."""
+"""Tests of loading by the CPU backend: progress, sharing, and rejected files and programs."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_plans_know_what_tiles_take(kind: QuantType) -> None:
 
 @pytest.mark.parametrize("kv_type", KvType)
 def test_plans_know_what_keys_and_values_take(kv_type: KvType) -> None:
-    """Head sizes that values or scales do not fill evenly among them; what a stage allocates, too."""
+    """Covers head sizes that values or scales do not fill, and the bytes that a stage allocates."""
     for dim in range(1, 513):
         x, out = Buffer("x", 2 * dim), Buffer("out", 2 * dim)
         step = Attention(x, x, x, out, 0, heads=2, kv_heads=2, head_dim=dim, scale=1.0, kv_type=kv_type)
@@ -237,7 +237,7 @@ TABLE = RopeTable((1.0,) * 17)
     ],
 )
 def test_figures_that_do_not_hold_together(tmp_path: Path, steps: list[Step]) -> None:
-    """A header can say anything; what it says must not become an access to memory that is not there."""
+    """A file's header may have any numbers; they must not cause accesses to invalid memory."""
     tensors = tensors_of(
         tmp_path,
         w256=random_weight(256, 256),

@@ -1,4 +1,4 @@
-"""Experts: rows that are grouped by expert have the bits of rows that come alone."""
+"""Tests of experts: rows that are grouped by expert have the bits of rows that are computed alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WAYS = [(level, 2) for level in available_levels()] + [(available_levels()[-1], 
 
 
 def experts_of(folder: Path, quant_type: QuantType, router: Float32, used: int) -> tuple[Case, dict[str, Tensor]]:
-    """Builds random experts with down in Q8_0, and runs of the rows one by one, by eights and all together."""
+    """Builds random experts with Q8_0 down weights, and runs the rows singly, in eights and all together."""
     experts, x, out = len(router), Buffer("x", WIDTH), Buffer("out", WIDTH)
     seed = zlib.crc32(repr((quant_type, experts, used)).encode())
     print("seed", seed)
@@ -109,7 +109,7 @@ def variant_of(options: dict[str, Any]) -> Case:
     sizes = {"router bias": (EXPERTS,), "selection bias": (EXPERTS,), "gate bias": (EXPERTS, INNER)}
     sizes |= {"up bias": (EXPERTS, INNER), "down bias": (EXPERTS, 256), "expert scales": (EXPERTS,)}
     named = {name: Weight(3 * normal(generator, *size)) for name, size in sizes.items() if name in options.values()}
-    named["router"] = Weight(case.weights["router"].values / np.float32(64))  # no sigmoid is rounded to 1
+    named["router"] = Weight(case.weights["router"].values / np.float32(64))  # keeps sigmoids below 1
     halves = [case.weights[name].values for name in ("gate", "up")]
     named["gate and up"] = Weight(np.concatenate(halves, axis=1), QuantType.F16)
     names = {field.name for field in fields(ExpertOptions)}
@@ -142,13 +142,13 @@ COUNTING = [
 
 @pytest.mark.parametrize(("name", "omitted"), COUNTING, ids=str)
 def test_each_option_counts(tmp_path: Path, name: str, omitted: tuple[str, ...]) -> None:
-    """The reference gives another result without the option."""
+    """The reference's result differs without the option."""
     whole, path = variant_of(VARIANTS[name]), tmp_path / "experts.gguf"
     write_gguf(path, {}, [weight.source(weight_name) for weight_name, weight in whole.weights.items()])
     tensors = open_model(path).tensors
     other = variant_of({key: value for key, value in VARIANTS[name].items() if key not in omitted})
     wanted, found = (run_case(ReferenceBackend(), case, tensors)[-1] for case in (whole, other))
-    assert max(map(error, found, wanted)) > 1e-4  # of a row
+    assert max(map(error, found, wanted)) > 1e-4  # the largest error of a row
 
 
 def test_a_fused_gate_has_the_bits_of_two_tensors(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_all_rows_may_choose_the_same_experts(tmp_path: Path) -> None:
 
 
 def test_rows_whose_router_gives_no_numbers_leave_others_alone(tmp_path: Path) -> None:
-    """Such a row names one expert at every rank, so an expert may have more lines than there are rows."""
+    """A row of NaN selects one expert at every rank, so an expert may have more lines than there are rows."""
     router = normal(np.random.default_rng(1), 4, WIDTH) / np.float32(16)
     case, tensors = experts_of(tmp_path, QuantType.Q8_0, router, 3)
     hidden = case.runs[-1][1]

@@ -1,4 +1,4 @@
-"""The first run of a stage takes no memory from the system: the load has taken it."""
+"""Tests that a stage's first run allocates no memory from the system, since loading has done so."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS = 300
 
 
 def page_faults(stage: CpuStage, batch: Batch) -> int:
-    """Returns the minor page faults of this thread during a run."""
+    """Returns this thread's minor page faults during a run."""
     before = getrusage(RUSAGE_THREAD).ru_minflt
     stage.run(batch, None)
     return getrusage(RUSAGE_THREAD).ru_minflt - before

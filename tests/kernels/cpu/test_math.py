@@ -1,4 +1,4 @@
-"""exp, log, sine and cosine: error bounds, special values, and the same bits at every feature level."""
+"""Tests of exp, log, sine and cosine: error bounds, special values, and equal bits at every feature level."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_exp_has_the_same_bits_at_every_level() -> None:
 
 
 def test_exp_still_has_the_bits_that_answers_were_given_with() -> None:
-    """A change here changes tokens: raise NUMERICS_VERSION with it."""
+    """A change of these bits changes tokens and requires a new NUMERICS_VERSION."""
     x = every_nth_float(9_973)
     finite = np.nan_to_num(exp(x[~np.isnan(x)], LEVELS[0]))
     assert hashlib.sha256(finite.tobytes()).hexdigest()[:16] == "936f275735dd57e2"

@@ -1,4 +1,4 @@
-"""Matrix products of every weight type at every feature level: the same bits everywhere, and the right ones."""
+"""Tests of matrix products of every quant type at every feature level: correct and equal bits."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ LEVELS = _native.available_levels()
 ROWS = [1, 15, 16, 17, 48, 320]
 COLS = [32, 96, 256, 288, 576, 1536]
 TOKENS = [1, 2, 3, 5, 8, 17, 64]
-FEW_TOKENS = [1, 2, 5]  # that are computed by ones, twos and fours: the first two know two ways to prefetch
+FEW_TOKENS = [1, 2, 5]  # computed by ones, twos and fours; the first two have two ways to prefetch
 PANEL_TYPES = [QuantType.F16, QuantType.Q4_0, QuantType.Q8_0, QuantType.Q2_K, QuantType.Q4_K, QuantType.Q6_K]
-MANY = 131  # more than any level serves without panels
+MANY = 131  # more than any level computes without panels
 
 
 def generator_of(*what: object) -> np.random.Generator:
@@ -40,7 +40,7 @@ def generator_of(*what: object) -> np.random.Generator:
 
 
 def shapes(quant_type: QuantType) -> list[tuple[int, int]]:
-    """(rows, cols), every one of each at least once."""
+    """Returns (rows, cols) pairs that have each number of rows and of columns at least once."""
     widths = [cols for cols in COLS if cols % quant_type.info.block_size == 0]
     return [(rows, cols) for rows in ROWS for cols in widths if rows in (17, 48) or cols in (256, 1536)]
 
@@ -124,7 +124,7 @@ def test_the_order_of_operations_is_the_documented_one(quant_type: QuantType) ->
 
 @pytest.mark.parametrize("quant_type", list(DECODERS), ids=lambda kind: kind.name)
 def test_the_greatest_sums_are_exact(quant_type: QuantType) -> None:
-    """Rows of the same bits in every quant, sub-block scale and min meet activations that are all 127 or all -127."""
+    """Rows with equal bits in every quant, sub-block scale and min meet activations that are all 127 or all -127."""
     cols, fills = 2 * quant_type.info.block_size, [0x00, 0xFF, 0x7F, 0x80, 0x55, 0xAA]
     bytes_ = np.repeat(np.array(fills, np.uint8), 2 * quant_type.info.block_bytes)
     blocks = bytes_.reshape(-1, quant_type.info.block_bytes)
@@ -151,7 +151,8 @@ def test_float_weights_are_multiplied_in_order(quant_type: QuantType) -> None:
 
 @pytest.mark.parametrize("quant_type", TYPES, ids=lambda kind: kind.name)
 def test_products_are_near_those_of_real_numbers(quant_type: QuantType) -> None:
-    """Against float64 on dequantized weights and unrounded activations; eight bits cost up to 1e-4 of the square."""
+    """Compares with float64 on dequantized weights and unrounded activations; eight bits cost up to 1e-4 of the
+    square."""
     bound = 1e-11 if quant_type in FLOAT_TYPES else 1e-4
     for cols in (256, 1536):
         generator = generator_of(quant_type, cols)
@@ -187,7 +188,7 @@ def test_every_exponent_of_mxfp4(level: str) -> None:
 
 @pytest.mark.parametrize("quant_type", GRID_TYPES, ids=lambda kind: kind.name)
 def test_every_point_of_a_grid(quant_type: QuantType) -> None:
-    """The native tables are another copy of the reference's. Here, each of up to 2048 points comes 64 times or more."""
+    """The native tables duplicate the reference's. Each of up to 2048 points occurs at least 64 times."""
     data = random_weights(generator_of(quant_type), quant_type, 512, 2048)
     matrix, weights = packed(quant_type, data, 512, 2048), dequantize(quant_type, data, 512 * 2048).reshape(512, 2048)
     for level in LEVELS:
@@ -230,7 +231,8 @@ def test_activations_in_eight_bits(level: str, width: int) -> None:
 
 @pytest.mark.parametrize("quant_type", TYPES, ids=lambda kind: kind.name)
 def test_numbers_that_are_none(quant_type: QuantType) -> None:
-    """Infinities, NaNs and overflow in activations and weights give the same bits everywhere and stay in their rows."""
+    """Infinities, NaNs and overflow in activations and weights give equal bits at all levels and affect only their
+    rows."""
     generator = generator_of(quant_type)
     data = bytearray(random_weights(generator, quant_type, 32, 512))
     x = random_activations(generator, 9, 512)
@@ -242,7 +244,7 @@ def test_numbers_that_are_none(quant_type: QuantType) -> None:
     matrix = packed(quant_type, bytes(data), 32, 512)
     expected = _native.matmul(LEVELS[-1], matrix, x)
     assert np.isnan(expected[1:4]).all() or quant_type in FLOAT_TYPES
-    assert np.isnan(expected[:, 2]).all() or quant_type is QuantType.MXFP4  # which knows no NaN
+    assert np.isnan(expected[:, 2]).all() or quant_type is QuantType.MXFP4  # a type without NaN
     assert set(expected[np.isnan(expected)].view(np.uint32)) == {0x7FC00000}
     others = [row for row in range(32) if row not in (2, 5)]
     check_equal_bits(expected[6:, others], sane[6:, others])

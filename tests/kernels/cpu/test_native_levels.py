@@ -1,5 +1,5 @@
-"""Feature levels that this machine lacks give its bits: those of ARM are compiled here and run in an emulator, and the
-loops of tile registers run with a model of these registers."""
+"""Tests that feature levels which this machine lacks give its bits: ARM levels are compiled and run in an emulator, and
+loops on tile registers run with a model of these registers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ QEMU = CROSS[1]
 OBJECTS = "kernels/cpu/native/CMakeFiles"
 HOST_LEVELS = {"x86_64": "avx2", "aarch64": "neon"}
 QUICK = "-DLLAMACLUST_OPTIMIZATION=-O1"
-"""This option takes a quarter of the time to compile, for the same bits."""
+"""Compiles four times faster, with the same bits."""
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 Bits = dict[str, str]
-"""The CRC of each operation, by its name."""
+"""The CRC of each operation's results, by its name."""
 
 
 def run(*command: str, deadline_s: float = RUN_DEADLINE_S) -> str:
@@ -38,7 +38,7 @@ def run(*command: str, deadline_s: float = RUN_DEADLINE_S) -> str:
 
 
 def program(name: str, *options: str, target: str = "level_bits") -> Path:
-    """Builds a program in a folder that is kept, so that only what has changed is compiled again."""
+    """Builds a program in a persistent folder, so that only changes are compiled."""
     folder = ROOT / "build" / f"level-bits-{name}"
     options = ("-DCMAKE_BUILD_TYPE=Release", *options)
     run("cmake", "-S", str(ROOT / "tests/kernels/native"), "-B", str(folder), "-G", "Ninja", *options)
@@ -47,7 +47,7 @@ def program(name: str, *options: str, target: str = "level_bits") -> Path:
 
 
 def bits_of(printed: str) -> tuple[dict[str, Bits], str]:
-    """Returns the bits of each level, and the best level, as the program chose it."""
+    """Returns the bits of each level, and the best level according to the program."""
     levels: dict[str, Bits] = {}
     *lines, best = (line.split() for line in printed.splitlines())
     for level, operation, crc in lines:
@@ -71,7 +71,7 @@ def arm() -> Path:
 
 @pytest.fixture(scope="module")
 def level() -> str:
-    """Returns a level of this machine to compare with. The Python module's tests check that all its levels agree."""
+    """Returns this machine's level to compare with; tests of the Python module check that its levels agree."""
     level = HOST_LEVELS.get(platform.machine())
     if level is None or level not in _native.available_levels():
         pytest.skip(f"nothing to compare with on this machine: {platform.machine()} without {level}")
@@ -80,7 +80,7 @@ def level() -> str:
 
 @pytest.fixture(scope="module")
 def objects(level: str) -> str:
-    """Returns the option that names the objects that `make build` has compiled."""
+    """Returns the option with the folder of the objects that `make build` has compiled."""
     built = [folder for folder in (ROOT / "build").glob(f"*/{OBJECTS}") if (folder / f"cpu_{level}.dir").is_dir()]
     if not built:
         pytest.skip("there is no build of the kernels here: make build")
@@ -121,7 +121,7 @@ def test_a_processor_with_dot_products(arm: Path, here: Mapping[str, Bits]) -> N
 
 @pytest.mark.timeout(2 * BUILD_DEADLINE_S)
 def test_a_processor_without_them_is_never_given_any(arm: Path, here: Mapping[str, Bits]) -> None:
-    """Dot products would be illegal instructions on this processor."""
+    """Dot products are illegal instructions on this processor."""
     levels, best = bits_of(run(QEMU, "-cpu", "cortex-a72", str(arm)))
     assert (set(levels), best) == ({"neon", "any"}, "neon")
     check_equal_bits(levels, here)

@@ -1,4 +1,5 @@
-"""The build's check of the objects of a feature level: nothing in them may run on a processor without it."""
+"""Tests of the build's check that a feature level's objects contain no code that runs on processors without the
+level."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ float first() { return table[0]; }
 
 
 def check(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs the build's check on an object that is compiled from this source."""
+    """Runs the build's check on an object compiled from this source."""
     missing = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
     if missing:
         pytest.skip(f"objects are checked with {', '.join(missing)}")

@@ -1,5 +1,5 @@
-"""The measured choice of how weights of a token are prefetched: only clear differences count, and bits stay the
-same."""
+"""Tests of the measured choice of how to prefetch weights for a token: only clear differences count, and bits are
+equal."""
 
 from __future__ import annotations
 

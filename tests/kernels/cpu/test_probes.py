@@ -1,4 +1,4 @@
-"""Probes of the machine: figures that this program itself cannot beat, in about the requested time."""
+"""Tests of hardware probes: rates that this program itself cannot exceed, measured in about the requested time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from llamaclust.kernels import _native, probes
 
 
 def test_bandwidth_is_at_least_what_numpy_reads() -> None:
-    """Both read 64 MiB or more, again and again, so that little memory is needed. One of several rounds has to succeed,
-    since others use the machine."""
+    """Both read at least 64 MiB repeatedly, which needs little memory. One of several rounds must succeed, since other
+    programs use the machine."""
     x = np.ones(8 << 20, np.uint64)
     ratios = [0.0]
     while max(ratios) <= 0.4:
@@ -34,8 +34,8 @@ def test_bandwidth_is_at_least_what_numpy_reads() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_bandwidth_is_that_of_the_bytes_that_were_read(threads: int) -> None:
-    """The bytes read in the requested time are somewhat fewer than at the speed of the best pattern. One of several
-    rounds has to succeed, since others use the machine."""
+    """The bytes read in the requested time are somewhat fewer than at the best pattern's speed. One of several rounds
+    must succeed, since other programs use the machine."""
     ratios: list[float] = []
     while not any(0.85 < ratio < 1.7 for ratio in ratios):
         assert len(ratios) < 20, ratios
@@ -47,7 +47,7 @@ def test_bandwidth_is_that_of_the_bytes_that_were_read(threads: int) -> None:
 def test_peaks_are_plausible() -> None:
     int8, fma = probes.int8_peak(1, 0.05), probes.fma_peak(1, 0.05)
     assert all(math.isfinite(v) and v > 0.1 for v in (int8, fma))
-    assert int8 >= 0.9 * fma  # an 8-bit lane is never slower than a float's
+    assert int8 >= 0.9 * fma  # an 8-bit lane is never slower than a float lane
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the loops in assembly are for x86-64")
@@ -65,7 +65,7 @@ def test_peaks_are_plausible() -> None:
 def test_the_loops_that_show_a_peak_are_what_they_seem(
     function: str, operations: list[str], disassembly: dict[str, list[tuple[str, str]]]
 ) -> None:
-    """Each loop has multiply-adds in registers, a counter and a jump to its start, without spills or omissions."""
+    """Each loop consists of multiply-adds in registers, a counter and a jump to its start, without spills."""
     code = next(lines for name, lines in disassembly.items() if name.startswith(f"{function}()"))
     end = next(index for index, (_, line) in enumerate(code) if line.startswith("jne"))
     first = [address for address, _ in code].index(code[end][1].split()[1])
@@ -73,7 +73,7 @@ def test_the_loops_that_show_a_peak_are_what_they_seem(
     assert [" ".join(re.findall(r"^(?:{vex} )?\w+|[yz]mm", line)[:2]) for line in loop[:-2]] == operations
     assert re.match(r"(dec|sub)", loop[-2]) and not any("(" in line for line in loop[:-1])
     places = [line.rpartition(",")[2] for line in loop[:-2] if not re.match(r"vpmadd", line)]
-    assert len(set(places)) == 12  # sums in a row do not wait for each other
+    assert len(set(places)) == 12  # consecutive sums are independent
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_measuring_leaves_other_python_threads_running() -> None:
 
 
 def test_machine_is_measured_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Probes keep to the requested time, as `test_bandwidth_is_that_of_the_bytes_that_were_read` shows."""
+    """`test_bandwidth_is_that_of_the_bytes_that_were_read` checks that probes keep to the requested time."""
     asked_s: list[float] = []
 
     class Probe:

@@ -1,5 +1,5 @@
-"""Weights into blocks: what a type's rows become is read back as every decoder reads it, no further from the weights
-than what ggml makes of them, and the same bytes at every feature level."""
+"""Tests of quantization: every decoder reads the same weights, errors are no larger than ggml's, and bytes are equal at
+every feature level."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_every_level_and_every_cut_writes_the_same_bytes(quant_type: QuantType) 
 
 @pytest.mark.parametrize("quant_type", TYPES, ids=lambda kind: kind.name)
 def test_unusual_rows(quant_type: QuantType) -> None:
-    """Zeros stay zeros; nothing is ever out of proportion to the largest weight of a row."""
+    """Zeros stay zeros, and no weight becomes large relative to the largest weight of its row."""
     ramp = np.linspace(-1, 1, COLS, dtype=np.float32)
     spike = np.zeros(COLS, np.float32)
     spike[77] = -3
@@ -75,7 +75,8 @@ def test_unusual_rows(quant_type: QuantType) -> None:
 
 @pytest.mark.parametrize("quant_type", [QuantType.Q4_0, QuantType.Q5_0], ids=lambda kind: kind.name)
 def test_largest_weights_keep_the_outermost_level(quant_type: QuantType) -> None:
-    """Coarser scales would have less error, but models of larger divergence; an importance says itself what matters."""
+    """Coarser scales have smaller errors but give models with a larger divergence; an importance matrix replaces this
+    rule."""
     x, _ = matrix()
     blocks = x.reshape(-1, 32)
     largest = np.arange(len(blocks)), np.abs(blocks).argmax(axis=1)
@@ -91,7 +92,7 @@ def test_largest_weights_keep_the_outermost_level(quant_type: QuantType) -> None
 
 
 def test_weights_in_a_types_own_values_come_back_as_they_were() -> None:
-    """A model that was trained in three values or with whole steps loses nothing."""
+    """Models trained with ternary weights or fixed steps lose nothing."""
     random = np.random.default_rng(9)
     levels = {QuantType.TQ1_0: 1, QuantType.TQ2_0: 1, QuantType.Q8_0: 127}
     for quant_type, top in levels.items():

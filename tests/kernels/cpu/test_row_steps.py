@@ -1,5 +1,5 @@
-"""Steps that some architectures have between their matrix products, on every backend: activations, caps, gates and
-parts of rows; and attention whose scores have a soft cap."""
+"""Tests of steps between matrix products on every backend: activations, caps, gates and parts of rows; and attention
+with soft-capped scores."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def case_of(program: Program, weights: dict[str, Weight], hidden: list[Float32])
 
 
 def spread(*parts: float) -> Float32:
-    """Returns one row of 1024 numbers of both signs up to each of `parts`, with zero and tiny numbers."""
+    """Returns one row of 1024 numbers, uniform within +-`parts`, with zero and tiny numbers."""
     seed = zlib.crc32(repr(parts).encode())
     print("seed", seed)
     generator = np.random.default_rng(seed)
@@ -75,14 +75,14 @@ def test_the_kinds_of_gelu_differ() -> None:
 
 @pytest.mark.parametrize("cap", [1.0, 30.0, 50.0])
 def test_soft_cap(tmp_path: Path, cap: float) -> None:
-    """Small numbers hardly change; great ones become the cap."""
+    """Small numbers hardly change; large numbers become the cap."""
     x, out = Buffer("x", 1024), Buffer("out", 1024)
     hidden = [spread(cap / 1e3), spread(cap, 4 * cap), spread(1e6)]
     check_conformance(tmp_path, case_of(program_of(x, out, SoftCap(x, out, cap)), {}, hidden), 1e-13)
 
 
 def test_a_soft_cap_of_a_product_in_place(tmp_path: Path) -> None:
-    """Logits that all threads share are capped in place before they are read."""
+    """Shared logits are capped in place before other threads read them."""
     generator, x, logits, out = generator_of("cap"), Buffer("x", 64), Buffer("logits", 1000), Buffer("out", 1000)
     steps: list[Step] = [MatMul(x, logits, "w"), SoftCap(logits, logits, 2.0), Scale(logits, out, 3.0)]
     weights = {"w": Weight(normal(generator, 1000, 64))}
@@ -164,7 +164,7 @@ def test_sigmoid_gates(tmp_path: Path, width: int) -> None:
 
 
 def split_case(parts: list[Buffer], out: Buffer, *steps: Step, rows: tuple[int, ...] = (1, 3, 40)) -> Case:
-    """Builds a case of the steps over random `parts`, which private copies and shared buffers hold in turn."""
+    """Builds a case of the steps over random `parts`, in private copies and shared buffers in turn."""
     x = Buffer("x", sum(part.width for part in parts))
     generator, (copies, weights) = generator_of(parts, steps), splitter(x, parts)
     first = Scale(parts[0], parts[0], 1.5)
@@ -184,7 +184,7 @@ def test_mixed_parts(tmp_path: Path, width: int, x_parts: int, parts: int, in_pl
 
 
 def test_mixed_parts_are_sums_by_coefficients() -> None:
-    """Each mixed part sums the rows of a matrix by its own coefficients; a part before the first one is a copy."""
+    """Each mixed part sums the parts of a row by its own coefficients; a part before the first one is copied."""
     x, y, coefficients = Buffer("x", 4), Buffer("y", 6), Buffer("coefficients", 6)
     state = State({}, {}, rows_at(range(1)))
     state[x], state[y] = np.array([[1, 2, 10, 20]], np.float32), np.array([[1, 1, 2, 2, 3, 3]], np.float32)
@@ -196,7 +196,7 @@ def test_mixed_parts_are_sums_by_coefficients() -> None:
 @pytest.mark.parametrize(("width", "parts"), [(64, 3), (100, 1), (2, 5), (48, 9)])
 @pytest.mark.parametrize("in_place", [True, False])
 def test_magnitudes(tmp_path: Path, width: int, parts: int, in_place: bool) -> None:
-    """Parts that are almost zero count with the magnitude of the epsilon."""
+    """Parts that are almost zero have the magnitude of the epsilon."""
     x, y, other = Buffer("from", parts * width), Buffer("like", width), Buffer("out", parts * width)
     out = x if in_place else other
     for epsilon in (1e-5, 0.5):

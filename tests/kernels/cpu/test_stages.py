@@ -1,4 +1,4 @@
-"""Cuts, chunks and neighbours: on every backend a model gives the same bits however its work is divided."""
+"""Tests on every backend that a model gives equal bits for any cuts, chunks and batches."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """A model on a backend, and its logits of one sequence computed in one piece."""
+    """A model on a backend, and its logits of one sequence in one batch."""
 
     backend: Backend
     model: Model
@@ -87,7 +87,7 @@ def test_stages_in_a_chain_give_the_bits_of_one(
 def test_neighbours_in_a_batch_do_not_matter(
     make_whole: Callable[[str, str], Whole], backend_name: str, model_name: str
 ) -> None:
-    """Three sequences at different places, decoding and prefilling at once, only some rows wanted."""
+    """Three sequences at different positions decode and prefill together, with outputs of only some rows."""
     whole = make_whole(backend_name, model_name)
     chain = Chain(whole.backend, whole.model, cuts=[2])
     tokens, logits = whole.tokens, whole.logits

@@ -1,4 +1,4 @@
-"""Layers with a window in KV blocks of their own, given up behind the window: the same bits, less memory."""
+"""Tests of layers with a window in separate KV blocks, released out of the window: equal bits, less memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def model(path: Path) -> Iterator[Model]:
 
 
 def program_of(model: Model, window: int, limits: StageLimits) -> Program:
-    """Returns the model's program with another window in the layers that have one."""
+    """Returns the model's program with another window in the layers that have a window."""
     program = model.program(0, model.layer_count, KvType(limits.kv_type), limits.max_context_tokens)
     steps = (
         replace(step, window=window) if isinstance(step, Attention) and step.window is not None else step
@@ -53,7 +53,7 @@ def program_of(model: Model, window: int, limits: StageLimits) -> Program:
 def logits(
     backend: Backend, model: Model, window: int, tokens: tuple[int, ...], limits: StageLimits, chunk: int
 ) -> tuple[Float32, int]:
-    """Returns logits of all rows and the stage's KV bytes; window blocks are a ring that is overwritten repeatedly."""
+    """Returns logits of all rows and the stage's KV bytes; the window's blocks are a ring buffer."""
     program = program_of(model, window, limits)
     stage = backend.load(program, model.tensors_for(program), limits, lambda done_bytes: None)
     assert stage.kv_bytes == kv_bytes(program, limits)

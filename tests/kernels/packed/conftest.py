@@ -1,4 +1,4 @@
-"""Fixtures that tests of packed layers share."""
+"""Fixtures for tests of packed layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The packed-weight cache on disk: the same bits from them, damage found, room kept, and nothing half written."""
+"""Tests of the packed-weight cache on disk: equal bits, detection of damage, the size limit, and no partial files."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_every_flipped_bit_changes_the_checksum() -> None:
 
 
 def test_every_type_packs_in_its_own_way() -> None:
-    """IQ4_NL differs from Q4_0, and BF16 from F16, only in how tiles are read."""
+    """IQ4_NL and Q4_0, and BF16 and F16, differ only in how tiles are read."""
     alike = {QuantType.IQ4_NL, QuantType.BF16}
     pairs = [(kind, kind) for kind in SUPPORTED_TYPES if kind not in alike]
     marks = [packing_fingerprint(*pair) for pair in (*pairs, *WIDER_TILES.items())]
@@ -144,7 +144,7 @@ def test_a_file_that_may_be_changing_is_not_prepared(model: Path, folder: Packed
 def test_a_copy_of_the_model_shares_the_images(model: Path, folder: PackedCacheFolder) -> None:
     wanted = run(model, folder)
     before = {path: path.stat() for path in images(folder)}
-    folder = PackedCacheFolder(folder.path, folder.used_bytes + 5000)  # full but for entries
+    folder = PackedCacheFolder(folder.path, folder.used_bytes + 5000)  # no room beyond a few entries
     copy = model.with_name("copy.gguf")
     copy.write_bytes(model.read_bytes())
     assert run(settled(copy), folder) == wanted
@@ -166,7 +166,7 @@ def test_layers_that_were_not_used_longest_make_room(
         os.utime(path, (age, age))
         os.utime(folder.path / f"{image}.tiles", (age + 0.5, age + 0.5))
     first = next(iter(entries))
-    assert folder.find(first.stem) is not None  # used last now
+    assert folder.find(first.stem) is not None  # updates the time of last use
     other = settled(build_tiny_model(model.with_name("o.gguf"), layers=1, quant_type=QuantType.Q4_0, seed=2))
     run(other, small)
     assert small.used_bytes <= small.most_bytes
@@ -250,7 +250,7 @@ def test_released_weights_are_not_written(model: Path, folder: PackedCacheFolder
         layers.keep(memories)
         del memories
     layers.wait()
-    assert len(images(folder)) <= 1  # the one that it had begun with
+    assert len(images(folder)) <= 1  # the layer that was being written
 
 
 def test_the_command_lists_and_clears(model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""A packed-weight cache that cannot be mapped, read, written or found: the load continues and logs the reason once."""
+"""Tests of a packed-weight cache that cannot be mapped, read, written or found: loading continues and logs the reason
+once."""
 
 from __future__ import annotations
 

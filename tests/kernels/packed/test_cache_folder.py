@@ -1,4 +1,4 @@
-"""The folder of packed layers: what counts as used, which process waits for which, possible file systems."""
+"""Tests of the packed-weight cache's folder: times of use, locks between processes, and file systems."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def store(folder: PackedCacheFolder, key: str, data: memoryview = DATA, since_ns
 
 
 def test_what_a_load_used_is_never_older_than_the_load(folder: PackedCacheFolder) -> None:
-    """A file's own time stamp may be a tick of the kernel's clock behind."""
+    """A file's own time stamp may lag by one tick of the kernel's clock."""
     for number in range(50):
         since_ns = time.time_ns()
         store(folder, str(number), memoryview(number.to_bytes(8)))
@@ -49,7 +49,7 @@ def test_what_a_load_used_is_never_older_than_the_load(folder: PackedCacheFolder
 
 
 def test_an_image_that_is_there_takes_no_room(folder: PackedCacheFolder) -> None:
-    full = PackedCacheFolder(folder.path, len(DATA) + 500)  # and two entries
+    full = PackedCacheFolder(folder.path, len(DATA) + 500)  # plus two entries
     store(full, "a")
     (path,) = full.path.glob("*.tiles")
     before = path.stat()

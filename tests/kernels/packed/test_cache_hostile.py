@@ -1,5 +1,5 @@
-"""Foreign and damaged files in the folder of packed layers: at most, layers are packed anew; nothing hangs, all is
-named."""
+"""Tests of foreign and damaged files in the packed-weight cache: layers are packed again, nothing hangs, and each file
+is logged."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_lock_that_is_no_file_is_one_warning(
 def test_a_file_that_may_not_be_read_is_left_alone(
     model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The test makes up the system's answer, since the superuser may read all files."""
+    """The test simulates the error, since the superuser may read all files."""
     wanted, opens = run(model, folder), os.open
     refused = images(folder)[0]
 
@@ -179,7 +179,7 @@ def test_unfinished_files_are_listed(folder: PackedCacheFolder, monkeypatch: pyt
 def test_the_end_finishes_a_layer_and_no_more(
     model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The process ends right after the load, as a program does that gives one answer."""
+    """The process ends right after the load, like a program that gives one answer."""
     code = "import sys, pathlib, test_cache_hostile as test; test.load(*map(pathlib.Path, sys.argv[1:]))"
     paths = [str(TESTS), str(Path(__file__).parent), *sys.path]
     before = 0
@@ -196,7 +196,7 @@ def test_the_end_finishes_a_layer_and_no_more(
 
 
 def load(model: Path, folder: Path) -> None:
-    """Loads a model, and returns while its first layer is being written, which takes a while."""
+    """Loads a model and returns while its first layer is being written slowly."""
     writes, begun = files._write_all, threading.Event()
 
     def slow(descriptor: int, data: memoryview) -> None:

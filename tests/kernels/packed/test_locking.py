@@ -1,4 +1,5 @@
-"""Packed weights locked in RAM: what the kernel counts as locked, and what is said where a limit forbids it."""
+"""Tests of packed weights locked in RAM: bytes that the kernel counts as locked, and the message if a limit forbids
+locking."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ def _locked_bytes() -> int:
 
 
 def _unprivileged(limit: int) -> str:
-    """Returns what `lock_memory` says of 6 MiB in a process with that limit."""
+    """Returns the message of `lock_memory` for 6 MiB in a process with this limit."""
     command = [sys.executable, "-c", _UNPRIVILEGED, str(limit)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 

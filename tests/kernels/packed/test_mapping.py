@@ -1,4 +1,4 @@
-"""Memory in huge pages, as the kernel counts it."""
+"""Tests of memory in huge pages, as the kernel counts them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def require_huge_pages() -> None:
 
 
 def flags_of(memory: Memory) -> list[str]:
-    """VmFlags of the map that holds it."""
+    """Returns the VmFlags of the mapping that contains the memory."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         fields = line.split()
@@ -43,7 +43,7 @@ def test_memory_is_advised_for_huge_pages() -> None:
 
 
 def test_small_pages_become_huge_ones_with_the_same_bytes(caplog: pytest.LogCaptureFixture) -> None:
-    """Pages become small where the process itself splits them, as where no huge one was free."""
+    """The process itself splits huge pages, as if none had been free."""
     require_huge_pages()
     memory, small = Memory(8 * MIB), Memory(MIB)
     memory.view[:] = np.arange(8 * MIB) % 251
@@ -93,7 +93,7 @@ def test_a_line_says_what_to_do_where_free_memory_is_in_small_pieces(
 
 
 def split(memory: Memory) -> None:
-    """Discards pages in the middle of each huge page, and writes the same bytes there."""
+    """Splits each huge page: discards pages in its middle and writes the same bytes again."""
     kept = memory.view.copy()
     libc = ctypes.CDLL(None)
     for offset in range(0, memory.bytes, 2 * MIB):

@@ -1,4 +1,4 @@
-"""Weights of every type, native decoders at every level and the reference, have the bits that gguf-py gives them."""
+"""Tests that native decoders at every level and the reference dequantize every type to gguf-py's bits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS, COLS = 250, 1536
 
 
 def random_blocks(quant_type: QuantType) -> NDArray[np.uint8]:
-    """Rows [ROWS, bytes] of all bit patterns that are finite numbers, scales of all sizes."""
+    """Returns random rows [ROWS, bytes] that decode to finite numbers, with scales of all sizes."""
     seed = zlib.crc32(quant_type.name.encode())
     print("seed", seed)
     info = quant_type.info
@@ -36,7 +36,7 @@ def test_all_types_are_compared() -> None:
 
 @pytest.mark.parametrize("quant_type", TYPES, ids=lambda kind: kind.name)
 def test_weights_have_the_bits_of_gguf_py(quant_type: QuantType) -> None:
-    """Native decoders may give the other zero: theirs is an integer's, which has no sign."""
+    """Native decoders may differ in the sign of zero, since they convert integers."""
     blocks = random_blocks(quant_type)
     expected = dequantize_by_gguf_py(blocks, GGMLQuantizationType(quant_type)).astype(np.float32).reshape(ROWS, COLS)
     assert np.isfinite(expected).all() and len(np.unique(expected)) > 100

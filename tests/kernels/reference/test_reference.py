@@ -1,4 +1,4 @@
-"""The NumPy backend against numbers from gguf-py and against formulas written out element by element."""
+"""Tests of the NumPy backend against gguf-py's numbers and against formulas computed element by element."""
 
 from __future__ import annotations
 

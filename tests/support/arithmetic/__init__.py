@@ -1,1 +1,1 @@
-"""Backends, batches, exact products and quantized blocks."""
+"""Helpers for tests of arithmetic: backends, batches, exact products and quantized blocks."""

@@ -1,4 +1,4 @@
-"""Attention over random sequences, run in chunks."""
+"""Attention over random sequences that are computed in chunks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LIMITS = StageLimits(max_batch_tokens=1200, max_outputs=1, max_sequences=8, max_
 
 
 ERRORS = {KvType.F16: 1e-8, KvType.Q8_0: 1e-6, KvType.INT8: 5e-4}
-"""Largest differences of attention from float64 on rounded keys and values; `int8` also rounds queries and weights."""
+"""Largest errors against float64 attention on rounded keys and values; `int8` also rounds queries and weights."""
 
 
 LEVELS = available_levels()
@@ -44,7 +44,7 @@ MAKERS: dict[str, Callable[[], CpuBackend]] = {level: partial(all_threads, 2, le
 
 @dataclass(frozen=True)
 class Model:
-    """Rotation and attention of queries, keys and values that come side by side in the hidden state."""
+    """A model of one attention step with rotation; the hidden state is the concatenated queries, keys and values."""
 
     folder: Path
     heads: int
@@ -108,7 +108,7 @@ def rows_of(positions: range, table: Sequence[int]) -> Batch:
 
 
 def run_chunks(stage: CpuStage, hidden: Float32, chunks: Iterable[range], table: Sequence[int] = range(75)) -> Float32:
-    """Attention of one sequence whose positions come in chunks."""
+    """Returns the attention of one sequence that is computed in chunks."""
     parts = [stage.run(rows_of(chunk, table), hidden[chunk.start : chunk.stop]).copy() for chunk in chunks]
     return np.concatenate(parts)
 
@@ -123,14 +123,14 @@ def assert_same_bits(found: Float32, wanted: Float32) -> None:
 
 
 def rounded(x: NDArray[np.float64], kv_type: KvType) -> NDArray[np.float64]:
-    """Keys or values [rows, heads, channels] as KV memory holds them."""
+    """Returns keys or values [rows, heads, channels] as the KV cache stores them."""
     if kv_type is KvType.F16:
         return x.astype(np.float16).astype(np.float64)
     return round_to_bytes(x.astype(np.float32)).values()
 
 
 def in_float64(model: Model, hidden: Float32) -> NDArray[np.float64]:
-    """Attention by its definition, on rounded keys and values."""
+    """Returns attention in float64 by its definition, on rounded keys and values."""
     step = model.program.kv_layers[0]
     heads, kv_heads, dim, rows = step.heads, step.kv_heads, step.head_dim, len(hidden)
     q, k, v = np.split(hidden.astype(np.float64), [heads * dim, (heads + kv_heads) * dim], axis=1)

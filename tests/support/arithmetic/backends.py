@@ -1,4 +1,4 @@
-"""Every backend that runs on this machine, the CPU at every feature level, by a name for test ids."""
+"""Every backend that runs on this machine, and the CPU backend at every feature level, by names for test ids."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.reference.backend import ReferenceBackend
 
 all_threads = partial(CpuBackend, yields=False)
-"""CPU backends whose threads take part however busy the machine is."""
+"""Makes a CPU backend that uses all its threads even on a busy machine."""
 
 BACKENDS: dict[str, Callable[[], Backend]] = {"reference": ReferenceBackend}
 for level in available_levels():

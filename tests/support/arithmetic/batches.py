@@ -1,4 +1,4 @@
-"""Batches in short form, and a loaded model that computes logits of a token sequence in any chunks and cuts."""
+"""Short notation for batches, and a chain of stages that computes the logits of a token sequence in any chunks."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def load_stage(
 
 
 def possible_cuts(model: Model, cuts: Iterable[int], expert_shards: int = 1) -> tuple[int, ...]:
-    """Returns the cuts that do not divide layers which read the same keys and values, or layers without a mixture."""
+    """Returns the cuts that separate neither layers with shared KV nor parts of layers without experts."""
     possible = StageCosts.of(model.costs(KvType.F16, expert_shards)).possible
     return tuple(cut for cut in cuts if possible[cut, cut])
 
 
 class Chain:
-    """A model cut into stages at layers `cuts`, or at parts of layers if the limits have several expert shards."""
+    """A model in stages that begin at layers `cuts`, or at parts of layers if the limits have several expert shards."""
 
     def __init__(self, backend: Backend, model: Model, cuts: Sequence[int] = (), limits: StageLimits = LIMITS) -> None:
         bounds = [0, *cuts, model.layer_count * limits.expert_shards]
@@ -72,8 +72,8 @@ class Chain:
     def logits(
         self, tokens: Sequence[int], chunk: int | Sequence[int] | None = None, table: Sequence[int] | None = None
     ) -> Float32:
-        """Returns logits at every position, in batches of `chunk` tokens, or of the sizes in `chunk`; blocks are in
-        descending order unless `table` gives them."""
+        """Returns logits at every position, in batches of `chunk` tokens or of the sizes in `chunk`; the default block
+        table is descending."""
         blocks = table or range(-(-len(tokens) // KV_BLOCK_TOKENS), -1, -1)
         borders = _borders(len(tokens), chunk or len(tokens))
         return np.concatenate([self.run(batch_of([(tokens[a:b], range(a, b), blocks)])) for a, b in pairwise(borders)])

@@ -1,4 +1,4 @@
-"""Random programs of single steps on which backends are compared."""
+"""Random programs of single steps for comparisons of backends."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def generator_of(*what: object) -> np.random.Generator:
 
 
 def whole_numbers(generator: np.random.Generator, rows: int, width: int) -> Float32:
-    """Activations that 8 bits hold without loss: whole numbers up to 127, times a power of two for each 256 of them."""
+    """Returns activations that 8 bits hold exactly: integers up to 127, times a power of two per 256 channels."""
     values = generator.integers(-127, 128, (rows, width)).astype(np.float32)
     values[:, ::32] = 127
     powers = 2.0 ** generator.integers(-6, 6, (rows, -(-width // 256)))
@@ -43,7 +43,7 @@ def whole_numbers(generator: np.random.Generator, rows: int, width: int) -> Floa
 
 
 def attention_case(heads: int, kv_heads: int, head_dim: int, chunks: list[range]) -> Case:
-    """Queries, keys and values come side by side in the hidden state, so that they are the same everywhere."""
+    """Builds attention whose hidden state is the concatenated queries, keys and values, equal on all backends."""
     generator = generator_of(heads, kv_heads, head_dim)
     query, out = Buffer("q", heads * head_dim), Buffer("out", heads * head_dim)
     key, value = Buffer("k", kv_heads * head_dim), Buffer("v", kv_heads * head_dim)
@@ -55,7 +55,7 @@ def attention_case(heads: int, kv_heads: int, head_dim: int, chunks: list[range]
 
 
 def moe_case(quant_type: QuantType, experts: int, used: int, ffn: int) -> Case:
-    """A router that reads 16 whole numbers in float32, so that every backend chooses the same experts."""
+    """Builds experts with a router that reads 16 integers in float32, so that all backends choose the same experts."""
     generator, x, out = generator_of(quant_type, experts, used), Buffer("x", 256), Buffer("out", 256)
     router = np.zeros((experts, 256), np.float32)
     router[:, :16] = 0.01 * normal(generator, experts, 16)

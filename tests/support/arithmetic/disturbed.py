@@ -1,5 +1,5 @@
-"""Requests on the stages of a real model in this process, under a scheduler whose clock is only counted: alone on one
-stage, or disturbed by cuts, chunks, company, short KV memory, prefix hits and a lost worker."""
+"""Requests to a real model in this process, under a scheduler with a simulated clock: each alone on one stage, or all
+disturbed by cuts, chunks, other requests, few KV blocks, prefix hits and a lost worker."""
 
 from __future__ import annotations
 
@@ -35,19 +35,18 @@ from support.plans.drafting import AnyWindows, SaidDrafters, replayed
 from support.plans.mtp import AnyLengths
 
 Answer = tuple[tuple[int, bytes], ...]
-"""(token id, bytes of its float32 logprob) of every scored prompt token, then of every generated one."""
+"""(token id, bytes of its float32 logprob) of every scored prompt token, then of every generated token."""
 
 _SEEDED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1)
 _GENERATED = 40
 _LOST_AFTER = 6
 _ROOM = 32  # KV blocks for all requests together
-_SHORT = 7  # for one and a half
-_CHECKPOINTS = 8  # states beside those of the sequences
+_SHORT = 7  # too few for two requests
+_CHECKPOINTS = 8  # state blocks in addition to those of the sequences
 
 
 class CutModel(FakeModel):
-    """The stages of a real model, one after the other, in place of the fake one; `cuts` count parts of layers, which
-    have so many `shards`."""
+    """Stages of a real model in place of the fake model; `cuts` count parts of layers, `shards` per layer."""
 
     def __init__(
         self, backend: Backend, model: Model, cuts: Iterable[int], limits: StageLimits, shards: int = 1
@@ -74,7 +73,8 @@ class CutModel(FakeModel):
 
 @cache
 def requests(vocabulary: int) -> tuple[GenerationRequest, ...]:
-    """Two with a common beginning of two blocks, one whose prompt is scored, one short: greedy and seeded in turn."""
+    """Builds two requests with a common prefix of two blocks, one with a scored prompt and a short one; every other
+    request is seeded, the rest are greedy."""
     source = Random(7)
     prompts = [[source.randrange(3, vocabulary) for _ in range(length)] for length in (37, 45, 21, 9)]
     prompts[1][:33] = prompts[0][:33]
@@ -92,7 +92,7 @@ def requests(vocabulary: int) -> tuple[GenerationRequest, ...]:
 
 
 def undisturbed(backend: Backend, model: Model, context: int) -> list[Answer]:
-    """Each request alone on one stage, its prompt in one chunk."""
+    """Answers each request alone on one stage, with its prompt in one chunk."""
     alone = Capacity(context_length=context, max_sequences=1, max_outputs=64, rows=63, prefix_cache=False)
     settings, limits = _sizes(model, alone, _ROOM, SpeculationSettings(NgramDrafters()))
     stages = CutModel(backend, model, (), limits)
@@ -104,7 +104,7 @@ def undisturbed(backend: Backend, model: Model, context: int) -> list[Answer]:
 
 
 Cuts = tuple[int, Sequence[int]]
-"""Into how many parts layers are divided, and the parts that stages begin with."""
+"""The number of parts per layer, and the parts at which stages begin."""
 
 
 def disturbed(
@@ -116,10 +116,10 @@ def disturbed(
     *,
     mtp: bool = False,
 ) -> list[Answer]:
-    """All requests together in chunks of five tokens, KV memory for less than two of them. Nine of ten drafted tokens
-    are those of `known`, what the requests are answered with. The workers of two stages are lost while tokens are
-    generated, and up to six stages go on, or others as `ways` says. Then two requests once more, of which prompts are
-    in the prefix cache. With `mtp`, the head drafts behind steps too, more often than would pay."""
+    """Answers all requests together in chunks of five tokens, with KV blocks for fewer than two of them, then two again
+    from the prefix cache. Nine of ten drafted tokens are those of the answers `known`. During decode the workers of two
+    stages are lost; up to six stages, or those of `ways`, continue. With `mtp`, the MTP head drafts more often than
+    would pay."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speculation, "best_windows", AnyWindows(Random(5), 6))
         patch.setattr(MtpDrafts, "length", AnyLengths(Random(6), 6).length)
@@ -170,7 +170,7 @@ def _disturbed(
 def _sizes(
     model: Model, capacity: Capacity, kv_blocks: int, speculation: SpeculationSettings
 ) -> tuple[SchedulerSettings, StageLimits]:
-    """Layers with a window give up the blocks behind it."""
+    """Returns settings and limits; layers with a window release the KV blocks behind it."""
     sequences = capacity.max_sequences
     group = window_group(model.window, capacity.context_length, capacity.max_batch_tokens)
     window = 0 if group is None else sequences * group.sequence_blocks + group.row_blocks

@@ -1,4 +1,4 @@
-"""Hidden states of the small encoders by an independent computation in float64, all rows of a prompt at once."""
+"""Hidden states of the small encoders, computed independently in float64, all tokens of a prompt at once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HALF = WINDOW // 2
 
 
 def hidden_states(name: str, w: Weights, tokens: list[int]) -> Float64:
-    """Returns the embedding of each token as the papers define it: [tokens, channels]."""
+    """Returns the embedding of each token [tokens, channels] as the papers define it."""
     if name == "modern-bert":
         return _modern_bert(w, tokens)
     if name == "gemma-embedding":
@@ -87,7 +87,7 @@ def _attention(name: str, w: Weights, prefix: str, x: Float64, *, is_local: bool
 
 
 def _heads(w: Weights, prefix: str, x: Float64) -> list[Float64]:
-    """Queries, keys and values, [heads, tokens, channels]."""
+    """Returns queries, keys and values, [heads, tokens, channels]."""
     if f"{prefix}.attn_qkv.weight" in w:
         parts = np.split(_product(w, f"{prefix}.attn_qkv", x), 3, axis=1)
     else:
@@ -116,7 +116,7 @@ def _inner(name: str, w: Weights, prefix: str, x: Float64) -> Float64:
 
 
 def _experts(w: Weights, prefix: str, x: Float64) -> Float64:
-    """Sums the two most probable experts, weighed by their probability among all."""
+    """Sums the two most probable experts, weighted by their probabilities among all experts."""
     shares = np.exp(_product(w, f"{prefix}.ffn_gate_inp", x))
     shares /= shares.sum(axis=1, keepdims=True)
     out = np.zeros_like(x)

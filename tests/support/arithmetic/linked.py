@@ -1,4 +1,4 @@
-"""Links between members of a group over loopback, and peers that speak their frames by hand."""
+"""Links between members of a group over loopback, and a peer whose frames a test writes itself."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ GREETING = b"hello"
 
 
 def connected() -> tuple[socket.socket, socket.socket]:
-    """Both ends of a connection over loopback."""
+    """Returns both ends of a connection over loopback."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         first = socket.create_connection(listener.getsockname())
         return first, listener.accept()[0]
 
 
 def link_to(number: int, end: socket.socket, deadline_s: float = DEADLINE_S, tls: TlsSettings | None = None) -> Link:
-    """Waits for the peer's greeting."""
+    """Opens a link; waits for the peer's greeting."""
     return Link(end.detach(), f"worker {number}", tls, GREETING, GREETING, deadline_s)
 
 
@@ -39,11 +39,11 @@ def tls_settings(trust: Authority, own: int, peer: int) -> TlsSettings:
 
 
 Ends = Sequence[socket.socket | None]
-"""The ends of one member's connections, in the order of the members at the other ends."""
+"""A member's connections, in the order of the members at the other ends."""
 
 
 def meshed(members: int) -> list[Ends]:
-    """Connections between all members, each one's ends."""
+    """Connects all members with each other and returns each member's ends."""
     ends: list[list[socket.socket | None]] = [[None] * members for _ in range(members)]
     for a in range(members):
         for b in range(a):
@@ -52,7 +52,7 @@ def meshed(members: int) -> list[Ends]:
 
 
 def links_of(own: int, ends: Ends, deadline_s: float = DEADLINE_S, trust: Authority | None = None) -> Links:
-    """Waits for all greetings; uses TLS if an authority is given."""
+    """Opens a member's links and waits for all greetings; uses TLS if an authority is given."""
 
     def link(number: int, end: socket.socket) -> Link:
         return link_to(number, end, deadline_s, None if trust is None else tls_settings(trust, own, number))
@@ -62,13 +62,13 @@ def links_of(own: int, ends: Ends, deadline_s: float = DEADLINE_S, trust: Author
 
 
 def linked(members: int, deadline_s: float = DEADLINE_S, trust: Authority | None = None) -> list[Links]:
-    """Members of one process, each with a link to every other one."""
+    """Returns the links of each member in a group within this process."""
     with ThreadPoolExecutor(members) as pool:
         return list(pool.map(lambda own, ends: links_of(own, ends, deadline_s, trust), range(members), meshed(members)))
 
 
 class HandPeer:
-    """A peer that a test plays byte by byte; the other one of the two members, `own`, has `links`."""
+    """A peer whose bytes a test writes and reads itself; `links` are those of the other member, `own`."""
 
     def __init__(self, deadline_s: float, own: int = 0) -> None:
         ours, self.end = connected()
@@ -85,7 +85,7 @@ class HandPeer:
         return data
 
     def has_ended(self) -> bool:
-        """True if the other side closes the connection, behind all that it has sent, before the deadline."""
+        """Returns true if the other side closes the connection after its last bytes, before the deadline."""
         with closing(self.end):
             try:
                 while self.end.recv(1 << 16):

@@ -1,4 +1,4 @@
-"""Random weights and activations of matrix products, and their comparison to the bit."""
+"""Random weights and activations of matrix products, and a bit-exact comparison."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SCALE_PLACES = {
 
 
 def random_weights(generator: np.random.Generator, quant_type: QuantType, rows: int, cols: int) -> bytes:
-    """Rows in the file's layout: all bit patterns, scales of both signs over a range of sizes."""
+    """Returns rows in the file's layout with random bit patterns, and scales of both signs and many sizes."""
     if quant_type in FLOAT_TYPES:
         values = generator.standard_normal((rows, cols)).astype(np.float32)
         if quant_type is QuantType.BF16:
@@ -60,7 +60,7 @@ def random_activations(generator: np.random.Generator, tokens: int, cols: int) -
 def packed(
     quant_type: QuantType, data: bytes, rows: int, cols: int, tile_type: QuantType | None = None
 ) -> _native.PackedMatrix:
-    """Packs rows in tiles of `tile_type`, by default of their own type."""
+    """Packs rows in tiles of `tile_type`, by default the weights' own type."""
     matrix = _native.PackedMatrix(tile_type or quant_type, rows, cols)
     row_bytes = quant_type.info.row_bytes(cols)
     for first in range(0, rows, 32):

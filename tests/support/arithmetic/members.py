@@ -1,4 +1,4 @@
-"""Members of a group: in threads, which gather at a barrier or over links, or in processes."""
+"""Members of a group: in threads that gather at a barrier or over links, or in processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DEADLINE_S = 60.0
 
 
 class Meeting:
-    """Gathers of members that are at the same one: BrokenBarrierError where one is not."""
+    """Gathers of members at a barrier; raises BrokenBarrierError if a member does not arrive."""
 
     def __init__(self, members: int) -> None:
         self.gathers = [0] * members
@@ -48,7 +48,7 @@ class Meeting:
 
 
 class Group:
-    """All members of a group, each with a stage of its own on one of the backends."""
+    """All members of a group, each with its own stage on one of the backends."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Group:
             self.stages.append(stage)
 
     def run(self, batch: Batch, hidden: Float32 | None) -> list[Float32]:
-        """Each member's result; logits are whole at the first one, and at all others with a Meeting."""
+        """Returns each member's result; the first member, or each one with a Meeting, has all logits."""
         with ThreadPoolExecutor(len(self.stages)) as pool:
             return list(pool.map(lambda stage: stage.run(batch, hidden).copy(), self.stages))
 
@@ -78,7 +78,7 @@ class Group:
 
 
 class CpuGroup(Group):
-    """Members on processors, each with so many threads."""
+    """A group on CPU backends of `threads` threads each."""
 
     def __init__(
         self, model: Model, program: Program, shares: Sequence[float], threads: int, limits: StageLimits = LIMITS
@@ -87,7 +87,7 @@ class CpuGroup(Group):
 
 
 class LinkedGroup(CpuGroup):
-    """The same over links between sockets."""
+    """A CPU group whose members gather over sockets."""
 
     def __init__(
         self, model: Model, program: Program, shares: Sequence[float], threads: int, limits: StageLimits = LIMITS
@@ -107,7 +107,7 @@ class LinkedGroup(CpuGroup):
 
 
 def run_in_processes(path: Path, shares: Sequence[float], batches: Sequence[Batch]) -> list[list[bytes]]:
-    """Returns the bytes that each member of a whole model's group, in a process of its own, has for each batch."""
+    """Returns the result bytes of each member for each batch; every member of the group is a process."""
     spawn, found = get_context("spawn"), []
     for member, ends in enumerate(meshed(len(shares))):
         ours, theirs = spawn.Pipe(duplex=False)

@@ -1,4 +1,4 @@
-"""Products of quantized weights as docs/internals/numerics.md orders them, to the bit, in NumPy: integers exact in a
+"""Bit-exact products of quantized weights in NumPy, in the order of docs/internals/numerics.md: exact integer sums in a
 segment, then fused multiply-adds in k order."""
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Weights [rows, segments, width] as integers: scale * quants - min * mins, the mins per sub-block or one."""
+    """Weights [rows, segments, width] as integers: scale * quants - min * mins, with one min per segment or
+    sub-block."""
 
     scales: Float32  # [rows, segments]
-    quants: Integers  # [rows, segments, width], sub-block scales multiplied in
+    quants: Integers  # [rows, segments, width], multiplied by sub-block scales
     mins: Float32 | None  # [rows, segments]
     sub_mins: Integers | None  # [rows, segments, sub-blocks]
 
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Tokens [tokens, segments, width] in eight bits."""
+    """Activations [tokens, segments, width] in eight bits."""
 
     scales: Float32  # [tokens, segments]
     quants: Integers  # [tokens, segments, width]
@@ -69,7 +70,8 @@ def q8_0(blocks: Bytes) -> Segments:
 
 
 def bit_pairs(data: Bytes) -> Integers:
-    """Bytes [..., 64] -> quants [..., 16 sub-blocks, 16]: 128 in 32 bytes, the first 32 in the lowest bits."""
+    """Decodes bytes [..., 64] to quants [..., 16 sub-blocks, 16]; 32 bytes hold 128 quants, the first 32 in the lowest
+    bits."""
     shape = data.shape[:-1]
     pairs: Integers = data.reshape(*shape, 2, 1, 32).astype(np.int64) >> np.array([0, 2, 4, 6])[:, None] & 3
     return pairs.reshape(*shape, 16, 16)
@@ -91,7 +93,7 @@ def q3_k(blocks: Bytes) -> Segments:
 
 
 def with_six_bit_scales(blocks: Bytes, quants: Integers) -> Segments:
-    """Decodes blocks that begin with scale, min and 12 bytes of scales and mins; quants are [..., 8, 32]."""
+    """Decodes blocks that begin with scale, min and 12 bytes of sub-block scales and mins; quants are [..., 8, 32]."""
     packed = blocks[..., 4:16].astype(np.int64)
     low, high = packed[..., :8] & 63, packed[..., :8] >> 6
     scales = np.concatenate([low[..., :4], packed[..., 8:] & 15 | high[..., :4] << 4], axis=-1)
@@ -151,7 +153,7 @@ def tq2_0(blocks: Bytes) -> Segments:
 
 
 def tq1_0(blocks: Bytes) -> Segments:
-    """The first digit of a byte b is floor(3 b / 256), the next that of 3 b modulo 256."""
+    """Decodes TQ1_0: the first digit of a byte b is floor(3 b / 256), the next that of 3 b modulo 256."""
     parts = []
     for start, end, digits in ((0, 32, 5), (32, 48, 5), (48, 52, 4)):
         rest = blocks[..., start:end].astype(np.int64)
@@ -162,7 +164,7 @@ def tq1_0(blocks: Bytes) -> Segments:
 
 
 def on_a_grid(quant_type: QuantType, unit: float) -> Callable[[Bytes], Segments]:
-    """Builds a decoder of weights that are whole multiples of a block's scale times `unit`, as in the reference."""
+    """Builds a decoder of weights that are integer multiples of a block's scale times `unit`, as in the reference."""
 
     def decode(blocks: Bytes) -> Segments:
         scales = (iq1_m_scales(blocks) if quant_type is QuantType.IQ1_M else halves(blocks, 0)) * np.float32(unit)
@@ -210,7 +212,7 @@ def segments_of(quant_type: QuantType, data: bytes, rows: int) -> Segments:
 
 
 def activations_of(x: Float32, width: int) -> Activations:
-    """Finite x [tokens, cols]; scale = maximum / 127, q = x * (127 / maximum) to nearest, ties to even."""
+    """Quantizes finite x [tokens, cols]: scale = maximum / 127, q = x * (127 / maximum), rounded half to even."""
     parts = x.reshape(len(x), -1, width)
     maximum = np.abs(parts).max(axis=-1)
     counts = maximum >= np.float32(2.0**-118)
@@ -220,12 +222,12 @@ def activations_of(x: Float32, width: int) -> Activations:
 
 
 def fma(a: Float32, b: Float32, c: Float32) -> Float32:
-    """Rounds twice, but with 64 bits between, so about one result in 2^40 is not that of a fused multiply-add."""
+    """Rounds twice, but with 64 bits in between: about one result in 2^40 differs from a fused multiply-add."""
     return (a.astype(np.longdouble) * b.astype(np.longdouble) + c.astype(np.longdouble)).astype(np.float32)
 
 
 def ordered_products(weights: Segments, activations: Activations) -> Float32:
-    """Products [tokens, rows]."""
+    """Returns products [tokens, rows]."""
     total = np.zeros((len(activations.scales), len(weights.scales)), np.float32)
     for s in range(weights.scales.shape[1]):
         a, q = activations.scales[:, None, s], activations.quants[:, s]

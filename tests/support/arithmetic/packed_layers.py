@@ -1,4 +1,4 @@
-"""Loads of a tiny model with packed layers."""
+"""Loads of a tiny model with a packed-weight cache."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from support.arithmetic.batches import batch_of
 LIMITS = StageLimits(max_batch_tokens=32, max_outputs=32, max_sequences=1, max_context_tokens=64, kv_blocks=4)
 TOKENS = list(range(3, 23))
 LAYERS = 3
-IMAGES = LAYERS + 2  # and the embedding, and the output
+IMAGES = LAYERS + 2  # plus token embedding and output
 
 
 def use_any_disk() -> None:
-    """Makes this process prepare layers however full the disk is."""
+    """Makes this process cache packed layers even on a full disk."""
     PackedCacheFolder.free_bytes = 0
 
 
 def settled(path: Path) -> Path:
-    """Returns the file once it is so old that its layers are cached."""
+    """Waits until the file is old enough for its layers to be cached."""
     time.sleep(0.15)
     return path
 

@@ -1,4 +1,4 @@
-"""Blocks of every weight type, filled with fixed bytes that decode to finite numbers."""
+"""Blocks of every quant type, filled with fixed bytes that decode to finite numbers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ _HIGH_FLOAT_BYTES: dict[QuantType, tuple[int, ...]] = {
     QuantType.TQ2_0: (65,),
     QuantType.MXFP4: (0,),
 }
-"""The bytes with the sign and upper exponent bits of a block's floats; byte 1 for all other types."""
+"""The bytes with the sign and upper exponent bits of a block's floats; all other types have them in byte 1."""
 
 
 def set_scales(quant_type: QuantType, blocks: NDArray[np.uint8], places: tuple[int, ...], scales: Any) -> None:
-    """Writes float16 scales [blocks] to `blocks` [blocks, block_bytes] at each of `places`; IQ1_M's are in quarters."""
+    """Writes float16 scales [blocks] to `blocks` [blocks, block_bytes] at each of `places`; IQ1_M stores four bits in
+    each of four places."""
     halves = np.ascontiguousarray(np.broadcast_to(np.asarray(scales, np.float16), len(blocks)))
     if quant_type is QuantType.IQ1_M:
         quarters = halves.view(np.uint16)[:, None] >> np.array([0, 4, 8, 12], np.uint16)
@@ -46,7 +47,7 @@ def stream_blocks(quant_type: QuantType, count: int) -> NDArray[np.uint8]:
 
 
 def finite_blocks(quant_type: QuantType, blocks: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """`blocks` [count, block_bytes] of any bytes, with the top exponent bit of floats cleared."""
+    """Returns a copy of arbitrary `blocks` [count, block_bytes] with the top exponent bit of floats cleared."""
     finite = blocks.copy()
     for place in _HIGH_FLOAT_BYTES.get(quant_type, (1,)):
         finite[:, place] &= 0xBF

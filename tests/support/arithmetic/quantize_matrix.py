@@ -1,4 +1,4 @@
-"""A fixed random matrix for the quantizers; and how the errors of ggml's are recorded (LIBRARY is its libggml-base.so):
+"""A fixed random matrix for the quantizers. Recorder of ggml's errors (LIBRARY is its libggml-base.so):
 
 python tests/support/arithmetic/quantize_matrix.py LIBRARY > tests/data/quantize/errors.json
 """
@@ -24,7 +24,7 @@ TYPES = [kind for kind in QUANTIZED_TYPES if kind not in FLOATS]
 
 
 def matrix() -> tuple[Float32, Float32]:
-    """Weights [ROWS, COLS] with some that stick out, and an importance [COLS] whose mean is 1."""
+    """Returns weights [ROWS, COLS] with some outliers, and an importance [COLS] whose mean is 1."""
     print("seed", SEED, file=sys.stderr)
     random = np.random.default_rng(SEED)
     x = 0.02 * random.standard_normal((ROWS, COLS)) * np.exp(0.3 * random.standard_normal((ROWS, COLS)))
@@ -33,12 +33,12 @@ def matrix() -> tuple[Float32, Float32]:
 
 
 def cases() -> list[tuple[QuantType, bool]]:
-    """Types, each without and with an importance, where it is of use without."""
+    """Returns each type with an importance, and without one if the type does not need it."""
     return [(kind, has) for kind in TYPES for has in (False, True) if has or kind not in NEEDS_IMPORTANCE]
 
 
 def relative_error(quant_type: QuantType, data: bytes, x: Float32, importance: Float32 | None) -> float:
-    """Root of the mean square error, by importance, in parts of the weights' own."""
+    """Returns the root mean square error relative to the weights' root mean square, weighted by importance."""
     miss = dequantize(quant_type, data, x.size).reshape(x.shape) - x
     w = np.ones(x.shape[1], np.float32) if importance is None else importance
     return float(np.sqrt((w * miss**2).sum(dtype=np.float64) / (w * x**2).sum(dtype=np.float64)))
@@ -50,7 +50,7 @@ def _record(library: str) -> dict[str, float]:
 
     ggml = ctypes.CDLL(library)
     ggml.ggml_init.argtypes = [Memory]
-    ggml.ggml_init(Memory(1 << 20, None, False))  # makes its tables of halves
+    ggml.ggml_init(Memory(1 << 20, None, False))  # initializes its float16 tables
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     ggml.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
     x, importance = matrix()

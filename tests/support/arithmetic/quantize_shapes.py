@@ -1,4 +1,4 @@
-"""Small models of several architectures, for the choice of types; and how llama-quantize's choices are recorded:
+"""Small models of several architectures for the choice of quant types. Recorder of llama-quantize's choices:
 
 python tests/support/arithmetic/quantize_shapes.py LLAMA_QUANTIZE > tests/data/quantize/choices.json
 """
@@ -23,7 +23,7 @@ from llamaclust.tools.quantize.mixes import MIXES
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Matrices of `width` columns and a few rows: types are chosen by names, widths and counts."""
+    """A model's matrices, with `width` columns and few rows: quant types depend on names, widths and counts."""
 
     layers: int
     heads: int
@@ -51,7 +51,7 @@ SHAPES = {
 
 
 def write_shape(path: Path, shape: Shape) -> Path:
-    """A model of zeros, in F16."""
+    """Writes a model of F16 zeros."""
     key = shape.architecture
     metadata: dict[str, WritableValue] = {
         "general.architecture": key,
@@ -97,7 +97,7 @@ def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def grouped(types: dict[str, str]) -> dict[str, str]:
-    """Types by part: `attn_v` -> `Q6_K*2 Q4_K*3`, layers in order; tensors outside the layers by their name."""
+    """Groups types by part: `attn_v` -> `Q6_K*2 Q4_K*3`, in layer order; other tensors keep their names."""
     parts: dict[str, list[list[str]]] = {}
     for name, kind in sorted(types.items(), key=lambda item: _order(item[0])):
         runs = parts.setdefault(re.sub(r"^blk\.\d+\.|\.weight$", "", name), [])
@@ -114,7 +114,7 @@ def _order(name: str) -> tuple[int, str]:
 
 
 def _record(program: str) -> dict[str, dict[str, dict[str, str]]]:
-    """Shape -> mix, with `+` where an importance matrix makes a difference -> types of matrices by part."""
+    """Returns shape -> mix (with `+` if an importance matrix changes the types) -> types of matrices by part."""
     from llamaclust.model.imatrix import Importance, ImportanceMatrix, write_imatrix
 
     recorded: dict[str, dict[str, dict[str, str]]] = {}

@@ -1,4 +1,4 @@
-"""Groups of the reference backend, with which divided programs are compared."""
+"""Groups of reference stages, for comparisons with divided programs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ReferenceGroup:
         self.members = members
 
     def run(self, batch: Batch, hidden: Float32 | None) -> list[Float32]:
-        """Returns each member's result. Rows that are gathered for one member are NaN for the others."""
+        """Returns each member's result. Rows that are gathered for one member only are NaN for the others."""
         states = [member.begin(batch, hidden) for member in self.members]
         runs = (_run(member.program, state) for member, state in zip(self.members, states, strict=True))
         for gathers in zip(*runs, strict=True):

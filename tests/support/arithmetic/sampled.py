@@ -1,4 +1,4 @@
-"""A run of the sampler on one row, and settings of samplers beyond the plain ones, none of them a default."""
+"""The sampler's result for one row, and sampler settings that all differ from the defaults."""
 
 from __future__ import annotations
 

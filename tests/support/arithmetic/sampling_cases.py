@@ -1,4 +1,4 @@
-"""Random logits, sampling tasks and numbers of the sampling table."""
+"""Random logits, sampling tasks and values within the sampling table's bounds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Logits = NDArray[np.float32]
 
 
 def numbers_within(rows: Mapping[str, SamplingField]) -> dict[str, Any]:
-    """A strategy for each row of the table."""
+    """Returns a strategy for each row of the table."""
     return {
         name: st.integers(int(row.low), int(row.high)) if row.is_whole else st.floats(row.low, row.high)
         for name, row in rows.items()
@@ -26,7 +26,7 @@ def numbers_within(rows: Mapping[str, SamplingField]) -> dict[str, Any]:
 
 
 def random_logits(rng: np.random.Generator, vocabulary: int) -> Logits:
-    """Rows of several widths, a third of them on a coarse grid so that values tie."""
+    """Returns logits of one of several scales; a third of the rows are on a coarse grid, so that values tie."""
     x = rng.normal(0, rng.choice([0.3, 2.0, 8.0]), vocabulary).astype(np.float32)
     return np.round(x * 4).astype(np.float32) / np.float32(4) if rng.random() < 0.33 else x
 

@@ -1,5 +1,5 @@
-"""A llama whose words depend on the scale of its adapter alone. Its logits are tangents of a parabola over the scale:
-the words of the group whose scale is nearest have the largest ones."""
+"""A llama model whose words depend only on the scale of its adapter. Its logits are tangents of a parabola over the
+scale: the words with the nearest scale have the largest logits."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from llamaclust.model.quant_types import QuantType
 from support.models.tiny_tokenizers import sentencepiece
 
 WORDS = {"little": 0.0, "bright": 0.0, "special": 0.3, "far": 0.7, "love": 1.0}
-"""The words with their scales; the first two, of equal scale, take turns."""
+"""The words with their scales; the first two have equal scales and alternate."""
 _VOCABULARY, _WIDTH, _HEADS = 400, 64, 2
 _OTHERS = -10.0
-"""Logit of all other tokens."""
+"""The logit of all other tokens."""
 _TURN = 0.01
-"""Part of a logit by which two words of one scale take turns."""
+"""The logit difference by which two words of one scale alternate."""
 Float32 = NDArray[np.float32]
 
 
 def build_scale_words(model: Path, adapter: Path) -> None:
-    """Writes both files."""
+    """Writes the model and the adapter."""
     tokens = sentencepiece(_VOCABULARY)
     words = tokens["tokenizer.ggml.tokens"]
     assert isinstance(words, list)
@@ -51,7 +51,8 @@ _METADATA: dict[str, WritableValue] = {
 
 
 def _weights() -> dict[str, Float32]:
-    """A token's hidden state has 1 in channel 0, and 1 or -1 in channel 1; attention writes 1 for the adapter."""
+    """Returns weights: hidden states have 1 in channel 0 and 1 or -1 in channel 1; attention writes 1 for the
+    adapter."""
     first = _VOCABULARY - len(WORDS)
     embedding, output = np.zeros((2, _VOCABULARY, _WIDTH), np.float32)
     embedding[:, :2] = 1

@@ -1,4 +1,4 @@
-"""Programs of a few steps with weights made on the spot, and the comparison of backends that runs them."""
+"""Programs of a few steps with given weights, and the comparison of backends on them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LIMITS = StageLimits(max_batch_tokens=330, max_outputs=330, max_sequences=8, max
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """Values [..., k], to be stored as `quant_type`."""
+    """Values [..., k] and the quant type in which they are stored."""
 
     values: Float32
     quant_type: QuantType = QuantType.F32
@@ -39,7 +39,7 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A program with its weights, and batches to run one after the other with their hidden states."""
+    """A program, its weights, and consecutive batches with their hidden states."""
 
     program: Program
     weights: Mapping[str, Weight]
@@ -47,13 +47,13 @@ class Case:
 
 
 def program_of(hidden: Buffer, out: Buffer, *steps: Step, first: bool = False, last: bool = False) -> Program:
-    """One layer of three: a middle one unless said otherwise."""
+    """Builds one layer of three, by default the middle one."""
     start = 0 if first else 2 if last else 1
     return Program(start, start + 1, 3, hidden, out, steps)
 
 
 def rows_at(positions: Sequence[int] | range) -> Batch:
-    """Rows of one sequence at ascending positions, in blocks 0, 1, 2, ..."""
+    """Returns a batch of one sequence at ascending positions, in blocks 0, 1, 2, ..."""
     return batch_of([([0] * len(positions), positions, range(positions[-1] // KV_BLOCK_TOKENS + 1))])
 
 
@@ -64,7 +64,7 @@ def normal(generator: np.random.Generator, *shape: int) -> Float32:
 
 
 def splitter(x: Buffer, parts: Sequence[Buffer]) -> tuple[list[Step], dict[str, Weight]]:
-    """Steps that copy x, column by column and without rounding, into `parts` laid side by side."""
+    """Builds steps that copy consecutive columns of x into `parts` without rounding."""
     assert x.width == sum(part.width for part in parts)
     chosen = np.split(np.eye(x.width, dtype=np.float32), np.cumsum([part.width for part in parts])[:-1])
     weights = {f"{part.name}.weight": Weight(rows) for part, rows in zip(parts, chosen, strict=True)}
@@ -72,14 +72,14 @@ def splitter(x: Buffer, parts: Sequence[Buffer]) -> tuple[list[Step], dict[str, 
 
 
 def error(found: Float32, wanted: Float32) -> float:
-    """sum((found - wanted)^2) / sum(wanted^2)."""
+    """Returns sum((found - wanted)^2) / sum(wanted^2)."""
     assert found.shape == wanted.shape
     reference = wanted.astype(np.float64)
     return float(((found - reference) ** 2).sum() / (reference**2).sum())
 
 
 def flat(runs: Sequence[Float32]) -> Float32:
-    """All runs together: a single number may be a small difference of large ones."""
+    """Concatenates all runs, since a single number may be a small difference of large ones."""
     return np.concatenate([rows.reshape(-1) for rows in runs])
 
 
@@ -91,7 +91,8 @@ def run_case(backend: Backend, case: Case, tensors: Mapping[str, Tensor]) -> lis
 
 
 def check_conformance(folder: Path, case: Case, bound: float) -> None:
-    """Every backend is within `bound` of the reference; levels and thread counts of the CPU agree to the bit."""
+    """Checks that every backend is within `bound` of the reference, with equal bits at all CPU levels and thread
+    counts."""
     path = folder / "weights.gguf"
     write_gguf(path, {}, [weight.source(name) for name, weight in case.weights.items()])
     tensors = open_model(path).tensors

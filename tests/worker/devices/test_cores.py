@@ -1,4 +1,4 @@
-"""Cores of machines whose /proc and /sys are laid out as files in a folder."""
+"""Tests of core detection on machines whose /proc and /sys are files in a folder."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _raspberry_pi() -> Files:
 
 
 def _hybrid_laptop() -> Files:
-    """Returns 6 performance cores of two hardware threads and 8 efficiency cores, whose capacities do not decide."""
+    """Returns 6 performance cores of two hardware threads and 8 efficiency cores; their capacities have no effect."""
     performance = [f"{number}-{number + 1}" for number in range(0, 12, 2)]
     files = _siblings(*performance, *map(str, range(12, 20)))
     files |= {f"{_CPU}/cpu{number}/cpu_capacity": 1024 if number < 12 else 800 for number in range(20)}
@@ -50,7 +50,7 @@ def _hybrid_laptop() -> Files:
 
 
 def _meteor_lake() -> Files:
-    """Returns files of a kernel from 6.13, which names cores of the low-power island apart."""
+    """Returns files of Linux 6.13 or later, which lists cores of the low-power island separately."""
     files = _siblings("0-1", "2-3", "4", "5", "6", "7")
     return files | {
         "sys/devices/cpu_core/cpus": "0-3",
@@ -60,7 +60,7 @@ def _meteor_lake() -> Files:
 
 
 def _big_little() -> Files:
-    """A little cluster, a big one, and a prime core."""
+    """Returns a cluster of little cores, one of big cores, and a prime core."""
     capacities = [400] * 4 + [870] * 3 + [1024]
     files = _siblings(*map(str, range(8)))
     return files | {f"{_CPU}/cpu{number}/cpu_capacity": capacity for number, capacity in enumerate(capacities)}
@@ -79,7 +79,7 @@ def _container() -> Files:
 
 
 def _blind_virtual_machine() -> Files:
-    """Each virtual processor is shown as a core of its own."""
+    """Returns a virtual machine that shows each virtual processor as a core."""
     return _siblings(*map(str, range(4))) | {f"{_NODE}/node0/cpulist": "0-3"}
 
 

@@ -1,4 +1,4 @@
-"""Products that a worker measures by quant type."""
+"""Tests of the matrix products that a worker measures by quant type."""
 
 from __future__ import annotations
 

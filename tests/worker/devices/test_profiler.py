@@ -1,4 +1,5 @@
-"""The way a worker tries steps of a model: on which threads, at which positions, and what it makes of their times."""
+"""Tests of the profiler: the threads and positions at which it measures a model's steps, and how it evaluates the
+times."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ def model(tmp_path: Path) -> Model:
 
 
 def test_each_stage_is_tried_on_threads_of_its_own(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shared pool that has learned beside other workers to use fewer threads would do so without them, too, and takes
-    steps of other stages for similar ones."""
+    """A shared pool could have learned to use fewer threads beside other workers, and would mistake steps of other
+    stages for similar ones."""
     used: list[CpuBackend] = []
 
     class Recorded(StageRunner):
@@ -61,6 +62,6 @@ def test_times_of_few_layers_and_many_lie_on_a_line() -> None:
 
 
 def test_noise_of_one_layer_is_not_taken_for_the_time_of_all() -> None:
-    """A line through 1.0 for one layer and 2.6 for two would say 1.6 a layer."""
+    """A line through 1.0 for one layer and 2.6 for two layers would give 1.6 per layer."""
     stage_s, byte_s = profiler._line((1.0, 1.0), (2.0, 2.6))
     assert (stage_s, byte_s) == pytest.approx((0.0, 1.2))

@@ -1,4 +1,4 @@
-"""Encoders between two memberships of a worker: kept with their stages, for a load of the same file."""
+"""Tests of encoders between two memberships of a worker: kept with their stages for another load of the same file."""
 
 from __future__ import annotations
 

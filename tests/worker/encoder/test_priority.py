@@ -1,4 +1,4 @@
-"""Threads of the encoder of images have a lower priority than those of stages."""
+"""Tests that threads of the image encoder have a lower priority than those of stages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def threads() -> set[int]:
 
 
 def started(make: Callable[[], object]) -> tuple[object, list[int]]:
-    """Returns what `make` made, and the niceness of each of the two threads that it started and that still run."""
+    """Returns the result of `make`, and the niceness of the two threads that it started and that still run."""
     before = threads()
     made = make()
     while len(new := threads() - before) > 2:  # the thread that started them is about to end
@@ -39,7 +39,7 @@ def started(make: Callable[[], object]) -> tuple[object, list[int]]:
 
 
 def test_threads_of_the_encoder_have_a_low_priority() -> None:
-    """The caller, which keeps its priority, is the third thread."""
+    """The calling thread, which keeps its priority, is the third one."""
     backend, own = started(lambda: CpuBackend(3))
     assert isinstance(backend, CpuBackend)
     usual = niceness(0)

@@ -1,4 +1,4 @@
-"""Encode streams of a worker in this process: over real connections, with files here and fetched."""
+"""Tests of a worker's encode streams in this process, over real connections, with local and fetched files."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ async def load(
 
 
 def beside(folder: Path) -> WantedBytes:
-    """Returns the projector at its path."""
+    """Returns the projector file in the folder."""
     path = folder / "mmproj-m.gguf"
     return projector_at(str(path), path, folder / "m.gguf")
 
@@ -76,10 +76,10 @@ def task(rows: Float32, seed: int = 5) -> TileTask:
 
 
 class Held:
-    """Holds all encoders of this process in the tiles that they compute."""
+    """Blocks all encoders of this process while they compute a tile."""
 
     def __init__(self) -> None:
-        self.tiles = 0  # that were begun
+        self.tiles = 0  # that have begun
         self.begun, self.gate = Event(), Event()
 
     async def entered(self) -> None:
@@ -103,7 +103,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
 
 @asynccontextmanager
 async def workers(folder: Path, names: Sequence[str] = "a", **starts: Path) -> AsyncIterator[Members]:
-    """Runs workers; `starts` has the folders of their model files, by name."""
+    """Runs workers; `starts` contains the folders of their model files by name."""
     async with asyncio.timeout(60), members(folder) as cluster:
         lives = [cluster.start(name, model_dir=starts.get(name)) for name in names]
         await cluster.registry.wait_for(names, 20)
@@ -210,7 +210,7 @@ async def test_a_tile_in_progress_keeps_its_turn_when_its_stream_is_cancelled() 
 
 
 async def test_the_encoder_ends_with_its_epoch(folder: Path, rows: Float32, tmp_path: Path, held: Held) -> None:
-    """The tile goes on; a load that lacks the memory waits for it, others do not."""
+    """The tile continues; a load waits for its memory only if it needs that memory."""
     async with workers(tmp_path) as cluster:
         (handle,) = await load(cluster, folder, beside(folder))
         encoding = asyncio.create_task(encoded_by(cluster, task(rows)))
@@ -247,7 +247,7 @@ async def test_the_next_epoch_takes_the_encoder_over_in_mid_tile(
         await load(cluster, folder, beside(folder))
         encoding = asyncio.create_task(encoded_by(cluster, task(rows)))
         await held.entered()
-        monkeypatch.setattr("llamaclust.worker.loads.load_encoder", None)  # it is not loaded again
+        monkeypatch.setattr("llamaclust.worker.loads.load_encoder", None)  # must not be loaded again
         await load(cluster, folder, beside(folder), epoch=2, again=True)
         with pytest.raises(StreamBrokenError):
             await encoding
@@ -289,7 +289,7 @@ async def test_a_worker_that_shows_nothing_is_given_up(
 async def test_a_silent_stream_ends_soon(
     folder: Path, rows: Float32, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stream ends after a tile, too; the time of a tile whose first bytes have come is not limited by this."""
+    """A stream also ends after a tile; once a tile's first bytes have arrived, the limit no longer applies."""
     monkeypatch.setattr("llamaclust.worker.encoder.streams._BEGIN_S", 0.5)
     async with workers(tmp_path) as cluster:
         await load(cluster, folder, beside(folder))
@@ -360,7 +360,7 @@ async def test_damaged_messages_end_the_stream_alone(
 
 @pytest.mark.parametrize("damaged", [False, True])
 async def test_an_encoder_is_fetched(damaged: bool, folder: Path, rows: Float32, tmp_path: Path) -> None:
-    """Worker b lacks the file, or has one with other bytes where the identity takes no sample."""
+    """Worker b lacks the file, or has a copy that differs where the model id takes no sample."""
     own = tmp_path / "own"
     own.mkdir()
     path, model = folder / "mmproj-m.gguf", folder / "m.gguf"

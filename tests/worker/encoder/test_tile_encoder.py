@@ -1,4 +1,4 @@
-"""A loaded encoder of images: the rows of the reference, its limits and its memory."""
+"""Tests of a loaded image encoder: the reference's rows, its limits and its memory."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_layers_share_kv_memory(tmp_path: Path) -> None:
 
 
 def test_the_largest_tile_is_encoded(tmp_path: Path) -> None:
-    """The family has tiles of any size: one line, and a square."""
+    """The model family allows tiles of any shape, from one row of patches to a square."""
     path = build_projector(tmp_path / "p.gguf", "qwen3vl_merger", keys={"vision.image_max_pixels": 256 * 64})
     encoder = loaded(open_projector(path))
     for size in ((8, 2048), (128, 128), (2048, 8)):

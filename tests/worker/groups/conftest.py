@@ -1,4 +1,4 @@
-"""An authority for the certificates of members."""
+"""A fixture with an authority that issues members' certificates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A running worker accepts links of groups at the address that it registers."""
+"""Tests that a running worker accepts group links at the address that it registers."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ async def insecure(listen: str = HERE) -> AsyncIterator[Registry]:
 
 @asynccontextmanager
 async def enrolling(trust: Authority, coordinator: Registry) -> AsyncIterator[str]:
-    """The address of an enrolment port."""
+    """Serves enrolment and yields its address."""
     port = split_address(coordinator.address)[1]
     async with EnrolmentServer(HERE, trust, trust.identity(), lambda name: None, port) as server:
         yield server.address
@@ -113,7 +113,7 @@ def accepts(address: str) -> bool:
 
 
 def two_free_ports() -> tuple[int, int]:
-    """Returns a port for stages, and the port that links have beside it."""
+    """Returns a port for stages, and the port for links that belongs to it."""
     port = free_port(LINK_PORTS)
     return port, port + LINK_PORTS
 
@@ -142,7 +142,7 @@ async def test_fixed_ports() -> None:
 
 @pytest.mark.parametrize("listen", ["", HERE, "localhost:0"])
 async def test_a_worker_whose_own_link_port_is_in_use_ends_with_a_line(listen: str) -> None:
-    """The port of its stages is treated likewise."""
+    """A stages port that is in use has the same effect."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         async with insecure() as coordinator:
@@ -157,7 +157,7 @@ async def test_a_worker_whose_own_link_port_is_in_use_ends_with_a_line(listen: s
 async def test_another_port_stands_in_for_one_that_follows_from_that_of_stages(
     memberships: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It stays the same over all memberships, and is told once."""
+    """The port is the same in all memberships, and is reported once."""
     stages, links = two_free_ports()
     found = list[str]()
     with socket.create_server(("127.0.0.1", links)):
@@ -181,7 +181,7 @@ async def test_another_port_stands_in_for_one_that_follows_from_that_of_stages(
 
 
 async def test_a_worker_that_joins_again_keeps_its_port() -> None:
-    """Its coordinator ends, and another one begins at the same address."""
+    """The worker's coordinator ends, and another one starts at the same address."""
     found = []
     async with insecure() as first:
         address = first.address

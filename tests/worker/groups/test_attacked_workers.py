@@ -1,4 +1,4 @@
-"""Strangers at the ports for links of a cluster that serves by a group: they are refused, and change nothing."""
+"""Tests of strangers that connect to the link ports of a serving group: they are rejected and change nothing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Stranger = Callable[[socket.socket, Authority], None]
 
 @dataclass(frozen=True, slots=True)
 class Attacked:
-    """A cluster that is ready, and the ports of its workers for links."""
+    """A cluster that is ready, and its workers' link ports."""
 
     cluster: Cluster
     workers: dict[str, Running]
@@ -72,14 +72,14 @@ def attacked(line: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 def says(data: bytes) -> Stranger:
     def say(connection: socket.socket, authority: Authority) -> None:
-        with suppress(ConnectionError):  # it has been closed meanwhile
+        with suppress(ConnectionError):  # the worker may have closed it
             connection.sendall(data)
 
     return say
 
 
 def shakes_hands(hello: bytes, worker: str = "z") -> Stranger:
-    """Returns a stranger with the certificate of a worker, by default one that the cluster does not have."""
+    """Returns a stranger with a worker's certificate, by default of a worker outside the cluster."""
 
     def shake(connection: socket.socket, authority: Authority) -> None:
         own = authority.identity(Principal(worker))

@@ -1,4 +1,4 @@
-"""The number of bands follows the time that gathers waited: it has the least time, and changes with the network."""
+"""Tests of the choice of the number of bands: it minimizes the time that gathers wait, and follows the network."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def numbers(choice: BandChoice, waited: dict[int, float], rows: int = 512, runs:
 @pytest.mark.parametrize(
     ("rows", "waited", "bands"),
     [
-        (512, {1: 0.30, 2: 0.02, 3: 0.01, 4: 0.0}, 2),  # two hide nearly all
+        (512, {1: 0.30, 2: 0.02, 3: 0.01, 4: 0.0}, 2),  # two bands hide almost all waits
         (512, {1: 0.40, 2: 0.09, 3: 0.02, 4: 0.0}, 3),
-        (512, {1: 0.60, 2: 0.30, 3: 0.24, 4: 0.20}, 4),  # the network decides
+        (512, {1: 0.60, 2: 0.30, 3: 0.24, 4: 0.20}, 4),  # the network dominates
         (512, {1: 0.10, 2: 0.10, 3: 0.10, 4: 0.10}, 2),  # a slower member: more bands hide nothing
         (512, {1: 0.005, 2: 0.003, 3: 0.0, 4: 0.0}, 1),  # nothing to hide
         (512, {1: 0.06, 2: 0.003, 3: 0.0, 4: 0.0}, 2),
-        (80, {1: 0.06, 2: 0.0}, 1),  # less than another look at the weights takes
+        (80, {1: 0.06, 2: 0.0}, 1),  # less than reading the weights again takes
         (80, {1: 0.25, 2: 0.08}, 2),
         (200, {1: 0.25, 2: 0.18, 3: 0.12, 4: 0.05}, 4),
     ],

@@ -1,4 +1,4 @@
-"""The member whose numbers are not finite first is found, at whatever gather, in whatever form its rows travel."""
+"""Tests that the first member with non-finite numbers is identified, at any gather and for rows in any format."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from support.models.tiny_model import build_tiny_model
 from support.seed import SEED
 
 SHARES = (2, 1, 1)
-BANDS = 2  # of gatherers at first
+BANDS = 2  # initial bands of gatherers
 LARGE = replace(LIMITS, max_batch_tokens=320)
 SHORT = batch_of([(TOKENS, range(len(TOKENS)), range(4))])
 LONG = batch_of([((TOKENS * 300)[:300], range(300), range(20))], outputs=[0, 150, 299])
@@ -36,7 +36,7 @@ TYPES = (QuantType.F16, QuantType.Q8_0, QuantType.Q4_K)
 
 @dataclass
 class Spoiled:
-    """A group that runs a batch while some members spoil a number of their rows before one of its gathers."""
+    """A group that runs a batch while some members corrupt one number of their rows before a gather."""
 
     group: LinkedGroup
     program: Program
@@ -50,7 +50,7 @@ class Spoiled:
             def gather(number: int, own: Float32, whole: Float32) -> None:
                 step = gathers[number // bands]
                 if number == at and member in members:
-                    own[:, -1] = value  # of int8 values the last scale
+                    own[:, -1] = value  # for int8 values, the last scale
                 links[member].gather(number, own, whole, borders_in(step, whole.shape[1]), step.to)
 
             return PythonGatherer(gather)
@@ -70,8 +70,8 @@ def gathers_of(program: Program) -> list[Gather]:
 
 
 def check_all(model: Model, batch: Batch, shares: tuple[int, ...] = SHARES) -> None:
-    """One member alone, any other one, and all of them, which nobody is accused for; the leader where it alone has
-    columns."""
+    """Checks each member alone, and all members at once, for which none is accused; gathers of the leader's columns
+    only involve the leader."""
     print(f"seed {SEED}")
     drawn, whole = Random(SEED), model.program(0, model.layer_count, KvType.F16, LARGE.max_context_tokens, 1)
     program = divide(whole, shares, 0)

@@ -1,4 +1,4 @@
-"""Handshakes side by side: which connection gives way, and which one is taken."""
+"""Tests of concurrent handshakes: which connection is dropped, and which one is accepted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_host_with_the_most_connections_gives_way(hosts: str, expected: list
 
 
 class Parts:
-    """Handshakes whose ends the test decides; those of an ended connection fail."""
+    """Handshakes that the test completes; those of a closed connection fail."""
 
     def __init__(self) -> None:
         self.proofs: list[asyncio.Future[Any]] = []
@@ -125,7 +125,8 @@ async def test_failures_are_told_and_leave_their_places() -> None:
 
 
 async def test_a_connection_that_gave_way_is_not_taken_whatever_it_proves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its proof and the next connection come at the same time. It was not told that it is taken: it tries again."""
+    """The first connection's proof arrives together with the next connection. Its client was not told that it is
+    accepted, so it tries again."""
     monkeypatch.setattr(secrets, "choice", lambda crowd: crowd[0])
     with handshakes() as parts:
         await parts.take(MOST_HANDSHAKES)

@@ -1,4 +1,4 @@
-"""Links of a group by the coordinator's plan: between the workers that it names, whoever else connects."""
+"""Tests of group links by the coordinator's plan: only the named workers are linked, whoever else connects."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def test_members_gather_with_tls(trust: Authority, count: int) -> None:
 
 
 async def test_members_that_no_connection_reaches_are_told_from_those_that_load(tmp_path: Path) -> None:
-    """Nobody listens at a port, nor at a path; a third one accepts, and does not know of the group yet."""
+    """Nobody listens at the port and the path; the third address accepts but does not know the group yet."""
     async with listeners(1) as (other,):
         with socket.create_server(("127.0.0.1", 0)) as ended:
             port = ended.getsockname()[1]
@@ -71,7 +71,7 @@ async def test_members_that_no_connection_reaches_are_told_from_those_that_load(
 
 @needs_tls
 async def test_links_outlive_their_keys(trust: Authority) -> None:
-    """A key encrypts 65,536 records, two for each of these gathers."""
+    """One key encrypts 65,536 records; each of these gathers takes two."""
     async with listeners(2) as started:
         members = await opened(started, identities(trust))
     rows = [np.full((1, 1), member, np.float32) for member in range(2)]
@@ -111,21 +111,21 @@ async def test_a_listener_that_cannot_start_leaves_no_descriptor(path: str, tmp_
     before = open_files()
     with pytest.raises(OSError) as raised:
         await LinkListener().listen(f"unix:{tmp_path}/{path}")
-    assert open_files() <= before, raised.value  # whose frames hold the socket
+    assert open_files() <= before, raised.value  # its frames hold the socket
 
 
-# -- ways to a member ------------------------------------------------------------------------------------------------
+# -- addresses of a member ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def addresses_of_kinds(kinds: str, true: str) -> Iterator[list[str]]:
-    """Makes an address for each letter: `s`ilent, `r`efused, or the `t`rue one."""
+    """Yields an address for each letter: `s`ilent, `r`efused, or the `t`rue one."""
     with ExitStack() as stack:
         found = []
         for kind in kinds:
             listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
             place = f"127.0.0.1:{listening.getsockname()[1]}"
-            for _ in range(2 if kind == "s" else 0):  # the queue is full: nobody else is answered
+            for _ in range(2 if kind == "s" else 0):  # the full queue blocks further connections
                 caller = stack.enter_context(socket.socket())
                 caller.setblocking(False)
                 caller.connect_ex(listening.getsockname())
@@ -167,7 +167,7 @@ async def test_threads_of_other_work_delay_no_link(trust: Authority) -> None:
 
 @pytest.mark.parametrize("count", [1, 64, 65, 400])
 async def test_silent_connections_give_their_places_to_newer_ones(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The listener sees many at once, so that accepting alone gives nothing else a turn."""
+    """Many connections arrive at once, so accepting them must not block everything else."""
     monkeypatch.setattr("llamaclust.worker.groups.listener.HELLO_S", 600.0)
     listener = await listening("127.0.0.1:0")
     host, port = split_address(listener.address)
@@ -179,7 +179,7 @@ async def test_silent_connections_give_their_places_to_newer_ones(count: int, mo
     with ExitStack() as held:
         for number in range(1, count + 1):
             silent.append(held.enter_context(socket.create_connection((host, port))))
-            if number % 100 == 0:  # the system keeps 128 that are not accepted
+            if number % 100 == 0:  # the kernel queues up to 128
                 await until(lambda now=number: closed() == now - 64)  # type: ignore[misc]
         await until(lambda: closed() == max(0, count - 64))
     await listener.stop()

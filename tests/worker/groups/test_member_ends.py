@@ -1,4 +1,5 @@
-"""A member of a group whose links cannot be opened, or whose last step does not end: it is said, and nothing leaks."""
+"""Tests of a group member whose links cannot be opened or whose last step does not end: it reports this and leaks
+nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ ORDER = GroupOrder(bytes(GROUP_ID_BYTES), MEMBERS, 1)
 async def test_what_a_load_cannot_serve_is_known_before_it_or_freed(
     fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The address of another member is not for these credentials; or the stage cannot begin when it is loaded."""
+    """Another member's address does not fit these credentials, or the loaded stage cannot begin."""
     told: list[WorkerMessage] = []
     loaded: list[str] = []
 
@@ -127,7 +128,7 @@ async def test_links_that_are_made_and_not_yet_open_in_time_are_late() -> None:
 
 
 async def test_a_step_that_does_not_end_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its stage is not among the worker's any more, and keeps its memory."""
+    """The worker no longer lists the stage, which keeps its memory."""
     given_up: list[DeviceLostError] = []
     monkeypatch.setattr(following, "_STEP_S", 0.01)
     limits, program = SimpleNamespace(max_batch_tokens=1), SimpleNamespace(is_first=True)
@@ -144,7 +145,7 @@ async def test_a_step_that_does_not_end_ends_the_process(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("member", [0, 1])
 async def test_a_kept_member_tries_no_longer_to_open_its_links(member: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The coordinator has gone before the other member was there. The leader accepts, the follower connects."""
+    """The coordinator disconnects before the other member has started. The leader accepts, the follower connects."""
     attempts: list[str] = []
 
     async def refused(_: LinkOpener, address: str) -> None:
@@ -184,7 +185,7 @@ async def test_a_kept_member_tries_no_longer_to_open_its_links(member: int, monk
 async def test_only_its_own_failure_is_the_last_error_of_a_worker(
     fault: Fault, line: str, is_error: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Others are told to the coordinator, too; a link that ends at a normal end is nobody's error."""
+    """Other failures are also reported to the coordinator; a link closed at a normal end is no error."""
     told: list[WorkerMessage] = []
 
     async def send(message: WorkerMessage) -> None:

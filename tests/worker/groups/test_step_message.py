@@ -1,4 +1,5 @@
-"""Messages of a group's leader about a step: they arrive unchanged, and nothing else is taken for one."""
+"""Tests of the messages with which a group's leader begins a step: they arrive unchanged, and all other data is
+rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Others than the members at the links of a group: they get none, and keep no member from its own."""
+"""Tests of strangers that connect to a group's links: they get no link and prevent no member's link."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ IMPOSTORS: dict[str, Callable[[Authority, Path, str], Credentials]] = {
 async def test_impostors_get_no_link(
     who: str, at: int, trust: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One at the first place accepts, one at the second place connects."""
+    """An impostor at the first place accepts, at the second place it connects."""
     monkeypatch.setattr(link_opener, "_HANDSHAKE_S", SOON_S / 2)
 
     def given(name: str) -> Credentials:
@@ -80,7 +80,8 @@ async def test_impostors_get_no_link(
 async def test_the_true_member_gets_its_link_after_others_have_tried(
     trust: Authority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Silent connections, wrong hellos, half-open handshakes, a recorded beginning and impostors are no obstacle."""
+    """Silent connections, wrong hellos, half-open handshakes, a replayed beginning and impostors do not prevent the
+    link."""
     monkeypatch.setattr(link_opener, "_HANDSHAKE_S", SOON_S / 4)
     hello = Hello(GROUP, 1, 0).encode()
     async with listeners(2) as started:
@@ -115,7 +116,7 @@ async def test_the_true_member_gets_its_link_after_others_have_tried(
 @needs_tls
 @pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\x05hello", b"\x80" * 4096])
 def test_the_reason_of_tls_is_told_where_the_peer_has_gone(sent: bytes, trust: Authority) -> None:
-    """It has closed the connection by then, so that no alert can be sent."""
+    """The peer has closed the connection by then, so no alert can be sent."""
     own = trust.identity(Principal("a"))
     host = Principal("b").host(own.cluster)
     tls = TlsSettings(own.ca, own.pair.certificate, own.pair.private_key, host, True)
@@ -128,7 +129,7 @@ def test_the_reason_of_tls_is_told_where_the_peer_has_gone(sent: bytes, trust: A
 
 @needs_tls
 async def test_a_recorded_connection_is_worth_nothing(trust: Authority) -> None:
-    """Another one sends the same bytes again as a member: its hello is taken, its handshake is not."""
+    """A stranger replays a member's bytes: the hello is accepted, the handshake fails."""
     async with listeners(2) as started:
         order, recorded = order_of(started), bytearray()
         relay = await asyncio.start_server(_relay(started[0].address, recorded), "127.0.0.1", 0)
@@ -157,7 +158,7 @@ ATTACKERS: dict[str, Callable[[int], str]] = {
 
 
 async def _replaying(hello: bytes, address: str, host: str) -> None:
-    """Says a hello that was seen, and nothing more; again as soon as that connection has ended."""
+    """Replays a recorded hello and nothing more, and again whenever that connection has ended."""
     at, port = split_address(address)
     while True:
         with suppress(OSError):
@@ -172,7 +173,7 @@ async def _replaying(hello: bytes, address: str, host: str) -> None:
 async def test_who_replays_a_hello_keeps_no_member_out(
     who: str, trust: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes all places, again and again, before the member comes and while it does."""
+    """The replayed connections take all places repeatedly, before and while the member connects."""
     attempts, connect = [], LinkOpener._connection_to
 
     async def counted(links: LinkOpener, address: str) -> socket.socket:
@@ -189,7 +190,7 @@ async def test_who_replays_a_hello_keeps_no_member_out(
         first = asyncio.create_task(true[0].open(GATHER_S, GATHER_S))
         places = range(3 * MOST_HANDSHAKES)
         attacks = [asyncio.create_task(_replaying(hello, started[0].address, ATTACKERS[who](n))) for n in places]
-        await until(lambda: 1 in true[0]._failures)  # the places are taken, and one has given way
+        await until(lambda: 1 in true[0]._failures)  # the places are taken, and one connection was dropped
         members = await asyncio.gather(first, true[1].open(GATHER_S, GATHER_S))
         for attack in attacks:
             attack.cancel()

@@ -1,4 +1,4 @@
-"""Requests for KV memory on disk that a worker's folder cannot serve."""
+"""Tests of requests for KV blocks on disk that a worker's folder cannot serve."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Program:
 
 
 class Runner:
-    """A `StageRunner` with only what is asked of it."""
+    """A `StageRunner` reduced to the attributes that are read."""
 
     kv_content = "ab" * 32
     kv_layers = ((np.zeros((4, 8), np.uint8),),)

@@ -1,4 +1,5 @@
-"""Blocks of KV memory on disk: the same bytes come back, and none that are damaged; the folder keeps its bound."""
+"""Tests of KV blocks on disk: restored bytes are equal, damaged blocks are never restored, and the folder's size is
+bounded."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from llamaclust.worker.kv_disk.kv_file import KvFile
 from llamaclust.worker.kv_disk.stage_blocks import KvTraffic, StageBlocks
 
 BLOCKS = 24
-SIZES = ((96,), (40, 24), (), (96, 8, 200))  # of a block, by layer: of keys and values and of states
+SIZES = ((96,), (40, 24), (), (96, 8, 200))  # bytes of a block's keys, values and states, by layer
 BLOCK_BYTES = sum(map(sum, SIZES))
 CONTENT = "ab" * 32
 KEYS = [sha256(bytes([number])).digest() for number in range(BLOCKS)]
@@ -28,7 +29,7 @@ Kv = list[list[NDArray[np.uint8]]]
 
 
 def memory(seed: int, start: int = 0, end: int = len(SIZES)) -> Kv:
-    """KV memory of layers [start, end), which is the same for every cut."""
+    """Returns KV memory of layers [start, end), equal for every cut."""
     sources = (np.random.default_rng(seed + layer) for layer in range(len(SIZES)))
     whole = [
         [source.integers(0, 256, (BLOCKS, n), np.uint8) for n in parts]
@@ -42,7 +43,7 @@ def blank(start: int = 0, end: int = len(SIZES)) -> Kv:
 
 
 def stage(path: Path, start: int = 0, most_bytes: int = 1 << 20) -> StageBlocks:
-    """Opens the folder as a process does at its start."""
+    """Opens the folder like a new process."""
     folder = KvFolder(path / "kv", most_bytes)
     folder.create()
     return StageBlocks(folder, CONTENT, start, KvTraffic())
@@ -102,7 +103,7 @@ def test_a_block_without_some_layer_is_not_there(tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
-    """Nothing damaged is ever reported as restored, wherever the bit is, and a damaged file is deleted."""
+    """No damaged block is reported as restored, whichever bit is flipped, and the damaged file is deleted."""
     kv, source = memory(1), np.random.default_rng(3)
     stage(tmp_path).save(KEYS[:3], [0, 1, 2], kv)
     (file,) = files(tmp_path)
@@ -142,7 +143,7 @@ def test_a_file_truncated_after_it_was_found_restores_nothing_damaged(tmp_path: 
 
 
 def test_a_file_under_the_name_of_another_layer_or_key_is_not_used(tmp_path: Path) -> None:
-    """Digests cover the key and the layer as well: blocks that change places are noticed."""
+    """Digests also cover the key and the layer, so swapped blocks are detected."""
     stage(tmp_path).save(KEYS[:2], [0, 1], memory(1))
     (file,) = files(tmp_path)
     whole = bytearray(file.read_bytes())
@@ -188,7 +189,7 @@ def test_a_full_disk_is_one_warning(
 def test_a_file_that_cannot_be_read_hides_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A bad sector or another mode makes a file unreadable."""
+    """A bad sector or changed permissions make a file unreadable."""
     kv = memory(1)
     stage(tmp_path).save(KEYS[:2], [0, 1], kv)
     (bad,) = files(tmp_path)
@@ -218,7 +219,7 @@ def test_a_block_that_is_in_a_file_twice_is_forgotten_once(tmp_path: Path) -> No
 
 
 def test_a_file_of_other_sizes_hides_no_other(tmp_path: Path) -> None:
-    """The wrong file reaches further than the right one."""
+    """The wrong file covers more layers than the right one."""
     wrong = [[np.zeros((BLOCKS, n + 8), np.uint8) for n in parts] for parts in SIZES]
     assert stage(tmp_path).save(KEYS[:1], [0], wrong) == 1
     kv = memory(7)

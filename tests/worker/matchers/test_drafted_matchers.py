@@ -1,4 +1,5 @@
-"""Drafted rows of answers with a matcher: each is matched behind those that chose its token, and no other row is."""
+"""Tests of drafted rows of answers with a matcher: the matcher takes each row's token only after the rows before it
+were accepted."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ def stage() -> Iterator[StageMatchers]:
 
 
 def drafted(key: int, place: int, letter: str) -> Task:
-    """Returns the row at this place of the answer, whose own token was drafted."""
+    """Returns the row at this place of the answer; its own token was drafted."""
     row = task(key, place).row
     return Task(replace(row, matcher=MatcherRow(key, place, ord(letter))), None)
 
@@ -57,7 +58,8 @@ def test_a_row_behind_another_token_is_not_taken_in(stage: StageMatchers) -> Non
 
 
 def test_rows_are_sampled_again_one_after_the_other(stage: StageMatchers) -> None:
-    """Each row is sampled from what its grammar allows after the row before it; rows of others go on meanwhile."""
+    """Each row is sampled from the tokens that its grammar allows after the previous row; other answers' rows
+    continue."""
     begin(stage, inputs_of(0, task(1, 0, ABC), drafted(1, 1, "b"), drafted(1, 2, "c"), task(2, 0, ABC)))
     results = [sampled(letter) for letter in "!!!a"]
     allowed = stage.take(results)
@@ -74,7 +76,7 @@ def test_rows_are_sampled_again_one_after_the_other(stage: StageMatchers) -> Non
 def test_a_refused_row_is_sampled_again_when_no_time_is_left_for_drafted_ones(
     stage: StageMatchers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row put off instead would take its refused token in unseen when it comes again: here the end of the answer."""
+    """A deferred row would take its refused token, here the end of the answer, unchecked in the next step."""
     spent_ns, take = [0], MatchedAnswer._take
 
     def timed(answer: MatchedAnswer, token: int) -> AllowedTokens | None:
@@ -93,7 +95,7 @@ def test_a_refused_row_is_sampled_again_when_no_time_is_left_for_drafted_ones(
 
 
 def test_forced_tokens_are_repeated_by_drafted_rows(stage: StageMatchers) -> None:
-    """A drafted row repeats forced tokens like a row that was sent before they were known."""
+    """A drafted row repeats forced tokens, like a row that was sent before they were known."""
     begin(stage, inputs_of(0, task(1, 0, ABC, may_force=True), drafted(1, 1, "a"), drafted(1, 2, "c")))
     results, refused = taken(stage, map(sampled, "axd"))
     assert not refused
@@ -109,7 +111,7 @@ def test_a_draft_that_differs_from_forced_tokens_does_not_count(stage: StageMatc
 
 
 def test_the_last_row_that_counts_has_a_forced_draft(stage: StageMatchers) -> None:
-    """The matcher does not take in the tokens of a draft."""
+    """The matcher's state does not include the tokens of a draft."""
     begin(stage, inputs_of(0, task(1, 0, ABCDEF, drafts_forced=True), drafted(1, 1, "a"), drafted(1, 2, "x")))
     results, refused = taken(stage, map(sampled, "abz"))
     assert not refused
@@ -150,7 +152,7 @@ def test_a_forced_draft_that_cannot_be_computed_changes_nothing(
 def test_all_work_of_an_answer_is_charged_to_its_guard(
     stage: StageMatchers, monkeypatch: pytest.MonkeyPatch, method: str, row: Task
 ) -> None:
-    """One call takes 3 s of a processor."""
+    """One call takes 3 s of processor time."""
     spent_ns, compute = [0], getattr(GrammarMatcher, method)
 
     def slow(*arguments: object) -> object:
@@ -166,7 +168,7 @@ def test_all_work_of_an_answer_is_charged_to_its_guard(
 
 
 def test_a_deferred_row_has_no_forced_draft(stage: StageMatchers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread makes the row's matcher again meanwhile."""
+    """A thread makes the row's matcher again in the meantime."""
     begin(stage, inputs_of(0, task(1, 0, ABC, drafts_forced=True), drafted(1, 1, "a")))
     monkeypatch.setattr(GrammarMatcher, "try_take", _second_is_used_up(GrammarMatcher.try_take))
     results, _ = taken(stage, map(sampled, "ac"))

@@ -1,4 +1,4 @@
-"""Matchers between two threads: inputs come on the event loop while a step begins on the thread that computes."""
+"""Tests of matchers used by two threads: the event loop receives inputs while the compute thread begins a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WAIT_S = 30.0
 
 
 class OtherThread:
-    """Does something once, beside the thread that made it. `begin` returns when it is done, or waits for the lock."""
+    """Calls a function once in another thread. `begin` returns when the call has ended or waits for the lock."""
 
     def __init__(self, stage: StageMatchers, what: Callable[[], object]) -> None:
         self._lock, self._what = stage._lock, what
@@ -53,7 +53,7 @@ class OtherThread:
 
 
 class Changes(dict[Any, Any]):
-    """Another thread begins between a look at the keys, or the removal of one, and what follows."""
+    """A dict that starts the other thread after its keys are read, or after a key is removed."""
 
     after_look: OtherThread | None = None
     after_pop: OtherThread | None = None

@@ -1,4 +1,4 @@
-"""Matchers at the last stage: what its rows may choose, and what goes wrong in one answer alone."""
+"""Tests of matchers at the last stage: the tokens that they allow, and failures that affect only one answer."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_an_answer_begins_with_its_forced_tokens(stage: StageMatchers) -> None:
 
 
 def test_an_answer_that_starts_again_behind_its_forced_tokens_samples_as_before(stage: StageMatchers) -> None:
-    """The forced run is longer than one row may add: the token after it is sampled, also after a loss."""
+    """The forced run is longer than one row may add, so the token after it is sampled, also after a loss."""
     grammar = definitions.of_regex(f"[ab]{'c' * MAX_FORCED_TOKENS}cd", "guided_regex")
     _, (row,) = step(stage, 0, task(1, 0, grammar, may_force=True), says="a")
     assert len(row.forced) == MAX_FORCED_TOKENS
@@ -70,7 +70,7 @@ def test_an_answer_that_starts_again_behind_its_forced_tokens_samples_as_before(
 
 
 def test_the_end_of_reasoning_is_forced_after_its_budget(stage: StageMatchers) -> None:
-    """Forced tokens come together where that is wanted, else one at a time, sampled for their logprobs."""
+    """Forced tokens come in one row if the request allows it, otherwise one by one, sampled for their logprobs."""
     budget = Reasoning(("<t>",), ("!?",), tuple(b"!?"), 2, is_open=True, delays_grammar=True)
     tasks = (
         task(1, 0, may_force=True, reasoning=budget),
@@ -103,7 +103,7 @@ def test_a_grammar_that_cannot_be_followed_fails_its_answer_alone(stage: StageMa
 def test_an_answer_whose_tokens_keep_taking_too_long_fails_alone(
     stage: StageMatchers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An answer that takes long now and then goes on, and slowness is not the request's fault."""
+    """One slow token does not fail an answer, and slowness is not the request's fault."""
     step(stage, 0, task(1, 0, ABC), task(2, 0, ABC), says="aa")
     stage._answers[1]._excess_ns = module._GUARD_NS + 2 * module._TOKEN_NS
     stage._answers[2]._excess_ns = module._GUARD_NS // 2
@@ -115,7 +115,7 @@ def test_an_answer_whose_tokens_keep_taking_too_long_fails_alone(
 
 
 def test_a_grammar_that_breaks_within_an_answer_is_the_requests_fault(stage: StageMatchers) -> None:
-    """Grammars break after the first letter: a rule without an end, too many items of a row, a lexer without an end."""
+    """Three grammars fail after the first letter: an endless rule, too many items in a row, and an endless lexer."""
     optional = {f"p{i}": {"type": "string"} for i in range(900)}
     dead = definitions.of_lark('start: "a" rule | "b"\nrule: rule', "grammar")
     wide = definitions.of_schema({"type": "array", "items": {"type": "object", "properties": optional}}, "json_schema")
@@ -148,7 +148,7 @@ AMBIGUOUS = {
 
 @pytest.mark.parametrize("name", AMBIGUOUS)
 def test_a_count_ends_ambiguous_grammars_before_the_clock(stage: StageMatchers, name: str) -> None:
-    """The answer ends at the same token on every machine, and no token comes near the guard."""
+    """The answer ends at the same token on every machine, and no token takes nearly as long as the guard allows."""
     grammar, number, row = definitions.of_lark(AMBIGUOUS[name], "grammar"), 0, sampled("a")
     for place in range(2000):
         row = DEFERRED
@@ -162,7 +162,7 @@ def test_a_count_ends_ambiguous_grammars_before_the_clock(stage: StageMatchers, 
 
 
 def test_an_answer_goes_on_after_its_lexer_is_used_up(stage: StageMatchers) -> None:
-    """llguidance limits what its lexer uses up since it last computed the allowed tokens."""
+    """llguidance limits the lexer's work since it last computed the allowed tokens."""
     schema = {"type": "string", "pattern": r"^(?:\S+\s+){0,29}\S+$", "maxLength": 400}
     words, text = (
         definitions.of_schema(schema, "json_schema"),
@@ -211,7 +211,7 @@ def test_a_grammar_that_is_not_ready_in_time_fails_its_answer(
 
 
 def test_matchers_of_answers_that_are_released_are_not_made(stage: StageMatchers) -> None:
-    """Rows of released answers are deferred, and what comes after them is not kept waiting."""
+    """Rows of released answers are deferred, and later rows do not wait for them."""
     go_on = threading.Event()
     stage._thread.submit(go_on.wait, 30)
     first, second = inputs_of(0, task(1, 0, ABC), task(2, 0, ABC)), inputs_of(1, task(2, 0, ABC), released=(1, 2))
@@ -240,7 +240,7 @@ def test_no_matchers_of_an_epoch_that_is_over_are_made(stage: StageMatchers) -> 
 
 
 def test_rows_whose_matcher_is_not_ready_are_deferred_and_the_others_go_on(stage: StageMatchers) -> None:
-    """The row after a deferred one is deferred, too: it was sent before that was known."""
+    """The row after a deferred row is also deferred, since it was sent before the deferral was known."""
     step(stage, 0, task(2, 0, ABC), says="a")
     go_on = threading.Event()
     stage._thread.submit(go_on.wait, 30)
@@ -260,7 +260,7 @@ def test_rows_whose_matcher_is_not_ready_are_deferred_and_the_others_go_on(stage
 
 
 def test_no_row_passes_a_deferred_one(stage: StageMatchers) -> None:
-    """Even an answer that begins with forced tokens is deferred, which the next row would repeat."""
+    """An answer that begins with forced tokens is also deferred, since the next row would repeat them."""
     go_on = threading.Event()
     stage._thread.submit(go_on.wait, 30)
     grammar = definitions.of_regex("ca[de]", "guided_regex")
@@ -290,7 +290,7 @@ def test_a_step_without_other_rows_waits_for_matchers(stage: StageMatchers, monk
 
 
 def test_a_matcher_is_made_again_beside_the_steps(stage: StageMatchers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second matcher allows all tokens, also where the lexer's limit was used up; the row is sampled as before."""
+    """The second matcher allows all tokens, even if the lexer's limit was reached; the row is sampled as before."""
     step(stage, 0, task(1, 0, ABC), task(2, 0, ABC), says="ab")
     stage._answers[1]._matcher = used_up = Mock()
     used_up.try_take.side_effect = LexerUsedUpError("used up")
@@ -347,7 +347,7 @@ def test_no_more_answers_are_kept_than_run(stage: StageMatchers) -> None:
 
 
 def test_answers_that_end_before_they_begin_do_not_stop_the_stage(stage: StageMatchers) -> None:
-    """Each microbatch in flight may start as many answers as run."""
+    """Each microbatch in flight may start as many answers as the stage runs."""
     for number in range(4):
         keys = range(3 * number, 3 * number + 3)
         ended = tuple(key - 3 for key in keys if number)
@@ -358,7 +358,7 @@ def test_answers_that_end_before_they_begin_do_not_stop_the_stage(stage: StageMa
 
 
 def test_answers_released_before_their_first_row_leave_no_matcher(stage: StageMatchers) -> None:
-    """A start comes with a prompt's first chunk, which has no rows and begins no step."""
+    """An answer's start arrives with the first chunk of its prompt, which has no rows and begins no step."""
     for key in range(4):
         stage.receive(inputs_of(2 * key, task(key, 0, ABC)))
         begin(stage, inputs_of(2 * key + 1, released=(key,)))

@@ -1,4 +1,4 @@
-"""Matchers whose tokens take long: a step looks at as many rows as a bounded time suffices for, in turns."""
+"""Tests of matchers with slow tokens: in each step, a bounded time limits the number of matched rows, in turns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.chat.matching import VOCABULARY, sampled, step, task
 from support.seed import SEED
 
 ANSWERS, LENGTH = 16, 6
-QUICK = ANSWERS  # the key of one more
+QUICK = ANSWERS  # the key of an additional answer
 TEXTS = definitions.of_regex(f"[ab]{{{LENGTH}}}", "guided_regex")
 
 
@@ -29,7 +29,7 @@ def stage() -> Iterator[StageMatchers]:
 
 
 class Clock:
-    """The processor time of a thread: each token takes `token_ms`, those of the quick answer nothing."""
+    """A thread's processor time: each token takes `token_ms`, except those of the quick answer."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, token_ms: float) -> None:
         self._ns = 0
@@ -51,8 +51,8 @@ class Clock:
 def test_a_step_looks_at_as_many_as_it_has_time_for_in_turns(
     stage: StageMatchers, monkeypatch: pytest.MonkeyPatch, token_ms: int, refused: bool
 ) -> None:
-    """A refused token takes a second look, as long as the first, which is not put off. A quick answer is looked at in
-    each step after its first row."""
+    """A refused token is matched again in the same step, which takes as long. After its first row, the quick answer is
+    matched in each step."""
     print(f"seed {SEED}")
     Clock(monkeypatch, token_ms)
     monkeypatch.setattr(matched_answer, "_GUARD_NS", 10**18)

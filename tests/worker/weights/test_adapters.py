@@ -1,4 +1,4 @@
-"""A worker's own files of adapters: which are opened, and that their weights are not read for it."""
+"""Tests of a worker's own adapter files: which are opened, and that opening does not read all weights."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ NAMES = ("first.gguf", "second.gguf")
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """The coordinator's paths, at which a worker may have other files, and its `--model-dir`, with the right ones."""
+    """The coordinator's folder, in which a worker may have other files, and the worker's `--model-dir` with the right
+    files."""
 
     theirs: Path
     own: Path
     opened: Model
 
     def open(self) -> list[ModelFile | None]:
-        """The model and its adapters."""
+        """Opens the model and its adapters."""
         weights, model = Weights(model_dir=self.own), self.opened
         wanted = [
             AdapterFile(number, str(self.theirs / name), model.adapter_digests[number])
@@ -77,7 +78,7 @@ def test_the_error_names_the_file_that_is_another(places: Places) -> None:
 
 
 def test_opening_reads_samples_of_adapters_alone(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each load opens the files again, before it can report progress."""
+    """Each load opens the files again before it can report progress."""
     read_bytes = 0
 
     def counted(tensor: Tensor, buffer: bytearray | memoryview, start: int = 0) -> None:

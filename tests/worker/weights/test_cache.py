@@ -1,4 +1,4 @@
-"""The folder of fetched weights: room is made from what is in no load, what was changed is not taken for whole."""
+"""Tests of the folder of fetched weights: eviction of weights that no load uses, and detection of changed files."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_one_at_a_time_makes_the_manifest_of_a_key(tmp_path: Path) -> None:
         for _ in range(30):
             with cache.making(key):
                 assert inside.acquire(blocking=False)
-                time.sleep(1e-4)  # others wait meanwhile
+                time.sleep(1e-4)  # other threads wait meanwhile
                 inside.release()
 
     with ThreadPoolExecutor(8) as pool:
@@ -145,7 +145,7 @@ def test_the_command_lists_and_clears_fetched_weights(tmp_path: Path, monkeypatc
         refused = CliRunner().invoke(app, ["model", "cache", "clear"])
         assert isinstance(refused.exception, LlamaclustError) and "a load is using the cache" in str(refused.exception)
         with monkeypatch.context() as clock, pytest.raises(BusyError):
-            clock.setattr(time, "time_ns", lambda: 0)  # set back since the load began
+            clock.setattr(time, "time_ns", lambda: 0)  # set back after the load began
             cache.clear()
     cleared = json.loads(CliRunner().invoke(app, ["model", "cache", "clear", "--json"]).output)
     assert (cleared["fetched_files"], cleared["fetched_bytes"]) == (1, 1000)

@@ -1,4 +1,5 @@
-"""Clusters whose workers have no model file: each gets its own layers from the one that has it, and nothing twice."""
+"""Tests of clusters with workers that lack the model file: each fetches its own layers from the worker that has the
+file, and nothing twice."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
 
 
 def own_bytes(model: Path, start: int, end: int) -> int:
-    """Returns the bytes of the layers' tensors in the file, identical ones counted once."""
+    """Returns the bytes of the layers' tensors in the file, counting identical tensors once."""
     opened = Model.open(model)
     names = {*opened.program(start, end).weights, "rope_freqs.weight"} & set(opened.file.tensors)
     return sum(opened.file.tensor(name).n_bytes for name in names)
@@ -107,7 +108,7 @@ async def test_adapters_are_fetched_as_layers_are(model: Path, tmp_path: Path) -
 
 
 def moved(cluster: Members) -> tuple[int, dict[str, int]]:
-    """Returns the bytes of weights that were sent, and that each worker received, by their heartbeats."""
+    """Returns the bytes of weights sent, and those that each worker received, according to heartbeats."""
     beats = {name: worker.heartbeat for name, worker in cluster.registry.workers.items()}
     told = {name: beat for name, beat in beats.items() if beat is not None}
     sent = sum(beat.weight_bytes_sent for beat in told.values())
@@ -115,7 +116,7 @@ def moved(cluster: Members) -> tuple[int, dict[str, int]]:
 
 
 def _wait_for_layers(folder: Path, workers: int, layers: int = 4) -> None:
-    """Waits until this many layers, of this many workers, are in the packed-weight cache."""
+    """Waits until the packed-weight cache holds this many layers of this many workers."""
 
     def within() -> bool:
         found = list(folder.glob("*/packed/*.tiles"))
@@ -153,7 +154,7 @@ async def test_two_workers_of_one_host_share_a_cache(model: Path, tmp_path: Path
         stages = [[StageInfo(name, 0, 6)] for name in names]
         model_id = Model.open(model).model_id
         workers = cluster.registry.workers
-        for name in names:  # so that both are asked at once below
+        for name in names:  # so that both requests below arrive at once
             await find_weights(workers[name], FindWeights(NOWHERE, model_id, False))
         loads = [
             load_stages(StageLoads(1, stage, ModelReference(NOWHERE, model_id), LIMITS),

@@ -1,5 +1,5 @@
-"""Copies of a model's file on several machines, one of which is damaged where the model id takes no sample: no worker
-computes with other bytes than the rest."""
+"""Tests of copies of a model file on several machines, one of them damaged where the model id takes no sample: no
+worker computes with bytes that differ from the others'."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def copy_of(model: Path, folder: Path, damaged: str | None = None) -> Path:
-    """Makes a machine's own copy of the file."""
+    """Copies the file for another machine, and damages one tensor if named."""
     folder.mkdir()
     copy = Path(shutil.copyfile(model, folder / model.name))
     if damaged is not None:
@@ -80,7 +80,7 @@ async def test_without_a_source_the_error_names_the_copy(model: Path, tmp_path: 
         await cluster.registry.wait_for("a", 20)
         with pytest.raises(ModelFileError, match=rf"{copy}: its bytes differ from the cluster's copies"):
             await cluster.load(model, "a", (0, 6), own=own_copy(model))
-        flip_middle(copy, "blk.3.ffn_gate.weight")  # repaired in place, while the worker is a member
+        flip_middle(copy, "blk.3.ffn_gate.weight")  # repaired in place during the worker's membership
         handles = await cluster.load(model, "a", (0, 6), own=own_copy(model))
         assert await results(cluster, handles, model) == alone(model)
     await asyncio.gather(*lives, return_exceptions=True)
@@ -137,7 +137,7 @@ async def test_files_of_cloned_disks_are_copies(
     remote: bool,
     compared: bool,
 ) -> None:
-    """Files of cloned disks have equal inodes, sizes and times."""
+    """Files on cloned disks have equal inodes, sizes and times."""
     monkeypatch.setattr(model_file, "machine_id", MACHINE.get)
     monkeypatch.setattr(model_file, "is_remote", lambda path: remote)
     async with asyncio.timeout(60), members(tmp_path / "run") as cluster:
@@ -175,7 +175,7 @@ def test_most_files_say_which_bytes_are_computed_with() -> None:
 
 @pytest.mark.parametrize("way", ["in place", "with its time set back", "replaced"])
 def test_a_manifest_is_of_the_bytes_that_are_there(model: Path, tmp_path: Path, way: str) -> None:
-    """The change is noticed within one process, and in the next one."""
+    """The change is detected within a process and by the next process."""
     copy = copy_of(model, tmp_path / "copy")
     wanted = FindWeights(str(copy), Model.open(model).model_id, describe=True)
     cache = WeightCache(tmp_path / "weights", 1 << 30)

@@ -1,4 +1,4 @@
-"""Weights from other workers: resumed, checked, taken from another one where they are wrong, refused where they lie."""
+"""Tests of weights from other workers: resumed, checked, and fetched from another worker if one sends wrong bytes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def contents(cache: WeightCache) -> dict[str, bytes]:
 
 
 def check(cache: WeightCache) -> None:
-    """All that is there is what its name says."""
+    """Checks that each file's content has the digest in its name."""
     assert all(sha256(data).hexdigest() == name for name, data in contents(cache).items())
 
 
@@ -64,7 +64,7 @@ async def test_a_cut_link_is_resumed_from_the_bytes_that_are_there(
         what = wanted(manifest_of(good, model), "ffn")
 
         async def cut(stream: ServerStream, asked: WeightRange) -> None:
-            """A frame, and the link breaks: once for each tensor that has more."""
+            """Breaks the link after one frame, once per tensor of several frames."""
             if asked.end - asked.start > FRAME_BYTES and asked.content not in cuts:
                 cuts[asked.content] = asked.start + FRAME_BYTES
                 data = good.weights.giver._read(asked.content, asked.start, asked.start + FRAME_BYTES)
@@ -125,7 +125,7 @@ async def test_a_flipped_bit_is_refused_and_the_tensor_comes_from_elsewhere(
 
         async with holder(model, folder / "bad", flip) as bad:
             await fetch(cache, [bad, good], what)
-            assert len(bad.asked) in (1, 2)  # by the two streams that were under way
+            assert len(bad.asked) in (1, 2)  # from the two streams in progress
             assert {wanted_range.content for wanted_range in bad.asked} <= {
                 wanted_range.content for wanted_range in good.asked
             }
@@ -225,7 +225,7 @@ async def test_two_fetches_share_a_folder_and_each_tensor_comes_once(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB, where we may mount one."""
+    """Mounts a file system of 2 MiB, or skips the test if mounting is not allowed."""
     path = tmp_path / "disk"
     path.mkdir()
     mounted = os.geteuid() == 0 and (
@@ -234,7 +234,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if not mounted:
         pytest.skip("a small file system cannot be mounted here")
     yield path
-    subprocess.run(["umount", "--lazy", path], check=True)  # streams that were broken off may still close files of it
+    subprocess.run(["umount", "--lazy", path], check=True)  # broken streams may still close files of it
 
 
 async def test_a_full_disk_is_one_error_before_anything_is_fetched(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -278,7 +278,7 @@ def test_a_part_is_written_by_one_at_a_time_and_resumed(tmp_path: Path) -> None:
     assert part is not None and not part.resumed
     assert WeightPart.open(cache, content, 5000) is None
     part.write([data[:1000], data[1000:1500]])
-    assert not part.finish()  # not whole: it begins anew
+    assert not part.finish()  # incomplete: it begins again
     part.write([data[:1500]])
     part.close()
     again = WeightPart.open(cache, content, 5000)

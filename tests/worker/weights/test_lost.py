@@ -1,4 +1,4 @@
-"""The only worker that has the model's file is lost while it sends: others wait for it, and go on where they were."""
+"""Tests of the loss of the only worker with the model file while it sends: other workers wait for it and resume."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def expected(model: Path) -> list[Answer]:
 
 
 def worker(folder: Path, join: str, name: str, model_dir: Path | None = None) -> asyncio.Task[str]:
-    """Runs a worker in this process, with caches of its own."""
+    """Runs a worker in this process, with its own caches."""
     settings = WorkerSettings(
         name=name,
         join=join,
@@ -60,7 +60,7 @@ def worker(folder: Path, join: str, name: str, model_dir: Path | None = None) ->
 
 
 def stall_after(monkeypatch: pytest.MonkeyPatch, frames: int) -> asyncio.Event:
-    """Stops the sender of weights after this many frames; the event is set when that is so."""
+    """Blocks the sender of weights after this many frames, and then sets the event."""
     stalled, give, left = asyncio.Event(), WeightGiver._give, frames
 
     async def stall(weights: WeightGiver, stream: ServerStream, wanted: WeightRange) -> None:
@@ -92,14 +92,14 @@ def over_machines(model: Path, folder: Path, join: str) -> ClusterConfig:
 
 
 def places(weights: Weights, model_path: str) -> list[Path]:
-    """Returns places as if each worker were on a machine of its own."""
+    """Returns the paths at which a worker looks for the file, as if each worker were on a separate machine."""
     return [] if weights._model_dir is None else [weights._model_dir / Path(model_path).name]
 
 
 async def answers(
     settings: ClusterConfig, model: Path, told: list[str], requests: tuple[GenerationRequest, ...]
 ) -> list[object]:
-    """Returns the answers of a cluster that runs for these requests only."""
+    """Returns the answers of a cluster that runs only for these requests."""
 
     def report(event: Event) -> None:
         if isinstance(event, Waiting):
@@ -116,7 +116,7 @@ async def answers(
 async def test_a_holder_that_is_back_elsewhere_is_asked_at_once(
     model: Path, expected: list[Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The load goes on, although the holder's address answers no more."""
+    """The load continues, although the worker's old address does not answer."""
     timeouts = FetchTimeouts(connect_s=60.0, source_s=60.0)
     monkeypatch.setattr("llamaclust.worker.weights.remote_file.WeightFetch", partial(WeightFetch, timeouts=timeouts))
     join, told = f"127.0.0.1:{free_port()}", list[str]()
@@ -143,7 +143,7 @@ async def test_the_holder_is_lost_while_it_sends(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    timeouts = replace(IMPATIENT, source_s=4.0)  # the loss of worker a is known before worker b's load fails
+    timeouts = replace(IMPATIENT, source_s=4.0)  # worker a's loss is detected before worker b's load fails
     monkeypatch.setattr("llamaclust.worker.weights.remote_file.WeightFetch", partial(WeightFetch, timeouts=timeouts))
     join, told = f"127.0.0.1:{free_port()}", list[str]()
     monkeypatch.setattr(Weights, "places", places)

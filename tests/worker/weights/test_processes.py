@@ -1,4 +1,5 @@
-"""A cluster over machines whose workers lack the model file, as a user starts it: by mutual TLS, killed and gone on."""
+"""Tests of a cluster on machines that lack the model file, started as by a user: with mutual TLS, and with restarts of
+the cluster."""
 
 from __future__ import annotations
 
@@ -56,18 +57,18 @@ def _moved(cluster: Cluster) -> tuple[float, float]:
 
 
 def _all_arrived(cluster: Cluster) -> bool:
-    """Waits until all heartbeats have told of the bytes."""
+    """Waits until the heartbeats have reported all bytes."""
 
     def told() -> bool:
         sent, received = _moved(cluster)
-        return sent >= received > 20_000_000  # more where a worker was lost while it loaded
+        return sent >= received > 20_000_000  # more if a worker was lost during its load
 
     eventually(told, 60.0, "bytes of weights")
     return True
 
 
 def _elsewhere(stack: ExitStack, line: CommandLine, port: int, name: str, *, fresh: bool) -> Running:
-    """Starts a worker in a folder of its own, with caches of its own."""
+    """Starts a worker in a separate folder, with its own caches."""
     folder = line.folder / name
     if fresh:
         folder.mkdir()

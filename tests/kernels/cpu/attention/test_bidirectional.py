@@ -1,4 +1,4 @@
-"""Attention in both directions, as encoders have it: beside the reference, and to the same bits in company."""
+"""Tests of bidirectional attention, as in encoders: close to the reference, with equal bits alone and in a batch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from support.arithmetic.single_steps import (
 def bidirectional(
     shape: tuple[int, int, int], lengths: list[list[int]], window: int | None = None, *, biased: bool = False
 ) -> Case:
-    """A batch for each list of lengths, of whole sequences beside each other in scattered blocks."""
+    """Builds a batch for each list of lengths, of whole sequences in scattered blocks."""
     generator, case = generator_of(shape, lengths), attention_case(*shape, [])
     *copies, step = case.program.steps
     assert isinstance(step, Attention)
@@ -66,7 +66,7 @@ def test_a_bias_by_distance(tmp_path: Path, window: int | None) -> None:
 
 @pytest.mark.parametrize(("window", "biased"), [(None, False), (None, True), (600, False), (128, True)])
 def test_over_several_spans(tmp_path: Path, window: int | None, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows see whole spans behind their own; a window ends in a later span than it begins."""
+    """Rows attend to whole spans after their own; a window ends in a later span than it begins."""
     limits = replace(LIMITS, max_batch_tokens=1200, max_outputs=1200)
     monkeypatch.setattr("support.arithmetic.single_steps.LIMITS", limits)
     check_conformance(tmp_path, bidirectional((2, 1, 16), [[511, 600], [1100]], window, biased=biased), EXACT)
@@ -74,7 +74,7 @@ def test_over_several_spans(tmp_path: Path, window: int | None, biased: bool, mo
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_same_bits_alone_and_in_company(tmp_path: Path, threads: int) -> None:
-    """Short sequences that are one unit of work for each head, and longer ones."""
+    """The batch has longer sequences and short ones, which are one unit of work per head."""
     lengths = [33, 1, 5, 90]
     case = bidirectional((4, 2, 32), [lengths])
     ((_, hidden),) = case.runs

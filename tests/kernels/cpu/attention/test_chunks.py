@@ -1,4 +1,4 @@
-"""Attention in chunks: as the reference has it, and to the same bits in any batches and on any threads."""
+"""Tests of chunked attention: the reference's results, and equal bits in any batches and on any threads."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def step_of(case: Case) -> Attention:
 
 @pytest.mark.parametrize("chunk", [1, 6, 100, 512, 520, 1 << 20])
 def test_as_the_reference_has_it(tmp_path: Path, chunk: int) -> None:
-    """Chunks that end in a span, with it, and in a later one."""
+    """Chunks end within a span, at its end, and in a later span."""
     case = attention_case(HEADS, KV_HEADS, HEAD_DIM, [range(start, end) for start, end in pairwise(BOUNDS)])
     check_conformance(tmp_path, chunked(case, chunk), EXACT)
 
@@ -65,7 +65,7 @@ def test_same_bits_in_any_batches(tmp_path: Path, kv_type: KvType, chunk: int) -
 
 
 def test_a_chunk_is_no_window(tmp_path: Path) -> None:
-    """The first row of a chunk sees itself alone, its last one as many positions as a window has."""
+    """The first row of a chunk attends only to itself, the last row to as many positions as with a window."""
     case = attention_case(HEADS, KV_HEADS, HEAD_DIM, [range(40)])
     step = step_of(chunked(case, 8))
     assert [seen_by(step, own, 40) for own in (0, 7, 8, 9, 39)] == [(0, 1), (0, 8), (8, 9), (8, 10), (32, 40)]

@@ -1,4 +1,4 @@
-"""Attention in 8-bit integers: as the reference rounds it, and how near it is to attention without rounding."""
+"""Tests of attention in 8-bit integers: the reference's rounding, and the error against unrounded attention."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from support.arithmetic.conformance_cases import attention_case
 from support.arithmetic.single_steps import Case, check_conformance, error, program_of
 
 FEW_FLIPS = 1e-7
-"""A weight that is rounded the other way, because its score is another one in the last bit, is what differs."""
+"""The largest error against the reference: a score's last bit may change the rounding of a weight."""
 BOUNDS = [0, 150, 300, 450, 505, 511, 512, 513, 560, 600]
 
 
@@ -55,7 +55,7 @@ def in_int8(case: Case, **changes: object) -> Case:
     ],
 )
 def test_as_the_reference_has_it(tmp_path: Path, shape: tuple[int, int, int], changes: dict[str, object]) -> None:
-    """Over the end of a span; windows that begin inside the 64 positions of a scale; heads of odd sizes."""
+    """Covers positions beyond a span, windows that begin within the 64 positions of a scale, and odd head sizes."""
     case = attention_case(*shape, [range(start, end) for start, end in itertools.pairwise(BOUNDS)])
     check_conformance(tmp_path, in_int8(case, **changes), FEW_FLIPS)
 
@@ -63,8 +63,8 @@ def test_as_the_reference_has_it(tmp_path: Path, shape: tuple[int, int, int], ch
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 4.0])
 def test_near_what_is_not_rounded(tmp_path: Path, sharpness: float, make: Callable[[], CpuBackend]) -> None:
-    """Weights that are nearly equal and weights of few positions: 8 bits of queries and weights cost about as much as
-    those of keys and values."""
+    """Tests nearly equal weights and weights of few positions: rounding queries and weights to 8 bits costs about as
+    much as rounding keys and values."""
     model, plain = (Model(tmp_path, 4, 1, 64, kv_type) for kv_type in (KvType.INT8, KvType.F16))
     hidden = model.hidden(600)
     hidden[:, :256] *= np.float32(sharpness)
@@ -89,7 +89,7 @@ def test_queries_are_rounded_to_eight_bits() -> None:
 
 @pytest.mark.parametrize("window", [None, 1, 63, 64, 65, 300])
 def test_same_bits_however_positions_are_cut(tmp_path: Path, window: int | None) -> None:
-    """Rows that share a pass over 64 positions see different parts of them."""
+    """Rows that are computed together attend to different parts of 64 positions."""
     model = Model(tmp_path, 3, 1, 72, KvType.INT8, window)
     hidden = model.hidden(640)
     with model.stage(partial(all_threads, 1)) as stage:
@@ -104,7 +104,7 @@ def test_same_bits_however_positions_are_cut(tmp_path: Path, window: int | None)
 
 @pytest.mark.parametrize("scale", [1e-30, 3e-39, 1e4])
 def test_values_of_any_magnitude(tmp_path: Path, scale: float) -> None:
-    """Values whose scales vanish in float16 are zeros; large ones keep their share."""
+    """Values whose scales underflow in float16 become zeros; large ones are kept."""
     model = Model(tmp_path, 2, 1, 32, KvType.INT8)
     hidden = model.hidden(130)
     hidden[:, -32:] *= np.float32(scale)

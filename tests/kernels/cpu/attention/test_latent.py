@@ -1,4 +1,5 @@
-"""Latent attention of the CPU backend, whose values are the first channels of its keys, and products by head."""
+"""Tests of the CPU backend's latent attention, whose values are the first channels of its keys, and of products by
+head."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ MAKERS |= {f"{threads} threads": partial(all_threads, threads) for threads in (1
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """Attention of queries and keys that come side by side in the hidden state."""
+    """Attention whose hidden state is the concatenated queries and keys."""
 
     heads: int
     key: int
@@ -108,7 +109,7 @@ def test_close_to_float64_and_the_same_bits_everywhere(shape: tuple[int, int, in
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("kv_type", KvType)
 def test_same_bits_one_token_at_a_time(kv_type: KvType, threads: int) -> None:
-    """Decoding over more than 512 positions divides spans over threads."""
+    """Decoding over more than 512 positions divides spans among threads."""
     latent = Latent(16, 48, 32, kv_type)
     hidden = latent.hidden(1060)
     chunks = [*chunks_of(500, 250), *(range(i, i + 1) for i in range(500, 530)), range(530, 1030)]
@@ -147,7 +148,7 @@ def test_same_bits_beside_other_sequences() -> None:
 
 @pytest.mark.parametrize("kv_type", KvType)
 def test_keys_are_stored_once(kv_type: KvType) -> None:
-    """A position takes 576 channels and scales, also in what a stage allocates."""
+    """A position takes 576 channels and their scales, also in the memory that a stage allocates."""
     bytes_of = {KvType.F16: 2 * 576, KvType.Q8_0: 576 + 2 * 18, KvType.INT8: 576 + 2 * 18}
     for key in (2, 7, 40, 576):
         step = Latent(2, key, 2, kv_type).step
@@ -175,7 +176,7 @@ def test_what_no_kernel_computes_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", SUPPORTED_TYPES, ids=lambda kind: kind.name)
 def test_products_by_head(tmp_path: Path, kind: QuantType) -> None:
-    """Covers a matrix for each head in every type, rows that fill no tile, and tiles that several threads share."""
+    """Covers one matrix per head in every type, rows that do not fill a tile, and tiles that several threads share."""
     heads, rows, cols = 5, 40, 256
     generator = generator_of(kind)
     x, out = Buffer("x", heads * cols), Buffer("out", heads * rows)

@@ -1,4 +1,4 @@
-"""Attention that reads keys and values which another step has stored."""
+"""Tests of attention that reads keys and values stored by another step."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ CHUNKS = [range(0, 1), range(1, 70), range(70, 71), range(71, 100), range(100, 2
 
 
 def shared_case(heads: int, head_dim: int) -> tuple[Case, Case]:
-    """The sum of an attention's result and that of a second one with other queries; and the same where the second one
-    stores the keys and values again, as another layer."""
+    """Builds the sum of two attention steps with different queries. In the first case, the second step reads the first
+    one's KV; in the second case, it stores the same KV again as another layer."""
     plain = attention_case(heads, 2, head_dim, CHUNKS)
     *copies, first = plain.program.steps
     assert isinstance(first, Attention)

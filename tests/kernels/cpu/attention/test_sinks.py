@@ -1,4 +1,4 @@
-"""Attention with sinks: as the reference has it, and to the same bits in any chunks and on any threads."""
+"""Tests of attention with sinks: the reference's results, and equal bits in any chunks and on any threads."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_as_the_reference_has_it(tmp_path: Path, cap: float | None, window: int 
 
 @pytest.mark.parametrize("kv_type", KvType)
 def test_same_bits_in_any_chunks(tmp_path: Path, kv_type: KvType) -> None:
-    """Covers prefill, and decoding over two spans, which go to different threads."""
+    """Covers prefill, and decoding over two spans, which are computed on different threads."""
     case = with_sinks(attention_case(HEADS, 3, 16, [range(600)]), kv_type=kv_type)
     path = tmp_path / "weights.gguf"
     write_gguf(path, {}, [weight.source(name) for name, weight in case.weights.items()])
@@ -59,7 +59,7 @@ def test_same_bits_in_any_chunks(tmp_path: Path, kv_type: KvType) -> None:
 
 
 def test_a_sink_takes_its_share(tmp_path: Path) -> None:
-    """The reference gives another result without sinks."""
+    """The reference's result differs without sinks."""
     case = attention_case(HEADS, 3, 16, [range(40)])
     path = tmp_path / "weights.gguf"
     write_gguf(path, {}, [weight.source(name) for name, weight in with_sinks(case).weights.items()])

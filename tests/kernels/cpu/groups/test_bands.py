@@ -1,4 +1,5 @@
-"""Large runs of a group's members: rows are computed in bands, whose gathers go on while others are computed."""
+"""Tests of large batches in a group: rows are computed in bands, and one band's gathers overlap with the computation of
+others."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from support.arithmetic.members import CpuGroup, LinkedGroup
 from support.models.tiny_architectures import MODELS, TOKENS, build_architecture
 from support.seed import SEED
 
-REFUSED = {"gemma3n", "gemma4-inputs"}  # layers read the keys and values of others
+REFUSED = {"gemma3n", "gemma4-inputs"}  # models with layers that share KV
 MANY = replace(LIMITS, max_batch_tokens=320, max_outputs=320)
 LEAST = LEAST_BANDED_ROWS
 TWO = ("qwen3", "lfm2")
@@ -36,7 +37,8 @@ def tokens(count: int) -> list[int]:
 
 
 def batches() -> Iterator[Batch]:
-    """A prompt, rows behind it with another prompt, several sequences of which one lies in both bands, and one row."""
+    """Yields a prompt, its next rows with another prompt, several sequences of which one is in both bands, and a single
+    row."""
     yield batch_of([(tokens(300), range(300), range(20))])
     yield batch_of([(tokens(140), range(300, 440), range(32)), (tokens(120), range(120), range(32, 40))])
     prompts = [(tokens(90), range(90), range(40 + 6 * place, 46 + 6 * place)) for place in range(3)]
@@ -70,7 +72,7 @@ def test_bands_have_the_bits_of_one(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(("threads", "bands"), [(1, 2), (3, 2), (2, 4), (2, 1)])
 @pytest.mark.parametrize("name", TWO)
 def test_bands_over_links(tmp_path: Path, name: str, threads: int, bands: int) -> None:
-    """Two stages, the second of which is given hidden states; a layer with states has all rows together."""
+    """The second of two stages gets hidden states; layers with states compute all rows together."""
     with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model:
         expected = results(load(model, whole(model)))
         programs = [whole(model, layers) for layers in ((0, 1), (1, model.layer_count))]
@@ -96,7 +98,7 @@ def test_bands_over_links(tmp_path: Path, name: str, threads: int, bands: int) -
     ],
 )
 def test_runs_that_have_bands(tmp_path: Path, rows: int, most: int, borders: list[int]) -> None:
-    """Each gather of a layer is one of each band; logits are gathered once."""
+    """Each gather of a layer is done once per band; logits are gathered once."""
     with Model.open(build_architecture(tmp_path / "model.gguf", "qwen3")) as model:
         program, limits = divide(whole(model), (1.0, 1.0), 0), replace(MANY, max_batch_tokens=512)
         stage = load(model, program, limits=limits)
@@ -112,7 +114,7 @@ def test_runs_that_have_bands(tmp_path: Path, rows: int, most: int, borders: lis
 
 
 def test_native_bands_are_those_that_other_members_count(tmp_path: Path) -> None:
-    """The limits stand in C++ and in `kernels/gathers.py`."""
+    """C++ and `kernels/gathers.py` have separate copies of the limits."""
     with Model.open(build_architecture(tmp_path / "model.gguf", "qwen3")) as model:
         program = divide(whole(model), (1.0, 1.0), 0)
         stage = load(model, program)
@@ -169,7 +171,7 @@ def test_a_gather_that_fails_ends_the_run(tmp_path: Path, threads: int) -> None:
 
 
 def test_a_peer_that_goes_ends_the_run(tmp_path: Path) -> None:
-    """Whichever gather goes on then."""
+    """Any gather in progress may detect the loss."""
     with Model.open(build_architecture(tmp_path / "model.gguf", "qwen3")) as model:
         group = LinkedGroup(model, whole(model), (1.0, 1.0), 2, MANY)
     batch = batch_of([(tokens(300), range(300), range(20))])

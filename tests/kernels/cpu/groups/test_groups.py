@@ -1,4 +1,4 @@
-"""Members of a group on processors: together they have the bits of one stage, in every family."""
+"""Tests of groups on CPUs: the members together give one stage's bits, in every architecture family."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SOME = ("qwen3", "gemma3", "gpt-oss", "deepseek2", "phi3-short", "baichuan-13b",
 
 
 def batches() -> Iterator[Batch]:
-    """A prompt, its next tokens, two sequences that decode, and a prompt beside them of which nothing is wanted."""
+    """Yields a prompt, its next tokens, two sequences in decode, and both beside a prompt without outputs."""
     many = len(TOKENS)
     yield batch_of([(TOKENS, range(many), range(4))])
     for at, token in enumerate(DECODED_TOKENS[:2], many):
@@ -51,7 +51,7 @@ def results(stage: CpuStage) -> list[Float32]:
 
 
 def assert_bits(group: CpuGroup, expected: list[Float32]) -> None:
-    """The leader has the logits."""
+    """Checks the leader's logits."""
     for batch, logits in zip(batches(), expected, strict=True):
         assert group.run(batch, None)[0].tobytes() == logits.tobytes()
 
@@ -151,7 +151,7 @@ def test_a_member_without_a_gatherer_does_not_run(tmp_path: Path) -> None:
     ],
 )
 def test_borders_that_do_not_fit_are_refused(own: int, borders: list[int], words: str) -> None:
-    """Members may have no columns."""
+    """Members may have zero columns."""
     plan = Plan(4, 4, 1, 16, 1)
     x, out = (plan.add_buffer(width, 1, False, 4) if width else None for width in (own, 64))
     assert out is not None

@@ -1,4 +1,5 @@
-"""Links between members: rows arrive as they are; anything else ends the links with an error that names the peer."""
+"""Tests of links between members: rows arrive unchanged; any other bytes close the links with an error that names the
+peer."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def gathered(links: Links, own: Float32 = OWN, number: int = 0) -> Float32:
 )
 @pytest.mark.parametrize("rows", [1, 3, 70])
 def test_rows_arrive_as_they_are(borders: list[int], rows: int) -> None:
-    """Any bits, NaN as well; members that are ahead or behind, or have no columns; more bytes than sockets hold."""
+    """Covers any bits including NaN, members that are early or late or have no columns, and rows larger than socket
+    buffers."""
     print(f"seed {SEED}")
     made = np.random.default_rng(SEED)
     members = len(borders) - 1
@@ -64,7 +66,7 @@ def test_rows_arrive_as_they_are(borders: list[int], rows: int) -> None:
 
 
 def test_a_member_without_columns_is_known_by_its_header() -> None:
-    """It finds the frames of all others wrong before it has rows to send, and they find its header wrong."""
+    """The member rejects the frames of all others before it has rows to send, and the others reject its header."""
     links = linked(3)
 
     def accused(member: int) -> int:
@@ -157,7 +159,7 @@ def test_a_peer_that_takes_nothing() -> None:
 
 @pytest.mark.parametrize("rows", [1, 1 << 18])
 def test_a_long_wait_is_parked(rows: int) -> None:
-    """It takes little processor time, whether rows lack or are not taken; a thread that polled would take 2 s."""
+    """Waiting for missing or unread rows takes little processor time; a thread that polled would take 2 s."""
     peer = HandPeer(2.0)
     peer.links.begin(1, 2)
     own, whole = np.zeros((rows, 32), np.float32), np.zeros((rows, 48), np.float32)
@@ -168,7 +170,7 @@ def test_a_long_wait_is_parked(rows: int) -> None:
 
 
 def test_the_error_names_the_member_that_lacks() -> None:
-    """Two of three members wait for the third: neither takes the other for it."""
+    """Two of three members wait for the third, and neither reports the other as missing."""
     links = linked(3, SHORT_S)
     begin(links, 0)
     borders = [0, 16, 32, 48]
@@ -193,7 +195,7 @@ def test_close_ends_a_gather_of_another_thread(waits_s: float) -> None:
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(gathered, peer.links)
         assert peer.receive(HEADER.size) == HEADER.pack(1, 2, 0, OWN.nbytes)
-        time.sleep(waits_s)  # it polls at first, and is parked later
+        time.sleep(waits_s)  # the thread polls at first and is parked later
         peer.links.close()
         with pytest.raises(LinkError, match="closed by this process"):
             waiting.result(DEADLINE_S)

@@ -1,4 +1,4 @@
-"""Rows sent between members as int8 values and scales: the bits of one stage, with a quarter of the bytes."""
+"""Tests of rows that members send as int8 values and scales: one stage's bits, with a quarter of the bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.arithmetic.members import CpuGroup, LinkedGroup
 from support.models.tiny_architectures import MODELS, TOKENS, build_architecture
 from support.models.tiny_model import build_tiny_model
 
-REFUSED = {"gemma3n", "gemma4-inputs"}  # layers read the keys and values of others
+REFUSED = {"gemma3n", "gemma4-inputs"}  # models with layers that share KV
 BATCHES = [
     batch_of([(TOKENS, range(len(TOKENS)), range(4))]),
     batch_of([([7], [len(TOKENS)], range(4))]),
@@ -54,7 +54,7 @@ def assert_bits(group: CpuGroup, expected: list[Float32]) -> None:
 
 @pytest.mark.parametrize("kind", SUPPORTED_TYPES, ids=lambda kind: kind.name)
 def test_every_type_of_weights(tmp_path: Path, kind: QuantType) -> None:
-    """Equal shares have whole segments; unequal ones send some rows as floats."""
+    """Equal shares consist of whole segments; with unequal shares, some rows are sent as float32."""
     path = build_tiny_model(tmp_path / "model.gguf", quant_type=kind, hidden=512, ffn=1024, layers=2)
     packs = kind.info.activation in FORMATS
     with Model.open(path) as model:
@@ -68,7 +68,7 @@ def test_every_type_of_weights(tmp_path: Path, kind: QuantType) -> None:
 
 @pytest.mark.parametrize("kind", [QuantType.Q4_0, QuantType.Q6_K, QuantType.MXFP4, QuantType.F16], ids=str)
 def test_lines_of_experts(tmp_path: Path, kind: QuantType) -> None:
-    """Members send their columns of each chosen expert's gated activations."""
+    """Members send their columns of each selected expert's gated activations."""
     path = build_tiny_model(tmp_path / "model.gguf", quant_type=kind, hidden=512, ffn=1024, layers=2, experts=4)
     packs = kind.info.activation in FORMATS
     with Model.open(path) as model:
@@ -92,7 +92,7 @@ def test_every_family(tmp_path: Path, name: str, kind: QuantType) -> None:
 )
 def test_bytes_of_a_row(tmp_path: Path, kind: QuantType, row_bytes: tuple[int, int]) -> None:
     """Members send halves of attention, of the product after it, of the activations and of the last product. Embedding
-    rows go one way, logits the other; a member without columns sends a header."""
+    rows are sent one way, logits the other way; a member without columns sends only a header."""
     path = build_tiny_model(tmp_path / "model.gguf", quant_type=kind, hidden=512, ffn=1024, layers=3)
     with Model.open(path) as model:
         group = LinkedGroup(model, whole(model), (1.0, 1.0), 1)
@@ -104,7 +104,7 @@ def test_bytes_of_a_row(tmp_path: Path, kind: QuantType, row_bytes: tuple[int, i
 
 
 def test_a_row_that_others_read_too_goes_as_it_is(tmp_path: Path) -> None:
-    """Covers products of two formats, and a float32 product beside a product that quantizes."""
+    """Covers products with different activation formats, and a float32 product beside one that quantizes."""
     for other, packed in ((QuantType.Q4_K, 0), (QuantType.F16, 0), (QuantType.Q8_0, 2)):
         others = {"attn_output": other, "ffn_down": other}
         path = build_tiny_model(

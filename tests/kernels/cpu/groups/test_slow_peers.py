@@ -1,4 +1,4 @@
-"""Peers that take nothing for seconds, and peers that keep TLS busy: their links wait, or end, in bounded time."""
+"""Tests of peers that read nothing for seconds or keep TLS busy: links wait or close in bounded time."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from support.arithmetic.linked import DEADLINE_S, GREETING, connected, link_to, 
 
 BORDERS = [0, 32, 48]
 ROWS = 1 << 18
-BLOCKED_S = 8.0  # probes of a closed window are 3.2 s apart by then
+BLOCKED_S = 8.0  # probes of a zero window are 3.2 s apart by then
 ANSWER_S = 0.5
 
 
 def test_a_peer_that_has_no_room_is_reached_all_the_same() -> None:
-    """Its system answers probes whose intervals grow: the peer is late, and no network has failed."""
+    """The peer's kernel answers zero-window probes at growing intervals, so the peer is late but reachable."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         ours = socket.create_connection(listener.getsockname())
@@ -55,7 +55,7 @@ def write_identity(trust: Authority, folder: Path) -> None:
 
 @pytest.mark.skipif(not tls_library() or shutil.which("openssl") is None, reason="needs OpenSSL and its command")
 def test_a_peer_that_renews_its_keys_again_and_again_is_at_fault(tmp_path: Path) -> None:
-    """OpenSSL reads key updates by itself and returns for bytes only."""
+    """OpenSSL processes key updates internally and returns only application bytes."""
     trust = Authority.open(tmp_path / "authority")
     write_identity(trust, tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
@@ -78,7 +78,7 @@ def test_a_peer_that_renews_its_keys_again_and_again_is_at_fault(tmp_path: Path)
             for _ in range(1000):
                 if ended.wait(0.01):
                     break
-                it.stdin.write(b"k\n")  # a key update for each line that it reads by itself
+                it.stdin.write(b"k\n")  # one key update per line
                 it.stdin.flush()
             with pytest.raises(LinkError, match="new keys") as raised:
                 waiting.result(DEADLINE_S)
@@ -90,7 +90,7 @@ def test_a_peer_that_renews_its_keys_again_and_again_is_at_fault(tmp_path: Path)
 @pytest.mark.skipif(not tls_library(), reason="needs OpenSSL")
 @pytest.mark.parametrize("tickets", [9, 100, 5000])
 def test_a_peer_that_sends_tickets_and_no_bytes_is_at_fault(tickets: int, tmp_path: Path) -> None:
-    """OpenSSL reads tickets of sessions by itself, too, and members send none."""
+    """OpenSSL also processes session tickets internally; members send none."""
     trust = Authority.open(tmp_path / "authority")
     write_identity(trust, tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -1,4 +1,4 @@
-"""Steps that the first member of a group begins: all others get its message, then meet it at the step's gathers."""
+"""Tests of steps that a group's first member begins: all others receive its message, then gather with it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def trust(request: pytest.FixtureRequest, tmp_path: Path) -> Authority | None:
 
 @pytest.mark.parametrize("members", [2, 3])
 def test_all_members_get_each_step(members: int, trust: Authority | None) -> None:
-    """Covers empty messages, messages larger than systems hold, gathers between them, and early and late members."""
+    """Covers empty messages, messages larger than socket buffers, gathers in between, and early and late members."""
     print(f"seed {SEED}")
     links, made = linked(members, trust=trust), np.random.default_rng(SEED)
     sizes = [0, 1, 24, 100_000, 20_000_000, 3]
@@ -69,7 +69,7 @@ def test_all_members_get_each_step(members: int, trust: Authority | None) -> Non
 
 
 class Waiting:
-    """A thread that calls a function and waits in it."""
+    """A thread that calls a blocking function."""
 
     def __init__(self, call: Callable[[], bytes]) -> None:
         self._pool, self._begun = ThreadPoolExecutor(1), Future[int]()
@@ -81,7 +81,7 @@ class Waiting:
         return call(), time.thread_time()
 
     def park(self) -> None:
-        """Returns when the thread takes no more processor time, as a thread does that does not poll."""
+        """Waits until the thread takes no more processor time, which shows that it does not poll."""
         clock, looks = time.pthread_getcpuclockid(self._thread), 0
         before_s = time.clock_gettime(clock)
         while looks < LOOKS:
@@ -97,7 +97,7 @@ class Waiting:
 
 
 def deadlines_pass(count: int) -> None:
-    """Waits for `count` gathers, one after the other, to miss a deadline of `SHORT_S`."""
+    """Waits until `count` consecutive gathers have missed a deadline of `SHORT_S`."""
     for _ in range(count):
         peer = HandPeer(SHORT_S)
         with pytest.raises(LinkError) as raised:
@@ -106,7 +106,7 @@ def deadlines_pass(count: int) -> None:
 
 
 def test_waiting_for_a_step_has_no_deadline() -> None:
-    """The first byte arrives after three deadlines, when the thread is parked."""
+    """The first byte arrives after three deadlines, while the thread is parked."""
     peer = HandPeer(SHORT_S, own=1)
     waiting = Waiting(lambda: peer.links.receive_step(1, 2, MOST))
     deadlines_pass(3)
@@ -228,7 +228,7 @@ def test_each_member_has_its_call() -> None:
 
 
 def test_counters() -> None:
-    """Counted waits are those of gathers for the last member to be ready; counted bytes include those of steps."""
+    """Wait times include only gathers that wait for the last member; byte counts include the messages of steps."""
     links = linked(3)
     rows, step = 2 * (24 + 64), 24 + len(MESSAGE)
     begins = {0: 2 * step, 1: 0, 2: 0}  # bytes that a member has sent before its first gather
@@ -244,14 +244,14 @@ def test_counters() -> None:
             links[member].gather(number, ROWS, np.zeros((1, 48), np.float32), [0, 16, 32, 48])
 
     def until_sent(number: int) -> None:
-        """Returns when both other members wait in this gather."""
+        """Waits until both other members wait in this gather."""
         while any(links[other].counters().sent_bytes < begins[other] + (number + 1) * rows for other in (0, 1)):
             time.sleep(1e-3)
         time.sleep(0.02)
 
     with ThreadPoolExecutor(3) as pool:
         waiting = [pool.submit(run, member) for member in (1, 2)]
-        time.sleep(0.2)  # which the others wait for a step
+        time.sleep(0.2)  # the others wait for a step meanwhile
         run(0)
         for each in waiting:
             each.result(DEADLINE_S)

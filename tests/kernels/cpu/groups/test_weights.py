@@ -1,4 +1,4 @@
-"""Members of a group with every type of weights, with adapters, and of encoders: the bits of one stage."""
+"""Tests of groups with weights of every type, with adapters and with encoders: one stage's bits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TOKENS = (1, 5, 9, 300, 33, 65, 100, 3)
 
 
 def batches() -> Iterator[Batch]:
-    """A prompt, and two sequences behind it."""
+    """Yields a prompt, then two sequences."""
     yield batch_of([(TOKENS, range(8), range(4))])
     yield batch_of([([11], [8], range(4)), ([4, 7], range(2), range(4, 8))])
 
@@ -49,7 +49,7 @@ def run(backend: Backend, model: Model, given: Sequence[Batch]) -> list[bytes]:
 
 
 def assert_same_bits(model: Model, given: Sequence[Batch], *, reference: bool = True) -> None:
-    """Members on both backends, in all shares."""
+    """Checks groups of both backends with all shares."""
     program, expected = whole(model), run(CpuBackend(1), model, given)
     for shares in SHARES:
         group = CpuGroup(model, program, shares, 2)
@@ -78,7 +78,7 @@ def test_every_type_of_weights(tmp_path: Path, kind: QuantType, experts: int) ->
 
 
 def with_scales(batch: Batch, adapters: int) -> Batch:
-    """Rows with all adapters and rows without."""
+    """Gives every other row all adapters."""
     scales = np.zeros((batch.rows, adapters), np.float32)
     scales[::2] = np.linspace(0.5, -1.5, adapters, dtype=np.float32)
     return replace(batch, adapter_scales=scales)

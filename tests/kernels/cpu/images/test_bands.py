@@ -1,4 +1,5 @@
-"""Long runs of encoders, which are computed in bands of rows: the bits of short runs, and memory for one band."""
+"""Tests of large encoder batches, which are computed in bands of rows: the bits of small batches, and memory for one
+band."""
 
 from __future__ import annotations
 
@@ -60,7 +61,7 @@ def layer(x: Buffer, out: Buffer, *, grouped: bool = True) -> tuple[Step, ...]:
 
 
 def encoder() -> tuple[Step, ...]:
-    """Builds an encoder of two layers, whose results are joined and merged."""
+    """Builds an encoder of two layers whose results are joined and merged."""
     joined, merged = Buffer("joined", 2 * WIDTH), Buffer("merged", MERGED * 2 * WIDTH)
     ends = Join(LAST, FIRST, joined), MergeRows(joined, merged, MERGED), MatMul(merged, OUT, "merger")
     return *layer(X, FIRST), *layer(FIRST, LAST), *ends
@@ -97,7 +98,7 @@ def in_groups(positions: range) -> Batch:
 
 @pytest.mark.parametrize("rows", [1200, 2304])
 def test_rows_have_the_bits_of_short_runs(tensors: Mapping[str, Tensor], rows: int) -> None:
-    """A row sees its group of 48 only, so that groups can be computed apart."""
+    """Rows attend only to their group of 48, so groups can also be computed separately."""
     hidden, steps = normal(generator_of(rows), rows, WIDTH), encoder()
     pieces = [range(start, start + 240) for start in range(0, rows - rows % 240, 240)] + (
         [range(rows - rows % 240, rows)] if rows % 240 else []
@@ -115,7 +116,7 @@ def test_rows_have_the_bits_of_short_runs(tensors: Mapping[str, Tensor], rows: i
 
 @pytest.mark.parametrize("name", ["cpu-1-thread", "cpu-3-threads"])
 def test_rows_are_selected_behind_bands(name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Covers three sequences, as a text encoder has them, of which the second one is in two bands."""
+    """Covers three sequences, as in text encoders; the second one is in two bands."""
     counts = 700, 800, 640
     steps = (*layer(X, FIRST, grouped=False), SelectRows(FIRST, FEW), MatMul(FEW, OUT, "head"))
     hidden = [normal(generator_of(count), count, WIDTH) for count in counts]
@@ -139,8 +140,8 @@ def test_a_stage_that_has_bands_computes_short_runs(tensors: Mapping[str, Tensor
 
 
 def test_all_rows_have_room_where_all_are_needed(tensors: Mapping[str, Tensor]) -> None:
-    """All rows of x, q, the result of attention and the first layer's result have room, and a fourth as many of the
-    result. Keys and values are stored band by band."""
+    """x, q, attention's result and the first layer's result have memory for all rows, the final result for a fourth of
+    them. Keys and values are stored band by band."""
     steps = encoder()
     program = program_of(X, OUT, *steps)
     used = {weight: tensors[weight] for weight in program.weights}

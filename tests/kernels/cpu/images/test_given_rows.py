@@ -1,4 +1,4 @@
-"""Rows that are given in place of tokens' embeddings, or added to the hidden state."""
+"""Tests of given rows, which replace token embeddings or are added to the hidden state."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def run(name: str, batch: Batch, hidden: Float32, *steps: ir.Step) -> Float32:
 @pytest.mark.parametrize("rows", [[], [0], [3], [8, 9], [2, 3, 4, 60, 88], range(89)], ids=str)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_given_rows_stand_in_place_of_others(name: str, rows: Sequence[int]) -> None:
-    """The first step takes a level, the second adds another one in place; few rows and many, two sequences."""
+    """The first step replaces rows by one level, the second adds another level in place; two sequences have few or many
+    given rows."""
     generator, batch = generator_of(rows), batch_of(SEQUENCES)
     hidden, values = normal(generator, batch.rows, WIDTH), normal(generator, max(len(rows), 1), LEVELS * WIDTH)
     values = values[: len(rows)]
@@ -88,7 +89,7 @@ def test_given_rows_that_do_not_fit_are_refused(rows: list[int], width: int, rea
 @pytest.mark.parametrize("architecture", ["llama-linear", "qwen3vl", "gemma3", "gpt2", "granite"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_the_embeddings_of_tokens_give_the_bits_of_the_tokens(tmp_path: Path, name: str, architecture: str) -> None:
-    """Given rows are not scaled and come before learned positions, as embeddings of images do."""
+    """Given rows, like image embeddings, are not scaled, and learned positions are added to them."""
     tokens = generator_of(architecture).integers(1, VOCABULARY, 40).tolist()
     with Model.open(build_architecture(tmp_path / "model.gguf", architecture)) as model:
         program = model.program(0, model.layer_count)

@@ -1,4 +1,4 @@
-"""Attention whose rows see their group: as a dense mask in float64 has it, to the same bits in any batches."""
+"""Tests of attention within groups of rows: float64 attention with a dense mask, and equal bits in any batches."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from support.arithmetic.single_steps import (
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 3, 16
 IMAGES = [range(20, 120), range(120, 121), range(300, 324), range(500, 530), range(905, 1105)]
-"""Groups beside each other, over the border of a span of 512 positions, and of more rows than are computed together."""
+"""Adjacent groups, one across a span border at 512 positions, and one with more rows than are computed together."""
 BORDERS = [0, 150, 299, 410, 500, 530, 700, 905, 1105, 1110]
-"""Batches in which every group is whole."""
+"""Batch borders that split no group."""
 
 
 def groups_at(positions: Iterable[int], images: Sequence[range]) -> Int32:
-    """Returns the group of each position: that of the image around it, or itself."""
+    """Returns the bounds of each position's group: the image around it, or the position alone."""
     around = (next((image for image in images if at in image), range(at, at + 1)) for at in positions)
     return np.array([(group.start, group.stop) for group in around], np.int32).reshape(-1, 2)
 
@@ -67,7 +67,7 @@ def tensors_of(folder: Path, case: Case) -> Mapping[str, Tensor]:
 
 
 def dense(hidden: Float32, mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Attention over all positions with float16 keys and values; mask [rows, positions]."""
+    """Returns attention over all positions with float16 keys and values; mask [rows, positions]."""
     width = HEADS * HEAD_DIM
     q, k, v = np.split(hidden, [width, width + KV_HEADS * HEAD_DIM], axis=1)
     query = q.reshape(-1, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM).astype(np.float64)
@@ -107,7 +107,7 @@ def test_groups_beside_other_options(tmp_path: Path, changes: dict[str, object])
 @pytest.mark.parametrize("kv_type", KvType)
 @pytest.mark.parametrize("changes", [{}, {"window": 70}, {"window": 512, "chunked": True}], ids=str)
 def test_same_bits_in_any_batches(tmp_path: Path, kv_type: KvType, changes: dict[str, object]) -> None:
-    """The bits of a row depend neither on the rows beside it nor on the threads, nor on groups that it does not see."""
+    """A row's bits depend neither on other rows in the batch nor on threads or groups that it does not attend to."""
     case = causal_runs(BORDERS, kv_type=kv_type, **changes)
     hidden = np.concatenate([part for _, part in case.runs if part is not None])
     tensors = tensors_of(tmp_path, case)
@@ -130,7 +130,7 @@ def test_same_bits_in_any_batches(tmp_path: Path, kv_type: KvType, changes: dict
 
 
 def test_sequences_beside_each_other(tmp_path: Path) -> None:
-    """Groups of sequences at other positions, with decode rows between them."""
+    """Sequences have groups at different positions, with decode rows in between."""
     generator, case = generator_of("several"), attention_case(HEADS, KV_HEADS, HEAD_DIM, [])
     tables = [[7, 3, 250, 9], [0, 4], [299, 1, 2, 5]]
     first = batch_of([([0] * 33, range(33), tables[0]), ([0] * 20, range(20), tables[1])])
@@ -142,7 +142,7 @@ def test_sequences_beside_each_other(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("widths", [[1, 2, 3, 58], [64] * 5, [16, 300], [330]], ids=str)
 def test_rows_that_see_their_group_alone(tmp_path: Path, widths: list[int]) -> None:
-    """Windows of an encoder: every row of a window sees all of it and nothing else."""
+    """Groups are windows of an encoder: each row attends to exactly its window."""
     ends = np.cumsum([0, *widths]).tolist()
     windows = [range(start, end) for start, end in pairwise(ends)]
     case = attending(attention_case(HEADS, KV_HEADS, HEAD_DIM, [range(ends[-1])]), windows, causal=False, grouped=True)

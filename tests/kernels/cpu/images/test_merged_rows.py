@@ -1,4 +1,4 @@
-"""Rows that are merged or averaged in groups of consecutive ones, as those of an image's patches are."""
+"""Tests of consecutive rows that are merged or averaged in groups, such as those of image patches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.arithmetic.single_steps import LIMITS, Case, Weight, check_conforma
 WIDTH = 64
 X, MERGED, OUT = Buffer("x", WIDTH), Buffer("merged", 4 * WIDTH), Buffer("out", 40)
 ROWS = (4, 8, 12, 16, 20, 64, 328)
-"""Rows before: few of which each thread has copies, and more than that, before merging and after it."""
+"""Row counts before merging; threads have private copies of few rows, and share more rows, before or after merging."""
 
 
 def run(name: str, hidden: Float32, *steps: Step) -> Float32:
@@ -53,7 +53,7 @@ def test_the_mean_is_a_sum_in_order(name: str, rows: int) -> None:
 
 @pytest.mark.parametrize("factor", [1, 2, 3, 9])
 def test_products_of_merged_rows(tmp_path: Path, factor: int) -> None:
-    """Two sequences, products before and after, twice fewer rows."""
+    """Two sequences have products before and after merging; the number of rows decreases twice."""
     generator = generator_of(factor)
     wide, mean, gate = (Buffer(name, factor * WIDTH) for name in ("wide", "mean", "gate"))
     inner = Buffer("inner", WIDTH)

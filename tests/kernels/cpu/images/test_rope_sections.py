@@ -1,4 +1,4 @@
-"""Rotations whose pairs turn by the positions of different sections, as those of images do."""
+"""Tests of RoPE whose pairs use positions of different sections, as for images."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(name: str, program: Program, batch: Batch, hidden: Float32) -> Float32:
 
 
 def rotated(hidden: Float32, positions: Int32, style: RopeStyle) -> Float32:
-    """Rotates pair i of each row by positions[SECTIONS[i], row], in float64."""
+    """Rotates pair i of each row by positions[SECTIONS[i], row] in float64."""
     out = hidden.reshape(-1, HEADS, HEAD_DIM).astype(np.float64)
     for row in range(len(hidden)):
         for i, frequency in enumerate(FREQUENCIES):
@@ -64,7 +64,7 @@ def test_each_pair_turns_by_its_section(name: str, rows: int, style: RopeStyle) 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_equal_positions_give_the_bits_of_rows_without_sections(name: str) -> None:
-    """Sections without rope positions, and rope positions without sections, give the bits of plain rows, too."""
+    """Sections without rope positions, and rope positions without sections, also give the bits of plain rows."""
     generator = generator_of("equal")
     hidden, plain = normal(generator, 60, X.width), rows_at(range(4000, 4060))
     in_sections = replace(plain, rope_positions=np.tile(plain.positions, (3, 1)))
@@ -78,8 +78,8 @@ def test_equal_positions_give_the_bits_of_rows_without_sections(name: str) -> No
 @pytest.mark.parametrize("architecture", ["qwen2vl", "qwen3vl", "qwen3vlmoe"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_model_with_sections(tmp_path: Path, name: str, architecture: str) -> None:
-    """Rotations joined with attention give the bits of text for equal positions, and the same bits for an image's
-    positions in one batch or several."""
+    """RoPE joined with attention gives the bits of text for equal positions, and equal bits for an image's positions in
+    one batch or several."""
     tokens = generator_of(architecture).integers(1, VOCABULARY, 50).tolist()
     image = np.tile(np.arange(50, dtype=np.int32), (4, 1))
     image[:3, 10:34] = 10 + np.array([np.zeros(24), np.arange(24) // 6, np.arange(24) % 6])

@@ -1,4 +1,4 @@
-"""The number of threads that a pool takes while another program wants a core, on machines with a simulated clock."""
+"""Tests of a pool's number of threads while another program needs a core, on machines with a simulated clock."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from llamaclust.kernels._native import CoreContention
 
 PREFILL_ROWS = 512
 LONGEST_RETURN_JOBS = 512 + 8 + 8
-"""The most jobs until all threads are back: the longest hold, jobs to compare with, and a trial."""
+"""The most jobs until all threads are used again: the longest hold, jobs for comparison, and a trial."""
 
 Speedup = Callable[[int], float]
-"""The speedup of a number of threads over one thread, with the cores for themselves."""
+"""The speedup of a number of threads over one thread on otherwise idle cores."""
 
 
 def memory_bound(threads: int) -> float:
@@ -29,7 +29,7 @@ def arithmetic_bound(threads: int) -> float:
 
 @dataclass(slots=True)
 class Machine:
-    """A machine whose other programs take `stolen` of the time of `taken` cores, less so from jobs on few cores."""
+    """A machine on which other programs take `stolen` of the time of `taken` cores; jobs on few cores lose less."""
 
     speedup: Speedup
     rows: int = 1
@@ -37,16 +37,16 @@ class Machine:
     stolen: float = 0.0
     taken: int = 1
     gap_ns: int = 200_000  # between jobs
-    stolen_gap_ns: int = 0  # as well, where jobs of all threads leave no core to the thread that gives the next one
-    hiccup: float = 0.0  # how probable
+    stolen_gap_ns: int = 0  # additional gap if all cores are used, since the thread that submits jobs waits
+    hiccup: float = 0.0  # probability
     now_ns: int = 10**9
     random: random.Random = field(default_factory=lambda: random.Random(7))
 
     def job(self, contention: CoreContention | None) -> int:
         """Runs a job and returns its number of threads."""
         threads = self.cores if contention is None else contention.threads(self.rows)
-        met = max(threads + self.taken - self.cores, 0) / self.taken  # of the cores that are taken
-        alone_ns, spread = (2.4e6, 0.5) if self.rows == 1 else (1e8, 0.1)  # long jobs meet the same more evenly
+        met = max(threads + self.taken - self.cores, 0) / self.taken  # share of the taken cores
+        alone_ns, spread = (2.4e6, 0.5) if self.rows == 1 else (1e8, 0.1)  # long jobs vary less
         missing = min(max(self.stolen * met * self.random.gauss(1, spread), 0.0), 0.9)
         wall_ns = alone_ns / self.speedup(threads) / (1 - missing) * self.random.gauss(1, 0.03)
         waited_ns = (threads - 1) * wall_ns * (missing + 0.02)
@@ -86,7 +86,7 @@ def test_hiccups_cost_less_than_a_hundredth_more(rows: int, speedup: Speedup, hi
 def test_decode_leaves_a_core_to_a_program_that_takes_much_of_it(cores: int) -> None:
     contention, machine = CoreContention(cores), Machine(memory_bound, cores=cores, stolen=0.4)
     early = machine.jobs(contention, 64)
-    assert early[:8] == [cores] * 8  # nothing is known yet
+    assert early[:8] == [cores] * 8  # nothing is measured yet
     assert share(cores, machine.jobs(contention, 2000)) < 0.1
 
 
@@ -107,7 +107,7 @@ def test_a_trial_that_is_far_too_slow_ends_early() -> None:
 
 
 def test_a_core_that_only_others_miss_is_left_to_them() -> None:
-    """Jobs are no slower on all cores, but the thread that gives them waits for a core in between."""
+    """Jobs are no slower on all cores, but the thread that submits them waits for a core in between."""
     machine = Machine(lambda threads: 1.0 + 0.25 * (threads - 1), stolen=0.15, stolen_gap_ns=1_500_000)
     assert share(1, machine.jobs(CoreContention(2), 2000)) > 0.9
 

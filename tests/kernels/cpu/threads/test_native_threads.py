@@ -1,4 +1,4 @@
-"""Threads of the native module, built with the compiler's search for data races."""
+"""Tests of the native module's threads in a build with ThreadSanitizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Division of work over threads of unequal speed: cores with a simulated clock, and the bits of uneven parts."""
+"""Tests of work divided among threads of unequal speed: cores with a simulated clock, and the bits of uneven parts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parts(speeds: ThreadSpeeds, threads: int) -> list[float]:
 def run_jobs(
     speeds: ThreadSpeeds, cores: Sequence[float], jobs: int, slowdown: Callable[[], float] = lambda: 1.0
 ) -> list[float]:
-    """Returns the parts after some jobs on cores of these speeds; `slowdown` multiplies the time of each part."""
+    """Returns the threads' shares after jobs on cores of these speeds; `slowdown` multiplies the time of each part."""
     for _ in range(jobs):
         speeds.open(len(cores))
         if speeds.measures:

@@ -22,7 +22,7 @@ from llamaclust.core.disk_cache.files import BusyError
 from llamaclust.core.errors import LlamaclustError, ModelFileError
 from llamaclust.model.gguf.writer import header_bytes
 from llamaclust.model.loader import Model
-from llamaclust.model.weights.cache import WeightCache, WeightPart
+from llamaclust.model.weights.cache import MAKING, WeightCache, WeightPart
 from llamaclust.model.weights.manifest import make_manifest, read_manifest
 from llamaclust.wire.control.weights import FindWeights
 from llamaclust.worker.weights.weights import Weights
@@ -73,6 +73,19 @@ def test_one_at_a_time_makes_the_manifest_of_a_key(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         for done in [pool.submit(make) for _ in range(8)]:
             done.result()
+    assert [*(tmp_path / "w").iterdir()] == []
+
+
+def test_a_holder_that_hangs_delays_a_manifest_no_longer_than_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamaclust.model.weights.cache.MAKING_WAIT_S", 0.05)
+    cache, key = WeightCache(tmp_path / "w", 3000), "a" * 64
+    cache.prepare()
+    with cache.making(key):
+        with cache.making(key):
+            pass
+        assert [path.suffix for path in (tmp_path / "w").iterdir()] == [MAKING], "the holder's lock stays"
     assert [*(tmp_path / "w").iterdir()] == []
 
 

@@ -1,4 +1,4 @@
-"""The device that kernels are tested on: none, or with --gpu the card that is there."""
+"""Fixtures of GPU tests: the device, which is the shim or with --gpu a real GPU, and models and backends."""
 
 from __future__ import annotations
 

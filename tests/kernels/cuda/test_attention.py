@@ -1,4 +1,4 @@
-"""Attention on a GPU: the CPU's bits for any heads, KV type, window and bias, in any batches, over any memory."""
+"""Checks that attention on a GPU gives the CPU's bits for any heads, KV type, window, bias and batches."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ GPUS = {"small": SMALL, "large": LARGE}
 @pytest.mark.parametrize("step", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("slots", [0, None], ids=["whole tiles", "spans apart"])
 def test_decoding_and_prefill(bench: Bench, tmp_path: Path, step: Attention, slots: int | None) -> None:
-    """Covers rows before, at and behind a span's end, beside each other and alone, with every kernel."""
+    """Covers rows before, at and after the end of a span, together and alone, with every kernel."""
     attender = Attender(bench, step, LARGE if slots is None else SMALL, slots)
     long, short = told = sequences_of(tmp_path, step, (525, 24), generator())
     for one, rows in zip(told, (505, 3), strict=True):
@@ -82,7 +82,7 @@ FEW = {name: step for name, step in SHAPES.items() if step.heads // step.kv_head
 @pytest.mark.parametrize("step", FEW.values(), ids=FEW)
 @pytest.mark.parametrize("slots", [0, None], ids=["whole tiles", "spans apart"])
 def test_slices_of_values(bench: Bench, tmp_path: Path, step: Attention, slots: int | None) -> None:
-    """A GPU with room for slices divides values by channels, of one span and of two; other GPUs do not."""
+    """GPUs with enough multiprocessors divide value channels into slices, for one and two spans; others do not."""
     long, short = told = sequences_of(tmp_path, step, (516, 20), generator())
     slices = -(-step.head_dim // 32)
     enough = LaunchLimits(3 * slices * step.kv_heads // 2 + 1, LEAST_SHARED_BYTES, (7, 5))  # for three items
@@ -116,7 +116,7 @@ PARTS = {
 @pytest.mark.parametrize("step", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("slots", [0, None], ids=["whole tiles", "spans apart"])
 def test_heads_in_parts(bench: Bench, tmp_path: Path, step: Attention, queries: int, slots: int | None) -> None:
-    """Heads beyond a block of few queries are divided where a GPU would be idle otherwise; prompts use tiles."""
+    """Decode divides heads that exceed a block of few queries if multiprocessors would be idle; prompts use tiles."""
     long, short = told = sequences_of(tmp_path, step, (516, 20), generator())
     attender = Attender(bench, step, in_parts(step, queries, rows=2), slots)
     for one, rows in zip(told, (513, 18), strict=True):
@@ -133,7 +133,7 @@ def test_heads_in_parts(bench: Bench, tmp_path: Path, step: Attention, queries: 
 @pytest.mark.parametrize("sinks", [None, "sinks"])
 @pytest.mark.parametrize("kv_type", KvType)
 def test_spans_merge_in_order(bench: Bench, tmp_path: Path, kv_type: KvType, sinks: str | None) -> None:
-    """Covers four spans, some of which are computed apart, by the room that there is."""
+    """Covers four spans, some of which are computed separately if the workspace allows it."""
     step = attention(4, 1, 64, kv_type, sinks=sinks)
     (told,) = sequences_of(tmp_path, step, (1600,), generator())
     for slots, gpu in ((0, SMALL), (4, SMALL), (None, SMALL), (None, LaunchLimits(400, 200 << 10, (9, 0)))):
@@ -147,7 +147,7 @@ def test_spans_merge_in_order(bench: Bench, tmp_path: Path, kv_type: KvType, sin
 @pytest.mark.parametrize("window", [1, 9, 300, 512, 520])
 @pytest.mark.parametrize("kv_type", KvType)
 def test_windows(bench: Bench, tmp_path: Path, kv_type: KvType, window: int, chunked: bool) -> None:
-    """Covers windows in one span, at its edges and over two spans; blocks behind a window are not there."""
+    """Covers windows in one span, at its edges and over two spans; blocks behind a window are absent."""
     step = attention(4, 2, 64, kv_type, window=window, sinks="sinks" if window % 2 else None, chunked=chunked)
     (told,) = sequences_of(tmp_path, step, (1060,), generator())
     attender = Attender(bench, step, LARGE)
@@ -160,7 +160,7 @@ def test_windows(bench: Bench, tmp_path: Path, kv_type: KvType, window: int, chu
 
 @pytest.mark.parametrize("kv_type", KvType)
 def test_random_batches(bench: Bench, tmp_path: Path, kv_type: KvType) -> None:
-    """Sequences grow by random numbers of rows side by side, on cards of both kinds in turn."""
+    """Sequences grow together by random numbers of rows, on a small and a large GPU in turn."""
     source = generator()
     step = attention(4, 2, 64, kv_type, soft_cap=30.0, slopes=alibi_slopes(4))
     told = sequences_of(tmp_path, step, (150, 90, 533), source)
@@ -181,7 +181,7 @@ def test_random_batches(bench: Bench, tmp_path: Path, kv_type: KvType) -> None:
 
 
 def test_shared_blocks(bench: Bench, tmp_path: Path) -> None:
-    """Two sequences that begin alike read the same blocks."""
+    """Two sequences with the same beginning read the same blocks."""
     step = attention(4, 1, 64)
     first, other = sequences_of(tmp_path, step, (70, 6), generator())
     rows = np.concatenate([first.rows[:64], other.rows])
@@ -220,7 +220,7 @@ def test_a_key_that_is_no_number(bench: Bench, tmp_path: Path, kv_type: KvType) 
 
 
 def test_shared_memory_is_what_every_gpu_has() -> None:
-    """All kernels but the widest tiles take at most 48 KiB, for heads of up to 256 channels."""
+    """Kernels for heads of up to 256 channels take at most 48 KiB; only tiles of wider heads take more."""
     for kv_type in KvType:
         for head_dim in (64, 80, 100, 128, 256):
             step = attention(32, 8, head_dim, kv_type)
@@ -249,7 +249,7 @@ def test_shared_memory_is_what_every_gpu_has() -> None:
 def test_heads_are_in_parts_where_a_gpu_would_be_idle(
     step: Attention, rows: int, kernel: str, blocks_of_rows: int
 ) -> None:
-    """Heads are divided in decode alone; each row takes `blocks_of_rows` blocks, or more with slices and spans."""
+    """Decode alone divides heads; each row takes `blocks_of_rows` blocks, or more with slices and spans."""
     gpu, room = LaunchLimits(132, 227 << 10, (9, 0)), room_of((step,), 128, 512)
     inputs, buffers = Inputs(*[NULL] * 9), AttentionBuffers(NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL)
     decode = AttentionLaunches(gpu, room, inputs, rows, 128, decode=True)
@@ -261,7 +261,7 @@ def test_heads_are_in_parts_where_a_gpu_would_be_idle(
 
 
 def test_windows_and_chunks_have_tiles_of_their_own() -> None:
-    """A model may have windows and chunks of one length, which share no tiles."""
+    """Windows and chunks of the same length share no tiles."""
     window, chunks = (attention(4, 1, 64, window=300, chunked=chunked) for chunked in (False, True))
     assert likeness(window) != likeness(chunks)
 
@@ -278,7 +278,7 @@ PLANTED = ("sum = add(sum, lane < 16 ? weight : other);", "sum = add(sum, lane <
 
 
 def test_two_swapped_additions_are_noticed(tmp_path: Path) -> None:
-    """Swapped additions in the sum of weights, for decoding, give other bits, though nearly the same numbers."""
+    """Swapped additions in decode's sum of weights change the result's bits, but hardly its values."""
     for path in (SRC / "attention").iterdir():
         shutil.copy(path, tmp_path)
     header, kernels = tmp_path / "span.cuh", tmp_path / "few.cu"

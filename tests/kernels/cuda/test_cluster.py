@@ -1,4 +1,4 @@
-"""Clusters with GPUs give the answers of one worker without GPUs, wherever the layers lie and whatever is lost."""
+"""Checks that clusters with GPUs give the answers of one worker without GPUs, for any placement and after losses."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def shim(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gives the shim to the processes that are started, unless a real card is tested."""
+    """Replaces GPUs by the shim in processes that tests start, unless a real GPU is tested."""
     if request.config.getoption("--gpu", default=False):
         return
     folders = [TESTS / "kernels" / "cuda" / "shim_site", TESTS]
@@ -118,8 +118,8 @@ RULE = r"placement=[{tensors: 'blk\.[023]\.ffn_.*_exps', device: CPU, workers: [
     ],
 )
 def test_experts_in_ram(tmp_path: Path, rules: list[str], moved: tuple[int, ...]) -> None:
-    """The plan, the load and the status agree on experts in RAM and on memory for their copies, which are made. Another
-    worker has no GPU."""
+    """The plan, the loaded layers and the status agree on experts in RAM and on memory for their copies, which are
+    made. Another worker has no GPU."""
     model = tmp_path / "mixture.gguf"
     small = {"hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 96, "vocabulary": 320, "experts": 4}
     build_tiny_model(model, layers=4, quant_type=QuantType.Q8_0, **small)  # type: ignore[arg-type]
@@ -180,7 +180,7 @@ def test_a_gpu_with_layers_in_ram_beside_a_worker_without(model: Path, wanted: l
 
 @pytest.mark.promise
 def test_stages_on_a_gpu_on_both_and_on_a_processor(model: Path, wanted: list[Answer], tmp_path: Path) -> None:
-    """Each stage has a worker of its own; two of the workers have the same GPU."""
+    """Each stage has its own worker; two workers have the same GPU."""
     workers = (
         "{name: gpu, threads: 1, device: cuda:0}",
         "{name: both, threads: 1, device: cuda:0, gpu_layers: 1}",
@@ -196,7 +196,7 @@ def test_stages_on_a_gpu_on_both_and_on_a_processor(model: Path, wanted: list[An
 def test_a_worker_whose_gpu_is_lost_is_a_lost_worker(
     model: Path, wanted: list[Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worker ends with the reason and is started again, and its requests go on."""
+    """The worker logs the reason and restarts, and its requests continue."""
     if "shim_site" not in os.environ.get("PYTHONPATH", ""):
         pytest.skip("a real card cannot be lost on demand")
     order = tmp_path / "lose it"
@@ -239,7 +239,7 @@ def test_a_plan_knows_the_gpu_before_a_start(model: Path, tmp_path: Path, monkey
     monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(tmp_path))
     given = [f"model={model}", "context_length=64", "max_sequences=2"]
     workers = "workers=[{name: a, device: cuda, gpu_layers: 3}, {name: b, memory: 1GiB}]"
-    manual = "plan=[{worker: a, layers: [0, 4]}]"  # of so small a model, launches take longer than a processor
+    manual = "plan=[{worker: a, layers: [0, 4]}]"  # launches of so small a model take longer than a processor
     plan = planned(load_config(None, [*given, workers, manual])).plan
     parts = [(one.device, one.start, one.end) for stage in plan.stages for one in stage.devices]
     assert parts == [("cpu", 0, 1), ("cuda:0", 1, 4)]

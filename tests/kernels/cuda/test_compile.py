@@ -1,4 +1,4 @@
-"""Every module compiles for the cards of ten years, into single IEEE operations."""
+"""Checks that every module compiles for all supported GPUs, into single IEEE operations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OLDEST_OF_CUDA_13 = 75
 
 
 def known_to(compiler: Compiler) -> list[int]:
-    """Those of its architectures that are supported, ascending."""
+    """Returns the compiler's architectures that kernels support, in ascending order."""
     return [one for one in compiler.architectures if one >= OLDEST]
 
 
@@ -32,8 +32,8 @@ def compiler() -> Iterator[Compiler]:
 
 @pytest.mark.parametrize("name", modules())
 def test_a_module_for_every_architecture(name: str, compiler: Compiler, request: pytest.FixtureRequest) -> None:
-    """Machine code for the oldest, which have the least shared memory, and what the newest one's is made of, with fewer
-    optimizations where that is quicker; or machine code for all there are, as users get it (--all-architectures)."""
+    """Compiles machine code for the oldest GPUs, which have the least shared memory, and PTX for the newest, with fewer
+    optimizations if these save time; or machine code for all GPUs, as users get it (--all-architectures)."""
     known, text = known_to(compiler), whole_text(modules()[name])
     assert known[0] <= OLDEST_OF_CUDA_13, "the oldest cards are not compiled for any more"
     every = request.config.getoption("--all-architectures", default=False)
@@ -45,7 +45,7 @@ def test_a_module_for_every_architecture(name: str, compiler: Compiler, request:
 
 
 def test_every_module_for_gpus_that_only_cuda_12_compiles_for(request: pytest.FixtureRequest) -> None:
-    """Machine code for the oldest; for all of them by --all-architectures."""
+    """Compiles machine code for the oldest GPUs, or for all with --all-architectures."""
     compiler = find_nvrtc(12)
     if compiler is None:
         pytest.skip("no NVRTC of CUDA 12 (make cuda-matrix installs it)")
@@ -62,7 +62,7 @@ def test_every_module_for_gpus_that_only_cuda_12_compiles_for(request: pytest.Fi
 
 
 def test_floats_are_single_ieee_operations(compiler: Compiler) -> None:
-    """Subnormals are kept, nothing is approximated, and no multiplication is joined with an addition."""
+    """Subnormals are kept, no operation is approximate, and no multiplication is contracted with an addition."""
     operations: set[str] = set()
     for name in ("elementwise.rows", "elementwise.norms", "elementwise.rope"):
         operations |= set(
@@ -75,7 +75,7 @@ def test_floats_are_single_ieee_operations(compiler: Compiler) -> None:
 
 
 def test_named_barriers_have_constant_numbers(compiler: Compiler) -> None:
-    """A block takes sixteen barriers if a number is in a register. Newer GPUs take turns without barriers."""
+    """A block takes all sixteen barriers if a number is in a register. Newer GPUs do not use named barriers."""
     newest = max(one for one in known_to(compiler) if one < 90)
     ptx = compiler.ptx("matmul.k", whole_text(modules()["matmul.k"]), newest, (*OPTIONS, *compiler.quick))
     barriers = re.findall(r"barrier\.(?:sync|arrive)\.aligned\s+([^;]+);", ptx)
@@ -84,7 +84,7 @@ def test_named_barriers_have_constant_numbers(compiler: Compiler) -> None:
 
 @pytest.mark.parametrize("contract", [True, False])
 def test_the_options_matter(compiler: Compiler, contract: bool) -> None:
-    """Plain C++ is not contracted by them; without them it is."""
+    """The options prevent contraction of plain C++; without them, the compiler contracts it."""
     text = 'extern "C" __global__ void f(float* x) { x[0] = x[1] * x[2] + x[3]; }\n'
     ptx = compiler.ptx("plain", text, known_to(compiler)[0], ("--std=c++20",) if contract else OPTIONS)
     assert ("fma.rn" in ptx) == contract

@@ -1,4 +1,4 @@
-"""The device over CuPy, with a fake CuPy: the calls that it gets, and the messages where something is missing."""
+"""Tests of the CuPy device with a fake CuPy: its calls, and the messages if something is missing."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_without_a_gpu_that_does(monkeypatch: pytest.MonkeyPatch, runtime: FakeR
 
 @pytest.mark.parametrize("status", [2, 46])
 def test_a_gpu_that_others_have(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
-    """Another process has all of the GPU's memory, or has the GPU by itself alone."""
+    """Another process uses all memory of the GPU, or has exclusive use of it."""
     cupy = install(monkeypatch)
 
     def choose(index: int) -> None:
@@ -122,7 +122,7 @@ def test_memory_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InsufficientMemoryError, match="2 MiB are needed, but 1 MiB are free; take fewer layers"):
         device.allocate(2 << 20)
     with pytest.raises(InsufficientMemoryError, match="1 MiB are needed, but 1 MiB are free"):
-        device.allocate(700 << 10)  # what is free is in pieces
+        device.allocate(700 << 10)  # free memory is fragmented
     cupy.runtime.free_bytes = 1 << 30
     capped = CupyDevice(memory_cap_bytes=4 << 20)
     held = capped.allocate(3 << 20)
@@ -141,7 +141,7 @@ def test_a_driver_that_fails_when_memory_is_asked_for_is_lost_not_full(monkeypat
     device: Any = CupyDevice()
 
     def malloc(n_bytes: int) -> int:
-        raise CUDARuntimeError(700)  # an illegal address before
+        raise CUDARuntimeError(700)  # an earlier illegal address
 
     monkeypatch.setattr(cupy.runtime, "malloc", malloc)
     with pytest.raises(DeviceLostError, match=r"cuda:0 .* is lost: status 700"), GpuLock("cuda:0", device).exclusive():
@@ -164,7 +164,7 @@ def test_memory_that_cannot_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_of_a_lost_gpu_is_dropped_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call to a lost GPU fails. Buffers go with what held them, where no code could catch an error."""
+    """Every call to a lost GPU fails, but buffers are also freed where no code could catch an error."""
     cupy = install(monkeypatch)
     device: Any = CupyDevice()
     buffer = device.allocate(1 << 10)
@@ -261,7 +261,7 @@ def test_graphs(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Pat
 
 
 def test_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Path) -> None:
-    """A machine compiles kernels once for each kind of card, and does without a folder that cannot be written."""
+    """A machine compiles kernels once per compute capability, and needs no folder that can be written."""
     cupy = install(monkeypatch)
     kernels = ["elementwise.rows.add_rows", "elementwise.rows.slice", "elementwise.norms.rms_norm"]
     for index in (0, 0, 1):
@@ -357,7 +357,7 @@ def test_a_compiler_that_is_newer_than_the_driver(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("static_bytes", [0, 576, 1 << 10, 17 << 10])
 def test_much_shared_memory_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, static_bytes: int) -> None:
-    """An attribute of the kernel asks for shared memory beyond 48 KiB, of which static memory is a part."""
+    """A kernel's attribute requests shared memory beyond 48 KiB, which includes static memory."""
     cupy = install(monkeypatch)
     cupy.static_bytes = static_bytes
     device, plain = CupyDevice(folder=tmp_path), (48 << 10) - static_bytes

@@ -1,4 +1,4 @@
-"""Experts on a GPU around their products: choices, groups of lines and sums have the bits of the CPU's whole step."""
+"""Checks that the choice, grouping and combination of experts on a GPU give the bits of the CPU's whole step."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def moe(experts: int, used: int, *, normalized: bool = True) -> Moe:
 
 
 class OnDevice:
-    """Arrays of the step, for three more rows than there are."""
+    """Device arrays of the step, with three padding rows."""
 
     def __init__(self, bench: Bench, step: Moe, rows: int, piece: int, *vectors: Float32 | None) -> None:
         """`vectors` are the bias of the choice and the scales of experts, or None."""
@@ -128,7 +128,7 @@ def test_the_bits_of_the_cpu(
     biased: bool,
     groups: tuple[int, int],
 ) -> None:
-    """Experts have scales as well, if the choice has a bias."""
+    """Cases with a bias of the choice also have scales of experts."""
     (experts, used, rows), (kind, normalized, scale) = shape, gating
     count, used_groups = groups if experts % groups[0] == 0 else (experts, experts)
     source, plain = generator(), moe(experts, used, normalized=normalized)
@@ -167,7 +167,7 @@ def test_lines_are_grouped(bench: Bench, experts: int, used: int, rows: int, pie
     """Each line occurs once, beside the other lines of its expert, in pieces of at most `piece` lines."""
     device = OnDevice(bench, moe(experts, used), rows, piece)
     logits = normal(generator(), rows, experts)
-    logits[:, 1] += 4  # one that most rows want
+    logits[:, 1] += 4  # an expert that most rows choose
     ids = device.choose(logits)[0].reshape(-1)
     lines, items = device.group()
     np.testing.assert_array_equal(np.sort(lines), np.arange(rows * used))
@@ -180,7 +180,7 @@ def test_lines_are_grouped(bench: Bench, experts: int, used: int, rows: int, pie
 
 
 def test_ties_go_to_the_lower_id_and_no_numbers_to_the_first(bench: Bench) -> None:
-    """A row with NaN or infinity chooses expert 0 at every rank, which may thus have more lines than there are rows."""
+    """A row with NaN or infinity chooses expert 0 at every rank, so that it may have more lines than there are rows."""
     device = OnDevice(bench, moe(40, 3), 5, 8)
     logits = np.zeros((5, 40), np.float32)
     logits[1, 33:36] = 2

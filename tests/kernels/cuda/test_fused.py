@@ -1,4 +1,4 @@
-"""Kernels that do several steps at once give the bits of the CPU backend's steps one by one, and launches are few."""
+"""Checks that fused kernels give the bits of the CPU backend's separate steps, and counts launches of a layer."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ EIGHT_BITS = (ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 
 
 def cleared(bench: Bench, kind: ActivationFormat, width: int, lines: int = BUCKET) -> DeviceBuffer:
-    """Allocates zeros for quantized rows; rows that are not there stay zero."""
+    """Allocates zeros for quantized rows; padding rows stay zero."""
     return bench.put(np.zeros(matmul.activation_bytes(kind, lines, width), np.uint8))
 
 
 def quantized(bench: Bench, kind: ActivationFormat, x: Float32, multiple: int = 1) -> NDArray[np.uint8]:
-    """Quantizes rows by the kernel that products are tested with."""
+    """Quantizes rows with the kernel that tests of products use."""
     lines, width = BUCKET * multiple, x.shape[1]
     out = cleared(bench, kind, width, lines)
     count = rows_of(bench).at()
@@ -117,7 +117,7 @@ def test_gate_and_quantization(
 
 @pytest.mark.parametrize("kind", EIGHT_BITS, ids=lambda kind: kind.name)
 def test_clamped_gates(bench: Bench, kind: ActivationFormat) -> None:
-    """The expected values are those of an expert whose products copy."""
+    """The expected values are those of an expert whose matrices only copy channels."""
     width, lines = 3 * kind, ROWS * 2
     both = 8 * random_source().standard_normal((lines, 2 * width), np.float32)
     halves, x, out = np.split(np.eye(2 * width, dtype=np.float32), 2), Buffer("x", 2 * width), Buffer("out", width)
@@ -136,7 +136,7 @@ def test_clamped_gates(bench: Bench, kind: ActivationFormat) -> None:
 
 
 def check_gated(bench: Bench, kind: ActivationFormat, kernel: str, both: Float32, wanted: Float32) -> None:
-    """Checks gate and up in two matrices, and in one that has both side by side, quantized and as floats."""
+    """Checks gate and up in separate matrices and side by side in one, as quantized values and as floats."""
     width, multiple = wanted.shape[1], len(wanted) // ROWS
     left, right, joined = (bench.put(np.ascontiguousarray(x)) for x in (both[:, :width], both[:, width:], both))
     rows = RowCount(BUCKET * multiple, rows_of(bench).at(), multiple)
@@ -155,7 +155,7 @@ def check_gated(bench: Bench, kind: ActivationFormat, kernel: str, both: Float32
 @pytest.mark.parametrize("rows_there", [1, 11, 70])
 @pytest.mark.parametrize("shape", [(33, 16), (1, 70, 17), (275, 40, 83)], ids=["two", "three", "many tiles a block"])
 def test_products_in_one_launch(bench: Bench, kind: QuantType, rows_there: int, shape: tuple[int, ...]) -> None:
-    """Matrices have the rows that `shape` lists, with tiles and blocks that are not full; some have a bias."""
+    """`shape` lists the rows of each matrix; some tiles and blocks are not full, and some matrices have a bias."""
     cols, bucket = 2 * segment_cols(kind), rows_there + 3
     generator = generator_of(kind, rows_there, shape)
     x = random_activations(generator, rows_there, cols)
@@ -188,7 +188,7 @@ def test_products_in_one_launch(bench: Bench, kind: QuantType, rows_there: int, 
     ],
 )
 def test_rotation_and_store(bench: Bench, tmp_path: Path, step: Attention, pairs: int, style: RopeStyle) -> None:
-    """Covers prompts, and rows of two sequences at once, at other positions."""
+    """Covers prompts, and single rows of two sequences at different positions."""
     table = RopeTable(tuple(10000.0 ** (-np.arange(pairs) / pairs)), 1.25)
     q, k = (Rope(part, n, step.head_dim, style, table) for part, n in ((step.q, step.heads), (step.k, step.kv_heads)))
     long, short = sequences_of(tmp_path, step, (40, 11), random_source(), (q, k))
@@ -215,7 +215,7 @@ HEAD_NORMS = {
 def test_norms_of_heads(
     bench: Bench, tmp_path: Path, step: Attention, pairs: int, normed: str, style: RopeStyle
 ) -> None:
-    """One launch has norms and then the rotation, for prompts and for one to eight rows of separate sequences."""
+    """One launch computes norms and rotation, for prompts and for one to eight single rows of sequences."""
     table = RopeTable(tuple(10000.0 ** (-np.arange(pairs) / max(pairs, 1))), 1.25)
     parts = [("q", step.q, step.heads), ("k", step.k, step.kv_heads)]
     norms = [RmsNorm(x, x, f"{name}_norm", 1e-3, n) for name, x, n in parts if name in normed]
@@ -244,7 +244,7 @@ def test_norms_of_heads(
 def test_spans_together_and_quantization(
     bench: Bench, tmp_path: Path, kind: ActivationFormat, step: Attention, decode: bool
 ) -> None:
-    """Covers a row of several spans, and a row of one span, which no other kernel has quantized."""
+    """Covers a row of several spans, and a row of one span, which only this kernel quantizes."""
     long, short = sequences_of(tmp_path, step, (515, 4), random_source())
     attender, width = Attender(bench, step), step.out.width
     assert can_quantize(step, attender.room)
@@ -325,7 +325,7 @@ def test_what_is_not() -> None:
 
 
 def test_which_norms_of_heads_are_not() -> None:
-    """Such norms stay steps of their own; the norm of keys is still fused."""
+    """These norms stay separate steps; the norm of keys is still fused."""
     attend, other = attention(8, 8, 64), Buffer("other", 512)
     q, k = (RmsNorm(x, x, "norm", 1e-5, 8) for x in (attend.q, attend.k))
     turn, turn_back = (RopeTable((1.0, factor), 1.0) for factor in (0.5, 0.25))
@@ -333,7 +333,7 @@ def test_which_norms_of_heads_are_not() -> None:
     for norm in (
         RmsNorm(other, attend.q, "norm", 1e-5, 8),  # from another buffer
         RmsNorm(Buffer("v", 512), Buffer("v", 512), None, 1e-5, 8),  # of values
-        replace(q, heads=4),  # of other parts
+        replace(q, heads=4),  # other numbers of heads
         replace(q, heads=1),
         replace(q, own_weights=True),
     ):
@@ -363,7 +363,7 @@ def test_launches_of_a_layer_in_decode(
 
 
 def launches_of_a_layer(path: Path, context_tokens: int, as_type: QuantType | None = None) -> int:
-    """Counts launches in decode of one row, with matrices as if of the type `as_type`."""
+    """Counts a layer's launches in decode of one row; `as_type` replaces the quant type of matrices."""
     model = Model.open(path)
     limits = StageLimits(32, 32, 4, context_tokens, 256)
 

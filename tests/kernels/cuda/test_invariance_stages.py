@@ -1,5 +1,5 @@
-"""Stages on a processor, on a card and on both, in every combination of two and of three: ids and bits of logprobs are
-those of one stage on a processor, in prefill and in decode, with graphs and without."""
+"""Checks that stages on a processor, a GPU or both, in every combination of two and three, give the token ids and bits
+of logprobs of one stage on a processor, in prefill and decode, with and without graphs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
 
 @pytest.fixture(scope="module")
 def stages(model: Model, device: Device) -> Iterator[Stages]:
-    """Stages of equal layers on such devices; each is loaded once, and a sequence writes over the one before."""
+    """Yields a function that loads equal stages on given devices, once each; sequences overwrite earlier ones."""
     cpu, loaded = CpuBackend(1), dict[tuple[str, int, int, bool], Stage]()
     gpus = {graphs: CudaBackend("cuda:0", device, 1, graphs=graphs) for graphs in (True, False)}
 
@@ -71,7 +71,7 @@ def stages(model: Model, device: Device) -> Iterator[Stages]:
 
 
 def answers(stages: Sequence[Stage]) -> Answer:
-    """Two sequences, greedy and drawn: their prompts in two chunks, then steps of both together."""
+    """Returns tokens of a greedy and a sampled sequence: their prompts in two chunks, then decode steps of both."""
     sampler, tables = Sampler(VOCABULARY), ((2, 0), (1, 3))
     rows = [list(PROMPT), [*reversed(PROMPT)]]
     found: Answer = []
@@ -115,7 +115,7 @@ def test_stages_anywhere_give_the_same_ids_and_logprobs(
 def test_with_graphs_steps_are_replayed(
     stages: Stages, wanted: Answer, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else what is above would say nothing of them."""
+    """Checks that the stages capture graphs, which the tests above rely on."""
     captured, capture = list[Graph](), device.capture
 
     def counted(work: Callable[[], None]) -> Graph:

@@ -1,4 +1,4 @@
-"""Latent attention on a GPU: the CPU's bits in decoding and prefill, and products with a matrix of each head."""
+"""Checks that latent attention in decode and prefill, and products by head, give the CPU's bits on a GPU."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SHAPES = {
 
 WAYS: dict[str, int | None] = {"whole tiles": 0, "spans apart": None}
 SINGLE_WAY = {("spans apart", "as deepseek"), ("whole tiles", "wide bytes")}
-"""Wide shapes take seconds: each goes one way, the narrow ones of its KV type both."""
+"""Cases that are left out, since wide shapes take seconds: each runs one way, narrow shapes of its KV type run both."""
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_decoding_and_prefill(bench: Bench, tmp_path: Path, step: Attention, slo
 @pytest.mark.parametrize("queries", [4, 8])
 @pytest.mark.parametrize("step", SHAPES.values(), ids=SHAPES)
 def test_heads_in_parts(bench: Bench, tmp_path: Path, step: Attention, queries: int) -> None:
-    """Decode on a GPU that would be idle; channels of values are in slices, if there are enough."""
+    """Decode divides heads on a GPU that would be idle, and value channels into slices if there are enough."""
     long, short = told = sequences_of(tmp_path, step, (516, 20), generator())
     attender = Attender(bench, step, in_parts(step, queries, rows=2), 0 if step.kv_type is KvType.F16 else None)
     for one, rows in zip(told, (513, 18), strict=True):
@@ -131,7 +131,7 @@ def test_products_by_head(bench: Bench, kind: QuantType, heads: int, rows: int) 
 
 
 def test_lanes_that_change_places_are_noticed(tmp_path: Path) -> None:
-    """Values of every sixteenth position are added in order, not those of neighbours."""
+    """Another order of additions over every sixteenth position changes the result's bits."""
     for path in (SRC / "attention").iterdir():
         shutil.copy(path, tmp_path)
     kernels, text = tmp_path / "latent.cu", (SRC / "attention" / "latent.cu").read_text()

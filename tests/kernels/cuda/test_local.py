@@ -1,4 +1,4 @@
-"""A model in this process with layers on GPUs: the answers of the processor alone, bit for bit."""
+"""Checks that a model in this process with layers on GPUs gives the processor's answers bit for bit."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PROMPT = [5, 9, 17, 33, 65, 3, 7]
 MIB = 1 << 20
 ROOM = 256 * MIB
 ENOUGH = 1024
-"""MiB that hold any tiny model, beside the 256th of a card that is left to kernels and graphs."""
+"""MiB that suffice for any tiny model and for the 1/256 of a GPU's memory that is left to kernels and graphs."""
 Answer = tuple[list[int], list[bytes]]
 
 
@@ -57,7 +57,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shim(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces GPUs by the shim, unless a real card is tested."""
+    """Replaces GPUs by the shim, unless a real GPU is tested."""
     if request.config.getoption("--gpu", default=False):
         return
 
@@ -133,7 +133,7 @@ def test_what_does_not_fit_stays_on_the_processor(
 def test_layers_that_share_keys_stay_together(
     shim: None, tmp_path: Path, gpu_layers: int | None, placement: str
 ) -> None:
-    """The GPU has fewer layers of Gemma 4 E2B than the user allows, where layers that share keys would be divided."""
+    """The GPU gets fewer layers of Gemma 4 E2B than allowed if that number would separate layers that share keys."""
     path = build_architecture(tmp_path / "inputs.gguf", "gemma4-inputs")
     wanted, _ = answered(path, settings())
     assert answered(path, settings("cuda:0", gpu_layers)) == (wanted, placement)
@@ -145,7 +145,7 @@ def skip_on_a_gpu_with_other_workspace(request: pytest.FixtureRequest, room: int
 
 
 def share_kernels(line: CommandLine, request: pytest.FixtureRequest) -> None:
-    """Lets commands find the kernels that this process has compiled, which takes minutes on a GPU."""
+    """Lets commands use the kernels that this process has compiled, since compilation takes minutes on a GPU."""
     if request.config.getoption("--gpu", default=False):
         line.set_variables(LLAMACLUST_HOME=str(environment().home))
 
@@ -173,7 +173,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_experts_in_ram(
     shim: None, request: pytest.FixtureRequest, mixture: Path, cpu_moe: int | None, room: int, placement: str
 ) -> None:
-    """RAM has experts of as many layers as the user wants, or as the GPU has no room for."""
+    """RAM holds the experts of as many layers as the user sets, or as do not fit on the GPU."""
     skip_on_a_gpu_with_other_workspace(request, room)
     wanted, _ = answered(mixture, settings())
     given = replace(settings("cuda:0", None, room * MIB), cpu_moe=cpu_moe)
@@ -211,7 +211,7 @@ def test_rules_for_tensors(
 
 
 def test_random_rules_change_no_bit(shim: None, mixture: Path) -> None:
-    """RAM has the first layers, and experts of any of the others."""
+    """Random rules place the first layers, and experts of other layers, in RAM."""
     draws = random.Random(SEED)
     wanted, _ = answered(mixture, settings())
     for _ in range(4):
@@ -279,8 +279,8 @@ def test_experts_of_models_that_have_none(shim: None, model: Path, mixture: Path
 def test_an_mtp_head_beside_layers_on_gpus(
     shim: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, gpu_layers: int | None
 ) -> None:
-    """The processor computes the head from the same hidden states, so its drafts are the same. Which rows draft depends
-    on time: of 24 tokens, some do in both runs."""
+    """The processor computes the head from the same hidden states, so its drafts are the same. Timing decides which
+    rows draft; of 24 tokens, some have drafts in both runs."""
     path, tokens = with_nextn(tmp_path / "head.gguf", name), 24
     wanted, _ = answered(path, settings(), tokens)
     order_any(random.Random(SEED), 3, monkeypatch)
@@ -335,7 +335,7 @@ def test_generate_on_the_command_line(shim: None, request: pytest.FixtureRequest
     with command_line() as line:
         share_kernels(line, request)
         words = ("generate", "--model", model, "-t", "1", "-n", "5", "--json", "Hello")
-        # Not `run`: its fork server may have been started by a test without the GPUs of the shim.
+        # Not `run`, whose fork server another test may have started without the shim's GPUs.
         alone, gpu = line.run(*words), line.start(*words, "--device", "cuda:0", "-ngl", "3").wait()
         assert "3 of 4 layers on GPUs: [0, 1) cpu, [1, 4) cuda:0" in gpu.err
         both = [json.loads(one.out) for one in (alone, gpu)]

@@ -1,4 +1,4 @@
-"""Requests to an NVRTC that compiles nothing; test_compile.py has a real one, where there is one."""
+"""Tests of requests to a fake NVRTC; test_compile.py uses a real one if there is one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPUs without 8-bit matrix instructions (compute capability 6.1 to 7.2): products of four bytes give the same bits."""
+"""Checks that GPUs without 8-bit matrix instructions (compute capability 6.1 to 7.2) give the CPU's bits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ GPU = LaunchLimits(2, PLAIN_SHARED_BYTES, (6, 1))
 
 @pytest.fixture(scope="module")
 def device(request: pytest.FixtureRequest) -> Iterator[ShimDevice]:
-    """Replaces the device that other tests use."""
+    """Overrides the `device` fixture of other tests."""
     if request.config.getoption("--gpu", default=False):
         pytest.skip("old GPUs are those of the shim")
     library = build({name: path for name, path in modules().items() if name in MODULES}, (OLD,))
@@ -51,7 +51,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[ShimDevice]:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_products_have_the_bits_of_the_cpu(bench: Bench, kind: QuantType) -> None:
-    """Covers one row, some and many."""
+    """Covers one, several and many rows."""
     out_rows, cols = 33, 3 * segment_cols(kind)
     source = generator_of(kind, out_rows, cols)
     loaded = load(bench, kind, random_weights(source, kind, out_rows, cols), out_rows, cols)

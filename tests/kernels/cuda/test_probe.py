@@ -1,4 +1,4 @@
-"""Measurements of a GPU, and the benchmark's ways through one."""
+"""Tests of measurements of a GPU: rates, step times, memory and benchmarks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_steps_of_a_model_are_tried_on_a_gpu(device: Device, tmp_path: Path, mon
 
 @pytest.mark.parametrize(("start", "end"), [(0, 4), (0, 1), (1, 3), (3, 4)])
 def test_a_plan_counts_what_layers_take(device: Device, tmp_path: Path, start: int, end: int) -> None:
-    """The plan counts what rounding up adds to each layer, but not how KV memory is rounded."""
+    """The plan counts the bytes that rounding adds to each layer, but not those that it adds to KV memory."""
     path = build_tiny_model(tmp_path / "m.gguf", layers=4, hidden=64, heads=2, ffn=96, context=64)
     limits = StageLimits(max_batch_tokens=24, max_outputs=8, max_sequences=2, max_context_tokens=64, kv_blocks=5)
     gpu = CudaBackend("cuda:0", device, 1)
@@ -70,7 +70,7 @@ def test_a_plan_counts_what_layers_take(device: Device, tmp_path: Path, start: i
 
 @pytest.mark.parametrize("free_bytes", [1 << 20, 3 << 20])
 def test_a_gpu_that_is_nearly_full_is_measured(free_bytes: int) -> None:
-    """A full GPU may be named without any layer on it."""
+    """A user may name a full GPU that gets no layer."""
     reached = CudaBackend("cuda:0", ShimDevice(build(), memory_bytes=free_bytes), 1).measure()
     assert reached.read_bytes_s > 0 and reached.int8_macs_s > 0
 

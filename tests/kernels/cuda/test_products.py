@@ -1,4 +1,4 @@
-"""Matrix products of every weight type: the CPU's bits, for few rows and for many, and for experts' lines."""
+"""Checks that matrix products of every quant type give the CPU's bits, for few rows, many rows and experts' lines."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from support.cuda.product_cases import (
 )
 
 SHAPES = [(1, 1), (33, 3), (16, 5), (70, 2), (17, 35)]
-"""(rows of weights, segments), with tiles and groups of segments that are full, and not."""
+"""Rows of weights and segments; some tiles and groups of segments are full, others not."""
 ROWS = {(33, 3): (1, 2, 5, 8, 11, 16, 40, 70), (17, 35): (1, 8, 65)}
 
 
@@ -68,7 +68,7 @@ def test_products_have_the_bits_of_the_cpu(bench: Bench, kind: QuantType) -> Non
 )
 @pytest.mark.parametrize("segments", [1, 3, 9, 22])
 def test_warps_pass_totals_on_and_blocks_go_through_tiles(bench: Bench, kind: QuantType, segments: int) -> None:
-    """Covers more tiles than blocks, with fewer pieces than warps and with more."""
+    """Covers more tiles than blocks, with fewer and with more pieces than warps."""
     out_rows, cols = 275, segments * segment_cols(kind)
     generator = generator_of(kind, cols)
     loaded = load(bench, kind, random_weights(generator, kind, out_rows, cols), out_rows, cols)
@@ -172,7 +172,7 @@ def test_one_wrong_bit_of_a_weight_is_noticed(bench: Bench, kind: QuantType, row
     tiles = bench.put(damaged).at()
     after = products(bench, Weights(kind, (16, cols), tiles), x)
     differ = (before.view(np.uint32) != after.view(np.uint32)).any(0)
-    wrong = 2 if kind in (QuantType.F16, QuantType.BF16) else 9  # whose columns are half as long
+    wrong = 2 if kind in (QuantType.F16, QuantType.BF16) else 9  # columns of 16 halves take half the bytes
     assert list(np.flatnonzero(differ)) == [wrong]
 
 

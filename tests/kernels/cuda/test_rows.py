@@ -1,4 +1,4 @@
-"""Row by row kernels give the bits of the CPU backend: odd widths, all magnitudes, infinities, NaN."""
+"""Checks that row kernels give the CPU backend's bits, for odd widths, all magnitudes, infinities and NaN."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def pieces(width: int) -> tuple[int, int]:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_steps_of_two_matrices(bench: Bench, width: int) -> None:
     x = awkward(random_source(), ROWS, 2 * width)
-    x[4::5, width:] = np.roll(x[4::5, :width], 1, 1)  # infinity less infinity, times zero
+    x[4::5, width:] = np.roll(x[4::5, :width], 1, 1)  # infinity minus infinity, and times zero
     first, second = x[:, :width].copy(), x[:, width:].copy()
     steps: dict[str, Callable[[Buffer, Buffer], Step]] = {
         "elementwise.rows.add_rows": lambda a, b: Add(a, b, b),
@@ -94,7 +94,7 @@ def test_steps_of_one_matrix(bench: Bench, width: int) -> None:
 
 
 def test_functions_of_any_float(bench: Bench) -> None:
-    """Covers a hundredth of a per mille of all bit patterns, and many numbers between -110 and 95."""
+    """Covers 0.001% of all bit patterns, and many numbers between -110 and 95."""
     source = random_source()
     bits = source.integers(0, 1 << 32, (ROWS, 4096), np.uint32)
     bits[:4] = (source.uniform(-110, 95, (4, 4096)).astype(np.float32)).view(np.uint32)
@@ -190,7 +190,7 @@ def test_rope(bench: Bench, style: RopeStyle, heads: int, head_dim: int, pairs: 
 
 
 def test_angles_of_long_contexts(bench: Bench) -> None:
-    """Angles beyond what is computed are NaN."""
+    """Angles outside of the supported range are NaN."""
     source = random_source()
     positions = source.integers(0, 1 << 20, ROWS).astype(np.int32)
     frequencies = np.concatenate(
@@ -207,7 +207,7 @@ def test_angles_of_long_contexts(bench: Bench) -> None:
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize(("x_width", "start", "width"), [(100, 37, 20), (4096, 1024, 2048), (3000, 1, 2999), (5, 4, 1)])
 def test_slice_and_join(bench: Bench, x_width: int, start: int, width: int, heads: int) -> None:
-    """Slices channels of each head, and joins them with the channels before them again."""
+    """Slices channels of each head, and joins them again with the preceding channels."""
     x = awkward(random_source(), ROWS, heads * x_width)
     out, joined, there, rows = bench.room(ROWS * heads * width * 4), bench.room(x.nbytes), bench.put(x), count(bench)
     parts = x.reshape(ROWS, heads, x_width)
@@ -332,7 +332,7 @@ SWAPS = {
 
 @pytest.mark.parametrize("swap", SWAPS)
 def test_additions_that_change_places_are_noticed(tmp_path: Path, swap: str) -> None:
-    """Covers each kind of order in a sum, with ordinary numbers of both signs."""
+    """Changes each kind of order in a sum of ordinary numbers of both signs."""
     text = whole_text(modules()["elementwise.norms"])
     for before, after in SWAPS[swap].items():
         assert before in text

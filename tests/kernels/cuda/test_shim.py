@@ -1,4 +1,4 @@
-"""The shim itself: what CUDA and PTX promise, checked on it and, with --gpu, on a card; and the mistakes it notices."""
+"""Checks that the shim behaves as CUDA and PTX specify, and that it detects mistakes of kernels."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_shared_memory(probe: Bench) -> None:
 
 
 def fragments_of_a(a: np.ndarray) -> np.ndarray:
-    """Returns [lane][register] of int32: registers go through the rows first, then through the columns."""
+    """Returns int32 [lane][register]; registers run over rows first, then over columns."""
     rows, k = a.shape
     parts = a.reshape(rows // 8, 8, k // 16, 4, 4)  # half, row, part of k, column of lanes, byte
     return np.ascontiguousarray(parts.transpose(1, 3, 2, 0, 4)).reshape(32, -1).view(np.int32)
@@ -115,7 +115,7 @@ def test_halves(probe: Bench) -> None:
 
 
 def test_copies_in_the_background(probe: Bench) -> None:
-    """A copy is surely there only after the wait for it."""
+    """Copied data is certain to be complete only after the wait for it."""
     x = generator().standard_normal(384, np.float32)
     out, there = probe.room(x.nbytes), np.roll(x.reshape(3, 128), -5, 1)
     for done in (3, 2, 0):
@@ -128,7 +128,7 @@ def test_copies_in_the_background(probe: Bench) -> None:
 @pytest.mark.parametrize("mixed", [0, 1], ids=["bulk", "mixed"])
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_bulk_copies(probe: Bench, stages: int, mixed: int) -> None:
-    """Parts are there after the wait for them, and not before, whatever was in their place."""
+    """Parts are complete after the wait for them and not before, whatever their memory held."""
     x = generator().standard_normal(7 * 64, np.float32)
     out, there = probe.room(x.nbytes), np.roll(x.reshape(7, 64), -5, 1)
     for early in (-1, 0, 4):
@@ -194,7 +194,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("kind", MISTAKES)
 def test_mistakes_are_errors(probe: Bench, kind: int) -> None:
-    """No launch blocks, and the next launch works."""
+    """A launch with a mistake does not block, and the next launch works."""
     x = probe.put(np.zeros(68, np.float32))
     out = probe.room(256)
     with pytest.raises(KernelError, match=MISTAKES[kind]):
@@ -206,7 +206,7 @@ def test_mistakes_are_errors(probe: Bench, kind: int) -> None:
 
 @pytest.mark.parametrize("in_block", [0, 1])
 def test_no_order_is_kept(probe: Bench, in_block: int) -> None:
-    """A kernel that lacks a barrier, or whose blocks wait for each other, gives something else the next time."""
+    """A kernel with a missing barrier, or with blocks that wait for each other, gives another result the next time."""
     found = []
     for _ in range(2):
         everywhere, out = probe.put(np.full(2, np.nan, np.float32)), probe.room(512)
@@ -237,7 +237,7 @@ def test_launches_that_do_not_fit(probe: Bench) -> None:
 
 
 def test_graphs(probe: Bench) -> None:
-    """Captured work is done when the graph is launched, with what pinned memory holds then."""
+    """Captured work runs when the graph is launched, with the contents of pinned memory at that time."""
     device = probe.device
     pinned, back = device.pinned(512), device.pinned(1024)
     x, out = probe.room(512), probe.room(1024)

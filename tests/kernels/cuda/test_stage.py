@@ -1,4 +1,4 @@
-"""Whole models on the executor for GPUs have the bits of the CPU's executor, however the work is divided."""
+"""Checks that whole models on the GPU executor give the CPU executor's bits, however the work is divided."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_prompts_and_single_tokens(
 
 @pytest.mark.parametrize("name", MODELS[SEED % 2 :: 2])
 def test_normed_rows(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str) -> None:
-    """Covers batches without logits, and rows that are not all of a microbatch, with the half of the models that the
-    run's seed chooses."""
+    """Covers batches without logits, and some rows of a microbatch, with the half of the models that the run's seed
+    selects."""
     model = opened(name)
     tokens = random_tokens(model)
     stages = [load_stage(backend, model, limits=LIMITS) for backend in (cpu, cuda)]
@@ -57,7 +57,7 @@ def test_normed_rows(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str
 
 @pytest.mark.parametrize("name", ["llama", "moe", "gpt-oss"])
 def test_contexts_of_several_spans(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str) -> None:
-    """The kernel that merges spans passes the result of attention to its product, where that is possible."""
+    """The kernel that merges spans quantizes their result for the following product, where possible."""
     model, limits = opened(name), replace(LIMITS, max_context_tokens=1024, kv_blocks=64, max_batch_tokens=128)
     stages = [load_stage(backend, model, 1, 2, limits) for backend in (cpu, cuda)]
     hidden = np.random.default_rng(7).standard_normal((515, model.hyperparameters.embedding_length), np.float32)
@@ -114,7 +114,7 @@ def test_graphs_of_shapes_that_were_used_last_are_kept(
     "name", ["llama", "moe", "gpt-oss-mxfp4", "gemma4-inputs", "mistral3", "lfm2", "qwen35", "granitehybrid"]
 )
 def test_several_sequences(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str) -> None:
-    """Sequences at different places decode and prefill at once, with some outputs; then all decode, twice."""
+    """Sequences at different positions decode and prefill together, with some outputs; then all decode, twice."""
     model = opened(name)
     tokens, tables = random_tokens(model, 24), [[9, 4], [1, 2], [0, 5]]
     stages = [load_stage(backend, model, limits=LIMITS) for backend in (cpu, cuda)]
@@ -139,7 +139,7 @@ def test_several_sequences(opened: Open, cpu: CpuBackend, cuda: CudaBackend, nam
 def test_chains_of_processors_and_gpus(
     opened: Open, cpu: CpuBackend, cuda: CudaBackend, kinds: tuple[str, ...]
 ) -> None:
-    """Covers the chain as one worker's stage, and as stages of several workers."""
+    """Covers one worker's stage on several devices, and stages of several workers."""
     model = opened("llama-experts")
     tokens = random_tokens(model, 9)
     bounds = [*range(len(kinds)), model.layer_count]
@@ -160,7 +160,7 @@ def test_chains_of_processors_and_gpus(
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt-oss", "gemma4"])
 def test_window_blocks_of_their_own(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str) -> None:
-    """Blocks behind the window are given up and overwritten, also in a chain whose parts need not have such layers."""
+    """Blocks behind the window are released and overwritten, also with several devices that may lack such layers."""
     model = opened(name)
     window = model.window
     assert window is not None and window < 40

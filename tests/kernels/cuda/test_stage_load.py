@@ -1,4 +1,4 @@
-"""Loading and closing of stages on GPUs: memory to the byte, progress, refusals and lost GPUs."""
+"""Tests of loading and closing stages on GPUs: memory to the byte, progress, rejections and lost GPUs."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_batch_beyond_the_limits_is_refused(opened: Open, cuda: CudaBackend) -
 
 
 class _BusError(Exception):
-    """An error of the driver."""
+    """A driver error."""
 
 
 def test_a_gpu_that_is_lost_is_told_by_name(
@@ -138,7 +138,7 @@ def test_a_gpu_that_is_lost_is_told_by_name(
 
 
 def test_parts_that_read_more_than_the_hidden_state_are_told_before_a_start(opened: Open) -> None:
-    """No plan makes such parts, which read keys and values, or a buffer, of layers that are elsewhere."""
+    """Parts that read keys, values or a buffer of layers on another device are rejected; no plan makes such parts."""
     model = opened("gemma4-inputs")
     program = model.program(0, model.layer_count)
     first, _, *others = layers_of(program, 1, model.layer_count).steps
@@ -164,7 +164,7 @@ def test_heads_that_are_too_wide_are_told_before_a_start(tmp_path: Path) -> None
 def test_a_gpu_that_is_lost_while_memory_is_pinned(
     opened: Open, cuda: CudaBackend, device: Device, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    """Loses the GPU at the first buffer that weights go through, or at the first one of the stage."""
+    """Loses the GPU at the first pinned buffer for weights, or at the first one of the stage."""
     before, pinned, calls = Free.of(device), device.pinned, list[int]()
 
     def pin(n_bytes: int) -> Bytes:
@@ -193,7 +193,7 @@ def test_a_load_that_waits_for_the_compiler_gets_further(order: str) -> None:
 def test_kernels_are_compiled_while_weights_are_brought(
     opened: Open, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another thread compiles kernels, all of them before the first launch."""
+    """Another thread compiles all kernels before the first launch."""
     packed_layers, launched, threads, launch = set[str](), set[str](), set[int](), device.launch
 
     def prepare(kernels: Iterable[str]) -> None:

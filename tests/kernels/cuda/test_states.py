@@ -1,4 +1,4 @@
-"""States of sequences on a GPU: the CPU's bits in any batches, in whole memory or in blocks that are given up."""
+"""Checks that states of sequences give the CPU's bits on a GPU, in any batches, with and without state blocks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LENGTHS = (60, 33, 90)
 
 
 def random_batches(source: np.random.Generator) -> list[Batch]:
-    """Builds batches of sequences that grow side by side by random numbers of rows, some shorter than a state."""
+    """Builds batches of sequences that grow together by random numbers of rows, some by fewer than a state covers."""
     blocks = source.permutation(LIMITS.kv_blocks)
     tables = np.split(blocks[: 3 * 6], 3)
     at, batches = [0, 0, 0], []
@@ -47,7 +47,7 @@ def random_batches(source: np.random.Generator) -> list[Batch]:
 def check(
     folder: Path, backends: tuple[CpuBackend, CudaBackend], program: Program, weights: Mapping[str, Weight]
 ) -> None:
-    """Asserts that both backends give the same bits for the same batches."""
+    """Checks that both backends give the same bits for random batches."""
     path, source = folder / "weights.gguf", generator()
     write_gguf(path, {}, [weight.source(name) for name, weight in weights.items()])
     tensors = dict(open_model(path).tensors)
@@ -113,7 +113,7 @@ def test_delta_rules(
 def test_scans(
     tmp_path: Path, cpu: CpuBackend, cuda: CudaBackend, heads: int, channels: int, groups: int, state_size: int
 ) -> None:
-    """Covers heads that fill a block and that do not, and states for which a block has fewer channels."""
+    """Covers heads that fill a block and others, and large states, with fewer channels per block."""
     source = generator()
     x, dt = Buffer("x", heads * channels + 2 * groups * state_size), Buffer("dt", heads)
     hidden, out = Buffer("hidden", x.width + heads), Buffer("out", heads * channels)
@@ -132,7 +132,7 @@ def own_states(before: list[int], starts: list[int], rows: list[int], blocks: li
 
 @pytest.mark.parametrize("name", ["lfm2", "qwen35", "falcon-h1"])
 def test_states_in_blocks_of_their_own(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str) -> None:
-    """States are written where they were read, except one that stays for a sequence that goes on from it."""
+    """States overwrite the blocks from which they were read, except one from which another sequence continues."""
     model, limits = opened(name), replace(LIMITS, state_blocks=3)
     tokens = random_tokens(model, 90)
     stages = [load_stage(backend, model, limits=limits) for backend in (cpu, cuda)]
@@ -148,7 +148,7 @@ def test_states_in_blocks_of_their_own(opened: Open, cpu: CpuBackend, cuda: Cuda
 
 
 def test_places_of_states() -> None:
-    """States are behind the last row in each block; the first row of a sequence reads none."""
+    """A state is stored after the last row in each block; the first row of a sequence reads none."""
     batch = batch_of([([0] * 20, range(14, 34), [7, 3, 9]), ([0], [0], [5]), ([0], [16], [4, 8])])
     assert state_places(batch, LIMITS) == StatePlaces([7, -1, 4], [0, 3, 4, 5], [1, 17, 19, 20, 21], [7, 3, 9, 5, 8])
     own = replace(batch, states=own_states([2, 9, 4], [0, 2, 3, 4], [3, 19, 20, 21], [1, 2, 3, 0]))
@@ -192,7 +192,7 @@ def test_a_state_that_is_not_there_is_refused(opened: Open, cuda: CudaBackend) -
 def test_states_of_no_use_are_refused(
     before: list[int], starts: list[int], rows: list[int], blocks: list[int], message: str
 ) -> None:
-    """The rules are those of the CPU's executor, so that kernels do not get what it refuses."""
+    """The checks are those of the CPU's executor, so that kernels never get states that it rejects."""
     batch = batch_of([([0] * 20, range(14, 34), [7, 3, 9]), ([0], [16], [4, 8])])
     states = own_states(before, starts, rows, blocks)
     with pytest.raises(ValueError, match=f"batch: {message}$"):

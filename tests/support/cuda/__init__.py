@@ -1,1 +1,1 @@
-"""A GPU shim and the comparison with the CPU backend."""
+"""Support of GPU tests: a GPU shim, and comparisons with the CPU backend."""

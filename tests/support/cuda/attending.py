@@ -1,4 +1,4 @@
-"""Attention on a device beside the CPU backend: sequences whose rows come in any batches."""
+"""Runs attention steps on a device, with sequences divided into any batches, and compares them with the CPU backend."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LIMITS = StageLimits(max_batch_tokens=1600, max_outputs=1, max_sequences=8, max_
 SMALL, LARGE = LaunchLimits(2, LEAST_SHARED_BYTES, (7, 5)), LaunchLimits(3, 200 << 10, (9, 0))
 NO_SLOPES = np.uint64(0)
 UNUSED_ROWS = 3
-"""Rows that launches are made for beyond the real ones."""
+"""Padding rows of each launch."""
 
 
 def attention(
@@ -72,7 +72,7 @@ def latent(heads: int, key: int, value: int, kv_type: KvType = KvType.F16) -> At
 
 
 def sinks_of(step: Attention) -> Float32:
-    """Returns sinks from far below other scores to above them."""
+    """Returns a sink per head, from far below the scores to above them."""
     return np.linspace(-30, 8, step.heads, dtype=np.float32)
 
 
@@ -83,7 +83,7 @@ def norm_weight(norm: RmsNorm) -> Float32:
 
 @dataclass(frozen=True)
 class Told:
-    """A sequence: queries, keys and values of all its rows side by side, its blocks, and the expected attention."""
+    """A sequence: rows of queries, keys and values side by side, its block table, and the expected output."""
 
     rows: Float32
     table: tuple[int, ...]
@@ -95,7 +95,7 @@ HeadStep = RmsNorm | Rope
 
 
 def by_the_cpu(folder: Path, step: Attention, rows: Float32, before: Sequence[HeadStep] = ()) -> Float32:
-    """Returns attention of one whole sequence by the CPU backend, after the steps `before`."""
+    """Returns the CPU backend's attention output of one whole sequence, after the steps `before`."""
     parts = step.reads
     hidden = Buffer("x", sum(part.width for part in parts))
     starts = np.cumsum([0, *(part.width for part in parts)]).tolist()
@@ -127,20 +127,20 @@ def sequences_of(
     told = []
     for length in lengths:
         rows = generator.standard_normal((length, width), np.float32)
-        rows[:, : step.q.width] *= np.float32(2)  # weights that differ
+        rows[:, : step.q.width] *= np.float32(2)  # so that softmax weights differ
         table = tuple(next(free) for _ in range(-(-length // KV_BLOCK_TOKENS)))
         told.append(Told(rows, table, by_the_cpu(folder, step, rows, before)))
     return told
 
 
 def in_parts(step: Attention, queries: int, rows: int) -> LaunchLimits:
-    """Returns a GPU whose multiprocessors give each part of the heads `queries` queries in decode."""
+    """Returns limits of a GPU on which decode divides heads into parts of `queries` queries."""
     parts = step.kv_heads * -(-step.heads // step.kv_heads // queries)
     return replace(LARGE, sms=2 * (rows + UNUSED_ROWS) * parts)
 
 
 class Attender:
-    """One attention step with KV memory on a device. Memory holds NaN at first. `before`: earlier steps that its
+    """An attention step with KV memory on a device. Memory holds NaN at first; `before` are preceding steps that its
     kernels include."""
 
     def __init__(
@@ -163,13 +163,11 @@ class Attender:
         self.norms = {
             one.x: HeadNorm(bench.put(norm_weight(one)).at(), one.epsilon) for one in before if isinstance(one, RmsNorm)
         }
-        self.quantized: dict[
-            str, np.uint64
-        ] = {}  # places for the result instead of `out`, by their names in `AttentionBuffers`
+        self.quantized: dict[str, np.uint64] = {}  # addresses of quantized results, by name in AttentionBuffers
         self.launched: set[str] = set()
 
     def run(self, batch: Batch, rows: Float32, *, store_only: bool = False, one_row_each: bool = False) -> Float32:
-        """Returns out [rows, heads * head_dim]. Launches are for some more rows than there are."""
+        """Returns the attention output [rows, heads * head_dim]; launches have UNUSED_ROWS more rows."""
         step, put, unused = self.step, self.bench.put, UNUSED_ROWS
         parts = np.split(rows, np.cumsum([part.width for part in step.reads])[:-1], axis=1)
         padded = (np.concatenate([part, np.full((unused, part.shape[1]), np.nan, np.float32)]) for part in parts)
@@ -207,7 +205,7 @@ class Attender:
 
     @property
     def slices(self) -> int:
-        """The number of blocks into which the last batch's values of few queries were divided."""
+        """The number of slices into which kernels for few queries divided the value channels of the last batch."""
         return int(self.bench.get(self.plan, 3, np.int32)[2])
 
     def _rotation(self, rope: Rope, inputs: Inputs, rows: int) -> Rotation:
@@ -218,12 +216,12 @@ class Attender:
         return Rotation(angles.at(), pairs, rope.style)
 
     def fill(self, told: Told, rows: int) -> None:
-        """Stores the sequence's first rows in KV memory."""
+        """Stores keys and values of the sequence's first `rows` rows in KV memory."""
         if rows:
             self.run(batch_of([([0] * rows, range(rows), told.table)]), told.rows[:rows], store_only=True)
 
     def check(self, parts: Sequence[tuple[Told, range]], *, one_row_each: bool = False) -> None:
-        """Asserts the CPU's bits for one batch of rows of some sequences whose earlier rows are stored."""
+        """Checks that one batch of rows has the CPU's bits; earlier rows of its sequences must be stored."""
         batch = windowed(batch_of([([0] * len(r), r, told.table) for told, r in parts]), parts, self.step)
         rows = np.concatenate([told.rows[r.start : r.stop] for told, r in parts])
         wanted = np.concatenate([told.wanted[r.start : r.stop] for told, r in parts])
@@ -234,7 +232,7 @@ class Attender:
 
 
 def windowed(batch: Batch, parts: Sequence[tuple[Told, range]], step: Attention) -> Batch:
-    """Returns the batch with -1 for blocks that no row sees any more."""
+    """Returns the batch with window tables, in which -1 stands for blocks behind the window."""
     if step.window is None:
         return batch
     tables = []

@@ -1,4 +1,4 @@
-"""Stages with a cache of experts of a wanted size, and devices whose copies to it take their time."""
+"""Loads stages with an experts cache of a given size, and simulates slow copies into it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def expert_count(model: Model) -> int:
 
 
 def bytes_for(model: Model, experts: int, limits: StageLimits = LIMITS) -> int:
-    """Returns the fewest bytes with room for `experts` experts."""
+    """Returns the smallest cache size in bytes that holds `experts` experts."""
     plan = cache_plan(model, limits)
     few, enough = 0, plan.n_bytes + (experts + len(plan.pools) + 1) * max(p.layout.pool_bytes(1) for p in plan.pools)
     while few < enough:
@@ -53,7 +53,7 @@ def bytes_for(model: Model, experts: int, limits: StageLimits = LIMITS) -> int:
 def load_cached(
     cuda: CudaBackend, experts: ExpertsBackend, model: Model, n_bytes: int, limits: StageLimits = LIMITS
 ) -> SplitExpertsStage:
-    """Loads all layers with their experts in RAM, and a cache in `n_bytes`."""
+    """Loads all layers with experts in RAM and an experts cache of `n_bytes`."""
     backend = SplitExpertsBackend(cuda, experts, range(model.layer_count), n_bytes)
     stage = load_stage(backend, model, limits=limits)
     assert isinstance(stage, SplitExpertsStage)
@@ -67,8 +67,8 @@ def cache_of(stage: SplitExpertsStage) -> CudaExpertsCache:
 
 @dataclass(frozen=True, slots=True)
 class SlowCopies:
-    """`copy_in_background` of a shim, whose memory holds only ones until the copy is waited for. A GPU takes its time
-    by itself, and its uploads would disturb a capture of another thread."""
+    """A slow `copy_in_background` for the shim: its destination holds only ones until the copy is waited for. Copies of
+    a GPU are slow anyway, and uploads would disturb a capture by another thread."""
 
     device: Device
 

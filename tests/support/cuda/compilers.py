@@ -1,4 +1,4 @@
-"""The CUDA compilers of this machine, for tests that compile kernels which no GPU here could run."""
+"""CUDA compilers of this machine, for tests that compile kernels for GPUs that the machine lacks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NONE = "no CUDA compiler: neither NVRTC (make cuda-matrix installs it) nor nvcc"
 
 @dataclass(frozen=True, slots=True)
 class ByNvrtc:
-    """NVRTC, which compiles the kernels for users."""
+    """A compiler that calls NVRTC, as users' machines do."""
 
     nvrtc: Nvrtc
     quick: ClassVar[tuple[str, ...]] = ()
@@ -44,8 +44,8 @@ class ByNvrtc:
 
 @dataclass(frozen=True, slots=True)
 class ByNvcc:
-    """The toolkit's compiler, which has the same back end. `quick`: options of a PTX that only has to exist,
-    `quick_binary` of such machine code, which takes half the time."""
+    """A compiler that runs the toolkit's nvcc, which has NVRTC's back end. `quick` are options for PTX that only has to
+    compile, `quick_binary` for such machine code, in half the time."""
 
     nvcc: str
     quick: ClassVar[tuple[str, ...]] = ("-Xcicc", "-O0")
@@ -85,13 +85,13 @@ def find_compiler() -> ByNvrtc | ByNvcc | None:
 
 
 def find_nvrtc(major: int) -> ByNvrtc | None:
-    """Returns the NVRTC of CUDA `major`, beside which another one may be installed."""
+    """Returns the NVRTC of CUDA `major`; others may be installed too."""
     path = _libraries().get(major)
     return None if path is None else ByNvrtc(Nvrtc(str(path)))
 
 
 def _libraries() -> dict[int, Path]:
-    """Returns NVRTCs of Python packages by their major versions."""
+    """Returns the paths of NVRTC libraries in Python packages, by major version."""
     packages = Path(sysconfig.get_path("purelib")) / "nvidia"
     found = (path for path in packages.glob("*/lib/libnvrtc.so.*") if path.suffix[1:].isdigit())
     return {int(path.suffix[1:]): path for path in found}

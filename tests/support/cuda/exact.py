@@ -1,4 +1,4 @@
-"""Results of the CPU backend, with which a GPU's are compared bit for bit."""
+"""Computes results on the CPU backend, and compares a GPU's results with them bit for bit."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ LIMITS = StageLimits(max_batch_tokens=64, max_outputs=64, max_sequences=8, max_c
 
 
 def random_source() -> np.random.Generator:
-    """Returns a generator with another seed in each run, and prints the seed."""
+    """Returns a generator with a new random seed, and prints the seed."""
     seed = np.random.SeedSequence().entropy
     print("seed", seed)
     return np.random.default_rng(seed)
 
 
 def awkward(source: np.random.Generator, rows: int, width: int) -> Float32:
-    """Returns rows, in turn, of ordinary numbers, all magnitudes, subnormal ones, zeros, and infinities and NaN."""
+    """Returns rows that hold, in turn, ordinary numbers, all magnitudes, subnormals, zeros, and infinities and NaN."""
     x = source.standard_normal((rows, width), np.float32)
     signs = np.where(source.random((rows, width)) < 0.5, -1, 1)
     x[1::5] = (signs * 10.0 ** source.uniform(-38, 18, x.shape))[1::5]
@@ -46,7 +46,7 @@ def awkward(source: np.random.Generator, rows: int, width: int) -> Float32:
 
 
 def same_bits(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> None:
-    """Asserts equal bits, with all NaN equal and the two zeros different."""
+    """Checks that bits are equal; all NaN count as equal, but zeros of different signs do not."""
     assert found.shape == wanted.shape
     np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
     np.testing.assert_array_equal(_bits(found), _bits(wanted))
@@ -76,7 +76,7 @@ def on_cpu(
 
 
 def tiles_of(weight: Weight) -> tuple[NDArray[np.uint8], int]:
-    """The tiles of a matrix [rows, columns] as the CPU packs them, and the bytes of one tile."""
+    """Returns the tiles of a matrix [rows, columns] in the CPU's packed layout, and the bytes of one tile."""
     rows, columns = weight.values.shape
     n_bytes = PackedMatrix.shape_only(int(weight.quant_type), rows, columns).bytes
     memory = Memory(n_bytes)

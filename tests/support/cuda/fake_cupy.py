@@ -1,4 +1,4 @@
-"""The part of CuPy that the device uses, in host memory: kernels are only noted, work on a stream waits for it."""
+"""A fake CuPy in host memory: it records kernel launches, and runs a stream's work when the stream is synchronized."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Work = Callable[[], None]
 
 @dataclass
 class FakeStream:
-    """A stream whose work is done when it is waited for."""
+    """A stream that runs its work when it is synchronized."""
 
     queue: list[Work] = field(default_factory=list)
     captured: list[Work] | None = None
@@ -73,7 +73,7 @@ class FakeEvent:
 
 @dataclass
 class FakeRuntime:
-    """GPUs by their compute capability; a `status` other than 0 is raised as an error when they are counted."""
+    """A CUDA runtime with GPUs of these compute capabilities; `getDeviceCount` raises any `status` but 0."""
 
     gpus: tuple[tuple[int, int], ...] = ((8, 6), (9, 0))
     status: int = 0
@@ -116,7 +116,7 @@ class FakeRuntime:
         return self.free_bytes, 1 << 30
 
     def malloc(self, n_bytes: int) -> int:
-        if n_bytes > self.free_bytes // 2:  # pieces are smaller than their sum
+        if n_bytes > self.free_bytes // 2:  # free memory is fragmented
             raise CUDARuntimeError(2)
         memory = (ctypes.c_uint8 * n_bytes)()
         self.memory[ctypes.addressof(memory)] = memory
@@ -138,12 +138,12 @@ class FakeRuntime:
 
 
 class CUDADriverError(RuntimeError):
-    """An error of the driver: its status, or its words."""
+    """A driver error: its status, or its message."""
 
 
 @dataclass
 class FakeKernel:
-    """A kernel: with its static shared memory it has 48 KiB at most, until the attribute allows more."""
+    """A kernel that may use 48 KiB of static and dynamic shared memory, until its attribute allows more."""
 
     name: str
     runtime: FakeRuntime
@@ -176,8 +176,8 @@ class FakeNvrtc:
 
 
 class FakeCupy(SimpleNamespace):
-    """The module. `launches` are those that were done, `loaded` the binaries from `files`, and `kernels` their
-    functions, with `static_bytes` of shared memory."""
+    """A fake `cupy` module. `launches` are completed launches, `loaded` the binaries read from `files`, and `kernels`
+    their functions, with `static_bytes` of static shared memory."""
 
     def __init__(self, runtime: FakeRuntime | None = None, version: str = "14.2.0") -> None:
         self.runtime = runtime or FakeRuntime()

@@ -1,4 +1,4 @@
-"""Runs on a real GPU: failures are named at once, and a process whose CUDA context one of them has broken ends."""
+"""Runs on a real GPU: a plugin reports failures at once, and ends processes whose CUDA context is broken."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BROKEN_CODE = 17
 
 @dataclass(eq=False)
 class GpuRun:
-    """A pytest plugin. Of xdist, the controller names failures, and workers end: others take their places."""
+    """A pytest plugin: xdist's controller reports failures; workers with a broken context exit and are replaced."""
 
     device: Device | None = None
     has_failed: bool = False

@@ -1,4 +1,4 @@
-"""Runs of single kernels on arrays, for tests of kernels."""
+"""Runs single kernels on arrays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random products on a GPU."""
+"""Random matrix products on a GPU."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def count_of(bench: Bench, rows: int) -> np.uint64:
 
 
 def quantized(bench: Bench, weights: Weights, x: Float32, bucket: int) -> np.uint64:
-    """Returns activations of all rows of x for products with `weights`."""
+    """Returns the address of x as activations for products with `weights`, quantized if these need it."""
     values = bench.put(x)
     if weights.activation is ActivationFormat.F32:
         return values.at()
@@ -79,7 +79,7 @@ def quantized(bench: Bench, weights: Weights, x: Float32, bucket: int) -> np.uin
 def products(
     bench: Bench, weights: Weights, x: Float32, bias: Buffer | None = None, sms: int = 4, bucket: int | None = None
 ) -> Float32:
-    """Returns products [rows of x, rows of weights]. `bucket`: rows that the launch is for."""
+    """Returns products [rows of x, rows of weights], launched for `bucket` rows."""
     bucket = bucket or len(x)
     out = bench.put(np.full((bucket, weights.rows), np.float32(7)))
     activations, address = quantized(bench, weights, x, bucket), NULL if bias is None else bias.at()
@@ -91,7 +91,7 @@ def products(
 
 
 def none_numbers(x: Float32, width: int) -> None:
-    """Writes zeros, infinity, NaN, huge and tiny numbers, and halves between integers into segments of some rows."""
+    """Writes zeros, infinity, NaN, huge and tiny numbers, and ties of rounding into some rows of x."""
     x[0, :width] = 0
     for row, value in ((1, np.inf), (2, np.nan), (4, np.float32(3e38)), (5, np.float32(-1e-40))):
         if row < len(x):

@@ -1,4 +1,4 @@
-"""Random rows of row steps on a GPU."""
+"""CPU results of row steps, for tests of row kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS, BUCKET = 11, 16
 
 
 def rows_of(bench: Bench) -> DeviceBuffer:
-    """Puts the number of real rows in the bucket on the device; buffers end after them."""
+    """Puts the number of rows without padding on the device; buffers have no memory for padding rows."""
     return bench.put(np.array([ROWS], np.int32))
 
 

@@ -1,4 +1,4 @@
-"""The kernels compiled for the CPU: each source is an object, kept by the hash of all that went into it."""
+"""Compiles the GPU kernels for the CPU: one object file per source, cached by a hash of its inputs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ BUILT = ROOT / "build" / "cuda-shim"
 COMPILE_DEADLINE_S = 600.0
 
 _INCLUDE = (*INCLUDE, SHIM)
-# -O1: compiled in two thirds of the time of -O2, and no slower where it was measured.
+# -O1 compiles in two thirds of the time of -O2, and the kernels are no slower in measurements.
 _FLAGS = ("-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-sign-compare")
-# Kernels look at memory as they like; what they do beyond an array or without alignment ends the launch.
+# Kernels may alias memory of different types; accesses beyond an array or without alignment end the launch.
 _KERNEL_FLAGS = (
     "-fno-strict-aliasing",
     "-fsanitize=alignment,bounds",
@@ -43,8 +43,8 @@ def build(
     shim_defines: tuple[str, ...] = (),
     defined: Collection[str] | None = None,
 ) -> Path:
-    """A library of these modules, of all by default; `defines` are for the modules `defined`, by default for all.
-    AssertionError with what the compiler says."""
+    """Builds a library of the given modules, by default all; `defines` apply to the modules `defined`, by default all.
+    Raises AssertionError with the compiler's message."""
     sources = modules() if kernels is None else kernels
     jobs = [
         (
@@ -56,11 +56,11 @@ def build(
     jobs += [(path, ("-O3", *shim_defines)) for path in sorted(SHIM.glob("*.cpp"))]
     objects = [_object(*job) for job in jobs]
     library = BUILT / f"shim-{_hash(*(path.name for path in objects))}.so"
-    if library.is_file():  # Without the lock: a worker that starts must not wait while other libraries are compiled.
+    if library.is_file():  # No lock: a starting worker must not wait while other libraries are compiled.
         return library
     BUILT.mkdir(parents=True, exist_ok=True)
     with (BUILT / "lock").open("w") as lock, ThreadPoolExecutor(2) as pool:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait, where they would compile the same
+        fcntl.flock(lock, fcntl.LOCK_EX)  # so that processes do not compile the same sources at once
         list(pool.map(lambda made, job: _compile(made, *job), objects, jobs))
         if not library.is_file():
             _run(library, "-shared", *map(str, objects))
@@ -69,7 +69,7 @@ def build(
 
 @cache
 def _processor_flags() -> tuple[str, ...]:
-    """Fused multiply-adds and halves without calls, and wide vectors, where an x86 processor has them."""
+    """Returns options for the FMA, F16C and AVX2 instructions that an x86 processor has."""
     if platform.machine() != "x86_64":
         return ()
     known = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split()
@@ -88,7 +88,7 @@ def _compile(made: Path, path: Path, flags: tuple[str, ...]) -> None:
 
 
 def _run(made: Path, *arguments: str) -> None:
-    """It is there when it is whole."""
+    """Runs the compiler; `made` appears only once it is complete."""
     partial = made.with_suffix(f".part{made.suffix}")
     done = subprocess.run(
         [compiler(), *arguments, "-o", str(partial)],

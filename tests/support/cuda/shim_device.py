@@ -1,4 +1,4 @@
-"""A substitute for a GPU: kernels run on the CPU, and whatever they do wrong is an error of the launch."""
+"""A GPU shim: kernels run on the CPU, and a launch fails if its kernel makes a mistake."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_KERNELS, _PROBLEM_BYTES = 10_000, 1000
 
 
 class KernelError(AssertionError):
-    """A kernel, or its launch, is wrong."""
+    """An error of a kernel or of its launch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class ShimGraph:
 
 class ShimEvent:
     def synchronize(self) -> None:
-        """Does nothing, since everything is done at once."""
+        """Does nothing, since the shim does all work at once."""
 
 
 @dataclass(eq=False)
@@ -141,7 +141,7 @@ class ShimDevice:
         self._do(lambda: np.copyto(place, pinned))
 
     def copy_in_background(self, buffer: Buffer, parts: Iterable[tuple[int, Bytes]]) -> ShimEvent:
-        """Copies at once, even while a graph is captured, which does not include the copy."""
+        """Copies at once, even during a capture; the graph does not include the copy."""
         for offset_bytes, pinned in parts:
             np.copyto(_view(buffer, offset_bytes, pinned.nbytes), pinned)
         return ShimEvent()

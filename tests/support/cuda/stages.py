@@ -1,4 +1,4 @@
-"""Models, devices and helpers of tests of whole stages on GPUs."""
+"""Models and helpers for tests of whole stages on GPUs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Open = Callable[[str], Model]
 
 @dataclass(frozen=True, slots=True)
 class Free:
-    """The memory that was free on a device. A real one's driver takes some as well, so `taken` is 0 there."""
+    """The free memory of a device at one time. `taken` is 0 on a real GPU, whose driver allocates memory as well."""
 
     device: Device
     n_bytes: int

@@ -1,4 +1,4 @@
-"""GPUs for benchmarks."""
+"""Fixtures of tests of GPU benchmarks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.cuda.shim_device import ShimDevice
 
 @pytest.fixture
 def gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that is none, unless a real card is to be tested."""
+    """Replaces GPUs by the shim, unless a real GPU is tested."""
     if request.config.getoption("--gpu", default=False):
         return
 

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_support/first_run.py: steps that are done stay done, others follow in the next call."""
+"""Tests of benchmarks/gpu_support/first_run.py: passed steps are not repeated, others run in the next call."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_step_ends_at_its_limit_with_all_of_its_processes(tmp_path: Path) -> N
 
 
 def partial(folder: Path, then: str = "exit 1") -> str:
-    """A command that removes its file at SIGTERM, and does not end by itself."""
+    """Returns a command that does not end by itself, and removes its file at SIGTERM."""
     loop = "while :; do sleep 0.05; done"
     return f"bash -c 'trap \"rm {folder}/part; {then}\" TERM; touch {folder}/part; {loop}' && true"
 
@@ -92,7 +92,7 @@ def test_what_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_end_a_step_as_its_limit_does(tmp_path: Path, number: signal.Signals) -> None:
     lines = (
-        "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)",  # else what started the tests may ignore them
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)",  # the tests may have started with it ignored
         "signal.signal(signal.SIGINT, signal.default_int_handler)",
         f"import sys; sys.path.append({str(ROOT / 'benchmarks')!r})",
         "from gpu_support import first_run",

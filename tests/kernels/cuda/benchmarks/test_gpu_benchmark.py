@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: shares of known figures, where layers go, llama-bench's answers, and the record of a run."""
+"""Tests of benchmarks/gpu.py: shares of known rates, placement of layers, llama-bench's answers, and records."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def on_gpu(cut: int) -> DeviceLayers:
 
 
 def cap_for(model: Path, device: Device, layers: int) -> int:
-    """Returns the VRAM bytes that hold this many layers and no more, with what a backend leaves of a real card's."""
+    """Returns the VRAM cap in bytes for exactly `layers` layers, including the memory that a backend reserves."""
     kept_bytes = 1 << 20 if isinstance(device, ShimDevice) else device.memory_bytes // 256 + (1 << 20)
     if layers == 0:
         return kept_bytes
@@ -93,7 +93,7 @@ def program(folder: Path, answers: Sequence[dict[str, Any]]) -> Path:
 
 
 def answers(prefills: Sequence[float], decodes: Sequence[float]) -> list[dict[str, Any]]:
-    """Returns llama-bench's answers for prefills of 512 tokens and decodes of 64, one for each way of attention."""
+    """Returns llama-bench's answers for prefill of 512 tokens and decode of 64, one per `flash_attn` setting."""
     found = [ANSWER | {"n_prompt": 512, "n_gen": 0, "avg_ts": speed} for speed in prefills]
     return found + [ANSWER | {"n_prompt": 0, "n_gen": 64, "avg_ts": speed} for speed in decodes]
 
@@ -104,7 +104,7 @@ RATES = Rates(Amount(1e12, 0.1e12), Amount(100e12, 5e12))
 
 
 def test_layers_in_ram_are_held_against_the_sum_of_both_memories() -> None:
-    """A step reads VRAM for 2.1 s and RAM for 1.5 s; products take the GPU 3 s and the processor 2 s."""
+    """A step reads VRAM for 2.1 s and RAM for 1.5 s; products take 3 s on the GPU and 2 s on the processor."""
     one = Round(RATES, prefill_s=10.0, step_s=4.0, many_s=8.0)
     figures = Figures(WORK, [one, replace(one, step_s=4.5), replace(one, step_s=3.6)])
     assert figures.decode_share.median == pytest.approx(0.9)

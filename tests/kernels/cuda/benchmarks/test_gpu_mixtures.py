@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py with a mixture: what it reads, experts in RAM, copies of them on the GPU, and their goals."""
+"""Tests of benchmarks/gpu.py with a mixture: bytes read, experts in RAM, their copies on the GPU, and goals."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the stage, but gives each step a known time: half of it with copies."""
+    """Runs the stage, but gives each step a known time; steps with copies take half the time."""
     decode, prefill = BenchStage.decode, BenchStage.prefill
 
     def decode_s(stage: BenchStage, depth: int, count: int, sequences: int | None = None) -> float:
@@ -61,7 +61,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bytes_of(path: Path, part: str, layers: int = LAYERS) -> int:
-    """Returns the bytes of tensors in the file whose name contains `part`, in the first `layers` layers."""
+    """Returns the bytes of tensors whose names contain `part`, in the first `layers` layers."""
     with Model.open(path) as model:
         tensors = model.file.tensors.items()
         return sum(t.n_bytes for name, t in tensors if part in name and int(name.split(".")[1]) < layers)
@@ -80,7 +80,7 @@ def wanted(record: dict[str, Any]) -> dict[str, tuple[float | None, bool | None]
 
 @pytest.mark.parametrize("moved", [(), (0,), (0, 1, 2)])
 def test_what_a_step_reads_where(mixture: Path, moved: tuple[int, ...]) -> None:
-    """Rows choose 2 of 16 experts, so n rows read an expected 16 * (1 - (7/8)^n); routers are where the experts are."""
+    """Each row chooses 2 of 16 experts, so n rows read 16 * (1 - (7/8)^n) on average; routers lie with experts."""
     with Model.open(mixture) as opened:
         whole = Work.of(opened, EVERY, 7, 5, 4)
         work = Work.of(opened, replace(EVERY, cpu_moe=moved), 7, 5, 4)
@@ -98,7 +98,7 @@ def test_what_a_step_reads_where(mixture: Path, moved: tuple[int, ...]) -> None:
 
 
 def test_goals_of_a_mixture_on_the_gpu() -> None:
-    """Eight sequences read four times as much as one; a prefill of 512 rows takes longer to read than to multiply."""
+    """Eight sequences read four times as many bytes as one; reads, not products, bound a prefill of 512 rows."""
     weights = {rows: Amount(n_bytes, 0) for rows, n_bytes in ((1, 1e12), (8, 4e12), (512, 10e12))}
     work = Work(512, 64, 8, Amount(300e12, 0), weights, Amount(0, 0))
     reached = Round(RATES, prefill_s=28.0, step_s=1.2, many_s=6.6)
@@ -117,7 +117,7 @@ def test_goals_of_a_mixture_on_the_gpu() -> None:
 
 
 def test_goals_of_experts_in_ram_and_copies() -> None:
-    """A step reads VRAM for 1 s and RAM for 8 s. Hits of a quarter leave 6 s of RAM, while the GPU reads 0.2 s more."""
+    """A step reads VRAM for 1 s and RAM for 8 s; hits of a quarter leave 6 s of RAM, and add 0.2 s of VRAM."""
     weights = {rows: Amount(1e12, 0.8e12) for rows in (1, 8)} | {512: Amount(2e12, 6e12)}
     work = Work(512, 64, 8, Amount(300e12, 10e12), weights, Amount(0, 0), dict.fromkeys((1, 8), 0.8e12))
     steps = {1: CopiedSteps(8.0, hits=10, misses=30), 8: CopiedSteps(13.0, hits=0, misses=0)}
@@ -167,7 +167,7 @@ def test_experts_in_ram(
 def test_copies_beside_none(
     mixture: Path, tmp_path: Path, steps: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hits and misses are those of the measured steps with copies, of one sequence and of four."""
+    """Hits and misses count the measured steps with copies, of one sequence and of four."""
     uses = list[tuple[bool, int]]()
     mixtures = SplitExpertsStage._mixtures
 
@@ -191,7 +191,7 @@ def test_copies_beside_none(
 
 
 def test_counts_are_of_the_measured_steps(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is counted without copies, and a round has its own counts."""
+    """Steps without copies count nothing, and each round has its own counts."""
     task = Task(mixture, prompt=3, generate=4, sequences=2, cpu_moe=LAYERS, experts_cache_bytes=2 << 20)
     with closing(Loaded(task)) as loaded:
         loaded.warm_up()

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_support/kit.sh: what a machine without network finds in a kit, and what it is told."""
+"""Tests of benchmarks/gpu_support/kit.sh: setup and messages of a kit for machines without network."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CONTENT = {
 
 
 def kit(folder: Path) -> Path:
-    """Packed by another user, whose files everybody may write."""
+    """Builds a kit that another user packed, with world-writable files."""
     folder.mkdir()
     for name in ("setup.sh", "unpack.py"):
         (folder / name).write_bytes((SCRIPTS / name).read_bytes())
@@ -63,7 +63,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def set_up(tree: Path, kit: Path) -> tuple[list[str], list[str]]:
-    """Returns the lines that setup.sh prints, and the values of variables and the places of modules afterwards."""
+    """Runs setup.sh; returns its lines of stderr, and the resulting values of variables and paths of modules."""
     python = f"python3() {{ '{sys.executable}' \"$@\"; }}"
     after = "import os, brought; print(os.environ['LLAMACLUST_HOME'], brought.__file__, sep='\\n')"
     lines = (python, f". '{kit}/setup.sh'", 'echo "${PYTHONPATH%%:*}"', "type -p llamaclust", f'python3 -c "{after}"')

@@ -1,4 +1,4 @@
-"""Tests how a run on a real GPU goes on after failed tests."""
+"""Tests of runs on a real GPU after failed tests."""
 
 from __future__ import annotations
 

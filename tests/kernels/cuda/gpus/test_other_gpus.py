@@ -1,5 +1,5 @@
-"""GPUs that multiply many rows without instructions of four warps (all but compute capability 9.0), whose quantized
-activations have another layout: products, experts and whole stages have the bits of the CPU."""
+"""Checks that GPUs without warpgroup instructions for many rows (all but compute capability 9.0), whose quantized
+activations have another layout, give the CPU's bits in products, experts and whole stages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.cuda.shim_device import ShimDevice
 from support.cuda.stages import LIMITS, Open, random_tokens, run, same
 
 GPUS = {"8.9": (8, 9), "12.0": (12, 0)}
-"""Kernels of few rows alone have the other way of copying weights, from compute capability 9.0 on."""
+"""Compute capabilities from 9.0 on copy weights differently, but only in kernels for few rows."""
 STAGE_LIMITS = replace(LIMITS, max_batch_tokens=70, max_outputs=70)
 
 
@@ -40,14 +40,14 @@ class RecordingDevice(ShimDevice):
 
 @pytest.fixture(scope="module")
 def of_layout() -> frozenset[str]:
-    """Returns the modules that read or write quantized activations, and that of products with float weights."""
+    """Returns the modules that read or write quantized activations, and the module for float weights."""
     found = {name for name, path in modules().items() if '"activations.cuh"' in whole_text(path)}
     return frozenset({*found, "matmul.float"})
 
 
 @pytest.fixture(scope="module", params=GPUS)
 def device(request: pytest.FixtureRequest, of_layout: frozenset[str]) -> Iterator[RecordingDevice]:
-    """Replaces the device that other tests use."""
+    """Overrides the `device` fixture of other tests."""
     if request.config.getoption("--gpu", default=False):
         pytest.skip("other GPUs are those of the shim")
     gpu = GPUS[request.param]
@@ -71,7 +71,7 @@ def test_kernels_are_those_of_a_warp(device: RecordingDevice) -> None:
 
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
 def test_products_have_the_bits_of_the_cpu(bench: Bench, device: RecordingDevice, kind: QuantType) -> None:
-    """Covers one row, some and many, in one block of rows and in several."""
+    """Covers one, several and many rows, in one block of rows and in several."""
     if kind not in kinds_of(device):
         pytest.skip("kernels are compiled for one such GPU, to save time")
     out_rows, cols = 33, 3 * segment_cols(kind)

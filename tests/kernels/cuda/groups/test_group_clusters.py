@@ -1,4 +1,4 @@
-"""Clusters in which a group with GPUs holds a stage give the answers of one worker without GPUs."""
+"""Checks that clusters give the answers of one worker without GPUs if a group with GPUs holds their stage."""
 
 from __future__ import annotations
 

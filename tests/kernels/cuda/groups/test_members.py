@@ -1,4 +1,4 @@
-"""Members of a group on GPUs, together with others on GPUs or processors, have the bits of one stage."""
+"""Checks that group members on GPUs, with others on GPUs or processors, give the bits of an undivided stage."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from support.wire.frame_reader import build_batch
 from support.wire.trust import authority
 
 FAMILIES = ("llama", "gemma2", "gpt2", "qwen3", "cohere2", "mistral3", "gemma4", "granite")
-KINDS = ("gg", "gc", "cg", "mg", "cm")  # each member on a GPU, a processor, or several devices
+KINDS = ("gg", "gc", "cg", "mg", "cm")  # per member: g for a GPU, c for a processor, m for several devices
 
 
 class Backends:
@@ -62,7 +62,7 @@ def whole(model: Model, limits: StageLimits = LIMITS) -> Program:
 
 
 def batches(model: Model) -> Iterator[Batch]:
-    """Yields a prompt, its next tokens, a prompt without outputs, several sequences at once, and these again."""
+    """Yields prompts with and without outputs, single tokens, and microbatches of two and three sequences."""
     tokens, tables = random_tokens(model, 24), [[9, 4], [1, 2], [0, 5]]
     yield batch_of([(tokens[:17], range(17), tables[0])])
     yield batch_of([(tokens[17:18], [17], tables[0])])
@@ -113,7 +113,7 @@ def test_kv_types(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str, k
 def test_window_blocks_and_stages_of_groups(
     opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str, kinds: str
 ) -> None:
-    """Blocks are given up behind the window and written over; the first layer is a stage of one worker."""
+    """Blocks behind the window are released and overwritten; the first layer is a stage of one worker."""
     model = opened(name)
     window = model.window
     limits = replace(LIMITS, max_context_tokens=96, kv_blocks=6, window_blocks=0 if window is None else 4)
@@ -146,7 +146,7 @@ def windowed(model: Model, limits: StageLimits) -> Iterator[Batch]:
 def test_graphs_of_segments(
     opened: Open, cpu: CpuBackend, cuda: CudaBackend, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Launches between two gathers are a graph from the second use of a shape on; `graphs=False` captures none."""
+    """Launches between two gathers become a graph at the second use of a shape; `graphs=False` captures none."""
     model, captured, capture = opened("qwen3"), list[Graph](), device.capture
 
     def counted(work: Callable[[], None]) -> Graph:
@@ -169,8 +169,7 @@ def test_graphs_of_segments(
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "granite"])
 def test_a_leader_on_a_gpu_samples(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str) -> None:
-    """Gathered logits go back to the GPU, which ranks them; the tokens are those that are sampled from the logits of
-    one stage."""
+    """The GPU ranks gathered logits, and sampled tokens equal those from the logits of an undivided stage."""
     model, random = opened(name), np.random.default_rng(SEED)
     vocabulary = model.hyperparameters.vocabulary_size
     sampler = Sampler(vocabulary)
@@ -206,7 +205,7 @@ def test_links_with_tls(tmp_path: Path, opened: Open, cpu: CpuBackend, cuda: Cud
 
 @pytest.mark.parametrize("kind", ["g", "m", "c"])
 def test_a_gather_that_fails_ends_the_run_at_any_place(opened: Open, cuda: CudaBackend, kind: str) -> None:
-    """The next run begins afresh, and gathers are numbered as those of the whole stage."""
+    """The run after a failure gives the expected bits, and gathers have the numbers of the whole stage."""
     model = opened("qwen3")
     program = divide(whole(model), (1.0, 1.0), 0)
     (backend,) = Backends(cuda, model.layer_count).of(kind)
@@ -245,7 +244,7 @@ def test_a_member_without_a_gatherer_does_not_run(opened: Open, cuda: CudaBacken
 
 @pytest.mark.parametrize(("rows", "kinds"), [(255, "gc"), (256, "cg"), (301, "mg")])
 def test_bands_of_rows(opened: Open, cpu: CpuBackend, cuda: CudaBackend, rows: int, kinds: str) -> None:
-    """Members on GPUs gather many rows in two pieces, as those on processors do."""
+    """Members on GPUs gather many rows in two pieces, like members on processors."""
     model = opened("llama")
     limits = replace(LIMITS, max_batch_tokens=320, max_outputs=4, max_context_tokens=320)
     program, tokens = whole(model, limits), random_tokens(model, rows)
@@ -272,7 +271,7 @@ def test_packed_rows_are_quantized_to_themselves(form: ActivationFormat, scale: 
 
 
 def test_every_scale_is_that_of_its_greatest_value() -> None:
-    """Asserts what `unpack` relies on, for every mantissa and for the greatest float."""
+    """Checks for every mantissa that 127 times a scale, divided by 127, is the scale: `unpack` needs this."""
     for first in (1.0, 2.0**-118, float(np.finfo(np.float32).max) / 2):
         bits = np.float32(first).view(np.uint32) & np.uint32(0xFF800000)
         top = (np.arange(1 << 23, dtype=np.uint32) + bits).view(np.float32)

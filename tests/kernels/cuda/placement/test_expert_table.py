@@ -1,4 +1,4 @@
-"""The choice of the experts that a cache holds, and the division of its memory."""
+"""Tests of the choice of cached experts, and of the division of the cache's memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_most_used_come_first() -> None:
 
 
 def test_another_one_comes_when_it_is_used_more_by_a_use_of_now() -> None:
-    """An expert that has not been used for long is replaced first."""
+    """The cache first replaces an expert without recent uses."""
     table = ExpertTable([Pool((0,), 2)], 8)
     for expert in (0, 0, 1, 1, 1):
         use(table, 0, expert)
@@ -52,7 +52,7 @@ def test_another_one_comes_when_it_is_used_more_by_a_use_of_now() -> None:
 
 
 def test_uses_of_long_ago_count_less() -> None:
-    """Uses count half as much after 256 steps, and sums always stay numbers."""
+    """Uses count half as much after 256 steps, and sums stay finite."""
     table = ExpertTable([Pool((0,), 1)], 4)
     for _ in range(100):
         use(table, 0, 0)
@@ -84,7 +84,7 @@ def test_an_expert_that_the_step_uses_stays() -> None:
 
 
 def test_random_uses() -> None:
-    """A slot has one expert, which is in no other; a copy takes no slot that the step uses; pools share no experts."""
+    """Each slot holds one expert, and no expert has two slots; copies take no slot in use; pools share no experts."""
     random = np.random.default_rng(SEED)
     pools = [Pool((0, 2), 3), Pool((1,), 5), Pool((3,), 0)]
     table, there = ExpertTable(pools, 8), dict[tuple[int, int], tuple[int, int]]()
@@ -142,7 +142,7 @@ def test_places_of_slots_do_not_overlap() -> None:
 
 
 def test_numbers_of_lines() -> None:
-    """Lines of cached experts are sorted by slot and cut into pieces; all lines have the places of their results."""
+    """Lines of cached experts are sorted by slot and divided into pieces; every line has the place of its result."""
     inputs, slots = LineInputs(12), np.array([[3, -1, 0], [3, 0, -1], [5, 3, 3]], np.int32)
     pinned = np.full(inputs.offsets[-1], 0xFF, np.uint8)
     weights = np.arange(9, dtype=np.float32).reshape(3, 3)

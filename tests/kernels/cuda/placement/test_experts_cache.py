@@ -1,4 +1,4 @@
-"""Often used experts on the GPU, the others in RAM: the bits of one processor, whichever experts are on the GPU."""
+"""Checks that stages with frequently used experts on the GPU and others in RAM give the bits of one processor."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ STEPS = 24
 
 
 def random_batches(model: Model, steps: int = STEPS, number: int = 0) -> Iterator[Batch]:
-    """Yields prompts and single tokens of three sequences, together and alone."""
+    """Yields batches of prompts and single tokens, of up to three sequences."""
     random = np.random.default_rng([SEED, number])
     at, tables = [0, 0, 0], [[0, 1, 2], [5, 4, 3], [8, 6, 7]]
     for number in range(steps):
@@ -58,7 +58,7 @@ def random_batches(model: Model, steps: int = STEPS, number: int = 0) -> Iterato
 
 
 def run_alike(cpu: Stage, found: Stage, batches: Iterable[Batch], settle: bool | None = None) -> None:
-    """Asserts the same bits at each step. Between steps, copies are waited for always, never or (None) at random."""
+    """Checks that both stages give the same bits. `settle` waits for copies after each step; None: at random."""
     random = np.random.default_rng(SEED + 1)
     for number, batch in enumerate(batches):
         wanted = cpu.run(batch, None)
@@ -72,7 +72,7 @@ def run_alike(cpu: Stage, found: Stage, batches: Iterable[Batch], settle: bool |
 
 @pytest.fixture
 def slow_copies(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slows copies, so that a step that reads an expert too early, or while it goes, finds NaN."""
+    """Slows copies down, so that a step that reads an expert before or during its copy finds NaN."""
     if isinstance(device, ShimDevice):
         monkeypatch.setattr(device, "copy_in_background", SlowCopies(device).copy)
 
@@ -86,7 +86,7 @@ def test_hits_misses_and_evictions(
     name: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Uses in the last few steps count most, so that experts come and go."""
+    """A short half-life makes the cache replace experts often."""
     monkeypatch.setattr("llamaclust.kernels.cuda.experts_cache.table._HALF_LIFE_STEPS", 4)
     monkeypatch.setattr("llamaclust.kernels.cuda.experts_cache.table._LEAD_USES", 0.01)
     model = opened(name)
@@ -133,7 +133,7 @@ def test_caches_of_any_size(
 
 
 def test_the_bound_is_kept_to_the_byte(opened: Open, cpu: CpuBackend, cuda: CudaBackend, device: Device) -> None:
-    """The cache takes as many experts as fit into the bound, for any number of bytes, and gives their memory back."""
+    """The cache holds as many experts as fit into any limit in bytes, and frees their memory."""
     model, random = opened("gpt-oss"), np.random.default_rng(SEED)
     plan, least = cache_plan(model), bytes_for(model, 1)
     most = bytes_for(model, expert_count(model))
@@ -175,7 +175,7 @@ def test_more_rows_than_the_cache_serves(
 def test_a_load_ends_the_caches_that_are_there(
     opened: Open, cpu: CpuBackend, cuda: CudaBackend, device: Device
 ) -> None:
-    """Memory of the ended caches counts as free, and their stages go on by the processor alone."""
+    """Memory of existing caches counts as free; the load closes them, and their stages use the processor alone."""
     model = opened("moe")
     plain, n_bytes = load_stage(cpu, model, limits=LIMITS), bytes_for(model, 6)
     stage = load_cached(cuda, cpu, model, n_bytes)
@@ -193,7 +193,7 @@ def test_a_load_ends_the_caches_that_are_there(
 
 
 class _BusError(Exception):
-    """An error of the driver."""
+    """A driver error."""
 
 
 def test_a_gpu_that_is_lost_by_a_copy(
@@ -251,7 +251,7 @@ def test_a_cache_ends_behind_the_step_that_runs(
 def test_a_cache_that_is_collected_waits_for_no_copy(
     opened: Open, cpu: CpuBackend, cuda: CudaBackend, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The collecting thread may hold what the copy waits for, so that the buffer is freed after the copy."""
+    """The collecting thread may hold a lock that the copy waits for, so the buffer is freed only after the copy."""
     model = opened("moe")
     stage = load_cached(cuda, cpu, model, bytes_for(model, 4))
     is_inside, may_go_on, copied = Flag(), Flag(), device.copy_in_background
@@ -290,7 +290,7 @@ def test_a_cache_that_is_closed_during_a_copy_is_settled(
     monkeypatch: pytest.MonkeyPatch,
     copies_before: int,
 ) -> None:
-    """The copy ends during the close, and nothing waits for it afterwards."""
+    """A running copy ends before the close returns, and no copy follows."""
     model, copied = opened("moe"), device.copy_in_background
     is_inside, is_closing, begun = Flag(), Flag(), list[Buffer]()
 

@@ -1,4 +1,4 @@
-"""Experts in RAM, the rest on a GPU: the bits of one processor, for any layers, cuts and microbatches."""
+"""Checks that stages with experts in RAM and the rest on a GPU give the bits of one processor."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def split(cuda: CudaBackend, cpu: CpuBackend, start: int, end: int) -> Backend:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prompts_and_single_tokens(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str) -> None:
-    """Families whose experts have no kernels on GPUs are included."""
+    """Covers architectures whose experts have no GPU kernels."""
     model = opened(name)
     tokens = random_tokens(model)
     wanted = run(cpu, model, tokens, ROWS)
@@ -46,7 +46,7 @@ def test_any_layers(opened: Open, cpu: CpuBackend, cuda: CudaBackend, threads: i
 
 
 def test_chains_with_whole_layers(opened: Open, cpu: CpuBackend, cuda: CudaBackend) -> None:
-    """Covers chains in one worker, behind layers in RAM, and stages of several workers."""
+    """Covers several devices of one worker, with the first layer in RAM, and stages of several workers."""
     model = opened("moe")
     tokens = random_tokens(model)
     wanted = run(cpu, model, tokens, ROWS)
@@ -64,7 +64,7 @@ def test_chains_with_whole_layers(opened: Open, cpu: CpuBackend, cuda: CudaBacke
 
 
 def test_sequences_at_random_places(opened: Open, cpu: CpuBackend, cuda: CudaBackend) -> None:
-    """Microbatches have prompts and single tokens, and outputs of some rows."""
+    """Microbatches mix prompts and single tokens, with outputs of random rows."""
     model, random = opened("glm4moe"), np.random.default_rng(SEED)
     stages = [load_stage(backend, model, limits=LIMITS) for backend in (cpu, split(cuda, cpu, 0, model.layer_count))]
     at, tables = [0, 0, 0], [[0, 1, 2], [5, 4, 3], [8, 6, 7]]
@@ -89,7 +89,7 @@ def test_sequences_at_random_places(opened: Open, cpu: CpuBackend, cuda: CudaBac
 def test_graphs_of_segments(
     opened: Open, cpu: CpuBackend, cuda: CudaBackend, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each segment between two layers' experts is a graph of its own; without graphs there is none."""
+    """Each segment between the experts of two layers is a graph; `graphs=False` captures none."""
     model, captured, capture = opened("moe"), list[Graph](), device.capture
 
     def counted(work: Callable[[], None]) -> Graph:
@@ -124,7 +124,7 @@ def test_memory_is_that_of_both_devices(opened: Open, cpu: CpuBackend, cuda: Cud
 
 
 def test_layers_without_experts(opened: Open, cpu: CpuBackend, cuda: CudaBackend) -> None:
-    """The first layers of a model may have no experts: the GPU computes all of these layers."""
+    """The GPU computes layers without experts, such as the first ones of some models."""
     model = opened("glm4moe")
     program = model.program(0, 1)
     assert experts_of(program, range(1)) is None

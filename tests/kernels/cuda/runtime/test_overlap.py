@@ -1,5 +1,5 @@
-"""Launches that begin while the kernel before them still runs: what the driver is asked for, on which GPUs, and that
-kernels wait before they read results."""
+"""Tests of launches that overlap the preceding kernel: the driver calls, the GPUs that support them, and the waits of
+kernels before they read results."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class DriverError(Exception):
 
 @dataclass
 class FakeDriver:
-    """A fake driver library; `launches` records what it was given, with arguments read as `kinds`."""
+    """A fake driver library that records launches, with arguments read as `kinds`."""
 
     kinds: tuple[Any, ...] = ()
     status: int = 0
@@ -130,7 +130,7 @@ def test_launches_in_order_overlap_nothing(monkeypatch: pytest.MonkeyPatch, driv
 
 @pytest.mark.parametrize("start", [0, 1], ids=["with tokens", "later layers"])
 def test_plans_are_there_before_attention_waits(tmp_path: Path, start: int) -> None:
-    """A launch that does not overlap comes between the plan and rotation and the launches that overlap."""
+    """A launch without overlap separates the plan and the rotation from the overlapping launches."""
     build_tiny_model(tmp_path / "m.gguf", layers=3)
     model = Model.open(tmp_path / "m.gguf")
     program = model.program(start, 2)
@@ -144,7 +144,7 @@ def test_plans_are_there_before_attention_waits(tmp_path: Path, start: int) -> N
     assert behind[0].in_order or not overlaps(behind[0].kernel)
 
 
-# Sources, after the preprocessor.
+# Checks of preprocessed sources.
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def preprocessed(module: str) -> str:
 
 
 def closing(text: str, at: int) -> int:
-    """Returns the index at which the bracket at `at` is closed."""
+    """Returns the index of the bracket that closes the one at `at`."""
     depth = 0
     for index in range(at, len(text)):
         depth += (text[index] in "({") - (text[index] in ")}")
@@ -183,7 +183,7 @@ def names(module: str) -> frozenset[str]:
 
 @cache
 def functions(module: str, name: str) -> tuple[Function, ...]:
-    """Returns all functions of this name."""
+    """Returns all overloads of a function."""
     return tuple(_functions(preprocessed(module), name))
 
 
@@ -203,7 +203,7 @@ def kernels() -> Iterator[tuple[str, str]]:
 
 WAIT = "wait_for_earlier_kernels();"
 BEFORE_ALL = ("rows", "count")
-"""Names of pointers to numbers that came with the microbatch, before all kernels."""
+"""Names of pointers to numbers of the microbatch, uploaded before all kernels."""
 WEIGHTS = ("weight",)
 
 
@@ -244,7 +244,7 @@ def test_kernels_read_no_results_before_they_wait() -> None:
 
 
 def test_attention_reads_plans_and_angles_before_it_waits() -> None:
-    """Attention reads nothing early that the kernels just before it write: queries, keys, values and results."""
+    """Attention reads no queries, keys, values or results before it waits for the kernels that write them."""
     read = "".join(one.body for name in ("begin", "bring_near") for one in functions("attention.few", name))
     (bring,) = functions("attention.few", "bring")
     before = bring.body.partition(WAIT)[0] + read

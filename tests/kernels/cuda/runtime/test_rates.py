@@ -1,4 +1,4 @@
-"""Rates that are measured of a simulated GPU, whose work takes a known time."""
+"""Tests of rates that are measured on a simulated GPU, whose work takes a known time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaclust.kernels.cuda.runtime.device import Launch
 
 COLS = 4096
 TILE_BYTES = 16 * COLS // 32 * 18
-"""The bytes of sixteen rows of Q4_0."""
+"""Bytes of 16 rows of Q4_0."""
 
 
 @dataclass(eq=False)
@@ -30,7 +30,7 @@ class TimedBuffer:
 
 @dataclass
 class TimedDevice:
-    """A GPU that reads and multiplies at these rates, and loads a kernel when it is first launched."""
+    """A simulated GPU with these rates, which loads a kernel at its first launch."""
 
     read_bytes_s: float
     macs_s: float

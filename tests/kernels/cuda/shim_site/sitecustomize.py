@@ -1,7 +1,6 @@
-"""Python reads this first in worker processes of tests that have this folder on their path: these find a GPU that is
-none. PYTHON_TEST_LOSE_GPU=FILE: it is lost at the next launch, or the call that the file names, once there is such a
-file, which is removed.
-"""
+"""Replaces GPUs by the shim in worker processes with this folder on their path, since Python imports this module first.
+PYTHON_TEST_LOSE_GPU=FILE: once FILE exists, the shim removes it and loses the GPU at the next launch, or at the call
+that FILE names."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ _MEMORY_BYTES = 256 << 20
 
 
 class LostDevice(ShimDevice):
-    """One that is lost on demand."""
+    """A shim device that is lost on demand."""
 
     def prepare(self, kernels: Iterable[str]) -> None:
         _lose_at("prepare")

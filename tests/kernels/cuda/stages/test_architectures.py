@@ -1,4 +1,4 @@
-"""Every architecture gives the CPU's bits on a GPU. `REFUSED` is the short list of what GPUs do not compute."""
+"""Checks that every architecture gives the CPU's bits on a GPU. `REFUSED` lists what GPUs do not support."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from support.wire.frame_reader import build_batch
 
 REFUSED = ("encoders are", "rerankers are", "adapters are")
 OTHERS = [name for name in ARCHITECTURES if name not in MODELS]
-"""The architectures that are not in MODELS; those in MODELS have more tests in `test_stage`."""
+"""Architectures outside of MODELS; `test_stage` has more tests of those in MODELS."""
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -99,7 +99,7 @@ def test_short_chunks(chunked: Model, cpu: CpuBackend, cuda: CudaBackend, kv_typ
 
 
 def test_blocks_are_given_up_behind_chunks(chunked: Model, cpu: CpuBackend, cuda: CudaBackend) -> None:
-    """Later chunks overwrite the blocks that are given up."""
+    """Later chunks overwrite released blocks."""
     assert chunked.window == 6
     limits = replace(LIMITS, kv_blocks=6, window_blocks=3)
     tokens = random_tokens(chunked, 90)
@@ -122,7 +122,7 @@ def test_blocks_are_given_up_behind_chunks(chunked: Model, cpu: CpuBackend, cuda
 def test_layers_that_share_keys_and_inputs_on_two_devices(
     opened: Open, cpu: CpuBackend, cuda: CudaBackend, on_gpu_first: bool
 ) -> None:
-    """The cut is at the only border that a plan may choose: inputs of later layers go behind the hidden state."""
+    """The split is at the only border that plans allow; inputs of later layers follow the hidden state."""
     model = opened("gemma4-inputs")
     assert model.costs(KvType.F16).borders == (0, 1, 6)
     first, last = (cuda, cpu) if on_gpu_first else (cpu, cuda)

@@ -1,4 +1,4 @@
-"""Batches that do not fit a stage are refused as by the CPU's executor, before kernels get them."""
+"""Checks that GPU stages reject the batches that the CPU's executor rejects, before kernels run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Int32 = NDArray[np.int32]
 
 
 def whole() -> Batch:
-    """Builds two sequences; the first one has a block that no row sees any more, and one that no row stores yet."""
+    """Builds a batch of two sequences; the first has a block behind the window, and a block after its last row."""
     batch = batch_of([([5] * 3, range(33, 36), [0, 1, 2, 7]), ([6], [0], [4])], outputs=[2, 3])
     return replace(batch, window_tables=np.array([-1, 1, 3, -1, 2], np.int32))
 
@@ -91,7 +91,7 @@ def stage(opened: Open, cpu: CpuBackend) -> Stage:
 
 @pytest.mark.parametrize("message", CASES)
 def test_each_is_named(stage: Stage, message: str) -> None:
-    """A window block that no row reaches may have any number; the window before the first row is reached."""
+    """Window blocks that no row reaches may have any number; rows reach the window before the first row."""
     check_batch(whole(), WINDOW_LIMITS, WINDOW)
     field, change = CASES[message]
     bad = with_numbers(whole(), field, change(whole()))
@@ -115,7 +115,7 @@ def test_stages_refuse_before_they_compute(opened: Open, cuda: CudaBackend) -> N
 
 
 def damaged(random: Random, field: str, numbers: Int32) -> Int32:
-    """Changes one number, or drops or adds some; the GPU's checks do not cover the values of tokens."""
+    """Changes one number, or removes or appends some; token ids stay, which the GPU's checks do not cover."""
     if field == "tokens" or random.random() < 0.3:
         kept = numbers[: random.randrange(len(numbers) + 1)]
         return random.choice([kept, np.append(numbers, numbers[-1:] + random.choice([0, 1])), kept[:0]])

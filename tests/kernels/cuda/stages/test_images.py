@@ -1,4 +1,4 @@
-"""Microbatches with images on a GPU, and encoders of images: the CPU's bits."""
+"""Checks that microbatches with images, and image encoders, give the CPU's bits on a GPU."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def logits(
 def test_images_in_prompts(
     opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str, groups: bool, placed: bool, cut: int
 ) -> None:
-    """Chunks with images and without, single tokens after them, twice, so that the second ones are captured."""
+    """Covers chunks with and without images, and then two single tokens, so that the second one is captured."""
     model = opened(name)
     width, count = model.program(0, 1).given_width, model.program(0, model.layer_count).given_levels
     levels = normal(generator_of(name, cut), TOKENS, count * width)
@@ -114,7 +114,7 @@ def test_images_in_prompts(
 
 @pytest.mark.parametrize("kv_type", KvType)
 def test_groups_over_spans(tmp_path: Path, cpu: CpuBackend, cuda: CudaBackend, kv_type: KvType) -> None:
-    """Groups that end in a later span of 512 positions than they begin in, and windows; several sequences."""
+    """Covers image groups that cross a border of spans of 512 positions, with windows, in batches of two sequences."""
     width, key_width = 4 * 32, 2 * 32
     x = Buffer("x", width + 2 * key_width)
     q, k, v, out = Buffer("q", width), Buffer("k", key_width), Buffer("v", key_width), Buffer("out", width)
@@ -179,7 +179,7 @@ def encoder_layer(layer: int, x: Buffer, *, grouped: bool) -> list[Step]:
 
 @pytest.mark.parametrize("quant_type", [QuantType.F16, QuantType.Q8_0])
 def test_an_encoder_of_images(tmp_path: Path, cpu: CpuBackend, cuda: CudaBackend, quant_type: QuantType) -> None:
-    """Windows and whole pictures of two sequences, patches turned by height and width, then merged and averaged."""
+    """Covers attention in windows and over whole images, rotation by height and width, merges and means."""
     generator = generator_of(quant_type)
     patches, x, kept = Buffer("patches", 96), Buffer("x", WIDTH), Buffer("kept", WIDTH)
     wide, mean, out = Buffer("wide", 4 * WIDTH), Buffer("mean", 4 * WIDTH), Buffer("out", 48)

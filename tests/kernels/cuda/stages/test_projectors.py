@@ -1,4 +1,4 @@
-"""Encoders of images on a GPU: the bits of the CPU backend."""
+"""Checks that image encoders give the CPU backend's bits on a GPU."""
 
 from __future__ import annotations
 

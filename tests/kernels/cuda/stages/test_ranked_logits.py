@@ -1,4 +1,4 @@
-"""Records that a GPU makes of logits: by them, the sampler chooses the tokens that it chooses by the logits."""
+"""Checks that the sampler chooses the same tokens from a GPU's records of ranked logits as from the logits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 class Ranker:
-    """Logits that a device has ranked, with a list of their rows that were read."""
+    """Logits that a device has ranked; `read` lists the rows that were read."""
 
     def __init__(self, bench: Bench, logits: Float32) -> None:
         self._logits = logits
@@ -66,7 +66,7 @@ class Ranker:
 
 
 def check(bench: Bench, logits: Float32, tasks: Sequence[RowTask]) -> list[int]:
-    """Asserts the same results, to the bit. Returns the rows whose logits were read."""
+    """Checks that ranked and plain logits give the same bits, and returns the rows whose logits were read."""
     sampler, ranker = Sampler(logits.shape[1], threads=2), Ranker(bench, logits)
     found, wanted = sampler.run(ranker.ranked, tuple(tasks)), sampler.run(logits, tuple(tasks))
     assert list(map(_bits, found)) == list(map(_bits, wanted))
@@ -91,7 +91,7 @@ def test_any_task(bench: Bench, vocabulary: int) -> None:
 
 
 def test_usual_tasks_read_no_logits(bench: Bench) -> None:
-    """Usual logits are those of models, which give few tokens most of the weight."""
+    """Usual logits, like those of models, give few tokens most of the weight."""
     source = generator()
     logits = source.normal(0, 2, (9, 40_000)).astype(np.float32)
     logits[:, ::4_000] += np.float32(14)
@@ -122,7 +122,7 @@ def test_usual_tasks_read_no_logits(bench: Bench) -> None:
 
 
 def test_other_temperatures(bench: Bench) -> None:
-    """Weights are summed again, once for all rows that need it, and no logits are read."""
+    """The GPU sums weights again, once for all rows that need it, and no logits are read."""
     source = generator()
     logits = source.normal(0, 2, (4, 20_000)).astype(np.float32)
     logits[:, ::4_000] += np.float32(40)
@@ -137,7 +137,7 @@ def test_other_temperatures(bench: Bench) -> None:
 
 
 def test_ties_zeros_and_infinities(bench: Bench) -> None:
-    """Covers more candidates than a record has, both zeros, and logits that are no candidates."""
+    """Covers more candidates than a record holds, zeros of both signs, and logits that are not candidates."""
     logits = np.zeros((6, 3_000), np.float32)
     logits[1, 1_500:] = -0.0
     logits[2] = -np.inf
@@ -171,7 +171,7 @@ def test_a_record_is_as_long_as_the_sampler_reads_it() -> None:
 def test_stages_give_the_logits_that_are_asked_for(
     opened: Open, cpu: CpuBackend, cuda: CudaBackend, parts: int
 ) -> None:
-    """Covers logits of some rows, and of none; a stage on a processor ranks no logits."""
+    """Covers logits of some rows and of no rows; a stage on a processor does not rank logits."""
     model = opened("llama")
     count = model.layer_count
     both = MultiDeviceBackend([BackendLayers(cpu, 0, 1), BackendLayers(cuda, 1, count)])

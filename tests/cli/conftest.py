@@ -12,7 +12,7 @@ from support.models.hostile_models import tiny
 
 @pytest.fixture(scope="module")
 def line() -> Iterator[CommandLine]:
-    """Yields a command line whose folder has a model."""
+    """Yields a command line whose folder contains a model."""
     with command_line() as line:
         tiny(line.folder / "good.gguf")
         yield line

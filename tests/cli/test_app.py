@@ -1,4 +1,4 @@
-"""The command as a whole: its version, its help, and that Ctrl-C ends what no signal reaches."""
+"""Tests of the whole command: version, help, and Ctrl-C during a native call."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_help_names_no_types(words: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("words", list(commands()), ids=" ".join)
 def test_without_arguments_a_command_prints_its_work_its_help_or_one_line_of_error(words: tuple[str, ...]) -> None:
-    """The program's folder cannot be made, so that `up` does not download the demo, of which it says what it is."""
+    """Blocks the program's folder with a file, so that `up` cannot download the demo model."""
     with command_line() as line:
         (line.folder / "home").touch()
         done = line.run(*words)

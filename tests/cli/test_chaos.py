@@ -1,4 +1,4 @@
-"""`chaos` on real workers of a tiny model, and what it leaves."""
+"""Tests of `chaos` on real workers of a tiny model, and of the cluster's state afterwards."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from support.network.loopback import free_port
 OF_WORKERS = ("--faults", "kill,stop,drain")
 DRAIN_AND_KILLS = 2604  # drain a, SIGKILL b, SIGSTOP b, ...
 LONG_STOP = 660  # SIGSTOP a for 8.4 s
-COORDINATOR = 165  # SIGKILL of it after 0.5 s, where a standby waits
-FULL_DISK = 7312  # for 2.3 s, after a SIGSTOP of the coordinator
+COORDINATOR = 165  # SIGKILL of the coordinator after 0.5 s, while a standby waits
+FULL_DISK = 7312  # a full disk for 2.3 s, after a SIGSTOP of the coordinator
 
 
 @pytest.fixture
@@ -44,13 +44,13 @@ def cluster(line: CommandLine) -> Iterator[Cluster]:
 
 
 def is_undisturbed(cluster: Cluster) -> bool:
-    """No worker is drained, and no process stopped."""
+    """Returns whether no worker is drained and no process is stopped."""
     drained = any(worker["drained"] for worker in cluster.status["workers"])
     return not drained and not any(process.status() == psutil.STATUS_STOPPED for process in cluster.processes)
 
 
 def run_here(line: CommandLine, monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
-    """The exit code of a command in this process."""
+    """Runs a command in this process and returns its exit code."""
     monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(line.state_dir))
     monkeypatch.setattr("sys.argv", ["llamaclust", *words])
     with pytest.raises(SystemExit) as ended:
@@ -125,13 +125,13 @@ def file_limit(pid: int) -> int:
 
 
 def is_journalled(cluster: Cluster) -> bool:
-    """Again, after it could not be written."""
+    """Sends a request and returns whether the journal can be written again."""
     cluster.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, "stream": True}).raise_for_status()
     return "requests.journal: can be written again" in cluster.command.err.read_text()
 
 
 def test_a_full_disk_and_a_stop_of_the_coordinator(line: CommandLine, cluster: Cluster) -> None:
-    """Requests go on without a record; a worker that is started meanwhile can write afterwards, as all can."""
+    """Checks that requests go on without a journal and that all processes can write afterwards, even a new worker."""
     limits = [file_limit(pid) for pid in (cluster.pid, *cluster.worker_pids.values())]
     words = ("--faults", "coordinator-stop,disk-full", "--seed", str(FULL_DISK), "--minutes", "0.1", "--streams", "4")
     running = line.start("chaos", *words)
@@ -173,7 +173,7 @@ def test_the_coordinator_is_killed_where_a_standby_waits(line: CommandLine) -> N
 
 
 def test_faults_within_workers_change_no_answer(line: CommandLine) -> None:
-    """They end by themselves; a failing worker is quarantined and requests go on."""
+    """Uses faults that end by themselves; requests go on while a failing worker is quarantined."""
     line.set_variables(PYTHONPATH=os.pathsep.join((str(PRELOAD), *filter(None, sys.path))))
     workers = named("a", "b", "c")
     with line.cluster("good.gguf", context_length=256, objective="throughput", workers=workers) as cluster:

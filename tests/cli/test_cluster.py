@@ -1,4 +1,4 @@
-"""`up`, `status`, `plan`, `logs`, `generate`, `down`: what the commands promise, by running them on a tiny model."""
+"""Tests of `up`, `status`, `plan`, `logs`, `generate` and `down` on a tiny model."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_port_in_use_is_refused_before_a_worker_starts(line: CommandLine, clus
 
 
 def test_what_is_left_on_disk_is_the_owners_alone(line: CommandLine, cluster: Cluster) -> None:
-    """Sockets are guarded by the directory they lie in."""
+    """Checks the modes of all files but sockets, which their directory protects."""
     folder = line.cluster_dir("tiny")
     found = {path.name: stat.S_IMODE(path.lstat().st_mode) for path in (folder, *folder.rglob("*"))}
     assert {"tiny", "run", "cluster.json", "token", "a.log"} <= found.keys()
@@ -123,7 +123,7 @@ def test_what_is_left_on_disk_is_the_owners_alone(line: CommandLine, cluster: Cl
 
 
 def test_a_detached_cluster_from_start_to_stop(line: CommandLine) -> None:
-    """Its port and a key come from the command line; the process that started it is gone."""
+    """Tests a cluster whose port and keys come from the command line and whose starting process has ended."""
     port = free_port()
     path = line.cluster_file("good.gguf", "apart")
     keys = ("context_length=128", "workers.b.threads=2", "workers.b.mlock=true", "workers.b.numa_node=0")
@@ -209,7 +209,7 @@ def room_mib(said: str) -> int:
 
 
 def test_plan_knows_what_memory_leaves_to_a_worker_and_says_why(line: CommandLine) -> None:
-    """A worker's process counts too: as much as a start finds, within what processes differ by."""
+    """Checks that a plan subtracts the memory of a worker's process, within 32 MiB of what a start measures."""
     worker = {"name": "a", "threads": 1, "memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0, "memory": "300MiB"}
     path = line.cluster_file("good.gguf", "capped", workers=[worker])
     with line.cluster("good.gguf", "capped", workers=[worker]) as cluster:

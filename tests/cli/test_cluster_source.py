@@ -1,4 +1,4 @@
-"""`up` and `plan` of a model without a cluster file."""
+"""Tests of `up` and `plan` without a cluster file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`up --detach` that is told to end, or killed, in the middle of its start: nothing is left, as after Ctrl-C."""
+"""Checks that `up --detach` leaves nothing if it is interrupted or killed during its start."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def line() -> Iterator[CommandLine]:
 
 
 def begun(line: CommandLine, model: str = "slow.gguf", before: Sequence[str] = ()) -> Running:
-    """A start that has another process already, which may not yet hear signals."""
+    """Starts a cluster and waits for the coordinator's process, which may not yet handle signals."""
     log = line.cluster_dir("tiny") / "logs" / "coordinator.log"
     log.unlink(missing_ok=True)
     running = line.start("up", "-d", line.cluster_file(model, context_length=64, max_sequences=2), before=before)
@@ -53,7 +53,7 @@ def test_an_interrupted_start_has_ended_when_its_command_has(
     line: CommandLine, moment: Moment, number: signal.Signals
 ) -> None:
     running = moment(line)
-    for _ in range(2):  # a service manager and a closed terminal may both send more than one
+    for _ in range(2):  # service managers and closed terminals may send more than one signal
         os.kill(running.process.pid, number)
     done = running.wait()
     assert done.code == 128 + number and "Traceback" not in done.err

@@ -1,4 +1,4 @@
-"""Commands of other programs are answered with those of this one."""
+"""Checks that errors for other programs' commands name the equivalent commands of llamaclust."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GROUPS = dict(groups("llamaclust", get_command(app)))
 
 
 def advised(text: str) -> list[tuple[str, str]]:
-    """Groups and names of the commands in backticks."""
+    """Returns the groups and names of the commands in backticks."""
     found = []
     for command in re.findall(r"`(llamaclust [^`]*)`", text):
         group, words = "llamaclust", command.split()[1:]

@@ -1,4 +1,4 @@
-"""`generate` and `chat` as a user runs them: on a scripted server, on a model in the process, on a terminal."""
+"""Tests of `generate` and `chat` with a scripted server, with a model in the process, and on a terminal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Here = Callable[..., Ended]
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
-    """Runs the command in this process, which is faster."""
+    """Returns a function that runs a command in this process, which is faster than another process."""
 
     def run(*arguments: str) -> Ended:
         monkeypatch.setattr(sys, "argv", ["llamaclust", *arguments])
@@ -341,7 +341,7 @@ def test_values_out_of_bounds(here: Here, arguments: Sequence[str], tiny: Path) 
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with two projectors beside it, of which none is used without a choice."""
+    """Returns a model with two projectors beside it, neither of which is the default."""
     path = tmp_path_factory.mktemp("seeing") / "m.gguf"
     build_tiny_model(path, layers=1, hidden=TEXT_WIDTH, heads=4, ffn=96)
     for name in ("mmproj-a.gguf", "mmproj-b.gguf"):

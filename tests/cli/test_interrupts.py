@@ -1,4 +1,4 @@
-"""Signals that are heard when it is their time."""
+"""Checks that signals end the process, after a section that defers them or at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamaclust.cli.interrupts import exits_on_signals
 
 @pytest.fixture(autouse=True)
 def _no_signal_is_ignored() -> Iterator[None]:
-    """Whatever the process that runs the tests ignores."""
+    """Sets the default handlers, even if the parent process ignores the signals."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -55,7 +55,7 @@ def test_other_signals_are_heard_at_once() -> None:
 
 
 class SignalledInDestructor:
-    """Python discards what a destructor raises, so also what a signal's handler raises meanwhile."""
+    """An object whose destructor gets a signal; Python discards exceptions that are raised in destructors."""
 
     def __del__(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Addresses of `--join`, with and without a port."""
+"""Tests of addresses for `--join`, with and without a port."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`keys`: a file of API keys that is changed by the names of its keys."""
+"""Tests of `keys`, which changes a file of API keys by the names of the keys."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_keys_are_made_listed_and_removed(path: Path) -> None:
     keys = tuple(out.strip() for out, _ in made)
     assert read_api_keys(path) == keys and len(set(keys)) == 4 and first_key(path) == keys[0]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert not any(key in said for key in keys for _, said in made)  # once, on standard output
+    assert not any(key in said for key in keys for _, said in made)  # shown on standard output alone
     assert run("list")[0].split() == ["key-1", "phone", "key-2", "tv.living-room"]
     for name in ("phone", "key-1", "tv.living-room"):
         run("rm", name)

@@ -1,4 +1,4 @@
-"""`up --port` and `up --lan` as overrides of a cluster file, and the key for other machines."""
+"""Tests of `up --port` and `up --lan`, which override a cluster file, and of the key for other machines."""
 
 from __future__ import annotations
 

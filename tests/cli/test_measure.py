@@ -1,4 +1,4 @@
-"""`measure`: stored measurements are made again, on a tiny model with two workers."""
+"""Tests of `measure`, which repeats stored measurements, on a tiny model with two workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`status --watch`, `drain`, `undrain`: what an operator types, on real workers of a tiny model."""
+"""Tests of `status --watch`, `drain` and `undrain` on real workers of a tiny model."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_watched_as_json_it_is_an_object_a_line(line: CommandLine, cluster: Clus
 
 
 def test_watched_on_a_terminal_it_stays_in_its_place(line: CommandLine, cluster: Cluster) -> None:
-    """The picture is as high as the terminal at most; after Ctrl-C the cursor is there again."""
+    """Checks that the view is at most as high as the terminal and that Ctrl-C restores the cursor."""
     shown, process = on_terminal(line, "status", "--watch", lines=4)
     eventually(lambda: b"".join(shown).count(b"tiny: ready") >= 3, 60.0, "three pictures")
     process.send_signal(signal.SIGINT)
@@ -102,14 +102,14 @@ def test_watched_on_a_terminal_it_stays_in_its_place(line: CommandLine, cluster:
     text = b"".join(shown).decode()
     assert "Traceback" not in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
-    assert "\x1b[1A" in text  # it goes up over what it wrote
+    assert "\x1b[1A" in text  # moves up over the previous view
     first = text.partition("\x1b[1A")[0]
     assert first.count("\n") <= 4
 
 
 def on_terminal(line: CommandLine, *arguments: str, lines: int) -> tuple[list[bytes], subprocess.Popen[bytes]]:
-    """Starts a command on a terminal of this many lines; returns the parts that it writes, an empty one at the end, and
-    its process."""
+    """Starts a command on a terminal of `lines` lines; returns its output in parts, the last one empty, and its
+    process."""
     ours, its = pty.openpty()
     size = {"LINES": str(lines), "COLUMNS": "100", "TERM": "xterm-256color"}
     state = {"LLAMACLUST_STATE_DIR": str(line.state_dir)}
@@ -139,7 +139,7 @@ def test_layers_leave_a_drained_worker_and_come_back(line: CommandLine, cluster:
     assert (a["layers"], a["drained"], b["layers"]) == (None, True, [0, 4])
     assert re.search(r"^a .* joined, drained ", line.run("status").out, re.MULTILINE)
     assert cluster.answer() == before
-    assert line.run("drain", "a").code == 0  # it is already
+    assert line.run("drain", "a").code == 0  # already drained
     last = line.run("drain", "b")
     assert last.code == 1 and "all other workers are drained or absent: b keeps" in last.error
     assert cluster.answer() == before

@@ -1,4 +1,4 @@
-"""The entry of the command: standard streams that are closed, and signals to the first process of a container."""
+"""Tests of the command's start: closed standard streams, and signals to the first process of a container."""
 
 from __future__ import annotations
 

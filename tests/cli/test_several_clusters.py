@@ -1,4 +1,4 @@
-"""`status` and `down --all` where several clusters run on this machine."""
+"""Tests of `status` and `down --all` while several clusters run on this machine."""
 
 from __future__ import annotations
 

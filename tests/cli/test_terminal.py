@@ -1,4 +1,4 @@
-"""Text from files and models on a terminal: it is seen, and drives nothing."""
+"""Checks that text from files and models cannot control a terminal."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def test_a_cluster_file_with_escapes_in_a_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["generate", "chat"])
 async def test_generated_text_drives_no_terminal(name: str, tmp_path: Path) -> None:
-    """Elsewhere it is written as it is."""
+    """Checks that a pipe gets the text unchanged, and a terminal without control characters."""
     text = "a\x1b[2Jb\x07\tc\x9bd\re\nf"
     async with scripted(text) as (url, _):
         prompt = ("hello",) if name == "generate" else ()

@@ -1,4 +1,4 @@
-"""A cluster whose API speaks TLS, and the commands that call it."""
+"""Tests of commands that call a cluster whose API uses TLS."""
 
 from __future__ import annotations
 

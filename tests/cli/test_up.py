@@ -1,4 +1,4 @@
-"""The output of `up` while it runs in front, and how signals end it: a line for whatever would else be silence."""
+"""Tests of the output of `up` in the foreground, and of the signals that end it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_first_download_is_shown(line: CommandLine, monkeypatch: pytest.Monkey
     with running_server() as server:
         server.does.files |= {"/m.gguf": b"GGUF" + bytes(1 << 20), "/page.gguf": b"<html>"}
         start = line.run("up", line.cluster_file("good.gguf", "web"), "--set", f"model={server.url}/m.gguf")
-        assert "downloading: 1.0 of 1.0 MiB" in start.err and start.code == 2  # it is no whole model
+        assert "downloading: 1.0 of 1.0 MiB" in start.err and start.code == 2  # an incomplete model
         pull = line.run("model", "pull", f"{server.url}/page.gguf")
     assert pull.code == 2 and pull.out == ""
     assert pull.err.splitlines()[-1].startswith("error: ") and "not a GGUF file" in pull.err
@@ -85,9 +85,9 @@ def test_ctrl_c_says_what_it_waits_for_and_a_second_one_waits_no_more(line: Comm
         line.cluster("good.gguf", name="front") as cluster,
         cluster.http.stream("POST", "/v1/completions", json=LONG) as reply,
     ):
-        parts = reply.iter_raw()  # held, for dropping it is to go away
+        parts = reply.iter_raw()  # a reference, since without it the connection would be closed
         assert next(parts)
-        os.kill(cluster.worker_pids["b"], signal.SIGSTOP)  # so that the request is not finished before
+        os.kill(cluster.worker_pids["b"], signal.SIGSTOP)  # so that the request does not end earlier
         cluster.command.press_ctrl_c()
         cluster.command.says("stopping: 1 request is finished first, for 30 s at most; Ctrl-C again stops at once")
         cluster.command.press_ctrl_c()
@@ -109,7 +109,7 @@ def test_down_ends_a_start_and_no_process_with_the_pid_of_a_killed_cluster(line:
 
 
 def test_status_shows_a_start(line: CommandLine) -> None:
-    """Every command that asks shows the known state, and none fails."""
+    """Checks that all forms of `status` show the known state of a start and succeed."""
     waiting = start_coordinator(line, Path("good.gguf"))
     waiting.says("worker --join ")
     state = line.run("status", "--json").json
@@ -147,8 +147,8 @@ def test_down_says_what_it_waits_for_and_a_second_one_waits_no_more(line: Comman
 
 
 def test_a_closed_terminal_ends_it_as_sigterm_does(line: CommandLine) -> None:
-    """Requests are finished, although shell and kernel may both send the signal."""
-    with line.cluster("good.gguf", name="terminal") as cluster:  # of that name, no request was left unanswered
+    """Checks that requests are finished although shell and kernel may both send the signal."""
+    with line.cluster("good.gguf", name="terminal") as cluster:  # no earlier test left a request of this name
         with cluster.http.stream("POST", "/v1/completions", json={**LONG, "max_tokens": 300}) as reply:
             text = reply.iter_lines()
             assert next(text)
@@ -177,7 +177,7 @@ def test_nohup_is_obeyed(line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_terminal_that_goes_away_leaves_nothing(line: CommandLine) -> None:
-    """The kernel sends its own signal, and whatever is still written fails."""
+    """Closes the terminal, after which the kernel sends a signal and all writes fail."""
     primary, secondary = pty.openpty()
     process = subprocess.Popen(
         ["setsid", "--ctty", "--wait", *COMMAND, "up", line.cluster_file("good.gguf")],
@@ -235,7 +235,7 @@ up.run_cluster(Path(sys.argv[1]), [], None, lan=False, detach=False, standby=Fal
 
 
 def test_grpc_options_are_set_before_its_import(line: CommandLine) -> None:
-    """The options make hops faster and keep gRPC's own messages off the terminal."""
+    """Checks options that make hops faster and keep gRPC's messages off the terminal."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
     command = [sys.executable, "-c", _SERVE, str(line.cluster_file("good.gguf"))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)

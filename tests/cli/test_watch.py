@@ -1,4 +1,4 @@
-"""The view of a cluster and of a download that a person has, on a terminal and off it."""
+"""Tests of the views of a cluster and of a download, on a terminal and elsewhere."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_adapters_of_a_request_are_shown_with_their_scales() -> None:
 
 
 def test_the_head_of_several_models_is_of_all_of_them() -> None:
-    """The first model sleeps, the second one serves."""
+    """Shows a cluster whose first model is asleep and whose second one is ready."""
     state = {
         "name": "many",
         "model": "one",
@@ -209,7 +209,7 @@ def test_an_encoder_is_announced_with_what_it_can_do(use: ModelUse, path: str) -
 
 
 def test_each_worker_that_measures_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """Equal measurements of several models are one."""
+    """Checks that equal measurements of several models have one line."""
     one, both = Measuring(("a",), "links"), Measuring(("a", "b"), "bandwidth")
     assert shown(capsys, one, one) == ["measuring worker a: links"]
     assert shown(capsys, both, one) == [
@@ -240,7 +240,7 @@ def test_events_cross_a_pipe() -> None:
 
 
 def test_commands_can_be_copied() -> None:
-    """Each command has a line, with the cluster's name where one was given."""
+    """Checks that each command has its own line, with the cluster's name if it has one."""
     lines = [line.strip() for line in ready_text(Ready("mine", "http://127.0.0.1:1", "good")).splitlines()]
     assert {"llamaclust chat --cluster mine", 'llamaclust generate "Once upon a time" --cluster mine'} <= set(lines)
     assert "llamaclust status --cluster mine" in lines

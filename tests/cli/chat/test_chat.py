@@ -1,4 +1,4 @@
-"""`chat` as a user runs it: through a pipe and on a terminal, on a scripted server."""
+"""Tests of the command `chat`, through a pipe and on a terminal, with a scripted server."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ async def test_a_chat_through_a_pipe_remembers_saves_and_loads(tmp_path: Path) -
 
 
 async def test_piped_text_is_sent_as_it_is(tmp_path: Path) -> None:
-    """It may be another's: it reads and writes no files."""
+    """Checks that commands in piped text, which may be untrusted, read and write no files."""
     (tmp_path / "key").write_text("secret")
     new = tmp_path / "new"
     lines = [f"see @{tmp_path}/key", f"/save {new}", "/exit"]
@@ -234,7 +234,7 @@ async def test_a_chat_on_a_terminal_knows_the_lines_of_the_last_one(tmp_path: Pa
             async with terminal("chat", "--endpoint", url, state_dir=tmp_path) as screen:
                 await screen.shows("> ")
                 screen.type(line)
-                await screen.shows("> ", after="Hi\r\n")  # before, the terminal would take it for another line's end
+                await screen.shows("> ", after="Hi\r\n")  # earlier, Ctrl-D would not end the input
                 screen.type("\x04")
                 assert await screen.ends() == 0
         first, again = (generation.prompt for generation in engine.submitted)

@@ -1,4 +1,4 @@
-"""Images in `chat`: files in messages, and the completion of their names."""
+"""Tests of images in `chat`: files in messages, and completion of file names."""
 
 from __future__ import annotations
 

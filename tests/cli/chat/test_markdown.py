@@ -1,4 +1,4 @@
-"""Markdown of answers on a terminal, however the text is cut into parts."""
+"""Checks that Markdown is shown equally on a terminal, however the text is divided into parts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def f():
 
 
 def shown(text: str, size: int, *, is_live: bool = False) -> str:
-    """Returns the screen at the end or, with `is_live`, all that was ever written."""
+    """Returns the final screen or, with `is_live`, all that was written."""
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=60, height=20, color_system="standard", highlight=False)
     screen = MarkdownScreen(console)
@@ -44,7 +44,7 @@ def shown(text: str, size: int, *, is_live: bool = False) -> str:
 
 
 def _last_lines(written: str) -> str:
-    """Returns the last lines after "cursor up" and "erase line", which are all that a live display sends."""
+    """Returns the final lines after the only escapes of a live display, "cursor up" and "erase line"."""
     lines, row = [""], 0
     for part in re.split(r"(\x1b\[[0-9;?]*[A-Za-z]|\n|\r)", written):
         if part == "\n":

@@ -1,4 +1,4 @@
-"""Clients with and without a key of the API, against a real server on this machine."""
+"""Tests of clients with and without an API key, against a real server on this machine."""
 
 from __future__ import annotations
 

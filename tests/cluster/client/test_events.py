@@ -1,4 +1,4 @@
-"""The events of a streamed answer as the HTTP client reads them."""
+"""Tests of the HTTP client's reading of events of a streamed answer."""
 
 from __future__ import annotations
 

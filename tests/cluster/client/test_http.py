@@ -1,4 +1,4 @@
-"""The clients of the HTTP API against a real server on this machine, whose engine speaks a script."""
+"""Tests of HTTP API clients against a real server on this machine, whose engine has scripted answers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _EVERYTHING: AnswerOptions = {
 
 
 async def with_client(url: str, use: Callable[[Client], _Value], **options: Any) -> _Value:
-    """Runs a synchronous client on a thread of its own."""
+    """Uses a synchronous client on another thread."""
 
     def run() -> _Value:
         with Client(url, **options) as client:
@@ -173,7 +173,7 @@ def _submitted(engine: ScriptedEngine) -> list[GenerationRequest]:
     ],
 )
 async def test_both_kinds_of_client_ask_for_the_same(more: AnswerOptions) -> None:
-    """Every option reaches the engine, and equally: over HTTP and in this process."""
+    """Checks that every option reaches the engine equally over HTTP and in this process."""
     options: AnswerOptions = {**_EVERYTHING, **more}
     async with scripted("a") as (url, engine):
         await with_client(url, lambda client: _request_both_ways(client, options))
@@ -305,7 +305,7 @@ def test_the_package_lists_its_clients() -> None:
 
 async def _answering(reply: bytes) -> tuple[asyncio.Server, str]:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")  # all of the request: what is left unread resets the connection
+        head = await reader.readuntil(b"\r\n\r\n")  # the body follows: unread data would reset the connection
         length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
         await reader.readexactly(int(length.partition(b":")[2]))
         writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + reply)

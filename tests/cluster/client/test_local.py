@@ -1,4 +1,4 @@
-"""A model in this process: the same interface and the same bits as over HTTP, and logits."""
+"""Checks that a model in this process has the interface and the bits of HTTP clients, and logits."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ async def test_http_refuses_in_the_same_words(client: LocalClient, tiny: Path) -
 def test_a_closed_stream_frees_its_memory(tiny: Path) -> None:
     settings = LocalSettings(context_length=64, max_sequences=1, kv_blocks=4)
     with LocalClient(tiny, 1, settings=settings) as client:
-        for _ in range(6):  # each could have all of the memory
+        for _ in range(6):  # each may take all KV blocks
             with client.generate(prompt(7, 20), stream=True, ignore_eos=True) as chunks:
                 next(chunks)
                 next(chunks)
@@ -326,7 +326,7 @@ def test_a_client_may_be_collected_on_its_services_own_thread(tiny: Path) -> Non
     async def close() -> None:
         client.close()
 
-    with suppress(LlamaclustError):  # it ends with the service
+    with suppress(LlamaclustError):  # the call ends with the service
         thread.call(close())
     thread._thread.join(60)
     assert not thread._thread.is_alive()

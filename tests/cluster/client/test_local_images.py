@@ -1,4 +1,4 @@
-"""Images to a model in this process: its answers depend on them, and its encoder's memory is checked."""
+"""Checks that images change the answers of a model in this process, and that its encoder's memory is checked."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RED, BLUE = (Image.new("RGB", (40, 30), colour) for colour in ((250, 10, 10), (1
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a projector beside it."""
+    """Returns a model with a projector beside it."""
     path = tmp_path_factory.mktemp("seeing") / "m.gguf"
     build_tiny_model(path, layers=2, hidden=TEXT_WIDTH, heads=4, ffn=96)
     build_projector(path.with_name("mmproj-m.gguf"), "gemma3")

@@ -1,4 +1,4 @@
-"""The thread of a synchronous client: interrupts, errors and ends of what runs in its loop."""
+"""Tests of a synchronous client's thread: interrupts, errors and ends of coroutines in its event loop."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def thread() -> Iterator[LoopThread[str]]:
 
 
 def interrupt_main_thread() -> None:
-    """Interrupts it once it waits for what the thread computes."""
+    """Interrupts the main thread once it waits for the other thread's result."""
     main = threading.main_thread().ident
     assert main is not None and main != threading.get_ident()
     while not _waits(sys._current_frames()[main]):
@@ -60,7 +60,7 @@ async def numbers(interrupted_at: int) -> AsyncGenerator[int, None]:
                 await asyncio.sleep(60)
             yield number
     finally:
-        for _ in range(20):  # as a request that is cancelled at its server
+        for _ in range(20):  # like the cancellation of a request at its server
             await asyncio.sleep(0)
         EVENTS.append("ended")
 

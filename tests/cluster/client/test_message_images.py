@@ -1,4 +1,4 @@
-"""Images in messages of the Python client: paths, bytes and Pillow's images, to a model that reads them."""
+"""Tests of images in the Python client's messages: paths, bytes and Pillow's images."""
 
 from __future__ import annotations
 

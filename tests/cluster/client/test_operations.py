@@ -1,4 +1,4 @@
-"""The client of a cluster's operations, at servers that are no cluster's."""
+"""Tests of the client of a cluster's operations, against other programs' servers."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class Answering(BaseHTTPRequestHandler):
             self.wfile.write(self.body)
             while self.length and not self.stopped.wait(0.05):
                 self.wfile.write(b" ")
-        except OSError:  # the client has enough
+        except OSError:  # the client has closed the connection
             self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing."""
+        """Logs nothing."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Tests streams whose connections end unclosed, as those of a machine that lost its power."""
+"""Tests of streams whose connections end without a close, like those of a machine that lost power."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def event(number: int) -> bytes:
 
 @asynccontextmanager
 async def silent_server() -> AsyncIterator[tuple[str, list[str]]]:
-    """Yields a server's address and the last event ids that clients sent; each connection gets one event and then
-    silence, and the last one ends the stream."""
+    """Yields a server's address and the `Last-Event-ID` values that clients sent. Each connection gets one event and
+    then silence; the last one ends the stream."""
     had: list[str] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -76,7 +76,7 @@ def test_a_request_that_no_server_took_is_not_sent_again() -> None:
 
 
 async def test_a_request_that_is_given_up_before_its_reply_begins_is_cancelled() -> None:
-    """The end of its connection is no sign: the server takes it for a broken one and goes on for a while."""
+    """Checks that the client sends DELETE, since a server takes a closed connection for a broken one and goes on."""
     lines = asyncio.Queue[str]()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -103,7 +103,7 @@ async def test_a_request_that_is_given_up_before_its_reply_begins_is_cancelled()
 
 
 class Clock:
-    """Replaces the module's clock by one that a test sets."""
+    """A clock that a test sets, in place of the module's."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 0.0
@@ -111,7 +111,7 @@ class Clock:
 
 
 def test_servers_that_take_a_stream_again_are_given_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Coordinators are killed one after the other, each before it sends a new event."""
+    """Simulates coordinators that are killed in succession, each before it sends a new event."""
     clock, stream = Clock(monkeypatch), ResumableStream(URL)
     taken = httpx.Response(200, headers={"content-type": "text/event-stream"})
     for _ in range(10):

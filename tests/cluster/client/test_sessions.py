@@ -1,4 +1,4 @@
-"""Chat sessions over HTTP, for asyncio and in this process: history, branches, files, context."""
+"""Tests of chat sessions over HTTP, with asyncio and in this process: history, branches, files, context."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEMPLATE = (
 
 @asynccontextmanager
 async def scripted(*texts: str, **more: Any) -> AsyncIterator[tuple[str, ScriptedEngine]]:
-    """Answers with one text after the other, the last one again and again."""
+    """Yields a server and its engine, which gives one text after another and then repeats the last one."""
     scripts = [says(text) for text in texts]
     engine = ScriptedEngine(lambda request: (scripts.pop(0) if len(scripts) > 1 else scripts[0])(request), **more)
     with ChatTemplate(TEMPLATE, "", "") as template:
@@ -40,7 +40,7 @@ async def scripted(*texts: str, **more: Any) -> AsyncIterator[tuple[str, Scripte
 
 
 async def with_session(url: str, use: Callable[[ChatSession], _Value], **options: Any) -> _Value:
-    """Runs a synchronous session on a thread of its own."""
+    """Uses a synchronous session on another thread."""
 
     def run() -> _Value:
         with Client(url) as client:

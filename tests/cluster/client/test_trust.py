@@ -1,4 +1,4 @@
-"""Tests which certificates clients trust: a cluster on this machine has to show its own, whatever names that has."""
+"""Tests of the certificates that clients trust; a cluster on this machine is known by its own, whatever its names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from support.wire.api_certificates import write_signed
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ClusterDir:
-    """Returns the folder of a cluster of this user."""
+    """Creates the folder of a cluster of this user."""
     monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(tmp_path / "state"))
     folder = ClusterDir(tmp_path / "state" / "home")
     folder.create()
@@ -46,7 +46,7 @@ async def answer(url: str) -> str:
 
 
 async def test_an_address_of_this_machine_is_pinned_to_its_certificate(folder: ClusterDir, tmp_path: Path) -> None:
-    """A certificate that an authority signed for other names is trusted; another one by this authority is refused."""
+    """Checks that the cluster's certificate is trusted under any name, and another one of the same authority is not."""
     certificate = ServerCertificate(write_signed(tmp_path, ("llm.example",)).files)
     certificate.publish(folder.api_certificate)
     async with recorded(folder, certificate) as url:
@@ -55,7 +55,7 @@ async def test_an_address_of_this_machine_is_pinned_to_its_certificate(folder: C
         assert record is not None
         with ClusterApi.of(record) as api:
             assert await asyncio.to_thread(api.context_length) == CONTEXT
-        killed = ClusterDir(folder.path.with_name("gone"))  # was at this address before
+        killed = ClusterDir(folder.path.with_name("gone"))  # a former cluster at this address
         killed.create()
         killed.write_record(replace(record, name="gone", api_certificate=str(killed.api_certificate)))
         ServerCertificate(write_signed(tmp_path).files).publish(killed.api_certificate)

@@ -1,4 +1,4 @@
-"""Variables of the environment that HTTP clients read: what cannot be used is named; this machine has no proxy."""
+"""Checks that errors name unusable environment variables of HTTP clients, and that this machine needs no proxy."""
 
 from __future__ import annotations
 

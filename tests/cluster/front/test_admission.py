@@ -1,4 +1,4 @@
-"""Requests that are open while the server stops, or whose clients have gone before anything was computed for them."""
+"""Tests of requests that are open while the server stops or whose clients leave before the computation begins."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ HALF = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\
 
 
 class SlowTemplate(ChatTemplate):
-    """Renders once it may."""
+    """A chat template that renders once a test permits it."""
 
     def __init__(self) -> None:
         super().__init__("", "", "")
@@ -133,7 +133,7 @@ async def test_a_body_that_is_still_to_come_is_not_waited_for(target: bytes, end
 
 
 async def test_a_request_that_is_refused_may_be_sent_to_its_end() -> None:
-    """A connection that is closed under it would be reset, and the refusal on its way be lost."""
+    """Checks that the connection stays open, since an early close would reset it and lose the refusal."""
     async with stoppable(ScriptedEngine(says("Hi"))) as server:
         server.admission.stop()
         reader, writer = await asyncio.open_connection(server.http.base_url.host, server.http.base_url.port)
@@ -241,7 +241,7 @@ async def test_bodies_that_do_not_come_keep_no_others_out() -> None:
             halves[-1][1].write(HALF)
             await until(lambda: len(admission._unfinished) == len(halves))
         assert (await http.post("/v1/completions", json=GENERATION)).status_code == 200
-        head = await halves[0][0].read()  # the oldest gave way
+        head = await halves[0][0].read()  # the oldest was refused in favour of the new one
         assert head.startswith(b"HTTP/1.1 503 ") and b"its body had not arrived" in head
         assert len(admission._unfinished) == 3
         engine.gate.clear()
@@ -253,12 +253,12 @@ async def test_bodies_that_do_not_come_keep_no_others_out() -> None:
         assert [(await reply).status_code for reply in whole] == [200] * 4
         for reader, writer in halves:
             writer.write_eof()
-            await reader.read()  # until the server knows
+            await reader.read()  # until the server has closed the connection
             writer.close()
 
 
 async def test_requests_of_one_owner_keep_no_others_out() -> None:
-    """Neither by their number, nor by their bytes, nor by bodies that do not come."""
+    """Tests an owner with many requests, many bytes and incomplete bodies."""
     admission = Admission(ApiSettings(max_requests=4, max_held_bytes=1000))
     part = {"type": "http.request", "body": b"a" * 240, "more_body": False}
 

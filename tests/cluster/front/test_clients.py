@@ -1,4 +1,4 @@
-"""Tests what clients send beside what the API needs: other paths, headers, fields of other servers."""
+"""Tests of clients' extras: alternative paths, headers, fields of other servers."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ async def test_paths_with_a_prefix_and_without_v1(prefix: str) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "/llm"])
 async def test_a_path_with_a_slash_at_its_end_is_no_redirect(prefix: str) -> None:
-    """A redirect would have to know the address that a proxy shows, and clients may not send the body again."""
+    """Checks for no redirect: it would need a proxy's public address, and clients may not send the body again."""
     async with client(make_app(ScriptedEngine(says(ANSWER)), prefix=prefix)) as http:
         for path in ("/v1/chat/completions/", "/chat/completions/"):
             assert (await http.post(prefix + path, json=CHAT)).status_code == 200, path
@@ -357,7 +357,7 @@ async def test_a_continued_message_cannot_forge_control_words() -> None:
 async def test_tokens_of_a_chat_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = ScriptedEngine(says("a"))
     await post("/v1/chat/completions", CHAT, engine)
-    monkeypatch.setattr(service_module, "answer_grammar", None)  # a count needs none
+    monkeypatch.setattr(service_module, "answer_grammar", None)  # not used for a count
     for path in ("/v1/chat/completions/input_tokens", "/chat/completions/input_tokens"):
         counted = (await post(path, CHAT, engine)).json()
         assert counted["input_tokens"] == len(engine.submitted[0].prompt)

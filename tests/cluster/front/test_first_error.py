@@ -1,4 +1,4 @@
-"""However many fields of a body are wrong, the first one is told, and the others are not looked at."""
+"""Checks that a body with many wrong fields is refused at the first one without validation of the others."""
 
 from __future__ import annotations
 
@@ -33,4 +33,4 @@ def test_the_first_error_is_reported(name: str) -> None:
         read_fields(kind, fields)
     assert str(caught.value).startswith(says)
     cause = caught.value.__cause__
-    assert isinstance(cause, ValidationError) and cause.error_count() <= 2  # of that part, and of what is missing
+    assert isinstance(cause, ValidationError) and cause.error_count() <= 2  # the first error and a missing field

@@ -1,4 +1,4 @@
-"""Random bodies never break the server: an answer, or an error that is the client's."""
+"""Checks that random bodies get an answer or a client error."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def requests(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
 
 @contextmanager
 def caller() -> Iterator[Callable[[str, bytes], int]]:
-    """Posts bytes to one served model and returns the status; nothing may run on after a reply."""
+    """Yields a function that posts bytes to a model, checks that nothing runs afterwards, and returns the status."""
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
         engine, _ = runner.run(stack.enter_async_context(real_engine()))

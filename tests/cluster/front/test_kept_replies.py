@@ -1,4 +1,4 @@
-"""Kept replies that end before they are complete: their readers get the cause, and nothing of them runs on."""
+"""Checks that readers of kept replies that end early get the cause and that nothing continues to run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CONTEXT = RequestContext(id="a", seed=1, created=1, endpoint=PATHS[0])
 
 
 class PlainView(View):
-    """Renders texts as they are."""
+    """A view that renders texts unchanged."""
 
     def frames(self, prompt: int, item: LogItem) -> list[Event]:
         return [Event(0, item.text.encode())] if isinstance(item, TextChunk) else []
@@ -49,7 +49,7 @@ class PlainView(View):
 
 
 class Endless:
-    """A service whose one completion is submitted at once, without text."""
+    """A service whose single completion is submitted at once and has no text."""
 
     def __init__(self, view: Callable[[AnswerLog], View] = lambda _: PlainView()) -> None:
         service: Any = self
@@ -87,7 +87,7 @@ async def read_all(kept: KeptReply) -> bytes:
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
 async def test_a_reply_is_closed_at_any_moment_after_its_begin(steps: int) -> None:
-    """The reply is closed even before the first step of its task."""
+    """Checks that a reply can be closed even before the first step of its task."""
     kept = kept_by(ReplyCache(ApiSettings()))
     reply = Endless()
     reading = asyncio.create_task(read_all(kept))
@@ -103,7 +103,7 @@ async def test_a_reply_is_closed_at_any_moment_after_its_begin(steps: int) -> No
 
 
 async def test_readers_learn_that_the_coordinator_ends() -> None:
-    """Readers of a reply that is being restored learn it too: they come back to the next coordinator."""
+    """Checks that readers of running and of restored replies get the error and can retry at the next coordinator."""
     cache = ReplyCache(ApiSettings())
     replies = [kept_in(cache, "a"), kept_by(cache)]
     reading = asyncio.create_task(read_all(replies[0]))
@@ -147,7 +147,7 @@ async def test_a_second_connection_gets_nothing_before_the_admission_is_on_disk(
         await until(lambda: bool(asked))
         second = asyncio.create_task(server.http.post(PATHS[0], json=body, headers=KEY))
         (kept,) = [entry.kept for entry in server.replies.cache._entries.values()]
-        await until(lambda: kept.is_running and kept.is_read)  # the second one's
+        await until(lambda: kept.is_running and kept.is_read)  # the second request is reading
         assert kept.is_running and kept.log.entry(0) is None and not (first.done() or second.done())
         on_disk.set()
         assert (await first).content == (await second).content and len(asked) == 1
@@ -205,7 +205,7 @@ def kept_in(cache: ReplyCache, name: str, client: str = "") -> KeptReply:
 
 
 class Long(Endless):
-    """Appends many chunks that take 1,256 bytes each, then none."""
+    """A completion that appends many chunks of 1,256 bytes each and does not end."""
 
     def __init__(self, chunks: int, top_logprobs: int = 0) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ class Long(Endless):
 
 
 class Complete(Long):
-    """Appends an end behind the chunks."""
+    """A completion that ends after its chunks."""
 
     def _append(self, log: AnswerLog) -> None:
         super()._append(log)
@@ -248,7 +248,7 @@ async def test_a_late_reader_of_a_long_reply_leaves_others_their_turns(chunks: i
 
 
 async def test_running_replies_are_bounded_together() -> None:
-    """Complete replies that nobody reads give way; then the largest fails, an unread one before one that is read."""
+    """Checks that unread complete replies are dropped first; then the largest fails, an unread before a read one."""
     cache = ReplyCache(ApiSettings(max_kept_bytes=100_000))
     replies = {"complete": Complete(30), "read": Long(40), "unread": Long(20), "small": Long(1)}
     kept = {name: kept_in(cache, name) for name in replies}
@@ -275,7 +275,7 @@ async def test_running_replies_are_bounded_together() -> None:
 
 
 async def test_a_reply_that_gave_way_is_not_held_until_it_would_expire() -> None:
-    """A reply that is kept does not hold what it was computed from either."""
+    """Checks that a dropped reply is freed at once and that a kept one does not hold its computation."""
     cache = ReplyCache(ApiSettings(max_kept_replies=1, resume_s=600.0))
 
     async def computed() -> tuple[weakref.ref[KeptReply], weakref.ref[Complete]]:
@@ -295,7 +295,7 @@ async def test_a_reply_that_gave_way_is_not_held_until_it_would_expire() -> None
     "bounds", [{"max_kept_replies": 4}, {"max_kept_bytes": 8_000}, {"max_kept_replies": 7, "max_kept_bytes": 9_000}]
 )
 async def test_replies_of_one_owner_take_no_room_from_others(bounds: dict[str, Any]) -> None:
-    """However many an owner keeps, what others have stays, and a newcomer finds room."""
+    """Checks that an owner's many replies drop no reply of others and that a new owner's reply is kept."""
     cache = ReplyCache(ApiSettings(**bounds))
 
     async def keep(owner: str, name: str) -> KeptReply:
@@ -335,7 +335,7 @@ def _has_grown(reply: KeptReply, events: int) -> bool:
 
 
 async def test_complete_replies_of_all_give_way_before_a_running_one_fails() -> None:
-    """Replies of the client with the most go first, the oldest first; all have at most twice the room of one."""
+    """Checks that the client with the most loses its replies first, oldest first; all have twice an owner's limit."""
     cache, kept = ReplyCache(ApiSettings(max_kept_bytes=40_000)), dict[str, KeptReply]()
     for number in range(8):
         for name, events in ((f"{number} old", 1), (f"{number} new", number + 2)):
@@ -356,7 +356,7 @@ async def test_complete_replies_of_all_give_way_before_a_running_one_fails() -> 
 async def test_replies_of_a_client_within_its_room_do_not_give_way_for_others(
     own: int, others: tuple[int, ...]
 ) -> None:
-    """They grow to their ends while all together have room."""
+    """Checks that replies grow while the total is within the limit of all."""
     cache, running = ReplyCache(ApiSettings(max_kept_bytes=40_000)), list[KeptReply]()
     complete = kept_in(cache, "complete", "a")
     await complete.begin(Complete(5).reply)

@@ -1,4 +1,4 @@
-"""Replies of many tokens and logprobs: bounded before they are admitted, rendered off the event loop."""
+"""Checks that replies of many tokens and logprobs are bounded before admission and rendered off the event loop."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ async def test_replies_share_a_budget(path: str, body: dict[str, Any], monkeypat
 def test_large_requests_of_owners_leave_others_some_of_the_budget(
     owners: str, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Others get some however large each request of the owners is, up to the largest size."""
+    """Checks that a new owner gets some of the budget, whatever the sizes of the others' requests."""
     monkeypatch.setattr(sharing, "MAX_HELD_UNITS", 40)
     shared = sharing.ReplyBudget()
     with ExitStack() as reserved:
@@ -94,7 +94,7 @@ def test_large_requests_of_owners_leave_others_some_of_the_budget(
 
 @pytest.mark.parametrize("owners", ["aab", "aabc", "aaaaaabcd"])
 def test_an_owner_leaves_others_a_share_of_the_budget(owners: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reservation is given back for its owner, whoever releases it."""
+    """Checks the owners' shares; a reservation's release is counted for its owner, whoever is current."""
     monkeypatch.setattr(sharing, "MAX_HELD_UNITS", 40)
     shared = sharing.ReplyBudget()
     with ExitStack() as reserved:
@@ -112,7 +112,7 @@ def test_an_owner_leaves_others_a_share_of_the_budget(owners: str, monkeypatch: 
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        ("/v1/completions", {"prompt": "a", "max_tokens": 60, "logprobs": 3}),  # 64 bytes a token, of 200 a unit
+        ("/v1/completions", {"prompt": "a", "max_tokens": 60, "logprobs": 3}),  # 64 bytes per token, 200 bytes per unit
         ("/v1/responses", {"input": "a", "max_output_tokens": 6, "top_logprobs": 3, "include": [_LOGPROBS]}),
         ("/embedding", {"input": [[1] * 25], "pooling": "none"}),
     ],
@@ -223,7 +223,7 @@ async def test_long_texts_are_rendered_off_the_event_loop(
 
 
 def test_a_coordinator_shares_its_interpreter_finely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside threads that render, the event loop waits for the interpreter whenever it has waited for anything else."""
+    """Checks the switch interval, since rendering threads delay the event loop by one interval after each wait."""
     before, seen = sys.getswitchinterval(), []
 
     def run(work: Any) -> None:
@@ -315,7 +315,7 @@ async def test_a_body_that_is_cancelled_ends_after_the_part_that_is_rendered(
 
 @pytest.mark.parametrize("top", [0, 1, 5, 20, 128])
 def test_the_largest_reply_fits_beside_those_of_others(top: int) -> None:
-    """Packed rows take little."""
+    """Checks that packed rows of three owners' largest replies fit together."""
     shared, rows = sharing.ReplyBudget(), sharing.MAX_REPLY_ENTRIES // (1 + top)
     largest = sharing.ReplySize(rows, top, True, sharing.RowStorage.PACKED)
     with ExitStack() as reserved:
@@ -330,7 +330,7 @@ def test_the_largest_reply_fits_beside_those_of_others(top: int) -> None:
 def test_a_reply_that_takes_more_than_the_budget_is_refused_at_once(
     storage: sharing.RowStorage, top: int, prompts: int, most_rows: int
 ) -> None:
-    """It may have few entries: 600 bytes are held for a token that is not packed."""
+    """Tests also replies with few entries, since a token that is not packed takes 600 bytes."""
     shared = sharing.ReplyBudget()
     largest = sharing.ReplySize(most_rows, top, True, storage)
     with shared.reserve([largest] * prompts):

@@ -1,4 +1,4 @@
-"""llama.cpp's endpoints."""
+"""Tests of llama.cpp's endpoints."""
 
 from __future__ import annotations
 
@@ -226,10 +226,10 @@ async def test_tokenize_and_detokenize() -> None:
     ],
 )
 async def test_too_much_of_anything_is_refused_at_once(path: str, fields: dict[str, Any], param: str) -> None:
-    """Asserts that the event loop, which all other requests need, keeps taking turns.
+    """Checks that the event loop, which all other requests need, keeps taking turns.
 
-    The process's CPU time between two turns is measured: it counts what holds up the loop, in any thread, and not the
-    load of the machine.
+    Measures the process's CPU time between turns, which includes blocking work in all threads but not the machine's
+    load.
     """
     call = asyncio.create_task(post(path, fields))
     longest = 0.0
@@ -240,7 +240,7 @@ async def test_too_much_of_anything_is_refused_at_once(path: str, fields: dict[s
     reply = await call
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["param"].startswith(param)
-    assert longest < 3.0, longest  # long before a worker counts as lost
+    assert longest < 3.0, longest  # far below the heartbeat timeout
 
 
 async def test_apply_template() -> None:

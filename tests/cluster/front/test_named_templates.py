@@ -1,4 +1,4 @@
-"""Models with a template for chats with tools, and one for chats with documents."""
+"""Tests of models with separate templates for chats with tools and for chats with documents."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DOCUMENTS = [{"title": "t", "text": "d"}]
 
 
 async def prompt(named: dict[str, str], fields: dict[str, Any], plain: str = PLAIN) -> str:
-    """Returns the prompt that the templates make of a chat, or the error of a refusal."""
+    """Returns the prompt that the templates render or the error message."""
     with ChatTemplate(plain, "", "", named=named) as template:
         async with client(make_app(ScriptedEngine(says("a")), template)) as http:
             reply = (await http.post("/apply-template", json={"messages": [USER], **fields})).json()

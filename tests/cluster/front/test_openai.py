@@ -1,4 +1,4 @@
-"""OpenAI's endpoints: shapes of replies and streams, the official client, echoes."""
+"""Tests of OpenAI's endpoints: forms of replies and streams, the official client, echoes."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ async def test_a_cache_salt_reaches_the_engine() -> None:
 
 
 async def test_stream_usage_in_each_chunk() -> None:
-    """guidellm asks for it."""
+    """Tests `continuous_usage_stats`, which guidellm uses."""
     options = {"include_usage": True, "continuous_usage_stats": True}
     *chunks, last, _ = await chat(stream=True, stream_options=options, return_token_ids=True)
     counted = 0

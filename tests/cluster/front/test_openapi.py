@@ -1,4 +1,4 @@
-"""The API's own description: valid, complete, and a page of it."""
+"""Checks that the API's OpenAPI description is valid and complete, and tests its page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Health, metrics, state; access control; bounds on bodies."""
+"""Tests of health, metrics, state, access control and bounds on bodies."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def test_health_reports_the_reason() -> None:
 
 
 async def test_a_cluster_that_waits_for_a_worker_is_live() -> None:
-    """A restart would not help."""
+    """Checks that `/live` succeeds, since a restart would not help."""
     async with real_engine() as (engine, _), client(make_app(engine)) as http:
         engine.fail_requests(WorkerError("no worker came back within 0.3 s"))
         health = await http.get("/health")
@@ -44,7 +44,7 @@ async def test_a_cluster_that_waits_for_a_worker_is_live() -> None:
 
 
 async def test_reasons_are_for_those_with_a_key() -> None:
-    """They name workers, hosts and layers."""
+    """Checks that only clients with a key get reasons, which name workers, hosts and layers."""
     async with real_engine() as (engine, _), client(make_app(engine, api_keys=("first-key",))) as http:
         engine.shut_down(WorkerError("worker w1 (layers 2-3) was lost"))
         for path in ("/health", "/live"):
@@ -59,7 +59,7 @@ async def test_health_reports_draining() -> None:
     async with real_engine() as (engine, _), client(make_app(engine)) as http:
         assert await engine.drain(5)
         assert (await http.get("/health")).json()["error"]["code"] == "cluster_draining"
-        assert (await http.get("/live")).status_code == 200  # no reason to restart it
+        assert (await http.get("/live")).status_code == 200  # needs no restart
 
 
 async def test_operators_see_what_happens() -> None:
@@ -78,7 +78,7 @@ async def test_operators_see_what_happens() -> None:
 
 @dataclass
 class Workers:
-    """Two of them; one is needed."""
+    """Two workers, of which `b` cannot be drained."""
 
     drained: list[str] = field(default_factory=list)
 
@@ -211,7 +211,7 @@ async def test_foreign_pages_are_refused() -> None:
 
 
 async def test_pages_of_other_sites_without_an_origin_are_refused() -> None:
-    """But for links, which they may have; an empty body shows that the request passed."""
+    """Checks that cross-site requests pass only for links; 400 for an empty body shows that a POST passed."""
     crossing = {"sec-fetch-site": "cross-site"}
     async with client(app()) as http:
         for method in ("POST", "DELETE", "PUT"):
@@ -248,7 +248,7 @@ async def test_allowed_pages_may_read_errors_and_headers_but_send_no_cookies() -
 
 
 async def test_a_plain_page_of_the_same_address_may_not_use_https() -> None:
-    """Anyone on the way could have written it. Behind a proxy that speaks TLS, pages are https and requests http."""
+    """Refuses plain pages, which may be forged on the way. Behind a TLS proxy, pages use HTTPS and requests HTTP."""
     async with client(app()) as http:
         http.base_url = httpx.URL("https://127.0.0.1:8080")
         assert await get(http, origin="https://127.0.0.1:8080") == 200

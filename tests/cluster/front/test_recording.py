@@ -1,4 +1,4 @@
-"""Tests what is recorded for a later computation: tokens, in time, and whether a grammar was obeyed."""
+"""Tests of records for a later computation: tokens, written in time, and use of a grammar."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GRAMMAR = Grammar("{}", origin="tools")
 
 
 class Written:
-    """Replaces a journal: it keeps the tokens of each choice, in the order of their places."""
+    """A replacement of a journal that keeps the tokens of each choice in order."""
 
     def __init__(self) -> None:
         self.tokens: dict[int, list[int]] = {}
@@ -70,7 +70,7 @@ async def test_tokens_of_the_first_prompts_are_recorded_if_a_thread_makes_later_
 
     def slow(*given: Any) -> Any:
         calls.append(threading.current_thread().name)
-        if len(calls) == 2:  # the engine has time to answer the first prompt
+        if len(calls) == 2:  # gives the engine time for the first prompt
             asyncio.run_coroutine_threadsafe(turns(), loop).result(60)
         return make(*given)
 

@@ -1,4 +1,4 @@
-"""Tests what the OpenAI endpoints refuse, by name, and how failures are told."""
+"""Checks that the OpenAI endpoints name the fields that they refuse, and tests reports of failures."""
 
 from __future__ import annotations
 
@@ -312,6 +312,6 @@ async def test_a_failure_in_a_stream_is_its_last_event() -> None:
 
 @pytest.mark.parametrize(("field", "named"), [("", "?"), ("\x00\r", "??"), (" ", "?"), ("0" * 199, "0" * 160)])
 async def test_names_of_ignored_fields_make_a_header(field: str, named: str) -> None:
-    """White space at an end of the header would end the connection."""
+    """Checks the header's value, which must not begin or end with white space."""
     reply = await post("/v1/completions", {"prompt": "a", "max_tokens": 1, field: 1})
     assert (reply.status_code, reply.headers[HEADER]) == (200, named)

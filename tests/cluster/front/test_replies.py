@@ -1,4 +1,4 @@
-"""Replies whose clients are cut off, and replies that a coordinator did not complete: no event is lost or doubled."""
+"""Checks that no event is lost or repeated after a lost connection or a coordinator's end."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def test_a_client_that_was_cut_off_gets_the_rest(path: str, again: str, tm
         if again == "GET":
             request_id = events[-1][0].partition(":")[0]
             events += await stream(server.http, "GET", f"/v1/streams/{request_id}", headers=last)
-        elif again == "after":  # the whole id, or what follows its colon
+        elif again == "after":  # the whole id or the part after its colon
             request_id, _, position = events[-1][0].partition(":")
             given = drawn.choice([events[-1][0], position])
             events += await stream(server.http, "GET", f"/v1/streams/{request_id}?after={given}")
@@ -60,7 +60,7 @@ async def test_a_client_that_was_cut_off_gets_the_rest(path: str, again: str, tm
 async def test_a_coordinator_that_was_killed_answers_the_same_after_its_restart(
     path: str, is_recorded: bool, tmp_path: Path
 ) -> None:
-    """The journal stays as it was at the kill; answers with alternatives are computed from the prompt on."""
+    """Restarts with the journal as of the kill; answers with alternatives are computed again from the prompt."""
     top = {"/completion": {"n_probs": 2}, "/v1/completions": {"logprobs": 2}}.get(
         path, {"logprobs": True, "top_logprobs": 2}
     )
@@ -88,7 +88,7 @@ async def test_a_coordinator_that_was_killed_answers_the_same_after_its_restart(
 
 
 async def lines(http: httpx.AsyncClient, method: str, path: str, most: int | None = None, **more: Any) -> list[Any]:
-    """Returns the lines of a stream of JSON lines, at most `most`."""
+    """Returns at most `most` lines of a stream of JSON lines."""
     found: list[Any] = []
     async with http.stream(method, path, **more) as reply:
         assert reply.headers["content-type"] == "application/x-ndjson"
@@ -100,7 +100,7 @@ async def lines(http: httpx.AsyncClient, method: str, path: str, most: int | Non
 
 
 async def test_lines_of_ollama_outlive_the_coordinator(tmp_path: Path) -> None:
-    """A client asks for the rest by the key that it gave and the number of its lines; without a key it cannot."""
+    """Checks that a client gets the rest by its key and its number of lines; without a key it cannot."""
     path, messages = tmp_path / "journal", [{"role": "user", "content": "Hello"}]
     body = {"model": MODEL, "messages": messages, "options": {"num_predict": 40, "seed": 7}}
     most = random.Random(SEED).randrange(1, 40)
@@ -116,7 +116,7 @@ async def test_lines_of_ollama_outlive_the_coordinator(tmp_path: Path) -> None:
 
 
 async def test_events_of_a_scored_prompt_do_not_depend_on_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A restarted coordinator computes the prompt in other chunks, beside other requests; its events are the same."""
+    """Restarts a coordinator, which sends equal events although the prompt's chunks and the other requests differ."""
     monkeypatch.setattr(choice_text, "SCORED_TOKENS", 16)
     body = body_of(PATHS[0], prompt="one two three four five " * 5, echo=True, logprobs=1, max_tokens=3)
     async with served(tmp_path / "other", prefill_chunk=50) as server:
@@ -156,7 +156,7 @@ async def test_replies_end_with_their_clients_unless_they_are_to_be_kept(tmp_pat
         await until(lambda: not is_idle(server.engine))
         reading.cancel()
         await asyncio.wait([reading])
-        await until(lambda: is_idle(server.engine))  # it waited for its client in vain
+        await until(lambda: is_idle(server.engine))  # no client came within `resume_s`
         gone = await server.http.get("/v1/streams/one")
         assert gone.status_code == 404 and "timeouts.resume" in gone.json()["error"]["message"]
         lost = await server.http.post(PATHS[0], json=body_of(PATHS[0]), headers=KEY | {"Last-Event-ID": "x:3"})
@@ -248,7 +248,7 @@ async def test_headers_that_make_no_sense_are_refused(headers: dict[str, str], c
 
 @pytest.mark.parametrize("again", ["GET", "after", "POST"])
 async def test_an_event_of_another_request_is_refused(again: str, tmp_path: Path) -> None:
-    """The event may be of a reply that is not kept any more: the rest of this one would not follow it."""
+    """Checks that an event id of another, possibly dropped reply is refused, since this reply would not continue it."""
     body, other = body_of(PATHS[0]), "3f2a0b1c2d3e4f5061728394:17"
     async with served(tmp_path / "journal") as server:
         await stream(server.http, "POST", PATHS[0], json=body, headers=KEY)
@@ -317,7 +317,7 @@ async def test_a_reply_counts_as_sent_once_a_connection_took_it_to_its_end(tmp_p
 
 
 async def test_a_whole_reply_counts_as_sent_once_a_connection_took_it(tmp_path: Path) -> None:
-    """A later coordinator does not compute it again, unless its client comes back."""
+    """Checks that a later coordinator computes the reply again only if its client comes back."""
     path, body = tmp_path / "journal", body_of(PATHS[0], stream=False)
     async with served(path, KilledJournal) as server:
         server.pipeline.gate.clear()
@@ -338,7 +338,7 @@ async def test_a_whole_reply_counts_as_sent_once_a_connection_took_it(tmp_path: 
 async def test_only_clients_that_read_ids_of_events_get_them(
     headers: dict[str, str], has_ids: bool, tmp_path: Path
 ) -> None:
-    """Some clients take each event for `data:` and JSON."""
+    """Checks for clients that expect only `data:` lines with JSON."""
     async with served(tmp_path / "journal") as server:
         reply = await server.http.post(PATHS[0], json=body_of(PATHS[0]), headers={"Accept": "*/*"} | headers)
         events = [part for part in reply.text.split("\n\n") if part and not part.startswith(":")]
@@ -346,7 +346,7 @@ async def test_only_clients_that_read_ids_of_events_get_them(
 
 
 async def test_a_conversation_and_a_key_may_have_the_same_name(tmp_path: Path) -> None:
-    """Neither ends the other, nor is taken for it."""
+    """Checks that a conversation and an idempotency key of the same name are independent."""
     async with served(tmp_path / "journal") as server:
         for seed, headers in enumerate((KEY, {"X-Conversation-Id": "one"}, KEY)):
             body = body_of("/completion", seed=seed % 2)
@@ -355,4 +355,4 @@ async def test_a_conversation_and_a_key_may_have_the_same_name(tmp_path: Path) -
             assert "id: " in reply.text
             if not seed:
                 first = reply.content
-        assert reply.content == first  # kept since
+        assert reply.content == first  # a kept reply

@@ -1,4 +1,4 @@
-"""Replies that an earlier coordinator left in its journal: computed again, or when their clients come back."""
+"""Tests of replies from an earlier coordinator's journal, computed at the start or when their clients come back."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def test_restored_requests_that_are_refused_fail_alone(tmp_path: Path) -> 
 async def test_a_restored_chat_is_rendered_with_the_time_of_its_admission(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Templates that write the date give the same prompt after midnight, or on a clock that was set."""
+    """Checks the time, so that templates with a date give the same prompt after midnight or a change of the clock."""
     seen, chat = list[float](), TextService.chat
 
     async def seeing(service: TextService, request: ChatRequest) -> CompletionRequest:
@@ -117,7 +117,7 @@ async def test_more_restored_requests_than_are_kept_do_not_stop_a_start(tmp_path
 
 
 async def test_restored_requests_wait_where_the_queue_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is not streamed is answered as a whole; one that is cancelled meanwhile is not computed."""
+    """Checks that requests without a stream get a whole reply and that cancelled requests are not computed."""
     path, compute, computed, is_full = tmp_path / "journal", KeptReply._compute, list[KeptReply](), True
 
     async def refusing(self: KeptReply, reply: Reply, *, is_recorded: bool) -> None:
@@ -144,7 +144,7 @@ async def test_restored_requests_wait_where_the_queue_is_full(tmp_path: Path, mo
 async def test_restored_requests_wait_where_the_machine_is_busy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A request may wait for the chat template, as at a start on busy cores; it does not hold up the next one."""
+    """Checks that a request which waits for the chat template, like on busy cores, does not block the next one."""
     path, compute, refused, is_busy = tmp_path / "journal", KeptReply._compute, list[KeptReply](), True
 
     async def busy(self: KeptReply, reply: Reply, *, is_recorded: bool) -> None:
@@ -165,7 +165,7 @@ async def test_restored_requests_wait_where_the_machine_is_busy(
 
 
 async def test_a_start_that_is_refused_halfway_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The queue has room for the first of two prompts only: both are submitted again, and events have the same ids."""
+    """Tests a queue with room for only one of two prompts; both are submitted again and event ids stay the same."""
     submit, refusals = TextService.submit, [False, True]
 
     def refusing(self: TextService, *arguments: Any) -> Completion:
@@ -191,7 +191,7 @@ async def test_a_start_that_is_refused_halfway_leaves_no_trace(tmp_path: Path, m
 async def test_of_requests_at_once_in_one_conversation_one_is_left(
     end_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One request is left even if they come while the one before is being ended."""
+    """Checks that one request remains, even if requests arrive while the previous one is being closed."""
     end = KeptReply.aclose
 
     async def slow(self: KeptReply) -> None:
@@ -216,7 +216,7 @@ async def test_of_requests_at_once_in_one_conversation_one_is_left(
 async def test_what_a_client_had_not_read_of_a_sent_reply_outlives_the_coordinator(
     headers: dict[str, str], tokens: int, tmp_path: Path
 ) -> None:
-    """It is computed when its client comes back, and not before; without a client the journal forgets it."""
+    """Checks that the reply is computed only once its client comes back, and otherwise leaves the journal."""
     path, body = tmp_path / "journal", body_of(PATHS[0], max_tokens=tokens)
     async with served(path, KilledJournal) as server:
         whole = await stream(server.http, "POST", PATHS[0], json=body, headers=headers)

@@ -1,4 +1,4 @@
-"""Samplers beyond the plain ones, from the fields of a request to what the engine is asked, and their answers."""
+"""Tests of further samplers: fields of requests, the engine's requests, and answers."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def answers(path: Path, settings: LocalSettings, *, together: bool) -> list[tupl
 
 
 def test_company_and_preemption_change_no_answer(tmp_path: Path) -> None:
-    """One request for each sampler, alone; together; and with so little memory that they are put back and replayed."""
+    """Compares requests, one per sampler, alone, together, and with so little memory that they are preempted."""
     path = build_tiny_model(tmp_path / "m.gguf")
     alone = answers(path, LocalSettings(context_length=128, prefix_cache=False), together=False)
     assert len({tokens for tokens, _ in alone}) == len(alone)

@@ -1,4 +1,4 @@
-"""The API's port while a cluster starts: it answers, with 503, whatever it is asked."""
+"""Checks that the API answers all requests with 503 while a cluster starts."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ async def test_the_socket_stays_open_for_the_server() -> None:
 
 @pytest.mark.parametrize("turns", range(6))
 async def test_a_request_that_comes_as_the_replies_end_is_answered_by_them_or_the_next_server(turns: int) -> None:
-    """`turns` of the event loop after the client has connected."""
+    """Closes the replies `turns` turns of the event loop after the client has connected."""
     loop = asyncio.get_running_loop()
     async with port() as (listener, _), replies_on(listener) as replies:
         with socket.create_connection(listener.getsockname()) as client:

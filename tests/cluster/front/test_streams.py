@@ -1,4 +1,4 @@
-"""Streams over real connections: signs of life, disconnects, many clients; afterwards all KV memory is free."""
+"""Tests of streams over real connections: keepalive comments, disconnects, many clients; all KV blocks become free."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ ASKED = [*((path, {}) for path in PATHS), *((path, {"n": 3}) for path in PATHS[:
 @pytest.mark.parametrize(("path", "fields"), ASKED)
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_disconnected_client_frees_its_memory(path: str, fields: dict[str, Any], stream: bool) -> None:
-    """The client disconnects while its prompt is computed."""
+    """Disconnects the client during prefill."""
 
     async with served(first_chunk_s=5) as (engine, pipeline, http):
         pipeline.gate.clear()
@@ -162,7 +162,7 @@ async def test_more_bytes_than_can_be_held_are_refused() -> None:
 
 
 async def test_http_answers_what_the_engine_chose() -> None:
-    """The same request, streamed or not, by either API, gives the same tokens and float32 bits."""
+    """Checks that a request gives the same tokens and float32 bits, streamed or not, in both APIs."""
     async with served() as (_, _, http):
         ids = list(range(10, 60))
         common = {"temperature": 0.7, "seed": 11, "ignore_eos": True, "top_k": 5, "top_p": 0.9, "min_p": 0.1}

@@ -1,4 +1,4 @@
-"""Fields that bind an answer to a grammar: their forms, what is refused, and answers of a real model."""
+"""Tests of fields that constrain an answer by a grammar: their forms, refusals, and answers of a real model."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ async def test_a_grammar_that_cannot_be_obeyed_is_400_with_the_reason(model: Pat
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look"}}])
 async def test_a_required_call_obeys_the_schema_of_its_tool(model: Path, choice: Any) -> None:
-    """The schema holds from the first token on, whatever the model would say; each of n answers has its own grammar."""
+    """Checks that the schema constrains each of n answers, with separate grammars, from the first token."""
     tools = [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in ("look", "run")]
     fields = {**CHAT, "tools": tools, "tool_choice": choice, "parallel_tool_calls": False, "n": 2, "max_tokens": 200}
     reply = await post(model, "/v1/chat/completions", fields | {"temperature": 1, "seed": 4}, context_length=2000)

@@ -1,4 +1,4 @@
-"""Tool calls and reasoning in chats: prompts, replies, streams, and OpenAI's client on top."""
+"""Tests of tool calls and reasoning in chats: prompts, replies, streams, and OpenAI's client."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
 async def chat(answer: str, template: str = TEMPLATE, **fields: Any) -> tuple[Any, str]:
-    """The reply, and the prompt that the engine got."""
+    """Returns the reply, or its events, and the engine's prompt."""
     engine = ScriptedEngine(says(answer))
     with ChatTemplate(template, "", "") as made:
         async with client(make_app(engine, made)) as http:
@@ -88,7 +88,7 @@ async def test_a_tool_that_is_no_definition_is_refused_where_templates_are_appli
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/api/chat"])
 @pytest.mark.parametrize("begun", [CALL[:40], CALL + CALL[:40], CALL])
 async def test_a_continued_message_that_has_begun_a_call(path: str, begun: str) -> None:
-    """The call is the answer's first one, whole or streamed."""
+    """Checks that the continued call is the answer's only one, whole or streamed."""
     tool = {"name": "look", "input_schema": {"type": "object"}} if path == "/v1/messages" else TOOL
     messages = [*CHAT["messages"], {"role": "assistant", "content": begun}]
     body = {"model": MODEL, "max_tokens": 90, "messages": messages, "tools": [tool]}
@@ -246,7 +246,7 @@ async def test_the_official_client_puts_a_stream_together() -> None:
 
 
 async def test_markers_that_are_control_tokens() -> None:
-    """They are no text of an answer, except as part of the format."""
+    """Checks that control tokens are not part of an answer's text but are parsed as markers of calls."""
     template = TEMPLATE.replace("<tool_call>", "<|im_start|>").replace("</tool_call>", "")
     text = 'So.<|im_start|>{"name": "look", "arguments": {"city": "Rom"}}'
     tokens = tokenizer().encode(text, add_special=False, parse_special=True)

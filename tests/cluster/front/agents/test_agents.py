@@ -1,5 +1,5 @@
-"""Coding agents in their default configuration: requests as they send them, recorded without their texts, are answered
-on models with strict templates and with large vocabularies, whole and streamed, and so are results of calls."""
+"""Checks answers, whole and streamed, to recorded requests of coding agents in their default configuration and to call
+results, with strict templates and large vocabularies. The recordings lack the agents' texts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CALLS = {
 
 @cache
 def recorded(name: str) -> list[dict[str, Any]]:
-    """Its requests; a file has each tool once."""
+    """Returns a client's recorded requests with their tools, each of which is in the file once."""
     record = json.loads((DATA / f"agents/{name}.json").read_text())
     requests: list[dict[str, Any]] = record["requests"]
     for body in (request["body"] for request in requests):
@@ -79,12 +79,12 @@ async def send(http: httpx.AsyncClient, request: dict[str, Any], *, stream: bool
 
 
 def shown(reply: httpx.Response) -> list[dict[str, Any]]:
-    """The events of a stream, without its end."""
+    """Returns the events of a stream without `[DONE]`."""
     return [event for event in events_of(reply.text) if isinstance(event, dict)]
 
 
 def texts_of(value: Any) -> Iterator[str]:
-    """The texts of a chat, wherever they are."""
+    """Yields the values of all fields `text` at any depth."""
     if isinstance(value, dict):
         yield from (value["text"],) if isinstance(value.get("text"), str) else ()
         value = list(value.values())

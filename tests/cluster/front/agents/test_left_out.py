@@ -1,5 +1,5 @@
-"""Tests that chats leave out and name what a text model cannot read and what other servers run; a strict request is
-refused."""
+"""Checks that chats omit and name parts that a text model cannot read and tools that other servers run, and that strict
+requests are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _room(monkeypatch: pytest.MonkeyPatch) -> None:
 async def post(
     path: str, *, answer: str = "Yes.", is_strict: bool = False, **fields: Any
 ) -> tuple[httpx.Response, str]:
-    """Returns the reply, and the prompt that the engine got."""
+    """Returns the reply and the engine's prompt."""
     engine = ScriptedEngine(says(answer))
     async with served(engine) as http:
         more = {STRICT_HEADER: "true"} if is_strict else {}

@@ -1,4 +1,4 @@
-"""Bodies with too many values are refused before the values are made, and large ones are read one after the other."""
+"""Checks that bodies with too many values are refused unparsed and that large bodies are parsed one at a time."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _text(source: Random) -> str:
 
 @pytest.mark.parametrize("block_bytes", [1, 2, 3, 7, 1 << 18])
 def test_an_outline_has_every_member_and_its_values(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts with quotes, backslashes and brackets, wherever a block ends."""
+    """Checks random texts with quotes, backslashes and brackets at all block boundaries."""
     print(f"seed {SEED}")
     monkeypatch.setattr(json_text, "_BLOCK_BYTES", block_bytes)
     source = Random(SEED)
@@ -139,7 +139,7 @@ def test_schemas_in_texts_are_counted_before_they_are_read(
 
 
 async def test_large_bodies_are_read_one_at_a_time_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key with many delays its own alone; small ones of all are read at once."""
+    """Checks that an owner's large bodies delay only its own and that small bodies are parsed at once."""
     order, reading = list[str](), list[bytes]()
     parse = bodies.parse_json
 
@@ -184,7 +184,7 @@ _CHOICES = [f"{number}" for number in range(2000)]
 async def test_large_fields_become_grammars_off_the_event_loop(
     path: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the dialect; small ones need no thread."""
+    """Checks that all dialects make large grammars on other threads and small ones on the event loop."""
     made_on, loop = set[int](), threading.get_ident()
 
     def noted(*given: Any, **named: Any) -> Grammar:

@@ -1,4 +1,4 @@
-"""The server's defaults of request fields, beside fields of a request that exclude or need them."""
+"""Tests of the server's defaults of request fields with requests that exclude or need them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOGPROBS = {"include": ["message.output_text.logprobs"]}
 
 
 async def asked(path: str, fields: dict[str, Any], defaults: dict[str, Any]) -> tuple[str, list[GenerationRequest]]:
-    """The reply, and what the engine was asked for."""
+    """Returns the reply and the engine's requests."""
     engine = ScriptedEngine(says("a"))
     said: dict[str, Any] = {_TEXT_PATH: {"prompt": "a"}, _RESPONSES: {"input": "a"}}.get(path, CHAT)
     async with client(make_app(engine, defaults=defaults)) as http:
@@ -57,7 +57,7 @@ async def asked(path: str, fields: dict[str, Any], defaults: dict[str, Any]) -> 
 async def test_defaults_that_a_request_leaves_no_room_for_are_left_out(
     path: str, defaults: dict[str, Any], fields: dict[str, Any]
 ) -> None:
-    """The request is answered as without them."""
+    """Checks that the engine gets the same requests as without the defaults."""
     assert (await asked(path, fields, defaults))[1] == (await asked(path, fields, {}))[1]
 
 

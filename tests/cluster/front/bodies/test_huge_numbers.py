@@ -1,4 +1,4 @@
-"""Whole numbers larger than any float, in every field of every API and where programs call the engine."""
+"""Tests of integers larger than any float, in all fields of all APIs and in calls of the engine."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ _BODIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("path", _BODIES)
 async def test_a_number_that_no_float_holds_is_refused_in_one_line(path: str) -> None:
-    """Tries each field of the API's description, at any depth; the number is accepted where it stands for a bound that
-    may be as large, or is repeated."""
+    """Tries the fields of the API's description, also nested ones. Some accept the number: limits without a bound, and
+    fields that are only repeated."""
     app = make_app(ScriptedEngine(says("a")))
     transport = httpx.ASGITransport(app, raise_app_exceptions=True)
     refused = 0
@@ -65,7 +65,7 @@ async def test_a_number_that_no_float_holds_is_refused_in_one_line(path: str) ->
 
 
 def _values(schema: Any, definitions: dict[str, Any], depth: int = 0) -> Iterator[Any]:
-    """Yields values of the schema's structure with a place for one number."""
+    """Yields values that match the schema's structure, each with a placeholder for one number."""
     yield _PLACE
     if depth > 3 or not isinstance(schema, dict):
         return

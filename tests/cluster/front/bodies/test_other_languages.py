@@ -1,4 +1,4 @@
-"""Tests clients in other languages: [] for an empty object, the largest number for no limit, null for no text."""
+"""Tests of other languages' values: [] for an empty object, the largest number for no limit, null for no text."""
 
 from __future__ import annotations
 

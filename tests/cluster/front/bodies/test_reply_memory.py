@@ -1,4 +1,4 @@
-"""The memory of large replies that are not streamed, by what the budget counts."""
+"""Tests of the memory of large replies that are not streamed, per entry of the reply budget."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TOKENS = CONTEXT - 60
 
 
 class _PackedRows(ScriptedEngine):
-    """Top logprobs as they come from workers."""
+    """An engine whose top logprobs are packed like those of workers."""
 
     def _chosen(self, generation: GenerationRequest, token: int, place: int) -> RowResult:
         top = [((place + each) % 256, logprob(place + each)) for each in range(generation.top_logprobs)]
@@ -58,9 +58,9 @@ class _PackedRows(ScriptedEngine):
     ],
 )
 async def test_a_whole_reply_takes_few_bytes_an_entry(path: str, body: dict[str, Any], entries: int) -> None:
-    """Its JSON, which takes far more, is never in memory as a whole."""
+    """Checks that the whole JSON, which is far larger, is never in memory."""
     app = make_app(_PackedRows(lambda generation: [5] * _TOKENS))
-    await _post(app, path, {**body, "n": 1} if "n" in body else body)  # what is made once
+    await _post(app, path, {**body, "n": 1} if "n" in body else body)  # creates objects that are made once
     gc.collect()
     tracemalloc.start()
     try:
@@ -74,7 +74,7 @@ async def test_a_whole_reply_takes_few_bytes_an_entry(path: str, body: dict[str,
 
 
 async def _post(app: Any, path: str, body: dict[str, Any]) -> int:
-    """Returns the bytes of the reply, of which nothing is kept."""
+    """Returns the reply's size in bytes and keeps no data."""
     size_bytes, statuses, is_read = 0, [], asyncio.Event()
     data = json.dumps(body).encode()
 

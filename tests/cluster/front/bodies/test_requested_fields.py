@@ -1,4 +1,4 @@
-"""Fields of bodies that are fields of the request for an answer: marked where they are declared, they take effect."""
+"""Checks that fields of bodies with the mark `Requested` set the fields of a completion request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An API at several addresses: while it starts, and afterwards."""
+"""Tests of an API at several addresses, during its start and afterwards."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def test_clients_of_both_families_are_answered_at_all_addresses(host: str)
     settings = ApiSettings(listen_host=host, api_keys=("some-api-key",))
     with listening([(host, 0)], None) as port:
         number = port.listener.getsockname()[1]
-        assert port.url == f"http://0.0.0.0:{number}"  # which a machine without IPv6 has as well
+        assert port.url == f"http://0.0.0.0:{number}"  # exists without IPv6, too
         async with StartingReplies(port, settings, lambda event: None), httpx.AsyncClient(trust_env=False) as http:
             hosts = (*HERE, "0.0.0.0", *(["[::1]"] if has_ipv6_loopback() else []))
             urls = [f"http://{each}:{number}/v1/models" for each in hosts]

@@ -1,4 +1,4 @@
-"""Pieces of a body on their short way to the connection."""
+"""Tests of the direct path from pieces of a body to the connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The certificate of the API's port: what is refused, how it is renewed, the one that the cluster makes itself."""
+"""Tests of the API's certificate: refused files, renewal, and the cluster's self-signed certificate."""
 
 from __future__ import annotations
 
@@ -94,14 +94,14 @@ def test_files_that_cannot_be_used_are_refused_in_one_line(spoil: Callable[[Sign
 
 
 def test_a_group_may_read_the_key(tmp_path: Path) -> None:
-    """Volumes of secrets have keys of this mode."""
+    """Checks that a key of mode 440 is accepted, which keys in volumes of secrets have."""
     signed = write_signed(tmp_path)
     signed.files.key.chmod(0o440)
     assert ServerCertificate(signed.files).context.minimum_version is ssl.TLSVersion.TLSv1_2
 
 
 def looks(certificate: ServerCertificate) -> None:
-    """Looks often enough to see that files have changed and are complete."""
+    """Looks twice, which is enough to find files that have changed and are complete."""
     for _ in range(2):
         certificate.look()
 
@@ -199,7 +199,7 @@ def test_the_end_of_a_certificate_is_announced_once(tmp_path: Path, caplog: pyte
 
 
 def test_links_that_lead_elsewhere_are_a_change(tmp_path: Path) -> None:
-    """Volumes of Kubernetes and the folder of certbot have such links."""
+    """Replaces a link to a folder, like in Kubernetes' volumes and in certbot's folder."""
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
         write_signed(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Clients without a key are told apart by their host: an IPv6 network of 64 bits counts as one."""
+"""Checks that clients without a key are distinguished by host, and that an IPv6 /64 network counts as one host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Idle and slow connections are closed in time, do not block others and are not logged."""
+"""Checks that idle and slow connections are closed in time, do not block others and are not logged."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 GENERATION = {"prompt": "Hello", "max_tokens": 3}
 FOR_LONG = 60.0
 NGINX_S = 60.0
-"""The time for which nginx keeps an idle connection to a server, by default."""
+"""The default time for which nginx keeps an idle connection to a server."""
 with socket.socket() as closed:
     PORT = ApiPort(closed)
 
 
 @dataclass
 class Peer:
-    """One connection of a client that writes by hand."""
+    """A client's connection, to which a test writes raw bytes."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -67,7 +67,7 @@ class Peer:
 
 @dataclass
 class Server:
-    """A served app, and connections to it that end with the test."""
+    """A served app and connections to it, which are closed after the test."""
 
     address: str
     engine: ScriptedEngine
@@ -116,7 +116,7 @@ async def test_silent_connections_are_closed_in_time() -> None:
 
 
 async def test_header_names_of_replies_have_capitals() -> None:
-    """Clients that compare names case-sensitively find them."""
+    """Checks header names for clients that compare them case-sensitively."""
     async with served() as server:
         for request, status in (
             (HEALTH, 200),
@@ -152,7 +152,7 @@ async def test_a_kept_connection_that_sends_no_further_head_is_closed_in_time() 
 
 
 def test_idle_connections_are_kept_for_longer_than_clients_and_proxies_keep_them() -> None:
-    """A request is lost if the server closes its connection as the client sends it: nginx answers it with 502."""
+    """Checks that clients close first: nginx answers 502 if a server closes an idle connection during a request."""
     settings = ApiSettings()
     server_s = server_config(Starlette(), settings, PORT).timeout_keep_alive
     client_s = httpx.Limits().keepalive_expiry
@@ -173,7 +173,7 @@ REQUESTS = {
 
 @pytest.mark.parametrize("request_before", REQUESTS.values(), ids=REQUESTS.keys())
 async def test_the_deadline_of_a_head_runs_from_its_first_byte(request_before: bytes) -> None:
-    """Connections without a byte of their next request stay meanwhile; one that drips is closed."""
+    """Checks that connections without a byte of a next request stay open and that a dripping one is closed."""
     async with served(head_s=0.3, idle_s=FOR_LONG) as server:
         kept, begun, dripping = peers = await server.connect(3)
         for peer in peers:
@@ -206,7 +206,7 @@ async def test_idle_connections_are_closed_at_last() -> None:
 
 
 async def test_idle_connections_give_their_places_to_others() -> None:
-    """Connections that have begun a head give way as well."""
+    """Checks that idle connections, also those with an incomplete head, are closed in favour of a new one."""
     async with served(max_requests=4, head_s=FOR_LONG) as server:  # 12 places
         for peer in await server.connect(12):
             peer.writer.write(HEALTH)
@@ -240,7 +240,7 @@ async def test_requests_take_longer_than_a_head_may() -> None:
 
 
 async def test_idle_connections_beyond_the_bound_do_not_block_requests() -> None:
-    """Connections that were idle longest make room; requests that run keep their places."""
+    """Checks that the connections that are idle longest are closed and that running requests keep theirs."""
     async with served(max_requests=8, head_s=FOR_LONG) as server:
         server.engine.gate.clear()
         running = asyncio.create_task(server.answers())
@@ -256,7 +256,7 @@ async def test_idle_connections_beyond_the_bound_do_not_block_requests() -> None
 
 
 async def test_a_full_server_answers_503_with_retry_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server's process may open few files."""
+    """Fills a server whose process may open only 11 files."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (11, 11))
     async with served(max_requests=4, head_s=FOR_LONG) as server:
         for peer in await server.connect(4):  # their bodies are still to come
@@ -295,7 +295,7 @@ async def test_places_are_bounded_by_the_files_that_may_be_open() -> None:
 
 
 async def test_writes_to_a_disconnected_client_are_not_logged() -> None:
-    """Nothing is logged, however many come before its end is noticed."""
+    """Checks that nothing is logged for many writes before the disconnect is noticed."""
     async with served() as server:
         (peer,) = await server.connect()
         peer.writer.transport.abort()
@@ -357,7 +357,7 @@ async def test_the_reply_to_what_is_no_http_names_its_cause(
 
 
 async def test_a_request_of_two_lengths_is_refused() -> None:
-    """A proxy may take the other length, and another client's request for the rest of the body."""
+    """Checks for request smuggling: a proxy may use the other length and take a request for the rest of the body."""
     async with served() as server:
         (peer,) = await server.connect()
         head = b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -369,7 +369,7 @@ async def test_a_request_of_two_lengths_is_refused() -> None:
 
 @pytest.mark.parametrize("header", ["X-Forwarded-For", "X-Real-IP", "Forwarded"])
 async def test_a_client_does_not_choose_its_own_address(header: str) -> None:
-    """Clients without keys take turns by addresses, which any program of this machine could write."""
+    """Checks that headers do not change the address, by which clients without keys take turns."""
     seen: list[str] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

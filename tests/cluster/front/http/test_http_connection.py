@@ -1,4 +1,4 @@
-"""Tests targets of requests, and bodies: what is written without a look at the protocol's states is what h11 writes."""
+"""Tests of request targets and bodies, whose direct writes must equal those of h11."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_body_longer_than_it_says_is_refused() -> None:
     ],
 )
 def test_a_target_with_a_host(given: bytes, target: bytes, host: bytes) -> None:
-    """The target's host, as requests to a proxy have it, replaces that of the header."""
+    """Checks that the host of an absolute target, like in requests to a proxy, replaces the header's host."""
     connection = HttpConnection(h11.SERVER, 65536)
     connection.receive_data(b"GET %b HTTP/1.1\r\nHost: a\r\nX: y\r\n\r\n" % given)
     request = connection.next_event()
@@ -69,7 +69,7 @@ def test_a_host_in_place_of_a_header() -> None:
 @pytest.mark.parametrize("lines", [MAX_HEADERS, MAX_HEADERS + 1, 10_000])
 @pytest.mark.parametrize("is_whole", [True, False])
 def test_heads_of_many_lines_are_refused(lines: int, end: bytes, is_whole: bool) -> None:
-    """Lines of the body behind a head do not count."""
+    """Checks that only the head's lines count, not those of the body."""
     head = [b"POST / HTTP/1.1", b"host: a", b"content-length: 900", *(lines - 3) * [b"a: b"]]
     body = end + 900 * b"\n" if is_whole else b""
     connection = HttpConnection(h11.SERVER, 65536)
@@ -87,7 +87,7 @@ def chunked(size: int, count: int) -> bytes:
 
 
 def pieces(connection: HttpConnection) -> tuple[int, int]:
-    """Returns (pieces of the body, the most of one turn)."""
+    """Returns (pieces of the body, most pieces in one turn)."""
     every = most = 0
     while True:
         connection.begin_turn()

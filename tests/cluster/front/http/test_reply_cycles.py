@@ -1,4 +1,4 @@
-"""Replies that have ended are freed at once. Reference cycles would hold them until a rare garbage collection."""
+"""Checks that ended replies are freed at once: reference cycles would hold them until a rare garbage collection."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def _refused(http: httpx.AsyncClient, path: str, number: int) -> None:
 async def test_an_ended_reply_leaves_no_cycle(tmp_path: Path, use: Any) -> None:
     async with served(tmp_path / "journal", resume_s=_RESUME_S) as here:
         for path in PATHS:
-            await use(here.http, path, 0)  # makes what is made once
+            await use(here.http, path, 0)  # creates objects that are made once
         await _ended(here)
         with _garbage() as garbage:
             for path in PATHS:
@@ -79,7 +79,7 @@ async def _ended(here: Served) -> None:
 
 @contextmanager
 def _garbage() -> Iterator[Counter[str]]:
-    """Counts our objects, by type, that only a garbage collection frees. They are counted when the context ends."""
+    """Yields counts by type, set at the end of the context, of objects that only a garbage collection frees."""
     counts: Counter[str] = Counter()
     gc.collect()
     gc.disable()

@@ -1,4 +1,4 @@
-"""The API over TLS, on real sockets: clients, bounds on handshakes, ends of connections, renewal."""
+"""Tests of the API over TLS, on real sockets: clients, bounds on handshakes, ends of connections, renewal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FOR_LONG = 60.0
 
 @dataclass
 class Secured:
-    """A served app, the files of its certificate, and connections that end with the test."""
+    """A served app, its certificate files and its connections, which are closed after the test."""
 
     url: str
     signed: SignedFiles
@@ -54,7 +54,7 @@ class Secured:
         return httpx.AsyncClient(base_url=self.url, verify=self.trusted, trust_env=False, timeout=20, **options)
 
     async def connect(self, context: ssl.SSLContext | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A connection that writes by hand; without a context, one that does not begin a handshake."""
+        """Opens a connection for raw bytes, without a handshake if `context` is None."""
         host = None if context is None else "localhost"
         reader, writer = await asyncio.open_connection(*self.address, ssl=context, server_hostname=host)
         self.writers.append(writer)
@@ -132,7 +132,7 @@ async def test_bodies_that_are_too_large_get_their_error(tmp_path: Path) -> None
 
 
 class _Burst(asyncio.Protocol):
-    """Writes megabytes at once, and closes."""
+    """A protocol that writes 8 MiB at once and closes the connection."""
 
     size = 8 << 20
 
@@ -203,7 +203,7 @@ async def test_handshakes_beyond_the_bound_give_way_to_others(tmp_path: Path) ->
 
 
 async def test_a_client_that_does_not_agree_to_an_end_holds_no_connection(tmp_path: Path) -> None:
-    """The end of TLS may be answered; nothing waits for that."""
+    """Checks that the server does not wait for a client's answer to the end of TLS."""
     async with secured(tmp_path) as server:
         connection = await asyncio.to_thread(_request_that_ends, server.address, server.trusted)
         with connection:
@@ -270,7 +270,7 @@ async def test_new_connections_see_a_renewed_certificate_and_streams_go_on(tmp_p
 
 
 async def test_files_are_watched_while_the_port_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder of both files is replaced at once, as Kubernetes replaces the files of a secret."""
+    """Replaces the folder of both files at once, like Kubernetes replaces a secret's files."""
     monkeypatch.setattr("llamaclust.cluster.front.http.certificate._LOOK_S", 0.01)
     shown = tmp_path / "shown"
     for name in ("old", "new"):
@@ -319,7 +319,7 @@ async def _shown(server: Secured) -> bytes | None:
 
 
 def _request_that_ends(address: tuple[str, int], context: ssl.SSLContext) -> socket.socket:
-    """A connection below TLS, after the whole reply to a request that is its last."""
+    """Returns the TCP connection below TLS after the complete reply to its last request."""
     secured = context.wrap_socket(socket.create_connection(address, 20), server_hostname="localhost")
     secured.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     received = b""
@@ -329,7 +329,7 @@ def _request_that_ends(address: tuple[str, int], context: ssl.SSLContext) -> soc
 
 
 def _raw_rest(connection: socket.socket) -> bytes:
-    """b"" at the end of the connection; what TLS said about its end is skipped."""
+    """Skips TLS' closing messages and returns b"" at the end of the connection."""
     connection.settimeout(20)
     while connection.recv(4096):
         pass

@@ -1,4 +1,4 @@
-"""Images of journalled requests: a restarted coordinator has their bytes, or says that they were too large."""
+"""Checks that a restarted coordinator has the images of journalled requests or reports that they were too large."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _web(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def recorded(path: Path, context: RequestContext, body: bytes) -> RequestContext:
-    """The request as the next coordinator reads it."""
+    """Journals a request and returns it like the next coordinator reads it."""
     async with journal(path) as opened:
         await opened.admit(journalled(context, body))
         opened.seal()

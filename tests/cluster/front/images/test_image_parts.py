@@ -1,4 +1,4 @@
-"""Image parts of all APIs: which images reach the projector, at which places of the prompt."""
+"""Tests of image parts in all APIs: images that reach the projector and their positions in the prompt."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _room(monkeypatch: pytest.MonkeyPatch) -> None:
 async def post(
     path: str, *, answer: str = "Yes.", is_strict: bool = True, **fields: Any
 ) -> tuple[httpx.Response, tuple[int, ...], TinyVision]:
-    """The reply, the prompt that the engine got, and the model's projector."""
+    """Returns the reply, the engine's prompt and the model's projector."""
     engine, vision = ScriptedEngine(says(answer)), TinyVision()
     with ChatTemplate(TEMPLATE, "", "") as template:
         async with client(make_app(engine, template, vision=vision)) as http:

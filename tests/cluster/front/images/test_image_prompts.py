@@ -1,4 +1,4 @@
-"""Prompts with images: templates of several kinds keep the places of images, and control words stay guarded."""
+"""Checks that several kinds of templates keep the positions of images and that control tokens in texts stay text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def chat(*parts: dict[str, Any], before: str = "s") -> ChatRequest:
 
 
 async def pieces_of(source: str, request: ChatRequest) -> list[str | bytes]:
-    """The prompt with texts in place of token ids."""
+    """Returns the prompt's texts, in place of token ids, and images."""
     with ChatTemplate(source, "", "") as template:
         completion = await ChatFormat(template, tokenizer()).completion(request, lambda _: None)
     prompt = completion.prompt

@@ -1,4 +1,4 @@
-"""Images at URLs: only allowed hosts at public addresses are asked, once, within limits."""
+"""Checks that images are fetched once, only from allowed hosts at public addresses, and within limits."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def http(status: str, body: bytes = b"", *headers: str) -> bytes:
 
 @asynccontextmanager
 async def web_host(answer: bytes, asked: list[str]) -> AsyncIterator[int]:
-    """A web server on a free port that always gives this answer; adds the head of each request to `asked`."""
+    """Yields the port of a web server that always sends `answer` and adds the head of each request to `asked`."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         asked.append((await reader.readuntil(b"\r\n\r\n")).decode().lower())
         writer.write(answer)
         await writer.drain()
-        if b"content-length" not in answer:  # a host that never ends
+        if b"content-length" not in answer:  # the reply never ends
             await reader.read()
         writer.close()
 
@@ -48,7 +48,7 @@ async def web_host(answer: bytes, asked: list[str]) -> AsyncIterator[int]:
 
 @pytest.fixture
 def resolved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names lead to this machine, which is taken for public; the names that were looked up."""
+    """Resolves all names to 127.0.0.1, which counts as public, and returns the list of names looked up."""
     names: list[str] = []
 
     def look_up(host: str, port: int, **_: Any) -> list[Any]:
@@ -139,7 +139,7 @@ async def test_an_image_is_fetched_once_from_the_address_that_was_checked(resolv
 
 
 async def test_hosts_at_one_address_share_no_connection(resolved: list[str]) -> None:
-    """The certificate of each host is checked, because each has a connection of its own."""
+    """Checks that each host has its own connection, so that its certificate is verified."""
     connections: list[list[str]] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -240,7 +240,7 @@ async def test_fetched_images_count_in_the_bytes_of_open_requests(resolved: list
             hosts, vision = (f"example.com:{port}",), TinyVision()
             app = make_app(ScriptedEngine(says("a")), admission=Admission(settings), vision=vision, image_hosts=hosts)
             async with client(app) as web:
-                for _ in range(4):  # a request that has ended holds nothing
+                for _ in range(4):  # ended requests hold no bytes
                     reply = await web.post("/v1/chat/completions", json=body)
                     assert reply.status_code == status, reply.text
                     assert status == 200 or "the server is busy with" in reply.json()["error"]["message"]

@@ -1,4 +1,4 @@
-"""The next images of a prompt give their memory to the present one."""
+"""Checks that the next images of a prompt give their memory to the rows of the current one."""
 
 from __future__ import annotations
 

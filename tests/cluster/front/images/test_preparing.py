@@ -1,4 +1,4 @@
-"""Images of several requests in preparation: turns of owners, memory of tiles, and the deadline of a request."""
+"""Tests of preparing the images of several requests: turns of owners, memory of tiles, request deadlines."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ONES, TWOS, THREES = ([png(10 * owner + number) for number in range(6)] for owne
 
 
 class Processes:
-    """Notes the images whose preparation begins, and holds each until it is let go."""
+    """A replacement of image preparation that records each image and blocks until the test lets it go."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun: list[bytes] = []
@@ -155,7 +155,7 @@ async def test_rows_are_joined_beside_the_event_loop(monkeypatch: pytest.MonkeyP
 
 
 class SlowVision(TinyVision):
-    """Lays out one prompt of each request, and waits with the rows until the request's deadline."""
+    """A vision model that lays out one prompt of each request and then waits until the request's deadline."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()

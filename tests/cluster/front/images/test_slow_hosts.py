@@ -1,4 +1,4 @@
-"""Hosts of images that answer slowly or with other addresses: they cost time only their own request."""
+"""Checks that image hosts which answer slowly or change their address delay only their own request."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IMAGE = image(2, b"from the web")
 HEAD = f"HTTP/1.1 200 OK\r\ncontent-length: {len(IMAGE)}\r\n\r\n".encode()
 HOST = "example.com"
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
-"""Answers at a connection. It may go on until the client closes it."""
+"""A function that answers on a connection, possibly until the client closes it."""
 
 
 async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -38,7 +38,7 @@ async def head_only(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) 
 
 
 async def without_an_end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Sends headers for ever, one at a time."""
+    """Sends headers without an end, one at a time."""
     writer.write(b"HTTP/1.1 200 OK\r\n")
     while not reader.at_eof() and not writer.is_closing():
         writer.write(b"a: b\r\n")
@@ -49,7 +49,7 @@ async def without_an_end(reader: asyncio.StreamReader, writer: asyncio.StreamWri
 @dataclass(frozen=True, slots=True)
 class Host:
     port: int
-    connected: asyncio.Event  # it has read the head of a request
+    connected: asyncio.Event  # the head of a request has arrived
     closed: asyncio.Event  # the client has closed a connection, or the answer is complete
 
 
@@ -79,8 +79,8 @@ async def web_host(serve: Serve) -> AsyncIterator[Host]:
 
 
 def leads_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
-    """Gives a host the addresses one after the other. Of these, 127.0.0.1 counts as public. Returns the list of names
-    that are looked up."""
+    """Resolves a host to the addresses, one per lookup, of which 127.0.0.1 counts as public. Returns the list of names
+    looked up."""
     looked_up: list[str] = []
 
     def look_up(host: str, port: int, **_: Any) -> list[Any]:
@@ -176,7 +176,7 @@ async def test_a_client_that_leaves_ends_the_fetch(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("second", ["10.0.0.1", "169.254.169.254", "::1"])
 async def test_a_host_whose_second_address_is_private(second: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its name is looked up once, and its image comes from the address that was checked."""
+    """Checks that a name is looked up once per request and that the image comes from the checked address."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(HEAD + IMAGE)

@@ -1,4 +1,4 @@
-"""A stream begins while its images are still encoded, so that its client hears of it."""
+"""Checks that a stream sends comments to its client while its images are still being encoded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COMMENT = ": waiting"
 
 
 class GatedVision(TinyVision):
-    """Encodes images when the gate opens, or raises `error`."""
+    """A vision model that encodes images, or raises `error`, when its gate opens."""
 
     def __init__(self) -> None:
         super().__init__()

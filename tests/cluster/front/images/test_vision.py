@@ -1,4 +1,4 @@
-"""Prompts with images of every family: token ids, rows of an encoder in this process, and rope positions."""
+"""Tests of prompts with images for every family: token ids, rows of an encoder in this process, rope positions."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ async def test_rows_stand_in_the_family_s_prompt(name: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("sections", [3, 4])
 async def test_rope_positions_are_the_time_line_and_column(sections: int, tmp_path: Path) -> None:
-    """44 x 30 pixels are resized to 40 x 32, which are 5 columns and 4 lines of rows of 8 x 8 pixels."""
+    """Tests an image of 44 x 30 pixels, resized to 40 x 32: 5 columns and 4 lines of 8 x 8 pixels per row."""
     async with seeing(tmp_path, "qwen3vl_merger", sections) as (vision, _, projector):
         (span,) = await spans_of(vision, FIRST)
     assert span.rope_positions is not None and projector.levels == 3
@@ -171,7 +171,7 @@ async def test_memory_of_rows_is_bounded(tmp_path: Path) -> None:
         third = asyncio.create_task(spans_of(vision, png(3)))
         await until(lambda: vision._rows.line.is_busy)
         assert encoder.images == 2 and not third.done()
-        first.close()  # its rows are no longer kept
+        first.close()  # the rows of FIRST are dropped
         assert await third and encoder.images == 3
         await spans_of(vision, SECOND)
         assert encoder.images == 3, "a request has them still"
@@ -182,7 +182,7 @@ async def test_memory_of_rows_is_bounded(tmp_path: Path) -> None:
 
 
 async def _sizes(folder: Path, image: bytes = FIRST) -> tuple[int, int]:
-    """The bytes of an image's rows and of its tiles."""
+    """Returns the sizes of an image's rows and tiles in bytes."""
     async with seeing(folder) as (vision, *_):
         rows = sum(span.rows.nbytes for span in await spans_of(vision, image))
         return rows, (await vision._tiles_of(b"", ImageSource(image))).value.nbytes
@@ -225,8 +225,8 @@ async def test_an_image_that_never_fits_beside_its_request_s_rows_is_refused_in_
 async def test_kept_rows_that_are_dropped_before_their_turn_wait_for_room_for_tiles_too(
     fits_alone: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The first image's rows take the place of the second image's. Each image is prepared at most once outside the
-    line and once in it."""
+    """Replaces the second image's rows by the first's. Each image is prepared at most once outside the queue and once
+    in it."""
     rows, tiles = await _sizes(tmp_path)
     begun = 0
     real = ImagePreparation.tiles
@@ -318,7 +318,7 @@ async def test_an_image_of_two_owners_is_encoded_in_the_turn_of_the_one_who_need
 
 
 async def test_an_owner_whose_rows_fill_the_memory_gives_way_to_others(tmp_path: Path) -> None:
-    """No request waits for ever, and none is refused."""
+    """Checks that no request waits without an end and that none is refused."""
     size, n_bytes = await _sizes(tmp_path)
     images = [png(number) for number in range(6)]
     async with seeing(tmp_path, limits=RowLimits(0, 2 * size + n_bytes)) as (vision, encoder, _):
@@ -330,7 +330,7 @@ async def test_an_owner_whose_rows_fill_the_memory_gives_way_to_others(tmp_path:
         other = for_owner("two", spans_of(vision, images[4], leases=RowLeases()))
         await until(lambda: len(vision._rows.line) == 3)
         assert encoder.images == 2
-        held[0].close()  # the first in line goes on
+        held[0].close()  # the first waiting request continues
         _, (last,) = await asyncio.wait(more, return_when=asyncio.FIRST_COMPLETED)
         held[1].close()
         async with asyncio.timeout(60):
@@ -342,7 +342,7 @@ async def test_an_owner_whose_rows_fill_the_memory_gives_way_to_others(tmp_path:
 
 
 async def test_requests_that_need_the_memory_of_each_other_end(tmp_path: Path) -> None:
-    """Each fits alone. While one waits, it holds nothing."""
+    """Checks that requests which fit alone all end, since a waiting request holds no memory."""
     size, n_bytes = await _sizes(tmp_path)
     sets = [[png(10 * owner + number) for number in range(3)] for owner in range(4)]
     async with seeing(tmp_path, limits=RowLimits(0, 3 * size + n_bytes)) as (vision, _, _projector):

@@ -1,4 +1,4 @@
-"""vLLM's endpoints that load and unload adapters: who may use them, what they pass on, how they answer."""
+"""Tests of vLLM's endpoints that load and unload adapters: access, forwarded values and replies."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BODY = {"lora_name": "poet", "lora_path": "poet.gguf"}
 
 @dataclass
 class Loader:
-    """The loader that the endpoints control."""
+    """A loader that the endpoints control."""
 
     adapters: ServedAdapters = field(default_factory=ServedAdapters)
     error: Exception | None = None
@@ -111,7 +111,7 @@ async def test_requests_use_an_adapter_until_they_end() -> None:
 
 @pytest.mark.parametrize("is_another_loaded", [False, True])
 async def test_a_request_that_chose_an_adapter_before_its_unload_is_refused(is_another_loaded: bool) -> None:
-    """The request is refused even if the number is another adapter's by then."""
+    """Checks that the request is refused even if another adapter has the number by then."""
     engine, loader = ScriptedEngine(says("So.")), Loader()
     loader.adapters.add(0, ServedAdapter("poet", "poet.gguf", content="ab"))
     replies = Replies(ApiSettings(adapters=loader.adapters))
@@ -127,7 +127,7 @@ async def test_a_request_that_chose_an_adapter_before_its_unload_is_refused(is_a
 
 
 async def test_a_known_request_has_the_name_of_its_adapter() -> None:
-    """The request keeps the name even after the number became another adapter's."""
+    """Checks that a request keeps its adapter's name after another adapter has taken the number."""
     adapters = ServedAdapters()
     adapters.add(0, ServedAdapter("poet", "poet.gguf", content="ab"))
     settings = replace(SETTINGS, adapters={0: "ab"})

@@ -1,4 +1,4 @@
-"""Ollama's field `keep_alive`."""
+"""Tests of Ollama's field `keep_alive`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models are loaded and unloaded by requests."""
+"""Tests of requests that load and unload models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling that a model file recommends: which endpoints take it, and what comes before it."""
+"""Tests of sampling parameters that a model file recommends: endpoints that use them, and what overrides them."""
 
 from __future__ import annotations
 

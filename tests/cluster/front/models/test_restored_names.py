@@ -1,4 +1,4 @@
-"""Requests that an earlier coordinator left, whose model's name is an adapter's by now."""
+"""Tests of an earlier coordinator's requests whose model name now belongs to an adapter."""
 
 from __future__ import annotations
 

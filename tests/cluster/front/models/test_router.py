@@ -1,4 +1,4 @@
-"""Each request goes to the endpoint of its model."""
+"""Checks that each request reaches the endpoint of its model."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ NOT_COMPUTED = (
     *("/models/load", "/models/unload", "/slots/{slot}", "/load_lora_adapter", "/unload_lora_adapter"),
     *("/show", "/pull", "/create", "/copy", "/blobs/{digest}", "/push"),
 )
-"""Paths of bodies that need no loaded model."""
+"""Ends of POST paths that need no loaded model."""
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 @cache
 def operations() -> list[Route]:
-    """Returns the operations of the app."""
+    """Returns the app's routes."""
     app = make_app(ScriptedEngine(says("a")), slot_folder=Path("/tmp"), allows_pull=True)
     return [route for route in app.routes if isinstance(route, Route)]
 
@@ -48,7 +48,7 @@ def replying(status: int, text: str) -> Endpoint:
 
 
 def client_of(*models: ApiModel, endpoint: Endpoint | None = None) -> httpx.AsyncClient:
-    """Returns a client of the app's operations, whose replies are the names of models unless there is an endpoint."""
+    """Returns a client of the app's routes, which reply with the model's name unless an endpoint is given."""
     routing = ModelRouter(models)
 
     def route(of: Route, model: ApiModel) -> Route:
@@ -156,7 +156,7 @@ async def test_a_body_is_read_once_and_not_held_while_it_is_answered(
     held: list[weakref.ref[object]] = []
 
     class Fields(dict[str, Any]):
-        """A dict whose end a weak reference shows."""
+        """A dict that weak references can refer to."""
 
     async def parse(data: bytes) -> dict[str, Any]:
         fields = Fields(json.loads(data))
@@ -179,7 +179,7 @@ async def test_an_endpoint_takes_less_than_was_read() -> None:
         return PlainTextResponse(await read_bytes(request, ApiSettings(), 20))
 
     async def parts() -> AsyncIterator[bytes]:
-        """Yields a body without a length in the head."""
+        """Yields a body, which is sent without a Content-Length."""
         for part in (b"[", b" " * 19, b"]"):
             yield part
 
@@ -201,7 +201,7 @@ async def test_without_demand_a_request_loads_no_model() -> None:
             assert (await http.post(path, json={"model": "a"})).text == "a", path
         again = {"Idempotency-Key": "kept"}
         assert (await http.post("/v1/completions", json={"model": "a"}, headers=again)).text == "a"
-        lifecycle.is_idle = False  # it gave way
+        lifecycle.is_idle = False  # unloaded although it has requests
         assert (await http.post("/v1/chat/completions", json={"model": "a"})).text == "a"
         lifecycle.is_asleep, lifecycle.is_idle = False, True
         assert (await http.post("/v1/chat/completions", json={"model": "a"})).text == "a"

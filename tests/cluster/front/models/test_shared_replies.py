@@ -1,4 +1,4 @@
-"""Kept replies of several models: a client's names for them are those of all models, and so are their bounds."""
+"""Checks that kept replies of several models share a client's names for them and their bounds."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Shared:
 
 @asynccontextmanager
 async def shared(journal: Journal | None = None, **settings: Any) -> AsyncIterator[Shared]:
-    """Two models, each of which says its own name."""
+    """Yields a server of two models, each of which answers with its own name."""
     engines = {name: ScriptedEngine(says(name)) for name in NAMES}
     async with aclosing(Replies(ApiSettings(can_unload=True, **settings), journal)) as replies:
         models = [

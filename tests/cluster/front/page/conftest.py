@@ -1,4 +1,4 @@
-"""One browser for the tests of a file."""
+"""Fixture of a browser, one for the tests of a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""axe-core's findings on both views: none is serious."""
+"""Checks that axe-core finds no serious violation in both views."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RUN = "axe.run(document, {resultTypes: ['violations']})"
 
 
 async def serious(page: Page) -> list[tuple[str, list[Any]]]:
-    """Rules that are broken in a serious or critical way, with the elements."""
+    """Returns the rules with serious or critical violations, with their elements."""
     from axe_playwright_python.async_playwright import Axe
 
     if not await page.evaluate("'axe' in window"):

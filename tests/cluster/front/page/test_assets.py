@@ -1,4 +1,4 @@
-"""The page's files as the server sends them: whole, small, under a strict policy, without a key."""
+"""Checks that the server sends the page's files complete, small, with a strict policy and without a key."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ async def test_no_other_path_is_a_file(path: str) -> None:
 
 
 async def test_other_hosts_and_pages_are_refused() -> None:
-    """DNS rebinding, and requests of foreign pages."""
+    """Tests DNS rebinding and requests from pages of other sites."""
     async with http() as api:
         assert (await api.get("/", headers={"Host": "evil.example"})).status_code == 403
         drain = await api.post("/cluster/workers/a/drain", headers={"Origin": "https://evil.example"})

@@ -1,4 +1,4 @@
-"""The chat in a real browser: turns, versions, settings, history, what answers consist of."""
+"""Tests of the chat in a real browser: turns, versions, settings, history, parts of answers."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ async def test_history_is_kept_and_deleted(browser: Browser) -> None:
 
 
 async def test_the_list_of_chats_reads_no_chat(browser: Browser) -> None:
-    """The list reads none of the chats that the page's former version kept either."""
+    """Checks that listing reads no chat, not even one of the page's former version."""
     listed = """async () => {
       const former = indexedDB.deleteDatabase("llamaclust");
       await new Promise((resolve) => former.addEventListener("success", resolve));

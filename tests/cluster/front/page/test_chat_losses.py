@@ -1,4 +1,4 @@
-"""Tests the chat when connections, tabs, keys, servers and storage fail: no answer is lost."""
+"""Checks that the chat loses no answer when connections, tabs, keys, servers and storage fail."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ Object.defineProperty(window, "indexedDB", { value: { open() { throw new Error("
 
 
 async def test_a_browser_that_gives_little_is_enough(browser: Browser) -> None:
-    """Pages of other machines without https and some private windows get as little."""
+    """Tests the page without the APIs that are absent without HTTPS and in some private windows."""
     async with chatting(browser, ScriptedEngine(says("Yes")), PLAIN_HTTP) as seen:
         page = seen.page
         await send(page, "Hi")
@@ -145,7 +145,7 @@ async def test_a_running_answer_waits_for_the_key_of_another_tab(browser: Browse
 
 
 async def test_a_whole_answer_is_kept_by_a_tab_that_lost_it(browser: Browser) -> None:
-    """The other tab's version is kept, and shown, whichever is written last; a removed conversation stays removed."""
+    """Checks that another tab's complete version is kept, whichever is written last; removed chats stay removed."""
     kept = """async () => {
       const { History } = await import("/browser/chat/history.js");
       const [one, other] = [await History.open(), await History.open()];

@@ -1,4 +1,4 @@
-"""The page of the cluster: what it shows of losses and recoveries, and what it does to workers."""
+"""Tests of the cluster's page: losses and recoveries that it shows, and its actions on workers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @dataclass
 class Workers:
-    """Two of them; `b` cannot be spared."""
+    """Two workers, of which `b` cannot be drained."""
 
     moves: list[str] = field(default_factory=list)
     log_of_a: asyncio.Event = field(default_factory=asyncio.Event)

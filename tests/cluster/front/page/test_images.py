@@ -1,4 +1,4 @@
-"""Images in the page's chat: picked, pasted, dropped, shown, sent, and kept with the conversation."""
+"""Tests of images in the page's chat: picked, pasted, dropped, shown, sent, and kept with the conversation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that texts and names of models and workers are shown as they are, never run; and pure modules of the page."""
+"""Checks that markup in texts and names of models and workers is not interpreted; tests the page's pure modules."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ async def seen(browser: Browser) -> AsyncIterator[Opened]:
 
 
 async def test_markup_in_answers_stays_text(seen: Opened) -> None:
-    """Shows every beginning of each answer, as it would be streamed."""
+    """Shows every prefix of each answer, like a stream."""
     made = await seen.page.evaluate(SHOW, list(EVIL_ANSWERS))
     assert {*made["tags"]} <= {*TAGS.split()}, made["tags"]
     assert {*made["attributes"]} <= {*ATTRIBUTES.split()}, made["attributes"]

@@ -1,4 +1,4 @@
-"""The page's choice of a model, and its sampling: the same as that of `llamaclust chat`."""
+"""Tests of the page's choice of a model, and of its sampling, which equals that of `llamaclust chat`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def models_app(engines: Mapping[str, ScriptedEngine]) -> Starlette:
 
 
 def chat_of_the_command(address: str, model: str) -> None:
-    """A turn as `llamaclust chat --served-model NAME --seed 11` takes it."""
+    """Takes a turn like `llamaclust chat --served-model NAME --seed 11`."""
     with Client(address, model=model) as client:
         options = client.chat_sampling()
         options["seed"] = 11

@@ -1,4 +1,4 @@
-"""Responses in the background: read, cancelled, failed, streamed again."""
+"""Tests of responses in the background: read, cancelled, failed, streamed again."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ async def test_a_response_in_the_background_expires_only_once_it_has_ended(monke
     async with served(engine, background_s=0.05) as http, asyncio.timeout(60):
         created = (await http.post(PATH, json={"input": "A", "background": True})).json()
         path = f"{PATH}/{created['id']}"
-        await asyncio.sleep(0.1)  # It would expire in this time if it had ended.
+        await asyncio.sleep(0.1)  # an ended response would expire in this time
         assert (await http.get(path)).json()["status"] == "in_progress"
         engine.gate.set()
-        # The store has the response before it can expire, so that a slow poll finds it as well.
+        # The store has the response before it can expire, so that even a slow poll finds it.
         assert (await ended_response(http, created["id"]))["status"] == "completed"
         monkeypatch.setattr(ResponseStore, "get", lambda store, owner, response_id: None)
         while (reply := await http.get(path)).status_code == 200:

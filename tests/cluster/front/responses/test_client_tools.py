@@ -1,4 +1,4 @@
-"""Tools that clients of the Responses API run: each is a function for the model, and its calls have their own items."""
+"""Tests of tools that clients of the Responses API run: each is a function for the model and has its own call items."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ async def test_such_a_tool_can_be_demanded(choice: dict[str, Any]) -> None:
 
 
 def test_grammars_of_custom_tools() -> None:
-    """A regular expression binds the text; a Lark grammar is shown to the model."""
+    """Checks that a regular expression constrains the text and that a Lark grammar is only shown to the model."""
     context = LenientContext()
     regex = {"type": "grammar", "syntax": "regex", "definition": "[a-z]+|x"}
     lark = {"type": "grammar", "syntax": "lark", "definition": 'start: "a"'}

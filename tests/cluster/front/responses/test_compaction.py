@@ -1,4 +1,4 @@
-"""`POST /v1/responses/compact`: summaries in place of long chats."""
+"""Tests of `POST /v1/responses/compact`, which replaces long chats by summaries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Responses with large tools or chats are rendered and measured on threads, and not stored if they end meanwhile."""
+"""Checks that responses with large tools or chats are rendered on threads, and not stored if they end meanwhile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOOLS = [{"type": "function", "name": "look", "description": "", "parameters": S
 
 
 class OnLoop:
-    """The values that the event loop renders or measures, if they are large."""
+    """A record of the large values that the event loop renders or measures."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.large: list[str] = []
@@ -47,7 +47,7 @@ class OnLoop:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("background", [False, True])
 async def test_large_tools(background: bool, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model is offered none of them, so that its prompt is short."""
+    """Tests large tools that are not offered to the model, so that the prompt is short."""
     engine, on_loop = ScriptedEngine(says("Yes.")), OnLoop(monkeypatch)
     body = {"input": "A", "tools": TOOLS, "tool_choice": "none", "background": background, "stream": stream}
     engine.gate.clear()
@@ -86,7 +86,7 @@ async def test_a_large_chat_is_continued(background: bool, monkeypatch: pytest.M
 
 
 class HeldThreads:
-    """Threads that stop in a function of a module until they are let go."""
+    """Threads that block in a module's function until the test lets them go."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> None:
         self.has_come, self.may_go = threading.Event(), threading.Event()

@@ -1,5 +1,5 @@
-"""Tests what responses show beside the answer: logprobs, progress, timings; allowed tools, references to items, input
-items of a response that is computed or was cancelled."""
+"""Tests of responses' logprobs, progress, timings, allowed tools, item references, and input items while they are
+computed or after they were cancelled."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ async def test_an_expired_response_is_not_shown_as_running() -> None:
         path = f"{PATH}/{(await http.post(PATH, json={'input': 'A', 'background': True})).json()['id']}"
         while (reply := await http.get(path)).status_code == 200:
             assert reply.json()["status"] != "completed"
-            await asyncio.sleep(0.05)  # each look keeps it
+            await asyncio.sleep(0.05)  # each read restarts the time
     assert reply.status_code == 404
 
 
@@ -286,7 +286,7 @@ async def test_the_chat_that_a_response_continues_counts_in_the_bytes_of_open_re
     admission = Admission(ApiSettings(max_held_bytes=held_bytes))
     async with client(make_app(ScriptedEngine(says("a" * 60)), admission=admission)) as http:
         first = await http.post(PATH, json={"input": "A"})
-        for _ in range(4):  # a request that has ended holds nothing
+        for _ in range(4):  # ended requests hold no bytes
             reply = await http.post(PATH, json={"input": "B", "previous_response_id": first.json()["id"]})
             assert len(reply.request.content) < 200 and reply.status_code == status, reply.text
             assert status == 200 or "the server is busy with" in reply.json()["error"]["message"]

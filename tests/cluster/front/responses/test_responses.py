@@ -1,4 +1,4 @@
-"""OpenAI's Responses API: items, events, stored responses, and the official client on top."""
+"""Tests of OpenAI's Responses API: items, events, stored responses, and the official client."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ALLOWED = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function
 
 
 async def respond(answer: str = "Yes.", **fields: Any) -> tuple[httpx.Response, str]:
-    """Returns the reply, and the prompt that the engine got."""
+    """Returns the reply and the engine's prompt."""
     engine = ScriptedEngine(says(answer))
     async with served(engine) as http:
         reply = await http.post(PATH, json={"input": "Hi"} | fields)
@@ -52,7 +52,7 @@ async def prompt_of(**fields: Any) -> str:
 
 
 def comparable(value: Any) -> Any:
-    """Leaves out what is drawn for each request."""
+    """Removes fields with random ids and times."""
     if isinstance(value, dict):
         drawn = ("id", "call_id", "item_id", "created_at", "completed_at")
         return {key: comparable(item) for key, item in value.items() if key not in drawn}
@@ -127,7 +127,7 @@ async def test_an_answer_that_obeys_a_schema() -> None:
 
 
 async def test_counting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "answer_grammar", None)  # a count needs none
+    monkeypatch.setattr(service_module, "answer_grammar", None)  # not used for a count
     async with served(ScriptedEngine(says("a"))) as http:
         reply = await http.post(f"{PATH}/input_tokens", json={"input": "Hi", "instructions": "A"})
     expected = len(tokenizer().encode("<system>A<user>Hi<assistant>", add_special=False))

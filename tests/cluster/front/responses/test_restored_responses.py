@@ -1,4 +1,4 @@
-"""Responses in the background outlive the coordinator."""
+"""Checks that responses in the background outlive the coordinator."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BODY: dict[str, Any] = {"input": "Hello", "background": True, "seed": 7, "max_ou
 
 @asynccontextmanager
 async def killed(path: Path) -> AsyncIterator[Served]:
-    """Yields a server that is killed some time after `timeouts.resume`."""
+    """Yields a server that is killed after more than `timeouts.resume`."""
     async with served(path, resume_s=0.05) as server:
         yield server
         await asyncio.sleep(0.2)
@@ -94,7 +94,7 @@ async def test_a_complete_response_is_computed_after_a_kill_only_for_a_poller(tm
 
 @pytest.mark.parametrize("is_streamed", [False, True])
 async def test_a_complete_response_outlives_several_coordinators(tmp_path: Path, is_streamed: bool) -> None:
-    """The response was read or not, and each coordinator lived longer than `timeouts.resume`."""
+    """Tests coordinators that live longer than `timeouts.resume`, with and without a stream's reader."""
     path = tmp_path / "journal"
     async with killed(path) as server:
         if is_streamed:
@@ -113,7 +113,7 @@ async def test_a_complete_response_outlives_several_coordinators(tmp_path: Path,
 
 
 async def test_a_complete_response_has_time_to_be_computed_again(tmp_path: Path) -> None:
-    """The response has time, whatever is left of the time for which it is kept."""
+    """Checks that the response is computed even if its time limit has passed."""
     known = replace(admission(0, json.dumps(BODY).encode()), endpoint=PATH, admitted=Instant.now(), scales=())
     async with journal(tmp_path / "journal") as left:
         await left.admit(replace(known, served=SERVED, is_streamed=False, is_background=True))
@@ -144,7 +144,7 @@ async def test_a_restored_response_does_not_expire_while_it_is_computed_for_a_po
 
 
 async def test_without_a_client_a_restored_response_leaves_the_journal(tmp_path: Path) -> None:
-    """The response leaves after `timeouts.resume`, as other replies do; one in the background stays for longer."""
+    """Checks that a response in the foreground leaves after `timeouts.resume` and that one in the background stays."""
     path, foreground = tmp_path / "journal", BODY | {"background": False, "stream": True}
     async with journal(path) as left:
         for number, (endpoint, body) in enumerate(((PATH, foreground), ("/responses", foreground), (PATH, BODY))):

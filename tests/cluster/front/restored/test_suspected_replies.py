@@ -1,4 +1,4 @@
-"""Restored requests that may have ended earlier coordinators: counted, begun after the others, given up at last."""
+"""Checks that restored requests that may have ended earlier coordinators are counted, begun last and finally failed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from support.clusters.served import until
 async def test_a_request_that_ends_the_coordinator_again_and_again_fails_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The others are not computed at first, since they stand behind it; later it is begun behind them."""
+    """Tests a fatal request that is begun before the others at first and after them later."""
     path, create, lives = tmp_path / "journal", TextCompletions.make, 0
     body, poison = json.dumps(body_of(PATHS[0])), json.dumps(body_of(PATHS[0], prompt="poison"))
     await write_journal(path, *(admission(number, poison if number == 1 else body) for number in range(4)))
@@ -53,7 +53,7 @@ async def test_a_request_that_ends_the_coordinator_again_and_again_fails_alone(
                 if poisoned.done():
                     break
                 poisoned.cancel()
-                if lives >= 2:  # the others are computed before
+                if lives >= 2:  # the others are computed first
                     for number in (0, 2, 3):
                         assert (await stream(server.http, "GET", f"/v1/streams/key {number}"))[-1][1] == "[DONE]"
             lives += 1
@@ -65,7 +65,7 @@ async def test_a_request_that_ends_the_coordinator_again_and_again_fails_alone(
 async def test_a_suspected_request_begins_after_the_others_progressed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise a kill from outside while the others' prompts are computed would count as its failure."""
+    """Checks the order, without which a kill during the others' prompts would count against the suspected request."""
     path, begun, body = tmp_path / "journal", list[str](), json.dumps(body_of(PATHS[0]))
     create, open_pipeline = TextCompletions.make, FakePipeline.__init__
     async with aclosing(Journal(path, ControlRecord(), 60.0)) as journal:
@@ -94,7 +94,7 @@ async def test_a_suspected_request_begins_after_the_others_progressed(
 async def test_a_restored_request_that_progresses_is_not_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However often its coordinator ends: each life adds tokens, which the next one does not compute again."""
+    """Ends several coordinators, each of which adds tokens that the next one does not compute again."""
     path, known = tmp_path / "journal", list[int]()
     await write_journal(path, admission(0, json.dumps(body_of(PATHS[0]))))
     for _ in range(7):

@@ -1,4 +1,4 @@
-"""Answers as logs: their order, what they hold, and waits for what comes."""
+"""Tests of answer logs: order, contents, and waits for entries."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ async def test_a_log_of_chunks_is_read_again_by_each_reader_from_its_beginning()
 async def test_a_log_of_streamed_rows_lets_go_of_what_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer_log, "MAX_UNREAD_ROWS", 5)
     log = log_of(2, RowStorage.STREAMED)
-    for _ in range(9):  # before its reader begins
+    for _ in range(9):  # appended before the reader begins
         log.append(0, chunk("a"))
         log.append(1, chunk("b"))
     with LogReader(log) as reader:
@@ -104,7 +104,7 @@ async def test_a_log_of_streamed_rows_lets_go_of_what_was_taken(monkeypatch: pyt
         log.append(1, chunk("b"))
         texts(reader)
         log.end(0)
-        assert texts(reader) == ["1b"] * 10  # those of a later prompt wait for their turn
+        assert texts(reader) == ["1b"] * 10  # chunks of the second prompt follow the first prompt's end
 
 
 async def test_packed_answers_are_there_in_the_end() -> None:
@@ -119,7 +119,7 @@ async def test_packed_answers_are_there_in_the_end() -> None:
 
 @pytest.mark.parametrize("storage", RowStorage)
 async def test_subscribers_get_each_chunk_as_it_is_appended(storage: RowStorage) -> None:
-    """Those of an attempt that was refused get nothing of the next one."""
+    """Checks that subscribers of one attempt get no chunk of the next one."""
     owner: list[tuple[int, str]] = []
     log = AnswerLog(lambda prompt, item: owner.append((prompt, item.text)))
     attempts: list[list[int]] = [[], [], []]

@@ -1,4 +1,4 @@
-"""Grammars of a chat's answer: what they obey of tools' schemas, what the reply names, calls beside another form."""
+"""Tests of grammars for a chat's answer: enforced and reported parts of tools' schemas, calls beside other forms."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def test_one_tool_whose_schema_cannot_be_obeyed_is_free_in_its_arguments(
 
 
 class Guarded(GrammarChecker):
-    """Its guard is met by the first grammar."""
+    """A checker that refuses the first grammar with `GuardedGrammarError`."""
 
     checks = 0
 
@@ -143,7 +143,7 @@ async def test_a_form_that_cannot_be_obeyed_is_refused_beside_tools(checker: Gra
 
 
 async def test_only_a_refusal_leaves_calls_free(monkeypatch: pytest.MonkeyPatch, checker: GrammarChecker) -> None:
-    """A check that the machine was too slow for must not change the tokens of an answer."""
+    """Checks that a late check is an error, since it must not change the tokens of an answer."""
     reading = AnswerParsing(PLAIN, {"f": {"type": "object"}})
     late = GrammarChecker(TOKENIZER, CheckLimits(wall_s=0.0))
     monkeypatch.setattr(module, "call_grammar", lambda *_, **__: CallGrammar("start: nothing"))
@@ -172,7 +172,7 @@ async def test_a_propertys_reference_is_found_where_arguments_are_tagged(checker
 
 
 async def test_rules_of_calls_have_the_limit_of_schemas(checker: GrammarChecker) -> None:
-    """Beside a grammar that a user wrote, this is checked as such a grammar."""
+    """Checks that calls in combination with a user's grammar have that grammar's limit."""
     many = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(400)}}
     schema, written = definitions.of_object("json"), definitions.of_gbnf("root ::= [a-z]+", "grammar")
     for mode, other, names in (

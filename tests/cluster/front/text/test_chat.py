@@ -1,4 +1,4 @@
-"""Chats before their answers: formats of templates, grammars of calls, messages that answers continue."""
+"""Tests of chats before their answers: formats of templates, grammars of calls, continued messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A thousand tools as libraries write their schemas: none is refused as a whole, and what is not obeyed is named."""
+"""Checks that none of a thousand tools with libraries' schemas is refused and that unenforced keywords are named."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.seed import SEED
 TOOLS = 1000
 AT_ONCE = 20
 UNOBEYED = {"pattern": 16, "uniqueItems": 5}
-"""Counts of what grammars cannot express: look-around, and that no two parts of a list are equal."""
+"""Counts of keywords that grammars cannot express: patterns with look-around, and unique items."""
 
 
 @pytest.fixture
@@ -52,13 +52,13 @@ async def test_a_thousand_tools_of_libraries(checker: GrammarChecker) -> None:
         found = allows(grammar, *(call(name, json.dumps(value, ensure_ascii=False)) for name, value in values))
         for (name, value), is_allowed in zip(values, found, strict=True):
             part = parts[name]
-            is_free = "tool" in part.unobeyed  # any object is then allowed
+            is_free = "tool" in part.unobeyed  # allows any object
             assert is_allowed is (value == part.good or (is_free and isinstance(value, dict))), (part, value)
     assert named == {name for name, part in parts.items() if part.unobeyed}, "the others are obeyed"
 
 
 def recorded() -> list[tuple[str, str, Any]]:
-    """Returns source, name and schema of each recorded tool, see the file's README."""
+    """Returns the source, name and schema of each recorded tool (see the file's README)."""
     lines = (DATA / "schemas" / "tools.jsonl").read_text(encoding="utf-8").splitlines()
     return [(source, name, schema) for source, name, schema in map(json.loads, lines)]
 
@@ -70,7 +70,7 @@ def kind_of(source: str) -> str:
 
 
 async def unobeyed(checker: GrammarChecker, schemas: list[Any]) -> list[str]:
-    """Returns what is named of tools that are offered twenty at a time; only objects are allowed as arguments."""
+    """Returns the unenforced parts of tools, offered twenty at a time; only objects are allowed as arguments."""
     named: list[str] = []
     for start in range(0, len(schemas), AT_ONCE):
         some = {f"tool{start + place}": schema for place, schema in enumerate(schemas[start : start + AT_ONCE])}
@@ -82,7 +82,7 @@ async def unobeyed(checker: GrammarChecker, schemas: list[Any]) -> list[str]:
 
 
 async def test_a_thousand_recorded_tools(checker: GrammarChecker) -> None:
-    """No tool is refused, and none is free in its arguments: only places within these are named."""
+    """Checks that no tool is refused and that only parts within arguments are unenforced."""
     found = recorded()
     counts = Counter(kind_of(source) for source, *_ in found)
     assert len(found) >= 1000 and counts["pydantic"] >= 400 and counts["zod"] >= 300

@@ -1,4 +1,4 @@
-"""Pooling of hidden states: figures by definition, bits that no chunking changes."""
+"""Checks that pooled hidden states have the defined values and that chunking does not change their bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts of a query and its documents: what is refused, and that nothing behind a refused text is read."""
+"""Tests of prompts of a query and its documents: refusals, after which no further text is tokenized."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ranking(engine: Engine) -> TextService:
 async def read_until_refused(
     query: str, documents: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[str], ContextLengthError]:
-    """Returns the texts that were made tokens of, and the error."""
+    """Returns the tokenized texts and the error."""
     service = ranking(Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS))
     encode, read = service.tokenizer.encode, list[str]()
 
@@ -80,7 +80,7 @@ async def test_a_prompt_may_fill_the_context_and_control_words_of_texts_stay_tex
 
 
 async def test_prompts_count_for_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The query counts in each of them: 3 * (2 + 4 + 1) tokens are 5 entries."""
+    """Checks that the query counts in each prompt: 3 * (2 + 4 + 1) tokens are 5 entries."""
     async with real_engine() as (engine, _):
         service = ranking(engine)
         monkeypatch.setattr("llamaclust.cluster.front.text.sharing.MAX_REPLY_ENTRIES", 4)

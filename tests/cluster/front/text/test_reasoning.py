@@ -1,4 +1,4 @@
-"""Tests which reasoning the last stage follows: tags of formats, what the prompt has begun, grammars behind it."""
+"""Tests of the reasoning that the last stage follows: tags of formats, beginnings in the prompt, later grammars."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stop strings: where they are found in texts that arrive in pieces, and what their analysis costs."""
+"""Tests of stop strings: positions in texts that arrive in pieces, and cost of their analysis."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GENERATION = CompletionRequest("Hello", seed=7)
 
 
 def naive(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """The text before the stop string that is complete first, and that string."""
+    """Returns the text before the stop string that is complete first, and this string."""
     for end in range(1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
@@ -60,7 +60,7 @@ def test_long_stop_strings_cost_little() -> None:
 
 
 class CountedText(str):
-    """A text that counts the reads of its characters, in all such texts."""
+    """A text class that counts the reads of characters in all its instances."""
 
     reads = 0
 

@@ -1,4 +1,4 @@
-"""Text of completions: whole characters, stop strings, end tokens, choices, aborts, refusals."""
+"""Tests of the text of completions: whole characters, stop strings, end tokens, choices, aborts, refusals."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ async def test_an_error_reaches_the_reader_and_ends_all_choices() -> None:
 
 @pytest.mark.parametrize("tokens", [0, 1])
 async def test_after_an_error_no_further_choice_is_submitted(tokens: int) -> None:
-    """Neither before the first token, nor when the later choices wait for a place in the queue."""
+    """Tests errors before the first token and while later choices wait for a place in the queue."""
     engine = ScriptedEngine(says("a b c d"), failure=WorkerError("lost"), failure_after=tokens)
     engine.gate.clear()
     async with await make_service(engine).start(replace(GENERATION, n=3)) as running:
@@ -335,7 +335,7 @@ async def test_tokens_and_back() -> None:
 
 
 async def test_tokenizing_a_long_text_does_not_block_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread cannot help where the library holds the interpreter: the library must let go of it."""
+    """Checks that the library releases the interpreter lock, without which a thread would not help."""
     text, encode_with, is_within, turns = "hello there " * 40_000, byte_pairs.encode_with, False, 0
 
     def watched(library: Any, text: str) -> list[int]:
@@ -354,7 +354,7 @@ async def test_tokenizing_a_long_text_does_not_block_the_loop(monkeypatch: pytes
             await asyncio.sleep(0)
             turns += is_within
         assert tokenizer().decode(await done) == text
-        if turns > 5000:  # a tenth of what there is time for, and more than in the library's pauses
+        if turns > 5000:  # a tenth of the possible turns and more than in the library's pauses
             break
     assert turns > 5000, "the loop stood still"
 

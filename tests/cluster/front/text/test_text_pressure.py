@@ -1,4 +1,4 @@
-"""Text of completions under pressure: full queues, slow readers, drains."""
+"""Tests of the text of completions under load: full queues, slow readers, drains."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ async def test_a_reader_that_falls_behind_ends_the_request(monkeypatch: pytest.M
 
 
 async def test_a_bug_in_one_text_ends_no_other_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Text is made within the engine's own work."""
+    """Checks isolation, since text is decoded within the engine's own work."""
     taken = ChoiceText.take
     asked = GENERATION, replace(GENERATION, prompt="Hello you")
     async with real_engine() as (engine, _):
@@ -145,7 +145,7 @@ async def test_a_drained_service_has_answered_every_choice() -> None:
 
 
 async def test_an_unread_answer_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of one request are read one after the other."""
+    """Checks that an answer is kept until its reader comes, since prompts of a request are read in order."""
     monkeypatch.setattr(answer_log, "MAX_UNREAD_ROWS", 20)
     engine = ScriptedEngine(says("a" * 100))
     async with await make_service(engine).start(GENERATION) as stream:
@@ -176,7 +176,7 @@ async def test_work_on_breakers_holds_up_no_other_work_on_texts() -> None:
 
 
 async def test_work_on_texts_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work that waits for its thread until then does not run."""
+    """Checks that work which is still waiting for its thread at the deadline does not run."""
     monkeypatch.setattr(sharing, "_WORK_S", 0.05)
     held, ran = Event(), list[int]()
     pool = Threads(1, "held")
@@ -190,7 +190,7 @@ async def test_work_on_texts_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("characters", [1 << 17, 1 << 20])
 async def test_long_texts_are_tokenized_one_at_a_time_and_short_ones_beside_them(characters: int) -> None:
-    """Each long one needs much memory."""
+    """Checks the limit of one long text at a time, since each needs much memory."""
     at_work: list[int] = []
     most, gate = [0], Event()
 

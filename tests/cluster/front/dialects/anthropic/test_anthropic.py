@@ -1,4 +1,4 @@
-"""Anthropic's Messages API: blocks, events, counts, errors, and the official client on top."""
+"""Tests of Anthropic's Messages API: blocks, events, counts, errors, and the official client."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RED = {"type": "image", "source": {"type": "base64", "media_type": "image/png", 
 
 
 async def post(body: dict[str, Any], answer: str = "Yes.", path: str = PATH) -> tuple[httpx.Response, str]:
-    """The reply, and the prompt that the engine got."""
+    """Returns the reply and the engine's prompt."""
     engine = ScriptedEngine(says(answer))
     with ChatTemplate(TEMPLATE, "", "") as template:
         async with client(make_app(engine, template)) as http:
@@ -60,7 +60,7 @@ async def stream_of(answer: str, **fields: Any) -> list[dict[str, Any]]:
 
 
 def put_together(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The blocks of a stream, as clients make them. Asserts the order of its events."""
+    """Returns a stream's blocks, assembled like in clients, and asserts the order of the events."""
     blocks: list[dict[str, Any]] = []
     texts: list[str] = []
     is_open = False
@@ -158,7 +158,7 @@ async def test_a_last_message_of_the_assistant_is_continued() -> None:
 
 
 async def test_counting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "answer_grammar", None)  # a count needs none
+    monkeypatch.setattr(service_module, "answer_grammar", None)  # not used for a count
     body = {key: value for key, value in HELLO.items() if key != "max_tokens"}
     reply, prompt = await post(body | {"system": "Be."}, path=PATH + "/count_tokens")
     expected = len(tokenizer().encode("<system>Be.<user>Hi<assistant>", add_special=False))

@@ -1,4 +1,4 @@
-"""Streams of messages outlive the coordinator."""
+"""Checks that streams of messages outlive the coordinator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "max
 
 
 def said(events: list[Event]) -> list[Any]:
-    """Kinds and pieces, without what differs from request to request."""
+    """Returns the types and deltas of events, which do not differ between requests."""
     return [(data["type"], data.get("delta")) for _, data in events if isinstance(data, dict)]
 
 

@@ -1,4 +1,4 @@
-"""`/v1/embeddings` and `/embedding` on the real engine, whose stages answer at once."""
+"""Tests of `/v1/embeddings` and `/embedding` with the real engine, whose stages answer at once."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ async def test_refusals_name_the_field(path: str, body: dict[str, Any], field: s
 
 
 async def test_the_official_client() -> None:
-    """It requests base64, unless it is told otherwise."""
+    """Tests OpenAI's client, which requests base64 by default."""
     async with (
         real_engine() as (engine, _),
         serving(make_app(engine)) as address,
@@ -137,7 +137,7 @@ async def test_many_prompts_take_turns_in_a_full_queue() -> None:
 
 
 async def test_all_prompts_of_a_request_share_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long the queue is full."""
+    """Checks that the deadline ends a request whose second prompt always finds a full queue."""
     async with real_engine(request_s=0.2) as (engine, _), client(make_app(engine)) as http:
         submit = engine.submit
 
@@ -154,7 +154,7 @@ async def test_all_prompts_of_a_request_share_its_deadline(monkeypatch: pytest.M
 async def test_numbers_of_one_reply_and_of_all_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     async with real_engine() as (engine, _), client(make_app(engine)) as http:
         monkeypatch.setattr("llamaclust.cluster.front.text.sharing.MAX_REPLY_ENTRIES", 8)  # 40 numbers
-        for _ in range(3):  # what a reply took is given back
+        for _ in range(3):  # each reply's reservation is released
             reply = await http.post("/embedding", json={"input": [[1] * 4, [2] * 6], "pooling": "none"})
             assert reply.status_code == 200, reply.text
         refused = await http.post("/embedding", json={"input": [[1] * 4, [2] * 7], "pooling": "none"})
@@ -166,7 +166,7 @@ async def test_numbers_of_one_reply_and_of_all_are_bounded(monkeypatch: pytest.M
 
 
 async def test_a_client_that_goes_away_ends_its_prompts() -> None:
-    """`real_engine` checks that no KV block is held."""
+    """Checks that the prompts end; `real_engine` checks that no KV block stays allocated."""
     async with real_engine() as (engine, pipeline), client(make_app(engine)) as http:
         pipeline.gate.clear()
         waiting = asyncio.create_task(http.post("/v1/embeddings", json={"input": [[1] * 50, [2] * 50]}))

@@ -1,4 +1,4 @@
-"""Adapters over HTTP: as the model's name in every API, as llama.cpp's field `lora`, and in the lists of both."""
+"""Tests of adapters over HTTP: as model names in all APIs, in llama.cpp's field `lora`, and in the lists of both."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 
 async def post(path: str, body: Any, **settings: Any) -> tuple[httpx.Response, AdapterScales | None]:
-    """Returns the reply, and the adapters of the request that the engine got."""
+    """Returns the reply and the adapters of the engine's request."""
     engine = ScriptedEngine(says("So."))
     async with client(make_app(engine, adapters=ServedAdapters(ADAPTERS), **settings)) as http:
         reply = await http.post(path.partition(" ")[0], json=body)
@@ -116,7 +116,7 @@ async def test_lists_have_the_adapters() -> None:
 
 
 async def test_adapters_have_no_copies() -> None:
-    """The name of a copy would mean the model without the adapter after a restart."""
+    """Checks that copies are refused, since after a restart their names would mean the model without the adapter."""
     async with client(make_app(ScriptedEngine(says("So.")), adapters=ServedAdapters(ADAPTERS))) as http:
         for source, destination in (("poet:latest", "bard"), ("poet", MODEL), (MODEL, "poet"), ("poet", "clerk")):
             for path, body in (
@@ -178,7 +178,7 @@ async def test_changes_of_scales_are_logged(caplog: pytest.LogCaptureFixture) ->
 
 
 async def test_a_request_keeps_the_scales_of_its_admission() -> None:
-    """The request has the scales of its journalled identity, whatever clients set meanwhile."""
+    """Checks that a request keeps its journalled scales, whatever clients set meanwhile."""
     engine, adapters = ScriptedEngine(says("So.")), ServedAdapters(ADAPTERS, default=((1, 0.5),))
     replies = Replies(ApiSettings(adapters=adapters))
     context = new_context(Headers(), "/completion", replies.settings)

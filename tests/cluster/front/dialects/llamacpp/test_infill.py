@@ -1,4 +1,4 @@
-"""`/infill`, and Ollama's `suffix`: the order of tokens, room for files, and models that cannot."""
+"""Tests of `/infill` and Ollama's `suffix`: order of tokens, room for files, and models without infill tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORDS = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|repo_name|>", 
 
 
 def filling(words: list[str]) -> Tokenizer:
-    """The tiny tokenizer with these words in place of its last merged pieces."""
+    """Returns the tiny tokenizer with `words` as control tokens in place of its last merged tokens."""
     metadata: dict[str, Any] = {**byte_level(VOCABULARY)}
     tokens, merges = list(metadata["tokenizer.ggml.tokens"]), list(metadata["tokenizer.ggml.merges"])
     end = VOCABULARY - 3
@@ -46,7 +46,7 @@ async def post(path: str, body: dict[str, Any], engine: ScriptedEngine) -> httpx
 
 
 async def prompt_of(tokenizer: Tokenizer, **fields: Any) -> str:
-    """The text of the prompt that the engine got."""
+    """Returns the text of the engine's prompt."""
     engine = ScriptedEngine(says("x"))
     body = {"input_prefix": "def ", "input_suffix": "end", "n_predict": 8} | fields
     reply = await post("/infill", body, engine)

@@ -1,4 +1,4 @@
-"""`return_progress`: events that say how far a prompt is computed, before those with text."""
+"""Tests of `return_progress`: events with a prompt's progress, before those with text."""
 
 from __future__ import annotations
 

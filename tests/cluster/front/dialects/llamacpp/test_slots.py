@@ -1,4 +1,4 @@
-"""`POST /slots/ID?action=save|restore|erase`: tokens in files, and a prefix cache that has them again."""
+"""Tests of `POST /slots/ID?action=save|restore|erase`, which saves tokens in files and restores the prefix cache."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _names(folder: Path) -> list[str]:
 
 @asynccontextmanager
 async def serving(folder: Path, model_id: str = SETTINGS.model_id) -> AsyncIterator[httpx.AsyncClient]:
-    """A server whose KV memory is empty."""
+    """Yields a client of a server whose KV cache is empty."""
     async with (
         real_engine(replace(SETTINGS, model_id=model_id)) as (engine, _),
         client(make_app(engine, slot_folder=folder)) as http,
@@ -64,7 +64,7 @@ async def test_a_slot_is_saved_and_restored_after_a_restart(tmp_path: Path) -> N
     async with serving(tmp_path) as http:
         first = await complete(http)
         reply = await saved(http)
-        tokens = first["tokens_evaluated"] + first["tokens_predicted"] - 1  # the last one was not computed
+        tokens = first["tokens_evaluated"] + first["tokens_predicted"] - 1  # the last token is not computed
         assert (reply["id_slot"], reply["filename"], reply["n_saved"]) == (1, "a.bin", tokens)
         assert reply["n_written"] == (tmp_path / "a.bin").stat().st_size and reply["timings"]["save_ms"] >= 0
         assert first["id_slot"] == 1 and first["timings"]["cache_n"] == 0
@@ -102,7 +102,7 @@ async def test_a_disk_that_hangs_ends_the_request_alone(tmp_path: Path, monkeypa
             back.set()
         monkeypatch.undo()
         async with asyncio.timeout(60):
-            while (await http.post(SAVE, json={"filename": "b"})).status_code != 200:  # noqa: ASYNC110  as a client
+            while (await http.post(SAVE, json={"filename": "b"})).status_code != 200:  # noqa: ASYNC110  like a client
                 await asyncio.sleep(0.005)
     assert _names(tmp_path) == ["a", "b"]
 
@@ -242,7 +242,7 @@ async def test_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     async with serving(tmp_path) as http:
         await saved(http)
         assert "the limit is 1" in await error(http, SAVE, {"filename": "b"})
-        await saved(http)  # replaces it
+        await saved(http)  # replaces the file
         monkeypatch.setattr(slots, "_MOST_BYTES", 100)
         assert "larger than" in await error(http, RESTORE, {"filename": "a.bin"})
 

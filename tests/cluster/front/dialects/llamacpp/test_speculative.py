@@ -1,4 +1,4 @@
-"""Drafted tokens as clients see them: fields of requests, counts in replies and metrics."""
+"""Tests of drafted tokens in the API: fields of requests, counts in replies and metrics."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ async def test_options_of_ollama_say_it_too() -> None:
     ],
 )
 async def test_other_values_are_refused(path: str, value: Any, shown: str) -> None:
-    """The error names all that is possible, and the field that was sent."""
+    """Checks that the error names the field and all possible values."""
     for name in ("speculative", "speculative.n_max"):
         async with client(make_app(ScriptedEngine(says("a")))) as http:
             reply = await http.post(path, json={**ENDPOINTS[path], name: value})
@@ -91,7 +91,7 @@ async def test_other_values_are_refused(path: str, value: Any, shown: str) -> No
 
 
 class Known:
-    """Drafts a known text, or one that differs from it in each token."""
+    """A drafter of a known text or of a text that differs from it in each token."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []

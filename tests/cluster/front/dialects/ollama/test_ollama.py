@@ -1,4 +1,4 @@
-"""Ollama's generating endpoints: lines of JSON, whole replies, options, tools and reasoning."""
+"""Tests of Ollama's endpoints that generate: lines of JSON, whole replies, options, tools and reasoning."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def generate(engine: ScriptedEngine | None = None, **fields: Any) -> Any:
 
 
 async def chat(answer: str, template: str = THINKING, **fields: Any) -> tuple[list[Any], str]:
-    """Returns the lines of the reply, and the prompt that the engine got."""
+    """Returns the lines of the reply and the engine's prompt."""
     engine = ScriptedEngine(says(answer))
     with ChatTemplate(template, "", "") as made:
         async with client(make_app(engine, made)) as http:
@@ -54,7 +54,7 @@ def lines_of(reply: httpx.Response) -> list[Any]:
 
 
 def error_of(reply: httpx.Response) -> tuple[int, str]:
-    """Returns status and error in Ollama's shape, which has a text alone."""
+    """Returns the status and the error, which is only a text in Ollama's API."""
     fields = reply.json()
     assert fields.keys() == {"error"}
     return reply.status_code, fields["error"]
@@ -80,7 +80,7 @@ async def test_generate_whole() -> None:
     assert reply["created_at"].endswith("Z") and reply["prompt_eval_count"] == len(reply["context"]) - 3
     assert (reply["eval_count"], reply["eval_duration"]) == (3, 40_000_000)  # two more tokens at 50 a second
     assert (reply["load_duration"], reply["total_duration"]) == (1_500_000, 60_000_000)
-    assert reply["prompt_eval_duration"] == (reply["prompt_eval_count"] - 3) * 10_000_000  # 3 of them were cached
+    assert reply["prompt_eval_duration"] == (reply["prompt_eval_count"] - 3) * 10_000_000  # 3 are cached
 
 
 async def test_a_raw_prompt_is_not_rendered() -> None:

@@ -1,4 +1,4 @@
-"""Ollama's endpoints of embeddings."""
+"""Tests of Ollama's endpoints of embeddings."""
 
 from __future__ import annotations
 

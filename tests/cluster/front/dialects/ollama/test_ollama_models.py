@@ -1,4 +1,4 @@
-"""Ollama's endpoints that name models, and its own client on top."""
+"""Tests of Ollama's endpoints for models, and of its official client."""
 
 from __future__ import annotations
 

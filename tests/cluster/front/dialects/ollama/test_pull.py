@@ -1,4 +1,4 @@
-"""`POST /api/pull`: downloads of the catalog's models, where the cluster file allows them, and of nothing else."""
+"""Tests of `POST /api/pull`, which downloads only the catalog's models and only if the cluster file allows it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llamaclust.cluster.front.dialects.ollama import pulls
 from support.clusters.served import MODEL, ScriptedEngine, client, make_app, says, serving, until
 from support.hub.download_server import running_server
 
-NAME = next(iter(CATALOG))  # the bundled one, whose digest is known
+NAME = next(iter(CATALOG))  # the bundled model, whose digest is known
 STEPS = [("looking up", 0, None), ("downloading", 5, 10), ("downloading", 10, 10)]
 PROGRAM = "import json, sys, time\n" + "".join(
     f"print(json.dumps(dict(step={step!r}, done_bytes={done}, total_bytes={total})), flush=True)\n"
@@ -37,7 +37,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def started(monkeypatch: pytest.MonkeyPatch, program: str) -> list[str]:
-    """Replaces the real download by a program, and returns the list of models that are downloaded."""
+    """Replaces the download by a program and returns the list of downloaded models."""
     names: list[str] = []
 
     def command(name: str) -> list[str]:
@@ -146,7 +146,7 @@ async def test_one_download_at_a_time_ends_with_its_client(monkeypatch: pytest.M
         httpx.AsyncClient(base_url=url, trust_env=False, timeout=30) as http,
     ):
         async with http.stream("POST", "/api/pull", json={"model": NAME}) as reply:
-            lines = reply.aiter_lines()  # whose end would end the connection
+            lines = reply.aiter_lines()  # a reference: its end would close the connection
             await anext(lines)
             second = await http.post("/api/pull", json={"model": NAME})
             assert second.status_code == 409 and "is being downloaded" in second.json()["error"]

@@ -1,5 +1,5 @@
-"""Ids of calls where a chat template takes only those of nine letters and digits, as Mistral's: in every API, whatever
-wrote them."""
+"""Tests of call ids, in all APIs and from any source, with a chat template that accepts only nine letters and digits,
+like Mistral's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FUNCTION = {"type": "function", "function": {"name": "look", "parameters": SCHEM
 USER = {"role": "user", "content": "a"}
 
 Turns = Callable[[Any], dict[str, Any]]
-"""The body that sends an answer back with the result of its call; of None, the first body."""
+"""Returns the body that follows a reply, with the result of its call, or the first body for None."""
 
 
 def chat_turns(reply: Any) -> dict[str, Any]:
@@ -78,7 +78,7 @@ APIS: dict[str, Turns] = {
 
 
 async def post(path: str, body: Any, answer: str) -> tuple[Any, str]:
-    """The reply and the prompt."""
+    """Returns the reply and the engine's prompt."""
     engine = ScriptedEngine(says(answer))
     with ChatTemplate(TEMPLATE, "", "") as template:
         async with client(make_app(engine, template)) as http:
@@ -95,7 +95,7 @@ async def test_a_call_is_taken_back_with_its_result(path: str, answer: str) -> N
     _, prompt = await post(path, turns(reply), "a")
     call, result = prompt.split('"id": "')[1][:9], prompt.split("[R]r/")[1][:9]
     assert call == result
-    if answer == ID_CALL and path in ("/v1/chat/completions", "/api/chat"):  # others show a call before its id is known
+    if answer == ID_CALL and path in ("/v1/chat/completions", "/api/chat"):  # others send a call before its id is known
         assert call == "abc123XYZ"
 
 

@@ -1,4 +1,4 @@
-"""Custom tools in chat completions: their calls are texts, whole, streamed and sent back; the choice of tools."""
+"""Tests of custom tools in chat completions: whole and streamed calls, calls that are sent back, choice of tools."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def call_of(name: str, arguments: dict[str, Any]) -> str:
 
 
 def calls_in(events: list[Any]) -> list[dict[str, Any]]:
-    """The calls of a stream, put together as clients do it."""
+    """Returns the calls of a stream, assembled like in clients."""
     calls: dict[int, dict[str, Any]] = {}
     for event in events:
         for piece in event["choices"][0]["delta"].get("tool_calls", ()) if event != "[DONE]" else ():
@@ -99,7 +99,7 @@ async def test_the_official_client() -> None:
 
 
 def test_grammars() -> None:
-    """A regular expression binds the text; a Lark grammar is shown to the model, and named as without effect."""
+    """Checks that a regular expression constrains the text and that a Lark grammar is only shown to the model."""
     context = LenientContext()
     grammars = [{"syntax": "regex", "definition": "[a-z]+|x"}, {"syntax": "lark", "definition": 'start: "a"'}]
     formats = [{"type": "text"}, *({"type": "grammar", "grammar": grammar} for grammar in grammars)]

@@ -1,5 +1,5 @@
-"""Tests events that add a piece of text and render only that: their bytes are those of events rendered in whole,
-whichever way they reach the connection."""
+"""Checks that events which render only their piece of text have the bytes of wholly rendered events, on every path to
+the connection."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def body_of(path: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_no_client_takes_a_character_of_a_text_for_the_end_of_a_line() -> None:
-    """Among them are httpx and requests, whose `iter_lines` divide lines as `str.splitlines` does."""
+    """Checks the characters at which `str.splitlines` and the `iter_lines` of httpx and requests divide lines."""
     dividing = [each for each in map(chr, range(0x110000)) if len(f"a{each}b".splitlines()) > 1]
     assert len(dividing) == 10
     data = to_json({"text": "".join(dividing)}).decode()
@@ -43,7 +43,7 @@ def test_no_client_takes_a_character_of_a_text_for_the_end_of_a_line() -> None:
 
 
 def without_names(data: bytes) -> bytes:
-    """Replaces what differs between two replies to the same request."""
+    """Replaces the fields that differ between replies to the same request."""
     return re.sub(rb'"(id|created)":("[^"]*"|\d+)', b'"\\1":0', data)
 
 
@@ -69,7 +69,7 @@ async def test_events_are_those_that_are_rendered_in_whole(
 
 
 async def written(url: str, path: str, fields: dict[str, Any], version: bytes) -> bytes:
-    """Returns the bytes of a reply, head and body."""
+    """Returns the bytes of a reply's head and body."""
     host, _, port = url.removeprefix("http://").partition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     body = to_json(body_of(path, fields))
@@ -83,7 +83,7 @@ async def written(url: str, path: str, fields: dict[str, Any], version: bytes) -
 
 
 def joined(chunked: bytes) -> bytes:
-    """Joins the pieces of a body, which must be whole."""
+    """Joins the chunks of a body, which must be complete."""
     body = b""
     while True:
         size, _, chunked = chunked.partition(b"\r\n")
@@ -97,7 +97,7 @@ def joined(chunked: bytes) -> bytes:
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"])
 @pytest.mark.parametrize("path", PATHS)
 async def test_connections_carry_the_same_bytes(path: str, version: bytes) -> None:
-    """Pieces of HTTP/1.1 bypass the layers between endpoint and server."""
+    """Tests both HTTP versions; chunks of HTTP/1.1 bypass the layers between endpoint and server."""
     async with serving(make_app(ScriptedEngine(says(TEXT)))) as url:
         head, _, body = (await written(url, path, {}, version)).partition(b"\r\n\r\n")
     is_chunked = b"transfer-encoding: chunked" in head.lower()

@@ -1,4 +1,4 @@
-"""Fixtures that several areas share."""
+"""Fixtures and pytest hooks for all tests."""
 
 from __future__ import annotations
 
@@ -26,26 +26,27 @@ if TYPE_CHECKING:
     from llamaclust.model.tokenizers.tokenizer import Tokenizer
     from support.clusters.command_line import CommandLine
 
-os.environ.setdefault("LLAMACLUST_CACHE_SIZE", "0")  # a user's packed layers are not for models that tests make up
+os.environ.setdefault("LLAMACLUST_CACHE_SIZE", "0")  # Temporary models must not fill the user's cache.
 os.environ.setdefault("LLAMACLUST_WEIGHTS_SIZE", "0")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as workers have it: more would wait for each other
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # Workers use this value. More threads would wait for each other.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (FOLDER, os.environ.get("PYTHONPATH"))))
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes would compile the program anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # Otherwise hundreds of processes would compile the program again.
 sys.dont_write_bytecode = False
 settings.register_profile("no clock decides", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no clock decides")
-_GENERATED_CODE = GeneratedCode()  # of all that tests import
+_GENERATED_CODE = GeneratedCode()  # Bytecode of all modules that tests import.
 fork_workers()
 
 for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
-    if signal.getsignal(number) is signal.SIG_IGN:  # as nohup or a shell's background has it
-        # Ignored here as before, but not by the processes that tests start: exec keeps SIG_IGN and resets handlers.
+    if signal.getsignal(number) is signal.SIG_IGN:  # Set by nohup, or by a shell for background jobs.
+        # Processes that tests start must not ignore the signal: exec keeps SIG_IGN but resets handlers.
         signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
-    """SmolLM2-135M-Instruct Q4_1, where `make test` puts it; tests that need it skip without it."""
+    """Returns the path of SmolLM2-135M-Instruct Q4_1 from `make test`. Skips tests that need the file if it is
+    missing."""
     from llamaclust.cluster.config.catalog import resolve_model
 
     try:
@@ -56,7 +57,7 @@ def demo_model() -> Path:
 
 @pytest.fixture
 def line() -> Iterator[CommandLine]:
-    """Runs commands in folders of their own, and ends what they leave."""
+    """Yields a command line with its own folders, and ends the processes that it leaves."""
     from support.clusters.command_line import command_line
 
     with command_line() as line:
@@ -65,7 +66,7 @@ def line() -> Iterator[CommandLine]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _full_disks_are_good_enough() -> None:
-    """Free space of the machine's disk does not decide whether layers are cached."""
+    """Layers are cached even if the machine's disk is nearly full."""
     from support.arithmetic.packed_layers import use_any_disk
 
     use_any_disk()
@@ -73,9 +74,9 @@ def _full_disks_are_good_enough() -> None:
 
 @pytest.fixture(autouse=True)
 def _grammar_checkers_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Ends the checkers that a test's text services made: their processes would stay as long as this one."""
+    """Ends the grammar checker processes that a test started, which would otherwise run until this process ends."""
     checker = sys.modules.get("llamaclust.model.grammars.checker")
-    if checker is None:  # the test file does not use it
+    if checker is None:  # The test file does not use the module.
         yield
         return
     begin, made = checker.GrammarChecker.__init__, []
@@ -101,7 +102,7 @@ _UNIT_FOLDERS = (
     "wire/rpc",
     "wire/test_",
 )
-"""Tests without processes, networks or models of more than a few KiB, which take seconds in all."""
+"""Unit tests: they use no processes, no networks and no models larger than a few KiB."""
 
 
 @cache
@@ -111,12 +112,12 @@ def _is_unit(path: Path) -> bool:
 
 @cache
 def _turn(path: Path) -> int:
-    """Returns the turn of a file: those with the longest tests come first, those with the shortest at the end."""
+    """Returns the sort key of a file: 0 for files with the longest tests, and 2 for unit tests."""
     return 0 if path.is_relative_to(TESTS / "e2e") else 2 if _is_unit(path) else 1
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`-m unit` and `-m alone` do not import the other test files, which takes some seconds."""
+    """Skips the import of other test files with `-m unit` or `-m alone`, which saves some seconds."""
     if not collection_path.name.startswith("test_") or not collection_path.is_file():
         return None
     match config.option.markexpr:
@@ -129,15 +130,15 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Examples of Hypothesis follow from the seed of the run."""
+    """Seeds Hypothesis with the seed of the run."""
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = str(SEED)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Modules and tests stay to the end: looking through them for garbage takes a fifth of the collection, and a third
-    of a second whenever a test asks for it."""
+    """Excludes modules and tests from garbage collection. Scanning them takes a fifth of the collection of tests, and a
+    third of a second for each gc.collect() in a test."""
     gc.disable()
     try:
         return (yield)

@@ -1,4 +1,4 @@
-"""The figures of a run on a GPU, and their goals."""
+"""Figures of a run on a GPU, and their goals."""
 
 from __future__ import annotations
 

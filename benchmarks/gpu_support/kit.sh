@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Makes a folder with which a machine that has an NVIDIA GPU but no network runs this tree's tests and benchmarks of GPUs:
+# Makes a folder for a machine with an NVIDIA GPU and no network, to run this tree's GPU tests and benchmarks there:
 #
 #   benchmarks/gpu_support/kit.sh OUT [--python 3.12] [--architecture 90] [--nvrtc 13.0] [--wheel FILE] [PACKAGE ...]
 #
-# There, in a copy of the tree: `. OUT/setup.sh`, in bash. That machine needs Python with CuPy, NVRTC, pytest and what else
-# setup.sh names; small packages travel when they are named here. Python and CUDA sources are those of the tree; compiled
-# C++ is that of the wheel (by default `make wheel` builds one), compiled CUDA that of the sources here, for one architecture
-# and one version of NVRTC: other modules are compiled there. They are kept under build/, so that a second call is quick.
+# On that machine, source OUT/setup.sh with bash in a copy of the tree. The machine needs Python with CuPy, NVRTC, pytest and
+# any other packages that setup.sh names. OUT can include small packages that are named here. Python and CUDA sources are the
+# tree's. Compiled C++ comes from the wheel (by default, `make wheel` builds one). CUDA modules are compiled here for one
+# architecture and one version of NVRTC, and other modules are compiled on that machine. Modules are kept under build/, so
+# that a second call is fast.
 set -euo pipefail
 root=$(realpath "$(dirname "$0")/../..")
 python=$root/.venv/bin/python
@@ -39,7 +40,7 @@ fi
 "$python" -m zipfile -e "$wheel" "$work/wheel"
 install -D -t "$work/content/native" "$work/wheel/llamaclust/kernels/_native.abi3.so"
 mkdir "$work/content/packages"
-cp -r "$work"/wheel/llamaclust-*.dist-info "$work/content/packages" # benchmarks record the version
+cp -r "$work"/wheel/llamaclust-*.dist-info "$work/content/packages" # Benchmarks record the version.
 
 # pip matches the names of platforms exactly.
 platforms=(--platform manylinux1_x86_64 --platform manylinux2014_x86_64)

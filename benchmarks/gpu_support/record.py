@@ -1,4 +1,4 @@
-"""The record of a run on a GPU: hardware, software, method, and every figure."""
+"""Writes the record of a run on a GPU: hardware, software, method, and all figures."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-# To be sourced by bash in the top folder of a tree, from the folder that kit.sh made: `. KIT/setup.sh`. `python3`, and processes
-# that it starts, then run the tree's sources. All lies under build/gpu-kit, but for the compiled module among the sources.
+# Source this file with bash in the top folder of a tree: `. KIT/setup.sh`, where KIT is the folder that kit.sh made. Then
+# `python3` and its child processes use the tree's sources. All files are under build/gpu-kit, except the compiled module,
+# which is among the sources.
 _unpacked=$PWD/build/gpu-kit
 python3 "$(dirname "${BASH_SOURCE[0]}")/unpack.py" "$_unpacked" &&
   export PYTHONPATH=$PWD/src:$_unpacked/packages${PYTHONPATH:+:$PYTHONPATH} PATH=$_unpacked/bin:$PATH &&

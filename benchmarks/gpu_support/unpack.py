@@ -21,7 +21,7 @@ _TEST_TOOLS = ("pytest", "hypothesis", "psutil")
 def unpack(archive: Path, unpacked: Path, tree: Path) -> None:
     shutil.rmtree(unpacked, ignore_errors=True)
     with tarfile.open(archive) as content:
-        # The files belong to this user and are not writable by others. Otherwise kernels are not used.
+        # This user owns the files, and others cannot write them. Otherwise the kernels would not be used.
         content.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 and later have it.
         content.extractall(unpacked)
     shutil.copy(unpacked / "native" / "_native.abi3.so", tree / "src" / "llamaclust" / "kernels")

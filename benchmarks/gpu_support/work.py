@@ -1,4 +1,4 @@
-"""Computes the bytes and products of a model on a GPU, alone or with the CPU, and the minimum time that they take."""
+"""Computes a model's bytes and multiply-accumulates on a GPU, alone or with the CPU, and their minimum time."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""One runner for all cases: options, turns, tables, and the clusters and models that cases share."""
+"""Code that all cases share: options, turns, tables, clusters and models."""

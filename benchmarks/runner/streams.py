@@ -70,7 +70,7 @@ class Answer:
 
 
 async def answer(api: str, prompt: Sequence[int], tokens: int, **more: Any) -> Answer:
-    """Requests a greedy answer of this many tokens. Raises LlamaclustError if the answer has another length."""
+    """Requests a greedy answer of `tokens` tokens. Raises LlamaclustError if the answer has another length."""
     body = {"prompt": [*prompt], "max_tokens": tokens, "temperature": 0.0, "ignore_eos": True, **more}
     begun_s, lines = perf_counter(), list[tuple[float, bytes]]()
     reader, writer = await requested(api, {**body, "return_token_ids": True})

@@ -1,9 +1,9 @@
-"""MaskBench: real JSON schemas with valid and invalid instances, against the grammars that requests use.
+"""Runs MaskBench: real JSON schemas with valid and invalid instances, against the grammars that requests use.
 
     python benchmarks/suites/maskbench.py FOLDER [--sample 1000] [--seed 1] [--verbose]
 
 FOLDER is `maskbench/data` in a checkout of guidance-ai/jsonschemabench. Instances are matched byte by byte. A schema
-passes if it is accepted and each of its instances, if any, is judged right."""
+passes if it is accepted and all of its instances are judged right."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""JSON-Schema-Test-Suite (draft 2020-12) against grammars: which schemas are accepted, and which instances they allow.
+"""Runs JSON-Schema-Test-Suite (draft 2020-12) against grammars: which schemas are accepted, and which instances match.
 
     python benchmarks/suites/schema_suite.py [--source jsonschema-4.26.0.tar.gz]
 
 The suite is in the source package of `jsonschema`, which pip downloads unless --source is given. A grammar fixes the
-order of properties. A valid instance with another order is therefore also tried in the schema's order."""
+order of properties, so a valid instance with another order is also tried in the schema's order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small models with random weights, for suites that test the form of replies but not their words."""
+"""Builds small models with random weights, for suites that test the form of replies but not their words."""
 
 from __future__ import annotations
 

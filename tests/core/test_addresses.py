@@ -1,4 +1,4 @@
-"""Addresses as users write them."""
+"""Tests of addresses that users write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pauses between attempts."""
+"""Tests of pauses between attempts."""
 
 from __future__ import annotations
 

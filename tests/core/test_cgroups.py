@@ -1,4 +1,4 @@
-"""Limits of control groups, laid out as files in a folder: versions 1 and 2, ancestors, page cache, CPU time."""
+"""Tests of control group limits (versions 1 and 2), with folders in place of the system's files."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_container_sees_its_group_as_the_root_of_the_mount(tmp_path: Path, pat
 
 
 def test_mapped_files_are_not_available_on_a_machine_without_limits(tmp_path: Path) -> None:
-    """A worker adds its held images to this, which MemAvailable counts, too."""
+    """MemAvailable includes mapped files. A worker adds its own mapped images to the available memory itself."""
     meminfo = "MemAvailable: 8388608 kB\nMapped: 3145728 kB\nShmem: 1048576 kB"
     root = _machine(tmp_path, "0::/", {}, meminfo)
     assert available_memory_bytes(root) == 6 * _GIB

@@ -1,4 +1,4 @@
-"""Addresses of this machine: those that other machines reach come first, whatever the interfaces' numbers."""
+"""Tests of the order of this machine's addresses: addresses that other machines can reach come first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ LOOPBACK = ("lo", "127.0.0.1", "::1")
 
 
 def use(monkeypatch: pytest.MonkeyPatch, *listed: tuple[str, ...], default: tuple[str, ...] = ()) -> None:
-    """Sets interfaces by number, with their addresses; `default` has the sources of the default routes."""
+    """Replaces the system's interfaces by `listed` (name and addresses). `default` has the addresses of default
+    routes."""
     adapters = []
     for number, (name, *hosts) in enumerate(listed, 1):
         ips = [ifaddr.IP((host, 0, 0) if ":" in host else host, 24, name) for host in hosts]
@@ -31,7 +32,7 @@ def use(monkeypatch: pytest.MonkeyPatch, *listed: tuple[str, ...], default: tupl
 )
 @pytest.mark.parametrize("has_default", [True, False])
 def test_bridges_and_tunnels_come_last(monkeypatch: pytest.MonkeyPatch, virtual: str, has_default: bool) -> None:
-    default = ("192.168.1.5",) if has_default else ("172.17.0.1",)  # a tunnel may be the default route
+    default = ("192.168.1.5",) if has_default else ("172.17.0.1",)  # A tunnel may be the default route.
     use(monkeypatch, LOOPBACK, (virtual, "172.17.0.1"), ("eno1", "192.168.1.5"), default=default)
     assert own_addresses() == ["192.168.1.5", "172.17.0.1", "127.0.0.1", "::1"]
     assert network_addresses() == one_of_each_interface() == ["192.168.1.5"]
@@ -52,7 +53,7 @@ def test_ipv6_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_sandbox_that_lists_no_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The addresses of the default routes and of loopback are known even without AF_NETLINK."""
+    """Addresses of default routes and of loopback are known without AF_NETLINK."""
 
     def refuse() -> None:
         raise OSError(97, "Address family not supported by protocol")
@@ -78,7 +79,7 @@ def test_without_a_network_there_are_tunnels_or_loopback(monkeypatch: pytest.Mon
 
 def test_addresses_that_the_system_replaces_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     use(monkeypatch, ("eth0", "fd00::1", "fd00::2", "fd00::3", "fd00::4", "fd00::5"))
-    flags = {1: 0x80, 2: 0x01, 3: 0x20, 4: 0x40, 5: 0x00}  # permanent, temporary, deprecated, tentative, none
+    flags = {1: 0x80, 2: 0x01, 3: 0x20, 4: 0x40, 5: 0x00}  # Permanent, temporary, deprecated, tentative, none.
     lines = [f"fd{'0' * 29}{last} 02 40 00 {flag:02x}     eth0" for last, flag in flags.items()]
     (tmp_path / "if_inet6").write_text("\n".join(lines) + "\n")
     monkeypatch.setattr(interfaces, "_IPV6_ADDRESSES", tmp_path / "if_inet6")

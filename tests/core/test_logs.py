@@ -1,4 +1,4 @@
-"""Log lines with fields: whatever is in a record, it is one line that programs read back, and it holds no secret."""
+"""Tests of log lines with fields: each record is one line that programs can parse, and contains no secret."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FIELDS = (LogFormat.LOGFMT, LogFormat.JSON)
 
 @contextmanager
 def logging_as(form: LogFormat, **where: str) -> Iterator[logging.Logger]:
-    """Logs as a process that has just begun; pytest has handlers of its own."""
+    """Sets up logging as in a new process, without pytest's handlers."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     root.handlers[:] = []
@@ -156,7 +156,7 @@ def line() -> Iterator[CommandLine]:
 
 
 def test_a_cluster_tells_of_itself_in_fields(line: CommandLine) -> None:
-    """The lines have coordinator, workers, requests by the ids that their replies have; no key, no token, no prompt."""
+    """Lines name the coordinator, workers and request ids. They contain no key, token or prompt."""
     keys = line.folder / "keys"
     keys.write_text("a-secret-key\n")
     keys.chmod(0o600)
@@ -219,7 +219,7 @@ with cluster_view("tiny") if sys.argv[2] == "up" else nullcontext(logs.start_log
 def test_a_burst_over_the_limit_of_open_files_is_a_line_for_each_few_seconds(
     backlog: int, command: str, form: str
 ) -> None:
-    """There is one line where the machine is fast enough, and none for a single connection."""
+    """A fast machine logs one line. A single connection logs no line."""
     program = [sys.executable, "-c", SHORTAGE, str(backlog), command, form]
     variables = {**os.environ, "LLAMACLUST_LOG": form}
     done = subprocess.run(program, capture_output=True, text=True, timeout=180, check=True, env=variables)

@@ -1,4 +1,4 @@
-"""Text in users' files: its encodings, and the place of what is no text."""
+"""Tests of text in users' files: encodings, and the position of bytes that are not text."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_given_files_and_pipes(tmp_path: Path, most: int) -> None:
         read_given(pipe, most)
     with pytest.raises(OSError):
         read_given(tmp_path, most)
-    reading, writing = os.pipe()  # as `<(...)` of a shell: it is read before all is written
+    reading, writing = os.pipe()  # Like `<(...)` in a shell, the pipe is read before all data is written.
     with os.fdopen(reading, "rb"), os.fdopen(writing, "wb", buffering=0) as writer, ThreadPoolExecutor() as pool:
         found = pool.submit(read_given, Path(f"/dev/fd/{reading}"), most)
         for part in (b"some", b" text"):

@@ -1,4 +1,4 @@
-"""The rows of the sampling table agree with the messages that carry them, the Python client and docs/api.md."""
+"""Checks that the sampling table agrees with the messages, the Python client and docs/api.md."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ APIS = {Dialect.LLAMACPP: "llama.cpp", Dialect.OLLAMA: "Ollama"}
 
 
 def documented_row(name: str) -> str:
-    """The line of docs/api.md for a field of the sampling table."""
+    """Returns the line of docs/api.md for a field of the sampling table."""
     row = SAMPLING_TABLE[name]
     others = [
         f"{api} {row.default_in(dialect):g}" for dialect, api in APIS.items() if row.default_in(dialect) != row.default

@@ -1,4 +1,4 @@
-"""The Helm chart renders for many values to objects that Kubernetes takes, and that fit each other."""
+"""Tests of the Helm chart: for many values, Kubernetes accepts the objects, and the objects match each other."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from support.paths import ROOT
 
 VERSIONS = ("1.30", "1.31", "1.32", "1.33", "1.34", "1.35", "1.36", "1.37")
 OURS = {"ServiceMonitor", "RayCluster"}
-"""Kinds that Kubernetes itself does not know; their schemas lie in tests/data/deploy."""
+"""Kinds that are not part of Kubernetes. Their schemas are in tests/data/deploy."""
 matrix = pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
 
 
@@ -43,7 +43,7 @@ def rendered(name: str) -> tuple[Manifest, ...]:
 
 @pytest.fixture(scope="module", autouse=True)
 def schemas_are_read_once() -> Any:
-    """Each validation would read the same megabytes."""
+    """Caches schema files, because each validation would read megabytes again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kubernetes, "schema_contents", cache(kubernetes.schema_contents))
         yield
@@ -158,7 +158,7 @@ def test_notes_say_how_to_ask(name: str, said: str) -> None:
 
 
 def test_readme_and_schema_are_in_step() -> None:
-    """Run `make chart` after a change of values.yaml, README.md.in or the cluster file's keys."""
+    """Fails if `make chart` was not run after a change of values.yaml, README.md.in or the cluster file's keys."""
     generated = runpy.run_path(str(ROOT / "deploy/helm/generate.py"), run_name="generate")
     assert (CHART / "README.md").read_text() == generated["readme"]()
     assert (CHART / "values.schema.json").read_text() == generated["schema"]()
@@ -196,12 +196,12 @@ def test_names_and_selectors_fit(values: Mapping[str, Any]) -> None:
     names = [(each["kind"], each["metadata"]["name"]) for each in manifests]
     assert len(names) == len(set(names))
     assert all(len(name) <= 57 and name.startswith(tuple("abcdefghijklmnopqrstuvwxyz")) for _, name in names)
-    assert all("namespace" not in each["metadata"] for each in manifests)  # whichever helm was told
+    assert all("namespace" not in each["metadata"] for each in manifests)  # Helm sets the namespace.
     for each in manifests:
         if each["kind"] in ("Deployment", "StatefulSet"):
             selector = each["spec"]["selector"]["matchLabels"]
             assert selector.items() <= each["spec"]["template"]["metadata"]["labels"].items()
-            assert "app.kubernetes.io/version" not in selector  # it could never change
+            assert "app.kubernetes.io/version" not in selector  # A selector cannot be changed later.
     for selector in selectors(manifests):
         assert len({pod.labels["app.kubernetes.io/component"] for pod in behind(selector, manifests)}) == 1, selector
 
@@ -211,7 +211,7 @@ def behind(selector: Mapping[str, str], manifests: tuple[Manifest, ...]) -> list
 
 
 def selectors(manifests: tuple[Manifest, ...]) -> list[dict[str, str]]:
-    """Every selector that is to mean the coordinator's or the workers' pods."""
+    """Returns all selectors of the coordinator's or the workers' pods."""
     found = [each["spec"]["selector"] for each in manifests if each["kind"] == "Service"]
     found += [each["spec"]["selector"]["matchLabels"] for each in manifests if each["kind"] == "PodDisruptionBudget"]
     for each in manifests:
@@ -226,10 +226,10 @@ def selectors(manifests: tuple[Manifest, ...]) -> list[dict[str, str]]:
 
 @matrix
 def test_references_lead_somewhere(values: Mapping[str, Any]) -> None:
-    """Volumes, claims, secrets, accounts, ports: what one object names, another one has."""
+    """Volumes, claims, secrets, accounts and ports that an object refers to exist."""
     manifests = render(values)
     there = {(each["kind"], each["metadata"]["name"]) for each in manifests}
-    outside = {"models", "authority", "join", "keys", "registry", "api-tls"}  # that the matrix says exist
+    outside = {"models", "authority", "join", "keys", "registry", "api-tls"}  # MATRIX refers to these existing objects.
     outside |= {
         word.partition("=")[2] for pod in pod_templates(manifests) for word in pod.spec["containers"][0].get("args", ())
     }
@@ -267,7 +267,7 @@ def referenced(spec: Manifest) -> list[tuple[str, str]]:
 
 @matrix
 def test_no_pod_may_do_more_than_it_must(values: Mapping[str, Any]) -> None:
-    """Pods meet Kubernetes's restricted standard and have a read-only root file system."""
+    """Pods meet Kubernetes's restricted security standard and have a read-only root file system."""
     for spec in (pod.spec for pod in pod_templates(render(values))):
         assert spec["automountServiceAccountToken"] is False
         assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
@@ -282,7 +282,7 @@ def test_no_pod_may_do_more_than_it_must(values: Mapping[str, Any]) -> None:
 
 
 def test_secrets_reach_only_files() -> None:
-    """No environment and no command line holds one, and only init containers see the Secret's own volume."""
+    """No environment variable or command line has a secret. Only init containers mount the Secret's volume."""
     for pod in (*pod_templates(rendered("defaults")), *pod_templates(rendered("ray"))):
         assert "secretKeyRef" not in json.dumps(pod.spec)
         if pod.labels["app.kubernetes.io/component"] != "test":

@@ -1,4 +1,4 @@
-"""The image, as far as it can be checked without a build; `make image-test` builds it and asks it something."""
+"""Tests of the container image without building it. `make image-test` builds the image and sends it a request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DOCKERFILE = (ROOT / "deploy/Dockerfile").read_text()
 
 
 def is_sent(path: str) -> bool:
-    """Returns whether .dockerignore lets a file through to the builder; the last line that fits says it."""
+    """Returns True if .dockerignore lets a file reach the builder. The last matching line decides."""
     sent = True
     above = [path, *(str(parent) for parent in Path(path).parents)]
     for line in (ROOT / ".dockerignore").read_text().splitlines():
@@ -147,7 +147,7 @@ def test_a_coordinator_is_healthy_while_it_takes_requests(status: int, code: int
 
 @pytest.mark.parametrize("is_its_own", [True, False])
 def test_a_coordinator_with_tls_is_healthy_if_it_shows_its_certificate(is_its_own: bool, tmp_path: Path) -> None:
-    """The certificate is of an authority, for another name."""
+    """An authority issued the certificate, for a name other than the address that is checked."""
     certificate = ServerCertificate(write_signed(tmp_path, ("llm.example",)).files)
     certificate.publish(tmp_path / "api.crt")
     if not is_its_own:
@@ -200,7 +200,7 @@ with socket.socket(socket.AddressFamily(int(sys.argv[1]))) as one:
     ("there", "used"), [(["docker", "podman"], "docker"), (["podman", "buildah"], "podman"), (["buildah"], "buildah")]
 )
 def test_the_first_builder_that_works_builds(there: list[str], used: str, tmp_path: Path) -> None:
-    """The commands only write down what they were told."""
+    """The builders are scripts that only write their arguments to a file."""
     for name in ("docker", "podman", "buildah"):
         script = tmp_path / name
         script.write_text(

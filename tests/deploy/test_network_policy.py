@@ -1,4 +1,4 @@
-"""The chart's network: clients of the API, and pods that download."""
+"""Tests of the chart's network policies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.kubernetes.charts import MATRIX, RELEASE, Manifest, containers, one
 
 
 def policies(values: Mapping[str, Any]) -> dict[str, Manifest]:
-    """The specs of NetworkPolicies by what their names end in."""
+    """Returns the specs of NetworkPolicies by the last part of their names."""
     found = [each for each in render(values) if each["kind"] == "NetworkPolicy"]
     return {each["metadata"]["name"].removeprefix(f"{RELEASE}-llamaclust-"): each["spec"] for each in found}
 
@@ -30,7 +30,7 @@ def test_the_api_is_open_to_the_namespace() -> None:
 
 @pytest.mark.parametrize("ports", [(7102, 8102), (7200, 9000), (65535, 7102)])
 def test_links_are_between_workers_alone(ports: tuple[int, int]) -> None:
-    """The coordinator reaches the port for stages only; each pod listens on both, by its options."""
+    """The coordinator may connect only to the port for stages. Each worker's options name both ports."""
     stages, links = ports
     values = {"workers": {"port": stages, "linkPort": links}, "networkPolicy": {"restrictEgress": True}}
     callers = {
@@ -52,7 +52,7 @@ def test_links_are_between_workers_alone(ports: tuple[int, int]) -> None:
 
 
 def downloads(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Peers of port 443 by policy."""
+    """Returns the peers to which each policy allows connections on port 443."""
     rules = [(name, rule) for name, spec in policies(values).items() for rule in spec["egress"]]
     return {name: rule.get("to") for name, rule in rules if {"protocol": "TCP", "port": 443} in rule.get("ports", ())}
 
@@ -72,7 +72,7 @@ def test_only_pods_that_download_may_call_out() -> None:
 
 
 def test_one_job_fetches_a_shared_model() -> None:
-    """Serving pods read it only; another model or image is another Job, since Jobs cannot be changed."""
+    """Serving pods mount the model read-only. Jobs are immutable, so another model or image gets another Job."""
 
     def job(values: Mapping[str, Any]) -> Manifest:
         return one(render({"model": {"volume": {"kind": "shared"}}, **values}), "Job", "pull")

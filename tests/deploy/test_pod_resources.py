@@ -1,4 +1,4 @@
-"""Resources of the chart's pods: processors, memory, volumes, and the disk of their node."""
+"""Tests of the resources of the chart's pods: processors, memory, volumes and disk of the node."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_no_pod_may_fill_the_disk_of_its_node(values: Mapping[str, Any]) -> None
 
 
 def test_ephemeral_storage_follows_from_what_is_kept() -> None:
-    """A pod that fills its volumes is within its limit."""
+    """A pod whose volumes are full stays within its limit."""
 
     def storage(size: str, persistent: bool) -> tuple[int, int]:
         values = {"tmpSize": "256Mi", "workers": {"persistence": {"enabled": persistent, "size": size}}}
@@ -43,7 +43,7 @@ def test_ephemeral_storage_follows_from_what_is_kept() -> None:
 
 
 def test_one_worker_fetches_the_model_where_others_fetch_layers_from_it() -> None:
-    """The init container's command runs in a pod's name."""
+    """Runs the init container's command with the names of several pods."""
     manifests = render(MATRIX["a model fetched once"])
     spec = one(manifests, "StatefulSet")["spec"]["template"]["spec"]
     (model,) = (container for container in spec["initContainers"] if container["name"] == "model")
@@ -82,7 +82,7 @@ def test_several_models_are_fetched_and_served() -> None:
 
 
 def test_the_defaults_are_for_a_small_cluster() -> None:
-    """The defaults are those of docs/several-machines.md#kubernetes, which start on a laptop's cluster."""
+    """The defaults are documented in docs/several-machines.md#kubernetes and fit a cluster on a laptop."""
     cpu_m = memory = storage = 0
     for each in render():
         spec, copies = each.get("spec", {}), 1

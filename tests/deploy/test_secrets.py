@@ -1,4 +1,4 @@
-"""Secrets of the chart: its Job makes what the program takes, once; no manifest has a key."""
+"""Tests of the chart's secrets: a Job creates secrets that the program accepts, and no manifest has a key."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def api() -> Iterator[FakeApi]:
 
 
 def secret_names(spec: Manifest) -> set[str]:
-    """Returns the secrets that the volumes of a pod refer to."""
+    """Returns the names of secrets in a pod's volumes."""
     sources = [
         source for volume in spec["volumes"] for source in (volume, *volume.get("projected", {}).get("sources", ()))
     ]
@@ -33,7 +33,7 @@ def secret_names(spec: Manifest) -> set[str]:
 
 @pytest.mark.parametrize("name", MATRIX)
 def test_no_manifest_has_a_key(name: str) -> None:
-    """Helm keeps manifests in its history, and two renderings are alike."""
+    """Helm keeps manifests in its history. Two renderings are equal."""
     manifests = render(MATRIX[name])
     assert not [each for each in manifests if each["kind"] == "Secret"]
     assert manifests == render(MATRIX[name])
@@ -67,7 +67,7 @@ def test_an_upgrade_keeps_what_is_there(api: FakeApi, tmp_path: Path) -> None:
 
 
 def test_a_deleted_token_is_made_anew_for_the_same_authority(api: FakeApi, tmp_path: Path) -> None:
-    """The case also occurs if an earlier run ended between the two."""
+    """The same state remains if an earlier run ended between the creation of the two secrets."""
     api.make_secrets(render(), tmp_path / "install")
     first = api.data(JOIN)["token"].split(".")
     del api.secrets[JOIN]

@@ -1,4 +1,4 @@
-"""The chart with two coordinators: one Lease is their lock, and nothing else may be touched with their token."""
+"""Tests of the chart with two coordinators. A Lease is their lock, and their token permits nothing else."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_the_cluster_file_names_the_lease(manifests: tuple[Manifest, ...], tmp_p
 
 
 def test_the_service_of_the_api_leaves_out_a_standby(manifests: tuple[Manifest, ...]) -> None:
-    """It is alive and not ready; workers look for the one that listens behind the other Service."""
+    """A standby is alive but not ready. Workers find the listening coordinator through the other Service."""
     service = named(manifests, "Service", "lab-llamaclust")["spec"]
     assert "publishNotReadyAddresses" not in service
     (container,) = one(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]

@@ -1,4 +1,4 @@
-"""The Helm chart where the API itself speaks TLS."""
+"""Tests of the Helm chart with TLS for the API."""
 
 from __future__ import annotations
 

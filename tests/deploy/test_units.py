@@ -1,4 +1,4 @@
-"""systemd's units: what they run is what the program takes, and what the docs install."""
+"""Tests of the systemd units: their commands are valid, and the documentation installs the files that they use."""
 
 from __future__ import annotations
 

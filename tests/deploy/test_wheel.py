@@ -1,4 +1,4 @@
-"""The wheel in dist/: what it holds, and that it answers the demo's question where there is no compiler."""
+"""Tests of the wheel in dist/: its contents, and an answer to the demo's question on a system without a compiler."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def wheel() -> Path:
 def test_one_small_wheel_is_for_every_python(wheel: Path) -> None:
     found = re.fullmatch(r"llamaclust-[\d.]+-cp311-abi3-manylinux_2_(\d+)_\w+\.whl", wheel.name)
     assert found is not None
-    if tuple(map(int, platform.libc_ver()[1].split("."))) <= (2, 36):  # made beside a later one, it may need that
+    # A wheel that is built with a later libc may need that libc.
+    if tuple(map(int, platform.libc_ver()[1].split("."))) <= (2, 36):
         assert int(found[1]) <= 28
     assert wheel.stat().st_size <= LARGEST_BYTES
 
@@ -60,7 +61,7 @@ def test_it_has_the_licenses_of_what_it_contains(wheel: Path) -> None:
 
 
 def test_the_build_takes_the_licenses_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its first step, which compiles nothing."""
+    """The first step of the build compiles nothing."""
     monkeypatch.chdir(ROOT)
     folder = tmp_path / prepare_metadata_for_build_wheel(str(tmp_path))
     told = [

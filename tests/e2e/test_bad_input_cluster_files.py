@@ -1,4 +1,5 @@
-"""Cluster files and command lines that are wrong, through real processes: one line, exit 2, or 3 and the MiB."""
+"""Tests of invalid cluster files and command lines with real processes: one line of error, and exit status 2, or 3 with
+the missing MiB."""
 
 from __future__ import annotations
 
@@ -87,7 +88,7 @@ def test_what_is_no_cluster_file_is_refused_with_its_line(line: CommandLine, con
 
 @pytest.mark.parametrize("command", ["plan", "up", "up --detach"])
 def test_too_little_memory_is_exit_3_and_the_missing_mib(line: CommandLine, command: str) -> None:
-    """`up` knows only once its workers have told what they have: they end with it."""
+    """`up` gets the workers' memory only after they have started. They end with it."""
     workers = [
         {"name": name, "threads": 1, "memory": "2MiB", "memory_bandwidth_gb_s": 1, "int8_gmac_s": 1}
         for name in ("a", "b")

@@ -1,4 +1,5 @@
-"""A model file that changes, shrinks or goes away: what is loaded goes on with the same bits, a load refuses it."""
+"""Tests of a model file that is changed, truncated or deleted: loaded stages keep their bits, and new loads refuse the
+file."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from support.models.hostile_models import tiny
 
 
 def overwrite(path: Path) -> None:
-    """Other bytes of the same length, in the same file."""
+    """Overwrites the end of the file in place."""
     with path.open("r+b") as file:
         file.seek(-1000, os.SEEK_END)
         file.write(bytes(1000))
@@ -25,7 +26,7 @@ def shrink(path: Path) -> None:
 
 
 def replace(path: Path) -> None:
-    """Another model under the same name."""
+    """Replaces the file by another model."""
     other = tiny(path.with_suffix(".other"), seed=7)
     other.replace(path)
 
@@ -75,7 +76,7 @@ def test_a_load_refuses_the_file_by_name(
     line: CommandLine, model: Path, change: Callable[[Path], None], says: str
 ) -> None:
     running = line.start("up", line.cluster_file(model))
-    workers = running.workers(2).values()  # by then the coordinator has opened the model
+    workers = running.workers(2).values()  # The coordinator has opened the model before workers start.
     for worker in workers:
         worker.suspend()
     change(model)

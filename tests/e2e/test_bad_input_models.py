@@ -1,4 +1,5 @@
-"""Model files that cannot be run, through the command line: one line that names file and place, exit 2, no worker."""
+"""Tests of model files that cannot run, with the command line: one line with file and place, exit status 2, and no
+worker."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def files(line: CommandLine) -> dict[str, tuple[Path, str]]:
 
 
 def refusals(line: CommandLine, path: Path, command: str) -> list[str]:
-    """Returns what `up` and another command say when they are given the model."""
+    """Returns the errors of `up` and of another command for the model."""
     cluster = line.cluster_file(path)
     arguments = {
         "plan": ("plan", cluster),

@@ -1,4 +1,5 @@
-"""Signals and lost processes, end to end: clean exits, errors that name the lost worker and the cause, no orphans."""
+"""Tests of signals and lost processes, end to end: exit statuses, errors with the lost worker and the cause, and no
+orphans."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ import pytest
 from support.clusters.command_line import Cluster, CommandLine, command_line, eventually, is_there, paused
 from support.models.hostile_models import slow_to_load, tiny
 
-_SOON_S = 20.0  # well below the 30 s that requests get to finish
+_SOON_S = 20.0  # Well below the 30 s that requests have to finish.
 COMPLETIONS = "/v1/completions"
 LONG = {"prompt": "the", "max_tokens": 2000, "ignore_eos": True, "stream": True}
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
@@ -39,7 +40,7 @@ def _each_ends_what_it_started(line: CommandLine) -> Iterator[None]:
 
 
 def events(reply: httpx.Response) -> Iterator[Any]:
-    """The data of a stream's events; its end mark is the last of a good one."""
+    """Yields the data of a stream's events. The last one is [DONE] if the stream succeeds."""
     for text in reply.iter_lines():
         if text.startswith("data: "):
             data = text.removeprefix("data: ")
@@ -84,7 +85,7 @@ def test_no_process_outlives_a_coordinator_that_was_killed(line: CommandLine) ->
         with cluster.http.stream("POST", COMPLETIONS, json=LONG) as reply:
             assert next(events(reply))
             processes = cluster.processes
-            assert len(processes) == 3  # with the one that renders templates
+            assert len(processes) == 3  # One of them renders templates.
             os.kill(cluster.pid, signal.SIGKILL)
             eventually(lambda: not any(map(is_there, processes)), 60.0, "the end of all processes")
     assert line.run("status").code == 2
@@ -92,14 +93,14 @@ def test_no_process_outlives_a_coordinator_that_was_killed(line: CommandLine) ->
 
 @pytest.mark.parametrize("how", ["SIGTERM", "Ctrl-C"])
 def test_a_signal_lets_requests_finish_and_ends_with_0(line: CommandLine, how: str) -> None:
-    """The first of them starts in what a killed cluster of the name has left."""
+    """The first case starts in the folder of a killed cluster with the same name."""
     with line.cluster("good.gguf") as cluster:
         assert cluster.http.post("/v1/chat/completions", json=CHAT).status_code == 200
         with cluster.http.stream("POST", COMPLETIONS, json={**LONG, "max_tokens": 300}) as reply:
             stream = events(reply)
             assert next(stream)
             processes = cluster.processes
-            with paused(cluster.worker_pids["b"]):  # so that it does not finish before it is looked at
+            with paused(cluster.worker_pids["b"]):  # The request must not finish before the check.
                 end(cluster, how)
                 eventually(lambda: cluster.http.get("/health").status_code == 503, 60.0, "draining")
             assert list(stream)[-1] == "[DONE]"
@@ -132,7 +133,8 @@ def test_a_second_signal_ends_requests_too(line: CommandLine) -> None:
 
 
 def test_requests_that_no_worker_has_seen_are_told_that_the_cluster_stops(line: CommandLine) -> None:
-    """One whose body is still to come at the first signal, one whose chat is being rendered at the second."""
+    """One request's body is incomplete at the first signal. Another one's chat is being rendered at the second
+    signal."""
     slow = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     model = tiny(line.folder / "slow_chats.gguf", extra={"tokenizer.chat_template": slow})
     with line.cluster(model) as cluster, ThreadPoolExecutor(1) as pool:
@@ -141,7 +143,7 @@ def test_requests_that_no_worker_has_seen_are_told_that_the_cluster_stops(line: 
         host, _, port = cluster.api.removeprefix("http://").rpartition(":")
         with socket.create_connection((host, int(port)), timeout=10.0) as half:
             half.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 99\r\n\r\n{{".encode())
-            assert cluster.http.get("/health").status_code == 200  # which comes after it
+            assert cluster.http.get("/health").status_code == 200  # This request comes after the incomplete one.
             end(cluster, "SIGTERM")
             with half.makefile("rb") as reply:
                 text = reply.read()
@@ -184,7 +186,7 @@ def test_a_worker_that_dies_before_it_joins_is_an_error_with_its_name(line: Comm
 
 
 def test_a_detached_start_that_is_interrupted_leaves_nothing(line: CommandLine) -> None:
-    """Ctrl-C reaches the command in front alone: the cluster must not go on behind its back."""
+    """Ctrl-C ends only the foreground command, so it must also stop the cluster."""
     running = line.start("up", line.cluster_file("slow.gguf", "apart", context_length=64, max_sequences=2), "--detach")
     running.says("plan:")
     running.press_ctrl_c()
@@ -194,7 +196,7 @@ def test_a_detached_start_that_is_interrupted_leaves_nothing(line: CommandLine) 
 
 
 def test_a_worker_that_hangs_is_replaced(line: CommandLine) -> None:
-    """A worker that is stopped says nothing more: it counts as lost after `timeouts.worker`."""
+    """A stopped worker sends no heartbeats and counts as lost after `timeouts.worker`."""
     with line.cluster("good.gguf", timeouts={"worker": "1s"}) as cluster, ThreadPoolExecutor(1) as pool:
         psutil.Process(cluster.worker_pids["a"]).suspend()
         reply = pool.submit(cluster.http.post, COMPLETIONS, json={"prompt": "a"}).result(60.0)
@@ -208,7 +210,8 @@ def test_a_worker_that_hangs_is_replaced(line: CommandLine) -> None:
 def test_a_cluster_whose_state_directory_is_deleted_is_found_again(line: CommandLine) -> None:
     with line.cluster("good.gguf") as cluster:
         record = line.cluster_dir("tiny") / "cluster.json"
-        shutil.rmtree(line.state_dir.rename(line.folder / "deleted"))  # at once: the coordinator writes into it
+        # The folder is renamed first, because the coordinator writes into it.
+        shutil.rmtree(line.state_dir.rename(line.folder / "deleted"))
         eventually(record.exists, 60.0, "the record again")
         assert line.run("status", "--json").json["state"] == "ready"
         assert cluster.http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 2}).status_code == 200

@@ -1,4 +1,4 @@
-"""Requests that are wrong, hostile or too many, to a real cluster: each is refused, and everything else goes on."""
+"""Tests of invalid, hostile and excessive requests to a real cluster: each is refused, and other requests continue."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def line() -> Iterator[CommandLine]:
 
 @pytest.fixture(scope="module")
 def cluster(line: CommandLine) -> Iterator[Cluster]:
-    """Its log shows no traceback at the end, whatever was sent to it."""
+    """Yields a cluster, and checks at the end that its log has no traceback."""
     model = tiny(line.folder / "model.gguf", extra={"tokenizer.chat_template": TEMPLATE})
     with line.cluster(model, max_sequences=RUNNING, max_waiting=WAITING) as cluster:
         yield cluster

@@ -1,4 +1,5 @@
-"""Llama 4's chunks: llama.cpp's logits over their border, and the same bits in any cut, chunk of a prompt and batch."""
+"""Tests of Llama 4's chunked attention: logits of llama.cpp across a chunk border, and the same bits for any split,
+prefill chunk and batch."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def last_logits(model: Model, cuts: tuple[int, ...], sizes: list[int]) -> np.ndarray:
-    """Returns logits of the recorded positions; the prompt has batches of `sizes`, of which the last one repeats."""
+    """Returns the logits of the recorded positions. Prefill chunks have the given sizes, and the last size repeats."""
     chain, at, found = Chain(all_threads(2), model, cuts, LONG_LIMITS), 0, []
     try:
         while at < len(LONG_TOKENS):
@@ -54,7 +55,8 @@ def last_logits(model: Model, cuts: tuple[int, ...], sizes: list[int]) -> np.nda
 
 
 def test_logits_over_the_border_are_those_of_llama_cpp(long: Model) -> None:
-    """Queries before 8191 are not scaled, and no position is hidden before 8192; other ways give the same bits."""
+    """Queries before position 8191 are not scaled, and no position is masked before 8192. Other splits give the same
+    bits."""
     wanted = np.fromfile(DATA / "architectures" / "llama4-long.f16", "<f2").astype(np.float32)
     wanted = wanted.reshape(-1, VOCABULARY // DECODED_STRIDE)
     whole = last_logits(long, (), [1024])
@@ -98,7 +100,8 @@ def test_short_chunks_give_the_same_bits_on_every_backend(short: Model, kv_type:
 
 
 def test_disturbances_change_no_bit(short: Model) -> None:
-    """Other requests, cuts, prefix hits, preemption and a lost worker, with blocks that are given up behind a chunk."""
+    """The disturbances are other requests, splits, prefix hits, preemption, a lost worker, and KV blocks that are
+    released behind a chunk."""
     backend = all_threads(1)
     expected = undisturbed(backend, short, SHORT_CHUNKS.context)
     assert disturbed(backend, short, SHORT_CHUNKS.context, expected) == expected

@@ -1,4 +1,4 @@
-"""Coordinator and workers whose clock is set while they serve, by libfaketime."""
+"""Tests of a cluster whose system clock is changed while it serves, with libfaketime."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.clusters.static_cluster import join_port, named, ready, start_coord
 from support.models.tiny_model import build_tiny_model
 
 LIBRARIES = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
-WITHIN_S = 60.0  # certificates are looked at every five seconds
+WITHIN_S = 60.0  # Certificates are checked every five seconds.
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def line() -> Iterator[CommandLine]:
 
 @pytest.fixture
 def clock(line: CommandLine) -> Path:
-    """Holds the difference from the machine's clock; read again once a second."""
+    """Returns the file with the offset of the clock, which libfaketime reads once a second."""
     clock = line.folder / "clock"
     clock.write_text("+0")
     line.set_variables(
@@ -41,7 +41,8 @@ def clock(line: CommandLine) -> Path:
 
 
 def test_new_links_are_made_on_a_clock_that_was_set(line: CommandLine, clock: Path, tmp_path: Path) -> None:
-    """A day ahead, all certificates have ended; a year back, those made since are not valid yet."""
+    """All certificates have expired on a clock that is two days ahead. Later certificates are not yet valid on a clock
+    that is a year back."""
     model = build_tiny_model(tmp_path / "tiny.gguf", layers=2, quant_type=QuantType.Q8_0)
     plan = [{"worker": "a", "layers": [0, 1]}, {"worker": "b", "layers": [1, 2]}]
     keys: dict[str, Any] = {"workers": named("a", "b"), "plan": plan, "timeouts": {"worker": "10s"}}

@@ -1,5 +1,5 @@
-"""Answers under grammars and budgets of reasoning: the same tokens and logprob bits for any cut, batch and lost worker;
-and what clients get of reasoning."""
+"""Tests of answers with grammars and reasoning budgets: tokens and logprob bits are the same for any split, batch and
+lost worker. Also tests the clients' view of reasoning."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from support.models.tiny_architectures import build_architecture
 from support.seed import SEED
 
 _OPENS = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}:<think>{% endif %}"
-"""A template that begins reasoning."""
+"""A chat template that opens reasoning."""
 Undisturbed = Callable[[str], list[Answer]]
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Requests of a test: `repeated` comes again, a worker is lost after `lost_after` tokens of all answers, and more
-    than `forced` tokens have no logprob, because nothing else could follow."""
+    """Requests of a test. Request `repeated` is sent again, a worker is lost after `lost_after` tokens of all answers,
+    and more than `forced` tokens have no logprob because they are forced."""
 
     requests: tuple[GenerationRequest, ...]
     repeated: int
@@ -71,7 +71,7 @@ def case(name: str) -> Case:
 
 @pytest.fixture(scope="module")
 def answers(model: Path) -> Undisturbed:
-    """Returns one worker's answers to the requests of a case, computed once."""
+    """Returns a function that computes one worker's answers to the requests of a case, once per case."""
     return cache(lambda name: undisturbed(model, _CASES[name].requests))
 
 
@@ -94,7 +94,8 @@ async def test_a_large_vocabulary_that_is_prepared_before_changes_nothing(tmp_pa
     model = build_large_vocabulary_model(tmp_path / "large.gguf")
     requests = grammar_requests(SEED)[:4]
     expected = await asyncio.to_thread(undisturbed, model, requests)
-    settings = config(model, tmp_path, 1, timeouts={"worker": "10s"})  # its vocabulary holds the interpreter at first
+    # At first, the large vocabulary blocks the interpreter.
+    settings = config(model, tmp_path, 1, timeouts={"worker": "10s"})
     async with recovering(settings) as run:
         run.cluster.engine.prepare_matchers()
         assert await asyncio.gather(*run.start(requests)) == expected, f"seed {SEED}"
@@ -131,8 +132,8 @@ async def test_preemption_in_the_middle_of_answers_changes_nothing(
 async def test_deferred_rows_and_matchers_that_are_made_again_change_nothing(
     model: Path, answers: Undisturbed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_states: bool
 ) -> None:
-    """A fifth of the rows find no matcher, matchers are late, and one of a hundred tokens uses up a lexer. Rows that
-    have updated a state are not computed again in place."""
+    """A fifth of the rows have no matcher yet, matchers are late, and a hundredth of the tokens exhaust the lexer. Rows
+    that have updated a state are not computed again in place."""
     requests = _CASES["grammars"].requests
     if has_states:
         model = build_architecture(tmp_path / "lfm2.gguf", "lfm2")
@@ -166,14 +167,14 @@ async def test_deferred_rows_and_matchers_that_are_made_again_change_nothing(
     async with client._stage.serve() as service:
         answering = [answer_of(service._engine.submit(request)) for request in requests]
         assert await asyncio.gather(*answering) == expected, f"seed {SEED}"
-    assert next(deferred) > 10  # 60 to 180: how many rows there are depends on what was drafted
+    assert next(deferred) > 10  # 60 to 180 rows, depending on drafts.
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "lfm2", "gemma2"])
 async def test_matchers_that_are_slow_by_turns_change_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, architecture: str
 ) -> None:
-    """The clock of the last stage is made up. Few of the slow answers have a row in each microbatch."""
+    """The last stage's clock is simulated. Only some of the slow answers have a row in each microbatch."""
     requests = [replace(request, owner=str(n % 3)) for n, request in enumerate(_CASES["grammars"].requests)]
     model = build_architecture(tmp_path / "model.gguf", architecture)
     expected = await asyncio.to_thread(undisturbed, model, requests)

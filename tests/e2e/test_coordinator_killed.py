@@ -1,4 +1,4 @@
-"""A coordinator that is killed: its requests go on where it is started again, and clients see no difference."""
+"""Tests of a killed coordinator: its requests continue after a restart, and clients get the same answers."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def model(tmp_path: Path) -> Path:
 def end_coordinator(folder: ClusterDir, numbers: Sequence[signal.Signals]) -> None:
     record = folder.read_record()
     assert record is not None
-    for number in numbers:  # equal ones would be one where the process sees them late
+    for number in numbers:  # Two equal signals may count as one.
         os.kill(record.pid, number)
 
 
 @pytest.mark.promise
 @pytest.mark.parametrize("end", ["kill", "kill with a standby", "stop at once"])
 async def test_requests_outlive_a_coordinator(line: CommandLine, model: Path, end: str) -> None:
-    """Requests also outlive a stop by two signals, which does not end them. What clients had just read to the end when
-    it was killed may stay in the journal, which does not say that they did."""
+    """Requests also survive two stop signals. Answers that clients have completely read just before the kill may remain
+    in the journal, which does not record that."""
     with_standby = end == "kill with a standby"
     numbers = [signal.SIGTERM, signal.SIGINT] if end == "stop at once" else [signal.SIGKILL]
     folder = ClusterDir(line.cluster_dir("tiny"))

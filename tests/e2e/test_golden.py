@@ -1,6 +1,6 @@
-"""Logits of llama.cpp for small models of all weight types, at every position, on every backend and feature level.
+"""Compares logits with llama.cpp's, for small models of all weight types, on every backend and feature level.
 
-`NAME.f32` beside `NAME.gguf` holds what llama.cpp computed for TOKENS: float32 [24, 320], little-endian."""
+`NAME.f32` next to `NAME.gguf` has llama.cpp's logits for TOKENS: float32 [24, 320], little-endian."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from support.paths import DATA
 
 TOKENS = [1, 5, 9, 300, 33, 65, 100, 3, 7, 11, 277, 90, 2, 64, 127, 31, 260, 270, 280, 290, 19, 1, 150, 200]
 
-# Quantized activations on either side cost 2e-4 to 5e-4. llama.cpp rounds activations to bf16 for BF16 weights.
+# Quantized activations of both programs cause errors of 2e-4 to 5e-4. llama.cpp rounds activations to bf16 for BF16
+# weights.
 BOUNDS = {
     "tiny/llama": 1e-5,
     "tiny/llama3-rope": 1e-5,
@@ -47,7 +48,7 @@ def test_the_files_hold_every_type() -> None:
 
 
 def error(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
-    """sum((found - wanted)^2) / sum(wanted^2)."""
+    """Returns sum((found - wanted)^2) / sum(wanted^2)."""
     return float(((found.astype(np.float64) - wanted) ** 2).sum() / (wanted.astype(np.float64) ** 2).sum())
 
 
@@ -71,7 +72,7 @@ def test_logits_are_those_of_llama_cpp(backend: Backend, name: str) -> None:
 
 
 def test_the_bound_notices_one_wrong_number(backend: Backend) -> None:
-    """A rotation that is off by one position, one head swapped: anything wrong is far outside of the bounds."""
+    """A rotation by one more position or a swapped head gives an error far above the bounds."""
     path = golden_path("tiny/llama")
     wanted = np.fromfile(path.with_suffix(".f32"), "<f4").reshape(len(TOKENS), -1)
     chain = Chain(backend, Model.open(path))

@@ -1,7 +1,7 @@
-"""Every architecture beside llama.cpp, on every backend and feature level, and in any cut and chunks to the same bits.
+"""Compares every architecture with llama.cpp, on every backend and feature level. Splits and chunks change no bits.
 
-Models are made anew from a seed (`tiny_architectures`); `data/architectures` holds the logits that llama.cpp computed
-for them (`record_architectures`).
+Models are built from a seed (`tiny_architectures`). `data/architectures` has llama.cpp's logits for them, which
+`record_architectures` writes.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from support.seed import SEED
 DATA_FOLDER = DATA / "architectures"
 ALWAYS = ("reference", f"cpu-{available_levels()[-1]}")
 SINGLES = (1, 1, 6, 1, 1, 7, 1, 6)
-"""Chunks of TOKENS: tokens alone at the start, behind other chunks, and behind windows."""
+"""Chunk sizes of TOKENS: single tokens at the start, after other chunks, and beyond windows."""
 BOUND = 1e-5
 BOUNDS = {"gpt-oss-mxfp4": 2e-3}
-"""Bounds over all positions for models whose weights are not float32: rounding may choose other experts in some."""
+"""Bounds of the error over all positions. Rounding of quantized weights may choose other experts in some."""
 DECODE_BOUNDS = BOUNDS | {"exaone4-windows": 5e-5}
-"""Bounds of decode steps: 64 layers round keys and values to float16; where llama.cpp does so, single steps differ from
-the recorded ones by 3e-4 as well."""
+"""Bounds of the error of decode steps. 64 layers round keys and values to float16. If llama.cpp does so too, single
+steps also differ from the recorded ones by 3e-4."""
 Q8_0_BOUNDS = {
     "exaone4-windows": 4e-3,
     "bailingmoe2": 2e-3,
@@ -56,7 +56,7 @@ Q8_0_BOUNDS = {
     "kimi-linear": 2e-3,
     "llama4-maverick": 2e-2,
 }
-"""Bounds with rounded keys and values, for many layers, or where a row may choose other experts."""
+"""Bounds with rounded keys and values, for models with many layers or a choice of experts."""
 CHECKSUMS = {
     "llama-experts": "b70dd402",
     "llama-linear": "a9c34212",
@@ -162,14 +162,14 @@ def error(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
 
 def test_every_architecture_is_here() -> None:
     elsewhere = {"baichuan", "qwen2", "glm4", *ENCODERS}  # test_golden.py, test_convert_originals.py, test_encoders.py
-    elsewhere.add("qwen2vl")  # as qwen2: tests/model/test_image_sections.py
+    elsewhere.add("qwen2vl")  # Same as qwen2, see tests/model/test_image_sections.py.
     assert {tiny.architecture for tiny in MODELS.values()} | elsewhere == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_llama_cpp(folder: Path, name: str) -> None:
-    """The CPU gives the same bits at every level and number of threads, and on every machine. The reference and the
-    best level compute each model, the others every second one, chosen by the run's seed."""
+    """The CPU gives the same bits at every level, with any number of threads, on every machine. The reference and the
+    best level compute all models. Other levels compute every second model, which depends on the seed."""
     model, wanted, bound = opened(folder, name), recorded(name), BOUNDS.get(name, BOUND)
     turn = SEED + list(MODELS).index(name)
     for number, (backend, make) in enumerate(BACKENDS.items()):
@@ -185,7 +185,7 @@ def test_logits_are_those_of_llama_cpp(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_decode_steps_are_those_of_llama_cpp(folder: Path, name: str) -> None:
-    """Two stages compute 40 steps after the prefill; rounded keys and values add up in later steps, as in llama.cpp."""
+    """Two stages compute 40 steps after the prefill. Errors of rounded keys and values add up, as in llama.cpp."""
     model, bound, start = opened(folder, name), DECODE_BOUNDS.get(name, BOUND), len(TOKENS)
     wanted = np.fromfile(DATA_FOLDER / f"{name}.decode.f16", "<f2").astype(np.float32)
     wanted = wanted.reshape(len(DECODED_TOKENS), VOCABULARY // DECODED_STRIDE)
@@ -228,7 +228,8 @@ def test_the_reference_computes_one_token_as_it_does_all(folder: Path, name: str
 
 @pytest.mark.parametrize("name", MODELS)
 def test_disturbances_change_no_bit(folder: Path, name: str) -> None:
-    """Other requests, drafts, cuts, chunks, prefix hits, preemption, a lost worker: tokens and bits of one stage."""
+    """The disturbances are other requests, drafts, splits, chunks, prefix hits, preemption and a lost worker. Tokens
+    and bits are those of one stage."""
     model, context, backend = opened(folder, name), MODELS[name].context, all_threads(1)
     expected = undisturbed(backend, model, context)
     assert disturbed(backend, model, context, expected) == expected
@@ -237,7 +238,7 @@ def test_disturbances_change_no_bit(folder: Path, name: str) -> None:
 
 
 def test_what_two_models_differ_in_is_seen() -> None:
-    """The long factors of phi3 differ from the short ones, and no two recordings are alike."""
+    """phi3's long factors differ from its short ones, and all recordings differ from each other."""
     names = sorted(MODELS)
     assert all(error(recorded(a), recorded(b)) > 1e-3 for a, b in pairwise(names))
     assert error(recorded("phi3-long")[1:], recorded("phi3-short")[1:]) > 1e-3

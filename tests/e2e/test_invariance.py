@@ -1,5 +1,5 @@
-"""Promise 1 on tiny models: pairwise over cuts, threads, company, chunks, cache, preemption, levels, tiles and models,
-some of which hold every weight type."""
+"""Tests promise 1 on tiny models, pairwise over splits, threads, other requests, chunks, cache, preemption, feature
+levels, tiles and models. Some models have every weight type."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from support.models.tiny_model import build_tiny_model, every_type
 VOCABULARY = 320
 KV_HEADS, HEAD_DIM = 2, 32
 SEED = 20
-ROWS_SEED = 57  # of the first 150, the one whose rows take the least time: the generic level is slow
-CUTS = ((0, 6), (0, 3, 6), (0, 1, 5, 6), (0, 1, 2, 3, 5, 6))  # test_random_ways has others
+ROWS_SEED = 57  # Of the first 150 seeds, this one gives the fastest rows. The generic level is slow.
+CUTS = ((0, 6), (0, 3, 6), (0, 1, 5, 6), (0, 1, 2, 3, 5, 6))  # test_random_ways tests other splits.
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
     architecture: str
-    quant_type: QuantType | None  # None: of all types, matrix by matrix
+    quant_type: QuantType | None  # If None, matrices have all types in turn.
     experts: int = 0
     first_type: int = 0
 
@@ -69,7 +69,8 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 
 
 def pairwise_rows(factors: dict[str, tuple[Any, ...]], seed: int) -> list[dict[str, Any]]:
-    """Rows in which every two values of two factors meet: greedy, the best of some random rows each time."""
+    """Returns rows in which each pair of values of two factors occurs. Greedily takes the best of 200 random rows each
+    time."""
     source = random.Random(seed)
     names = list(factors)
     pairs = {
@@ -96,7 +97,7 @@ Models = Callable[[Kind, KvType], tuple[Path, list[Answer]]]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """A model of each kind and its answers on one undisturbed worker."""
+    """Returns a function that builds a model of a kind, and computes its answers on one undisturbed worker."""
     made: dict[tuple[Kind, KvType], tuple[Path, list[Answer]]] = {}
 
     def get(kind: Kind, kv_type: KvType) -> tuple[Path, list[Answer]]:
@@ -142,7 +143,7 @@ def test_a_model_of_every_type_has_them_all(kind: Kind, models: Models) -> None:
 
 
 def test_answers_are_worth_comparing(models: Models) -> None:
-    """Different requests differ, ids vary and probabilities are no constant; nor is the KV type without effect."""
+    """Different requests give different answers, ids and probabilities vary, and the KV type has an effect."""
     _, answers = models(KINDS[0], KvType.F16)
     greedy, seeded, scored, *_ = answers
     assert len(greedy) == len(seeded) == 12

@@ -1,4 +1,4 @@
-"""Promise 1 on the demo model: fixed ways to run it, each on real worker processes."""
+"""Tests promise 1 on the demo model, in fixed ways with real worker processes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""KV memory on disk: clusters that are started anew answer as one undisturbed worker does, id by id and bit by bit,
-whether a prompt is computed, read from disk, or read and found damaged."""
+"""Tests of KV memory on disk: restarted clusters give the ids and bits of one undisturbed worker, whether a prompt is
+computed, read from disk, or damaged on disk."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
 
 CONTEXT = 1024
-PROMPT, SECOND = 600, 590  # more than a span
+PROMPT, SECOND = 600, 590  # More than a span.
 SEEDED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1)
 DEADLINE_S = 120.0
 
@@ -42,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generations(salt: str = "") -> tuple[GenerationRequest, ...]:
-    """Returns a long prompt, and another one with the same beginning."""
+    """Returns requests with a long prompt, and with another prompt that has the same prefix."""
     source = Random(5)
     first = tuple(source.randrange(3, 320) for _ in range(PROMPT))
     second = (*first[:400], *(source.randrange(3, 320) for _ in range(SECOND - 400)))
@@ -64,7 +64,7 @@ def undisturbed(model: Path, kv_type: KvType = KvType.F16) -> list[Answer]:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """The answers of a cluster, and how many prompt tokens it read and computed."""
+    """The answers of a cluster, and the numbers of prompt tokens that it read and computed."""
 
     answers: list[Answer]
     cached: int
@@ -73,13 +73,13 @@ class Ran:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Clusters of a model that share one cache folder."""
+    """Starts clusters of a model that share a cache folder."""
 
     model: Path
     folder: Path
 
     def run(self, cut: tuple[int, ...], *, kv_type: KvType = KvType.F16, salt: str = "", size: str = "1GiB") -> Ran:
-        """Runs a cluster from its start until it has written all that it has to write."""
+        """Starts a cluster, and stops it when all KV memory is written."""
         return asyncio.run(self._run(cut, kv_type, salt, size))
 
     async def _run(self, cut: tuple[int, ...], kv_type: KvType, salt: str, size: str) -> Ran:
@@ -145,7 +145,7 @@ def test_kv_types_and_salts_share_nothing(start: Start) -> None:
 
 
 def test_a_flipped_byte_is_noticed_and_computed_again(start: Start) -> None:
-    """Blocks before the damaged one are read, and what was damaged is written again."""
+    """Blocks before the damaged one are read. The damaged one is written again."""
     expected = undisturbed(start.model)
     start.run((0, 3, 6))
     path = Random(1).choice(start.files)
@@ -170,7 +170,7 @@ DAMAGED = {
 def test_nothing_is_read_that_a_damaged_file_computed(
     start: Start, tmp_path: Path, tensor: str, cut: tuple[int, ...], then: tuple[int, ...]
 ) -> None:
-    """The damage is in no sample of the model id, and the repair sets the time of modification back."""
+    """The damage does not change the model id. The repair restores the modification time."""
     expected = undisturbed(start.model)
     copy = shutil.copyfile(start.model, tmp_path / "copy.gguf")
     start = replace(start, model=copy)

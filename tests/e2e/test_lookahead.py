@@ -1,4 +1,4 @@
-"""Decode steps that are sent before the token they follow is known."""
+"""Tests of lookahead: decode steps that are submitted before the previous token is known."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_stages_do_not_wait_for_the_coordinator(stages: int) -> None:
     start_ns = run.now_ns
     while len(run.rows(key)) < 90:
         run.step()
-    hops = 0 if stages == 1 else stages  # from stage to stage, and from the last one to the first
+    hops = 0 if stages == 1 else stages  # From stage to stage, and from the last to the first.
     assert (run.now_ns - start_ns) / 80 == pytest.approx((1001 * stages + 100 * hops) * 1000, rel=0.001)
     run.finish()
     assert steps_ahead(run) >= 95
@@ -137,7 +137,7 @@ def test_penalties_count_the_token_that_is_not_known_yet(window: int) -> None:
 
 
 def test_mirostat_waits_for_its_state() -> None:
-    """A sequence with mirostat waits for the state that comes with a token; others go ahead."""
+    """A sequence with mirostat waits for the state that arrives with a token. Other sequences use lookahead."""
     run = simulated(2, stage_us=1000, hop_us=100)
     requests = [
         generation(40, params=SamplingParams(chain=SamplerChain(mirostat=2))),
@@ -154,7 +154,7 @@ def test_mirostat_waits_for_its_state() -> None:
 def test_dry_sees_the_token_that_is_not_known_yet(windows: tuple[int, int]) -> None:
     run = simulated(2, stage_us=1000, hop_us=100)
     params = SamplingParams(presence_penalty=1.0, chain=SamplerChain((SamplerName.DRY,), dry_multiplier=1.0))
-    lasts = range(VOCABULARY)  # some occur for the first time as the token that is not known yet
+    lasts = range(VOCABULARY)  # Some tokens first occur as the token that is not known yet.
     breakers = {token: ((token,), *((token, last) for last in lasts)) for token in range(0, VOCABULARY, 5)}
     request = generation(40, params=params, penalty_window=windows[0], dry_window=windows[1], breakers=breakers)
     key = run.add(request)
@@ -168,7 +168,7 @@ def tasks_of(run: Simulation) -> list[SampleTask]:
 
 
 def test_nothing_is_sent_ahead_where_it_would_save_too_little() -> None:
-    """Newcomers would wait for such a step."""
+    """New requests would wait for such a step."""
     run = simulated(1, stage_us=50_000, hop_us=100)
     run.add(generation(30))
     run.finish()
@@ -207,7 +207,7 @@ def task(position: int, history: tuple[int, ...], *, follows: bool = False) -> S
 
 
 def one_by_one(model: Model) -> list[RowResult]:
-    """Computes each step with the token before it."""
+    """Computes each step after the previous token is known."""
     whole, tokens = runner_of(model, 0, 3), [1, 2, 3, 4]
     rows: list[RowResult] = []
     for step in range(STEPS):
@@ -225,7 +225,7 @@ def test_stages_put_in_the_tokens_that_they_chose(model: Model, tmp_path: Path, 
 
     async def run() -> list[Result]:
         async with chain(model, tmp_path, cuts) as stages:
-            for step in range(STEPS):  # all at once, before anything is chosen; of older tokens some are known
+            for step in range(STEPS):  # All steps are submitted before any token is sampled.
                 first = Chunk((1, 2, 3, 4), 0, (0, 2), 1)
                 after = Chunk((0,), 3 + step, (0, 2), 1, (step - 1, 0))
                 microbatch = Microbatch(model.model_id, 1, step, (after if step else first,))
@@ -307,7 +307,7 @@ def test_a_history_goes_on_with_tokens_of_its_chunk_alone() -> None:
 
 
 def test_a_stage_runner_never_sees_a_token_that_is_missing(model: Model) -> None:
-    """`fill` completes a microbatch; without it the placeholder would be taken for a token."""
+    """`filled` replaces the placeholder, which would otherwise be used as a token."""
     box = PlainTokensBox()
     box.put(SampledTokens(0, (7, 11)))
     chunk = Chunk((0,), 4, (0, 2), 1, (0, 1))

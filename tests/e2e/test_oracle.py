@@ -1,5 +1,5 @@
-"""The oracle itself: comparing logprob bits notices one low bit of a weight, and two float additions that change
-places."""
+"""Tests of the comparison of logprob bits: it detects one changed low bit of a weight, and two swapped float
+additions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from support.paths import ROOT, TESTS
 NATIVE = Path("kernels/cpu/native")
 FLIPS = 20
 Q8_0_BLOCK_BYTES, Q8_0_SCALE_BYTES = 34, 2
-BUILD_DEADLINE_S = 120  # a few seconds on an idle core
+BUILD_DEADLINE_S = 120  # A few seconds on an idle core.
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flipped(path: Path, source: random.Random, folder: Path) -> Path:
-    """A copy in which the lowest bit of one 8-bit weight is another."""
+    """Returns a copy of the model with the lowest bit of one 8-bit weight flipped."""
     with Model.open(path) as model:
         names = sorted(name for name in model.file.tensors if name.startswith("blk.") and "norm" not in name)
         tensor = model.file.tensors[source.choice(names)]
@@ -50,7 +50,7 @@ def flipped(path: Path, source: random.Random, folder: Path) -> Path:
 
 
 def test_one_low_bit_of_a_weight_is_noticed(model: Path, tmp_path: Path) -> None:
-    """The flips are the same in every run, and so are the answers: that is the promise."""
+    """The flips and the answers are the same in every run."""
     source = random.Random(4)
     expected = answers(model)
     assert answers(model) == expected
@@ -60,7 +60,7 @@ def test_one_low_bit_of_a_weight_is_noticed(model: Path, tmp_path: Path) -> None
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """Two float additions that change places in a source of the kernels; `unit` is the file that is compiled for it."""
+    """A change of a kernel source that swaps two float additions. `unit` is the file to compile."""
 
     unit: str
     source: str
@@ -86,7 +86,7 @@ SWAPS = {
 
 @dataclass(frozen=True, slots=True)
 class Rebuild:
-    """The installed build with one file that this machine's best level uses compiled anew, from a copy of the
+    """Rebuilds the installed build with one file that this machine's best level uses, compiled from a copy of the
     sources."""
 
     folder: Path
@@ -95,7 +95,7 @@ class Rebuild:
 
     def answers(self, model: Path, unit: str) -> list[Answer]:
         compiled, linked = self.tree / "unit.o", self.tree / "_native.so"
-        # -Og: half the time of -O1 to compile, slower to run, of the same bits
+        # -Og compiles in half the time of -O1. The code is slower but gives the same bits.
         compile_it, out = self._command(f"{self._level(unit)}/{unit}.cpp.o")
         compile_it = compile_it.replace(str(ROOT / NATIVE), str(self.tree / NATIVE)).replace("-O3", "-Og")
         self._run(f"{compile_it.replace(f'-o {out}', f'-o {compiled}')} -MF {self.tree / 'unit.d'}")
@@ -106,12 +106,13 @@ class Rebuild:
         return [[(token, bits) for token, bits in answer] for answer in printed]
 
     def _level(self, unit: str) -> str:
-        """The folder of the best level that has the unit: those that add only dot products have no others."""
+        """Returns the folder of the best level that compiles the unit. Levels that only add dot products have no other
+        units."""
         folders = [f"cpu_{level}.dir/level" for level in reversed(available_levels())]
         return next(one for one in folders if any(f"{one}/{unit}.cpp.o" in command for command in self.commands))
 
     def _command(self, out: str) -> tuple[str, str]:
-        """The command that makes the file whose path ends so, without what follows it; and the path."""
+        """Returns the command that writes the file whose path ends with `out`, and the path."""
         for command in self.commands:
             made = re.search(rf"-o (\S*{out})(?: |$)", command)
             if made is not None:

@@ -1,4 +1,4 @@
-"""A model that is padded with zeros (benchmarks/runner/padded.py) is the same function."""
+"""Checks that a model that is padded with zeros (benchmarks/runner/padded.py) gives the same results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Manifests of the chart: the program accepts what they render, and as processes of this machine it answers."""
+"""Tests of the chart's manifests with the program: it accepts their commands, and answers as processes of this
+machine."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ matrix = pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
 
 
 def need_launcher(name: str) -> None:
-    """Skips the test where this build has no such launcher."""
+    """Skips the test if this build does not have the launcher."""
     if name not in json.dumps(ClusterConfig.model_json_schema()["properties"]["launcher"]):
         pytest.skip(f"this build has no launcher {name}")
 
@@ -89,7 +90,7 @@ def test_ports_of_the_cluster_file_are_the_pods(values: Mapping[str, Any], tmp_p
 
 @matrix
 def test_commands_and_variables_are_the_programs(values: Mapping[str, Any]) -> None:
-    """Every command line with the program's name is parsed by the program; it reads every variable that it is given."""
+    """The program accepts every command line that calls it, and reads every variable that it gets."""
     need_launcher("static")
     parsed = []
     for pod in pod_templates(render(values)):
@@ -103,14 +104,14 @@ def test_commands_and_variables_are_the_programs(values: Mapping[str, Any]) -> N
     model = values.get("model", {})
     copies = 1 + kinds if model.get("volume", {}).get("kind", "perPod") == "perPod" else 1
     if model.get("pullers") == "first":
-        copies = 1  # the workers' command is a shell's, in which the first one pulls
+        copies = 1  # The workers' command is a shell script in which the first worker pulls.
     pulls = ["pull"] * copies if model.get("pull", True) else []
     workers = ["worker"] * kinds if launcher_of(values) == "static" else []
     assert sorted(parsed) == sorted(["up", "generate", *workers, *pulls])
 
 
 def parse(words: list[str], container: Manifest) -> str:
-    """Returns the name of the command; raises an error for what the program would refuse."""
+    """Returns the command's name. Raises an error if the program refuses the command."""
     samples = {
         "POD_NAME": f"{NAME}-worker-0",
         "POD_IP": "fd00::7" if "[$(POD_IP)]" in str(words) else "10.0.0.7",
@@ -130,7 +131,7 @@ def parse(words: list[str], container: Manifest) -> str:
 
 
 def check_worker(command: Any, options: Mapping[str, Any]) -> None:
-    """Checks the options of a worker beyond the parser."""
+    """Checks a worker's options further than the parser does."""
     with patch("llamaclust.cli.worker._run") as run:
         command.callback(**options)
     (settings,) = run.call_args.args
@@ -185,7 +186,7 @@ def with_secrets(rendered: tuple[Manifest, ...], folder: Path) -> tuple[Manifest
 
 @pytest.fixture
 def pods(manifests: tuple[Manifest, ...], tmp_path: Path, demo_model: Path) -> Iterator[list[LocalPod]]:
-    """Starts pods of workers and then the coordinator's, as may happen, with the model where `model pull` puts it."""
+    """Starts the workers' pods before the coordinator's, with the model where `model pull` puts it."""
     services = {f"{NAME}-coordinator": "127.0.0.1", NAME: "127.0.0.1"}
     coordinator = one(manifests, "Deployment")["spec"]["template"]["spec"]
     workers = one(manifests, "StatefulSet")["spec"]
@@ -232,7 +233,7 @@ def test_the_coordinators_secrets_are_its_own(pods: list[LocalPod]) -> None:
 
 
 def test_pods_wait_for_a_shared_model(tmp_path: Path, demo_model: Path) -> None:
-    """The init container ends when the file is there; it downloads nothing."""
+    """The init container ends when the file exists. It downloads nothing."""
     rendered = render({"model": {"volume": {"kind": "shared"}, "pullSeconds": 20}})
     manifests = with_secrets(rendered, tmp_path / "secrets")
     spec = one(manifests, "StatefulSet")["spec"]["template"]["spec"]

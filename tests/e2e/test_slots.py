@@ -1,4 +1,4 @@
-"""A restored slot: requests that share its KV memory answer as undisturbed ones do, id by id and bit by bit."""
+"""Tests of restored slots: requests that use their KV memory have the ids and bits of undisturbed ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIRST: dict[str, Any] = {"prompt": PROMPT, "n_predict": 40, "ignore_eos": True, 
 
 @asynccontextmanager
 async def serving(model: Path, folder: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """A process of its own, as far as KV memory goes."""
+    """Serves a model with its own KV memory, like a separate process."""
     local = LocalClient(model, threads=1, settings=LocalSettings(context_length=256))
     async with local._stage.serve() as service:
         service.slots = Slots(service._engine, 2)
@@ -47,7 +47,7 @@ async def test_turns_after_a_restored_slot_are_equal(tmp_path: Path) -> None:
         second = await complete(http, **turn)
     async with serving(model, tmp_path) as http:
         restored = (await http.post("/slots/0?action=restore", json={"filename": "slot"})).json()
-        then, again = await complete(http, **turn), await complete(http)  # the answer's tokens, then the prompt's
+        then, again = await complete(http, **turn), await complete(http)  # Uses the answer's tokens, then the prompt's.
     assert saved["n_saved"] == restored["n_restored"] == len(PROMPT) + len(first["tokens"]) - 1
     assert again["timings"]["cache_n"] == 80 and then["timings"]["cache_n"] == second["timings"]["cache_n"] == 128
     for name in ("tokens", "completion_probabilities"):

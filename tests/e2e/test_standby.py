@@ -1,4 +1,5 @@
-"""A standby coordinator at other addresses: it takes workers and requests over, and clients see no difference."""
+"""Tests of a standby coordinator at other addresses: it takes over workers and requests, and clients get the same
+answers."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def api() -> Iterator[LeaseApi]:
 
 
 class TwoCoordinators:
-    """Two coordinators of a static cluster, whose two workers know both enrolment ports."""
+    """Starts two coordinators of a static cluster, and two workers that know both enrolment ports."""
 
     def __init__(self, line: CommandLine, model: Path, **keys: Any) -> None:
         self._line = line
@@ -59,7 +60,7 @@ class TwoCoordinators:
 
     @property
     def command(self) -> str:
-        """Returns the command that starts workers, as `up` prints it."""
+        """Returns the command for workers that `up` prints."""
         return f"llamaclust worker --join {self._join[0]} --join {self._join[1]} --name NAME"
 
 
@@ -100,14 +101,15 @@ async def test_a_standby_at_other_addresses_takes_over(
     for worker in workers:
         if lock == "file":
             assert worker.wait().code == 0
-        else:  # the next holder's
+        else:  # The workers wait for the next holder of the lease.
             logged(worker, "waiting for the coordinator", 2)
 
 
 async def test_the_holder_of_a_lease_hands_its_cluster_over_when_it_is_stopped(
     line: CommandLine, model: Path, api: LeaseApi, tmp_path: Path
 ) -> None:
-    """The standby is alive and not ready until then; a request that takes longer than a drain goes on there."""
+    """The standby is alive but not ready until the holder stops. A request that takes longer than the drain continues
+    on the standby."""
     both = TwoCoordinators(line, model, lease=lease_values(api, tmp_path, "3s"))
     first = both.start(0)
     both.start_workers()
@@ -121,7 +123,7 @@ async def test_the_holder_of_a_lease_hands_its_cluster_over_when_it_is_stopped(
         arrived = [0] * STREAMS
         asking = asyncio.create_task(answers(url, arrived))
         await has_arrived(arrived, STREAMS, asking)
-        for _ in range(2):  # the second one ends the drain
+        for _ in range(2):  # The second signal ends the drain.
             first.process.send_signal(signal.SIGTERM)
             await asyncio.sleep(0.2)
         assert (await asyncio.to_thread(first.wait)).code == 0

@@ -1,4 +1,4 @@
-"""The diff of an architecture in CONTRIBUTING.md is what the sources have: it comes out of them and goes in again."""
+"""Checks that the example of a new architecture in CONTRIBUTING.md matches the sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scripts in benchmarks/: all of them say what they do, and run to their end on a tiny model."""
+"""Tests of the scripts in benchmarks/: they describe themselves, and they run with a tiny model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CASES = sorted(path.stem for path in FOLDER.glob("cases/*/*.py"))
 LLAMA_BENCH = """#!/bin/sh
 echo '[{"n_prompt": 16, "n_gen": 0, "avg_ts": 10.0}, {"n_prompt": 0, "n_gen": 2, "avg_ts": 5.0}]'
 """
-"""A program that answers as llama.cpp's of that name."""
+"""A script that prints output like llama.cpp's llama-bench."""
 ENCODE_TILE = "#!/bin/sh\nwhile read line; do echo 1000; done\n"
 
 
@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script without the time of imports."""
+    """Runs a script in a forked process, which saves the time of imports."""
     state = str(folder / "state")
     return forked_script(FOLDER / script, *arguments, folder=folder, within_s=120.0, LLAMACLUST_STATE_DIR=state)
 
@@ -117,7 +117,7 @@ TINY = {
     "draft_model": ("--hidden", "512", "--strengths", "0", "--tokens", "20", "--threads", "1", *ONE),
     "convert": ("checkpoint", "--shape", "1.1b", "--layers", "1", "--types", "f16"),
 }
-"""Small runs, by case."""
+"""Arguments of a small run, by case."""
 VARIANTS = {
     "compare": {"llama.cpp", "llamaclust"},
     "encode": {"mtmd", "llamaclust"},
@@ -144,12 +144,12 @@ VARIANTS = {
     "convert": {"convert", "dd", "dd that reads"},
 }
 NOT_EXACT = {"memory"}
-"""Cases whose verdict is of larger models."""
+"""Cases that can fail with tiny models."""
 
 
 @pytest.mark.parametrize("case", TINY)
 def test_a_case_measures_its_variants(folder: Path, case: str) -> None:
-    """Every variant has figures, and all of them are above 0 or missing."""
+    """Each figure of each variant is above 0 or missing."""
     if case == "streaming" and shutil.which("curl") is None:
         pytest.skip("curl is not here")
     written = folder / f"{case}.jsonl"
@@ -166,7 +166,7 @@ def test_a_case_measures_its_variants(folder: Path, case: str) -> None:
 
 def test_soak(folder: Path) -> None:
     done = run(folder, "run.py", "soak", "longer.gguf", "--minutes", "0.05", "--streams", "8", "--tokens", "8")
-    assert done.returncode in (0, 1), done.stderr  # memory is not flat so soon
+    assert done.returncode in (0, 1), done.stderr  # The memory of a short run may still grow.
     assert re.search(r"^   1 worker b +\d", done.stdout, re.MULTILINE)
     assert re.search(r" 0  [1-9]\d* answers, [1-9]\d+ tokens: 0 lost, 0 changed ", done.stdout)
 
@@ -184,7 +184,7 @@ def test_answers_that_differ_end_a_case() -> None:
 
 
 def test_another_checkout_takes_turns(folder: Path, tmp_path: Path) -> None:
-    """The other checkout's interpreter runs the same case: here both are this tree."""
+    """The other checkout's interpreter runs the same case. In this test, both checkouts are the same tree."""
     (tmp_path / "tree").symlink_to(ROOT)
     written = tmp_path / "rows.jsonl"
     options = ("--types", "Q8_0", "--rounds", "2", "--json", str(written), "--against", str(tmp_path / "tree"))
@@ -260,7 +260,7 @@ def test_what_answers_otherwise_is_no_llama_bench(folder: Path, answer: str) -> 
 
 
 def test_documented_shapes_are_known() -> None:
-    """Each command in the docs and in the programs names a shape that can be written."""
+    """Commands in the documentation and the programs name known shapes."""
     places = [*ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md", *FOLDER.rglob("*.py")]
     specs = {spec for path in places for spec in re.findall(r"public_shape\.py ([a-z0-9.:_-]+)", path.read_text())}
     assert len(specs) > 1
@@ -285,7 +285,7 @@ def test_shape_of_a_public_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_script_that_is_interrupted_leaves_nothing(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """The signal comes while `shape.py` writes, and while a case measures."""
+    """The signal arrives while `shape.py` writes, or while a case measures."""
     with subprocess.Popen(
         [sys.executable, FOLDER / "shape.py", "7b", "Q8_0", tmp_path / "m.gguf"], stderr=subprocess.PIPE, text=True
     ) as process:

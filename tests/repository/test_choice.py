@@ -1,4 +1,4 @@
-"""The cases that a run takes: the same ones for the same commit, and what a change reaches."""
+"""Tests of the choice of test cases: it is the same for the same commit, and includes tests that a change affects."""
 
 from __future__ import annotations
 

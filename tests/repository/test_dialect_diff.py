@@ -1,4 +1,4 @@
-"""The dialect of CONTRIBUTING.md is one file and a row: applied to the sources, the API serves it."""
+"""Checks that the example dialect in CONTRIBUTING.md works if it is applied to the sources."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_LINES = 70
 
 
 def applied() -> dict[str, str]:
-    """The sources of the diff's files, as they are with it."""
+    """Returns the sources of the diff's files after the diff is applied, by path."""
     page = (ROOT / "CONTRIBUTING.md").read_text()
     diff = re.search(r"^## Add a dialect$.*?^```diff\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert diff is not None and diff[1].count("\n") <= MOST_LINES
@@ -40,7 +40,7 @@ def applied() -> dict[str, str]:
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The API with the dialect."""
+    """Adds the dialect to the API."""
     sources = applied()
     assert [*sources] == ["cluster/front/dialects/toy.py", "cluster/front/app.py"]
     for path, source in sources.items():

@@ -1,4 +1,4 @@
-"""Docs say what is: every file, key, option, command, path and link that they name exists, and their examples run."""
+"""Checks that files, keys, options, commands and links in the documentation exist, and that its examples run."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ PAGES = (
     *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY")),
     *sorted((ROOT / "docs").rglob("*.md")),
 )
-PRESENT = tuple(page for page in PAGES if page.name != "roadmap.md")  # that one is about what is not there yet
+PRESENT = tuple(page for page in PAGES if page.name != "roadmap.md")  # The roadmap describes what does not exist yet.
 PACKAGES = ("cli", "tools", "cluster", "worker", "kernels", "model", "wire", "core", "proto")
 FOLDERS = (*PACKAGES, "src", "tests", "benchmarks", "examples", "deploy", "docs", "cmake", ".ci")
 MINIMAL = "model: smollm2-135m-instruct\nworkers: [{name: a}]\n"
 NEEDED = {"placement": "[{tensors: exps, device: ram}]", "adapters": "[{name: a, path: a.gguf}]", "lease": "{name: a}"}
-"""Values of sections with keys that are needed."""
+"""Values of sections with required keys."""
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -58,7 +58,7 @@ def fences(page: Path, language: str) -> list[str]:
 
 
 def code(page: Path) -> Iterator[str]:
-    """Everything that is set as code but Python, a line each."""
+    """Yields the lines of code blocks (except Python) and of inline code."""
     text = page.read_text()
     for language, block in FENCE.findall(text):
         if language != "python":
@@ -67,14 +67,14 @@ def code(page: Path) -> Iterator[str]:
 
 
 def section(page: Path, heading: str) -> str:
-    """The text below a heading, to the next of any level."""
+    """Returns the text between a heading and the next heading of any level."""
     found = re.search(rf"^#+ {re.escape(heading)}$(.*?)(?=^#|\Z)", page.read_text(), re.MULTILINE | re.DOTALL)
     assert found is not None, f"{page.name}: no heading {heading!r}"
     return found[1]
 
 
 def rows(text: str) -> list[list[str]]:
-    """The cells of a table, without its head."""
+    """Returns the cells of a table without its header."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
@@ -111,7 +111,7 @@ def test_named_tests_exist(page: Path) -> None:
 
 
 def members(cls: ast.ClassDef) -> Iterator[str]:
-    """Names of methods and attributes, also of those that methods set."""
+    """Yields the names of methods and attributes, including attributes that methods set."""
     for node in ast.walk(cls):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node.name
@@ -147,7 +147,7 @@ def test_every_dependency_has_a_line() -> None:
 
 
 def commands() -> dict[tuple[str, ...], Any]:
-    """Every command of the program by its words."""
+    """Returns the commands of the program by their words."""
     return dict(commands_below((), get_command(app)))
 
 
@@ -165,8 +165,8 @@ def options(command: Any) -> dict[str, Any]:
 
 
 def documented_options(page: Path, words: tuple[str, ...]) -> dict[str, str]:
-    """Every option that a command's section has, with its default: in its table, in that of common options, or in that
-    of another command."""
+    """Returns the documented options of a command and their defaults, including common options and those of another
+    command that the section refers to."""
     heading = re.search(rf"^## (llamaclust {' '.join(words)}\b(?!-).*)$", page.read_text(), re.MULTILINE)
     assert heading is not None
     text = section(page, heading[1])
@@ -363,7 +363,7 @@ def test_cluster_files_can_be_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("file", "workers"), [("two-workers.yaml", 2), ("three-workers.yaml", 3)])
 def test_examples_can_be_planned(file: str, workers: int, demo_model: Path, tmp_path: Path) -> None:
-    with command_line() as line:  # in a process of its own: a plan takes a worker's to be as large
+    with command_line() as line:  # A new process, because a plan assumes that a worker is as large as this process.
         settings = ("--set", f"model={demo_model}", "--set", f"state_dir={tmp_path}")
         planned = line.run("plan", ROOT / "examples" / file, "--json", *settings)
     assert planned.code == 0, planned.err
@@ -377,7 +377,7 @@ def test_examples_can_be_planned(file: str, workers: int, demo_model: Path, tmp_
 
 @asynccontextmanager
 async def demo_api(folder: Path) -> AsyncIterator[str]:
-    """The address of an API like the demo's, with a tiny model of random weights behind it."""
+    """Yields the address of an API like the demo's, with a tiny model of random weights."""
     model = build_tiny_model(folder / "tiny.gguf", layers=2, hidden=64, heads=4, ffn=96)
     stage = LocalStage(model, 1, None, LocalSettings(context_length=512))
     async with stage.serve(), Engine(LocalPipeline(stage), stage.scheduling) as engine:

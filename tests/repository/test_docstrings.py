@@ -1,4 +1,4 @@
-"""Docstrings are sentences that stand alone: none begins with a word that needs the name above it."""
+"""Checks that docstrings are sentences that can be understood without the name above them."""
 
 from __future__ import annotations
 

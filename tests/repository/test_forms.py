@@ -1,4 +1,4 @@
-"""The forms of a request that docs/internals/architecture.md lists are what the functions make that it names."""
+"""Checks the forms of a request in docs/internals/architecture.md: the named functions return these types."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FORMS = ROW.findall(PAGE[PAGE.index("## Forms of a chat request") : PAGE.index("
 
 
 def function(path: str, name: str) -> ast.FunctionDef | ast.AsyncFunctionDef:
-    """The function of that name, or the method of that class and name."""
+    """Returns the function NAME or the method CLASS.NAME in a file."""
     found: ast.AST = ast.parse((ROOT / path).read_text())
     for part in name.split("."):
         found = next(node for node in ast.iter_child_nodes(found) if getattr(node, "name", None) == part)

@@ -31,7 +31,7 @@ def excluded_terms() -> set[str]:
 
 
 def words(identifier: str) -> str:
-    """`StageStep` and `stage_step` are both ` stage step `."""
+    """Returns an identifier's words, such as ` stage step ` for `StageStep` and `stage_step`."""
     return f" {' '.join(word.lower() for word in WORD.findall(identifier))} "
 
 
@@ -44,7 +44,7 @@ def sources() -> list[Path]:
 
 
 def python_identifiers(path: Path) -> Iterator[str]:
-    """Names that a module defines, and keys of its dictionaries."""
+    """Yields the names that a module defines, and the keys of its dictionaries."""
     yield path.stem
     for node in ast.walk(ast.parse(path.read_text())):
         match node:
@@ -76,7 +76,7 @@ def found_terms(path: Path, terms: set[str]) -> set[str]:
 
 
 def package(path: Path) -> str:
-    """The first two folders of a source file, the first one of a test."""
+    """Returns the first two folders of a source file's path, or the first folder of a test's path."""
     folders = path.relative_to(ROOT).parts[:-1]
     return "/".join(folders[: 1 if folders[:1] in (("tests",), ("benchmarks",)) else 2])
 

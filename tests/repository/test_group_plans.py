@@ -1,4 +1,4 @@
-"""The planner's choices with groups beside other plans: clusters drawn from the benchmark's grid."""
+"""Compares the planner's choices with other plans, on random clusters of the benchmark `plan_grid`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Benchmarks of members: a prompt's rows have the bits of one process, and gathers have a cost."""
+"""Tests of benchmarks of groups: prefill on two members, and the cost of a gather."""
 
 from __future__ import annotations
 

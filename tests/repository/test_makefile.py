@@ -1,4 +1,4 @@
-"""`make` where something is missing, and what `make clean` leaves."""
+"""Tests of `make` without required programs, and of `make clean`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOOLS = ("make", "sh", "find", "rm", "touch")
 
 
 def make(folder: Path, *arguments: str, path: str = os.environ["PATH"]) -> subprocess.CompletedProcess[str]:
-    """Runs make in a folder that has the Makefile and no more."""
+    """Runs make in a folder that contains only the Makefile and constraints.txt."""
     shutil.copy(ROOT / "Makefile", folder)
     (folder / "constraints.txt").touch()
     environment = {"PATH": path, "HOME": str(folder)}
@@ -25,7 +25,7 @@ def make(folder: Path, *arguments: str, path: str = os.environ["PATH"]) -> subpr
 
 
 def error_of(done: subprocess.CompletedProcess[str]) -> str:
-    """Returns the one line of the error, before make's own."""
+    """Returns the line before make's own error line."""
     assert done.returncode != 0
     ours, makes = done.stderr.splitlines()
     assert makes.startswith("make: ***")

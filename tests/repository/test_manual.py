@@ -1,6 +1,6 @@
-"""Commands of the README and the manual run as they stand, page by page, unless a comment says why not.
+"""Runs the commands of the README and the manual, page by page, unless a comment gives a reason not to.
 
-`<!-- not run: REASON -->` before a block omits it; `<!-- run: COMMAND -->` is a step that a reader has done before.
+`<!-- not run: REASON -->` before a block omits it. `<!-- run: COMMAND -->` adds a step that a reader has done before.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CURL = '#!/bin/sh\nexec "{curl}" --silent --show-error --fail-with-body --max-t
 
 
 def steps(page: Path) -> Iterator[str]:
-    """Yields the commands of a page that are run, in their order."""
+    """Yields the commands that are run from a page, in order."""
     for kind, words, block in _STEP.findall(page.read_text()):
         if kind == "run":
             yield words
@@ -50,7 +50,7 @@ def test_what_is_not_run_has_a_reason() -> None:
 
 
 def test_the_manual_names_no_tests() -> None:
-    """Tests are for the internals; a comment may name one that runs a block's commands."""
+    """Tests may be named only in internal documentation, and in comments about tests that run a block's commands."""
     manual = {page: re.sub(r"<!--.*?-->", "", page.read_text()) for page in PAGES if page.name != "roadmap.md"}
     assert {page.name: found for page, text in manual.items() if (found := re.findall(r"\btest_\w+", text))} == {}
 

@@ -1,4 +1,4 @@
-"""House rules that no linter checks: file sizes, file names, the links that make the package."""
+"""Checks rules that linters do not: file sizes, file names, and the symbolic links of the package."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_package_is_made_of_links(folder: str) -> None:
 
 
 def test_what_is_compiled_on_a_users_machine_is_packed() -> None:
-    """CUDA sources and the headers of the CPU's kernels that they include."""
+    """The wheel contains CUDA sources, and headers of CPU kernels that they include."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]["wheel"]
     excluded = pathspec.GitIgnoreSpec.from_lines(settings["exclude"])
     needed = [path for path in tracked_sources() if path.suffix in (".cu", ".cuh", ".h") and "kernels" in path.parts]

@@ -1,4 +1,4 @@
-"""The tests that docs/internals/security-tests.md names exist, and nothing is unpickled."""
+"""Checks that tests named in docs/internals/security-tests.md exist, and that nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_every_test_that_the_page_names_is_there() -> None:
 
 @pytest.mark.parametrize("folder", ["cli", "tools", "cluster", "worker", "kernels", "model", "wire", "core", "proto"])
 def test_nothing_is_unpickled(folder: str) -> None:
-    """Nor read by anything that would do it: NumPy's files of objects, shelves, marshalled code, eval."""
+    """No code uses pickle, NumPy's object files, shelve, marshal or eval."""
     sources = [path for path in (ROOT / folder).rglob("*.py") if "_pb2" not in path.name]
     assert sources or folder == "proto"
     loaders = "pickle|_pickle|cloudpickle|dill|shelve|marshal|joblib|torch"
@@ -33,7 +33,7 @@ def test_nothing_is_unpickled(folder: str) -> None:
 
 
 def test_a_cluster_on_one_machine_does_without_certificates() -> None:
-    """They would cost each of its workers some 13 MiB."""
+    """Certificates would cost each worker about 13 MiB."""
     program = (
         "import sys, llamaclust.worker.main, llamaclust.cluster.server.serve; sys.exit('cryptography' in sys.modules)"
     )

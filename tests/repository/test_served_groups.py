@@ -1,4 +1,4 @@
-"""The benchmark of served groups: clusters have the same answers, and emulated links take the time that was set."""
+"""Tests of the benchmark `served`: all clusters give the same answers, and emulated links have the chosen delay."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def emulation(tmp_path: Path) -> Emulation:
 def test_a_gather_takes_what_the_emulated_link_does(
     emulation: Emulation, tmp_path: Path, speed: LinkSpeed, least_us: float
 ) -> None:
-    """Members that wait take no processor time for it."""
+    """Waiting for the emulated link takes no processor time."""
     emulation.set(speed)
     sizes = ("--kib", "8", "--gathers", "20", "--rounds", "1", "--late-ms", "0", "--json", str(tmp_path / "rows"))
     subprocess.run([*emulation.prefix(0), sys.executable, str(RUN), "link", *sizes], check=True, timeout=120.0)
@@ -61,9 +61,9 @@ def test_answers_of_all_ways_are_compared_and_timed(tmp_path: Path) -> None:
     ("depth", "deep", "few", "whole_ms"),
     [
         (Depth(32, 2, 32), 36.0, [], 36.0),
-        (Depth(8, 2, 32), 36.0, [12.0], 132.0),  # 4 ms a layer and 4
-        (Depth(8, 2, 32), 36.0, [9.0], 144.0),  # nothing but layers
-        (Depth(8, 2, 32), 20.0, [40.0], 20.0),  # nothing of layers
+        (Depth(8, 2, 32), 36.0, [12.0], 132.0),  # 4 ms per layer, and 4 ms in addition.
+        (Depth(8, 2, 32), 36.0, [9.0], 144.0),  # All time depends on the layers.
+        (Depth(8, 2, 32), 20.0, [40.0], 20.0),  # No time depends on the layers.
     ],
 )
 def test_what_does_not_depend_on_layers_counts_once(

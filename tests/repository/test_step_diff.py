@@ -1,4 +1,4 @@
-"""The new kind of step in CONTRIBUTING.md: applied to a copy of the sources, all backends compute it alike."""
+"""Checks the example step in CONTRIBUTING.md: in a copy of the sources, all backends compute the same bits."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ for name, backend in BACKENDS.items():
 assert Division.of(program, 2).steps[-1].units == all_macs(program.steps) == 0
 print(*sorted(Plan(program, {}, LIMITS).kernels))
 """
-"""Prints the kernels of a GPU's plan, for which no GPU is needed."""
+"""Prints the kernels of a GPU's plan. No GPU is needed."""
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The package with files of its own where the diff changes them."""
+    """Returns a copy of the package. Folders that the diff changes are copied, and others are symbolic links."""
     package = tmp_path / "llamaclust"
     package.mkdir()
     for path in (ROOT / "src/llamaclust").glob("[!_]*"):
@@ -65,7 +65,7 @@ def test_a_step_is_its_dataclass_and_one_place_in_each_backend(copy: Path) -> No
         (copy / path).write_text(text)
     installed = [path for path in sys.path if path.endswith("-packages")]
     paths = os.pathsep.join([str(copy.parent), str(TESTS), *installed])
-    command = [sys.executable, "-S", "-c", PROGRAM]  # without the hook of the editable installation
+    command = [sys.executable, "-S", "-c", PROGRAM]  # -S disables the hook of the editable installation.
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False, timeout=120
     )

@@ -1,4 +1,4 @@
-"""Limits on the structure of the source. `make structure` prints the figures."""
+"""Checks limits on the structure of the source. `make structure` prints the figures."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from support.structure import (
 MOST_FILES = 20
 MOST_FOLDERS = 12
 LARGE = {Path("kernels/cpu/native/level/quants")}
-"""Folders with more."""
+"""Folders that may have more files."""
 MOST_DEPTH = {"module-level": 18, "lazy": 18}
-"""Modules in the longest chain of imports from the command line to a native call."""
+"""Maximum number of modules in a chain of imports from the command line to a native call."""
 MOST_MODULES_IN_A_CHAIN = 28
-"""Modules in the longest chain of imports of the whole program, those inside of functions as well."""
+"""Maximum number of modules in a chain of imports, including imports inside functions."""
 
 
 @cache

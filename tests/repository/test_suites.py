@@ -1,4 +1,4 @@
-"""The stand-in for `llama-server` that runs llama.cpp's own tests against llamaclust; suites of client libraries."""
+"""Tests of the replacement for `llama-server` that runs llama.cpp's tests, and of the client libraries' suites."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/suites/{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look for it
+    sys.modules[name] = module  # Dataclasses look for their module here.
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Loads the stand-in for llama-server, with an encoder of its own and the same model for all others."""
+    """Loads the replacement for llama-server. One model has its own substitute, and one file replaces all others."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks/suites"))
     monkeypatch.setenv("LLAMACLUST_SUITE_MODEL", "/models/a.gguf")
     monkeypatch.setenv("LLAMACLUST_SUITE_STAND_INS", str(tmp_path))
@@ -94,7 +94,7 @@ def test_results_of_two_servers_are_compared(
 
 @pytest.fixture
 def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Loads the module, whose suites' tests are what `command` in the folder has."""
+    """Loads the module, with the script `command` in the folder in place of every suite's tests."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks/suites"))
     module = script("clients")
     monkeypatch.setattr(module, "install", lambda name, suite: tmp_path)

@@ -1,1 +1,1 @@
-"""Models, clusters, networks and devices that tests share."""
+"""Models, clusters, networks and devices for tests."""

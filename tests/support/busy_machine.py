@@ -1,4 +1,4 @@
-"""A machine that has much else to do."""
+"""Keeps the machine busy with other processes."""
 
 from __future__ import annotations
 

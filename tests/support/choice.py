@@ -1,6 +1,6 @@
-"""The cases that a run of the suite takes: a fixed core, and all of the test files that a change reaches.
+"""Chooses the test cases of a run: a fixed core, and all cases of test files that a change affects.
 
-`seconds.json` has what a case of each test took in the last run with `--record`, where that was worth a line.
+`seconds.json` has the mean time of a case of each test in the last run with `--record`. Short tests have no entry.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from support.paths import TESTS
 RECORD = TESTS / "seconds.json"
 _WORTH_A_LINE_S = 0.1
 _OTHERS_S = 0.03
-"""Seconds of a case of a test without a line."""
+"""Assumed seconds per case for tests without an entry."""
 
 Seconds = Mapping[str, float]
-"""Seconds of a case, by the test's node without its parameters."""
+"""Seconds per case, by test id without parameters."""
 
 
 def recorded() -> Seconds:
@@ -30,7 +30,7 @@ def recorded() -> Seconds:
 
 
 def record(took: Mapping[str, float]) -> None:
-    """Replaces the lines of tests that ran. `took`: seconds of each case."""
+    """Replaces the entries of tests that ran. `took` has the seconds of each case."""
     cases = defaultdict[str, list[float]](list)
     for node, seconds in took.items():
         cases[test_of(node)].append(seconds)
@@ -49,7 +49,7 @@ def test_of(node: str) -> str:
 
 @dataclass(frozen=True)
 class Cases:
-    """The collected cases in their order, with the seconds that a case of each test takes."""
+    """The collected cases in order, with the seconds per case of each test."""
 
     nodes: tuple[str, ...]
     seconds: Seconds
@@ -58,14 +58,16 @@ class Cases:
         return sum(self.seconds.get(test_of(node), _OTHERS_S) for node in nodes)
 
     def longest_files_first(self) -> tuple[str, ...]:
-        """Returns the cases by file, so that processes that share the files end at about the same time."""
+        """Returns the cases of the slowest files first, so that processes that share the files end at about the same
+        time."""
         files = defaultdict[str, list[str]](list)
         for node in self.nodes:
             files[node.partition("::")[0]].append(node)
         return tuple(chain.from_iterable(sorted(files.values(), key=self.took_s, reverse=True)))
 
     def core(self, most_s: float, kept: Iterable[str] = ()) -> set[str]:
-        """Takes a case of each test, the same one each time: first of `kept`, then the quickest, up to `most_s`."""
+        """Chooses one case of each test, always the same: first tests in `kept`, then the fastest tests within `most_s`
+        seconds."""
         cases = defaultdict[str, list[str]](list)
         for node in self.nodes:
             cases[test_of(node)].append(node)
@@ -81,7 +83,7 @@ class Cases:
         return chosen
 
     def whole_files(self, files: Iterable[Path], most_s: float) -> list[Path]:
-        """Takes the first of `files` whose cases last no longer than `most_s` together."""
+        """Returns the first `files` whose cases take no more than `most_s` seconds together."""
         cases = defaultdict[Path, list[str]](list)
         for node in self.nodes:
             cases[Path(node.partition("::")[0])].append(node)

@@ -1,4 +1,4 @@
-"""Options that choose cases (see `choice`), and a summary that says which were chosen and why."""
+"""A pytest plugin with options that choose test cases (see `choice`), and a summary of the choice."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Choice:
-    """The choice of a run; with xdist each worker makes the same one, of what the controller found to be reached."""
+    """Chooses the cases of a run. With xdist, the controller finds the affected files, and all workers make the same
+    choice."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._options = config.option
-        self._output: dict[str, Any] | None = getattr(config, "workeroutput", None)  # None: not a worker of xdist
+        self._output: dict[str, Any] | None = getattr(config, "workeroutput", None)  # None without xdist.
         self._lines: list[str] = []
         self._took = defaultdict[str, float](float)
         given: dict[str, Any] = getattr(config, "workerinput", {})
         self._chains: dict[str, list[str]] = given["chains"] if given else self._reached()
 
     def _reached(self) -> dict[str, list[str]]:
-        """Returns the imports that lead from test files, nearest first, to changed files."""
+        """Returns the chain of imports from each affected test file to a changed file, nearest files first."""
         commit = self._options.since
         changed = changed_since(commit) if commit else []
         if changed is None:
@@ -106,7 +107,7 @@ def _summary(
 
 
 def _quarantined() -> Iterator[tuple[str, str]]:
-    """Yields nodes and reasons of lines `NODE  REASON`."""
+    """Yields the test ids and reasons from lines of the form `NODE  REASON`."""
     for line in _QUARANTINE.read_text().splitlines():
         if line and not line.startswith("#"):
             node, _, reason = line.partition("  ")

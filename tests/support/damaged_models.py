@@ -1,4 +1,4 @@
-"""Model files that are damaged where their identity takes no sample."""
+"""Damages model files without changing the model id."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from llamaclust.model.gguf.model_file import open_model
 
 
 def flip_middle(path: Path, tensor: str) -> None:
-    """Changes weights in the middle of a tensor, in place: the model id stays. A second time restores them."""
+    """Changes weights in the middle of a tensor in the file. The model id stays the same. A second call restores the
+    weights."""
     model = open_model(path)
     found = model.tensor(tensor)
     with path.open("r+b") as file:

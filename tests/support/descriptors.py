@@ -1,4 +1,4 @@
-"""Descriptors that this process has open."""
+"""Lists the open file descriptors of this process."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def open_files() -> set[str]:
-    """Returns what the descriptors of this process refer to, such as socket:[17]."""
-    gc.collect()  # sockets of tests that have ended
+    """Returns the link targets of this process's descriptors, such as socket:[17]."""
+    gc.collect()  # Closes sockets of earlier tests.
     found = set()
     for descriptor in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):  # that of the listing
+        with suppress(FileNotFoundError):  # This descriptor belongs to the listing itself.
             found.add(str(descriptor.readlink()))
     return found

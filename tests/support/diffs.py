@@ -1,4 +1,4 @@
-"""The diffs that CONTRIBUTING.md has as examples."""
+"""Reads the example diffs in CONTRIBUTING.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from support.paths import ROOT
 
 
 def diff_of(section: str) -> str:
-    """The diff in the section of this title."""
+    """Returns the diff in the section with this title."""
     found = re.search(
         rf"^## {section}$.*?^```diff\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL
     )
@@ -17,7 +17,7 @@ def diff_of(section: str) -> str:
 
 
 def hunks(diff: str) -> dict[str, list[tuple[str, str]]]:
-    """Returns by file the text before and after each hunk; hunks are divided by @@."""
+    """Returns the text before and after each hunk, by file. Lines with @@ separate hunks."""
     files: dict[str, list[tuple[str, str]]] = {}
     for part in re.split(r"^--- ", diff, flags=re.MULTILINE)[1:]:
         path, _, body = part.partition("\n")

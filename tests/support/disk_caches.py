@@ -1,4 +1,4 @@
-"""The four caches on disk, each put into and looked up as its own code does."""
+"""The four kinds of disk caches, with the methods that the program uses to store and find data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llamaclust.worker.kv_disk.stage_blocks import KvTraffic, StageBlocks
 ROOM = 1 << 30
 
 BYTES = 20_000
-"""Payload of a file."""
+"""Size of a file's payload."""
 
 
 def data(number: int, n_bytes: int = BYTES) -> bytes:
@@ -32,19 +32,19 @@ def data(number: int, n_bytes: int = BYTES) -> bytes:
 
 
 class User(Protocol):
-    """A cache with files by number. `overhead_bytes`: what a file takes beside its payload, at most."""
+    """A cache with numbered files. `overhead_bytes` is the largest size of a file without its payload."""
 
-    suffix: str  # of the file with the payload
+    suffix: str  # Suffix of the file with the payload.
     overhead_bytes: int
 
     @property
     def cache(self) -> DiskCache: ...
 
     def put(self, number: int, n_bytes: int = BYTES) -> None:
-        """OSError where it cannot be kept."""
+        """Stores a file. Raises OSError if it cannot be stored."""
 
     def get(self, number: int, n_bytes: int = BYTES) -> bytes | None:
-        """None if it is not there, or damaged."""
+        """Returns the payload, or None if the file is missing or damaged."""
 
 
 class PackedUser:
@@ -83,7 +83,7 @@ class WeightsUser:
         content = sha256(data(number, n_bytes)).hexdigest()
         try:
             return None if self.cache.find(content) is None else self.cache.place(content).read_bytes()
-        except FileNotFoundError:  # deleted meanwhile
+        except FileNotFoundError:  # The file was deleted meanwhile.
             return None
 
 
@@ -138,7 +138,7 @@ USERS: dict[str, Callable[[Path, int], User]] = {
 }
 
 Make = Callable[..., User]
-"""Opens a cache, with room for so many files."""
+"""Opens a cache with space for a number of files."""
 
 
 def there(user: User, numbers: range) -> list[int]:
@@ -146,7 +146,7 @@ def there(user: User, numbers: range) -> list[int]:
 
 
 def main_file(user: User) -> Path:
-    """The file with the payload."""
+    """Returns the largest file, which has the payload."""
     return max(user.cache.files(), key=lambda file: file.size_bytes).path
 
 

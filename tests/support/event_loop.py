@@ -1,4 +1,4 @@
-"""The clock of the event loop, by which deadlines end without a wait."""
+"""Moves the event loop's clock, so that tests of deadlines need not wait."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 
 def pass_time(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Puts the clock of the running event loop forward."""
+    """Moves the clock of the running event loop forward."""
     loop = asyncio.get_running_loop()
     clock = loop.time
     monkeypatch.setattr(loop, "time", lambda: clock() + seconds)

@@ -1,4 +1,4 @@
-"""Workers in this process whose model files, and caches, are their own."""
+"""Workers in this process with their own model files and caches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NOWHERE = "/nowhere/m.gguf"
 
 @dataclass(frozen=True, slots=True)
 class Members:
-    """Workers in this process, each with caches of its own."""
+    """Starts workers in this process. Each worker has its own caches."""
 
     folder: Path
     run: RunDirectory
@@ -74,7 +74,7 @@ class Members:
         epoch: int = 1,
         is_exclusive: bool = False,
     ) -> tuple[WorkerHandle, ...]:
-        """The last worker loads the encoder too."""
+        """Loads stages on the workers. The last worker also loads the encoder."""
         stages = [StageInfo(name, *layers) for name, layers in zip(names, pairwise(cuts), strict=True)]
         stages[-1] = replace(stages[-1], encoder_bytes=int(encoder is not None))
         opened = Model.open(model, adapters=adapters)
@@ -101,7 +101,7 @@ async def members(folder: Path) -> AsyncIterator[Members]:
 
 
 def projector_at(path: str, projector: Path, model: Path, own: OwnCopy | None = None) -> WantedBytes:
-    """A projector that the coordinator has opened, at a path that workers may have or not."""
+    """Returns a request for a projector that the coordinator has opened. Workers may have a file at `path`."""
     file = EncoderFile(path, open_projector(projector).identity)
     return WantedBytes(FindWeights(NOWHERE, Model.open(model).model_id, encoder=file), own)
 

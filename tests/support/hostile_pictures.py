@@ -1,4 +1,4 @@
-"""Pictures that harm a decoder that trusts them: mutations of pictures of each format, and chosen ones."""
+"""Images that attack decoders: random mutations of samples in each format, and fixed images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _saved(image: Image.Image, name: str, **options: Any) -> bytes:
 
 
 def samples() -> list[bytes]:
-    """Small pictures of each format and kind, with metadata."""
+    """Returns small images of each format and kind, with metadata."""
     noise = Image.fromarray(np.random.default_rng(3).integers(0, 256, (24, 40, 4), dtype=np.uint8))
     rgb, gray, palette = noise.convert("RGB"), noise.convert("L"), noise.convert("RGB").convert("P")
     deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
@@ -62,14 +62,15 @@ def png(width: int, height: int, data: bytes = b"", bits: int = 8, colour: int =
 
 
 def jpeg_with_scans(count: int) -> bytes:
-    """Returns a progressive JPEG file whose last scan is repeated, each of which passes over the whole picture."""
+    """Returns a progressive JPEG file that repeats the last scan. Each scan covers the whole image."""
     data = _saved(Image.new("RGB", (3000, 3000), (90, 120, 30)), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * count + data[-2:]
 
 
 def chosen() -> dict[str, bytes]:
-    """Returns pictures that must be refused, by name. Cut animations are not among them: their first frame is whole."""
+    """Returns images that must be refused, by name. Truncated animations are not included, because their first frame is
+    complete."""
     gif, bmp = samples()[12], samples()[14]
     jpeg = samples()[5]
     frame = jpeg.index(b"\xff\xc0")
@@ -109,7 +110,7 @@ def chosen() -> dict[str, bytes]:
 
 
 def mutations(random: Random, count: int) -> Iterator[bytes]:
-    """Yields damaged copies of the samples. Checksums of PNG chunks are made right again, else no decoder would run."""
+    """Yields damaged copies of the samples. Most copies have valid PNG checksums, so that decoders read the chunks."""
     originals = samples()
     for number in range(count):
         original = originals[number % len(originals)]
@@ -156,7 +157,7 @@ def _with_checksums(data: bytes) -> bytes:
 
 
 def in_disguise() -> dict[str, bytes]:
-    """Returns files that begin like an image and are something else, or the reverse, by name. All must be refused."""
+    """Returns files with a header that does not match their content, by name. All must be refused."""
     whole = png(30, 30, zlib.compress(bytes(91 * 30)))
     return {
         "gif of a script": b"GIF89a=1;alert(1)//" + bytes(30),
@@ -175,7 +176,7 @@ def in_disguise() -> dict[str, bytes]:
 
 
 def large_animations() -> dict[str, bytes]:
-    """Returns animations of 300 frames, whose first frame is small, and a large image of few bytes. All are taken."""
+    """Returns animations of 300 small frames, and a large image of few bytes. All must be accepted."""
     frames = [Image.new("P", (200, 200), number % 256) for number in range(300)]
     rgb = [frame.convert("RGB") for frame in frames]
     return {

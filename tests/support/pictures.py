@@ -1,5 +1,5 @@
-"""Pictures of 40 odd sizes, the settings of each family, and samples of the tiles that become of them. The recorder of
-the references and the tests share them."""
+"""Images of 40 sizes, settings of each model family, and samples of preprocessed tiles. Tests and the recorder of
+reference values use this module."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _sizes() -> tuple[tuple[int, int], ...]:
 
 
 SIZES = _sizes()
-"""(width, height)"""
+"""Pairs (width, height)."""
 
 SETTINGS: Mapping[str, ImageSettings] = MappingProxyType(
     {
@@ -68,7 +68,7 @@ SETTINGS: Mapping[str, ImageSettings] = MappingProxyType(
 
 
 def picture(number: int) -> Pixels:
-    """Draws waves, an edge and noise, so that filters differ in what they make of it."""
+    """Draws waves, an edge and noise, so that different filters give different results."""
     width, height = SIZES[number]
     random = np.random.default_rng(number)
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
@@ -81,7 +81,7 @@ def picture(number: int) -> Pixels:
 
 
 def samples_of(tiles: Sequence[Pixels], number: int) -> NDArray[np.uint8]:
-    """Returns [SAMPLES, 3]: pixels at random places, and the corners of the last tile."""
+    """Returns pixels [SAMPLES, 3] at random positions, and at two corners of the last tile."""
     random = np.random.default_rng(1000 + number)
     places = [(int(random.integers(len(tiles))), *random.uniform(0, 1, 2)) for _ in range(SAMPLES - 2)]
     places += [(len(tiles) - 1, 0.0, 0.0), (len(tiles) - 1, 0.9999, 0.9999)]
@@ -89,7 +89,7 @@ def samples_of(tiles: Sequence[Pixels], number: int) -> NDArray[np.uint8]:
 
 
 def shown(prompt: Iterable[Piece]) -> str:
-    """Returns the text with `[n]` for n rows."""
+    """Returns the prompt's text with `[n]` in place of n image rows."""
     return "".join(piece if isinstance(piece, str) else f"[{piece.end - piece.start}]" for piece in prompt)
 
 

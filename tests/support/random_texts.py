@@ -1,5 +1,5 @@
-"""Random texts and their token ids, to be compared with those of another program: `texts` writes them, each behind its
-length in bytes (uint32, little-endian), `compare` takes lines of ids in the same order.
+"""Compares the token ids of random texts with those of another program. `texts` writes each text after its length in
+bytes (uint32, little-endian). `compare` reads one line of ids for each text.
 
     python tests/support/random_texts.py texts --seed 1 --count 10000 > texts.bin
     other-program model.gguf < texts.bin > ids.txt
@@ -47,14 +47,14 @@ _SPACES = (" ", "  ", "   ", "\n", "\n\n", "\t", " \n ", "\u00a0", "\u3000", "\u
 
 
 def random_text(draw: random.Random) -> str:
-    """Returns up to 24 pieces of one or several kinds."""
+    """Returns a text of up to 24 pieces of all kinds or of two kinds."""
     kinds: list[Callable[[random.Random], str]] = [_any, _any_script, _word, _code, _emoji, _space, _digits]
     chosen = kinds if draw.random() < 0.5 else draw.sample(kinds, 2)
     return "".join(draw.choice(chosen)(draw) for _ in range(draw.randrange(25)))
 
 
 def _any(draw: random.Random) -> str:
-    """Returns a character of all Unicode, without the halves of surrogate pairs, which are no text."""
+    """Returns any Unicode character except surrogates."""
     point = draw.randrange(0x110000 - 0x800)
     return chr(point if point < 0xD800 else point + 0x800)
 
@@ -92,7 +92,7 @@ def random_texts(seed: int, count: int) -> Iterator[str]:
 
 
 def compare(model: Path, seed: int, ids: Path) -> int:
-    """Prints the first texts that differ and how many do, and returns that number."""
+    """Prints the first texts with different ids. Returns the number of such texts."""
     tokenizer = load_tokenizer(open_model(model).metadata)
     lines = ids.read_text().splitlines()
     differing = 0

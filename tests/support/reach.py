@@ -1,4 +1,4 @@
-"""Test files that a change reaches, by the import graph of program and tests."""
+"""Finds the test files that a change affects, by imports of the program and the tests."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _NATIVE_SOURCES = ("kernels/cpu/native/", "cmake/", "CMakeLists.txt")
 _EVERYTHING = ("pyproject.toml", "constraints.txt")
 
 Reached = Mapping[Path, tuple[Path, ...]]
-"""Test files, nearest first, each with the imports that lead from it to a changed file."""
+"""Test files, nearest first, with the chain of imports from the test file to a changed file."""
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The Python files of program, tests and benchmarks, relative to `root`, with the names of modules."""
+    """The Python files of the program, tests and benchmarks, relative to `root`."""
 
     root: Path
     files: tuple[Path, ...]
@@ -43,14 +43,14 @@ class Sources:
 
     @cached_property
     def words(self) -> dict[Path, frozenset[str]]:
-        """Constants that are strings, by file, apart at slashes."""
+        """String constants of each file, split at slashes."""
         return {path: frozenset(_words(tree)) for path, tree in self.trees.items()}
 
     @cached_property
     def importers(self) -> Mapping[Path, list[Path]]:
-        """Files by those that each of them needs: imports, modules that it starts by name, and conftest files.
+        """Maps each file to the files that need it: by imports, modules that are started by name, and conftest files.
 
-        A conftest file needs nothing: tests that use a fixture of the program import parts of it themselves.
+        A conftest file needs no file here: tests that use its fixtures import parts of the program themselves.
         """
         found = defaultdict[Path, list[Path]](list)
         conftests = {path.parent: path for path in self.files if path.name == _CONFTEST}
@@ -73,7 +73,7 @@ class Sources:
                     yield started
 
     def of_change(self, changed: Path) -> Iterator[Path]:
-        """Yields the Python files that a changed file of any kind belongs to."""
+        """Yields the Python files that correspond to a changed file of any kind."""
         text = changed.as_posix()
         if changed in self.trees or changed.suffix in (".py", ".pyi"):
             yield changed
@@ -90,7 +90,7 @@ class Sources:
 
 
 def reached(changed: Iterable[Path], sources: Sources) -> Reached:
-    """Finds the test files that need a changed file. Imports among tests are no distance."""
+    """Returns the test files that need a changed file. Imports between test files do not add to the distance."""
     starts = dict.fromkeys(path for one in changed for path in sources.of_change(one))
     chains: dict[Path, tuple[Path, ...]] = {path: (path,) for path in starts}
     distance = dict.fromkeys(chains, 0)
@@ -107,7 +107,7 @@ def reached(changed: Iterable[Path], sources: Sources) -> Reached:
 
 
 def changed_since(commit: str) -> list[Path] | None:
-    """Lists the files that differ from a commit, those of the working tree included; None if it is unknown."""
+    """Returns the files that differ from a commit, including the working tree, or None if the commit is unknown."""
     try:
         return [
             *map(Path, _git("diff", "--name-only", commit)),

@@ -1,4 +1,4 @@
-"""Prints random texts of this project, among as many of other projects, for a reader who marks what is read twice.
+"""Prints random texts of this project, mixed with texts of other projects, for a reader who marks unclear texts.
 
     python tests/support/reading_sample.py [SEED] [--key]
 
@@ -20,7 +20,7 @@ OWN = [ROOT / name for name in ("cli", "cluster", "core", "kernels", "model", "t
 _NAMES = ("anyio", "click", "fsspec", "grpc", "httpx", "huggingface_hub", "ray", "starlette", "typer", "uvicorn")
 OTHERS = [Path(click.__file__).parents[1] / name for name in _NAMES]
 _MOST_FILES = 250
-"""Number of files that are read of each other package, so that none outweighs the others."""
+"""Maximum number of files that are read of each other package, so that no package outweighs the others."""
 _SHORT, _LONG = 30, 500
 
 

@@ -1,5 +1,5 @@
-"""Records what the image processors of transformers make of `pictures`, in data/tiles.json. To be run again when a
-family or a picture changes, where PyTorch is installed as well as the project:
+"""Records the results of transformers' image processors for `pictures` in data/tiles.json. Run it again if a family or
+an image changes, in an environment with PyTorch and this project:
 
     pip install torch==2.13.0 torchvision==0.28.0 transformers==5.24.0 pillow==12.3.0
     PYTHONPATH=tests:src python tests/support/record_tiles.py
@@ -27,14 +27,14 @@ PLAIN = {
 
 
 def _pixels(tensor: Any) -> Pixels:
-    """Takes [3, height, width]."""
+    """Converts [3, height, width] to [height, width, 3]."""
     array: Pixels = tensor.numpy().transpose(1, 2, 0)
     assert array.min() >= 0 and array.max() <= 255 and (array == array.round()).all()
     return array.astype(np.uint8)
 
 
 def _tensor(pixels: Pixels) -> Any:
-    """Returns [1, 3, height, width]."""
+    """Returns a tensor [1, 3, height, width]."""
     import torch
 
     return torch.from_numpy(pixels.transpose(2, 0, 1)[None].copy())
@@ -137,7 +137,7 @@ def _lfm2(pixels: Pixels) -> Result:
 
 
 def _counted(text: str, token: str) -> str:
-    """Replaces runs of a one-character token."""
+    """Replaces runs of a one-character token by their length, such as `[3]`."""
     parts, count = [], 0
     for character in [*text, ""]:
         if character == token:
@@ -190,7 +190,7 @@ PREPARERS: dict[str, Callable[[Pixels], Result]] = {
     "qwen2.5vl_merger": _qwen(14, 56 * 56, 28 * 28 * 16384),
     "qwen3vl_merger": _qwen(16, 1 << 16, 1 << 24),
 }
-"""All families but Kimi-VL, which transformers does not have."""
+"""All families except Kimi-VL, which transformers does not support."""
 
 
 def _recorded(family: str, number: int) -> dict[str, Any]:

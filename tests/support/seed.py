@@ -1,4 +1,4 @@
-"""The seed of tests that draw at random: LLAMACLUST_TEST_SEED, or a new one in each run; printed where a test fails."""
+"""The seed of random tests: LLAMACLUST_TEST_SEED, or a new seed for each run. Failed runs print it."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ from random import SystemRandom
 _VARIABLE = "LLAMACLUST_TEST_SEED"
 
 SEED = int(os.environ.setdefault(_VARIABLE, str(SystemRandom().randrange(1 << 32))))
-"""The same in all processes of a run."""
+"""All processes of a run have the same seed."""

@@ -1,4 +1,4 @@
-"""Figures of the structure of the source: folders, imports, classes, functions, lines. Printed by `make structure`."""
+"""Measures the structure of the source: folders, imports, classes, functions and lines. `make structure` prints it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _COUNTED = _SOURCES | {".cuh", ".js", ".css", ".html", ".pyi", ".jinja"}
 _GENERATED = ("_pb2.py", "_pb2.pyi")
 _NATIVE = "llamaclust.kernels._native"
 FRONT = ("cluster/front/", "cluster/client/", "cluster/state/journal")
-"""Beginnings of paths of the code between the bytes of a request and the engine, with the Python clients."""
+"""Path prefixes of the code between HTTP requests and the engine, including the Python clients."""
 _FRONT_PARTS = (*("cluster/engine/request_stream", "cluster/engine/inbox", "cluster/server/front"),)
 
 Graph = Mapping[str, frozenset[str]]
-"""Modules by name, with those that each imports."""
+"""The imports of each module, by module name."""
 
 
 @cache
 def tracked() -> tuple[Path, ...]:
-    """Source files of the repository, relative to its root: whatever is written by hand."""
+    """Returns the repository's source files, without generated files, relative to its root."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     paths = (Path(line) for line in listed.splitlines())
     return tuple(
@@ -44,7 +44,7 @@ def product() -> Iterator[Path]:
 
 
 def front() -> list[Path]:
-    """The Python modules of the front."""
+    """Returns the Python modules of the front end."""
     return [path for path in product() if path.suffix == ".py" and path.as_posix().startswith(FRONT + _FRONT_PARTS)]
 
 
@@ -53,13 +53,13 @@ def files_in_folders() -> Counter[Path]:
 
 
 def folders_in_folders() -> Counter[Path]:
-    """Counts folders below the root, which the program's packages share with tests, documents and tools."""
+    """Returns the number of subfolders of each folder below the root."""
     folders = {parent for path in tracked() for parent in path.parents}
     return Counter(folder.parent for folder in folders if len(folder.parts) > 1)
 
 
 def lines() -> Counter[str]:
-    """Counts lines of the program by folder of the root."""
+    """Returns the program's number of lines by top-level folder."""
     counts = Counter[str]()
     for path in product():
         counts[path.parts[0]] += _lines_of(path)
@@ -91,7 +91,7 @@ class Modules:
         return {name: ast.parse((ROOT / path).read_text()) for name, path in self.paths.items()}
 
     def graph(self, *, lazy: bool) -> Graph:
-        """Imports at the modules' level; with `lazy` those inside of functions as well."""
+        """Returns the module-level imports of each module. With `lazy`, includes imports inside functions."""
         return {name: frozenset(self._known(tree, lazy)) - {name} for name, tree in self.trees.items()} | {
             _NATIVE: frozenset()
         }
@@ -105,7 +105,7 @@ class Modules:
 
 
 def imports_of(node: ast.AST, lazy: bool) -> Iterator[tuple[str, str]]:
-    """Yields modules and the names that are imported from them; with `lazy` those inside of functions as well."""
+    """Yields (module, imported name). With `lazy`, includes imports inside functions."""
     for child in ast.iter_child_nodes(node):
         match child:
             case ast.ImportFrom(module=str(module), names=names):
@@ -121,7 +121,7 @@ def imports_of(node: ast.AST, lazy: bool) -> Iterator[tuple[str, str]]:
 
 
 def circle(graph: Graph) -> list[str]:
-    """Returns a circle of imports, empty if there is none."""
+    """Returns an import cycle, or an empty list."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -130,7 +130,7 @@ def circle(graph: Graph) -> list[str]:
 
 
 def longest(graph: Graph) -> list[str]:
-    """The longest chain of imports of the whole program. The graph has no circle."""
+    """Returns the longest chain of imports in a graph without cycles."""
 
     @cache
     def chain(module: str) -> tuple[str, ...]:
@@ -143,7 +143,7 @@ def longest(graph: Graph) -> list[str]:
 
 
 def deepest(graph: Graph, target: str = _NATIVE) -> list[str]:
-    """The longest chain of imports from the command line to a module. The graph has no circle."""
+    """Returns the longest chain of imports from the command line to a module, in a graph without cycles."""
 
     @cache
     def chain(module: str) -> tuple[str, ...]:
@@ -159,7 +159,7 @@ def deepest(graph: Graph, target: str = _NATIVE) -> list[str]:
 
 
 def arrows(graph: Graph, package: str = "llamaclust.cluster") -> dict[str, set[str]]:
-    """Sub-packages of a package, each with those it imports."""
+    """Returns the imports between the subpackages of a package."""
     found: dict[str, set[str]] = defaultdict(set)
     prefix = f"{package}."
     for module, imported in graph.items():
@@ -171,7 +171,7 @@ def arrows(graph: Graph, package: str = "llamaclust.cluster") -> dict[str, set[s
 
 
 def large_classes(modules: Modules, attributes: int = 12, methods: int = 15) -> Iterator[str]:
-    """Classes with more attributes that methods assign, or more methods. Fields of dataclasses do not count."""
+    """Yields classes with more attributes (set by methods) or more methods. Fields of dataclasses do not count."""
     for module, tree in modules.trees.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
@@ -182,7 +182,7 @@ def large_classes(modules: Modules, attributes: int = 12, methods: int = 15) -> 
 
 
 def _assigned(function: ast.AST) -> Iterator[ast.Attribute]:
-    """Attributes of `self` that are written."""
+    """Yields assignments to attributes of `self`."""
     for node in ast.walk(function):
         match node:
             case ast.Attribute(value=ast.Name(id="self"), ctx=ast.Store()):
@@ -190,7 +190,7 @@ def _assigned(function: ast.AST) -> Iterator[ast.Attribute]:
 
 
 def long_signatures(modules: Modules, most: int = 6) -> Iterator[str]:
-    """Functions with more parameters; outside of `cli`, whose parameters are options of commands."""
+    """Yields functions with more than `most` parameters, except in `cli`, where parameters are options."""
     for module, tree in modules.trees.items():
         if not module.startswith("llamaclust.cli"):
             for node in ast.walk(tree):
@@ -202,7 +202,7 @@ def long_signatures(modules: Modules, most: int = 6) -> Iterator[str]:
 
 
 def report() -> Iterator[str]:
-    """All figures, as lines."""
+    """Yields all figures as lines."""
     files, folders = files_in_folders(), folders_in_folders()
     yield from (f"folder with {count} source files: {path}" for path, count in files.most_common() if count > 20)
     yield from (f"folder with {count} sub-folders: {path}" for path, count in folders.most_common() if count > 12)

@@ -1,4 +1,4 @@
-"""Arrays of messages that do not fit together are refused by name."""
+"""Tests of messages with arrays of inconsistent sizes: the error names the array."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State blocks of a chunk on the wire: out of bounds, they are refused."""
+"""Tests of encoded state blocks of sequence slices: values out of range are refused."""
 
 from __future__ import annotations
 

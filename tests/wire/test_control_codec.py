@@ -1,4 +1,4 @@
-"""Control messages: what is sent is what arrives, bounds hold, newer versions are understood as far as they can be."""
+"""Tests of control messages: encoding, limits, and messages of newer versions."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_kv_types_of_the_wire_are_those_of_programs() -> None:
 
 
 def test_unknown_kinds_are_told_apart_from_damage() -> None:
-    unknown = b"\xa2\x1f\x00"  # field 500, empty
+    unknown = b"\xa2\x1f\x00"  # Field 500, empty.
     for decode in (decode_worker_message, decode_coordinator_message):
         with pytest.raises(ProtocolError, match="of a kind that this version does not know"):
             decode(unknown)

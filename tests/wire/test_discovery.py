@@ -1,4 +1,4 @@
-"""Announcements of a coordinator by multicast DNS, over loopback."""
+"""Tests of a coordinator's announcements by multicast DNS, over loopback."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WITHIN_S = 20.0
 
 
 class Found:
-    """Collects addresses in their order."""
+    """Collects addresses in order."""
 
     def __init__(self) -> None:
         self.addresses: list[str] = []
@@ -51,7 +51,7 @@ def _on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 async def announced_by_another(
     name: str, port: int, properties: dict[str, str], hosts: Sequence[str] = ("127.0.0.1",)
 ) -> AsyncIterator[None]:
-    """Announces what a program of another maker, or a hostile one, may announce."""
+    """Announces a service with any properties, as a hostile program may."""
     service = AsyncZeroconf(interfaces=["127.0.0.1"], ip_version=IPVersion.V4Only)
     packed = [IPv4Address(host).packed for host in hosts]
     info = AsyncServiceInfo(SERVICE, f"{name}.{SERVICE}", port=port, addresses=packed, properties=properties)
@@ -71,7 +71,7 @@ async def test_a_cluster_is_found_before_and_after_it_is_announced() -> None:
 
 
 async def test_clusters_with_the_same_id_are_all_found() -> None:
-    """The two are a coordinator and its former standby, which took over, or were started by mistake."""
+    """The two are a coordinator and the standby that took over, or two clusters with the same id by mistake."""
     found = Found()
     async with (
         announced("tiny", CLUSTER, "127.0.0.1:7100"),
@@ -100,7 +100,7 @@ async def test_other_clusters_and_strange_announcements_are_left_out() -> None:
 async def browser(
     found: Found, other: Callable[[str], None] = lambda name: None
 ) -> AsyncIterator[Callable[[str], None]]:
-    """Yields a browser's handler, for names of services."""
+    """Yields the function that handles a new service, given the service's name."""
     async with discovery._multicast(["127.0.0.1"]) as service:
         browser = discovery._Browser(service.zeroconf, CLUSTER, found, other)
         try:

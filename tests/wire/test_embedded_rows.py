@@ -1,4 +1,4 @@
-"""Embedded rows of microbatches and their hidden states in results, as far as they cannot be."""
+"""Tests of invalid embedded rows in microbatches, and of invalid hidden states in results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages of Encode streams: what is sent is what arrives, and other bytes are refused."""
+"""Tests of messages of Encode streams: encoding, and refusal of invalid bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frames between stages: hidden states, failures, timings."""
+"""Tests of frames between stages: hidden states, failures and timings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_frame_carries_the_bits_of_the_hidden_state_without_a_copy() -> None:
 
 @pytest.mark.parametrize("rows", [0, MAX_BATCH_TOKENS + 1])
 def test_a_stage_that_says_it_computed_no_rows_is_refused(rows: int) -> None:
-    """Predictions divide by them."""
+    """Predictions divide by the number of rows."""
     timings = (StageTiming(1, 2, 3, 4), StageTiming(1, 2, 3, rows))
     with pytest.raises(ProtocolError, match="rows of a timing"):
         decode_result(encode_result(Result(1, 0, (), timings)))

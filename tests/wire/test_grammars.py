@@ -1,4 +1,4 @@
-"""Grammars in sampling inputs, and the tokens that they force in results."""
+"""Tests of grammars in sampling inputs, and of forced tokens in results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of images in microbatches: nothing without them, the largest, and a stage whose model has none."""
+"""Tests of image rows in microbatches: none, the largest number, and a stage whose model has no image input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Listeners at one address and at all of them."""
+"""Tests of listeners at one address and at all addresses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages and frames: what is sent is what arrives, and hostile bytes are errors and nothing else."""
+"""Tests of the encoding of messages and frames. Hostile bytes only cause errors."""
 
 from __future__ import annotations
 
@@ -186,14 +186,14 @@ def test_top_logprobs_that_cannot_be_are_refused(top: tuple[tuple[int, float], .
 
 @pytest.mark.parametrize("logprob", [math.nan, math.inf, -math.inf])
 def test_a_chosen_token_without_a_finite_logprob_is_refused(logprob: float) -> None:
-    """JSON has no such number: a reply that shows it could not be written."""
+    """JSON has no such number, so the reply could not be written."""
     rows = (RowResult(3, -1.5), RowResult(4, logprob))
     with pytest.raises(ProtocolError, match="a logprob is not a finite number"):
         decode_result(encode_result(Result(1, 2, rows)))
 
 
 def test_a_result_with_many_logprobs_takes_few_calls() -> None:
-    """The event loop decodes it, and streams wait meanwhile."""
+    """Decoding blocks the event loop, so it must take few calls."""
     top, calls = tuple((token, -float(token)) for token in range(MAX_TOP_LOGPROBS)), 0
     result = Result(1, 2, tuple(RowResult(token, -1.5, top) for token in range(64)))
     data = encode_result(result)
@@ -212,7 +212,7 @@ def test_a_result_with_many_logprobs_takes_few_calls() -> None:
 
 def test_unknown_fields_of_a_newer_minor_version_are_ignored() -> None:
     result = Result(1, 2, (RowResult(3, -1.5),))
-    unknown = b"\xa2\x1f\x05hello"  # field 500, five bytes
+    unknown = b"\xa2\x1f\x05hello"  # Field 500, five bytes.
     assert decode_result(encode_result(result) + unknown) == result
 
 
@@ -318,7 +318,7 @@ def _frame(rng: np.random.Generator) -> bytes:
 @settings(max_examples=300)
 @given(st.data())
 def test_damaged_frames_are_refused_or_decoded(data: st.DataObject) -> None:
-    """Flips, cuts and insertions of good messages: deeper than random bytes get."""
+    """Changes, cuts and extends valid messages, which tests more code than random bytes."""
     good = [
         (decode_frame, _frame(np.random.default_rng(1))),
         (decode_microbatch, encode_microbatch(Microbatch("m", 1, 0, (GOOD_CHUNK,) * 3))),
@@ -342,7 +342,7 @@ def test_a_frame_of_another_version_is_refused_by_name() -> None:
 
 
 def test_stubs_belong_to_the_proto_files() -> None:
-    """`make proto` writes both."""
+    """`make proto` writes the stubs and the checksum."""
     names = (
         "control.proto",
         "enrolment.proto",

@@ -1,4 +1,4 @@
-"""The inputs and results of MTP heads, as bytes."""
+"""Tests of the encoding of MTP heads' inputs and results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged messages of the hot path, read natively with the compiler's sanitizers."""
+"""Decodes damaged microbatch messages in native code with the compiler's sanitizers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FLAGS = (
     "-fno-sanitize-recover=all",
     "-D_GLIBCXX_ASSERTIONS",
 )
-FRAME, HIDDEN_FRAME, STATEFUL_FRAME, INPUTS, TOKENS = range(5)  # as damaged_frames.cpp numbers them
+FRAME, HIDDEN_FRAME, STATEFUL_FRAME, INPUTS, TOKENS = range(5)  # Numbers of damaged_frames.cpp.
 
 IMAGES = ImageRows(((0, 1), (2, 3)), bytes(16), ((1, 3),), bytes(36))
 CHUNK = Chunk(
@@ -88,7 +88,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(program: Path, records: list[tuple[int, bytes]]) -> tuple[int, int]:
-    """Returns how many records were read and refused."""
+    """Returns the numbers of decoded and refused records."""
     data = b"".join(struct.pack("<BI", kind, len(one)) + one for kind, one in records)
     done = subprocess.run([program], input=data, capture_output=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr.decode(errors="replace")[-4000:]

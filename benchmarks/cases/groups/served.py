@@ -260,7 +260,7 @@ class Served(Case):
             answers: list[Answer] = await asyncio.gather(*requests)
             took_s = perf_counter() - begun_s
         if self.realtime:
-            await asyncio.sleep(2 * took_s)  # Gives other programs the time that they had to wait.
+            await asyncio.sleep(2 * took_s)  # Other programs get the time that they had to wait.
         count = tokens * len(prompts)
         computed, waited, *used = (
             (now - then) / count for now, then in zip(await served.reading(), before, strict=True)

@@ -103,7 +103,7 @@ class QuantizeCase(Case):
     async def _measure(
         self, make: Quantize, kind: QuantType, x: Float32, importance: Float32 | None, turn: int
     ) -> Measures:
-        make(kind, x[:1], importance)  # Makes the tables, which are made on first use.
+        make(kind, x[:1], importance)  # The first call also makes tables.
         begun_s = time.perf_counter()
         data = make(kind, x, importance)
         seconds = time.perf_counter() - begun_s

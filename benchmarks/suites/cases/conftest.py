@@ -18,5 +18,5 @@ def model() -> str:
 
 @pytest.fixture(scope="session")
 def checkout() -> Path:
-    """The checkout of a repository that has a suite's tests, for suites whose tests are in no package."""
+    """Returns the checkout with a suite's tests, for suites whose tests are in no package."""
     return Path(os.environ["SUITE_CHECKOUT"])

@@ -1,4 +1,4 @@
-"""The load generator guidellm, which sends vLLM's request fields: 16 and 64 concurrent streams for a minute each."""
+"""Tests the load generator guidellm with vLLM's request fields: 16 and 64 concurrent streams for a minute each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Python clients' requests with images. Weights are random: answers differ by image but have no meaning."""
+"""Tests Python clients' requests with images. Weights are random: answers differ by image but have no meaning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LiteLLM's requests with images, through providers for three APIs."""
+"""Tests LiteLLM's requests with images, with providers for three APIs."""
 
 from __future__ import annotations
 

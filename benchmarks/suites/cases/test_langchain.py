@@ -1,4 +1,4 @@
-"""LangChain's own integration tests of chat models, with its class for OpenAI's API."""
+"""Runs LangChain's own integration tests of chat models with its class for OpenAI's API."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LiteLLM with its provider for OpenAI's API."""
+"""Tests LiteLLM with its provider for OpenAI's API."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LlamaIndex with its class for OpenAI-like servers."""
+"""Tests LlamaIndex with its class for OpenAI-like servers."""
 
 from __future__ import annotations
 

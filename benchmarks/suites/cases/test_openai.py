@@ -1,4 +1,4 @@
-"""OpenAI's Python client: each kind of request that its users make."""
+"""Tests OpenAI's Python client with each kind of request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The client of `vllm bench serve`, from vLLM's source package: 16 and 64 concurrent streams for a minute each."""
+"""Tests the client of `vllm bench serve` (vLLM's source package): 16 and 64 concurrent streams for a minute each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BACKENDS = {"/v1/completions": "openai", "/v1/chat/completions": "openai-chat"}
 
 @pytest.fixture(scope="session")
 def client() -> ModuleType:
-    """The unchanged file `vllm/benchmarks/lib/endpoint_request_func.py`, without the rest of vLLM."""
+    """Loads the unchanged file `vllm/benchmarks/lib/endpoint_request_func.py` without the rest of vLLM."""
     path = Path(sys.prefix) / "source" / "endpoint_request_func.py"
     spec = importlib.util.spec_from_file_location("endpoint_request_func", path)
     assert spec is not None and spec.loader is not None

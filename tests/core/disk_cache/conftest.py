@@ -1,4 +1,4 @@
-"""A cache of each of the four kinds."""
+"""Fixtures for tests of the disk cache. Each test runs with each of the four kinds of caches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def make(kind: str, tmp_path: Path) -> Make:
-    """Opens a cache as a process does at its start, with room for so many files."""
+    """Returns a function that opens a cache with space for `room` files, or with ROOM bytes if `room` is None."""
 
     def make(room: int | None = None, path: Path = tmp_path / "home" / "cache") -> User:
         user = USERS[kind](path, 0)
@@ -33,7 +33,7 @@ def make(kind: str, tmp_path: Path) -> Make:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB, where we may mount one."""
+    """Mounts a file system of 1 MiB and yields its path. Skips the test if mounting is not permitted."""
     path = tmp_path / "disk"
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(path)]

@@ -1,4 +1,4 @@
-"""The disk cache, by each of its users: of this user alone, other files left alone, damaged ones never used."""
+"""Tests of the disk cache's folder: permissions, foreign files and damaged files, for each kind of cache."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_folder_that_is_not_of_this_user_alone_is_refused_with_one_line(
     with pytest.raises(OSError, match=words) as caught:
         user.cache.create()
     assert caught.value.filename == str(user.cache.path)
-    if way != "writable":  # what may have been planted can be deleted
+    if way != "writable":  # Files that others may have planted there can be deleted.
         with pytest.raises(OSError, match=words):
             user.cache.clear()
 
@@ -147,7 +147,7 @@ def empty(path: Path) -> None:
 def test_a_damaged_file_is_removed_and_made_again(
     make: Make, kind: str, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], shows: bool
 ) -> None:
-    """Times stay as before when a disk fails; fetched weights are not read to be checked at each start."""
+    """File times stay the same if a disk fails. The start does not read fetched weights to check them."""
     user = make()
     user.put(1)
     path = main_file(user)

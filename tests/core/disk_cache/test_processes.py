@@ -1,4 +1,4 @@
-"""The disk cache, by each of its users in several processes: whole files or none, whoever writes, deletes or ends."""
+"""Tests that several processes share a disk cache of each kind and see only complete files."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_processes_that_write_the_same_files_at_once(make: Make, kind: str, room
 
 
 def stopped(process: subprocess.Popen[str]) -> bool:
-    """Stops the process. False: it has ended."""
+    """Stops the process with SIGSTOP. Returns False if it has ended."""
     process.send_signal(signal.SIGSTOP)
     how = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
     return how is not None and how.si_code == os.CLD_STOPPED

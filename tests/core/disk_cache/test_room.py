@@ -1,4 +1,4 @@
-"""The disk cache, by each of its users: bounded, a part of the disk stays free, a full disk costs only the copy."""
+"""Tests of the size limits of each kind of disk cache, and of full and read-only disks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_the_longest_unused_make_room(make: Make, caplog: pytest.LogCaptureFixtu
     user = make(room=3)
     for number in range(3):
         user.put(number)
-    assert user.get(0) is not None  # used last
+    assert user.get(0) is not None  # The file was used last.
     user.put(3)
     assert there(user, range(4)) == [0, 2, 3]
     user.put(4)
@@ -66,10 +66,11 @@ def disk(patch: pytest.MonkeyPatch, total: int, free: int) -> None:
 
 def test_a_part_of_the_disk_stays_free(make: Make, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     user = make()
-    if kind == "packed":  # which tests may put on any disk
+    if kind == "packed":  # Tests may put packed layers on any disk.
         monkeypatch.setattr(type(user.cache), "free_bytes", DiskCache.free_bytes)
     user.put(1)
-    free = BYTES + 5000  # enough for one more, but for the twentieth that stays free
+    # This is enough for one more file, but not if a twentieth of the disk must stay free.
+    free = BYTES + 5000
     disk(monkeypatch, 20 * BYTES, free)
     user.put(2)
     assert there(user, range(3)) == ([1, 2] if kind == "weights" else [2])
@@ -87,7 +88,7 @@ def test_a_part_of_the_disk_stays_free(make: Make, kind: str, monkeypatch: pytes
 def test_a_full_disk_loses_nothing_but_the_copy(
     make: Make, small_disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Other programs fill the disk after it was looked at."""
+    """Other programs fill the disk after the cache has checked its free space."""
     user = make(path=small_disk / "cache")
     user.put(1)
     with monkeypatch.context() as patch:
@@ -101,7 +102,7 @@ def test_a_full_disk_loses_nothing_but_the_copy(
 
 
 def test_a_read_only_file_system_is_read(make: Make, small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Containers whose image has compiled kernels may have such a file system."""
+    """A container whose image has compiled kernels may have a read-only file system."""
     user = make(path=small_disk / "cache")
     user.put(1)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)

@@ -1,4 +1,4 @@
-"""One computation for all callers of a key, each with its own turn, deadline and end."""
+"""Tests of computations that several callers share. Each caller has its own turn and deadline."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from llamaclust.core.sharing.turns import Turns
 
 @dataclass
 class Work:
-    """Computations that wait for the gates of their keys."""
+    """Starts shared computations that wait for the event of their key in `gates`."""
 
     turns: Turns = field(default_factory=lambda: Turns(sys.maxsize, 1))
-    begun: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)  # keys, and owners at the beginning
+    begun: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)  # (key, owners at the start)
     cancelled: list[str] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
     failure: Exception | None = None

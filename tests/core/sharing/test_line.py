@@ -1,4 +1,4 @@
-"""Those who lack room wait in a line, whose first one alone takes room."""
+"""Tests of the queue of requests that wait for a resource. Only the first request may take from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def test_the_next_one_is_that_whose_owner_holds_least_and_then_the_oldest(
     tasks = [asyncio.create_task(_enter(place, order)) for place in places]
     await asyncio.sleep(0)
     assert order == ["a"] and first.is_first and not any(place.is_open for place in others)
-    held["b"] = 1  # the line is in the order of what they hold now
+    held["b"] = 1  # The next owner is chosen by what the owners hold now.
     for number in range(1, 4):
         present = next(place for place in places if place.is_first)
         with present:

@@ -1,4 +1,4 @@
-"""Shares of room: one owner alone has all, several twice as much at most, and a newcomer finds half of what is free."""
+"""Tests of shares: a single owner may hold all units, and a new owner may take half of the free units."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_takes_of_any_size_leave_a_newcomer_half_of_what_is_free(room: int, larg
 
 @pytest.mark.parametrize("room", [2, 40, 1 << 21])
 def test_owners_that_take_all_they_can_leave_some_to_others(room: int) -> None:
-    """The first has all of its room, each further one half of what is left."""
+    """The first owner may take `room` units. Each further owner may take half of the rest."""
     taken = list[int]()
     while sum(taken) < 2 * room:
         sizes = (room >> shift for shift in range(room.bit_length()))

@@ -1,4 +1,4 @@
-"""Owners take turns with their work, whatever the others have."""
+"""Tests of fair turns: an owner with much work does not delay other owners."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def test_an_owner_at_its_most_leaves_places_free_for_others(places: int, m
 
 
 async def test_work_that_is_cancelled_keeps_no_place() -> None:
-    """Work is cancelled while it waits, in its turn, and as its turn comes."""
+    """Work is cancelled while it waits, during its turn, and when its turn begins."""
     turns, order = Turns(1), list[str]()
     for steps in range(8):
         tasks = [asyncio.create_task(_work(turns, owner, order)) for owner in "abca"]

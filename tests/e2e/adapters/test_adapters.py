@@ -1,4 +1,5 @@
-"""Adapters in clusters: the same tokens and logprob bits for any cut, batch and loss; ids of the merged model."""
+"""Tests of adapters in clusters: tokens and logprob bits are the same for any split, batch and lost worker, and greedy
+ids are those of the merged model."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from support.seed import SEED
 
 _SEEDED = SamplingParams(temperature=0.9, top_k=40, repetition_penalty=1.1)
 _ROUNDING = 0.02
-"""The tolerance of a logprob: keys and values are rounded to float16, on either side of a bound."""
+"""Tolerance of logprobs, because keys and values are rounded to float16."""
 _SCALES: tuple[AdapterScales, ...] = ((), ((0, 1.0),), ((0, 0.5),), ((1, 1.0),), ((0, 1.0), (1, -1.0)))
 
 
@@ -44,8 +45,8 @@ def cluster_of(folder: Path, state_dir: Path, workers: int) -> ClusterConfig:
 
 
 def requests(tokens: int = 90) -> tuple[GenerationRequest, ...]:
-    """Returns a greedy and a seeded request for each choice of adapters, all with one beginning, whose KV blocks those
-    of one choice share."""
+    """Returns a greedy and a seeded request for each choice of adapters. All prompts have the same prefix, and requests
+    with the same choice share its KV blocks."""
     source = Random(SEED)
     shared = [source.randrange(3, 320) for _ in range(40)]
     return tuple(
@@ -64,7 +65,7 @@ def requests(tokens: int = 90) -> tuple[GenerationRequest, ...]:
 
 @pytest.fixture(scope="module")
 def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
-    """Returns the answers of one worker, each request alone."""
+    """Returns one worker's answers to requests that are sent one by one."""
 
     async def alone() -> list[Answer]:
         async with recovering(cluster_of(folder, tmp_path_factory.mktemp("alone"), 1)) as run:
@@ -80,7 +81,7 @@ def test_each_choice_of_adapters_has_answers_of_its_own(folder: Path, expected: 
 
 
 async def test_ids_are_those_of_the_merged_model(folder: Path, tmp_path: Path) -> None:
-    """Greedy ids are equal, unless two tokens are equally likely but for rounding."""
+    """Greedy ids are equal, unless two tokens have equal probabilities within rounding."""
     async with recovering(cluster_of(folder, tmp_path, 2)) as run:
         for number, adapter in enumerate(("first", "second")):
             merged = build_merged(tmp_path / f"{adapter}.gguf", folder / "tiny.gguf", folder / f"{adapter}.gguf", 1.0)

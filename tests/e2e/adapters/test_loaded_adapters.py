@@ -1,5 +1,5 @@
-"""Adapters that a client loads into the stages that serve: answers have the tokens and logprob bits of a cluster that
-had them from the start, no other answer changes, and no KV block is lost."""
+"""Tests of adapters that clients load into a running cluster: answers equal those of a cluster that had the adapters
+from the start, and other requests and KV blocks are not affected."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SCALES: tuple[AdapterScales, ...] = ((), ((0, 1.0),), ((1, 1.0),), ((0, 0.5), (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Builds a model, an adapter of the cluster file and a folder of further ones."""
+    """Builds a model, an adapter for the cluster file, and a folder of adapters that are loaded later."""
     folder = tmp_path_factory.mktemp("model")
     model = build_tiny_model(folder / "tiny.gguf", layers=6, context=CONTEXT, quant_type=QuantType.F32)
     (folder / "further").mkdir()
@@ -50,7 +50,7 @@ def cluster_of(folder: Path, state_dir: Path, workers: int, *, first: tuple[str,
 
 
 def requests(tokens: int = 90, scales: tuple[AdapterScales, ...] = _SCALES) -> tuple[GenerationRequest, ...]:
-    """Returns a greedy and a seeded request for each choice of adapters, with one beginning."""
+    """Returns a greedy and a seeded request for each choice of adapters. All prompts have the same prefix."""
     source = Random(SEED)
     shared = [source.randrange(3, 320) for _ in range(40)]
     return tuple(
@@ -69,7 +69,7 @@ def requests(tokens: int = 90, scales: tuple[AdapterScales, ...] = _SCALES) -> t
 
 @pytest.fixture(scope="module")
 def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
-    """Returns the answers of one worker that had both adapters from the start, each request alone."""
+    """Returns the answers of one worker that had both adapters from the start, to requests that are sent one by one."""
 
     async def alone() -> list[Answer]:
         settings = cluster_of(folder, tmp_path_factory.mktemp("alone"), 1, first=("first", "second"))
@@ -82,7 +82,7 @@ def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Ans
 async def test_a_loaded_adapter_answers_as_one_of_the_start(
     folder: Path, expected: list[Answer], tmp_path: Path
 ) -> None:
-    """The adapter answers while others run, after a killed worker, and with the next coordinator."""
+    """The adapter also works beside running requests, after a worker was killed, and with the next coordinator."""
     async with recovering(cluster_of(folder, tmp_path, 2)) as run:
         before = run.start(requests()[:4])
         await run.token(20)
@@ -103,7 +103,8 @@ async def test_a_loaded_adapter_answers_as_one_of_the_start(
 
 
 async def test_an_adapter_comes_and_goes(folder: Path, expected: list[Answer], tmp_path: Path) -> None:
-    """Another adapter may take its name; other streams keep their tokens, the next coordinator knows what is left."""
+    """Another adapter can use the name of an unloaded one. Other streams keep their tokens, and the next coordinator
+    loads the remaining adapters."""
     chosen = requests()[4:6]
     async with recovering(cluster_of(folder, tmp_path, 2)) as run:
         served = run.cluster.models[0]
@@ -135,7 +136,7 @@ async def test_an_adapter_comes_and_goes(folder: Path, expected: list[Answer], t
 
 
 async def test_what_cannot_be_unloaded_changes_nothing(folder: Path, expected: list[Answer], tmp_path: Path) -> None:
-    """Adapters in use stay; their files do not matter, for they are loaded."""
+    """Adapters in use cannot be unloaded. An adapter can be unloaded after its file was deleted."""
     copied = folder / "further" / "copied.gguf"
     copied.write_bytes((folder / "further" / "third.gguf").read_bytes())
     async with recovering(cluster_of(folder, tmp_path, 1)) as run:
@@ -212,7 +213,7 @@ async def test_a_load_leaves_the_prefix_cache_and_takes_the_memory_of_the_adapte
             return engine.counts.cached_tokens - before
 
         def weight_bytes() -> int:
-            """Returns the sum over all stages; each worker has one."""
+            """Returns the sum over all stages. Each worker has one stage."""
             stages = [worker.stages.values() for worker in run.cluster.registry.present.values()]
             return sum(loaded.weight_bytes for ((_, loaded),) in stages)
 
@@ -230,7 +231,7 @@ async def test_a_load_leaves_the_prefix_cache_and_takes_the_memory_of_the_adapte
 async def test_a_worker_lost_while_an_adapter_is_loaded(
     folder: Path, expected: list[Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The load is refused, requests that run are answered, and the next load succeeds."""
+    """The load fails, running requests are answered, and the next load succeeds."""
     async with recovering(cluster_of(folder, tmp_path, 2)) as run:
         answering, loader = run.start(requests()[:4]), run.cluster.models[0].loader
         await run.token(20)
@@ -247,7 +248,7 @@ async def test_a_worker_lost_while_an_adapter_is_loaded(
                 await loader.load("second", "second.gguf")
         assert loader.adapters.names == ("first",) and 1 not in run.cluster.engine.scheduler.settings.adapters
         assert not (tmp_path / run.cluster.config.name / "adapters.json").exists()
-        await loader.load("second", "second.gguf")  # it waits for the recovery
+        await loader.load("second", "second.gguf")  # The load waits for the recovery.
         assert await asyncio.gather(*run.start(requests()[4:])) == expected[4:], f"seed {SEED}"
         assert await asyncio.gather(*answering) == expected[:4], f"seed {SEED}, of requests that ran"
 

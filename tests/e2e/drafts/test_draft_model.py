@@ -1,4 +1,4 @@
-"""A draft model on real clusters: the tokens and logprob bits of one worker without drafts."""
+"""Tests of draft models on real clusters: tokens and logprob bits are those of one worker without drafts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def expected(model: Path) -> list[Answer]:
 
 @pytest.fixture(params=["itself", "another"])
 def draft(model: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """All its tokens are right, or hardly any."""
+    """Returns the path of a draft model: the model itself (all drafts are right), or another model (few are right)."""
     return model if request.param == "itself" else build_tiny_model(tmp_path / "other.gguf", layers=1, context=CONTEXT)
 
 
@@ -54,13 +54,14 @@ async def test_any_cut_gives_the_same_answers(
     model: Path, draft: Path, expected: list[Answer], workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wait_for_any(Random(SEED), 8, monkeypatch)
-    monkeypatch.setattr(model_drafts, "_CLOSE", MOST_ROWS)  # else answers may end before a busy machine took prompts in
+    # Otherwise answers may end before a busy machine has processed all prompts.
+    monkeypatch.setattr(model_drafts, "_CLOSE", MOST_ROWS)
     monkeypatch.setattr(speculation, "best_windows", AnyWindows(Random(SEED), 8))
     monkeypatch.setattr(NgramDrafters, "of", lambda self, key: SaidDrafters(lambda tokens, most: ()).of(key))
-    together = 8 if workers == 1 else 1  # several microbatches under way have no drafts of a model
+    together = 8 if workers == 1 else 1  # With several microbatches in flight, a draft model is not used.
     settings = config(model, tmp_path, workers, speculative={"model": str(draft)}, max_sequences=together)
     async with recovering(settings) as run:
-        for _ in range(10):  # on a busy machine, several microbatches may be under way all the time
+        for _ in range(10):  # On a busy machine, several microbatches may be in flight all the time.
             assert await asyncio.gather(*run.start(REQUESTS)) == expected, f"seed {SEED}"
             counts = run.cluster.engine.scheduler.drafts
             if counts.drafted > 20:

@@ -1,4 +1,4 @@
-"""Tokens that a grammar forces, with logprobs: drafted, and with the tokens and logprob bits of plain steps."""
+"""Tests of drafts of tokens that a grammar forces: tokens and logprob bits are those of steps without drafts."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ async def test_states_are_those_of_plain_steps(windows: AnyWindows, tmp_path: Pa
 
 
 def _whole(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
-    """Returns windows of all drafted tokens, of one sequence."""
+    """Returns windows that include all drafted tokens, for one sequence."""
     return [min(len(each.tokens), most_rows) for each in candidates]
 
 
@@ -98,7 +98,7 @@ def _whole(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most
 async def test_forced_tokens_take_few_steps(
     model: Path, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All drafted tokens are computed here."""
+    """All drafted tokens are verified, whether this is faster or not."""
     request = GenerationRequest("r", tuple(range(3, 60)), 200, params, 5, grammar=_LONG_NAMES, with_logprobs=True)
     (expected,) = await asyncio.to_thread(undisturbed, model, [request])
     monkeypatch.setattr(speculation, "best_windows", _whole)

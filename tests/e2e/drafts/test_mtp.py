@@ -1,4 +1,4 @@
-"""MTP heads, on real clusters: the tokens and logprob bits of one worker without drafts."""
+"""Tests of MTP heads on real clusters: tokens and logprob bits are those of one worker without drafts."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No other drafts."""
+    """Disables n-gram drafts."""
     monkeypatch.setattr(NgramDrafters, "of", lambda self, key: SaidDrafters(lambda tokens, most: ()).of(key))
 
 
 def _draft_any(monkeypatch: pytest.MonkeyPatch, most: int = 6) -> None:
-    """Heads and windows of any size, whether they pay or not."""
+    """Drafts with the MTP head and verifies windows of random size, whether this is faster or not."""
     order_any(Random(SEED), most, monkeypatch)
     monkeypatch.setattr(speculation, "best_windows", AnyWindows(Random(SEED), most))
 
@@ -130,14 +130,14 @@ def test_disturbances_change_no_bit(folder: Path, name: str, knows: bool, backen
 
 @pytest.fixture
 def bandwidth_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scheduler's times: rows and drafts take hardly any beside a step, however busy this machine is."""
+    """Replaces the scheduler's measured times: rows and drafts take little time compared with a step."""
     monkeypatch.setattr(MeasuredRounds, "plain_ns", lambda self, sequences, groups: 1e6)
     monkeypatch.setattr(MeasuredRounds, "window_ns", lambda self, rows, groups: 1e6 + 1e4 * rows)
     monkeypatch.setattr(MtpTimes, "draft_ns", lambda self, sequences, tokens: 1e4 * tokens)
 
 
 async def test_a_head_that_is_right_is_asked_and_believed(folder: Path, alone: None, bandwidth_bound: None) -> None:
-    """Greedy tokens of a model that its head knows."""
+    """The MTP head predicts all greedy tokens of this model."""
     model = _model(folder, "glm4moe", knows=True)
     expected = await asyncio.to_thread(_expected, model)
     client = LocalClient(model, threads=1, settings=LocalSettings(CONTEXT, mtp=True))

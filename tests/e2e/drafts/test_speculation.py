@@ -1,4 +1,4 @@
-"""Drafted rows on real clusters and models: the tokens and logprob bits of one worker without them."""
+"""Tests of drafted rows on real clusters and models: tokens and logprob bits are those of one worker without drafts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def windows(expected: list[Answer], monkeypatch: pytest.MonkeyPatch) -> AnyWindo
 
 
 def texts(requests: tuple[GenerationRequest, ...], answers: list[Answer]) -> list[list[int]]:
-    """Prompts and answers."""
+    """Returns each prompt with its answer, as token ids."""
     found = []
     for request, answer in zip(requests, answers, strict=True):
         scored = 0 if request.score_from is None else len(request.prompt) - 1
@@ -110,7 +110,7 @@ async def test_windows_of_each_size(
 
 
 async def test_stops_choices_and_biases_are_those_of_single_steps(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stop tokens within a window, tokens that may not stop it yet, several choices of one seed, logit biases."""
+    """Requests have stop tokens within a window, `min_tokens`, several choices with one seed, and logit biases."""
     source = Random(SEED)
     requests = tuple(
         replace(
@@ -135,7 +135,8 @@ async def test_stops_choices_and_biases_are_those_of_single_steps(model: Path, m
 
 
 async def test_drafts_without_a_gain_are_not_computed(model: Path) -> None:
-    """The real drafter and controller, on a model that says nothing twice: no row is refused for long."""
+    """The drafter and the controller are the real ones, and the model's answers have no repetitions. Few drafted rows
+    are wasted."""
     request = GenerationRequest("r", tuple(range(3, 90)), 120, SamplingParams(temperature=3.0), seed=SEED)
     client = LocalClient(model, threads=1, settings=LocalSettings(CONTEXT))
     async with client._stage.serve() as service:

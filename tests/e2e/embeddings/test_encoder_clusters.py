@@ -1,4 +1,4 @@
-"""Embeddings of encoders on clusters of real processes: the bits of one undisturbed worker."""
+"""Tests of encoders' embeddings on clusters of real processes: they have the bits of one undisturbed worker."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LONG = " ".join(TEXTS * 4)
 
 
 def embedded(cluster: Cluster) -> list[bytes]:
-    """Two poolings of all texts, which are computed together."""
+    """Returns the embeddings of all texts, for two kinds of pooling."""
     with Client(cluster.api) as client:
         return [
             vector.tobytes() for pooling in ("mean", "cls") for vector in client.embed([*TEXTS, _LONG], pooling=pooling)

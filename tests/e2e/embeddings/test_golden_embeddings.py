@@ -1,4 +1,4 @@
-"""Embeddings relative to llama.cpp's, on small models with random weights."""
+"""Compares embeddings with llama.cpp's, on small models with random weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COSINE = 0.9999
 
 
 async def embedded(path: Path, pooling: Pooling) -> NDArray[np.float64]:
-    """All vectors of TEXTS, of norm 1."""
+    """Returns the embeddings of TEXTS, with norm 1."""
     stage = LocalStage(path, 1, None, LocalSettings(context_length=256))
     prompts = [(text,) for text in TEXTS]
     async with stage.serve() as service, service.embed(prompts, EmbeddingOptions(pooling)) as embeddings:
@@ -36,7 +36,7 @@ async def test_embeddings_are_those_of_llama_cpp(name: str, pooling: Pooling, tm
 
 @pytest.mark.parametrize("name", MODELS)
 async def test_texts_differ(name: str, tmp_path: Path) -> None:
-    """So that a cosine says something."""
+    """Different texts must have a clearly lower cosine than the bound of comparisons."""
     vectors = await embedded(build(tmp_path, name), Pooling.MEAN)
     cosines = vectors @ vectors.T
     assert cosines[~np.eye(len(TEXTS), dtype=bool)].max() < COSINE - 0.005

@@ -1,4 +1,4 @@
-"""Rerankers: llama.cpp's scores and order by `/v1/rerank`, in all of its forms."""
+"""Compares scores and orders of `/v1/rerank` with llama.cpp's, for all forms of the request."""
 
 from __future__ import annotations
 

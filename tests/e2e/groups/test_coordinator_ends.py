@@ -1,4 +1,4 @@
-"""A coordinator that is killed while a group serves: members keep their portions, and clients see no difference."""
+"""Tests of a killed coordinator while a group serves: members keep their portions, and clients get the same answers."""
 
 from __future__ import annotations
 

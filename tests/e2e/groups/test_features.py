@@ -1,4 +1,4 @@
-"""Features that clients may ask of a group's stage: ids and logprob bits are those of one undisturbed worker."""
+"""Tests of request features with groups: ids and logprob bits are those of one undisturbed worker."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Requests = tuple[GenerationRequest, ...]
 
 
 def choices(requests: Requests) -> Requests:
-    """Adds choices of one seed, stop tokens, tokens that may not stop it yet, biases, and the likeliest tokens."""
+    """Adds choices with one seed, stop tokens, `min_tokens`, logit biases and top logprobs to requests."""
     source = Random(SEED)
     return tuple(
         replace(
@@ -118,7 +118,7 @@ async def test_drafts_of_a_model(model: Path, tmp_path: Path, monkeypatch: pytes
 
 
 async def test_clients_that_leave_and_sequences_that_are_put_back(model: Path, tmp_path: Path) -> None:
-    """The first requests are given up at their first token; the last of those that run is put back now and then."""
+    """The first requests are cancelled at their first token. The newest running sequence is preempted several times."""
     expected = await asyncio.to_thread(alone, model, "plain")
     async with recovering(config(model, tmp_path, plan=PLANS["a group and a worker"])) as run:
         engine, begun = run.cluster.engine, asyncio.Event()
@@ -139,7 +139,8 @@ async def test_clients_that_leave_and_sequences_that_are_put_back(model: Path, t
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gpt-oss", "qwen3moe", "deepseek2", "olmo2", "cohere2"])
 async def test_kinds_of_models(architecture: str, tmp_path: Path) -> None:
-    """Models have windows, sinks, mixtures of experts, latent attention, norms of whole rows, or parallel layers."""
+    """The models have attention windows, sinks, mixtures of experts, latent attention, norms of whole rows, or parallel
+    layers."""
     model = build_architecture(tmp_path / "model.gguf", architecture)
     requests = generations(SEED, 24, 60)
     expected = await asyncio.to_thread(undisturbed, model, requests)
@@ -149,7 +150,7 @@ async def test_kinds_of_models(architecture: str, tmp_path: Path) -> None:
 
 
 async def test_models_that_sleep_and_wake(tmp_path: Path) -> None:
-    """Two models of the same workers take turns: one is loaded at a time."""
+    """Two models on the same workers take turns. Only one is loaded at a time."""
     files = model_files(tmp_path)
     requests = PLAIN[:2]
     expected = [await asyncio.to_thread(undisturbed, file, requests) for file in files]
@@ -162,7 +163,7 @@ async def test_models_that_sleep_and_wake(tmp_path: Path) -> None:
 
 
 async def test_models_side_by_side(tmp_path: Path) -> None:
-    """The same workers are groups of two models at once."""
+    """The same workers form groups of two models at the same time."""
     files = model_files(tmp_path)
     expected = [await asyncio.to_thread(undisturbed, file, PLAIN) for file in files]
     async with models(files, tmp_path, tight=False, plan=whole(files[0], (1, 1))) as found:

@@ -1,4 +1,5 @@
-"""Questions about images to `llamaclust up`: one and two workers give equal answers, and rows are computed once."""
+"""Tests of questions about images with `llamaclust up`: one and two workers give the same answers, and image rows are
+computed once."""
 
 from __future__ import annotations
 
@@ -53,7 +54,7 @@ def cached(answer: dict[str, Any]) -> int:
 
 
 def answers(cluster: Cluster) -> list[list[float]]:
-    """Checks what does not depend on the workers, and returns the logprobs of answers."""
+    """Checks token counts and prefix hits, and returns the answers' logprobs."""
     first = question(cluster, image(1), "What is this?")
     assert first["usage"]["prompt_tokens"] > 16 * 13, "12 tiles and an overview of 16 rows"
     again = question(cluster, image(1), "And now another question")

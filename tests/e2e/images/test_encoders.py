@@ -1,4 +1,5 @@
-"""A worker is killed while it encodes an image: the next epoch's encoder returns the same bits, and texts go on."""
+"""Tests of a worker that is killed while it encodes an image: the next epoch's encoder gives the same bits, and text
+requests continue."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ TILES = 3
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """An encoder whose second tile is told of. It is being computed then."""
+    """An encoder that sets `begun` when it computes its second tile."""
 
     encoder: PipelineEncoder
     begun: asyncio.Event = field(default_factory=asyncio.Event)
@@ -56,7 +57,7 @@ class Watched:
 
 
 async def opened(cluster: RealCluster, folder: Path, worker: str, epoch: int) -> RemotePipeline:
-    """All layers and the encoder on one worker."""
+    """Loads all layers and the encoder on one worker."""
     model, path = folder / "m.gguf", folder / "mmproj-m.gguf"
     reference = ModelReference(str(model), Model.open(model).model_id)
     stages, encoder = [StageInfo(worker, 0, 4, encoder_bytes=1)], projector_at(str(path), path, model)
@@ -65,7 +66,7 @@ async def opened(cluster: RealCluster, folder: Path, worker: str, epoch: int) ->
 
 
 def files(folder: Path) -> tuple[Path, list[NDArray[np.uint8]], list[Float32]]:
-    """A model with a projector beside it, tiles, and their rows."""
+    """Builds a model and its projector. Returns the projector's path, tiles, and their expected rows."""
     build_tiny_model(folder / "m.gguf", hidden=TEXT_WIDTH, heads=4, layers=4, context=CONTEXT)
     path = build_projector(folder / "mmproj-m.gguf", NAME)
     random = np.random.default_rng(SEED)
@@ -100,7 +101,7 @@ async def test_a_worker_is_killed_in_mid_encode(tmp_path: Path) -> None:
 
 
 def test_a_cluster_loses_the_worker_that_encodes(tmp_path: Path) -> None:
-    """Its requests of text, and the tiles, are computed to their ends by the others."""
+    """Other workers complete the text requests and the tiles."""
     _, tiles, wanted = files(tmp_path)
     requests = generations(SEED, 40, 60)
     expected = undisturbed(tmp_path / "m.gguf", requests)

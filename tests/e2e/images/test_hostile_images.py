@@ -1,4 +1,4 @@
-"""1,000 hostile images to a served model: one line for each, and nothing changes for other clients."""
+"""Sends 1,000 hostile images to a served model: each error is one line, and other clients get the same answers."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ CHAT = "/v1/chat/completions"
 class Attack:
     path: str
     body: dict[str, Any]
-    is_refused: bool  # for certain
+    is_refused: bool  # True if the image must be refused.
 
 
 def attacks(random: Random, model: str) -> Iterator[Attack]:
-    """Yields COUNT requests, in a random order, on all APIs."""
+    """Yields COUNT requests in random order, on all APIs."""
     refused = [*chosen().values(), *in_disguise().values()]
     images = [(image, True) for image in refused] * (COUNT // 2 // len(refused))
     images += [(image, False) for image in large_animations().values()]
@@ -56,7 +56,7 @@ class Seen:
 
     statuses: Counter[int] = field(default_factory=Counter)
     answers: Counter[str] = field(default_factory=Counter)
-    most_replies: int = 0  # to hostile images during one answer to others
+    most_replies: int = 0  # Replies to hostile images during one answer to others.
     most_bytes: int = 0
 
     @property
@@ -78,7 +78,7 @@ async def attack(http: httpx.AsyncClient, queue: Iterator[Attack], seen: Seen) -
 
 
 def question(number: int) -> dict[str, Any]:
-    """A question with an image, or without one."""
+    """Returns a question with an image (odd numbers) or without one."""
     content: list[Any] = [{"type": "text", "text": f"What is this, {number}?"}]
     if number % 2:
         content = body_of(CHAT, samples()[number], model="", stream=False)["messages"][0]["content"]
@@ -86,7 +86,7 @@ def question(number: int) -> dict[str, Any]:
 
 
 async def answer(http: httpx.AsyncClient, number: int) -> list[tuple[int, float]]:
-    """The tokens of an answer and their logprobs, which are streamed."""
+    """Streams an answer. Returns its tokens and their logprobs."""
     more = {"logprobs": True, "stream": True, "return_token_ids": True, "temperature": 0.8, "seed": number}
     rows: list[tuple[int, float]] = []
     async with http.stream("POST", CHAT, json=question(number) | more) as reply:

@@ -1,4 +1,4 @@
-"""Requests with rows of images: the same token ids and logprob bits whatever the cluster does with them."""
+"""Tests of requests with image rows: token ids and logprob bits do not depend on the cluster."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SEEDED = SamplingParams(temperature=0.9, top_k=40, repetition_penalty=1.1)
 
 
 class ComputingModel(FakeModel):
-    """Stages of a real model in one process, in place of the fake one."""
+    """Computes the stages of a real model in this process."""
 
     def __init__(self, model: Model, backend: Backend, cut: Sequence[int], limits: StageLimits) -> None:
         super().__init__(limits.kv_blocks)
@@ -60,15 +60,15 @@ class ComputingModel(FakeModel):
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to compute the same requests."""
+    """A way to compute the same requests."""
 
     cut: tuple[int, ...]
     prefill_chunk: int = 512
     together: bool = False
-    twice: bool = False  # the second answers count, whose prompts are cached
+    twice: bool = False  # Requests are sent again, and the answers with cached prompts count.
     kv_blocks: int = 400
     drafted: bool = False
-    steps_before_loss: int | None = None  # results before all stages are lost, once
+    steps_before_loss: int | None = None  # All stages are lost once, after this number of results.
 
 
 @cache
@@ -82,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Run:
-    """Requests to a scheduler whose stages compute a model."""
+    """Sends requests to a scheduler whose stages compute a real model."""
 
     def __init__(self, model: Model, backend: Backend, way: Way, texts: Sequence[list[int]]) -> None:
         chosen = Capacity(
@@ -136,7 +136,7 @@ class Run:
 
 
 def embedded(model: Model, tokens: Sequence[int]) -> NDArray[np.float32]:
-    """Returns the first stage's rows for these tokens, with zeros for other levels: [tokens, levels * embedding]."""
+    """Returns the first stage's rows [tokens, levels * embedding] for these tokens, with zeros for other levels."""
     program = model.program(0, 1)
     given = next(index for index, step in enumerate(program.steps) if isinstance(step, GivenRows))
     table = np.frombuffer(model.file.tensor("token_embd.weight").read(), np.float32)
@@ -147,7 +147,7 @@ def embedded(model: Model, tokens: Sequence[int]) -> NDArray[np.float32]:
 
 
 def pictures(model: Model, kind: str) -> list[ImageSpan]:
-    """Returns images of random rows, about as large as embeddings are."""
+    """Returns images with random rows whose values are about as large as embeddings."""
     source = np.random.default_rng(SEED)
     scale = float(np.abs(embedded(model, range(9))).mean())
     found = []

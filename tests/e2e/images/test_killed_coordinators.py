@@ -1,4 +1,4 @@
-"""A coordinator is killed while it answers questions about images: the answers go on where it is started again."""
+"""Tests of a coordinator that is killed during answers about images: the answers continue after a restart."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from support.seed import SEED
 
 TOKENS = 400
 QUESTIONS: Sequence[Sequence[int]] = ((1,), (2, 1), (), (2,))
-"""The images of each question, by their seeds."""
+"""Seeds of the images in each question."""
 Answer = list[tuple[int, bytes]]
 
 
@@ -34,7 +34,7 @@ def image(seed: int) -> Image.Image:
 
 
 async def answer(client: AsyncClient, number: int, arrived: list[int]) -> Answer:
-    """The tokens of an answer with the bits of their logprobs. Counts them as they arrive."""
+    """Returns the tokens and logprob bits of an answer. Sets `arrived[number]` to the number of tokens so far."""
     content = [f"What is this, {number}?", *map(image, QUESTIONS[number])]
     options: dict[str, Any] = {"temperature": 0.9, "seed": number} if number % 2 else {}
     rows: Answer = []
@@ -51,7 +51,7 @@ async def answers(api: str, arrived: list[int]) -> list[Answer]:
 
 
 async def test_answers_to_images_outlive_a_coordinator(line: CommandLine, tmp_path: Path) -> None:
-    """It is killed twice: at a random token of a stream, and before the last ones end."""
+    """The coordinator is killed twice, at random tokens before all streams have ended."""
     print(f"LLAMACLUST_TEST_SEED={SEED}")
     model = build_tiny_model(tmp_path / "tiny.gguf", layers=4, hidden=TEXT_WIDTH, heads=4, context=4096)
     build_projector(tmp_path / "mmproj-tiny.gguf", "idefics3")

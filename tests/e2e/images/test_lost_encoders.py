@@ -1,4 +1,5 @@
-"""An encoder of images that fits no worker after a loss ends no text: images are refused until there is room again."""
+"""Tests of an image encoder that fits no worker after a loss: text requests continue, and images are refused until
+there is enough memory again."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from support.models.vision.served_tiles import check_rows, encode, random_tiles,
 from support.seed import SEED
 
 ROOM = 19 << 20
-"""The bytes of a worker: one holds all layers, but not the encoder too; two hold both."""
+"""The memory of a worker in bytes. One worker can hold all layers without the encoder, and two can hold both."""
 
 
 def small_memory(_: object, resources: planning.ClusterResources) -> dict[str, int]:
@@ -39,7 +40,7 @@ async def test_text_goes_on_without_the_encoder_until_a_worker_is_back(
         may_restart = launcher._restarts._begun
         answering = run.start(requests)
         await run.token(20)
-        may_restart.clear()  # if the worker was back before the next plan, there would be room
+        may_restart.clear()  # If worker b restarted before the next plan, the encoder would fit.
         run.hurt("b")
         await run.until("the loss", lambda: engine.state is EngineState.RECOVERING)
         with pytest.raises(WorkerError) as refused:

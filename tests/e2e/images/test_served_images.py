@@ -1,4 +1,5 @@
-"""`llamaclust up` of a model and its projector: answers about images have the bits of the same model in one process."""
+"""Tests of `llamaclust up` with a model and its projector: answers about images have the bits of the same model in one
+process."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def picture(seed: int) -> Image.Image:
 
 
 def answers(client: TextClient) -> list[Answer]:
-    """One image, another one, both of them, and the first one again with a longer text."""
+    """Returns answers about one image, another image, both images, and the first image with a longer text."""
     first, second = picture(1), picture(2)
     contents = (["What is this?", first], [second], [first, "or", second], ["What is this?", first, "Say more."])
     replies = (client.chat([{"role": "user", "content": content}], **SEEDED) for content in contents)

@@ -1,5 +1,5 @@
-"""Several vision models take turns: a tile that takes longer than a turn is computed to its end, once. Images wake a
-model and keep it awake."""
+"""Tests of vision models that take turns: a tile that takes longer than a turn is completed, and images keep a model
+awake."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.several_models.cluster import ASLEEP, AWAKE, model_files, models
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """An encoder whose tiles wait for the gate."""
+    """An encoder that waits for `gate` before each tile."""
 
     encoder: PipelineEncoder
     begun: list[TileTask] = field(default_factory=list)

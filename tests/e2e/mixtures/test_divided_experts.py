@@ -1,5 +1,5 @@
-"""The experts of a layer on several workers: the bits of one worker, for any families, cuts and chunks, and while
-workers are lost."""
+"""Tests of layers whose experts are on several workers: the bits are those of one worker for any split and chunks, and
+after lost workers."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from support.seed import SEED
 
 FAMILIES = tuple(name for name, tiny in MODELS.items() if tiny.experts)
 DISTURBED = ("llama-experts", "qwen2moe", "gpt-oss-mxfp4", "bailingmoe2", "gemma4-experts", "llama4", "nemotron_h_moe")
-"""Families with biases, shared experts with and without gates, groups, clamped SwiGLU, fused experts, weighed inputs,
-no gate."""
+"""Families with biases, shared experts with and without gates, expert groups, clamped SwiGLU, fused experts, weighted
+inputs, and experts without a gate."""
 
 
 ALWAYS = ("reference", f"cpu-{available_levels()[-1]}")
@@ -41,7 +41,7 @@ PAIRS = [
     for (family, name), (way, backend) in product(enumerate(FAMILIES), enumerate(BACKENDS))
     if backend in ALWAYS or (family + way + SEED) % 2
 ]
-"""Families and backends: other levels and numbers of threads have every second family, chosen by the run's seed."""
+"""Pairs of family and backend. Most backends run every second family, which depends on the seed."""
 
 
 @cache
@@ -60,7 +60,7 @@ def mixtures(model: Model) -> dict[int, Moe]:
 
 
 def random_cut(model: Model, source: Random) -> tuple[int, tuple[int, ...]]:
-    """Returns the shards of each mixture, and up to three borders, at least one of them inside a mixture."""
+    """Returns the number of shards per mixture, and up to three borders. At least one border is inside a mixture."""
     found = mixtures(model)
     shards = source.randint(2, max(mixture.experts for mixture in found.values()))
     possible = possible_cuts(model, range(1, model.layer_count * shards), shards)
@@ -82,7 +82,7 @@ def logits(
 
 @pytest.mark.parametrize(("name", "backend"), PAIRS)
 def test_any_shards_and_chunks_give_the_same_bits(folder: Path, name: str, backend: str) -> None:
-    """A backend computes each family in one of three ways to chunk."""
+    """Each pair of family and backend runs one of three chunk sizes."""
     model, source, computing = opened(folder, name), Random(f"{SEED} {name} {backend}"), BACKENDS[backend]()
     whole = logits(computing, model, name, None)
     chunk = (None, 1, source.randint(2, 9))[(FAMILIES.index(name) + list(BACKENDS).index(backend)) % 3]
@@ -94,7 +94,7 @@ def test_any_shards_and_chunks_give_the_same_bits(folder: Path, name: str, backe
 
 @pytest.mark.parametrize("name", DISTURBED)
 def test_disturbances_change_no_bit(folder: Path, name: str) -> None:
-    """Two stages are lost in the middle of answers, and stages that divide other layers go on."""
+    """Two stages are lost during answers. The next stages divide other layers."""
     model, context, source = opened(folder, name), MODELS[name].context, Random(f"{SEED} {name}")
     ways = random_cut(model, source), random_cut(model, source)
     print(f"seed {SEED}: {ways}")
@@ -104,8 +104,8 @@ def test_disturbances_change_no_bit(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt-oss", "glm4moe", "llama-experts"])
 def test_parts_of_a_layer_have_its_weights_between_them(folder: Path, name: str) -> None:
-    """The parts of a layer in any grouping hold as much as all of it, so that plans are sums; only rows of biases
-    differ, which are held in tiles."""
+    """The parts of a layer together have as many bytes as the whole layer. Only biases take more memory, because they
+    are held in tiles."""
     model = opened(folder, name)
     layer, mixture = max(mixtures(model).items())
     whole = model.tensors_for(model.program(layer, layer + 1))
@@ -135,7 +135,7 @@ def test_layers_without_experts_are_not_divided(folder: Path) -> None:
 def test_processes_with_parts_of_layers(
     cut: tuple[float, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Worker processes have the cuts of the cluster file; in the last cut, two of them hold nothing but experts."""
+    """The plan is in the cluster file. In the last plan, two workers hold only experts."""
     model = build_tiny_model(tmp_path / "moe.gguf", experts=4, ffn=256)
     work = make_work(SEED % 1000, 320, 2, 32)
     expected = run(model, Way((0, 6), every=True), work, tmp_path, monkeypatch)
@@ -143,7 +143,7 @@ def test_processes_with_parts_of_layers(
 
 
 async def test_a_killed_worker_with_parts_of_layers_costs_a_pause(tmp_path: Path) -> None:
-    """The killed one of three workers has layers that begin and end inside mixtures."""
+    """The killed worker's layers begin and end inside mixtures."""
     model = build_tiny_model(tmp_path / "moe.gguf", experts=4, ffn=256)
     requests = generations(SEED % 1000)
     expected = await asyncio.to_thread(undisturbed_answers, model, requests)

@@ -1,4 +1,4 @@
-"""Fixtures of a network in a box; tests are skipped with the reason where a machine has none."""
+"""Fixtures for emulated networks. Tests are skipped on machines that do not support them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _box_works() -> None:
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Builds a model of six layers, for clusters with faults; `test_same_tokens` has the demo model."""
+    """Builds a model of six layers for tests with faults. `test_same_tokens` uses the demo model."""
     return build_tiny_model(tmp_path_factory.mktemp("network") / "tiny.gguf", quant_type=QuantType.Q8_0)
 
 
@@ -33,7 +33,7 @@ def small_answers(small_model: Path) -> list[Answer]:
 
 @pytest.fixture(params=[False, True], ids=["bridge", "delays"])
 def box(request: pytest.FixtureRequest) -> Iterator[Box]:
-    """Yields two hosts, a and b, on either kind of switch."""
+    """Yields hosts a and b, on each kind of switch."""
     with Box(["a", "b"], delays=request.param) as two:
         yield two
 

@@ -1,4 +1,5 @@
-"""Machines whose addresses change, and that sleep: layers come back to them without a restart, with the same bits."""
+"""Tests of machines that change their address or sleep: they get layers again without a restart, and answers have the
+same bits."""
 
 from __future__ import annotations
 
@@ -18,11 +19,11 @@ GENERATIONS = eight(TOKENS)
 WORKERS = ("a", "b", "c")
 START_S = 120.0
 BACK_S = 30.0
-"""The time within which layers must be back at a machine whose address has changed."""
+"""Maximum time until a machine with a new address has layers again."""
 SLEEP_S = 8.0
-"""A time longer than the heartbeat timeout."""
+"""A time that is longer than the heartbeat timeout."""
 HEARTBEAT_S = 1.5
-"""A time longer than between two heartbeats."""
+"""A time that is longer than the interval between heartbeats."""
 ANYWHERE = {"listen": "0.0.0.0:7100", "members": "0.0.0.0:7101"}
 
 
@@ -37,7 +38,7 @@ def other_interface(box: Box, name: str) -> None:
 
 
 def cable_beside_wireless(box: Box, name: str) -> None:
-    """Gives both devices addresses, but the way to the others is the cable."""
+    """Gives both devices addresses. Routes to other hosts use the cable."""
     box.add_device(name, "eth1")
     box.configure(name, "link set eth1 up", "addr add 10.77.0.79/24 dev eth1 noprefixroute")
     box.configure(name, "route add 10.77.0.0/25 dev eth1 src 10.77.0.79")
@@ -65,12 +66,12 @@ def all_ready(cluster: DistantCluster) -> bool:
 
 
 def computed(cluster: DistantCluster) -> dict[str, int]:
-    """Returns tokens by worker, since its last admission."""
+    """Returns the number of tokens that each worker has computed since it joined."""
     return {each["name"]: (each["heartbeat"] or {"tokens": 0})["tokens"] for each in cluster.status["workers"]}
 
 
 def all_compute(cluster: DistantCluster, answers: list[Answer]) -> bool:
-    """Returns whether requests pass through all workers: one with a wrong address may be ready all the same."""
+    """Returns True if requests use all workers. A worker with a wrong address may be ready but get no requests."""
     before = computed(cluster)
     assert cluster.answers(GENERATIONS) == answers
     time.sleep(HEARTBEAT_S)
@@ -78,7 +79,8 @@ def all_compute(cluster: DistantCluster, answers: list[Answer]) -> bool:
 
 
 def comes_back(cluster: DistantCluster, change: Callable[[], None], answers: list[Answer]) -> None:
-    """Asserts that layers return within the limit, to the same processes, and that requests are answered as usual."""
+    """Checks that all workers have layers again in time, that no process has restarted, and that answers are
+    correct."""
     eventually(lambda: all_ready(cluster), START_S, "layers at all workers")
     before = {name: worker.process.pid for name, worker in cluster.workers.items()}
     recoveries = cluster.status["recoveries"]
@@ -120,7 +122,7 @@ def test_layers_return_to_a_worker_that_slept_and_woke_at_another_address(
 
 
 def test_workers_find_a_coordinator_at_another_address(small_model: Path, small_answers: list[Answer]) -> None:
-    """The coordinator is announced anew, with the workers' multicast on whatever network devices there are."""
+    """The coordinator announces its new address, and workers listen for multicast on all network devices."""
     with Box((COORDINATOR, *WORKERS)) as box:
         keys = {"join": {**ANYWHERE, "discover": True}, "timeouts": {"worker": "2s"}}
         with distant_cluster(box, small_model, ("--discover",), **keys) as cluster:

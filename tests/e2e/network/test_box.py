@@ -1,4 +1,4 @@
-"""Emulated networks: hosts reach each other only, and no namespace is left."""
+"""Tests of emulated networks: hosts can reach only each other, and no namespace remains."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.paths import TESTS
 
 
 def alive(pid: int) -> bool:
-    """Zombies are not."""
+    """Returns True if the process exists and is not a zombie."""
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -124,8 +124,8 @@ with Box(["a", "b"], delays=True) as box:
 def test_a_box_sweeps_what_others_left_and_only_that() -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
-    left = f"lcbox-{ended.pid}-12345-1-a"  # its owner's process is gone
-    reused = f"lcbox-{os.getpid()}-12345-1-a"  # its owner's pid belongs to another process by now
+    left = f"lcbox-{ended.pid}-12345-1-a"  # Its owner's process has ended.
+    reused = f"lcbox-{os.getpid()}-12345-1-a"  # Another process has its owner's pid.
     ours, foreign = f"{new_prefix()}a", "lcboxer-1-a"
     try:
         for name in (left, reused, ours, foreign):

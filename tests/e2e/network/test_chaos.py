@@ -1,4 +1,4 @@
-"""`chaos` disturbs links with rules of a table of its own, which no ending leaves behind."""
+"""Tests of `chaos`, which disturbs links with firewall rules in its own table. The table is always removed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.network.box import Box, Host
 from support.network.distant_cluster import COORDINATOR, distant_cluster
 
 PORT, OWN_PORT, OTHER_PORT = 7102, 7100, 7200
-CUT_THEN_SLOW = 57268  # after 0.75 s, a is cut off for 2.6 s, then the link of b is slow
+CUT_THEN_SLOW = 57268  # After 0.75 s, worker a is cut off for 2.6 s. Then the link of worker b is slow.
 FAULTS = ("--faults", "partition,slow-link", "--seed", str(CUT_THEN_SLOW), "--minutes", "0.06", "--streams", "4")
 AT_ONCE_S = 0.2
 IN_ITS_OWN_TIME = """
@@ -62,7 +62,7 @@ def reaches(source: Host, target: Host, port: int) -> bool:
 
 @pytest.fixture
 def pair() -> Iterator[tuple[Host, Host]]:
-    """Yields two hosts that listen on the ports, b as a worker and a as its coordinator."""
+    """Yields two hosts that listen on the ports. Host b acts as a worker, and host a as its coordinator."""
     with Box(["a", "b"]) as box:
         listening = [box["b"].listen(PORT), box["b"].listen(OTHER_PORT), box["a"].listen(OWN_PORT)]
         yield box["a"], box["b"]
@@ -98,7 +98,7 @@ def test_rules_go_with_their_process_and_are_no_one_elses(pair: tuple[Host, Host
     command = [*b.prefix, sys.executable, "-P", "-c", IN_ITS_OWN_TIME, b.address]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"cut\n"
-        b.command("nft", "flush", "ruleset")  # as a firewall's service does when it is loaded again
+        b.command("nft", "flush", "ruleset")  # A firewall service does this when it reloads.
         assert not reaches(a, b, PORT)
         process.send_signal(signal.SIGKILL)
     assert reaches(a, b, PORT) and tables(b) == []
@@ -122,7 +122,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def succeeded(done: Done) -> bool:
-    """Asserts success, and returns whether there were faults of both kinds."""
+    """Checks that `chaos` succeeded. Returns True if there were faults of both kinds."""
     assert done.code == 0, (done.out, done.err)
     assert re.search(r"^nothing lost, nothing changed: \d+ faults?,", done.out)
     return "\npartition of a worker: " in done.out and "\nslow link of a worker: " in done.out

@@ -1,4 +1,5 @@
-"""Firewalls that let stages through, but not links of groups: one line names the port, and groups come back with it."""
+"""Tests of firewalls that block only the port for group links: one line names the port, and groups return when it is
+open."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ from support.wire.group_links import needs_tls
 pytestmark = needs_tls
 
 GENERATIONS = eight(max_tokens=TOKENS)
-PORT = 8102  # 1000 above the one for stages
-SLOW = {"memory_bandwidth_gb_s": 0.01, "int8_gmac_s": 0.2}  # a group is faster than one worker
+PORT = 8102  # 1000 above the port for stages.
+SLOW = {"memory_bandwidth_gb_s": 0.01, "int8_gmac_s": 0.2}  # Values with which a group is faster than one worker.
 TRIES = 3
-"""Tries of a closed port, in whose time the prober of partitions would have looked twice."""
+"""Number of connection attempts, during which the partition prober would have probed twice."""
 
 
 @contextmanager
@@ -34,7 +35,8 @@ def said(cluster: DistantCluster, text: str) -> int:
 
 
 def names_the_port_once(cluster: DistantCluster, box: Box, closed: str, refuses: bool) -> None:
-    """Waits for more tries of the port. A try sends one packet if it is refused, and repeats it if it is dropped."""
+    """Waits for more attempts to connect, and checks that the log has one line. An attempt sends one packet if it is
+    refused, and several packets if they are dropped."""
     line = f"cannot connect to worker {closed} at {box[closed].address}:{PORT}, its port for group links: open"
     cluster.coordinator.says(line, 60.0)
     cluster.coordinator.says(f"until then, plans put worker {closed} in no group")

@@ -1,4 +1,5 @@
-"""Workers that all reach the coordinator and not each other: requests go on around it, with the bits of one worker."""
+"""Tests of workers that reach the coordinator but not each other: requests continue with another plan and the bits of
+one worker."""
 
 from __future__ import annotations
 
@@ -24,11 +25,9 @@ from support.network.distant_cluster import (
 from support.network.link import Link
 
 GENERATIONS = eight(max_tokens=96)
-WORKER_S = 2.0  # timeouts.worker
-WITHIN_S = WORKER_S + 10.0  # less than WORKER_S and a second on an idle machine
-BEFORE_TOKENS = (
-    60  # so many are chosen when the link is cut, of 768: requests last until it is, on a crowded machine too
-)
+WORKER_S = 2.0  # The key timeouts.worker.
+WITHIN_S = WORKER_S + 10.0  # On an idle machine, WORKER_S and less than a second.
+BEFORE_TOKENS = 60  # Tokens of 768 at which the link is cut. Requests last longer, even on a busy machine.
 
 Strike = Callable[[Box], None]
 
@@ -40,7 +39,7 @@ def small_answers(small_model: Path) -> list[Answer]:
 
 @contextmanager
 def workers(model: Path, names: str, **keys: Any) -> Iterator[DistantCluster]:
-    """Runs a cluster at a round trip of 20 ms: a token takes 40 ms or more, so that there is time for a fault."""
+    """Runs a cluster with a round trip of 20 ms. A token takes 40 ms or more, so that requests last until a fault."""
     with (
         Box((COORDINATOR, *names), delays=True) as box,
         distant_cluster(box, model, timeouts={"worker": f"{WORKER_S:g}s"}, **keys) as cluster,
@@ -50,7 +49,7 @@ def workers(model: Path, names: str, **keys: Any) -> Iterator[DistantCluster]:
 
 
 def cut(cluster: DistantCluster, strike: Strike) -> Future[list[Answer]]:
-    """Sends eight requests in whose midst a link is cut."""
+    """Sends eight requests, and cuts a link while they run."""
     asked = cluster.asked(GENERATIONS)
     eventually(lambda: cluster.metric("llamaclust_generated_tokens_total") > BEFORE_TOKENS, 60.0, "some tokens")
     strike(cluster.box)
@@ -58,7 +57,7 @@ def cut(cluster: DistantCluster, strike: Strike) -> Future[list[Answer]]:
 
 
 def goes_on(cluster: DistantCluster, strike: Strike) -> list[Answer]:
-    """Returns the answers of requests that go on in time after a cut."""
+    """Cuts a link while requests run. Checks that they continue in time, and returns their answers."""
     asked, begun = cut(cluster, strike), time.monotonic()
     eventually(lambda: cluster.status["recoveries"] >= 1, 60.0, "a recovery")
     pause_s = time.monotonic() - begun
@@ -70,7 +69,7 @@ def goes_on(cluster: DistantCluster, strike: Strike) -> list[Answer]:
 
 
 def holding(cluster: DistantCluster) -> set[str]:
-    """Returns the workers that have layers; no worker may be lost."""
+    """Returns the workers that have layers. Checks that no worker is lost."""
     found = cluster.status["workers"]
     assert all(worker["state"] != "lost" for worker in found)
     return {worker["name"] for worker in found if worker["layers"]}
@@ -126,7 +125,8 @@ GROUPS: dict[str, tuple[str, list[dict[str, Any]]]] = {
 def test_members_of_a_group_are_cut_off(
     small_model: Path, small_answers: list[Answer], pair: str, by_hand: list[dict[str, Any]]
 ) -> None:
-    """The cut is noticed as between stages, long before a gather's deadline of 30 s, and no worker is blamed."""
+    """The cut is detected as fast as between stages, long before the deadline of a gather (30 s). No worker gets a
+    strike."""
     names = "ab" if by_hand[-1].get("workers") == ["a", "b"] else "abc"
     with workers(small_model, names, plan=by_hand) as cluster:
         asked, begun = cut(cluster, lambda box: box.black_hole(*pair)), time.monotonic()

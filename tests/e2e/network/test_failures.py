@@ -1,4 +1,4 @@
-"""A host that dies, hangs or is cut off while eight requests run: their tokens and bits are those of one worker."""
+"""Tests of a host that is killed, hangs or is cut off while eight requests run: answers have the bits of one worker."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from support.network.link import Link
 GENERATIONS = eight(max_tokens=TOKENS)
 WORKERS = ("a", "b", "c")
 HEARTBEAT_TIMEOUT_S = 2.0
-DEAD_S = 10.0  # less than a second on an idle machine
+DEAD_S = 10.0  # Less than a second on an idle machine.
 SILENT_S = HEARTBEAT_TIMEOUT_S + DEAD_S
-BEFORE_TOKENS = 60  # so many are chosen when the fault comes, of 192
+BEFORE_TOKENS = 60  # Tokens of 192 at which the fault begins.
 
 
 @pytest.fixture
 def cluster(small_model: Path) -> Iterator[DistantCluster]:
-    """Runs a cluster at a round trip of 20 ms: a token takes 40 ms or more, so that there is time for a fault."""
+    """Runs a cluster with a round trip of 20 ms. A token takes 40 ms or more, so that requests last until a fault."""
     with (
         Box((COORDINATOR, *WORKERS), delays=True) as box,
         distant_cluster(box, small_model, timeouts={"worker": f"{HEARTBEAT_TIMEOUT_S:g}s"}) as cluster,
@@ -56,7 +56,7 @@ def hole(source: str, target: str) -> Callable[[DistantCluster, str], None]:
 class Fault:
     lost: str
     strike: Callable[[DistantCluster, str], None]
-    within_s: float  # from the fault until requests go on
+    within_s: float  # Maximum time from the fault until requests continue.
 
 
 FAULTS = {
@@ -76,7 +76,7 @@ def test_requests_go_on_with_the_same_bits(cluster: DistantCluster, small_answer
 
 
 def interrupted(cluster: DistantCluster, fault: Fault) -> Future[list[Answer]]:
-    """Sends eight requests that go on after a fault in their midst."""
+    """Sends eight requests, and waits until they continue after a fault."""
     asked = cluster.asked(GENERATIONS)
     eventually(lambda: cluster.metric("llamaclust_generated_tokens_total") > BEFORE_TOKENS, 60.0, "some tokens")
     begun = time.monotonic()

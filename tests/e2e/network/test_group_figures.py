@@ -1,4 +1,5 @@
-"""The time in gathers that a group shows is what its network adds to a token, over TLS between two hosts."""
+"""Checks that a group's reported time in gathers is the time that the network adds to a token, over TLS between two
+hosts."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ KEYS: dict[str, Any] = {"plan": [{"workers": ["a", "b"], "layers": [0, 6], "shar
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """Totals of steps of one row, their time of computing, and gathers."""
+    """Counters of one-row steps and gathers, and their total times."""
 
     steps: int
     gathers: int
@@ -44,7 +45,7 @@ class Counted:
 
 
 def stages_of_leader(cluster: DistantCluster) -> list[dict[str, Any]]:
-    """Returns the leader's stages by its last heartbeat."""
+    """Returns the leader's stages from its last heartbeat."""
     leader = next(worker for worker in cluster.status["workers"] if worker["name"] == "a")
     found: list[dict[str, Any]] = (leader["heartbeat"] or {"stages": []})["stages"]
     return found
@@ -55,7 +56,7 @@ def has_counters(cluster: DistantCluster) -> bool:
 
 
 def answered(cluster: DistantCluster) -> tuple[Counted, list[Answer]]:
-    """Returns what one answer adds to the counters, and the answer."""
+    """Returns the answer to one request, and the increase of the counters."""
     before = Counted.of(cluster)
     answers = cluster.answers(GENERATION)
     steps = GENERATION[0].max_tokens - 1
@@ -73,8 +74,8 @@ def test_time_in_gathers_is_what_the_network_adds(small_model: Path, small_answe
             box.set_link(link)
             counted, answers = answered(cluster)
             assert answers == small_answers[:1]
-            waited = counted.gathers - counted.steps  # none for rows of the embedding, which the leader has
+            waited = counted.gathers - counted.steps  # The leader has the embedding's rows and does not wait for them.
             assert counted.gathers_s >= waited * link.delay_s, "rows of the other member are on the way so long"
             added_s, shown_s = counted.computed_s - none.computed_s, counted.gathers_s - none.gathers_s
             print(f"{round_trip_ms:g} ms: {1e3 * added_s:.1f} ms more in all, {1e3 * shown_s:.1f} of it in gathers")
-        assert shown_s == pytest.approx(added_s, rel=0.1)  # at the slowest link, where other programs count least
+        assert shown_s == pytest.approx(added_s, rel=0.1)  # The slowest link is affected least.

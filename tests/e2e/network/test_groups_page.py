@@ -1,5 +1,5 @@
-"""The commands of docs/several-machines.md#groups, unchanged, on one machine that has the addresses of all: groups give
-the bits of one worker, and `status` shows them."""
+"""Runs the commands of docs/several-machines.md#groups unchanged, on one machine that has all of the addresses. Groups
+give the bits of one worker."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.wire.group_links import needs_tls
 pytestmark = needs_tls
 
 GENERATIONS = eight(TOKENS)[:4]
-LAYERS = 32  # of the page's plan by hand
+LAYERS = 32  # The number of layers in the page's manual plan.
 SECTION = (ROOT / "docs/several-machines.md").read_text().split("\n## Groups\n")[1].split("\n## ")[0]
 FENCES = re.findall(r"^```(yaml|sh)\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
 FILE, BY_HAND = (text for kind, text in FENCES if kind == "yaml")
@@ -42,7 +42,7 @@ def answers(model: Path) -> list[Answer]:
 
 @contextmanager
 def typed(model: Path, file: str, commands: list[str]) -> Iterator[DistantCluster]:
-    """Runs the cluster of a file with the page's name, whose model lies beside it, and workers by these commands."""
+    """Runs a cluster with this cluster file, and starts workers with these commands."""
     addresses = dict.fromkeys(re.findall(r"\d+\.\d+\.\d+\.\d+", " ".join(commands)))
     with Box((COORDINATOR,)) as box, command_line() as line, ThreadPoolExecutor() as asking:
         box.configure(COORDINATOR, *(f"addr add {address}/24 dev eth0" for address in addresses))
@@ -63,7 +63,7 @@ def typed(model: Path, file: str, commands: list[str]) -> Iterator[DistantCluste
 
 
 def test_the_automatic_plan_of_the_page_serves(model: Path, answers: list[Answer]) -> None:
-    """The plan depends on this machine's speed: a group, or stages with the reason."""
+    """The plan depends on this machine's speed. It has a group, or stages with a reason."""
     with typed(model, FILE, WORKERS) as cluster:
         assert cluster.answers(GENERATIONS) == answers
         status = cluster.status

@@ -1,4 +1,4 @@
-"""`up --lan`: the address and the key that it prints work unchanged on another machine, with the same bits."""
+"""Tests of `up --lan`: the printed address and key work on another machine, and answers have the same bits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEYS: dict[str, Any] = {"workers": [{"name": "a", "threads": 1, **SPEED}], "cont
 
 
 def docker(box: Box) -> None:
-    """Adds a bridge of Docker's with the first number and a lower address."""
+    """Adds a Docker bridge that precedes eth0 in the list of interfaces and has a lower address."""
     box.configure(SERVER, "link add docker0 index 99 type bridge", "addr add 10.17.0.1/16 dev docker0")
     box.configure(SERVER, "link set docker0 up", "link set eth0 down")
     box.configure(SERVER, "link set eth0 up")
@@ -37,7 +37,7 @@ def both_families(box: Box) -> None:
 
 
 def ipv4_alone(box: Box) -> None:
-    """Removes every address of IPv6, even loopback's."""
+    """Removes all IPv6 addresses, including loopback's."""
     for name in box.hosts:
         box[name].command("sh", "-c", "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6")
 
@@ -69,7 +69,7 @@ def test_a_phone_uses_what_is_printed(
         url = re.search(r"phones and other computers of this network: (\S+)", said)
         assert url is not None, said
         _, key = named_keys(line.state_dir / "api-keys")
-        assert key.name == "lan" and key.key not in said  # it is a file, not a terminal
+        assert key.name == "lan" and key.key not in said  # The output is a file, not a terminal.
         assert f"the line below `# lan` in {line.state_dir}/api-keys" in said
         page = on_the_phone(box, url[1], "/", headers={"Accept": "text/html"})
         assert page.status_code == 200 and "<html" in page.text

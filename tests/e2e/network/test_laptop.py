@@ -1,5 +1,5 @@
-"""A laptop as coordinator that has the model's file and no worker; machines that have neither: their weights come from
-the laptop, in pieces, and the answers are those of one worker."""
+"""Tests of a coordinator that has the model file but no worker: workers without the file get their weights from it, and
+answers are those of one worker."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PLAN = [{"worker": name, "layers": [2 * place, 2 * place + 2]} for place, name i
 
 @contextmanager
 def laptop(box: Box, model: Path, homes: dict[str, Path]) -> Iterator[DistantCluster]:
-    """Runs a cluster whose hosts see only their own files: the model's folder is hidden from workers."""
+    """Runs a cluster whose workers cannot see the coordinator's model folder."""
     with command_line() as line, ThreadPoolExecutor() as asking:
         own = line.folder / "laptop" / model.name
         own.parent.mkdir()
@@ -42,7 +42,7 @@ def laptop(box: Box, model: Path, homes: dict[str, Path]) -> Iterator[DistantClu
 
 
 def start(box: Box, line: CommandLine, name: str, hidden: Path, home: Path | None) -> Any:
-    """Starts a worker in a mount namespace where the coordinator's folder is empty; `home` is its LLAMACLUST_HOME."""
+    """Starts a worker in a mount namespace where the folder `hidden` is empty. `home` is its LLAMACLUST_HOME."""
     home = home or line.folder / f"home-{name}"
     hide = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {hidden} && exec "$@"', "hide")
     token = line.state_dir / ".trust" / "token"
@@ -67,7 +67,7 @@ def test_workers_without_the_file_get_it_from_the_coordinator(small_model: Path,
 def test_a_worker_uses_the_file_that_it_has_downloaded(
     small_model: Path, small_answers: list[Answer], tmp_path: Path, folder: str
 ) -> None:
-    """The file is in the worker's own models directory, whatever its folder there is called."""
+    """The file is in the worker's own models directory. The name of its folder does not matter."""
     place = tmp_path / "models" / folder
     place.mkdir(parents=True)
     shutil.copy(small_model, place / small_model.name)

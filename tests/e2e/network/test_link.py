@@ -1,4 +1,4 @@
-"""Cables of a box, measured: delay, rate, loss, black holes each way, a cable that is pulled; and all of it healed."""
+"""Tests of emulated links: delay, rate, loss, one-way black holes and unplugged cables, and their end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.network.box import Box
 from support.network.conversation import conversation, hears
 from support.network.link import Link, queue_commands
 
-RETRANSMISSION_S = 20.0  # after a silence of a second or so, TCP tries again within this
+RETRANSMISSION_S = 20.0  # TCP sends again within this time, after a silence of about a second.
 
 
 @pytest.mark.parametrize(("round_trip_ms", "trips", "slack_ms"), [(0.5, 300, 0.4), (20.0, 15, 5.0), (100.0, 5, 5.0)])
@@ -54,7 +54,7 @@ def test_a_rate_beside_a_delay(delaying: Box) -> None:
 
 
 def test_a_loss_of_one_percent(box: Box) -> None:
-    """A loss of 200 is expected of 20,000 datagrams, with a deviation of 14."""
+    """200 of 20,000 datagrams are expected to be lost, with a standard deviation of 14."""
     count = 20_000
     with (
         box["b"].call(lambda: _datagrams(box["b"].address)) as receiver,
@@ -75,7 +75,7 @@ def _datagrams(address: str) -> socket.socket:
 
 
 def _arrive(sender: socket.socket, receiver: socket.socket, count: int) -> int:
-    """Returns how many datagrams arrive; they come in small bursts, so that no queue overflows."""
+    """Returns the number of datagrams that arrive. They are sent in small bursts, so that no queue overflows."""
     target = receiver.getsockname()
     arrived = 0
     for burst in range(count // 20):
@@ -85,7 +85,7 @@ def _arrive(sender: socket.socket, receiver: socket.socket, count: int) -> int:
         sender.sendto(end, target)
         while (heard := hears(receiver, 0.1)) != end:
             if heard is None:
-                sender.sendto(end, target)  # it was lost itself
+                sender.sendto(end, target)  # The last datagram of the burst was lost.
             arrived += heard == b"x"
     return arrived
 

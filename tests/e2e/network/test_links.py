@@ -1,4 +1,4 @@
-"""Links that a cluster measures at its start are those of the network that it is in."""
+"""Checks that a cluster measures the delay and rate of its network's links at its start."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ def test_delays_and_rates_are_found_and_predicted(demo_model: Path) -> None:
     assert len(found) == 3
     for key, link in found.items():
         assert 9.5e-3 <= link["one_way_s"] <= 15e-3, key
-        assert 60e-9 <= link["byte_s"] <= 120e-9, key  # 80e-9 by the rate alone
+        assert 60e-9 <= link["byte_s"] <= 120e-9, key  # The rate alone gives 80e-9.
     assert plan["links_ms"] == pytest.approx(2 * 10, rel=0.3)
     assert plan["token_ms"] > plan["links_ms"]

@@ -1,5 +1,5 @@
-"""The command that `up` prints, typed as it stands on another machine: with bridges of containers, two networks, IPv6
-alone; its cluster gives the bits of one worker."""
+"""Tests of the command that `up` prints for other machines: with container bridges, two networks, or only IPv6. Answers
+have the bits of one worker."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ADVICE_WITHOUT_MULTICAST = "where multicast fails"
 
 
 def containers(box: Box) -> None:
-    """A bridge of Docker's on every machine, with the address that all of them have, first by its number."""
+    """Adds a Docker bridge on each machine, with the same address, before eth0 in the list of interfaces."""
     for name in box.hosts:
         box.configure(name, "link add docker0 index 99 type bridge", "addr add 172.17.0.1/16 dev docker0")
         box.configure(name, "link set docker0 up", "link set eth0 down")
@@ -35,7 +35,7 @@ def ipv6_alone(box: Box) -> None:
 
 
 def two_networks(box: Box) -> None:
-    """The coordinator is in both; each worker in one of them."""
+    """Connects the coordinator to two networks. Each worker is in one of them."""
     box.add_device(COORDINATOR, "eth1")
     box.configure(COORDINATOR, "link set eth1 up", "addr add 10.78.0.1/24 dev eth1")
     box.configure("b", "addr flush dev eth0", "addr add 10.78.0.3/24 dev eth0")
@@ -52,7 +52,8 @@ PLACES: dict[str, Callable[[Box], None]] = {
 
 
 def printed(line: CommandLine, coordinator: Running) -> list[list[str]]:
-    """Words after `llamaclust` of the commands for other machines: as printed, and where multicast does not reach."""
+    """Returns the words of the printed commands after `llamaclust`: the main command, and the one without multicast if
+    it is printed."""
     coordinator.says("add --device cuda:0")
     text = coordinator.err.read_text()
     found = re.search(r"^  llamaclust (worker .*)$", text, re.MULTILINE)
@@ -68,7 +69,7 @@ def printed(line: CommandLine, coordinator: Running) -> list[list[str]]:
 
 @contextmanager
 def typed(box: Box, model: Path, *, discover: bool, which: int = 0) -> Iterator[DistantCluster]:
-    """A cluster with the default addresses, whose workers were started by a printed command."""
+    """Runs a cluster with default addresses, and starts its workers with a printed command."""
     with command_line() as line, ThreadPoolExecutor() as asking:
         workers = [{"name": name, **SPEED} for name in WORKERS]
         plan = [{"worker": "a", "layers": [0, 3]}, {"worker": "b", "layers": [3, 6]}]

@@ -1,4 +1,4 @@
-"""Promise 1 over a network: a coordinator and three workers on hosts of their own, and one worker's bits."""
+"""Tests promise 1 over a network: a coordinator and three workers on separate hosts give the bits of one worker."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HOSTS = (COORDINATOR, "a", "b", "c")
 
 @pytest.fixture(scope="module")
 def expected(demo_model: Path) -> list[Answer]:
-    """One worker's answers."""
+    """Returns one worker's answers."""
     return undisturbed(demo_model, GENERATIONS)
 
 
@@ -61,5 +61,5 @@ def test_all_workers_take_part_from_hosts_of_their_own(cluster: DistantCluster) 
     assert {name: worker["address"] for name, worker in workers.items()} == {
         name: f"{cluster.box[name].address}:7102" for name in ("a", "b", "c")
     }
-    # A worker that a bad link had cut off gets its layers back.
+    # A worker that was cut off by a bad link gets layers again.
     eventually(lambda: all(worker["layers"] for worker in cluster.status["workers"]), 60, "layers on all workers")

@@ -1,4 +1,5 @@
-"""Workers that stay: `down`, another model, `up`, and nobody walks to a machine; one token serves all clusters."""
+"""Tests of workers with `--stay`: after `down` and `up` with another model, they join again. One token serves all
+clusters."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ WORKERS = ("a", "b")
 
 
 def start_cluster(box: Box, line: CommandLine, model: Path, name: str, **keys: Any) -> Running:
-    """Starts a cluster of both workers, each with a part of the layers."""
+    """Starts a cluster with some layers on each worker."""
     plan = [{"worker": "a", "layers": [0, 2]}, {"worker": "b", "layers": [2, keys.pop("layers")]}]
     fixed: dict[str, Any] = {"launcher": "static", "listen": "127.0.0.1:8080", "plan": plan, "context_length": 512}
     fixed |= {"workers": [{"name": each, **SPEED} for each in WORKERS], "prefix_cache": False}
@@ -71,7 +72,7 @@ def test_another_model_with_the_same_workers(
             ends(box, line, first, how)
             for worker in workers.values():
                 worker.says("this worker waits for the next cluster")
-            failed = start_cluster(box, line, other_model, "failed", layers=5, **keys)  # it has four
+            failed = start_cluster(box, line, other_model, "failed", layers=5, **keys)  # The model has four layers.
             assert failed.wait().code != 0
             second = start_cluster(box, line, other_model, "second", layers=4, **keys)
             second.says("second is ready")
@@ -80,7 +81,7 @@ def test_another_model_with_the_same_workers(
 
 
 def test_a_worker_that_is_refused_waits_for_a_cluster_that_wants_it(small_model: Path) -> None:
-    """The first cluster has no worker of that name."""
+    """The first cluster's file has no worker named c."""
     with Box((COORDINATOR, *WORKERS, "c")) as box, command_line() as line:
         first = start_cluster(box, line, small_model, "first", layers=6)
         join = ("--join", f"{box[COORDINATOR].address}:7100")

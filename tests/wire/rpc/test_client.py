@@ -1,4 +1,4 @@
-"""Channels and servers: the token, errors as they reach the other side, addresses."""
+"""Tests of channels and servers: token, errors that the other side gets, and addresses."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ async def test_a_deadline_names_what_did_not_come() -> None:
 
 
 def test_grpc_is_tuned_without_a_word_on_standard_error() -> None:
-    """An experiment that this gRPC does not know would be complained about."""
+    """gRPC would print a warning about unknown experiments."""
     program = (
         "from llamaclust.wire.rpc.grpc_options import tune_grpc; tune_grpc(); import os, asyncio, grpc;"
         "assert 'GRPC_EXPERIMENTS' in os.environ or not grpc.__version__.startswith('1.85.');"

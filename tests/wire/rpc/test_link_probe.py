@@ -1,4 +1,4 @@
-"""The measured throughput of a link is the link's own, although other programs delay single messages."""
+"""Tests of the measured throughput of a link, which does not change if other programs delay single messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROUND_TRIP_S = 0.01
 
 
 class TimedStream:
-    """A link with a clock of its own. `delays` has seconds that are added to the transfers of these numbers."""
+    """A link with its own clock. `delays` has additional seconds by number of the transfer."""
 
     def __init__(self, bytes_s: float, delays: dict[int, float]) -> None:
         self.now_s = 0.0
@@ -49,7 +49,7 @@ async def test_a_delay_changes_no_throughput(
 
 
 async def test_a_slow_link_is_tried_for_about_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = TimedStream(7e3, {})  # A modem: 64 KiB take 9 s, and the whole measurement has 20 s.
+    stream = TimedStream(7e3, {})  # 64 KiB take 9 s over a modem. The limit for the whole measurement is 20 s.
     assert await measured(monkeypatch, stream) == pytest.approx(7e3)
     assert stream.sent == [1 << 16]
 

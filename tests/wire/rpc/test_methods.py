@@ -1,4 +1,4 @@
-"""The table of methods: every served method has a row, and callers, streams and sizes beyond it cost nothing."""
+"""Tests of the table of methods: each served method has a row, and other callers, streams and sizes are refused."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_servers_take_no_larger_messages_than_their_methods() -> None:
 
 
 async def test_links_are_measured_with_a_permit_alone(trust: Authority) -> None:
-    """A certificate of the cluster is not enough, nor is a permit for another caller, worker or cluster."""
+    """A certificate is not enough. A permit for another caller, worker or cluster is not enough either."""
     coordinator, foreign = trust.identity(COORDINATOR), Authority.open(trust.token_file.parent.with_name("other"))
     c = Principal("c")
     async with server_of(trust, {ECHO: serve_echo}) as server:
@@ -88,7 +88,7 @@ async def test_links_are_measured_with_a_permit_alone(trust: Authority) -> None:
             (c, permit(coordinator, "b", "a")),
             (B, permit(coordinator, "b", "c")),
             (B, permit(foreign.identity(COORDINATOR), "b", "a")),
-            (B, permit(trust.identity(c), "b", "a")),  # signed by a member
+            (B, permit(trust.identity(c), "b", "a")),  # The permit is signed by a member.
             (B, "x.y"),
             (B, "." * 4096),
         ):
@@ -218,8 +218,8 @@ def _peak_bytes() -> int:
 
 
 def _attacked(folder: Path, to: Connection) -> None:
-    """Serves the coordinator's method and all of a worker's in a process; sends its addresses, then how much its peak
-    of memory grew."""
+    """Serves the coordinator's method and all methods of a worker. Sends the addresses, and then the growth of the
+    process's peak memory."""
 
     trust = authority(folder)
 
@@ -237,7 +237,7 @@ def _attacked(folder: Path, to: Connection) -> None:
 
 
 async def _reading(stream: ServerStream) -> None:
-    """Reads as a stage whose frames are a megabyte at most."""
+    """Reads a stream like a stage whose largest frame has 1 MiB."""
     stream.limit(1 * MIB)
     await stream.accept()
     while await stream.read() is not None:
@@ -257,7 +257,7 @@ def attacked(trust: Authority, tmp_path: Path) -> Iterator[tuple[Connection, str
 
 
 def _flood(address: str, method: str, caller: Identity, expected: Principal, streams: int) -> None:
-    """Opens streams with one message of 120 MiB each, which is not cut into pieces."""
+    """Opens streams that each send one unsplit message of 120 MiB."""
 
     async def flood() -> None:
         data = bytes(HOSTILE_BYTES)
@@ -301,7 +301,7 @@ def test_hostile_messages_do_not_take_memory(
 
 
 async def test_a_reply_that_is_too_large_names_its_worker(trust: Authority) -> None:
-    """Replies come in one gRPC message, in pieces, and within what the method allows but more than was agreed."""
+    """Replies are one gRPC message, or pieces, or larger than agreed but within the method's limit."""
 
     async def hostile(stream: ServerStream) -> None:
         await stream.accept()

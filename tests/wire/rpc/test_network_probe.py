@@ -1,4 +1,4 @@
-"""The network's round trip needs no program at the other end, and no answer is no round trip."""
+"""Tests of the network's measured round trip: no program is needed at the other end, and no answer gives no result."""
 
 from __future__ import annotations
 

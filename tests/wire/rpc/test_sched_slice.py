@@ -1,4 +1,5 @@
-"""Threads that hand messages on have short time slices, those that compute usual ones, where the system knows them."""
+"""Tests of time slices: threads that only forward messages have short slices, and computing threads have normal
+ones."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from llamaclust.wire.rpc.sched_slice import SHORT_SLICE_NS, short_slices
 
 
 def time_slice_ns(thread_id: int = 0) -> int | None:
-    """Returns the slice that a thread has requested, 0 being this one; None if that is unknown, or it is no ordinary
-    thread."""
+    """Returns the time slice that a thread has requested (0: this thread), or None if it is unknown or the thread is
+    not an ordinary one."""
     attributes = sched_slice._attributes(thread_id)
     return None if attributes is None else attributes[5]
 
@@ -54,7 +55,7 @@ main.run_worker(WorkerSettings(name="w"))
 
 
 def test_a_worker_computes_in_usual_slices_although_its_coordinator_has_short_ones() -> None:
-    """Processes inherit slices."""
+    """Child processes inherit slices."""
     command = [sys.executable, "-c", _WORKER]
     with short_slices():
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
@@ -85,7 +86,7 @@ asyncio.run(main())
 
 
 def test_threads_of_grpc_have_short_slices_and_its_caller_the_usual_one() -> None:
-    """The test needs a process of its own: gRPC makes its threads once."""
+    """The test needs its own process, because gRPC creates its threads only once."""
     done = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, timeout=60, check=True)
     own, *others = map(int, done.stdout.split())
     assert own == time_slice_ns()

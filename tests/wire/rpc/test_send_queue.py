@@ -1,4 +1,4 @@
-"""Send queues: what is put in goes out in order and in time, or its failure is reported."""
+"""Tests of send queues: messages are sent in order and in time, or the failure is reported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamaclust.wire.rpc.send_queue import SendQueue
 
 
 class Slow:
-    """A stream that takes a message only when it is allowed to."""
+    """A stream that accepts one message for each release of `lets`."""
 
     def __init__(self) -> None:
         self.taken: list[bytes] = []
@@ -32,7 +32,7 @@ class Slow:
 async def test_messages_go_out_in_order_without_waiting() -> None:
     stream = Slow()
     box = SendQueue(stream, "a message", 5.0)
-    box.put(b"0")  # before the sender runs
+    box.put(b"0")  # The sender does not run yet.
     running = asyncio.create_task(box.run())
     for number in range(1, 9):
         box.put(b"%d" % number)
@@ -46,7 +46,7 @@ async def test_messages_go_out_in_order_without_waiting() -> None:
 
 
 class Quick(Slow):
-    """A stream that takes messages at once, but for some."""
+    """A stream that accepts most messages at once."""
 
     def try_write(self, *messages: bytes) -> bool:
         if {b"2", b"3", b"7"}.intersection(messages):
@@ -64,7 +64,7 @@ async def test_messages_that_are_taken_at_once_do_not_overtake_others() -> None:
         await asyncio.sleep(0)
         if number == 1:
             assert stream.taken == [b"0", b"1"]
-        if number > 3:  # 2 is being written, the others wait behind it
+        if number > 3:  # Message 2 is being written, and the others wait behind it.
             assert len(stream.taken) == 2
     for _ in range(9):
         stream.lets.release()

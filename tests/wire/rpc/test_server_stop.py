@@ -1,4 +1,4 @@
-"""Servers that stop while they start or while streams are still used: all of it ends without a word."""
+"""Tests of servers that stop during their start or with open streams. Nothing is logged."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_an_event_loop_that_ends_with_its_server_says_nothing_of_open_streams(
         server = await Server.start("127.0.0.1:0", token, {JOIN: handler})
         peers = [Peer(server.address, token) for _ in range(count)]
         await asyncio.gather(*(peer.open(JOIN).opened() for peer in peers))
-        await server.stop(0.0)  # the peers are still there: to close them would take time
+        await server.stop(0.0)  # The peers are still connected, because closing them would take time.
 
     asyncio.run(run())
     assert ended == [does] * count

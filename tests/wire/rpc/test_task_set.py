@@ -1,4 +1,4 @@
-"""Background tasks: kept until they end, joined, cancelled."""
+"""Tests of background tasks: they are kept until they end, joined and cancelled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The end of streams on Unix sockets: what was sent before comes first, and its reason is known."""
+"""Tests of the end of Unix socket streams: earlier messages arrive first, and the reason is known."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def test_why_a_stream_ended_is_known_also_where_a_write_fails_first(addres
     server = await Server.start(address, TOKEN, {SAMPLE: refusing})
     ended = threading.Event()
 
-    async def elsewhere() -> None:  # the caller's event loop is busy meanwhile
+    async def elsewhere() -> None:  # The caller's event loop is busy meanwhile.
         peer = Peer(address, TOKEN)
         stream = peer.open(SAMPLE)
         await stream.opened()

@@ -1,4 +1,4 @@
-"""Streams on Unix sockets: what gRPC would do with connections that break, come early, send too much or nonsense."""
+"""Tests of Unix socket streams, with connections that break, arrive early, or send too much or invalid data."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ async def test_a_reader_that_does_not_read_holds_its_sender_up(address: str) -> 
             sent += 1
             async with asyncio.timeout(1.0):
                 await stream.write(sent.to_bytes(4, "little") * (1 << 15))
-    assert 32 <= sent < 100  # 4 MiB that wait there, and what is on the way
+    assert 32 <= sent < 100  # 4 MiB wait there, and further messages are on the way.
     may_read.set()
     await stream.done_writing()
     assert await stream.read() is None
@@ -202,7 +202,7 @@ async def test_a_handler_is_cancelled_where_its_caller_goes(address: str, how: s
 
 
 async def test_a_handler_that_is_cancelled_is_no_lost_connection(address: str) -> None:
-    """The process behind it is there."""
+    """The process of the handler is still there."""
 
     async def cancelled(stream: ServerStream) -> None:
         await stream.accept()

@@ -1,4 +1,5 @@
-"""Malformed and oversized messages of every kind, seeded: refused in one line, and no other peer is disturbed."""
+"""Fuzz tests with malformed and oversized messages of every kind: each gets an error of one line, and other peers are
+not affected."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ from support.wire.trust import A, B, authority, enrolment, refusals
 
 @pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.name)
 def test_damaged_messages_are_refused_or_read(kind: Kind) -> None:
-    """A ProtocolError of one line is the only way out beside a message."""
+    """The decoder returns a message or raises a ProtocolError of one line."""
     source = random.Random(f"{SEED} {kind.name}")
     print(f"{COUNT} cases")
     refused = 0
@@ -54,7 +55,7 @@ def test_oversized_messages_are_refused_before_they_are_read(kind: Kind) -> None
 
 
 def test_a_member_is_not_disturbed_by_another_that_sends_rubbish(tmp_path: Path) -> None:
-    """Over mutual TLS, from a member whose certificate is good."""
+    """The sender uses mutual TLS and has a valid certificate."""
     asyncio.run(_rubbish_to_a_registry(tmp_path))
 
 
@@ -87,7 +88,7 @@ async def _rubbish_to_a_registry(tmp_path: Path) -> None:
 
 
 def test_links_are_measured_beside_rubbish_on_the_same_port() -> None:
-    """And a peer that answers with rubbish is measured, or is an error."""
+    """The measurement of a peer that answers with random bytes gives a result or an error."""
     asyncio.run(_rubbish_to_an_echo())
 
 
@@ -107,7 +108,7 @@ async def _rubbish_to_an_echo() -> None:
             stream = peer.open(ECHO)
             async with deadline(f"the end of case {case} of seed {SEED}", 60):
                 with contextlib.suppress(StreamBrokenError):
-                    for _ in range(MOST_MESSAGES + 50):  # more than are answered
+                    for _ in range(MOST_MESSAGES + 50):  # The limit of answered messages is exceeded.
                         await stream.write(damaged(source, sent))
                 answers = 0
                 while await stream.read() == b"here":

@@ -1,4 +1,5 @@
-"""Links between machines: both sides show certificates of one CA, names are checked, refused peers are logged once."""
+"""Tests of links between machines: both sides need a certificate of one CA with the right name. Refusals are logged
+once."""
 
 from __future__ import annotations
 
@@ -50,14 +51,14 @@ async def test_a_worker_that_sits_at_anothers_address_is_not_spoken_to(trust: Au
 
 
 def _foreign(trust: Authority, folder: Path) -> Identity:
-    """Returns an identity of another cluster's CA, with this one's names."""
+    """Returns an identity with this cluster's names and the certificate of another cluster's CA."""
     other = authority(folder, "other")
     forged = Principal(None) if other.cluster == trust.cluster else COORDINATOR
     return with_pair(trust.identity(forged), other.identity(forged).pair)
 
 
 def _self_made(trust: Authority, folder: Path) -> Identity:
-    """Returns a certificate that names the coordinator, signed by a member's key, which does not sign others."""
+    """Returns a certificate for the coordinator that a member's key has signed. Members may not sign certificates."""
     thief = trust.identity(B)
     from cryptography import x509
 
@@ -125,14 +126,14 @@ async def test_what_is_not_tls_gets_no_answer(sent: bytes, trust: Authority, cap
         writer.write(sent)
         async with deadline("the end of the connection", 60):
             heard = await reader.read()
-        assert b"HTTP" not in heard and len(heard) < 16  # a TLS alert at most
+        assert b"HTTP" not in heard and len(heard) < 16  # At most a TLS alert.
         writer.close()
         await _told(caplog, 1)
         assert await answers(member)
 
 
 async def _told(caplog: pytest.LogCaptureFixture, times: int) -> None:
-    """Asserts that this many refusals are logged, and a moment later no more."""
+    """Waits until `times` refusals are logged. Asserts that no more follow."""
     async with deadline("a line in the log", 10 * TOLD_S):
         while (count := len(refusals(caplog.records))) < times:
             assert count <= times
@@ -147,7 +148,7 @@ async def test_members_are_not_logged(trust: Authority, caplog: pytest.LogCaptur
         streams = [server.call(trust.identity(COORDINATOR)) for _ in range(4)]
         for stream in streams:
             await stream.opened()
-        await asyncio.sleep(1.2)  # longer than the judgement takes
+        await asyncio.sleep(1.2)  # Longer than `handshake_s` and the next check.
         assert refusals(caplog.records) == []
 
 
@@ -160,7 +161,7 @@ async def test_a_wrong_token_on_a_local_link_is_logged_once(caplog: pytest.LogCa
 
 
 def test_a_resumed_session_does_not_outlive_the_certificate(trust: Authority) -> None:
-    """TLS looks at certificates in full handshakes only; every call looks again."""
+    """TLS checks certificates only in full handshakes, so each call checks them again."""
     for life, who in ((expired(trust, B), None), (trust.identity(B), B)):
         seen = {
             "x509_subject_alternative_name": [B.host(trust.cluster).encode()],
@@ -180,7 +181,7 @@ def test_certificates_that_name_no_member_are_refused(names: list[bytes], trust:
 
 
 async def test_a_renewed_certificate_is_shown_from_then_on(trust: Authority) -> None:
-    """A running server shows it to clients old and new; an open link is not disturbed."""
+    """A running server shows its renewed certificate to old and new clients. Open links are not disturbed."""
     identity = trust.identity(A)
     identity.pair = expired(trust, A).pair
     async with echo(identity) as server:

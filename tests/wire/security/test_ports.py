@@ -1,4 +1,5 @@
-"""Ports of a static cluster: beyond loopback, only the enrolment port speaks to those without a certificate."""
+"""Tests of a static cluster's ports: only the enrolment port answers clients without a certificate from other
+machines."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def line() -> Iterator[CommandLine]:
 
 @pytest.fixture(scope="module")
 def cluster(line: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Running]]:
-    """A coordinator and two workers that others could reach."""
+    """Starts a coordinator and two workers that other machines can reach."""
     model = build_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf", context=256)
     coordinator = start_coordinator(line, model, workers=named("a", "b"), join=EVERYWHERE)
     port = join_port(coordinator)
@@ -38,7 +39,7 @@ def cluster(line: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def listening(running: Running) -> list[tuple[str, int]]:
-    """Addresses and ports that a process and its children listen on."""
+    """Returns the addresses and ports on which a process and its children listen."""
     process = psutil.Process(running.process.pid)
     found = [
         connection for member in (process, *process.children(recursive=True)) for connection in member.net_connections()
@@ -49,7 +50,7 @@ def listening(running: Running) -> list[tuple[str, int]]:
 
 
 def says(port: int, sent: bytes) -> bytes:
-    """All that a port answers to plain bytes."""
+    """Returns the bytes that a port answers to plain text."""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as link:
         link.sendall(sent)
         heard = b""
@@ -62,7 +63,7 @@ def says(port: int, sent: bytes) -> bytes:
 
 
 def handshake(port: int) -> ssl.SSLSocket:
-    """A TLS connection of a client without a certificate."""
+    """Opens a TLS connection without a client certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
@@ -72,13 +73,14 @@ def handshake(port: int) -> ssl.SSLSocket:
 def test_beyond_loopback_only_the_enrolment_port_talks_to_strangers(cluster: list[Running]) -> None:
     enrolment = join_port(cluster[0])
     ports = {port for running in cluster for host, port in listening(running) if not host.startswith("127.")}
-    assert enrolment in ports and len(ports) == 6  # enrolment, members; of each worker one for stages and one for links
+    # Enrolment, members, and for each worker a port for stages and a port for links.
+    assert enrolment in ports and len(ports) == 6
     for port in ports:
         for sent in (HTTP1, HTTP2):
             heard = says(port, sent)
-            assert b"HTTP" not in heard and len(heard) < 16, port  # a TLS alert at most
+            assert b"HTTP" not in heard and len(heard) < 16, port  # At most a TLS alert.
     for port in ports - {enrolment}:
-        with pytest.raises(OSError), handshake(port) as link:  # TLS 1.3 tells a client with its first read
+        with pytest.raises(OSError), handshake(port) as link:  # In TLS 1.3, the first read gets the error.
             link.sendall(HTTP2)
             assert link.recv(1) == b""
             raise ConnectionError("closed without a word")
@@ -90,7 +92,7 @@ def test_the_http_api_is_on_loopback(cluster: list[Running], line: CommandLine) 
 
 
 def test_the_enrolment_port_does_nothing_else(cluster: list[Running]) -> None:
-    """The port shows a stranger the CA's certificate and a nonce, and ends without another word whatever is asked."""
+    """The port sends the CA's certificate and a nonce. Any other request ends the connection."""
     enrolment = join_port(cluster[0])
     for sent in (HTTP1, HTTP2, b"\x00\x00\x00\x01\x00", b"\xff" * 64):
         with handshake(enrolment) as link:

@@ -1,4 +1,4 @@
-"""Thousands of connections that say nothing, real ones on loopback: members are served meanwhile, in few files."""
+"""Tests with thousands of silent connections on loopback: members are served, and few files are open."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _open_files() -> int:
 
 
 def _flooded(folder: Path, to: Connection) -> None:
-    """Serves with few files, and a handshake's limit longer than the test."""
+    """Serves with a low limit of open files, and a handshake timeout that is longer than the test."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
 
     async def serve() -> None:
@@ -79,7 +79,7 @@ def _silent(address: str, hosts: int, count: int) -> list[socket.socket]:
 
 
 async def _served(address: str, identity: Identity) -> int:
-    """Returns how many tries a member needed to be answered."""
+    """Returns the number of attempts until a member gets an answer."""
     for attempt in range(1, 1000):
         peer = Peer(address, identity, A)
         try:
@@ -116,7 +116,7 @@ def test_members_are_served_beside_silent_connections(
 
 
 async def test_a_member_of_a_crowded_port_is_not_cut_off(tmp_path: Path) -> None:
-    """Open streams stay, whatever the silent ones do."""
+    """Silent connections do not close open streams."""
     trust = authority(tmp_path)
     allow_many_files()
     async with echo(trust.identity(A), handshake_s=60.0) as server:
@@ -132,7 +132,7 @@ async def test_a_member_of_a_crowded_port_is_not_cut_off(tmp_path: Path) -> None
 
 
 def _open_ones(connections: list[socket.socket]) -> int:
-    """Counts connections that the other side has not ended."""
+    """Returns the number of connections that the other side has not closed."""
     count = 0
     for connection in connections:
         connection.setblocking(False)
@@ -146,7 +146,7 @@ def _open_ones(connections: list[socket.socket]) -> int:
 
 
 class _Looks:
-    """Stands in for looks at silent connections; the first ones find no free descriptor."""
+    """A replacement for SilentConnections. The first `failures` calls find no free file descriptor."""
 
     def __init__(self, failures: int) -> None:
         self.failures = failures
@@ -181,8 +181,8 @@ async def test_looks_that_find_no_free_descriptor_are_repeated(
 @pytest.mark.parametrize(
     ("hosts", "of_host"),
     [
-        ([f"2001:db8:1:2::{number:x}" for number in range(1, 51)], 32),  # one network
-        ([f"2001:db8:{number % 2}::{number:x}" for number in range(1, 51)], 50),  # two networks
+        ([f"2001:db8:1:2::{number:x}" for number in range(1, 51)], 32),  # One network.
+        ([f"2001:db8:{number % 2}::{number:x}" for number in range(1, 51)], 50),  # Two networks.
         ([f"192.0.2.{number}" for number in range(1, 51)], 50),
     ],
     ids=["one /64", "two /64", "IPv4"],
@@ -218,7 +218,8 @@ def test_the_servers_of_a_process_leave_descriptors_to_files() -> None:
 
 @pytest.mark.parametrize("others", [1, 4096, 10_000])
 async def test_a_caller_is_known_while_its_call_is_under_way(others: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The number of later callers does not matter; a call that ends makes its caller the newest that is remembered."""
+    """A caller is remembered during its call, however many callers follow. After its call, it is the newest one that is
+    remembered."""
     handshakes = Handshakes("here:1", 60.0, RefusalLog(logging.getLogger("looks")))
     looks: list[Container[str]] = []
 

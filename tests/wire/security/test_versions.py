@@ -1,4 +1,4 @@
-"""Version rules, with stubs of a later version: its messages decode far enough to refuse it by number."""
+"""Tests of version rules with messages of a later version: they can be decoded far enough to refuse the version."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ NEW_KIND = 1001
 
 
 def newer(stubs: Any) -> dict[str, type[Message]]:
-    """The messages of a .proto file of a later version and of what it imports, by name: each has a field more,
-    each choice one more."""
+    """Returns the messages of a .proto file and its imports by name, as a later version would have them: each message
+    has another field, and each oneof another kind."""
     pool = descriptor_pool.DescriptorPool()
     names = [name for file in (*stubs.DESCRIPTOR.dependencies, stubs.DESCRIPTOR) for name in _add_newer(pool, file)]
     return {
@@ -48,7 +48,7 @@ def _add_newer(pool: descriptor_pool.DescriptorPool, descriptor: Any) -> list[st
 
 
 def with_new_fields(message: Any) -> bytes:
-    """Everywhere in the message, at every depth."""
+    """Sets the new field in the message and its parts. Returns the encoded message."""
     for field, value in message.ListFields():
         if field.message_type is not None:
             for part in value if hasattr(value, "append") or hasattr(value, "add") else (value,):
@@ -58,7 +58,7 @@ def with_new_fields(message: Any) -> bytes:
 
 
 HOT = ("Microbatch", "SamplingInputs")
-"""They travel between members of one version alone."""
+"""Messages that are exchanged only between members of the same version."""
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Clusters of processes, fakes of stages, served models."""
+"""Clusters of processes, fake stages and served models."""

@@ -1,4 +1,4 @@
-"""The `llamaclust` command as a user runs it: processes with a state directory of their own, and what they leave."""
+"""Runs `llamaclust` commands as a user does, with a state directory of their own."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from support.clusters.forking.forks import ForkedCommand, fork_server
 
 COMMAND = (sys.executable, "-P", "-m", "llamaclust")
 _START_S = 120.0
-_END_S = 20.0  # two seconds on an idle machine
+_END_S = 20.0  # an idle machine needs two seconds
 _POLL_S = 0.01
 _MOST_SHOWN = 6000
 
 
 def eventually(happens: Callable[[], bool], within_s: float, what: str) -> None:
-    """Waits until `happens()`, and fails the test if that takes too long. A question that takes long is asked less
-    often, since it may start processes."""
+    """Waits until `happens()` is true; fails the test after `within_s`. A slow `happens` is called less often, since it
+    may start processes."""
     begin = time.monotonic()
     end = begin + within_s
     while not happens():
@@ -44,7 +44,7 @@ def eventually(happens: Callable[[], bool], within_s: float, what: str) -> None:
 
 
 def is_there(process: psutil.Process) -> bool:
-    """Tells whether a process runs: it is neither gone nor dead and not yet reaped."""
+    """Tells whether a process runs; a zombie does not."""
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -76,7 +76,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A command that runs, leader of its own process group as in a terminal."""
+    """A running command, the leader of its own process group as in a terminal."""
 
     process: subprocess.Popen[bytes] | ForkedCommand
     out: Path
@@ -87,7 +87,7 @@ class Running:
         os.killpg(self.process.pid, signal.SIGINT)
 
     def says(self, text: str, within_s: float = _START_S) -> None:
-        """Waits until standard error has the text; fails if the command ends before."""
+        """Waits until standard error contains the text; fails if the command ends first."""
 
         def said() -> bool:
             ended = self.process.poll() is not None
@@ -123,7 +123,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster that is ready, seen from outside."""
+    """A ready cluster, which tests use through its API and its processes."""
 
     command: Running
     name: str
@@ -154,7 +154,7 @@ class Cluster:
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(line_start))
 
     def answer(self, **fields: Any) -> tuple[list[int], list[float]]:
-        """Token ids of a completion and the float32 values of their logprobs."""
+        """Returns the token ids of a completion and the float32 values of their logprobs."""
         body = {"prompt": "the first word", "max_tokens": 12, "temperature": 0, "logprobs": 0, "return_token_ids": True}
         reply = self.http.post("/v1/completions", json=body | fields)
         assert reply.status_code == 200, reply.text
@@ -163,13 +163,13 @@ class Cluster:
 
 
 def float32(written: list[float]) -> list[float]:
-    """The float32 values that were written with nine digits or more."""
+    """Returns the float32 values of numbers that were written with nine digits or more."""
     return [float(np.float32(value)) for value in written]
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """Runs commands in `folder`, where cluster files and models of the test lie too."""
+    """Runs commands in `folder`, which also has the cluster files and models of the test."""
 
     folder: Path
     _started: list[Running] = field(default_factory=list)
@@ -178,7 +178,7 @@ class CommandLine:
 
     @contextmanager
     def logging(self, form: str) -> Iterator[None]:
-        """Makes commands that are started meanwhile write their logs in this form."""
+        """Sets the log form of commands that start within the context."""
         self._variables["LLAMACLUST_LOG"] = form
         try:
             yield
@@ -186,7 +186,7 @@ class CommandLine:
             self._variables.clear()
 
     def set_variables(self, **variables: str) -> None:
-        """Sets environment variables of commands that are started from now on."""
+        """Sets environment variables of commands that start later."""
         self._variables.update(variables)
 
     @property
@@ -210,8 +210,8 @@ class CommandLine:
         program: Sequence[str | Path] | None = None,
         network: str | None = None,
     ) -> Running:
-        """Starts a command in its own session without input. `out` is where its standard output goes; `before` are
-        words that run the command in another place, and become it; `network` is a network namespace."""
+        """Starts a command in its own session without input. `out`: file of its standard output; `before`: words before
+        the command, such as `nohup`, whose process executes it; `network`: a network namespace."""
         number = len(self._started)
         out, err = out or self.folder / f"{number}.out", self.folder / f"{number}.err"
         with out.open("wb") as to_out, err.open("wb") as to_err, Path(os.devnull).open("rb") as nothing:
@@ -237,8 +237,8 @@ class CommandLine:
         return self._started[-1]
 
     def run(self, *arguments: str | bytes | Path, within_s: float = 60.0) -> Done:
-        """Runs a command from start to end, forked to save the time that Python and its imports take. PYTHONPATH and
-        the like are those of the first command."""
+        """Runs a command to its end in a forked process, which saves the time of imports. Variables such as PYTHONPATH
+        have the values of the first command."""
         number = f"run-{next(self._numbers)}"
         out, err = self.folder / f"{number}.out", self.folder / f"{number}.err"
         words = ["llamaclust", *map(os.fsdecode, arguments)]
@@ -246,14 +246,14 @@ class CommandLine:
         return Done(code, out.read_text(), err.read_text())
 
     def cluster_file(self, model: Path | str, name: str = "tiny", **keys: Any) -> Path:
-        """Writes the file of a cluster of two workers with stated speeds, which are not measured, at any free port."""
+        """Writes the file of a cluster at any free port, with two workers whose speeds are given and not measured."""
         speed = {"threads": 1, "memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0}
         workers = [{"name": "a", **speed}, {"name": "b", **speed}]
         values = {"name": name, "model": str(model), "listen": "127.0.0.1:0", "workers": workers, **keys}
         if "models" in keys:
             del values["model"]
         path = self.folder / f"{name}.yaml"
-        path.write_text(json.dumps(values))  # which is YAML too
+        path.write_text(json.dumps(values))  # JSON is YAML
         return path
 
     @contextmanager
@@ -270,7 +270,7 @@ class CommandLine:
             running.kill()
 
     def left_running(self) -> dict[int, str]:
-        """Describes, by id, the processes that commands of this folder have started and that still run."""
+        """Returns descriptions, by process id, of running processes that commands of this folder have started."""
         found = {process.pid: _description(process) for process in psutil.process_iter()}
         return {pid: what for pid, what in found.items() if str(self.folder) in what}
 
@@ -280,7 +280,7 @@ class CommandLine:
             running.kill()
 
     def close(self) -> None:
-        """Kills the foreground commands, fails if anything else stays, and prints the end of what each command said."""
+        """Kills the foreground commands, prints the end of their standard errors, and fails if processes remain."""
         self.end_commands()
         for running in self._started:
             print(f"{running.err.name}: {running.err.read_text(errors='replace')[-_MOST_SHOWN:]}")
@@ -294,7 +294,7 @@ class CommandLine:
 
 
 def _description(process: psutil.Process) -> str:
-    """Returns command line and state directory; empty for a process that is gone or belongs to another user."""
+    """Returns the command line and state directory; empty for a process that has ended or is another user's."""
     try:
         if process.status() == psutil.STATUS_ZOMBIE:
             return ""
@@ -305,7 +305,7 @@ def _description(process: psutil.Process) -> str:
 
 @contextmanager
 def command_line() -> Iterator[CommandLine]:
-    """Yields a command line in a short path, since sockets lie below it; ends and removes everything afterwards."""
+    """Yields a command line in a folder with a short path, since socket paths are limited; removes all at the end."""
     with tempfile.TemporaryDirectory(prefix="llamaclust-test-") as folder:
         line = CommandLine(Path(folder))
         try:
@@ -316,7 +316,7 @@ def command_line() -> Iterator[CommandLine]:
 
 @contextmanager
 def paused(pid: int) -> Iterator[None]:
-    """Stops a process meanwhile, so that its work is not done before the test looks at it."""
+    """Stops a process within the context, so that its work does not end before the test observes it."""
     os.kill(pid, signal.SIGSTOP)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Stand-ins for stages: a model whose tokens are hashes of what KV memory holds, and a clock that is only counted."""
+"""Fake stages: a model whose tokens are hashes of the contents of KV blocks, and a simulated clock."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ VOCABULARY = 101
 
 @dataclass
 class Losses:
-    """An owner of an engine that records what it is told."""
+    """An owner of an engine that records reported failures."""
 
     failures: list[PipelineFailure] = field(default_factory=list)
     may_suspect_workers: bool = False
@@ -54,13 +54,13 @@ WIDTH = 4  # of hidden states
 
 
 def blocks_of(chunk: Chunk) -> list[int]:
-    """The blocks of a chunk's table, one by one."""
+    """Returns the blocks of a chunk's block table."""
     runs = zip(chunk.table[::2], chunk.table[1::2], strict=True)
     return [block for start, count in runs for block in range(start, start + count)]
 
 
 def answer(tokens: Sequence[int], task: RowTask) -> RowResult:
-    """Returns the fake model's answer after these tokens; any other tokens give another answer."""
+    """Returns the fake model's result after these tokens; any other tokens give another result."""
     if isinstance(task, SampleTask):
         inputs: tuple[object, ...] = (
             task.seed,
@@ -83,13 +83,13 @@ def answer(tokens: Sequence[int], task: RowTask) -> RowResult:
 
 
 def hidden_state(tokens: Sequence[int]) -> bytes:
-    """Returns the fake model's hidden state of the last of these tokens."""
+    """Returns the fake model's hidden state of the last token."""
     digest = sha256(array("q", tokens)).digest()
     return (np.frombuffer(digest[: 2 * WIDTH], "<u2") / 64).astype("<f4").tobytes()
 
 
 def _more(tokens: Sequence[int], task: SampleTask) -> tuple[object, ...]:
-    """Returns further inputs of the answer, without breakers that the tokens lack or that begin with the last alone."""
+    """Returns the other inputs of the result, with those breakers in the tokens that begin before the last token."""
     begun = (breaker for breaker in task.breakers if breaker[0] in tokens[:-1])
     breakers = sorted(breaker for breaker in begun if _stands_in(breaker, tuple(tokens)))
     return task.penalty_window, task.dry_window, breakers, task.mu
@@ -101,15 +101,15 @@ def _stands_in(breaker: tuple[int, ...], tokens: tuple[int, ...]) -> bool:
 
 @dataclass
 class FakeModel:
-    """KV memory by block id. Answers are made from what lies in it, so wrong tables or lost blocks change tokens."""
+    """A model whose results are hashes of its KV blocks, so wrong block tables and lost blocks change tokens."""
 
     kv_blocks: int
-    kv: dict[int, list[int]] = field(default_factory=dict)  # as many positions of a block as were ever written
+    kv: dict[int, list[int]] = field(default_factory=dict)  # tokens of the written positions by block id
     writes: int = 0
 
     def run(self, microbatch: Microbatch, inputs: SamplingInputs) -> tuple[RowResult, ...]:
-        # Every stage stores a layer's keys and values before others of the same microbatch may count on them,
-        # so a microbatch must not read what another sequence writes in it: rows are read before any is written.
+        # A sequence must not read keys and values that another sequence of the same microbatch writes,
+        # so the rows of all sequences are read before any is written.
         tables = [self._table(chunk) for chunk in microbatch.chunks]
         before = [self._read(tables[i], chunk.position) for i, chunk in enumerate(microbatch.chunks)]
         tasks = iter(inputs.tasks)
@@ -125,7 +125,7 @@ class FakeModel:
         return tuple(rows)
 
     def embeddings(self, microbatch: Microbatch) -> bytes:
-        """Returns the hidden states of the microbatch that was run last; other tokens give others."""
+        """Returns the requested hidden states of the microbatch that was run last."""
         return b"".join(
             hidden_state(self._read(blocks_of(chunk), chunk.position + row + 1))
             for chunk in microbatch.chunks
@@ -156,7 +156,7 @@ class FakeModel:
 
 
 class ConstantModel(FakeModel):
-    """A model that gives the same result for every row, at no cost."""
+    """A model that returns the same result for every row without computing it."""
 
     def run(self, microbatch: Microbatch, inputs: SamplingInputs) -> tuple[RowResult, ...]:
         return (RowResult(1, -1.0),) * len(inputs.tasks)
@@ -167,14 +167,14 @@ StageNs = Callable[[int], float]
 
 @dataclass
 class FakeStages:
-    """Stages in a row on a counted clock: each takes `stage_ns[i](rows)` for a microbatch, links take `hop_ns`."""
+    """Consecutive stages on a simulated clock: stage i takes `stage_ns[i](rows)` for a microbatch, a link `hop_ns`."""
 
     model: FakeModel
     stage_ns: Sequence[StageNs]
     hop_ns: int = 1000
-    beside: float = 1.0  # how much slower a stage is while another one works too
+    beside: float = 1.0  # factor of a stage's time while another stage computes
     chosen: PlainTokensBox = field(default_factory=PlainTokensBox)
-    chosen_ns: dict[int, int] = field(default_factory=dict)  # when a microbatch's tokens are at the first stage
+    chosen_ns: dict[int, int] = field(default_factory=dict)  # when a microbatch's tokens reach the first stage
     free_at: list[int] = field(default_factory=list)
     busy_ns: list[int] = field(default_factory=list)
 
@@ -183,7 +183,7 @@ class FakeStages:
         self.busy_ns = [0] * len(self.stage_ns)
 
     def send(self, scheduled: ScheduledMicrobatch, now_ns: int) -> tuple[int, Result]:
-        """Returns the time when the result is back, and the result."""
+        """Returns the time at which the result arrives, and the result."""
         microbatch = scheduled.microbatch
         followed = [chunk.depends_on[0] for chunk in microbatch.chunks if chunk.depends_on]
         timings = []
@@ -277,7 +277,7 @@ class Simulation:
 def expected(
     generation: GenerationRequest, context_length: int
 ) -> tuple[list[RowResult], dict[int, RowResult], FinishReason]:
-    """Returns what a request must give in any circumstances: (chosen, scored, reason)."""
+    """Returns what a request must give on every cluster: (sampled rows, scored rows by position, finish reason)."""
     tokens = list(generation.prompt)
     scored = {}
     if generation.score_from is not None:
@@ -319,17 +319,17 @@ class FakePipeline:
         self.stages = tuple(StageInfo(f"w{i}", i * 2, i * 2 + 2) for i in range(stages))
         self.fake = FakeStages(FakeModel(kv_blocks), [linear(100, 10)] * stages)
         self.microbatches: list[Microbatch] = []
-        self.failure: str | None = None  # of the next result
-        self.failures: dict[int, str] = {}  # by number
-        self.without_rows: int | None = None  # the number of a result that breaks the protocol
-        self.together = 1  # results that come together at most
-        self.most_together = 0  # that have come
+        self.failure: str | None = None  # of results without an entry in `failures`
+        self.failures: dict[int, str] = {}  # by the microbatch's number
+        self.without_rows: int | None = None  # the number of a result that breaks the protocol: it has no rows
+        self.together = 1  # most results in one call
+        self.most_together = 0  # most results in a call so far
         self.kv_disks: KvDisks | None = None
         self.encoder: PipelineEncoder | None = None
         self.no_images = ""
-        self.replaced: Result | None = None  # comes instead of the next result
+        self.replaced: Result | None = None  # comes instead of each result
         self.gate = asyncio.Event()
-        self.taken = asyncio.Event()  # a microbatch came
+        self.taken = asyncio.Event()  # set when a microbatch is submitted
         self.gate.set()
         self._results: asyncio.Queue[Result | Exception] = asyncio.Queue()
 
@@ -352,7 +352,7 @@ class FakePipeline:
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
         while True:
             results = [await self._results.get()]
-            await asyncio.sleep(0)  # no stream answers without letting others run
+            await asyncio.sleep(0)  # other tasks run first, as with a stream
             await self.gate.wait()
             while len(results) < self.together and not self._results.empty():
                 results.append(self._results.get_nowait())

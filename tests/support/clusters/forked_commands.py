@@ -1,5 +1,5 @@
-"""Commands that end by themselves, as processes of their own, forked from one that has imported their modules. Every
-command imports this module, so it imports little."""
+"""Runs commands that end by themselves, in processes forked from one that has imported their modules. Every command
+imports this module, so it imports little."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _IMPORTED = [
     "llamaclust.cluster.front.app",
     "llamaclust.kernels.cpu.backend",
 ]
-"""None of these modules imports gRPC, which reads settings from the environment at its import."""
+"""Modules that the server imports. None of them imports gRPC, which reads environment variables at its import."""
 
 _PIPE_BYTES = 1 << 16
-"""The bytes that a pipe holds before it is read."""
+"""The capacity of a pipe."""
 
 
 def run_forked(
@@ -40,8 +40,8 @@ def run_forked(
     within_s: float,
     piped: bytes = b"",
 ) -> int:
-    """Runs `llamaclust`, or the Python script of that path, in `folder` with `piped` on standard input, and returns its
-    exit code; raises subprocess.TimeoutExpired if it does not end."""
+    """Runs `llamaclust` or a Python script, as `arguments[0]` says, in `folder` with `piped` on standard input, and
+    returns its exit code; raises subprocess.TimeoutExpired if it does not end in time."""
     process = _server().Process(target=_become, args=(list(arguments), environment, folder, out, err, piped))
     process.start()
     process.join(within_s)
@@ -55,7 +55,7 @@ def run_forked(
 def forked_script(
     script: Path, *arguments: str, folder: Path | None = None, within_s: float = 60.0, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a Python script that ends by itself in `folder`, or in this process's own, with these variables added to the
+    """Runs a Python script to its end in `folder`, or in the current folder, with `variables` added to the
     environment."""
     with TemporaryDirectory() as outputs:
         out, err = Path(outputs, "out"), Path(outputs, "err")
@@ -95,4 +95,4 @@ def _become(
             sys.path.insert(0, str(Path(arguments[0]).parent))
             runpy.run_path(arguments[0], run_name="__main__")
     finally:
-        atexit._run_exitfuncs()  # which such a process would leave out
+        atexit._run_exitfuncs()  # such a process does not run these functions itself

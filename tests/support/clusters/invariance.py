@@ -1,4 +1,4 @@
-"""The oracle: token ids and logprob bits of any cluster equal those of one undisturbed worker."""
+"""Runs the same requests in many ways; token ids and logprob bits must equal those of one undisturbed worker."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 from support.plans.drafting import draft
 
 Answer = tuple[tuple[int, bytes], ...]
-"""(token id, the four bytes of its float32 logprob) of every scored prompt token, then of every generated one; of a
-request for hidden states (position, bytes of its hidden state)."""
+"""Pairs (token id, the four bytes of its float32 logprob) of scored prompt tokens, then of generated tokens; for a
+request for hidden states, pairs (position, bytes of its hidden state)."""
 
 _DEADLINE_S = 240.0
 _OWN = 4
@@ -44,26 +44,25 @@ _CHAINS = (
     SamplerChain((SamplerName.TEMPERATURE, SamplerName.TOP_N_SIGMA), top_n_sigma=1.5),
     SamplerChain((SamplerName.TFS_Z, SamplerName.TEMPERATURE, SamplerName.PENALTIES), tfs_z=0.9, unpenalized=(13,)),
 )
-"""Chains of the seven requests that grow; they cover every sampler, and state that goes from token to token."""
+"""Sampler chains of the seven long requests; they cover every sampler, and state that passes from token to token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to run the same requests. `cut`: bounds of the stages, one worker a stage; 1.5 divides the experts of
-    layer 1."""
+    """A way to run the requests. `cut`: bounds of stages, one worker per stage; 1.5 divides the experts of layer 1."""
 
     cut: tuple[float, ...]
     threads: int = 1
-    company: bool = False  # all requests at once, else one after the other
+    company: bool = False  # all requests run at once, else one after the other
     prefill_chunk: int | None = None
-    cached: bool = False  # asked twice; the second answers count, with prompts in the prefix cache while it has room
-    preempted: bool = False  # KV memory is so short that sequences are put back
+    cached: bool = False  # runs requests twice; the second answers count, with prompts in the prefix cache if they fit
+    preempted: bool = False  # KV memory is so small that sequences are preempted
     feature_level: str | None = None
     kv_type: KvType = KvType.F16
-    every: bool = False  # the seven that grow as well, although each is alone
-    drafted: bool = False  # tokens are drafted, most of them as the known answers have them, whether it pays or not
-    wide_tiles: bool = False  # weights of types with wider tiles are in those, whether that pays or not
-    shares: tuple[int, ...] = ()  # of a group, which holds the first stage; two members hold the last one likewise
+    every: bool = False  # also runs the seven long requests, even one by one
+    drafted: bool = False  # tokens are drafted, most of them from the known answers, even if it does not pay
+    wide_tiles: bool = False  # quant types with wide tiles use them, even if it does not pay
+    shares: tuple[int, ...] = ()  # of the group that holds the first stage; a group of two also holds the last stage
 
     def held(self) -> Iterator[tuple[list[str], tuple[float, float]]]:
         """Yields the workers and the layers of each stage."""
@@ -77,14 +76,14 @@ class Way:
 @dataclass(frozen=True, slots=True)
 class Work:
     """Requests to compare: one greedy, one seeded whose context is longer than a span, one that scores its prompt, one
-    for hidden states, and seven that grow long enough to be preempted when KV memory is short."""
+    for hidden states, and seven with answers so long that they are preempted when KV memory is short."""
 
     generations: tuple[GenerationRequest, ...]
     kv_heads: int
     head_dim: int
 
     def requests_of(self, way: Way) -> tuple[GenerationRequest, ...]:
-        """Returns the requests; those that grow make a third of their tokens unless `every` or `preempted` is set."""
+        """Returns the requests; the long ones generate a third of their tokens unless `every` or `preempted` is set."""
         if way.every or way.preempted:
             return self.generations
         grow = (
@@ -99,7 +98,7 @@ class Work:
 
 @cache
 def make_work(seed: int, vocabulary: int, kv_heads: int, head_dim: int, long: int = 530, tokens: int = 12) -> Work:
-    """Builds work with random prompts; `long`: tokens of the longest one."""
+    """Builds requests with random prompts; `long`: tokens of the longest prompt."""
     print(f"work: seed {seed}")
     source = random.Random(seed)
 
@@ -145,7 +144,7 @@ def run(
 
 
 def _texts(work: Work, known: Sequence[Answer]) -> list[list[int]]:
-    """Returns prompts with their known answers."""
+    """Returns the token ids of prompts with their known answers."""
     return [
         [*generation.prompt, *(token for token, _ in answer[len(answer) - generation.max_new_tokens :])]
         for generation, answer in zip(work.generations, known, strict=False)
@@ -181,13 +180,13 @@ async def _run(model: Path, way: Way, work: Work, folder: Path) -> list[Answer]:
             answers = await _answers(cluster, way, work)
             hits = cluster.engine.scheduler.counts.cached_tokens - before
             assert hits > 0 or way.preempted, "the prefix cache was not hit"
-        if way.preempted and not way.drafted:  # with drafts, some end before others need their memory
+        if way.preempted and not way.drafted:  # with drafts, sequences may end before others need their memory
             assert cluster.engine.scheduler.counts.preemptions > 0, "nothing was preempted"
         return answers
 
 
 def _kv_heads(way: Way, members: Sequence[str], heads: int) -> int:
-    """Returns the most KV heads of a layer that one of the workers holds."""
+    """Returns the largest number of KV heads of a layer that a member holds."""
     if not 1 < len(members) <= heads:
         return heads
     return max(end - begin for begin, end in pairwise(borders(heads, way.shares)))
@@ -201,7 +200,7 @@ def _plan_entry(way: Way, members: Sequence[str], layers: tuple[float, float]) -
 
 
 _FACTS = "memory_bandwidth_gb_s: 20, int8_gmac_s: 300"
-"""Stated speeds, so that nothing is measured."""
+"""Given speeds, so that none is measured."""
 
 
 def check_answers(answers: list[Answer], expected: list[Answer]) -> None:

@@ -1,4 +1,4 @@
-"""Admissions and journals of tests."""
+"""Builders of request contexts and journals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def left(
     is_sent: bool = False,
     restores: int = 0,
 ) -> RequestContext:
-    """The request as an earlier coordinator left it."""
+    """Returns the request with the fields that an earlier coordinator left."""
     request.answered, request.is_sent, request.restores = answered or {}, is_sent, restores
     return request
 
@@ -50,7 +50,7 @@ async def until(check: Callable[[], bool]) -> None:
 
 
 def row(token: int, random_bits: int = 0) -> RowResult:
-    """A token with the float32 logprob of some random bits."""
+    """Builds the result of a token whose float32 logprob has these random bits."""
     return RowResult(token, struct.unpack("<f", struct.pack("<I", 0xBF800000 | random_bits & 0xFFFFF))[0])
 
 

@@ -29,7 +29,7 @@ def of_one_worker(model: Path) -> Answers:
 
 
 def logs_of(line: CommandLine, name: str) -> str:
-    """Returns what `llamaclust logs` prints of a worker."""
+    """Returns the output of `llamaclust logs` for a worker."""
     done = line.run("logs", name)
     assert done.code == 0, done.err
     return done.out

@@ -25,7 +25,7 @@ ANY = "127.0.0.1:0"
 
 
 def registry_of(credentials: Credentials, settings: JoinSettings) -> Registry:
-    """Workers have no logs."""
+    """Creates a registry whose workers have no logs."""
     return Registry(ANY, credentials, lambda name: "", settings)
 
 
@@ -38,7 +38,7 @@ async def registry(trust: Authority, heartbeat_timeout_s: float = 5.0) -> AsyncI
 
 
 class Joined:
-    """A worker's end of a membership."""
+    """A worker's end of its membership stream."""
 
     def __init__(self, stream: ClientStream) -> None:
         self.stream = stream
@@ -53,7 +53,7 @@ class Joined:
 
 
 async def join(registry: Registry, credentials: Credentials, register: Register) -> tuple[Joined, object]:
-    """And the first answer."""
+    """Sends the registration, and returns the worker's end with the first answer."""
     joined = Joined(Peer(registry.address, credentials, COORDINATOR).open(JOIN))
     await joined.say(register)
     return joined, await joined.hear()

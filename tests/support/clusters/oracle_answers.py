@@ -1,5 +1,5 @@
-"""`python oracle_answers.py MODEL [NATIVE]`: what a model answers, bit for bit, as JSON, computed by another build of
-the native module where one is given. Callers in this process use `answers`."""
+"""`python oracle_answers.py MODEL [NATIVE]` prints a model's answers with all bits as JSON. NATIVE is another build of
+the native module. Callers in this process use `answers`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 
 _NATIVE = "llamaclust.kernels._native"
 Answer = list[tuple[int, str]]
-"""(token id, the bits of its float32 logprob in hexadecimal)."""
+"""Pairs (token id, the bits of its float32 logprob in hexadecimal)."""
 
 SEED = 31
 LONG = 530  # more than a span
 
 
 def answers(model: Path) -> list[Answer]:
-    """A greedy answer and a seeded one whose context is longer than a span."""
+    """Returns a greedy answer, and a seeded one whose context is longer than a span."""
     from llamaclust.cluster.client.local import LocalClient
 
     source = random.Random(SEED)
@@ -36,7 +36,7 @@ def answers(model: Path) -> list[Answer]:
 
 
 def use_native(path: Path) -> None:
-    """Makes `path` the native module of this process; before anything of llamaclust.kernels is imported."""
+    """Makes `path` the native module of this process; call it before llamaclust.kernels is imported."""
     assert _NATIVE not in sys.modules
     spec = importlib.util.spec_from_file_location(_NATIVE, path)
     assert spec is not None and spec.loader is not None

@@ -1,4 +1,4 @@
-"""Nodes of Ray as their administrator starts them, and what is left in a Ray cluster afterwards."""
+"""Starts Ray nodes as an administrator does, and lists the actors and placement groups in a Ray cluster."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ print(json.dumps([actors, [one["name"] for one in groups if one["state"] != "REM
 def ray_node(
     *where: str, cpus: int = 3, address: str, before: Sequence[str] = (), **environment: str
 ) -> Iterator[psutil.Process]:
-    """A node that is up: a head, or one that joins, by `where`; its raylet."""
+    """Runs a Ray node, a head or one that joins as `where` says, and yields its raylet."""
     options: tuple[str, ...] = (f"--num-cpus={cpus}", f"--object-store-memory={_STORE}", f"--node-ip-address={address}")
     if "--head" in where:
         options += ("--include-dashboard=false",)
@@ -72,7 +72,7 @@ def _of(folder: Path) -> list[psutil.Process]:
 
 
 def left_in(address: str, before: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-    """Actors and placement groups of all namespaces, by name."""
+    """Returns the names of actors and of placement groups in all namespaces."""
     program = _LEFT.format(address=address)
     done = subprocess.run([*before, sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -87,7 +87,7 @@ def _words(process: psutil.Process) -> str:
 
 
 def _end(processes: Sequence[psutil.Process]) -> None:
-    """And what they have started."""
+    """Kills the processes and their descendants, and waits for their end."""
     below = []
     for process in processes:
         with suppress(psutil.NoSuchProcess):

@@ -1,4 +1,4 @@
-"""A real little cluster for tests: worker processes of this machine, a registry, a loaded pipeline."""
+"""A small cluster for tests: worker processes on this machine, a registry and a loaded pipeline."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class RealCluster:
         return {name: worker.registration.pid for name, worker in self.registry.workers.items()}
 
     async def load(self, model: Path, cuts: Sequence[int], epoch: int = 1) -> RemotePipeline:
-        """A pipeline of layers [cuts[0], cuts[1]) on worker a, [cuts[1], cuts[2]) on b and so on."""
+        """Loads a pipeline with layers [cuts[0], cuts[1]) on worker a, [cuts[1], cuts[2]) on b and so on."""
         handles = await self.load_stages(model, cuts, epoch)
         return await RemotePipeline.open(epoch, handles, self.run.token)
 
@@ -58,7 +58,7 @@ class RealCluster:
 
 
 def losses(registry: Registry) -> list[str]:
-    """The names of workers that are lost from now on, in their order."""
+    """Returns a list to which the name of each lost worker is appended."""
     lost: list[str] = []
     registry.subscribe(lambda event: lost.append(event.worker.name) if isinstance(event, MemberLost) else None)
     return lost
@@ -73,7 +73,7 @@ async def real_cluster(
     heartbeat_timeout_s: float = 20.0,
     deadlines: Deadlines | None = None,
 ) -> AsyncIterator[RealCluster]:
-    """Workers a, b, ... have joined; their processes are gone at the end."""
+    """Yields a cluster that workers a, b, ... have joined; stops their processes afterwards."""
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
     with run_directory(folder) as run:
@@ -91,7 +91,7 @@ async def real_cluster(
 
 
 def microbatches(model_id: str, epoch: int, steps: int) -> list[tuple[Microbatch, SamplingInputs]]:
-    """Two sequences: a prefill in chunks of 16 with scored rows, then decodes with sampling, tokens made up."""
+    """Builds microbatches of two sequences: a prefill in chunks of 16, then decodes, with scored and sampled rows."""
     work = []
     tables = ((3, 2, 20, 6), (40, 8))
     for number in range(steps):
@@ -112,7 +112,7 @@ def microbatches(model_id: str, epoch: int, steps: int) -> list[tuple[Microbatch
 
 
 class Running:
-    """A pipeline at work, its results one by one."""
+    """A running pipeline, whose results are read one by one."""
 
     def __init__(self, pipeline: RemotePipeline) -> None:
         self._results: asyncio.Queue[Result] = asyncio.Queue()
@@ -123,7 +123,7 @@ class Running:
             self._results.put_nowait(result)
 
     async def next_result(self) -> Result:
-        """The next one, or the pipeline's error. A deadline of its own: the tests' pipelines answer soon."""
+        """Returns the next result or raises the pipeline's error; raises TimeoutError after 60 s."""
         getting = asyncio.create_task(self._results.get())
         try:
             async with asyncio.timeout(60):
@@ -141,7 +141,7 @@ class Running:
 
 @asynccontextmanager
 async def running(pipeline: RemotePipeline) -> AsyncIterator[Running]:
-    """The pipeline works meanwhile, and is closed at the end."""
+    """Runs the pipeline within the context and closes it at the end."""
     work = Running(pipeline)
     try:
         yield work

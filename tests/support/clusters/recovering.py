@@ -1,4 +1,4 @@
-"""Clusters of real processes whose workers are lost on purpose, and the answers that their requests must still give."""
+"""Clusters of real processes for tests that end or stop workers, and the answers that requests must still give."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from llamaclust.wire.microbatch.messages import Result
 from support.models.tiny_model import build_tiny_model
 
 Answer = tuple[tuple[int, bytes], ...]
-"""(token id, the four bytes of its float32 logprob) of every scored prompt token, then of every generated one;
-before these (position, bytes of all hidden states)."""
+"""Pairs (token id, the four bytes of its float32 logprob) of scored prompt tokens, then of generated tokens; first, if
+requested, (position, bytes of all hidden states)."""
 
 REQUESTS = 8
 CONTEXT = 512
@@ -102,7 +102,7 @@ class Recovering:
     cluster: Cluster
     told: list[str]
     on_event: Callable[[str], None] = lambda text: None
-    tokens: int = 0  # that clients have got
+    tokens: int = 0  # received by clients
     _token: asyncio.Event = field(default_factory=asyncio.Event)
 
     def start(self, requests: Sequence[GenerationRequest]) -> list[asyncio.Task[Answer]]:
@@ -116,18 +116,18 @@ class Recovering:
         self._token.set()
 
     async def token(self, number: int) -> None:
-        """Returns when clients have got `number` tokens."""
+        """Waits until clients have received `number` tokens."""
         while self.tokens < number:
             self._token.clear()
             await self._token.wait()
 
     async def at_work(self) -> None:
-        """Returns when a microbatch is on its way."""
+        """Waits until a microbatch is in flight."""
         await self.until("a microbatch", lambda: self.cluster.engine.scheduler.counts.in_flight > 0)
 
     async def both_epochs(self) -> None:
-        """Returns when requests run on an old epoch beside the new one. Results are held back until then, or a fast
-        machine would have answered all of them before the layers are loaded."""
+        """Waits until requests run on an old epoch beside the new one. Results are held back until then, since a fast
+        machine could otherwise answer all requests before the layers are loaded."""
         engine, held = self.cluster.engine, list[tuple[Lane, Sequence[Result]]]()
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(engine, "completed", lambda lane, results: held.append((lane, results)))
@@ -137,7 +137,7 @@ class Recovering:
 
     @property
     def groups(self) -> list[tuple[str, ...]]:
-        """The workers of each group of the epoch that serves."""
+        """The workers of each group of the serving epoch."""
         return [members for members in self.cluster.supervisor.epoch.plan.chain if len(members) > 1]
 
     def worker(self, name: str) -> WorkerHandle:
@@ -147,7 +147,7 @@ class Recovering:
         os.kill(self.worker(name).registration.pid, number)
 
     async def until(self, what: str, happens: Callable[[], bool], within_s: float = 60.0) -> None:
-        """Returns as soon as `happens()`; fails if that takes too long."""
+        """Waits until `happens()` is true; fails after `within_s`."""
         end = asyncio.get_running_loop().time() + within_s
         while not happens():
             assert asyncio.get_running_loop().time() < end, f"not within {within_s:g} s: {what}; told: {self.told}"
@@ -161,15 +161,15 @@ class Recovering:
         return state is EngineState.READY and all(list(self.worker(name).stages) == [epoch] for name in names)
 
     async def whole(self) -> None:
-        """Returns when all workers hold layers again, of one epoch."""
+        """Waits until all workers hold layers of one epoch and the cluster is ready."""
         await self.until("all workers at work", lambda: self.is_whole)
 
 
 def worker_pids() -> dict[str, int]:
-    """Returns the ids of this process's workers by name."""
+    """Returns the process ids of this process's workers by name."""
     found = {}
     for child in psutil.Process().children():
-        with suppress(psutil.Error):  # one that has just ended
+        with suppress(psutil.Error):  # a process that has just ended
             words = child.cmdline()
             if "llamaclust.worker" in words:
                 found[words[words.index("--name") + 1]] = child.pid
@@ -192,7 +192,7 @@ def config(model: Path, folder: Path, workers: int | list[dict[str, object]] = 3
 async def recovering(
     settings: ClusterConfig, *, at_plan: Callable[[], None] = lambda: None, deadline_s: float = 120.0
 ) -> AsyncIterator[Recovering]:
-    """Runs a cluster whose workers get hurt, within the deadline; calls `at_plan` at the first plan."""
+    """Runs a cluster for at most `deadline_s`; calls `at_plan` at the first plan."""
     told: list[str] = []
     plans: list[Event] = []
     running: list[Recovering] = []

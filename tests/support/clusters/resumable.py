@@ -1,4 +1,4 @@
-"""A served model whose replies are kept and journalled, and what clients read of its streams."""
+"""A served model whose replies are kept and journalled, and readers of its event streams."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Served:
 
 
 class KilledJournal(Journal):
-    """A journal as a kill leaves it: no request has ended."""
+    """A journal that records no end of a request, as after a kill of the coordinator."""
 
     def end(self, request_id: str) -> None:
         pass
@@ -55,7 +55,7 @@ class KilledJournal(Journal):
 async def served(
     journal: Path, kind: type[Journal] = Journal, prefill_chunk: int | None = None, **more: Any
 ) -> AsyncIterator[Served]:
-    """Runs a server that begins with what the journal holds."""
+    """Runs a server that first restores the journal's requests."""
     settings = {"first_chunk_s": 0.02} | more
     resume_s = ApiSettings(**settings).resume_s
     async with (
@@ -77,7 +77,7 @@ Event = tuple[str, dict[str, Any] | str]
 
 
 class EventLines:
-    """Events with their ids, parsed from whole lines."""
+    """A parser of lines of server-sent events with ids."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []

@@ -1,4 +1,4 @@
-"""The `generate` command against a scripted server."""
+"""Runs the `generate` command against a scripted server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Ended:
 
 
 async def command(*arguments: str, piped: bytes = b"", state_dir: Path | None = None) -> Ended:
-    """Runs the command to its end with something on standard input."""
+    """Runs the command to its end with `piped` on standard input."""
     environment = {**os.environ, "LLAMACLUST_STATE_DIR": str(state_dir or "/nonexistent/state")}
     return await asyncio.to_thread(_run, arguments, environment, piped)
 
@@ -49,7 +49,7 @@ _DEADLINE_S = 60.0
 
 
 class Terminal:
-    """The command on a terminal of its own."""
+    """The command on its own terminal."""
 
     def __init__(self, primary: int, process: asyncio.subprocess.Process) -> None:
         self._primary = primary
@@ -60,7 +60,7 @@ class Terminal:
         os.write(self._primary, text.encode())
 
     async def shows(self, text: str, times: int = 1, *, after: str = "") -> None:
-        """Waits until the text is on the screen so often, behind the last place of `after`."""
+        """Waits until the text is on the screen `times` times after the last occurrence of `after`."""
         async with asyncio.timeout(_DEADLINE_S):
             while after not in self.seen or self._behind(after).count(text) < times:
                 await asyncio.sleep(0.01)
@@ -73,7 +73,7 @@ class Terminal:
         return self.seen[self.seen.rfind(text) + len(text) :] if text else self.seen
 
     async def ends(self) -> int:
-        """Waits for the end of the process, for its exit status."""
+        """Waits for the end of the process and returns its exit status."""
         async with asyncio.timeout(_DEADLINE_S):
             return await self.process.wait()
 

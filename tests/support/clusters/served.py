@@ -1,4 +1,4 @@
-"""A served model without workers: an engine that speaks a script, or the real engine on stages that answer at once."""
+"""A served model without workers, on an engine that follows a script or the real engine with fake stages."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def tokenizer() -> Tokenizer:
 
 @cache
 def chat_template() -> ChatTemplate:
-    """One child process for all tests; it ends with them."""
+    """Returns the chat template; all tests use the same one with its child process."""
     return load_chat_template(byte_level(VOCABULARY), tokenizer())
 
 
@@ -80,7 +80,7 @@ def ids(text: str) -> list[int]:
 
 
 def logprob(place: int) -> float:
-    """A float32 that needs all its digits."""
+    """Returns a float32 value that needs all its digits."""
     return float(np.float32(-0.1) * np.float32(place + 1) / np.float32(7))
 
 
@@ -126,12 +126,12 @@ class ScriptedRequest:
 
 @dataclass
 class ScriptedEngine:
-    """Says the tokens of a script, an end token after them where there is room; counts what runs."""
+    """An engine that answers with a script's tokens, and an end token if there is room; counts running requests."""
 
     script: Script
     failure: LlamaclustError | None = None  # comes after `failure_after` tokens
     failure_after: int = 0
-    refusal: LlamaclustError | None = None  # of each submit
+    refusal: LlamaclustError | None = None  # raised at each submit
     submitted: list[GenerationRequest] = field(default_factory=list)
     running: int = 0
     gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -140,7 +140,7 @@ class ScriptedEngine:
         self.gate.set()
 
     def prepare_matchers(self) -> None:
-        """No worker has matchers."""
+        """Does nothing, since no worker has matchers."""
 
     def begin(self, generation: GenerationRequest, sink: Sink) -> ScriptedRequest:
         if self.refusal is not None:
@@ -210,7 +210,7 @@ def make_service(
 
 
 async def collect(chunks: AsyncIterable[TextChunk]) -> list[Answer]:
-    """The answers of all choices, by index. Raises what ended a choice early."""
+    """Returns the answers of all choices in order of their index; raises the error that ended a choice early."""
     by_index = defaultdict[int, list[TextChunk]](list)
     async for chunk in chunks:
         by_index[chunk.index].append(chunk)
@@ -227,7 +227,7 @@ def make_app(
     vision: Vision | None = None,
     **settings: Any,
 ) -> Starlette:
-    """An app on a scripted engine; operators see an engine that does nothing."""
+    """Creates an app on an engine; if it is scripted, the operators' API shows an idle engine."""
     idle = engine if isinstance(engine, Engine) else Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
     replies = replies or Replies(ApiSettings(**settings))
     slots = SETTINGS.max_sequences if "slot_folder" in settings else 0
@@ -237,7 +237,7 @@ def make_app(
 
 
 def client(app: ASGIApp, **options: Any) -> httpx.AsyncClient:
-    """Calls an app in this process; a reply arrives as a whole."""
+    """Creates a client of an app in this process; each reply arrives as a whole."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=True)
     return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8080", **options)
 
@@ -246,7 +246,7 @@ def client(app: ASGIApp, **options: Any) -> httpx.AsyncClient:
 async def real_engine(
     settings: SchedulerSettings = SETTINGS, **deadlines: float
 ) -> AsyncIterator[tuple[Engine, FakePipeline]]:
-    """The engine on stages that answer at once; afterwards no KV block is held."""
+    """Yields the real engine on stages that answer at once; asserts that no KV block is held at the end."""
     pipeline = FakePipeline(settings.kv_blocks)
     async with Engine(pipeline, settings, EngineSettings(**deadlines)) as engine:
         yield engine, pipeline
@@ -257,7 +257,7 @@ async def real_engine(
 async def serving(
     app: ASGIApp, settings: ApiSettings | None = None, certificate: ServerCertificate | None = None
 ) -> AsyncIterator[str]:
-    """A real server on a free port of this machine; its address. `settings` are for its connections."""
+    """Runs a server on a free port of this machine and yields its URL. `settings` apply to its connections."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = ApiPort(listener, certificate)
         server = uvicorn.Server(server_config(app, settings or ApiSettings(), port))
@@ -271,19 +271,19 @@ async def serving(
 
 
 def events_of(text: str) -> list[Any]:
-    """The data of server-sent events; comments are skipped, [DONE] stays a string."""
+    """Returns the data of server-sent events; skips comments, and keeps [DONE] as a string."""
     lines = [line.removeprefix("data: ").strip() for line in text.split("\n") if line.startswith("data: ")]
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Waits for a condition; the test's own deadline ends a wait in vain."""
-    while not condition():  # noqa: ASYNC110  conditions of all kinds, most of them without an event
+    """Waits for a condition without a deadline; the test has one."""
+    while not condition():  # noqa: ASYNC110  most conditions have no event
         await asyncio.sleep(0.005)
 
 
 async def ended_response(http: httpx.AsyncClient, response_id: str) -> dict[str, Any]:
-    """A response in the background, once it has ended; TimeoutError after a minute."""
+    """Returns a background response when it has ended; raises TimeoutError after a minute."""
     async with asyncio.timeout(60):
         while True:
             response: dict[str, Any] = (await http.get(f"/v1/responses/{response_id}")).json()

@@ -1,4 +1,4 @@
-"""Stages in one process, each behind a server of its own, over real streams."""
+"""Stages in one process, each with its own server, over real streams."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def runner_of(model: Model, start: int, end: int) -> StageRunner:
 
 @dataclass(slots=True)
 class Chain:
-    """Stages of epoch 1, each behind a server of its own; streams to the first and the last."""
+    """Stages of epoch 1, each with its own server, and streams to the first and the last stage."""
 
     model_id: str
     runners: list[StageRunner]

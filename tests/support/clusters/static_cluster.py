@@ -1,4 +1,4 @@
-"""A static cluster as a user starts it: `up` here, `worker` there, all on loopback with mutual TLS."""
+"""A static cluster that `up` and `worker` commands start, on loopback with mutual TLS."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPEED = {"memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0}
 
 
 def named(*names: str) -> list[dict[str, Any]]:
-    """Workers of a cluster file with stated speeds, which are not measured."""
+    """Returns workers of a cluster file, whose speeds are given and not measured."""
     return [{"name": name, **SPEED} for name in names]
 
 

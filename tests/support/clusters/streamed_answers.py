@@ -1,4 +1,4 @@
-"""Mixed requests at once, streamed to clients that resume: their tokens with the bits of their logprobs."""
+"""Streams the tokens and logprob bits of concurrent requests of several kinds to clients that resume."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _UNDISTURBED: dict[str, Answers] = {}
 
 
 def options(number: int) -> dict[str, Any]:
-    """Greedy and drawn, with penalties and without."""
+    """Returns the options of a greedy request, or of a seeded one with a repetition penalty."""
     more = {"temperature": 0.9, "seed": number, "repetition_penalty": 1.1} if number % 2 else {}
     return {"max_tokens": TOKENS, "ignore_eos": True, **more}
 
 
 async def answer(client: AsyncClient, number: int, arrived: list[int]) -> list[tuple[int, bytes]]:
-    """Tokens with the bits of their logprobs; counts them as they come."""
+    """Returns tokens with the bits of their logprobs, and counts them in `arrived` as they come."""
     rows = []
     async for chunk in client.generate(f"prompt {number}", stream=True, **options(number)):
         rows += [(row.token, struct.pack("<f", row.logprob)) for row in chunk.rows]
@@ -39,7 +39,7 @@ async def answers(api: str, arrived: list[int]) -> Answers:
 
 
 async def undisturbed(api: str, model: Path) -> Answers:
-    """A model's answers from the first cluster that was asked: they are those of every other one."""
+    """Returns a model's answers, computed by the cluster of the first call; all clusters give the same ones."""
     key = hashlib.sha256(await asyncio.to_thread(model.read_bytes)).hexdigest()
     if key not in _UNDISTURBED:
         _UNDISTURBED[key] = await answers(api, [0] * STREAMS)

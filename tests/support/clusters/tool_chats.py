@@ -1,4 +1,4 @@
-"""Chats of tools and reasoning by a short template, for the APIs that serve them."""
+"""Serves chats with tools and reasoning by a short chat template."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import httpx
 from llamaclust.model.chat.template import ChatTemplate
 from support.clusters.served import ScriptedEngine, client, make_app
 
-# Short, since the tiny model's context is.
+# Short, since the tiny model's context is short.
 TEMPLATE = (
     "{% for t in tools or [] %}+{{ t.function.name }}{% endfor %}{% for m in messages %}<{{ m.role }}>"
     "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"

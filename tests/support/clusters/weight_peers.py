@@ -1,4 +1,4 @@
-"""Workers' weights for tests: servers that have a model's file, others that misbehave, and who fetches from them."""
+"""Servers of a model's weights, correct and faulty ones, and a client that fetches weights from them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Answer = Callable[[ServerStream, WeightRange], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A worker's weights, served."""
+    """A worker's weights with a server that records requested ranges."""
 
     weights: Weights
     server: Server
@@ -41,7 +41,7 @@ class Holder:
 
 @asynccontextmanager
 async def holder(model: Path, folder: Path, answer: Answer | None = None) -> AsyncIterator[Holder]:
-    """Has the file of a model. `answer`, where there is one, is given in its place."""
+    """Serves the weights of a model file; `answer`, if given, answers requests instead."""
     weights = Weights(WeightCache(folder, ROOM))
     weights.locate(FindWeights(str(model), Model.open(model).model_id, describe=True))
     asked: list[WeightRange] = []
@@ -66,7 +66,7 @@ def manifest_of(source: Holder, model: Path) -> Manifest:
 
 
 def wanted(manifest: Manifest, part: str = "") -> list[WantedWeights]:
-    """All tensors with that in their name."""
+    """Returns the tensors whose names contain `part`."""
     return [
         WantedWeights(record.content, record.n_bytes, record.name) for record in manifest.tensors if part in record.name
     ]
@@ -78,7 +78,7 @@ async def fetch(
     what: Sequence[WantedWeights],
     on_bytes: Callable[[int], None] = lambda n_bytes: None,
 ) -> int:
-    """Payload bytes that came."""
+    """Fetches weights and returns the number of received payload bytes."""
     came = 0
 
     def count(n_bytes: int) -> None:

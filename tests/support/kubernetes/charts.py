@@ -1,4 +1,4 @@
-"""The Helm chart as tests see it: rendered by a real helm, its objects as dictionaries."""
+"""Renders the Helm chart by a real helm; objects are dictionaries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMESPACE = "models"
 IMAGE = {"image": {"repository": "registry.example/llamaclust"}}
 Manifest = dict[str, Any]
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The loader of libyaml, if PyYAML has it, which takes a tenth of the time."""
+"""The loader of libyaml if PyYAML has it; it takes a tenth of the time."""
 
 
 @cache
@@ -41,7 +41,7 @@ def helm_binary() -> str:
 
 @cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
-    """Creates a folder that is removed with this process."""
+    """Creates a folder that is removed at the end of this process."""
     return tempfile.TemporaryDirectory(prefix="helm-home-")
 
 
@@ -53,14 +53,14 @@ def _home() -> dict[str, str]:
 
 
 def with_image(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds the only value that has no default."""
+    """Adds the image, the only value without a default."""
     return {**values, "image": {**IMAGE["image"], **values.get("image", {})}}
 
 
 def helm(
     *arguments: str, values: Mapping[str, Any] | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs one helm command; `values` come as a file on its standard input."""
+    """Runs a helm command with `values` as a file on its standard input."""
     return subprocess.run(
         [helm_binary(), *arguments, "-f", "-"],
         input=yaml.safe_dump(with_image(values or {})),
@@ -73,21 +73,21 @@ def helm(
 
 
 def render(values: Mapping[str, Any] | None = None, *options: str) -> tuple[Manifest, ...]:
-    """Returns all objects for some values; the caller may change them."""
+    """Returns all objects of the chart for these values; the caller may change them."""
     found: tuple[Manifest, ...] = pickle.loads(_rendered(json.dumps(values or {}), options))
     return found
 
 
 @cache
 def _rendered(values: str, options: tuple[str, ...]) -> bytes:
-    """Renders once what many tests ask for."""
+    """Renders objects once for all tests that need them."""
     done = helm("template", RELEASE, str(CHART), "--namespace", NAMESPACE, *options, values=json.loads(values))
     assert done.returncode == 0, done.stderr
     return pickle.dumps(tuple(one for one in yaml.load_all(done.stdout, _LOADER) if one))
 
 
 def refusal(values: Mapping[str, Any]) -> str:
-    """Returns the error of helm for values that it refuses."""
+    """Returns helm's error message for invalid values."""
     done = helm("template", RELEASE, str(CHART), values=values)
     assert done.returncode != 0, f"accepted: {values}"
     return done.stderr
@@ -113,12 +113,12 @@ def named(manifests: Sequence[Manifest], kind: str, name: str) -> Manifest:
 
 @dataclass(frozen=True, slots=True)
 class PodTemplate:
-    """The template that pods are made from, in any kind of object."""
+    """A template of pods in an object of any kind."""
 
     owner: str  # kind and name
     labels: dict[str, str]
     spec: Manifest
-    claims: tuple[Manifest, ...] = ()  # templates of claims
+    claims: tuple[Manifest, ...] = ()  # volume claim templates
 
 
 def pod_templates(manifests: Sequence[Manifest]) -> Iterator[PodTemplate]:
@@ -260,4 +260,4 @@ MATRIX: dict[str, Mapping[str, Any]] = {
         }
     },
 }
-"""Values of the chart by the case that they cover."""
+"""Values of the chart by test case."""

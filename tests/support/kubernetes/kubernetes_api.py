@@ -1,4 +1,4 @@
-"""The part of a Kubernetes API server that the chart's Job uses: Secrets are read and created."""
+"""A fake of the Kubernetes API by which the chart's Job reads and creates Secrets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ROOT_CA = {"kind": "ConfigMap", "metadata": {"name": "kube-root-ca.crt"}, "data
 
 
 class FakeApi(ThreadingHTTPServer):
-    """Secrets of one namespace, by name."""
+    """An API server of one namespace's Secrets."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

@@ -1,4 +1,4 @@
-"""The part of a Kubernetes API server that a lock needs: one Lease, read and replaced under its resourceVersion."""
+"""A fake of the Kubernetes API that a lock needs: clients read one Lease and replace it by its resourceVersion."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PATH = "/apis/coordination.k8s.io/v1/namespaces/lab/leases/brain"
 
 
 class LeaseApi(ThreadingHTTPServer):
-    """Serves while `lease_api` is entered."""
+    """An API server of one Lease, which `lease_api` runs."""
 
     daemon_threads = True
 

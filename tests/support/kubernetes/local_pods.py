@@ -1,6 +1,6 @@
-"""Pods of rendered manifests as processes of this machine, with commands, volumes and probes as a kubelet reads them.
+"""Runs pods of rendered manifests as local processes, with commands, volumes and probes as a kubelet reads them.
 
-Each pod has a loopback address of its own, and a folder for each volume that paths of the manifests are mapped to.
+Each pod has its own loopback address, and a folder for each volume, to which paths of the manifests are mapped.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _INIT_S = 60.0
 
 @dataclass
 class LocalPod:
-    """One pod: init containers with `prepare`, its only container with `start`."""
+    """A pod: `prepare` runs its init containers, `start` its only other container."""
 
     name: str
     address: str
     spec: Manifest
     manifests: Sequence[Manifest]
     folder: Path
-    services: dict[str, str]  # name of a Service: address of its pod
+    services: dict[str, str]  # addresses of pods by names of Services
     process: subprocess.Popen[bytes] | None = None
     _folders: dict[str, Path] = field(default_factory=dict)
 
@@ -77,7 +77,7 @@ class LocalPod:
                     (folder / name).write_text(self.mapped(text, self.main))
 
     def mapped(self, text: str, container: Manifest) -> str:
-        """Maps paths below mounts, and Services, to local ones, in one pass each, since results may match again."""
+        """Maps paths below mounts and Services to local ones, in one pass each, since results may match again."""
         places = {mount["mountPath"]: str(self.folder / mount["name"]) for mount in container["volumeMounts"]}
         paths = "|".join(re.escape(path) for path in sorted(places, key=len, reverse=True))
         text = re.sub(rf"(?<![\w/.-])({paths})(?![\w-])", lambda found: places[found[1]], text)
@@ -103,7 +103,7 @@ class LocalPod:
         return fields[source["fieldRef"]["fieldPath"]]
 
     def command(self, container: Manifest) -> list[str]:
-        """Returns the command that the kubelet would run, with known variables put in and others left unchanged."""
+        """Returns the command that a kubelet would run: known variables are expanded, and others remain."""
         variables = self.environment(container)
         words = [*container["command"], *container.get("args", ())]
         put_in = [re.sub(r"\$\((\w+)\)", lambda found: variables.get(found[1], found[0]), word) for word in words]
@@ -127,7 +127,7 @@ class LocalPod:
             )
 
     def probe(self, kind: str) -> bool:
-        """Tells whether a probe of its container succeeds now."""
+        """Tells whether the container's probe of this kind succeeds now."""
         probe = self.main[kind]
         (where,) = (key for key in ("httpGet", "tcpSocket", "exec") if key in probe)
         if where == "exec":

@@ -1,1 +1,1 @@
-"""A network in a box: namespaces, cables, delays."""
+"""Virtual networks: namespaces, links, delays."""

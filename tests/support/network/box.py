@@ -1,8 +1,7 @@
-"""A network in a box: hosts that are namespaces of this machine, on one switch, with cables as a test wants them.
+"""A virtual network: its hosts are network namespaces of this machine on one switch, and tests configure their links.
 
-Needs root, iproute2 and iptables. It leaves the machine's own network alone, and nothing stays, even
-after a test that fails or a process that is killed.
-"""
+It needs root, iproute2 and iptables. It does not change the machine's own network, and leaves nothing behind, even
+after a failed test or a killed process."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ _TERM_S = 5.0  # from SIGTERM to SIGKILL
 
 
 def missing() -> str | None:
-    """Returns in a line what this machine lacks for a box, or None."""
+    """Returns a line that says why this machine cannot run a box, or None."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     packages = sorted({package for tool, package in _TOOLS.items() if shutil.which(tool) is None})
@@ -53,7 +52,7 @@ class Host:
 
     @property
     def prefix(self) -> tuple[str, ...]:
-        """The words before a command that has to run on this host; they keep the process's number."""
+        """The prefix that runs a command on this host; it keeps the process id."""
         return ("ip", "netns", "exec", self.namespace)
 
     def command(self, *command: str) -> str:
@@ -61,7 +60,7 @@ class Host:
         return run(*self.prefix, *command)
 
     def call(self, function: Callable[[], T]) -> T:
-        """Runs a function in a thread on this host and returns its result; sockets that it opens stay there."""
+        """Runs a function in a thread on this host and returns its result; its sockets remain on this host."""
         return inside(self.namespace, function)
 
     def listen(self, port: int) -> socket.socket:
@@ -72,8 +71,8 @@ class Host:
 
 
 class Box:
-    """Hosts on a switch. With `delays` their links can have a delay, for which every packet passes through a process
-    of ours where the kernel has no netem."""
+    """Hosts on a switch. With `delays` their links can have a delay; if the kernel has no netem, every packet then
+    passes through an `emulator` process."""
 
     def __init__(self, names: Sequence[str], *, delays: bool = False) -> None:
         self._prefix = new_prefix()
@@ -114,7 +113,7 @@ class Box:
     # -- links ---------------------------------------------------------------------------------------------------------
 
     def set_link(self, link: Link, *names: str) -> None:
-        """Sets the links of these hosts, or of all, from now on; connections stay."""
+        """Sets the links of these hosts, or of all; existing connections remain."""
         assert self._delays or link.delay_s == 0, "a box that is to delay has to know it: Box(..., delays=True)"
         for name in names or self.hosts:
             host, before = self.hosts[name], self._links[name]
@@ -131,7 +130,7 @@ class Box:
             self._links[name] = link
 
     def black_hole(self, source: str, target: str) -> None:
-        """Drops what `source` sends to `target` without telling either; the other way is as before."""
+        """Silently drops packets from `source` to `target`, but not in the other direction."""
         self._filter(target, drop_rule(self.hosts[source].address))
 
     def refuse(self, source: str, target: str) -> None:
@@ -143,7 +142,7 @@ class Box:
         self._filter(target, port_rule(port, refuses=refuses))
 
     def filtered(self, target: str) -> int:
-        """Counts the packets that the host's rules have met."""
+        """Counts the packets that matched the host's rules."""
         lines = self.hosts[target].command("iptables", "-w", "-nvxL", "INPUT").splitlines()[2:]
         return sum(int(line.split()[0]) for line in lines)
 
@@ -170,7 +169,7 @@ class Box:
         _ip_batch(self.hosts[name].namespace, commands)
 
     def heal(self) -> None:
-        """Removes black holes and refusals, and brings every device up; delays, rates and losses stay."""
+        """Removes black holes and refusals, and brings every device up; delays, rates and losses remain."""
         for target, *rule in self._filters:
             self.hosts[target].command("iptables", "-w", "-D", *rule)
         self._filters.clear()
@@ -187,7 +186,7 @@ class Box:
         stdout: IO[bytes] | int | None = None,
         stderr: IO[bytes] | int | None = None,
     ) -> subprocess.Popen[bytes]:
-        """Starts a process on a host; its pid is the process's own, and it ends with the box at the latest."""
+        """Starts a process on a host; `pid` is that of the command, which ends with the box at the latest."""
         process = subprocess.Popen(
             [*self.hosts[name].prefix, *command],
             stdin=subprocess.DEVNULL,
@@ -247,7 +246,7 @@ class Box:
             _end(process)
         for helper in (self._emulator, self._janitor):
             if helper is not None:
-                helper.communicate()  # both end with their standard input; the janitor sweeps
+                helper.communicate()  # both end with their standard input; the janitor removes what is left
         remove(named(self._prefix))
 
 
@@ -261,7 +260,7 @@ def _ip_batch(namespace: str, commands: Sequence[str]) -> None:
 
 
 def _python(module: str, *arguments: str) -> subprocess.Popen[bytes]:
-    """Starts a program of this folder, away from the terminal's signals, its input and output piped to this process."""
+    """Starts a module of this folder in its own session, with its standard input and output piped to this process."""
     return subprocess.Popen(
         [sys.executable, "-m", f"support.network.{module}", *arguments],
         cwd=TESTS,

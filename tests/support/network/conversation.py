@@ -21,7 +21,7 @@ class Conversation:
     called: socket.socket
 
     def round_trip_ms(self, trips: int) -> float:
-        """Returns the fastest round trip of messages of 64 bytes, since what busy processors add is not the link's."""
+        """Returns the fastest round trip of a message of 64 bytes, which busy processors lengthen least."""
         answering = threading.Thread(target=_echo, args=(self.called, trips))
         answering.start()
         took_ms = []
@@ -34,7 +34,7 @@ class Conversation:
         return min(took_ms)
 
     def megabits_per_second(self, size_bytes: int) -> float:
-        """Returns the rate from the first byte that arrives to the last."""
+        """Returns the rate from the first received byte to the last."""
         sending = threading.Thread(target=self.caller.sendall, args=(bytes(size_bytes),))
         sending.start()
         left = size_bytes - len(self.called.recv(1))
@@ -61,7 +61,7 @@ def conversation(caller: Host, called: Host) -> Iterator[Conversation]:
 
 
 def hears(connection: socket.socket, within_s: float) -> bytes | None:
-    """Returns what arrives in time, or None for silence. A broken connection raises."""
+    """Returns data that arrives in time, or None; raises for a broken connection."""
     connection.settimeout(within_s)
     try:
         return connection.recv(1024)

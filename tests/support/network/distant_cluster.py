@@ -1,4 +1,4 @@
-"""A static cluster whose coordinator and workers have a host of a box each, and requests to it."""
+"""A static cluster whose coordinator and workers each run on a host of a box, and requests to it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def eight(max_tokens: int) -> list[PlainRequest]:
 
 
 async def request_all(api: str, generations: Sequence[PlainRequest]) -> list[Answer]:
-    """Sends all requests at once."""
+    """Sends all requests at once and returns the answers."""
     async with httpx.AsyncClient(base_url=api, timeout=_ANSWER_S, trust_env=False, verify=False) as http:
         replies = await asyncio.gather(
             *(http.post("/v1/completions", json=generation.body) for generation in generations)
@@ -72,7 +72,7 @@ async def request_all(api: str, generations: Sequence[PlainRequest]) -> list[Ans
 
 
 def undisturbed(model: Path, generations: Sequence[PlainRequest]) -> list[Answer]:
-    """Returns the answers of one worker beside its coordinator, without a network."""
+    """Returns the answers of one worker and its coordinator without a box."""
     speed = [{"name": "alone", "threads": 1, **SPEED}]
     with command_line() as line, line.cluster(model, "alone", workers=speed, context_length=512) as cluster:
         answers = asyncio.run(request_all(cluster.api, generations))
@@ -93,7 +93,7 @@ class DistantCluster:
         return self.box[COORDINATOR].call(lambda: asyncio.run(request_all(f"http://{_API}", generations)))
 
     def asked(self, generations: Sequence[PlainRequest]) -> Future[list[Answer]]:
-        """Requests the same answers in the background."""
+        """Sends the requests in the background."""
         return self._asking.submit(self.answers, generations)
 
     def get(self, path: str) -> httpx.Response:
@@ -114,7 +114,7 @@ class DistantCluster:
 
 
 def start_worker(box: Box, line: CommandLine, name: str, *options: str) -> Running:
-    """Starts a worker. `options`: how it joins and where it listens; without any, at fixed addresses."""
+    """Starts a worker. `options`: how it joins and where it listens; by default, at fixed addresses."""
     token = line.state_dir / ".trust" / "token"
     eventually(token.is_file, 60.0, "the join token")
     fixed = ("--join", f"{box[COORDINATOR].address}:7100", "--listen", f"{box[name].address}:7102")
@@ -124,7 +124,7 @@ def start_worker(box: Box, line: CommandLine, name: str, *options: str) -> Runni
 
 @contextmanager
 def distant_cluster(box: Box, model: Path, options: Sequence[str] = (), **keys: Any) -> Iterator[DistantCluster]:
-    """Yields a ready cluster: all hosts but the coordinator's are workers. `options`: see `start_worker`."""
+    """Yields a ready cluster with a worker on each host except the coordinator's. `options`: see `start_worker`."""
     here = box[COORDINATOR].address
     names = [name for name in box.hosts if name != COORDINATOR]
     fixed = {

@@ -1,9 +1,9 @@
-"""A switch in user space that delays packets, for kernels without netem: a TUN device per namespace.
+"""A switch in user space that delays packets, for kernels without netem; it has a TUN device in each namespace.
 
     python emulator.py NAMESPACE=ADDRESS/BITS ...
 
-makes a device `eth0` in every namespace, says `up`, and forwards packets by destination address until its standard
-input ends. A line there, `ADDRESS SECONDS`, delays what this address sends from now on; it is answered with `ok`.
+creates a device `eth0` in every namespace, prints `up`, and forwards packets by destination address until its standard
+input ends. An input line `ADDRESS SECONDS` sets the delay of packets from this address; its reply is `ok`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from support.network.namespaces import inside, run
 
 _TUNSETIFF = 0x400454CA
 _IFF_TUN_NO_PI = 0x1001
-_MTU = "9000"  # a packet costs some 20 us here, however long it is: jumbo frames for a fast network
+_MTU = "9000"  # jumbo frames for a fast network, since a packet of any length costs some 20 us here
 _QUEUED = "5000"
-_BURST = 32  # packets of one host before the others have their turn
-_EARLY_NS = 60_000  # a timer comes this much late; the rest is waited for busily
-_OWN_NS = 20_000  # what a packet takes through here without a delay, at least; it is taken off one
+_BURST = 32  # most packets of one host before those of others
+_EARLY_NS = 60_000  # a timer may be late by this much, so the end of a wait is a busy loop
+_OWN_NS = 20_000  # shortest time of a packet without a delay; it is subtracted from delays
 
 
 class Timer:
-    """A descriptor that becomes readable at a time: epoll's own waiting is in milliseconds."""
+    """A descriptor that becomes readable at a given time; epoll's timeouts are in milliseconds."""
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
@@ -40,7 +40,7 @@ class Timer:
         assert self.descriptor >= 0
 
     def set(self, at_ns: int) -> None:
-        """Makes the descriptor unreadable until this time; it is readable at once if that has gone by."""
+        """Makes the descriptor unreadable until this time; it is readable at once if the time is past."""
         seconds, nanoseconds = divmod(max(at_ns, 1), 1_000_000_000)
         spec = struct.pack("4q", 0, 0, seconds, nanoseconds)
         self._libc.timerfd_settime(self.descriptor, 1, spec, None)  # 1: the time is absolute
@@ -51,7 +51,7 @@ class Timer:
 
 
 def open_tun(namespace: str, address: str) -> int:
-    """Creates the device and returns its descriptor, which can be used out here."""
+    """Creates the device and returns its descriptor, which works outside the namespace."""
 
     def make() -> int:
         tun = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -68,7 +68,7 @@ class Switch:
     def __init__(self, tuns: dict[bytes, int]) -> None:
         self._tuns = tuns
         self._delays_ns = dict.fromkeys(tuns.values(), 0)
-        self._on_the_way: list[tuple[int, int, int, bytes]] = []  # due at, number, to, packet
+        self._on_the_way: list[tuple[int, int, int, bytes]] = []  # due time, number, target, packet
         self._numbers = count()
         self._timer = Timer()
         self._poll = select.epoll()
@@ -88,7 +88,7 @@ class Switch:
                     return
 
     def _wait(self) -> int | None:
-        """Returns 0 while a packet is nearly due; else the timer wakes the poll."""
+        """Returns 0 while a packet is nearly due; else sets the timer, which wakes the poll."""
         if not self._on_the_way:
             return None
         early_ns = self._on_the_way[0][0] - _EARLY_NS
@@ -139,7 +139,7 @@ def _packed(address: str) -> bytes:
 def main() -> None:
     hosts = [argument.partition("=") for argument in sys.argv[1:]]
     tuns = {_packed(address): open_tun(namespace, address) for namespace, _, address in hosts}
-    with suppress(PermissionError):  # before anything that computes, or every delay grows by a turn of the scheduler's
+    with suppress(PermissionError):  # real-time priority, or waits for a CPU would lengthen every delay
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     print("up", flush=True)
     Switch(tuns).forward()

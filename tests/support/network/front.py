@@ -1,4 +1,4 @@
-"""One address in front of several coordinators, as a Service of Kubernetes: connections go to the one that is ready."""
+"""A proxy in front of several coordinators, like a Service of Kubernetes: it forwards connections to the ready one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _HEALTH = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n
 
 @asynccontextmanager
 async def front_of(ports: Sequence[int]) -> AsyncIterator[str]:
-    """URL of the front of APIs at ports of 127.0.0.1."""
+    """Runs a proxy of the APIs at these ports of 127.0.0.1 and yields its URL."""
 
     tasks = set()
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _BURST = "128kb"
-_QUEUE = "50ms"  # a packet that would wait longer for its turn is dropped
+_QUEUE = "50ms"  # a packet that would wait longer is dropped
 _NETEM_PACKETS = "100000"
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Delay and rate of what a host sends, and loss of what it receives: between two equal hosts the round trip is
-    twice the delay."""
+    """Delay and rate of packets that a host sends, and loss of packets that it receives. Between two equal hosts the
+    round trip is twice the delay."""
 
     delay_s: float = 0.0
     rate_bit_s: int | None = None
@@ -25,7 +25,7 @@ class Link:
 
 
 def queue_commands(link: Link, device: str, *, netem: bool) -> list[list[str]]:
-    """Arguments of `tc` for a device without a queue of its own. Without netem, `emulator` adds the delay."""
+    """Returns arguments of `tc` for a device without a queue of its own. Without netem, `emulator` adds the delay."""
     add = ["qdisc", "add", "dev", device]
     delayed = netem and link.delay_s > 0
     commands = []
@@ -40,22 +40,22 @@ def queue_commands(link: Link, device: str, *, netem: bool) -> list[list[str]]:
 
 
 def loss_rule(loss: float) -> list[str]:
-    """Arguments of `iptables`: a share of incoming packets is lost, but not those of the host to itself."""
+    """Returns `iptables` arguments that drop a share of incoming packets, except those of the host to itself."""
     chance = ["-m", "statistic", "--mode", "random", "--probability", f"{loss:.6f}"]
     return ["INPUT", "!", "-i", "lo", *chance, "-j", "DROP"]
 
 
 def drop_rule(source: str) -> list[str]:
-    """Arguments of `iptables`: packets from this address are dropped silently."""
+    """Returns `iptables` arguments that drop packets from this address silently."""
     return ["INPUT", "-s", source, "-j", "DROP"]
 
 
 def port_rule(port: int, *, refuses: bool) -> list[str]:
-    """Arguments of `iptables`: TCP to this port is answered with a reset, or dropped silently."""
+    """Returns `iptables` arguments that reset TCP connections to this port, or drop their packets silently."""
     target = ("REJECT", "--reject-with", "tcp-reset") if refuses else ("DROP",)
     return ["INPUT", "-p", "tcp", "--dport", str(port), "-j", *target]
 
 
 def refuse_rule(source: str) -> list[str]:
-    """Arguments of `iptables`: TCP from this address is answered with a reset."""
+    """Returns `iptables` arguments that reset TCP connections from this address."""
     return ["INPUT", "-s", source, "-p", "tcp", "-j", "REJECT", "--reject-with", "tcp-reset"]

@@ -1,8 +1,8 @@
-"""Network namespaces of ours: their names say which process they belong to, and none outlives that process.
+"""Network namespaces of tests: their names identify the process that owns them, and they are removed when it ends.
 
     python namespaces.py PREFIX
 
-waits until its standard input ends, which is when its owner has ended in any way; then it removes what is left.
+waits until its standard input ends, because its owner has ended in any way, and then removes what is left.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def run(*command: str, text: str | None = None) -> str:
 
 
 def new_prefix() -> str:
-    """Returns the prefix of one box's names: the owner's pid and start, since pids come again, and a number."""
+    """Returns the prefix of a box's names: the owner's pid, its start time, since pids are reused, and a number."""
     return f"lcbox-{os.getpid()}-{_started(os.getpid())}-{next(_serial)}-"
 
 
 def _started(pid: int) -> int:
-    """Returns the start of a process in clock ticks since boot; 0 if there is no such process."""
+    """Returns the start time of a process in clock ticks since boot; 0 if there is no such process."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
     except (FileNotFoundError, ProcessLookupError):
@@ -60,15 +60,15 @@ def named(prefix: str) -> list[str]:
 
 
 def stale() -> list[str]:
-    """Namespaces of boxes whose owner is gone."""
+    """Returns the namespaces of boxes whose owner has ended."""
     found = [(name, _NAME.fullmatch(name)) for name in named("lcbox-")]
     return [name for name, owner in found if owner is not None and _started(int(owner[1])) != int(owner[2])]
 
 
 def remove(names: Iterable[str]) -> None:
-    """Ends every process in the namespaces and removes them; one that is removed already is no error."""
+    """Kills all processes in the namespaces and removes the namespaces; ignores those already removed."""
     for name in names:
-        while pids := _pids(name):  # again, for what one of them started meanwhile
+        while pids := _pids(name):  # again, since a process may have started another one
             for pid in pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -84,7 +84,7 @@ def _pids(namespace: str) -> list[int]:
 
 
 def inside(namespace: str, function: Callable[[], T]) -> T:
-    """Runs a function in a thread in the namespace and returns its result; sockets that it opens stay there."""
+    """Runs a function in a thread in the namespace and returns its result; its sockets remain in the namespace."""
     results: list[T] = []
     failures: list[BaseException] = []
 
@@ -104,14 +104,14 @@ def inside(namespace: str, function: Callable[[], T]) -> T:
 
 
 def enter(namespace: str) -> None:
-    """Moves this thread, and those that it starts, into the namespace from now on."""
+    """Moves this thread, and threads that it starts later, into the namespace."""
     _enter(NAMESPACES / namespace)
 
 
 @contextmanager
 def entered(namespace: str) -> Iterator[None]:
-    """Moves this thread into the namespace meanwhile; those that it starts stay there. A process whose main thread is
-    still there when the namespace is removed ends with it."""
+    """Moves this thread into the namespace within the context; threads that it starts there remain. `remove` kills a
+    process whose main thread is in the namespace."""
     with Path("/proc/thread-self/ns/net").open("rb") as before:
         enter(namespace)
         try:
@@ -131,7 +131,7 @@ def _enter(path: Path) -> None:
 
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a Ctrl-C is for its owner; it goes when that has gone
+        signal.signal(number, signal.SIG_IGN)  # signals are for the owner; this process ends after it
     sys.stdin.read()
     remove(named(sys.argv[1]))
 

@@ -1,4 +1,4 @@
-"""Simulations with a draft model whose time is counted and whose drafts are known."""
+"""Simulations with a draft model of given drafts and given times."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ MOST_ROWS = 256
 
 
 class SaidModel:
-    """A draft model with given drafts and the given speed of a model."""
+    """A draft model with given drafts and given times of a step and a row."""
 
     def __init__(self, says: Says, step_ns: int, row_ns: int, room: int = 8) -> None:
         """`room`: the number of sequences that it can hold."""
         self.times = DraftTimes(step_ns, row_ns)
         self.is_lost = False
         self.asked: list[DraftOrder] = []
-        self.late_ns: list[int] = []  # by which the next drafts come later
+        self.late_ns: list[int] = []  # extra times of the next drafts
         self._says = says
         self._step_ns = step_ns
         self._row_ns = row_ns
@@ -40,7 +40,7 @@ class SaidModel:
         return self.reply(orders)[0]
 
     def reply(self, orders: Sequence[DraftOrder]) -> tuple[DraftReplies, int]:
-        """Returns the replies, and how long they took."""
+        """Returns the replies and the time that they took."""
         replies, rows, rows_ns, most = [], 0, 0, 0
         for order in orders:
             self.asked.append(order)
@@ -67,7 +67,7 @@ class SaidModel:
 class DraftingSimulation(Simulation):
     """A simulation with the draft model of the scheduler's settings, which must be a `SaidModel`."""
 
-    replies: tuple[int, DraftReplies, int] | None = None  # when they come, and how long they took
+    replies: tuple[int, DraftReplies, int] | None = None  # time of arrival, replies, time that they took
 
     @property
     def drafts(self) -> ModelDrafts | None:
@@ -94,7 +94,7 @@ class DraftingSimulation(Simulation):
 
 @dataclass
 class AnyLengths:
-    """Replaces the choice of lengths that pay: sequences wait for any number of tokens; all prompts are taken in."""
+    """Replaces the choice of draft lengths that pay by random lengths; the draft model takes in all prompts."""
 
     source: random.Random
     most: int

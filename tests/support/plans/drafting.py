@@ -1,4 +1,4 @@
-"""Drafters that know the answers, and drafters that know nothing."""
+"""Drafters of known answers, and drafters of random tokens."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from llamaclust.cluster.scheduler.speculation.candidates import Candidate, Chain
 from llamaclust.cluster.scheduler.speculation.windows import RoundTimes
 
 Says = Callable[[Sequence[int], int], tuple[int, ...]]
-"""A function that returns a draft of about that length for these tokens."""
+"""A function that returns a draft of about the given length for the given tokens."""
 
 
 class SaidDrafters:
-    """Drafters that say the same for each sequence."""
+    """Drafters that use one function for all sequences."""
 
     def __init__(self, says: Says) -> None:
         self._says = says
@@ -40,7 +40,8 @@ class _Said:
 
 
 def replayed(answers: Sequence[Sequence[int]], right: float, source: random.Random, vocabulary: int) -> Says:
-    """Builds drafts from known texts; each token is right with this probability. One in eight drafts is nonsense."""
+    """Returns a function that drafts from known texts, each token right with probability `right`; 1 draft in 8 is
+    nonsense."""
 
     def says(tokens: Sequence[int], most: int) -> tuple[int, ...]:
         if source.random() < 0.125:
@@ -53,7 +54,7 @@ def replayed(answers: Sequence[Sequence[int]], right: float, source: random.Rand
 
 
 def nonsense(source: random.Random, vocabulary: int) -> Says:
-    """Builds drafts of random tokens, none, too many, or tokens outside the vocabulary."""
+    """Returns a function that drafts no, few or too many random tokens, also outside the vocabulary."""
 
     def says(tokens: Sequence[int], most: int) -> tuple[int, ...]:
         lowest, highest = source.choice([(0, vocabulary - 1), (-3, vocabulary + 3)])
@@ -63,12 +64,12 @@ def nonsense(source: random.Random, vocabulary: int) -> Says:
 
 
 class AnyWindows:
-    """Replaces `best_windows` by windows of any size, whether they pay or not."""
+    """Replaces `best_windows` by windows of random size, even if they do not pay."""
 
     def __init__(self, source: random.Random, most: int) -> None:
         self._source = source
         self._most = most
-        self.rows = 0  # drafted ones so far
+        self.rows = 0  # drafted rows so far
 
     def __call__(self, candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
         chosen: list[int] = []
@@ -80,7 +81,7 @@ class AnyWindows:
 
 
 class AnyChains:
-    """Replaces `best_chain` by any number of windows of any size under way."""
+    """Replaces `best_chain` by a random number of windows in flight, of random size."""
 
     def __init__(self, source: random.Random, most: int) -> None:
         self._source = source
@@ -96,8 +97,8 @@ class AnyChains:
 def draft(
     texts: Sequence[Sequence[int]], source: random.Random, vocabulary: int, monkeypatch: pytest.MonkeyPatch
 ) -> AnyWindows:
-    """Makes engines of this process compute windows of any size. Nine of ten drafted tokens are as in these texts, of
-    prompts and answers."""
+    """Makes engines of this process compute windows of random size. Nine of ten drafted tokens are those of `texts`,
+    prompts with their answers."""
     drafters, windows = SaidDrafters(replayed(texts, 0.9, source, vocabulary)), AnyWindows(source, 32)
     monkeypatch.setattr(NgramDrafters, "of", lambda self, key: drafters.of(key))
     monkeypatch.setattr(speculation, "best_windows", windows)

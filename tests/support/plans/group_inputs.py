@@ -1,4 +1,4 @@
-"""Workers on an even network, whose automatic plans may have groups."""
+"""Workers with equal links, whose automatic plans may have groups."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def able(name: str, read: float = 20, memory_mib: int = 10_000) -> WorkerFacts:
 
 
 def network(names: Sequence[str], gather_us: float, byte_s: float = 0.4e-9, **others: Link) -> Links:
-    """`others`: by pairs of names."""
+    """Builds links of equal speed; `others`: different ones by the names of two workers."""
     usual = Link(gather_us / 1e6 + 1.5e-4, byte_s, gather_us / 1e6)
     known = {frozenset(pair): usual for pair in itertools.combinations((COORDINATOR, *names), 2)}
     return Links(known | {frozenset(pair): link for pair, link in others.items()})

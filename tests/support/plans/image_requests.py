@@ -1,4 +1,4 @@
-"""Requests with images for schedulers on fake stages, and a fake model that sees them."""
+"""Requests with images for schedulers on fake stages, and a fake model whose tokens depend on images."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from support.clusters.fakes import VOCABULARY, FakeModel, answer
 
 IMAGE_WIDTH, SECTIONS = 3, 3
 Seen = tuple[int, tuple[int, ...], bytes, int]
-"""The inputs of a row beside the rows before it: its token, its rope positions, the values that are given in place of
-its embedding, and the end of its group."""
+"""A row's inputs: its token, its rope positions, the values in place of its embedding, and the end of its group."""
 
 
 class SeeingModel(FakeModel):
-    """KV memory holds what each row was computed from: other values, rope positions or groups give other tokens."""
+    """A fake model with the inputs of rows in KV blocks: other values, rope positions or groups give other tokens."""
 
     def run(self, microbatch: Microbatch, inputs: SamplingInputs) -> tuple[RowResult, ...]:
         chunks = tuple(replace(chunk, tokens=tuple(_codes(chunk))) for chunk in microbatch.chunks)
@@ -48,14 +47,14 @@ def _codes(chunk: Chunk) -> Iterator[int]:
 
 
 def code(seen: Seen, position: int) -> int:
-    """Returns the token itself if the row is like one without images, else a hash."""
+    """Returns the token itself if the row is like a row of text, else a hash."""
     if seen[1:] == ((position,) * SECTIONS, b"", 0):
         return seen[0]
     return int.from_bytes(sha256(repr(seen).encode()).digest()[:7])
 
 
 def seen_by(request: GenerationRequest, length: int) -> list[Seen]:
-    """Returns the first `length` rows of the prompt and of an answer of zeros, by a plain formula."""
+    """Returns the inputs of the first `length` rows of the prompt and an answer of zeros, by a plain formula."""
     rows: list[Seen] = []
     spans = {span.start: span for span in request.images}
     rope = 0  # of the next row
@@ -95,7 +94,7 @@ def expected_tokens(request: GenerationRequest) -> list[int]:
 
 
 def picture(number: int, rows: int, *, bidirectional: bool = False, turned: bool = False) -> ImageSpan:
-    """Builds a picture at position 0. Pictures of equal numbers are equal, if they are of the same kind."""
+    """Builds an image at position 0; equal arguments give equal images."""
     values = np.random.default_rng([number, rows]).standard_normal((rows, IMAGE_WIDTH)).astype(np.float32)
     positions = None
     if turned:
@@ -106,7 +105,7 @@ def picture(number: int, rows: int, *, bidirectional: bool = False, turned: bool
 
 
 def with_pictures(request: GenerationRequest, pictures: Sequence[tuple[int, ImageSpan]]) -> GenerationRequest:
-    """The request with each picture before the token at this place of its prompt; places ascend."""
+    """Returns the request with each image before the token at its place in the prompt; places ascend."""
     prompt, spans, added = list(request.prompt), [], 0
     for place, span in pictures:
         start, count = place + added, len(span.rows)
@@ -117,7 +116,7 @@ def with_pictures(request: GenerationRequest, pictures: Sequence[tuple[int, Imag
 
 
 def random_pictures(source: Random, places: int, most_rows: int, *, kind: str) -> list[tuple[int, ImageSpan]]:
-    """Up to three of four pictures, of a kind (plain, turned, bidirectional), before the prompt's first tokens."""
+    """Returns one to three of four images of a kind (plain, turned, bidirectional), at random places up to `places`."""
     rows = [1 + (most_rows - 1) * number // 4 for number in range(1, 5)]
     found = []
     for place in sorted(source.randint(0, places) for _ in range(source.randint(1, 3))):

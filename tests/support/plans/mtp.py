@@ -1,4 +1,4 @@
-"""MTP heads that are asked even if their drafts do not pay, and fake ones on a counted clock."""
+"""MTP heads that draft even if it does not pay, and fake MTP heads on a simulated clock."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.clusters.fakes import FakeStages
 
 @dataclass
 class AnyLengths:
-    """Replaces the choice of lengths that pay: a head is asked for any number of tokens."""
+    """Replaces the choice of draft lengths that pay by random lengths."""
 
     source: random.Random
     most: int
@@ -40,8 +40,8 @@ def order_any(source: random.Random, most: int, monkeypatch: pytest.MonkeyPatch)
 
 @dataclass
 class MtpStages(FakeStages):
-    """Stages of which the last one has an MTP head: `says` returns the tokens behind a position, up to a number, and
-    each takes `draft_ns`."""
+    """Stages whose last one has an MTP head: `says` returns drafted tokens from a position on, up to a number, and each
+    token takes `draft_ns`."""
 
     says: Callable[[int, int], tuple[int, ...]] = lambda position, most: ()
     draft_ns: int = 0

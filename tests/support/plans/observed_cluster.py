@@ -1,4 +1,4 @@
-"""A cluster as `reconcile` sees it: its state, to which observations are applied, and plans of its workers."""
+"""The state of a cluster for tests of `reconcile`, to which observations are applied, and plans of its workers."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ BOTH, ONLY_A, ONLY_B, ALL = plan_of("a", "b"), plan_of("a"), plan_of("b"), plan_
 
 
 def fault_of(name: str, text: str = "broken", kind: type[WorkerError | ProtocolError] = WorkerError) -> LlamaclustError:
-    """An error that names the worker at fault."""
+    """Returns an error that names the worker at fault."""
     return kind(text, worker=name)
 
 
 @dataclass
 class Cluster:
-    """Applies observations to the state of a cluster of two workers. Plans are for the present inputs."""
+    """Applies observations to the state of a cluster of two workers. Plans are for the current inputs."""
 
     state: ClusterState
     now_s: float = 0.0
@@ -83,6 +83,6 @@ class Cluster:
         return self.see(observations.EpochLoadFailed(error, is_exclusive, suspects))
 
     def notified(self, action: Action | None) -> Action | None:
-        """The action after a notice."""
+        """Returns the action that follows a notice."""
         assert isinstance(action, Notify)
         return self.see(observations.Noticed(action.text))

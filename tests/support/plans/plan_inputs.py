@@ -46,7 +46,7 @@ def link(one_way_ms: float, ms_per_mb: float = 0.0) -> Link:
 
 
 def reach(one_way_ms: float, ms_per_mb: float = 0.0) -> Link:
-    """Returns what a process adds to each of its links."""
+    """Returns the latency and time per byte that a worker adds to each of its links."""
     return link(one_way_ms, ms_per_mb)
 
 
@@ -56,13 +56,13 @@ def worker(name: str, memory_mib: int | None = 10_000, read: float | None = 20, 
 
 
 def divided(layer: LayerCost, gathers: tuple[GatherCost, ...]) -> DividedLayer:
-    """Divides all of a layer in 1200 units."""
+    """Divides all of a layer into 1200 units."""
     nothing = PortionCost(1, layer).of(0)
     return DividedLayer(nothing, (PortionCost(1200, layer),), gathers)
 
 
 def group_costs(model: ModelCosts, members: int, gathers: int = 4, width: int = 9600) -> GroupCosts:
-    """Builds costs of a model whose products are divided in 1200 units, with `gathers` float32 gathers a layer."""
+    """Builds costs of a model whose products are divided into 1200 units, with `gathers` float32 gathers per layer."""
     head = replace(LayerCost(model.head_bytes, model.head_macs, 0), weights=model.head_weights)
     return GroupCosts(
         members,

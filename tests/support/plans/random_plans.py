@@ -1,4 +1,4 @@
-"""Random planning problems, and every plan of small ones."""
+"""Random planning problems, and all plans of small problems."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GB = 10**9
 CONTEXT = 1024
 
 
-SIMPLER = 0.975  # up to this share of its time, no plan of another order or with groups is taken
+SIMPLER = 0.975  # a plan of another order or with groups must take less than this share of a simpler plan's time
 
 
 Split = tuple[tuple[WorkerFacts, int, int], ...]
@@ -63,7 +63,7 @@ def named(workers: Sequence[WorkerFacts]) -> list[WorkerFacts]:
 
 @dataclass(frozen=True)
 class Score:
-    """Seconds of both objectives."""
+    """The times of a plan for both objectives, in seconds."""
 
     latency: float
     throughput: float
@@ -81,7 +81,7 @@ class Every:
 
     @cached_property
     def _by_contexts(self) -> dict[int, list[Score]]:
-        """Scores of all plans that fit with the KV memory of so many contexts."""
+        """Scores of all plans that fit, by the number of contexts in KV memory."""
         splits = [*self._splits()]
         return {count: [self.score(split) for split in splits if self._fits(split, count)] for count in (4, 1)}
 
@@ -90,11 +90,11 @@ class Every:
         return StageCosts.of(self.costs)
 
     def scores(self) -> list[Score]:
-        """Scores of all that fit, with the KV memory that plans try for first."""
+        """Returns scores of all plans that fit with KV memory of 4 contexts, or of 1 context if there are none."""
         return self._by_contexts[4] or self._by_contexts[1]
 
     def scores_beside(self, plan: Plan) -> list[Score]:
-        """Scores of all with as much KV memory as the plan has: it may have less where that makes it much faster."""
+        """Returns scores of all plans with the KV memory that `plan` has; a much faster plan may have less."""
         return self._by_contexts[4 if self._fits(self._split_of(plan), 4) else 1]
 
     def score(self, split: Split) -> Score:
@@ -110,7 +110,7 @@ class Every:
         return Score(min(self._request_s(stages, split, chunks) for chunks in (1, 2, 4, 8, 16)), max(mixes))
 
     def _request_s(self, stages: StageCosts, split: Split, chunks: int) -> float:
-        """A prompt of 512 tokens in chunks, one behind the other, and 128 tokens."""
+        """Returns the time of a prompt of 512 tokens in consecutive chunks and of 128 generated tokens."""
         rows, layers, linked = 512 // chunks, len(self.costs.layers), len(split) > 1
         behind = (
             max(stages.prefill_s(*stage, rows), linked * 2 * stage[0].reach.byte_s * rows * 16_384) for stage in split

@@ -47,7 +47,7 @@ def check_answer(run: Simulation, key: int, request: GenerationRequest) -> None:
 
 
 def check_writes(run: Simulation) -> None:
-    """Asserts from now on that no microbatch writes a block of another table, or one block for two sequences."""
+    """Makes the run assert that no microbatch writes a block of another table, or one block for two sequences."""
 
     def check(scheduled: ScheduledMicrobatch) -> None:
         written: list[int] = []

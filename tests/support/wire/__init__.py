@@ -1,1 +1,1 @@
-"""Messages of every kind, damaged ones, and authenticated links."""
+"""Messages of every kind, damaged messages, and authenticated links."""

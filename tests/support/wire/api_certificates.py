@@ -1,4 +1,4 @@
-"""Certificates of the API's port as an authority signs them, in files."""
+"""Certificate files of the API's port, signed by an authority or self-signed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = ("localhost", "127.0.0.1")
 
 @dataclass(frozen=True, slots=True)
 class SignedFiles:
-    """The files that a certificate authority sends, and its own certificate."""
+    """The files that a certificate authority sends, and the authority's own certificate."""
 
     ca: Path
     files: CertificateFiles
@@ -37,7 +37,7 @@ def _authority() -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
 def write_signed(
     folder: Path, names: tuple[str, ...] = NAMES, *, begin_days: float = -1, end_days: float = 30
 ) -> SignedFiles:
-    """Writes signed files; replaces existing ones one after the other, as tools for renewal do."""
+    """Writes signed files; replaces existing files one after the other, as renewal tools do."""
     ca_key, ca = _authority()
     key = ec.generate_private_key(ec.SECP256R1())
     now = datetime.now(UTC)

@@ -1,4 +1,4 @@
-"""Microbatches as arrays for a backend, built plainly, for comparison with the native reader."""
+"""Builds a backend's batches from microbatches in plain Python, for comparison with the native reader."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.kernels.backend import Batch, BatchStates, GivenRows
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, ImageRows, Microbatch
 
-_FEW = 256  # so many numbers are made faster by plain Python than by NumPy's calls
+_FEW = 256  # at most so many numbers are built faster by plain Python than by NumPy
 
 
 def plain_batch(
@@ -26,9 +26,9 @@ def plain_batch(
     adapters: int = 0,
     images: tuple[int, int] = (0, 0),
 ) -> Batch:
-    """Builds the batch of a microbatch for layers of which one has that window, for so many adapters; `images` are the
-    width of an image's row and the rope sections. Raises ProtocolError if it exceeds the limits, the vocabulary, the
-    adapters, its own block tables or its chunks."""
+    """Builds the batch of a microbatch. `window`: attention window of a layer; `adapters`: their number; `images`: the
+    width of an image's row and the rope sections. Raises ProtocolError if the microbatch exceeds the limits, the
+    vocabulary, the adapters, its own block tables or its chunks."""
     chunks = microbatch.chunks
     lengths = [len(chunk.tokens) for chunk in chunks]
     outputs = [chunk.outputs for chunk in chunks]
@@ -61,7 +61,7 @@ def plain_batch(
 
 
 def _image_rows(chunks: tuple[Chunk, ...]) -> list[tuple[int, Chunk, ImageRows]]:
-    """Finds chunks with image rows, and their first rows; raises ProtocolError if ranges are not in order."""
+    """Returns chunks with image rows and their first rows; raises ProtocolError if ranges are not in order."""
     starts = accumulate((len(chunk.tokens) for chunk in chunks), initial=0)
     found = [
         (start, chunk, chunk.images) for start, chunk in zip(starts, chunks, strict=False) if chunk.images is not None
@@ -86,7 +86,7 @@ def _given(chunks: tuple[Chunk, ...], width: int) -> GivenRows | None:
 
 
 def _groups(chunks: tuple[Chunk, ...]) -> NDArray[np.int32] | None:
-    """Returns the group of each row, [rows, 2]."""
+    """Returns the positions [start, end) of each row's group, [rows, 2]."""
     own = [[position, position + 1] for chunk in chunks for position in _positions(chunk)]
     found = _image_rows(chunks)
     for start, chunk, images in found:
@@ -115,7 +115,7 @@ def _positions(chunk: Chunk) -> range:
 
 
 def embedded_rows(microbatch: Microbatch) -> NDArray[np.int32]:
-    """Row numbers of the microbatch whose hidden state is wanted, ascending."""
+    """Returns the rows of the microbatch whose hidden states are requested, ascending."""
     starts = accumulate((len(chunk.tokens) for chunk in microbatch.chunks), initial=0)
     firsts = [start + chunk.embedded[0] for start, chunk in zip(starts, microbatch.chunks, strict=False)]
     return _ranges(firsts, [chunk.embedded_rows for chunk in microbatch.chunks])
@@ -157,7 +157,7 @@ def _window_blocks(chunk: Chunk, limits: StageLimits, window: int) -> NDArray[np
 
 
 def _table_length(chunk: Chunk, limits: StageLimits) -> int:
-    """Counts the blocks of a chunk's table, and checks it before it is written out."""
+    """Checks a chunk's block table and returns its number of blocks."""
     context = chunk.position + len(chunk.tokens)
     if context > limits.max_context_tokens:
         raise ProtocolError(f"sequence of {context} positions, this stage is planned for {limits.max_context_tokens}")
@@ -180,7 +180,7 @@ def _tokens(chunks: tuple[Chunk, ...], rows: int, vocabulary: int) -> NDArray[np
 
 
 def _ranges(firsts: list[int], counts: list[int]) -> NDArray[np.int32]:
-    """firsts[0] .. firsts[0] + counts[0] - 1, firsts[1] .. and so on."""
+    """Returns the numbers firsts[0] .. firsts[0] + counts[0] - 1, then firsts[1] .. and so on."""
     total = sum(counts)
     if total <= _FEW:
         numbers = [
@@ -213,7 +213,7 @@ def batch_states(chunks: Sequence[Chunk], limits: StageLimits) -> BatchStates:
 
 
 def _sharing_error(chunks: Sequence[Chunk]) -> ProtocolError:
-    """Names a block that is written twice, or that one chunk writes and another one reads."""
+    """Returns an error with a block that is written twice, or that one chunk writes and another one reads."""
     writers: dict[int, int] = {}
     for number, chunk in enumerate(chunks):
         for block in chunk.state_to[1::2]:

@@ -1,4 +1,4 @@
-"""Raw bytes on the enrolment port."""
+"""A client of the enrolment port that sends any messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llamaclust.wire.security.enrolment import (
 
 
 class Raw:
-    """A client that says what it likes."""
+    """A client that may send any message at any time."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader

@@ -1,4 +1,4 @@
-"""A reader of frames with small limits, for tests without a stage."""
+"""Frame readers with given limits, for tests without a stage."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ LIMITS = StageLimits(
 def reader(
     hidden_width: int = 0, window: int = 0, state_blocks: int = 0, images: tuple[int, int] = (GIVEN_WIDTH, SECTIONS)
 ) -> FrameReader:
-    """A reader of a stage with small limits; its width is 0 for the first one, its window 0 where no layer has one.
-    `images`: the width of an image's row and the rope sections, 0 where the model has none."""
+    """Creates a stage's reader with small limits. `hidden_width` is 0 for the first stage, `window` is 0 if no layer
+    has one. `images`: the width of an image's row and the rope sections, 0 if the model has none."""
     limits = replace(LIMITS, state_blocks=state_blocks)
     return _reader(MODEL_ID, limits, VOCABULARY, ADAPTERS, hidden_width, window, images)
 
@@ -39,14 +39,14 @@ def reader(
 def build_batch(
     microbatch: Microbatch, limits: StageLimits, vocabulary: int, window: int | None = None, adapters: int = 0
 ) -> Batch:
-    """The batch that a first stage reads, with these limits, that window of one of its layers and so many adapters."""
+    """Returns the batch that a first stage reads. `window`: that of one of its layers; `adapters`: their number."""
     window = window or 0 if limits.gives_up(window) else 0
     reader = _reader(microbatch.model_id, limits, vocabulary, adapters, 0, window)
     return batch_of(reader.read(encode_hidden(encode_microbatch(microbatch))))
 
 
 def wire_reader(model_id: str, hidden_width: int = 0, state_blocks: int = 0) -> FrameReader:
-    """A reader that takes what any stage takes, apart from the width of an image's row and the rope sections."""
+    """Creates a reader with the largest limits of all stages, but fixed rope sections and width of image rows."""
     limits = StageLimits(
         *(MAX_BATCH_TOKENS, MAX_BATCH_TOKENS, MAX_SEQUENCES, MAX_CONTEXT_TOKENS, MAX_KV_BLOCKS),
         state_blocks=state_blocks,

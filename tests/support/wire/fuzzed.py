@@ -1,4 +1,4 @@
-"""Messages of every kind on the wire, and a seeded source of damage to their bytes."""
+"""Wire messages of every kind, and seeded random damage to their bytes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from support.wire.slow_codec import decode_frame, encode_frame
 from support.wire.version_cases import CASES
 
 COUNT = int(os.environ.get("FUZZ_CASES", "2000"))
-"""Cases of each test; docs/internals/security-tests.md says how to run more."""
+"""The number of cases per test; docs/internals/security-tests.md says how to run more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of message: good ones as bytes, and their decoder."""
+    """A kind of message: valid messages as bytes, and their decoder."""
 
     name: str
     good: tuple[bytes, ...]
@@ -58,7 +58,7 @@ def kinds() -> list[Kind]:
 
 
 def damaged(source: random.Random, good: Sequence[bytes]) -> bytes:
-    """Returns one of the messages after one to four kinds of damage, or bytes that were never a message."""
+    """Returns one of the messages after one to four kinds of damage, or random bytes."""
     data = bytearray(source.choice(good))
     for _ in range(source.randint(1, 4)):
         data = source.choice(_BLOWS)(source, data, good)
@@ -81,7 +81,7 @@ def _insert(source: random.Random, data: bytearray, good: Sequence[bytes]) -> by
 
 
 def _number(source: random.Random, data: bytearray, good: Sequence[bytes]) -> bytearray:
-    """Makes a length or a value huge: ten bytes of a varint, or four of a fixed number."""
+    """Overwrites bytes with an extreme number: ten bytes of a varint, or four of a fixed number."""
     at = source.randrange(len(data) + 1)
     huge = source.choice(
         [b"\xff" * 9 + b"\x01", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", bytes(4), b"\x00\x00\xc0\x7f"]

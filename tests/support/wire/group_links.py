@@ -1,4 +1,4 @@
-"""Members of a group with listeners of their own, all in one process."""
+"""Members of a group, each with its own listener, in one process."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def opened(started: list[LinkListener], given: Given, seconds: float = GAT
 
 
 async def assert_gathers(members: list[Links]) -> None:
-    """Any bits arrive, in rows that are larger than a record of TLS, and than the system's buffers."""
+    """Asserts that gathers deliver any bits, even in rows larger than a TLS record and the system's buffers."""
     print(f"seed {SEED}")
     made = np.random.default_rng(SEED)
     for step, columns in enumerate((3, 5000, 1 << 20)):

@@ -1,4 +1,4 @@
-"""Rows of images in chunks, drawn by Hypothesis."""
+"""Image rows of chunks, drawn by Hypothesis, and faulty ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampled tokens that are filled into sent microbatches and their sampling inputs."""
+"""Fills sampled tokens into microbatches and sampling inputs that depend on them."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from llamaclust.worker.stage.dependencies import SampledTokensBox
 
 
 def sampled_tokens_of(number: int, rows: tuple[RowResult, ...]) -> SampledTokens:
-    """The tokens of a result; a row without an answer counts as token 0, and what follows it is thrown away."""
+    """Returns a result's tokens; a row without an answer counts as token 0, since its continuation is discarded."""
     return SampledTokens(number, tuple(max(row.token, 0) for row in rows))
 
 
 class PlainTokensBox(SampledTokensBox):
-    """A box that fills messages in place of frames."""
+    """A box that fills messages instead of frames."""
 
     def filled(self, microbatch: Microbatch) -> Microbatch:
-        """Returns the microbatch with the tokens it follows; raises WorkerError if one is not known."""
+        """Returns the microbatch with the tokens that it depends on; raises WorkerError if one is not known."""
         return replace(microbatch, chunks=tuple(map(self._filled, microbatch.chunks)))
 
     def fill_inputs(self, inputs: SamplingInputs, microbatch: Microbatch) -> SamplingInputs:
-        """The sampling inputs of a microbatch with what its own tokens add to them: histories go on with these, and
-        matchers take a drafted row in if its token was chosen before it."""
+        """Returns the sampling inputs of a microbatch, completed with its tokens: histories get them, and the matcher
+        of a drafted row gets the drafted token."""
         rows = [(chunk, row) for chunk in microbatch.chunks for row in _output_rows(chunk)]
         if len(rows) != len(inputs.tasks):
             return inputs  # the sampler reports it
         filled = {id(chunk): self._filled(chunk) for chunk in microbatch.chunks}
         tasks: list[RowTask] = []
-        before: Chunk | None = None  # whose row was sampled before
+        before: Chunk | None = None  # the chunk of the previous sampled row
         for (chunk, row), task in zip(rows, inputs.tasks, strict=True):
             if isinstance(task, SampleTask):
                 task = _completed(task, filled[id(chunk)].tokens[: row + 1], is_drafted=chunk is before)

@@ -1,4 +1,4 @@
-"""Tasks of output rows that are sampled in the same manner."""
+"""Sampling tasks of consecutive output rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llamaclust.core.sampler.tasks import RowTask, SampleTask
 
 
 def in_a_row(first: SampleTask, count: int) -> tuple[RowTask, ...]:
-    """So many, of rows behind each other."""
+    """Returns the tasks of `count` consecutive rows."""
     return tuple(accumulate(repeat(first, count), lambda task, _: task.next()))
 
 

@@ -1,4 +1,4 @@
-"""Messages of the hot path, read and written slowly and plainly, for comparison with native code."""
+"""Plain Python codecs of the messages of each microbatch, for comparison with native code."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Frame:
 
 
 def decode_frame(data: bytes) -> Frame:
-    """Returns the parts of a frame that the native reader takes; raises that reader's ProtocolError."""
+    """Returns the parts of a frame that the native reader accepts; raises that reader's ProtocolError."""
     try:
         frame = plain_frame(data)
         microbatch = plain_microbatch(frame.header)
@@ -76,7 +76,7 @@ def decode_frame(data: bytes) -> Frame:
 
 
 def plain_frame(data: bytes) -> Frame:
-    """Reads bytes that are a frame."""
+    """Decodes a valid frame."""
     _, _, kind, stages, header_bytes, body_bytes = PREFIX.unpack_from(data)
     body = PREFIX.size + 32 * stages
     timings = np.frombuffer(data[PREFIX.size : body], "<u8").reshape(-1, 4).tolist()
@@ -92,7 +92,7 @@ def plain_frame(data: bytes) -> Frame:
 def encode_frame(
     header: bytes, timings: Sequence[StageTiming] = (), hidden: NDArray[np.float32] | None = None, failure: str = ""
 ) -> bytes:
-    """Encodes a frame as a stage hands it on."""
+    """Encodes a frame as a stage sends it."""
     body = failure.encode() if hidden is None else np.ascontiguousarray(hidden, "<f4").tobytes()
     packed = [struct.pack("<4Q", t.queue_ns, t.compute_ns, t.wire_ns, t.rows) for t in timings]
     prefix = PREFIX.pack(b"LCST", 2, 2 if failure else 1, len(timings), len(header), len(body))
@@ -100,7 +100,7 @@ def encode_frame(
 
 
 def decode_microbatch(data: bytes) -> Microbatch:
-    """Reads with both readers, which must agree; raises the native one's ProtocolError."""
+    """Decodes with both readers, which must agree; raises the native reader's ProtocolError."""
     message = parse(microbatch_pb2.Microbatch, data, MAX_MICROBATCH_BYTES)
     state_blocks = MAX_KV_BLOCKS if message.states else 0
     native = wire_reader(message.model_id, state_blocks=state_blocks).read(encode_frame(data, failure="none"))
@@ -110,7 +110,7 @@ def decode_microbatch(data: bytes) -> Microbatch:
 
 
 def plain_microbatch(data: bytes) -> Microbatch:
-    """Reads bytes whose arrays fit together."""
+    """Decodes bytes whose arrays have matching lengths."""
     message = parse(microbatch_pb2.Microbatch, data, MAX_MICROBATCH_BYTES)
     chunks = _ints(message.chunks, 5)
     tokens, tables = _ints(message.tokens, 1).ravel().tolist(), _ints(message.tables, 2)
@@ -172,7 +172,7 @@ def _images(message: microbatch_pb2.ImageRows, rows: list[int]) -> dict[int, Ima
 
 
 def decode_sampled_tokens(data: bytes) -> SampledTokens:
-    """Reads with both readers, which must agree; raises the native one's ProtocolError."""
+    """Decodes with both readers, which must agree; raises the native reader's ProtocolError."""
     native = read_sampled_tokens(data)
     message = parse(microbatch_pb2.SampledTokens, data, MAX_MICROBATCH_BYTES)
     plain = SampledTokens(message.number, tuple(_ints(message.tokens, 1).ravel().tolist()))
@@ -181,7 +181,7 @@ def decode_sampled_tokens(data: bytes) -> SampledTokens:
 
 
 def decode_inputs(data: bytes) -> SamplingInputs:
-    """Reads with both readers, which must agree; raises the native one's ProtocolError."""
+    """Decodes with both readers, which must agree; raises the native reader's ProtocolError."""
     native, plain = StepInputs.read(data), plain_inputs(data)
     rows = [(place, task.matcher) for place, task in enumerate(plain.tasks) if isinstance(task, SampleTask)]
     matched = [(place, row.key, row.position, row.drafted) for place, row in rows if row is not None]
@@ -193,7 +193,7 @@ def decode_inputs(data: bytes) -> SamplingInputs:
 
 
 def plain_inputs(data: bytes) -> SamplingInputs:
-    """Reads bytes whose arrays fit together."""
+    """Decodes bytes whose arrays have matching lengths."""
     message = parse(sampling_pb2.SamplingInputs, data, MAX_INPUTS_BYTES)
     params = [_params_in(sampling_pb2.SamplingParams.FromString(each)) for each in message.params]
     tokens, breakers = _ints(message.tokens, 1).ravel().tolist(), _ints(message.breakers, 2).tolist()

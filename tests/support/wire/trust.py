@@ -1,4 +1,4 @@
-"""Two processes of a cluster over machines, in one: an authority, identities, a server that echoes, and its log."""
+"""Authentication between members in one process: an authority, identities, an echo server, an enrolment server."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def expired(authority: Authority, principal: Principal) -> Identity:
 
 
 def with_pair(identity: Identity, pair: KeyPair) -> Identity:
-    """Returns the identity with another one's certificate beside this CA."""
+    """Returns the identity with another key pair and the same CA."""
     return Identity(identity.ca, identity.cluster, identity.principal, pair)
 
 
 @dataclass
 class Echo:
-    """A server that echoes what it is told, and records its callers."""
+    """A server that echoes messages and records its callers."""
 
     server: Server
     callers: list[Principal | None]
@@ -64,7 +64,7 @@ async def echo(credentials: Credentials, handshake_s: float = 0.3) -> AsyncItera
 
 
 async def answers(stream: ClientStream) -> bool:
-    """Tells whether the stream still echoes what it is told."""
+    """Tells whether the stream still echoes messages."""
     await stream.write(b"hello")
     return await stream.read() == b"hello"
 
@@ -81,6 +81,6 @@ async def enrolment(
 
 
 def refusals(records: list[logging.LogRecord]) -> list[str]:
-    """Returns what was logged of refused peers."""
+    """Returns the log messages about refused peers."""
     lines = (record.getMessage() for record in records)
     return [line.removeprefix("refused: ") for line in lines if line.startswith("refused: ")]

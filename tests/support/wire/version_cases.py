@@ -1,4 +1,4 @@
-"""Messages of every kind by their kind's name."""
+"""Messages of every kind with their names and codecs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Handles of workers that no process is behind."""
+"""Handles of workers without a process."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Faults of workers that tests start."""
+"""Faults of workers in tests."""

@@ -1,7 +1,6 @@
-"""Workers that fail without dying: what their processes do from their start on, for one worker by name.
+"""Faults of workers whose processes keep running, for all workers or a named one.
 
-Failing steps and silence are those of `llamaclust chaos`.
-"""
+Failing steps and silence are those of `llamaclust chaos`."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ _ROW = 31
 """The position whose rows fail under `raises for some rows`."""
 NOT_FINITE_SEED = 666
 _ROOM = np.zeros((1, 3), np.float32), [0, 1, 2, 3]
-"""Room for one column of each of three members."""
+"""A row and the borders of three members' columns, one column each."""
 _PROGRAM = """
 from support.clusters.faults.worker_faults import FAULTS
 
@@ -45,7 +44,7 @@ FAULTS[{fault!r}]()
 
 
 def break_worker(monkeypatch: pytest.MonkeyPatch, folder: Path, worker: str, fault: str) -> None:
-    """Gives the named worker a fault in clusters that start from now on. Without a name, each worker has it."""
+    """Gives the named worker a fault in clusters that start later; without a name, gives it to all workers."""
     run_in_workers(monkeypatch, folder, _PROGRAM.format(fault=fault), worker)
 
 
@@ -117,7 +116,7 @@ def _defer() -> None:
 
 
 def _fail_in_step(error: type[Exception]) -> Callable[[], None]:
-    """Fails a step after the others have begun it, so that they wait for this member at a gather."""
+    """Returns a function that makes steps fail after the other members have begun them and wait at a gather."""
 
     def install() -> None:
         def fails(runner: StageRunner, frame: MicrobatchFrame) -> Any:
@@ -129,7 +128,7 @@ def _fail_in_step(error: type[Exception]) -> Callable[[], None]:
 
 
 def _at_step(fault: Callable[[Any, int, int], None]) -> Callable[[], None]:
-    """Does something with the member's links within the first step of an epoch, before it computes."""
+    """Returns a function that installs a fault of the member's links in an epoch's first step, before it computes."""
 
     def install() -> None:
         gather_by, run = StageRunner.gather_by, StageRunner.run_frame
@@ -151,7 +150,7 @@ def _at_step(fault: Callable[[Any, int, int], None]) -> Callable[[], None]:
 
 
 def _spoil_portion() -> None:
-    """Spoils the member's portion of each step, as damaged weights or memory would."""
+    """Makes a column of the member's portion NaN in each gather, as damaged weights or memory would."""
     gather_by, run, rows = StageRunner.gather_by, StageRunner.run_frame, [1]
     held: dict[StageRunner, tuple[Any, Any]] = {}
 

@@ -1,4 +1,4 @@
-"""A program of a test that workers run before they begin, whether they are forked or started."""
+"""Runs a test's Python program in workers, forked or started, before their own program."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if "--name" in words and worker in ("", words[words.index("--name") + 1]):
 
 
 def run_in_workers(monkeypatch: pytest.MonkeyPatch, folder: Path, program: str, worker: str = "") -> None:
-    """Writes `program` into a file in `folder`. Workers that start from now on run it: the named one, or all."""
+    """Writes `program` to a file in `folder`, which the named worker, or all workers, run when they start."""
     file = folder / "worker_program.py"
     lines = dedent(program).strip().splitlines()
     file.write_text(_BEGINNING.format(tests=str(TESTS), worker=worker) + "".join(f"    {line}\n" for line in lines))

@@ -1,1 +1,1 @@
-"""Processes of tests, forked from one that has imported the program."""
+"""Test processes, forked from a process that has imported their program."""

@@ -1,5 +1,5 @@
-"""A process that has imported what a program needs, and forks processes that run it. They become children of the
-process that asked for them, which is a subreaper meanwhile; each answers with its id. `forks` starts it."""
+"""A process, started by `forks`, that imports a program's modules and forks processes that run it. These become
+children of the requesting process, which is a subreaper for that time, and report their process ids."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOM_BYTES = 4096
-"""Room for a command line in place of the server's, and for the folder of its state."""
+"""Space for a forked process's command line, and for its state directory, in place of the server's."""
 STATE_DIR = "LLAMACLUST_STATE_DIR"
 WORKER_PROGRAM = "PYTHON_WORKER_PROGRAM"
-"""Names a file of Python that a process runs before its own program; workers inherit variables with this prefix. In
-processes that are not forked, `sitecustomize` runs it."""
+"""The variable of a Python file that a process runs before its own program; workers inherit variables that begin with
+PYTHON. In processes that are not forked, `sitecustomize` runs the file."""
 
 IMPORTED = {
     "llamaclust": (
@@ -35,39 +35,39 @@ IMPORTED = {
     ),
     "llamaclust.worker": ("llamaclust.kernels.cpu.backend", "llamaclust.worker.main"),
 }
-"""The modules that each program imports before it works."""
+"""The modules that the server imports for each program."""
 CHILDREN = (
     "llamaclust.model.chat.template_child",
     "llamaclust.model.grammars.checker_child",
     "llamaclust.model.images.child",
 )
-"""Programs that are one module, without gRPC, whose address space is limited."""
+"""Programs of one module, without gRPC, whose processes have a limited address space."""
 
 _MESSAGE_BYTES = 1 << 18
 _CLONE_NEWNET = 0x40000000
 _ARGUMENTS_FIELD = 48
-"""The field of /proc/PID/stat, from 1 on, where the command line begins; its end and the environment follow."""
+"""The /proc/PID/stat field, from 1 on, of the command line's start; its end and the environment's bounds follow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The arguments, environment and folder of the program, which runs as by `python -P -m`."""
+    """A request to run the program as `python -P -m` does."""
 
     arguments: list[str]
     environment: dict[str, str]
     folder: str
     network: str | None = None
-    """A named network namespace, as of `ip netns exec`."""
+    """The name of a network namespace, as in `ip netns exec`."""
 
 
 def main() -> None:
-    """Serves until the other end of a socket is closed. Arguments: the program, the socket's descriptor."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, for pytest
+    """Serves requests until the socket's other end closes. Arguments: the program and the socket's descriptor."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for pytest
     place = _places()
-    program = sys.argv[1].removeprefix("of=")  # tests find workers by the word alone
+    program = sys.argv[1].removeprefix("of=")  # tests find workers by this bare word
     if program in CHILDREN:
         importlib.import_module(program)
-        del sys.modules[program]  # which is run as `__main__`
+        del sys.modules[program]  # it is run as `__main__`
     else:
         _import(program)
     gc.collect()
@@ -91,7 +91,7 @@ def _import(program: str) -> None:
 
 
 def _serve(requests: socket.socket, program: str, place: tuple[int, int, int]) -> Asked | None:
-    """Returns what a forked process has to run; None in the server, at its end."""
+    """Returns the request in a forked process; None in the server, at its end."""
     while True:
         message, descriptors, _, _ = socket.recv_fds(requests, _MESSAGE_BYTES, 3)
         if not message:
@@ -101,7 +101,7 @@ def _serve(requests: socket.socket, program: str, place: tuple[int, int, int]) -
             parent = os.getpid()
             if os.fork() != 0:
                 os._exit(0)
-            while os.getppid() == parent:  # it ends at once
+            while os.getppid() == parent:  # the parent ends at once
                 os.sched_yield()
             asked = Asked(**json.loads(message))
             _become(asked, descriptors)
@@ -136,15 +136,15 @@ def _enter(network: str) -> None:
 
 
 def _places() -> tuple[int, int, int]:
-    """Returns where this process's command line begins, where its environment begins, and where that ends."""
+    """Returns the addresses of this process's command line, of its environment, and of the environment's end."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    first = _ARGUMENTS_FIELD - 3  # behind the id and the name
+    first = _ARGUMENTS_FIELD - 3  # the id and the name come before
     begin, _, middle, end = map(int, fields[first : first + 4])
     return begin, middle, end
 
 
 def _show(words: list[str], place: tuple[int, int, int]) -> None:
-    """Sets the command line, and the folder of the state, that lists of processes show."""
+    """Sets the command line and the state directory that process listings show."""
     begin, middle, end = place
     _write(begin, middle, "".join(f"{word}\0" for word in words))
     _write(middle, end, f"{STATE_DIR}={os.environ.get(STATE_DIR, '')}\0")

@@ -1,5 +1,5 @@
-"""Forked child processes of this process for templates, grammars and images. Tests of such children start theirs as
-users do."""
+"""Forks this process's child processes for templates, grammars and images. Tests of these child processes start them
+without forks, as users do."""
 
 from __future__ import annotations
 

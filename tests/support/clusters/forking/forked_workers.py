@@ -1,4 +1,4 @@
-"""Forked workers of the local launcher in this process. Tests of launchers start theirs as users do."""
+"""Makes local launchers in this process fork their workers; tests of launchers start theirs without forks."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ForkedWorker:
 
 
 class _Input:
-    """A standard input of a few KiB, which a pipe holds until they are read."""
+    """A standard input of a few KiB, which fit into a pipe."""
 
     def __init__(self, pipe: int) -> None:
         self._pipe = pipe
@@ -79,6 +79,6 @@ def _is_launchers(options: dict[str, Any]) -> bool:
 
 
 def fork_workers() -> None:
-    """Makes all launchers in this process fork their workers from now on."""
+    """Makes all local launchers in this process fork their workers."""
     first_environment()
     asyncio.create_subprocess_exec = ForkedWorkers(asyncio.create_subprocess_exec)  # type: ignore[assignment]

@@ -1,5 +1,5 @@
-"""Commands and workers of tests as children of this process, forked from one that has imported their modules: this
-saves a second of processor time for a coordinator, half of one for a worker."""
+"""Starts commands and workers as children of this process, forked from one that has imported their modules. This saves
+a second of processor time for a coordinator, and half a second for a worker."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TURN = Lock()
 
 
 class ForkServer:
-    """A process of `fork_server`, which ends with this one."""
+    """A process that runs `fork_server` and ends with this one."""
 
     def __init__(self, program: str, environment: Mapping[str, str]) -> None:
         self._read = _read_at_start(environment)
@@ -48,7 +48,7 @@ class ForkServer:
             )
 
     def serves(self, environment: Mapping[str, str]) -> bool:
-        """Tells whether a process that was started would be like a forked one."""
+        """Tells whether a forked process would be like one that is started with this environment."""
         return _read_at_start(environment) == self._read
 
     def fork(
@@ -59,8 +59,8 @@ class ForkServer:
         descriptors: tuple[int, int, int],
         network: str | None = None,
     ) -> int:
-        """Forks a child of this process and returns its id; it leads a session of its own, in a network namespace if
-        one is named. The descriptors are of its standard input, output and error."""
+        """Forks a child of this process, in a new session and in the named network namespace, if any; returns its
+        process id. `descriptors`: its standard input, output and error."""
         asked = Asked(list(arguments), dict(environment), str(folder), network)
         with _TURN, _subreaper():
             socket.send_fds(self._requests, [json.dumps(asdict(asked)).encode()], list(descriptors))
@@ -83,7 +83,7 @@ def fork_server(program: str) -> ForkServer | None:
 
 
 def kept_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The part of an environment that child processes for untrusted input get."""
+    """Returns the environment variables that child processes for untrusted input get."""
     return {name: environment[name] for name in _KEPT_VARIABLES if name in environment}
 
 
@@ -94,7 +94,7 @@ def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
 
 @contextmanager
 def _subreaper() -> Iterator[None]:
-    """Makes grandchildren whose parent ends become children of this process meanwhile."""
+    """Makes orphaned grandchildren become children of this process within the context."""
     prctl = ctypes.CDLL(None).prctl
     assert prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
     try:

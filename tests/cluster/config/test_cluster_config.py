@@ -241,7 +241,7 @@ def test_environment() -> None:
     assert environment({"LLAMACLUST_CACHE_SIZE": "4194304"}).packed_cache_bytes == 4 << 20
     with pytest.raises(UsageError, match="LLAMACLUST_CACHE_SIZE=32 has no unit: write 32GiB, 32MiB, or at least"):
         environment({"LLAMACLUST_CACHE_SIZE": "32"})
-    for digits in ("\uff14\uff10GiB", "\uff14"):  # full-width ones
+    for digits in ("\uff14\uff10GiB", "\uff14"):  # full-width digits
         with pytest.raises(UsageError, match="is not a size"):
             environment({"LLAMACLUST_CACHE_SIZE": digits})
     assert (environment({}).weights_bytes, environment({"LLAMACLUST_WEIGHTS_SIZE": "0"}).weights_bytes) == (64 << 30, 0)

@@ -1,4 +1,4 @@
-"""Every launcher has its facts, and no product code compares the name of one."""
+"""Checks that every launcher has its facts, and that no product code compares launcher names."""
 
 from __future__ import annotations
 

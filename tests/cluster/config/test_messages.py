@@ -1,4 +1,4 @@
-"""Tests messages about mistakes in cluster files: one line that names the place and what may stand there; exit 2."""
+"""Tests messages about mistakes in cluster files: one line with the place and the allowed values, and exit status 2."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def test_files_that_are_wrong_as_a_whole(tmp_path: Path, text: str, message: str
         ("device=cuda:0", "--set device=cuda:0: unknown key 'device'; it is a key of workers: give it under"),
         ("gpu_memory=9GiB", "--set gpu_memory=9GiB: unknown key 'gpu_memory'; it is a key of workers: give it under"),
         ("recovery=9s", "--set recovery=9s: unknown key 'recovery'; it is a key of `timeouts`: timeouts.recovery with"),
-        ("worker=9s", "--set worker=9s: unknown key 'worker'; did you mean 'workers'?"),  # two sections have one
+        ("worker=9s", "--set worker=9s: unknown key 'worker'; did you mean 'workers'?"),  # two sections have this key
         ("listen=x", f"--set listen=x: listen: 'x' {ADDRESS}"),
         ("workers.b.threads=x", f"--set workers.b.threads=x: workers[1].threads: 'x' is not possible; {COUNT} 1024"),
         ("workers.b.thread=1", "--set workers.b.thread=1: unknown key 'thread' in workers[1]; did you mean 'threads'?"),
@@ -289,7 +289,7 @@ def test_overrides_are_named_where_they_are_wrong(tmp_path: Path, override: str,
 
 
 def test_each_key_with_limits_or_a_form_is_named_with_them() -> None:
-    """Asserts that `explain` says what to give for such keys of all sections."""
+    """Checks that `explain` says what to give for such keys of all sections."""
     schema = ClusterConfig.model_json_schema()
     seen = 0
     for section in schema["$defs"].values():

@@ -1,4 +1,4 @@
-"""The key `mmproj` of cluster files, and the choice of a model's projector."""
+"""Tests of the key `mmproj` of cluster files, and of the choice of a model's projector."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures of clusters that recover: a model, requests, and their undisturbed answers."""
+"""Fixtures of clusters that recover: a model, requests, and their answers in an undisturbed run."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ def expected(model: Path, requests: tuple[GenerationRequest, ...]) -> list[Answe
 
 @pytest.fixture
 def staying(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences are not copied: they stay on the old epoch to their end."""
+    """Keeps all sequences on the old epoch to their end: none is copied."""
     monkeypatch.setattr(retirement, "_LEAST_LEFT", 1_000_000)

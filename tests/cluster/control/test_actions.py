@@ -1,4 +1,4 @@
-"""Actions that fail, hang or are cancelled: each is a failed load or ends, and the supervisor goes on."""
+"""Tests of actions that fail, hang or are cancelled: a load fails or an action ends, and the supervisor continues."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def plan_of(*names: str) -> Plan:
 
 
 def worker_handle(name: str, *, loads: bool = True, unload_failure: Failure | None = None) -> WorkerHandle:
-    """Makes a worker that loads or refuses to; it answers an unload with a failure or not at all."""
+    """Makes a worker whose loads succeed or fail; it answers an unload with a failure or not at all."""
 
     async def send(message: CoordinatorMessage) -> None:
         match message:
@@ -213,7 +213,7 @@ async def test_a_worker_that_is_admitted_while_the_supervisor_starts_joins_once(
     registry.admit(handle)
     pool.start()
     await supervisor.start()
-    registry.announce(handle)  # once it has got the answer to its registration
+    registry.announce(handle)  # when the worker has the answer to its registration
     joined = await supervisor.store.next(None)
     assert joined == observations.WorkerSeen("a", 1) and supervisor.store.is_current
     supervisor.store.apply(joined)
@@ -269,7 +269,7 @@ async def test_a_drain_of_a_worker_without_layers_returns_although_requests_dela
 
 
 async def test_a_drain_that_is_undrained_while_it_is_planned_does_not_take_place() -> None:
-    """The request to undrain comes later, as from a client that was cut off, and is the one that counts."""
+    """The undrain comes later, as from a client that has reconnected, and takes effect."""
     planning, planned = asyncio.Event(), asyncio.Event()
 
     async def plan(*_: object, **__: object) -> Plan:

@@ -1,4 +1,4 @@
-"""Plans, limits and the ledger of a model with an encoder of images."""
+"""Tests of plans, limits and the memory ledger for a model with an encoder of images."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def seeing(text: Path) -> Iterator[Model]:
 
 @pytest.fixture(scope="module")
 def of_many_rows(text: Path) -> Iterator[Model]:
-    """Up to 1,120 rows of an image see each other."""
+    """Yields a model with images of up to 1,120 rows that attend to each other."""
     side = (3 * PATCH) ** 2
     table = "v.position_embd.weight"
     path = build_projector(
@@ -139,7 +139,7 @@ def test_its_rows_are_in_the_workspace(of_many_rows: Model, seeing: Model) -> No
 
 
 def test_a_loaded_stage_is_known_by_its_encoder() -> None:
-    """Plans of a move may differ by nothing else."""
+    """The plans of a move may differ in the encoder alone."""
     figures = {"touched_bytes": 0, "kv_bytes": 3, "workspace_bytes": 2, "memory_bytes": None, "weight_bytes": 1}
     apart = StagePlan(worker="a", start=0, end=4, **figures)  # type: ignore[arg-type]
     plans = [Plan((stage,), 1, 16, (), None) for stage in (apart, replace(apart, encoder_bytes=10))]
@@ -153,7 +153,7 @@ def test_a_loaded_stage_is_known_by_its_encoder() -> None:
 
 @pytest.mark.parametrize("row_bytes", [0, 1 << 16])
 def test_a_plan_for_text_at_least_says_why_it_has_no_encoder(seeing: Model, row_bytes: int) -> None:
-    """It may use the memory of rows, and the model keeps its projector."""
+    """The plan for text may use the memory of image rows, and the model keeps its projector."""
     config = config_of(seeing, max_sequences=1)
     workers = {"a": WorkerResources("a", 1 << 30, threads=THREADS)}
 
@@ -162,7 +162,7 @@ def test_a_plan_for_text_at_least_says_why_it_has_no_encoder(seeing: Model, row_
 
     (stage,) = plan_cluster(config, seeing, resources(1 << 26, encodes=False)).stages
     room = stage.weight_bytes + stage.workspace_bytes
-    while True:  # the least room for text
+    while True:  # the least memory for text
         with suppress(InsufficientMemoryError):
             least = plan_cluster(config, seeing, resources(room, encodes=False))
             break

@@ -1,4 +1,4 @@
-"""Layers move to other workers, while their pipeline serves, for a clear gain alone."""
+"""Checks that layers of a serving pipeline move only for a clear gain."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plan_of(*names: str, links: Links = UNKNOWN) -> Plan:
 
 
 def serving_cluster(pool: PoolState) -> ClusterState:
-    """Its stages are on a and b."""
+    """Returns a cluster whose stages are on a and b."""
     serving = Serving(plan_of("a", "b"), (("a", 1), ("b", 2)))
     waits = Waits(recovery_s=120.0, start_s=600.0)
     return ClusterState(waits, 3, Tick(0.0), loss=None, pool=pool, serving=serving)
@@ -77,7 +77,7 @@ def test_layers_move_off_drained_disconnected_and_lost_workers() -> None:
 
 @pytest.mark.parametrize(("links", "moves"), [(NEAR, False), (FAR, True)])
 def test_a_link_that_turns_out_to_be_slow_is_a_reason_to_move(links: Links, moves: bool) -> None:
-    """The pipeline that serves was planned before its link was measured."""
+    """The serving pipeline was planned before its link was measured."""
     state, plan = serving_cluster(PoolState(PRESENT)), plan_of("a", "c", links=links)
     assert state.serving is not None
     workers = {name: worker(name) for name in PRESENT}

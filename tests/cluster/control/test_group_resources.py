@@ -1,4 +1,4 @@
-"""Groups leave nothing behind: threads and descriptors of their members are what they were before."""
+"""Checks that groups release the threads and file descriptors of their members."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.clusters.real_cluster import LIMITS, RealCluster, real_cluster
 
 ROUNDS = 20
 POOL = 8
-"""Threads that an event loop starts while its others are busy, fewer than one for each round."""
+"""Threads that an event loop's pool may add, fewer than one per round."""
 _GROUP = [StageInfo(name, 0, 4, shares=(2, 1, 1), member=member) for member, name in enumerate("abc")]
 CHAINS = {
     "a group alone": _GROUP,
@@ -32,13 +32,13 @@ CHAINS = {
 
 
 def held(cluster: RealCluster) -> list[tuple[int, int]]:
-    """Threads and descriptors of each worker."""
+    """Returns the numbers of threads and descriptors of each worker."""
     processes = [psutil.Process(handle.registration.pid) for handle in cluster.registry.workers.values()]
     return [(process.num_threads(), process.num_fds()) for process in processes]
 
 
 async def settled(cluster: RealCluster, before: list[tuple[int, int]]) -> None:
-    """Returns when no worker has more than before; the test's own deadline ends a wait in vain."""
+    """Waits until no worker has more than before; the test has a deadline of its own."""
     while any(now > then + POOL for old, new in zip(before, held(cluster), strict=True) for then, now in zip(old, new)):  # noqa: ASYNC110, B905
         await asyncio.sleep(0.02)
 
@@ -47,7 +47,7 @@ async def settled(cluster: RealCluster, before: list[tuple[int, int]]) -> None:
 async def test_twenty_epochs_leave_no_thread_and_no_descriptor(
     stages: list[StageInfo], model: Path, tmp_path: Path
 ) -> None:
-    """Every other one is opened, every fourth beside the one before."""
+    """Every second epoch's pipeline is opened; every fourth round loads two epochs side by side."""
     async with asyncio.timeout(120), real_cluster(tmp_path, 4) as cluster:
         numbers, reference = count(1), ModelReference(str(model), Model.open(model).model_id)
 
@@ -62,7 +62,7 @@ async def test_twenty_epochs_leave_no_thread_and_no_descriptor(
             for epoch in epochs:
                 await unload_stages(epoch, cluster.registry.workers.values())
 
-        await unload(await load(), await load())  # what a worker keeps from its first loads on
+        await unload(await load(), await load())  # workers keep some resources of their first loads
         before = held(cluster)
         for round_ in range(ROUNDS):
             await unload(*[await load() for _ in range(1 + (round_ % 4 == 0))])

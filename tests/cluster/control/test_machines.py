@@ -1,4 +1,4 @@
-"""Tests which workers share a machine: their boot id tells, and their name does not."""
+"""Checks that workers share a machine by its boot id, not by its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that move under load: old and new epoch serve side by side, and answers are those of an undisturbed run."""
+"""Tests of layers that move under load: both epochs serve side by side; answers are those of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def test_a_worker_that_returns_gets_layers_under_load(
 
 
 async def retiring(run: Recovering, name: str) -> asyncio.Task[None]:
-    """Drains a worker; returns when requests run on the old epoch beside the new one."""
+    """Drains a worker; returns when requests run on the old and the new epoch."""
     drain = asyncio.create_task(run.cluster.pool.operations.drain(name))
     await run.both_epochs()
     return drain

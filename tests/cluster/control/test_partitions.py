@@ -1,4 +1,5 @@
-"""Workers that cannot reach each other: which report is believed, how long that is remembered, and how it ends."""
+"""Tests of workers that cannot reach each other: which reports are confirmed, how long partitions last and how they
+end."""
 
 from __future__ import annotations
 
@@ -31,14 +32,14 @@ AB, BC = frozenset("ab"), frozenset("bc")
 
 @dataclass
 class Members:
-    """Workers a, b, ..., without processes; and what is reported."""
+    """Simulated workers a, b, ..., and the events that are reported."""
 
     cut: set[str] = field(default_factory=set)  # "ab": a does not reach b
     asked: list[str] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
     changes: int = 0
     names: str = "abc"
-    at_once: int = 0  # no probe is answered before so many were sent
+    at_once: int = 0  # probes are answered once so many are sent
 
     def __post_init__(self) -> None:
         self.enough = asyncio.Event()
@@ -78,7 +79,7 @@ class Members:
         self.tracker.suspect(self.workers[caller], PeerUnreachable(3, other, "silence"))
 
     async def breaks(self, pair: str) -> None:
-        """One of them is cut off from the other, which is alive."""
+        """Cuts the first worker of the pair off from the second, which is alive."""
         self.cut.add(pair)
         self.says(*pair)
         await asyncio.sleep(0)
@@ -172,7 +173,7 @@ async def test_a_worker_that_is_lost_takes_its_cuts_with_it() -> None:
 
 
 async def test_a_network_that_falls_apart_in_two_is_known_after_one_report() -> None:
-    """All ways are tried at the same time: the first plan after that is one that works."""
+    """All links are probed at once, so the first plan after that works."""
     sides = {one + other for one in "ab" for other in "cd"}
     members = Members(cut=sides | {way[::-1] for way in sides}, names="abcd", at_once=10)
 
@@ -196,7 +197,7 @@ async def test_of_many_workers_those_are_tried_that_are_known_to_be_cut_off(monk
     monkeypatch.setattr(partitions, "_MAX_PROBES", 5)
     members = Members(cut={"ab"}, names="abcd")
     with members.tracker:
-        members.tracker._healed[AB] = (0.0, 20)  # it is not tried again soon
+        members.tracker._healed[AB] = (0.0, 20)  # delays its next probe
         await members.breaks("ab")
         assert sorted(members.asked) == ["ac", "ad", "bc", "bd", "ca", "cb", "da", "db"]
 
@@ -209,7 +210,7 @@ async def test_what_a_stage_says_of_an_epoch_ends_with_it() -> None:
 
 
 async def test_reports_without_end_do_not_delay_settling() -> None:
-    members = Members(cut={"ab"})  # so that it does not heal, however slow the machine is
+    members = Members(cut={"ab"})  # it must not heal, however slow the machine is
 
     async def say_it() -> None:
         while True:

@@ -1,4 +1,4 @@
-"""A request that breaks the workers which compute it: it alone fails, soon, and others lose no bit."""
+"""Checks that a request that breaks the workers that compute it fails alone and soon; other answers do not change."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ BREAKS = {"raises": 'raise ValueError("poison")', "kills its worker": "os.kill(o
 
 
 async def fails(run: Recovering) -> None:
-    """A poisoned request ends with an error of its own, in time."""
+    """Checks that a poisoned request ends with an error of its own, in time."""
     (task,) = run.start([GenerationRequest("poison", tuple(range(3, 23)), 60, seed=POISON)])
     with pytest.raises(RequestFailedError, match=f"the pipeline failed {MAX_STRIKES} times while it"):
         async with asyncio.timeout(WITHIN_S):
@@ -66,7 +66,7 @@ async def test_a_request_that_breaks_workers_fails_alone(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Twice: the launcher would not start a worker again so often, were it to blame."""
+    """The request is sent twice: the launcher would not restart a worker so often if the worker were to blame."""
     run_in_workers(monkeypatch, tmp_path, _POISONED.replace("BREAK", BREAKS[what]))
     async with recovering(config(model, tmp_path, workers)) as run:
         others = run.start(requests)

@@ -1,4 +1,4 @@
-"""Observations and the action that follows from them: a table of plain values."""
+"""Tests which action follows from observations, with a table of plain values."""
 
 from __future__ import annotations
 
@@ -183,7 +183,8 @@ def test_loads_that_fail_are_repeated_after_growing_pauses() -> None:
 
 @pytest.mark.parametrize("error", [FAILED, DeadlineError("no answer")], ids=["fails", "does not answer"])
 def test_workers_that_do_not_load_are_expelled(error: WorkerError) -> None:
-    """A worker is expelled at once without an answer, else after three failures; then plans exclude it for a time."""
+    """A worker without an answer is expelled at once, another after three failures; then plans exclude it for a
+    time."""
     cluster = Cluster.serving()
     cluster.lose_pipeline()
     for _ in range(2 if error is FAILED else 0):
@@ -267,7 +268,7 @@ def test_failures_one_after_the_other_end_no_request() -> None:
 
 
 def moving(better: Plan) -> Cluster:
-    """Returns a cluster that a third worker joined, and whose better plan serves beside the one before."""
+    """Returns a cluster that a third worker joined, and whose better plan serves beside the former one."""
     cluster = Cluster.serving()
     cluster.see(observations.WorkerSeen("c", 3))
     assert cluster.plan(better) == LoadEpoch(better, is_exclusive=False)

@@ -1,4 +1,4 @@
-"""Workers whose answers are not to be believed: they are given up like lost ones, and no token changes."""
+"""Tests of workers that give wrong answers: they count as lost, and no token changes."""
 
 from __future__ import annotations
 

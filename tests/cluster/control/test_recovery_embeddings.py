@@ -1,4 +1,4 @@
-"""Workers that are killed while prompts are embedded: hidden states with the bits of an undisturbed run."""
+"""Tests of workers that are killed while prompts are embedded: hidden states have the bits of an undisturbed run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests losses that leave too little: requests wait for a worker for a while, and the cluster waits for longer."""
+"""Tests of losses that leave too few workers: requests wait for a while, and the cluster for longer."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ async def test_requests_wait_for_a_worker_to_come_back(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Requests that come meanwhile wait as well."""
+    """Requests that arrive meanwhile wait as well."""
     if why == "memory":
         monkeypatch.setattr(planning, "_memory_shares", small_memory)
     values = {"plan": _HALVES} if why == "plan" else {}
@@ -76,7 +76,7 @@ async def test_requests_wait_for_a_worker_to_come_back(
         may_begin = launcher(run)._restarts._begun
         tasks = run.start(requests[:4])
         await run.token(40)
-        may_begin.clear()  # if the worker was back before the next plan, nothing would wait for it
+        may_begin.clear()  # a worker that is back before the next plan would delay nothing
         run.hurt("b")
         await run.until("too little", lambda: any("waiting for worker b" in text for text in run.told))
         assert run.cluster.engine.state is EngineState.RECOVERING
@@ -141,7 +141,7 @@ async def test_a_request_that_fails_again_and_again_ends_and_others_are_served(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each result is replaced by a failure, as one between two failures would clear the request."""
+    """Each result is replaced by a failure, because a result between two failures would clear the request."""
     async with recovering(config(model, tmp_path, workers=2)) as run:
         engine, numbers = run.cluster.engine, count()
 

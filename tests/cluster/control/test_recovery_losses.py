@@ -1,4 +1,4 @@
-"""Workers that are killed or hang while requests run: a pause, and the very tokens of an undisturbed run."""
+"""Tests of workers that are killed or hang while requests run: a pause, then the tokens of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from support.clusters.recovering import (
 from support.seed import SEED
 
 TOKENS = 100
-VICTIMS = 2  # of the three
+VICTIMS = 2  # of three workers
 
 
 async def test_a_worker_that_is_killed_while_the_start_measures_is_planned_around(
@@ -101,7 +101,7 @@ async def test_another_is_lost_while_a_new_epoch_loads(
     async with recovering(config(model, tmp_path)) as run:
 
         def hurt_another(text: str) -> None:
-            if text.startswith("new plan") and not hurt:  # the first one may be back by then
+            if text.startswith("new plan") and not hurt:  # the first victim may be back by then
                 hurt.append(second)
                 run.hurt(second)
 

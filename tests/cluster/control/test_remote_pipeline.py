@@ -1,4 +1,4 @@
-"""The pipeline's ends when a stream breaks in the middle."""
+"""Tests how a pipeline ends when one of its streams breaks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.clusters.real_cluster import microbatches
 
 
 class Stream:
-    """Reads end with `read`, writes with `write`; what is None does not end."""
+    """A stream whose reads end with the error `read` and writes with `write`; None: they do not end."""
 
     def __init__(self, read: BaseException | None = None, write: BaseException | None = None) -> None:
         self._ends = {"read": read, "write": write}

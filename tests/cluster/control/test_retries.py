@@ -1,4 +1,4 @@
-"""Rows whose logits are not finite are computed again without what may be damaged; the second time ends one request."""
+"""Tests of rows with non-finite logits: they are computed again without damaged blocks; a repeated failure is final."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NONE = RowResult(-1, float("nan"), failure="the logits are not finite numbers")
 
 @dataclass
 class Glitching(FakeModel):
-    """Damages what is stored of each chunk that is `hit`, and every row that reads it."""
+    """A model that damages the stored values of each chunk that is `hit`, and every row that reads them."""
 
     hit: Callable[[int, Chunk], bool] = lambda number, chunk: False
     glitches: int = 0
@@ -81,7 +81,7 @@ def test_a_stage_that_is_wrong_once_changes_no_token(number: int) -> None:
         chosen, scored, _ = expected(request, 200)
         assert (run.rows(key), run.scores(key)) == (chosen, scored)
     assert model.glitches == 1 and run.scheduler.counts.kv_blocks_held == 0
-    late = generations(Random(f"{SEED} {number}"), 14)[:2]  # what was damaged is not in the prefix cache either
+    late = generations(Random(f"{SEED} {number}"), 14)[:2]  # damaged values are not in the prefix cache either
     again = [run.add(request) for request in late]
     run.finish()
     assert [run.rows(key) for key in again] == [expected(request, 200)[0] for request in late]

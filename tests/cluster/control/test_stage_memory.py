@@ -1,4 +1,4 @@
-"""A coordinator holds no weights: its memory stays small whatever the model, and while it serves."""
+"""Checks that a coordinator's memory stays small for any model, also while it serves: it holds no weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REQUESTS = 16
 
 
 def complete(cluster: Cluster, number: int) -> None:
-    """A chat goes through the template, a stream through server-sent events."""
+    """Sends a request: every fourth one is a chat, every second one is streamed."""
     text, common = f"Tell me about number {number}. " * 20, {"max_tokens": 4, "stream": number % 2 == 0}
     if number % 4 == 0:
         reply = cluster.http.post(

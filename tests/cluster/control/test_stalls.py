@@ -1,4 +1,4 @@
-"""Tests workers that get no further with a load: they are lost after `timeouts.load`, and the tokens stay the same."""
+"""Tests of workers whose loads make no progress: they are lost after `timeouts.load`, and the tokens stay the same."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def hang_once(monkeypatch: pytest.MonkeyPatch, victims: set[str]) -> None:
     telling = set()
 
     async def tell(handle: WorkerHandle, epoch: int) -> None:
-        for done in cycle((1 << 20, 0)):  # back and forth is not further
+        for done in cycle((1 << 20, 0)):  # alternating values are no progress
             if handle.loss is not None:
                 return
             hear(handle, LoadProgress(epoch, done, 2 << 20))
@@ -60,7 +60,7 @@ async def test_loads_that_hang_and_workers_that_stop_while_they_load_change_no_t
     victims = {"c"}
     hang_once(monkeypatch, victims)
     async with recovering(config(model, tmp_path, timeouts={"worker": "600ms", "load": "1s"})) as run:
-        assert not victims  # by the first epoch's load
+        assert not victims  # lost in the load of the first epoch
         said = (
             r"is lost: it hangs: worker c made no progress with layers \[4, 6\) for 1 s \(timeouts.load\): \d of \d MiB"
         )
@@ -74,7 +74,7 @@ async def test_loads_that_hang_and_workers_that_stop_while_they_load_change_no_t
         stopped: list[str] = []
         for on_event in (lambda text: None, stop_another):
             await run.whole()
-            victims.add("c")  # in a recovery, too
+            victims.add("c")  # lost in a recovery, too
             run.on_event = on_event
             tasks, before = run.start(requests), run.tokens
             await run.token(before + 40)
@@ -92,7 +92,7 @@ Asked = Callable[[WorkerHandle], Awaitable[object]]
 
 
 async def _answered(send: Asked, messages: list[WorkerMessage]) -> object:
-    """Returns the outcome for a worker that sends these messages, one in each half of the stall timeout."""
+    """Returns the outcome for a worker that sends these messages, one in each half of the progress timeout."""
     said: list[CoordinatorMessage] = []
 
     async def say(message: CoordinatorMessage) -> None:

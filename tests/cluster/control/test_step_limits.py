@@ -46,7 +46,7 @@ def test_a_step_may_take_ten_times_its_prediction_and_not_less_than_four_seconds
 
 @dataclass(eq=False)
 class Held:
-    """A worker that sends heartbeats and passes nothing on."""
+    """A worker that sends heartbeats but no results."""
 
     name: str
     received: int = 0
@@ -66,7 +66,7 @@ def scheduler_of(epoch: int, *, is_busy: bool) -> Scheduler:
 
 
 def runner_of(*held: tuple[Scheduler, list[Held]]) -> Any:
-    """Returns the parts of a model's runner that the watch reads, with these epochs."""
+    """Returns the parts of a model's runner that the watch reads; they have these epochs."""
 
     def epoch_of(number: int, workers: list[Held]) -> Any:
         stage_of: Callable[[Held], int | None] = lambda worker: workers.index(worker) if worker in workers else None  # noqa: E731

@@ -1,4 +1,4 @@
-"""The deadline of drafts: a model that does not answer is disabled, one in a paused process is not."""
+"""Tests of the deadline of drafts: a model that does not answer is disabled, one in a paused process is not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.core.drafts import DraftReplies
 
 
 class Drafts:
-    """Replaces `ModelDrafts` and the model."""
+    """A fake of `ModelDrafts` and of the model."""
 
     def __init__(self, draft: Callable[[], Awaitable[DraftReplies]]) -> None:
         self.model = self
@@ -37,7 +37,7 @@ class Drafts:
 
 
 class Scheduler:
-    """Has the parts of a scheduler that drafts need."""
+    """The parts of a scheduler that drafts need."""
 
     def __init__(self, drafts: Drafts) -> None:
         self.speculation = self.queues = self
@@ -47,7 +47,7 @@ class Scheduler:
 
 
 async def run(draft: Callable[[], Awaitable[DraftReplies]]) -> Drafts:
-    """Asks once, and returns when there is a reply or none is to come."""
+    """Requests a draft once; returns when a reply is there or none will come."""
     drafts, ended = Drafts(draft), asyncio.Event()
     DraftRunner(cast(Any, Scheduler(drafts)), ended.set).request()
     await asyncio.wait_for(ended.wait(), 60)
@@ -66,7 +66,7 @@ async def test_a_model_that_does_not_answer_is_not_asked_any_more(
 
 
 async def test_a_pause_of_the_process_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process pauses for longer than the deadline, as by SIGSTOP, and the model answers when both go on."""
+    """The process pauses for longer than the deadline, as by SIGSTOP, and the model answers afterwards."""
     monkeypatch.setattr(draft_runner, "_SLICE_S", 0.2)
     monkeypatch.setattr(draft_runner, "_DEADLINE_S", 0.4)
     loop, replies = asyncio.get_running_loop(), DraftReplies(())
@@ -74,10 +74,10 @@ async def test_a_pause_of_the_process_does_not_count(monkeypatch: pytest.MonkeyP
 
     def pause() -> None:
         time.sleep(0.5)
-        loop.call_soon(loop.call_soon, answer.set_result, replies)  # what is due in time comes before
+        loop.call_soon(loop.call_soon, answer.set_result, replies)  # timers that are due run first
 
     def draft() -> Awaitable[DraftReplies]:
-        loop.call_soon(loop.call_soon, pause)  # when the answer is awaited
+        loop.call_soon(loop.call_soon, pause)  # runs once the answer is awaited
         return answer
 
     drafts = await run(draft)

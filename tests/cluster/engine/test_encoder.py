@@ -1,4 +1,4 @@
-"""Tiles of images on pipelines that fail, are replaced or refuse: the rows of an undisturbed encoder, or one error."""
+"""Tests of image tiles on pipelines that fail, are replaced or refuse: rows of an undisturbed encoder, or one error."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def rows_of(task: TileTask) -> NDArray[np.float32]:
 
 
 def tiles(*numbers: int) -> list[NDArray[np.uint8]]:
-    """Each of one colour, which `rows_of` repeats."""
+    """Returns tiles of one colour each, which `rows_of` repeats."""
     return [np.full((8, 16, 3), number, np.uint8) for number in numbers]
 
 
 @dataclass
 class FakeEncoder:
-    """Encodes at once. At the tiles in `stops`, it first calls a function, which may raise."""
+    """An encoder that encodes at once; at the tiles in `stops`, it first calls a function, which may raise."""
 
     stops: dict[int, Callable[[], None]] = field(default_factory=dict)
     hangs: frozenset[int] = frozenset()
@@ -46,7 +46,7 @@ class FakeEncoder:
     begun: list[int] = field(default_factory=list)
     open: int = 0
     reached: asyncio.Event = field(default_factory=asyncio.Event)
-    gate: asyncio.Event = field(default_factory=asyncio.Event)  # lets tiles in `hangs` go on
+    gate: asyncio.Event = field(default_factory=asyncio.Event)  # tiles in `hangs` wait for it
 
     async def rows(self, task: TileTask) -> NDArray[np.float32]:
         self.open += 1
@@ -70,7 +70,7 @@ class FakeEncoder:
 
 
 async def passes() -> None:
-    """Lets the event loop do all that it can do now."""
+    """Lets the event loop run all that is due."""
     for _ in range(50):
         await asyncio.sleep(0)
 
@@ -227,7 +227,7 @@ async def test_an_encoder_that_is_not_reached_or_was_replaced_counts_nothing_aga
 
 
 async def test_owners_take_turns_at_each_tile(projector: Projector) -> None:
-    """The image of one client waits for one tile of another's hundred."""
+    """A client's image waits for one tile of another client, not for its hundred images."""
     fake = FakeEncoder(hangs=frozenset((1,)))
     encoder = serving(projector, fake)
     numbers = [*range(1, 101)]

@@ -58,7 +58,7 @@ async def test_requests_together_give_what_each_gives_alone() -> None:
 
 
 async def test_results_that_come_together_are_those_that_come_alone() -> None:
-    """Decode steps of a whole model are sent several ahead."""
+    """A pipeline of one stage has several decode steps in flight."""
     async with running(stages=1) as (engine, pipeline):
         pipeline.together, pipeline.fake.stage_ns = 7, [linear(1, 0)]
         requests = [generation(seed, length=5 + 13 * seed, max_new_tokens=20 + 9 * seed) for seed in range(4)]
@@ -143,7 +143,7 @@ async def test_a_cancelled_reader_frees_memory(way: str) -> None:
         if way == "cancelled":
             pipeline.gate.clear()
             task = asyncio.ensure_future(collect(stream))
-            for _ in range(10):  # until it waits
+            for _ in range(10):  # until the task waits
                 await asyncio.sleep(0)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -248,7 +248,7 @@ async def test_an_engine_that_was_down_when_a_launch_was_due_serves_again() -> N
         engine.fail_requests(error)
         with pytest.raises(WorkerError, match="worker w1 is lost"):
             await collect(failed)
-        await asyncio.sleep(0)  # the launch that was due runs
+        await asyncio.sleep(0)  # the launch that is due runs
         engine.resume(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
         assert len(tokens_of(await collect(engine.submit(generation(1))))) == 30
     assert [failure.error for failure in owner.failures] == [error]
@@ -300,7 +300,7 @@ async def test_only_rows_that_no_worker_gives_speak_for_the_one_that_was_suspect
 
 
 class AnsweringPipeline(FakePipeline):
-    """One whose rows all have this result."""
+    """A pipeline whose rows all have this result."""
 
     def __init__(self, row: RowResult) -> None:
         super().__init__(SETTINGS.kv_blocks)

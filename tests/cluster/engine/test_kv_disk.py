@@ -1,4 +1,4 @@
-"""KV memory on disk in the engine, on stages that answer at once: the same answers, whatever is read and when."""
+"""Tests of KV memory on disk in the engine, on fake stages: answers do not depend on what is read, and when."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SETTINGS = SchedulerSettings("m", VOCABULARY, CONTEXT, KV_BLOCKS, max_sequences=
 
 @dataclass
 class FakeDisks:
-    """Implements `KvDisks` with blocks by key, as one stage that holds all layers would keep them."""
+    """Implements `KvDisks` with blocks by key, like one stage that holds all layers."""
 
     pipeline: FakePipeline
     engine: Engine | None = None
@@ -89,19 +89,19 @@ def wanted(generation: GenerationRequest) -> list[int]:
 
 
 async def saved(disks: FakeDisks, blocks: int) -> None:
-    """Returns when at least `blocks` blocks are on disk."""
+    """Waits until at least `blocks` blocks are on disk."""
     async with asyncio.timeout(60):
         await until(lambda: len(disks.kept) >= blocks)
 
 
 async def idle(engine: Engine) -> None:
-    """Returns when no blocks are held for reading or writing."""
+    """Waits until no blocks are held for reading or writing."""
     async with asyncio.timeout(60):
         await until(lambda: not engine.scheduler.queues.memory.transfers.are_under_way)
 
 
 def opened(disks: dict[bytes, list[int]], **fields: object) -> tuple[Engine, FakeDisks]:
-    """Returns the engine and disks of a cluster that has just started, with what an earlier one wrote."""
+    """Returns the engine and disks of a cluster that has just started, with the blocks of an earlier one."""
     pipeline = FakePipeline(KV_BLOCKS)
     found = FakeDisks(pipeline, kept=disks, **fields)  # type: ignore[arg-type]
     pipeline.kv_disks = found
@@ -193,7 +193,7 @@ async def test_a_stage_that_fails_to_read_costs_the_time_alone(error: Llamaclust
 
 
 async def test_a_disk_that_does_not_answer_ends_the_pipeline() -> None:
-    """Its stage may still write KV memory, so another pipeline computes the request."""
+    """The stage may still write KV memory, so another pipeline computes the request."""
     generation = request(prompt(Random(1), 300))
     kept = await written(generation)
     pipeline, owner = FakePipeline(KV_BLOCKS), Losses()
@@ -252,7 +252,7 @@ async def test_a_prompt_that_is_being_read_when_layers_move_is_answered() -> Non
 
 @pytest.mark.parametrize("seed", range(12))
 async def test_any_mix_of_requests_gives_the_same_answers(seed: int) -> None:
-    """Mixes shared beginnings, early ends and little memory: blocks are read and written while others compute."""
+    """Requests share beginnings or end early in little memory; blocks are read and written while others compute."""
     source = Random(seed)
     beginnings = [prompt(source, source.randrange(130, 300)) for _ in range(3)]
     kept: dict[bytes, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Tests an engine that is moved to another pipeline while requests run: two lanes give the tokens of one."""
+"""Tests an engine that moves to another pipeline while requests run: two lanes give the tokens of one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Lanes:
         return events
 
     async def tokens(self, count: int) -> None:
-        """Returns when readers have got `count` more events."""
+        """Waits until readers have `count` more events."""
         end = self._tokens + count
         while self._tokens < end:  # noqa: ASYNC110  an answer takes few turns
             await asyncio.sleep(0)
@@ -63,7 +63,7 @@ class Lanes:
         return self.pipelines[-1]
 
     async def check(self) -> None:
-        """Asserts that every request ends with the answer that it has alone."""
+        """Checks that every request ends with the answer that it has alone."""
         for request, task in self._streams:
             rows, _, reason = expected(request, self.settings.context_length)
             events = await task
@@ -98,7 +98,7 @@ def request(number: int, length: int = 40, tokens: int = 150, **fields: object) 
 
 
 def first_chunks(pipeline: FakePipeline) -> int:
-    """Counts the sequences that were computed from their first token on."""
+    """Counts the sequences that a pipeline computed from their first token on."""
     return sum(chunk.position == 0 for microbatch in pipeline.microbatches for chunk in microbatch.chunks)
 
 
@@ -272,7 +272,7 @@ async def test_a_request_that_fails_on_the_old_pipeline_keeps_its_strikes() -> N
 
 @pytest.mark.parametrize("last", ["a row alone", "a failed result", "a protocol break"])
 async def test_a_row_fault_beside_another_failure_is_not_blamed_on_the_next_pipeline(last: str) -> None:
-    """Both results come together: the pipeline fails by the other one, and no worker of the next pipeline is blamed."""
+    """The pipeline fails because of the other result, and no worker of the next pipeline is blamed."""
     async with lanes() as run:
         engine, scheduler = run.engine, run.engine.scheduler
         run.owner.may_suspect_workers = True

@@ -1,4 +1,4 @@
-"""Tests /metrics: lines that Prometheus can read, names and units as its users expect, and figures that are right."""
+"""Tests /metrics: Prometheus can read each line, names and units follow its conventions, and figures are right."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_every_line_can_be_read(text: str) -> None:
 
 
 def test_names_are_as_prometheus_wants_them(text: str) -> None:
-    """https://prometheus.io/docs/practices/naming/: a prefix, base units in the plural, counters end in _total."""
+    """Checks https://prometheus.io/docs/practices/naming/: a prefix, base units in the plural, counters in _total."""
     for name, family in families(text).items():
         assert re.fullmatch(r"llamaclust(_[a-z]+)+", name), name
         assert family.documentation and not family.documentation.endswith("."), name
@@ -121,7 +121,7 @@ def test_workers_say_what_went_between_them(text: str) -> None:
     assert value(text, "llamaclust_worker_sent_bytes_total", worker="a") == 6000
     assert value(text, "llamaclust_worker_busy_ratio", worker="a") == 0.25
     assert value(text, "llamaclust_worker_resident_memory_bytes", worker="a") == 30
-    assert value(text, "llamaclust_worker_up", worker="b") == 1  # it has sent no heartbeat yet
+    assert value(text, "llamaclust_worker_up", worker="b") == 1  # b has sent no heartbeat yet
     assert 'llamaclust_worker_sent_bytes_total{worker="b"}' not in text
     assert (
         value(text, "llamaclust_recovery_seconds_count") == 1 and value(text, "llamaclust_recovery_seconds_sum") == 0.5
@@ -141,7 +141,7 @@ def test_members_of_groups_say_whom_they_wait_for() -> None:
 
 
 def hold(first: WorkerHandle, second: WorkerHandle) -> None:
-    """Makes both hold a stage of the model as a group; the second one counts its gathers."""
+    """Makes both workers hold a stage as a group; the second one counts gathers."""
     members = GroupMember("a", "unix:/run/a.l", 2), GroupMember("b", "unix:/run/b.l")
     for member, (worker, counters) in enumerate(((first, None), (second, GroupCounters(9, 0.5, (0.5, 0.0), 70, 80)))):
         order = replace(LOAD, epoch=5, model_id=MODEL_ID, group=GroupOrder(bytes(16), members, member))
@@ -172,7 +172,7 @@ def test_metrics_of_several_models_have_the_model_as_a_label() -> None:
 
 
 def test_dashboard_and_monitor_use_existing_metrics() -> None:
-    """Checks the variables too; labels are those of metrics of several models, or those that Prometheus adds."""
+    """Checks variables too; labels are those of metrics of several models, or those that Prometheus adds."""
     text = render_all({"a": whole()[0]}).decode()
     board = (CHART / "files/dashboard.json").read_text()
     panels = json.loads(board)["panels"]
@@ -212,7 +212,7 @@ async def drained(stream: object) -> None:
 
 
 def test_stages_tell_decode_from_prefill() -> None:
-    """Asserts times as plans predict them: for a microbatch of one row, and for a row of many."""
+    """Checks the times that plans predict: of a microbatch of one row, and of one row of many."""
     counts = Counts(*[0] * len(Counts.__dataclass_fields__))
     metrics = Metrics([StageInfo("a", 0, 2)], lambda: counts, lambda: 1)
     assert metrics.stage_report()[0].decode_ms is None is metrics.stage_report()[0].prefill_ms

@@ -1,4 +1,4 @@
-"""Tests where the time of requests went: phases follow one another, and their parts add up."""
+"""Tests where the time of requests goes: phases follow each other, and their parts add up."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def request(request_id: str = "abcd0123", length: int = 20, **fields: Any) -> Ge
 
 
 def computed(sent_ns: int, done_ns: int, *stages: tuple[int, int, int]) -> ComputedMicrobatch:
-    """Makes a microbatch; `stages` has compute, queue and wire of each."""
+    """Makes a microbatch; `stages` has the compute, queue and wire times of each stage."""
     timings = tuple(StageTiming(queue, compute, wire, 1) for compute, queue, wire in stages)
     return ComputedMicrobatch.of(STAGES, timings, sent_ns, done_ns)
 
@@ -54,12 +54,12 @@ def test_phases_follow_each_other_and_their_parts_add_up() -> None:
     waterfall = Waterfall(400, 1000, 20)
     first, second = take_rows(sequence, 16), take_rows(sequence, 4)
     waterfall.add(computed(1500, 2500, (300, 100, 50), (200, 50, 100)), first.chunk)
-    waterfall.add(computed(1600, 2900, (600, 0, 0), (600, 0, 0)), second.chunk)  # sent before the first one was back
+    waterfall.add(computed(1600, 2900, (600, 0, 0), (600, 0, 0)), second.chunk)  # sent before the first result
     waterfall.add(computed(3000, 3600, (200, 0, 0), (100, 0, 0)), Chunk((5,), 20, (), 0))
     assert kinds(waterfall) == [("preparation", 600), ("waiting", 500), ("prefill", 1400), ("decode", 700)]
     prefill, decode = list(waterfall.phases)[2:]
     assert (prefill.start_ns, prefill.tokens, prefill.microbatches, prefill.idle_ns) == (1500, 20, 2, 0)
-    assert prefill.stages_ns == [300 + 200, 100, 50, 200 + 200, 50, 100]  # 400 ns are divided as the second's 1200 were
+    assert prefill.stages_ns == [300 + 200, 100, 50, 200 + 200, 50, 100]  # 400 ns, divided like the second one's 1200
     assert prefill.links_ns == 200
     assert (decode.idle_ns, decode.links_ns, decode.stages_ns) == (100, 300, [200, 0, 0, 100, 0, 0])
 
@@ -113,7 +113,7 @@ async def test_requests_of_an_engine_are_known_while_they_run_and_afterwards() -
 
 
 def test_what_an_id_is_beyond_its_shown_characters_cannot_be_found_out() -> None:
-    """Guesses of one character after another do not find ids either."""
+    """Guesses of one more character at a time do not reveal an id."""
     ids, timings = ("0123456789abcdef01234567", "ffff4567"), Timings(0.0, 0.0, 0.0, 0.0, 20, 0, 0)
     records = [RequestRecord(request_id, None, 0.0, timings, Waterfall(0, 0, 20)) for request_id in ids]
     for guess in "0123456789abcdef":

@@ -1,4 +1,4 @@
-"""Fixtures that tests of launchers share."""
+"""Fixtures for tests of launchers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A start waits for all its workers a while, then for as many as hold the model."""
+"""Tests of a start: it waits for all its workers for a while, then for enough to hold the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ABC = Awaited(("a", "b", "c"), 3, grace_s=0.05, wait_s=30.0)
 
 @dataclass
 class Start:
-    """A start of workers a, b and c, of which `enough` hold the model."""
+    """A start of workers a, b and c, of which `enough` can hold the model."""
 
     enough: int
     awaited: Awaited = ABC

@@ -1,4 +1,4 @@
-"""A cluster whose workers find it by multicast DNS, over loopback."""
+"""Tests of a cluster whose workers find it by multicast DNS, over loopback."""
 
 from __future__ import annotations
 

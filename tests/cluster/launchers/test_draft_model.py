@@ -1,4 +1,4 @@
-"""Draft models of a cluster: loaded once for all models that have its tokens, and closed however a start ends."""
+"""Tests of draft models of a cluster: loaded once for all models with their tokens, and closed however a start ends."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def test_a_start_that_ends_while_it_loads_leaves_nothing(
 
 
 async def test_it_is_closed_beside_the_event_loop(plan: DraftModelPlan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A draft that is computed at the end takes its time: meanwhile the loop goes on."""
+    """Closing waits for a draft in progress without blocking the event loop."""
     loop, closing = asyncio.get_running_loop(), LoadedDraftModel.close
     has_gone_on = threading.Event()
 
@@ -116,7 +116,7 @@ def test_it_drafts_for_those_of_several_models_that_have_its_tokens(path: Path, 
 
 
 async def test_models_that_share_it_have_sequences_of_their_own(plan: DraftModelPlan) -> None:
-    """The same key is another sequence in each, whose keys and values the other one's tokens do not touch."""
+    """The same key names another sequence in each model, with keys and values of its own."""
     first, second = [3, 4, 5] * 8, [9, 8, 7] * 8
     with open_draft_model(plan) as model:
         shares = [SharedDraftModel(model, number, 2) for number in range(2)]

@@ -1,4 +1,4 @@
-"""Local workers end with their coordinator however it ends, and carry no secrets."""
+"""Tests of local workers: they end with their coordinator however it ends, and do not show secrets."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ asyncio.run(main())
 
 @pytest.fixture
 def coordinator(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
-    """A coordinator in a process of its own, and its two workers."""
+    """Yields a coordinator in a process of its own, and its two workers."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", _COORDINATOR, str(tmp_path)]
     with subprocess.Popen(
@@ -84,7 +84,7 @@ def test_a_worker_that_cannot_react_is_killed_too(
 async def test_the_end_of_a_lost_worker_is_waited_for(
     ends: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A loop that is busy, or a system that frees memory, hears of it late; one that never hears of it tells so."""
+    """A busy event loop, or a system that frees memory, delays the end; a worker that does not end is logged."""
     kill, loop = local._kill, asyncio.get_running_loop()
     pauses_s = {"at once": 0.0, "late": 2 * local._GRACE_S}
     async with real_cluster(tmp_path, 2, device="reference") as cluster:
@@ -169,7 +169,7 @@ def test_secrets_are_neither_in_the_environment_nor_on_the_command_line(
 
 
 def test_a_worker_of_no_launcher_ends_when_its_coordinator_is_gone(tmp_path: Path) -> None:
-    """It has no parent to end with: the end of the control stream is what it sees."""
+    """The worker has no parent to end with, and ends when the control stream ends."""
 
     async def run() -> tuple[int | None, str]:
         async with real_cluster(tmp_path, 1, device="reference") as cluster:
@@ -200,7 +200,7 @@ def without_coordinator(folder: Path, **more: Any) -> WorkerSettings:
 
 
 def ended(settings: WorkerSettings) -> subprocess.CompletedProcess[str]:
-    """A worker process that ends by itself."""
+    """Runs a worker process that ends by itself."""
     command, text = worker_command(settings), settings.to_json()
     return subprocess.run(command, input=text, capture_output=True, text=True, timeout=30, check=False)
 

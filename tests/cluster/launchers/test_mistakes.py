@@ -1,4 +1,4 @@
-"""Mistakes in the cluster files of launchers."""
+"""Tests of mistakes in the cluster files of launchers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ranks of an MPI job start workers, which give a single worker's bits; what a lost rank means is up to mpirun."""
+"""Tests of MPI jobs whose ranks start workers: answers have a single worker's bits; mpirun decides about lost ranks."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ async def started(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[MpiLau
 async def test_a_coordinator_ends_with_its_rank(
     is_order_unread: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A rank that is killed before it has read all orders resets the connection."""
+    """A rank that is killed before it reads all orders resets the connection."""
     is_ended, loop = asyncio.Event(), asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, is_ended.set)
     try:
@@ -196,7 +196,7 @@ async def test_a_launcher_that_stops_does_not_signal_its_process(
 
 
 def test_a_rank_goes_on_while_its_coordinator_reads_nothing() -> None:
-    """The coordinator gets every report once it reads again, in order."""
+    """The coordinator gets all reports in order once it reads again."""
     ends, received = [WorkerEnded(0, "x" * 60_000, str(number)) for number in range(40)], b""
     unreported = list(ends)
     ranks = SimpleNamespace(count=1, lost=set())
@@ -261,7 +261,7 @@ def test_ctrl_c_ends_the_job(line: CommandLine, model: Path) -> None:
 
 
 def remote_shell(path: Path, box: Box) -> Path:
-    """Writes a program that Open MPI takes for ssh: HOST COMMAND..."""
+    """Writes a program that Open MPI runs as ssh: HOST COMMAND..."""
     hosts = "\n".join(f"  {host.address}) namespace={host.namespace};;" for host in box.hosts.values())
     path.write_text(f'#!/bin/sh\ncase "$1" in\n{hosts}\nesac\nshift\nexec ip netns exec "$namespace" sh -c "$*"\n')
     path.chmod(0o700)

@@ -1,4 +1,4 @@
-"""Ray starts and places workers: they give a single worker's bits, come back when they are lost, and leave nothing."""
+"""Tests of workers that Ray starts: they give a single worker's bits, return after losses, and leave nothing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SOON: dict[str, Any] = {
         "failure_threshold": "3",
     }.items()
 }
-"""Settings with which Ray misses a lost node within seconds."""
+"""Settings with which Ray notices a lost node within seconds."""
 NO_GROUP_OR_ACTOR: tuple[list[str], list[str]] = ([], [])
 
 
@@ -78,7 +78,7 @@ def test_a_ray_cluster_of_its_own_gives_the_single_workers_bits_and_is_gone_afte
         below = cluster.processes
         folder = next(Path(word) for one in below for word in temporary_folders(one))
 
-        def joined() -> bool:  # by what `ray logs` shows, which Ray writes some time later
+        def joined() -> bool:  # in `ray logs`, which Ray writes some time later
             logs = [path.read_text() for path in folder.glob("session_latest/logs/worker-*.err")]
             return all(any(f"worker {name} is a member" in log for log in logs) for name in "abc")
 
@@ -155,7 +155,7 @@ def test_what_cannot_be_placed_is_told_and_ctrl_c_leaves_nothing(line: CommandLi
 def test_a_ray_that_does_not_start_is_tried_again_and_leaves_no_process(
     line: CommandLine, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Uses `auto` on a machine that is part of no cluster: Ray's folder, which would name one, is empty."""
+    """Uses `auto` on a machine outside any Ray cluster: Ray's folder, which would name one, is empty."""
     monkeypatch.setenv("RAY_gcs_server_port_wait_time_s", "0")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     command = start(line, model)
@@ -235,7 +235,7 @@ def test_without_ray_the_way_to_install_it_is_told(
 
 @pytest.mark.parametrize(("is_another", "kills"), [(False, 1), (True, 0)])
 async def test_a_restart_kills_the_actor_that_ended_and_not_its_successor(is_another: bool, kills: int) -> None:
-    """The successor is there after the pause if Ray has started it itself."""
+    """A successor that Ray has started itself is there after the pause."""
     killed: list[str] = []
 
     class Method:

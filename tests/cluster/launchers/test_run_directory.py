@@ -1,4 +1,4 @@
-"""Tests what may be in the way of a run directory: it is removed or named, and nothing waits for a pipe."""
+"""Tests of files in the place of a run directory: they are removed or named, and no pipe blocks a start."""
 
 from __future__ import annotations
 

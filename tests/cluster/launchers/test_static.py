@@ -1,4 +1,5 @@
-"""Static workers: they join in any order over mutual TLS, give a single worker's bits, outlive their coordinator."""
+"""Tests of static workers: they join in any order over mutual TLS, give a single worker's bits, outlive
+coordinators."""
 
 from __future__ import annotations
 
@@ -80,7 +81,7 @@ def test_workers_keep_their_weights_and_join_a_coordinator_that_comes_back(
     line: CommandLine, model: Path, undisturbed: Answers
 ) -> None:
     port = free_port()
-    layers = {"a": [0, 2], "b": [2, 4], "c": [4, 6]}  # a busy machine's links would suggest others the second time
+    layers = {"a": [0, 2], "b": [2, 4], "c": [4, 6]}  # fixed: links of a busy machine could change the plan
     keys = {
         "join": {"listen": f"127.0.0.1:{port}", "members": "127.0.0.1:0"},
         "kv_memory": "8MiB",
@@ -241,7 +242,7 @@ def test_a_model_file_is_found_by_its_name_elsewhere_or_missed_in_one_line(
     (there / model.name).write_bytes(model.read_bytes())
     coordinator = start_coordinator(line, here, workers=named("a"), timeouts={"coordinator": "1s"})
     port = join_port(coordinator)
-    moved = here.rename(tmp_path / "moved.gguf")  # the coordinator has it open
+    moved = here.rename(tmp_path / "moved.gguf")  # the coordinator has the file open
     worker = start_worker(line, port, "a", "--model-dir", there)
     with ready(coordinator, line) as cluster:
         assert answers(cluster) == undisturbed

@@ -1,4 +1,4 @@
-"""A static worker with several addresses to join: some of them are other programs' by now."""
+"""Tests of a static worker with several addresses to join, some of which belong to other programs by now."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from support.network.loopback import free_port
 
 @contextmanager
 def answering(text: bytes) -> Iterator[int]:
-    """The port of a program that sends this on every connection, and then keeps it open."""
+    """Yields the port of a program that sends this on every connection and keeps it open."""
     with ExitStack() as taken, socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
@@ -44,8 +44,7 @@ def answering(text: bytes) -> Iterator[int]:
 
 
 def test_an_address_that_is_another_programs_ends_no_worker(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The port of a coordinator that is gone may be any program's: here one that answers by HTTP, one that is silent,
-    and another cluster's."""
+    """The port of a former coordinator may be any program's: here an HTTP server, a silent one, and another cluster."""
     model = model_in(tmp_path_factory)
     with command_line() as line, answering(b"HTTP/1.1 400 Bad Request\r\n\r\n") as http, answering(b"") as silent:
         new_trust(line)

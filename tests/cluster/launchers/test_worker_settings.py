@@ -1,4 +1,4 @@
-"""Threads and NUMA nodes that local workers get, on machines laid out as values."""
+"""Tests of threads and NUMA nodes that local workers get, on simulated machines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures of memberships."""
+"""Fixtures for tests of memberships."""
 
 from __future__ import annotations
 

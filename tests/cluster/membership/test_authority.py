@@ -1,4 +1,4 @@
-"""A cluster's certificate authority and its token on disk: made once, private, whole; it signs for one name."""
+"""Tests of a cluster's certificate authority and token on disk: made once, private, whole; it signs for one name."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_clusters_that_start_at_once_make_one_authority(tmp_path: Path) -> None:
 
 
 class Clock(datetime):
-    """The clock of a machine that is `ahead` of the time."""
+    """A machine's clock that is `ahead` of the real time."""
 
     ahead = timedelta()
 

@@ -1,4 +1,5 @@
-"""Enrolment: who has the token gets a certificate of its name and nothing else; all others get one line in the log."""
+"""Tests of enrolment: a client with the token gets a certificate for its name alone; each refusal is logged in a
+line."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ NONCE = bytes(range(32))
 
 
 async def told(caplog: pytest.LogCaptureFixture, times: int) -> list[str]:
-    """Returns the refusals that are logged, as soon as there are `times` of them."""
+    """Waits for `times` refusals in the log, and returns them."""
     async with deadline("lines in the log", 60):
         while len(lines := refusals(caplog.records)) < times:
             assert len(lines) <= times
@@ -83,7 +84,7 @@ async def test_a_wrong_secret_is_refused_and_logged_once(trust: Authority, caplo
 async def test_a_token_that_was_rotated_is_the_only_one_and_the_authority_stays(
     trust: Authority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The rotation counts even for a server that already runs."""
+    """The rotation takes effect in a server that already runs."""
     old, folder = trust.token, trust.token_file.parent
     async with enrolment(trust) as (host, port):
         await enrol(host, port, old, "b")
@@ -330,7 +331,7 @@ async def test_connections_of_one_address_leave_room_for_others(
     async with enrolment(trust) as (host, port):
         _, silent = await asyncio.open_connection(host, port, local_addr=("127.0.0.2", 0))
         reader, more = await asyncio.open_connection(host, port, local_addr=("127.0.0.2", 0))
-        async with asyncio.timeout(4):  # it is closed at once, not after the handshake's timeout
+        async with asyncio.timeout(4):  # closed at once, not after the handshake's timeout
             assert await reader.read() == b""
         assert "enrolment of 127.0.0.2: 1 connections are open, 1 of them from this host" in refusals(caplog.records)[0]
         for _ in range(3):

@@ -1,4 +1,4 @@
-"""The last error of a worker's log, among the lines of libraries."""
+"""Tests of the last error in a worker's log, among lines of libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measurements of workers: known hardware is not measured again, and a start skips steps that no worker could try."""
+"""Tests of measurements of workers: known hardware is not measured again, and a start goes on without step times."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ from support.wire.worker_handles import handle_of
 
 
 class Machines:
-    """Workers a and b of one machine, with what each answers to an order to profile steps of a model."""
+    """Simulated workers a and b of one machine, with their answers to an order to profile a model's steps."""
 
     def __init__(self, **answers: WorkerMessage | str | None) -> None:
-        self.answers = answers  # a text: it is lost so; None: it says nothing
+        self.answers = answers  # a text: the worker is lost for this reason; None: no answer
         self.load_s = 60.0
         self.launcher = "local"
         self.asked: list[tuple[str, bool]] = []
@@ -125,7 +125,7 @@ async def test_a_worker_that_comes_back_on_other_hardware_is_measured(tmp_path: 
 
 
 async def test_known_hardware_is_estimated_whatever_the_number_of_workers_on_its_machine(tmp_path: Path) -> None:
-    """Nothing is measured while requests wait for a start that a worker is missing at."""
+    """No measurement delays a start without one of the workers."""
     await Machines(a=PROFILED, b=PROFILED).measure(tmp_path)
     left = Machines(a=PROFILED)
     profiles = left.empty(tmp_path)
@@ -160,7 +160,7 @@ async def test_figures_of_a_busy_machine_are_not_kept(tmp_path: Path) -> None:
 
 
 async def test_memory_that_measuring_keeps_is_not_planned_with(tmp_path: Path) -> None:
-    """Memory is kept twice: with the other worker, and without."""
+    """Worker a is measured with the other worker and without, and keeps memory both times."""
     kept = replace(PROFILED, kept_bytes=3 << 20)
     machines = Machines(a=kept, b=kept)
     registered = {
@@ -212,7 +212,7 @@ async def test_without_step_times_plans_use_the_roofline_and_a_notice_says_so(tm
 
 
 async def test_products_of_quant_types_are_kept_for_plans_of_other_models(tmp_path: Path) -> None:
-    """Types that the last model did not have are kept as well."""
+    """Times of types that the last model lacks are kept as well."""
     both, one = (ProductTime(12, 1, 2e-11), ProductTime(14, 1, 3e-11)), (ProductTime(12, 1, 4e-11),)
     for model_id, products in (("ab", both), ("cd", one)):
         machines = Machines(a=WorkerProfile(Profile(replace(PROFILED.profile.cpu, products=products))))
@@ -282,11 +282,11 @@ async def test_a_worker_whose_measurement_fails_does_not_end_the_start(tmp_path:
 async def test_a_start_tells_that_other_programs_disturbed_its_measurements(
     tmp_path: Path, others: float, launcher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is known of workers of other launchers, whose processes are not below this one."""
+    """The load by workers of other launchers is unknown, because their processes are not below this one."""
     load = OtherLoad(2, others, 0.0)
     monkeypatch.setattr(LoadMeter, "measure", lambda self: load)
     is_told = others > 0.2 and launcher == "local"
-    for start in range(2):  # the second one measures nothing
+    for start in range(2):  # the second start measures nothing
         machines = Machines(a=PROFILED, b=PROFILED)
         machines.launcher = launcher
         await machines.measure(tmp_path)

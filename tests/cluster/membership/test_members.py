@@ -1,4 +1,4 @@
-"""A coordinator's registry over mutual TLS: who a worker says it is must be who its certificate says, and renewals."""
+"""Tests of a coordinator's registry over mutual TLS: workers must have the names of their certificates; renewals."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ async def test_workers_of_a_start_that_waited_in_vain_are_not_told_to_end(trust:
 
 
 async def test_a_registry_that_is_closed_leaves_no_task(trust: Authority) -> None:
-    """Members whose calls end with their server, or later, are not waited for any more."""
+    """Tasks of the registry end even if members' calls end later."""
     async with registry(trust) as there:
         members = [
             await join(there, trust.identity(A), REGISTER),
@@ -272,7 +272,7 @@ async def test_stage_streams_are_for_members(trust: Authority) -> None:
 
 
 async def test_a_stage_takes_streams_from_its_neighbours_alone(trust: Authority, tmp_path: Path) -> None:
-    """The plan names them; other members, with and without layers, and the right one a second time, change nothing."""
+    """The plan names the neighbours; streams of other members, and a neighbour's second stream, change nothing."""
     model = Model.open(build_tiny_model(tmp_path / "tiny.gguf", hidden=64, layers=3, heads=4, ffn=96))
     async with chain(model, tmp_path, (0, 1, 2, 3), trust=trust) as there:
         first, middle, last = there.peers
@@ -299,7 +299,7 @@ async def test_a_stage_takes_streams_from_its_neighbours_alone(trust: Authority,
 
 
 async def test_methods_that_there_are_not_are_refused(trust: Authority) -> None:
-    """Reflection, health and the like are not served."""
+    """Reflection, health checks and the like are not served."""
     async with registry(trust) as there:
         for method in (
             "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",

@@ -1,4 +1,4 @@
-"""The end of a membership while work of it still runs."""
+"""Tests of the end of a membership while some of its work still runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llamaclust.worker.worker import Worker
 
 
 class _Stream:
-    """Gives messages of a coordinator, then ends."""
+    """A stream that yields messages of a coordinator, then ends."""
 
     address = "coordinator:1"
 
@@ -33,7 +33,7 @@ class _Stream:
         self._messages = [*messages]
 
     async def read(self) -> bytes | None:
-        await asyncio.sleep(0)  # what was begun runs
+        await asyncio.sleep(0)  # tasks that have begun run
         return self._messages.pop(0) if self._messages else None
 
 
@@ -41,7 +41,7 @@ class _Stream:
 async def test_tasks_that_do_not_end_are_logged(
     messages: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The tasks are logged in one line, and the error of a lost coordinator comes out nevertheless."""
+    """The tasks are logged in one line, and the loss of the coordinator is still raised."""
     monkeypatch.setattr(membership, "_END_S", 0.05)
     released = asyncio.Event()
 
@@ -51,7 +51,7 @@ async def test_tasks_that_do_not_end_are_logged(
                 await released.wait()
 
     async def at_once(*_: Any) -> None:
-        """Ends."""
+        """Ends at once."""
 
     monkeypatch.setattr(Loads, "unload", stubborn)
     monkeypatch.setattr(Member, "_send_heartbeats", at_once)
@@ -80,7 +80,7 @@ async def test_no_stage_is_added_after_the_end(when: str, monkeypatch: pytest.Mo
     answers: list[WorkerMessage] = []
 
     async def load_stage(*_: Any) -> Any:
-        """Cannot be interrupted, like a thread."""
+        """Ignores cancellation, like a thread."""
         begun.set()
         while not loaded.is_set():
             with suppress(asyncio.CancelledError):

@@ -1,4 +1,4 @@
-"""Tests requests to workers: replies find theirs, and errors are of few classes."""
+"""Tests requests to workers: each reply reaches its request, and errors have few classes."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ async def test_an_answer_after_its_deadline_is_not_taken_for_the_next_ones(what:
 
 @pytest.mark.parametrize("what", REQUESTS)
 async def test_an_answer_to_another_kind_of_request_breaks_the_protocol(what: str) -> None:
-    """The code that waits for it would read fields that it lacks; in the control loop, that would end the cluster."""
+    """The waiting code would read fields that the answer lacks, which would end the cluster in the control loop."""
     send, right, _, _ = REQUESTS[what]
     others = [answer for name, (_, answer, _, _) in REQUESTS.items() if name != what]
     for wrong in (*others, KvDone(0, 1)):
@@ -124,8 +124,8 @@ async def test_failures_answer_their_own_request(what: str) -> None:
         ("InsufficientMemoryError", InsufficientMemoryError),
         ("LoadCancelledError", LoadCancelledError),
         ("LlamaclustError", LlamaclustError),
-        ("ParameterError", WorkerError),  # is made of more than a text
-        ("StalledError", WorkerError),  # the coordinator's own: it is the cause of an expulsion
+        ("ParameterError", WorkerError),  # its constructor takes more than a text
+        ("StalledError", WorkerError),  # the coordinator's own: it causes an expulsion
         ("__name__", WorkerError),
         ("", WorkerError),
     ],

@@ -1,4 +1,4 @@
-"""Terms of coordinators: a newer one is told by its larger term, and an older one's orders are refused."""
+"""Tests of coordinators' terms: a newer coordinator has a larger term, and orders of an older one are refused."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def test_a_lost_records_term_is_exceeded_before_the_first_epoch(path: Path
 
 def _take_place(path: Path) -> None:
     path.unlink()
-    path.mkdir()  # no file can replace it
+    path.mkdir()  # no file can replace a directory
 
 
 def _give_place(path: Path) -> None:
@@ -127,7 +127,7 @@ async def test_a_worker_of_a_newer_coordinator_is_refused_and_ends_the_cluster_t
 
 
 async def test_a_term_that_grows_is_proven_to_the_members_of_before(trust: Authority) -> None:
-    """The coordinator's state directory was lost: its next member may be that of another one, which has to end then."""
+    """A coordinator without its state directory learns a larger term, and proves its next one to earlier members."""
     nothing: Any = SimpleNamespace()
     early = Worker("a", nothing, nothing, nothing, nothing)
     async with registry_of(trust.identity(), JoinSettings(5.0, record=ControlRecord(term=1))) as there:
@@ -147,7 +147,7 @@ async def test_a_term_that_grows_is_proven_to_the_members_of_before(trust: Autho
 async def test_a_member_that_invents_a_newer_coordinator_is_refused_and_ends_nothing(
     trust: Authority, tmp_path: Path
 ) -> None:
-    """It has held layers, and its own certificate; only coordinators sign terms."""
+    """The member has held layers and has a certificate, but only coordinators sign terms."""
     record = ControlRecord(term=3)
     record.next_epoch()
     own, other = trust.identity(A), Authority.open(tmp_path / "other")
@@ -156,7 +156,7 @@ async def test_a_member_that_invents_a_newer_coordinator_is_refused_and_ends_not
         TermProof(),
         signed,
         TermProof(trust.identity().pair.certificate, signed.signature),
-        prove_term(trust.identity(), 3, ""),  # as every member got it
+        prove_term(trust.identity(), 3, ""),  # every member has this proof
         prove_term(other.identity(), 4, ""),
         prove_term(with_pair(own, other.identity().pair), 4, ""),
         TermProof(b"no certificate", b"no signature"),
@@ -225,7 +225,7 @@ async def test_a_worker_of_another_cluster_brings_no_term_with_it(seen: int, tru
 
 
 async def test_a_worker_proves_a_term_to_the_superseded_coordinator_that_comes_back(trust: Authority) -> None:
-    """The coordinator was given up for lost, and the worker was a member of another cluster meanwhile."""
+    """The worker joins a newer coordinator and then another cluster before the former coordinator comes back."""
     nothing: Any = SimpleNamespace()
     worker = Worker("a", nothing, nothing, nothing, nothing)
     for name, term, error in (
@@ -250,7 +250,8 @@ async def test_a_worker_proves_a_term_to_the_superseded_coordinator_that_comes_b
 
 
 async def test_a_coordinator_ends_where_the_state_directory_has_a_larger_term(path: Path, trust: Authority) -> None:
-    """The coordinator was cut off from its lock on a file server, and comes back; its workers are its successor's."""
+    """The coordinator was cut off from its lock on a file server; its workers are its successor's when it comes
+    back."""
     record = ControlRecord.begin(path)
     async with registry_of(trust.identity(), JoinSettings(5.0, record=record)) as registry:
         superseded = asyncio.create_task(registry.superseded())
@@ -304,7 +305,7 @@ async def test_a_write_that_hangs_does_not_replace_a_later_one(path: Path, monke
         back.set()
     monkeypatch.setattr(disk_thread, "_CALL_S", 30.0)
     await until(lambda: not record._disk.hangs)
-    await record.drain(frozenset("ab"))  # though the record has these names already
+    await record.drain(frozenset("ab"))  # the record has these names already
     assert ControlRecord.begin(path).drained == {"a", "b"}
 
 

@@ -1,4 +1,4 @@
-"""Plans for workers of which some cannot reach each other, compared with every possible plan."""
+"""Compares plans for workers of which some cannot reach each other with every possible plan."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pairs(*names: str) -> Pairs:
 
 @dataclass(frozen=True)
 class EveryApart(Every):
-    """All plans without those pairs side by side."""
+    """All plans in which no such pair is adjacent."""
 
     partitions: Pairs
 
@@ -110,7 +110,7 @@ def test_a_worker_apart_is_a_spare_and_the_reason_is_said() -> None:
 def test_a_plan_by_hand_with_the_pair_is_refused() -> None:
     workers = [WorkerFacts(name, 9 * GB, profile(10, 200)) for name in "abc"]
     by_hand = split_by_hand(("a", 0, 2), ("b", 2, 4), ("c", 4, 6))
-    for pair in ("ab", "bc", "ac"):  # from the last tokens go to the first
+    for pair in ("ab", "bc", "ac"):  # tokens go from the last stage to the first
         with pytest.raises(NetworkPartitionError, match=f"workers {pair[0]} and {pair[1]} cannot reach each other"):
             make_plan(large(6), workers, replace(REQUEST, manual=by_hand, partitions=pairs(pair)))
 

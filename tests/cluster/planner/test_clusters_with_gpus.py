@@ -1,4 +1,4 @@
-"""Plans of clusters whose workers have different GPUs: rules for one of them, and layers that are divided."""
+"""Tests of clusters whose workers have different GPUs: rules for one of them, and divided layers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def planned(
 
 
 def test_a_rule_for_a_gpu_of_one_worker(model: Model) -> None:
-    """Another worker has no such GPU, and none of the rule's layers."""
+    """The other worker has neither this GPU nor the rule's layers."""
     plan = planned(model, DEVICES, plan=BY_HAND, placement=[RULE])
     (first, second) = plan.stages
     assert (first.worker, second.worker) == ("w1", "w2")
@@ -91,7 +91,7 @@ def test_layers_divided_by_hand_are_refused_beside_gpus(model: Model) -> None:
 
 
 def test_gpus_that_divided_layers_leave_unused_are_told(tmp_path: Path) -> None:
-    """The model has two layers with 48 MiB of experts each, and no machine holds one."""
+    """The model has two layers with 48 MiB of experts each, and no machine has room for a layer."""
     names = dict.fromkeys("abcdef", "cpu") | {"b": "cuda:0,cuda:1"}
     with Model.open(build_tiny_model(tmp_path / "moe.gguf", layers=2, experts=64, ffn=512)) as large:
         plans = (planned(large, names, mib * MIB, MIB) for mib in range(100, 20, -4))

@@ -1,4 +1,4 @@
-"""Experts in RAM beside a GPU: what the planner puts where, to the byte, and what that should bring."""
+"""Tests of experts in RAM beside a GPU: their placement, to the byte, and predicted speeds."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_bytes_of_both_devices() -> None:
 
 
 def test_too_little_memory_for_attention_of_all_layers() -> None:
-    """The first layers are on the processor as a whole then, and experts of all others in RAM."""
+    """The first layers are then on the processor as a whole, and experts of all others in RAM."""
     first, second = placed(make_plan(MODEL, [machine(220)], AUTO))
     assert (first.device, first.start) == ("cpu", 0) and first.end == second.start > 0
     assert (second.end, second.cpu_moe) == (12, tuple(range(max(1, second.start), 12)))
@@ -99,7 +99,7 @@ def test_a_number_of_layers_on_gpus_is_obeyed_too() -> None:
 
 
 def test_ram_for_experts_may_be_short() -> None:
-    """RAM holds less than what the GPU leaves: the error has the missing MiB of both."""
+    """RAM is too small for what the GPU leaves; the error names the missing MiB."""
     with pytest.raises(InsufficientMemoryError, match="MiB are missing"):
         make_plan(MODEL, [machine(1800, ram_mib=1000)], AUTO)
     with pytest.raises(InsufficientMemoryError, match="MiB are missing"):
@@ -113,7 +113,7 @@ def test_models_without_experts_are_placed_as_before() -> None:
 
 
 def test_the_prediction_is_the_sum_of_both_devices() -> None:
-    """Each reads what it touches at its own speed; mixtures add exchanges, a GPU's layers their launches."""
+    """Each device reads its bytes at its own speed; mixtures add exchanges, layers on the GPU add launches."""
     plan, facts = make_plan(MODEL, [machine(1800)], AUTO), machine(1800)
     gpu, ram = plan.stages[0].devices
     assert plan.prediction is not None and facts.profile is not None
@@ -133,7 +133,7 @@ def test_the_text_and_json_say_it() -> None:
 
 
 def test_random_machines_hold_every_layer_and_every_expert_once() -> None:
-    """Plans stay within the memory of each device; less memory of the GPU is never faster."""
+    """Plans stay within the memory of each device; less GPU memory is never faster."""
     draws, tried = random.Random(SEED), 0
     for _ in range(40):
         gpu_mib, ram_mib = draws.randint(150, 4500), draws.randint(500, 6000)
@@ -162,7 +162,7 @@ def test_experts_take_no_kv_memory() -> None:
 
 
 def test_memory_for_copies_of_experts() -> None:
-    """Copies get all that is left, in units of 2 MiB, or as much as the user gives; layers are the same ones."""
+    """Copies get all memory that is left, in units of 2 MiB, or the user's limit; the placement of layers stays."""
     plan = make_plan(MODEL, [machine(1951)], AUTO)
     gpu, ram = plan.stages[0].devices
     assert gpu.memory_bytes is not None and ram.experts_cache_bytes == 0

@@ -1,4 +1,4 @@
-"""Plans of workers with GPUs: which layers lie where, to the byte, and what that should bring."""
+"""Tests of plans for workers with GPUs: the layers of each device, to the byte, and predicted speeds."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_all_layers_go_to_a_gpu_that_has_room() -> None:
 
 
 def test_what_does_not_fit_there_stays_in_ram() -> None:
-    """The card takes the head and the last layers, to the byte; the embedding is the processor's."""
+    """The GPU takes the head and the last layers, to the byte; the embedding stays on the processor."""
     room = 20 * MIB + 9 * MIB + 5 * (10 * MIB + CONTEXT)
     facts = with_gpus(0)
     for free, layers in ((room, 5), (room - 1, 4)):
@@ -166,7 +166,7 @@ def test_a_worker_with_a_gpu_takes_what_slower_ones_would() -> None:
 
 @pytest.mark.parametrize("memory_mib", [(1000,), (500, 1000), (0, 1000)], ids=str)
 def test_a_worker_that_lacks_only_measurements_of_its_gpus_is_used(memory_mib: tuple[int, ...]) -> None:
-    """Speeds in the cluster file are of processors, and new GPUs are not measured yet."""
+    """Speeds in the cluster file are those of processors, and new GPUs are not measured yet."""
     partly = with_gpus(*memory_mib, name="fast", read=None)
     plan = make_plan(SMALL, [worker("slow"), partly], GPU_REQUEST)
     assert [stage.worker for stage in plan.stages] == ["fast"] and plan.prediction is None
@@ -194,7 +194,7 @@ def test_workers_of_one_machine_share_a_gpu() -> None:
 
 
 def test_a_gpu_is_known_by_its_identity_not_by_its_number() -> None:
-    """Ray gives each actor GPUs of its own, and all of them are cuda:0 there."""
+    """Ray gives each actor its own GPUs, all of which are cuda:0 there."""
     workers = {
         name: resources("here", Gpu(device, "X", 100, 90, uuid))
         for name, device, uuid in (("a", "cuda:0", "1"), ("b", "cuda:0", "2"), ("c", "cuda:1", "2"))
@@ -213,7 +213,7 @@ def test_speeds_come_from_measurements_of_as_many_gpus() -> None:
 
 
 def test_what_steps_took_on_a_gpu_is_what_a_plan_predicts() -> None:
-    """The plan has 12 layers, 5 on the card, whose steps were tried; the others are predicted by bandwidth."""
+    """The GPU holds 5 of the plan's 12 layers and has measured steps; the others are predicted by bandwidth."""
     one = with_gpus(1000, gpu_layers=5)
     tried = replace(one, gpus=(replace(one.gpus[0], profile=profile(400, 30_000, STEPS)),))
     processor, gpu = devices_of(tried)
@@ -228,7 +228,7 @@ def test_what_steps_took_on_a_gpu_is_what_a_plan_predicts() -> None:
 
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_layers_stay_on_a_gpu_rather_than_room_for_more_contexts(objective: str) -> None:
-    """All layers and one context fit on the card; with four contexts, half of the layers."""
+    """The GPU has room for all layers with one context, or half of them with four."""
     request = replace(GPU_REQUEST, max_sequences=8, objective=objective)
     plan = make_plan(SMALL, [with_gpus(250), worker("b", 10_000)], request)
     assert devices(plan) == [("cuda:0", 0, 12)] and plan.kv_blocks >= 64
@@ -237,7 +237,7 @@ def test_layers_stay_on_a_gpu_rather_than_room_for_more_contexts(objective: str)
 
 
 def test_a_gpu_has_room_for_what_rounding_adds_to_any_number_of_kv_blocks(tmp_path: Path) -> None:
-    """The table of window blocks fits as well. A plan is made before these numbers are known."""
+    """The table of window blocks fits as well; plans are made before these numbers are known."""
     model = Model.open(build_architecture(tmp_path / "m.gguf", "gemma3"))
     limits = StageLimits(max_batch_tokens=544, max_outputs=64, max_sequences=8, max_context_tokens=2048, kv_blocks=1)
     promised = planned_workspace_bytes(model, 0, model.layer_count, limits, 1, "cuda:0")

@@ -1,4 +1,4 @@
-"""Programs of distinct layers take the workspace of the whole ones, in fewer steps, and so do their portions."""
+"""Checks that programs of distinct layers and their portions take the workspace of whole programs, in fewer steps."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def planned(model: Model, end: int) -> tuple[Program, dict[str, Weights]]:
 
 
 def sizes(program: Program, weights: dict[str, Weights]) -> dict[object, int]:
-    """Returns the sizes of the buffers that the layout has."""
+    """Returns the sizes of the layout's buffers."""
     return Plan(program, weights, LIMITS)._layout._sizes
 
 

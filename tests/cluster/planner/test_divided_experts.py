@@ -1,4 +1,4 @@
-"""Plans of machines none of which holds a layer: its experts are divided; errors where even that does not fit."""
+"""Tests of plans for machines too small for a layer: its experts are divided, or the plan is refused."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_stages_take_what_was_planned(model: Model) -> None:
 
 @pytest.mark.parametrize("name", ["gpt-oss", "qwen2moe", "glm4moe"])
 def test_costs_of_all_cuts_are_what_stages_hold(tmp_path: Path, name: str) -> None:
-    """Costs are exact to the byte, even of biases, of which a whole layer has fewer tiles than its parts."""
+    """Costs are exact to the byte, even for biases, which take fewer tiles in a whole layer than in its parts."""
     from llamaclust.cluster.planner.costs import StageCosts
 
     opened, shards = Model.open(build_architecture(tmp_path / f"{name}.gguf", name)), 3
@@ -110,7 +110,7 @@ def test_costs_of_all_cuts_are_what_stages_hold(tmp_path: Path, name: str) -> No
 @pytest.mark.parametrize("name", ["llama-experts", "gpt-oss", "glm4moe", "nemotron_h_moe", "llama4"])
 @pytest.mark.parametrize("shards", [2, 4])
 def test_no_stage_takes_more_than_planned(tmp_path: Path, name: str, shards: int) -> None:
-    """Asserts this wherever a stage begins and ends, and that one of them takes as much."""
+    """Checks this for all starts and ends of a stage, and that one stage takes exactly as much."""
     model, rows = Model.open(build_architecture(tmp_path / f"{name}.gguf", name)), Random(SEED).randint(64, 512)
     limits = StageLimits(rows, 16, 8, 1024, 300, expert_shards=shards)
     costs, workspace = model.costs(KvType.F16, shards), workspace_of(model, limits)

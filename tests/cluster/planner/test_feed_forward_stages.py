@@ -1,4 +1,4 @@
-"""Stages of feed-forward layers alone, which have neither keys and values nor states."""
+"""Tests of stages of feed-forward layers alone, which have neither keys and values nor states."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from support.models.tiny_architectures import MODELS, TOKENS, build_tiny
 from support.plans.plan_inputs import REQUEST, profile, split_by_hand
 
 CUTS = (1, 3)
-"""The stage between them has feed-forward layers alone."""
+"""Splits whose middle stage has feed-forward layers alone."""
 
 
 def nemotron(blocks: tuple[int, ...]) -> Tiny:
-    """Four layers: feed-forward networks, and attention in the others."""
+    """Returns a model of four layers: feed-forward networks in `blocks`, attention in the others."""
     attention = np.array([0 if layer in blocks else 2 for layer in range(4)], np.int32)
     if not attention.any():
-        attention[0] = 2  # of a layer that has a feed-forward network in place of it
+        attention[0] = 2  # of a layer with a feed-forward network instead of attention
     widths = np.array([96 if layer in blocks else 0 for layer in range(4)], np.int32)
     usual = MODELS["nemotron_h"]
     keys = {**usual.keys, "attention.head_count_kv": attention, "feed_forward_length": widths}
@@ -42,7 +42,7 @@ def nemotron(blocks: tuple[int, ...]) -> Tiny:
 def test_such_a_stage_has_room_for_the_blocks_of_others(
     tmp_path: Path, objective: str, given: int | None, memory_bytes: int | None
 ) -> None:
-    """It is planned, by the planner itself and by the user, and computes the same bits."""
+    """Such a stage is planned by the planner and by the user, and computes the same bits."""
     with Model.open(build_tiny(tmp_path / "m.gguf", nemotron((1, 2)))) as model:
         costs = model.costs(KvType.F16)
         workers = [WorkerFacts(name, memory_bytes, profile()) for name in "abc"]

@@ -1,4 +1,4 @@
-"""Links in plans: what is made of measured ones, and which cuts they make better."""
+"""Tests of links in plans: what measurements say of all links, and which splits they improve."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def made(links: Links, names: str, memory_mib: int = 10_000, objective: str = "l
 
 
 def star(reach: dict[str, Link]) -> Links:
-    """Links whose ends add up."""
+    """Returns links whose times are sums over both ends."""
     return Links(
         {
             frozenset((one, other)): Link(
@@ -147,7 +147,7 @@ def test_links_are_measured_once_between_machines_that_are_alike(tmp_path: Path)
             first = await measure()
             for name in ("a", "b", "c"):
                 cluster.registry.workers[name].channel.send = silent
-            return first, await measure()  # without a probe
+            return first, await measure()  # no link is probed
 
     async def silent(_: object) -> None:
         raise AssertionError("asked again")
@@ -188,7 +188,7 @@ def test_a_worker_that_other_machines_cannot_reach_is_told(tmp_path: Path) -> No
                 for other in ("127.0.0.1:3", "192.0.2.7:3"):
                     workers["b"].registration = replace(workers["b"].registration, address=other)
                     with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(0.01):  # told before anything is measured
+                        async with asyncio.timeout(0.01):  # reported before any measurement
                             await measure_links(workers, cluster.run.token, tmp_path, told.append)
 
     asyncio.run(run())

@@ -1,4 +1,4 @@
-"""Plans of mixtures of experts: they count the bytes that steps touch."""
+"""Tests of plans for mixtures of experts, which count the bytes that steps touch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MIXTURE = replace(LAYER, weight_bytes=33 * MIB, idle_bytes=24 * MIB, idle_share=
 
 
 def test_rows_read_the_distinct_experts_that_they_are_expected_to_choose() -> None:
-    """Compares with draws of rows that choose evenly."""
+    """Compares with random rows that choose experts evenly."""
     source = np.random.default_rng(SEED)
     for rows in (1, 2, 8, 40):
         drawn = [{int(e) for _ in range(rows) for e in source.permutation(32)[:8]} for _ in range(400)]
@@ -62,7 +62,7 @@ def test_parts_of_layers_take_together_what_the_layers_take() -> None:
     stages = StageCosts.of(ModelCosts(0, 0, 0, (few_products, many_products, LAYER)))
     facts = worker("a", read=20, int8=1)
     whole, experts = stages.decode_table(facts, 4), stages.experts_table(facts, 4, stages.mixtures)
-    rest = [4 * 8e6 / 1e9, max(4 * 1e6 / 1e9, MIB / 20e9)]  # bound by products
+    rest = [4 * 8e6 / 1e9, max(4 * 1e6 / 1e9, MIB / 20e9)]  # bounded by products
     read_s = MIXTURE.touched_expert_bytes(4) / 20e9
     assert [whole[i, i + 1] - experts[i, i + 1] for i in (0, 1)] == pytest.approx(rest)
     assert [experts[0, 1], experts[1, 2]] == pytest.approx([max(read_s, 4e-3), 4 * 0.899])
@@ -96,7 +96,7 @@ def test_trials_say_what_a_touched_byte_takes() -> None:
 
 
 def test_kv_memory_of_layers_in_ram_leaves_room_for_experts_there() -> None:
-    """Both parts may name an equal device of another object."""
+    """The parts may name a device by equal but separate objects."""
     request = replace(REQUEST, context_length=64, max_sequences=64)
     sizes = MemoryModel(StageCosts.of(ModelCosts(0, 0, 0, (MIXTURE,) * 4)), request)
     experts_bytes = 2 * 32 * MIB + sizes.workspace_bytes(worker("a"), 2, 3)
@@ -138,7 +138,7 @@ def test_layers_of_mixtures_are_tried_and_rows_of_a_whole_prompt(
 
 
 def test_room_is_measured_for_the_layers_that_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers before the first one that is tried are unlike the others, so their memory says nothing."""
+    """Layers before the first profiled one are unlike the others, so their memory says nothing."""
     monkeypatch.setattr(profiler, "_LEAST_BYTES", 0)
     backend = CpuBackend(1)
     monkeypatch.setattr(profiler, "_first_tried", lambda costs: 2)
@@ -191,7 +191,7 @@ def test_rows_of_a_trial_differ() -> None:
 
 
 def test_measurements_in_another_unit_are_not_found() -> None:
-    """A release that knew only held bytes kept such measurements."""
+    """An earlier release measured held bytes alone."""
     key = measurement_key("cpu x", 2, 4, "a" * 64)
     assert key == f"cpu x, one of 2 workers with 4 threads, program {VERSION}, model {'a' * 32}, unit 2"
     assert most_similar_key(key, [key.removesuffix(", unit 2")]) is None

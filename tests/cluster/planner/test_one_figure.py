@@ -1,4 +1,4 @@
-"""Plan, `model info` and loaded stages name the same memory, and no model is refused that fits to the byte."""
+"""Checks that plans, `model info` and loaded stages name the same memory, and that no model that fits is refused."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_plans_are_what_stages_take(path: Path, workers: int) -> None:
             runner.close()
             told = stage.weight_bytes, stage.kv_bytes, stage.workspace_bytes
             assert told[:2] == (memory.weight_bytes, memory.kv_bytes)
-            assert 0 <= told[2] - memory.workspace_bytes < MIB  # other layers of the model may need a little more
+            assert 0 <= told[2] - memory.workspace_bytes < MIB  # other layers may need a little more
         if workers == 1:
             assert fit(path, ROOM, 2).total_bytes == memory.total_bytes
 

@@ -1,4 +1,4 @@
-"""Rules of the user for layers and experts: the planner obeys them, and leaves to memory what they leave open."""
+"""Tests of the user's rules for layers and experts: the planner obeys them, and decides the rest by memory."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_experts_of_chosen_layers() -> None:
 
 
 def test_open_experts_follow_from_memory() -> None:
-    """The GPU keeps the experts of the last two layers, so more of the others have to leave it."""
+    """Experts that must stay on the GPU displace as many others, and the reverse."""
     free = placed(make_plan(MODEL, [machine(rules(), 1800)], ONE))[0].cpu_moe
     kept = placed(make_plan(MODEL, [machine(rules(experts={1: False, 2: False}), 1800)], ONE))[0].cpu_moe
     assert free == tuple(range(1, 1 + len(free))) and kept == tuple(range(3, 3 + len(free)))
@@ -87,7 +87,7 @@ def test_whole_layers() -> None:
 
 
 def test_layers_of_several_gpus() -> None:
-    """The last GPU takes as many layers as fit, but not those of the other one."""
+    """The last GPU takes as many layers as fit, except those that rules give to the other one."""
     free = placed(make_plan(MODEL, [machine(rules(cpu_moe=0), 5000, 5000)], ONE))
     assert free == (DeviceLayers("cuda:1", 0, 12),)
     said = rules({2: "cuda:0", 6: "cuda:0", 9: "cuda:1"}, cpu_moe=0)
@@ -112,7 +112,7 @@ def test_devices_hold_layers_in_order(layers: dict[int, str], told: str) -> None
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    """Layers and experts have to be on a GPU, or in RAM, where there is too little memory."""
+    """The rules place layers and experts on a GPU, or in RAM, with too little memory."""
     for placement in (rules({0: "gpu"}, cpu_moe=0), rules(dict.fromkeys(range(12), "gpu"), {11: False}, cpu_moe=5)):
         with pytest.raises(InsufficientMemoryError, match="MiB are missing"):
             make_plan(MODEL, [machine(placement, 1000, ram_mib=10_000)], ONE)
@@ -130,7 +130,7 @@ def drawn(draws: random.Random, gpus: int) -> Placement:
 
 
 def test_random_rules_are_obeyed_by_every_stage() -> None:
-    """Plans have one worker or two; what each device holds is within its memory, and all is held once."""
+    """Plans have one worker or two; each device's layers fit in its memory, and all layers are held once."""
     draws, tried = random.Random(SEED), 0
     for _ in range(60):
         gpus = [draws.randint(500, 4500) for _ in range(draws.choice([1, 1, 2]))]

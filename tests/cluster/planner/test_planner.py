@@ -285,7 +285,7 @@ def test_workers_that_are_not_measured_are_used_where_the_others_do_not_suffice(
 
 @pytest.mark.parametrize("unmeasured", "abc")
 def test_workers_that_are_not_measured_are_used_where_the_others_cannot_reach_each_other(unmeasured: str) -> None:
-    """Two of three hold the model."""
+    """Any two of the three workers can hold the model."""
     measured = {*"abc"} - {unmeasured}
     workers = [worker(name, 130, read=None if name == unmeasured else 20) for name in "abc"]
     assert {stage.worker for stage in make_plan(SMALL, workers, REQUEST).stages} == measured

@@ -1,4 +1,4 @@
-"""Tests steps that were not measured: products take the time of their quant type, measured or assumed."""
+"""Tests steps without measurements: products take the time of their quant type, measured or assumed."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_products_of_idle_and_of_busy_machines() -> None:
 
 
 def test_limits_of_idle_machines() -> None:
-    """The limits are those of work beside products, and of types that were not measured."""
+    """The limits apply to work beside products, and to types without measurements."""
     idle = replace(profile(20, 300), isolated_limits=Limits(40e9, 600e9))
     stages = StageCosts.of(replace(MODEL, hidden_bytes=8192))
     for rows in (1, 128):
@@ -96,7 +96,7 @@ def test_products_of_an_idle_machine_come_before_steps_of_a_busy_one() -> None:
 
 
 def test_experts_have_products_with_the_rows_that_choose_them() -> None:
-    """A row chooses eight of 32, so each has a quarter of the rows once all are read."""
+    """A row chooses eight of 32 experts, so each expert has a quarter of the rows once all are read."""
     experts = TypedWeights(SLOW, 32 * MIB, 16_000_000)
     mixture = replace(
         FAST_LAYER,

@@ -1,4 +1,4 @@
-"""Steps that workers try before they hold layers, and what plans make of them; links of who joins later."""
+"""Tests of steps that workers time before they hold layers, their use in plans, and links of later workers."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_second_stage_that_takes_a_token_more_than_it_saves_a_prompt_stays_a_s
 
 
 def test_a_worker_that_has_all_layers_computes_alone() -> None:
-    """Two that share a machine take more than twice as long together, one that does without the other does not."""
+    """Core contention makes two workers of a machine take more than twice as long, so that one alone is faster."""
     crowded = tuple(replace(p, layers_byte_s=2.4 * p.layers_byte_s) for p in ISOLATED)
     for concurrent, stages in ((ISOLATED, 2), (crowded, 1)):
         workers = [WorkerFacts(name, 20 * GB, profile(20, 300, concurrent, ISOLATED)) for name in "ab"]

@@ -1,4 +1,4 @@
-"""Plans beside every plan that there is, on clusters small enough to try all sets, orders and splits."""
+"""Compares plans with every possible plan, on clusters small enough to try all sets, orders and splits."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_the_one_worker_with_room_for_the_head_is_the_last_wherever_it_stands() 
 
 
 def test_both_ends_are_found_among_many_workers_that_are_all_different() -> None:
-    """Two have room for more than layers; the first must have the embedding, the last the head."""
+    """Two workers have room for more than layers: the first must have the embedding, the last the head."""
     shuffled = random.Random(3)
     inner = [WorkerFacts(f"w{index}", 1_200_000_000 + index, profile(1 + index / 100, 20)) for index in range(18)]
     ends = [WorkerFacts("first", 1_650_000_000, profile(1, 20)), WorkerFacts("last", 2_250_000_000, profile(1, 20))]

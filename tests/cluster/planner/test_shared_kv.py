@@ -1,4 +1,4 @@
-"""Plans of models whose last layers read the keys and values of others."""
+"""Tests of plans for models whose last layers read the keys and values of other layers."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def devices_of_plan(gpu_mib: int, gpu_layers: int | None = None) -> list[tuple[s
     [(1000, None, 0), (140, None, 3), (120, None, 4), (110, None, 12), (1000, 8, 4), (1000, 7, 12), (1000, 10, 2)],
 )
 def test_no_border_of_devices_stands_between_them(gpu_mib: int, gpu_layers: int | None, first: int) -> None:
-    """The GPU has as many layers as fit, or as the user allows, behind a possible border."""
+    """The GPU has as many layers as fit, or as the user allows, from a possible border on."""
     cpu, gpu = [("cpu", 0, first)] * (first > 0), [("cuda:0", first, 12)] * (first < 12)
     assert devices_of_plan(gpu_mib, gpu_layers) == cpu + gpu
 
 
 def test_stages_of_several_workers_have_such_borders_of_devices() -> None:
-    """Asserts this for several sizes of two GPUs."""
+    """Checks several sizes of two GPUs."""
     for sizes in product((60, 90, 120, 150), repeat=2):
         gpus = tuple(GpuFacts(f"cuda:{n}", mib * MIB, profile(400, 30_000)) for n, mib in enumerate(sizes))
         plan = make_plan(COSTS, [replace(worker("a"), gpus=gpus), worker("b")], REQUEST)
@@ -75,7 +75,7 @@ def test_stages_of_several_workers_have_such_borders_of_devices() -> None:
 
 
 def test_workers_that_are_too_small_for_them_together_are_named() -> None:
-    small = [worker(name, memory_mib=75) for name in "abc"]  # for four layers each
+    small = [worker(name, memory_mib=75) for name in "abc"]  # room for four layers each
     assert make_plan(
         ModelCosts(*(20 * MIB, 20 * MIB, 10**6), (LAYER,) * 12), [*small, worker("d", memory_mib=75)], REQUEST
     )

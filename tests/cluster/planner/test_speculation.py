@@ -1,4 +1,4 @@
-"""Compares gains of speculation, as plans predict them, with the scheduler's choice and with a simulated pipeline."""
+"""Compares gains of speculation that plans predict with the scheduler's choice and with a simulated pipeline."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def gain_of(plan: Plan, acceptance: float) -> SpeculationGain:
 
 
 def measured_plan(source: random.Random) -> Plan:
-    """Plans two workers and links, as they were measured: each further row takes a stage the same time."""
+    """Plans two measured workers and links, where each further row takes a stage the same time."""
     stage_ms, layers_ms, head_ms = source.uniform(0.1, 1.0), source.uniform(10, 50), source.uniform(0.1, 5.0)
     row = [source.choice([0.0, 0.02, 0.1, 0.5]) * value for value in (stage_ms, layers_ms, head_ms)]
     steps = tuple(
@@ -58,7 +58,7 @@ def measured_plan(source: random.Random) -> Plan:
 
 
 def without_chains(plan: Plan) -> Plan:
-    """Returns the plan as of one stage, where a window does not overtake the one before it."""
+    """Returns the plan with rounds like those of one stage, where windows do not overlap."""
     assert plan.prediction is not None
     rounds = tuple(replace(each, slowest_s=each.seconds) for each in plan.prediction.rounds)
     return replace(plan, prediction=replace(plan.prediction, rounds=rounds))
@@ -104,7 +104,7 @@ def test_the_scheduler_chooses_the_same_window_from_the_same_times() -> None:
         prediction = plan.prediction
         assert prediction is not None
         times = StageTimes(1)
-        transit_s = 1.5 * prediction.links_s  # three hops by the coordinator in place of two between stages
+        transit_s = 1.5 * prediction.links_s  # three hops through the coordinator instead of two between stages
         seconds = {1: sum(stage.decode_s for stage in prediction.stages)}
         seconds |= {1 + each.drafted: each.seconds - transit_s for each in prediction.rounds}
         for rows in (1, 2, 3, 5, 9, 17, 33):
@@ -181,7 +181,7 @@ FIXED_US, LENGTH = 1000.0, 2000
 
 
 class ReplayedDrafters:
-    """Drafts a known text; each token of a draft is right with this probability."""
+    """Drafters of a known text, each token of which is right with this probability."""
 
     def __init__(self, text: Sequence[int], right: float, source: random.Random) -> None:
         self._text, self._right, self._source = text, right, source
@@ -225,7 +225,7 @@ def simulated(row_us: float, hop_us: float, stages: int, drafters: Drafters | No
 def test_a_simulated_pipeline_gains_what_is_predicted(
     row_us: float, hop_us: float, stages: int, acceptance: float
 ) -> None:
-    """The rest is chance, and what the scheduler takes to learn the acceptance."""
+    """The tolerance is for chance, and for the time in which the scheduler learns the acceptance."""
     plain, answer = simulated(row_us, hop_us, stages, None)
     text = [*generation(8, LENGTH).prompt, *answer]
     drafters = ReplayedDrafters(text, acceptance, random.Random(SEED))

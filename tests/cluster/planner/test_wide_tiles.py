@@ -1,4 +1,4 @@
-"""Weights in wider tiles: planned where they are faster and fit, and held as planned."""
+"""Tests of weights in wider tiles: planned where they are faster and fit, and held as planned."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def settings(**values: object) -> ClusterConfig:
 
 
 def profile(wide_share: float = 0.4) -> Profile:
-    """Returns a processor's profile, with that share of the time for a byte of wider tiles; steps were measured."""
+    """Returns a processor's profile with measured steps; a byte of wider tiles takes that share of the time."""
     types = {QuantType.IQ2_XXS: BYTE_S, QuantType.IQ2_S: BYTE_S * wide_share}
     products = tuple(ProductTime(int(kind), rows, byte_s) for kind, byte_s in types.items() for rows in (1, 128))
     steps = (StepTime(1, 0.0, BYTE_S, 1e-6), StepTime(128, 0.0, BYTE_S, 1e-6))
@@ -75,12 +75,12 @@ def test_they_are_planned_where_they_are_clearly_faster(model: Model) -> None:
     assert weights[1] / weights[0] == pytest.approx((82 + 16) / (66 + 4), rel=0.02)
     assert "wider tiles" in "\n".join(plan_lines(wide)) and plan_json(wide)["wide_tiles"]
     assert "wider tiles" not in "\n".join(plan_lines(own))
-    for share in (0.7, 1.0):  # nearly as many seconds, or more
+    for share in (0.7, 1.0):  # nearly as slow, or slower
         assert not planned(model, settings(), wide_share=share).wide_tiles
 
 
 def test_they_are_not_planned_where_memory_is_short(model: Model) -> None:
-    """Wider tiles are not planned either if little would be left for keys and values."""
+    """Wider tiles must also leave memory for keys and values."""
     chosen = []
     for memory_bytes in range(2 * MIB, 40 * MIB, MIB // 2):
         try:
@@ -146,7 +146,7 @@ def test_profiles_are_retimed_by_products(model: Model) -> None:
 
 @pytest.mark.parametrize("quant_type", WIDER_TILES, ids=lambda kind: kind.name)
 def test_stages_compute_the_same_bits(tmp_path: Path, quant_type: QuantType) -> None:
-    """Embedding and head have the type as well; one backend may hold both ways at once."""
+    """Embedding and head have the type as well; one backend may hold both tile widths at once."""
     opened = Model.open(build_tiny_model(tmp_path / "m.gguf", quant_type=quant_type, layers=2))
     backend, limits, tokens = CpuBackend(2), replace(LIMITS, max_context_tokens=64), list(range(3, 40))
     own = Chain(backend, opened, (1,), limits)

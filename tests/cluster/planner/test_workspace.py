@@ -72,7 +72,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Open:
 
 
 def taken(model: Model, start: int, end: int, limits: StageLimits, threads: int) -> int:
-    """Returns what the loaded stage takes, which has to be what its worker expected before."""
+    """Returns the memory that the loaded stage takes; its worker must have expected the same."""
     backend = CpuBackend(threads)
     runner = StageRunner(backend, model, start, end, limits)
     runner.close()
@@ -176,7 +176,7 @@ def wide() -> Slice:
 
 
 def test_a_mistake_of_ours_does_not_blame_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mistake may be a native module that is older than its callers."""
+    """The mistake may be a native module that is older than its callers, for example."""
 
     def older(*limits: int) -> None:
         raise TypeError("7 arguments")

@@ -1,4 +1,4 @@
-"""Rates of acceptance that are learned from tokens."""
+"""Tests of acceptance rates that are learned from tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waiting for a draft model: no token changes, nothing waits for ever, and it is asked only where that pays."""
+"""Tests of waits for a draft model: no token changes, no wait is endless, and drafts are requested if they pay."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_gains_are_near_what_cost_and_acceptance_allow(curve: str, step_us: int,
 
 
 def test_a_model_whose_first_drafts_are_late_is_tried_again() -> None:
-    """Machines pause: what drafts took says little about the next ones."""
+    """Machines pause, so that the time of some drafts says little about the next."""
     stage_ns, late_ms = [linear(4000, 50)], 100
     plain_ms = _ms(_run(None, stage_ns, 100), 1500)
     on_time_ms = _ms(_run(_model(0.6, 800), stage_ns, 100), 1500)
@@ -145,13 +145,13 @@ def test_a_model_whose_first_drafts_are_late_is_tried_again() -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_stage_that_is_slow_at_times_makes_no_draft_worth_it(seed: int) -> None:
-    """A time of few rows that was learned while it was slow says nothing for long, where more rows take less by now."""
+    """A time of few rows, learned while the stage was slow, does not count for long if more rows take less by now."""
     gain = _ms(_run(None, [_varying(seed)], 100), 600) / _ms(_run(_model(0.3, 4900), [_varying(seed)], 100), 600)
     assert gain >= 0.96, f"{gain:.3f}"
 
 
 def _varying(seed: int) -> StageNs:
-    """Returns steps of 22 ms: 40 or so are slow or fast in a row, and single ones are late."""
+    """Returns steps of about 22 ms, of which about 40 in a row are slow or fast, and single ones are late."""
     source, usual = random.Random(seed), linear(21_700, 1000)
     pace = 1.0
 
@@ -188,7 +188,7 @@ def _run(model: SaidModel | None, stage_ns: Sequence[StageNs], hop_us: float) ->
 
 
 def _ms(run: Simulation, tokens: int, sequences: int = 1) -> float:
-    """Returns the time of `tokens` tokens of each sequence, behind the prompts."""
+    """Returns the milliseconds that `tokens` tokens of each sequence take after the prompts."""
     keys = [run.add(GenerationRequest("r", (index,) * PROMPT, tokens)) for index in range(sequences)]
     while not all(run.rows(key) for key in keys):
         run.step()

@@ -1,4 +1,4 @@
-"""Sequence breakers of DRY: all token sequences with a text, found by an index, sent where they can matter."""
+"""Tests of DRY sequence breakers: all token sequences with a text, found by an index, sent where they can matter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.seed import SEED
 
 
 class Words:
-    """Enough of a tokenizer: its words, and letters for what is none of them."""
+    """A minimal tokenizer: its tokens are words, and a text is encoded as letters."""
 
     words: tuple[bytes, ...] = (b"a", b"b", b"ab", b"x a", b"\n\n", "\u00e9".encode()[:1], b"c")
     vocabulary_size = len(words)
@@ -51,7 +51,7 @@ def test_only_breakers_that_occurred_are_looked_for() -> None:
 
 
 def test_dry_breakers_whose_first_tokens_have_not_all_occurred_are_not_sent() -> None:
-    """They can neither stand in the tokens nor be completed by the next one."""
+    """Such breakers are neither in the tokens nor completed by the next one."""
     seen = SeenBreakers({4: ((4, 5, 6), (4, 4, 9)), 7: ((7, 8),)}, [3, 4])
     assert list(seen.sequences) == [(4, 4, 9)]
     seen.add(5)
@@ -61,7 +61,7 @@ def test_dry_breakers_whose_first_tokens_have_not_all_occurred_are_not_sent() ->
 
 
 def by_plain_search(tokenizer: Tokenizer, text: str) -> set[tuple[int, ...]]:
-    """The definition, as llama.cpp computes it: each token is compared with each beginning of the text."""
+    """Returns breakers by llama.cpp's definition: each token is compared with each beginning of the text."""
     whole, found = text.encode(), set[tuple[int, ...]]()
     for token in range(tokenizer.vocabulary_size):
         word = tokenizer.token_bytes(token)
@@ -93,7 +93,7 @@ def test_the_index_finds_what_a_plain_search_finds(name: str) -> None:
 
 
 class CountingWords(Words):
-    """Counts what is asked of the vocabulary."""
+    """A tokenizer that counts its calls."""
 
     looked_up = encoded = 0
 

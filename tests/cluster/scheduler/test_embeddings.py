@@ -1,4 +1,4 @@
-"""Requests for hidden states among requests for tokens: every row once, in order, with the bits of its own tokens."""
+"""Tests of requests for hidden states among others for tokens: each row once, in order, with its own tokens' bits."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def check(run: Simulation, key: int, request: GenerationRequest) -> None:
 
 @pytest.mark.parametrize("number", range(8))
 def test_every_row_comes_once_whatever_happens_around_it(number: int) -> None:
-    """Rows come among other requests, with preemption for lack of memory, and on new stages at any moment."""
+    """Other requests run, memory is short, and stages are replaced at any moment."""
     source = Random(f"{SEED} {number}")
     kv_blocks = source.choice((16, 60))
     settings = replace(SETTINGS, kv_blocks=kv_blocks, prefill_chunk=source.choice((None, 7, 24)))
@@ -150,7 +150,7 @@ def test_a_prompt_may_fill_the_context() -> None:
 
 @pytest.mark.parametrize("length", [17, 40])
 def test_a_long_whole_prompt_does_not_wait_for_short_ones_that_keep_coming(length: int) -> None:
-    """Shorter prompts would never leave enough of a microbatch for it."""
+    """Shorter prompts would never leave enough of a microbatch for the long one."""
     settings = replace(
         SETTINGS, kv_blocks=100, max_batch_tokens=100, max_embedded_rows=100, prefix_cache=False, whole_prompts=True
     )
@@ -170,7 +170,7 @@ def test_a_long_whole_prompt_does_not_wait_for_short_ones_that_keep_coming(lengt
 
 @dataclass
 class DamagedModel(FakeModel):
-    """Its first `damaged` results are not finite."""
+    """A model whose first `damaged` results are not finite."""
 
     damaged: int = 0
 

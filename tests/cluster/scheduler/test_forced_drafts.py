@@ -1,4 +1,4 @@
-"""Tokens that a grammar forces are drafts where each is computed: fewer steps, the same rows."""
+"""Tests of tokens that a grammar forces, computed as drafts: fewer steps, the same rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from support.seed import SEED
 SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=512, kv_blocks=128)
 GRAMMAR = Grammar('{"grammars": []}')
 FREE_EVERY = 8
-"""A token is chosen, the next seven are forced."""
+"""One token is sampled, the next seven are forced."""
 
 
 def generation(prompt: Sequence[int], tokens: int, **fields: object) -> GenerationRequest:
@@ -39,13 +39,13 @@ def generation(prompt: Sequence[int], tokens: int, **fields: object) -> Generati
 
 @dataclass
 class ForcingModel(FakeModel):
-    """Its results have the tokens that will follow, up to the next that is chosen; some of these are wrong."""
+    """A model whose results have the forced tokens up to the next sampled one; some of these are wrong."""
 
-    answers: tuple[tuple[int, ...], ...] = ()  # prompts and answers, which are known beforehand
+    answers: tuple[tuple[int, ...], ...] = ()  # prompts and answers, known beforehand
     prompt: int = 0  # tokens of each prompt
     wrong: Random | None = None
     deferred: Random | None = None
-    due: dict[int, int] = field(default_factory=dict)  # positions of rows that were deferred, by key
+    due: dict[int, int] = field(default_factory=dict)  # positions of deferred rows, by key
 
     def run(self, microbatch: Microbatch, inputs: SamplingInputs) -> tuple[RowResult, ...]:
         rows = super().run(microbatch, inputs)
@@ -60,7 +60,7 @@ class ForcingModel(FakeModel):
         return tuple(found)
 
     def _defers(self, row: MatcherRow) -> bool:
-        """Returns whether a row is deferred, as is what was sent behind a deferred row."""
+        """Returns whether a row is deferred; rows behind a deferred row are deferred, too."""
         is_behind = self.due.get(row.key, row.position) < row.position
         if not is_behind and (self.deferred is None or self.deferred.random() > 0.1):
             self.due.pop(row.key, None)
@@ -104,7 +104,7 @@ def check(run: Simulation, requests: Sequence[GenerationRequest]) -> None:
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_forced_tokens_are_computed_in_one_step(stages: int) -> None:
-    """Each row has the history that penalties need. Rows sent ahead would each compute one forced token alone."""
+    """Each row has the history that penalties need. Lookahead rows would each compute one forced token alone."""
     requests = [generation(range(1, 20), 160, params=SamplingParams(0.8, repetition_penalty=1.1))]
     run = simulated(requests, stages=stages)
     run.finish()
@@ -134,7 +134,7 @@ def test_answers_without_drafts_ask_for_no_forced_ones() -> None:
 
 @pytest.mark.parametrize("seed", range(SEED, SEED + 8))
 def test_forced_drafts_change_no_row(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts are right or wrong, beside others of any kind, windows of any size, deferred rows and preemption."""
+    """Drafts are right or wrong, beside others, in windows of any size; rows are deferred, sequences preempted."""
     source = Random(seed)
     prompts = [[source.randrange(VOCABULARY) for _ in range(19)] for _ in range(source.randrange(1, 6))]
     requests = [

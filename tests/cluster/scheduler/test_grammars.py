@@ -1,4 +1,4 @@
-"""Grammars of answers on their way to the last stage: sent once, released, and the tokens that they force."""
+"""Tests of grammars of answers on their way to the last stage: sent once, released, and their forced tokens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def rows_of(inputs: SamplingInputs) -> list[MatcherRow]:
 
 
 def test_a_grammar_is_sent_with_the_first_tokens_and_released_at_the_end() -> None:
-    """The grammar is sent before the row that is sampled if the prompt takes several microbatches."""
+    """The grammar is sent before the sampled row if the prompt takes several microbatches."""
     run = simulated()
     run.scheduler.settings = replace(SETTINGS, max_batch_tokens=8, max_sequences=4)
     key = run.add(generation("a"))
@@ -78,7 +78,7 @@ def test_few_grammars_start_in_one_microbatch() -> None:
 
 
 def answer(scheduler: Scheduler, token: int, forced: tuple[int, ...] = ()) -> list[RowResult]:
-    """Gives a result to the microbatch that is due, which has one output row, and returns the tokens that are new."""
+    """Completes the microbatch that is due, which has one output row, and returns the new tokens."""
     sent = scheduler.in_flight._sent[0]
     ((_, updates),) = scheduler.complete(
         Result(1, sent.number, (RowResult(token, -1.0, forced=forced),)), 1
@@ -87,14 +87,14 @@ def answer(scheduler: Scheduler, token: int, forced: tuple[int, ...] = ()) -> li
 
 
 class DeferringModel(FakeModel):
-    """Its matchers are not ready for a third of the rows; what was sent behind one of these is deferred as well."""
+    """A model whose matchers are not ready for a third of the rows; rows sent behind these are deferred as well."""
 
     def __init__(self, kv_blocks: int, source: Random) -> None:
         super().__init__(kv_blocks)
         self.deferred = 0
         self.deferred_lookahead = 0
         self._source = source
-        self._due: dict[int, int] = {}  # positions of rows that were deferred, by key
+        self._due: dict[int, int] = {}  # positions of deferred rows, by key
 
     def run(self, microbatch: Microbatch, inputs: SamplingInputs) -> tuple[RowResult, ...]:
         rows = super().run(microbatch, inputs)
@@ -115,7 +115,7 @@ class DeferringModel(FakeModel):
 
 
 def test_deferred_rows_are_computed_again_and_change_nothing() -> None:
-    """Covers rows that were sent ahead, preemption, scored prompts, the prefix cache, and all that is sampled."""
+    """Covers lookahead rows, preemption, scored prompts, the prefix cache, and sampling."""
     settings = replace(SETTINGS, max_batch_tokens=24, max_sequences=6, kv_blocks=24)
     deferred = ahead = preemptions = 0
     for seed in range(SEED, SEED + 12):

@@ -126,7 +126,7 @@ def test_another_model_kv_type_or_salt_shares_nothing() -> None:
 
 @pytest.fixture
 def hashes(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """All data that the prefix cache has hashed."""
+    """Returns the list of all data that the prefix cache hashes."""
     hashed: list[bytes] = []
 
     def hash_and_count(data: bytes) -> Any:

@@ -1,4 +1,4 @@
-"""Layers that keep a state of each sequence: the scheduler, on a fake model whose rows update states in order."""
+"""Tests the scheduler with layers that keep a state of each sequence; rows of a fake model update states in order."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ from support.wire.batches import batch_states
 
 @dataclass
 class StatefulModel(FakeModel):
-    """States are hashes of all tokens so far: one that is updated twice, or goes on from another, is noticed."""
+    """A model whose states are hashes of all tokens so far: an update that is repeated, or of a wrong state, is
+    noticed."""
 
     state_blocks: int = 0
-    deferring: random.Random | None = None  # some sampled rows, and those that were sent behind one
+    deferring: random.Random | None = None  # some sampled rows, and the rows sent behind them
     due: dict[int, int] = field(default_factory=dict)  # positions of deferred rows by seed
     states: dict[int, bytes] = field(default_factory=dict)
     resumed: set[int] = field(default_factory=set)  # positions at which sequences began behind checkpoints
@@ -54,7 +55,7 @@ class StatefulModel(FakeModel):
         return tuple(row for chunk in chunks for row in self._chunk_rows(chunk, tasks, answers))
 
     def _chunk_rows(self, chunk: Chunk, tasks: Iterator[RowTask], rows: Iterator[RowResult]) -> Iterator[RowResult]:
-        """Drafted rows count behind those that chose their tokens, and only such rows are deferred."""
+        """Drafted rows count only behind rows that sampled their tokens; only rows that count are deferred."""
         before: RowResult | None = None
         for token in chunk.tokens[len(chunk.tokens) - chunk.outputs :]:
             task, row = next(tasks), next(rows)
@@ -87,7 +88,7 @@ class StatefulModel(FakeModel):
         return state
 
     def _written(self, chunk: Chunk, row: int) -> int | None:
-        """Returns the block that gets the state behind a row."""
+        """Returns the block that receives the state after a row."""
         if not self.state_blocks:
             return blocks_of(chunk)[(chunk.position + row) // KV_BLOCK_TOKENS]
         return dict(zip(chunk.state_to[::2], chunk.state_to[1::2], strict=True)).get(row + 1)
@@ -105,7 +106,8 @@ def _after(tokens: list[int]) -> bytes:
 
 
 def simulation(source: random.Random, says: Says) -> Simulation:
-    """Makes states in blocks of their own or, as the profiler and `bench` have them, in those of all layers."""
+    """Makes a simulation with states in blocks of their own or, like the profiler and `bench`, in those of all
+    layers."""
     chosen = SchedulerSettings(
         "m",
         VOCABULARY,
@@ -146,7 +148,7 @@ def _rows_find_the_state(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         start, length = source.randint(0, 1), source.choice([2, 15, 16, 17, 48, 97, 150])
         prompt = tuple((start + 7 * i) % VOCABULARY for i in range(length))
         tokens = source.choice([1, 3, 30, 90])
-        grammar = Grammar("{}") if source.random() < 0.5 else None  # rows without one are never deferred
+        grammar = Grammar("{}") if source.random() < 0.5 else None  # rows without a grammar are never deferred
         first = None if grammar else source.choice([None, 5])
         request = GenerationRequest("r", prompt, tokens, seed=number, score_from=first, grammar=grammar)
         request = replace(request, owner=source.choice("aab"))

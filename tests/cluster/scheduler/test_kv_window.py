@@ -1,5 +1,4 @@
-"""Layers with a window keep the KV memory of that window: the scheduler's side, on fake stages that check what lies
-there."""
+"""Tests the scheduler with layers that keep KV memory of a window, on fake stages that check the stored values."""
 
 from __future__ import annotations
 
@@ -26,12 +25,12 @@ from support.plans.drafting import AnyWindows, SaidDrafters, replayed
 
 @dataclass
 class WindowedModel(FakeModel):
-    """Adds the memory of layers with a window: whatever a row sees there must be its own."""
+    """A model with the memory of window layers, where each row must see values of its own sequence alone."""
 
     group: WindowGroup = field(default_factory=lambda: WindowGroup(1, 1))
     window_blocks: int = 0
     window_kv: dict[tuple[int, int], int] = field(default_factory=dict)
-    most: int = 0  # blocks of one sequence
+    most: int = 0  # the most blocks of one sequence
 
     def run(self, microbatch: Microbatch, inputs: SamplingInputs) -> tuple[RowResult, ...]:
         tables = [self._window_table(chunk) for chunk in microbatch.chunks]
@@ -66,7 +65,7 @@ class WindowedModel(FakeModel):
 
 
 def simulation(window: int, free: int = 0, stages: int = 2, **changes: object) -> Simulation:
-    """Makes a simulation with as many window blocks as one sequence takes, and `free` more."""
+    """Makes a simulation with the window blocks of one sequence, and `free` more."""
     base = SchedulerSettings("m", VOCABULARY, context_length=400, kv_blocks=100, max_sequences=6, max_batch_tokens=64)
     chosen = replace(base, max_outputs=32, **changes)  # type: ignore[arg-type]
     group = WindowGroup(window, chosen.max_batch_tokens)
@@ -146,7 +145,7 @@ def _random_mixes_end(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _restart(run: Simulation, epoch: int) -> None:
-    """Restarts on stages whose memory holds nothing."""
+    """Restarts the scheduler on stages with empty memory."""
     run.send_all()
     run.sent.clear()
     model = run.stages.model

@@ -1,5 +1,4 @@
-"""Tests MTP heads in the scheduler: what they gain on a simulated clock, and that whatever they draft changes no
-token."""
+"""Tests MTP heads in the scheduler: their gains on a simulated clock, and that no draft changes a token."""
 
 from __future__ import annotations
 
@@ -53,7 +52,7 @@ def test_what_heads_draft_changes_no_token_and_leaks_nothing(seed: int) -> None:
     )
 
     def says(position: int, most: int) -> tuple[int, ...]:
-        """Drafts tokens, some of which are not there, none, and too many."""
+        """Drafts valid and invalid tokens, none, or too many."""
         return tuple(source.randint(-1, VOCABULARY) for _ in range(source.choice([0, 1, most, most, most + 1])))
 
     stages = run.stages
@@ -77,9 +76,9 @@ def test_what_heads_draft_changes_no_token_and_leaks_nothing(seed: int) -> None:
 def _ms_of(
     right: float | None, stage_ns: Sequence[StageNs], draft_us: float, sequences: int = 1, hop_us: float = 100.0
 ) -> tuple[float, MtpStages]:
-    """Returns the time of TOKENS tokens of each sequence, behind the prompts, and the stages; `right` is the chance of
-    each drafted token."""
-    source = random.Random(5)  # fixed: what chance makes of a gain is no error
+    """Returns the milliseconds of TOKENS tokens of each sequence after the prompts, and the stages; `right` is the
+    probability of each drafted token."""
+    source = random.Random(5)  # fixed, because gains vary by chance
 
     def says(position: int, most: int) -> tuple[int, ...]:
         assert right is not None, "no head was loaded"
@@ -141,7 +140,7 @@ def test_times_are_those_of_the_nearest_number_of_sequences() -> None:
     times.learn(8, 1, 5000)
     assert times.draft_ns(2, 3) == 3000
     assert times.draft_ns(6, 1) == 5000
-    times.learn(1, 1, 10**9)  # a pause
+    times.learn(1, 1, 10**9)  # the process was paused
     assert 1000 < (times.draft_ns(1, 1) or 0) < 2000
 
 

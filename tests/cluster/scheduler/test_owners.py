@@ -1,4 +1,4 @@
-"""Owners of requests: one with many neither fills the queue for others nor keeps them waiting, and no token changes."""
+"""Tests of owners of requests: one with many neither fills the queue nor delays others, and no token changes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def request(number: int, owner: str, tokens: int = 30, group: str = "", grammar:
 
 
 def added(to: Scheduler, owner: str, count: int) -> int:
-    """Returns how many requests are taken."""
+    """Returns the number of accepted requests."""
     for number in range(count):
         try:
             to.add(request(number, owner), 0)
@@ -57,7 +57,7 @@ def test_a_queue_that_one_fills_has_places_for_others(first: int, room: int) -> 
 @pytest.mark.parametrize("group", ["", "many choices"])
 @pytest.mark.parametrize("others", [1, 3])
 def test_many_requests_of_one_owner_do_not_keep_another_waiting(group: str, others: int) -> None:
-    """Another owner's first tokens come before any further answer of the first ends; all tokens are as if alone."""
+    """The other owners' first tokens come before any further answer of the first ends; all tokens are as if alone."""
     print(f"seed {SEED}")
     fake = FakeStages(FakeModel(BLOCKS), [linear(100, 10)] * 2, 1000)
     run = Simulation(scheduler(8, 300), fake)
@@ -78,7 +78,7 @@ def test_many_requests_of_one_owner_do_not_keep_another_waiting(group: str, othe
 
 
 def test_an_owner_whose_requests_run_displaces_no_others() -> None:
-    """The owner with more requests waits, although a single one of its requests would be due by itself."""
+    """The owner with more requests waits, although one of its requests alone would be due."""
     fake = FakeStages(FakeModel(BLOCKS), [linear(100, 10)] * 2, 1000)
     run = Simulation(scheduler(8, 300), fake)
     pair = [run.add(request(number, "b", 300, "pair")) for number in range(2)]
@@ -93,7 +93,7 @@ def test_an_owner_whose_requests_run_displaces_no_others() -> None:
 @pytest.mark.parametrize("group", ["", "choices"])
 @pytest.mark.parametrize("blocks", [24, 30, 40])
 def test_contexts_that_grow_displace_no_other_owner(others: int, group: str, blocks: int) -> None:
-    """The owner with the most gives up its own, also where another one's is younger; all tokens are as if alone."""
+    """The owner with the most sequences gives up its own, even if another's are younger; all tokens are as if alone."""
     print(f"seed {SEED}")
     settings = SchedulerSettings("m", VOCABULARY, CONTEXT, blocks, max_sequences=8, max_waiting=300)
     run = Simulation(Scheduler(settings, 1, 2), FakeStages(FakeModel(blocks), [linear(100, 10)] * 2, 1000))
@@ -140,7 +140,7 @@ def test_few_matchers_of_large_grammars_are_awaited_for_an_owner(running: list[t
 
 
 def test_many_answers_of_a_large_grammar_run_to_their_ends() -> None:
-    """Two at a time begin, and none is left."""
+    """Two at a time begin, and all of them end."""
     fake = FakeStages(FakeModel(BLOCKS), [linear(100, 10)] * 2, 1000)
     run = Simulation(scheduler(8, 300), fake)
     keys = [run.add(request(number, "a", 10, "n", "g" * 10_000)) for number in range(20)]

@@ -1,4 +1,4 @@
-"""A scheduler that is put on other stages again and again, at any moment: the same tokens and scores."""
+"""Tests of a scheduler that restarts on other stages at any moment: tokens and scores stay the same."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SETTINGS = SchedulerSettings(
 
 
 def stages(source: Random, kv_blocks: int) -> FakeStages:
-    """Draws one to three stages, whose memory holds nothing."""
+    """Draws one to three stages with empty memory."""
     return FakeStages(FakeModel(kv_blocks), [linear(source.randrange(50, 500), 10)] * source.randrange(1, 4))
 
 
@@ -87,7 +87,7 @@ def test_an_answer_of_an_older_epoch_is_refused() -> None:
 
 
 def test_a_new_request_does_not_wait_for_all_that_is_computed_again() -> None:
-    """Streams that have little left to compute do not wait either; the oldest one is computed as well."""
+    """Streams with little left to compute do not wait either, and the oldest one is computed as well."""
     settings = SchedulerSettings("m", VOCABULARY, context_length=2048, kv_blocks=2048, max_sequences=64)
 
     def stage() -> FakeStages:

@@ -172,7 +172,7 @@ def test_scored_rows_are_computed_though_cached() -> None:
 
 
 def test_scored_rows_beside_decode_are_bounded_by_their_time() -> None:
-    """Other sequences wait for each microbatch, and a long prompt that is scored has many."""
+    """Other sequences wait for each microbatch, and a long scored prompt has many of these rows."""
     run = simulation(1, fixed_us=1000, row_us=1000, max_outputs=100, max_batch_tokens=200, context_length=400)
     decoding = run.add(generation(1, 300))
     run.step()
@@ -262,7 +262,7 @@ def test_a_full_queue_refuses_before_any_work() -> None:
 
 @pytest.mark.parametrize(("params", "breakers", "reads"), [(SamplingParams(), {}, 1), (DRY, {5: ((5,),)}, 2)])
 def test_later_choices_check_no_token_again(params: SamplingParams, breakers: Any, reads: int) -> None:
-    """They copy the prompt, and DRY looks for breakers in it."""
+    """Later choices copy the prompt, and DRY looks for breakers in it."""
     run, prompt = simulation(), Counted(range(50))
     request = replace(generation(1, 5), prompt=prompt, params=params, breakers=breakers)
     run.add(request)
@@ -297,7 +297,7 @@ def test_results_out_of_turn_are_refused() -> None:
     ids=["sampled", "top logprobs", "forced", "forced draft"],
 )
 def test_a_token_outside_the_vocabulary_is_refused(row: RowResult) -> None:
-    """A later microbatch would blame the first stage for it."""
+    """Otherwise a later microbatch would blame the first stage."""
     run = simulation()
     run.add(generation(10, 5))
     run.send_all()
@@ -364,7 +364,7 @@ def test_a_preempted_sequence_waits_for_what_is_in_flight() -> None:
 
 
 def test_a_sequence_that_is_read_from_disk_comes_before_pre_copies() -> None:
-    """A pre-copy that the full queue refuses would end the pipeline."""
+    """A pre-copy that a full queue refuses would end the pipeline."""
     other, scheduler = Scheduler(BASE, 1, 2), Scheduler(replace(BASE, max_sequences=1, max_waiting=0), 2, 2)
     moving = other.add(generation(40, 100), 0)
     assert scheduler.has_room_for(moving)

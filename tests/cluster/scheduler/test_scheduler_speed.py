@@ -1,4 +1,4 @@
-"""Tests what the scheduler makes of stage times, on a simulated clock."""
+"""Tests how the scheduler uses stage times, on a simulated clock."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def decode_ms(run: Simulation, sequences: int, tokens: int = 200, skipped: int =
 
 def test_prefill_keeps_two_stages_busy() -> None:
     whole, half = linear(3000, 200), linear(1500, 100)
-    for _ in range(2):  # with nothing learned, and with what the first round taught
+    for _ in range(2):  # without learned times, then with those of the first round
         one, two = simulated([whole]), simulated([half, half])
         ratios = [prefill_ms(two, 8, 512) / prefill_ms(one, 8, 512) for _ in range(2)]
         assert ratios[0] <= 0.60 and ratios[1] <= 0.56
@@ -207,7 +207,7 @@ def test_curves_learn_lines_and_steps(seed: int) -> None:
 
 
 def test_prompts_beside_another_pipeline_are_computed_in_short_chunks_one_at_a_time() -> None:
-    """The other pipeline's decode waits for them at each stage, and may not wait for long."""
+    """The other pipeline's decode waits for each chunk at every stage, and may not wait for long."""
     run, rows = simulated([linear(10, 1)] * 3), list[int]()
 
     def check(scheduled: ScheduledMicrobatch) -> None:

@@ -1,4 +1,4 @@
-"""Drafts for sequences with states, whose accepted rows are computed again behind a refused one."""
+"""Tests of drafts for sequences with states: accepted rows are computed again behind a refused one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drafted rows change no token, whatever is drafted, and take no memory that others need."""
+"""Checks that drafted rows change no token, whatever is drafted, and take no memory that others need."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def speculating(says: Says, most: int = MAX_WINDOW, **changes: object) -> Simula
 
 
 def texts(requests: Sequence[GenerationRequest], context: int = 200) -> list[list[int]]:
-    """Prompt and answer of each."""
+    """Returns the tokens of each prompt and its answer."""
     return [[*each.prompt, *(row.token for row in expected(each, context)[0])] for each in requests]
 
 

@@ -18,15 +18,15 @@ from support.clusters.fakes import VOCABULARY, ConstantModel, FakeStages, Simula
 
 PROMPT = 64
 _SEED = 5
-"""A fixed seed: what chance makes of a gain is no error."""
+"""Fixed seed, because gains vary by chance."""
 SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=4096, kv_blocks=4096, prefix_cache=False)
 
 
 class Drafting:
-    """Drafts of tokens that are right with a probability, which depends on how many tokens there are."""
+    """Drafters whose tokens are right with a probability that depends on the length of the answer."""
 
     def __init__(self, *stretches: tuple[int, float], seed: int = _SEED) -> None:
-        """Takes (tokens of the answer, probability), one behind the other; the last one goes on."""
+        """Takes pairs (tokens of the answer, probability) in order; the last probability continues."""
         self._stretches = stretches
         self._source = random.Random(seed)
 
@@ -52,7 +52,7 @@ class Drafting:
 def ms_of(
     drafting: Drafting | None, stage_ns: Sequence[StageNs], hop_us: float, tokens: int, sequences: int = 1
 ) -> float:
-    """Returns the time of `tokens` tokens of each sequence, behind the prompts."""
+    """Returns the milliseconds of `tokens` tokens of each sequence after the prompts."""
     speculation = None if drafting is None else SpeculationSettings(drafting)
     settings = replace(SETTINGS, speculation=speculation)
     fake = FakeStages(ConstantModel(settings.kv_blocks), stage_ns, round(hop_us * 1000))
@@ -68,7 +68,7 @@ def ms_of(
 def allowed_gain(right: float, token_ms: float, stage_ns: Sequence[StageNs], hop_us: float) -> float:
     """Returns the gain of the best window over plain steps, if the window and the time of rows are known."""
     hops_ns = (len(stage_ns) + 1) * hop_us * 1000
-    rates = [1e-6 / token_ms]  # tokens a nanosecond
+    rates = [1e-6 / token_ms]  # tokens per nanosecond
     for window in range(1, 33):
         tokens = sum(right**depth for depth in range(window + 1))
         rates.append(tokens / (sum(ns(window + 1) for ns in stage_ns) + hops_ns))
@@ -91,7 +91,7 @@ def test_gains_are_near_what_the_cost_of_rows_allows(curve: str, right: float, s
     stage_ns, hop_us = CURVES[curve]
     plain_ms = ms_of(None, stage_ns, hop_us, 300)
     allowed = allowed_gain(right, plain_ms / 300, stage_ns, hop_us)
-    tokens = 300 if right == 0.0 else 2000  # the first ones are not drafted yet
+    tokens = 300 if right == 0.0 else 2000  # no drafts for the first tokens yet
     drafted_ms = mean(ms_of(Drafting((0, right), seed=seed), stage_ns, hop_us, tokens) for seed in range(4))
     gain = plain_ms * tokens / 300 / drafted_ms
     assert gain >= share * allowed, f"{gain:.2f} of {allowed:.2f}"
@@ -100,7 +100,7 @@ def test_gains_are_near_what_the_cost_of_rows_allows(curve: str, right: float, s
 @pytest.mark.parametrize("curve", CURVES)
 @pytest.mark.parametrize("stretches", [((300, 0.0), (0, 0.95)), ((300, 0.95), (0, 0.0))], ids=["better", "worse"])
 def test_a_change_costs_three_tokens_at_most(curve: str, stretches: tuple[tuple[int, float], ...]) -> None:
-    """The cost is the time beyond that of the two stretches for themselves."""
+    """The cost is the time beyond that of both stretches alone."""
     stage_ns, hop_us = CURVES[curve]
     both = ms_of(Drafting(*stretches), stage_ns, hop_us, 600)
     apart = sum(ms_of(Drafting((0, right)), stage_ns, hop_us, 300) for _, right in stretches)

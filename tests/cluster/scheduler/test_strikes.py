@@ -1,4 +1,4 @@
-"""Requests that break pipelines: each ends alone, after few failures; whatever else fails, no other one does."""
+"""Tests of requests that break pipelines: each ends alone after few failures, and no other request fails."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=200, kv_blocks=60, 
 LARGE = replace(SETTINGS, context_length=4096, kv_blocks=8192, max_sequences=64)
 S_NS = 1_000_000_000
 RECOVERY_NS = S_NS // 2
-STAGE = linear(3000, 400)  # about SmolLM2's, of three workers on two busy cores
-LONG = 3000  # prompt tokens: more than are computed in a second
+STAGE = linear(3000, 400)  # about SmolLM2 on three workers, with two busy cores
+LONG = 3000  # prompt tokens, more than are computed in a second
 
 
 @dataclass
 class Poisonable:
-    """A scheduler whose pipeline fails at microbatches that a test names, and is replaced then."""
+    """A scheduler whose pipeline fails at the microbatches that a test names, and is then replaced."""
 
     source: Random
     settings: SchedulerSettings = SETTINGS
@@ -51,7 +51,7 @@ class Poisonable:
         )
 
     def step(self) -> bool:
-        """Takes a result, or a failure if the next one is of a microbatch that breaks its stage."""
+        """Takes a result, or a failure if the next result is of a microbatch that breaks its stage."""
         self.run.send_all()
         sent = len(self.run.sent)
         if sent and self.breaks(self.run.microbatches[-sent].microbatch):
@@ -78,8 +78,8 @@ class Poisonable:
 
 @dataclass
 class Timed(Poisonable):
-    """Has the times of three workers that compute SmolLM2. A poisoned request breaks the pipeline when the row after
-    five of its tokens is computed."""
+    """A scheduler with the times of three workers that compute SmolLM2. A poisoned request breaks the pipeline when the
+    row after five of its tokens is computed."""
 
     settings: SchedulerSettings = LARGE
 
@@ -101,7 +101,7 @@ class Timed(Poisonable):
         self.run.stages.free_at = [self.run.now_ns] * 3
 
     def until(self, lost_ns: float) -> bool:
-        """Runs until a worker is lost for another reason. False if nothing is left to compute before."""
+        """Runs until a worker is lost for another reason; returns False if nothing is left to compute before."""
         while True:
             self.run.send_all()
             if not self.run.sent:
@@ -114,7 +114,7 @@ class Timed(Poisonable):
                 return False
 
     def lose_workers(self, count: int, *, is_regular: bool = False) -> None:
-        """Loses workers `count` times, one a second on average, those during a recovery included."""
+        """Loses workers `count` times, one a second on average, also during recoveries."""
         lost_ns: float = self.run.now_ns
         for _ in range(count):
             lost_ns += S_NS * (1.0 if is_regular else self.source.expovariate(1.0))
@@ -157,7 +157,7 @@ def test_a_request_that_breaks_pipelines_fails_alone(names_microbatch: bool, kv_
 
 @pytest.mark.parametrize("number", range(8))
 def test_failures_of_other_causes_end_no_request(number: int) -> None:
-    """Failures may come however often: what was in flight then is computed soon."""
+    """Failures may be frequent, because requests in flight are soon computed."""
     print(f"seed {SEED}, {number}")
     source = Random(f"{SEED} {number}")
     run = Poisonable(source)
@@ -175,7 +175,7 @@ def test_failures_of_other_causes_end_no_request(number: int) -> None:
 
 
 def test_a_request_that_is_never_computed_between_losses_does_not_fail() -> None:
-    """Other requests do not wait for it: every other epoch computes all of them."""
+    """Other requests do not wait for the long one: every second epoch computes all of them."""
     run = Timed(Random(SEED))
     keys = [run.run.add(request) for request in long_requests([LONG, *[30] * 6], 100)]
     run.lose_workers(60, is_regular=True)

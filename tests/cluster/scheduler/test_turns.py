@@ -1,4 +1,4 @@
-"""A request of many prompts and one that comes later: the later one is not kept waiting, and no token changes."""
+"""Tests of a request of many prompts and a later request, which does not wait for all of them; no token changes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_requests_of_one_prompt_each_run_in_order_of_arrival() -> None:
 
 
 def test_a_turn_does_not_wait_for_blocks_that_are_not_freed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sequence without room is looked up again only when there may be some."""
+    """A sequence without memory is looked up again only when some may be free."""
     source = Random(SEED)
     run = simulation(16)
     for number in range(3):
@@ -83,8 +83,8 @@ def test_a_turn_does_not_wait_for_blocks_that_are_not_freed(monkeypatch: pytest.
 
 
 def held_up(shorts: int) -> tuple[Simulation, int, int, list[int], list[GenerationRequest]]:
-    """A running sequence beside which a long one does not fit, and short ones behind that: (run, running, long, short
-    keys, all requests)."""
+    """Returns a simulation of a running sequence, a long one that does not fit beside it, and short ones behind that:
+    (run, running, long, short keys, all requests)."""
     source = Random(SEED)
     run = simulation(30)
     requests = [request(source, 0, "running", tokens=300)]

@@ -1,4 +1,4 @@
-"""Tests chains of windows: the best has most tokens a second."""
+"""Tests chains of windows: the best chain gives the most tokens a second."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST = 32
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """The times of stages that are alike."""
+    """The times of equal stages."""
 
     stages: int
     hops_us: float

@@ -1,4 +1,4 @@
-"""Loads and unloads of adapters, on stages that take them at once: what stays as it was, and several models' turns."""
+"""Tests of loads and unloads of adapters, on fake stages: what stays as it was, and turns of several models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.models.tiny_model import build_tiny_model
 
 @dataclass
 class Runner:
-    """The stages of a model that never sleeps."""
+    """A fake runner of a model that never sleeps."""
 
     digests: dict[int, str] = field(default_factory=dict)
     is_asleep: bool = False
@@ -36,14 +36,14 @@ class Runner:
 
 @dataclass
 class Loaders:
-    """The loaders of models with one record."""
+    """The adapter loaders of several models that share a record."""
 
     folder: Path
     record: AdapterRecord
     all: list[AdapterLoader]
 
     def names(self) -> list[list[str]]:
-        """Returns the names of each model, as the next coordinator reads them."""
+        """Returns the adapter names of each model, as the next coordinator reads them."""
         again = AdapterRecord(self.record.path)
         return [[adapter.name for _, adapter in again.of(loader.name)] for loader in self.all]
 
@@ -100,7 +100,7 @@ async def test_models_that_load_at_the_same_time_keep_both_records(loaders: Load
 
 @pytest.mark.parametrize("name", ["one:latest", "two:latest", "first of two:latest", "first of one:latest", "one"])
 async def test_a_tag_makes_no_other_name(loaders: Loaders, name: str) -> None:
-    """Ollama's clients write MODEL:latest for MODEL: the adapter would answer in its place."""
+    """Ollama's clients write MODEL:latest for MODEL, so that the adapter would answer in the model's place."""
     with pytest.raises(ParameterError, match="is the name of a model or of another adapter"):
         await loaders.all[0].load(name, "poet.gguf")
     assert loaders.names() == [[], []]
@@ -114,7 +114,7 @@ async def test_of_models_that_take_a_name_at_the_same_time_one_gets_it(loaders: 
 
 @pytest.mark.parametrize(("changed", "other"), [("further/poet", "further/clerk"), ("first", "further/clerk")])
 async def test_a_load_does_not_depend_on_files_of_loaded_adapters(loaders: Loaders, changed: str, other: str) -> None:
-    """Stages have them: a file that was replaced since is read by later epochs alone."""
+    """Stages hold the loaded adapters; only later epochs read a replaced file."""
     loader = loaders.all[0]
     await loader.load("poet", "poet.gguf")
     before = stages(loader).digests
@@ -144,7 +144,7 @@ async def test_a_record_that_cannot_be_written_changes_nothing(
 
 
 async def test_what_no_plan_can_have_is_refused_at_once(loaders: Loaders, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cluster file's plan may have no place for adapters: a plan with them would never come."""
+    """A plan of the cluster file may exclude adapters, so that a load of one could never end."""
 
     def refuse(config: ClusterConfig, model: Model) -> None:
         if len(model.adapters) > 1:

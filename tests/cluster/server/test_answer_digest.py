@@ -1,4 +1,4 @@
-"""Tests which settings a journalled request needs unchanged."""
+"""Tests which settings must be unchanged for the answer to a journalled request."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def test_a_change_of_answers_changes_the_digest(tmp_path: Path) -> None:
         "mmproj": answer_digest(config, "id projector", "template", 512),
         "chat_template": answer_digest(config, "id", "other", 512),
         "context_length": answer_digest(config, "id", "template", 256),
-        "wire": answer_digest(config.model_copy(update={"wire": "f16"}), "id", "template", 512),  # a wire type to come
+        "wire": answer_digest(config.model_copy(update={"wire": "f16"}), "id", "template", 512),  # a future wire type
         "api": answer_digest(_config(tmp_path, api={"defaults": {"temperature": 1}}), "id", "template", 512),
         "adapters": answer_digest(_config(tmp_path, adapters=[{"name": "a", "path": "/a"}]), "id", "template", 512),
         "kv_type": answer_digest(_config(tmp_path, kv_type="q8_0"), "id", "template", 512),

@@ -61,7 +61,7 @@ async def next_heartbeat(worker: WorkerHandle) -> None:
 
 
 async def test_heartbeats_keep_up_with_a_short_timeout(tiny: Path, tmp_path: Path) -> None:
-    """Heartbeats keep up for longer than the timeout."""
+    """Heartbeats continue for longer than the timeout."""
     heartbeat_timeout_s = 0.6
     async with opened(tiny, tmp_path, timeouts={"worker": heartbeat_timeout_s}) as cluster:
         begun = asyncio.get_running_loop().time()
@@ -79,7 +79,7 @@ async def test_heartbeats_keep_up_with_a_short_timeout(tiny: Path, tmp_path: Pat
 
 
 async def test_measurements_are_kept_for_every_cluster_of_the_machine(tiny: Path, tmp_path: Path) -> None:
-    """A cluster of another name measures nothing; what a file states is not kept as measured."""
+    """A cluster of another name measures nothing; values of a cluster file are not kept as measurements."""
     async with opened(tiny, tmp_path):
         assert read_profiles(tmp_path) == {}
     workers = [{"name": "a", "threads": 1}, {"name": "b", "threads": 1}]

@@ -1,4 +1,4 @@
-"""`api.defaults` is checked before a cluster starts."""
+"""Checks that `api.defaults` is validated before a cluster starts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NO_DEFAULTS: dict[type[BaseModel], str] = {
     CopyBody: "names a model",
     DeleteBody: "names a model",
 }
-"""Bodies without fields of the answer, and why."""
+"""Bodies that `api.defaults` does not apply to, and why."""
 
 
 def test_every_endpoint_with_a_body_takes_part_or_has_a_reason() -> None:

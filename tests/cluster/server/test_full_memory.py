@@ -1,4 +1,4 @@
-"""A plan that fills the memory of workers is loaded: what they have measured with is returned or counted."""
+"""Checks that a plan that fills the workers' memory loads: memory of measurements is returned or counted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def expected(model: Path) -> list[Answer]:
 async def test_what_was_planned_to_fill_all_memory_loads_at_once(
     model: Path, expected: list[Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """KV memory takes whatever is left. The second start knows the profiles, and measures nothing."""
+    """KV memory takes all that is left. The second start knows the profiles, and measures nothing."""
     monkeypatch.setenv("LLAMACLUST_HOME", str(tmp_path / "home"))
     directory = ClusterDir(tmp_path / "full")
     directory.create()

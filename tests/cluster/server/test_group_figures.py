@@ -1,4 +1,4 @@
-"""Figures of a group that serves: what its members count agrees with each other and with the stage's times."""
+"""Checks that counts of a group's members agree with each other and with the stage's times."""
 
 from __future__ import annotations
 

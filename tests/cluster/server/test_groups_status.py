@@ -1,4 +1,4 @@
-"""Tests what the status says of the groups that hold stages: members, shares, and whom their gathers wait for."""
+"""Tests the status of groups that hold stages: members, shares, and the members that gathers wait for."""
 
 from __future__ import annotations
 

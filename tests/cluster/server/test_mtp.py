@@ -1,4 +1,4 @@
-"""MTP heads in cluster files: what plans count of them, and which are refused."""
+"""Tests of MTP heads in cluster files: what plans count for them, and which are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory of images at a start: rows of the coordinator, and encoders that fit on no worker."""
+"""Tests of the memory of images at a start: rows in the coordinator, and encoders that fit on no worker."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UNUSED = "images are not read: the encoder of images does not fit: "
 
 @pytest.fixture
 def seeing(tmp_path: Path) -> Path:
-    """A model with a projector beside it."""
+    """Makes a model with a projector beside it."""
     (folder := tmp_path / "models").mkdir()
     model = build_tiny_model(folder / "m.gguf", hidden=TEXT_WIDTH, heads=4, layers=2, context=512)
     build_projector(model.with_name("mmproj-m.gguf"), "idefics3")

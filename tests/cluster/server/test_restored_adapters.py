@@ -1,4 +1,4 @@
-"""Adapters of the record at a start: which ones are loaded again, and that the record keeps the others."""
+"""Tests of recorded adapters at a start: some are loaded again, and the record keeps the others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def config_of(model: Path, **values: object) -> ClusterConfig:
 
 
 async def recorded(model: Path, folder: Path, *names: str) -> AdapterRecord:
-    """Writes a record of a former coordinator."""
+    """Writes the record of a former coordinator."""
     base, record = open_model(model), AdapterRecord(folder / "adapters.json")
     paths = [model.parent / "further" / f"{name}.gguf" for name in names]
     digests = [read_adapter(path, base).identity for path in paths]

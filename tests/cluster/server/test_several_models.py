@@ -1,4 +1,4 @@
-"""The API of several models: requests to each, lists, and Ollama's `keep_alive`."""
+"""Tests of the API of several models: requests to each, lists, and Ollama's `keep_alive`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests whether pipelines draft tokens, as the cluster file says."""
+"""Tests which drafters pipelines have, by the cluster file."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_a_plan_refuses_a_draft_model_as_a_start_does(
 
 
 async def test_several_models_share_one_draft_model(model: Path, tmp_path: Path) -> None:
-    """The draft model is for those that have its tokens, and the start says for which."""
+    """The draft model serves the models that have its tokens, and the start names them."""
     small = partial(build_tiny_model, layers=1, hidden=64, ffn=64, heads=4)
     paths = [model, small(tmp_path / "other.gguf", vocabulary=1024), small(tmp_path / "copy.gguf")]
     names = [{"model": str(path), "context_length": 64 + index} for index, path in enumerate(paths)]

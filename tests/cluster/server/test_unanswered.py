@@ -1,4 +1,4 @@
-"""Requests that a coordinator left unanswered: what its end and the next start say and do."""
+"""Tests of requests that a coordinator left unanswered: what its end and the next start say and do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DROPPED = "dropped, because the model, its settings or the version have changed"
 
 
 async def leave(folder: ClusterDir, *served: str, sent: int = 0) -> None:
-    """A journal with a request for each of these digests, and others whose replies were sent."""
+    """Writes a journal with a request for each of these digests, and others whose replies were sent."""
     folder.create()
     async with journal(folder.journal) as writing:
         for number, digest in enumerate((*served, *("ours" for _ in range(sent)))):
@@ -72,5 +72,5 @@ async def test_a_start_restores_what_it_can_answer_and_counts_it(
         front = Front(ApiPort(listener), record, ApiSettings(), None, events.append)
         api: Any = SimpleNamespace(continues=lambda request: request.served == "ours")
         requests = await serve._restorable(folder, [api], front)
-    assert [request.served for request in requests] == ["ours"] * (restored + 1)  # the sent one, too
+    assert [request.served for request in requests] == ["ours"] * (restored + 1)  # with the one that was sent
     assert events == ([] if line is None else [Notice(f"home: {line}")])

@@ -1,4 +1,4 @@
-"""Adapters by their numbers, the requests that use them, and their record on disk."""
+"""Tests of adapters by their numbers, the requests that use them, and their record on disk."""
 
 from __future__ import annotations
 

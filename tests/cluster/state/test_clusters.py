@@ -1,4 +1,4 @@
-"""Clusters as other processes find them, and what is said of those that have ended."""
+"""Tests how other processes find clusters, and what they say of clusters that have ended."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_cluster_of_another_state_directory_is_found_while_it_runs(
         for name in (None, "home"):
             found, found_record = find_running(usual, name)
             assert found_record == record and found.log_file("a").parent.samefile(folder.logs)
-            assert found.is_running and found.path == folder.path  # which outlives its link
+            assert found.is_running and found.path == folder.path  # the folder outlives its link
         nearer = ClusterDir(usual / "home")
         with nearer.locked():
             nearer.write_record(record)
@@ -41,7 +41,7 @@ def test_a_cluster_of_another_state_directory_is_found_while_it_runs(
     older.parent.mkdir(parents=True)
     older.touch()
     os.utime(nearer.log_file("a"), (2e9, 2e9))
-    os.utime(older.parent, (2e9, 2e9))  # of the folder: when a file was made in it
+    os.utime(older.parent, (2e9, 2e9))  # time of the last new file in the folder
     with pytest.raises(UsageError, match=rf"no cluster is running: .*; logs of the last cluster: {nearer.logs}"):
         find_running(usual, None)
     with pytest.raises(UsageError, match=r"start one with `llamaclust up`$"):
@@ -75,7 +75,7 @@ def test_a_log_that_leads_nowhere_is_no_error(tmp_path: Path) -> None:
 def test_a_killed_cluster_is_named_and_no_other_ones_logs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_logs: bool
 ) -> None:
-    """The cluster is of another state directory, and may have no logs, as a static one whose workers log elsewhere."""
+    """The cluster has another state directory, and may have no logs, like a static one whose workers log elsewhere."""
     usual = tmp_path / "usual"
     monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(usual))
     other, killed = ClusterDir(usual / "other"), ClusterDir(tmp_path / "own" / "home")

@@ -31,7 +31,7 @@ from support.clusters.command_line import eventually
 
 
 def test_checks_for_a_running_cluster_disturb_no_process(tmp_path: Path) -> None:
-    """One who looks is neither taken for a cluster by another, nor in the way of a start."""
+    """A process that checks is neither taken for a cluster nor in the way of a start."""
     folder = ClusterDir(tmp_path / "home")
     with folder.locked():
         assert folder.is_running
@@ -148,7 +148,7 @@ def test_a_cluster_whose_name_was_taken_meanwhile_leaves_the_other_alone(tmp_pat
 
 @contextmanager
 def full_disk(room_bytes: int) -> Iterator[None]:
-    """Lets no file become longer than `room_bytes`."""
+    """Limits the size of every file to `room_bytes`."""
     before, soft_and_hard = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room_bytes, soft_and_hard[1]))
     try:
@@ -176,7 +176,7 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_none(tmp_path: Path) -> No
 
 
 def test_a_file_that_several_write_at_once_is_one_of_theirs(tmp_path: Path) -> None:
-    """Pods that share a volume write so, and each of their processes has the same id."""
+    """Pods that share a volume write like this, and each of their processes has the same id."""
     path, texts = tmp_path / "file", [letter * 50_000 for letter in "abcd"]
 
     def write(text: str) -> None:
@@ -207,7 +207,7 @@ def test_a_standby_that_waits_is_seen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("deleted", ["folder", "lock"])
 def test_a_standby_waits_on_while_the_files_of_a_running_cluster_are_deleted(tmp_path: Path, deleted: str) -> None:
-    """The coordinator lives, and makes its files again."""
+    """The running coordinator makes its files again."""
     folder, served = ClusterDir(tmp_path / "home"), list[bool]()
 
     def wait() -> None:
@@ -219,7 +219,7 @@ def test_a_standby_waits_on_while_the_files_of_a_running_cluster_are_deleted(tmp
         standby.start()
         eventually(lambda: folder.has_standby, 60.0, "a standby")
         lock = folder.path / "lock"
-        before = lock.stat().st_ino, os.open(lock, os.O_RDONLY)  # so that no other file gets the number
+        before = lock.stat().st_ino, os.open(lock, os.O_RDONLY)  # keeps the inode number in use
         if deleted == "lock":
             lock.unlink()
         else:
@@ -235,7 +235,7 @@ def test_a_standby_waits_on_while_the_files_of_a_running_cluster_are_deleted(tmp
 async def test_terms_and_drained_workers_survive_a_power_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The new file is on the disk before it has the name, and the name before the call returns."""
+    """The new file is on disk before its rename, and the rename before the call returns."""
     fsync, rename, done = os.fsync, Path.replace, list[str]()
 
     def synced(descriptor: int) -> None:
@@ -279,7 +279,7 @@ def test_a_standby_ends_with_an_orderly_stop_alone(tmp_path: Path, end: str) -> 
         folder.remove_record()
     standby.join(60)
     assert served == [end.startswith("failed")]
-    with folder.locked(is_standby=True) as is_held:  # the next one has nothing to wait for
+    with folder.locked(is_standby=True) as is_held:  # the next standby has nothing to wait for
         assert is_held
 
 
@@ -314,7 +314,7 @@ def test_a_control_record_that_is_no_file_is_not_read_for_ever(tmp_path: Path, k
 
 
 def test_a_damaged_record_of_a_cluster_signals_no_process(tmp_path: Path) -> None:
-    """Its pid could be that of a group, or of every process."""
+    """The pid of a damaged record could be that of a process group, or of every process."""
     folder = ClusterDir(tmp_path / "home")
     sound = asdict(ClusterRecord("home", os.getpid(), "http://127.0.0.1:1", "m"))
     with folder.locked():

@@ -1,4 +1,4 @@
-"""Pipes, devices and folders in place of the files in a state folder: nothing blocks or reads without end."""
+"""Tests of pipes, devices and folders in place of a state folder's files: nothing blocks or reads without end."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _trust(name: str) -> Callable[[Path, Callable[[Path], None]], None]:
 
 
 def _certificate(path: Path, put: Callable[[Path], None]) -> None:
-    """Another one takes the place of a pipe."""
+    """Checks that a new certificate replaces a pipe."""
     put(path / "api.pem")
     try:
         keep_self_signed(path / "api.pem", ["localhost"])
@@ -59,7 +59,7 @@ def _certificate(path: Path, put: Callable[[Path], None]) -> None:
 
 
 def _record(path: Path, put: Callable[[Path], None]) -> None:
-    """The measurements beside the record are read as carefully."""
+    """Checks that the record, and the measurements beside it, are not read."""
     for name in ("cluster.json", ".profiles.json"):
         put(path / name)
         (path / "pipe").unlink(missing_ok=True)

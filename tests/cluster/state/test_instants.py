@@ -1,4 +1,4 @@
-"""Deadlines of journalled requests while clocks are set."""
+"""Tests of deadlines of journalled requests while clocks are set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The journal of admitted requests: what survives a coordinator, whatever happens to the file."""
+"""Tests of the journal of admitted requests: what survives a coordinator, whatever happens to the file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.clusters.journals import LIMIT_S, NOW, admission, ids_in, journal, 
 from support.seed import SEED
 
 BODY = b'{"\xc3\xa9": "%0A%%\t\xff",\n\r\n}\t\n'
-"""A body of whatever bytes there are."""
+"""A body of arbitrary bytes."""
 
 
 async def test_open_requests_are_found_in_order_with_their_tokens(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ async def test_a_disk_that_cannot_be_written_to_stops_no_request(
 async def test_what_could_not_be_written_is_written_although_nothing_comes(
     attempts: int, last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A coordinator that is killed while its requests wait for workers would lose them. `attempts` more writes fail."""
+    """A killed coordinator would lose requests that wait for workers. `attempts` more writes fail."""
     folder, failures = tmp_path / "away", count()
     path, rewrite = folder / "journal", JournalFile.rewrite
 
@@ -159,7 +159,7 @@ async def test_a_journal_that_another_coordinator_has_taken_is_not_tried_again(
 async def test_a_disk_that_hangs_stops_no_request(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, is_away_for_ever: bool
 ) -> None:
-    """Such a disk stops no shutdown either: one request waits for it, others go on at once."""
+    """A disk that hangs stops no shutdown either: one request waits for it, others continue at once."""
     path, back, append = tmp_path / "journal", threading.Event(), JournalFile.append
 
     def hanging(self: JournalFile, data: bytes, is_synced: bool) -> bool:
@@ -215,7 +215,7 @@ async def test_tokens_after_a_damaged_line_are_not_taken(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "link", "gone"])
 async def test_a_file_that_is_replaced_is_written_anew(tmp_path: Path, kind: str) -> None:
-    """The other file may be one that cannot be read or would be waited for."""
+    """The other file may be unreadable, or may block its reader."""
     path, other = tmp_path / "folder" / "journal", tmp_path / "other"
     path.parent.mkdir()
     other.write_text("of somebody else")
@@ -241,7 +241,7 @@ async def test_a_file_that_is_replaced_is_written_anew(tmp_path: Path, kind: str
 
 
 async def test_a_long_journal_is_read_in_little_more_time_than_its_json(tmp_path: Path) -> None:
-    """Lines have one token, as of slow streams; the time is relative to `json`, with both on this thread's clock."""
+    """Lines have one token, like those of slow streams; the time is relative to `json`, by this thread's clock."""
     path = tmp_path / "journal"
     async with journal(path) as writing:
         await writing.admit(admission(0))
@@ -286,7 +286,7 @@ async def test_a_superseded_coordinator_does_not_touch_its_successors_files(
         async with journal(path, newer) as successor:
             await successor.restore(read_journal(path, NOW))
             with pytest.raises(SupersededError, match="has stopped serving"):
-                for number in (5, 6):  # the first one finds it out
+                for number in (5, 6):  # the first admission detects it
                     await writing.admit(admission(number))
             writing.end("id0")
             with pytest.raises(SupersededError, match="newer coordinator"):
@@ -300,7 +300,7 @@ async def test_a_superseded_coordinator_does_not_touch_its_successors_files(
 
 
 async def test_tokens_before_the_admission_leave_those_that_follow_out(tmp_path: Path) -> None:
-    """They are computed again, and no others stand in their places."""
+    """Those tokens are computed again, and no others take their places."""
     path, rows = tmp_path / "journal", [row(token) for token in range(4)]
     async with journal(path) as writing:
         writing.answer("id0", (0, 0), 0, rows[:2])
@@ -327,13 +327,13 @@ async def test_restores_count_until_a_token_is_added(tmp_path: Path) -> None:
 
 
 async def turns() -> None:
-    """Lets the event loop do all that it can do at once."""
+    """Lets the event loop run all that is due."""
     for _ in range(10):
         await asyncio.sleep(0)
 
 
 async def test_admissions_at_about_the_same_time_share_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines that nothing waits for go with them; a lone one is written at once."""
+    """Lines that nothing waits for are written with them; a single admission is written at once."""
     path, append, appended = tmp_path / "journal", JournalFile.append, []
 
     def counted(self: JournalFile, data: bytes, is_synced: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Lines of the journal: damaged ones, those of other versions, and those near the most bytes that one may have."""
+"""Tests of journal lines: damaged ones, those of other versions, and those near the largest size."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def test_a_torn_or_damaged_line_loses_no_other(tmp_path: Path) -> None:
     for length in range(len(whole) + 1):
         path.write_bytes(whole[:length])
         complete = whole[:length].count(b"\n") + (length < len(whole) and whole[length : length + 1] == b"\n")
-        assert len(read_journal(path, NOW)) == max(0, complete - 1), length  # the first line is none of a request
+        assert len(read_journal(path, NOW)) == max(0, complete - 1), length  # the first line is no request
     drawn = random.Random(SEED)
     for _ in range(50):
         damaged = bytearray(whole)
@@ -60,7 +60,7 @@ async def test_damage_before_the_last_line_is_logged(
 
 
 async def test_a_line_that_is_none_of_ours_loses_no_other(tmp_path: Path) -> None:
-    """Its checksum is right: another program, or another version, wrote it."""
+    """The line's checksum is right: another program, or another version, wrote it."""
     path = tmp_path / "journal"
     async with journal(path) as writing:
         await writing.admit(admission(0))
@@ -87,7 +87,7 @@ async def test_a_line_that_is_none_of_ours_loses_no_other(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("number", range(4))
 async def test_lines_of_any_content_do_no_harm(tmp_path: Path, number: int) -> None:
-    """Their checksums are right. What is read of them can be written again."""
+    """The checksums are right, and requests that are read from such lines can be written again."""
     path, drawn = tmp_path / "journal", random.Random(f"{SEED} {number}")
     async with journal(path) as writing:
         await asyncio.gather(*(writing.admit(admission(number, BODY)) for number in range(3)))
@@ -124,7 +124,7 @@ async def test_a_journal_of_another_version_is_refused(tmp_path: Path, first: by
         with pytest.raises(ValueError, match="another version of llamaclust wrote it"):
             read_journal(path, NOW)
         assert left_unanswered(path) == ""
-        path.write_bytes(b"x" + head[1:] + admitted)  # only damaged
+        path.write_bytes(b"x" + head[1:] + admitted)  # damaged, but not another version
         assert [request.id for request in read_journal(path, NOW)] == ["id1"]
 
 

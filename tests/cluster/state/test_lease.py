@@ -1,4 +1,4 @@
-"""A Lease as a lock: one holder at a time, whatever clocks, conflicts and a silent API server do."""
+"""Tests of a Lease as a lock: one holder at a time, despite clocks, conflicts and a silent API server."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Clock:
 
 
 class Locks:
-    """Locks of several processes on one lease."""
+    """Makes locks of several processes on one lease."""
 
     def __init__(self, api: LeaseApi, folder: Path, duration: str = "15s") -> None:
         self._settings = Lease.model_validate(lease_values(api, folder, duration))
@@ -66,7 +66,7 @@ def test_one_of_several_takes_a_free_lease(api: LeaseApi, locks: Locks, clock: C
 
 
 def test_a_lease_runs_out_by_the_candidates_own_clock(api: LeaseApi, locks: Locks, clock: Clock) -> None:
-    """The holder's clock may be years away; each renewal begins the wait anew."""
+    """The holder's clock may be years off; each renewal restarts the wait."""
     candidate = locks()
     for renewed in ("1970-01-01T00:00:00.000000Z", "2100-01-01T00:00:00.000000Z"):
         api.change(holderIdentity="other", leaseDurationSeconds=15, renewTime=renewed)
@@ -88,7 +88,7 @@ def test_the_holders_duration_counts(api: LeaseApi, locks: Locks, clock: Clock) 
 
 
 def test_of_two_candidates_at_once_one_gets_it(api: LeaseApi, locks: Locks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All have read the free lease before one writes."""
+    """Four candidates read the free lease before one of them writes."""
     both_read, read = threading.Barrier(4), LeaseLock._read
 
     def together(self: LeaseLock) -> object:
@@ -107,7 +107,7 @@ def test_of_two_candidates_at_once_one_gets_it(api: LeaseApi, locks: Locks, monk
 
 
 def test_a_conflict_is_no_loss(api: LeaseApi, locks: Locks, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`helm upgrade`, for one, writes a label between a holder's reading and writing."""
+    """A command such as `helm upgrade` may write a label between a holder's read and its write."""
     holder = locks()
     assert holder.take()
     read = LeaseLock._read

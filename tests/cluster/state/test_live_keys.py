@@ -1,4 +1,4 @@
-"""API keys of a file that changes while a cluster runs."""
+"""Tests of API keys in a file that changes while a cluster runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logs that grow without end, while their writers and readers have them open."""
+"""Tests of logs that grow without end, while their writers and readers have them open."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Long requests in the journal: their lines are made on a thread, in the order of all that happens."""
+"""Tests of long requests in the journal: a thread makes their lines, in the order of events."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONG = b"x" * (1 << 16)
 
 
 class Making:
-    """Makes lines, those of id0 after `go`."""
+    """Makes journal lines; those of id0 wait for `go`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.go = threading.Event(), threading.Event()
@@ -43,7 +43,7 @@ class Making:
 
 
 def lines_in(path: Path) -> list[tuple[str, str]]:
-    """The kind of each line, and the request that it belongs to."""
+    """Returns the kind and the request id of each line."""
     texts = [line.split(b" ", 2) for line in path.read_bytes().splitlines()[1:]]
     return [(kind.decode(), json.loads(fields)["id"]) for _, kind, fields in texts]
 

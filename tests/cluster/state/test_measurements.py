@@ -1,4 +1,4 @@
-"""Load of other programs during measurements: what counts as theirs, and which measurements it makes doubtful."""
+"""Tests of other programs' load during measurements: what counts as theirs, and which measurements are doubtful."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ START = CpuSeconds(busy=1000.0, stolen=50.0, own=3.0, at=10.0)
 
 
 def after(busy: float, stolen: float, own: float, seconds: float = 10.0) -> OtherLoad | None:
-    """The load of a measurement on two cores that lasts 10 s, by what was counted meanwhile."""
+    """Returns the load in a measurement of two cores, from the seconds that were counted."""
     end = CpuSeconds(START.busy + busy, START.stolen + stolen, START.own + own, START.at + seconds)
     return other_load(START, end, 2)
 
@@ -39,7 +39,7 @@ def after(busy: float, stolen: float, own: float, seconds: float = 10.0) -> Othe
         (13.0, 1.2, 12.0, "other programs used 0.1 of 2 cores, other virtual machines 0.1"),  # both, each little
         (19.0, 0.0, 18.5, None),  # idle but for this program
         (0.3, 0.2, 0.1, None),  # idle
-        (12.0, 0.0, 12.4, None),  # own time is counted later than the cores' by a tick
+        (12.0, 0.0, 12.4, None),  # own time is counted a tick later than the cores'
     ],
     ids=["neighbours", "steal", "both", "own", "idle", "late"],
 )
@@ -72,7 +72,7 @@ def test_own_work_is_not_that_of_others(monkeypatch: pytest.MonkeyPatch, tmp_pat
     stat, core, ticks = tmp_path / "stat", min(os.sched_getaffinity(0)), os.sysconf("SC_CLK_TCK")
 
     def says(user_s: int, steal_s: int) -> None:
-        """Writes counts in the system's own unit; the sum over all cores and foreign cores are no matter."""
+        """Writes counts in clock ticks; the line of all cores and those of other cores do not matter."""
         lines = [f"{name} {user_s * ticks} 0 0 999 0 0 0 {steal_s * ticks} 0 0" for name in ("cpu", f"cpu{core}")]
         stat.write_text("\n".join([*lines, "cpu4095 9999 9 9 9 9 9 9 9 9 9", "intr 1 2 3"]))
 
@@ -92,7 +92,7 @@ def test_own_work_is_not_that_of_others(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_work_of_processes_below_this_one_is_its_own(depth: int) -> None:
-    """They still run when the load is read. The process burns half a second of processor time, then says so."""
+    """The processes still run when the load is read, after half a second of processor time."""
     burn = "import time\nwhile time.process_time() < 0.5: pass\nprint('done', flush=True)\ninput()"
     nested = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {burn!r}])"
     before = load_module._read()

@@ -1,4 +1,4 @@
-"""Restored requests: in the share and the turns of the client that sent them, as before the restart."""
+"""Checks that restored requests have the shares and turns of their clients, as before the restart."""
 
 from __future__ import annotations
 

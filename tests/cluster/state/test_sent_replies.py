@@ -1,4 +1,4 @@
-"""Journalled requests whose replies were sent: kept for clients that come back, for a while."""
+"""Tests of journalled requests whose replies were sent: they are kept for a while, for clients that come back."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def test_requests_whose_replies_were_sent_are_kept_for_a_while(tmp_path: P
 
 
 async def test_a_complete_request_in_the_background_is_kept_until_its_new_limit(tmp_path: Path) -> None:
-    """The request is kept however often coordinators end, and for longer than replies that were sent."""
+    """The request outlives any number of coordinators, and is kept longer than sent replies."""
     path, late = tmp_path / "journal", replace(NOW, boot_s=NOW.boot_s + 2 * LIMIT_S)
     async with journal(path, sent_s=0.01) as writing:
         await writing.admit(replace(admission(0), is_background=True))

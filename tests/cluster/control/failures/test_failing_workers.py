@@ -1,4 +1,4 @@
-"""Workers that fail while they serve: evidence, quarantine, plans without them, and what releases them."""
+"""Tests of workers that fail while they serve: evidence, quarantine, plans without them, and release."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_worker_that_fails_twice_is_left_out_and_tried_again_after_growing_pau
     ids=["a loss", "a failed step", "a broken protocol"],
 )
 def test_a_failure_counts_also_where_the_next_plan_is_loaded_already(error: LlamaclustError, *, is_lost: bool) -> None:
-    """A worker is lost, or a better plan is there, and its load ends before the report of the pipeline is looked at."""
+    """The next plan has finished loading before the failure of the serving pipeline is processed."""
     cluster = Cluster.serving()
     cluster.see(observations.WorkerLost("b") if is_lost else observations.WorkerSeen("c", 3))
     plan = ONLY_A if is_lost else plan_of("a", "c")

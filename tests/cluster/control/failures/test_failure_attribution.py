@@ -1,5 +1,4 @@
-"""Tests which worker is named when a pipeline breaks or cannot be opened, in any order of reports, on however busy a
-machine."""
+"""Tests which worker is named when a pipeline breaks or cannot be opened, for reports in any order and at any time."""
 
 from __future__ import annotations
 
@@ -122,7 +121,7 @@ def group_of_three() -> dict[str, WorkerHandle]:
 async def test_members_that_cannot_reach_each_other_are_no_fault_of_the_one_that_gave_up(
     reporter: str, other: str, third: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The member that gave up also closed its link to the third one; either report may come first."""
+    """The reporting member has also closed its link to the third one; the two reports come in either order."""
     monkeypatch.setattr(failure_attribution, "_ATTRIBUTION_S", 20.0)
     for is_first in (True, False):
         workers = group_of_three()
@@ -161,11 +160,11 @@ async def test_a_member_reports_others_of_its_group_and_by_itself_that_it_failed
         with pytest.raises(ProtocolError, match=rf"worker {sender} \(.*\) must not report worker {accused} as {kind}"):
             workers[sender].receive(report)
         assert workers[sender].group_faults(3).fault is None
-    workers[sender].receive(replace(report, epoch=4))  # of no stage: it was unloaded meanwhile
+    workers[sender].receive(replace(report, epoch=4))  # the stage of this epoch is unloaded
 
 
 async def test_all_members_have_reported_whomever_they_name() -> None:
-    """Names of others are not counted as members."""
+    """Accused workers outside the group do not count as members."""
     workers = group_of_three()
     members = [*workers.values()]
     for name, late in zip("abc", "xyz", strict=True):
@@ -175,7 +174,7 @@ async def test_all_members_have_reported_whomever_they_name() -> None:
 
 
 async def test_a_group_whose_members_report_late_is_not_judged_by_one_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The guilty one sees the frames of all others as wrong."""
+    """The member at fault accuses another one before the others accuse it."""
     monkeypatch.setattr(failure_attribution, "_ATTRIBUTION_S", 0.0)
     workers = group_of_three()
     workers["b"].receive(GroupFault(3, "a", "wrong", "-"))
@@ -197,7 +196,7 @@ async def test_a_member_that_reports_its_own_failure_is_judged_at_once() -> None
 
 @pytest.mark.parametrize("guilty", ["b", "c"])
 async def test_a_stage_that_cannot_be_opened_is_blamed_on_its_worker_by_name(tmp_path: Path, guilty: str) -> None:
-    """The worker is named even if another stage meets the failure, and no message holds an address."""
+    """The worker is named even if another stage detects the failure, and no message holds an address."""
     model = build_tiny_model(tmp_path / "tiny.gguf", layers=3, context=256)
 
     async with real_cluster(tmp_path, 3) as cluster:
@@ -205,14 +204,14 @@ async def test_a_stage_that_cannot_be_opened_is_blamed_on_its_worker_by_name(tmp
         worker = cluster.registry.workers[guilty]
         kept = dict(worker.stages)
         await worker.unload(1)
-        worker.stages.update(kept)  # no other part knows
+        worker.stages.update(kept)  # the coordinator does not notice the unload
         with pytest.raises(WorkerError, match=f"worker {guilty} holds no stage for epoch 0.1") as caught:
             await RemotePipeline.open(1, handles, cluster.run.token)
         assert caught.value.worker == guilty
 
 
 class Coordinator:
-    """Admits a worker, and reads on once `reads` is set."""
+    """A coordinator that admits a worker, and continues to read once `reads` is set."""
 
     def __init__(self) -> None:
         self.reads = asyncio.Event()
@@ -228,7 +227,7 @@ class Coordinator:
 
 
 async def test_a_stage_that_ends_while_it_tells_of_another_one_does_not_end_its_worker() -> None:
-    """The network does not take its message at once, as a machine or the coordinator is busy."""
+    """The report is not sent at once, because the network or the coordinator is busy."""
     coordinator = Coordinator()
     server = await Server.start("127.0.0.1:0", INSECURE, {JOIN: coordinator.join})
     nothing: Any = SimpleNamespace()

@@ -1,4 +1,4 @@
-"""One member of a group fails without dying: it is named, and none of the others. Heartbeats come all the while."""
+"""Checks that a group member that fails without exiting is named, and no other; all send heartbeats meanwhile."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CASES = [pytest.param(fault, member, id=f"{member}, {fault}") for fault, members
 
 
 def grouped(model: Path, folder: Path) -> ClusterConfig:
-    """A group of three holds the first layers, d the last ones. No other workers could take their places."""
+    """Configures a group of three for the first layers and d for the last ones; no worker is idle."""
     plan = [{"workers": ["a", "b", "c"], "layers": [0, 4], "shares": [2, 1, 1]}, {"worker": "d", "layers": [4, 6]}]
     return config(model, folder, workers=4, plan=plan)
 
@@ -69,7 +69,7 @@ async def test_a_member_whose_step_does_not_end_is_lost_and_its_partners_are_not
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Long before the deadline of a gather, at which the others wait."""
+    """The loss is reported long before the deadline of the gather at which the partners wait."""
     monkeypatch.setattr(step_limits, "_LEAST_S", 1.0)
     break_worker(monkeypatch, tmp_path, member, "stuck in a step")
     async with recovering(grouped(model, tmp_path)) as run:

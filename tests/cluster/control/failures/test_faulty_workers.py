@@ -1,4 +1,4 @@
-"""One worker of several fails without dying: it is left out before a request fails, and no answer changes."""
+"""Checks that a worker that fails without exiting is excluded before a request fails, and no answer changes."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _THIRDS = [{"worker": name, "layers": [start, start + 2]} for name, start in (("
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A fault, and what it takes until its worker is excluded. `loss`: the worker counts as lost for that reason each
-    time, and joins again; "": it stays."""
+    """A fault, and its course until the worker is excluded. `loss`: why the worker is lost each time, before it joins
+    again; "": it stays connected."""
 
     fault: str
     recoveries: int = 2
     loss: str = ""
     positions: tuple[str, ...] = ("first", "middle", "last")
     manual: str = "failed 6 times, each time at worker {worker}, and no other worker could take its layers"
-    """The end of requests where the plan is the user's, and no other worker may take the layers; "": there is none, as
-    each recovery gives some tokens."""
+    """Error of requests with the user's plan, if no other worker may take the layers; "": no error, because each
+    recovery yields some tokens."""
 
 
 KINDS = (
@@ -56,13 +56,13 @@ def notices(run: Recovering) -> list[str]:
 
 
 def quarantined(run: Recovering, name: str) -> None:
-    """It is, and no other one."""
+    """Checks that this worker alone is quarantined."""
     (notice,) = notices(run)
     assert notice.startswith(f"worker {name} is quarantined for 10 s unless the model needs it: it failed 2 times")
 
 
 async def answers_without(run: Recovering, worker: str, requests: tuple[GenerationRequest, ...]) -> list[Answer]:
-    """Answers the requests while their worker is lost."""
+    """Loses a worker while it computes these requests, and returns their answers."""
     tasks, before = run.start(requests), run.tokens
     await run.token(before + 40)
     run.hurt(worker)
@@ -79,7 +79,7 @@ async def test_a_worker_that_fails_is_left_out_before_a_request_fails(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Heartbeats come all the while."""
+    """The faulty worker continues to send heartbeats."""
     worker = POSITIONS[place]
     monkeypatch.setattr(step_limits, "_LEAST_S", 1.0)
     break_worker(monkeypatch, tmp_path, worker, kind.fault)
@@ -106,7 +106,7 @@ async def test_requests_fail_by_the_name_of_a_worker_that_no_other_one_may_repla
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """They may be sent again: the fault is the server's."""
+    """Clients may repeat these requests: the error is the server's."""
     worker = POSITIONS[place]
     monkeypatch.setattr(step_limits, "_LEAST_S", 0.5)
     monkeypatch.setattr(quarantine, "_RETRY", Backoff(first_s=0.01, max_s=0.01))
@@ -160,7 +160,7 @@ async def test_a_request_whose_rows_have_no_result_on_any_worker_ends_and_releas
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The next one like it interrupts nothing."""
+    """A second such request causes no recovery."""
     break_worker(monkeypatch, tmp_path, "", "not finite for one")
     async with recovering(config(model, tmp_path)) as run:
         others = run.start(requests)

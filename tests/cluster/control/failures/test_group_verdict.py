@@ -1,4 +1,4 @@
-"""Tests which member of a group is at fault, whatever reports there are and in whatever order they came."""
+"""Tests which member of a group is at fault, for any reports in any order."""
 
 from __future__ import annotations
 

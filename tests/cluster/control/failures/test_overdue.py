@@ -1,4 +1,4 @@
-"""Tests which stage owes a result that does not come, and for how long."""
+"""Tests which stage owes an overdue result, and for how long."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.wire.control.messages import StageProgress
 
 
 def progress(*received: int | None, awaits_tokens: bool = False) -> list[StageProgress | None]:
-    """Builds progress in which each stage has sent what the next known one has received."""
+    """Builds progress in which each stage has sent what the next known stage has received."""
     stages = [
         None if count is None else StageProgress(1, count, next((sent for sent in received[place + 1 :] if sent), 0))
         for place, count in enumerate(received)
@@ -23,12 +23,12 @@ def progress(*received: int | None, awaits_tokens: bool = False) -> list[StagePr
 @pytest.mark.parametrize(
     ("received", "stage"),
     [
-        ((7, 7, 7), 0),  # the first one does not read it
+        ((7, 7, 7), 0),  # the first stage does not read it
         ((8, 7, 7), 0),
         ((9, 8, 7), 1),
         ((9, 9, 8), 2),
         ((8,), 0),
-        ((9, None, 7), 0),  # no heartbeat of the middle one has the epoch yet
+        ((9, None, 7), 0),  # no heartbeat of the middle stage has this epoch yet
         ((9, None, 8), 2),
     ],
 )
@@ -41,11 +41,11 @@ def test_the_last_stage_that_has_a_microbatch_owes_it_until_it_sends_it(
 @pytest.mark.parametrize(
     ("received", "sent", "stage"),
     [
-        ((8, 7, 7), (7, 7, 7), 0),  # the first one sends nothing
-        ((8, 7, 7), (8, 7, 7), 1),  # the middle one reads nothing
-        ((9, 8, 7), (9, 8, 7), 2),  # the last one reads nothing
+        ((8, 7, 7), (7, 7, 7), 0),  # the first stage sends nothing
+        ((8, 7, 7), (8, 7, 7), 1),  # the middle stage reads nothing
+        ((9, 8, 7), (9, 8, 7), 2),  # the last stage reads nothing
         ((9, 8, 7), (9, 7, 7), 1),
-        ((9, 9, 8), (9, 9, 8), 2),  # its result is on its way to the coordinator, or lost
+        ((9, 9, 8), (9, 9, 8), 2),  # the result is on its way to the coordinator, or lost
         ((9, None, 7), (8, None, 7), 1),
         ((8,), (8,), 0),
     ],
@@ -63,11 +63,11 @@ def test_a_stage_owes_a_microbatch_that_was_sent_to_it(
 @pytest.mark.parametrize(
     ("received", "sent", "stage"),
     [
-        ((8, 9, 7), (7, 9, 7), 0),  # the middle one accuses the last one of what the first one has
-        ((8, 7, 9), (7, 7, 9), 0),  # the last one has nothing
+        ((8, 9, 7), (7, 9, 7), 0),  # the middle stage claims a microbatch that the first one still has
+        ((8, 7, 9), (7, 7, 9), 0),  # the last stage has received nothing
         ((8, 1 << 60, 7, 7), (7, 1 << 60, 7, 7), 0),
-        ((8, 8, 7, 9, 7), (8, 7, 7, 9, 7), 1),  # the fourth one accuses the fifth
-        ((7, 9, 9), (9, 9, 9), 0),  # nothing was read
+        ((8, 8, 7, 9, 7), (8, 7, 7, 9, 7), 1),  # the fourth stage claims it, and accuses the fifth
+        ((7, 9, 9), (9, 9, 9), 0),  # the first stage has not read it
         ((9, None, 7, 9), (7, None, 7, 9), 0),
     ],
 )

@@ -37,7 +37,7 @@ def test_a_second_failure_excludes_whichever_requests_were_in_flight() -> None:
 
 
 def test_one_failure_after_the_quarantine_begins_the_next_and_those_within_it_do_not_count() -> None:
-    """A worker that no other one can replace is used meanwhile, and may fail each time."""
+    """A worker that no other one can replace serves in its quarantine, and may fail several times."""
     quarantine = failing(failing(Quarantine(), "b", 0.0, 1), "b", 1.0, 1)
     for now_s in (1.1, 2.0, 10.9):
         quarantine = failing(quarantine, "b", now_s, 2)

@@ -1,4 +1,4 @@
-"""Reports of members that cannot open their links: whose port is closed, for whom, and until when."""
+"""Tests of reports by members that cannot open their links: which port is closed, for whom, and until when."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OPEN = StageProgress(EPOCH, 0, 0, group=GroupCounters())
 
 @dataclass
 class Members:
-    """Workers of a group that is being opened, without processes."""
+    """Simulated workers of a group whose links are being opened."""
 
     closed: set[str] = field(default_factory=set)  # "ab": a cannot connect to b's port for links
     cut: set[str] = field(default_factory=set)  # "ab": a does not reach b at all

@@ -1,4 +1,4 @@
-"""Orders to load: what the members of a group are told of each other."""
+"""Tests what load orders tell the members of a group about each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests lost members of groups in a manual plan: answers are those of one undisturbed worker."""
+"""Tests of lost group members in a manual plan: answers are those of one undisturbed worker."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIGNALS = pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], id
 
 
 def grouped(model: Path, folder: Path, **keys: object) -> ClusterConfig:
-    """A group holds the first layers, another worker the last ones. No other workers could take their places."""
+    """Configures a group for the first layers and another worker for the last ones; no worker is idle."""
     plan = [{"workers": GROUP, "layers": [0, 4], "shares": [2, 1, 1]}, {"worker": LAST, "layers": [4, 6]}]
     return config(model, folder, workers=4, plan=plan, **keys)
 
@@ -58,7 +58,7 @@ async def test_several_are_lost_at_once(
     expected: list[Answer],
     tmp_path: Path,
 ) -> None:
-    """The last victim is killed, whatever happens to the others."""
+    """The last victim gets SIGKILL, the others the given signal."""
     async with recovering(grouped(model, tmp_path)) as run:
         tasks = run.start(requests)
         await run.token(60)
@@ -81,7 +81,7 @@ async def test_a_member_is_lost_while_there_is_no_request(
     expected: list[Answer],
     tmp_path: Path,
 ) -> None:
-    """The member is lost before the first requests and again after some; the next ones wait for the member at most."""
+    """The member is lost before the first requests, and again before the next ones."""
     async with recovering(grouped(model, tmp_path)) as run:
         for begin in (0, 4):
             told = len(run.told)
@@ -103,7 +103,7 @@ async def test_a_member_is_lost_while_there_is_no_request(
 async def test_a_member_that_stops_for_a_while_is_waited_for(
     victim: str, model: Path, requests: tuple[GenerationRequest, ...], expected: list[Answer], tmp_path: Path
 ) -> None:
-    """The pause is shorter than `timeouts.worker`, and heartbeats of all others come meanwhile."""
+    """The pause is shorter than `timeouts.worker`, and the other workers send heartbeats meanwhile."""
     async with recovering(grouped(model, tmp_path, timeouts={"worker": "60s"})) as run:
         tasks = run.start(requests)
         for count in (60, 300):

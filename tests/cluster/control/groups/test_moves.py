@@ -1,4 +1,4 @@
-"""Layers that move between stages and groups under load: answers are those of one undisturbed worker."""
+"""Tests of layers that move between stages and groups under load: answers are those of one undisturbed worker."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def test_plans_change_between_stages_and_groups(
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
-    """Plans change as the network gets faster and slower again, twice."""
+    """Plans change twice as the network gets faster, and twice as it gets slower again."""
     if stays:
         request.getfixturevalue("staying")
     async with recovering(automatic(model, tmp_path)) as run:
@@ -68,7 +68,7 @@ async def test_another_plan_takes_a_lost_members_place_until_it_is_back(
     expected: list[Answer],
     tmp_path: Path,
 ) -> None:
-    """Requests do not wait for its return: the other workers form another group, or stages, first."""
+    """Requests do not wait for the lost member: the other workers first form another group, or stages."""
     async with recovering(automatic(model, tmp_path)) as run:
         measured(run, NEAR_S)
         await grouped(run)

@@ -1,4 +1,4 @@
-"""A member of a group whose numbers are not finite: it is left out, its leader is not, and no answer changes."""
+"""Checks that a group member whose numbers are not finite is excluded, its leader is not, and no answer changes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def test_the_member_is_left_out(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The leader of a group of all, or another one."""
+    """The member is the leader of a group of all workers, or another one."""
     break_worker(monkeypatch, tmp_path, member, "a portion that is not finite")
     async with recovering(automatic(model, tmp_path)) as run:
         measured(run, NEAR_S)

@@ -1,4 +1,4 @@
-"""Two models of a cluster file behind one address, on two worker processes."""
+"""Tests of two models of a cluster file behind one address, on two worker processes."""
 
 from __future__ import annotations
 

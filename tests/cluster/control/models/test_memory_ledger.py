@@ -1,4 +1,4 @@
-"""Tests the record of the memory that each of several models holds, which plans of the others leave free."""
+"""Tests of the memory ledger: memory that each of several models holds, and that plans of the others subtract."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ async def test_a_move_that_a_loss_overtook_holds_the_memory_of_one_plan() -> Non
     runner.epochs.free_others = free_others  # type: ignore[method-assign]
     runner.planner.config = SimpleNamespace(models=(), model_name="m")  # type: ignore[assignment]
     counts = SimpleNamespace(running=0, waiting=0)
-    engine: Any = SimpleNamespace(counts=counts, resume=lambda *_: None)  # no retirement: the old pipeline is lost
+    engine: Any = SimpleNamespace(counts=counts, resume=lambda *_: None)  # no retirement: the pipeline is lost
     runner.epoch, runner.engine, ledger = epoch_of(ONLY_A), engine, runner.planner.ledger
     await runner.run(LoadEpoch(BOTH, is_exclusive=False))
     assert ledger.beside("another") == use_of(ONLY_A, BOTH)
@@ -76,7 +76,7 @@ async def test_a_move_that_a_loss_overtook_holds_the_memory_of_one_plan() -> Non
 
 @pytest.mark.parametrize("is_lost", [True, False], ids=["after a loss", "a move"])
 async def test_a_plan_of_before_another_model_took_memory_is_not_loaded(is_lost: bool) -> None:
-    """The plan is loaded if it was entered, so that the other model was planned beside it."""
+    """A plan that is in the ledger may be loaded, because the other model is planned beside it."""
     opened = []
 
     async def plan(*_: object, **__: object) -> Plan:
@@ -144,7 +144,7 @@ async def test_a_drain_is_refused_where_the_others_suffice_for_each_model_but_no
 
 
 async def test_what_is_free_beside_stages_of_other_models_is_of_their_devices() -> None:
-    """A plan subtracts what other models hold, so it is added to what a worker reports, on the same device."""
+    """A plan subtracts other models' memory, which is therefore added to the free memory of the same device."""
     gpu = Gpu("cuda:0", "NVIDIA X", 1 << 34, 1 << 33)
     handle = WorkerHandle(replace(REGISTER, device="cuda:0", gpus=(gpu,)), nothing, lambda: "", Insecure())
     figures = {"touched_bytes": 0, "kv_bytes": 0, "workspace_bytes": 0, "memory_bytes": None}

@@ -1,4 +1,4 @@
-"""Requests and sleep at the same time, on an engine and workers of the test: no request waits for a sleeping model."""
+"""Checks that no request waits for a sleeping model when models sleep at any moment, with a fake engine and workers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.plans.observed_cluster import BOTH
 from support.seed import SEED
 from support.several_models.runner import ANYTHING, action_runner, new_store
 
-_PLACES = 2  # for loaded models
+_PLACES = 2  # places for loaded models
 _WAKE = 30  # iterations of the event loop after which a request has marked its model as wanted
 
 
@@ -41,7 +41,8 @@ class Engine:
 
 
 class Model:
-    """Plans, loads and frees for a random number of iterations of the event loop, and frees only while `may_free`."""
+    """A model that plans, loads and frees for a random number of event loop iterations; it frees once `may_free` is
+    set."""
 
     def __init__(self, name: str, source: Random, loaded: set[str]) -> None:
         self.name, self.source, self.loaded = name, source, loaded

@@ -1,4 +1,4 @@
-"""Several models on the same workers: they sleep and wake, and answer as one undisturbed worker does."""
+"""Tests of several models on the same workers: they sleep and wake, and answer as one undisturbed worker does."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ async def test_a_model_with_requests_all_the_time_gives_way_after_its_turn(
         is_answered = asyncio.Event()
 
         async def busy(number: int) -> int:
-            """Requests to the first model, one after the other."""
+            """Sends requests to the first model one after the other; returns their number."""
             count = 0
             while not is_answered.is_set() or not count:
                 assert await found.answer(0, requests[number]) == expected[0][number]

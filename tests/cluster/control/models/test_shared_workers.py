@@ -1,4 +1,4 @@
-"""Tests a model among several on the same workers: its actions leave the other models alone."""
+"""Tests one of several models on the same workers: its actions do not affect the other models."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def failed(state: ClusterState, error: LlamaclustError, *, is_exclusive: bool = 
 
 
 def stays(action: Action | None) -> bool:
-    """Returns whether worker b is to hold nothing of this model, and remains for others."""
+    """Returns whether worker b is to free this model's layers and remain for other models."""
     assert isinstance(action, Expel)
     (expulsion,) = action.expulsions
     return expulsion.worker == ("b", 2) and expulsion.stays

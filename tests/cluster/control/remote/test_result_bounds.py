@@ -1,4 +1,4 @@
-"""Tests that results of a last stage have the size that was asked for: others end the pipeline and are not kept."""
+"""Tests bounds of a last stage's results: a result of another size ends the pipeline and is not kept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SAMPLE_ONE = SampleTask(SamplingParams(), 1, 0, 3)
 
 
 class ScriptedStream:
-    """Answers with the given messages, and then waits."""
+    """A stream that yields the given messages and then waits."""
 
     address = "scripted"
     has_message = False

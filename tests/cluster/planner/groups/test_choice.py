@@ -77,7 +77,7 @@ def test_shares_follow_speeds(speeds: tuple[int, ...]) -> None:
 
 
 def _segmented(costs: GroupCosts) -> GroupCosts:
-    """Returns costs of the same model with gathered rows that travel in int8 where portions are of whole segments."""
+    """Returns the model's costs with gathered rows in int8 where portions have whole segments."""
     gathers = (GatherCost(9728, 608, form=ActivationFormat.Q8_256),) * 4
     return replace(costs, layers=tuple(replace(layer, gathers=gathers) for layer in costs.layers))
 
@@ -139,7 +139,7 @@ def test_pairs_that_cannot_reach_each_other_are_in_no_group_together(pairs: Sequ
 
 @pytest.mark.parametrize("memory_mib", [480, 500])
 def test_a_worker_of_a_pair_is_in_a_group_beside_a_stage_of_the_other(memory_mib: int) -> None:
-    """All three are needed: `c` is between the two, or with one of them."""
+    """All three workers are needed: `c` is between the two, or in a group with one of them."""
     workers = [able(name, memory_mib=memory_mib) for name in "abc"]
     plan = planned(workers, partitions=frozenset({frozenset("ab")}), max_sequences=1)
     assert sorted(name for members in plan.chain for name in members) == ["a", "b", "c"]
@@ -148,7 +148,7 @@ def test_a_worker_of_a_pair_is_in_a_group_beside_a_stage_of_the_other(memory_mib
 
 
 def test_groups_hold_what_single_workers_cannot() -> None:
-    """Layers are larger than what is left of each memory."""
+    """Layers are larger than the memory that remains of each worker."""
     huge = replace(SMALL, layers=SMALL.layers[:3], embedding_bytes=MIB, head_bytes=MIB)
     workers = [able(name, memory_mib=33) for name in "ab"]
     request = replace(AUTO, links=network("ab", 5), group_costs=partial(group_costs, huge), max_sequences=1)
@@ -158,7 +158,7 @@ def test_groups_hold_what_single_workers_cannot() -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_a_prompt_that_takes_longer_in_a_group_counts(count: int) -> None:
-    """Groups decode faster on a slow network, and take longer with a whole request."""
+    """Groups decode faster on a slow network, but take longer for a whole request."""
     workers = [able(name) for name in "abcd"[:count]]
     fast, slow = network("abcd"[:count], 5), network("abcd"[:count], 5, byte_s=20e-9)
     assert planned(workers, links=fast).chain == (tuple("abcd"[:count]),)

@@ -1,4 +1,4 @@
-"""Plans with groups beside what groups do not do: each is refused in a line that names it, and what to do."""
+"""Checks that groups are refused beside features that they lack, in a line that names the feature and a remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans by hand in which several workers hold a stage together."""
+"""Tests of manual plans in which several workers hold a stage together."""
 
 from __future__ import annotations
 

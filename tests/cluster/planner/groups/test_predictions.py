@@ -20,7 +20,7 @@ from support.plans.plan_inputs import REQUEST, SMALL, group_costs, profile, step
 NAMES = "abcd"
 COSTS = partial(group_costs, SMALL)
 READ_S = 20e9
-"""The bytes a second that each worker here reads."""
+"""Bytes a second that each worker reads."""
 
 
 def links(one_way_s: float = 250e-6, byte_s: float = 8e-9, **others: Link) -> Links:
@@ -46,7 +46,7 @@ def predicted(plan: Plan) -> Prediction:
 def test_a_token_takes_the_largest_portion_and_all_gathers(shares: tuple[int, ...]) -> None:
     plan = planned(Assignment(tuple(NAMES[: len(shares)]), 0, 12, shares))
     found, most = predicted(plan), max(shares) / sum(shares)
-    row = 38_400  # bytes of a whole one
+    row = 38_400  # bytes of a whole row
     others = 1 - min(shares) / sum(shares)
     slowest = max((len(shares) - 1) * most, others) * row * 8e-9
     logits = (1 - shares[0] / sum(shares)) * 4 * row * 8e-9
@@ -79,7 +79,7 @@ def test_a_link_whose_network_is_unknown_has_what_programs_do_not_take() -> None
 
 def test_bytes_of_a_prompt_travel_while_others_are_computed() -> None:
     alone, slow = (planned(Assignment(("a", "b"), 0, 12, (1, 1)), of=links(byte_s=byte_s)) for byte_s in (0.0, 8e-9))
-    sent = (48 * 19_200 + 38_400) * 8e-9  # of each prompt token
+    sent = (48 * 19_200 + 38_400) * 8e-9  # seconds for each prompt token
     more = predicted(slow).stages[0].prefill_s - predicted(alone).stages[0].prefill_s
     hidden = min(HIDDEN_SHARE * sent, predicted(alone).stages[0].prefill_s - 49 * (100e-6 + GATHER_S) / 512)
     assert more == pytest.approx(sent - hidden, rel=1e-2)

@@ -1,4 +1,4 @@
-"""Automatic plans of stages say what a group would bring, or why none is possible."""
+"""Checks that automatic plans of stages say how fast a group would be, or why none is possible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shares of a group's members."""
+"""Tests of the shares of a group's members."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamaclust.cluster.planner.groups.shares import balanced
 @pytest.mark.parametrize("whole_s", [1e-6, 0.24, 1e3])
 @pytest.mark.parametrize("speeds", [(1.0, 1.0), (1.0, 3.0), (1.0, 1.0, 5.0)])
 def test_shares_are_whole_where_all_is_divided_in_few_units(whole_s: float, speeds: tuple[float, ...]) -> None:
-    """A small model has nothing that is divided at will; memory is ample."""
+    """All parts of a small model are divided in few units, and memory is ample."""
     zeros = np.zeros((len(speeds), 1))
     seconds = DividedTables(zeros + whole_s, (np.array([[0.1 / speed] for speed in speeds]),), zeros)
     lacking = DividedTables(zeros - 1e10, (zeros + 1e5,), zeros)

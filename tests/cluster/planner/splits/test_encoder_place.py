@@ -1,4 +1,4 @@
-"""The worker that holds the encoder of images, and the memory that it takes there."""
+"""Tests which worker holds the encoder of images, and the memory that it takes there."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_worker_with_most_memory_among_those_with_layers_holds_it() -> None:
 
 
 def test_a_worker_without_layers_does_not_hold_it() -> None:
-    """An answer would depend on one more machine."""
+    """Otherwise an answer would depend on one more machine."""
     plan = planned([worker("fast", 1000), worker("large", 4000, read=1)])
     assert holder(plan) == "fast" and [idle.worker for idle in plan.idle_workers] == ["large"]
 
@@ -71,7 +71,7 @@ def test_layers_give_way_to_it() -> None:
 
 
 def test_a_worker_gets_a_layer_where_the_best_plans_leave_the_encoder_alone() -> None:
-    """The best plan for each holder of the encoder has its layers elsewhere."""
+    """The worker with the encoder would have no layers in the best plans."""
     plan = planned([worker("a", 290), worker("b", 290), worker("c", 100)])
     assert [(stage.worker, stage.start, stage.end) for stage in plan.stages] == [("a", 0, 1), ("b", 1, 12)]
     assert holder(plan) == "a" and plan.objective == "latency" and [idle.worker for idle in plan.idle_workers] == ["c"]
@@ -87,7 +87,7 @@ def test_a_worker_gets_a_layer_where_the_best_plans_leave_the_encoder_alone() ->
 
 
 def test_of_equal_workers_another_one_does_not_take_the_layers() -> None:
-    """`b` would be the best worker for all layers while `a` holds the encoder, as it has memory for more sequences."""
+    """`b` would be better for all layers if `a` held the encoder: `b` has memory for more sequences."""
     several, equal = replace(ONE, max_sequences=4), [worker("a", 420), worker("b", 420)]
     best = make_plan(SMALL, [worker("a", 320), worker("b", 420)], several)
     assert [stage.worker for stage in best.stages] == ["b"]
@@ -96,7 +96,7 @@ def test_of_equal_workers_another_one_does_not_take_the_layers() -> None:
 
 
 def test_one_worker_is_preferred_to_two_that_are_not_faster() -> None:
-    """`a` is best without the encoder, but with it needs `b`, which has room for all."""
+    """`a` is best without the encoder; with it, `a` needs `b`, which has room for all."""
     plan = planned([worker("a", 300), worker("b", 340)])
     assert holder(plan) == "b" and len(plan.stages) == 1 and plan.objective == "latency"
 

@@ -1,4 +1,4 @@
-"""Tests copies that go on behind a difference."""
+"""Tests of drafts that continue a copy behind a difference."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SOURCE = [*range(1000, 1100)]
 
 
 def behind(copied: int, added: list[int], resumed: list[int], source: list[int] = SOURCE) -> Draft:
-    """Returns the last draft, of four tokens at most, behind the source's first tokens, added ones and resumed ones; a
-    draft is made at each of the latter two."""
+    """Returns the last draft, of at most four tokens, behind a copied beginning of the source, added tokens and resumed
+    ones; a draft is made at each of the latter two."""
     drafter, tokens = NgramDrafter(), [*source, 1, *source[:copied]]
     draft = drafter.draft(tokens, 4)
     for token in (*added, *resumed):
@@ -54,7 +54,7 @@ def test_a_place_near_the_copy_is_better_than_a_newer_one() -> None:
 def test_a_copy_that_was_accepted_goes_on_where_it_ended() -> None:
     drafter, tokens = NgramDrafter(), [*SOURCE, 1, *SOURCE[:10]]
     drafter.draft(tokens, 128)
-    tokens += [*SOURCE[10:60], 5, 6, 1063]  # without a draft between
+    tokens += [*SOURCE[10:60], 5, 6, 1063]  # no draft in between
     assert drafter.draft(tokens, 2) == Draft((1064, 1065), RESUMED)
 
 

@@ -1,4 +1,4 @@
-"""Drafts of n-grams, compared with a search of all earlier places."""
+"""Compares n-gram drafts with a search of all earlier positions."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from support.seed import SEED
 
 SEEDS = [SEED + number for number in range(20)]
 MOST_READS = 2 * CANDIDATES * (LONGEST + 4) + 4 * LONGEST + 5 * CANDIDATES + 6 * MOST_DIFFERENT
-"""The most tokens that a draft may look at, however many there are."""
+"""The most tokens that a draft may read, for a text of any length."""
 BYTES_A_TOKEN = 26
-"""The bytes that a drafter may take for each token; 64 would be too many."""
+"""Bytes that a drafter may take for each token; 64 would be too many."""
 RESUMED_CLASSES = range(RESUMED, RESUMED + 2)
 GUESSED = (SUBSTITUTED, *RESUMED_CLASSES)
-"""Classes of drafts that go on with a copy where a longer match may be elsewhere."""
+"""Classes of drafts that continue a copy although a longer match may be elsewhere."""
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def following(tokens: Sequence[int], place: int, most: int) -> tuple[int, ...]:
 
 
 def expected(tokens: Sequence[int], most: int) -> tuple[int, ...]:
-    """Returns what followed the longest match, the newest of these."""
+    """Returns the continuation of the longest match, the newest one of that length."""
     places = range(len(tokens) - 1)
     length, place = max(((matching(tokens, place), place) for place in places), default=(0, 0))
     return following(tokens, place, most) if length else ()
@@ -73,7 +73,7 @@ def drafted(tokens: Sequence[int], most: int) -> Draft:
 
 
 def random_text(draw: random.Random, length: int) -> list[int]:
-    """Draws few or many different tokens, with copies of parts of the text."""
+    """Draws a text of few or many different tokens, with copies of its parts."""
     vocabulary = draw.choice([1, 2, 3, 10, 50_000])
     tokens: list[int] = []
     while len(tokens) < length:
@@ -138,7 +138,7 @@ def test_no_more_is_drafted_than_asked_for() -> None:
 
 
 def copy(shared: int) -> list[int]:
-    """Returns tokens that end with the first ones of a text that was there before."""
+    """Returns a text, another token, and a copy of the text's first `shared` tokens."""
     return [*range(100, 200), 1, *range(100, 100 + shared)]
 
 
@@ -169,7 +169,7 @@ def test_confidence_is_of_length_and_agreement(tokens: list[int], confidence: in
 def test_a_copy_goes_on_behind_a_substituted_token() -> None:
     tokens, drafter = copy(10), NgramDrafter()
     assert drafter.draft(tokens, 2) == Draft((110, 111), LONG)
-    tokens.append(7)  # in place of 110
+    tokens.append(7)  # instead of 110
     assert drafter.draft(tokens, 2) == Draft((111, 112), SUBSTITUTED)
     tokens.append(8)
     assert drafter.draft(tokens, 2) == NO_DRAFT
@@ -188,7 +188,7 @@ def test_a_copy_goes_on_where_its_last_tokens_have_many_newer_places() -> None:
 
 
 class Counted(list[int]):
-    """Counts the tokens that are read."""
+    """A list that counts the tokens that are read."""
 
     reads = 0
 
@@ -203,14 +203,14 @@ class Counted(list[int]):
 
 
 def colliding(draw: random.Random) -> list[int]:
-    """Draws pairs of tokens that share one chain."""
+    """Draws pairs of tokens that share one hash chain."""
     pairs = ((draw.randrange(1 << 20), draw.randrange(1 << 20)) for _ in count())
     same = (pair for pair in pairs if hash(pair) % 512 == 5)
     return [token for _ in range(250) for token in next(same)]
 
 
 def rising(draw: random.Random) -> list[int]:
-    """Returns tokens whose newest places match in fewer tokens than those before them."""
+    """Returns tokens whose newer positions match in fewer tokens than older ones."""
     base = [draw.randrange(1 << 20) for _ in range(LONGEST)]
     return [token for length in range(LONGEST - 1, 1, -1) for token in (-length - 2, *base[-length:])] + [-2, *base]
 

@@ -1,4 +1,4 @@
-"""Drafts from answers to other requests."""
+"""Tests of drafts from answers to other requests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BYTES_A_TOKEN = 24
 
 
 def drafted(answers: SharedAnswers, tokens: Sequence[int], most: int = 4, key: str = "") -> Draft:
-    """Drafts by the drafter of a new sequence, which has taken in its tokens."""
+    """Returns the draft of a new sequence, after its drafter has read all tokens."""
     drafter = SharedDrafter(answers, key)
     for _ in range(len(tokens) // STEP_TOKENS):
         drafter.draft(tokens, most)
@@ -49,7 +49,7 @@ def test_the_longer_match_is_drafted() -> None:
     answers = SharedAnswers(10_000)
     answers.add([*range(100, 120), 7, 8], "")
     own = [*range(110, 120), 9, 10, 1]
-    assert drafted(answers, [*own, *range(110, 120)], 2) == Draft((9, 10), LONG)  # as long: its own
+    assert drafted(answers, [*own, *range(110, 120)], 2) == Draft((9, 10), LONG)  # equal lengths: its own
     assert drafted(answers, [*own, *range(109, 120)], 2) == Draft((7, 8), SHARED)
     assert drafted(answers, [*own, 4, *range(111, 120)], 2) == Draft((9, 10), LONG)
 
@@ -116,7 +116,7 @@ def test_bytes_are_bounded_whatever_is_added(seed: int) -> None:
 
 
 def longest(texts: Sequence[Sequence[int]], tokens: Sequence[int], most: int) -> tuple[int, set[tuple[int, ...]]]:
-    """Returns the length of the longest match that something follows, and what follows those of this length."""
+    """Returns the length of the longest match with a continuation, and the continuations of this length."""
     found: dict[int, set[tuple[int, ...]]] = {0: set()}
     for text in texts:
         for place in range(len(text) - 1):

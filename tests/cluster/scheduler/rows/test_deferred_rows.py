@@ -1,4 +1,4 @@
-"""Tests when rows that a last stage defers break the protocol."""
+"""Tests when deferred rows of a last stage break the protocol."""
 
 from __future__ import annotations
 

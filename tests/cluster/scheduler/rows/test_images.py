@@ -1,4 +1,4 @@
-"""Rows of images in the scheduler: chunks, block keys, drafts and refusals, on a fake model that sees them."""
+"""Tests of image rows in the scheduler: chunks, block keys, drafts and refusals, on a fake model that sees them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def simulation(chosen: SchedulerSettings = SETTINGS, stages: int = 2, hop_us: fl
 
 
 def random_request(source: random.Random, kind: str) -> GenerationRequest:
-    """Draws a request; one in four is without pictures."""
+    """Draws a request; one in four has no pictures."""
     params = source.choice([SamplingParams(), SamplingParams(), SamplingParams(repetition_penalty=1.2)])
     request = GenerationRequest(
         "r", text(source, source.randint(1, 40)), source.choice([1, 5, 30]), params, source.randrange(3)
@@ -78,7 +78,7 @@ def random_request(source: random.Random, kind: str) -> GenerationRequest:
 
 
 def check_chunks(run: Simulation) -> None:
-    """Makes the simulation assert the bounds of every microbatch, and that groups are whole."""
+    """Makes the simulation check the limits of every microbatch, and that groups are whole."""
     check_writes(run)
     check, limits = run.check, run.scheduler.settings
 
@@ -130,12 +130,12 @@ def test_answers_depend_on_nothing_but_prompts_and_pictures(seed: int) -> None:
 
 
 def prompt_with(span: ImageSpan, question: int = 1, before: int = 0) -> GenerationRequest:
-    """Makes a prompt of a picture, behind `before` tokens, and a question."""
+    """Makes a prompt of `before` tokens, a picture and a question."""
     return with_pictures(GenerationRequest("r", (5,) * before + (question,) * 30, 3), [(before, span)])
 
 
 def cached(requests: Sequence[GenerationRequest]) -> list[int]:
-    """Returns the cached tokens of each, one after the other."""
+    """Returns the number of cached tokens of each request, one after the other."""
     run, found = simulation(), []
     for request in requests:
         before = run.scheduler.counts.cached_tokens
@@ -171,7 +171,7 @@ def test_a_picture_elsewhere_in_a_block_is_another_one() -> None:
 
 
 def test_rows_that_see_each_other_are_never_divided_and_never_starve() -> None:
-    """Other requests decode meanwhile, and shorter prompts keep coming."""
+    """Meanwhile other requests decode, and shorter prompts keep coming."""
     run = simulation(replace(SETTINGS, prefill_chunk=16))
     check_chunks(run)
     long = with_pictures(
@@ -216,7 +216,7 @@ def test_rope_positions_go_on_behind_a_picture() -> None:
 
 
 class CountedSpans(list[ImageSpan]):
-    """Counts how often a span is read."""
+    """A list that counts how often a span is read."""
 
     read = 0
 
@@ -231,7 +231,7 @@ class CountedSpans(list[ImageSpan]):
 
 @pytest.mark.parametrize("kind", ["plain", "turned"])
 def test_spans_are_read_once_however_many_there_are(kind: str) -> None:
-    """A prompt of 64 images of many spans would otherwise stop every stream for seconds."""
+    """A prompt of 64 images with many spans would otherwise stop every stream for seconds."""
     one = picture(1, 40, turned=kind == "turned")
     request = with_pictures(GenerationRequest("r", (5,) * 1000, 3), [(place, one) for place in range(1000)])
     tokens = request.prompt

@@ -1,4 +1,4 @@
-"""Rows without a result: how often their sequence is computed again, and when a worker is suspected."""
+"""Tests of rows without a result: how often their sequence is computed again, and when a worker is suspected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of a sequence, each alone."""
+"""Tests of the parts of a sequence, each alone."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_samplers_keep_what_tokens_change() -> None:
 
 
 class Read(array):  # type: ignore[type-arg]  # array has none at run time
-    """An array that counts the tokens that Python reads one by one; its slices count too."""
+    """An array that counts the tokens that Python reads one by one, also in its slices."""
 
     reads = 0
 
@@ -109,7 +109,7 @@ class Unread(list[int]):
 
 
 def test_no_token_is_read_again_for_penalties() -> None:
-    """However long the sequence, its history is copied as a whole."""
+    """The history is copied as a whole, however long the sequence."""
     request = GenerationRequest("r", PROMPT * 100, 9, SamplingParams(frequency_penalty=0.5), penalty_window=1000)
     sequence = Sequence(1, request, 9, Usage(0))
     plain = [*request.prompt]

@@ -1,4 +1,4 @@
-"""Slow matchers at the last stage: others' tokens come on, owners take turns, and no token changes."""
+"""Tests of slow matchers at the last stage: other answers continue, owners take turns, and no token changes."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation
 CONTEXT, BLOCKS = 400, 4000
 MS = 1_000_000
 STEP_NS = 2 * MS
-"""The time that each stage takes for a step, matchers apart."""
+"""Time of a step in each stage, without matchers."""
 Cost = Callable[[int, int], int]
-"""Nanoseconds of a matcher's row, by the answer's key and the number of tokens before."""
+"""Function of an answer's key and number of earlier tokens that returns the nanoseconds of a matcher's row."""
 
 
 @dataclass
 class SlowMatchers(FakeModel):
-    """Rows of answers with a grammar take as long as `cost` says, one after the other."""
+    """A model whose rows with a grammar take as long as `cost` says, one after the other."""
 
     cost: Cost = lambda key, position: 0
-    last_ns: int = 0  # of the microbatch
-    turns: list[int] = field(default_factory=list)  # keys, in the order of their rows
+    last_ns: int = 0  # of a microbatch
+    turns: list[int] = field(default_factory=list)  # keys in the order of their rows
 
     def begin(self, scheduled: ScheduledMicrobatch) -> None:
-        """Notes the costs of a microbatch before it is sent."""
+        """Records the costs of a microbatch before it is sent."""
         tasks = scheduled.inputs.tasks
         rows = [task.matcher for task in tasks if isinstance(task, SampleTask) and task.matcher is not None]
         self.last_ns = sum(self.cost(row.key, row.position) for row in rows)
@@ -73,13 +73,13 @@ def request(number: int, owner: str, tokens: int, group: str = "", *, grammar: b
 
 
 def until_known(run: Simulation, keys: Iterable[int], tokens: int = 2) -> None:
-    """Runs until each has `tokens` tokens or more: the first ones come together, since no cost is known yet."""
+    """Runs until each key has at least `tokens` tokens: the first ones come together, because no cost is known yet."""
     while any(len(run.rows(key)) < tokens for key in keys):
         run.step()
 
 
 def longest_gap_ns(run: Simulation, keys: list[int]) -> int:
-    """Runs until these have all of their tokens, and returns the longest time between two of one of them."""
+    """Runs until these keys have all tokens; returns the longest time between two tokens of one key."""
     last, counts, longest_ns = dict.fromkeys(keys, run.now_ns), Counter[int](), 0
     left = {key: run.scheduler.by_key[key].max_new_tokens for key in keys}
     while any(len(run.rows(key)) < left[key] for key in keys):
@@ -101,8 +101,8 @@ def check_tokens(run: Simulation, requests: Mapping[int, GenerationRequest]) -> 
 @pytest.mark.parametrize("slow_ms", [20, 45, 60, 180])
 @pytest.mark.parametrize("group", ["", "n"])
 def test_tokens_of_others_come_on_and_slow_answers_take_turns(stages: int, slow_ms: int, group: str) -> None:
-    """Sixteen slow answers would keep others waiting for sixteen times as long as one takes. Another's matcher that is
-    quick counts with the others."""
+    """Others wait for one of sixteen slow answers at a time, not for all of them. Another owner's quick matcher counts
+    as one of these others."""
     run, model = simulation(lambda key, position: slow_ms * MS * (key <= 16), stages)
     requests = {run.add(one): one for one in (request(number, "a", 40, group) for number in range(16))}
     slow = [*requests]
@@ -136,7 +136,7 @@ def test_owners_of_slow_answers_have_as_many_turns_as_others(numbers: tuple[int,
 
 
 def test_requests_of_one_owner_have_as_many_turns_as_others() -> None:
-    """One of them has many answers."""
+    """One of these requests has many answers."""
     run, model = simulation(lambda key, position: 60 * MS * (key != 1))
     requests = {run.add(one): one for one in (request(0, "b", 300), request(1, "a", 60, "single"))}
     requests |= {run.add(one): one for one in (request(number, "a", 60, "many") for number in range(10))}
@@ -172,7 +172,7 @@ def test_costs_that_come_and_go_keep_others_waiting_less(every: int) -> None:
 @pytest.mark.parametrize("claim", [5 * MS, 10_000 * MS, MAX_MATCHER_NS])
 @pytest.mark.parametrize("stages", [1, 3])
 def test_claims_of_a_lying_worker_stop_nobody(claim: int, stages: int) -> None:
-    """Rows without a matcher have no time to claim; others take turns for no reason, and none waits for ever."""
+    """Claimed times make answers take turns without need, but none waits for ever."""
     run, model = simulation(lambda key, position: claim, stages)
     model.begin = lambda scheduled: None  # type: ignore[method-assign]  # nothing takes so long
     requests = {run.add(one): one for one in (request(number, f"{number}", 20) for number in range(4))}
@@ -183,7 +183,7 @@ def test_claims_of_a_lying_worker_stop_nobody(claim: int, stages: int) -> None:
 
 
 def test_forced_tokens_wait_for_a_turn_as_well() -> None:
-    """Behind each sampled token of a slow matcher another one follows, so that its next rows are known ones."""
+    """A forced token follows each sampled token of a slow matcher, so that the next rows are known."""
 
     class Forcing(SlowMatchers):
         def _with_time(self, task: object, row: RowResult) -> RowResult:
@@ -203,7 +203,7 @@ def test_forced_tokens_wait_for_a_turn_as_well() -> None:
 
 @pytest.mark.parametrize("owners", ["ab", "aa", "abcd"])
 def test_a_slow_answer_that_is_computed_again_holds_up_no_turn(owners: str) -> None:
-    """Its own turn comes with its last rows."""
+    """The answer's own turn comes with its last rows."""
     run, model = simulation(lambda key, position: 60 * MS, stages=1, prefix_cache=False, prefill_chunk=8)
     requests = {run.add(one): one for one in (request(number, owner, 300) for number, owner in enumerate(owners))}
     until_known(run, requests, tokens=250)

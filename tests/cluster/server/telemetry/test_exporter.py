@@ -1,4 +1,4 @@
-"""Spans and metrics on their way to a collector that takes them, is slow, refuses them or is not there."""
+"""Tests of spans and metrics on their way to a collector that accepts them, is slow, refuses them or is absent."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Running:
-    """An exporter and what it counts."""
+    """An exporter and its counters."""
 
     def __init__(self, url: str, **settings: Any) -> None:
         traces, metrics = (Target(f"{url}/v1/{signal}", timeout_s=20.0) for signal in ("traces", "metrics"))
@@ -147,7 +147,7 @@ async def test_a_slow_collector_holds_up_nothing_and_what_finds_no_room_is_count
         running.exporter.put_record(record())
         await until(lambda: bool(collector.paths))
         for _ in range(10):
-            running.exporter.put_record(record())  # the queue takes four
+            running.exporter.put_record(record())  # the queue has room for four
         assert running.count("dropped") == 6
         collector.gate.set()
         await until(lambda: running.count("exported") == 5)

@@ -1,4 +1,4 @@
-"""The registries' metrics as OTLP: every one, with the values of /metrics."""
+"""Checks that every metric of the registries is exported as OTLP, with the values of /metrics."""
 
 from __future__ import annotations
 

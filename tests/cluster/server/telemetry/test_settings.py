@@ -1,4 +1,4 @@
-"""Tests where telemetry goes: keys of the cluster file, and OpenTelemetry's variables for what they leave open."""
+"""Tests where telemetry goes, by keys of the cluster file and then by OpenTelemetry's variables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The header `traceparent`, as W3C Trace Context has it, and which requests are traced."""
+"""Tests of the header `traceparent` of W3C Trace Context, and of the choice of traced requests."""
 
 from __future__ import annotations
 

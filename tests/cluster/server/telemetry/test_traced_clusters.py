@@ -1,4 +1,4 @@
-"""Telemetry of clusters of real processes: every stage and every recovery has a span, and no token changes."""
+"""Tests telemetry of clusters of real processes: every stage and every recovery has a span, and no token changes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def test_a_killed_worker_is_a_span_of_recovery_and_no_token_changes(
 
 
 def test_up_exports_what_its_file_says(model: Path, line: CommandLine, collector: OtlpCollector) -> None:
-    """Traces and metrics of two workers, the last ones at the end of `up`."""
+    """The collector gets traces and metrics of two workers, the last ones when `up` ends."""
     line.set_variables(
         OTEL_EXPORTER_OTLP_HEADERS="x-own=a%20b", OTEL_SERVICE_NAME="house", OTEL_BSP_SCHEDULE_DELAY="50"
     )

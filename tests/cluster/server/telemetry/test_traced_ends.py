@@ -1,4 +1,4 @@
-"""Tests that what is aborted at the end of a coordinator still has spans."""
+"""Checks that requests that the end of a coordinator aborts still have spans."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def test_telemetry_is_open_until_the_apis_have_ended(tmp_path: Path, monke
     pool, metrics = SimpleNamespace(operations=None), CollectorRegistry()
     cluster: Any = SimpleNamespace(config=config, record=ControlRecord(), models=(), metrics=metrics, pool=pool)
     telemetry = TelemetrySettings(traces=Target("http://127.0.0.1:1/v1/traces"), metrics=None)
-    signals: Any = None  # of no use before requests are served
+    signals: Any = None  # not used before requests are served
     front: Any = SimpleNamespace(settings=ApiSettings(), telemetry=telemetry, record=None)
     with pytest.raises(SupersededError):
         await serve._answer(cluster, ClusterDir(tmp_path), front, signals)

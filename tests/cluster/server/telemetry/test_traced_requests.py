@@ -1,4 +1,4 @@
-"""Requests of the API and their spans: parents, attributes, and what is not traced."""
+"""Tests of spans of API requests: parents, attributes, and what is not traced."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ async def test_spans_lie_within_their_parents() -> None:
         spans = await running.spans("/v1/completions", {"prompt": "x" * 100, "max_tokens": 12, "n": 2})
     by_id = {span.span_id: span for span in spans}
     assert len(by_id) == len(spans) and len([span for span in spans if not span.parent_span_id]) == 1
-    slack_ns = 2_000_000  # the clocks' offset is taken anew for each sequence
+    slack_ns = 2_000_000  # the clock offset is estimated anew for each sequence
     for span in spans:
         assert span.start_time_unix_nano <= span.end_time_unix_nano
         if span.parent_span_id:
@@ -185,7 +185,7 @@ async def test_refused_requests_have_spans_only_with_a_key() -> None:
 
 
 async def test_requests_that_pass_no_key_have_no_spans() -> None:
-    """Such requests have none, whatever refuses them: their senders could choose a span's text."""
+    """No refusal without a key has a span: its sender could choose the span's text."""
     async with traced(api_keys=(KEY,)) as running:
         for path, headers, status in (
             ("/health", {}, 405),
@@ -240,7 +240,7 @@ async def test_a_cancelled_request_is_traced() -> None:
 
 
 async def test_a_restored_request_stays_in_its_trace(tmp_path: Path) -> None:
-    """A coordinator that is killed leaves the context in the journal; the next one's spans belong to it."""
+    """The journal of a killed coordinator has the trace context, which the next coordinator's spans continue."""
     path, body = tmp_path / "journal", {"prompt": "Hello", "max_tokens": 30, "ignore_eos": True, "stream": True}
     headers = {**TRACEPARENT, "tracestate": "vendor=1,b=2", "idempotency-key": "one"}
     async with journalled(path, KilledJournal) as running:

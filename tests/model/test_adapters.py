@@ -1,4 +1,4 @@
-"""Adapter files: what is read, and what is refused, in one line that names the file and the place."""
+"""Checks that valid adapter files are read, and that others are refused in one line that names file and place."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_chosen_chat_template_stays(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_change_of_any_tensor_changes_the_digest(model: Path, tmp_path: Path) -> None:
-    """Equal names, shapes and sizes: two states of a training that changed one layer alone."""
+    """Checks that the digests of adapters with equal names, shapes and sizes differ if any one tensor differs."""
     path, plain = build_adapter(tmp_path / "a.gguf", model, rank=64, quant_type=QuantType.F16), open_model(model)
     trained = path.read_bytes()
     digests = {read_adapter(path, plain).identity}
@@ -176,7 +176,7 @@ WEIGHTS = {
     QuantType.F16: {0x7BFF: "", 0xFBFF: "", 0xFC00: "inf", 0x7E00: "nan"},
     QuantType.BF16: {0x477F: "", 0xC77F: "", 0xC780: "65536", 0x7F80: "inf", 0xFFC0: "nan"},
 }
-"""Bits of a weight, and how the error shows it, if it is refused."""
+"""Bits of a weight and the text that the error shows for it, empty if it is accepted."""
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)

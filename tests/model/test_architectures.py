@@ -1,4 +1,4 @@
-"""Architectures as programs: rotation frequencies, steps, the checks of tensors, and what the loader makes of them."""
+"""Tests of architectures as programs: rotation frequencies, steps, checks of tensors, and the loader's results."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_plain_frequencies() -> None:
 
 
 def test_frequencies_have_the_same_bits_everywhere() -> None:
-    """The frequencies are correctly rounded from the exact numbers: 10000^(-1/32), 10000^(-1/2) and 10000^(-31/32)."""
+    """Checks that frequencies are correctly rounded from the exact 10000^(-1/32), 10000^(-1/2) and 10000^(-31/32)."""
     frequencies = rope_table(PLAIN).frequencies
     assert frequencies[0] == 1.0
     assert frequencies[1] == float("0.7498942093324558273021842756")
@@ -67,7 +67,7 @@ def test_factors_divide() -> None:
 
 
 def yarn_of_ggml(rope: RopeParameters) -> tuple[list[float], float]:
-    """Computes ggml_rope_yarn_corr_dims and rope_yarn, for position 1."""
+    """Computes ggml_rope_yarn_corr_dims and rope_yarn for position 1."""
 
     def corr_dim(turns: float) -> float:
         ratio = rope.original_context_length / (turns * 2 * math.pi)
@@ -109,7 +109,7 @@ def test_tables_are_computed_once() -> None:
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ModelFile]:
-    """Opens a tiny model; equal arguments give the same one."""
+    """Returns a function that opens a tiny model; equal arguments give the same one."""
     folder, made = tmp_path_factory.mktemp("architectures"), dict[str, ModelFile]()
 
     def build(**options: Any) -> ModelFile:
@@ -292,7 +292,7 @@ def test_costs_add_up_to_all_tensors(make: Callable[..., ModelFile], experts: in
 
 @pytest.mark.parametrize(("gate", "fused"), [("gate", False), ("gate", True), (None, False)])
 def test_products_of_experts_are_counted_by_the_widths_of_both_sides(gate: str | None, fused: bool) -> None:
-    """The mixture's result is wider than its input; its shards have as many products together."""
+    """Checks a mixture whose output is wider than its input; its shards have equally many products in total."""
     x, out, routed = Buffer("x", 48), Buffer("out", 80), Buffer("routed", 96)
     inner = None if fused else gate
     mixture = Moe(x, out, "router", inner, "up", "down", experts=8, used=2, ffn_width=32, routed=routed, fused=fused)

@@ -1,4 +1,4 @@
-"""A child process that computes with untrusted input cannot hold up its parent, whatever it does."""
+"""Checks that a child process for untrusted input cannot block its parent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Costs of layers: weights by quant type are all that rows are multiplied with."""
+"""Checks that the weights of layer costs by quant type are all weights that rows are multiplied with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models with a gated delta net: which layers have it, what their keys say, and files of several forms."""
+"""Tests of models with a gated delta net: the layers with it, their keys, and several file formats."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 
 def changed(file: ModelFile, keys: Mapping[str, Any]) -> ModelFile:
-    """Returns the file with other keys of its architecture, without those that are None."""
+    """Returns the file with changed keys of its architecture; None removes a key."""
     prefix = file.metadata["general.architecture"]
     metadata = {**file.metadata, **{f"{prefix}.{key}": value for key, value in keys.items()}}
     return replace(file, metadata={key: value for key, value in metadata.items() if value is not None})
@@ -50,7 +50,7 @@ def whole(file: ModelFile, layers: int = 5) -> Program:
 
 @pytest.mark.parametrize("name", ["qwen3next", "qwen3next-old", "qwen35", "qwen35moe"])
 def test_every_second_layer_has_attention(make: Make, name: str) -> None:
-    """The other layers have two states, one of the last rows of the convolution and one of the rule."""
+    """Checks that the other layers have two states: the convolution's last rows and the delta rule's state."""
     kept, delta = whole(make(name)).kv_memory, MODELS[name].delta
     assert isinstance(delta, DeltaNet)
     width = (2 * delta.key_heads + delta.heads) * delta.dim
@@ -67,7 +67,7 @@ def test_every_second_layer_has_attention(make: Make, name: str) -> None:
 
 
 def test_kimi_linear_has_four_states_a_layer(make: Make) -> None:
-    """The states are of the convolutions of q, k and v, and of the rule; layers with KV heads keep latent keys."""
+    """Checks states of the convolutions of q, k and v and of the delta rule; layers with KV heads keep latent keys."""
     file, delta = make("kimi-linear"), MODELS["kimi-linear"].delta
     assert isinstance(delta, KimiDelta)
     rows = (delta.taps - 1) * delta.heads * delta.dim
@@ -84,7 +84,7 @@ def test_kimi_linear_has_four_states_a_layer(make: Make) -> None:
 def test_convolutions_of_kimi_linear_have_ones_in_their_shapes(
     make: Make, tmp_path: Path, shape: tuple[int, ...]
 ) -> None:
-    """Converters of different times write other shapes for the same program and weights; the file keeps its own."""
+    """Checks that other shapes of converters give the same program and weights, and that the file keeps its shape."""
     file, name = make("kimi-linear"), "blk.1.ssm_conv1d_k.weight"
     assert (file.tensor(name).shape, file.tensor("blk.1.ssm_a").shape) == ((1, 64, 1, 4), (1, 1, 4, 1))
     model = Model(file).file
@@ -130,7 +130,7 @@ def test_key_heads_of_qwen_3_5_are_tiled(make: Make) -> None:
 
 
 def test_layers_that_predict_further_tokens_are_kept_apart(make: Make) -> None:
-    """The last two layers stand in for such layers: they are in no program, and are not refused."""
+    """Checks that the last two layers, declared as MTP heads, are in no program and are not refused."""
     file = make("qwen35")
     apart = changed(file, {"nextn_predict_layers": 2})
     assert [step.layer for step in whole(apart, 3).kv_layers] == [1]
@@ -187,7 +187,7 @@ def test_bad_keys_are_refused(make: Make, name: str, keys: dict[str, Any], messa
 
 
 def test_costs_count_the_arithmetic_of_states(make: Make) -> None:
-    """Each number of a state costs four multiply-adds; the model's other weights are float32, too."""
+    """Checks that each number of a state costs four multiply-adds; all weights are float32."""
     file = make("qwen35")
     layers, width, delta = Model(file).costs(KvType.F16).layers, 64, MODELS["qwen35"].delta
     assert isinstance(delta, DeltaNet)

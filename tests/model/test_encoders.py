@@ -1,4 +1,4 @@
-"""Encoders: hidden states by an independent computation in float64; whole prompts; cuts that change no bit."""
+"""Compares encoders with an independent computation in float64; tests whole prompts and splits of layers."""
 
 from __future__ import annotations
 

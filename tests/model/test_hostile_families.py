@@ -1,7 +1,5 @@
-"""Damage to keys and tensors of every family: a model that runs, or a line that names the file, and nothing else.
-
-What is accepted is computed too, and planned for a GPU: kernels must not rely on more than the checks promise.
-"""
+"""Damages keys and tensors of every family: the model must run, or be refused in one line that names the file. Accepted
+models are computed and planned for a GPU, since kernels rely on the checks."""
 
 from __future__ import annotations
 
@@ -31,12 +29,12 @@ from support.arithmetic.batches import Chain
 from support.models.tiny_architectures import MODELS, TOKENS, build_architecture
 from support.seed import SEED
 
-DAMAGES = 20  # of each model, others in each run
+DAMAGES = 20  # per model, different in each run
 SMALL_BYTES = 2048
 MEMORY_LIMIT_BYTES = 1 << 25
 RUN_LIMITS = StageLimits(max_batch_tokens=32, max_outputs=32, max_sequences=2, max_context_tokens=64, kv_blocks=8)
 LARGEST_RUN_BYTES = 1 << 28
-"""The bytes that an accepted model may need for its 30 rows: a file of a few hundred KB buys no more."""
+"""The bytes that a run of 30 rows may need; larger models are not run."""
 
 WHOLE_NUMBERS = [
     0,
@@ -62,7 +60,7 @@ REAL_NUMBERS = [0.0, -0.0, -1.0, 1e-30, 1e30, 3.4e38, float("nan"), float("inf")
 
 @contextmanager
 def bounded_memory() -> Iterator[None]:
-    """Bounds the memory of Python objects and NumPy arrays."""
+    """Asserts that Python objects and NumPy arrays stay below a memory limit."""
     tracemalloc.start()
     try:
         yield
@@ -72,7 +70,7 @@ def bounded_memory() -> Iterator[None]:
 
 
 def other_value(random: Random, value: Any) -> Any:
-    """Returns another number, another kind, or an array that is too short, too long or differs from layer to layer."""
+    """Returns another number, a value of another kind, or an array of another length or with other numbers."""
     choice = random.randrange(10)
     if choice < 4:
         return random.choice(WHOLE_NUMBERS)
@@ -90,7 +88,7 @@ def other_value(random: Random, value: Any) -> Any:
 
 
 def with_damaged_key(random: Random, model: ModelFile, keys: list[str]) -> ModelFile:
-    """Replaces or removes a key of the model or of another family."""
+    """Replaces or removes a key of this or another family."""
     name = random.choice(keys)
     value = model.metadata.get(name)
     metadata = dict(model.metadata)
@@ -102,7 +100,7 @@ def with_damaged_key(random: Random, model: ModelFile, keys: list[str]) -> Model
 
 
 def with_damaged_tensor(random: Random, model: ModelFile) -> ModelFile:
-    """Removes a tensor, or gives it fewer rows, columns or dimensions, half the bytes, or another one's name."""
+    """Removes a tensor, renames it, or gives it fewer rows, columns, dimensions or bytes."""
     tensor = random.choice(sorted(model.tensors.values(), key=lambda each: each.name))
     tensors: dict[str, Tensor] = dict(model.tensors)
     del tensors[tensor.name]
@@ -124,12 +122,12 @@ def with_damaged_tensor(random: Random, model: ModelFile) -> ModelFile:
 
 
 def as_halves(tensor: Tensor, kind: QuantType) -> Tensor:
-    """Returns the tensor as one of another type, with the first of its bytes."""
+    """Returns the tensor with another type, over the first of its bytes."""
     return replace(tensor, quant_type=kind, n_bytes=tensor.rows * kind.info.row_bytes(tensor.shape[-1]))
 
 
 def plan_for_gpu(model: Model) -> None:
-    """Plans without a GPU: assertions hold, and what GPUs do not compute is a ModelFileError of one line."""
+    """Plans a run without a GPU; only a ModelFileError of one line is allowed."""
     try:
         program = model.program(0, model.layer_count, context_tokens=RUN_LIMITS.max_context_tokens)
         assert most_workspace_bytes(program, model.tensors_for(program), RUN_LIMITS) > 0
@@ -138,7 +136,7 @@ def plan_for_gpu(model: Model) -> None:
 
 
 def use(file: ModelFile) -> None:
-    """Loads and computes the file; the only error allowed is a ModelFileError of one line."""
+    """Loads and runs the file; only a ModelFileError of one line is allowed."""
     try:
         with bounded_memory():
             model = Model(file)
@@ -204,8 +202,8 @@ def test_damaged_keys_and_tensors(make: Callable[[str], ModelFile], key_names: l
 
 @pytest.mark.parametrize("name", MODELS)
 def test_small_tensors_of_halves(make: Callable[[str], ModelFile], name: str) -> None:
-    """GPU kernels read some as float32: models with other types there are refused or can be planned. Each name is tried
-    once."""
+    """Checks that tensors which GPU kernels read as float32 are refused in other types or can be planned. Each name is
+    tried once."""
     file, seen = make(name), set[str]()
     for tensor in file.tensors.values():
         ending = tensor.name.removeprefix(f"{tensor.layer}.")
@@ -223,8 +221,8 @@ def test_small_tensors_of_halves(make: Callable[[str], ModelFile], name: str) ->
 @pytest.mark.parametrize("name", ["llama-experts", "gpt-oss", "bailingmoe2", "gemma4-experts", "deepseek2"])
 @pytest.mark.parametrize("rows", ["one expert", "all experts"])
 def test_router_without_numbers(make: Callable[[str], ModelFile], tmp_path: Path, name: str, rows: str) -> None:
-    """A router of NaN chooses existing experts, the same on all CPUs; a router without any number makes logits NaN,
-    which fails requests by a line."""
+    """Checks that a router with NaN rows chooses existing experts, the same on all CPUs; a router of only NaN makes
+    logits NaN, which fails requests."""
     good = make(name)
     router = next(each for each in good.tensors.values() if each.name.endswith("ffn_gate_inp.weight"))
     content = bytearray(good.path.read_bytes())

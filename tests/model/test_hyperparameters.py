@@ -1,4 +1,4 @@
-"""Hyperparameters: golden values, defaults, and each number that is out of bounds or contradicts another."""
+"""Tests of hyperparameters: golden values, defaults, and numbers out of bounds or in contradiction."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BASE: dict[str, WritableValue] = {
 
 
 def read(folder: Path, **changes: WritableValue | None) -> Hyperparameters:
-    """Reads hyperparameters with `changes` to keys of `llama.` (dots written __); None leaves one out."""
+    """Reads hyperparameters with `changes` to keys of `llama.` (dots written __); None removes a key."""
     return read_hyperparameters(keys_of(folder, **changes).model)
 
 
@@ -75,7 +75,7 @@ def test_defaults(tmp_path: Path) -> None:
 def test_keys_that_would_change_the_arithmetic_are_refused(
     tmp_path: Path, key: str, neutral: WritableValue, other: WritableValue
 ) -> None:
-    """Such keys are refused unless the architecture reads them."""
+    """Checks that neutral values are accepted, and that others are refused unless the architecture reads them."""
     name = key.replace("__", ".")
     keys_of(tmp_path, **{key: neutral}).refuse_unread()
     with pytest.raises(ModelFileError, match=rf"llama\.{name}': .* is not supported"):

@@ -1,4 +1,4 @@
-"""Programs of models that read images: sections of rotations, and places of given rows."""
+"""Tests of programs of models that read images: rotation sections and positions of given rows."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_qwen2vl_is_qwen2_with_sections_in_runs(tmp_path: Path) -> None:
 
 
 def test_sections_in_turn(tmp_path: Path) -> None:
-    """The sections have 6, 5 and 5 pairs; the last pair is of time again."""
+    """Checks interleaved sections of 6, 5 and 5 pairs; the last pair belongs to time."""
     assert sections_of(program(build_architecture(tmp_path / "m.gguf", "qwen3vl"))) == {(*[0, 1, 2] * 5, 0)}
 
 
 @pytest.mark.parametrize("name", ["glm4", "glm4moe"])
 def test_texts_of_glm_have_sections_if_their_files_do(tmp_path: Path, name: str) -> None:
-    """Models with sections pair the two halves of a head, also GLM 4."""
+    """Checks that models with sections pair the two halves of a head, even GLM 4."""
     glm4 = replace(MODELS["chatglm"], architecture="glm4", post_norms=True)
     tiny = glm4 if name == "glm4" else MODELS[name]
     plain = program(build_tiny(tmp_path / "plain.gguf", tiny))

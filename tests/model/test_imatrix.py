@@ -1,4 +1,4 @@
-"""Importance matrices: both formats, and files that are none."""
+"""Tests of importance matrices in both formats, and of invalid files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Architectures with latent attention: scores' scale, gates, memory of a position, and files that are refused."""
+"""Tests of architectures with latent attention: score scales, gates, KV bytes of a token, and refused files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(folder: Path, name: str, **changes: Any) -> ModelFile:
-    """Opens a model with other keys of its own (dots written __); None leaves one out."""
+    """Opens a model with changed keys (dots written __); None removes a key."""
     path = folder / f"{name}.gguf"
     model = open_model(path if path.exists() else build_architecture(path, name))
     prefix = LATENT_MODELS[name].architecture
@@ -46,7 +46,7 @@ def attention_of(model: ModelFile) -> Attention:
 
 
 def magnitude_of(model: ModelFile) -> float:
-    """Returns the magnitude that queries and keys share."""
+    """Returns the magnitude that rotation gives queries and keys."""
     (magnitude,) = {step.table.scale for step in layer_of(model).steps if isinstance(step, Rope)}
     return magnitude
 
@@ -67,14 +67,14 @@ STRETCH = 0.1 * math.log(40)
 def test_stretched_rotations_scale_scores(
     folder: Path, name: str, changes: dict[str, Any], scale: float, magnitude: float
 ) -> None:
-    """Both parts of a score grow alike where the rotation's own magnitude does not say so."""
+    """Checks that YaRN scales both parts of a score, through the scale or through the rotation's magnitude."""
     model = opened(folder, name, **changes)
     assert attention_of(model).scale == pytest.approx(scale / math.sqrt(40), rel=1e-6)
     assert magnitude_of(model) == pytest.approx(magnitude, rel=1e-6)
 
 
 def test_a_position_takes_one_key_of_memory(folder: Path) -> None:
-    """Each layer keeps one key of 32 channels and 8 rotated ones, whatever the number of heads."""
+    """Checks that each layer keeps one key of 32 channels and 8 rotated ones per token, for any number of heads."""
     for kv_type, bytes_of in ((KvType.F16, 2 * 40), (KvType.Q8_0, 40 + 2 * 2)):
         costs = Model(opened(folder, "deepseek2")).costs(kv_type)
         assert {layer.kv_bytes_per_token for layer in costs.layers} == {bytes_of}
@@ -93,7 +93,7 @@ def test_costs_have_the_products_of_heads(folder: Path) -> None:
 
 
 def test_gates_of_files_without_the_key(folder: Path) -> None:
-    """The gate is softmax, but sigmoid for GLM-4.7-Flash, which is known by its layers and words."""
+    """Checks that the gate is softmax, or sigmoid for GLM-4.7-Flash, recognized by its layers and words."""
 
     def gating(**keys: Any) -> Gating:
         model = opened(folder, "deepseek2", expert_gating_func=None, **keys)

@@ -1,4 +1,4 @@
-"""Architectures whose norms have a mean: what of their files is refused, and the whole way to an answer."""
+"""Tests of architectures whose norms subtract the mean: refused files, and generation from file to answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.models.tiny_model import RandomTensor, source_of
 
 
 def changed(path: Path, name: str, monkeypatch: pytest.MonkeyPatch, **shapes: Any) -> Path:
-    """A model with tensors of other shapes, or without them."""
+    """Builds a model with other shapes of tensors; None removes a tensor."""
 
     def other(tensor: RandomTensor, *rest: Any, **named: Any) -> Any:
         key = tensor.name.replace(".", "__")

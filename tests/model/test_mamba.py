@@ -1,4 +1,4 @@
-"""Models with Mamba 2: which layers have which block, and files that contradict themselves."""
+"""Tests of models with Mamba 2: the blocks of each layer, and contradictory files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Model
 
 
 def changed(model: Model, **keys: Any) -> Model:
-    """Returns the model with other keys of its own, dots written __; None leaves one out."""
+    """Returns the model with changed keys (dots written __); None removes a key."""
     prefix = model.file.metadata["general.architecture"]
     own = {f"{prefix}.{key.replace('__', '.')}": value for key, value in keys.items()}
     metadata = {key: value for key, value in {**model.file.metadata, **own}.items() if value is not None}
@@ -38,14 +38,14 @@ def changed(model: Model, **keys: Any) -> Model:
 
 
 def blocks(model: Model) -> list[str]:
-    """Returns the blocks of each layer, as letters."""
+    """Returns the blocks of each layer as letters."""
     letters: dict[type[Step], str] = {Scan: "M", Attention: "*", Moe: "E", Activate: "-"}
     layers = (model.program(layer, layer + 1).steps for layer in range(model.layer_count))
     return ["".join(letters.get(type(step), "") for step in steps) for steps in layers]
 
 
 def test_layers_have_the_blocks_that_the_file_says(models: dict[str, Model]) -> None:
-    """A convolution and the experts' shared network have an activation, too."""
+    """Checks the blocks; a convolution and the experts' shared network have activations ("-")."""
     assert blocks(models["granitehybrid"]) == ["-M", "-M", "*", "-M", "*"]
     assert blocks(models["granitehybrid-experts"]) == ["-ME", "-ME", "*E", "-ME", "*E"]
     assert blocks(models["falcon-h1"]) == ["*-M"] * 4
@@ -54,7 +54,7 @@ def test_layers_have_the_blocks_that_the_file_says(models: dict[str, Model]) -> 
 
 
 def test_rotations_are_those_of_the_file(models: dict[str, Model]) -> None:
-    """Granite's key says whether there are rotations; Nemotron has none."""
+    """Checks that Granite's key decides on rotations; Nemotron has none."""
     rotations = {
         name: sum(isinstance(step, Rope) for step in model.program(0, model.layer_count).steps)
         for name, model in models.items()
@@ -120,7 +120,7 @@ def test_a_router_of_experts_reads_the_hidden_state(models: dict[str, Model]) ->
 
 
 def test_the_norm_of_groups_is_one_each(models: dict[str, Model]) -> None:
-    """Falcon H1 has no such norm if its file has none."""
+    """Checks that each group has its own norm; Falcon H1 has none without the tensor."""
 
     def norms(name: str) -> list[RmsNorm]:
         steps = models[name].program(0, 1).steps
@@ -133,7 +133,7 @@ def test_the_norm_of_groups_is_one_each(models: dict[str, Model]) -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODELS if MODELS[name].mamba is not None])
 def test_small_tensors_are_float32(name: str, tmp_path: Path) -> None:
-    """Decays and factors of heads have no rows that could be quantized."""
+    """Checks that decays of heads, which have no quantizable rows, must be float32."""
     with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model:
         tensor = next(name for name in model.file.tensors if name.endswith("ssm_a"))
         tensors = {**model.file.tensors, tensor: replace(model.file.tensors[tensor], quant_type=QuantType.F16)}
@@ -142,7 +142,7 @@ def test_small_tensors_are_float32(name: str, tmp_path: Path) -> None:
 
 
 def test_costs_count_states_and_scans(models: dict[str, Model]) -> None:
-    """A layer has a state of 128 x 16 float32 and 3 rows of 192, or keys and values of two heads; Falcon's both."""
+    """Checks states of 128 x 16 float32 and 3 rows of 192, or keys and values of two heads; Falcon has both."""
     layers = models["granitehybrid"].costs(KvType.F16).layers
     state = 4 * (128 * 16 + 3 * 192)
     assert [layer.state_bytes for layer in layers] == [state, state, 0, state, 0]

@@ -1,4 +1,4 @@
-"""The program of an MTP head, compared with its arithmetic written out in float64."""
+"""Compares the program of an MTP head with its arithmetic in float64."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Model:
 
 
 class GlmNextn:
-    """A head of GLM 4.5, as the DeepSeek V3 report (section 2.2) has it, around a decoder layer of GLM."""
+    """An MTP head of GLM 4.5 by the DeepSeek V3 report (section 2.2), around a decoder layer of GLM."""
 
     def __init__(self, model: Model) -> None:
         self._tensors = {
@@ -41,7 +41,7 @@ class GlmNextn:
             for name, tensor in model.file.tensors.items()
         }
         self._layer = f"blk.{model.layer_count}"
-        self.margins = np.zeros(_ROWS)  # how far each row's last chosen expert is above the best of the others
+        self.margins = np.zeros(_ROWS)  # the margin of each row's last chosen expert over the best other one
 
     def logits(self, tokens: NDArray[np.int32], before: Float64) -> Float64:
         embedded = self._norm(self._tensors["token_embd.weight"][tokens], "nextn.enorm")
@@ -93,7 +93,7 @@ def _inner(x: Float64, gate: Float64, up: Float64, down: Float64) -> Float64:
 
 
 def _rotated(x: Float64) -> Float64:
-    """The first channels of each head turn, those half of them apart together."""
+    """Rotates the first channels of each head, in pairs half of them apart."""
     half = _ROTATED // 2
     angles = np.arange(_ROWS)[:, None] * 10000.0 ** (-np.arange(half) / half)
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
@@ -122,7 +122,7 @@ def test_logits_are_those_of_the_published_arithmetic(tmp_path: Path, backend: B
     found = stage.run(_batch(tokens), before)
     exact, head = before.astype(np.float64), GlmNextn(model)
     wanted = head.logits(tokens, exact)
-    same_experts = head.margins > 0.01  # keys and values are float16: a row between two experts may choose the other
+    same_experts = head.margins > 0.01  # keys and values are float16: a row with nearly tied experts may choose another
     assert same_experts.sum() > _ROWS / 2, f"seed {SEED}"
     error = np.linalg.norm((found - wanted)[same_experts]) / np.linalg.norm(wanted[same_experts])
     assert error < 2e-3, f"seed {SEED}"
@@ -195,7 +195,7 @@ def test_costs_have_its_layer_and_what_a_token_does_not_read(model: Model) -> No
     found = costs_with_nextn(model, plain, KvType.F16)
     own = [tensor for name, tensor in model.file.tensors.items() if name.startswith(f"blk.{model.layer_count}.")]
     added = sum(tensor.resident_bytes for tensor in own)
-    if "output.weight" in model.file.tensors:  # else the last stage has the embedding as it is
+    if "output.weight" in model.file.tensors:  # otherwise the last stage already has the embedding
         assert found.nextn_embedding_bytes == model.file.tensor("token_embd.weight").resident_bytes
     before, last = plain.layers[-1], found.layers[-1]
     assert last.weight_bytes - before.weight_bytes + found.nextn_bytes == added

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: the same tensors as in GGUF, in any pieces, and what is refused by name."""
+"""Checks that adapters in PEFT's format give the same tensors as in GGUF, and that others are refused by name."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ CANDIDATES = (
     *("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj", "mlp.down_proj", "mlp.c_fc", "mlp.c_proj"),
     *("attn.c_attn", "attn.c_proj"),
 )
-"""Modules of layers in any architecture."""
+"""Names of a layer's modules in any architecture."""
 SUPPORTED = [
     name
     for name, tiny in MODELS.items()

@@ -1,4 +1,4 @@
-"""Rules for tensors as llama.cpp's `-ot` has them: what they say of layers and experts, and which are refused."""
+"""Tests of tensor placement rules like llama.cpp's `-ot`: their effect on layers and experts, and refused rules."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_first_rule_that_matches_decides(model: Model) -> None:
 
 
 def test_norms_are_where_the_matrices_are(model: Model) -> None:
-    """A rule for experts that happens to match a norm does not move the layer or contradict its rule."""
+    """Checks that a rule for experts which also matches a norm neither moves the layer nor contradicts its rule."""
     apart = said(model, r"ffn_.*=CPU,attn_.*=CUDA0")
     assert (set(apart.layers), set(apart.experts)) == ({"cuda:0"}, {True})
     assert set(said(model, r"ffn_.*=CPU,attn_.*=CPU").layers) == {"ram"}
@@ -139,7 +139,7 @@ def test_what_is_no_rule(text: str, told: str) -> None:
 
 
 def test_a_pattern_that_backtracks_ends(model: Model) -> None:
-    """A backtracking matcher would take 2 ** 20 steps and more for each name of a tensor."""
+    """Checks a pattern for which a backtracking matcher takes 2 ** 20 steps or more per tensor name."""
     rules = list(read_rules(r"((\w|\.)+)+(\w+\.?)*!=CPU,exps=CPU"))
     with pytest.raises(UsageError, match="matches none of"):
         placement_of(model, rules, None)
@@ -153,7 +153,7 @@ def test_what_rules_decide_on(model: Model) -> None:
 
 
 def expected(rules: Sequence[PlacementRule], names: Sequence[str]) -> Mapping[str, str | None]:
-    """Returns what Python's own matcher finds, one tensor at a time."""
+    """Returns the device of each tensor as Python's regular expressions find it."""
     return {
         name: next((rule.device for rule in rules if re.search(rule.pattern, name) is not None), None) for name in names
     }
@@ -167,7 +167,7 @@ def drawn_rule(draws: random.Random) -> PlacementRule:
 
 
 def test_random_rules_are_obeyed_to_the_tensor_or_refused(model: Model) -> None:
-    """Every tensor is where its rule says, and nothing is in RAM without a rule."""
+    """Checks that every tensor is where its rule says, and that none is in RAM without a rule."""
     draws, obeyed = random.Random(SEED), 0
     names = [name for name in model.file.tensors if name.startswith("blk.")]
     for _ in range(300):
@@ -183,6 +183,6 @@ def test_random_rules_are_obeyed_to_the_tensor_or_refused(model: Model) -> None:
             place = "ram" if is_expert and in_ram else device
             if wanted is None:
                 assert place != "ram" or not name.endswith(("_exps.weight", "attn_q.weight")), (rules, name)
-            elif not name.endswith(("ffn_gate_inp.weight", "_norm.weight")):  # these go with the matrices
+            elif not name.endswith(("ffn_gate_inp.weight", "_norm.weight")):  # placed with the matrices
                 assert place == wanted or (wanted == "gpu" and place not in (None, "ram")), (rules, name)
     assert obeyed > 20, SEED

@@ -1,4 +1,4 @@
-"""The pooling that model files name."""
+"""Tests of the pooling that model files declare."""
 
 from __future__ import annotations
 

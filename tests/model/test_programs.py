@@ -1,4 +1,4 @@
-"""Programs that architectures emit for files: windows, scales, rotations, experts; tensors checked, costs complete."""
+"""Tests of programs that architectures emit: windows, scales, rotations, experts, checks of tensors, complete costs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from support.models.tiny_architectures import MODELS, build_architecture
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ModelFile]:
-    """Opens a model of MODELS, with other keys of its own (dots written __) if some are given; None leaves one out."""
+    """Returns a function that opens one of MODELS with changed keys (dots written __); None removes a key."""
     folder = tmp_path_factory.mktemp("programs")
 
     def build(name: str, **changes: Any) -> ModelFile:
@@ -57,7 +57,7 @@ def whole(model: ModelFile) -> Program:
 
 
 def with_layers(model: ModelFile, layers: int) -> ModelFile:
-    """Returns the model with this many layers, all with the tensors of its first one."""
+    """Returns the model with this many layers, copies of the first one."""
     first = [tensor for name, tensor in model.tensors.items() if name.startswith("blk.0.")]
     copies = [
         replace(one, name=one.name.replace("blk.0.", f"blk.{layer}.")) for layer in range(layers) for one in first
@@ -84,7 +84,7 @@ def test_every_tensor_is_named_checked_and_counted(make: Callable[..., ModelFile
     cut = [build_program(file, layer, layer + 1) for layer in range(program.layers)]
     carried = (
         (Slice, Join) if name in ("gemma3n", "gemma4-inputs") else ()
-    )  # each stage has the inputs of its layers and later ones
+    )  # each stage carries the inputs of its own and later layers
     steps = [step for stage in cut for step in stage.steps if not isinstance(step, carried)]
     assert steps == [step for step in program.steps if not isinstance(step, carried)]
     assert [stage.hidden.width for stage in cut[1:]] == [stage.out.width for stage in cut[:-1]]
@@ -123,14 +123,14 @@ _OPTIONAL = {
 
 
 def wanted_instead(model: str, name: str) -> str:
-    """Returns the first part of a fused tensor."""
+    """Returns the first of the tensors that could replace a fused one."""
     if MODELS[model].delta is not None:
         return name.replace("ssm_in", "attn_qkv").replace("ssm_ba", "ssm_beta")
     return name.replace("_qkv", "_q").replace("gate_up_exps", "gate_exps")
 
 
 def test_values_without_a_weight_are_keys(make: Callable[..., ModelFile]) -> None:
-    """Values are the keys before those are normed."""
+    """Checks that values are the keys before their norm."""
     steps = whole(make("gemma4")).steps
     norms = [step for step in steps if isinstance(step, RmsNorm) and step.out.name == "value"]
     assert [norm.x.name for norm in norms] == ["value", "value", "key"] * 2
@@ -146,7 +146,7 @@ def test_last_layers_read_the_keys_and_values_of_others(make: Callable[..., Mode
 
 
 def test_sparse_layers_of_gemma_3n_are_those_of_the_file(make: Callable[..., ModelFile]) -> None:
-    """Layers with -inf in the file have no such step; the others have its number."""
+    """Checks that layers with -inf in the file have no sparsity step, and that the others have the file's number."""
     scales = np.array([1.5, -np.inf, -0.25] + [-np.inf] * 19, np.float32)
     steps = whole(make("gemma3n", activation_sparsity_scale=scales)).steps
     assert [step.factor for step in steps if isinstance(step, GaussianTopK)] == [1.5, -0.25]
@@ -278,7 +278,7 @@ def test_experts(make: Callable[..., ModelFile]) -> None:
 
 
 def test_experts_by_keys(make: Callable[..., ModelFile]) -> None:
-    """Gates, groups and scale follow from the keys; the first layer has no experts."""
+    """Checks that gates, groups and scale follow from the keys, and that the first layer has no experts."""
     (step, *others) = [step for step in whole(make("bailingmoe2")).steps if isinstance(step, Moe)]
     assert len(others) == MODELS["bailingmoe2"].layers - 2
     assert (step.options.gating, step.options.groups, step.options.used_groups, step.options.scale) == (
@@ -337,7 +337,7 @@ SECTIONED = ("qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe")
 def test_sections_turn_all_pairs_with_a_text(
     make: Callable[..., ModelFile], name: str, sections: tuple[int, ...]
 ) -> None:
-    """Sections change nothing else, and pairs that no section claims turn by time."""
+    """Checks that sections change nothing else, and that pairs outside of all sections rotate by time."""
     program = whole(make(name, rope__dimension_sections=np.array(sections, np.int32)))
     assert without_sections(program) == without_sections(whole(make(name)))
     assert all(max(step.sections or ()) < 4 for step in program.steps if isinstance(step, Rope))
@@ -369,7 +369,7 @@ def test_values_as_wide_as_keys(make: Callable[..., ModelFile]) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_worker_without_the_file_computes_the_same(make: Callable[..., ModelFile], name: str, tmp_path: Path) -> None:
-    """The worker has the manifest and the tensors that programs need, for the context that the stage is planned for."""
+    """Checks that a worker with the manifest and the needed tensors builds the same program for the planned context."""
     pattern = {"attention__sliding_window_pattern": np.array([True, True, False, True])} if name == "gemma2" else {}
     file, limits = make(name, **pattern), StageLimits(8, 8, 2, MODELS[name].context, 64)
     (tmp_path / "manifest").write_bytes(make_manifest(file))

@@ -1,4 +1,4 @@
-"""Every architecture in Q8_0 compared with llama.cpp, whose logits of the same weights are in `data/architectures`."""
+"""Compares every architecture in Q8_0 with llama.cpp's logits of the same weights, recorded in `data/architectures`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from support.models.tiny_architectures import (
 from support.paths import DATA
 
 BOUND = 2e-3
-"""The bound of a position's error, in the median: a router's rounding may choose other experts in some of them."""
+"""The bound of the median error over positions; rounding of a router may change the experts of some positions."""
 FURTHER = 2.5
 """The largest ratio of our error to llama.cpp's, both against float32 logits of the same weights. Both programs round
-activations to 8 bits in their own ways: many layers or steep functions amplify that."""
+activations to 8 bits in different ways; many layers or steep functions amplify that."""
 
 
 def computed(path: Path, name: str) -> NDArray[np.float32]:
@@ -47,7 +47,7 @@ def computed(path: Path, name: str) -> NDArray[np.float32]:
 
 
 def median_error(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
-    """Returns the median of the positions' sum((found - wanted)^2) / sum(wanted^2)."""
+    """Returns the median over positions of sum((found - wanted)^2) / sum(wanted^2)."""
     exact = wanted.astype(np.float64)
     return float(np.median(((found - exact) ** 2).sum(axis=1) / (exact**2).sum(axis=1)))
 

@@ -1,4 +1,4 @@
-"""Prompts of a query and a document by a template, and the score of classes."""
+"""Tests of reranking prompts from a template, and of scores from classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bench`: what it counts, what it prints, in this process and on workers."""
+"""Tests of `bench`: what it counts and prints, in this process and on workers."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ MATRICES = LAYERS * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV_WIDTH + 3 * HIDDEN * 
 
 @pytest.fixture(autouse=True)
 def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The probes have tests of their own, and half a gigabyte may take a machine long to provide."""
+    """Replaces the probes, which have their own tests and allocate half a gigabyte."""
     monkeypatch.setattr(probes, "ReadProbe", FakeProbe)
 
 
 class FakeProbe:
-    """A machine that reads 10 GB/s, then 20, then 30, ..."""
+    """A probe that measures 10 GB/s, then 20, then 30, ..."""
 
     def __init__(self, threads: int) -> None:
         self._gb_s = 0.0
@@ -77,13 +77,13 @@ def test_work_counts_what_is_read_and_multiplied(tiny: Path) -> None:
     norms = (2 * LAYERS + 1) * HIDDEN * 4
     keys_and_values = (
         LAYERS * 2 * KV_WIDTH * 2 * 2 * 10
-    )  # float16; two sequences, behind 5, 6, ... 13 tokens and its own
+    )  # float16; two sequences, after 5, 6, ... 13 tokens, plus the new one
     assert work.decode_bytes == pytest.approx(weights + norms + keys_and_values)
     assert work.float_share == 0
 
 
 def test_weights_count_as_the_file_holds_them(tmp_path: Path) -> None:
-    """A tile of IQ1_S takes a quarter more; with two experts out of two and out of four, a token reads as much."""
+    """Checks IQ1_S, whose tiles are a quarter larger than in the file, and two used experts of two and of four."""
     path, task = tmp_path / "tiny.gguf", BenchTask(tmp_path, 1, generate=1)
     shape = {"layers": LAYERS, "hidden": HIDDEN, "ffn": FFN, "quant_type": QuantType.IQ1_S}
     read = Work.of(Model.open(build_tiny_model(path, **shape)), task).decode_bytes  # type: ignore[arg-type]
@@ -93,21 +93,21 @@ def test_weights_count_as_the_file_holds_them(tmp_path: Path) -> None:
         Work.of(Model.open(build_tiny_model(path, experts=n, **shape)), task).decode_bytes  # type: ignore[arg-type]
         for n in (2, 4)
     )
-    assert four - two == LAYERS * 2 * HIDDEN * 4  # of routers
+    assert four - two == LAYERS * 2 * HIDDEN * 4  # the routers
 
 
 def test_keys_and_values_outside_the_window_are_not_read(tmp_path: Path) -> None:
     path, task = tmp_path / "tiny.gguf", BenchTask(tmp_path, 1, depth=5, generate=9)
     whole = Work.of(Model.open(build_tiny_model(path)), task).decode_bytes
     seen = Model.open(build_tiny_model(path, extra={"llama.attention.sliding_window": 8}))
-    unseen = (1 + 2 + 3 + 4 + 5 + 6) / 9  # tokens of a step: 6, 7, 8, then 8 of 9, 10, ... 14
+    unseen = (1 + 2 + 3 + 4 + 5 + 6) / 9  # tokens in the window: 6, 7, 8, then 8 of 9, 10, ... 14
     assert whole - Work.of(seen, task).decode_bytes == pytest.approx(
         unseen * sum(layer.kv_bytes_per_token for layer in seen.costs(task.kv_type).layers)
     )
 
 
 def test_windows_count_in_the_layers_that_have_them(tmp_path: Path) -> None:
-    """Every other layer of gemma2 has windows; none of qwen2 has, whatever the file says."""
+    """Checks that every other layer of gemma2 has windows, and that qwen2 has none, whatever the file says."""
     task, path = BenchTask(tmp_path, 1, depth=9, generate=1), tmp_path / "tiny.gguf"
     with Model.open(build_architecture(path, "gemma2")) as model:
         kv = [layer.kv_bytes_per_token for layer in model.costs(task.kv_type).layers]
@@ -124,11 +124,11 @@ def test_float_weights_are_told_apart(tmp_path: Path) -> None:
     task = BenchTask(tmp_path, 1, prompt=10)
     assert Work.of(Model.open(build_tiny_model(tmp_path / "f16.gguf", quant_type=QuantType.F16)), task).float_share == 1
     mixture = Model.open(build_tiny_model(tmp_path / "moe.gguf", experts=4, quant_type=QuantType.Q8_0))
-    assert 0 < Work.of(mixture, task).float_share < 0.05  # routers
+    assert 0 < Work.of(mixture, task).float_share < 0.05  # the routers
 
 
 def test_shares_are_those_of_pairs() -> None:
-    """The machine reads 40 GB/s and then 80: the same kernel is near both limits, each at its time."""
+    """Checks a machine that reads 40 GB/s and then 80, with a kernel near each limit at its time."""
     pairs = [Pair(38, 40, 40), Pair(39, 40, 41), Pair(38, 40, 80), Pair(76, 79, 80), Pair(77, 80, 80)]
     share = Spread.of(pair.share for pair in pairs)
     assert (share.median, share.least, share.most) == (76 / 79.5, 38 / 60, 39 / 40.5)
@@ -217,14 +217,14 @@ def test_workers_are_measured_as_a_cluster(tiny: Path) -> None:
 
 
 def test_as_many_workers_as_layers_are_used(tiny: Path) -> None:
-    """All workers are used, however little they bring."""
+    """Checks that all workers are used although most add little speed."""
     report = run_bench(BenchTask(tiny, 1, prompt=20, generate=4, repeats=1, workers=LAYERS), lambda what: None)
     check(report.as_json(), workers=LAYERS)
 
 
 def test_a_cut_has_exactly_so_many_stages_and_the_slowest_is_quick() -> None:
     layer = LayerCost(0, 10, 0, used_file_bytes=100)
-    costs = ModelCosts(0, 0, 0, (layer,) * 30, head_file_bytes=8 * 121)  # eight layers' time
+    costs = ModelCosts(0, 0, 0, (layer,) * 30, head_file_bytes=8 * 121)  # takes as long as eight layers
     for workers in range(1, 31):
         cut = even_split(costs, workers)
         assert len(cut) == workers and cut[0][0] == 0 and cut[-1][1] == 30
@@ -238,7 +238,7 @@ def test_a_cut_has_exactly_so_many_stages_and_the_slowest_is_quick() -> None:
 def test_an_interrupted_cluster_leaves_nothing(
     tiny: Path, tmp_path: Path, number: signal.Signals, command: str
 ) -> None:
-    """The signal comes as soon as the command has made its folder, and once it works."""
+    """Checks a signal as soon as the command's folder exists, and one during the work."""
     (tmp_path / "text").write_text("the cat sat on a mat " * 20000)
     words = ["bench", str(tiny), "-r", "100"]
     if command == "perplexity":

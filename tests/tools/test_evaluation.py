@@ -1,4 +1,4 @@
-"""Logits kept and compared, endings chosen: beside llama.cpp's arithmetic written out, and through the command line."""
+"""Compares saved logits and chosen endings with llama.cpp's arithmetic, directly and through the command line."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def some_chunks(count: int) -> list[tuple[int, ...]]:
 
 
 def test_the_file_is_laid_out_as_llama_cpp_reads_it(tmp_path: Path) -> None:
-    """Each row: float32 scale and least logprob, then sixteen bits a token, an even number of them."""
+    """Checks each row: float32 scale and least logprob, then an even number of 16-bit values, one per token."""
     chunks, logits = some_chunks(2), random_logits(14, 1)
     logits[0, 3] = -1000.0
     logits[1, :] = 2.5

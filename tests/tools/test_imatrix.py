@@ -1,5 +1,5 @@
-"""An importance matrix is the squares of what the reference backend multiplies each matrix with, expert by expert; and
-quantizing takes each expert's own."""
+"""Checks that an importance matrix has the squared inputs of each matrix and expert in the reference backend, and that
+quantization uses each expert's own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from support.models.tiny_model import build_tiny_model
 
 Floats = NDArray[np.floating]
 TOKENS = 80
-"""More than are run at once."""
+"""Number of tokens, more than are computed at once."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def _squares(x: Floats) -> Floats:
 
 
 def _expected(model: Model, tokens: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[int, Floats]]:
-    """Squares by tensor and expert, of a run of the reference."""
+    """Returns sums of squared inputs by tensor and expert, from a run of the reference backend."""
     found: dict[str, dict[int, Floats]] = {}
 
     def watched(step: Step, state: State) -> None:
@@ -92,7 +92,7 @@ def test_sums_are_those_of_the_reference(path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_each_head_has_sums_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matrices of latent attention."""
+    """Checks matrices of latent attention."""
     tokens = tuple(int(token) for token in np.random.default_rng(3).integers(0, 300, TOKENS))
     with Model.open(build_architecture(tmp_path / "m.gguf", "deepseek2-lite")) as model:
         matrix = collect(model, [tokens], 2, "text", True, lambda what, done, total: None)

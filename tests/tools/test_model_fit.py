@@ -1,4 +1,4 @@
-"""The memory that `model info` reports is what loading the model takes."""
+"""Checks that the memory which `model info` reports equals the memory that loading takes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _limits(tokens: int) -> StageLimits:
-    """Returns limits of a cluster with all defaults, and KV memory for one sequence."""
+    """Returns limits of a cluster with default settings and KV memory for one sequence."""
     config = ClusterConfig.model_validate({"model": "m", "workers": [{"name": "a"}]})
     return capacity_of(config, tokens).stage_limits(BlockCounts(blocks_of(tokens)))
 
@@ -84,7 +84,7 @@ def test_what_fits_fits_and_one_more_does_not(tiny: Path) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "qwen35", "lfm2", "granitehybrid", "falcon-h1"])
 def test_plans_and_models_in_one_process_reserve_the_same(name: str, tmp_path: Path) -> None:
-    """A worker, this process and `model info` count the same keys, values and states of one context."""
+    """Checks that a worker, this process and `model info` count the same keys, values and states for one context."""
     path = build_architecture(tmp_path / "m.gguf", name)
     found = fit(path, 1 << 40, 1)
     blocks = -(-found.context_length // KV_BLOCK_TOKENS)

@@ -1,4 +1,4 @@
-"""Outputs that is also an input file, or what is no file."""
+"""Checks that input files and special files are never replaced by outputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_conversion_replaces_nothing_that_it_reads(name: str, tmp_path: Path) 
     with pytest.raises(UsageError, match="already exists and is not a model file"):
         converted(model, model / name)
     assert (model / name).read_bytes() == before
-    for _ in range(2):  # a model file is replaced
+    for _ in range(2):  # a model file may be replaced
         converted(model, model / "out.gguf")
 
 
@@ -52,6 +52,6 @@ def test_an_importance_matrix_replaces_neither_its_model_nor_its_text(tmp_path: 
 
 
 def test_a_device_is_no_text() -> None:
-    """Some of them never end."""
+    """Checks a device; some devices never end."""
     with pytest.raises(UsageError, match="not a text file"):
         read_text(Path("/dev/null"))

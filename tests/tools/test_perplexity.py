@@ -1,4 +1,4 @@
-"""Perplexity by llama.cpp's convention, the same digits in this process, over HTTP and on two workers."""
+"""Checks perplexity by llama.cpp's convention, with the same digits in this process, over HTTP and on two workers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sums_are_llama_perplexitys() -> None:
-    """The sums give mean, variance over the count, the mean's error over count - 1, carried through exp."""
+    """Checks the mean and its error (variance over the count, divided by count - 1), both carried through exp."""
     chunks = [[-1.5, -0.25, -3.0], [-2.0, -0.125, -7.5]]
     sums = Accumulator()
     for chunk in chunks:
@@ -112,7 +112,7 @@ async def test_the_same_digits_here_and_over_http(tiny: Path, text: Path, capsys
 
 
 async def test_the_same_digits_on_two_workers(tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command runs in a process of its own, since gRPC reads its environment once."""
+    """Runs the command in its own process, since gRPC reads its environment only once."""
     arguments = (str(tiny), "-f", str(text), "-c", str(CONTEXT), "--chunks", "3", "--json")
     _, here, _ = command(capsys, *arguments)
     process = await asyncio.create_subprocess_exec(

@@ -1,5 +1,4 @@
-"""`model quantize` and `model imatrix` as a user runs them: what they write, what they refuse, and what is left when
-they are broken off."""
+"""Tests of the commands `model quantize` and `model imatrix`: outputs, refusals, and interruptions."""
 
 from __future__ import annotations
 
@@ -30,13 +29,13 @@ from support.seed import SEED
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Builds an F16 model of two layers, one of them with experts' matrices in one tensor each."""
+    """Builds an F16 model of two layers with experts."""
     path = tmp_path_factory.mktemp("models") / "tiny.gguf"
     return build_tiny_model(path, layers=2, experts=4, hidden=256, ffn=256, vocabulary=300, quant_type=QuantType.F16)
 
 
 def run(*words: str | Path) -> str:
-    """Returns what the command prints; raises the error that its entry would print."""
+    """Returns the command's output; raises its error."""
     result = CliRunner().invoke(app, ["model", *map(str, words)], standalone_mode=False)
     if result.exception:
         raise result.exception
@@ -67,7 +66,7 @@ def test_a_quantized_model_has_the_same_weights_but_for_rounding(model: Path, tm
 
 
 def test_tensors_of_kimi_linear_keep_their_shapes(tmp_path: Path) -> None:
-    """The files have ones in shapes that programs do without; the model is the same but for rounding."""
+    """Checks that shapes keep dimensions of one, which programs ignore, and that the program stays the same."""
     source = build_architecture(tmp_path / "in.gguf", "kimi-linear")
     run("quantize", source, tmp_path / "out.gguf", "Q8_0")
     before, after = open_model(source), open_model(tmp_path / "out.gguf")
@@ -119,8 +118,8 @@ def test_a_split_model_stays_split_where_that_is_wanted(model: Path, tmp_path: P
 
 
 def test_an_importance_matrix_of_the_model_itself(model: Path, tmp_path: Path) -> None:
-    """The matrix is of a text; experts that nothing was sent to count like all others, and it lets types that need one
-    be made."""
+    """Checks a matrix made from a text: unused experts count like the others, and types that need one become
+    available."""
     text, matrix = tmp_path / "text", tmp_path / "matrix.gguf"
     text.write_text("the quick brown fox jumps over the lazy dog " * 12)
     run("imatrix", model, "-f", text, "-o", matrix, "-c", "64", "--chunks", "3", "-t", "2")
@@ -259,7 +258,7 @@ def test_broken_off_it_leaves_the_old_file_as_it_was(model: Path, tmp_path: Path
 def test_what_is_made_from_a_pulled_model_goes_to_the_current_folder(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file among the pulled ones would be deleted by `model rm`."""
+    """Checks that outputs are not beside pulled models, where `model rm` would delete them."""
     pulled, here = tmp_path / "home" / "models" / "mine", tmp_path / "here"
     pulled.mkdir(parents=True)
     here.mkdir()

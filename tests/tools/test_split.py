@@ -1,4 +1,4 @@
-"""Split and merge: what comes out is what went in, as our reader and gguf-py see it, or nothing comes out."""
+"""Checks that split and merged models equal the original for our reader and gguf-py; failures leave no file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from support.models.tiny_model import build_tiny_model
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Builds a model with metadata of every type that Python's numbers do not tell apart."""
+    """Builds a model with metadata of types that Python's numbers do not distinguish."""
     odd: dict[str, WritableValue] = {
         "x.i32": np.int32(7),
         "x.u64": np.uint64(8),

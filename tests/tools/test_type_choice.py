@@ -1,4 +1,4 @@
-"""Tensor types of every mix equal those of llama-quantize, recorded by tests/support/arithmetic/quantize_shapes.py."""
+"""Compares tensor types of mixes with llama-quantize's, recorded by tests/support/arithmetic/quantize_shapes.py."""
 
 from __future__ import annotations
 

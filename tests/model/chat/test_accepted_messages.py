@@ -1,4 +1,4 @@
-"""Messages that strict templates refuse, in the form that they accept: all texts are there, in their order."""
+"""Checks that messages are changed into a form that strict templates accept, with all texts in their order."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def prompt(source: str, messages: list[dict[str, Any]], **more: Any) -> st
 
 
 def assert_all(text: str, messages: list[dict[str, Any]]) -> None:
-    """Once each; but for the first system message, which templates put where they want it, in their order."""
+    """Asserts that each text occurs once, in order except for leading system messages."""
     contents = [message["content"] for message in messages]
     assert [text.count(content) for content in contents] == [1] * len(contents), text
     begin = next((place for place, message in enumerate(messages) if message["role"] != "system"), 0)
@@ -62,7 +62,7 @@ async def test_what_a_template_accepts_is_not_changed() -> None:
 
 
 async def test_a_chat_that_grows_keeps_its_beginning() -> None:
-    """So that the prefix cache has it."""
+    """Checks that the prefix cache can reuse the prompt's beginning."""
     for name in ("no system role", "system is skipped", "later systems are skipped"):
         before = await prompt(STRICT_TEMPLATES[name], chat("sus"))
         assert (await prompt(STRICT_TEMPLATES[name], chat("susau"))).startswith(before)
@@ -102,7 +102,7 @@ def test_a_system_message_that_is_missing_is_noticed() -> None:
 
 @pytest.mark.parametrize("name", ["gemma", "mistral", "llama-2"])
 async def test_calls_and_results_where_the_template_refuses_them(name: str) -> None:
-    """It knows tools by name, so that they are tried; what it refuses is text."""
+    """Checks that calls and results become text in a template that knows tools but refuses these roles."""
     source = "{%- set known = tools -%}" + STRICT_TEMPLATES[name]
     call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"at": "stars"}'}}
     asked = {"role": "assistant", "content": "", "tool_calls": [call]}

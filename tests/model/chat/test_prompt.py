@@ -1,4 +1,4 @@
-"""The way from messages to token ids: control words of a user stay text, those of the template become tokens."""
+"""Checks that a user's control words stay text in a prompt, and that the template's become tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates: what published ones use works, and a hostile one costs a bounded time and nothing else."""
+"""Checks that chat templates render as published ones need, and that a hostile one costs only bounded time."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_cpu_time_is_limited_even_without_a_waiting_caller() -> None:
 
 def test_a_template_that_overruns_its_limit_where_it_is_compiled_is_remembered() -> None:
     with ChatTemplate("{{ 7**100000000 }}", "", "", TemplateLimits(cpu_seconds=1)) as template:
-        for most_s in (30.0, 0.9):  # a second of CPU time, then none
+        for most_s in (30.0, 0.9):  # a second of CPU time, then a remembered failure
             start = time.monotonic()
             with pytest.raises(RequestError, match="cannot be used: the child process exceeded its CPU time limit"):
                 template.render(HELLO)
@@ -253,7 +253,7 @@ def test_messages_that_are_no_json_are_refused(chatml: ChatTemplate) -> None:
 
 
 async def test_messages_are_written_off_the_event_loop(chatml: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large messages take long to write."""
+    """Checks that large messages do not block the event loop while they are encoded."""
     threads: set[int] = set()
     encoded = child_frames.encoded
 
@@ -392,7 +392,7 @@ def wait_for_child(template: ChatTemplate) -> int:
 
 
 def alive(pid: int) -> bool:
-    """Returns whether a process runs; one that has ended but was not yet reaped does not."""
+    """Tells whether a process runs; an ended process that is not yet reaped does not."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii") as file:  # noqa: PTH123
             return file.read().rpartition(")")[2].split()[0] != "Z"

@@ -1,4 +1,4 @@
-"""Built-in chat templates: their text written out, which one a model gets by itself, and what a user may choose."""
+"""Tests of built-in chat templates: their output, the one that a model gets, and the choice of a user."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_every_template_has_its_text() -> None:
 
 
 def test_formats_of_turns_are_written_out() -> None:
-    """Each name makes a template that renders a talk; some are compared with what their models were trained on."""
+    """Checks that each name makes a template that renders a chat; some are compared with their training formats."""
     for name in (*TURN_FORMATS, *OTHER_NAMES):
         talk = TALK[1:] if name == "yandex" else TALK
         with ChatTemplate(built_in(name), "<s>", "</s>") as template:

@@ -1,4 +1,4 @@
-"""Files that appear when they are complete: killed, crowded out and without room; whatever writes them."""
+"""Checks that files appear only when complete: after kills, with concurrent writers and without disk space."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def names(folder: Path) -> list[str]:
 
 @contextmanager
 def another_process(paths: list[Path]) -> Iterator[subprocess.Popen[bytes]]:
-    """Yields a process that has written all files but not named them, and kills it at the end."""
+    """Yields a process that has written all files under hidden names, and kills it at the end."""
     command = [sys.executable, "-c", _WRITES, *map(str, paths)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"there\n"
@@ -63,7 +63,7 @@ def written(paths: list[Path], data: bytes) -> None:
 
 
 def test_what_a_killed_process_left_is_cleared_by_the_next(tmp_path: Path) -> None:
-    """The next run may cut the model into other parts; another model's parts are left alone."""
+    """Checks that a run removes remains of the same model, even with other parts, but not those of another model."""
     out, other = tmp_path / "m.gguf", tmp_path / "m2-00001-of-00002.gguf"
     for count in (3, 5):
         with another_process(part_paths(out, count)):
@@ -89,7 +89,7 @@ def test_what_another_process_writes_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_lock_on_a_file_that_has_its_name_by_now_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hidden file must not be emptied when its writer ends between its opening and its locking."""
+    """Checks that a hidden file is not emptied if its writer ends between the opening and the locking."""
     path, flock = tmp_path / "x", fcntl.flock
     with monkeypatch.context() as patched:
         first = new_file(path, 0)

@@ -1,4 +1,4 @@
-"""Random damage to GGUF files: the reader gives a model that can be used, or a ModelFileError; never anything else."""
+"""Checks that the reader of randomly damaged GGUF files returns a usable model or raises ModelFileError."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ fuzz = settings(max_examples=300, deadline=5000, suppress_health_check=[HealthCh
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A whole model in 60 KB."""
+    """Returns the bytes of a valid model of 60 KB."""
     folder = tmp_path_factory.mktemp("good")
     path = build_tiny_model(folder / "good.gguf", layers=1, hidden=32, ffn=32, heads=2, kv_heads=1, vocabulary=300)
     return path.read_bytes()
@@ -44,7 +44,7 @@ def bounded_memory() -> Iterator[None]:
 
 
 def use_all_of(folder: Path, content: bytes) -> None:
-    """Opens the file and touches everything in it. ModelFileError is the only way out beside success."""
+    """Opens the file and reads everything in it; only ModelFileError is allowed."""
     path = folder / "fuzz.gguf"
     path.write_bytes(content)
     try:

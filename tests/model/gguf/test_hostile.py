@@ -1,4 +1,4 @@
-"""Damaged and hostile GGUF files: each gets one line that names the file and the place, and costs next to nothing."""
+"""Checks that damaged and hostile GGUF files are refused with one line that names file and place, at little cost."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_every_truncation_of_a_good_file_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_sparse_file_does_not_buy_memory(tmp_path: Path) -> None:
-    """A terabyte of holes costs its maker nothing: the header is bounded by more than the file's size."""
+    """Checks that the header's bound does not grow with the size of a sparse file."""
     path = tmp_path / "sparse.gguf"
     path.write_bytes(gguf([array("a", STRING, 1 << 22, pack("<Q", 1 << 30))]))
     os.truncate(path, 1 << 40)

@@ -1,4 +1,4 @@
-"""The GGUF reader on files that are right: golden models, split models, late strings, and tensors read from disk."""
+"""Tests of the GGUF reader with valid files: golden models, split models, late strings, and tensors read from disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write(path: Path, content: bytes) -> Path:
 
 
 WIDTHS = {"baichuan": (64, 128), "mixed": (256, 256), "mixed-experts": (256, 256)}
-"""Widths of the hidden state and the feed-forward part in models where they differ from the others'."""
+"""Hidden and feed-forward widths of models that differ from the others."""
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: f"{path.parent.name}-{path.stem}")

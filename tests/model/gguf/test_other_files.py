@@ -1,4 +1,4 @@
-"""Files that have a model's name and are something else."""
+"""Checks that files with a model's name and other contents are recognized."""
 
 from __future__ import annotations
 

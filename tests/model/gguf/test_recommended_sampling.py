@@ -1,4 +1,4 @@
-"""Sampling values of a model file become values of request fields; what no request could have is left out."""
+"""Checks that a model file's sampling values become request fields, and that invalid values are left out."""
 
 from __future__ import annotations
 

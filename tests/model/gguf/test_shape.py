@@ -1,4 +1,4 @@
-"""The benchmark's random models: whole files of the asked shape, with weights of the size that training would give."""
+"""Checks that the benchmark's random models are complete files of the given shape, with weights of plausible size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models split in parts: read as one, and every way in which parts do not belong together refused by name."""
+"""Checks that split models are read as one, and that parts which do not belong together are refused by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def part_name(number: int, count: int = COUNT) -> str:
 
 
 def write_part(folder: Path, number: int, *, tensor: str | None = None, **changes: WritableValue | None) -> Path:
-    """Part `number` (from 1) with one tensor; `changes` replaces split keys (dots written __), None leaves one out."""
+    """Writes part `number` (from 1) with one tensor; `changes` sets split keys (dots written __), None removes one."""
     keys: dict[str, WritableValue | None] = {
         "split.no": np.uint16(number - 1),
         "split.count": np.uint16(COUNT),
@@ -55,7 +55,7 @@ def test_parts_are_read_as_one(first: Path) -> None:
 
 
 def test_parts_are_found_beside_a_link_and_not_beside_its_target(first: Path, tmp_path: Path) -> None:
-    """Download caches keep parts under their hashes and link to them by name."""
+    """Checks a layout of download caches, which keep parts under their hashes and link to them by name."""
     links = tmp_path / "links"
     links.mkdir()
     for number in range(1, COUNT + 1):
@@ -161,7 +161,7 @@ def test_a_part_under_another_name_says_which_name_it_needs(first: Path) -> None
 
 
 def test_a_file_that_llama_cpp_merged_is_one_file(tmp_path: Path) -> None:
-    """Its `llama-gguf-split --merge` sets the number of parts to 0 and leaves the other keys."""
+    """Checks a file of `llama-gguf-split --merge`, which sets the number of parts to 0 and keeps the other keys."""
     path = write_part(tmp_path, 1, split__count=np.uint16(0)).rename(tmp_path / "merged.gguf")
     model = open_model(path)
     assert model.parts == (path,) and len(model.tensors) == 1

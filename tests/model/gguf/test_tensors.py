@@ -1,4 +1,4 @@
-"""Parts of tensors: the bytes of rows of every expert's matrix, and of whole heads, are those of the whole tensor."""
+"""Checks that shards of tensors have the bytes of the whole: rows of every expert, whole heads, transposed matrices."""
 
 from __future__ import annotations
 

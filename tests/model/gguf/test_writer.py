@@ -1,4 +1,4 @@
-"""The GGUF writer: what it writes is read back, and a file appears whole or not at all."""
+"""Checks that the GGUF writer's files are read back, and that a file appears complete or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grammars of requests are refused with a reason, and none takes long or ends the process that asks."""
+"""Checks that bad grammars of requests are refused with a reason, in bounded time, without ending the process."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ _HOSTILE = {
 @pytest.mark.parametrize("name", _HOSTILE)
 def test_hostile_grammars_are_bounded(checker: GrammarChecker, name: str) -> None:
     began = monotonic()
-    with suppress(ParameterError):  # before it is compiled
+    with suppress(ParameterError):  # raised before compilation
         refusal(checker, _HOSTILE[name]())
     assert monotonic() - began < 30, name
     assert refusal(checker, definitions.of_object("o")) == "", "the next grammar is checked as before"
@@ -152,7 +152,7 @@ _ENDLESS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", _ENDLESS)
 def test_references_that_lead_back_to_themselves_are_refused(checker: GrammarChecker, name: str) -> None:
-    """Schemas are refused on their own and within a rule, as those of tools are."""
+    """Checks that such schemas are refused on their own and in a rule, as in grammars of tools."""
     with pytest.raises(ParameterError, match=r"^json_schema: .*(the reference '#.* leads back to itself|\$ref)"):
         asyncio.run(checker.check(definitions.of_schema(_ENDLESS[name], "json_schema")))
     rule = definitions.of_lark(f'start: "call " %json {json.dumps(_ENDLESS[name])}', "tools")
@@ -185,7 +185,7 @@ def test_references_are_followed_in_linear_time() -> None:
     [("#/$defs/a~1b%25", {}), ("#here", {"$anchor": "here"}), ("https://x/y", {"$id": "https://x/y"}), ("#", {})],
 )
 def test_references_by_pointer_anchor_and_identifier_are_found_alike(reference: str, named: dict[str, str]) -> None:
-    """References that end are found, too, and `find` agrees with what recursion follows."""
+    """Checks endless references and references that end, and that `find` resolves the latter."""
     for part, is_endless in (({"$ref": reference}, True), ({"type": "array", "items": {"$ref": reference}}, False)):
         schema: dict[str, Any] = {"$defs": {"a/b%": {**named, **part}}, "$ref": reference}
         if reference == "#":
@@ -237,14 +237,14 @@ def test_gbnf_that_is_wrong_is_refused(checker: GrammarChecker, text: str) -> No
 
 def test_gbnf_is_converted_by_the_check(checker: GrammarChecker) -> None:
     given = definitions.lazy(definitions.of_gbnf('root ::= "a" | [b-c]', "g"), ["a"])
-    for _ in range(2):  # the second from what is kept
+    for _ in range(2):  # the second check uses the kept result
         taken = asyncio.run(checker.check(given))
         assert (taken.triggers, taken.origin) == (given.triggers, given.origin)
         assert json.loads(taken.definition)["grammars"][0]["lark_grammar"].endswith('start: "a"\n     | /[b-c]/\n\n')
 
 
 def _chain(rules: int) -> str:
-    """Returns GBNF that takes its converter quadratic time."""
+    """Returns GBNF whose conversion takes quadratic time."""
     middle = "".join(f'a{i}::="x""x"a{i + 1}\n' for i in range(rules))
     return f'root::=a0\n{middle}a{rules}::="x"'
 
@@ -260,8 +260,8 @@ def test_gbnf_that_takes_long_to_convert_is_refused_and_blocks_nothing() -> None
 
     async def check() -> None:
         checks = asyncio.gather(checker.check(grammar), return_exceptions=True)
-        await asyncio.sleep(0)  # the first one starts
-        await checker.check(definitions.of_object("o"))  # the other process
+        await asyncio.sleep(0)  # lets the first check start
+        await checker.check(definitions.of_object("o"))  # runs in the other process
         (error,) = await checks
         assert isinstance(error, ParameterError) and "the grammar needs more than" in str(error)
         assert len(checker._verdicts) == 1, "the guard's answer is no verdict"
@@ -286,7 +286,7 @@ def test_a_grammar_that_ends_its_process_is_refused_and_checked_anew(limits: Che
 
 @pytest.mark.parametrize("words", [LARGE, 151_936])
 def test_the_preparation_of_a_large_vocabulary_is_no_part_of_a_check(words: int) -> None:
-    """The preparation takes longer than the checks may."""
+    """Checks that a preparation longer than the limit of checks does not fail them."""
     checker = GrammarChecker(load_tokenizer(large_vocabulary(words)), CheckLimits(guard_cpu_s=0.15))
     try:
         for grammar in (

@@ -1,4 +1,4 @@
-"""The state of an answer follows from grammar and tokens alone, however it came about."""
+"""Checks that a matcher's state depends only on grammar and tokens."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_random_answers_are_valid_and_their_states_can_be_built_again(
 
 
 def test_valid_instances_of_1000_schemas_are_allowed() -> None:
-    """Characters are written unescaped where JSON allows that; llguidance wants U+007F escaped."""
+    """Checks instances whose characters are unescaped where JSON allows it; llguidance requires U+007F escaped."""
     for seed in range(SEED, SEED + 1000):
         source = Random(seed)
         schema = random_schema(source)
@@ -88,7 +88,7 @@ def test_forced_tokens_are_the_only_ones_that_are_allowed(seed: int, vocabulary:
 
 @pytest.mark.parametrize("seed", range(SEED, SEED + 12))
 def test_exactly_the_allowed_tokens_are_taken_in(seed: int, vocabulary: GrammarVocabulary) -> None:
-    """Places have forced tokens before them or none, or are at a grammar's end or after; some tokens have no bytes."""
+    """Checks positions with and without forced tokens and at the grammar's end; some tokens have no bytes."""
     source = Random(seed)
     grammar = definitions.of_schema(random_schema(source), "json_schema")
     tokens, sets = walk(GrammarMatcher(grammar, vocabulary), source)
@@ -109,7 +109,7 @@ def test_exactly_the_allowed_tokens_are_taken_in(seed: int, vocabulary: GrammarV
 
 
 def test_a_grammar_too_costly_without_its_allowed_tokens_is_followed_with_them() -> None:
-    """llguidance limits what its lexer uses up since it last computed the allowed tokens."""
+    """Checks a grammar that exceeds llguidance's limit of lexer cost between computations of allowed tokens."""
     schema = {"type": "string", "pattern": r"^(?:\S+\s+){0,29}\S+$", "maxLength": 400}
     grammar = definitions.of_schema(schema, "json_schema")
     text = b'"the quick brown fox jumps over the lazy dog again and again, and once more"'
@@ -211,7 +211,7 @@ def test_what_a_trigger_cannot_begin_stays_free(vocabulary: GrammarVocabulary, t
 
 @pytest.mark.parametrize("seed", range(SEED, SEED + 12))
 def test_peeked_tokens_must_follow_and_are_not_taken_in(seed: int, vocabulary: GrammarVocabulary) -> None:
-    """The first peeked token is certain; a later look may find others with the same bytes for the rest."""
+    """Checks that the first peeked token is exact; the others may differ from later ones with the same bytes."""
     source = Random(seed)
     grammar = definitions.of_schema(random_schema(source), "json_schema")
     tokens, sets = walk(GrammarMatcher(grammar, vocabulary), source)

@@ -1,4 +1,4 @@
-"""Schemas as libraries and drafts write them: what is left of them, what they allow, and what no grammar obeys."""
+"""Tests of the normalization of schemas from libraries and drafts: results, allowed values, unobeyed keywords."""
 
 from __future__ import annotations
 

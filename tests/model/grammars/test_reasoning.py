@@ -1,4 +1,4 @@
-"""Budgets of reasoning: the tokens that end it are a function of settings and tokens alone."""
+"""Checks that the tokens which end a reasoning budget depend only on settings and tokens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def reasoning(budget: int | None, *, is_open: bool = True, repeats: bool = False
 
 
 def answered(state: ReasoningState, text: str) -> str:
-    """Returns the answer of a model that writes this text, one character a token, unless other tokens are forced."""
+    """Returns the answer of a model that writes `text` token by token, with forced tokens inserted."""
     said, left = "", list(ids(text))
     while left or state.forced is not None:
         token = left.pop(0) if state.forced is None else state.forced
@@ -91,7 +91,7 @@ def test_end_waits_for_the_end_of_a_character() -> None:
 
 
 def reference(settings: Reasoning, tokens: list[int]) -> int | None:
-    """Returns the forced token after these tokens, computed from their whole text each time."""
+    """Returns the forced token after `tokens`, computed from the whole text."""
     inside, place, text, entered = settings.is_open, 0, b"", 0
     queue: list[int] = []
     is_behind = False
@@ -126,7 +126,7 @@ def reference(settings: Reasoning, tokens: list[int]) -> int | None:
 
 
 def _is_cut(data: bytes) -> bool:
-    """Returns whether further bytes would complete a character at the end."""
+    """Tells whether `data` ends within a character."""
     return any(
         len(text := (data[-cut:] + b"\x80" * more).decode("utf-8", "replace")) == 1 and text != "\ufffd"
         for cut in range(1, min(3, len(data)) + 1)
@@ -167,7 +167,7 @@ def test_tags_are_found_however_tokens_divide_them(seed: int) -> None:
 
 
 class CountedBytes(bytes):
-    """Bytes that count, over all instances, how many bytes are copied from them."""
+    """Bytes that count the bytes copied from all instances."""
 
     copied = 0
 
@@ -197,7 +197,7 @@ def matcher(settings: Reasoning, grammar: Grammar | None = None) -> ReasoningMat
 
 
 def said(made: ReasoningMatcher, text: str) -> str:
-    """Returns the answer of a model that would write this text: the first allowed token replaces a refused one."""
+    """Returns the answer of a model that writes `text`, with the first allowed token in place of each refused one."""
     result = ""
     for token in ids(text):
         allowed = made.try_take(token)
@@ -331,7 +331,7 @@ def test_errors_of_the_grammar_reach_the_caller() -> None:
 
 @pytest.mark.parametrize("seed", range(SEED, SEED + 20))
 def test_random_answers_can_be_built_again(seed: int) -> None:
-    """Forced tokens come together or one by one, and a grammar has each of its roles."""
+    """Checks answers with and without a grammar, which may be lazy, from any prefix of their tokens."""
     source = Random(seed)
     delays = source.random() < 0.7
     grammar = source.choice([None, JSON, definitions.lazy(JSON, ["{"])]) if delays else None

@@ -1,5 +1,4 @@
-"""References of hostile schemas: how much of a schema is looked at, and whether what is found agrees with a plain
-search."""
+"""Checks that references in hostile schemas cost linear time, and that endless ones agree with a plain search."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from llamaclust.model.grammars.recursion import endless_reference
 
 
 class _Counted(dict[str, Any]):
-    """Counts look-ups in all parts of a schema."""
+    """A dict that counts look-ups over all instances."""
 
     lookups = 0
 
@@ -35,7 +34,7 @@ class _Counted(dict[str, Any]):
 
 
 def _name(number: int) -> str:
-    """One of many spellings of the same name."""
+    """Returns one of many percent-encoded spellings of the same name."""
     return "".join(f"%{ord(each):02x}" if number >> place & 1 else each for place, each in enumerate("abcdefghijkl"))
 
 
@@ -51,14 +50,14 @@ def _needed_aliases(count: int) -> dict[str, Any]:
 
 
 def _used_links(count: int) -> dict[str, Any]:
-    """A chain, each link of which is a property too."""
+    """Returns a chain of references with a property for each link."""
     links: dict[str, Any] = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(count)}
     used = {f"p{i}": {"$ref": f"#/$defs/d{i}"} for i in range(count)}
     return {"type": "object", "properties": used, "$defs": {**links, f"d{count}": {"type": "string"}}}
 
 
 def _late(count: int) -> dict[str, Any]:
-    """An object that needs many, which end one after the other."""
+    """Returns an object with many required properties that are resolved one after the other."""
     links: dict[str, Any] = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i - 1}"}]} for i in range(1, count)}
     needs = {f"p{i}": {"$ref": f"#/$defs/d{i}"} for i in range(count)}
     return {
@@ -73,7 +72,7 @@ def _late(count: int) -> dict[str, Any]:
 
 
 def _nested(count: int) -> dict[str, Any]:
-    """References to every part of a long list."""
+    """Returns references to every item of a long list."""
     refs: list[Any] = [{"$ref": f"#/anyOf/{i}"} for i in range(1, count)]
     return {"anyOf": [*refs, {"type": "string"}]}
 
@@ -125,7 +124,7 @@ def _drawn(draw: random.Random, names: list[str], depth: int) -> Any:
 
 
 def _is_endless(schema: dict[str, Any]) -> bool:
-    """True if some reference in use has no end: all definitions are tried until nothing changes."""
+    """Tells whether a used reference is endless, by a fixed-point iteration over all definitions."""
     named = {f"#/$defs/{name}": part for name, part in schema["$defs"].items()}
     ending, used = set[str](), set[str]()
     while more := {name for name, part in named.items() if name not in ending and _ends(part, ending)}:

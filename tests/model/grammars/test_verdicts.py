@@ -1,4 +1,4 @@
-"""Verdicts on grammars near their limits follow from counts: a busy machine gives the same ones."""
+"""Checks that verdicts on grammars near their limits do not depend on the machine's load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The walk of a grammar's check costs no more for long texts: each look at one takes time in proportion to it."""
+"""Checks that the walk of a grammar's check takes linear time for long texts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def vocabulary() -> GrammarVocabulary:
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The lengths of the texts that walks look at, in tokens."""
+    """Collects the lengths in tokens of forced texts that walks compute."""
     found: list[int] = []
     compiled = matcher.compiled
 

@@ -1,4 +1,4 @@
-"""Costs of group members equal those of their programs, in every family and for any shares."""
+"""Checks that costs of group members equal those of their programs, in every family and for any shares."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ SHARES = ((1, 1), (2, 1), (5, 3, 2))
 
 
 def assert_same(model: Model, found: LayerCost, program: Program) -> None:
-    """Asserts equal costs, but for bytes of experts that are rounded once for each portion, and for matrices that end
-    inside a tile of rows, as those of wider models do not."""
+    """Asserts equal costs except for expert bytes, rounded per portion, and for matrices that end within a tile of rows
+    (wider models have none)."""
     tensors = model.tensors_for(program)
     wanted = layer_cost(tensors, program)
     matrices = [tensor for tensor in tensors.values() if len(tensor.shape) > 1]
@@ -96,7 +96,7 @@ def test_gathers_are_those_of_programs(tmp_path: Path, name: str, kind: QuantTyp
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_tables_of_tokens_are_the_leaders(tmp_path: Path, tied: bool) -> None:
-    """Members hold their rows of a tied head in addition to the leader's table."""
+    """Checks that the leader alone has the table; members hold their rows of a tied head."""
     path = build_tiny_model(tmp_path / "m.gguf", quant_type=QuantType.Q4_0, tied=tied)
     with Model.open(path) as model:
         whole, costs = model.costs(KvType.F16), model.group_costs(KvType.F16, 3)

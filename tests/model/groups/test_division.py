@@ -1,4 +1,4 @@
-"""Programs of a group's members: together they have the bits of the whole program, in every family."""
+"""Checks that a group's members together compute the bits of the whole program, in every family."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHARES = ((1.0, 1.0), (2.0, 1.0), (5.0, 3.0, 2.0))
 
 
 def batches() -> Iterator[Batch]:
-    """A prompt, two tokens behind it, and another sequence beside the second."""
+    """Yields a prompt, a token after it, and another token of that sequence beside a second sequence."""
     yield batch_of([([1, 5, 9, 7, 3], range(5), range(4))])
     yield batch_of([([2], [5], range(4))])
     yield batch_of([([11], [6], range(4)), ([4, 8], range(2), range(4, 6))])
@@ -70,14 +70,14 @@ def test_a_layer_has_four_gathers_and_all_of_its_attention_is_divided(tmp_path: 
         parts = members(program, (1.0, 1.0))
         for part in parts:
             gathers = [step for step in part.steps if isinstance(step, Gather)]
-            assert len(gathers) <= 4 * model.layer_count + 2  # those of the embedding and the head
+            assert len(gathers) <= 4 * model.layer_count + 2  # two for the embedding and the head
         heads = [[step.kv_heads for step in part.kv_layers] for part in parts]
         assert [sum(each) for each in zip(*heads, strict=True)] == [step.kv_heads for step in program.kv_layers]
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_the_leader_alone_has_tables_of_tokens(tmp_path: Path, name: str) -> None:
-    """It sends their rows as they are."""
+    """Checks that the leader alone has the embedding table and sends its rows as plain floats."""
     with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model:
         program = whole(model)
         parts = members(program, SHARES[2])
@@ -149,7 +149,7 @@ def test_members_have_rows_of_every_expert(tmp_path: Path, name: str) -> None:
             shape = model.file.tensor(name).shape
             ours, theirs = (model.tensors_for(part)[names[name]] for part, names in zip(parts, held, strict=True))
             assert ours.shape[0] == theirs.shape[0] == shape[0], "all experts"
-            is_fused = "gate_up" in name  # of which a member has two parts, by other names
+            is_fused = "gate_up" in name  # divided into two parts with other names
             assert is_fused or (ours.shape[1] + theirs.shape[1], *ours.shape[2:]) == shape[1:]
         for part in parts:
             assert sum(step.lines > 1 for step in part.steps if isinstance(step, Gather)) == sum(

@@ -1,4 +1,4 @@
-"""Facts that are read from a picture's bytes without a decoder."""
+"""Tests of properties that are read from an image's bytes without a decoder."""
 
 from __future__ import annotations
 

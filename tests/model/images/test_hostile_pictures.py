@@ -1,4 +1,4 @@
-"""1,000 hostile pictures: each is a picture or one line, in bounded memory."""
+"""Checks that each of 1,000 hostile images is decoded or refused in one line, with bounded memory."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ SETTINGS = ImageSettings("gemma3", 14, 1, image_size=28)
 LIMITS = ImageLimits(max_pixels=2 << 20, wait_s=250.0, wall_s=120.0, start_s=120.0)
 COUNT = 1000
 MORE_BYTES = 64 << 20
-"""Eight copies of an image of the most pixels, in four bytes a pixel: far below the limit of a process."""
+"""Eight copies of the largest image with four bytes per pixel; the limit of a process is far higher."""
 
 
 def peak_bytes(pid: int | None) -> int:
-    """Returns the most memory that a process had since it started."""
+    """Returns the peak memory of a process since its start."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) << 10
 
 
 async def refusal(preparation: ImagePreparation, picture: bytes) -> str:
-    """Returns an empty text for a picture that is taken."""
+    """Returns the error, or an empty text if the image is decoded."""
     try:
         await preparation.prepare(picture, SETTINGS)
     except RequestError as error:

@@ -1,4 +1,4 @@
-"""Pictures are decoded in child processes, whatever their bytes do there."""
+"""Checks that images are decoded in child processes, which hostile bytes may end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from support.pictures import SETTINGS, Pixels, picture, shown
 
 SIDE = 28
 SAME = ImageSettings("gemma3", 14, 1, image_size=SIDE)
-"""Settings that leave a picture of SIDE x SIDE pixels as it is."""
+"""Settings that keep an image of SIDE x SIDE pixels unchanged."""
 QUICK = ImageLimits(wait_s=250.0, wall_s=120.0, start_s=120.0)
 
 
@@ -122,7 +122,7 @@ async def test_a_jpeg_of_four_colours(preparation: ImagePreparation) -> None:
 async def test_pictures_are_turned_upright(preparation: ImagePreparation, name: str) -> None:
     pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
     pixels[:14, :14], pixels[:14, 14:], pixels[14:, :14], pixels[14:, 14:] = (250, 0, 0), (0, 250, 0), (0, 0, 250), 9
-    stored = {  # orientation: what the camera stored of the upright picture
+    stored = {  # by EXIF orientation: the pixels that a camera stores for the upright image
         1: pixels,
         2: pixels[:, ::-1],
         3: pixels[::-1, ::-1],

@@ -1,4 +1,4 @@
-"""Settings of projectors: those of published models, and those of low detail."""
+"""Tests of image settings of published projectors and of low detail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiles, and the text around them, are those of the image processors of transformers (see record_tiles.py)."""
+"""Checks that tiles and the text around them equal those of transformers' image processors (see record_tiles.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of any shape become tiles whose rows are all in the prompt, once and in order."""
+"""Checks that images of any shape become tiles whose rows are all in the prompt, once and in order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tiles_and_prompt(pixels: Pixels, settings: ImageSettings) -> tuple[list[Pixe
 
 
 def kimi_expected(pixels: Pixels) -> Pixels:
-    """The preparation that Kimi-VL's own code defines: reduced to 4,096 patches of 14 pixels, then padded by black."""
+    """Returns the image as Kimi-VL's own code prepares it: at most 4,096 patches of 14 pixels, padded with black."""
     image = Image.fromarray(pixels)
     width, height = image.size
     count = (width // 14) * (height // 14)

@@ -1,4 +1,4 @@
-"""Damaged projector files: each is refused in one line or computes rows, in bounded memory."""
+"""Checks that damaged projector files are refused in one line or compute rows, with bounded memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ VALUES: tuple[WritableValue, ...] = (
 
 
 def outcome(path: Path, family: str) -> str:
-    """Opens a projector and computes a tile's rows."""
+    """Opens a projector, computes a tile's rows, and returns the outcome."""
     tracemalloc.start()
     try:
         projector = open_projector(path)
@@ -76,7 +76,7 @@ def _damaged(good: bytes, header: int, random: Random) -> bytes:
 
 @pytest.mark.parametrize("family", PROJECTORS)
 def test_numbers_that_lie(family: str, tmp_path: Path) -> None:
-    """Each key of a file gets other values."""
+    """Checks other values of each key."""
     print(f"LLAMACLUST_TEST_SEED={SEED}")
     random, path = Random(SEED), tmp_path / "lying.gguf"
     metadata = open_model(build_projector(path, family)).metadata
@@ -91,7 +91,7 @@ def test_numbers_that_lie(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", PROJECTORS)
 def test_weights_that_are_no_numbers(family: str, tmp_path: Path) -> None:
-    """The file is sound, and its rows are computed without a crash."""
+    """Checks that weights of NaN do not crash the computation."""
     path = build_projector(tmp_path / "p.gguf", family)
     data = bytearray(path.read_bytes())
     for tensor in open_model(path).tensors.values():

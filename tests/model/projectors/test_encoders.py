@@ -1,4 +1,4 @@
-"""Encoders of images: rows by an independent computation in float64, and by transformers."""
+"""Compares rows of image encoders with an independent computation in float64 and with transformers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_rows_are_those_of_transformers(recorded: str, tmp_path: Path) -> None:
 def test_weights_of_other_types(kind: QuantType, name: str, tmp_path: Path) -> None:
     path = build_projector(tmp_path / "p.gguf", name, kind)
     wanted = encoder_rows(name, weights_of(path), tile_of(name))
-    bound = 2e-3 if kind is QuantType.Q8_0 else 1e-6  # of products with activations of 8 bits
+    bound = 2e-3 if kind is QuantType.Q8_0 else 1e-6  # products with 8-bit activations have larger errors
     assert nmse(encoded(all_threads(2), path, tile_of(name)), wanted) < bound
 
 

@@ -1,4 +1,4 @@
-"""The projectors beside a model's file, and models that are opened with one."""
+"""Tests of projectors beside a model's file, and of models opened with a projector."""
 
 from __future__ import annotations
 
@@ -92,5 +92,5 @@ def test_projectors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     ("name", "rows"), [("idefics3", 16), ("gemma3", 4), ("gemma4v", 28), ("qwen2.5vl_merger", 4096), ("lfm2", 25)]
 )
 def test_the_most_rows_of_a_tile(name: str, rows: int, tmp_path: Path) -> None:
-    """Tiles with a free size have the file's limit, or the size for which the positions were trained."""
+    """Checks that tiles of free size have the file's limit, or else the size of the learned positions."""
     assert open_projector(build_projector(tmp_path / "p.gguf", name)).max_rows == rows

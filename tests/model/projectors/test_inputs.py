@@ -1,4 +1,4 @@
-"""The order of patches, their places, and learned positions of other sizes."""
+"""Tests of the order and places of patches, and of interpolated positions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_groups_are_contiguous() -> None:
 
 
 def test_windows_are_contiguous() -> None:
-    """Windows of 2 x 2 groups of 2 x 2 patches; the last ones of a line and a column are smaller."""
+    """Checks windows of 2 x 2 groups of 2 x 2 patches; the last ones of a line and a column are smaller."""
     order = in_windows(6, 10, 2, 2)
     numbers = np.arange(60).reshape(6, 10)
     windows = [numbers[y : y + 4, x : x + 4] for y in (0, 4) for x in (0, 4, 8)]

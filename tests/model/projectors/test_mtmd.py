@@ -1,4 +1,4 @@
-"""Encoders of images: rows by llama.cpp's library mtmd, which has recorded them."""
+"""Compares rows of image encoders with those recorded from llama.cpp's library mtmd."""
 
 from __future__ import annotations
 

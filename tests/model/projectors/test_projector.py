@@ -1,4 +1,4 @@
-"""Projector files: their numbers, files that are refused, and random damage."""
+"""Tests of projector files: their numbers, refused files, and random damage."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PROJECTORS)
 def test_every_tensor_is_used(name: str, tmp_path: Path) -> None:
-    """Files without a tensor, but that of image breaks, are refused or give other rows; further tensors are refused."""
+    """Checks that a missing tensor (except image breaks) is refused or changes rows, and that others are refused."""
     file = open_model(build_projector(tmp_path / "whole.gguf", name))
     rows = encoded(ReferenceBackend(), file.path, tile_of(name))
     for tensor in sorted(file.tensors):
@@ -65,7 +65,7 @@ def test_tensors_of_an_encoder_of_sound_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_up_and_down_may_be_exchanged(tmp_path: Path) -> None:
-    """Files from before April 2025 have the two exchanged."""
+    """Checks files from before April 2025, which have the two exchanged."""
     file = open_model(build_projector(tmp_path / "p.gguf", "idefics3"))
     parts = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
     old = re.compile("|".join(parts))

@@ -1,4 +1,4 @@
-"""Prompts of a query and a document, by what vocabularies say about their special tokens."""
+"""Tests of prompts of a query and a document with the special tokens that vocabularies declare."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Random texts of all Unicode, spaces, emoji, digits and code: the ids that llama.cpp's library gave for them once.
-
-Recorded are CRC-32 sums, of 400 texts, by `python tests/support/random_texts.py` and a `llama_tokenize` program;
-0 where llama.cpp differs: see docs/models.md."""
+"""Compares token ids of random texts of Unicode, spaces, emoji, digits and code with llama.cpp's, recorded as CRC-32
+sums of 400 texts by `python tests/support/random_texts.py` and a `llama_tokenize` program. A sum of 0 marks a
+difference from llama.cpp: see docs/models.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules of made-up vocabularies: word types, end of generation, damaged fields, long and odd texts."""
+"""Tests of tokenizer rules with made-up vocabularies: word types, end of generation, damaged fields, unusual texts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONTROL, USER_DEFINED, BYTE = TokenType.CONTROL, TokenType.USER_DEFINED, TokenTy
 
 
 def spm(words: dict[str, int] | None = None, scores: dict[str, float] | None = None, **fields: Any) -> dict[str, Any]:
-    """Metadata of a SentencePiece vocabulary: unknown, BOS, EOS, 256 bytes, then `words` with their types."""
+    """Returns metadata of a SentencePiece vocabulary: unknown, BOS, EOS, 256 bytes, then `words` with their types."""
     every = {"<unk>": 2, "<s>": 3, "</s>": 3} | {f"<0x{byte:02X}>": 6 for byte in range(256)} | (words or {})
     return {
         "tokenizer.ggml.model": "llama",
@@ -37,7 +37,7 @@ def spm(words: dict[str, int] | None = None, scores: dict[str, float] | None = N
 
 
 def bpe(merges: list[str] | None = None, words: dict[str, int] | None = None, **fields: Any) -> dict[str, Any]:
-    """Metadata of a byte-level vocabulary: the 256 stand-ins, what the merges make, then `words` with their types."""
+    """Returns metadata of a byte-level vocabulary: 256 byte letters, merged words, then `words` with their types."""
     made = ["".join(merge.split(" ")) for merge in merges or []]
     every = dict.fromkeys([*_BYTE_OF, *made], 1) | (words or {})
     return {
@@ -82,7 +82,7 @@ def test_user_defined_words_are_always_found_and_the_longest_wins() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_no_text_becomes_a_control_token(kind: str) -> None:
-    """Merges lead to the token, and llama-bpe takes whole words of the vocabulary, but the text stays text."""
+    """Checks that text stays text although merges form the token, or llama-bpe matches whole words."""
     if kind == "llama":
         tokenizer = load_tokenizer(spm(dict.fromkeys(["▁", "s", "t", "st", "o", "p", "op"], 1) | {"stop": CONTROL}))
     else:
@@ -194,7 +194,7 @@ OUTSIDE = {
     "<ü>": 4,
     "ª\u0100Ġ": 0,
 }
-"""Words with letters that stand for no byte, of Latin-1 and others, and of types that are written as they are."""
+"""Words with letters that stand for no byte (Latin-1 and others), and of types that are written unchanged."""
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_every_pre_tokenizer_keeps_every_character(name: str) -> None:
     ],
 )
 def test_where_the_pre_tokenizers_cut(name: str, text: str, pieces: list[str]) -> None:
-    """The vocabulary has every two-symbol merge, so that each piece becomes one token."""
+    """Checks pieces with a vocabulary of all two-symbol merges, so that each piece becomes one token."""
     merges: list[str] = []
     for piece in pieces:
         merges += [f"{piece[:i]} {piece[i]}" for i in range(1, len(piece)) if f"{piece[:i]} {piece[i]}" not in merges]

@@ -1,4 +1,4 @@
-"""Vocabularies like that of Gemma 4, made up for the tests."""
+"""Tests of made-up vocabularies like Gemma 4's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEXTS = {
     "<bos>": ["<0x3C>", "b", "o", "s", "<0x3E>"],
     "<|tool> the": ["<|tool>", "▁the"],
 }
-"""Texts and their tokens, as llama.cpp has them."""
+"""Texts and llama.cpp's tokens of them."""
 
 
 def words_of(text: str, *, parse_special: bool = False) -> list[str]:

@@ -1,4 +1,4 @@
-"""Token for token what llama.cpp gives, on the vocabularies and test strings that it publishes."""
+"""Compares token ids with llama.cpp's for the vocabularies and test strings that it publishes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_vocabulary_of_128_thousand_words_takes_linear_time() -> None:
     metadata = open_model(DATA_FOLDER / "ggml-vocab-llama-bpe.gguf").metadata
     start = time.process_time()
     load_tokenizer(metadata).encode("first use")
-    assert time.process_time() - start < 20  # a second on a fast machine; minutes, were it quadratic
+    assert time.process_time() - start < 20  # about 1 s on a fast machine; minutes if it were quadratic
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""WordPiece: words, accents, punctuation marks, unknown words."""
+"""Tests of WordPiece: words, accents, punctuation, unknown words."""
 
 from __future__ import annotations
 

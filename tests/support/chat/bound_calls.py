@@ -1,4 +1,4 @@
-"""Grammars of answers whose chats offer tools, over a small vocabulary of bytes."""
+"""Builds and checks grammars of answers to requests with tools, over a small byte-level vocabulary."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def bound(
     form: str = "hermes",
     other: Grammar | None = None,
 ) -> tuple[Grammar | None, list[str]]:
-    """Returns the grammar of an answer, and the ignored parts that its reply names."""
+    """Returns the grammar of an answer and the ignored parts that the reply names."""
     definitions_of_tools = tuple({"type": "function", "function": {"name": name}} for name in tools)
     chat = ChatRequest((), CompletionRequest((), grammar=other), definitions_of_tools, tool_use=ToolUse(mode))
     named: list[str] = []
@@ -39,7 +39,7 @@ async def bound(
 
 
 def allows(grammar: Grammar | None, *texts: str) -> list[bool]:
-    """Tells whether each text may be the whole answer."""
+    """Tells for each text whether the grammar allows it as a whole answer."""
     assert grammar is not None
     matcher, found = compiled(grammar.definition, VOCABULARY), []
     for text in texts:

@@ -1,4 +1,4 @@
-"""Grammars of calls of sample templates, as the service makes them of the tools' schemas."""
+"""Builds grammars of tool calls in the formats of the sample templates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests whose answers are constrained: by grammars, by budgets of reasoning, by both."""
+"""Requests whose answers are constrained by grammars, reasoning budgets, or both."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SEEDED = SamplingParams(temperature=0.9, top_k=40, repetition_penalty=1.1)
 
 
 def grammar_requests(seed: int) -> tuple[GenerationRequest, ...]:
-    """Builds requests: one is free, one becomes constrained by a trigger, two are choices of one request."""
+    """Builds requests: one without a grammar, one whose grammar a trigger starts, two choices of one request."""
     source = Random(seed)
     grammars: list[Grammar | None] = [_schema(source) for _ in range(6)]
     grammars[3] = grammars[2]
@@ -30,7 +30,7 @@ def grammar_requests(seed: int) -> tuple[GenerationRequest, ...]:
 
 
 def reasoning_requests(seed: int) -> tuple[GenerationRequest, ...]:
-    """Builds requests; some have a grammar after the reasoning, some one that a trigger starts."""
+    """Builds requests with reasoning; some have a grammar after it, some one that a trigger starts."""
     source = Random(seed)
     schemas = [_schema(source) for _ in range(2)]
     grammars: list[Grammar | None] = [None, schemas[0], _lazy(), None, None, schemas[1], None, None]
@@ -55,7 +55,7 @@ def _request(number: int, prompt: tuple[int, ...], **fields: Any) -> GenerationR
 
 
 def _prompts(source: Random, count: int) -> list[tuple[int, ...]]:
-    """Builds prompts with a common beginning."""
+    """Builds prompts with a common prefix."""
     shared = [source.randrange(3, 320) for _ in range(40)]
     return [(*shared, *(source.randrange(3, 320) for _ in range(5 * (i // 2)))) for i in range(count)]
 
@@ -65,14 +65,14 @@ def _schema(source: Random) -> Grammar:
 
 
 def _lazy() -> Grammar:
-    """Returns a grammar that starts at a letter."""
+    """Returns a grammar that one of five letters starts."""
     lark = definitions.of_lark('start: /[a-e]/ "forced text " /[a-z]{30}/', "tools")
     return definitions.lazy(lark, list("abcde"))
 
 
 def _reasoning(number: int, grammar: Grammar | None) -> Reasoning:
-    """Returns budgets that end in the middle of answers, and one that is not used up; reasoning that the prompt begins,
-    or that the answer begins again and again; ends of a few tokens and of more than come together."""
+    """Returns budgets below and above the length of an answer, open or repeated reasoning, and end texts shorter and
+    longer than one group of forced tokens."""
     if number % 4 == 3:
         return Reasoning(("e", "t"), ("a",), _bytes("...a"), number, repeats=True)
     end = "</think>" if number % 8 != 4 else "x" * 80 + "</think>"

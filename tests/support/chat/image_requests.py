@@ -1,4 +1,4 @@
-"""Requests with one image on each API that takes images."""
+"""Requests with one image for each API that takes images."""
 
 from __future__ import annotations
 
@@ -62,8 +62,7 @@ def body_of(path: str, image: bytes, *, model: str, stream: bool, media_type: st
 
 
 def error_of(reply: str) -> str:
-    """Returns the message of an error in a reply, whole or streamed, in the form of any of the APIs; an empty text for
-    a reply without an error."""
+    """Returns the error message of a whole or streamed reply of any API, or an empty text without an error."""
     for line in reply.splitlines():
         data = line.removeprefix("data: ")
         error = json.loads(data).get("error") if data.startswith("{") else None

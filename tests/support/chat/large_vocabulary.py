@@ -1,4 +1,4 @@
-"""A vocabulary as large as Gemma 3's and Qwen's, of made-up words, and a small model that has it."""
+"""A vocabulary of made-up words as large as those of Gemma 3 and Qwen, and a small model with it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from support.models.tiny_model import build_tiny_model
 from support.models.tiny_tokenizers import sentencepiece
 
 LARGE = 1 << 18
-_SPECIAL_WORDS = 3 + 256  # <unk>, <s>, </s> and the bytes
+_SPECIAL_WORDS = 3 + 256  # <unk>, <s>, </s> and 256 byte tokens
 _SYLLABLES = [first + second for first in "ptkbdgmnlrsfvzh" for second in ("a", "e", "i", "o", "u", "ai", "ou", "an")]
 
 
 def large_vocabulary(count: int = LARGE) -> dict[str, WritableValue]:
-    """`count` words of SentencePiece's kind, which can write any text."""
+    """Builds a SentencePiece vocabulary of `count` words that can write any text."""
     metadata = sentencepiece(320)
     known = metadata["tokenizer.ggml.tokens"]
     assert isinstance(known, list)
@@ -35,6 +35,6 @@ def large_vocabulary(count: int = LARGE) -> dict[str, WritableValue]:
 
 
 def build_large_vocabulary_model(path: Path, count: int = LARGE) -> Path:
-    """One layer of 32 numbers a token: 17 MB, in about a second."""
+    """Writes a model of one layer with 32 channels: 17 MB, in about a second."""
     shape = {"hidden": 32, "layers": 1, "heads": 2, "kv_heads": 1, "ffn": 64, "vocabulary": count}
     return build_tiny_model(path, **shape, tied=True, extra=large_vocabulary(count))  # type: ignore[arg-type]

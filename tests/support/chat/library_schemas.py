@@ -1,4 +1,4 @@
-"""Schemas of tools as libraries and servers write them, composed at random, with values that they allow and refuse."""
+"""Random compositions of tool schemas as libraries and servers write them, with valid and invalid values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _INT64: Final = {"minimum": -9223372036854775808, "maximum": 9223372036854775807
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A schema, a value that it allows and one that it refuses (None: it refuses none), and what no grammar obeys."""
+    """A schema, a valid value, an invalid one (None: all are valid), and the keywords that grammars ignore."""
 
     schema: Any
     good: Any
@@ -171,7 +171,7 @@ _HEADS: Final[Mapping[str, Mapping[str, Any]]] = {
 
 
 def tool_schema(source: Random, library: str) -> Part:
-    """A tool's arguments. `good` and `bad`: objects with their properties in the schema's order."""
+    """Composes a schema of a tool's arguments; `good` and `bad` are objects with properties in the schema's order."""
     names = [
         f"{name}{place}"
         for place, name in enumerate(source.choices(("path", "a b", "größe", "$x"), k=source.randrange(6)))

@@ -1,4 +1,4 @@
-"""Reads the cases of llama.cpp's `tests/test-chat.cpp`: answers of models, and the messages that they should make."""
+"""Reads the cases of llama.cpp's `tests/test-chat.cpp`: answers of models and the expected messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CONSTANT = re.compile(
 
 @dataclass
 class Message:
-    """A message as llama.cpp holds it."""
+    """A message with the fields of llama.cpp's."""
 
     content: str = ""
     reasoning: str = ""
@@ -39,7 +39,7 @@ class Message:
 
 @dataclass
 class Case:
-    """One parse: the model's text, and the message expected."""
+    """A test case of the parser: the model's text and the expected message."""
 
     template: str
     line: int
@@ -116,7 +116,7 @@ def _tool(fields: list[str]) -> dict[str, Any]:
 
 
 class _Names:
-    """The meanings of identifiers: constants, tools and the functions that make messages."""
+    """The values of identifiers: constants, tools and the functions that make messages."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {
@@ -136,7 +136,7 @@ class _Names:
         }
 
     def define(self, name: str, text: str, start: int) -> None:
-        """Defines a constant if its expression is one of those that cases use."""
+        """Defines a constant if its expression has a form that cases use."""
         try:
             self.values[name] = _Reader(text, start, self).expression()
         except (KeyError, ValueError, TypeError):
@@ -151,7 +151,7 @@ def _simple(text: str, why: str = "", name: str = "", arguments: str = "", call_
 
 
 class _Reader:
-    """Evaluates C++ expressions of texts, lists, names and calls."""
+    """Evaluates C++ expressions made of texts, lists, names and calls."""
 
     def __init__(self, text: str, at: int, names: _Names) -> None:
         self._text = text
@@ -159,7 +159,7 @@ class _Reader:
         self._names = names
 
     def method(self) -> str:
-        """Reads the name behind the next dot."""
+        """Reads the name after the next dot."""
         self._expect(".")
         name = self._next()["word"]
         return str(name)
@@ -194,7 +194,7 @@ class _Reader:
         return _copied(self._names.values[word])
 
     def _texts(self, token: re.Match[str]) -> str:
-        """Joins adjacent literals."""
+        """Joins adjacent string literals."""
         text = token["raw"] if token["raw"] is not None else _unescaped(token["text"])
         while self._peek()["text"] is not None or self._peek()["raw"] is not None:
             token = self._next()
@@ -239,6 +239,6 @@ def _unescaped(text: str) -> str:
 
 
 def _without_comments(text: str) -> str:
-    """Removes comments but keeps line breaks, and slashes inside of texts."""
+    """Removes comments, but keeps line breaks and slashes within texts."""
     kept = re.compile(r'(R"([^(\s"]*)\(.*?\)\2"|"(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
     return kept.sub(lambda found: found[1] or "\n" * found[0].count("\n"), text)

@@ -1,4 +1,4 @@
-"""Runs llama.cpp's cases with the formats that are derived from its templates."""
+"""Runs llama.cpp's test cases with the formats derived from its templates."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _USER = {"role": "user", "content": "Hey there!"}
 
 @dataclass(frozen=True)
 class Template:
-    """A template with its format."""
+    """A chat template and its format."""
 
     render: Render
     form: ToolFormat
@@ -34,7 +34,7 @@ class Template:
 
 @lru_cache(maxsize=128)
 def load_template(path: Path) -> Template:
-    """Rendered in this process: only for templates of a known origin."""
+    """Loads a template that is rendered in this process; its source must be trusted."""
     source = path.read_text(encoding="utf-8")
     compiled = environment().from_string(source)
 
@@ -51,7 +51,7 @@ def load_template(path: Path) -> Template:
 
 
 def make_parser(template: Template, case: Case) -> tuple[AnswerParser, str]:
-    """A parser, and the text that it gets before the model's: llama.cpp's messages hold what the prompt began."""
+    """Returns a parser and the start of the answer that the prompt contains, since llama.cpp's messages include it."""
     options = case.options
     tools = options.get("tools") or None
     variables = {"tools": tools, "enable_thinking": options.get("enable_thinking", True)}
@@ -71,7 +71,7 @@ def make_parser(template: Template, case: Case) -> tuple[AnswerParser, str]:
 
 
 def run_case(template: Template, case: Case, pieces: Sequence[str] | None = None) -> str:
-    """Empty where the answer is as expected; otherwise the difference."""
+    """Returns the difference from the expected message, or an empty text."""
     answer = ParsedAnswer()
     answer.add(case_events(template, case, [case.text] if pieces is None else pieces))
     expected = case.expected
@@ -83,7 +83,7 @@ def run_case(template: Template, case: Case, pieces: Sequence[str] | None = None
 
 
 def case_events(template: Template, case: Case, pieces: Sequence[str]) -> list[AnswerEvent]:
-    """All events of an answer that comes in pieces."""
+    """Returns all events of an answer that is parsed in pieces."""
     parser, begun = make_parser(template, case)
     return [*(event for piece in [begun, *pieces] for event in parser.feed(piece)), *parser.end()]
 

@@ -1,4 +1,4 @@
-"""llama.cpp's tests and templates, which llama-cpp-python's source package holds: found, or fetched from PyPI."""
+"""Finds llama.cpp's tests and templates, or fetches them from llama-cpp-python's source package on PyPI."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _NEEDED = ("tests/test-chat.cpp", "models/templates/")
 
 
 def find_source() -> Path | None:
-    """The folder with `tests/` and `models/`: that of LLAMACLUST_LLAMA_CPP, or the fetched one."""
+    """Returns the folder with `tests/` and `models/`: LLAMACLUST_LLAMA_CPP or the fetched one, or None."""
     folder = Path(os.environ.get(_VARIABLE) or _FOLDER)
     return folder if (folder / _NEEDED[0]).is_file() else None
 
 
 def fetch_source() -> Path:
-    """Downloads the package, some 60 MB, and keeps the files that are needed. CalledProcessError without a network."""
+    """Downloads the package (some 60 MB) and keeps the needed files; raises CalledProcessError without a network."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
         subprocess.run([*command, "-d", scratch, PACKAGE], check=True)

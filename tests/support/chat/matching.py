@@ -1,4 +1,4 @@
-"""Matchers of a small vocabulary, whose tokens are bytes, and steps of a stage's rows."""
+"""Matchers over a small vocabulary of byte tokens, and steps of a stage that uses them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ABC = definitions.of_regex("[ab]c(d|e)", "guided_regex")
 
 
 class Task(NamedTuple):
-    """A row, and what its matcher starts with if it starts there."""
+    """A row to sample and, if its matcher starts there, how it starts."""
 
     row: SampleTask
     start: MatcherStart | None
@@ -53,7 +53,7 @@ def task(
 
 
 def inputs_of(number: int, *tasks: Task, released: tuple[int, ...] = ()) -> StepInputs:
-    """The inputs as a last stage reads them, complete: each drafted row is in the chunk of the row before it."""
+    """Builds complete inputs of a last stage; each drafted row is in the chunk of the preceding row."""
     starts = tuple(each.start for each in tasks if each.start is not None)
     chunks: list[list[int]] = []
     for each in tasks:
@@ -72,7 +72,7 @@ def inputs_of(number: int, *tasks: Task, released: tuple[int, ...] = ()) -> Step
 
 
 def begin(stage: StageMatchers, inputs: StepInputs) -> list[int]:
-    """Returns the places of rows that only the end may follow, once the matchers are ready."""
+    """Waits until the matchers are ready and returns the places of rows that only the end token may follow."""
     stage.receive(inputs)
     for answer in (*filter(None, stage._changes.values()), *stage._answers.values()):
         answer.ready.result(60)
@@ -82,8 +82,8 @@ def begin(stage: StageMatchers, inputs: StepInputs) -> list[int]:
 def step(
     stage: StageMatchers, number: int, *tasks: Task, says: str, refused: str = "", released: tuple[int, ...] = ()
 ) -> tuple[list[set[str]], tuple[RowResult, ...]]:
-    """Returns what each row could choose whose letter of `refused` its grammar forbids, and the results of the letters
-    of `says`, which such rows choose at their second draw."""
+    """Samples the letters of `refused`, or else `says`, then those of `says` in rows whose grammar refused theirs.
+    Returns the allowed letters of such rows and all results."""
     begin(stage, inputs_of(number, *tasks, released=released))
     results, allowed = taken(stage, map(sampled, refused or says))
     for place in allowed:
@@ -93,7 +93,7 @@ def step(
 
 
 def taken(stage: StageMatchers, rows: Iterable[RowResult]) -> tuple[list[RowResult], dict[int, AllowedTokens]]:
-    """Returns the results, and the allowed tokens of rows whose token is not allowed."""
+    """Returns the results, and the allowed tokens of rows whose sampled token is refused."""
     results = list(rows)
     refused = stage.take(results)
     return results, refused

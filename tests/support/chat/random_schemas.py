@@ -1,4 +1,4 @@
-"""Random JSON schemas whose instances are short, and a random walk through a grammar."""
+"""Random JSON schemas with short instances, and a random walk through a grammar."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAMES = ("name", "age", "of", "the", "many-people", 'quote"d', "é", "x")
 
 
 def random_schema(source: Random, depth: int = 2) -> dict[str, Any]:
-    """An object, mostly, with nested objects and lists up to `depth`."""
+    """Returns a schema, usually of an object, with nested objects and lists up to `depth`."""
     kinds = ["string", "integer", "boolean", "enum", "pattern"] + ["object", "object", "array"] * (depth > 0)
     match "object" if depth == 2 else source.choice(kinds):
         case "object":
@@ -38,7 +38,7 @@ def random_schema(source: Random, depth: int = 2) -> dict[str, Any]:
 
 
 def random_instance(schema: dict[str, Any], source: Random) -> Any:
-    """A value that one of these schemas allows, with properties in its order."""
+    """Returns a value that `schema` allows, with properties in the schema's order."""
     if "enum" in schema:
         return source.choice(schema["enum"])
     if "pattern" in schema:
@@ -62,13 +62,13 @@ def random_instance(schema: dict[str, Any], source: Random) -> Any:
 
 
 def token_set(allowed: AllowedTokens | None) -> set[int]:
-    """Ids of the bits that are set."""
+    """Returns the token ids whose bits are set."""
     assert allowed is not None
     return set(np.flatnonzero(np.unpackbits(allowed.view(np.uint8), bitorder="little")).tolist())
 
 
 def walk(matcher: GrammarMatcher, source: Random, most: int = 200) -> tuple[list[int], list[set[int]]]:
-    """Random tokens until the grammar ends, and the tokens that were allowed at each."""
+    """Returns random tokens until the grammar ends, and the tokens allowed at each of them."""
     tokens: list[int] = []
     sets: list[set[int]] = []
     while len(tokens) < most:

@@ -1,4 +1,4 @@
-"""Answers in each form, with what they mean: for the parser's tests."""
+"""Sample answers in each tool format with their meaning, for tests of the parser."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOOLS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """A form by its name, an answer, and the reasoning, content and calls (name, arguments, id) in it."""
+    """The name of a format, an answer in it, and its reasoning, content and calls (name, arguments, id)."""
 
     form: str
     text: str

@@ -1,4 +1,4 @@
-"""Chat templates as models have them, in short: with calls in each of the usual forms."""
+"""Shortened chat templates of models, with tool calls in each of the usual formats."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ KNOWN_MARKS: Mapping[str, str] = {
     "minimax-m3": "]<]minimax[>[",
     "kimi-k2": "<|tool_calls_section_begin|>",
 }
-"""Texts that stand for templates of a known format."""
+"""Texts by which templates of known formats are recognized."""
 
 
 def render_with(source: str) -> Render:
-    """Renders in this process, as the child process does."""
+    """Returns a renderer of the template that runs in this process."""
     compiled = environment().from_string(source)
 
     def render(messages: Sequence[Message], add_generation_prompt: bool, variables: Mapping[str, object]) -> str:
@@ -89,6 +89,6 @@ def render_with(source: str) -> Render:
 
 @cache
 def form_of(name: str) -> ToolFormat:
-    """The format of a sample."""
+    """Returns the format of a sample template."""
     source = TEMPLATES.get(name) or "{#" + KNOWN_MARKS[name] + "#}" + TEMPLATES["plain"]
     return derive_format(source, render_with(source))

@@ -1,4 +1,4 @@
-"""The images of a model with a tiny projector, whose encoder is in this process."""
+"""Vision of a model with a tiny projector, whose encoder runs in this process."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def png(seed: int, width: int = 44, height: int = 30) -> bytes:
 
 @dataclass
 class Encoder:
-    """Encodes in this process, and counts the images. `gate` is open unless a test closes it."""
+    """An encoder in this process that counts images and waits while a test keeps `gate` closed."""
 
     path: Path
     images: int = 0
-    turns: Turns = field(default_factory=lambda: Turns(sys.maxsize, 1))  # one image of an owner at a time
-    owners: list[list[str]] = field(default_factory=list)  # of each image, when it began
+    turns: Turns = field(default_factory=lambda: Turns(sys.maxsize, 1))  # one image of each owner at a time
+    owners: list[list[str]] = field(default_factory=list)  # of each image at its start
     failure: Exception | None = None
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     begun: asyncio.Event = field(default_factory=asyncio.Event)
@@ -93,6 +93,6 @@ def prompt_of(*images: bytes, detail: str = "auto") -> PromptImages:
 
 
 async def spans_of(vision: Vision, *images: bytes, leases: RowLeases | None = None) -> tuple[ImageSpan, ...]:
-    """Returns the spans of images; without `leases`, the request ends at once."""
+    """Returns the spans of images in a prompt; without `leases`, the leases end at once."""
     with RowLeases() as own:
         return (await vision.image_prompt(prompt_of(*images), any_length, leases or own))[1]

@@ -1,4 +1,4 @@
-"""Chat templates that refuse messages which others render: by the order of their roles, or the roles themselves."""
+"""Chat templates that refuse some orders of roles, or some roles."""
 
 from __future__ import annotations
 
@@ -58,4 +58,4 @@ STRICT_TEMPLATES: Final[Mapping[str, str]] = {
         "<{{ message.role }}>{{ message.content }}{%- endfor -%}"
     ),
 }
-"""Templates by the model or the behaviour that they represent."""
+"""Templates by their model or behaviour."""

@@ -1,4 +1,4 @@
-"""A model that reads images, without a projector: each image has as many rows as its first byte says."""
+"""Vision without a projector: the first byte of an image is its number of rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def data_url(data: bytes, media_type: str = "image/png") -> str:
 
 
 def laid_out(*pieces: str | bytes) -> tuple[int, ...]:
-    """The token ids of a prompt of texts and images."""
+    """Returns the token ids of a prompt of texts and images."""
     made: list[int] = []
     for piece in pieces:
         made += ids(piece) if isinstance(piece, str) else (*BEGIN, *[0] * piece[0], *AFTER)
@@ -39,12 +39,12 @@ def laid_out(*pieces: str | bytes) -> tuple[int, ...]:
 
 
 class TinyVision(Vision):
-    """Remembers the prompts with images that it laid out."""
+    """Vision without an encoder that records its prompts with images."""
 
     def __init__(self, *, width: int = WIDTH) -> None:
         self.prompts: list[PromptImages] = []
-        self.leases: list[int] = []  # that requests hold
-        self.leased = 0  # so far
+        self.leases: list[int] = []  # held by requests
+        self.leased = 0  # number so far
         self._width = width
 
     def _end_lease(self) -> None:

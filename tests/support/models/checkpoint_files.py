@@ -1,4 +1,4 @@
-"""Writes checkpoints as other programs do: safetensors, PyTorch's zip files, folders of Hugging Face's form."""
+"""Writes checkpoints in the formats of other programs: safetensors, PyTorch's zip files, Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SAFE_TYPES = {
     "int32": "I32",
 }
 _BYTES = ("_blocks", "_scales")
-"""Suffixes of tensors whose uint8 are bytes, as in gpt-oss; others are floats of eight bits."""
+"""Suffixes of tensors whose uint8 values are bytes, as in gpt-oss; other uint8 values are 8-bit floats."""
 _TORCH_TYPES = {
     "float64": "DoubleStorage",
     "float32": "FloatStorage",
@@ -68,7 +68,7 @@ def safetensors_bytes(tensors: Arrays) -> bytes:
 def write_hugging_face(
     folder: Path, config: Mapping[str, Any], tensors: Arrays, *, shards: int = 1, torch: bool = False
 ) -> Path:
-    """Writes config.json and weights, in `shards` files with an index if they are several."""
+    """Writes config.json and weights; several `shards` get an index file."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     stem, suffix = ("pytorch_model", "bin") if torch else ("model", "safetensors")
@@ -93,7 +93,7 @@ class _Storage:
 
 
 class _Pickler(pickle._Pickler):
-    """Pickles as torch.save does, with made-up classes in place of PyTorch's."""
+    """Pickles as torch.save does, with stand-ins for PyTorch's classes."""
 
     def persistent_id(self, value: Any) -> Any:
         if isinstance(value, _Storage):
@@ -134,7 +134,7 @@ def _pretended_torch() -> Iterator[None]:
 
 
 def write_torch(path: Path, tensors: Arrays, *, compression: int = zipfile.ZIP_STORED) -> None:
-    """Writes a state dict as torch.save does. An array with columns in order (`order="F"`) stays such a view."""
+    """Writes a state dict as torch.save does; arrays in column-major order (`order="F"`) become strided views."""
     members: dict[str, bytes] = {}
     state: OrderedDict[str, Any] = OrderedDict()
     for number, (name, values) in enumerate(tensors.items()):

@@ -1,4 +1,4 @@
-"""Converted checkpoints, compared with recorded logits."""
+"""Converts checkpoints and compares their logits with recorded ones."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from support.models.tiny_architectures import VOCABULARY
 from support.models.tiny_tokenizers import tokenizer_json
 
 EXACT = 5e-7
-"""The largest error without rounding of keys and values; the recordings' is 6e-8, that of Falcon's tanh GELU 2e-7."""
+"""The largest error with keys and values in float32; recordings in float16 have 6e-8, Falcon's tanh GELU 2e-7."""
 
 
 ROUNDED = 1e-5
 """The largest error with keys and values in float16."""
 EIGHT_BITS = 5e-3
-"""The largest median error with activations of eight bits too, as in the CPU's products with blocks of MXFP4; the
-median, since another expert may be chosen if two are close."""
+"""The largest median error with 8-bit activations as well, as in the CPU's products with MXFP4 blocks. The median is
+robust to tokens whose experts are nearly tied."""
 
 
 class WholeRows(kv._HalfRows):
-    """Keys and values of the reference backend in float32, as the originals keep them."""
+    """Keys and values of the reference backend in float32, like those of transformers."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self._values: Any = np.full(shape, np.nan, np.float32)
@@ -56,7 +56,7 @@ def converted(folder: Path, config: Mapping[str, Any], shapes: Shapes, seed: int
 def converted_checkpoint(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]], kind: str = "f32"
 ) -> ModelFile:
-    """A checkpoint in Hugging Face's form with the byte-level tokenizer of tests, converted."""
+    """Converts a checkpoint in Hugging Face's form with the byte-level test tokenizer."""
     write_hugging_face(folder, config, tensors)
     (folder / "tokenizer.json").write_text(tokenizer_json())
     convert(folder, folder / "out.gguf", kind, Hints(), lambda done, total: None, "tiny")
@@ -73,7 +73,7 @@ def logits(backend: Backend, model: Model, name: str, tokens: list[int]) -> NDAr
 
 
 def errors(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> NDArray[np.float64]:
-    """sum((found - wanted)^2) / sum(wanted^2) of each position."""
+    """Returns sum((found - wanted)^2) / sum(wanted^2) of each position."""
     squares = np.square(found.astype(np.float64) - wanted).sum(1)
     result: NDArray[np.float64] = squares / np.square(wanted.astype(np.float64)).sum(1)
     return result
@@ -82,8 +82,8 @@ def errors(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> NDArray[n
 def assert_close(
     model: Model, name: str, tokens: list[int], wanted: NDArray[np.float32], *, may_be_tied: bool = False
 ) -> None:
-    """Asserts close logits on the CPU and by the reference, then by the reference without rounding to float16.
-    `may_be_tied`: rounding may choose another expert for some of the tokens."""
+    """Asserts close logits of the CPU and reference backends, and of the latter with float32 keys and values.
+    `may_be_tied`: rounding may change the experts of some tokens."""
     rounded = np.median if may_be_tied else np.max
     for backend in (ReferenceBackend(), all_threads(1)):
         found = errors(logits(backend, model, name, tokens), wanted)

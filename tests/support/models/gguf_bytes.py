@@ -1,4 +1,4 @@
-"""GGUF files written byte by byte, so that a test can lie in any field."""
+"""Writes GGUF files byte by byte, with any field wrong."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def array(name: str, item_type: int, count: int, items: bytes) -> bytes:
 
 
 def tensor(name: str | bytes, sizes: list[int], quant_type: int = F32, offset: int = 0) -> bytes:
-    """`sizes` as in the file: the length of a row first."""
+    """Returns a tensor info; `sizes` are in the file's order, the row length first."""
     return (
         text(name) + pack("<I", len(sizes)) + b"".join(pack("<Q", s) for s in sizes) + pack("<IQ", quant_type, offset)
     )
@@ -43,7 +43,7 @@ def gguf(
     tensor_count: int | None = None,
     alignment: int = 32,
 ) -> bytes:
-    """A whole file; counts are those of the lists where they are not given."""
+    """Returns a whole file; missing counts are those of the lists."""
     keys, tensors = keys or [], tensors or []
     key_count = len(keys) if key_count is None else key_count
     tensor_count = len(tensors) if tensor_count is None else tensor_count

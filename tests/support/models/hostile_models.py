@@ -1,4 +1,4 @@
-"""Model files that are damaged, hostile or of a kind that is not supported, made from a good tiny one."""
+"""Damaged, hostile and unsupported model files, made from a tiny valid one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.models.tiny_model import build_tiny_model
 HUGE = (1 << 64) - 1
 
 NO_KERNELS = next(kind for kind in QuantType if kind.info.block_size == 32 and kind not in SUPPORTED_TYPES)
-"""A quant type that files may have and the CPU has no kernels for (Q8_1, made for activations, never will)."""
+"""A quant type of files for which the CPU has no kernels (Q8_1, a type of activations)."""
 
 HEADERS: dict[str, tuple[bytes, str]] = {
     "magic": (gguf(magic=b"GGML"), "not a GGUF file"),
@@ -28,16 +28,16 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "overlap": (gguf([], [tensor("x", [16]), tensor("y", [16], F32, 32)], bytes(96)), "overlaps tensor 'x'"),
     "quant type": (gguf([], [tensor("x", [32], 4)], bytes(64)), "unknown quant type 4"),
 }
-"""Contents of files that everything which opens a model refuses, each with a part of the error."""
+"""Contents of files that are refused wherever a model is opened, each with a part of the error."""
 
 
 def tiny(path: Path, **options: object) -> Path:
-    """A good model of 4 layers, 0.4 MB."""
+    """Writes a valid model of 4 layers, 0.4 MB."""
     return build_tiny_model(path, **{"hidden": 64, "layers": 4, "heads": 4, "ffn": 128, **options})  # type: ignore[arg-type]
 
 
 def damaged_files(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
-    """Writes files that everything which opens a model refuses, and returns each with a part of the error."""
+    """Writes files that are refused wherever a model is opened, and returns each with a part of the error."""
     data = good.read_bytes()
     found = {name: (content, says) for name, (content, says) in HEADERS.items()}
     found["data cut short"] = data[: len(data) // 2], "the file is incomplete"
@@ -51,7 +51,7 @@ def damaged_files(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
 
 
 def _no_files(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Creates paths that cannot be read as files; a pipe must not be waited for."""
+    """Creates paths that are not readable files; opening the pipe must not block."""
     paths = {name: folder / f"{name}.gguf" for name in ("missing", "folder", "pipe", "loop of links")}
     paths["folder"].mkdir()
     os.mkfifo(paths["pipe"])
@@ -60,7 +60,7 @@ def _no_files(folder: Path) -> dict[str, tuple[Path, str]]:
 
 
 def _split_files(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Writes first parts of two whose second part is missing, or is the first one again."""
+    """Writes first parts of two-part models whose second part is missing or links to the first."""
     keys = [("split.no", 0), ("split.count", 2), ("split.tensors.count", 2)]
     content = gguf([number(*pair) for pair in keys], [tensor("x", [16])], bytes(64))
     first, missing = _parts(folder, "missing")
@@ -76,7 +76,7 @@ def _parts(folder: Path, name: str) -> tuple[Path, Path]:
 
 
 def unusable_files(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
-    """Writes sound files of models that cannot be run here, and returns each with a part of the error."""
+    """Writes intact files of models that cannot run, and returns each with a part of the error."""
     wrong: dict[str, tuple[dict[str, WritableValue], str]] = {
         "architecture": ({"general.architecture": "martian"}, "martian"),
         "layers as text": ({"llama.block_count": "four"}, "llama.block_count"),
@@ -94,7 +94,7 @@ def unusable_files(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
 
 
 def retyped(good: Path, path: Path, kind: QuantType, vectors: bool) -> Path:
-    """Writes the model with zeros of another type in all matrices, or in all vectors."""
+    """Writes the model with zeros of another type in all vectors if `vectors`, else in all matrices."""
     model = open_model(good)
     sources = []
     for one in model.tensors.values():
@@ -108,7 +108,7 @@ def retyped(good: Path, path: Path, kind: QuantType, vectors: bool) -> Path:
 
 
 def slow_to_load(path: Path, experts: int = 1024) -> Path:
-    """Writes a model whose weights are mostly holes in the file, which cost nothing to make and a while to load."""
+    """Writes a sparse model file that is quick to make and slow to load."""
     few = open_model(tiny(path.with_suffix(".small.gguf"), experts=4, ffn=256))
     metadata = dict(few.metadata) | {"llama.expert_count": experts, "general.alignment": 1}
     write_gguf(path, metadata, [])

@@ -1,5 +1,5 @@
-"""Small models as transformers' own classes compute them: their configurations, and weights drawn for the names and
-shapes that transformers gives their tensors."""
+"""Small models computed by transformers' own classes: their configurations, and weights drawn for the tensor names and
+shapes of transformers."""
 
 from __future__ import annotations
 
@@ -323,12 +323,12 @@ MODELS: Mapping[str, Original] = MappingProxyType(
 
 
 def draw(name: str, shape: tuple[int, ...], seed: int) -> NDArray[Any]:
-    """Weights of one tensor, far enough from neutral that leaving it out is noticed; the same on every machine."""
+    """Draws one tensor, the same on every machine and so far from neutral that tests fail without it."""
     generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
     if name.endswith("_blocks"):
         return generator.integers(0, 256, shape, np.uint8)
     if name.endswith("_scales"):
-        return generator.integers(121, 125, shape, np.uint8)  # exponents, biased by 127
+        return generator.integers(121, 125, shape, np.uint8)  # exponents with a bias of 127
     numbers = generator.standard_normal(shape, np.float32)
     if len(shape) == 1:
         return np.float32(0.3) * numbers + np.float32("bias" not in name)
@@ -339,12 +339,12 @@ def draw(name: str, shape: tuple[int, ...], seed: int) -> NDArray[Any]:
 
 
 def write_original(folder: Path, config: Mapping[str, Any], shapes: Shapes, seed: int) -> Path:
-    """A folder of Hugging Face's form without a tokenizer."""
+    """Writes a checkpoint in Hugging Face's form without a tokenizer."""
     return write_hugging_face(folder, config, {name: draw(name, shape, seed) for name, shape in shapes.items()})
 
 
 def packed_form(config: dict[str, Any], shapes: Shapes) -> tuple[dict[str, Any], Shapes]:
-    """The form of the same model with experts in MXFP4: [experts, columns, rows] as blocks of 32 columns."""
+    """Returns configuration and shapes with experts in MXFP4: [experts, columns, rows] becomes blocks of 32 columns."""
     found: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
@@ -359,11 +359,11 @@ def packed_form(config: dict[str, Any], shapes: Shapes) -> tuple[dict[str, Any],
 
 
 def recorded_form(name: str) -> tuple[dict[str, Any], Shapes]:
-    """Returns what transformers wrote of one of MODELS: its configuration, and the shapes of its tensors by name."""
+    """Returns the configuration and the tensor shapes that transformers wrote for one of MODELS."""
     said = json.loads((DATA_FOLDER / f"{name}.json").read_text())
     return said["config"], {tensor: tuple(shape) for tensor, shape in said["tensors"].items()}
 
 
 def recorded_logits(name: str) -> NDArray[np.float32]:
-    """Returns logits [tokens, vocabulary]."""
+    """Returns the recorded logits, [tokens, vocabulary]."""
     return np.fromfile(DATA_FOLDER / f"{name}.f16", "<f2").astype(np.float32).reshape(len(TOKENS), VOCABULARY)

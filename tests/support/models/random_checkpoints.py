@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in Hugging Face's form, one of each architecture: configuration and tensors."""
+"""Tiny random checkpoints in Hugging Face's form for each architecture: configuration and tensors."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def _olmo2(layer: str) -> Shapes:
 
 
 def _glm4moe(layer: str) -> Shapes:
-    """A dense layer, others with experts, and behind them one that predicts further tokens."""
+    """Returns shapes of the first layer (dense), of others (with experts), or of the MTP head after the last."""
     number = int(layer.rpartition(".")[2])
     shapes = {**layer_norms(layer), **attention_shapes(layer, bias=True)}
     shapes |= {f"{layer}.self_attn.{part}_norm.weight": (HEAD,) for part in "qk"}
@@ -364,7 +364,7 @@ CASES: Mapping[str, tuple[dict[str, Any], Shapes]] = {
 
 
 def checkpoint(case: str) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]:
-    """Configuration and float32 tensors; the same each time."""
+    """Returns the configuration and float32 tensors of a case, the same at each call."""
     config, shapes = CASES[case]
     return {"architectures": [case.split()[0]], **config}, {name: values(name, shape) for name, shape in shapes.items()}
 

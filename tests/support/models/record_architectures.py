@@ -1,8 +1,8 @@
-"""Records what llama.cpp computes for the models of `tiny_architectures`, three files each in data/architectures,
-little-endian: NAME.f32, logits of TOKENS in one batch, float32 [24, 320]; NAME.decode.f16, every fourth logit of 40
-steps of one token after them, float16 [40, 80]; NAME.q8_0.f16, every fourth logit of all of these with the matrices in
-Q8_0, float16 [64, 80]. And llama4-long.f16, of a prompt that is longer than a chunk of its attention.
-To be run again when a model is added or changed, its name as an argument (all without one). LLAMA is the folder of
+"""Records llama.cpp's logits of the models of `tiny_architectures` in data/architectures, three little-endian files
+each: NAME.f32, logits of TOKENS in one batch, float32 [24, 320]; NAME.decode.f16, every fourth logit of 40 steps of
+one token after them, float16 [40, 80]; NAME.q8_0.f16, every fourth logit of all these steps with matrices in Q8_0,
+float16 [64, 80]. llama4-long.f16 has logits of a prompt that is longer than an attention chunk.
+Run it again after a model is added or changed, with its name as an argument (all without one). LLAMA is the folder of
 llama.cpp's sources with a build in it; the library of November 2026 gives the bits of llama-cpp-python 0.3.36, which
 recorded the first models:
 
@@ -57,7 +57,7 @@ def record(path: Path, context: int) -> tuple[bytes, bytes, bytes]:
 
 
 def record_long(path: Path) -> bytes:
-    """Returns every fourth logit of the last steps in float16; a batch of llama.cpp has 2048 tokens at most."""
+    """Returns every fourth logit of the last steps in float16; llama.cpp computes at most 2048 tokens in a batch."""
     command = [os.environ["RECORD_LOGITS"], str(path), str(LONG_LLAMA4.context), "2000"]
     tokens = " ".join(map(str, LONG_TOKENS)).encode()
     answer = subprocess.run(command, input=tokens, stdout=subprocess.PIPE, check=True).stdout

@@ -1,5 +1,5 @@
-"""Records llama.cpp's embeddings of TEXTS by small models with random weights, for each pooling: float32 [vectors,
-channels], little-endian, a file each in data/embeddings. To be run again when a model or a text changes:
+"""Records llama.cpp's embeddings of TEXTS by small models with random weights for each pooling, one little-endian file
+each in data/embeddings, float32 [vectors, channels]. Run it again after a model or a text changes:
 
     pip install llama-cpp-python==0.3.36
     python tests/support/models/record_embeddings.py
@@ -28,7 +28,7 @@ TEXTS = (
 )
 MODELS = (*ENCODERS, "llama", "qwen3", "gemma2", "gpt2")
 POOLINGS = {Pooling.NONE: 0, Pooling.MEAN: 1, Pooling.CLS: 2, Pooling.LAST: 3}
-"""Poolings with their numbers in files and in llama.cpp."""
+"""Numbers of poolings in files and in llama.cpp."""
 
 
 def build(folder: Path, name: str) -> Path:

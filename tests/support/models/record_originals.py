@@ -1,7 +1,7 @@
-"""Records what transformers computes for the models of `original_models`, in data/originals: its configuration and the
-shapes of its tensors as it writes them (NAME.json), and the logits of TOKENS, float16 [24, 320], little-endian
-(NAME.f16). Weights are drawn again from their names whenever they are needed. To be run again when a model is added or
-changed, its name as an argument (all without one), where the project and PyTorch are installed:
+"""Records transformers' results for the models of `original_models` in data/originals: configuration and tensor shapes
+(NAME.json), and the logits of TOKENS, float16 [24, 320], little-endian (NAME.f16). Weights are not recorded: they are
+drawn from the tensors' names. Run it again after a model is added or changed, with its name as an argument (all without
+one), where the project and PyTorch are installed:
 
     pip install torch==2.13.0 transformers==5.23.0
     python tests/support/models/record_originals.py NAME ...
@@ -25,7 +25,7 @@ from support.models.tiny_architectures import TOKENS, VOCABULARY
 
 
 def saved_form(original: Original, folder: Path) -> tuple[dict[str, Any], Shapes]:
-    """Configuration and shapes of the model as transformers saves it; its weights are of no use."""
+    """Returns the configuration and tensor shapes that transformers saves."""
     import transformers
 
     family = getattr(transformers, original.family)
@@ -38,7 +38,7 @@ def saved_form(original: Original, folder: Path) -> tuple[dict[str, Any], Shapes
 
 
 def original_logits(original: Original, folder: Path, tokens: Sequence[int]) -> NDArray[np.float32]:
-    """[tokens, vocabulary], computed in float32 for a checkpoint of which transformers uses every tensor."""
+    """Returns float32 logits [tokens, vocabulary]; asserts that transformers uses every tensor."""
     import torch
     import transformers
 

@@ -1,6 +1,6 @@
-"""Records what OpenAI's tiktoken and Mistral's mistral-common make of a text with a small vocabulary of ranks, cut as
-Llama 3, GLM-4 and Qwen cut theirs, and as tekken.json says: data/tokenizers/ranks.json, the vocabulary with it. To be
-run again when the probe changes, where the project is installed:
+"""Records token ids of a text by OpenAI's tiktoken and Mistral's mistral-common in data/tokenizers/ranks.json, with the
+vocabulary: a small one of ranks, pre-tokenized as in Llama 3, GLM-4 and Qwen, and as in tekken.json. Run it again after
+the probe changes, where the project is installed:
 
     pip install tiktoken==0.14.0 mistral-common==1.13.1
     python tests/support/models/record_ranks.py
@@ -25,7 +25,7 @@ _CUT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PATTERNS = {"llama3": _CUT % "{1,3}", "glm4": _CUT % "{1,3}", "qwen": _CUT % ""}
-"""The patterns in the programs of these models."""
+"""Pre-tokenizer patterns of these models' own programs."""
 _ONE, _UPPER, _LOWER = r"[^\r\n\p{L}\p{N}]?", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 TEKKEN = (
     rf"{_ONE}{_UPPER}*{_LOWER}+|{_ONE}{_UPPER}+{_LOWER}*|\p{{N}}"
@@ -35,7 +35,7 @@ SPECIAL = 30
 
 
 def trained() -> list[bytes]:
-    """Byte strings by rank, learned from the beginning of WikiText-2's test set and the probe; single bytes first."""
+    """Returns byte strings by rank, single bytes first, trained on the probe and the start of WikiText-2's test set."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = splitter(pre_tokenizer("llama-bpe"))
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,7 +48,7 @@ def trained() -> list[bytes]:
 
 
 def tekken_json(words: list[bytes]) -> str:
-    """Returns a tekken.json in the form of the seventh version whose vocabulary leaves out four words."""
+    """Returns a tekken.json of version 7 whose vocabulary leaves out four words."""
     special = [
         {"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(("<unk>", "<s>", "</s>"))
     ]

@@ -1,5 +1,5 @@
 """Records llama-server's scores of DOCUMENTS for QUERY by small rerankers with random weights, in data/rerank.json:
-{architecture: {"scores": [...], "tokens": of all prompts}}. To be run again when a model or a text changes:
+{architecture: {"scores": [...], "tokens": of all prompts}}. Run it again after a model or a text changes:
 
     python tests/support/models/record_rerank.py /path/to/llama-server
 """

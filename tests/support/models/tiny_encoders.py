@@ -15,20 +15,20 @@ from support.models.tiny_tokenizers import byte_level, sentencepiece, unigrams, 
 HIDDEN, HEADS, FFN, LAYERS, CONTEXT = 64, 4, 96, 3, 1024
 VOCABULARY = 320
 WINDOW = 8
-"""The window of encoders that have one: 4 tokens to either side."""
+"""The window of encoders that have one: 4 tokens on either side."""
 EXPERTS = 5
-"""The experts of nomic-bert-moe's second layer, of which 2 are used."""
+"""The experts of nomic-bert-moe's second layer; a token uses 2."""
 RANK, CLS = 4, 2
-"""Numbers of poolings."""
+"""GGUF's numbers of poolings."""
 RERANKERS = ("bert", "jina-bert-v2", "modern-bert", "qwen3")
 
 
 @dataclass(frozen=True, slots=True)
 class TinyEncoder:
-    """The tensors of an architecture, its tokenizer, and keys without its name."""
+    """An architecture's tensors, its tokenizer, and its keys without the architecture's name."""
 
     qkv: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(("attn_q", "attn_k", "attn_v"), HIDDEN))
-    biases: tuple[str, ...] = ()  # of which products in a layer
+    biases: tuple[str, ...] = ()  # the layer's products with biases
     gated: bool = True
     vocabulary: Callable[[int], dict[str, WritableValue]] = word_pieces
     keys: Mapping[str, WritableValue] = field(default_factory=dict)
@@ -118,9 +118,9 @@ def build_encoder(
     added: tuple[RandomTensor, ...] = (),
     keys: Mapping[str, WritableValue] | None = None,
 ) -> Path:
-    """Writes an encoder, or with RANK a reranker, to `path` and returns it. The same bytes on every machine. Tensors
-    and metadata of `without` are left out, `added` tensors come in; `keys` replace metadata, the architecture's without
-    its name."""
+    """Writes an encoder, or a reranker if `pooling` is RANK, and returns `path`; the bytes are the same on every
+    machine. `without` leaves out tensors and metadata by name, `added` adds tensors, and `keys` replace metadata (the
+    architecture's without its name)."""
     ends = [*_ends(name), *(_classifier(name) if pooling == RANK and name in RERANKERS else ())]
     tensors = [*ends, *(tensor for layer in range(LAYERS) for tensor in _layer(name, f"blk.{layer}"))]
     kept = [*(tensor for tensor in tensors if tensor.name not in without), *added]
@@ -153,7 +153,7 @@ def _ends(name: str) -> Iterator[RandomTensor]:
 
 
 def _classifier(name: str) -> Iterator[RandomTensor]:
-    """Yields a reranker's classifier: jina's has one layer, qwen's is two rows of the head."""
+    """Yields a reranker's classifier: one layer in jina's, two rows of the head in qwen's."""
     if name == "qwen3":
         yield RandomTensor("cls.output.weight", (2, HIDDEN), 0.2, exact=True)
         return
@@ -188,7 +188,7 @@ def _layer(name: str, prefix: str) -> Iterator[RandomTensor]:
 
 
 def _inner(name: str, prefix: str) -> Iterator[tuple[str, RandomTensor]]:
-    """Yields the matrices behind attention by their name in the layer."""
+    """Yields the matrices after attention by their names in the layer."""
     shapes: dict[str, tuple[int, ...]] = {
         "ffn_up": (2 * FFN if name == "modern-bert" else FFN, HIDDEN),
         "ffn_down": (HIDDEN, FFN),

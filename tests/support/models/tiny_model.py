@@ -1,4 +1,4 @@
-"""Builds small models of random but sane weights: logits that spread, norms near 1, a tokenizer for any text."""
+"""Builds small random models with plausible values: logits that spread, norms near 1, a tokenizer for any text."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def build_tiny_model(
 
 
 def every_type(first: int, layers: int = 6) -> dict[str, QuantType]:
-    """`other_types` for a model whose matrices take turns through all types of the CPU, from number `first` on."""
+    """Returns `other_types` for matrices that cycle through all types of the CPU, from number `first`."""
     parts = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
     names = [*(f"blk.{layer}.{part}" for layer in range(layers) for part in parts), "token_embd", "output.weight"]
     assert len(names) >= len(SUPPORTED_TYPES)
@@ -81,7 +81,7 @@ def every_type(first: int, layers: int = 6) -> dict[str, QuantType]:
 
 @dataclass(frozen=True, slots=True)
 class RandomTensor:
-    """A tensor of normal numbers; vectors and routers stay float32 whatever the model's type."""
+    """A tensor of normal numbers; if `exact`, it is float32 in models of any type."""
 
     name: str
     shape: tuple[int, ...]

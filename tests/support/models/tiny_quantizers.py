@@ -1,4 +1,4 @@
-"""Simple block quantizers in NumPy, for models that tests make: correct layouts, no search for the best scales."""
+"""Simple NumPy quantizers for tests: correct block layouts without a search for the best scales."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Bytes = NDArray[np.uint8]
 
 
 def quantize(weights: Float32, quant_type: QuantType) -> bytes:
-    """The bytes of `weights` [..., k] in a type's layout; k a multiple of its block size."""
+    """Returns the bytes of `weights` [..., k] in a type's layout; k is a multiple of its block size."""
     blocks = weights.astype(np.float32).reshape(-1, quant_type.info.block_size)
     if quant_type in _OF_RANDOM_BITS:
         return _random_bits(blocks, quant_type).tobytes()
@@ -36,11 +36,11 @@ _OF_RANDOM_BITS = {
     QuantType.IQ1_S: 7.2,
     QuantType.IQ1_M: 7.2,
 }
-"""Types without a quantizer here, and the deviation of their weights where all bits are random and the scale is 1."""
+"""Types without a quantizer, with the standard deviation of weights of random bits and a scale of 1."""
 
 
 def _random_bits(blocks: Float32, quant_type: QuantType) -> Bytes:
-    """Blocks that have nothing of `blocks` but their deviation; the same for the same."""
+    """Returns random blocks with the standard deviation of `blocks`; equal blocks give equal bytes."""
     generator = np.random.default_rng(zlib.crc32(blocks.tobytes()))
     data = generator.integers(0, 256, (len(blocks), quant_type.info.block_bytes), np.uint8)
     set_scales(quant_type, data, (0,), blocks.std(1) / _OF_RANDOM_BITS[quant_type])
@@ -53,7 +53,7 @@ def _bf16(blocks: Float32) -> NDArray[Any]:
 
 
 def _halves(values: NDArray[np.floating[Any]]) -> tuple[Bytes, Float32]:
-    """float16 bytes [blocks, 2] of one value a block, and the values as they will be read back [blocks, 1]."""
+    """Returns one value per block as float16 bytes [blocks, 2], and the rounded values [blocks, 1]."""
     halves = values.astype(np.float16).reshape(-1, 1)
     return halves.view(np.uint8), halves.astype(np.float32)
 
@@ -63,7 +63,7 @@ def _divide(values: Float32, by: Float32) -> Float32:
 
 
 def _nibbles(quants: NDArray[np.integer[Any]]) -> Bytes:
-    """[..., 2 n] values below 16 in [..., n] bytes: the first n in the low halves, the others in the high."""
+    """Packs [..., 2 n] values below 16 into [..., n] bytes, the first n into the low halves."""
     half = quants.shape[-1] // 2
     return (quants[..., :half] | quants[..., half:] << 4).astype(np.uint8)
 
@@ -90,7 +90,7 @@ def _q4_1(blocks: Float32) -> Bytes:
 
 
 def _fifth_bits(quants: Bytes) -> Bytes:
-    """Bit 4 of [blocks, 32] values, in four bytes."""
+    """Packs bit 4 of [blocks, 32] values into four bytes."""
     return np.packbits(quants >> 4, axis=1, bitorder="little")
 
 
@@ -110,7 +110,7 @@ def _q5_1(blocks: Float32) -> Bytes:
 
 
 def _bit_pairs(quants: Bytes) -> Bytes:
-    """Values [blocks, 16, 16] below 4 in [blocks, 64] bytes: 128 in 32, the first 32 in the lowest bits."""
+    """Packs values [blocks, 16, 16] below 4 into [blocks, 64] bytes: 128 into 32, the first 32 into the lowest bits."""
     parts = quants.reshape(-1, 2, 4, 32) << np.array([0, 2, 4, 6], np.uint8)[:, None]
     packed: Bytes = parts.sum(2, dtype=np.uint8).reshape(-1, 64)
     return packed
@@ -141,7 +141,7 @@ def _q3_k(blocks: Float32) -> Bytes:
 
 
 def _with_mins(blocks: Float32, greatest: int) -> tuple[list[Bytes], Bytes]:
-    """Scales of 32 weights with a min, as Q4_K and Q5_K store them, and quants [blocks, 8, 32] up to `greatest`."""
+    """Returns scales and mins of 32 weights as in Q4_K and Q5_K, and quants [blocks, 8, 32] up to `greatest`."""
     parts = blocks.reshape(-1, 8, 32)
     lows = np.minimum(parts.min(2), 0)
     steps = (parts.max(2) - lows) / greatest
@@ -186,7 +186,7 @@ def _q6_k(blocks: Float32) -> Bytes:
 
 
 def _nearest(values: Float32, scaled: Float32) -> Bytes:
-    """The index of the nearest of ascending `values` for each of `scaled`."""
+    """Returns the index of the nearest of ascending `values` for each number of `scaled`."""
     return np.searchsorted((values[1:] + values[:-1]) / 2, scaled).astype(np.uint8)
 
 
@@ -214,7 +214,7 @@ def _mxfp4(blocks: Float32) -> Bytes:
 
 
 def _ternary(blocks: Float32) -> tuple[Bytes, Bytes]:
-    """Scales of the least error for normal weights, and the nearest of -1, 0 and 1, plus 1."""
+    """Returns scales with the least error for normal weights, and weights rounded to -1, 0 and 1, plus 1."""
     scale, d = _halves(1.22 * np.sqrt(np.square(blocks).mean(1)))
     return scale, (np.clip(np.rint(_divide(blocks, d)), -1, 1) + 1).astype(np.uint8)
 

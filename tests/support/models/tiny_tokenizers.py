@@ -1,5 +1,5 @@
 """Small vocabularies as GGUF metadata: SentencePiece with byte fallback and byte-level BPE, which can write any text;
-word pieces and unigrams."""
+WordPiece and unigrams."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TEXT = (
 
 
 def _pieces(space: str) -> list[str]:
-    """Pieces in order of rank; each is a letter or made of two earlier ones, so that BPE reaches every one of them."""
+    """Returns pieces by rank; each is a letter or joins two earlier ones, so that BPE can reach it."""
     pieces = [space, *"etaoinshrdlucmfwgypbvk", ",", "."]
     for word in _TEXT.split():
         for end in range(2, len(word) + 2):
@@ -32,7 +32,7 @@ def _pieces(space: str) -> list[str]:
 
 
 def sentencepiece(vocabulary: int) -> dict[str, WritableValue]:
-    """`<unk>`, `<s>`, `</s>`, 256 bytes, then pieces; at least 284 words for plain English letters."""
+    """Builds `<unk>`, `<s>`, `</s>`, 256 byte tokens, then pieces; plain English letters need 284 tokens."""
     special = ["<unk>", "<s>", "</s>"]
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     count = vocabulary - len(special) - len(byte_tokens)
@@ -55,7 +55,7 @@ def sentencepiece(vocabulary: int) -> dict[str, WritableValue]:
 
 
 def spaced_byte_pairs(vocabulary: int) -> dict[str, WritableValue]:
-    """Builds Gemma 4's vocabulary: control words, a user-defined one, 256 bytes, line ends, pieces and their merges."""
+    """Builds a vocabulary like Gemma 4's: control and user-defined words, 256 bytes, line ends, pieces and merges."""
     special = {"<pad>": 3, "<eos>": 3, "<bos>": 3, "<unk>": 2, "<turn|>": 3, "<|tool>": 4}
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     first = len(special) + len(byte_tokens)
@@ -75,7 +75,7 @@ def spaced_byte_pairs(vocabulary: int) -> dict[str, WritableValue]:
 
 
 def word_pieces(vocabulary: int) -> dict[str, WritableValue]:
-    """`[PAD]`, `[UNK]`, `[CLS]`, `[SEP]`, letters that begin words and others, then words; plain English letters."""
+    """Builds `[PAD]`, `[UNK]`, `[CLS]`, `[SEP]`, English letters at the start of words and within them, then words."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     letters = "etaoinshrdlucmfwgypbvkjqxz"
     pieces = [*(f"▁{letter}" for letter in letters + ".,!?"), *letters]
@@ -96,7 +96,7 @@ def word_pieces(vocabulary: int) -> dict[str, WritableValue]:
 
 
 def unigrams(vocabulary: int) -> dict[str, WritableValue]:
-    """Builds XLM-RoBERTa's vocabulary: `<s>`, `<pad>`, `</s>`, `<unk>`, letters, word pieces; short ones are rare."""
+    """Builds a vocabulary like XLM-RoBERTa's: `<s>`, `<pad>`, `</s>`, `<unk>`, letters, pieces; short ones are rare."""
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     letters = ["▁", *"etaoinshrdlucmfwgypbvkjqxzTNAW", ",", ".", "!", "?"]
     pieces = [piece for piece in _pieces("▁") if len(piece) > 1]
@@ -123,7 +123,7 @@ def unigrams(vocabulary: int) -> dict[str, WritableValue]:
 
 
 def byte_level(vocabulary: int, pre: str = "qwen2") -> dict[str, WritableValue]:
-    """256 byte letters, merged pieces, then `<|endoftext|>`, `<|im_start|>`, `<|im_end|>` at the end."""
+    """Builds 256 byte letters, merged pieces, then `<|endoftext|>`, `<|im_start|>` and `<|im_end|>`."""
     letters = byte_letters()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     count = vocabulary - len(letters) - len(special)
@@ -145,14 +145,14 @@ def byte_level(vocabulary: int, pre: str = "qwen2") -> dict[str, WritableValue]:
 
 
 def byte_letters() -> list[str]:
-    """The printable letter of each byte, in order of the byte, as byte-level BPE writes them."""
+    """Returns byte-level BPE's printable letter of each byte, in order of the bytes."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def _filled(pieces: list[str], count: int) -> list[str]:
-    """Returns the first `count` pieces, filled up with words that no text reaches."""
+    """Returns `count` pieces, padded with words that no text contains."""
     return [*pieces, *(f"[unused{number}]" for number in range(count - len(pieces)))][:count]
 
 
@@ -168,7 +168,7 @@ _CHATML_TEMPLATE = (
 
 
 def tokenizer_json(vocabulary: int = 320, **changes: object) -> str:
-    """The byte-level vocabulary of `byte_level` as Hugging Face's library keeps it, cut as GPT-2's text is."""
+    """Returns the vocabulary of `byte_level` as Hugging Face's tokenizer.json with GPT-2's pre-tokenizer."""
     said = byte_level(vocabulary)
     tokens, merges = said["tokenizer.ggml.tokens"], said["tokenizer.ggml.merges"]
     assert isinstance(tokens, Sequence) and isinstance(merges, Sequence)

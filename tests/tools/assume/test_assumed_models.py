@@ -1,4 +1,4 @@
-"""Assumed models: as large as files would be, and built into the same programs."""
+"""Checks that assumed models have the sizes and programs of real files."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from llamaclust.worker.devices.workspace import planned_workspace_bytes
 from support.models.tiny_model import build_tiny_model
 from support.seed import SEED
 
-PUBLISHED = {  # billions of parameters of their files, as their publishers say
+PUBLISHED = {  # billions of parameters of their files, from the publishers
     "7b": 6.74,
     "8b": 8.03,
     "70b": 70.55,
     "gpt-oss-20b": 20.9,
     "gpt-oss-120b": 116.8,
     "qwen3-30b-a3b": 30.5,
-    "glm-4.5-air": 110.5,  # 106.9 without the layer that predicts further tokens
+    "glm-4.5-air": 110.5,  # 106.9 without the MTP head
     "qwen3.5-35b-a3b": 34.66,
 }
-FILES = {  # GB of public files of these mixes
+FILES = {  # GB of public files in these mixes
     "7b": ("Q4_K_M", 4.08),
     "8b": ("Q4_K_M", 4.92),
     "70b": ("Q4_K_M", 42.52),
@@ -63,7 +63,7 @@ def test_shapes_are_those_of_the_published_models(name: str) -> None:
 @pytest.mark.parametrize("name", public_shapes())
 def test_shapes_of_the_catalog_have_its_parameters_and_are_models(name: str) -> None:
     shape, model = public_shapes()[name], public_models().get(name)
-    if model is not None:  # the table has two or three digits
+    if model is not None:  # the table rounds to two or three digits
         assert shape.parameters / 1e9 == pytest.approx(model.billions, rel=0.02)
         assert model.name in catalog_names()
     opened = shape_model(name, shape).opened
@@ -120,7 +120,7 @@ def small(name: str) -> ModelShape:
 
 @pytest.mark.parametrize(("name", "mix"), [("8b", "Q4_K_M"), ("glm-4.5-air", "Q3_K_M"), ("gpt-oss-20b", "MXFP4_MOE")])
 def test_assumed_model_and_file_cost_the_same(name: str, mix: str, tmp_path: Path) -> None:
-    """The same shape written, and quantized by `quantize`."""
+    """Compares with a file of the same shape that `quantize` has quantized."""
     source, floats = np.random.default_rng(SEED), module._file_of(name, small(name))
     written = [
         TensorSource(tensor.name, tensor.quant_type, tensor.shape, partial(drawn, source, tensor.n_bytes))
@@ -136,7 +136,7 @@ def test_assumed_model_and_file_cost_the_same(name: str, mix: str, tmp_path: Pat
 
 
 def drawn(source: np.random.Generator, n_bytes: int) -> memoryview:
-    """Finite numbers, as F16 and as F32."""
+    """Returns bytes that are finite numbers both as F16 and as F32."""
     return np.full(n_bytes // 2, source.integers(0x2C00, 0x3000), np.uint16).data
 
 
@@ -161,8 +161,8 @@ def test_models_of_the_catalog_are_planned_by_their_shape_until_they_are_there(
     build_tiny_model(folder / "Qwen3-8B-Q4_K_M.gguf")
     assert [model_of(f"qwen3-8b:{mix}").mix for mix in ("q2_k", "q3")] == ["Q2_K", "Q3_K_M"]
     assert model_of("qwen3-8b:q2_k").title == "Qwen3-8B-Q4_K_M"
-    assert model_of("qwen3-8b:q4_k_m").mix is None  # the file that is there
-    assert model_of("qwen3-8b:q8_0").title == "Qwen3 8B"  # another file of the catalog, which is not
+    assert model_of("qwen3-8b:q4_k_m").mix is None  # the existing file
+    assert model_of("qwen3-8b:q8_0").title == "Qwen3 8B"  # another file of the catalog, which does not exist
     with pytest.raises(UsageError, match="--model: 'q9' is not a quantization; known: f32, f16"):
         model_of("qwen3-8b:q9")
 

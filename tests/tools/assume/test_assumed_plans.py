@@ -1,4 +1,4 @@
-"""Plans of machines that are not there: they follow the description, and say what would help or fit."""
+"""Checks that plans of assumed machines follow the description, and name what would help or fit."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_decode_time_is_that_of_touched_bytes_and_of_links() -> None:
     assert sum(stage.touched_bytes for stage in stages) == pytest.approx(touched, abs=3)
     assert touched < sum(stage.weight_bytes for stage in stages) / 8
     read_s = touched / (READ_SHARE * 40e9) + 48 * LAYER_S
-    sent_s = 2 * 2048 * 4 * 8 / (rates.NETWORK_SHARE * 1e9)  # the hidden state goes twice, then a token id
+    sent_s = 2 * 2048 * 4 * 8 / (rates.NETWORK_SHARE * 1e9)  # the hidden state on two links, then a token id
     assert token_s(found) == pytest.approx(read_s + 3 * (0.5e-3 + rates.HOP_S) + sent_s, rel=0.01)
     assert all(stage.memory_bytes == 16 * GIB - rates.SYSTEM_BYTES for stage in stages)
 
@@ -73,14 +73,14 @@ def test_prefill_is_that_of_products_by_threads_or_operations() -> None:
 
 
 def test_types_that_take_long_to_decode_are_bound_by_threads() -> None:
-    """IQ1_S has 0.4 of the bytes of Q4_K; on few threads it is hardly faster, and more threads help it."""
+    """Checks that IQ1_S, with 0.4 of the bytes of Q4_K, is hardly faster on few threads and gains from more threads."""
     few, many = ([token_s(plan_assumed(f"64GB@40GB/s/{n}", f"8b:{mix}", ())) for mix in MIXES] for n in (2, 32))
     assert few[1] > 1.3 * many[1] and few[0] == pytest.approx(many[0], rel=0.05)
     assert many[1] < 0.6 * many[0]
 
 
 def test_a_machine_that_would_do_alone_is_named_with_its_speed() -> None:
-    """The fastest of those that hold the model; nothing where none does, or where the plan has one only."""
+    """Checks that the fastest machine that holds the model is named, except if none does or the plan has only one."""
     cut = "plan=[{worker: m1, layers: [0, 8]}, {worker: m2, layers: [8, 20]}, {worker: m3, layers: [20, 32]}]"
     found = plan_assumed("6GB@60GB/s+16GB@20GB/s+16GB@30GB/s,1Gbit", "8b", (cut,))
     by_itself = plan_assumed("16GB@30GB/s", "8b", ())
@@ -90,7 +90,7 @@ def test_a_machine_that_would_do_alone_is_named_with_its_speed() -> None:
     assert f" m3 alone: {1 / token_s(by_itself):.1f} tok/s for one request, first token after " in line
     assert found.json()["alone"]["token_ms"] == 1e3 * token_s(by_itself)
     assert by_itself.alone is None and by_itself.json()["alone"] is None
-    assert plan_assumed("3x16GB", "qwen3-30b-a3b", ()).alone is None  # 18.6 GB
+    assert plan_assumed("3x16GB", "qwen3-30b-a3b", ()).alone is None  # the model has 18.6 GB
 
 
 def test_a_faster_machine_holds_more_layers() -> None:
@@ -179,7 +179,7 @@ def test_machines_on_a_fast_network_are_a_group(machines: str, model: str, least
     assert len(found.plan.chain) == 1 and 1 / token_s(found) >= least
     text = "\n".join(found.lines())
     assert "round trip 0.1 ms (default; set it with " in text and "a gather, half a round trip + 35 µs" in text
-    if "16GB" not in machines or model != "70b":  # whole layers do not fit there
+    if "16GB" not in machines or model != "70b":  # whole layers do not fit in that case
         assert token_s(found) < token_s(plan_assumed(machines, model, ("groups=off",))) / 1.5
 
 
@@ -194,7 +194,7 @@ def test_machines_on_a_fast_network_are_a_group(machines: str, model: str, least
     ],
 )
 def test_members_have_memory_for_what_they_load(machines: str, model: str) -> None:
-    """Each with the workspace of its own program, which a worker plans again when it loads."""
+    """Checks that each member has the workspace of its own program, which a worker computes when it loads."""
     found = plan_assumed(machines, model, ())
     opened, limits = found.model.opened, capacity_of(load_config(None, ["name=a"]), 4096).stage_limits(BlockCounts(1))
     assert any(stage.shares for stage in found.plan.stages)

@@ -1,4 +1,4 @@
-"""Assumed plans in docs/models.md, docs/gpu.md and docs/several-machines.md are those that the program prints."""
+"""Checks that assumed plans in docs/models.md, docs/gpu.md and docs/several-machines.md equal the program's output."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def output(words: list[str]) -> str:
 
 @pytest.mark.parametrize(("command", "printed"), EXAMPLES)
 def test_examples_print_what_the_page_shows(command: str, printed: str) -> None:
-    """Words exactly; figures to a hundredth, so that a kernel may change its workspace by a MiB."""
+    """Compares words exactly and figures to a hundredth, so that a kernel may change its workspace by a MiB."""
     found = output(shlex.split(command))
     assert NUMBER.sub("N", found) == NUMBER.sub("N", printed)
     figures = [[float(number) for number in NUMBER.findall(text)] for text in (found, printed)]
@@ -152,7 +152,7 @@ def test_the_page_of_gpus_names_every_gpu() -> None:
 def test_the_command_refuses_what_it_would_ignore(monkeypatch: pytest.MonkeyPatch) -> None:
     @cache
     def survey(machines: str, overrides: tuple[str, ...]) -> Survey:
-        return plan_shapes(machines, overrides, lambda name: None)  # once for text and JSON: it takes seconds
+        return plan_shapes(machines, overrides, lambda name: None)  # cached for text and JSON, since it takes seconds
 
     def planned(machines: str, overrides: Sequence[str], planned: Callable[[str], None]) -> Survey:
         return survey(machines, tuple(overrides))
@@ -176,7 +176,7 @@ def test_gains_on_the_page_are_those_of_the_program(row: tuple[str, ...]) -> Non
     prediction = prediction_of(plan_assumed(machines, model, ()).plan)
     gains = [predict_gain(prediction, acceptance) for acceptance in (0.5, 0.8, 0.95)]
     found = [gain.gain for gain in gains if gain is not None]
-    # Windows behind each other are a whole number: close to one more, processors differ.
+    # The number of consecutive windows is whole: near a border, processors differ.
     assert found == pytest.approx(list(map(float, shown)), rel=0.1, abs=0.06)
 
 

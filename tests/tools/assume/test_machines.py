@@ -1,4 +1,4 @@
-"""Machines as users describe them, and where a description is wrong."""
+"""Tests of users' descriptions of machines, valid and invalid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamaclust.tools.assume.machines import AssumedMachines, Ddr, Device, Machi
 from support.seed import SEED
 
 GIB = 1 << 30
-OLDEST = 61  # compute capability that kernels support
+OLDEST = 61  # the oldest compute capability of the kernels
 OLD = Machine(Device(16 * GIB, 40e9))
 
 

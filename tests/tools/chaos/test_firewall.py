@@ -1,4 +1,4 @@
-"""Links that cannot be disturbed: one line says what is missing, and the other faults go on."""
+"""Checks that one line names what is missing if links cannot be disturbed, and that other faults continue."""
 
 from __future__ import annotations
 

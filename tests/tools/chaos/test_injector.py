@@ -1,4 +1,4 @@
-"""Held faults end with the run, also those whose requests are still under way."""
+"""Checks that held faults end with the run, even if their requests are still in progress."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llamaclust.tools.chaos.targets import Permissions
 
 
 class SlowApi:
-    """A drain takes until `moved`; requests in their order of completion."""
+    """An API whose drains wait for `moved` and that records requests in order of completion."""
 
     def __init__(self) -> None:
         self.done: list[str] = []
@@ -55,7 +55,7 @@ def test_a_drain_under_way_is_awaited_before_its_worker_is_undrained(
     begin.join()
     end.join()
     assert api.done == ["drain a", "undrain a"] and not drains.names
-    drains.begin("a")  # whose thread started too late
+    drains.begin("a")  # a drain whose thread starts too late
     assert api.done == ["drain a", "undrain a"]
 
 

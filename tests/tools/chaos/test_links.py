@@ -1,4 +1,4 @@
-"""The packets that belong to a worker's link."""
+"""Tests of the firewall rules that match the packets of a worker's link."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import pytest
 
 from llamaclust.tools.chaos.links import Disturbance, WorkerLink, worker_links
 
-NOT_HERE = "192.0.2.7"  # an address for documentation
+NOT_HERE = "192.0.2.7"  # an address reserved for documentation
 TABLE = "inet t"
 
 
 def matches(commands: str) -> list[str]:
-    """Returns what the rules in commands of nft match, with their hook."""
+    """Returns the matches of the rules in nft commands, with their hooks."""
     rules = [line.removeprefix(f"add rule {TABLE} f1_") for line in commands.splitlines() if "add rule" in line]
     return [rule.replace("@f1_", "").removesuffix(" drop") for rule in rules]
 
 
 def test_of_another_machine_only_the_members_ports_are_cut() -> None:
-    """The ports are those for stages, and those for links of groups."""
+    """Checks the ports of stages and of group links."""
     addresses = {
         "a": [f"{NOT_HERE}:7102", f"{NOT_HERE}:8102"],
         "b": ["127.0.0.1:7103", "127.0.0.1:8103"],

@@ -1,4 +1,4 @@
-"""Signals go only to a cluster's own processes."""
+"""Checks that signals are sent only to a cluster's own processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def started(*words: str) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen([sys.executable, "-c", SLEEP, *words])
     try:
         end_s = time.monotonic() + 30
-        while not psutil.Process(process.pid).cmdline():  # the kernel shows it a moment after exec
+        while not psutil.Process(process.pid).cmdline():  # visible only some time after exec
             assert time.monotonic() < end_s
         yield process
     finally:
@@ -79,7 +79,7 @@ def test_others_are_no_workers() -> None:
 
 
 def test_a_coordinator_of_another_container_is_not_that_of_its_id_here(tmp_path: Path) -> None:
-    """Two containers share a state directory; here another cluster's coordinator has the id of the record."""
+    """Checks containers that share a state directory: the recorded process id may belong to another cluster here."""
     with started("llamaclust", "up", "theirs.yaml") as process:
         status, ticks = dict[str, Any](workers=[]), start_ticks(process.pid) or 0
         record = ClusterRecord("ours", process.pid, "http://127.0.0.1:1", "m", start_ticks=ticks)

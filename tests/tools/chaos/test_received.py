@@ -1,4 +1,4 @@
-"""Events of a streamed request as tokens, and their places."""
+"""Tests of received events of streamed requests: tokens and positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The faults that come from a seed."""
+"""Tests of the fault schedule that a seed determines."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_draws_do_not_depend_on_targets() -> None:
 
 
 def test_a_worker_keeps_restarts_within_a_minute() -> None:
-    """Each worker is lost five times; drains and the coordinator are left."""
+    """Checks that each worker is lost at most five times; drains and faults of the coordinator continue."""
     found = [fault for fault in faults(2, 400, every_s=0.1) if fault]
     losses = Counter(fault.target for fault in found if fault.kind.is_loss)
     assert losses == dict.fromkeys(WORKERS, 5)

@@ -1,4 +1,4 @@
-"""Answers beside undisturbed ones, and pauses after faults."""
+"""Tests of comparisons with undisturbed answers, and of pauses after faults."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def test_each_choice_and_its_events_are_compared() -> None:
 def test_a_pause_is_the_longest_gap_until_the_next_fault() -> None:
     pauses = Pauses()
     pauses.token(1.0)
-    pauses.token(9.0)  # before any fault
+    pauses.token(9.0)  # precedes all faults
     pauses.fault(FaultKind.KILL, 10.0)
-    for now_s in (10.01, 10.02, 11.52, 11.6):  # two tokens that were on their way
+    for now_s in (10.01, 10.02, 11.52, 11.6):  # the first two tokens were already in flight
         pauses.token(now_s)
     pauses.fault(FaultKind.STOP, 12.0)
     pauses.fault(FaultKind.KILL, 13.0)
     pauses.token(15.0)
     pauses.token(50.0)
-    pauses.token(90.0)  # after 30 s it is no fault's
+    pauses.token(90.0)  # later than 30 s, so not caused by the fault
     found = pauses.by_kind()
     assert found[FaultKind.KILL] == pytest.approx([1.5, 35.0]) and found[FaultKind.STOP] == pytest.approx([3.0])
 

@@ -1,4 +1,4 @@
-"""Small checkpoints that would take much time or memory."""
+"""Checks small checkpoints that would take much time or memory."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_ids_far_beyond_any_vocabulary_make_no_words(file: str, tmp_path: Path) 
 
 
 def test_a_scale_for_more_columns_than_there_are(tmp_path: Path) -> None:
-    """Repeating a scale for every column of its block would take terabytes."""
+    """Checks scales of huge blocks, which would take terabytes if they were repeated for every column."""
     rows = 1 << 16
     said = {"quant_method": "fp8", "weight_block_size": [1, 1 << 20]}
     tensors: Arrays = {

@@ -1,4 +1,4 @@
-"""`model convert` as a user runs it: results, interruptions, a full disk."""
+"""Tests of the command `model convert`: results, interruptions, a full disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model(folder: Path, case: str = "LlamaForCausalLM") -> Path:
 
 
 def slow_model(folder: Path) -> Path:
-    """A sparse file whose many layers take long enough to be interrupted."""
+    """Writes a sparse checkpoint whose conversion is long enough to be interrupted."""
     import json
 
     config, shapes = CASES["LlamaForCausalLM"]

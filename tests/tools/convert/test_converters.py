@@ -1,4 +1,4 @@
-"""Every architecture's converter: GGUF's names as gguf-py's own table has them, shapes, and where each number went."""
+"""Tests of every architecture's converter: names in gguf-py's table, shapes, and the place of each number."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from support.models.random_checkpoints import CASES, checkpoint
 Arrays = Mapping[str, NDArray[Any]]
 _TABLES = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 _PREDICTIONS = tuple(kind for kind in gguf.MODEL_TENSOR if kind.name.startswith("NEXTN"))
-"""Tensors of layers that predict further tokens, which the tables of some architectures lack."""
+"""Tensors of MTP heads, which some architectures' tables lack."""
 _PREDICTION_TABLE = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GLM4_MOE, LAYERS + 1)
 _PACKED = (
     "W_pack",
@@ -50,7 +50,7 @@ _PACKED = (
     "altup_projections.",
     "altup_unembed_projections.",
 )
-"""Tensors that become several, or become one with others, or belong to another tensor."""
+"""Tensors that are split, merged with others, or belong to another tensor."""
 
 
 def read(model: ModelFile, name: str) -> NDArray[np.float32]:
@@ -73,14 +73,14 @@ _OTHER_NAMES = (
 
 
 def as_in_table(name: str) -> str:
-    """Returns the name that llama.cpp's conversion looks up."""
+    """Returns the name under which llama.cpp's conversion looks up a tensor."""
     for ours, theirs in _OTHER_NAMES:
         name = name.replace(ours, theirs)
     return f"{name}.weight" if name.endswith((".sinks", ".layer_scalar", ".correct_output_scale")) else name
 
 
 def named(table: gguf.TensorNameMap, name: str) -> str | None:
-    """Tables of some architectures lack the names of layers that predict further tokens."""
+    """Returns GGUF's name; some architectures' tables lack the names of MTP heads."""
     found = table.get_name(name, (".weight", ".bias"))
     if found is None and f"layers.{LAYERS}." in name:
         return _PREDICTION_TABLE.get_name(name, (".weight", ".bias"))
@@ -114,11 +114,11 @@ def test_names_and_shapes_are_those_of_gguf_s_own_table(case: str, tmp_path: Pat
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_can_be_run_here_finds_all_it_needs(case: str, tmp_path: Path) -> None:
-    """Programs check every tensor and key as they are built, and that nothing is left over."""
+    """Checks that programs are built, which checks all tensors and keys, and that hardly any tensor remains unused."""
     config, tensors = checkpoint(case)
     model = converted(tmp_path, config, tensors)
     name = model.metadata_str("general.architecture")
-    if name not in ARCHITECTURES or name == "baichuan":  # of which only the layers of the 7B and 13B models are known
+    if name not in ARCHITECTURES or name == "baichuan":  # only the layers of its 7B and 13B models are known
         pytest.skip(f"{name} of {LAYERS} layers cannot be run")
     program = build_program(model, 0, LAYERS)
     further = {*nextn_tensors(model)}
@@ -168,7 +168,7 @@ def test_packed_matrices_are_taken_apart(tmp_path: Path) -> None:
 
 
 def test_experts_that_are_stored_differently_are_stacked_as_float32(tmp_path: Path) -> None:
-    """Checkpoints of eight bits leave some experts out, and adapters change some."""
+    """Checks experts of several types, as in checkpoints of eight bits or with adapters."""
     config, tensors = checkpoint("MixtralForCausalLM")
     names = [f"model.layers.1.block_sparse_moe.experts.{number}.w2.weight" for number in range(4)]
     mixed = {name: values.astype(np.float16) if name == names[0] else values for name, values in tensors.items()}
@@ -271,7 +271,7 @@ def test_every_type_becomes_every_other(stored: str, kind: str, tmp_path: Path) 
 
 
 def test_rounding_is_that_of_gguf_py() -> None:
-    """The numbers are of all sizes, and some lie between two representable ones."""
+    """Compares numbers of all magnitudes, some of them halfway between two representable ones."""
     generator = np.random.default_rng(8)
     numbers = generator.standard_normal((1000, 256), np.float32) * generator.choice(
         np.array([1e-8, 1e-5, 1, 300], np.float32), (1000, 1)

@@ -1,4 +1,4 @@
-"""Checkpoints whose weights have eight bits: floats of safetensors with their scales, whole numbers of llama2.c."""
+"""Tests of checkpoints with 8-bit weights: floats of safetensors with scales, integers of llama2.c."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def test_what_each_byte_stands_for() -> None:
-    """Bytes have one bit of sign, four of exponent, three of fraction, as in OCP's eight-bit floats."""
+    """Checks bytes of one sign bit, four exponent bits and three fraction bits, as in OCP's 8-bit floats."""
     for byte in range(256):
         exponent, fraction = byte >> 3 & 15, byte & 7
         size = fraction / 8 * 2.0**-6 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7)
@@ -33,7 +33,7 @@ def test_what_each_byte_stands_for() -> None:
 
 
 def read_all(folder: Path, said: Mapping[str, Any], tensors: Arrays) -> Arrays:
-    """Reads a folder, each matrix in two parts."""
+    """Writes and reads a checkpoint; each matrix is read in two parts."""
     write_hugging_face(folder, {"architectures": ["X"], "quantization_config": said}, tensors)
     with SourceFiles() as files:
         found = read_folder(files, folder).tensors
@@ -122,11 +122,11 @@ def test_scales_of_experts_that_do_not_fit(tmp_path: Path) -> None:
 
 
 SHAPE = {"dim": 16, "hidden": 20, "layers": 2, "heads": 4, "kv_heads": 2, "vocabulary": 12, "context": 8}
-GROUP = 8  # does not divide a row of the matrix that is 20 wide
+GROUP = 8  # does not divide a row of the 20-column matrix
 
 
 def version_two(group: int = GROUP) -> tuple[bytes, dict[str, NDArray[np.float32]]]:
-    """A file as llama2.c's export.py writes it, and the weights that its runq.c computes with."""
+    """Returns a file as llama2.c's export.py writes it, and the weights that runq.c computes with."""
     generator = np.random.default_rng(6)
     layers, width, hidden, key = SHAPE["layers"], SHAPE["dim"], SHAPE["hidden"], 8
     wanted: dict[str, NDArray[np.float32]] = {}

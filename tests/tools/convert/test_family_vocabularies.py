@@ -1,4 +1,4 @@
-"""Tokenizers as the families since SmolLM 3 publish them: pre-tokenizers, roles of tokens, Gemma 4's kind."""
+"""Tests of tokenizers of families since SmolLM 3: pre-tokenizers, token roles, and Gemma 4's vocabulary."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def vocabulary(folder: Path, said: Mapping[str, Any], architecture: str, rows: i
 
 
 def byte_level(pattern: str, *, ignore_merges: bool, removed: bool = False) -> dict[str, Any]:
-    """Split by an expression, then letters for bytes, as these families have it."""
+    """Returns tokenizer.json with a split by an expression, then byte letters, as in these families."""
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed" if removed else "Isolated"}
     letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     said: dict[str, Any] = json.loads(tokenizer_json())
@@ -100,7 +100,7 @@ def test_roles_of_tokens_of_glm_4_5(tmp_path: Path) -> None:
 
 
 def gemma4(rows: int = 600) -> tuple[dict[str, Any], list[str]]:
-    """tokenizer.json as Gemma 4 has it, and the words."""
+    """Returns a tokenizer.json like Gemma 4's, and the words."""
     said = spaced_byte_pairs(rows)
     texts, kinds = list(said["tokenizer.ggml.tokens"]), said["tokenizer.ggml.token_type"]  # type: ignore[arg-type]
     merges = [str(merge).split(" ") for merge in said["tokenizer.ggml.merges"] if "[" not in str(merge)]  # type: ignore[union-attr]

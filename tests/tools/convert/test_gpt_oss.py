@@ -1,4 +1,4 @@
-"""Experts of gpt-oss in MXFP4 keep every number, in GGUF's order of bits; blocks that do not fit are an error."""
+"""Checks that MXFP4 experts of gpt-oss keep every number in GGUF's bit order; other blocks are refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.models.tiny_tokenizers import tokenizer_json
 
 COUNT = 4
 NUMBERS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-"""The values of the four bits, as OCP's specification of MX formats has them."""
+"""The values of the 4-bit codes in OCP's specification of MX formats."""
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -43,7 +43,7 @@ def packed_checkpoint(seed: int) -> tuple[dict[str, Any], Arrays]:
 
 
 def numbers(tensors: Arrays, name: str) -> NDArray[np.float32]:
-    """Returns [experts, rows, columns]; of each byte the lower bits come first."""
+    """Returns [experts, rows, columns]; the lower bits of each byte come first."""
     blocks, scales = tensors[f"{name}_blocks"], tensors[f"{name}_scales"]
     both = np.stack([NUMBERS[blocks & 15], NUMBERS[blocks >> 4]], axis=-1).reshape(*blocks.shape[:-1], 32)
     found: NDArray[np.float32] = np.ldexp(both, scales[..., None].astype(np.int32) - 127)

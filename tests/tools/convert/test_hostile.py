@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged or hostile are one clear error, and nothing of them runs."""
+"""Checks that damaged or hostile checkpoints are refused with one clear error, and that none of their code runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from support.models.tiny_tokenizers import tokenizer_json
 
 
 def refused(source: Path, message: str, type_name: str = "f32") -> None:
-    """Asserts that the error is one line, and that no file is left."""
+    """Asserts that a conversion fails with one line and leaves no file."""
     out = source.parent / "refused.gguf"
     with pytest.raises(LlamaclustError, match=message) as caught:
         convert(source, out, type_name, Hints(), lambda done, total: None, None)
@@ -43,7 +43,7 @@ def folder(path: Path, **how: Any) -> Path:
 
 
 class Runs:
-    """A pickle that calls a function when it is read by Python's own reader."""
+    """An object whose pickle calls a function when Python's own reader loads it."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self._what = function, arguments
@@ -103,7 +103,7 @@ def test_damaged_pickles_end_in_an_error() -> None:
             read_pickle(bytes(changed), "x")
         except ModelFileError as error:
             assert "\n" not in str(error)
-    huge_memo = b"\x80\x02}r\xff\xff\xff\x7f."  # a place in the memory beyond anything
+    huge_memo = b"\x80\x02}r\xff\xff\xff\x7f."  # a memo index far beyond the file's size
     assert read_pickle(huge_memo, "x") == {}
 
 
@@ -272,7 +272,7 @@ def test_hints_that_a_checkpoint_has_no_use_for_are_refused(tmp_path: Path) -> N
 
 
 def test_packed_weights_are_unpacked(tmp_path: Path) -> None:
-    """GPTQ packs inputs and counts zeros from one, AWQ packs outputs in an order of its own."""
+    """Checks GPTQ, which packs inputs and stores zero points less one, and AWQ, which reorders packed outputs."""
     generator = np.random.default_rng(7)
     inputs, outputs, group = 64, 32, 16
     steps = generator.integers(0, 16, (inputs, outputs)).astype(np.uint32)
@@ -307,7 +307,7 @@ def test_packed_weights_are_unpacked(tmp_path: Path) -> None:
 
 
 def doubled(levels: int) -> bytes:
-    """Returns a pickle with a tuple that holds itself twice, this many levels deep, on top of its stack."""
+    """Returns a pickle whose top of stack is a tuple of two equal tuples, nested `levels` deep."""
     return b"\x80\x04)q\x00" + b"h\x00h\x00\x86q\x00" * levels
 
 

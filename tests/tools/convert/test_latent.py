@@ -1,4 +1,4 @@
-"""Conversion of latent attention: which numbers go where, keys, and what cannot be said in a file."""
+"""Tests of the conversion of latent attention: places of numbers, keys, and unsupported settings."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_matrix_of_keys_and_values_is_cut_head_by_head(case: str, tmp_path: 
 
 
 def test_blocks_of_eight_bits_are_cut_too(tmp_path: Path) -> None:
-    """DeepSeek V3 is published in such blocks, which do not end where heads do."""
+    """Checks 8-bit blocks as in DeepSeek V3, whose borders are not those of heads."""
     config, plain = checkpoint(V3)
     name = "model.layers.1.self_attn.kv_b_proj.weight"
     generator = np.random.default_rng(9)
@@ -82,7 +82,7 @@ def test_layers_of_predictions_are_left_out_of_deepseek_and_kept_of_glm(tmp_path
 
 
 def test_gating_groups_and_stretched_rotations(tmp_path: Path) -> None:
-    """The multiplier is a tenth of the share of YaRN's magnitude, as llama.cpp writes it for this architecture."""
+    """Checks that YaRN's multiplier is a tenth of `mscale_all_dim`, as llama.cpp writes it for this architecture."""
     scaling = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}
     found = {case: model_of(case, tmp_path, rope_scaling=scaling).metadata for case in (V2, V3, GLM, MISTRAL4)}
     names = {case: "mistral4" if case == MISTRAL4 else "deepseek2" for case in found}

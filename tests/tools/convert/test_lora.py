@@ -1,4 +1,4 @@
-"""Adapters: what is merged is W + scale * B @ A in float32, and what does not fit is said."""
+"""Checks that merged matrices are W + scale * B @ A in float32, and that misfitting adapters are refused."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_folder_becomes_the_same_file_as_the_way_straight_to_it(tmp_path: Path
 
 
 def test_added_words_replace_embedding_and_head(tmp_path: Path) -> None:
-    """Chinese-LLaMA has it so: both matrices whole, of more rows, and the tokenizer beside them."""
+    """Checks an adapter like Chinese-LLaMA's: both matrices whole, with more rows, and a tokenizer."""
     base(tmp_path / "base")
     ends = {name: values(name, (WORDS + 9, HIDDEN)) for name in ("embed_tokens", "lm_head")}
     parts = {

@@ -1,4 +1,4 @@
-"""Conversion of Hunyuan, Ling 2 and MiniMax M2: keys, and what cannot be said in a file."""
+"""Tests of the conversion of Hunyuan, Ling 2 and MiniMax M2: keys and unsupported settings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model_of(case: str, folder: Path, more: dict[str, NDArray[Any]] | None = Non
 def test_alpha_stretches_the_base_for_texts_of_all_lengths(
     case: str, alpha: float, context: int, tmp_path: Path
 ) -> None:
-    """Published settings have a kind that says dynamic, with factors that are not used."""
+    """Checks published settings, whose kind is dynamic and whose factors are unused."""
     said = {"type": "dynamic", "alpha": alpha, "factor": 1.0, "beta_fast": 32, "mscale": 1.0, "mscale_all_dim": 0.0}
     model = model_of(case, tmp_path, rope_scaling=said)
     wanted = 10000.0 * alpha ** (HEAD / (HEAD - 2))

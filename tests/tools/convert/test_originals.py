@@ -1,8 +1,5 @@
-"""Converted models give the logits of their original implementation, transformers' classes.
-
-Weights are drawn anew (`original_models`); `data/originals` holds what transformers wrote and computed
-(`record_originals`).
-"""
+"""Checks that converted models have the logits of their original implementation, transformers' classes. Weights are
+drawn anew (`original_models`); `data/originals` has the results of transformers (`record_originals`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other weights and tokens than in `test_originals`, beside what an installed transformers computes."""
+"""Compares other weights and tokens than `test_originals` with an installed transformers."""
 
 from __future__ import annotations
 

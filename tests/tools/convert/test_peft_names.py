@@ -1,4 +1,4 @@
-"""Matrices that an adapter of PEFT changes at run time are those that merging it changes, in each architecture."""
+"""Checks for each architecture that a PEFT adapter changes the same matrices at run time as when it is merged."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ WANTED = {
     "Starcoder2ForCausalLM": ATTENTION | {"ffn_up", "ffn_down"},
     "GPT2LMHeadModel": {"attn_qkv", "attn_output", "ffn_up", "ffn_down"},
 }
-"""Matrices of a layer that adapters change as they are, by class."""
+"""Matrices of a layer that adapters change directly, by class."""
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -95,8 +95,8 @@ def test_merged_matrices_are_those_of_the_model_and_the_adapter(case: str, tmp_p
 def write_adapter(
     folder: Path, architecture: str, tensors: dict[str, NDArray[np.float32]], is_exchanged: bool
 ) -> tuple[Path, int]:
-    """Writes an adapter of all matrices that may change, but none of a layer that predicts further tokens; returns it
-    and their number."""
+    """Writes an adapter of all matrices that it may change, except those of an MTP head; returns its folder and their
+    number."""
     parts = {}
     for name, weight in tensors.items():
         module = name.removesuffix(".weight")

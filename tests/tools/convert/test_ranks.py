@@ -1,4 +1,4 @@
-"""Vocabularies of ranks in the models' own forms give the ids of the programs they were made for (`record_ranks`)."""
+"""Checks that models' own rank files give the token ids of the programs that they were made for (`record_ranks`)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_llama_3_s_own_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_glm_4_s_own_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The words behind the file are in tokenizer_config.json beside it."""
+    """Checks further words from tokenizer_config.json beside the file."""
     monkeypatch.setattr(ranks, "_GLM4_WORDS", len(WORDS))
     write_ranks(tmp_path / "tokenizer.model")
     special = ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>"]
@@ -70,7 +70,7 @@ def test_qwen_s_own_form(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("architecture", "bos"), [("hunyuan-moe", "<|bos|>"), ("hunyuan-dense", "<|startoftext|>")])
 def test_hunyuan_s_own_form(architecture: str, bos: str, tmp_path: Path) -> None:
-    """Words are cut as Qwen's; the id of BOS in config.json is of another vocabulary."""
+    """Checks that text is split as Qwen's, and that config.json's BOS id of another vocabulary is ignored."""
     write_ranks(tmp_path / "hy.tiktoken")
     end = len(WORDS) + 3
     (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": end, "eod_token_id": end + 2}))
@@ -84,7 +84,7 @@ def test_hunyuan_s_own_form(architecture: str, bos: str, tmp_path: Path) -> None
 
 
 def test_kimi_s_own_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The words behind the file are in tokenizer_config.json beside it, which leaves some out."""
+    """Checks further words from tokenizer_config.json beside the file, which omits some."""
     monkeypatch.setattr(ranks, "_KIMI_WORDS", len(WORDS))
     write_ranks(tmp_path / "tiktoken.model")
     special = {0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 7: "<|im_user|>"}
@@ -99,7 +99,7 @@ def test_kimi_s_own_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_tekken(tmp_path: Path) -> None:
-    """Special tokens come first, and words that the model has no room for are left out."""
+    """Checks that special tokens come first, and that words beyond the model's size are left out."""
     (tmp_path / "tekken.json").write_text(tekken_json(WORDS))
     size = len(WORDS) - 4 + SPECIAL
     words = read(tmp_path, size)

@@ -1,5 +1,5 @@
-"""Configurations of LFM2, Falcon H1, Granite 4.0 H, Nemotron H, Llama 4 and Qwen 3 VL: older names say the same, and
-what no file can say is one clear error."""
+"""Tests of configurations of LFM2, Falcon H1, Granite 4.0 H, Nemotron H, Llama 4 and Qwen 3 VL: older names of
+settings, and unsupported settings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LIMIT = "time_step_limit"
 
 
 def changed(config: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with other settings of the text model; one that is None is left out."""
+    """Returns the configuration with changed settings of the text model; None removes one."""
     inner = config.get("text_config", config)
     found = {name: value for name, value in {**inner, **change}.items() if value is not None}
     return config | {"text_config": found} if inner is not config else found
@@ -68,7 +68,7 @@ def test_older_names_of_settings_say_the_same(name: str, change: dict[str, Any],
 
 
 def test_experts_of_qwen_3_vl_are_read_in_the_published_form_too(tmp_path: Path) -> None:
-    """Columns before rows, which transformers turns when it reads them and does not turn back."""
+    """Checks experts with columns before rows, which transformers transposes when it reads but not when it writes."""
     config, shapes = recorded_form("qwen3vlmoe")
     tensors = {tensor: draw(tensor, shape, SEED) for tensor, shape in shapes.items()}
     turned = {name: array.swapaxes(1, 2).copy() if ".experts." in name else array for name, array in tensors.items()}
@@ -96,7 +96,7 @@ def test_what_states_are_computed_with_stays_float32(name: str, kind: str, tmp_p
 
 
 def test_llama_cpp_finds_what_it_asks_for(tmp_path: Path) -> None:
-    """A norm of Falcon H1 by a name without a suffix, the epsilon of Nemotron H under a second key."""
+    """Checks llama.cpp's names: a norm of Falcon H1 without suffix, a second key for Nemotron H's epsilon."""
     models: dict[str, Model] = {}
     for name in ("falcon-h1", "nemotron_h"):
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""Settings of a checkpoint that make no sense, or that no key of GGUF can say, are one clear error."""
+"""Checks that invalid settings of a checkpoint, and those without a GGUF key, are refused with one clear error."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def test_text_parts_that_are_not_known(family: str, said: dict[str, Any], messag
 
 
 def test_two_tensors_that_become_one_are_refused(tmp_path: Path) -> None:
-    """A text model in a multimodal checkpoint under both names that such models have."""
+    """Checks a text model under both of the names that multimodal checkpoints use."""
     config, tensors = checkpoint("Gemma3ForCausalLM")
     whole = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": config}
     name = "model.norm.weight"

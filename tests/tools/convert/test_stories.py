@@ -1,4 +1,4 @@
-"""A trained model in the forms of five programs becomes the same GGUF file, and tells its story."""
+"""Checks that a trained model in the formats of five programs becomes the same GGUF file, which generates its story."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def story_file() -> Path:
 
 @pytest.fixture(scope="module")
 def original(story_file: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
-    """The GGUF of llama2.c's file."""
+    """Returns the GGUF converted from llama2.c's file."""
     path = tmp_path_factory.mktemp("stories") / "stories.gguf"
     return converted(story_file, path)
 
@@ -68,7 +68,7 @@ def test_the_story_is_told(original: ModelFile, weights: tuple[dict[str, int], W
         reply = client.generate("Once upon a time", max_tokens=32, temperature=0.0)
     assert reply.text.startswith(STORY)
     tokenizer = load_tokenizer(original.metadata)
-    assert tokenizer.encode("Once upon a time") == [1, 9038, 2501, 263, 931]  # as LLaMA's tokenizer has it
+    assert tokenizer.encode("Once upon a time") == [1, 9038, 2501, 263, 931]  # the ids of LLaMA's tokenizer
 
 
 def test_hugging_face_s_form_gives_the_same_file(

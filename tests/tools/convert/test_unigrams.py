@@ -1,5 +1,5 @@
-"""SentencePiece's unigram vocabularies keep the ids of the library that trained them, and maps of characters are
-checked before they are followed."""
+"""Checks that SentencePiece unigram vocabularies give the token ids of the training library, and that character maps
+are validated before use."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TEXTS = [
 
 @cache
 def trained(**how: Any) -> bytes:
-    """Trains a model of 400 pieces."""
+    """Trains a vocabulary of 400 pieces."""
     model = io.BytesIO()
     options: dict[str, Any] = {
         "vocab_size": 400,
@@ -93,7 +93,7 @@ def test_the_files_beside_it_say_what_is_added(tmp_path: Path) -> None:
 
 
 def test_maps_that_lead_astray_are_refused() -> None:
-    """Every byte of the length and some of the trie are changed; what is let through is followed without harm."""
+    """Checks that character maps with links out of the trie or with a wrong length are refused."""
     model = sentencepiece_model_pb2.ModelProto.FromString(trained(normalization_rule_name="nfkc"))
     good = model.normalizer_spec.precompiled_charsmap
     check_charsmap(good, "x")
@@ -121,7 +121,7 @@ def test_scores_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
 
 
 def library_form(data: bytes, spaces: str = " {2,}") -> dict[str, Any]:
-    """Returns what Hugging Face's library makes of SentencePiece's files of unigrams."""
+    """Returns tokenizer.json as Hugging Face's library converts it from a unigram file."""
     model = sentencepiece_model_pb2.ModelProto.FromString(data)
     charsmap = base64.b64encode(model.normalizer_spec.precompiled_charsmap).decode()
     steps = [

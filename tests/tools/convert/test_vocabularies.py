@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints give the vocabularies of GGUF files that llama.cpp made, and the same token ids."""
+"""Checks that checkpoints' tokenizers give the vocabularies and token ids of llama.cpp's GGUF files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from support.paths import DATA
 
 DATA_FOLDER = DATA / "tokenizers"
 _CUT_ALIKE = {("llama-bpe", "dbrx"), ("qwen2", "bailingmoe"), ("qwen2", "minicpm5"), ("bailingmoe", "minicpm5")}
-"""Pairs that cut alike: they differ in what else they stand for, or only in how the same expression is written."""
+"""Pre-tokenizers that split alike and differ elsewhere, or only in the notation of the same expression."""
 
 
 def read(place: Path, rows: int) -> Words:
@@ -47,7 +47,7 @@ def test_the_probe_tells_all_known_pre_tokenizers_apart() -> None:
 
 
 def as_tokenizer_json(vocabulary: str, folder: Path) -> dict[str, Any]:
-    """Returns tokenizer.json and its configuration, as a vocabulary of llama.cpp's was once made from."""
+    """Returns a tokenizer.json with its configuration that gives one of llama.cpp's vocabularies."""
     metadata = open_model(DATA_FOLDER / f"ggml-vocab-{vocabulary}.gguf").metadata
     texts, types = list(metadata["tokenizer.ggml.tokens"]), metadata["tokenizer.ggml.token_type"]  # type: ignore[arg-type]
     plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
@@ -93,7 +93,7 @@ def test_another_way_to_cut_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_sentence_piece_s_files_and_tokenizer_json_say_the_same(tmp_path: Path) -> None:
-    """The merges of the library's form are in the order of SentencePiece's scores."""
+    """Checks that merges in the order of SentencePiece's scores give the same token ids."""
     wanted = open_model(DATA_FOLDER / "ggml-vocab-llama-spm.gguf").metadata
     texts = list(wanted["tokenizer.ggml.tokens"])  # type: ignore[arg-type]
     scores, types = wanted["tokenizer.ggml.scores"], wanted["tokenizer.ggml.token_type"]
@@ -121,7 +121,7 @@ def proto(texts: list[str], scores: Any, types: Any) -> bytes:
 
 
 def library_form(texts: list[str], scores: Any) -> dict[str, Any]:
-    """Returns what Hugging Face's library makes of SentencePiece's files."""
+    """Returns tokenizer.json as Hugging Face's library converts it from a SentencePiece file."""
     ids = {text: i for i, text in enumerate(texts)}
     merges = [
         (scores[i], text[:at], text[at:])
@@ -145,7 +145,7 @@ def library_form(texts: list[str], scores: Any) -> dict[str, Any]:
 
 
 def test_ranks_give_merges(tmp_path: Path) -> None:
-    """Qwen's list of ranks leads to the merges that the words were made by."""
+    """Checks that Qwen's list of ranks gives the merges of its words."""
     said = byte_level(320)
     letters = stand_ins()
     words = list(said["tokenizer.ggml.tokens"])[:317]  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Projectors are downloaded with their models: those that the catalog names, and those in repositories of the hub."""
+"""Checks that projectors named in the catalog or found in hub repositories are downloaded with their models."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_projectors_are_in_the_repository_of_their_model_and_found_by_their_name
 
 
 def test_a_model_is_complete_when_it_is_there(hub: tuple[Server, Server], tmp_path: Path) -> None:
-    """The projector comes first."""
+    """Checks that the projector is downloaded before the model."""
     server, store = hub
     server.does.answers[f"/{REPOSITORY}/resolve/main/{PROJECTOR}"] = (404, {"X-Error-Code": "EntryNotFound"})
     with pytest.raises(DownloadError, match=f"{PROJECTOR}@main: the repository has no such file"):
@@ -150,7 +150,7 @@ SPEC = f"hf:{REPOSITORY}/{FILE}"
 
 @pytest.fixture
 def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model that was downloaded when nobody looked for projectors."""
+    """Returns a model downloaded without its projector."""
     monkeypatch.setenv("LLAMACLUST_HOME", str(tmp_path))
     wanted = locate(SPEC)
     assert isinstance(wanted, WantedFile) and tmp_path in wanted.path.parents

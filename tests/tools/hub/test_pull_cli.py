@@ -1,4 +1,4 @@
-"""`llamaclust model ...` as a user sees it: results on standard output, progress apart, exit codes."""
+"""Tests of the commands `llamaclust model ...`: results on standard output, separate progress, exit codes."""
 
 from __future__ import annotations
 

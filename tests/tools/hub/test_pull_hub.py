@@ -1,4 +1,4 @@
-"""`hf:` models from servers on this machine that behave as the hub does, and large files over several connections."""
+"""Tests of `hf:` models from local servers like the hub, and of large files over several connections."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def store() -> Iterator[Server]:
-    """Serves the bytes that the hub refers to, from another origin."""
+    """Serves file contents from another origin, to which the hub redirects."""
     with running_server() as served:
         yield served
 
@@ -269,7 +269,7 @@ def test_a_large_file_comes_in_ranges(store: Server, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("drops", [1, 5, 9])
 def test_lost_connections_of_ranges_are_gone_on_with(drops: int, store: Server, tmp_path: Path) -> None:
-    """Bytes from before the loss are kept, so that pieces too large for a bad line still come through."""
+    """Checks that bytes received before a loss are kept, so that large pieces arrive over a bad connection."""
     store.does.files["/m.gguf"] = MODEL
     store.does.drop_after, store.does.drops = 15_000, drops
     path = pull_model(f"{store.url}/m.gguf", models_dir=tmp_path, limits=QUICK)
@@ -278,7 +278,7 @@ def test_lost_connections_of_ranges_are_gone_on_with(drops: int, store: Server, 
 
 @pytest.mark.usefixtures("pieces")
 def test_a_file_that_changes_meanwhile_is_fetched_anew(store: Server, tmp_path: Path) -> None:
-    """The new ETag makes the server send the whole file for a range."""
+    """Checks that a new ETag makes the server send the whole file instead of a range."""
     store.does.files["/m.gguf"] = MODEL
     other = b"GGUF" + random.Random(f"other {SEED}").randbytes(299_996)
 
@@ -323,7 +323,7 @@ def test_numbers_without_end_are_none(store: Server, tmp_path: Path) -> None:
 
 
 def test_a_range_that_does_not_end_is_hung_up_on() -> None:
-    """Bytes beyond the range are refused before they fill the memory."""
+    """Checks that bytes beyond the range are refused before they fill memory."""
     given = 0
 
     def body() -> Iterator[bytes]:

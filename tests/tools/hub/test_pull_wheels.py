@@ -1,4 +1,4 @@
-"""Wheels whose data are damaged inside: named, never a traceback; deleted only where they were fetched."""
+"""Checks that damaged wheels are named in the error, and deleted only if they were downloaded."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_damaged_data_are_named(way: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("holds", ["damaged data", "another file", "other bytes"])
 def test_wheels_of_the_user_are_left_where_they_lie(holds: str, tmp_path: Path) -> None:
-    """The wheels lie in a folder such as one that pip's find-links names."""
+    """Checks wheels in a user's folder, such as one of pip's find-links."""
     models = tmp_path / "models"
     models.mkdir()
     wheel = damaged_wheel(tmp_path, zipfile.ZIP_DEFLATED)

@@ -1,4 +1,4 @@
-"""Local servers that send header lines, or the end of a body, without end: the client fails in time."""
+"""Checks that the client fails in time if a local server sends endless headers or an endless end of a body."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def test_header_lines_without_an_end_are_cut_off(server: Server) -> None:
-    """The lines also come on a connection that has served a request before."""
+    """Checks endless headers on a connection that has served a request before."""
     with WebClient(headers_s=HEADERS_S, timeout=10.0) as client:
         assert client.get(f"{server.url}/m.gguf").content == MODEL
         server.does.drips = 1
@@ -63,7 +63,7 @@ def test_a_pull_has_that_deadline(server: Server, tmp_path: Path, monkeypatch: p
 
 @contextmanager
 def answering_for_ever(begin: bytes, line: bytes) -> Iterator[str]:
-    """Serves `begin`, and then `line` again and again, as every answer."""
+    """Serves `begin` and then `line` repeatedly as every answer; yields the URL."""
 
     def serve() -> None:
         while True:
@@ -90,7 +90,7 @@ def answering_for_ever(begin: bytes, line: bytes) -> Iterator[str]:
 
 
 def test_a_body_that_never_ends_is_cut_off() -> None:
-    """All bytes of the body are there, and lines follow them."""
+    """Checks a complete chunked body that endless trailer lines follow."""
     begin = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
     with (
         answering_for_ever(begin, b"X-More: to come\r\n") as url,

@@ -1,4 +1,4 @@
-"""Answers with reasoning and calls, whole, in pieces and hostile."""
+"""Tests of the parser of answers with reasoning and calls: whole, in pieces, and hostile."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.seed import SEED
 
 FORMS = sorted({sample.form for sample in SAMPLES})
 CHUNKINGS = 40
-"""The number for each sample."""
+"""Number of random divisions of each sample."""
 
 
 def parser_of(sample: Sample) -> AnswerParser:
@@ -48,7 +48,7 @@ def test_events_do_not_depend_on_pieces(form: str) -> None:
 
 
 def test_calls_are_streamed() -> None:
-    """Name and arguments come before the call is complete."""
+    """Checks that name and arguments are emitted before the call is complete."""
     parser = AnswerParser(form_of("coder"), TOOLS)
     head = parser.feed("<tool_call>\n<function=run>\n<parameter=code>\n")
     assert head == [CallBegun(0, "run"), ArgumentText(0, '{"code": "')]
@@ -89,7 +89,7 @@ def test_reasoning_that_the_prompt_opened() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_answer_is_read_on_from_any_place(form: str) -> None:
-    """Calls are numbered from 0; one that the prompt leaves open begins with the arguments that it has."""
+    """Checks that calls are numbered from 0, and that a call begun in the prompt keeps the arguments begun there."""
     for sample in SAMPLES:
         if sample.form != form:
             continue
@@ -108,7 +108,7 @@ def test_truncated_call_is_what_there_is() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_hostile_answers(form: str) -> None:
-    """Damaged answers parse in a time that grows with their length, and into no more text than there is."""
+    """Checks that damaged answers are parsed, and that the output's size is bounded by the input's."""
     draw = random.Random(SEED)
     texts = [sample.text for sample in SAMPLES if sample.form == form]
     marks = [text[at : at + draw.randrange(1, 30)] for text in texts for at in range(0, len(text), 7)]

@@ -1,4 +1,4 @@
-"""Values that a model wrote, as JSON that every client reads."""
+"""Checks that argument values of models become JSON that every client can read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grammars of tool calls: which of the samples they accept, and what they refuse."""
+"""Tests of grammars of tool calls with accepted and refused answers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def matcher(form: str, start: CallStart = CallStart.ANSWER, *, is_parallel: bool
 
 
 def takes(made: LLMatcher, text: str) -> bool:
-    """Returns whether the grammar allows the text and may end after it."""
+    """Tells whether the grammar allows the text as a whole answer."""
     made.reset()
     ids = tokenizer().encode(text, add_special=False)
     return made.try_consume_tokens(ids) == len(ids) and made.is_accepting()
@@ -156,5 +156,5 @@ def test_without_tools_there_is_no_grammar() -> None:
 )
 @pytest.mark.parametrize("form", FORMS)
 def test_schemas_that_are_none_make_a_grammar_or_none(form: str, schema: dict[str, Any]) -> None:
-    """Errors that llguidance reports about such schemas are errors of the request."""
+    """Checks that invalid schemas raise nothing here; llguidance reports their errors as errors of the request."""
     calls_of(form, {"f": schema}, split)

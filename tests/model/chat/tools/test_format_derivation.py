@@ -1,4 +1,4 @@
-"""Formats of calls and reasoning, derived from templates."""
+"""Tests of the formats of calls and reasoning that are derived from templates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chats in the shape that a template takes: tools that it does not show are described in a message."""
+"""Checks that tools are described in a message if the template does not show them."""
 
 from __future__ import annotations
 

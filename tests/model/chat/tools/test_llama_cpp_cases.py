@@ -1,4 +1,4 @@
-"""llama.cpp's own templates and expected messages, where its source is at hand."""
+"""Runs llama.cpp's parser cases with its own templates if its source is available."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Calls in the notations of Gemma, LFM2 and MiniMax M3: their arguments obey the schema, and are read as they were
-meant."""
+"""Checks that arguments of calls in the notations of Gemma, LFM2 and MiniMax M3 obey the schema and are parsed
+correctly."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ WRITERS: Mapping[str, Callable[[dict[str, Any]], str]] = {
 
 
 def with_needed_first(value: Any, schema: Mapping[str, Any]) -> Any:
-    """An instance whose properties stand in the order in which they are written."""
+    """Returns the instance with required properties first, the order in which they are written."""
     if isinstance(value, dict):
         keys = sorted(value, key=lambda key: key not in schema.get("required", ()))
         return {key: with_needed_first(value[key], schema["properties"][key]) for key in keys}

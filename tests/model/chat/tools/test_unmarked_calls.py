@@ -1,4 +1,4 @@
-"""Answers that are nothing but calls, without the markers of the model's form."""
+"""Tests of answers that consist of calls without the markers of the model's format."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Parts of small models: their shapes, and tensors of their own kinds of layers."""
+"""Tensor shapes and settings of tiny random checkpoints, by family."""

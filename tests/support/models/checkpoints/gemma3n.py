@@ -1,4 +1,4 @@
-"""Shapes of Gemma 3n, and a configuration of transformers' class that has little in common with the published ones."""
+"""Shapes of a tiny Gemma 3n, and an unusual configuration for transformers' class."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward")
 
 
 def gemma3n_ends() -> Shapes:
-    """Returns shapes of tensors outside of layers, beside the embedding and its norm."""
+    """Returns shapes of tensors outside of layers, except the embedding and the output norm."""
     matrices = [f"model.{name}.{copy}" for name in _PROJECTIONS for copy in range(_COPIES - 1)]
     return {
         "model.embed_tokens_per_layer.weight": (WORDS, LAYERS * _INPUT),

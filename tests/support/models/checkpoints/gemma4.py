@@ -1,4 +1,4 @@
-"""Shapes of Gemma 4: a layer with a window and one without, with experts, or with inputs per layer."""
+"""Shapes of a tiny Gemma 4: one layer with a window and one without, with experts or with per-layer inputs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def gemma4_layer(keys: Mapping[str, Any], layer: str) -> Shapes:
 
 
 def gemma4_ends() -> Shapes:
-    """Returns shapes of the tensors that the inputs per layer are made from."""
+    """Returns shapes of the tensors that per-layer inputs are computed from."""
     return {
         "model.embed_tokens_per_layer.weight": (WORDS, LAYERS * INPUT),
         "model.per_layer_model_projection.weight": (LAYERS * INPUT, HIDDEN),

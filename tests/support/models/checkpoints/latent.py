@@ -83,7 +83,7 @@ def _v3(layer: str) -> Shapes:
 
 
 def _glm(layer: str) -> Shapes:
-    """And behind the others one that predicts further tokens."""
+    """Returns shapes of a layer or, after the last one, of the MTP head."""
     shapes = _layer(layer, bias=True)
     if layer.endswith(f".{LAYERS}"):
         shapes |= {f"{layer}.{norm}.weight": (HIDDEN,) for norm in ("enorm", "hnorm", "shared_head.norm")}
@@ -93,7 +93,7 @@ def _glm(layer: str) -> Shapes:
 
 
 def _kimi(layer: str) -> Shapes:
-    """A delta net without experts, attention with experts."""
+    """Returns a delta net without experts (first layer), or attention with experts."""
     if not layer.endswith(".0"):
         mixture = _layer(layer, 0, bias=True)
         return {name.replace(".mlp.", ".block_sparse_moe."): shape for name, shape in _numbered(mixture).items()}
@@ -109,7 +109,7 @@ def _kimi(layer: str) -> Shapes:
 
 
 def _numbered(shapes: Shapes) -> Shapes:
-    """Matrices of experts by number in place of by name."""
+    """Replaces the names of experts' matrices with w1, w2 and w3."""
     for number, part in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
         moved = [name for name in shapes if ".experts." in name and f".{part}_proj." in name]
         shapes |= {name.replace(f"{part}_proj", number): shapes.pop(name) for name in moved}

@@ -1,4 +1,4 @@
-"""Shapes of layers of gpt-oss, Granite, ERNIE 4.5, Hunyuan, Ling and MiniMax with experts, EXAONE 4, Cohere 2."""
+"""Shapes of mixtures (gpt-oss, Granite, ERNIE 4.5, Hunyuan, Ling, MiniMax), and of EXAONE 4 and Cohere 2."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def granitemoe_layer(layer: str) -> Shapes:
 
 
 def ernie_moe_layer(layer: str) -> Shapes:
-    """The first layer is dense."""
+    """Returns shapes of a layer; the first one is dense."""
     if layer.endswith(".0"):
         return {**layer_norms(layer), **attention_shapes(layer), **gated_shapes(f"{layer}.mlp")}
     bias: Shapes = {f"{layer}.mlp.moe_statics.e_score_correction_bias": (1, 4)}
@@ -107,7 +107,7 @@ def hunyuan_moe_layer(layer: str) -> Shapes:
 
 
 def bailing_layer(layer: str) -> Shapes:
-    """The first layer is dense."""
+    """Returns shapes of a layer; the first one is dense."""
     attention = f"{layer}.attention"
     shapes = {
         **layer_norms(layer),

@@ -1,5 +1,4 @@
-"""Shapes of Qwen 3 Next and Qwen 3.5: a layer with a delta net, one with gated attention, one that predicts further
-tokens."""
+"""Shapes of Qwen 3 Next and Qwen 3.5: a layer with a delta net, one with gated attention, and an MTP head."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ MOE_KEYS: dict[str, Any] = {
 
 
 def delta_layers(form: str) -> Shapes:
-    """All layers. `form`: next, with products in groups; dense; moe, with experts in one matrix."""
+    """Returns shapes of all layers. `form` is next (fused products), dense, or moe (one matrix for all experts)."""
     shapes: Shapes = {}
     for number in range(LAYERS + 1):
         layer = f"model.layers.{number}" if number < LAYERS else "mtp.layers.0"

@@ -1,4 +1,4 @@
-"""Widths and settings of the tiny random checkpoints, and shapes that layers of many architectures have, by name."""
+"""Sizes and settings of the tiny random checkpoints, and tensor shapes that many architectures share."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Families of models as transformers' own classes compute them."""
+"""Configurations of small models for transformers' own classes, by family."""

@@ -1,4 +1,4 @@
-"""Models that are published with what sees pictures: Llama 4, Qwen 3 VL, LFM2-VL."""
+"""Text models of multimodal checkpoints: Llama 4, Qwen 3 VL, LFM2-VL."""
 
 from __future__ import annotations
 

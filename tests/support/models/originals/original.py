@@ -1,4 +1,4 @@
-"""A model of transformers' own: its class, and what its configuration is made of."""
+"""Describes a small model of transformers: its class and its configuration."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from support.models.tiny_architectures import VOCABULARY
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """A class of transformers' and what its configuration is made of. `context`: tokens that it is set up for here.
-    `packed`: experts in MXFP4, which transformers reads and does not write."""
+    """A class of transformers and the arguments of its configuration. `context`: the model's tokens in tests. `packed`:
+    experts in MXFP4, which transformers reads but does not write."""
 
     family: str
     keys: Mapping[str, Any]

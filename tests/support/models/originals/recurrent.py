@@ -1,4 +1,4 @@
-"""Models with a state of each sequence: LFM2, Falcon H1, Granite 4.0 H, Nemotron H."""
+"""Models whose sequences have states: LFM2, Falcon H1, Granite 4.0 H, Nemotron H."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Parts of small models: their shapes, and tensors of their own kinds of layers."""
+"""Shapes and tensors of small random models, by family."""

@@ -11,7 +11,7 @@ from support.models.tiny_model import RandomTensor, matrix, norm
 
 @dataclass(frozen=True, slots=True)
 class DeltaNet:
-    """Heads of `dim` channels. `old`: q, k, v and z are one tensor; `joined`: beta and alpha are."""
+    """A gated delta net. `old`: q, k, v and z are one tensor; `joined`: beta and alpha are one."""
 
     heads: int = 4
     key_heads: int = 2
@@ -45,7 +45,7 @@ class DeltaNet:
 
 @dataclass(frozen=True, slots=True)
 class KimiDelta:
-    """`heads` of `dim` channels, whose decay is channel by channel."""
+    """A delta net of Kimi Linear, whose decay differs by channel."""
 
     heads: int = 4
     dim: int = 16

@@ -1,5 +1,5 @@
-"""A small model of random weights of Gemma 3n. llama.cpp takes some of its numbers as fixed: copies, rank, channels of
-inputs, the layers with sparse activations, and that 20 layers have keys and values of their own."""
+"""A small random Gemma 3n. Some of its numbers are constants in llama.cpp: copies, rank, channels of inputs, layers
+with sparse activations, and the 20 layers with their own keys and values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LAYERS, _OWN_KV, _SPARSE = 22, 20, 10
 _FFN = 256
 _FULL = (4, 9, 14, 19, 21)
 _SCALE = 1.6448533535003662 * math.sqrt(_FFN / (_FFN - 1))
-"""llama.cpp divides by one less than the number of channels, where the original divides by it."""
+"""The original's factor, corrected for llama.cpp, which divides the variance by one less than the channels."""
 
 GEMMA3N = MappingProxyType(
     {
@@ -44,7 +44,7 @@ GEMMA3N = MappingProxyType(
 
 
 def ends_of_gemma3n(tiny: Tiny, vocabulary: int) -> Iterator[RandomTensor]:
-    """Yields tensors outside of layers, beside the embedding and its norm."""
+    """Yields tensors outside of layers, except the embedding and the output norm."""
     if tiny.architecture != "gemma3n":
         return
     for name in ("altup_proj", "altup_unembd_proj"):
@@ -75,7 +75,7 @@ def layer_of_gemma3n(tiny: Tiny, layer: int) -> Iterator[RandomTensor]:
 
 
 def _attention(tiny: Tiny, name: str) -> Iterator[RandomTensor]:
-    """Yields attention weights, even of layers that read the keys and values of others, since llama.cpp wants them."""
+    """Yields attention weights, also of layers that read the keys and values of others: llama.cpp requires them."""
     query, kv = tiny.heads * tiny.head_dim, tiny.kv_heads * tiny.head_dim
     yield matrix(f"{name}.attn_q", query, tiny.hidden)
     yield matrix(f"{name}.attn_k", kv, tiny.hidden)

@@ -1,4 +1,4 @@
-"""Small models of random weights of Gemma 4: layers with a window and others differ in their heads and widths."""
+"""Small random models of Gemma 4, whose windowed and other layers have different heads and widths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HEADS, _HEAD, _WINDOW_HEAD = 4, 32, 16
 _KV_HEADS = tuple(2 if windowed else 1 for windowed in _WINDOWED)
 _WIDTHS = (96, 96, 64, 128, 96, 160)
 _EXPERT_FFN = 48
-_INPUT = 32  # channels of a layer's input
+_INPUT = 32  # channels of a per-layer input
 _KEYS: dict[str, WritableValue] = {
     "attention.head_count_kv": np.array(_KV_HEADS, np.int32),
     "attention.key_length_swa": _WINDOW_HEAD,
@@ -67,7 +67,7 @@ GEMMA4 = MappingProxyType(
 
 
 def inputs_of_gemma4(tiny: Tiny, vocabulary: int) -> Iterator[RandomTensor]:
-    """Yields the tensors that make the inputs of all layers."""
+    """Yields the tensors that per-layer inputs are computed from."""
     if _has_inputs(tiny):
         yield RandomTensor("per_layer_token_embd.weight", (vocabulary, tiny.layers * _INPUT), 0.3)
         yield matrix("per_layer_model_proj", tiny.layers * _INPUT, tiny.hidden, gain=8.0)
@@ -101,7 +101,7 @@ def layer_of_gemma4(tiny: Tiny, layer: int) -> Iterator[RandomTensor]:
 
 
 def _attention(tiny: Tiny, layer: int) -> Iterator[RandomTensor]:
-    """Yields attention weights; layers without a window have no values of their own."""
+    """Yields attention weights; layers without a window have no weights for values."""
     name, windowed = f"blk.{layer}", _WINDOWED[layer]
     head = _WINDOW_HEAD if windowed else _HEAD
     yield matrix(f"{name}.attn_q", _HEADS * head, tiny.hidden)

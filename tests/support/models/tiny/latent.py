@@ -11,7 +11,7 @@ from support.models.tiny_model import RandomTensor, matrix, norm
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """Widths as of `LatentVariant`; `plain` channels of a query are before the rotated ones."""
+    """Widths of latent attention, as in `LatentVariant`; a query's first `plain` channels are not rotated."""
 
     latent: int = 32
     rotated: int = 8
@@ -34,7 +34,7 @@ class Latent:
         yield matrix(f"{layer}.attn_output", hidden, heads * self.value)
 
     def keys(self) -> dict[str, WritableValue]:
-        """Those of the widths, in place of other attention's."""
+        """Returns keys of the widths, which replace those of other attention."""
         rank: dict[str, WritableValue] = {"attention.q_lora_rank": self.query_rank} if self.query_rank else {}
         return rank | {
             "attention.head_count_kv": 1,

@@ -1,4 +1,4 @@
-"""Small models with latent attention; llama.cpp knows the one without `query_rank` by its 27 layers."""
+"""Small models with latent attention; llama.cpp recognizes the one without `query_rank` by its 27 layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small models of random weights of Llama 4, and of Qwen 3 VL: the text of models that read images."""
+"""Small random models of Llama 4 and Qwen 3 VL, the text models of multimodal families."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ TEXT_MODELS = MappingProxyType(
 
 LONG_TOKENS = [3 + 41 * at * at % 317 for at in range(8216)]
 LONG_RECORDED = slice(8176, 8216)
-"""Positions whose logits are recorded, around the first border of chunks, where queries are scaled as well."""
+"""Positions with recorded logits: they surround the first chunk border, where query scaling begins as well."""
 LONG_LLAMA4 = replace(
     _SCOUT,
     hidden=32,
@@ -63,6 +63,6 @@ LONG_LLAMA4 = replace(
     context=8448,
     keys={**_SCOUT.keys, "context_length": 8448},
 )
-"""A model with more positions than a chunk has."""
+"""A model whose context is longer than a chunk."""
 SHORT_CHUNKS = replace(_SCOUT, keys={**_SCOUT.keys, "attention.sliding_window": 6})
-"""A model with chunks that llama.cpp does not have: its are of 8192."""
+"""A model with shorter chunks than llama.cpp's 8192."""

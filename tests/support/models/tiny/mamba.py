@@ -1,4 +1,4 @@
-"""Mamba 2's blocks of small models of random weights."""
+"""Mamba 2 blocks of small random models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.models.tiny_model import RandomTensor, matrix
 
 @dataclass(frozen=True, slots=True)
 class Mamba:
-    """Numbers of Mamba 2's blocks, and the layers with them."""
+    """The sizes of Mamba 2 blocks and the layers that have them."""
 
     layers: tuple[int, ...]
     inner: int = 128
@@ -20,7 +20,7 @@ class Mamba:
     state_size: int = 16
     taps: int = 4
     has_norm: bool = True
-    bare_norm: str | None = None  # a norm of the layer whose name has no `.weight`
+    bare_norm: str | None = None  # a layer norm whose name lacks `.weight`
 
     def keys(self) -> dict[str, WritableValue]:
         return {

@@ -1,4 +1,4 @@
-"""Small models of random weights with Mamba 2: in most layers, beside attention, or in layers of a single block."""
+"""Small random models with Mamba 2 in most layers, beside attention, or in single-block layers."""
 
 from __future__ import annotations
 

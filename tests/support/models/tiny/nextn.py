@@ -1,4 +1,4 @@
-"""Tensors of MTP heads, beside those of their layers."""
+"""Tensors of MTP heads in addition to those of their layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small models with an MTP head: random, or right about all that is chosen greedily."""
+"""Small models with an MTP head that has random weights or predicts every greedy token."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from support.models.tiny_architectures import MODELS, build_tiny
 
 
 def with_nextn(path: Path, name: str = "glm4moe") -> Path:
-    """One of MODELS with a layer more, which is a head. Its weights are random, so it is hardly ever right."""
+    """Writes one of MODELS with a random MTP head, which is hardly ever right."""
     tiny = MODELS[name]
     return build_tiny(path, replace(tiny, layers=tiny.layers + 1, nextn=1))
 
 
 def with_right_nextn(path: Path, name: str = "glm4moe") -> Path:
-    """The same, but for layers that add nothing: each token follows from the one before it alone, and the head, which
-    hands on the token behind its row, says the same."""
+    """Writes the model with an MTP head that is always right: layers add nothing, so that each token depends only on
+    the preceding one, as in the head."""
     with Model.open(with_nextn(path.with_suffix(".random.gguf"), name)) as model:
         sources = [_knowing(model, tensor) for tensor in model.file.tensors]
         write_gguf(path, dict(model.file.metadata), sources)

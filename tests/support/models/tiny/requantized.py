@@ -1,4 +1,4 @@
-"""Small models in other types: every matrix that may be quantized is."""
+"""Writes small models with every quantizable matrix in another type."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.tools.quantize.type_choice import MixChoice
 
 
 def requantized(path: Path, mix: str) -> Path:
-    """Beside it, in that type."""
+    """Writes the model in the type `mix` beside the original."""
     out = path.with_name(f"{path.stem}.{mix}.gguf")
     job = plan_quantizing(open_model(path), MixChoice(MIXES[mix], pure=True), None, allow_requantize=True)
     write_quantized(job, out, 1, False, lambda *_: None)

@@ -1,4 +1,4 @@
-"""The shapes of small models of random weights."""
+"""The shapes of small random models."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from support.models.tiny.mamba import Mamba
 
 @dataclass(frozen=True, slots=True)
 class Tiny:
-    """A model: its shape, which tensors it has, and keys (without the architecture's name) beside those of its shape.
-
-    `context`: tokens that it is set up for, here and in llama.cpp.
-    """
+    """A model's shape, its tensors, and further keys without the architecture's name. `context`: the model's tokens, in
+    tests and in llama.cpp."""
 
     architecture: str
     hidden: int = 64
@@ -27,38 +25,38 @@ class Tiny:
     ffn: int = 96
     experts: int = 0
     shared_ffn: int = 0
-    biases: tuple[str, ...] = ()  # of which products in a layer
-    used: int = 3  # of the experts
+    biases: tuple[str, ...] = ()  # the layer's products with biases
+    used: int = 3  # experts per token
     expert_type: QuantType = QuantType.F32
-    expert_biases: bool = False  # of router and experts
+    expert_biases: bool = False  # of the router and the experts
     selection_bias: bool = False
-    expert_width: int = 0  # channels that experts read, where they are not those of the hidden state
+    expert_width: int = 0  # the experts' input channels, if not those of the hidden state
     shared_gate: bool = True
     dense: int = 0  # leading layers without experts
-    expert_period: int = 1  # of the others, every so many have experts
+    expert_period: int = 1  # every n-th layer has experts, after the dense ones
     fused: bool = False  # q, k and v in one tensor; gate and up in one
     sinks: bool = False
     head_norms: bool = False
-    whole_norms: bool = False  # of q and k
-    norms: tuple[str, ...] = ("attn_norm", "ffn_norm")  # of a layer
+    whole_norms: bool = False  # norms of whole q and k, not of each head
+    norms: tuple[str, ...] = ("attn_norm", "ffn_norm")  # the layer's RMS norms
     post_norms: bool = False
     tied: bool = False
-    layer_norms: tuple[str, ...] = ()  # in place of `norms`, with a mean and a bias
+    layer_norms: tuple[str, ...] = ()  # with mean and bias; they replace `norms`
     norm_biases: bool = True
     positions: bool = False
-    plain: bool = False  # no gate in the feed-forward network
-    latent: Latent | None = None  # in place of other attention
+    plain: bool = False  # feed-forward networks without gates
+    latent: Latent | None = None  # replaces other attention
     factors: tuple[str, ...] = ()
     context: int = 256
-    taps: int = 0  # of the convolutions
-    convolutions: tuple[int, ...] = ()  # layers with them in place of attention
-    delta: DeltaNet | KimiDelta | None = None  # behind the convolutions
-    gated: bool = False  # attention, channel by channel
+    taps: int = 0  # of each convolution
+    convolutions: tuple[int, ...] = ()  # layers with convolutions instead of attention
+    delta: DeltaNet | KimiDelta | None = None  # after the convolutions
+    gated: bool = False  # attention with a gate per channel
     mamba: Mamba | None = None
-    attention_beside: bool = False  # of Mamba's blocks, not in other layers
-    single_blocks: tuple[int, ...] | None = None  # layers that are feed-forward networks; others have none
+    attention_beside: bool = False  # attention beside Mamba blocks instead of in other layers
+    single_blocks: tuple[int, ...] | None = None  # layers with only a feed-forward network; others have none
     last_norm: str = "output_norm"
-    nextn: int = 0  # of the layers, the last ones: MTP heads
+    nextn: int = 0  # number of last layers that are MTP heads
     keys: dict[str, WritableValue] = field(default_factory=dict)
 
     def attends(self, layer: int) -> bool:

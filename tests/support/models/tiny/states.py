@@ -1,4 +1,4 @@
-"""Models whose layers keep a state of each sequence."""
+"""Small models with states of sequences in their layers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ STATE_MODELS: Mapping[str, Tiny] = {
 
 
 def convolution(tiny: Tiny, name: str) -> Iterator[RandomTensor]:
-    """Yields the tensors that a layer has in place of attention."""
+    """Yields the tensors of a convolution layer, which replace attention."""
     if tiny.delta is not None:
         yield from tiny.delta.tensors(name, tiny.hidden)
         return

@@ -1,4 +1,4 @@
-"""The rows of a tile, by the encoder of a projector file on any backend."""
+"""Encodes a tile with a projector file on any backend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.model.projectors.tiles import EncoderInputs, TileReader
 
 
 def encoded(backend: Backend, path: Path, tile: NDArray[np.uint8]) -> Float32:
-    """Returns [rows, channels] for the text model, line by line."""
+    """Returns the text model's rows [rows, channels], line by line."""
     projector = open_projector(path)
     inputs = TileReader(projector).inputs(tile)
     stage = backend.load(projector.program, projector.tensors, limits_of(inputs), lambda done_bytes: None)

@@ -1,4 +1,4 @@
-"""Encoders of images in float64, from the definitions of their families: patches line by line, masks for windows."""
+"""Image encoders in float64, written from the families' definitions: patches line by line, masks for windows."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class _Encoder:
     def _mask(self, layer: int) -> NDArray[np.bool_]:
         if self.name != "qwen2.5vl_merger" or layer % 2 == 1:
             return np.ones((len(self.places), len(self.places)), bool)
-        window = self.places // 4  # patches a side
+        window = self.places // 4  # windows of 4 x 4 patches
         return np.asarray((window[:, None] == window[None]).all(axis=2))
 
     def _turned(self, x: Float64) -> Float64:
@@ -111,7 +111,7 @@ class _Encoder:
 
 
 def encoder_rows(name: str, weights: Weights, tile: NDArray[np.uint8]) -> Float64:
-    """Returns [rows, channels] for the text model, line by line."""
+    """Returns the text model's rows [rows, channels], line by line."""
     tiny = PROJECTORS[name]
     lines, columns = tile.shape[0] // PATCH, tile.shape[1] // PATCH
     places = [(y, x) for y in range(lines) for x in range(columns)]
@@ -192,7 +192,7 @@ def _embedded(encoder: _Encoder, tile: NDArray[np.uint8]) -> Float64:
 
 
 def _shares(name: str, size: int, side: int) -> Float64:
-    """The weights [size, side] by which places of a tile read those of the table."""
+    """Returns the weights [size, side] that interpolate the table of learned positions for a tile."""
     places, table = np.arange(size)[:, None], np.arange(side)
     middle = (places + 0.5) * side / size - 0.5
     match name:

@@ -1,6 +1,6 @@
-"""Records what llama.cpp's library mtmd computes for tiles of `tiny_projectors`, in data/mtmd: the rows for a text
-model, float32 [2, rows, channels], little-endian, with the matrices in F32 and then in F16. To be run again when a
-projector is added or changed, its name as an argument (all without one). LLAMA is the folder of llama.cpp's sources, of
+"""Records results of llama.cpp's library mtmd for tiles of `tiny_projectors` in data/mtmd: the text model's rows,
+float32 [2, rows, channels], little-endian, with the matrices in F32 and then in F16. Run it again after a projector is
+added or changed, with its name as an argument (all without one). LLAMA is the folder of llama.cpp's sources, of
 the version in llama-cpp-python 0.3.36:
 
     cmake -S LLAMA -B LLAMA/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF
@@ -34,8 +34,8 @@ from support.paths import DATA
 FOLDER = DATA / "mtmd"
 KINDS = (QuantType.F32, QuantType.F16)
 _PATCHES = {"qwen2.5vl_merger": (32, 8), "kimivl": (4, 4)}
-"""Lines and columns of a tile: two windows, whose side llama.cpp sets to 28, and as many as there are learned
-positions, which llama.cpp interpolates otherwise than Moonshot's code."""
+"""Lines and columns of a tile: two windows, whose side is always 28 in llama.cpp, and as many places as learned
+positions, since llama.cpp interpolates otherwise than Moonshot's code."""
 
 
 def tile_for_mtmd(name: str) -> NDArray[np.uint8]:
@@ -43,21 +43,20 @@ def tile_for_mtmd(name: str) -> NDArray[np.uint8]:
 
 
 def projector_for_mtmd(path: Path, name: str, kind: QuantType) -> Path:
-    """Writes a projector without the key that llama.cpp does not read, and returns its path."""
+    """Writes a projector without the window size, which llama.cpp does not read, and returns its path."""
     return build_projector(path, name, kind, without=("clip.vision.window_size",))
 
 
 def mtmd_rows(name: str) -> dict[QuantType, NDArray[np.float32]]:
-    """Returns the recorded rows, flat, for each type of the matrices."""
+    """Returns the recorded rows, flattened, for each type of the matrices."""
     found = np.frombuffer((FOLDER / f"{name}.f32").read_bytes(), "<f4")
     return dict(zip(KINDS, found.reshape(2, -1), strict=True))
 
 
 def _write_for_llama_cpp(path: Path, name: str, kind: QuantType) -> None:
-    """Writes the projector with the keys that llama.cpp needs, and so that it computes what transformers does. It takes
-    the GELU of Gemma 4 for another one, the last learned position of InternVL for that of the class row, which has the
-    first one in files, and the pairs of Kimi VL's heads for those of two halves. Its patch embedding of Llama 4 is a
-    matrix."""
+    """Writes the projector so that llama.cpp computes what transformers does: with its keys, the GELU of Gemma 4,
+    InternVL's class position last instead of first, Kimi VL's pairs of channels in two halves, and Llama 4's patch
+    embedding as a matrix."""
     file = open_model(projector_for_mtmd(path.with_suffix(".plain"), name, kind))
     keys: dict[str, WritableValue] = {"clip.vision.projector.scale_factor": PROJECTORS[name].merge}
     if name == "gemma4v":
@@ -79,7 +78,7 @@ def _content(name: str, tensor: Tensor) -> memoryview:
     if (name, tensor.name) == ("internvl", POSITIONS):
         rows = np.roll(rows, -1, axis=0)
     if name == "kimivl" and (".attn_q." in tensor.name or ".attn_k." in tensor.name):
-        pairs = np.arange(WIDTH).reshape(HEADS, -1, 2, 2)  # turned by the column and by the line, in turns
+        pairs = np.arange(WIDTH).reshape(HEADS, -1, 2, 2)  # rotated alternately by the column and the line
         rows = rows[pairs.swapaxes(1, 2).reshape(-1)]
     return np.ascontiguousarray(rows).reshape(-1).data
 
@@ -97,9 +96,9 @@ def _encoded(folder: Path, name: str, kind: QuantType) -> NDArray[np.float32]:
     columns = projector.rows_of(height, width) // lines
     channels = projector.width * projector.levels
     rows = np.frombuffer((folder / "rows").read_bytes(), "<f4").reshape(-1, channels)
-    if name == "pixtral":  # behind each line but the last is the row of a break
+    if name == "pixtral":  # a break row follows each line but the last
         rows = np.concatenate([rows[line * (columns + 1) :][:columns] for line in range(lines)])
-    if name == "llama4":  # column by column; those of transformers are line by line
+    if name == "llama4":  # column by column, where transformers has line by line
         rows = rows.reshape(columns, lines, channels).swapaxes(0, 1).reshape(-1, channels)
     assert len(rows) == lines * columns and np.isfinite(rows).all() and rows.std() > 0.1, (rows.shape, rows.std())
     return rows

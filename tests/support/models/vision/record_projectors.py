@@ -1,6 +1,6 @@
-"""Records what transformers computes for the tiles of `tiny_projectors`, in data/projectors: the rows for a text model,
-float32 [rows, channels], little-endian. To be run again when a projector is added or changed, its name as an argument
-(all without one), where the project and PyTorch are installed:
+"""Records transformers' results for the tiles of `tiny_projectors` in data/projectors: the text model's rows, float32
+[rows, channels], little-endian. Run it again after a projector is added or changed, with its name as an argument (all
+without one), where the project and PyTorch are installed:
 
     pip install torch==2.15.0 transformers==5.24.0
     python tests/support/models/vision/record_projectors.py NAME ...
@@ -99,7 +99,7 @@ def gemma3(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> An
 
 
 def _qwen_patches(tiny: TinyProjector, tile: NDArray[np.uint8]) -> tuple[Any, Any]:
-    """A tile's patches, each twice as two frames, group by group, and the numbers of frames, lines and columns."""
+    """Returns a tile's patches, group by group, each as two frames, and the numbers of frames, lines and columns."""
     import torch
 
     (lines, columns), merge = tiny.tile, tiny.merge
@@ -171,7 +171,7 @@ def qwen3vl(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> A
 
 
 def _unpermuted(weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows of Q or K as in the checkpoint, where the halves of a head turn as pairs."""
+    """Returns rows of Q or K in the checkpoint's order, where rotation pairs the halves of a head."""
     return weight.reshape(HEADS, -1, 2, WIDTH).swapaxes(1, 2).reshape(WIDTH, WIDTH)
 
 
@@ -203,7 +203,7 @@ def pixtral(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> A
 
 
 def _patches(tile: NDArray[np.uint8]) -> Any:
-    """[1, patches, size * size * 3], line by line, with the colours of a pixel side by side."""
+    """Returns patches [1, patches, size * size * 3], line by line, with each pixel's colours adjacent."""
     import torch
 
     lines, columns = tile.shape[0] // PATCH, tile.shape[1] // PATCH
@@ -360,7 +360,7 @@ REFERENCES: Mapping[str, Callable[[TinyProjector, Weights, NDArray[np.uint8]], A
     "lfm2": lfm2,
     "llama4": llama4,
 }
-"""All but Kimi VL, which transformers does not have."""
+"""All families except Kimi VL, which transformers lacks."""
 
 
 def main() -> None:

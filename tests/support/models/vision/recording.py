@@ -1,4 +1,4 @@
-"""Weights of a projector by the names that transformers gives them, and the files with recorded rows."""
+"""Projector weights by transformers' names, and the files of recorded rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_weights(path: Path) -> Weights:
 
 
 def pixels(tile: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """[1, 3, height, width]"""
+    """Returns normalized pixels [1, 3, height, width]."""
     scaled = (tile / 255 - np.array(MEAN)) / np.array(DEVIATION)
     return np.asarray(scaled.transpose(2, 0, 1)[None], np.float32)
 
@@ -40,7 +40,7 @@ def loaded(module: Any, weights: Mapping[str, NDArray[np.float32]]) -> Any:
 
 
 def renamed(weights: Weights, names: Mapping[str, str]) -> dict[str, NDArray[np.float32]]:
-    """Those of `names`, here by their names in the file without `.weight` or `.bias`, under the others."""
+    """Returns the weights and biases of `names` (keys: names in the file, without suffix) under their new names."""
     ends = ("weight", "bias")
     return {
         f"{to}.{end}": weights[f"{of}.{end}"] for of, to in names.items() for end in ends if f"{of}.{end}" in weights

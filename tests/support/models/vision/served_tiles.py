@@ -1,4 +1,4 @@
-"""A served model with a projector, tiles for its encoder, and the rows that they must give."""
+"""A model with a projector, tiles for its encoder, and a check of the encoded rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.seed import SEED
 
 
 def seeing_model(tmp_path: Path, layers: int = 4) -> tuple[Path, Path]:
-    """Makes a model and its projector."""
+    """Writes a model and its projector."""
     folder = tmp_path / "seeing"
     folder.mkdir()
     model = build_tiny_model(folder / "a.gguf", hidden=TEXT_WIDTH, heads=4, layers=layers, context=CONTEXT)

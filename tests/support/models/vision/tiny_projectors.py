@@ -21,7 +21,7 @@ MEAN, DEVIATION = (0.5, 0.4, 0.3), (0.25, 0.3, 0.35)
 
 @dataclass(frozen=True, slots=True)
 class TinyProjector:
-    """`side`: patches a side of the file's image size. `tile`: patches of the test's tile, lines and columns."""
+    """A projector. `side`: patches per side of the file's image size; `tile`: lines and columns of the test's tile."""
 
     side: int
     tile: tuple[int, int]
@@ -33,9 +33,9 @@ class TinyProjector:
     biases: bool = True
     fused: bool = False
     positions: bool = True
-    scaled: bool = False  # residuals
-    post_norms: bool = False  # and norms of heads
-    kept: tuple[int, ...] = ()  # layers with deepstack
+    scaled: bool = False  # layer scales of residuals
+    post_norms: bool = False  # norms after attention and feed-forward, and of heads
+    kept: tuple[int, ...] = ()  # deepstack layers
     keys: Mapping[str, WritableValue] = field(default_factory=dict)
 
 
@@ -45,7 +45,7 @@ _SMALL_EPSILON: dict[str, WritableValue] = {"vision.attention.layer_norm_epsilon
 
 CLASSES = ("internvl", "llama4")
 FRAMES = ("qwen2.5vl_merger", "qwen3vl_merger", "glm4v")
-"""Families with a kernel for each of two frames."""
+"""Families with one kernel for each of two frames."""
 _WITHOUT_PATCH_BIAS = ("gemma4v", "llama4", "pixtral", "qwen2.5vl_merger")
 
 PROJECTORS: Mapping[str, TinyProjector] = MappingProxyType(
@@ -122,8 +122,8 @@ def build_projector(
     added: tuple[RandomTensor, ...] = (),
     keys: Mapping[str, WritableValue] | None = None,
 ) -> Path:
-    """Writes a projector to `path` and returns it. The same bytes on every machine. Tensors and metadata of `without`
-    are left out, `added` tensors come in; `keys` replace metadata, without `clip.`."""
+    """Writes a projector to `path` and returns `path`; the bytes are the same on every machine. `without` leaves out
+    tensors and metadata by name, `added` adds tensors, and `keys` replace metadata (without `clip.`)."""
     tensors = [*_ends(name), *(tensor for layer in range(PROJECTORS[name].layers) for tensor in _layer(name, layer))]
     kept = [*(tensor for tensor in tensors if tensor.name not in without), *added]
     kinds = {tensor.name: QuantType.F32 if tensor.exact else quant_type for tensor in kept}
@@ -263,6 +263,6 @@ def _metadata(name: str) -> dict[str, WritableValue]:
 
 
 def tile_of(name: str, seed: int = 5, patches: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-    """Returns a tile of random colours, [height, width, 3], of these lines and columns of patches."""
+    """Returns a tile of random colours, [height, width, 3], with `patches` lines and columns of patches."""
     lines, columns = patches or PROJECTORS[name].tile
     return np.random.default_rng(seed).integers(0, 256, (lines * PATCH, columns * PATCH, 3), np.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
@@ -11,7 +12,8 @@ from cryptography import x509
 
 from llamaclust.cluster.membership import authority as module
 from llamaclust.cluster.membership.authority import Authority
-from llamaclust.core.errors import UsageError
+from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.core.regular_file import take_lock
 from llamaclust.wire.security.certificate_names import COORDINATOR, Principal
 from llamaclust.wire.security.certificates import NewKey, cluster_id
 from llamaclust.wire.security.token import JoinToken
@@ -52,6 +54,18 @@ def test_clusters_that_start_at_once_make_one_authority(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as threads:
         made = [*threads.map(lambda _: module.Authority.open(tmp_path / "state" / ".trust").token.text, range(8))]
     assert len(set(made)) == 1
+
+
+def test_a_start_that_hangs_is_named_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LOCK_WAIT_S", 0.05)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert take_lock(descriptor)
+        with pytest.raises(LlamaclustError, match=r"another process has locked it for 0\.05 s; try again later"):
+            module.Authority.open(tmp_path / "trust")
+    finally:
+        os.close(descriptor)
+    assert not (tmp_path / "trust").exists()
 
 
 class Clock(datetime):

@@ -27,7 +27,8 @@ def chaos(
         float, Option(metavar="M", min=0.01, max=10_000.0, help="Minutes during which faults are injected.")
     ] = 1.0,
     seed: Annotated[
-        int | None, Option(metavar="N", min=0, help="Seed of the random choice of faults and times. Default: random.")
+        int | None,
+        Option(metavar="N", min=0, help="Seed for choosing the faults and when they happen. Default: random."),
     ] = None,
     faults: Annotated[
         str | None,

@@ -23,7 +23,7 @@ from llamaclust.worker.stage.stage_runner import model_program
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Bytes of memory of one CPU worker, and the part of the model that fits into `available_bytes`."""
+    """Memory that a model needs on one CPU worker, and the part of the model that fits into `available_bytes`."""
 
     available_bytes: int
     weight_bytes: int  # Size of the weights as packed for the kernels, which differs from their size in the file.

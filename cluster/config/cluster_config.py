@@ -258,7 +258,7 @@ class ClusterConfig(Section):
             names = ", ".join(f"{{name: {name}}}" for name in "abcdefgh"[: len(self.workers)])
             more = ", ..." if len(self.workers) > 8 else ""
             why = f"launcher: {self.launcher} does not accept a number"
-            raise PlaceError(("workers",), f"{why}; write workers: [{names}{more}]")
+            raise PlaceError(("workers",), f"{why}; list them: `workers: [{names}{more}]`")
         if self.join.addresses:
             raise PlaceError(("join", "addresses"), f"is for launcher: static; {self.launcher} starts workers itself")
         if facts.is_local and self.join != Join():

@@ -98,7 +98,8 @@ class Outline:
 
 
 def outline(text: bytes) -> Outline:
-    """Measures the fields of a JSON object without parsing it. The result for invalid JSON is arbitrary."""
+    """Counts the values of a JSON object and of its members without parsing it. The result for invalid JSON is
+    arbitrary."""
     values = depth = border_count = 0
     # Position of each border between members of the outermost object, and number of values before it.
     borders: list[tuple[int, int]] = []

@@ -63,7 +63,7 @@ class ForeignFields:
 
 
 class BodyContext:
-    """Validation context that refuses fields without effect. `images` is None if the model reads only text."""
+    """Validation context that makes fields without effect an error. `images` is None if the model reads only text."""
 
     def __init__(self, images: ImageRules | None = None) -> None:
         self.images = images

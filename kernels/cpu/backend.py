@@ -158,7 +158,7 @@ def experts_workspace_bytes(
 
 @contextmanager
 def _explained(program: Program) -> Iterator[None]:
-    """Turns ValueError into ModelFileError. TypeError passes, because it means a bug or an outdated native module."""
+    """Turns ValueError into ModelFileError. A TypeError is not caught: it means a bug or an outdated native module."""
     try:
         yield
     except ValueError as error:

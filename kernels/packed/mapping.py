@@ -21,7 +21,7 @@ _COMPACT = "as root, before a restart: echo 1 > /proc/sys/vm/compact_memory"
 
 
 def in_huge_pages(memories: Sequence[Memory]) -> list[bool]:
-    """Returns True for each map in huge pages, and for all maps if huge pages are disabled."""
+    """Tells which maps are in huge pages. Returns True for all maps if huge pages are disabled."""
     if _no_huge_pages():
         return [True] * len(memories)
     huge_bytes = {addresses.start: n_bytes for addresses, n_bytes in _huge_bytes("FilePmdMapped|ShmemPmdMapped")}

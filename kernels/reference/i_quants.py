@@ -107,8 +107,8 @@ def iq1_s(blocks: Bytes) -> Float32:
 
 
 def iq1_m(blocks: Bytes) -> Float32:
-    """Block layout: for every 8 weights a grid byte, then for every 8 weights 3 grid bits and the sign of delta, then
-    four words of 4 x 3 scale bits and 4 bits of d."""
+    """Block layout: one grid byte per 8 weights; then 4 bits per 8 weights (3 grid bits, the sign of delta); then four
+    words, each with 4 x 3 scale bits and 4 bits of d."""
     codes = words(blocks[:, 48:], np.uint16)
     quarters = codes >> 12 << np.array([0, 4, 8, 12], np.uint16)
     d = np.bitwise_or.reduce(quarters, axis=1, keepdims=True).view(np.float16).astype(np.float32)

@@ -55,7 +55,8 @@ class ImageLimits:
 
 @dataclass(frozen=True, slots=True)
 class ImageTiles:
-    """The RGB tiles [height, width, 3] of an image, and its texts and embedding rows in the prompt."""
+    """The RGB tiles [height, width, 3] of an image, and the pieces of text and embedding rows that stand for it in the
+    prompt."""
 
     tiles: tuple[NDArray[np.uint8], ...]
     prompt: tuple[Piece, ...]

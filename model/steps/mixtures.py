@@ -215,8 +215,9 @@ class ExpertInner(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertDown(StepFacts):
-    """Computes the down projections of the chosen experts, best first: out [used * width of the mixture's out] =
-    down_e(x_e). x [used * ffn_width] is the result of `ExpertInner`. `ExpertSum` applies the weights."""
+    """Computes the down projections of the chosen experts, best first: out [used * width] = down_e(x_e), where
+    width is that of `mixture.out`. x [used * ffn_width] is the result of `ExpertInner`. `ExpertSum` applies the
+    weights."""
 
     mixture: Moe
     choice: Buffer

@@ -68,7 +68,7 @@ def excess_of_heads(heads: int, channels: int) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Decay(UnaryStep):
-    """out = exp(weight * softplus(x + bias)). weight [heads] is < 0 in models. bias is [x.width]. out may alias x."""
+    """out = exp(weight * softplus(x + bias)). weight [heads] is negative. bias is [x.width]. out may alias x."""
 
     weight: str
     bias: str

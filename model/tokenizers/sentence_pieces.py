@@ -61,7 +61,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _charsmap(metadata: Mapping[str, Any]) -> bytes:
-    """Returns the character map for normalization, after a check that older versions of sentencepiece do not make."""
+    """Returns the character map for normalization. Checks it here, because older versions of sentencepiece do not."""
     value = metadata.get(_CHARSMAP)
     if value is None:
         return b""

@@ -16,7 +16,7 @@ _NOT_SPELLED = frozenset((*_CONTROL, TokenType.USER_DEFINED, TokenType.BYTE))
 
 class Tokenizer(ABC):
     """A model's tokenizer. Thread-safe. Ids outside the vocabulary raise RequestError. `longest_word` is in characters.
-    `end_of_generation` has the file's eos, eot and eom tokens, and tokens whose words are known to end generation."""
+    `end_of_generation` has the file's eos, eot and eom tokens, and tokens whose text is a known end marker."""
 
     def __init__(self, vocabulary: Vocabulary, *, add_bos: bool, add_eos: bool, add_space_prefix: bool) -> None:
         self.vocabulary = vocabulary

@@ -214,7 +214,7 @@ def _add(groups: list[list[Machine]], group: _Group, reader: _Reader) -> None:
     if not isinstance(group.device.bandwidth, float):
         raise reader.error(_GPU_BANDWIDTH, group.begun)
     if group.device.threads is not None:
-        raise reader.error("@TOPS instead of /THREADS for a GPU", group.begun)
+        raise reader.error("a GPU's speed as @TOPS, not /THREADS", group.begun)
     gpus = (*groups[-1][0].gpus, *((group.device,) * min(group.count, MAX_GPUS_EACH + 1)))
     if len(gpus) > MAX_GPUS_EACH:
         raise reader.error(f"at most {MAX_GPUS_EACH} GPUs for each machine", group.begun)

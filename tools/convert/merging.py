@@ -119,7 +119,8 @@ def _write_weights(tensors: Mapping[str, Lazy], path: Path, type_name: str, on_p
 
 @dataclass(frozen=True, slots=True)
 class _Factors:
-    """The change of a matrix: scale * left [rows, rank] @ right [rank, columns], transposed if `exchanged`."""
+    """An adapter's change to a matrix: scale * left [rows, rank] @ right [rank, columns]. If `exchanged`, its transpose
+    is added."""
 
     left: NDArray[np.float32]
     right: NDArray[np.float32]

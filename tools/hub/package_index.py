@@ -107,7 +107,7 @@ def _effective_settings(lines: Iterable[str]) -> Mapping[str, str]:
 def _index_url() -> str:
     match = _DEFAULT_INDEX.search(" ".join(_run_pip("download", "--help").split()))
     if match is None:
-        raise DownloadError("pip's help names no package index; set one: pip config set global.index-url URL")
+        raise DownloadError("pip has no package index configured; set one: pip config set global.index-url URL")
     return match["url"]
 
 

@@ -136,7 +136,7 @@ When = Callable[[Place], bool]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A tensor gets `quant_type` if `mixes` names the mix and `when` is True for the tensor's `Place`."""
+    """Gives a tensor `quant_type` if the quantization mix is among `mixes` and `when` accepts the tensor's `Place`."""
 
     mixes: str  # Names of mixes, separated by spaces.
     quant_type: Q

@@ -66,7 +66,7 @@ class KvFile:
         prefix = _read(file, 0, _PREFIX.size)
         magic, version, start, end, blocks = _PREFIX.unpack(prefix)
         if (magic, version) != (_MAGIC, _VERSION) or not (start < end <= MAX_LAYERS and 0 < blocks <= MAX_KEYS):
-            raise DamagedError("the file has no header of a KV memory file")
+            raise DamagedError("the file does not begin with the header of a KV memory file")
         sizes = _read(file, _PREFIX.size, 4 * (end - start))
         keys = _read(file, _PREFIX.size + len(sizes), KEY_BYTES * blocks)
         layer_bytes = struct.unpack(f"<{end - start}I", sizes)

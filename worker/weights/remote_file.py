@@ -21,7 +21,8 @@ from llamaclust.worker.weights.weights import Weights, key_of
 
 
 class RemoteFile:
-    """A file on other machines. Its weights are fetched into the cache. Raises LlamaclustError without a cache."""
+    """A model file on other machines, whose weights are fetched into the cache. Raises LlamaclustError if there is no
+    cache."""
 
     def __init__(
         self,

@@ -186,7 +186,7 @@ class RerankBody(Body, foreign=RERANK):
     def given(self) -> tuple[str, ...]:
         lists = [texts for texts in (self.documents, self.texts) if texts is not None]
         if len(lists) != 1:
-            raise ParameterError("documents", "give either documents or texts")
+            raise ParameterError("documents", "give either `documents` or `texts`")
         return lists[0]
 
 

@@ -58,7 +58,7 @@ class ImageRules:
         place = ImageUrl.parse(url)
         if not any(_allows(host, place) for host in self.hosts):
             what = f"expected a host of api.image_urls in the cluster file, found {place.authority[:100]}"
-            raise ValueError(f"{what}: send a data URL, or add the host to that setting")
+            raise ValueError(f"{what}; send a data URL, or add the host to `api.image_urls`")
 
 
 def _allows(allowed: str, url: ImageUrl) -> bool:

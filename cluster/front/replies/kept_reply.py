@@ -114,7 +114,7 @@ class KeptReply:
     async def begin(
         self, reply: Reply, *, admitted: bytes | None = None, until_s: float | None = None
     ) -> asyncio.Future[None] | None:
-        """Submits the request. While the cluster is busy, retries until the event loop time `until_s`, if it is given.
+        """Submits the request. If `until_s` is given, retries until that event loop time while the cluster is busy.
         The returned future is done when `admitted`, the request's body, is in the journal."""
         try:
             await self._submit(reply, until_s, is_recorded=admitted is not None or self.context.is_restored)

@@ -266,7 +266,8 @@ def steps_in_any_order(sizes: Sequence[int], held_by: Sequence[Counts]) -> int:
 
 
 def constrained_ends(workers: Collection[int], partitions: Partitions) -> list[Ends]:
-    """Returns alternative constraints. Under each, no pair in `partitions` leads both the first and the last stage."""
+    """Returns alternative constraints. Each keeps the leaders of the first and the last stage from being a pair in
+    `partitions`."""
     bound = sorted(worker for worker in workers if any(worker in pair for pair in partitions))
     ends = [Ends(frozenset(workers) - frozenset(bound))]
     for first in bound:

@@ -189,7 +189,7 @@ def test_random_descriptions_are_read_back() -> None:
         ("9999x16GB@40GB/s", 1, "at most 64 machines"),
         ("24GB@900GB/s gpu", 1, "a machine before its GPU"),
         ("16GB + 24GB gpu", 8, "the bandwidth of a GPU's memory"),
-        ("16GB@40GB/s+24GB@900GB/s/8 gpu", 13, "@TOPS instead of /THREADS for a GPU"),
+        ("16GB@40GB/s+24GB@900GB/s/8 gpu", 13, "a GPU's speed as @TOPS, not /THREADS"),
         ("16GB@40GB/s+9x24GB@900GB/s gpu", 13, "8 GPUs"),
         ("16GB + 9x rtx3090", 8, "8 GPUs"),
         ("rtx3090", 1, "a machine before its GPU, as in '64GB@60GB/s + rtx3090'"),

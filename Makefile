@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 NATIVE := $(shell find kernels/cpu cmake -name '*.cpp' -o -name '*.h' -o -name '*.cmake' -o -name CMakeLists.txt 2>/dev/null)
 MODEL ?= smollm2-135m-instruct
-# `make test` runs one case of each test, quickest first, up to CORE seconds of recorded time, summed over its processes.
+# `make test` runs one case of each test, quickest first, up to CORE seconds of recorded time, summed over its processes,
+# and up to ALONE seconds of the tests that need an idle machine.
 # Its random inputs are always the same, those of `make test-all` new in each run, unless LLAMACLUST_TEST_SEED names a seed.
 # If SINCE names a commit, all cases of test files that changes since the commit affect run, too.
 CORE ?= 600
+ALONE ?= 30
 SINCE ?=
 IMAGE ?= llamaclust:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
@@ -43,7 +45,7 @@ test-unit:
 
 define run_tests
 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not alone" $(1)
-$(BIN)/python -m pytest -m alone $(1)
+$(BIN)/python -m pytest -m alone $(2)
 endef
 
 # The CUDA kernels are compiled for the CPU before tests run, so that no test has to wait for the compiler.
@@ -51,8 +53,9 @@ shim: build $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python -m support.cuda.shim_build
 
 test: export LLAMACLUST_TEST_SEED ?= 1
+test: since = $(if $(SINCE),--since $(SINCE))
 test: build $(VENV)/.test $(VENV)/.helm model shim ## Runs tests of all packages. Downloads the demo model once.
-	$(call run_tests,--core $(CORE) $(if $(SINCE),--since $(SINCE)))
+	$(call run_tests,--core $(CORE) $(since),--core $(ALONE) $(since))
 
 test-all: build $(VENV)/.test $(VENV)/.helm model shim ## Runs all cases of all tests.
 	$(call run_tests)

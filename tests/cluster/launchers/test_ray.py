@@ -68,6 +68,7 @@ def hosts(cluster: Cluster) -> set[str]:
     return {worker["address"].rpartition(":")[0] for worker in cluster.status["workers"]}
 
 
+@pytest.mark.promise
 def test_a_ray_cluster_of_its_own_gives_the_single_workers_bits_and_is_gone_afterwards(
     line: CommandLine, model: Path, undisturbed: Answers
 ) -> None:

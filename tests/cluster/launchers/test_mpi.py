@@ -208,11 +208,11 @@ def test_a_rank_goes_on_while_its_coordinator_reads_nothing() -> None:
         ours.setblocking(False)
         theirs.setblocking(False)
         for _ in ends:
-            job._carry(ours)
+            job._relay(ours)
         assert job._unsent, "a socket takes less"
         while job._unsent:
             received += theirs.recv(1 << 20)
-            job._carry(ours)
+            job._relay(ours)
         ours.shutdown(socket.SHUT_WR)
         while data := theirs.recv(1 << 20):
             received += data

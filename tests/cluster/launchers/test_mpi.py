@@ -137,7 +137,7 @@ def test_a_rank_that_cannot_start_its_worker_says_why(line: CommandLine, model: 
 
 @pytest.mark.parametrize("is_signalled", [False, True])
 def test_ranks_are_waited_for_until_a_signal_or_a_deadline(is_signalled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mpi_rank, "_MEET_S", 0.05)
+    monkeypatch.setattr(mpi_rank, "_REPORT_S", 0.05)
     ranks: Any = SimpleNamespace(own=0, count=3, lost=set(), received=lambda rank: iter(()), send=lambda *sent: None)
     config: Any = SimpleNamespace(workers="abc")
     rank: Any = SimpleNamespace(ranks=ranks, is_signalled=is_signalled, kill=lambda: None)
@@ -224,7 +224,7 @@ def test_a_rank_limits_the_log_of_its_worker(name: str, tmp_path: Path, monkeypa
     """The coordinator limits only logs of its own machine."""
     monkeypatch.setattr(log_files, "MOST_LOG_BYTES", 4000)
     monkeypatch.setattr(log_files, "_KEPT_BYTES", 1000)
-    monkeypatch.setattr(mpi_rank, "_LOG_LOOK_S", 0.0)
+    monkeypatch.setattr(mpi_rank, "_LOG_CHECK_S", 0.0)
     monkeypatch.setattr(mpi_rank, "_reachable", lambda addresses, token: addresses[0])
     monkeypatch.setattr(mpi_rank, "Child", lambda settings, ended, file: SimpleNamespace(signal=lambda number: None))
     order = StartWorker(1, WorkerSettings(join="127.0.0.1:1", name=name, threads=1).to_json(), ("127.0.0.1:1",))

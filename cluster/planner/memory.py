@@ -72,11 +72,6 @@ class PlanRequest:
         return min(most, max(self.context_blocks, -(-self.kv_tokens // KV_BLOCK_TOKENS)))
 
     @property
-    def most_contexts(self) -> int:
-        """Maximum number of full-length sequences that KV memory is planned for."""
-        return self.max_sequences if self.kv_memory_bytes is not None else -(-self.most_blocks // self.context_blocks)
-
-    @property
     def context_blocks(self) -> int:
         return -(-self.context_length // KV_BLOCK_TOKENS)
 

@@ -27,7 +27,7 @@ from llamaclust.core.profile import DeviceProfile
 from llamaclust.model.costs import ModelCosts
 
 _WANTED_CONTEXTS = 4
-"""Maximum number of full-length sequences that KV memory should hold. It must hold at least one."""
+"""Number of full-length sequences that KV memory should hold. It must hold at least one."""
 
 _NOMINAL_CPU = DeviceProfile(read_bytes_s=20e9, int8_macs_s=300e9)
 _NOMINAL_GPU = DeviceProfile(read_bytes_s=500e9, int8_macs_s=50e12)
@@ -132,7 +132,7 @@ def _automatic(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> Found:
     if 0 < len(measured) < len(workers):
         with suppress(InsufficientMemoryError, NetworkPartitionError):
             return _automatic(sizes, measured)
-    contexts = tuple(dict.fromkeys((min(_WANTED_CONTEXTS, sizes.request.most_contexts), 1)))
+    contexts = tuple(dict.fromkeys((min(_WANTED_CONTEXTS, sizes.request.max_sequences), 1)))
     known = workers if is_measured(workers) else [_nominal(worker) for worker in workers]
     largest = sizes.request.largest_group if known is workers else 1
     found = best_chain(replace(sizes, request=replace(sizes.request, largest_group=largest)), known, contexts)

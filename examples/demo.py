@@ -36,8 +36,8 @@ def run(*arguments: str, question: str | None = None) -> str:
 
 def main() -> None:
     run("model", "pull", "smollm2-135m-instruct")
+    run("up", "--detach", "--port", "0", "--set", f"name={NAME}")
     try:
-        run("up", "--detach", "--port", "0", "--set", f"name={NAME}")
         answer = run("chat", "--cluster", NAME, "--temperature", "0", "--system", SYSTEM, question=QUESTION)
         run("status", "--cluster", NAME)
     finally:

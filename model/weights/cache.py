@@ -23,8 +23,9 @@ from llamaclust.model.gguf.tensors import FileIdentity
 
 WHOLE, UNFINISHED, KNOWN, MAKING = ".weights", ".part", ".manifest", ".lock"
 
-MAKING_WAIT_S = 3600.0
-"""Maximum seconds to wait for another process that reads a model file for its manifest."""
+MAKING_WAIT_S = 10.0
+"""Maximum seconds to wait for another process that reads a model file for its manifest. It is shorter than deadlines of
+loads, which only this process's own reading extends."""
 _LEASE = ".load"
 _MODIFIED_NS = 1_000_000_000 * 10**9
 _READ_BYTES = 1 << 22
@@ -131,20 +132,25 @@ class WeightCache(DiskCache):
     @contextmanager
     def making(self, key: str) -> Iterator[None]:
         """Locks the manifest of `key`, so that only one process makes it. A process that has waited for `MAKING_WAIT_S`
-        makes it too, in case the holder hangs."""
+        makes it too, in case the holder hangs or is slow."""
         path = self.path / f"{key}{MAKING}"
         with ExitStack() as stack:
-            while True:
-                file = stack.enter_context(open_own(path, os.O_RDWR | os.O_CREAT))
-                if not take_lock_within(file.fileno(), MAKING_WAIT_S):
-                    yield
-                    return
-                with suppress(FileNotFoundError):  # The last holder deletes the file.
-                    if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                        break
-                file.close()
+            with self._errors():
+                if _take_next(path, stack):
+                    stack.callback(path.unlink, missing_ok=True)
             yield
-            path.unlink(missing_ok=True)
+
+
+def _take_next(path: Path, stack: ExitStack) -> bool:
+    """Locks a file that its last holder deletes. Returns False if another process still holds it."""
+    while True:
+        file = stack.enter_context(open_own(path, os.O_RDWR | os.O_CREAT))
+        if not take_lock_within(file.fileno(), MAKING_WAIT_S):
+            return False
+        with suppress(FileNotFoundError):
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                return True
+        file.close()
 
 
 class WeightPart:

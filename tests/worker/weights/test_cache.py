@@ -87,6 +87,10 @@ def test_a_holder_that_hangs_delays_a_manifest_no_longer_than_the_limit(
             pass
         assert [path.suffix for path in (tmp_path / "w").iterdir()] == [MAKING], "the holder's lock stays"
     assert [*(tmp_path / "w").iterdir()] == []
+    (tmp_path / "w" / f"{key}{MAKING}").mkdir()
+    what = "weights cannot be stored there: is not a regular file"
+    with pytest.raises(LlamaclustError, match=what), cache.making(key):
+        pass
 
 
 def test_a_part_that_is_being_written_is_not_deleted(tmp_path: Path) -> None:

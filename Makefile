@@ -37,7 +37,7 @@ help: ## Lists the targets.
 model: build ## Downloads the demo model, unless it is already downloaded.
 	$(BIN)/llamaclust model pull $(MODEL)
 
-check: build $(VENV)/.lint $(VENV)/.test ## Checks format, style, types and imports, and runs unit tests. Takes one or two minutes.
+check: build $(VENV)/.lint $(VENV)/.test ## Checks format, style, types and imports, and runs unit tests. Takes some minutes.
 	@$(MAKE) --no-print-directory -j2 lint test-unit
 
 test-unit:

@@ -275,8 +275,6 @@ class TextClient(TextCalls[Answer, ChunkStream]):
         self._thread = LoopThread(open_client)
         self._client = self._thread.resource
         self._closed = weakref.finalize(self, self._thread.close)
-        # Functions of `atexit` run after the interpreter has ended its thread pools, which `close` needs.
-        threading._register_atexit(self._closed)  # type: ignore[attr-defined]
 
     def chunks(self, path: str, body: dict[str, Any]) -> Chunks:
         return self._client.chunks(path, body)

@@ -43,6 +43,7 @@ class HttpConnection(h11.Connection):
 
     def __init__(self, our_role: type[h11.SERVER], max_incomplete_event_size: int) -> None:
         super().__init__(our_role, max_incomplete_event_size)
+        self._most_head_bytes = max_incomplete_event_size  # h11 itself accepts more if it arrives in one piece.
         self._events_left = EVENTS_A_TURN
         self._chunks = self._body_bytes = 0
 
@@ -75,7 +76,11 @@ class HttpConnection(h11.Connection):
     def _check_head(self) -> None:
         received, _ = self.trailing_data
         ends = (received.find(end) for end in (b"\n\r\n", b"\n\n"))
-        lines = received.count(b"\n", 0, 1 + min((end for end in ends if end >= 0), default=len(received)))
+        head_bytes = min((end for end in ends if end >= 0), default=len(received))
+        if head_bytes > self._most_head_bytes:
+            what = f"the head of the request has more than {self._most_head_bytes} bytes"
+            raise h11.RemoteProtocolError(what, error_status_hint=431)
+        lines = received.count(b"\n", 0, 1 + head_bytes)
         if lines > MAX_HEADERS:
             raise h11.RemoteProtocolError(f"the request has more than {MAX_HEADERS} headers", error_status_hint=431)
 

@@ -81,6 +81,20 @@ def test_heads_of_many_lines_are_refused(lines: int, end: bytes, is_whole: bool)
         assert isinstance(connection.next_event(), h11.Request) or not is_whole
 
 
+@pytest.mark.parametrize("end", [b"\r\n", b"\n"])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_large_heads_are_refused_even_in_one_piece(end: bytes, is_whole: bool) -> None:
+    start = b"POST / HTTP/1.1" + end + b"host: a" + end + b"content-length: 9000" + end + b"a: "
+    for size in (65_000, 66_000):
+        connection = HttpConnection(h11.SERVER, 65536)
+        connection.receive_data(start.ljust(size, b"b") + (2 * end + 9000 * b"c" if is_whole else b""))
+        if size > 65536:
+            with pytest.raises(h11.RemoteProtocolError, match="more than 65536 bytes"):
+                connection.next_event()
+        else:
+            assert isinstance(connection.next_event(), h11.Request) or not is_whole
+
+
 def chunked(size: int, count: int) -> bytes:
     head = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
     return head + count * (b"%x\r\n%b\r\n" % (size, size * b"\n")) + b"0\r\n\r\n"

@@ -1,16 +1,20 @@
-"""Checks that `up --detach` leaves nothing if it is interrupted or killed during its start."""
+"""Checks that `up --detach` and the demo leave nothing running if they are interrupted or killed."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
+from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.state.directory import ClusterDir
 from support.clusters.command_line import CommandLine, Running, command_line, eventually
 from support.models.hostile_models import slow_to_load, tiny
+from support.paths import ROOT
 
 TOLD = (signal.SIGTERM, signal.SIGHUP)
 Moment = Callable[[CommandLine], Running]
@@ -74,3 +78,14 @@ def test_a_cluster_that_is_ready_goes_on_without_the_command_and_its_terminal(li
     assert line.run("status", "--json").out.startswith("{")
     assert line.run("down").code == 0
     nothing_left(line)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_stops_its_cluster(line: CommandLine, demo_model: Path, number: signal.Signals) -> None:
+    line.set_variables(LLAMACLUST_HOME=str(environment().home))
+    running = line.start(program=(sys.executable, ROOT / "examples/demo.py"))
+    eventually(lambda: "llamaclust chat" in running.out.read_text(), 60.0, "a cluster that is ready")
+    os.kill(running.process.pid, number)
+    done = running.wait()
+    assert done.code == 128 + number and "is stopped" in done.err and "Traceback" not in done.err
+    eventually(lambda: not line.left_running(), 60.0, "the end of every process")

@@ -278,7 +278,7 @@ def test_the_readmes_demo_runs_what_the_demo_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LLAMACLUST_STATE_DIR", "restored by this")
-    done = subprocess.CompletedProcess([], 0, stdout="Paris\n")
+    done = subprocess.CompletedProcess([], 0, stdout="Paris\na [0, 16)\nb [16, 30)\n")
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: done)
     demo = runpy.run_path(str(ROOT / "examples/demo.py"))
     demo["main"]()

@@ -9,7 +9,7 @@ import pytest
 
 from support import choice
 from support.choice import Cases
-from support.reach import Sources, reached
+from support.reach import Sources, is_same_code, reached
 from support.seed import SEED
 
 NODES = (
@@ -124,3 +124,20 @@ def test_the_way_to_a_change_is_named(sources: Sources) -> None:
         "core/errors.py",
     )
     assert found[Path("tests/e2e/test_started.py")] == (*map(Path, way),)
+
+
+TEST = 'def test() -> None:\n    """Checks a sum."""\n    assert 1 + 1 == 2  # in decimals\n'
+
+
+@pytest.mark.parametrize(
+    ("other", "is_same"),
+    [
+        (TEST.replace("a sum", "an addition").replace("decimals", "integers"), True),
+        (f'"""Tests of sums."""\n\n\n{TEST}', True),
+        (TEST.replace("1 + 1", "1 + 2"), False),
+        (TEST.replace("def test", "async def test"), False),
+        (TEST + '    assert "a sum"\n', False),
+    ],
+)
+def test_words_alone_are_no_change_of_a_test(other: str, is_same: bool) -> None:
+    assert is_same_code(TEST, other) == is_same

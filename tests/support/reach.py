@@ -107,14 +107,39 @@ def reached(changed: Iterable[Path], sources: Sources) -> Reached:
 
 
 def changed_since(commit: str) -> list[Path] | None:
-    """Returns the files that differ from a commit, including the working tree, or None if the commit is unknown."""
+    """Returns the files that differ from a commit, including the working tree, or None if the commit is unknown.
+
+    Leaves out test files of which only comments and docstrings differ. The program's docstrings are also help texts.
+    """
     try:
         return [
-            *map(Path, _git("diff", "--name-only", commit)),
+            *(path for path in map(Path, _git("diff", "--name-only", commit)) if not _is_same_test(path, commit)),
             *map(Path, _git("ls-files", "--others", "--exclude-standard")),
         ]
     except subprocess.CalledProcessError:
         return None
+
+
+def _is_same_test(path: Path, commit: str) -> bool:
+    if path.parts[0] != "tests" or path.suffix != ".py" or not (ROOT / path).is_file():
+        return False
+    before = subprocess.run(["git", "show", f"{commit}:{path}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return before.returncode == 0 and is_same_code(before.stdout, (ROOT / path).read_text())
+
+
+def is_same_code(one: str, other: str) -> bool:
+    """Compares Python sources without comments and docstrings."""
+    return _code(one) == _code(other)
+
+
+def _code(source: str) -> str:
+    return ast.dump(_WithoutDocstrings().visit(ast.parse(source)))
+
+
+class _WithoutDocstrings(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if is_text else node
 
 
 def _git(*words: str) -> list[str]:

@@ -28,12 +28,11 @@ from llamaclust.tools.convert.lazy import Array, Lazy, as_floats
 from llamaclust.tools.convert.quantized import KEPT_METHOD
 from llamaclust.tools.convert.settings import Checkpoint
 from llamaclust.tools.convert.stream import OUTPUT_TYPES, OnProgress, Output, write_pieces
+from llamaclust.tools.convert.vocabularies.reading import NAMES
 
 _NAMES: Final = (WEIGHTS, "adapter_model.bin")
 _SAVED: Final = re.compile(r"(?P<module>.*?)(\.modules_to_save(\.default)?|\.original_module)?\.(?P<kind>weight|bias)")
-_TOKENIZER_FILES: Final = (
-    "tokenizer.model",
-    "tokenizer.json",
+_SETTINGS: Final = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -41,6 +40,7 @@ _TOKENIZER_FILES: Final = (
     "chat_template.json",
     "generation_config.json",
 )
+_HEAD: Final = frozenset({"lm_head.weight"})
 _STORAGE: Final = {"f32": Storage.F32, "f16": Storage.F16, "bf16": Storage.BF16}
 
 
@@ -54,12 +54,23 @@ def merge_adapter(
         raise ModelFileError(f"{base}: {CONFIG} is missing: the base must be a folder in Hugging Face's format")
     with SourceFiles() as files:
         found = read_folder(files, base)
-        tensors = _merged(found.tensors, _read_adapter(files, adapter))
-        vocabulary = adapter if any((adapter / name).is_file() for name in _TOKENIZER_FILES[:2]) else base
-        whole = replace(found, tensors=tensors, settings=_words_of(tensors, found.settings), vocabulary=vocabulary)
+        changes = _read_adapter(files, adapter)
+        tensors = _merged(found.tensors, changes)
+        settings = _merged_settings(found.settings, tensors, changes)
+        vocabulary = hints.tokenizer or next((place for place in (adapter, base) if _tokenizer_files(place)), base)
+        whole = replace(found, tensors=tensors, settings=settings, vocabulary=vocabulary)
         if out.suffix == ".gguf":
             return write_converted(files, whole, Target(out, type_name), hints, on_progress)
         return _write_folder(files, whole, base, out, type_name, on_progress)
+
+
+def _tokenizer_files(place: Path) -> dict[str, Path]:
+    """Returns the existing files of a tokenizer, by the names that they have in a folder. `place` is a folder or a
+    file."""
+    if place.is_file():
+        name = place.name if place.name in NAMES else f"tokenizer{'.json' if place.suffix == '.json' else '.model'}"
+        return {name: place}
+    return {name: place / name for name in NAMES if (place / name).is_file()}
 
 
 def _write_folder(
@@ -74,6 +85,8 @@ def _write_folder(
     weights = out / "model.safetensors"
     if out.exists() and (not out.is_dir() or set(out.iterdir()) - {hidden_name(weights)}):
         raise UsageError(f"{out} already exists; give another name, or one that ends in .gguf")
+    if not _tokenizer_files(whole.vocabulary):
+        raise ModelFileError(f"{whole.vocabulary} has no tokenizer ({', '.join(NAMES)}); name one with --tokenizer")
     created = not out.exists()
     out.mkdir(exist_ok=True)
     made: list[Path] = []
@@ -81,11 +94,9 @@ def _write_folder(
         _write_weights(whole.tensors, weights, type_name, on_progress)
         made.append(weights)
         files.check_unchanged()
-        for name in _TOKENIZER_FILES:
-            source = whole.vocabulary / name if (whole.vocabulary / name).is_file() else base / name
-            if source.is_file():
-                made.append(out / name)
-                shutil.copyfile(source, out / name)
+        for name, source in _copied(whole.vocabulary, base).items():
+            made.append(out / name)
+            shutil.copyfile(source, made[-1])
         torch_type = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[type_name]
         values = {**whole.settings.values, "torch_dtype": torch_type}
         values.pop("quantization_config", None)  # The written weights are not quantized.
@@ -98,6 +109,12 @@ def _write_folder(
             out.rmdir()
         raise
     return Converted(out, whole.family, len(whole.tensors), ())
+
+
+def _copied(vocabulary: Path, base: Path) -> dict[str, Path]:
+    """Returns the files to copy, by name. Settings that the tokenizer's folder lacks are those of the base."""
+    settings = {name: place / name for place in (base, vocabulary) for name in _SETTINGS if (place / name).is_file()}
+    return _tokenizer_files(vocabulary) | settings
 
 
 def _write_weights(tensors: Mapping[str, Lazy], path: Path, type_name: str, on_progress: OnProgress) -> None:
@@ -219,9 +236,11 @@ def _added(base: Lazy, factors: _Factors) -> Lazy:
     return Lazy(base.shape, Storage.F32, read, base.origin)
 
 
-def _words_of(tensors: Mapping[str, Lazy], settings: Settings) -> Settings:
+def _merged_settings(settings: Settings, tensors: Mapping[str, Lazy], adapter: _Adapter) -> Settings:
     embedding = tensors.get("model.embed_tokens.weight")
     changed: dict[str, Any] = dict(settings.values)
     if embedding is not None and settings.values.get("vocab_size") != embedding.shape[0]:
         changed["vocab_size"] = embedding.shape[0]
+    if not _HEAD.isdisjoint((*adapter.replaced, *adapter.factors)):
+        changed["tie_word_embeddings"] = False  # Otherwise, the embedding would be used instead of the adapter's head.
     return Settings(changed, settings.origin)

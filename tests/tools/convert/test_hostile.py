@@ -342,7 +342,6 @@ def test_shapes_of_very_many_dimensions_are_refused_at_once(tmp_path: Path) -> N
         ("config.json", {"rope_theta": float("nan")}, r"'rope_theta': expected 1 to 1e\+12, found nan"),
         ("config.json", {"rms_norm_eps": float("-inf")}, "'rms_norm_eps': expected 1e-12 to 0.1, found -inf"),
         ("config.json", {"num_key_value_heads": float("inf")}, "'num_key_value_heads': .*found inf"),
-        ("config.json", {"_name_or_path": "\ud800"}, "half of a UTF-16 surrogate pair"),
         ("tokenizer_config.json", {"chat_template": "\ud800"}, "half of a UTF-16 surrogate pair"),
         ("tokenizer.json", {"added_tokens": 5}, "not a list|a sequence"),
         ("tokenizer.json", {"model": {"vocab": {"a": 0}, "merges": 5}}, "not a list|a sequence|a tokenizer"),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.model.gguf.model_file import ModelFile, open_model
+from llamaclust.tools.convert.conversion import convert
 from llamaclust.tools.convert.formats.opening import Hints
 from llamaclust.tools.convert.merging import merge_adapter
 from support.models.checkpoint_files import safetensors_bytes, write_hugging_face, write_torch
@@ -25,9 +26,11 @@ PREFIX = "base_model.model.model.layers.0"
 Arrays = dict[str, NDArray[np.float32]]
 
 
-def base(folder: Path, case: str = "LlamaForCausalLM") -> Arrays:
+def base(folder: Path, case: str = "LlamaForCausalLM", **changed: Any) -> Arrays:
     config, tensors = checkpoint(case)
-    write_hugging_face(folder, config, tensors, shards=2)
+    if changed.get("tie_word_embeddings"):
+        del tensors["lm_head.weight"]
+    write_hugging_face(folder, config | changed, tensors, shards=2)
     (folder / "tokenizer.json").write_text(tokenizer_json())
     return tensors
 
@@ -51,8 +54,8 @@ def adapter(folder: Path, tensors: Arrays, *, torch: bool = False, **config: Any
     return folder
 
 
-def merge(folder: Path, one: Path, name: str = "out.gguf", kind: str = "f32") -> Path:
-    merge_adapter(folder / "base", one, folder / name, kind, Hints(), lambda done, total: None)
+def merge(folder: Path, one: Path, name: str = "out.gguf", tokenizer: Path | None = None) -> Path:
+    merge_adapter(folder / "base", one, folder / name, "f32", Hints(tokenizer), lambda done, total: None)
     return folder / name
 
 
@@ -81,20 +84,48 @@ def test_products_are_added(torch: bool, rslora: bool, tmp_path: Path) -> None:
     np.testing.assert_array_equal(floats(model, "blk.1.ffn_up.weight"), untouched)
 
 
-def test_a_folder_becomes_the_same_file_as_the_way_straight_to_it(tmp_path: Path) -> None:
-    from llamaclust.tools.convert.conversion import convert
+HEAD_ALONE = {"base_model.model.lm_head.weight": values("head", (WORDS, HIDDEN))}
 
-    base(tmp_path / "base")
-    one = adapter(tmp_path / "a", factors("mlp.down_proj", HIDDEN, INNER))
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("parts", [factors("mlp.down_proj", HIDDEN, INNER), HEAD_ALONE], ids=["factors", "head"])
+def test_a_folder_becomes_the_same_file_as_the_way_straight_to_it(parts: Arrays, tied: bool, tmp_path: Path) -> None:
+    base(tmp_path / "base", tie_word_embeddings=tied)
+    one = adapter(tmp_path / "a", parts)
     folder = merge(tmp_path, one, "merged")
     straight, around = merge(tmp_path, one), tmp_path / "around.gguf"
     convert(folder, around, "f32", Hints(), lambda done, total: None, None)
+    assert ("output.weight" in open_model(straight).tensors) == (not tied or parts is HEAD_ALONE)
     wanted = open_model(straight)
     assert {n: t.read() for n, t in open_model(around).tensors.items()} == {
         n: t.read() for n, t in wanted.tensors.items()
     }
     with pytest.raises(LlamaclustError, match="already exists"):
         merge(tmp_path, one, "merged")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "mine.json"])
+def test_a_given_tokenizer_replaces_the_others(name: str, tmp_path: Path) -> None:
+    base(tmp_path / "base")
+    one = adapter(tmp_path / "a", factors("mlp.up_proj", INNER, HIDDEN))
+    for place in (tmp_path / "base", one):
+        (place / "tokenizer.json").write_text("another")
+    given = tmp_path / name
+    given.write_text(tokenizer_json())
+    for out in ("out.gguf", "merged"):
+        merge(tmp_path, one, out, given)
+    assert (tmp_path / "merged" / "tokenizer.json").read_text() == tokenizer_json()
+
+
+@pytest.mark.parametrize("given", [None, "none.json"])
+@pytest.mark.parametrize("out", ["out.gguf", "merged"])
+def test_a_merge_without_a_tokenizer_is_refused(out: str, given: str | None, tmp_path: Path) -> None:
+    base(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    one = adapter(tmp_path / "a", factors("mlp.up_proj", INNER, HIDDEN))
+    with pytest.raises(LlamaclustError, match="tokenizer|none.json"):
+        merge(tmp_path, one, out, given and tmp_path / given)
+    assert not (tmp_path / out).exists()
 
 
 def test_added_words_replace_embedding_and_head(tmp_path: Path) -> None:

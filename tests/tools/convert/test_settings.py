@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.tools.convert.formats.hugging_face import read_folder
+from llamaclust.tools.convert.formats.source_files import SourceFiles
+from support.models.checkpoint_files import write_hugging_face
 from support.models.converted import converted_checkpoint as converted
 from support.models.random_checkpoints import checkpoint
 
@@ -43,6 +46,18 @@ def test_settings_that_make_no_sense(change: dict[str, Any], message: str, tmp_p
     with pytest.raises(ModelFileError, match=message):
         converted(tmp_path, config | change, tensors)
     assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("my-finetune", "my-finetune"), ("models--some--tiny-llama/snapshots/0123456789abcdef", "tiny-llama")],
+)
+def test_the_default_name_is_the_folders(folder: str, name: str, tmp_path: Path) -> None:
+    """transformers writes the name of the model that was loaded to `_name_or_path`, also for a changed model."""
+    config, tensors = checkpoint("LlamaForCausalLM")
+    write_hugging_face(tmp_path / folder, {**config, "_name_or_path": "some/llama"}, tensors)
+    with SourceFiles() as files:
+        assert read_folder(files, tmp_path / folder).name == name
 
 
 _STRETCHED = {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}

@@ -27,16 +27,19 @@ def read_folder(files: SourceFiles, folder: Path) -> Checkpoint:
     path = folder / CONFIG
     values = read_json(path)
     settings = Settings(values, str(path))
-    origin = values.get("_name_or_path")
-    last = Path(origin).name if isinstance(origin, str) else ""
     tensors = read_weights(files, folder)
     return Checkpoint(
         family=_family(settings),
         settings=settings,
         tensors=dequantized(tensors, settings, files.recent),
         vocabulary=folder,
-        name=last or folder.resolve().name,
+        name=_name(folder.resolve()),
     )
+
+
+def _name(folder: Path) -> str:
+    """Returns the folder's name, or the repository's in Hugging Face's cache (models--OWNER--NAME/snapshots/HASH)."""
+    return folder.parents[1].name.rpartition("--")[2] if folder.parent.name == "snapshots" else folder.name
 
 
 def read_weights(files: SourceFiles, folder: Path) -> dict[str, Lazy]:

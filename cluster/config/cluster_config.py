@@ -14,6 +14,7 @@ from llamaclust.cluster.config.document import Document, override, read_document
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.errors import PlaceError, explain, hint
 from llamaclust.cluster.config.launcher_facts import LAUNCHERS, LauncherFacts, LauncherName
+from llamaclust.cluster.config.model_sources import default_name
 from llamaclust.cluster.config.sections import (
     AdapterConfig,
     AnyWorker,
@@ -44,6 +45,7 @@ from llamaclust.cluster.config.values import (
     OrSwitch,
     OrWord,
     Size,
+    SizeOrZero,
     check_wire_type,
     expand_home,
     tagged,
@@ -56,8 +58,6 @@ from llamaclust.model.kv_type import KvType
 
 MAX_WORKERS = 256
 MAX_MODELS = 32
-DEMO_MODEL = "smollm2-135m-instruct"
-SCHEMA_ADDRESS = "https://json-schema.org/draft/2020-12/schema"
 
 
 class ClusterConfig(Section):
@@ -117,7 +117,7 @@ class ClusterConfig(Section):
     cpu_moe: CpuMoe = None
     """Number of layers, counted from the first, whose MoE experts stay in RAM. all keeps all experts in RAM.
     auto chooses the fastest number."""
-    experts_cache: Annotated[Size | Literal[0] | None, OrAuto()] = None
+    experts_cache: Annotated[SizeOrZero | None, OrAuto()] = None
     """Maximum GPU memory, per GPU, for caching experts that stay in RAM. auto uses all free memory. 0 caches none."""
     placement: Placements = ()
     """Rules that place tensors in RAM or on GPUs, like llama.cpp's `-ot`. A tensor's first matching rule is used."""
@@ -166,7 +166,7 @@ class ClusterConfig(Section):
 
     @property
     def model_name(self) -> str:
-        return self.api.model_name or (Path(self.model).stem if self.model.endswith(".gguf") else self.model)
+        return self.api.model_name or default_name(self.model)
 
     @property
     def host(self) -> str:
@@ -384,14 +384,14 @@ _schema = cache(ClusterConfig.model_json_schema)  # Error messages use this sche
 
 def json_schema() -> str:
     """Returns the JSON schema that deploy/cluster.schema.json contains."""
-    schema = {"$schema": SCHEMA_ADDRESS, **ClusterConfig.model_json_schema()}
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **ClusterConfig.model_json_schema()}
     schema["required"].remove("model")
     schema["anyOf"] = [{"required": ["model"]}, {"required": ["models"]}]
     return json.dumps(schema, indent=2) + "\n"
 
 
 def _demo() -> Document:
-    values = {"name": "demo", "model": DEMO_MODEL, "workers": [{"name": "a"}, {"name": "b"}]}
+    values = {"name": "demo", "model": "smollm2-135m-instruct", "workers": [{"name": "a"}, {"name": "b"}]}
     values["objective"] = "throughput"  # With objective latency, the plan would use only one worker.
     return Document("the demo cluster", values, {})
 

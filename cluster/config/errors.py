@@ -121,7 +121,8 @@ def _way(schema: Schema) -> str:
         case "array":
             return f"a list of {schema.get('minItems', 0)} to {schema['maxItems']} items"
         case "object":
-            return f"keys with values: {', '.join(schema['properties'])}"
+            known = schema.get("properties")
+            return f"keys with values: {', '.join(known)}" if known else "keys with values"
         case _ if "pattern" in schema:
             return f"text like {schema['examples'][0]}"
         case _:

@@ -18,6 +18,7 @@ _HUB_FILE = re.compile(
 )
 REMOTE_PREFIXES = ("hf:", "pypi:", "http:", "https:")
 """Prefixes of a remote model's source. Other sources are local paths or catalog names."""
+_SUFFIX = ".gguf"
 _MAX_NAME_BYTES = 200
 """Maximum bytes of a file name. File systems allow 255 bytes, but an incomplete download has a longer name."""
 _MAX_SLUG = 100
@@ -117,6 +118,14 @@ def parse_source(spec: str) -> Path | RemoteSource:
             f"{shortened(spec)}: the address is not supported; give an https: address, or the path of a local file"
         )
     return Path(spec).expanduser()
+
+
+def default_name(spec: str) -> str:
+    """Returns the name under which a model is served unless the user names it: its file's name without .gguf, or a
+    catalog name."""
+    source = parse_source(spec)
+    name = source.name if isinstance(source, Path) else source.file_name
+    return name[: -len(_SUFFIX)] if name.lower().endswith(_SUFFIX) else spec
 
 
 def shortened(spec: str) -> str:

@@ -83,6 +83,10 @@ def parse_size(value: object) -> int:
     return size
 
 
+def _parse_size_or_zero(value: object) -> int:
+    return 0 if value in (0, "0") and not isinstance(value, bool) else parse_size(value)
+
+
 def _with_unit(value: object) -> int:
     match = re.fullmatch(_SIZE, value, re.ASCII) if isinstance(value, str) else None
     if match is None:
@@ -314,10 +318,10 @@ Device = Annotated[
     ),
 ]
 Name = Annotated[str, BeforeValidator(parse_name), WithJsonSchema({"type": "string", "pattern": f"^{NAME}$"})]
-Size = Annotated[
-    int,
-    BeforeValidator(parse_size),
-    WithJsonSchema({"type": ["string", "integer"], "pattern": f"^{_SIZE}$", "minimum": _LEAST_WITHOUT_UNIT}),
+_SIZE_SCHEMA: dict[str, Any] = {"type": ["string", "integer"], "pattern": f"^{_SIZE}$", "minimum": _LEAST_WITHOUT_UNIT}
+Size = Annotated[int, BeforeValidator(parse_size), WithJsonSchema(_SIZE_SCHEMA)]
+SizeOrZero = Annotated[
+    int, BeforeValidator(_parse_size_or_zero), WithJsonSchema({"anyOf": [{"const": 0}, _SIZE_SCHEMA]})
 ]
 Duration = Annotated[
     float, BeforeValidator(parse_duration), WithJsonSchema({"type": ["string", "number"], "pattern": f"^{_DURATION}$"})

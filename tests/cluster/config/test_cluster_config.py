@@ -356,3 +356,20 @@ def test_names_that_are_one_for_clients_of_ollama(tmp_path: Path, name: str, oth
     text = f"model: m.gguf\nworkers: [{{name: a}}]\n{others}\nadapters: [{{name: '%s', path: a.gguf}}]\n"
     assert "is also the name of another adapter or of the model" in failure(tmp_path, text % name)
     load(tmp_path, text % "m:v2")
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("m", "m"),
+        ("a/m.gguf", "m"),
+        ("a/m.GGUF", "m"),
+        ("hf:a/b/q4/m.gguf", "m"),
+        ("hf:a/b/m.gguf@main", "m"),
+        ("https://a.b/m.gguf?signature=secret", "m"),
+        (f"http://a.b/m.gguf#sha256={64 * 'a'}", "m"),
+        ("pypi:a==1/b/m.gguf", "m"),
+    ],
+)
+def test_a_model_has_the_name_of_its_file(tmp_path: Path, model: str, name: str) -> None:
+    assert load(tmp_path, SMALL.replace("model: m", f"model: {model!r}")).model_name == name

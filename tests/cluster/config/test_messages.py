@@ -53,6 +53,8 @@ TOP_KEYS = {
     "max_waiting: -1": "max_waiting: -1 is not possible; give a whole number from 0 to 100000",
     "prefill_chunk: none": "prefill_chunk: 'none' is not possible; give auto or a whole number from 1 to 4096",
     "prefix_cache: 1": "prefix_cache: 1 is not possible; give true or false",
+    "experts_cache: 4": "experts_cache: 4 has no unit: write 4GiB, 4MiB, or at least 1048576 bytes",
+    "api: {defaults: }": "api.defaults: an empty value is not possible; give keys with values",
     "speculative: null": "speculative: an empty value is not possible; give auto, off, or a section of keys",
     "speculative: ngram": (
         "speculative: 'ngram' is not possible; "

@@ -42,10 +42,10 @@ class AssumedCluster:
     def of(cls, assumed: AssumedMachines, overrides: Sequence[str]) -> AssumedCluster:
         """Returns a cluster of these machines. Raises UsageError for an override whose key is not in `KEYS`."""
         for text in overrides:
-            key = text.partition("=")[0].strip()
-            if key.split(".")[0] not in KEYS:
+            if _section(text) not in KEYS:
+                key = text.partition("=")[0].strip()[:100]
                 raise UsageError(
-                    f"--set {key[:100]}: a plan for assumed machines does not use this key; it uses {', '.join(KEYS)}"
+                    f"--set {key}: a plan for assumed machines does not use this key; it uses {', '.join(KEYS)}"
                 )
         return cls(assumed, tuple(overrides))
 
@@ -58,7 +58,7 @@ class AssumedCluster:
 
     def with_one(self, machine: Machine) -> AssumedCluster:
         """Returns a cluster of this machine only. Drops the override `plan`, which may name other machines."""
-        overrides = tuple(text for text in self.overrides if text.partition("=")[0].strip() != "plan")
+        overrides = tuple(text for text in self.overrides if _section(text) != "plan")
         return AssumedCluster(replace(self.assumed, machines=(machine,)), overrides)
 
     def plan(self, model: AssumedModel, *, max_expert_shards: int = MAX_EXPERT_SHARDS) -> Plan:
@@ -97,6 +97,10 @@ class AssumedCluster:
     def _config(self, names: Sequence[str]) -> ClusterConfig:
         workers = json.dumps([{"name": name} for name in names])
         return load_config(None, ["name=assumed", "objective=latency", f"workers={workers}", *self.overrides])
+
+
+def _section(override: str) -> str:
+    return override.partition("=")[0].strip().split(".")[0]
 
 
 def prediction_of(plan: Plan) -> Prediction:

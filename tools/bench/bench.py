@@ -51,7 +51,8 @@ class BenchTask:
 
     @property
     def context(self) -> int:
-        return max(self.prompt, self.depth + self.generate) + 1
+        # A cluster first generates one token more, whose time is the start of the measurement.
+        return max(self.prompt, self.depth + self.generate + 1) + 1
 
     @property
     def steps(self) -> int:

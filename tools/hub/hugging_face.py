@@ -69,7 +69,7 @@ def files_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile) -
         return [file["rfilename"] for file in json.loads(body)["siblings"] if isinstance(file["rfilename"], str)]
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise DownloadError(f"{url}: {failure(error)}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DownloadError(f"{url}: the answer is not a list of files") from error
 
 

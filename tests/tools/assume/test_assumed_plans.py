@@ -81,8 +81,12 @@ def test_types_that_take_long_to_decode_are_bound_by_threads() -> None:
 
 def test_a_machine_that_would_do_alone_is_named_with_its_speed() -> None:
     """Checks that the fastest machine that holds the model is named, except if none does or the plan has only one."""
-    cut = "plan=[{worker: m1, layers: [0, 8]}, {worker: m2, layers: [8, 20]}, {worker: m3, layers: [20, 32]}]"
-    found = plan_assumed("6GB@60GB/s+16GB@20GB/s+16GB@30GB/s,1Gbit", "8b", (cut,))
+    cut = (
+        "plan=[{worker: m1, layers: [0, 9]}, {worker: m2, layers: [9, 20]}, {worker: m3, layers: [20, 32]}]",
+        "plan.0.layers=[0,8]",
+        "plan.1.layers=[8,20]",
+    )
+    found = plan_assumed("6GB@60GB/s+16GB@20GB/s+16GB@30GB/s,1Gbit", "8b", cut)
     by_itself = plan_assumed("16GB@30GB/s", "8b", ())
     assert found.alone is not None and found.alone.machine == "m3"
     assert found.alone.prediction.token_s == token_s(by_itself)

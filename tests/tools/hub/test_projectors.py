@@ -118,7 +118,16 @@ def test_a_file_of_the_hub_gets_the_projector_of_its_repository(hub: tuple[Serve
 
 
 @pytest.mark.parametrize(
-    "listing", [b"", b"[]", b"{", b'{"siblings": 1}', b'{"siblings": [1]}', b'{"siblings": [{"rfilename": "a.gguf"}]}']
+    "listing",
+    [
+        b"",
+        b"[]",
+        b"{",
+        100_000 * b"[",
+        b'{"siblings": 1}',
+        b'{"siblings": [1]}',
+        b'{"siblings": [{"rfilename": "a.gguf"}]}',
+    ],
 )
 def test_a_model_comes_alone_where_the_hub_lists_no_projector(
     listing: bytes, hub: tuple[Server, Server], tmp_path: Path

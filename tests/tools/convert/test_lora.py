@@ -123,7 +123,7 @@ def test_a_merge_without_a_tokenizer_is_refused(out: str, given: str | None, tmp
     base(tmp_path / "base")
     (tmp_path / "base" / "tokenizer.json").unlink()
     one = adapter(tmp_path / "a", factors("mlp.up_proj", INNER, HIDDEN))
-    with pytest.raises(LlamaclustError, match="tokenizer|none.json"):
+    with pytest.raises(LlamaclustError, match=r"tokenizer|none\.json"):
         merge(tmp_path, one, out, given and tmp_path / given)
     assert not (tmp_path / out).exists()
 

@@ -5,6 +5,7 @@ Prints one line and exits with code 0 (healthy) or 1. Imports nothing of llamacl
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -45,9 +46,21 @@ def check_worker(process: int) -> str:
     return f"listens on {', '.join(f'{host} port {port}' for host, port in addresses)}"
 
 
+def is_locked(path: Path) -> bool:
+    """Tells whether a running process holds the lock of a cluster. A killed coordinator leaves its record."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
+
+
 def check_coordinator(state: Path) -> str:
     """Raises OSError if a cluster in this state directory accepts no requests."""
-    records = sorted(state.glob("*/cluster.json"))
+    records = [path for path in sorted(state.glob("*/cluster.json")) if is_locked(path.with_name("lock"))]
     if not records:
         raise OSError(f"no cluster is ready in {state}")
     for record in map(json.loads, (path.read_text() for path in records)):

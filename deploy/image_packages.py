@@ -9,19 +9,21 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+_PULLS = "pip"
+"""The package that finds wheels with models (`pypi:` sources, such as the default model), by pip's own settings."""
 _NO_USE = ("tests", "testing_data", "include")
 """Names of folders in packages that no running program needs. `testing` is needed, because numpy imports it."""
 
 
 def requirements(extras: str) -> list[str]:
-    """Returns the requirements of the package and of comma-separated extras. Raises ValueError for an unknown extra."""
+    """Returns pip, and the requirements of the package and of comma-separated extras. Raises ValueError for an unknown extra."""
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     known = project.get("optional-dependencies", {})
     wanted = [name.strip() for name in extras.split(",") if name.strip()]
     missing = [name for name in wanted if name not in known]
     if missing:
         raise ValueError(f"EXTRAS: no extra {missing[0]!r} in pyproject.toml; known: {', '.join(known) or 'none'}")
-    return [*project["dependencies"], *(package for name in wanted for package in known[name])]
+    return [_PULLS, *project["dependencies"], *(package for name in wanted for package in known[name])]
 
 
 def useless(packages: Path) -> Iterator[Path]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.front.http.certificate import ServerCertificate
+from llamaclust.cluster.state.directory import ClusterDir
 from support.network.loopback import free_port, has_ipv6_loopback
 from support.paths import ROOT
 from support.wire.api_certificates import write_signed
@@ -79,6 +80,7 @@ def test_requirements_are_the_packages_own(monkeypatch: pytest.MonkeyPatch) -> N
     requirements = packages()["requirements"]
     assert callable(requirements)
     assert any(one.startswith("numpy") for one in requirements(""))
+    assert "pip" in requirements(""), "the default model is in a wheel"
     with pytest.raises(ValueError, match="no extra 'nonsense'"):
         requirements("nonsense")
 
@@ -122,10 +124,17 @@ def serving(status: int, certificate: ServerCertificate | None = None) -> Iterat
         thread.join()
 
 
-def record(state: Path, port: int, scheme: str = "http", certificate: Path | None = None) -> None:
-    (state / "lab").mkdir(parents=True)
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[Path]:
+    """Yields a state directory in which the cluster `lab` runs."""
+    with ClusterDir(tmp_path / "lab").locked():
+        yield tmp_path
+
+
+def record(state: Path, port: int, scheme: str = "http", certificate: Path | None = None, name: str = "lab") -> None:
+    (state / name).mkdir(exist_ok=True)
     values = {"api": f"{scheme}://0.0.0.0:{port}", "api_certificate": certificate and str(certificate)}
-    (state / "lab/cluster.json").write_text(json.dumps(values))
+    (state / name / "cluster.json").write_text(json.dumps(values))
 
 
 def health(state: Path) -> subprocess.CompletedProcess[str]:
@@ -137,32 +146,45 @@ def health(state: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
-def test_a_coordinator_is_healthy_while_it_takes_requests(status: int, code: int, tmp_path: Path) -> None:
+def test_a_coordinator_is_healthy_while_it_takes_requests(status: int, code: int, state: Path) -> None:
+    """The folder also has the record of a cluster that was killed."""
+    record(state, free_port(), name="killed")
+    (state / "killed/lock").touch()
     with serving(status) as port:
-        record(tmp_path, port)
-        done = health(tmp_path)
+        record(state, port)
+        done = health(state)
     assert done.returncode == code, done.stdout + done.stderr
     assert done.stdout.count("\n") == 1 and done.stderr == ""
 
 
 @pytest.mark.parametrize("is_its_own", [True, False])
-def test_a_coordinator_with_tls_is_healthy_if_it_shows_its_certificate(is_its_own: bool, tmp_path: Path) -> None:
+def test_a_coordinator_with_tls_is_healthy_if_it_shows_its_certificate(
+    is_its_own: bool, state: Path, tmp_path: Path
+) -> None:
     """An authority issued the certificate, for a name other than the address that is checked."""
     certificate = ServerCertificate(write_signed(tmp_path, ("llm.example",)).files)
     certificate.publish(tmp_path / "api.crt")
     if not is_its_own:
         certificate = ServerCertificate(write_signed(tmp_path).files)
     with serving(200, certificate) as port:
-        record(tmp_path, port, "https", tmp_path / "api.crt")
-        done = health(tmp_path)
+        record(state, port, "https", tmp_path / "api.crt")
+        done = health(state)
     assert done.returncode == (0 if is_its_own else 1), done.stdout + done.stderr
     assert done.stdout.count("\n") == 1 and done.stderr == ""
 
 
-def test_a_damaged_record_is_told_in_a_line(tmp_path: Path) -> None:
-    record(tmp_path, 1)
-    (tmp_path / "lab/cluster.json").write_text("{")
-    done = health(tmp_path)
+def test_a_cluster_that_was_killed_is_not_healthy(tmp_path: Path) -> None:
+    with serving(200) as port:
+        record(tmp_path, port)
+        (tmp_path / "lab/lock").touch()
+        done = health(tmp_path)
+    assert done.returncode == 1 and "no cluster is ready" in done.stdout and done.stderr == ""
+
+
+def test_a_damaged_record_is_told_in_a_line(state: Path) -> None:
+    record(state, 1)
+    (state / "lab/cluster.json").write_text("{")
+    done = health(state)
     assert done.returncode == 1 and done.stdout.startswith("JSONDecodeError: ") and done.stderr == ""
 
 

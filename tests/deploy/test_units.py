@@ -44,6 +44,11 @@ def test_the_program_takes_its_command(name: str, command: str) -> None:
     assert set(variables.values()) == folders
 
 
+def test_workers_outlive_the_signal_to_their_coordinator() -> None:
+    """By default, systemd sends SIGTERM to every process of a unit."""
+    assert setting((ROOT / "deploy/llamaclust.service").read_text(), "KillMode") == "mixed"
+
+
 @units
 def test_the_program_may_list_addresses(name: str, command: str) -> None:
     unit = (ROOT / "deploy" / name).read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,12 +80,20 @@ def test_one_job_fetches_a_shared_model() -> None:
 
     first = job({})
     assert first == job({"workers": {"count": 3}})
-    others = [job({"image": {"tag": "2"}}), job({"model": {"source": "hf:a/b/c.gguf", "volume": {"kind": "shared"}}})]
-    assert len({each["metadata"]["name"] for each in (first, *others)}) == 3
+    changes: list[dict[str, Any]] = [
+        {"image": {"tag": "2"}},
+        {"model": {"source": "hf:a/b/c.gguf", "volume": {"kind": "shared"}}},
+        {"coordinator": {"nodeSelector": {"disk": "fast"}}},
+        {"security": {"user": 20001}},
+        {"tmpSize": "2Gi"},
+    ]
+    jobs = [first, *map(job, changes)]
+    pods = {json.dumps(each["spec"]["template"], sort_keys=True): each["metadata"]["name"] for each in jobs}
+    assert len(set(pods.values())) == len(pods) >= len(changes)
     for pod in pod_templates(render(MATRIX["shared volume"])):
         for container in containers(pod.spec):
             for mount in container["volumeMounts"]:
                 if mount["name"] == "models":
                     assert mount.get("readOnly", False) is ("-pull-" not in pod.owner), pod.owner
-    jobs = [each["metadata"]["name"] for each in render() if each["kind"] == "Job"]
-    assert jobs == [f"{RELEASE}-llamaclust-secrets"]
+    named = [each["metadata"]["name"] for each in render() if each["kind"] == "Job"]
+    assert named == [f"{RELEASE}-llamaclust-secrets"]

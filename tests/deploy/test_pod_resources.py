@@ -42,6 +42,15 @@ def test_ephemeral_storage_follows_from_what_is_kept() -> None:
     assert container["resources"]["limits"] == {"memory": "1Gi", "ephemeral-storage": "9Gi"}
 
 
+@pytest.mark.parametrize("values", [MATRIX["defaults"], MATRIX["ray"]], ids=["pods", "ray"])
+def test_workers_have_the_variables_that_users_add(values: Mapping[str, Any]) -> None:
+    added = {"name": "TZ", "value": "UTC"}
+    pods = pod_templates(render({**values, "workers": {**values.get("workers", {}), "extraEnv": [added]}}))
+    every = [container for pod in pods for container in pod.spec["containers"]]
+    found = [container["name"] for container in every if added in container.get("env", ())]
+    assert found == ["worker"]
+
+
 def test_one_worker_fetches_the_model_where_others_fetch_layers_from_it() -> None:
     """Runs the init container's command with the names of several pods."""
     manifests = render(MATRIX["a model fetched once"])

@@ -213,7 +213,7 @@ def rotate(
     from llamaclust.cluster.config.environment import environment
     from llamaclust.cluster.membership.authority import Authority
 
-    folder = trust_dir or _trust_folder(cluster, environment().state_dir)
+    folder = trust_dir or _rotated_folder(cluster, environment().state_dir)
     if not folder.is_dir():
         raise UsageError(
             f"{folder}: no such folder; give the cluster's name with --cluster, or the folder with --trust-dir"
@@ -226,6 +226,23 @@ def rotate(
         " to rejoin, and all workers need it once the coordinator was restarted",
         file=sys.stderr,
     )
+
+
+def _rotated_folder(cluster: str | None, state_dir: Path) -> Path:
+    """Returns a cluster's trust folder. Raises UsageError if running workers could not get a new token."""
+    from llamaclust.cluster.config.launcher_facts import LAUNCHERS
+    from llamaclust.cluster.membership.authority import trust_folder
+    from llamaclust.cluster.state.clusters import running_clusters
+
+    folder = _trust_folder(cluster, state_dir)
+    for directory, record in running_clusters(state_dir).values():
+        facts = LAUNCHERS[record.launcher]
+        if trust_folder(directory.path) == folder and facts.starts_workers and not facts.is_local:
+            what = f"workers of {record.name} got the token from {record.launcher} and would need it again"
+            raise UsageError(
+                f"{what} after a failure: stop the cluster first, `llamaclust down --cluster {record.name}`"
+            )
+    return folder
 
 
 def _trust_folder(cluster: str | None, state_dir: Path) -> Path:

@@ -238,10 +238,8 @@ def _rotated_folder(cluster: str | None, state_dir: Path) -> Path:
     for directory, record in running_clusters(state_dir).values():
         facts = LAUNCHERS[record.launcher]
         if trust_folder(directory.path) == folder and facts.starts_workers and not facts.is_local:
-            what = f"workers of {record.name} got the token from {record.launcher} and would need it again"
-            raise UsageError(
-                f"{what} after a failure: stop the cluster first, `llamaclust down --cluster {record.name}`"
-            )
+            what = f"workers that {record.launcher} has started need the present token to rejoin"
+            raise UsageError(f"{what}: stop the cluster first, `llamaclust down --cluster {record.name}`")
     return folder
 
 

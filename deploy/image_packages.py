@@ -16,7 +16,8 @@ _NO_USE = ("tests", "testing_data", "include")
 
 
 def requirements(extras: str) -> list[str]:
-    """Returns pip, and the requirements of the package and of comma-separated extras. Raises ValueError for an unknown extra."""
+    """Returns pip, and the requirements of the package and of comma-separated extras. Raises ValueError for an unknown
+    extra."""
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     known = project.get("optional-dependencies", {})
     wanted = [name.strip() for name in extras.split(",") if name.strip()]

@@ -96,12 +96,14 @@ class ModelKeys:
                 raise self.error(key, f"expected {minimum} to {maximum}, found {number}")
         return tuple(map(int, value[:layers]))
 
-    def integers(self, key: str) -> tuple[int, ...]:
+    def integers(self, key: str, most: int) -> tuple[int, ...]:
         value: Any = self.model.metadata.get(self._recorded(key))
         if value is None:
             raise self.error(key, "missing")
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
             raise self.error(key, f"expected an array of whole numbers, found {shown(str(value))}")
+        if len(value) > most:
+            raise self.error(key, f"expected at most {most} numbers, found {len(value)}")
         return tuple(map(int, value))
 
     def reals(self, key: str, layers: int) -> tuple[float, ...]:

@@ -16,7 +16,7 @@ from llamaclust.model.program import RopeTable
 _DIGITS = Context(prec=50)
 MAX_ALIBI_BIAS = 8
 _SECTIONS_KEY = "rope.dimension_sections"
-_LEAST_SECTIONS = 3  # Time, height and width.
+_LEAST_SECTIONS, _MOST_SECTIONS = 3, 4  # Time, height, width and the rest.
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510")
 
 
@@ -81,7 +81,7 @@ def rope_sections(keys: ModelKeys, pairs: int, *, interleaved: bool) -> tuple[in
     section. If `interleaved`, consecutive pairs alternate between the first three. Otherwise, a section's pairs are
     adjacent. Raises ModelFileError if sections are missing or too long."""
     key = _SECTIONS_KEY
-    sections = keys.integers(key)
+    sections = keys.integers(key, _MOST_SECTIONS)
     if len(sections) < _LEAST_SECTIONS:
         raise keys.error(key, f"expected {_LEAST_SECTIONS} sections or more, found {len(sections)}")
     if min(sections) < 0 or sum(sections) > pairs:
@@ -96,7 +96,7 @@ def rope_sections(keys: ModelKeys, pairs: int, *, interleaved: bool) -> tuple[in
 
 def text_sections(keys: ModelKeys, pairs: int) -> tuple[int, ...] | None:
     """Returns each channel pair's RoPE section, or None if the file has none because the model reads no images."""
-    if not keys.has(_SECTIONS_KEY) or not any(keys.integers(_SECTIONS_KEY)):
+    if not keys.has(_SECTIONS_KEY) or not any(keys.integers(_SECTIONS_KEY, _MOST_SECTIONS)):
         return None
     return rope_sections(keys, pairs, interleaved=False)
 

@@ -8,10 +8,12 @@ from llamaclust.model.architectures.tensors import CheckedTensors
 from llamaclust.model.hyperparameters import Hyperparameters
 from llamaclust.model.model_keys import ModelKeys
 from llamaclust.model.program import Buffer, Moe
+from llamaclust.model.quant_types import QuantType
 from llamaclust.model.steps.options import USUAL_EXPERTS, ActivationFunction, ExpertOptions, GatedActivation, Gating
 
 _GATING_KEY = "expert_gating_func"
 _GATINGS = {1: Gating.SOFTMAX, 2: Gating.SIGMOID, 3: Gating.SOFTMAX_OF_CHOSEN}
+_BIAS_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)  # Members of a group read parts of rows, not of blocks.
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ def expert_step(
 
     def bias(name: str, width: int) -> str | None:
         full = f"{prefix}.{name}.bias"
-        return tensors.weight(full, (count, width)) if tensors.has(full) else None
+        return tensors.floats(full, (count, width), _BIAS_TYPES) if tensors.has(full) else None
 
     return Moe(
         x,

@@ -40,11 +40,12 @@ class CheckedTensors:
     def vector(self, name: str, width: int) -> str:
         return self.floats(name, (width,))
 
-    def floats(self, name: str, shape: tuple[int, ...]) -> str:
+    def floats(self, name: str, shape: tuple[int, ...], types: Sequence[QuantType] = (QuantType.F32,)) -> str:
         self.weight(name, shape)
         found = self.model.tensor(name).quant_type
-        if found is not QuantType.F32:
-            raise self.error(name, f"expected type F32, found {found.name}")
+        if found not in types:
+            known = ", ".join(kind.name for kind in types)
+            raise self.error(name, f"expected type {known}, found {found.name}")
         return name
 
     def product(self, name: str, x: Buffer, out: Buffer) -> MatMul:

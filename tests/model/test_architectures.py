@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from llamaclust.model.program import Attention, Buffer, Embed, MatMul, Moe, Prog
 from llamaclust.model.quant_types import QuantType
 from llamaclust.model.steps.mixtures import ExpertChoice, ExpertShards
 from llamaclust.model.steps.options import RopeStyle
+from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
 
 PLAIN = RopeParameters(
@@ -235,6 +237,16 @@ def test_vectors_must_be_float32(make: Callable[..., ModelFile]) -> None:
     norm = replace(model.tensor("blk.0.ffn_norm.weight"), quant_type=QuantType.F16)
     with pytest.raises(ModelFileError, match=r"ffn_norm\.weight: expected type F32, found F16"):
         build_program(with_tensors(model, norm), 0, 3)
+
+
+@pytest.mark.parametrize("part", ["gate", "up", "down"])
+def test_biases_of_experts_have_no_blocks(tmp_path: Path, part: str) -> None:
+    """Checks that biases which a group's members cannot divide are refused on one worker too."""
+    model = open_model(build_architecture(tmp_path / "m.gguf", "gpt-oss"))
+    bias = model.tensor(f"blk.0.ffn_{part}_exps.bias")
+    build_program(with_tensors(model, replace(bias, quant_type=QuantType.BF16)), 0, 1)
+    with pytest.raises(ModelFileError, match=rf"_{part}_exps\.bias: expected type F32, F16, BF16, found Q8_0"):
+        build_program(with_tensors(model, replace(bias, quant_type=QuantType.Q8_0)), 0, 1)
 
 
 def test_rope_factors_must_be_positive(make: Callable[..., ModelFile]) -> None:

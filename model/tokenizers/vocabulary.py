@@ -129,12 +129,11 @@ def _read_numbers(metadata: Mapping[str, Any], name: str, count: int) -> list[An
     value = metadata.get(key(name))
     if value is None:
         return None
-    numbers = value.tolist() if isinstance(value, np.ndarray) else value
-    if not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) < count:
-        raise ModelFileError(f"{key(name)} must be an array of {count} numbers or more, one for each token")
-    numbers = list(numbers[:count])
-    if not isinstance(value, np.ndarray) and not all(isinstance(number, int | float) for number in numbers):
+    if not isinstance(value, np.ndarray):
         raise ModelFileError(f"{key(name)} is not an array of numbers")
+    if len(value) < count:
+        raise ModelFileError(f"{key(name)} must be an array of {count} numbers or more, one for each token")
+    numbers: list[Any] = value[:count].tolist()
     return numbers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from llamaclust.model.tokenizers.fill_in import FillInTokens
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.pre_tokenizers import _BY_NAME
 from llamaclust.model.tokenizers.tokenizer import Detokenizer, Tokenizer
-from llamaclust.model.tokenizers.vocabulary import TokenType
+from llamaclust.model.tokenizers.vocabulary import TokenType, read_vocabulary
 from support.models.tiny_tokenizers import byte_level, spaced_byte_pairs, word_pieces
 
 CONTROL, USER_DEFINED, BYTE = TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.BYTE
@@ -181,6 +182,20 @@ def test_vocabularies_that_lack_the_usual_still_work() -> None:
     lone_byte = {"tokenizer.ggml.tokens": ["<unk>", "a", "<0x41>"], "tokenizer.ggml.token_type": np.array([2, 1, 6])}
     tokenizer = load_tokenizer(bare | lone_byte)
     assert tokenizer.token_bytes(2) == b"A"
+
+
+def test_numbers_after_the_last_token_are_not_read() -> None:
+    numbers = {"scores": np.zeros(1 << 20, np.float32), "token_type": np.ones(1 << 20, np.uint8)}
+    metadata = {"tokenizer.ggml.tokens": ["<unk>", "a", "b"]} | {
+        f"tokenizer.ggml.{name}": values for name, values in numbers.items()
+    }
+    tracemalloc.start()
+    try:
+        vocabulary = read_vocabulary(metadata)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 16
+    finally:
+        tracemalloc.stop()
+    assert vocabulary.scores == [0.0] * 3 and vocabulary.types == bytes([TokenType.NORMAL] * 3)
 
 
 OUTSIDE = {

@@ -15,7 +15,7 @@ from llamaclust.model.gguf.atomic_file import new_file
 from llamaclust.model.gguf.header import MAGIC
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import FileIdentity, open_regular, read_exactly
-from llamaclust.model.gguf.values import shown
+from llamaclust.model.gguf.values import shown, text_of
 from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
 from llamaclust.model.quant_types import QuantType
 
@@ -91,8 +91,8 @@ def write_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
 
 
 def _from_gguf(file: ModelFile) -> ImportanceMatrix:
-    if file.metadata.get("general.type") != "imatrix":
-        found = file.metadata.get("general.type")
+    found = text_of(file.metadata, "general.type")
+    if found != "imatrix":
         raise _no_matrix(file.path, f"expected general.type 'imatrix', found {found!r:.40}")
     entries = {}
     for name in (name.removesuffix(_SUMS) for name in file.tensors if name.endswith(_SUMS)):

@@ -146,7 +146,7 @@ class ModelKeys:
             if not self.has(key):
                 continue
             value: Any = self.model.metadata[self._full(key)]
-            numbers = np.asarray(value)
+            numbers = np.asarray(value if isinstance(value, int | float | np.ndarray) else None)
             if numbers.dtype.kind not in "iuf" or not np.isin(numbers, _NEUTRAL_VALUES[key]).all():
                 raise self.error(key, f"{shown(str(value))} is not supported")
 

@@ -19,6 +19,7 @@ from llamaclust.core.errors import ModelFileError, UsageError
 from llamaclust.core.sizes import gigabytes
 from llamaclust.model.gguf.atomic_file import part_paths
 from llamaclust.model.gguf.model_file import PART_NAME
+from llamaclust.model.gguf.values import text_of
 
 _NEAREST = 3
 _LISTED = 10
@@ -316,8 +317,8 @@ def _is_beside_a_model(path: Path) -> bool:
         return True
     with suppress(ModelFileError, OSError):
         metadata = read_header(path).metadata
-        is_encoder = metadata.get("general.architecture") == "clip"
-        return is_encoder or metadata.get("general.type") in ("adapter", "imatrix", "mmproj")
+        is_encoder = text_of(metadata, "general.architecture") == "clip"
+        return is_encoder or text_of(metadata, "general.type") in ("adapter", "imatrix", "mmproj")
     return False
 
 

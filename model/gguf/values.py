@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from struct import Struct
 from typing import Any, overload
@@ -57,6 +57,12 @@ class LazyStrings(Sequence[str]):
 
 
 MetadataValue = int | float | bool | str | NDArray[Any] | LazyStrings | tuple["MetadataValue", ...]
+
+
+def text_of(metadata: Mapping[str, MetadataValue], key: str) -> str | None:
+    """Returns a text of a file's metadata. Returns None if it is missing or of another type."""
+    value = metadata.get(key)
+    return value if isinstance(value, str) else None
 
 
 def shown(text: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.header import read_header
 from llamaclust.model.gguf.model_file import PART_NAME
-from llamaclust.model.gguf.values import shown
+from llamaclust.model.gguf.values import shown, text_of
 from llamaclust.model.hyperparameters import PROJECTOR_ARCHITECTURE
 from llamaclust.model.projectors.projector import Projector, open_projector
 
@@ -50,7 +50,7 @@ def projectors_beside(model: Path, check: Callable[[Projector], None]) -> Folder
     fitting, problems = [], []
     for path in _files(model):
         try:
-            if read_header(path).metadata.get("general.architecture") != PROJECTOR_ARCHITECTURE:
+            if text_of(read_header(path).metadata, "general.architecture") != PROJECTOR_ARCHITECTURE:
                 continue
             projector = open_projector(path)
             check(projector)

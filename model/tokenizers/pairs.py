@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.values import text_of
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from llamaclust.model.tokenizers.vocabulary import key, read_flag, read_token_id
 
@@ -36,7 +37,7 @@ def read_pair_form(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> PairFor
         separator = tokenizer.eos_id
     end = read_token_id(metadata, "eos_token_id", size)
     ends = _tokens(read_flag(metadata, "add_eos_token", kind == "t5"), separator if end is None else end, "eos")
-    separates = is_word_pieces or metadata.get("tokenizer.ggml.pre") in _SEPARATED
+    separates = is_word_pieces or text_of(metadata, "tokenizer.ggml.pre") in _SEPARATED
     separators = _tokens(read_flag(metadata, "add_sep_token", separates), separator, "seperator")
     begins = _tokens(tokenizer.add_bos, tokenizer.bos_id, "bos")
     return PairForm(begins, (*ends, *separators), ends)

@@ -125,12 +125,12 @@ def _ids_by_word(words: list[str]) -> dict[str, int]:
     return ids
 
 
-def _read_numbers(metadata: Mapping[str, Any], name: str, count: int) -> list[Any] | None:
+def _read_numbers(metadata: Mapping[str, Any], name: str, count: int, *, whole: bool = False) -> list[Any] | None:
     value = metadata.get(key(name))
     if value is None:
         return None
-    if not isinstance(value, np.ndarray):
-        raise ModelFileError(f"{key(name)} is not an array of numbers")
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in ("iu" if whole else "iuf"):
+        raise ModelFileError(f"{key(name)} is not an array of {'whole ' if whole else ''}numbers")
     if len(value) < count:
         raise ModelFileError(f"{key(name)} must be an array of {count} numbers or more, one for each token")
     numbers: list[Any] = value[:count].tolist()
@@ -138,7 +138,7 @@ def _read_numbers(metadata: Mapping[str, Any], name: str, count: int) -> list[An
 
 
 def _read_types(metadata: Mapping[str, Any], count: int) -> bytearray:
-    numbers = _read_numbers(metadata, "token_type", count)
+    numbers = _read_numbers(metadata, "token_type", count, whole=True)
     if numbers is None:
         return bytearray([TokenType.NORMAL]) * count
     known = {int(kind) for kind in TokenType}

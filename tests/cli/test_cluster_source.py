@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llamaclust.cli.cluster_source import cluster_source, mmproj_override
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.core.errors import UsageError
-from llamaclust.model.gguf.writer import write_gguf
+from llamaclust.model.gguf.writer import WritableValue, write_gguf
 from support.clusters.command_line import CommandLine, command_line
 from support.models.hostile_models import tiny
 from support.models.tiny_model import build_tiny_model
@@ -156,10 +157,11 @@ def test_a_folder_without_a_model_or_with_several(names: list[str], message: str
         ("a-projector.gguf", {"general.architecture": "llama", "general.type": "mmproj"}),
         ("poet.gguf", {"general.architecture": "llama", "general.type": "adapter"}),
         ("imatrix.gguf", {"general.type": "imatrix"}),
+        ("odd.gguf", {"general.architecture": np.array([1, 2], np.uint32), "general.type": "imatrix"}),
     ],
 )
 def test_files_beside_the_model_of_a_folder_are_no_models(
-    name: str, metadata: dict[str, str] | None, tmp_path: Path
+    name: str, metadata: dict[str, WritableValue] | None, tmp_path: Path
 ) -> None:
     for model in ("m.gguf", "n.gguf"):
         write_gguf(tmp_path / model, {"general.architecture": "llama"}, ())

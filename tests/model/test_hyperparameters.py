@@ -70,6 +70,7 @@ def test_defaults(tmp_path: Path) -> None:
         ("swiglu_clamp_exp", np.array([0.0, 0.0], np.float32), np.array([0.0, 7.0], np.float32)),
         ("attention__shared_kv_layers", 0, 15),
         ("attn_logit_softcapping", 0.0, "30"),
+        ("logit_scale", 1.0, (np.ones(1, np.float32), np.ones(2, np.float32))),
     ],
 )
 def test_keys_that_would_change_the_arithmetic_are_refused(

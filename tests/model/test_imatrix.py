@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.model.gguf.writer import TensorSource, write_gguf
+from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
 from llamaclust.model.imatrix import Importance, ImportanceMatrix, read_imatrix, write_imatrix
 from llamaclust.model.quant_types import QuantType
 
@@ -68,6 +68,11 @@ def test_files_that_are_no_matrix(tmp_path: Path, content: bytes, says: str) -> 
     ("metadata", "shapes", "says"),
     [
         ({"general.type": "model"}, {"a.in_sum2": (1, 4), "a.counts": (1, 1)}, "expected general.type 'imatrix'"),
+        (
+            {"general.type": np.array([1, 2], np.uint32)},
+            {"a.in_sum2": (1, 4)},
+            "expected general.type 'imatrix', found None",
+        ),
         ({}, {"a.in_sum2": (1, 4), "a.counts": (1, 1)}, "expected general.type 'imatrix'"),
         ({"general.type": "imatrix"}, {"a.counts": (1, 1)}, "no entries"),
         ({"general.type": "imatrix"}, {"a.in_sum2": (1, 4)}, "a.counts.*missing"),
@@ -75,7 +80,7 @@ def test_files_that_are_no_matrix(tmp_path: Path, content: bytes, says: str) -> 
     ],
 )
 def test_gguf_files_that_are_no_matrix(
-    tmp_path: Path, metadata: dict[str, str], shapes: dict[str, tuple[int, ...]], says: str
+    tmp_path: Path, metadata: dict[str, WritableValue], shapes: dict[str, tuple[int, ...]], says: str
 ) -> None:
     path = tmp_path / "matrix.gguf"
     sources = [

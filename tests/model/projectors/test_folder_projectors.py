@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.adapters import read_adapter
+from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.loader import Model
 from llamaclust.model.projectors.folder_projectors import projectors_beside
 from llamaclust.model.projectors.projector import open_projector
@@ -35,6 +37,7 @@ def test_only_projectors_that_fit_are_found(text: Path) -> None:
     build_tiny_model(text.with_name("mmproj-text.gguf"), hidden=TEXT_WIDTH, heads=4, layers=1)
     text.with_name("mmproj-notes.txt").write_text("GGUF")
     text.with_name("mmproj-folder.gguf").mkdir()
+    write_gguf(text.with_name("mmproj-odd.gguf"), {"general.architecture": np.array([1, 2], np.uint32)}, [])
     assert found(text) == ([], None)
     build_projector(text.with_name("mmproj-deep.gguf"), "qwen3vl_merger")
     names, unused = found(text)

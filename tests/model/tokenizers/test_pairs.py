@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.pairs import PairForm, read_pair_form
-from support.models.tiny_tokenizers import byte_level, word_pieces
+from support.models.tiny_tokenizers import byte_level, unigrams, word_pieces
 
 BOS, EOS, SEP = 5, 6, 7
 
@@ -34,6 +35,10 @@ def test_word_pieces_have_one_separator_and_no_end() -> None:
 )
 def test_flags_of_byte_pairs(keys: dict[str, Any], wanted: PairForm) -> None:
     assert form(byte_level(320), bos_token_id=BOS, eos_token_id=EOS, seperator_token_id=SEP, **keys) == wanted
+
+
+def test_a_pre_tokenizer_that_is_not_text_is_ignored() -> None:
+    assert form(unigrams(320), pre=np.array([1, 2], np.uint32)) == form(unigrams(320))
 
 
 def test_a_separator_that_the_file_does_not_name_is_refused() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from llamaclust.core.errors import UsageError
+from llamaclust.core.errors import ModelFileError, UsageError
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.quantize.mixes import MIXES
@@ -49,8 +50,15 @@ def test_wishes_go_before_the_mix(tmp_path: Path) -> None:
 
 
 def test_an_architecture_with_rules_of_its_own_is_refused(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     path = write_shape(tmp_path / "model.gguf", replace(SHAPES["narrow"], architecture="bailingmoe3"))
     with pytest.raises(UsageError, match="bailingmoe3"):
         choose_types(open_model(path), MixChoice(MIXES["Q4_K_M"]))
+
+
+def test_a_head_count_of_another_type_is_refused(tmp_path: Path) -> None:
+    model = open_model(write_shape(tmp_path / "model.gguf", SHAPES["plain"]))
+    key = f"{model.metadata['general.architecture']}.attention.head_count_kv"
+    for value in ("many", float("nan")):
+        odd = replace(model, metadata={**model.metadata, key: value})
+        with pytest.raises(ModelFileError, match="head_count_kv': expected a whole number"):
+            choose_types(odd, MixChoice(MIXES["Q4_K_M"]))

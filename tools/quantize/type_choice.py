@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from llamaclust.core.errors import UsageError
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.tensors import Tensor
@@ -91,9 +93,8 @@ class _Chooser:
         key = f"{architecture}."
         self._layers = model.metadata_int(f"{key}block_count", 0)
         self._experts = model.metadata_int(f"{key}expert_count", 0)
-        heads = _first_int(model, f"{key}attention.head_count")
-        pairs = _first_int(model, f"{key}attention.head_count_kv")
-        pairs = heads if pairs is None else pairs
+        heads = _first_int(model, f"{key}attention.head_count", 0)
+        pairs = _first_int(model, f"{key}attention.head_count_kv", heads)
         self._query_share = heads // pairs if heads and pairs else 0
         self._is_falcon = architecture == "falcon"
         self._rules = mixes.FALCON_RULES if self._is_falcon else mixes.RULES
@@ -175,8 +176,8 @@ def _layer(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def _first_int(model: ModelFile, key: str) -> int | None:
+def _first_int(model: ModelFile, key: str, default: int) -> int:
     value = model.metadata.get(key)
-    if value is not None and not isinstance(value, int | float | str | bool):
-        value = next(iter(value), None)
-    return None if value is None else int(value)  # type: ignore[arg-type]
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and len(value):
+        return int(value[0])
+    return model.metadata_int(key, default)

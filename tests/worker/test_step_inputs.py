@@ -126,6 +126,7 @@ def test_damaged_bytes_are_read_as_the_plain_reader_reads_them_or_refused(data: 
 
 
 TASK = SampleTask(SamplingParams(), 1, 0, 5)
+UNPENALIZED = SamplingParams(chain=SamplerChain(unpenalized=(1,) * 20000))
 BEYOND: dict[str, tuple[RowTask, int]] = {
     "temperature": (replace(TASK, params=SamplingParams(temperature=100.1)), 0),
     "no number": (replace(TASK, params=SamplingParams(top_p=math.nan)), 0),
@@ -136,6 +137,8 @@ BEYOND: dict[str, tuple[RowTask, int]] = {
     "rows": (TASK, MAX_BATCH_TOKENS),
     "suppressed": (replace(TASK, suppressed=(MAX_VOCABULARY,)), 0),
     "tokens": (replace(TASK, suppressed=(1,) * 20000), 8000),
+    "unpenalized": (replace(TASK, params=UNPENALIZED), 8000),
+    "unpenalized of a chain": (replace(TASK, params=UNPENALIZED, mu=2.5), 2000),
     "token of a history": (replace(TASK, history=(MAX_VOCABULARY,)), 0),
     "history": (replace(TASK, history=(1,) * (MAX_CONTEXT_TOKENS + 1)), 0),
     "rows of a history": (replace(TASK, history_rows=MAX_BATCH_TOKENS + 1), 0),

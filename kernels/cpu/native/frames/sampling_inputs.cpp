@@ -100,7 +100,7 @@ class Reading {
     choice.history = all_checked(tokens.slice(record.history, record.history_tokens));
     choice.suppressed = all_checked(tokens.slice(record.suppressed, record.suppressed_tokens));
     if (choice.chain) {
-      auto chain = std::make_shared<Chain>(*choice.chain);
+      auto chain = copied(*choice.chain);
       chain->penalty_window = record.penalty_window;
       chain->dry_window = record.dry_window;
       choice.chain = chain;
@@ -112,7 +112,12 @@ class Reading {
     return choice;
   }
 
-  // Limits the total number of history tokens of a message, because each row gets its own copy.
+  std::shared_ptr<Chain> copied(const Chain& chain) {
+    look_at(chain.unpenalized.size());
+    return std::make_shared<Chain>(chain);
+  }
+
+  // Limits the total number of tokens of a message's rows, because each row gets its own copy.
   void look_at(uint64_t tokens) {
     looked_at_ = bounded<uint64_t>("tokens that rows look at", looked_at_ + tokens, 0, bounds_.max_tokens);
   }
@@ -131,7 +136,7 @@ class Reading {
       }
       Choice& choice = tasks_.rows[record.row].choice;
       if (!choice.chain) continue;
-      auto chain = std::make_shared<Chain>(*choice.chain);
+      auto chain = copied(*choice.chain);
       chain->mu = record.mu;
       chain->breakers = std::move(found);
       choice.chain = chain;

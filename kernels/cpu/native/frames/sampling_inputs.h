@@ -17,7 +17,7 @@ using Range = std::pair<double, double>;  // An inclusive range.
 // Limits of any last stage. Anything beyond them throws a ProtocolViolation.
 struct InputsBounds {
   uint32_t max_rows, max_context, max_vocabulary, max_top_logprobs, max_released, max_breakers, max_breaker_tokens;
-  uint64_t max_tokens;  // Limit of the history tokens of all rows together.
+  uint64_t max_tokens;  // Limit of the tokens in all rows together.
   size_t max_bytes;
   double max_bias, max_mu;
   std::array<Range, 7> params;  // Ranges of the fields of SamplingParams, in their order.

@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Lock
 
 from llamaclust.core.disk_cache.cache import NEVER_NS, DiskCache, NoRoomError
-from llamaclust.core.disk_cache.files import delete_unlocked, mark_used, open_own
+from llamaclust.core.disk_cache.files import delete_unlocked, mark_used, open_own, remove
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.regular_file import take_lock, take_lock_within
 from llamaclust.core.sizes import mib
@@ -166,8 +166,7 @@ class WeightPart:
         self._lock = Lock()
         self._hash = sha256()
         self.done_bytes = 0
-        self._take_in()
-        self.resumed = self.done_bytes > 0
+        self.resumed = False
 
     @classmethod
     def open(cls, cache: WeightCache, content: str, n_bytes: int) -> WeightPart | None:
@@ -187,7 +186,12 @@ class WeightPart:
         if not is_ours:
             file.close()
             return None
-        return cls(cache, content, n_bytes, file)
+        part = cls(cache, content, n_bytes, file)
+        try:
+            part._take_in()
+        except OSError as error:
+            raise part._failed(error) from error
+        return part
 
     def write(self, pieces: Sequence[bytes | memoryview]) -> None:
         """Appends pieces to the tensor. If the disk is full or fails, deletes its file and raises LlamaclustError."""
@@ -225,6 +229,7 @@ class WeightPart:
         while data := os.pread(self._file.fileno(), _READ_BYTES, self.done_bytes):
             self._hash.update(data)
             self.done_bytes += len(data)
+        self.resumed = self.done_bytes > 0
 
     def _write(self, data: memoryview) -> None:
         done = 0
@@ -235,7 +240,7 @@ class WeightPart:
             self.done_bytes += count
 
     def _failed(self, error: OSError) -> LlamaclustError:
-        self._path.unlink(missing_ok=True)
+        remove(self._path)
         self._file.close()
         what = f"{mib(self._n_bytes)} MiB of weights cannot be written: {(error.strerror or str(error)).lower()}"
         return LlamaclustError(f"{self._cache.path}: {what}; make room there, or set LLAMACLUST_HOME to another disk")

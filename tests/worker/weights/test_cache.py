@@ -123,6 +123,19 @@ def test_a_disk_that_fails_while_wrong_bytes_are_dropped(tmp_path: Path) -> None
         part.finish()
 
 
+def test_a_disk_that_fails_while_an_unfinished_tensor_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, content = WeightCache(tmp_path / "w", 1 << 20), sha256(b"right").hexdigest()
+    cache.prepare()
+    cache.part_path(content).write_bytes(b"too long")
+    file = _FailingDisk(cache.part_path(content), "r+")
+    monkeypatch.setattr("llamaclust.model.weights.cache.open_own", lambda path, flags: file)
+    with pytest.raises(LlamaclustError, match="input/output error; make room there"):
+        WeightPart.open(cache, content, 5)
+    assert file.closed and not cache.part_path(content).exists()
+
+
 def test_what_another_process_has_just_finished_is_not_begun_again(tmp_path: Path) -> None:
     cache = WeightCache(tmp_path / "w", 1 << 20)
     content = put(cache, bytes(1000))

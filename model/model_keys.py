@@ -9,7 +9,7 @@ import numpy as np
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.model_file import ModelFile
-from llamaclust.model.gguf.values import shown
+from llamaclust.model.gguf.values import described, shown
 from llamaclust.model.hyperparameters import MAX_LAYERS, Hyperparameters, RopeParameters, RopeScaling
 
 _MAX_USED_EXPERTS = 256  # Kernels have room for this number of experts per token.
@@ -101,7 +101,7 @@ class ModelKeys:
         if value is None:
             raise self.error(key, "missing")
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
-            raise self.error(key, f"expected an array of whole numbers, found {shown(str(value))}")
+            raise self.error(key, f"expected an array of whole numbers, found {described(value)}")
         if len(value) > most:
             raise self.error(key, f"expected at most {most} numbers, found {len(value)}")
         return tuple(map(int, value))
@@ -111,7 +111,7 @@ class ModelKeys:
         if value is None:
             raise self.error(key, "missing")
         if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
-            raise self.error(key, f"expected an array of numbers for {layers} layers, found {shown(str(value))}")
+            raise self.error(key, f"expected an array of numbers for {layers} layers, found {described(value)}")
         if len(value) < layers:
             raise self.error(key, f"expected {layers} numbers, one for each layer, found {len(value)}")
         return tuple(map(float, value[:layers]))
@@ -125,7 +125,7 @@ class ModelKeys:
     def flag(self, key: str, default: bool) -> bool:
         value: Any = self.model.metadata.get(self._recorded(key), default)
         if not isinstance(value, bool | np.bool_):
-            raise self.error(key, f"expected true or false, found {shown(str(value))}")
+            raise self.error(key, f"expected true or false, found {described(value)}")
         return bool(value)
 
     def flags(self, key: str, layers: int) -> list[bool] | None:
@@ -135,7 +135,7 @@ class ModelKeys:
     def _layer_flags(self, key: str, layers: int) -> list[bool]:
         value: Any = self.model.metadata[self._full(key)]
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "biu":
-            raise self.error(key, f"expected an array of true or false for {layers} layers, found {shown(str(value))}")
+            raise self.error(key, f"expected an array of true or false for {layers} layers, found {described(value)}")
         if len(value) < layers:
             raise self.error(key, f"expected {layers} numbers, one for each layer, found {len(value)}")
         return [bool(flag) for flag in value[:layers]]
@@ -148,7 +148,7 @@ class ModelKeys:
             value: Any = self.model.metadata[self._full(key)]
             numbers = np.asarray(value if isinstance(value, int | float | np.ndarray) else None)
             if numbers.dtype.kind not in "iuf" or not np.isin(numbers, _NEUTRAL_VALUES[key]).all():
-                raise self.error(key, f"{shown(str(value))} is not supported")
+                raise self.error(key, f"{described(value)} is not supported")
 
     def windowed_layers(self, layers: int, default_period: int, *, full_first: bool = False) -> list[bool]:
         """Returns, for each layer, True if its attention has the sliding window. If the file does not say, all layers

@@ -7,6 +7,7 @@ from pathlib import Path
 from struct import Struct
 from typing import Any, overload
 
+import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.core.errors import ModelFileError
@@ -63,6 +64,14 @@ def text_of(metadata: Mapping[str, MetadataValue], key: str) -> str | None:
     """Returns a text of a file's metadata. Returns None if it is missing or of another type."""
     value = metadata.get(key)
     return value if isinstance(value, str) else None
+
+
+def described(value: MetadataValue) -> str:
+    """Formats a value of a file's metadata for a one-line message. Arrays may be large, and are not shown."""
+    if isinstance(value, int | float | str):
+        return shown(str(value))
+    kind = f"{value.dtype} " if isinstance(value, np.ndarray) else ""
+    return f"an array of {len(value)} {kind}values"
 
 
 def shown(text: str) -> str:

@@ -106,6 +106,25 @@ def test_truncated_call_is_what_there_is() -> None:
     assert meaning(answer) == ("", "", (("run", '{"code": "pr', ""),))
 
 
+@pytest.mark.parametrize("form", ["harmony", "muse", "functionary"])
+@pytest.mark.parametrize("text", ['{"city": "Paris"}', "Hi", '{"route": "to=functions.run"}', "Hi.\nIt is <|x|>."])
+def test_content_without_a_header(form: str, text: str) -> None:
+    """A grammar may force content from the first token on."""
+    end = {"harmony": "<|end|><|start|>assistant<|channel|>final<|message|>", "muse": "<|eot|>", "functionary": ">>>"}
+    for pieces in ([text], [*text], [text, end[form]]):
+        answer = ParsedAnswer()
+        answer.add(events_of(AnswerParser(form_of(form), TOOLS), pieces))
+        assert meaning(answer) == ("", text, ()), pieces
+
+
+@pytest.mark.parametrize(
+    ("form", "header"),
+    [("harmony", "<|chan"), ("harmony", "<|channel|>final"), ("muse", " to=us"), ("functionary", "all")],
+)
+def test_a_header_that_the_token_limit_cut_is_no_content(form: str, header: str) -> None:
+    assert meaning(parsed(AnswerParser(form_of(form), TOOLS), header)) == ("", "", ())
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_hostile_answers(form: str) -> None:
     """Checks that damaged answers are parsed, and that the output's size is bounded by the input's."""

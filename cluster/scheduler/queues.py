@@ -228,6 +228,9 @@ class SequenceQueues:
     def _release(self, sequence: Sequence) -> None:
         # Microbatches in flight may still read the blocks, but stages run later microbatches after them.
         self.memory.release(sequence)
+        self._release_matcher(sequence)
+
+    def _release_matcher(self, sequence: Sequence) -> None:
         if sequence.matcher.is_started:
             sequence.matcher.is_started = False
             self.released.append(sequence.key)
@@ -239,3 +242,6 @@ class SequenceQueues:
             sequence.usage.cached_tokens = sequence.scheduled
             self.cached_tokens += sequence.scheduled
         insort(self.running, sequence, key=_by_arrival)
+        held = [other for other in (*self.restoring, *self.waiting) if other.matcher.is_started]
+        if held and len(self.running) + len(held) > self.max_running:
+            self._release_matcher(held[-1])  # The last stage takes at most `max_running` matchers.

@@ -146,8 +146,7 @@ class Scheduler:
         """Moves sequences from another scheduler to this scheduler. The sequences must be in the other scheduler's
         `movable`, unless its pipeline is lost."""
         for sequence in sequences:
-            other.put_back(sequence)
-            other.queues.waiting.remove(sequence)
+            other.queues.remove(sequence)
             del other._sequences[sequence.key]
             other.strikes.move(sequence, self.strikes)
             if other.speculation is not None:

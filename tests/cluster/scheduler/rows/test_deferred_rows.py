@@ -21,9 +21,9 @@ PLAIN = GenerationRequest("r", (5, 6, 7), 20)
 S_NS = 1_000_000_000
 
 
-def deferring(request: GenerationRequest, times_s: list[float]) -> Scheduler:
+def deferring(request: GenerationRequest, times_s: list[float], settings: SchedulerSettings = SETTINGS) -> Scheduler:
     """Returns a scheduler after results at these times, each of which deferred the first row."""
-    scheduler = Scheduler(SETTINGS, 1, 1)
+    scheduler = Scheduler(settings, 1, 1)
     scheduler.add(request, 0)
     for number, at_s in enumerate(times_s):
         assert scheduler.next_microbatch(int(at_s * S_NS)) is not None
@@ -56,6 +56,39 @@ def test_a_row_is_deferred_for_longer_than_a_stage_makes_its_matcher_and_not_for
     assert scheduler.next_microbatch(91 * S_NS) is not None
     with pytest.raises(ProtocolError, match="microbatch 4 deferred a row again after 90 s"):
         scheduler.complete(Result(1, 4, (DEFERRED,)), 91 * S_NS)
+
+
+def test_matchers_of_waiting_answers_leave_room_for_others() -> None:
+    """The deferred row of a model with states is computed again from a checkpoint, so its answer waits meanwhile."""
+    scheduler = Scheduler(replace(SETTINGS, max_sequences=2, has_states=True, state_blocks=40), 1, 1)
+    held: set[int] = set()
+
+    def run(deferred: frozenset[int] = frozenset()) -> set[int]:
+        scheduled = scheduler.next_microbatch(1)
+        assert scheduled is not None
+        held.difference_update(scheduled.inputs.released)
+        held.update(start.key for start in scheduled.inputs.starts)
+        keys = [one.sequence.key for one in scheduler.in_flight.slices()]
+        rows = tuple(DEFERRED if key in deferred else RowResult(8, -1.0) for key in keys)
+        scheduler.complete(Result(1, scheduled.inputs.number, rows), 1)
+        return held
+
+    request = replace(PLAIN, grammar=Grammar("{}"))
+    scheduler.add(replace(request, owner="a"), 0)
+    assert run() == {1}
+    scheduler.add(replace(request, owner="a"), 0)
+    assert run(frozenset({2})) == {1, 2}
+    scheduler.add(replace(request, owner="b", max_new_tokens=3), 0)
+    assert [run() for _ in range(3)] == [{1, 3}] * 3
+    assert run() == {1, 2}
+
+
+def test_a_waiting_answer_that_moves_to_another_pipeline_releases_its_matcher() -> None:
+    settings = replace(SETTINGS, has_states=True, state_blocks=40)
+    scheduler = deferring(replace(PLAIN, grammar=Grammar("{}")), [0.0], settings)
+    (sequence,) = scheduler.movable
+    scheduler.successor(settings, 2, 1).take_over(scheduler, [sequence])
+    assert scheduler.queues.take_released() == (sequence.key,) and not scheduler.sequences
 
 
 def test_a_result_begins_the_time_anew() -> None:

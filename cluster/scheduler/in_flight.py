@@ -45,8 +45,6 @@ class InFlight:
         self._times = times
         self._next_number = 0
         self._sent: deque[_Sent] = deque()
-        # Time when a sequence's next row was first deferred, by the sequence's key.
-        self._deferred_ns: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._sent)
@@ -126,7 +124,7 @@ class InFlight:
             what = f"token id {token}; the vocabulary has {self._vocabulary} tokens"
             raise ProtocolError(f"microbatch {due.number} came back with {what}")
         deferred = any(row.is_deferred for row in result.rows)
-        if deferred or self._deferred_ns:
+        if deferred:
             self._check_deferred(due, result.rows, now_ns)
         self._sent.popleft()
         if self._sent and self._sent[0].is_lookahead:
@@ -146,11 +144,9 @@ class InFlight:
     def _check_deferred(self, due: _Sent, rows: tuple[RowResult, ...], now_ns: int) -> None:
         at = 0
         for taken in due.slices:
-            key, places = taken.sequence.key, range(at, at := at + len(taken.tasks))
+            places = range(at, at := at + len(taken.tasks))
             deferred = [taken.tasks[place - places.start] for place in places if rows[place].is_deferred]
             if any(not isinstance(task, SampleTask) or task.matcher is None for task in deferred):
                 raise ProtocolError(f"microbatch {due.number} came back with a deferred row that has no matcher")
-            if not deferred:
-                self._deferred_ns.pop(key, None)
-            elif now_ns - self._deferred_ns.setdefault(key, now_ns) > _DEFERRED_S * 1e9:
+            if deferred and taken.sequence.matcher.defer(now_ns) > _DEFERRED_S * 1e9:
                 raise ProtocolError(f"microbatch {due.number} deferred a row again after {_DEFERRED_S:g} s")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from llamaclust.core.sampler.results import RowResult
@@ -14,6 +14,7 @@ _SLOW_NS = 5_000_000
 @dataclass(slots=True)
 class MatcherUse:
     is_started: bool = False  # True if the last stage was sent the grammar and the answer so far.
+    deferred_ns: int | None = None  # Time when the sequence's next row was first deferred.
     step_ns: int = 0  # Estimated CPU time of a step in nanoseconds.
     turn: int = 0  # Number of the turn in which a slow matcher last got rows.
 
@@ -21,10 +22,23 @@ class MatcherUse:
     def is_slow(self) -> bool:
         return self.step_ns >= _SLOW_NS
 
-    def learn(self, rows: Iterable[RowResult]) -> None:
+    def defer(self, now_ns: int) -> int:
+        """Returns the nanoseconds since the next row was first deferred, or 0 if the row used a released matcher."""
+        if self.deferred_ns is None and self.is_started:
+            self.deferred_ns = now_ns
+        return 0 if self.deferred_ns is None else now_ns - self.deferred_ns
+
+    def learn(self, rows: Collection[RowResult]) -> None:
         """Updates `step_ns` from measured rows. It falls slowly, because slow rows may follow fast rows."""
-        if taken := [row.matcher_ns for row in rows if not row.is_deferred]:
+        taken = [row.matcher_ns for row in rows if not row.is_deferred]
+        if taken:
             self.step_ns = max(sum(taken), self.step_ns * 3 // 4)
+        if taken or not rows:
+            self.deferred_ns = None
+
+    def release(self) -> None:
+        self.is_started, self.deferred_ns = False, None
 
     def restart(self) -> None:
-        self.is_started, self.turn = False, 0
+        self.release()
+        self.turn = 0

@@ -232,7 +232,7 @@ class SequenceQueues:
 
     def _release_matcher(self, sequence: Sequence) -> None:
         if sequence.matcher.is_started:
-            sequence.matcher.is_started = False
+            sequence.matcher.release()
             self.released.append(sequence.key)
 
     def _start(self, sequence: Sequence) -> None:

@@ -9,12 +9,15 @@ import pytest
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.cluster.scheduler.speculation import speculation
+from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.core.sampler.results import RowResult
 from llamaclust.wire.microbatch.messages import Result
 from llamaclust.worker.stage.matched_answer import _READY_S, DEFERRED
+from support.plans.drafting import SaidDrafters
 
 SETTINGS = SchedulerSettings("m", 100, context_length=200, kv_blocks=40, max_sequences=6)
 PLAIN = GenerationRequest("r", (5, 6, 7), 20)
@@ -96,3 +99,28 @@ def test_a_result_begins_the_time_anew() -> None:
     for number, at_s, row in ((2, 70, RowResult(8, -1.0)), (3, 120, DEFERRED), (4, 200, DEFERRED)):
         assert scheduler.next_microbatch(at_s * S_NS) is not None
         scheduler.complete(Result(1, number, (row,)), at_s * S_NS)
+
+
+def test_a_matcher_that_is_made_anew_begins_the_time_anew() -> None:
+    scheduler = deferring(replace(PLAIN, grammar=Grammar("{}")), [0.0, 60.0])
+    (sequence,) = scheduler.queues.running
+    assert scheduler.next_microbatch(70 * S_NS) is not None
+    scheduler.queues.preempt(sequence)
+    for number, at_s in ((2, 80), (3, 160), (4, 240)):  # The first result is of the row before.
+        scheduler.complete(Result(1, number, (DEFERRED,)), at_s * S_NS)
+        assert scheduler.next_microbatch(at_s * S_NS) is not None
+
+
+def test_drafted_rows_that_are_deferred_break_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row before the drafted ones gets a token each time."""
+    monkeypatch.setattr(speculation, "best_windows", lambda candidates, *_: [len(one.tokens) for one in candidates])
+    settings = replace(SETTINGS, speculation=SpeculationSettings(SaidDrafters(lambda tokens, most: ())))
+    scheduler = deferring(replace(PLAIN, grammar=Grammar("{}")), [], settings)
+    drafted = 0
+    for number, at_s in enumerate(range(0, 300, 60)):
+        scheduled = scheduler.next_microbatch(at_s * S_NS)
+        assert scheduled is not None
+        drafted += len(scheduled.inputs.tasks) - 1
+        rows = (RowResult(8, -1.0, forced_draft=(9, 9)), *[DEFERRED] * (len(scheduled.inputs.tasks) - 1))
+        scheduler.complete(Result(1, number, rows), at_s * S_NS)
+    assert drafted > 4

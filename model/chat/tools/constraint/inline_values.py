@@ -96,13 +96,10 @@ class InlineValues(ABC):
         first, behind = "", ""
         for member, is_needed in reversed(members):
             alone, following = joined(member, behind), f"{_COMMA} {member}"
-            if is_needed:
-                first, behind = alone, joined(following, behind)
-            else:
-                first = f"{alone} | {first}" if first else alone
-                first, behind = f"({first})?", joined(f"({following})?", behind)
+            first = f"{alone} | {first}" if first and not is_needed else alone
+            behind = joined(following if is_needed else f"({following})?", behind)
             first, behind = self.rules.rule(first), self.rules.rule(behind)
-        return first
+        return f"({first})?" if first and not any(is_needed for _, is_needed in members) else first
 
 
 class PythonValues(InlineValues):

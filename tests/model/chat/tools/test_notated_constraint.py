@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from functools import cache
+from itertools import compress, product
 from random import Random
 from typing import Any
 
@@ -135,6 +136,19 @@ def with_needed_first(value: Any, schema: Mapping[str, Any]) -> Any:
 )
 def test_arguments_obey_the_schema(form: str, arguments: dict[str, Any], is_allowed: bool) -> None:
     assert takes(matcher(form, SCHEMA), WRITERS[form](arguments)) is is_allowed
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("needed", [(), ("b",), ("c",), ("a", "c"), ("a", "b", "c")])
+def test_needed_arguments_may_have_any_names(form: str, needed: tuple[str, ...]) -> None:
+    """Gemma's notation sorts arguments by name, so that needed ones may follow others."""
+    names = [*needed, *sorted({*"abc"}.difference(needed))]
+    schema = {"type": "object", "properties": {key: {"type": "integer"} for key in "abc"}, "required": [*needed]}
+    made = matcher(form, schema)
+    for chosen in product([False, True], repeat=3):
+        arguments = dict.fromkeys(compress(names, chosen), 1)
+        is_allowed = arguments.keys() >= {*needed}
+        assert takes(made, WRITERS[form](arguments)) is is_allowed, arguments
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -17,6 +17,7 @@ _PLAIN: Final = re.compile(r"""[^"'(){}\[\],\\]+""")
 _GEMMA_KEY: Final = re.compile(r"(?<![^\s{}\[\],:\"])([^\s{}\[\],:\"]++)\s*+:")
 """Matches a whole key. Possessive quantifiers make sure that a long word is scanned only once."""
 _MAX_DEPTH: Final = 64
+_EMPTY: Final = {"array": "[]", "object": "{}"}
 
 
 class NotatedReader:
@@ -154,7 +155,8 @@ class _Elements:
         types = types_of(schema)
         children = self._children(text) if depth < _MAX_DEPTH and "string" not in types else []
         if not children:
-            return json_of(text, types)
+            empty = [] if text.strip() or "string" in types else [_EMPTY[kind] for kind in _EMPTY if kind in types]
+            return empty[0] if empty else json_of(text, types)
         if {tag for tag, _ in children} == {"item"} and types != {"object"}:
             items = _alternative(schema, "array").get("items")
             item_schema = items if isinstance(items, Mapping) else {}

@@ -25,6 +25,11 @@ _COMBINED: Final = ("anyOf", "oneOf", "allOf")
 _REFUSED: Final = ("not", "dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef")
 _EVALUATED: Final = frozenset((*_COMBINED, "$ref", "if", "then", "else", "dependentSchemas", "patternProperties"))
 """Keywords that give `unevaluatedProperties` another meaning than `additionalProperties`."""
+_TOGETHER: Final = (
+    frozenset(("properties", "patternProperties", "additionalProperties", "propertyNames")),
+    frozenset(("items", "prefixItems")),
+)
+"""Groups of keywords whose meaning depends on others of the group in the same schema."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +183,7 @@ class _Reader:
             len(made.get("allOf", ())) == 1
             and isinstance(made["allOf"][0], dict)
             and schema.keys().isdisjoint(only := made["allOf"][0])
+            and all(group.isdisjoint(schema) or group.isdisjoint(only) for group in _TOGETHER)
         ):
             del made["allOf"]
             made |= only

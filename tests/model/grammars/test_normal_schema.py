@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampler.matchers import Grammar
@@ -70,6 +71,31 @@ def test_normal_forms(schema: dict[str, Any], normal: dict[str, Any]) -> None:
 )
 def test_references_are_found_wherever_they_point(schema: dict[str, Any]) -> None:
     assert allows(definitions.of_schema(schema, "s"), "1", "2") == [True, False]
+
+
+_A = {"properties": {"a": {"type": "integer"}}}
+_LIST = {"prefixItems": [{"type": "integer"}]}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "propertyNames": {"enum": ["a", "b"]}, "allOf": [{"properties": {"a": {}, "c": {}}}]},
+        {"additionalProperties": False, "allOf": [_A]},
+        {**_A, "allOf": [{"additionalProperties": False}]},
+        {**_A, "allOf": [{"patternProperties": {"^[ab]$": {"minimum": 3}}}]},
+        {**_LIST, "allOf": [{"items": {"type": "string"}}]},
+        {"items": {"minimum": 3}, "allOf": [{**_LIST, "minItems": 1}]},
+        {**_A, "description": "An object", "allOf": [{"required": ["a"]}]},
+        {**_A, "required": ["a"], "allOf": [{"$ref": "#/$defs/d"}], "$defs": {"d": {"properties": {"b": {}}}}},
+        {"allOf": [{"$ref": "#/$defs/d"}], "default": {}, "description": "D", "$defs": {"d": _A}},
+    ],
+)
+def test_keywords_beside_all_of_mean_what_they_mean_alone(schema: dict[str, Any]) -> None:
+    objects = [{}, {"a": 1}, {"a": "x"}, {"b": 1}, {"c": 1}, {"a": 1, "c": 1}, {"a": 4, "b": 4}]
+    values = [*objects, [], [1], [4], ["x"], [1, "x"], [1, 1], [1, 4], [4, 4], 1]
+    known = [Draft202012Validator(schema).is_valid(value) for value in values]
+    assert allows(definitions.of_schema(schema, "s"), *map(json.dumps, values)) == known
 
 
 @pytest.mark.parametrize("reference", ["#", "#/$defs/missing", "other.json", "#/$defs/circle", "#/$defs/0/x"])

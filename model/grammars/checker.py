@@ -51,9 +51,9 @@ class GrammarChecker:
             self._verdicts.move_to_end(key)
             return self._verdicts[key]
         try:
-            async with asyncio.timeout(self._limits.wait_s), self._turns.turn(owner):
-                process = min(self._processes, key=lambda process: process.child.load)
-                verdict = await asyncio.wrap_future(process.submit(definition))
+            async with asyncio.timeout(self._limits.wait_s) as waiting, self._turns.turn(owner):
+                waiting.reschedule(None)  # The process has its own limits.
+                verdict = await self._checked(definition)
         except (TimeoutError, concurrent.futures.CancelledError):
             text = f"the check of grammars was busy with other requests for {self._limits.wait_s:g} s; try again"
             raise DeadlineError(text) from None
@@ -62,6 +62,15 @@ class GrammarChecker:
             if len(self._verdicts) > _KEPT_VERDICTS:
                 self._verdicts.popitem(last=False)
         return verdict
+
+    async def _checked(self, definition: str) -> Verdict:
+        """Checks a grammar. If cancelled, waits until the process is free, so that the owner keeps its turn."""
+        process = min(self._processes, key=lambda process: process.child.load)
+        check = asyncio.wrap_future(process.submit(definition))
+        try:
+            return await asyncio.shield(check)
+        finally:
+            await asyncio.wait([check])
 
     def close(self) -> None:
         for process in self._processes:

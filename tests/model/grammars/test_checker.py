@@ -8,6 +8,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import suppress
 from hashlib import sha256
 from time import monotonic
@@ -22,7 +23,7 @@ from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.model.grammars import checker as module
 from llamaclust.model.grammars import checker_child, definitions
 from llamaclust.model.grammars.checker import GrammarChecker
-from llamaclust.model.grammars.checker_process import CheckLimits
+from llamaclust.model.grammars.checker_process import CheckerProcess, CheckLimits, Verdict
 from llamaclust.model.grammars.recursion import endless_reference
 from llamaclust.model.grammars.schema_references import MISSING, SchemaReferences
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
@@ -270,6 +271,33 @@ def test_gbnf_that_takes_long_to_convert_is_refused_and_blocks_nothing() -> None
         asyncio.run(check())
     finally:
         checker.close()
+
+
+async def test_a_client_that_leaves_keeps_its_turn_until_the_process_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = dict[str, Future[Verdict]]()
+    monkeypatch.setattr(CheckerProcess, "submit", lambda self, text: checks.setdefault(text, Future()))
+
+    async def begin(*names: str) -> list[Future[Verdict]]:
+        """Waits until the checks of these names have begun, and no others."""
+        while len(checks) < len(names):  # noqa: ASYNC110  a mock has no event
+            await asyncio.sleep(0)
+        assert [*checks] == [definitions.of_regex(name, "r").definition for name in names]
+        return [*checks.values()]
+
+    checker = GrammarChecker(load_tokenizer(byte_level(330)))
+    left = asyncio.create_task(checker.check(definitions.of_regex("left", "r"), "a"))
+    (work,) = await begin("left")
+    left.cancel()
+    further = asyncio.create_task(checker.check(definitions.of_regex("further", "r"), "a"))
+    other = asyncio.create_task(checker.check(definitions.of_regex("other", "r"), "b"))
+    await begin("left", "other")
+    work.set_result(Verdict(""))
+    for each in await begin("left", "other", "further"):
+        if not each.done():
+            each.set_result(Verdict(""))
+    await asyncio.gather(further, other)
+    assert left.cancelled()
+    checker.close()
 
 
 @pytest.mark.parametrize("limits", [CheckLimits(guard_cpu_s=0.001), CheckLimits(memory_bytes=1 << 20)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -16,6 +17,12 @@ _MAX_DEPTH: Final = 8
 _MAX_LITERAL_CHARACTERS: Final = 1 << 14
 """The maximum length of a text that Python's parser reads. The parser needs 100 times as much memory as the text."""
 _CONSTANTS: Final = {"True": "true", "False": "false", "None": "null"}
+_NAMES: Final = {"true": True, "false": False, "null": None}
+_HEX: Final = "[0-9a-fA-F]"
+_BACKSLASHES: Final = re.compile(
+    rf"""\\\\|\\(?!["'abfnrtv0-7]|x{_HEX}{{2}}|u{_HEX}{{4}}|U000{_HEX}{{5}}|U0010{_HEX}{{4}})"""
+)
+"""Matches a pair of backslashes, or a backslash that begins no escape sequence of Python, as in C:\\Users."""
 
 
 def arguments_object(text: str) -> dict[str, Any] | None:
@@ -96,13 +103,24 @@ def string_inside(text: str) -> str:
 
 def json_of_python(text: str) -> str:
     text = text.strip()
-    readers = (json.loads, ast.literal_eval) if len(text) <= _MAX_LITERAL_CHARACTERS else (json.loads,)
+    readers = (json.loads, _literal) if len(text) <= _MAX_LITERAL_CHARACTERS else (json.loads,)
     for read in readers:
         try:
             return json.dumps(read(text), ensure_ascii=False, allow_nan=False)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
-    return string(text)
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    return string(text[1:-1] if is_quoted else text)
+
+
+class _JsonNames(ast.NodeTransformer):
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(_NAMES[node.id]) if node.id in _NAMES else node
+
+
+def _literal(text: str) -> Any:
+    parsed = ast.parse(_BACKSLASHES.sub(r"\\\\", text), mode="eval")
+    return ast.literal_eval(_JsonNames().visit(parsed))
 
 
 def _refuse(constant: str) -> Any:

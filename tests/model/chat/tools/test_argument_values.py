@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from random import Random
 from typing import Any
 
 import pytest
 
 from llamaclust.model.chat.tools.argument_values import json_of, json_of_python
+from support.seed import SEED
 
 
 def _strict(constant: str) -> Any:
@@ -24,5 +27,33 @@ def test_what_is_no_number_of_json_is_a_string(text: str) -> None:
 
 def test_literals_of_python() -> None:
     assert json_of_python("{'a': (1, True, None)}") == '{"a": [1, true, null]}'
+    assert json_of_python("[true, {'a': null, \"b\": False}]") == '[true, {"a": null, "b": false}]'
+    assert json_of_python("[true, other]") == '"[true, other]"'
     long = "['" + "a" * 20_000 + "']"
     assert json.loads(json_of_python(long)) == long
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        (r'"C:\Users\me"', r"C:\Users\me"),
+        (r"'C:\\Users\xml\u12'", r"C:\Users\xml\u12"),
+        (r"'it\'s \x41\u00e9'", "it's Aé"),
+        (r'"\d+\N"', r"\d+\N"),
+        ("'a\nb'", "a\nb"),
+        ("'" + "a" * 20_000 + "'", "a" * 20_000),
+    ],
+)
+def test_strings_lose_their_quotation_marks(text: str, known: str) -> None:
+    assert json.loads(json_of_python(text)) == known
+
+
+def test_strings_of_the_grammar_are_read() -> None:
+    draw = Random(SEED)
+    for _ in range(2000):
+        quote = draw.choice("\"'")
+        inner = "".join(draw.choices("\\\\\\UuxN01fd{} \"'é", k=draw.randrange(12)))
+        text = f"{quote}{inner}{quote}"
+        if re.fullmatch(rf"{quote}([^{quote}\\\n]|\\.)*{quote}", text):
+            assert [*json.loads(json_of_python(f"{{'k': {text}}}"))] == ["k"], text
+            assert len(json.loads(json_of_python(text))) <= len(inner), text

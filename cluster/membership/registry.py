@@ -132,7 +132,12 @@ class Registry(Members):
         """Waits until a worker or the record on disk shows a newer coordinator. Then raises SupersededError."""
         record = self._settings.record
         while not self._superseded.done():
-            if newer := await asyncio.to_thread(record.newer_term):
+            look = asyncio.ensure_future(asyncio.to_thread(record.newer_term))
+            try:  # A worker's proof counts even if the state directory does not answer.
+                await asyncio.wait([look, self._superseded], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                look.cancel()
+            if look.done() and (newer := look.result()):
                 self._supersede(f"the state directory has term {newer}, and this coordinator has term {record.term}")
             await asyncio.wait([self._superseded], timeout=_LOOK_S)
         await self._superseded

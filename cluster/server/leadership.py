@@ -36,6 +36,9 @@ def leading(lease: Lease, port: ApiPort, settings: ApiSettings, report: Report) 
             with held(lock, lost):
                 yield True
         else:
+            if lock.renewed_s is not None:  # The signal came while the Lease was taken.
+                with suppress(LlamaclustError):
+                    lock.release()
             yield False
     finally:
         lock.close()

@@ -217,9 +217,12 @@ class ClusterDir:
         """Restores the lock file and the record if they were deleted, so that no other cluster can take this name."""
         if not lock.is_held:
             self.create()
-            if lock.take():
-                for record in tuple(self._published):
-                    self.write_record(record)
+            if not lock.take():
+                return
+        elif self._record.exists():
+            return
+        for record in tuple(self._published):
+            self.write_record(record)
 
     def _taken(self) -> str:
         record = self.read_record()

@@ -20,11 +20,7 @@ class FileLock:
 
     def take(self) -> bool:
         """Takes the lock. Returns False if another process holds it. Raises UsageError if the path is a folder."""
-        descriptor = self._open()
-        if not take_lock(descriptor):
-            os.close(descriptor)
-            return False
-        return self._has_taken(descriptor)
+        return self._has_taken(self._open())
 
     def take_next(self) -> bool:
         """Takes the lock if its holder has ended, or returns False. Deleting the lock file does not release it."""
@@ -42,7 +38,12 @@ class FileLock:
             raise UsageError(f"{self._path} is a folder, but must be a lock file; remove it") from error
 
     def _has_taken(self, descriptor: int) -> bool:
-        if not _is_at(descriptor, self._path):
+        try:
+            is_taken = take_lock(descriptor) and _is_at(descriptor, self._path)
+        except OSError:  # For example from a file server that does not answer or has no locks.
+            os.close(descriptor)
+            raise
+        if not is_taken:
             os.close(descriptor)
             return False
         self.release()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from ssl import DER_cert_to_PEM_cert
@@ -106,6 +107,20 @@ async def test_a_worker_cannot_use_up_all_terms(path: Path) -> None:
     assert await record.admits(MAX_TERM) and record.term == (MAX_TERM >> 1) + 1
 
 
+@pytest.fixture
+def hung_look(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Makes the first look at the record on disk hang."""
+    back, look, hangs = threading.Event(), ControlRecord.newer_term, [True]
+
+    def newer_term(record: ControlRecord) -> int | None:
+        return back.wait(60) and None if hangs and hangs.pop() else look(record)
+
+    monkeypatch.setattr(ControlRecord, "newer_term", newer_term)
+    yield
+    back.set()
+
+
+@pytest.mark.usefixtures("hung_look")
 async def test_a_worker_of_a_newer_coordinator_is_refused_and_ends_the_cluster_that_it_served(trust: Authority) -> None:
     record = ControlRecord(term=3)
     record.next_epoch()

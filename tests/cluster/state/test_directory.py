@@ -133,6 +133,14 @@ def test_a_folder_that_is_deleted_under_a_cluster_comes_back(tmp_path: Path) -> 
     assert not folder.is_running
 
 
+def test_a_record_that_is_deleted_under_a_cluster_comes_back(tmp_path: Path) -> None:
+    folder = ClusterDir(tmp_path / "home")
+    with folder.locked():
+        folder.write_record(ClusterRecord("home", os.getpid(), "http://127.0.0.1:1", "m"))
+        (folder.path / "cluster.json").unlink()
+        eventually(lambda: folder.read_record() is not None, 30.0, "the record")
+
+
 def test_a_cluster_whose_name_was_taken_meanwhile_leaves_the_other_alone(tmp_path: Path) -> None:
     folder = ClusterDir(tmp_path / "home")
     other = ClusterRecord("home", 1, "http://127.0.0.1:2", "m")

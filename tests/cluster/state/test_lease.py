@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.config.sections import Lease
+from llamaclust.cluster.server import leadership
 from llamaclust.cluster.state import lease as lease_module
 from llamaclust.cluster.state.lease import LeaseLock, held
 from llamaclust.core.errors import LlamaclustError, SupersededError
@@ -44,10 +47,10 @@ class Locks:
     """Makes locks of several processes on one lease."""
 
     def __init__(self, api: LeaseApi, folder: Path, duration: str = "15s") -> None:
-        self._settings = Lease.model_validate(lease_values(api, folder, duration))
+        self.settings = Lease.model_validate(lease_values(api, folder, duration))
 
     def __call__(self) -> LeaseLock:
-        return LeaseLock(self._settings)
+        return LeaseLock(self.settings)
 
 
 @pytest.fixture
@@ -215,6 +218,45 @@ def test_a_holder_that_cannot_renew_loses_it_before_others_take_it(api: LeaseApi
         expected = {"taken": "other has the Lease", "forbidden": "403", "hangs": "timed out"}[kind]
         assert expected in reasons[0] or (kind == "hangs" and reasons[0] == "it was not renewed in time")
         api.answers.set()
+
+
+class Ready:
+    """Stands for the API's replies while the cluster starts. Sets `ended` when they end."""
+
+    def __init__(self, ended: threading.Event) -> None:
+        self._ended = ended
+
+    async def __aenter__(self) -> Ready:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._ended.set()
+
+    def report(self, event: object) -> None:
+        pass
+
+
+def test_a_signal_while_a_lease_is_taken_leaves_it_free(
+    api: LeaseApi, locks: Locks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = LeaseLock.take
+
+    def take(lock: LeaseLock) -> bool:
+        is_taken = taken(lock)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended.wait(60)
+        return is_taken
+
+    ended, before = threading.Event(), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(LeaseLock, "take", take)
+    monkeypatch.setattr(leadership, "StartingReplies", lambda *given, **options: Ready(ended))
+    try:
+        port: Any = None
+        with leadership.leading(locks.settings, port, port, lambda event: None) as is_leader:
+            assert not is_leader
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert api.holder == "" and taken(locks())
 
 
 def test_a_lease_that_is_given_up_is_free_at_once(api: LeaseApi, locks: Locks) -> None:

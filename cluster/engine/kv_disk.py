@@ -108,6 +108,8 @@ class KvDisk:
 
     async def _restored(self, disks: KvDisks, sequence: Sequence) -> int:
         missing = self._transfers.missing(sequence)[:_MOST_BLOCKS]
+        if len(missing) < _LEAST_BLOCKS:  # Others have computed blocks since `arrived`.
+            return 0
         count = await disks.find(sequence.kv.keys[missing.start : missing.stop])
         if count < _LEAST_BLOCKS:
             return 0
@@ -115,7 +117,9 @@ class KvDisk:
         async with self._reading:
             if sequence not in self._scheduler.queues.restoring:
                 return 0
-            return await self._restored_until(disks, sequence, missing.start + count)
+            # Some blocks before these may have left the cache, so more are missing than were looked for.
+            end = min(missing.start + count, self._transfers.missing(sequence).start + _MOST_BLOCKS)
+            return await self._restored_until(disks, sequence, end)
 
     async def _restored_until(self, disks: KvDisks, sequence: Sequence, end: int) -> int:
         reserve = RESERVE_BLOCKS * len(self._scheduler.queues.running)

@@ -9,12 +9,14 @@ from random import Random
 
 import pytest
 
+from llamaclust.cluster.engine import kv_disk
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
-from llamaclust.core.errors import DeadlineError, LlamaclustError, WorkerError
+from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, WorkerError
 from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.wire.control.kv_disk import MAX_KEYS
 from support.clusters.fakes import VOCABULARY, FakePipeline, Losses, blocks_of, expected, tokens_of
 from support.clusters.served import until
 
@@ -25,13 +27,16 @@ SETTINGS = SchedulerSettings("m", VOCABULARY, CONTEXT, KV_BLOCKS, max_sequences=
 
 @dataclass
 class FakeDisks:
-    """Implements `KvDisks` with blocks by key, like one stage that holds all layers."""
+    """Implements `KvDisks` with blocks by key, like one stage that holds all layers. A message that no worker accepts
+    ends the pipeline."""
 
     pipeline: FakePipeline
     engine: Engine | None = None
     kept: dict[bytes, list[int]] = field(default_factory=dict)
     damaged: set[bytes] = field(default_factory=set)
+    found: int = 0  # Number of calls of `find`.
     restored: int = 0
+    most: int = MAX_KEYS
     error: LlamaclustError | None = None
     room: int = 1 << 20
     gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -39,12 +44,21 @@ class FakeDisks:
     def __post_init__(self) -> None:
         self.gate.set()
 
+    def _accept(self, keys: Sequence[bytes]) -> None:
+        if not 1 <= len(keys) <= self.most:
+            error = ProtocolError(f"a message has {len(keys)} keys, must be within 1..{self.most}")
+            self.pipeline.lose(error)
+            raise error
+
     async def find(self, keys: Sequence[bytes]) -> int:
+        self._accept(keys)
+        self.found += 1
         await asyncio.sleep(0)
         await self.gate.wait()
         return next((index for index, key in enumerate(keys) if key not in self.kept), len(keys))
 
     async def restore(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
+        self._accept(keys)
         assert self.engine is not None
         slices = self.engine.scheduler.in_flight.slices()
         assert not any(set(blocks_of(taken.chunk)) & set(blocks) for taken in slices), "a block in use is overwritten"
@@ -60,6 +74,7 @@ class FakeDisks:
         return len(keys)
 
     async def save(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
+        self._accept(keys)
         await asyncio.sleep(0)
         if self.error is not None:
             raise self.error
@@ -141,6 +156,39 @@ async def test_a_longer_prompt_with_the_same_beginning_is_read_as_far_as_it_is_t
         assert await answered(engine, longer) == wanted(longer)
         assert disks.restored == 16
         await saved(disks, 18 + 6)
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_blocks_that_another_request_begins_to_compute_are_not_looked_for(turns: int) -> None:
+    first, second = (request(prompt(Random(1), 200), name=name) for name in "ab")
+    engine, _ = opened({})
+    async with engine:
+        answering = asyncio.create_task(answered(engine, first))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        assert await answered(engine, second) == wanted(second)
+        assert await answering == wanted(first)
+
+
+async def test_no_more_blocks_are_read_than_a_message_names_when_earlier_ones_leave_the_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generation = request(prompt(Random(1), 480))
+    kept = await written(generation)
+    monkeypatch.setattr(kv_disk, "_MOST_BLOCKS", 16)
+    engine, disks = opened(kept, most=16)
+    async with engine:
+        beginning = request(generation.prompt[:170])
+        assert await answered(engine, beginning) == wanted(beginning)
+        assert disks.restored == 10
+        disks.gate.clear()
+        answering = asyncio.create_task(answered(engine, generation))
+        async with asyncio.timeout(60):
+            await until(lambda: disks.found == 3)  # The save of the beginning was the second.
+        engine.scheduler.queues.memory.blocks.invalidate(kept)
+        disks.gate.set()
+        assert await answering == wanted(generation)
+        assert disks.restored == 10 + 16
 
 
 async def test_another_salt_shares_nothing() -> None:

@@ -345,7 +345,8 @@ class FakePipeline:
 
     def lose(self, error: Exception) -> None:
         """Replaces all pending results by this error."""
-        self._results = asyncio.Queue()
+        while not self._results.empty():
+            self._results.get_nowait()
         self._results.put_nowait(error)
         self.gate.set()
 

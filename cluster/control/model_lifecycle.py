@@ -66,7 +66,8 @@ class ModelLifecycle:
     def expires_in_s(self) -> float | None:
         if self.keep_alive_s is None or self.is_asleep or self.engine.state is EngineState.DOWN:
             return None
-        return max(0.0, self.idle_since_s + self.keep_alive_s - _now_s())
+        idle_s = 0.0 if self.serving_since_s is None else _now_s() - self.idle_since_s
+        return max(0.0, self.keep_alive_s - idle_s)
 
     def enter(self) -> None:
         """Counts a request that has not reached the engine yet, and wakes the model."""
@@ -93,6 +94,12 @@ class ModelLifecycle:
         # The signal is posted even if the model is awake, because it may just be going to sleep for another model.
         if not self.is_preempted:
             self.store.post(Signal.WAKE_REQUESTED)
+
+    def begin_serving(self) -> None:
+        self.serving_since_s, self.is_explicit = _now_s(), False
+        if self.is_idle:
+            self.idle_since_s = self.serving_since_s
+            self._changed.set()
 
     def load(self) -> None:
         self.is_explicit = self.serving_since_s is None
@@ -124,7 +131,8 @@ class ModelLifecycle:
 
     async def requested(self) -> None:
         while self.is_idle:
-            if not await self._changes(self.engine.requests.wait_any(), self.expires_in_s) and self.is_idle:
+            await self._changes(self.engine.requests.wait_any(), self.expires_in_s)
+            if self.is_idle and self.expires_in_s == 0:
                 await self.sleep()
 
     async def idle(self) -> None:
@@ -135,15 +143,14 @@ class ModelLifecycle:
                 self._stay_awake()
         self.idle_since_s = _now_s()
 
-    async def _changes(self, waiting: Coroutine[Any, Any, Any], timeout_s: float | None = None) -> bool:
+    async def _changes(self, waiting: Coroutine[Any, Any, Any], timeout_s: float | None = None) -> None:
         self._changed.clear()
         waits = [asyncio.create_task(waiting), asyncio.create_task(self._changed.wait())]
         try:
-            done, _ = await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
-        return bool(done)
 
 
 class ModelRotation:
@@ -203,7 +210,7 @@ class ModelRotation:
     async def _time(self, lifecycle: ModelLifecycle) -> None:
         while True:
             await lifecycle.store.until(lambda state: state.loss is None)
-            lifecycle.serving_since_s, lifecycle.is_explicit = _now_s(), False
+            lifecycle.begin_serving()
             await lifecycle.store.until(lambda state: state.loss is not None)
             lifecycle.serving_since_s = None
 

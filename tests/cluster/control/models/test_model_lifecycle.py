@@ -41,13 +41,15 @@ class Engine:
 
 
 class Model:
-    """A model that plans, loads and frees for a random number of event loop iterations; it frees once `may_free` is
-    set."""
+    """A model that plans, loads and frees for a random number of event loop iterations; it loads once `may_load` is
+    set, and frees once `may_free` is set."""
 
     def __init__(self, name: str, source: Random, loaded: set[str]) -> None:
         self.name, self.source, self.loaded = name, source, loaded
         self.frees, self.may_free = asyncio.Event(), asyncio.Event()
+        self.may_load = asyncio.Event()
         self.may_free.set()
+        self.may_load.set()
         engine: Any = Engine()
         self.engine = engine
         self.store = new_store()
@@ -85,6 +87,7 @@ class Model:
             case LoadEpoch():
                 self.loaded.add(self.name)
                 await self.pause()
+                await self.may_load.wait()
                 self.store.post(Signal.EPOCH_LOADED)
             case Serve():
                 self.engine.state = EngineState.READY
@@ -175,6 +178,19 @@ async def test_a_request_that_reaches_the_engine_after_the_requests_failed_and_t
             await _iterations(_WAKE)
             assert not model.lifecycle.is_asleep
         model.lifecycle.leave()
+
+
+async def test_the_idle_time_begins_when_the_model_serves() -> None:
+    async with _models("a", Random(SEED)) as (model,):
+        model.lifecycle.usual_s = 0.01
+        model.may_load.clear()
+        await _iterations(_WAKE)
+        model.lifecycle.load()
+        await asyncio.sleep(0.05)
+        model.may_load.set()
+        await _until_awake(model)
+        assert model.store.state.is_wanted
+        await model.store.until(lambda state: state.is_asleep)
 
 
 async def test_requests_and_unloads_at_random(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,8 +55,8 @@ class WantedBytes:
 async def weight_sources(
     loading: Collection[str], workers: Mapping[str, WorkerHandle], wanted: WantedBytes, report: Report | None = None
 ) -> dict[str, WeightSources]:
-    """Returns the file's manifest, and machines that can send the file, for each worker in `loading`. Returns {} if all
-    these workers read the same file."""
+    """Returns the file's manifest, and machines that can send the file, for each connected worker in `loading`.
+    Returns {} if all these workers read the same file."""
     members = {name: worker for name, worker in workers.items() if worker.loss is None}
     found = await _find(members.values(), lambda worker: find_weights(worker, wanted.request))
     if not _are_compared(wanted, [found[name] for name in loading if name in found]):
@@ -83,7 +83,8 @@ async def weight_sources(
     sources = {name: weights for name, weights in found.items() if weights.gives and weights.manifest == chosen.content}
     is_own = own is not None and own.content == chosen.content
     gives = wanted.own is not None and is_own and await wanted.own.gives(chosen.content)
-    able = [name for name in loading if sources or gives or (name in found and found[name].has_file)]
+    present = (name for name in loading if name in members)
+    able = [name for name in present if sources or gives or (name in found and found[name].has_file)]
     here = [WeightSource()] if gives else []
     return {
         name: WeightSources(

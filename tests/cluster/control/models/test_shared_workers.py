@@ -25,6 +25,7 @@ from llamaclust.wire.control.weights import FindWeights, WeightsFound
 from llamaclust.wire.security.credentials import Insecure
 from support.plans.plan_inputs import REQUEST, SMALL, worker
 from support.wire.control_messages import LOAD, REGISTER
+from support.wire.worker_handles import handle_of
 
 FAILED = WorkerError("layers do not load")
 
@@ -158,3 +159,20 @@ async def test_a_load_that_stalls_is_ended_where_the_worker_holds_another_model(
     (suspect,) = raised.value.suspects
     assert isinstance(suspect.error, StalledError) is not (holds_others and unloads)
     assert isinstance(suspect.error, DeadlineError) and unloaded == ([3] if holds_others else [])
+
+
+async def test_a_worker_that_is_lost_before_its_load_begins_is_suspected_where_copies_of_the_file_differ() -> None:
+    def worker_with_copy(name: str) -> WorkerHandle:
+        async def send(message: CoordinatorMessage) -> None:
+            assert isinstance(message, FindWeights), "a load of the other workers is useless"
+            workers[name].receive(WeightsFound(True, "ab" * 32, 10, message.request_id, True, ids[name]))
+
+        return handle_of(name, send)
+
+    ids = {name: name * 64 for name in "abc"}
+    workers = {name: worker_with_copy(name) for name in "abc"}
+    workers["b"].lose("its process was killed")
+    stages = [StageInfo(name, place, place + 1) for place, name in enumerate("abc")]
+    with pytest.raises(StageLoadError, match="worker b is lost: its process was killed") as raised:
+        await load_stages(StageLoads(3, stages, ModelReference("m.gguf", LOAD.model_id), LOAD.limits), workers)
+    assert [suspect.name for suspect in raised.value.suspects] == ["b"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field, replace
 
 from llamaclust.core.backoff import Backoff
@@ -105,8 +105,8 @@ class Quarantine:
         """Returns the earliest time at which a plan with these workers may be loaded again."""
         return max((self.records[name].retry_at_s for name in names if name in self.records), default=0.0)
 
-    def worst_first(self, names: Collection[str]) -> list[str]:
-        return sorted(names, key=lambda name: (-self.records[name].failures, name))
+    def worst_first(self, names: Set[str]) -> list[str]:
+        return sorted(names & self.records.keys(), key=lambda name: (-self.records[name].failures, name))
 
     def next_end_s(self, now_s: float) -> float | None:
         return min((record.end_s for record in self.records.values() if record.end_s > now_s), default=None)

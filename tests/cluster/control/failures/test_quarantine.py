@@ -125,6 +125,7 @@ def test_those_that_failed_most_often_come_first() -> None:
     quarantine = Quarantine().exclude("a", "", 0.0).exclude("b", "", 0.0).exclude("c", "", 0.0)
     quarantine = quarantine.exclude("b", "", 10.0)
     assert quarantine.worst_first({"a", "b", "c"}) == ["b", "a", "c"]
+    assert quarantine.release("b").worst_first({"a", "b", "c"}) == ["a", "c"], "b was released before the plan is made"
 
 
 def test_requests_without_results_anywhere_are_no_evidence_for_a_growing_time() -> None:

@@ -56,11 +56,13 @@ async def attribute_failure(
     signs: list[asyncio.Task[bool]] = [asyncio.create_task(worker.lost.wait()) for worker in workers]
     signs += [asyncio.create_task(_is_partitioned(epoch, worker, workers)) for worker in workers]
     signs += [asyncio.create_task(_can_be_judged(epoch, group)) for group in groups_of(epoch, workers)]
-    done, _ = await asyncio.wait(signs, timeout=_ATTRIBUTION_S, return_when=asyncio.FIRST_COMPLETED)
-    if not done and _reports(epoch, workers):
-        await asyncio.wait(signs, timeout=_REPORTS_S, return_when=asyncio.FIRST_COMPLETED)
-    for sign in signs:
-        sign.cancel()
+    try:
+        done, _ = await asyncio.wait(signs, timeout=_ATTRIBUTION_S, return_when=asyncio.FIRST_COMPLETED)
+        if not done and _reports(epoch, workers):
+            await asyncio.wait(signs, timeout=_REPORTS_S, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for sign in signs:
+            sign.cancel()
     if (cause := root_cause(epoch, workers)) is not None:
         return cause.error
     if (cut := _cut_members(epoch, workers)) is not None:

@@ -45,6 +45,7 @@ from llamaclust.worker.session import Session
 from llamaclust.worker.stage.counters import Counters
 from llamaclust.worker.worker import Worker
 from support.clusters.real_cluster import real_cluster
+from support.clusters.served import until
 from support.models.tiny_model import build_tiny_model
 from support.wire.control_messages import LOAD, REGISTER
 
@@ -138,6 +139,16 @@ async def test_members_that_cannot_reach_each_other_are_no_fault_of_the_one_that
         error = await asking
         assert error.worker is None
         assert str(error) == f"workers {reporter} and {other} of a group cannot reach each other"
+
+
+async def test_a_search_that_is_cancelled_leaves_no_tasks() -> None:
+    before = asyncio.all_tasks()
+    asking = asyncio.create_task(attribute_failure(3, list(group_of_three().values()), None))
+    await asyncio.sleep(0)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    async with asyncio.timeout(60):
+        await until(lambda: asyncio.all_tasks() == before)
 
 
 @pytest.mark.parametrize("kind", FAULTS)

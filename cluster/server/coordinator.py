@@ -21,7 +21,7 @@ from llamaclust.cluster.control.model_lifecycle import ModelLifecycle, ModelRota
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.pool.worker_pool import SupervisedWorkers, WorkerPool
 from llamaclust.cluster.control.resources.link_profiling import MeasureLinks
-from llamaclust.cluster.control.resources.profiling import WorkerProfiles
+from llamaclust.cluster.control.resources.profiling import WorkerProfiles, report_losses
 from llamaclust.cluster.control.supervisor import Supervisor
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import NoPipeline
@@ -175,6 +175,7 @@ async def _measured(
     first, free_bytes = planners[0], launcher.free_memory_bytes()
     meter = link_meter(first.config, first.profiles.of(workers), launcher, folder, report)
     links = None if meter is None else await meter(registry.present)
+    report_losses(workers.values(), "the start", report)
     for planner in planners:
         # A draft model may take `unused_bytes`, and image embeddings `of_rows` bytes.
         planner.free_bytes = None if free_bytes is None else max(0, free_bytes - unused_bytes - of_rows)

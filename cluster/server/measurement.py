@@ -11,7 +11,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.limits import model_costs
 from llamaclust.cluster.control.planning import in_order
 from llamaclust.cluster.control.resources.link_profiling import stored_links
-from llamaclust.cluster.control.resources.profiling import WorkerProfiles
+from llamaclust.cluster.control.resources.profiling import WorkerProfiles, report_losses
 from llamaclust.cluster.launchers.worker_settings import worker_settings
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
@@ -81,6 +81,7 @@ async def measure_workers(
         meter = link_meter(config, profiles, launcher, folder, report, anew=True)
         stored = stored_links(workers, state_dir)
         links = () if meter is None else tuple(_links(await meter(workers), stored))
+        report_losses(workers.values(), "the measurement", report)
         return Measurements(tuple(each for each, _ in found), links)
 
 

@@ -39,19 +39,24 @@ class Newcomers:
         self.take(worker)
 
     def take(self, worker: WorkerHandle) -> None:
-        present = self._registry.present
-        if all(worker.name in runner.planner.profiles.of(present) for runner in self._runners):
+        if self._is_known(worker):
             self._observe(worker)
         else:
             self._tasks.start(self._measure(worker))
+
+    def _is_known(self, worker: WorkerHandle) -> bool:
+        present = self._registry.present
+        return all(worker.name in runner.planner.profiles.of(present) for runner in self._runners)
 
     async def _measure(self, worker: WorkerHandle) -> None:
         """Measures the worker. If this fails, plans consider only its memory."""
         try:
             async with deadline(f"worker {worker.name}: measurement", _MEASURE_S):
                 for runner in self._runners:
-                    await runner.planner.profiles.measure([worker.name], self._registry.present)
-            self._report(Notice(f"worker {worker.name} has been measured"))
+                    if worker.loss is None:
+                        await runner.planner.profiles.measure([worker.name], self._registry.present)
+            if worker.loss is None and self._is_known(worker):
+                self._report(Notice(f"worker {worker.name} has been measured"))
         except LlamaclustError as error:
             self._report(Notice(f"worker {worker.name} is used without measurements: {error}"))
         self._observe(worker)

@@ -109,6 +109,12 @@ class WorkerProfiles:
             write_profiles(self._state_dir, hardware | kept, load)
 
 
+def report_losses(workers: Iterable[WorkerHandle], what: str, report: Report) -> None:
+    for worker in workers:
+        if worker.loss is not None:
+            report(Notice(f"{what} continues without worker {worker.name}: {worker.error}"))
+
+
 def stated_speeds(config: ClusterConfig) -> dict[str, Profile]:
     return {
         spec.name: Profile(DeviceProfile(spec.memory_bandwidth_gb_s * 1e9, spec.int8_gmac_s * 1e9))
@@ -166,9 +172,7 @@ class _Measuring:
         try:
             return await profile_worker(worker, ProfileWorker(quant_types=self._order.quant_types), self._limit_s)
         except LlamaclustError as error:
-            if worker.loss is not None:
-                self._report(Notice(f"the start continues without worker {worker.name}: {worker.error}"))
-            else:
+            if worker.loss is None:
                 self._report_unmeasured(worker, error)
             return None
 

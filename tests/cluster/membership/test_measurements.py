@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.resources.profiling import WorkerProfiles
+from llamaclust.cluster.control.pool.newcomers import Newcomers
+from llamaclust.cluster.control.resources.profiling import WorkerProfiles, report_losses
 from llamaclust.cluster.control.resources.resource_shares import (
     WorkerResources,
     machine_shares,
     measurement_key,
     most_similar_key,
 )
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import (
     profile_worker,
     refresh_memory,
@@ -36,6 +38,7 @@ from llamaclust.wire.control.messages import (
     WorkerMessage,
 )
 from llamaclust.wire.control.profiles import ProfileWorker, WorkerProfile
+from support.several_models.runner import ANYTHING
 from support.wire.control_messages import LOAD, REGISTER
 from support.wire.worker_handles import handle_of
 
@@ -245,8 +248,46 @@ async def test_figures_of_gpus_that_a_worker_has_not_are_refused(tmp_path: Path)
 async def test_a_start_goes_on_without_a_worker_that_is_lost_while_it_times_steps(tmp_path: Path) -> None:
     machines = Machines(a=PROFILED, b="its process was killed")
     assert "a" in await machines.measure(tmp_path)
+    assert not machines.told
+    report_losses(machines.workers.values(), "the start", machines.report)
     assert len(machines.told) == 1
     assert "the start continues without worker b: worker b is lost: its process was killed" in machines.told[0]
+
+
+class Joined:
+    """A registry of workers that have joined a cluster of several models."""
+
+    def __init__(self, machines: Machines) -> None:
+        self.joins, self._workers = dict.fromkeys(machines.workers, 1), machines.workers
+
+    @property
+    def present(self) -> dict[str, WorkerHandle]:
+        return {name: worker for name, worker in self._workers.items() if worker.loss is None}
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (PROFILED, ["worker x has been measured"]),
+        (None, ["worker x is not measured"] * 2),
+        ("its process was killed", []),  # The cluster reports the loss.
+    ],
+    ids=["measured", "silent", "lost"],
+)
+async def test_a_newcomer_is_called_measured_only_if_it_is(
+    answer: WorkerMessage | str | None, told: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    machines, seen = Machines(x=answer), list[object]()
+    machines.load_s = 1.0 if answer is None else 60.0
+    registry: Any = Joined(machines)
+    planners = [SimpleNamespace(profiles=machines.empty(tmp_path)) for _ in range(2)]
+    runners: Any = [SimpleNamespace(planner=each, store=SimpleNamespace(post=seen.append)) for each in planners]
+    newcomers = Newcomers(registry, runners, ANYTHING, machines.report)
+    newcomers.take(machines.workers["x"])
+    async with asyncio.timeout(60):
+        await newcomers._tasks.join()
+    assert [text.partition(";")[0] for text in machines.told] == told and not caplog.records
+    assert len(seen) == (0 if "x" not in registry.present else 2)
 
 
 @pytest.mark.parametrize("silent", [("a",), ("c",), ("a", "b")], ids=str)

@@ -125,7 +125,8 @@ class Profile:
 
 
 def mean_profile(profiles: Sequence[Profile]) -> Profile:
-    gpus = zip(*(profile.gpus for profile in profiles), strict=True)
+    # Workers choose their fingerprints, so the numbers of GPUs of equal fingerprints may differ.
+    gpus = zip(*(profile.gpus for profile in profiles), strict=False)
     return Profile(_mean_device([profile.cpu for profile in profiles]), tuple(map(_mean_device, gpus)))
 
 

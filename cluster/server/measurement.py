@@ -114,7 +114,7 @@ def _devices(
     before = None if stored is None else stored.cpu
     yield MeasuredPart(worker.name, _figures(_values(measured.cpu, costs), _values(before, costs)))
     known = () if stored is None else stored.gpus
-    for number, (gpu, profile) in enumerate(zip(worker.registration.gpus, measured.gpus, strict=True)):
+    for number, (gpu, profile) in enumerate(zip(worker.registration.gpus, measured.gpus, strict=False)):
         before = known[number] if number < len(known) else None
         yield MeasuredPart(f"{worker.name} {gpu.device}", _figures(_values(profile, costs), _values(before, costs)))
 

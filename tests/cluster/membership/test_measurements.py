@@ -27,6 +27,7 @@ from llamaclust.cluster.membership.worker_requests import (
 )
 from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.cluster.state.measurements import LoadMeter, OtherLoad, read_profiles
+from llamaclust.core.gpus import Gpu
 from llamaclust.core.profile import DeviceProfile, ProductTime, Profile, StepTime
 from llamaclust.model.quant_types import QuantType
 from llamaclust.wire.control.messages import (
@@ -243,6 +244,18 @@ async def test_figures_of_gpus_that_a_worker_has_not_are_refused(tmp_path: Path)
     machines = Machines(a=WorkerProfile(replace(PROFILED.profile, gpus=(DeviceProfile(1e12, 1e14),))), b=PROFILED)
     await machines.measure(tmp_path)
     assert len(machines.told) == 1 and "worker a measured 1 GPUs, but it has 0" in machines.told[0]
+
+
+async def test_workers_that_call_their_machines_equal_but_have_other_numbers_of_gpus_are_measured(
+    tmp_path: Path,
+) -> None:
+    with_gpu = replace(PROFILED.profile, gpus=(DeviceProfile(1e12, 1e14),))
+    machines = Machines(a=PROFILED, b=WorkerProfile(with_gpu))
+    registration = machines.workers["b"].registration
+    machines.workers["b"].registration = replace(registration, gpus=(Gpu("cuda:0", "a GPU", 1 << 30, 1 << 30),))
+    measured = await machines.measure(tmp_path)
+    assert [profile.cpu.concurrent for profile in measured.values()] == [PROFILED.profile.cpu.concurrent] * 2
+    assert measured["b"].gpus == () and not machines.told
 
 
 async def test_a_start_goes_on_without_a_worker_that_is_lost_while_it_times_steps(tmp_path: Path) -> None:

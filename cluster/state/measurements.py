@@ -119,11 +119,9 @@ def _ticks(pid: str) -> int:
 
 def write_profiles(state_dir: Path, profiles: Mapping[str, Profile], load: OtherLoad | None = None) -> None:
     """Adds profiles to the stored profiles. `load` is the load by other programs while the profiles were measured."""
-    loads = {key: other for key, other in read_other_loads(state_dir).items() if key not in profiles}
-    loads |= {} if load is None else dict.fromkeys(profiles, load)
-    values = {key: asdict(profile) for key, profile in ({**read_profiles(state_dir), **profiles}).items()}
-    for key, other in loads.items():
-        values[key]["other_load"] = asdict(other)
+    loads = {**read_other_loads(state_dir), **dict.fromkeys(profiles, load)}
+    kept = {**read_profiles(state_dir), **profiles}
+    values = {key: asdict(profile) | asdict(_Measured(loads.get(key))) for key, profile in kept.items()}
     write_private(state_dir / _FILE, json.dumps(values), is_synced=False)
 
 

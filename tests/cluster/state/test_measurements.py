@@ -115,3 +115,13 @@ def test_loads_are_kept_beside_their_profiles(tmp_path: Path) -> None:
     write_profiles(tmp_path, {"a": second})
     assert read_other_loads(tmp_path) == {"b": busy}, "another measurement, another load"
     assert read_profiles(tmp_path) == {"a": second, "b": first, "c": second}
+
+
+def test_a_damaged_file_is_replaced(tmp_path: Path) -> None:
+    first, busy = Profile(DeviceProfile(1.0, 2.0)), OtherLoad(2, 1.5, 0.0)
+    write_profiles(tmp_path, {"a": first}, busy)
+    file = tmp_path / ".profiles.json"
+    file.write_text(file.read_text().replace('"read_bytes_s"', '"read_bytes"'))
+    assert not read_profiles(tmp_path)
+    write_profiles(tmp_path, {"b": first})
+    assert read_profiles(tmp_path) == {"b": first} and read_other_loads(tmp_path) == {}

@@ -180,7 +180,9 @@ class StageRunner:
         self.devices = options.devices
         self.manifest = options.manifest
         self.file_version = model.plain.version
-        self.kv_content = None if options.manifest is None else kv_content(model, options.manifest, limits)
+        self.kv_content: str | None = None
+        if options.manifest is not None and options.portion is None:  # The digest does not tell members of a group.
+            self.kv_content = kv_content(model, options.manifest, limits)
         self.vocabulary = model.hyperparameters.vocabulary_size
         self.reader = frame_reader(program, limits, model, self.vocabulary)
         samples = program.is_last and (options.portion is None or options.portion.leads)

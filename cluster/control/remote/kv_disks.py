@@ -48,8 +48,10 @@ class RemoteKvDisks:
 
 def remote_kv_disks(epoch: int, workers: Sequence[WorkerHandle]) -> RemoteKvDisks | None:
     without = [worker.name for worker in workers if not worker.registration.kv_disk_bytes]
-    if not without:
+    if not without and any(worker.stages[epoch][0].group is not None for worker in workers):
+        _log.warning("KV memory is not kept on disk: the plan has a group; give each worker layers of its own")
+    elif not without:
         return RemoteKvDisks(epoch, workers)
-    if len(without) < len(workers):
+    elif len(without) < len(workers):
         _log.warning("KV memory is not kept on disk: no kv_disk on worker %s", ", ".join(without))
     return None

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from llamaclust.cluster.control.remote.kv_disks import remote_kv_disks
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.core.errors import WorkerError
-from llamaclust.core.limits import StageLimits
+from llamaclust.core.limits import GROUP_ID_BYTES, StageLimits
+from llamaclust.wire.control.groups import GroupMember, GroupOrder
 from llamaclust.wire.control.messages import Load, Loaded, Register
 from llamaclust.wire.security.credentials import Insecure
 from support.clusters.real_cluster import microbatches
@@ -48,13 +52,19 @@ class Stream:
         await self._end("write")
 
 
-def _pipeline(forward: Stream, sample: Stream) -> RemotePipeline:
-    register = Register("a", 1, "host", "unix:/a.sock", "cpu", 1, "generic", 1, 1, "nothing")
-    order = Load(1, "m", "m", 0, 2, StageLimits(8, 8, 8, 64, 8), None)
-    stages = {1: (order, Loaded(1, 1, 1, 1))}
+REGISTER = Register("a", 1, "host", "unix:/a.sock", "cpu", 1, "generic", 1, 1, "nothing")
+ORDER = Load(1, "m", "m", 0, 2, StageLimits(8, 8, 8, 64, 8), None)
+
+
+def _worker(register: Register, order: Load) -> WorkerHandle:
     nothing: Any = None
     worker = WorkerHandle(register, nothing, lambda: "", Insecure())
-    worker.stages |= stages
+    worker.stages[1] = order, Loaded(1, 1, 1, 1)
+    return worker
+
+
+def _pipeline(forward: Stream, sample: Stream) -> RemotePipeline:
+    worker = _worker(REGISTER, ORDER)
     peer: Any = SimpleNamespace(close=lambda: asyncio.sleep(0))
     ends: Any = (forward, sample, None)
     return RemotePipeline(1, [worker], (peer, peer), *ends)
@@ -90,3 +100,18 @@ async def test_a_reader_that_ends_otherwise_is_heard_of(error: BaseException) ->
         ):
             await pipeline.run(lambda result: None)
     await pipeline.close()
+
+
+def test_kv_memory_of_a_group_is_not_kept_on_disk(caplog: pytest.LogCaptureFixture) -> None:
+    """Files of blocks do not tell which member's part they hold, and after a new plan another member would read it."""
+    with_disk = replace(REGISTER, kv_disk_bytes=1 << 20)
+    members = GroupMember("a", "unix:/a"), GroupMember("b", "unix:/b")
+    group = [GroupOrder(bytes(GROUP_ID_BYTES), members, member) for member in range(2)]
+    alone = [_worker(with_disk, ORDER), *(_worker(with_disk, replace(ORDER, group=order)) for order in group)]
+    with caplog.at_level(logging.WARNING):
+        assert remote_kv_disks(1, alone[:1]) is not None
+        assert not caplog.messages
+        assert remote_kv_disks(1, alone) is None
+    assert caplog.messages == [
+        "KV memory is not kept on disk: the plan has a group; give each worker layers of its own"
+    ]

@@ -1,4 +1,4 @@
-"""Tests of requests for KV blocks on disk that a worker's folder cannot serve."""
+"""Tests of requests for KV blocks on disk that a worker does not serve."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 
 from llamaclust.core.limits import StageLimits
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.model.groups.portion import Portion
+from llamaclust.model.loader import Model
 from llamaclust.wire.control.kv_disk import FindKv, SaveKv, joined
 from llamaclust.worker.kv_disk.folder import KvFolder
 from llamaclust.worker.kv_disk.kv_disk import KvDisk
+from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner
+from support.models.tiny_model import build_tiny_model
 
 KEYS = joined([bytes(32)])
 
@@ -44,3 +49,14 @@ async def test_a_folder_that_others_may_enter_is_logged_once(tmp_path: Path, cap
     assert line == f"KV memory is not kept on disk: {folder}: other users may enter the folder (mode 755)"
     folder.chmod(0o700)
     assert await saved() == 1
+
+
+@pytest.mark.parametrize(("portion", "saved"), [(None, 1), (Portion((1, 1), 0), 0), (Portion((1, 1), 1), 0)], ids=str)
+async def test_a_groups_member_keeps_no_blocks(tmp_path: Path, portion: Portion | None, saved: int) -> None:
+    options = StageOptions(manifest="ab" * 32, portion=portion)
+    with Model.open(build_tiny_model(tmp_path / "m.gguf", layers=1)) as model:
+        stage = StageRunner(CpuBackend(1), model, 0, 1, Runner.limits, options)
+        disk = KvDisk(KvFolder(tmp_path / "kv", 1 << 20))
+        assert (await disk.answer(SaveKv(1, KEYS, (1,)), stage)).blocks == saved
+        assert (await disk.answer(FindKv(1, KEYS), stage)).blocks == saved
+        stage.close()

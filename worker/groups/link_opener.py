@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -72,13 +72,15 @@ class LinkOpener:
         reason = self._failures.get(place, "it has not connected")
         return member.worker, f"no link to worker {member.worker} at {member.address}: {reason}"
 
-    def unreached(self, seconds: float) -> Iterator[tuple[str, str]]:
-        """Yields (worker, reason) for each member that has accepted no connection for `seconds` seconds."""
+    def unreached(self, seconds: float) -> list[tuple[str, str]]:
+        """Returns (worker, reason) for each member that has accepted no connection for `seconds` seconds."""
         now_s = asyncio.get_running_loop().time()
-        for place, since_s in self._unreached_s.items():
-            if now_s - since_s >= seconds:
-                member = self._order.members[place]
-                yield member.worker, self._failures.get(place, f"no connection to {member.address} is accepted")
+        places = [place for place, since_s in self._unreached_s.items() if now_s - since_s >= seconds]
+        members = [(place, self._order.members[place]) for place in places]
+        return [
+            (member.worker, self._failures.get(place, f"no connection to {member.address} is accepted"))
+            for place, member in members
+        ]
 
     def _peers(self) -> list[int]:
         return [place for place in range(len(self._order.members)) if place != self._order.member]

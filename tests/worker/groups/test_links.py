@@ -19,12 +19,14 @@ from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import UsageError
 from llamaclust.kernels._native import tls_library
 from llamaclust.wire.control.groups import GroupMember, GroupOrder
+from llamaclust.wire.control.messages import Deadlines, PeerUnreachable
 from llamaclust.wire.security.certificate_names import Principal
 from llamaclust.wire.security.credentials import Credentials, Insecure
 from llamaclust.wire.security.token import ClusterToken
 from llamaclust.worker.groups import link_opener
 from llamaclust.worker.groups.link_opener import LinkOpener, MemberLostError
 from llamaclust.worker.groups.listener import LinkListener
+from llamaclust.worker.groups.member_links import Fault, MemberLinks
 from support.clusters.served import until
 from support.descriptors import open_files
 from support.wire.group_links import (
@@ -64,9 +66,33 @@ async def test_members_that_no_connection_reaches_are_told_from_those_that_load(
             opening = asyncio.create_task(links.open(GATHER_S, GATHER_S))
             await until(lambda: bool(links._failures))  # noqa: B023
             assert [worker for worker, _ in links.unreached(0.0)] == ([] if is_reached else ["a"])
-            assert not [*links.unreached(GATHER_S)]
+            assert not links.unreached(GATHER_S)
             opening.cancel()
             await asyncio.gather(opening, return_exceptions=True)
+
+
+async def test_members_may_be_reached_while_their_absence_is_reported() -> None:
+    reports: list[Fault] = []
+    with socket.socket() as first, socket.socket() as second:
+        for late in (first, second):
+            late.bind(("127.0.0.1", 0))
+        addresses = [f"127.0.0.1:{late.getsockname()[1]}" for late in (first, second)]
+        async with listeners(1) as (own,):
+            members = (GroupMember(name, place) for name, place in zip(NAMES, (*addresses, own.address), strict=True))
+            order = GroupOrder(GROUP, tuple(members), 2)
+            opener = LinkOpener(order, Insecure(), own)
+
+            async def report(fault: Fault) -> None:
+                reports.append(fault)
+                for late in (first, second):
+                    late.listen()
+                await until(lambda: not opener._unreached_s)
+
+            links = MemberLinks(1, order, opener, Deadlines(peer_s=2.0), report)
+            links.open(lambda opened: None)
+            await until(lambda: len(reports) == 2)
+            links.close()
+    assert [(type(report), report.worker) for report in reports] == [(PeerUnreachable, "a"), (PeerUnreachable, "b")]
 
 
 @needs_tls

@@ -61,6 +61,12 @@ def _span(order: Load) -> str:
     return layer_span(order.start, order.end, order.limits.expert_shards)
 
 
+def _cancel_once(loading: asyncio.Task[Loaded]) -> None:
+    """Cancels a load. A second cancellation would end its wait for the thread that it uses, and free the lock early."""
+    if not loading.cancelling():
+        loading.cancel()
+
+
 class Loads:
     """Loads and unloads stages during one membership. Each operation holds the worker's `exclusive` lock."""
 
@@ -75,7 +81,7 @@ class Loads:
         """Cancels all loads. No stage of this membership is added to the service afterwards."""
         self._has_ended = True
         for loading in self._loading.values():
-            loading.cancel()
+            _cancel_once(loading)
 
     async def load(self, order: Load) -> None:
         layers = f"layers {_span(order)} of epoch {epoch_text(order.epoch)}"
@@ -91,12 +97,12 @@ class Loads:
                 raise LoadCancelledError("the load was cancelled")
             return loading.result()
         finally:
-            loading.cancel()
+            _cancel_once(loading)
             del self._loading[order.epoch]
 
     async def unload(self, order: Unload) -> None:
         if (loading := self._loading.get(order.epoch)) is not None:
-            loading.cancel()
+            _cancel_once(loading)
         async with self._exclusive:
             what = f"unload of epoch {epoch_text(order.epoch)}"
             await self._session.answer(self._unload(order), partial(UnloadFailed, order.epoch), what)

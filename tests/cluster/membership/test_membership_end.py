@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from llamaclust.core.errors import WorkerError
 from llamaclust.wire.control.codec import encode_coordinator_message
 from llamaclust.wire.control.messages import Deadlines, LoadFailed, Shutdown, Unload, WorkerMessage
+from llamaclust.wire.rpc.task_set import TaskSet
 from llamaclust.wire.security.credentials import Insecure
 from llamaclust.worker import loads, membership
 from llamaclust.worker.loads import Loads
@@ -21,6 +23,7 @@ from llamaclust.worker.service import StageService
 from llamaclust.worker.session import Session
 from llamaclust.worker.stage.compute import Compute
 from llamaclust.worker.stage.counters import Counters
+from llamaclust.worker.weights import load
 from llamaclust.worker.worker import Worker
 
 
@@ -111,3 +114,40 @@ async def test_no_stage_is_added_after_the_end(when: str, monkeypatch: pytest.Mo
     assert closed == ["stage"] and not worker.service.holds_layers and not worker.service.has_kept
     (answer,) = answers
     assert isinstance(answer, LoadFailed) and answer.failure.message == "the membership has ended"
+
+
+async def test_no_load_begins_before_the_thread_of_an_earlier_membership_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, released = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        released.wait()
+
+    async def in_thread(order: Any, device: object, files: Any, reserved_bytes: int) -> None:
+        await load._in_thread(work, files.progress)
+
+    async def send(message: WorkerMessage) -> None:
+        """Drops it, because nobody listens at the end."""
+
+    monkeypatch.setattr(load, "_load", in_thread)
+    anything: Any = SimpleNamespace(received_bytes=0)
+    worker = Worker("a", anything, StageService("a"), Compute(), anything)
+    member = Loads(Session(worker, anything, Deadlines(), Counters(), send))
+    limits = SimpleNamespace(expert_shards=1)
+    fields = {"epoch": 1, "model_path": "m.gguf", "model_id": "m", "start": 0, "end": 2, "encoder": None}
+    order: Any = SimpleNamespace(**fields, exclusive=False, limits=limits, group=None)
+    tasks = TaskSet()
+    tasks.start(member.load(order))
+    try:
+        assert await asyncio.to_thread(begun.wait, 60)
+        tasks.start(member.unload(Unload(1)))
+        await asyncio.sleep(0)
+        member.end()
+        await tasks.close()
+        following = asyncio.create_task(worker.exclusive.acquire())
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert not following.done()
+    finally:
+        released.set()
+    assert await following

@@ -113,7 +113,8 @@ class WeightFetch:
 
     def renew(self, name: str, peer: Peer) -> None:
         _log.info("weights are requested from %s at %s", name, peer.address)
-        runs = any(not lane.done() for source in self._sources for lane in source.lanes)
+        # All lanes are cancelled if the fetch fails or is cancelled, and then no lane may begin.
+        runs = any(not (lane.done() or lane.cancelling()) for source in self._sources for lane in source.lanes)
         renewed, names = _Source(name, peer), [source.name for source in self._sources]
         place = names.index(name) if name in names else len(names)
         for former in self._sources[place : place + 1]:

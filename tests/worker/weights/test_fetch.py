@@ -6,9 +6,11 @@ import asyncio
 import os
 import resource
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from random import Random
 
@@ -19,6 +21,8 @@ from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import WeightCache, WeightPart
 from llamaclust.wire.rpc.server import ServerStream
 from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, frames_of
+from llamaclust.worker.weights.fetch import WeightFetch
+from support.clusters.served import until
 from support.clusters.weight_peers import Answer, fetch, holder, manifest_of, wanted
 from support.models.tiny_model import build_tiny_model
 from support.seed import SEED
@@ -287,3 +291,40 @@ def test_a_part_is_written_by_one_at_a_time_and_resumed(tmp_path: Path) -> None:
     assert again.finish()
     again.close()
     assert cache.place(content).read_bytes() == data and not cache.part_path(content).exists()
+
+
+@pytest.mark.parametrize("is_cancelled", [True, False], ids=["is cancelled", "fails"])
+async def test_a_source_that_is_renewed_while_a_fetch_ends_is_not_asked(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cancelled: bool
+) -> None:
+    begun, released, calls = threading.Event(), threading.Event(), count()
+
+    def finish(part: WeightPart) -> bool:
+        if next(calls) == 0 and not is_cancelled:
+            begun.wait()
+            raise LlamaclustError("the disk is full")
+        begun.set()
+        released.wait()
+        return True
+
+    monkeypatch.setattr(WeightPart, "finish", finish)
+    cache = WeightCache(tmp_path / "cache", ROOM)
+    async with holder(model, tmp_path / "a") as a:
+        peer = a.peer
+        fetching = WeightFetch(cache, [("a", peer)], lambda n_bytes: None, lambda n_bytes: None)
+        try:
+            with cache.in_use():
+                running = asyncio.create_task(fetching.run(wanted(manifest_of(a, model), "ffn")))
+                assert await asyncio.to_thread(begun.wait, 60)
+                lanes = fetching._sources[0].lanes
+                if is_cancelled:
+                    running.cancel()
+                await until(lambda: any(lane.cancelling() for lane in lanes))
+                fetching.renew("a", peer)
+                released.set()
+                with pytest.raises(asyncio.CancelledError if is_cancelled else LlamaclustError):
+                    await running
+            assert not fetching._sources[0].lanes
+        finally:
+            released.set()
+            await peer.close()

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable, Coroutine
+from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from llamaclust.model.gguf.model_file import ModelFile, open_model
+from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.weights import manifest
 from llamaclust.wire.control.messages import Deadlines, RequestFailed, WorkerMessage
 from llamaclust.wire.control.profiles import ProfileWorker
+from llamaclust.wire.control.weights import FindWeights, WeightSources
 from llamaclust.worker.requests import Requests
 from llamaclust.worker.service import StageService
 from llamaclust.worker.session import Session
 from llamaclust.worker.stage.counters import Counters
+from llamaclust.worker.weights import load
+from llamaclust.worker.weights.weights import Progress, Weights
 from llamaclust.worker.worker import Worker
+from support.models.tiny_model import build_tiny_model
 
 
 async def test_a_profile_does_not_begin_beside_one_of_an_ended_membership() -> None:
@@ -47,3 +59,48 @@ async def test_a_profile_does_not_begin_beside_one_of_an_ended_membership() -> N
     assert ended.cancelled() and overlapped == [False, False]
     (answer,) = answers
     assert isinstance(answer, RequestFailed) and "of no interest" in answer.failure.message
+
+
+async def _found(weights: Weights, model: ModelFile) -> None:
+    async def send(message: WorkerMessage) -> None:
+        """Drops it, because the membership ends."""
+
+    nothing: Any = SimpleNamespace()
+    session = Session(Worker("a", nothing, StageService("a"), nothing, weights), nothing, Deadlines(), Counters(), send)
+    await Requests(session, nothing).answer(FindWeights(str(model.path), model.identity, describe=True))
+
+
+async def _opened(weights: Weights, model: ModelFile) -> None:
+    nothing: Any = None
+    order: Any = SimpleNamespace(model_path=str(model.path), model_id=model.identity)
+    order.weights = WeightSources("ab" * 32, 1, ())
+    async with load._Files(weights, nothing, Progress()) as files:
+        await files.open_model(order)
+
+
+@pytest.mark.parametrize("ask", [_found, _opened])
+async def test_a_file_is_not_read_after_a_membership_ends(
+    ask: Callable[[Weights, ModelFile], Coroutine[None, None, None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each thread that hashes the file may end its piece, and each tensor has many."""
+    begun, may_end, pieces = threading.Event(), threading.Event(), count()
+
+    def read_into(tensor: Tensor, piece: memoryview, start: int) -> None:
+        next(pieces)
+        begun.set()
+        may_end.wait()
+
+    monkeypatch.setattr(manifest, "_READ_BYTES", 64)
+    monkeypatch.setattr(Tensor, "read_into", read_into)
+    model = open_model(build_tiny_model(tmp_path / "m.gguf"))
+    asking = asyncio.create_task(ask(Weights(), model))
+    try:
+        assert await asyncio.to_thread(begun.wait, 60)
+        asking.cancel()
+        for _ in range(10):
+            await asyncio.sleep(0)
+    finally:
+        may_end.set()
+    await asyncio.gather(asking, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_default_executor()
+    assert asking.cancelled() and next(pieces) <= len(model.tensors)

@@ -167,7 +167,7 @@ class _Files(AsyncExitStack):
     async def _open(
         self, read: Callable[[], ModelFile | None], path: str, identity: str, known: WeightSources | None
     ) -> _Opened:
-        file = await asyncio.to_thread(self._here, read, path, known)
+        file = await _in_thread(partial(self._here, read, path, known), self.progress)
         if file is not None:
             return _Opened(file)
         assert known is not None

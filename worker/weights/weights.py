@@ -65,6 +65,8 @@ class Progress:
             while not (await asyncio.wait((working,), timeout=every_s))[0]:
                 await report(self.done_bytes, self.total_bytes)
         finally:
+            if not working.done():
+                self.cancel()  # A thread that reads a file does not learn of the task's cancellation.
             working.cancel()
             await asyncio.wait((working,))
         return working.result()

@@ -205,7 +205,7 @@ class WeightFetch:
             self._others_brought(item, wanted.n_bytes)
             self._items.remove(item)
             return
-        part = await _in_thread(WeightPart.open, self._cache, wanted.content, wanted.n_bytes)
+        part = await in_thread(WeightPart.open, self._cache, wanted.content, wanted.n_bytes)
         if part is None:
             self._others_brought(item, self._cache.part_bytes(wanted.content))
             item.not_before_s = asyncio.get_running_loop().time() + _LOOK_S
@@ -213,7 +213,7 @@ class WeightFetch:
         try:
             await self._receive(part, item, source, stream)
             was_resumed = part.resumed
-            is_whole = await _in_thread(part.finish)
+            is_whole = await in_thread(part.finish)
         finally:
             part.close()
         if is_whole:
@@ -250,11 +250,11 @@ class WeightFetch:
                 item.there_bytes += len(frames[-1])
                 if len(frames) * FRAME_BYTES >= _WRITE_BYTES:
                     full, frames = frames, []
-                    await _in_thread(part.write, full)
+                    await in_thread(part.write, full)
         except LlamaclustError:
-            await _in_thread(part.write, frames)  # The next attempt resumes after these bytes.
+            await in_thread(part.write, frames)  # The next attempt resumes after these bytes.
             raise
-        await _in_thread(part.write, frames)
+        await in_thread(part.write, frames)
 
     def _not_found(self, item: _Item) -> WorkerError:
         whys = [f"{source.name}: {source.given_up or 'does not have it'}" for source in self._sources]
@@ -262,7 +262,7 @@ class WeightFetch:
         return WorkerError(f"weights of {item.wanted.name} ({item.wanted.n_bytes} bytes) are not available ({where})")
 
 
-async def _in_thread(function: Callable[..., _Value], *arguments: object) -> _Value:
+async def in_thread(function: Callable[..., _Value], *arguments: object) -> _Value:
     """Runs `function` on a thread. Waits for the thread even if cancelled, because the thread uses the file."""
     working = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
     try:

@@ -16,7 +16,7 @@ from llamaclust.model.weights.cache import WeightCache
 from llamaclust.model.weights.manifest import Manifest, read_manifest
 from llamaclust.wire.control.weights import WeightSource, WeightSources
 from llamaclust.wire.rpc.client import Peer
-from llamaclust.worker.weights.fetch import WantedWeights, WeightFetch
+from llamaclust.worker.weights.fetch import WantedWeights, WeightFetch, in_thread
 from llamaclust.worker.weights.weights import Weights, key_of
 
 
@@ -51,7 +51,11 @@ class RemoteFile:
         self._stack = ExitStack()
 
     async def __aenter__(self) -> Self:
-        self._stack.enter_context(self._cache.in_use())
+        try:
+            await in_thread(self._stack.enter_context, self._cache.in_use())
+        except BaseException:
+            self._stack.close()
+            raise
         self._weights.fetching.append(self)
         self._stack.callback(self._weights.fetching.remove, self)
         return self
@@ -77,7 +81,7 @@ class RemoteFile:
             raise ModelFileError(
                 f"{self._path}: expected the manifest of model {self._identity}, found that of {manifest.model_id}"
             )
-        self._cache.remember_manifest(key_of(self._identity), content)
+        await asyncio.to_thread(self._cache.remember_manifest, key_of(self._identity), content)
         self._manifest = manifest
         await self._fetch(self._wanted(FACTOR_TENSORS))  # Programs contain the values of these tensors.
         return await asyncio.to_thread(self._file)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from hashlib import sha256
 from io import FileIO
 from pathlib import Path
@@ -24,8 +26,9 @@ from llamaclust.model.gguf.writer import header_bytes
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import MAKING, WeightCache, WeightPart
 from llamaclust.model.weights.manifest import make_manifest, read_manifest
-from llamaclust.wire.control.weights import FindWeights
-from llamaclust.worker.weights.weights import Weights
+from llamaclust.wire.control.weights import FindWeights, WeightSources
+from llamaclust.worker.weights.remote_file import RemoteFile
+from llamaclust.worker.weights.weights import Weights, key_of
 from support.models.tiny_model import build_tiny_model
 from support.seed import SEED
 
@@ -230,3 +233,29 @@ def test_a_manifest_is_made_once_for_a_file_until_that_changes(tmp_path: Path, m
     assert (then.manifest, len(made)) == (first.manifest, 2) and then.file != first.file
     found = Weights(None).locate(order)
     assert found.manifest == first.manifest and not found.gives
+
+
+@pytest.mark.parametrize("waits", ["to enter", "to enter, then cancelled", "to remember"])
+async def test_the_event_loop_runs_while_another_process_has_the_lock(waits: str, tmp_path: Path) -> None:
+    model = Model.open(build_tiny_model(tmp_path / "m.gguf")).file
+    cache, other = WeightCache(tmp_path / "w", 1 << 30), WeightCache(tmp_path / "w", 1 << 30)
+    cache.prepare()
+    known = WeightSources(put(cache, make_manifest(model)), 1, ())
+    file = RemoteFile(str(model.path), model.identity, known, Weights(cache), {}, lambda n_bytes: None)
+    async with AsyncExitStack() as stack:
+        if waits == "to remember":
+            await stack.enter_async_context(file)
+        with other.locked():
+            waiting = asyncio.create_task(file.outline() if waits == "to remember" else file.__aenter__())
+            for _ in range(20):
+                await asyncio.sleep(0.005)
+            if waits.endswith("cancelled"):
+                waiting.cancel()
+                await asyncio.sleep(0)
+            assert not waiting.done()
+        await asyncio.wait((waiting,))
+        assert waiting.cancelled() == waits.endswith("cancelled")
+        if waits == "to enter":
+            stack.push_async_exit(file)
+    assert not [*cache.path.glob("*.load")]
+    assert (cache.known_manifest(key_of(model.identity)) is None) == (waits != "to remember")

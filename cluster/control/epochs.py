@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.failures.failure_attribution import root_cause
+from llamaclust.cluster.control.failures.failure_attribution import root_cause, stage_of
 from llamaclust.cluster.control.limits import plan_limits, scheduler_settings
 from llamaclust.cluster.control.load_orders import StageLoads, load_orders
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
@@ -46,6 +46,8 @@ from llamaclust.wire.control.weights import AdapterFile, EncoderFile, FindWeight
 from llamaclust.wire.security.credentials import Credentials
 
 _log = logging.getLogger(__name__)
+
+_AdaptersOrder = tuple[WorkerHandle, int, tuple[AdapterFile, ...]]
 
 
 class StageLoadError(Exception):
@@ -271,12 +273,15 @@ class Epochs:
         if not holders:
             raise WorkerError(f"model {self._config.model_name} is not loaded now: try again")
         files = await adapter_files(self._wanted_adapters(model), holders, self._registry.workers)
-        orders = [
-            (worker, epoch, files[name])
-            for name, worker in holders.items()
-            for epoch in self._numbers & {*worker.stages}
-        ]
-        await _all(set_adapters(*order) for order in orders)
+        followers: list[_AdaptersOrder] = []
+        others: list[_AdaptersOrder] = []
+        for name, worker in holders.items():
+            for epoch in self._numbers & {*worker.stages}:
+                orders = followers if stage_of(epoch, worker).member else others
+                orders.append((worker, epoch, files[name]))
+        # A group's leader comes later, because its steps tell the other members which adapters to use.
+        for orders in (followers, others):
+            await _all(set_adapters(*order) for order in orders)
 
     @property
     def held_layers(self) -> dict[str, tuple[float, float]]:

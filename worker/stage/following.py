@@ -84,7 +84,8 @@ class FollowingStage:
 
     def _step(self, data: bytes) -> None:
         assert self._links is not None
-        frame, tokens, self._links.bands = decode_step(data)
+        frame, tokens, self._links.bands, adapters = decode_step(data)
+        self.runner.settle(adapters)
         arrival = Arrival.read(frame, self.runner.reader, perf_counter_ns(), 0)
         if arrival.frame.epoch != self.epoch or arrival.failure is not None:
             raise ProtocolError(

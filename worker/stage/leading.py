@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from time import perf_counter
 
 from llamaclust.core.errors import LlamaclustError, ProtocolError, WorkerError
@@ -20,6 +21,7 @@ from llamaclust.worker.stage.arrival import Arrival
 from llamaclust.worker.stage.dependencies import MOST_IN_FLIGHT, SampledTokensBox, read_sampled_tokens
 
 _LENGTH = struct.Struct("<I")
+_COUNT_AT = _LENGTH.size + sha256().digest_size
 
 
 class MemberFailedError(LlamaclustError):
@@ -44,16 +46,17 @@ class Leader:
 
     @contextmanager
     def step(
-        self, arrival: Arrival, followed: Sequence[SampledTokens], checked: Program | None = None
+        self, arrival: Arrival, followed: Sequence[SampledTokens], adapters: bytes, checked: Program | None = None
     ) -> Iterator[None]:
-        """Announces a microbatch and the sampled tokens `followed` that it depends on. The `with` body computes it.
+        """Announces a microbatch, the sampled tokens `followed` that it depends on, and the digest of the `adapters` of
+        all members. The `with` body computes it.
         If `checked` (the stage's program) is given, a LinkError names a member that sends numbers that are not finite.
         Raises LinkError, WorkerError or MemberFailedError."""
         assert self._links is not None, "a stream is accepted when the links are open"
         rows = arrival.frame.rows
         is_whole = rows >= LEAST_BANDED_ROWS and arrival.has_groups
         self._links.bands = bands = 1 if is_whole else self._choice.of(rows)
-        self._links.send_step(self._epoch, self._steps, encode_step(arrival.data, followed, bands))
+        self._links.send_step(self._epoch, self._steps, encode_step(arrival.data, followed, bands, adapters))
         self._steps += 1
         waited_s, begun_s = self._links.counters().waited_s, perf_counter()
         try:
@@ -85,25 +88,26 @@ class Leader:
             self._gather_by(links)
 
 
-def encode_step(frame: bytes, followed: Sequence[SampledTokens], bands: int) -> bytes:
-    """Encodes a step as the number of bands, the number of token messages, (length, message) pairs, and the frame."""
-    parts = [_LENGTH.pack(bands), _LENGTH.pack(len(followed))]
+def encode_step(frame: bytes, followed: Sequence[SampledTokens], bands: int, adapters: bytes) -> bytes:
+    """Encodes a step as the number of bands, the digest of the adapters, the number of token messages, (length,
+    message) pairs, and the frame."""
+    parts = [_LENGTH.pack(bands), adapters, _LENGTH.pack(len(followed))]
     for sampled in followed:
         tokens = encode_sampled_tokens(sampled)
         parts += _LENGTH.pack(len(tokens)), tokens
     return b"".join((*parts, frame))
 
 
-def decode_step(data: bytes) -> tuple[bytes, SampledTokensBox, int]:
-    box, at = SampledTokensBox(), 2 * _LENGTH.size
+def decode_step(data: bytes) -> tuple[bytes, SampledTokensBox, int, bytes]:
+    box, at = SampledTokensBox(), _COUNT_AT + _LENGTH.size
     bands = _number(data, 0, MOST_BANDS)
     if bands == 0:
         raise ProtocolError("a step's message divides its rows into 0 bands; expected at least 1")
-    for _ in range(_number(data, _LENGTH.size, MOST_IN_FLIGHT)):
+    for _ in range(_number(data, _COUNT_AT, MOST_IN_FLIGHT)):
         begin = at + _LENGTH.size
         at = begin + _number(data, at, len(data))
         box.put(read_sampled_tokens(data[begin:at]))
-    return data[at:], box, bands
+    return data[at:], box, bands, data[_LENGTH.size : _COUNT_AT]
 
 
 def _number(data: bytes, at: int, most: int) -> int:

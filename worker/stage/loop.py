@@ -209,10 +209,11 @@ class StageLoop:
         """Runs the layers. The first stage fills in sampled tokens. Raises WorkerError if a token is unknown."""
         runner, frame = self.runner, arrival.frame
         followed = self._tokens.fill(frame) if runner.program.is_first else []
+        runner.settle()
         if self._leader is None:
             return runner.run_frame(frame)
         checked = runner.program if frame.checked_chunks else None
-        with self._leader.step(arrival, followed, checked):
+        with self._leader.step(arrival, followed, runner.adapters, checked):
             return runner.run_frame(frame)
 
     def _finish(self, arrival: Arrival, logits: Logits, inputs: StepInputs) -> StepOutputs:

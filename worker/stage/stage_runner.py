@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
+from threading import Lock
 from time import perf_counter_ns
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.core.errors import InsufficientMemoryError, ProtocolError, UsageError
+from llamaclust.core.errors import InsufficientMemoryError, ProtocolError, UsageError, WorkerError
 from llamaclust.core.gpus import CUDA, DeviceLayers
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits, layer_span, max_embedded_rows
 from llamaclust.core.sampler.results import RowResult
@@ -32,6 +33,7 @@ from llamaclust.kernels.backend import (
     RanksLogits,
     RunsFrames,
     SharesKv,
+    Stage,
     kv_bytes,
 )
 from llamaclust.kernels.multi_device import MultiDeviceStage
@@ -54,6 +56,10 @@ from llamaclust.worker.stage.arrival import frame_reader
 from llamaclust.worker.stage.matchers import StageMatchers
 from llamaclust.worker.stage.nextn import NextnDrafter, nextn_limits, nextn_program_of
 from llamaclust.worker.stage.step_inputs import StepInputs
+
+_MOST_REPLACEMENTS = 2
+"""Maximum number of changes of adapters that wait. A group's leader may still announce the adapters before the newest,
+but not earlier ones, because each change begins after the previous one on all members."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +134,10 @@ def _grammar_vocabulary(metadata: Mapping[str, MetadataValue], size: int) -> Gra
     return read_vocabulary(load_tokenizer(metadata), size)
 
 
+def _adapters_digest(model: Model) -> bytes:
+    return sha256(repr(sorted(model.adapter_digests.items())).encode()).digest()
+
+
 def _rows_of(logits: Logits, rows: Sequence[int]) -> Float32:
     return logits.rows(rows) if isinstance(logits, RankedLogits) else logits[[*rows]]
 
@@ -192,6 +202,9 @@ class StageRunner:
         progress = options.progress or (lambda _: None)
         self._backend = backend
         self._newest = self._stage = backend.load(program, model.tensors_for(program), limits, progress)
+        self.adapters = _adapters_digest(model)
+        self._replacements: list[tuple[bytes, Stage]] = []  # (digest of the adapters, stage) pairs for `settle`.
+        self._replacing = Lock()
         self._gatherer: Gatherer | None = None
         self._native_stage = self._stage if isinstance(self._stage, RunsFrames) else None
         self._ranking = self._stage if isinstance(self._stage, RanksLogits) and self._stage.ranks_logits else None
@@ -216,7 +229,7 @@ class StageRunner:
         return model_program(model, self.program.start, self.program.end, self.limits, self.portion)
 
     def adapt(self, model: Model, free_bytes: int, progress: Progress) -> None:
-        """Replaces the adapters for later runs. Keeps KV memory. Raises UsageError or InsufficientMemoryError."""
+        """Loads adapters for `settle`. Keeps KV memory. Raises UsageError or InsufficientMemoryError."""
         program, backend = self.program_of(model), self._backend
         if not isinstance(backend, SharesKv):
             raise UsageError("adapters can be replaced only if the whole stage runs on the CPU")
@@ -229,11 +242,22 @@ class StageRunner:
         self.program, self.model = program, model
         self.reader = frame_reader(program, self.limits, model, self.vocabulary)
         self._newest = stage
+        with self._replacing:
+            self._replacements.append((_adapters_digest(model), stage))
+            del self._replacements[:-_MOST_REPLACEMENTS]
 
-    def settle(self) -> None:
-        """Frees the memory of adapters that `adapt` replaced. Must not be called while a run's result is in use."""
-        if (stage := self._newest) is self._stage:
-            return
+    def settle(self, adapters: bytes | None = None) -> None:
+        """Switches to the newest adapters of `adapt`, or to those whose digest is `adapters`, and frees the others'
+        memory. Must not be called while a run's result is in use. Raises WorkerError if there are no such adapters."""
+        with self._replacing:
+            held = self._replacements
+            place = next((at for at in reversed(range(len(held))) if adapters in (None, held[at][0])), None)
+            if place is None:
+                if adapters not in (None, self.adapters):
+                    raise WorkerError("the leader of the group uses adapters that this worker does not have")
+                return
+            self.adapters, stage = held[place]
+            del held[: place + 1]
         if self._gatherer is not None and isinstance(stage, GathersRows):
             stage.gather_by(self._gatherer)
         self._stage = stage
@@ -253,8 +277,8 @@ class StageRunner:
         return self.reader.read(encode_hidden(encode_microbatch(microbatch), hidden))
 
     def run_frame(self, frame: MicrobatchFrame) -> Logits:
-        """Computes a microbatch whose tokens are known. Logits may stay in a GPU's memory."""
-        self.settle()
+        """Computes a microbatch whose tokens are known, with the adapters of the last `settle`. Logits may stay in a
+        GPU's memory."""
         self._frame = frame
         if self._native_stage is not None:
             return self._native_stage.run_frame(frame)

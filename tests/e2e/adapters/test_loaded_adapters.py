@@ -102,6 +102,36 @@ async def test_a_loaded_adapter_answers_as_one_of_the_start(
         assert await asyncio.gather(*run.start(requests())) == expected, f"seed {SEED}, after a restart"
 
 
+async def test_members_of_a_group_take_an_adapter_at_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters read rows as floats, so with an adapter the members of a group send each other larger frames."""
+    model = build_tiny_model(tmp_path / "q.gguf", layers=2, hidden=512, context=CONTEXT, quant_type=QuantType.Q4_K)
+    build_adapter(tmp_path / "late.gguf", model)
+    chosen, api = requests(scales=((), ((0, 1.0),))), {"adapter_folder": str(tmp_path)}
+    late = [{"name": "late", "path": str(tmp_path / "late.gguf")}]
+    async with recovering(config(model, tmp_path / "alone", 1, adapters=late)) as run:
+        alone = [await run.start((request,))[0] for request in chosen]
+    plan = [{"workers": ["a", "b"], "layers": [0, 2]}]
+    async with recovering(config(model, tmp_path / "group", 2, plan=plan, api=api)) as run:
+        loader, epoch, others = run.cluster.models[0].loader, run.cluster.supervisor.number, asyncio.Event()
+        between: list[Answer] = []
+
+        async def late_leader(worker: WorkerHandle, epoch: int, adapters: tuple[AdapterFile, ...]) -> None:
+            if worker.name == "a":
+                await others.wait()
+                between.extend(await asyncio.gather(*run.start(chosen[:2])))
+            await set_adapters(worker, epoch, adapters)
+            others.set()
+
+        monkeypatch.setattr(epochs, "set_adapters", late_leader)
+        await loader.load("late", "late.gguf")
+        assert await asyncio.gather(*run.start(chosen)) == alone, f"seed {SEED}"
+        others.clear()
+        await loader.unload("late")
+        between += await asyncio.gather(*run.start(chosen[:2]))
+        assert between == 3 * alone[:2], f"seed {SEED}"
+        assert run.cluster.supervisor.number == epoch and "lost" not in " ".join(run.told)
+
+
 async def test_an_adapter_comes_and_goes(folder: Path, expected: list[Answer], tmp_path: Path) -> None:
     """Another adapter can use the name of an unloaded one. Other streams keep their tokens, and the next coordinator
     loads the remaining adapters."""

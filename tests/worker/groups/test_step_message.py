@@ -23,8 +23,9 @@ def test_a_step_arrives_as_it_was(count: int) -> None:
     source = Random(SEED)
     followed = [SampledTokens(7 * number, tuple(source.sample(range(1000), number))) for number in range(count)]
     frame = source.randbytes(source.randrange(1, 500))
-    found, tokens, bands = decode_step(encode_step(frame, followed, count + 1))
-    assert (found, bands) == (frame, count + 1)
+    digest = source.randbytes(32)
+    found, tokens, bands, adapters = decode_step(encode_step(frame, followed, count + 1, digest))
+    assert (found, bands, adapters) == (frame, count + 1, digest)
     assert [sampled for sampled, _ in tokens._came.values()] == followed
 
 
@@ -33,13 +34,14 @@ def test_a_step_arrives_as_it_was(count: int) -> None:
     [
         b"",
         b"\1\0\0",
-        struct.pack("<II", 1, 1),
-        struct.pack("<II", 1, 1 << 31) + bytes(64),
-        struct.pack("<III", 1, 1, 1 << 31) + bytes(64),
-        struct.pack("<III", 1, 1, 9) + b"\xff" * 9,
-        *(struct.pack("<II", bands, 0) for bands in (0, 5, 1 << 31)),
-        encode_step(b"", [SampledTokens(4, (1,)), SampledTokens(4, (1,))], 1),
-        encode_step(b"", [SampledTokens(4, (1,)), SampledTokens(3, (1,))], 1),
+        struct.pack("<I", 1) + bytes(32),
+        struct.pack("<I32xI", 1, 1),
+        struct.pack("<I32xI", 1, 1 << 31) + bytes(64),
+        struct.pack("<I32xII", 1, 1, 1 << 31) + bytes(64),
+        struct.pack("<I32xII", 1, 1, 9) + b"\xff" * 9,
+        *(struct.pack("<I32xI", bands, 0) for bands in (0, 5, 1 << 31)),
+        encode_step(b"", [SampledTokens(4, (1,)), SampledTokens(4, (1,))], 1, bytes(32)),
+        encode_step(b"", [SampledTokens(4, (1,)), SampledTokens(3, (1,))], 1, bytes(32)),
     ],
 )
 def test_what_is_no_step_is_refused(data: bytes) -> None:
@@ -59,6 +61,6 @@ def test_rows_that_see_later_ones_are_one_band(has_groups: bool) -> None:
     members: Any = SimpleNamespace(open=lambda start: start(links), step=lambda _: nullcontext())
     arrival: Any = SimpleNamespace(frame=SimpleNamespace(rows=rows), has_groups=has_groups, data=b"")
     leader = Leader(1, members, lambda _: None)
-    with leader.step(arrival, []):
+    with leader.step(arrival, [], bytes(32)):
         assert links.bands == sent[0]
     assert (sent[0] == 1) == has_groups

@@ -54,6 +54,7 @@ _BACKOFF = Backoff(first_s=0.1, max_s=1.0)
 READ_TIMEOUT_S = 20.0
 """Seconds without data after which a stream counts as lost. The server sends a comment at least every 15 s."""
 _RETRIED_CODES = frozenset({"cluster_starting", "cluster_stopping", "server_busy"})
+_PROXY_STATUSES = frozenset({502, 503, 504})  # A proxy sends them, without a code, while it reaches no server.
 
 
 class AsyncClient(AsyncTextClient):
@@ -282,7 +283,8 @@ class ResumableStream:
 
 def _may_pass(error: httpx.HTTPError | LlamaclustError) -> bool:
     if isinstance(error, LlamaclustError):
-        return isinstance(error, TruncatedStreamError) or error.code in _RETRIED_CODES
+        is_proxy = error.code == LlamaclustError.code and error.http_status in _PROXY_STATUSES
+        return is_proxy or isinstance(error, TruncatedStreamError) or error.code in _RETRIED_CODES
     return isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError | httpx.TimeoutException)
 
 

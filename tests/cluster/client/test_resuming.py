@@ -68,6 +68,31 @@ def test_what_may_pass_is_retried_for_a_while(error: type[httpx.HTTPError], monk
         stream.pause_s(error("lost"))
 
 
+@pytest.mark.parametrize(
+    ("status", "body", "is_retried"),
+    [
+        (502, b"<html>502 Bad Gateway</html>", True),
+        (503, b"", True),
+        (504, b"stream timeout", True),
+        (500, b"<html>500 Internal Server Error</html>", False),
+        (404, b"<html>404 Not Found</html>", False),
+        (503, b'{"error": {"message": "w: lost", "code": "worker_failed"}}', False),
+        (503, b'{"error": {"message": "stopping", "code": "cluster_stopping"}}', True),
+    ],
+)
+def test_a_proxy_that_reaches_no_server_is_asked_again(status: int, body: bytes, is_retried: bool) -> None:
+    stream = ResumableStream(URL)
+    stream.opened(httpx.Response(200, headers={"content-type": "text/event-stream"}), b"")
+    with pytest.raises(LlamaclustError) as refused:
+        stream.opened(httpx.Response(status), body)
+    if is_retried:
+        assert stream.pause_s(refused.value) > 0
+    else:
+        with pytest.raises(LlamaclustError) as raised:
+            stream.pause_s(refused.value)
+        assert raised.value is refused.value
+
+
 def test_a_request_that_no_server_took_is_not_sent_again() -> None:
     stream = ResumableStream(URL)
     with pytest.raises(LlamaclustError, match="does not answer"):

@@ -48,6 +48,7 @@ def http_options(base_url: str, api_key: str | None, timeout: float, verify: Ver
         "base_url": url,
         "headers": headers,
         "timeout": timeouts(timeout, timeout),
+        "limits": httpx.Limits(max_keepalive_connections=20),  # Waiting answers may need any number of connections.
         **web_options(url, trust(url, verify)),
     }
 

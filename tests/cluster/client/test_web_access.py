@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import certifi
 import httpx
 import pytest
 
-from llamaclust import Client
+from llamaclust import AsyncClient, Client
 from llamaclust.cluster.client.web_access import web_options
 from llamaclust.core.errors import UsageError
 from llamaclust.core.interfaces import own_addresses
@@ -90,3 +91,20 @@ def test_a_log_of_keys_is_not_taken_for_the_certificates(tmp_path: Path, monkeyp
     monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path))
     with pytest.raises(UsageError, match=r"^SSLKEYLOGFILE="):
         Client(ELSEWHERE, verify=certifi.where())
+
+
+async def test_requests_do_not_wait_for_the_connections_of_others() -> None:
+    most = 120
+    together = asyncio.Barrier(most)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await together.wait()
+        writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n{"tokens":[7]}')
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=most)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with AsyncClient(url) as client, asyncio.timeout(30):
+        replies = await asyncio.gather(*(client.tokenize("a") for _ in range(most)))
+    server.close()
+    assert replies == [[7]] * most

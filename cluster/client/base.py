@@ -45,8 +45,11 @@ Chunks = AsyncGenerator[TextChunk, None]
 class ChunkStream(Iterator[TextChunk]):
     """Chunks of an answer as they arrive. Reading begins the request, and closing or dropping the stream aborts it."""
 
-    def __init__(self, chunks: Generator[TextChunk, None, None]) -> None:
+    def __init__(
+        self, chunks: Generator[TextChunk, None, None] | LoopValues[TextChunk], client: TextClient | None = None
+    ) -> None:
         self._chunks = chunks
+        self._client = client  # A client that nobody holds is closed.
 
     def __next__(self) -> TextChunk:
         return next(self._chunks)
@@ -167,6 +170,64 @@ async def _joined(chunks: Chunks) -> Answer:
     return join([chunk async for chunk in chunks])
 
 
+class _Steps(Generic[_Value]):
+    """Reads an asynchronous generator one value at a time. Belongs to `begun` from the first step until `close`."""
+
+    def __init__(self, values: AsyncGenerator[_Value, None], begun: set[_Steps[Any]]) -> None:
+        self._values, self._begun = values, begun
+        self._lock = asyncio.Lock()  # Makes `close` wait until a cancelled step has ended.
+        self._task: asyncio.Task[Any] | None = None
+        self._is_closed = False
+
+    async def next(self) -> _Value | None:
+        """Returns the next value, or None at the end and after `close`."""
+        async with self._lock:
+            if self._is_closed:
+                return None
+            self._begun.add(self)
+            self._task = asyncio.current_task()
+            try:
+                return await anext(self._values, None)
+            except asyncio.CancelledError:
+                if self._is_closed:
+                    return None
+                raise
+            finally:
+                self._task = None
+
+    async def close(self) -> None:
+        self._is_closed = True
+        if self._task is not None and not self._task.cancelling():
+            self._task.cancel()
+        async with self._lock:
+            await self._values.aclose()
+        self._begun.discard(self)
+
+
+class LoopValues(Iterator[_Value]):
+    """Values of an asynchronous generator in the loop of a thread. Closing or dropping this object closes the generator
+    and ends a step that another thread waits for."""
+
+    def __init__(self, thread: LoopThread[Any], steps: _Steps[_Value]) -> None:
+        self._thread, self._steps = thread, steps
+        self._closed = weakref.finalize(self, thread.end, steps)
+
+    def __next__(self) -> _Value:
+        value = None
+        try:
+            if self._closed.alive:
+                value = self._thread.call(self._steps.next())
+        finally:
+            if value is None:
+                self.close()
+        if value is None:
+            raise StopIteration
+        return value
+
+    def close(self) -> None:
+        self._closed()
+
+
 class LoopThread(Generic[_Opened]):
     """Opens a resource in the event loop of a new thread. The resource stays open until `close` is called."""
 
@@ -174,8 +235,7 @@ class LoopThread(Generic[_Opened]):
         """Opens the resource. Raises the error if opening fails, and DeadlineError if it takes too long."""
         self._lock = threading.RLock()  # The garbage collector may close a stream during `call`.
         self._calls: set[Future[Any]] = set()
-        # Each function closes a stream that is being read.
-        self._streams: set[Callable[[], Coroutine[Any, Any, None]]] = set()
+        self._streams: set[_Steps[Any]] = set()  # Streams that are being read.
         self._is_closed = False
         self._loop, self._stop = asyncio.new_event_loop(), asyncio.Event()
         opened: Future[_Opened] = Future()
@@ -206,30 +266,16 @@ class LoopThread(Generic[_Opened]):
             future.cancel()  # Cancels the work if the caller was interrupted.
             self._calls.discard(future)
 
-    def each(self, values: AsyncGenerator[_Value, None]) -> Generator[_Value, None, None]:
-        """Yields the values as they arrive. Closes `values` when the generator or the thread ends."""
-        stepping = asyncio.Lock()  # Makes `close` wait until an interrupted step has ended.
+    def each(self, values: AsyncGenerator[_Value, None]) -> LoopValues[_Value]:
+        return LoopValues(self, _Steps(values, self._streams))
 
-        async def step() -> _Value | None:
-            async with stepping:
-                return await anext(values, None)
-
-        async def close() -> None:
-            async with stepping:
-                await values.aclose()
-            self._streams.discard(close)
-
-        self._streams.add(close)
-        try:
-            while (value := self.call(step())) is not None:
-                yield value
-        finally:
-            # The garbage collector ended this generator in the thread of the loop.
-            if threading.current_thread() is self._thread and not self._is_closed:
-                asyncio.run_coroutine_threadsafe(close(), self._loop)
-            else:
-                with suppress(LlamaclustError):  # The client is closed.
-                    self.call(close())
+    def end(self, steps: _Steps[Any]) -> None:
+        # The garbage collector may call this method in the thread of the loop.
+        if threading.current_thread() is self._thread and not self._is_closed:
+            asyncio.run_coroutine_threadsafe(steps.close(), self._loop)
+        else:
+            with suppress(LlamaclustError):  # The client is closed.
+                self.call(steps.close())
 
     def close(self) -> None:
         with self._lock:
@@ -254,8 +300,8 @@ class LoopThread(Generic[_Opened]):
                     resource = await stack.enter_async_context(open_resource())
                 opened.set_result(resource)
                 await self._stop.wait()
-                for close in tuple(self._streams):
-                    await close()
+                for steps in tuple(self._streams):
+                    await steps.close()
         except BaseException as error:  # The constructor waits for the error and raises it.
             if not opened.done():
                 opened.set_exception(error)
@@ -284,7 +330,7 @@ class TextClient(TextCalls[Answer, ChunkStream]):
 
     def deliver(self, chunks: Chunks, *, stream: bool) -> Answer | ChunkStream:
         given = self._thread.each(chunks)
-        return ChunkStream(given) if stream else join(given)
+        return ChunkStream(given, self) if stream else join(given)
 
     def embed(self, prompts: Sequence[Prompt], **options: Unpack[EmbeddingOptions]) -> list[Vector]:
         """Returns one embedding per prompt, in order. Each is an array [embedding] of Euclidean norm 1."""

@@ -371,3 +371,9 @@ def test_keys_that_are_none(key: str) -> None:
 async def test_the_address_may_end_as_openais_clients_want_it() -> None:
     async with scripted("Hi") as (url, _):
         assert (await with_client(f"{url}/v1/", lambda client: client.generate("x"))).text == "Hi"
+
+
+def test_a_stream_keeps_its_client_open() -> None:
+    chunks = Client("http://127.0.0.1:1").generate("a", stream=True)
+    with pytest.raises(LlamaclustError, match="does not answer"):
+        next(chunks)

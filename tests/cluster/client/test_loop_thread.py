@@ -175,3 +175,27 @@ def test_closing_ends_a_step_that_runs_before_the_resource(thread: LoopThread[st
     thread.close()
     reader.join(60)
     assert EVENTS == ["opened", "ended", "closed"] and raised == ["the client is closed"]
+
+
+def test_a_stream_may_be_closed_while_another_thread_reads_it(thread: LoopThread[str]) -> None:
+    begun, read = threading.Event(), list[int]()
+
+    async def waiting() -> AsyncGenerator[int, None]:
+        try:
+            yield 1
+            begun.set()
+            await asyncio.sleep(60)
+        finally:
+            for _ in range(20):
+                await asyncio.sleep(0)
+            EVENTS.append("ended")
+
+    values = thread.each(waiting())
+    reader = threading.Thread(target=lambda: read.extend(values))
+    reader.start()
+    assert begun.wait(60)
+    values.close()
+    assert EVENTS == ["opened", "ended"]
+    reader.join(60)
+    assert read == [1] and next(values, None) is None
+    assert list(thread.each(numbers(1000))) == [*range(1, 100)]

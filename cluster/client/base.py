@@ -256,6 +256,9 @@ class LoopThread(Generic[_Opened]):
             if self._is_closed:
                 work.close()
                 raise LlamaclustError("the client is closed")
+            if not self._thread.is_alive():
+                work.close()
+                raise LlamaclustError("this client belongs to the process that made it: make one in each process")
             future = asyncio.run_coroutine_threadsafe(_in_time(work), self._loop)
             self._calls.add(future)
         try:

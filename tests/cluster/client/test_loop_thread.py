@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 import threading
@@ -199,3 +200,18 @@ def test_a_stream_may_be_closed_while_another_thread_reads_it(thread: LoopThread
     reader.join(60)
     assert read == [1] and next(values, None) is None
     assert list(thread.each(numbers(1000))) == [*range(1, 100)]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_call_in_a_forked_process_is_refused(thread: LoopThread[str]) -> None:
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        try:
+            thread.call(asyncio.sleep(0))
+        except LlamaclustError as error:
+            os._exit(7 if "make one in each process" in str(error) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    thread.call(asyncio.sleep(0))

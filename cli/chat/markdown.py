@@ -47,8 +47,10 @@ class MarkdownScreen:
         if self._live is None:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
-        lines = Text(text).wrap(self._console, self._console.width)
-        self._live.update(Text("\n").join(lines[-max(1, self._console.height - 2) :]), refresh=True)
+        most = max(1, self._console.height - 2)
+        last = "\n".join(text.rsplit("\n", most)[-most:])
+        lines = Text(last).wrap(self._console, self._console.width)
+        self._live.update(Text("\n").join(lines[-most:]), refresh=True)
 
     def _render(self, text: str) -> None:
         if self._live is not None:
@@ -71,10 +73,8 @@ def _without_padding(line: list[Segment]) -> list[Segment]:
 def split_blocks(text: str) -> tuple[str, str]:
     """Splits Markdown into complete blocks and the rest. An empty line ends a block, and a fence ends a code block."""
     fence, end, at = "", 0, 0
-    for line in text.splitlines(keepends=True):
-        at += len(line)
-        if not line.endswith("\n"):
-            break
+    for line in text.split("\n")[:-1]:  # The last line has not ended.
+        at += len(line) + 1
         found = _FENCE.match(line)
         if fence:
             if found is not None and found[1].startswith(fence) and not line[found.end() :].strip():

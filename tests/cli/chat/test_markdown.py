@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from llamaclust.cli.chat.markdown import MarkdownScreen, split_blocks
 
@@ -78,6 +80,21 @@ def test_a_block_longer_than_the_screen_is_whole_in_the_end() -> None:
     assert [f"line {number}" for number in range(60)] == re.findall(r"line \d+", final)
 
 
+def test_each_part_wraps_no_more_than_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapped, wrap = list[int](), Text.wrap
+
+    def counted(text: Text, *args: Any, **options: Any) -> Any:
+        wrapped.append(text.plain.count("\n"))
+        return wrap(text, *args, **options)
+
+    monkeypatch.setattr(Text, "wrap", counted)
+    screen = MarkdownScreen(Console(file=io.StringIO(), force_terminal=True, width=60, height=20))
+    for number in range(60):
+        screen.write(f"line {number}\n")
+    assert len(wrapped) >= 60 and max(wrapped) < 20
+    screen.end()
+
+
 @pytest.mark.parametrize(
     ("text", "whole", "rest"),
     [
@@ -87,6 +104,7 @@ def test_a_block_longer_than_the_screen_is_whole_in_the_end() -> None:
         ("```\na\n```\nb", "```\na\n```\n", "b"),
         ("````\n```\n\n````\nb", "````\n```\n\n````\n", "b"),
         ("~~~ x\n```\n~~~\n", "~~~ x\n```\n~~~\n", ""),
+        ("a\u2028b\n\nc\u2029\n\nd", "a\u2028b\n\nc\u2029\n\n", "d"),
         ("", "", ""),
     ],
 )

@@ -170,6 +170,51 @@ async def test_a_whole_answer_is_kept_by_a_tab_that_lost_it(browser: Browser) ->
         assert await seen.page.evaluate(kept) == ["half", "done", "done", "half", None, None, "c"]
 
 
+async def test_a_later_name_of_another_tab_stays(browser: Browser) -> None:
+    named = """async () => {
+      const { History } = await import("/browser/chat/history.js");
+      const { rename } = await import("/browser/chat/conversation.js");
+      const [one, other] = [await History.open(), await History.open()];
+      await one.save({ id: "c", title: "t", updated: 1, chosen: {}, messages: {} });
+      const [mine, theirs] = [await one.load("c"), await other.load("c")];
+      const titles = [];
+      for (const [first, its, second, old] of [[one, mine, other, theirs], [other, theirs, one, mine]]) {
+        const before = Date.now();
+        while (Date.now() === before);
+        rename(its, `name ${titles.length}`);
+        await first.save(its);
+        await second.update(old);
+        titles.push((await first.load("c")).title, old.title);
+      }
+      return titles;
+    }"""
+    async with chatting(browser, ScriptedEngine(says("Yes"))) as seen:
+        assert await seen.page.evaluate(named) == ["name 0", "name 0", "name 2", "name 2"]
+
+
+async def test_chats_go_on_when_a_newer_page_takes_their_database(browser: Browser) -> None:
+    upgrade = """() => new Promise((resolve) => {
+      const opening = indexedDB.open("llamaclust", 99);
+      opening.addEventListener("success", () => resolve(opening.result.close()));
+    })"""
+    async with chatting(browser, ScriptedEngine(says("Yes"))) as seen:
+        page, chats = seen.page, seen.page.locator(".conversations")
+        await send(page, "First")
+        await ended(page)
+        await page.evaluate(upgrade)
+        await page.get_by_role("button", name="New chat").click()
+        await page.get_by_text("This browser cannot keep chats").wait_for()
+        await send(page, "Second")
+        await ended(page)
+        await page.get_by_role("button", name="New chat").click()
+        await chats.get_by_role("button", name="Second", exact=True).click()
+        assert await answers(page) == ["Yes"]
+        for label in ("Delete Second", "Really delete Second"):
+            await page.get_by_role("button", name=label, exact=True).click()
+        await chats.get_by_role("button", name="Second", exact=True).wait_for(state="detached")
+        seen.check()
+
+
 async def test_a_whole_answer_without_its_end_did_not_fail(browser: Browser) -> None:
     parts = [chunk({"content": "Whole"}), chunk({}, finish_reason="stop")]
     gone = {"error": {"message": "no reply is kept", "code": "reply_not_found"}}

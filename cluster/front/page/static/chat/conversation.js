@@ -37,7 +37,7 @@ export function addMessage(conversation, parent, fields) {
 
 /** Gives a conversation a name that later messages leave as it is. */
 export function rename(conversation, title) {
-  Object.assign(conversation, { title, isNamed: true });
+  Object.assign(conversation, { title, isNamed: true, namedAt: Date.now() });
 }
 
 /** The messages that are seen, from the top. */

@@ -10,6 +10,7 @@ const ENTRIES = "entries"; // an index of [updated, title]: conversations may be
 /** What the browser cannot keep, without a database or without room, lasts as long as the page. */
 export class History {
   #database = null;
+  #isReached = true;
   #unsaved = new Map();
 
   static async open() {
@@ -24,12 +25,12 @@ export class History {
 
   /** Whether all conversations outlast the page. */
   get isKept() {
-    return this.#unsaved.size === 0;
+    return this.#isReached && this.#unsaved.size === 0;
   }
 
   /** `{id, title, updated}` of each, the newest first. */
   async list() {
-    const kept = this.#database ? await entriesOf(this.#store("readonly")) : [];
+    const kept = (await this.#try("readonly", entriesOf)) ?? [];
     const unsaved = [...this.#unsaved.values()].map(({ id, title, updated }) => ({ id, title, updated }));
     const entries = [...new Map([...kept, ...unsaved].map((entry) => [entry.id, entry])).values()];
     return entries.sort((entry, other) => other.updated - entry.updated);
@@ -37,7 +38,7 @@ export class History {
 
   /** A conversation, undefined for none. */
   async load(id) {
-    return this.#unsaved.get(id) ?? (this.#database ? done(this.#store("readonly").get(id)) : undefined);
+    return this.#unsaved.get(id) ?? this.#try("readonly", (store) => done(store.get(id)));
   }
 
   async save(conversation) {
@@ -61,10 +62,11 @@ export class History {
 
   async remove(id) {
     this.#unsaved.delete(id);
-    if (this.#database) await done(this.#store("readwrite").delete(id));
+    await this.#try("readwrite", (store) => done(store.delete(id)));
   }
 
-  /** Messages that another tab added meanwhile stay, and answers of which it has more; `conversation` gets the latter too. */
+  /** Messages that another tab added meanwhile stay, and its later name and the answers of which it has more;
+   *  `conversation` gets the latter two as well. */
   async #put(conversation, isNew) {
     const store = this.#store("readwrite");
     const before = await done(store.get(conversation.id));
@@ -76,8 +78,23 @@ export class History {
       messages[id] = kept;
       if (own.state !== State.STREAMING) Object.assign(own, { error: undefined }, kept);
     }
+    if ((before?.namedAt ?? 0) > (conversation.namedAt ?? 0)) {
+      const { title, isNamed, namedAt } = before;
+      Object.assign(conversation, { title, isNamed, namedAt });
+    }
     store.put({ ...conversation, messages });
     await committed(store.transaction);
+  }
+
+  /** What `work` returns for the store; undefined without a database, as where it was closed or its data removed. */
+  async #try(mode, work) {
+    if (!this.#database) return undefined;
+    try {
+      return await work(this.#store(mode));
+    } catch {
+      this.#isReached = false;
+      return undefined;
+    }
   }
 
   #store(mode) {

@@ -249,6 +249,36 @@ async def test_a_reply_without_a_head_is_requested_again(browser: Browser) -> No
         assert await answers(seen.page) == ["Yes"]
 
 
+COUNT_GIVEN_UP = """() => {
+  const whole = window.fetch;
+  window.givenUp = 0;
+  window.fetch = (url, options) => {
+    const isChat = String(url).endsWith("/v1/chat/completions");
+    if (isChat) options.signal.addEventListener("abort", () => (window.givenUp += 1), { once: true });
+    return whole(url, options);
+  };
+}"""
+
+
+async def test_a_large_message_has_time_for_its_upload(browser: Browser) -> None:
+    held = list[Any]()
+
+    async def hold(route: Route) -> None:
+        held.append(route)
+
+    async with chatting(browser, ScriptedEngine(says("Yes"))) as seen:
+        page = seen.page
+        await page.clock.install()
+        await page.route("**/v1/chat/completions", hold)
+        await page.evaluate(COUNT_GIVEN_UP)
+        await send(page, "x" * 70_000)
+        await until(lambda: bool(held))
+        await page.clock.fast_forward(45_000)
+        assert await page.evaluate("window.givenUp") == 0
+        await page.clock.fast_forward(20_000)
+        assert await page.evaluate("window.givenUp") == 1
+
+
 NO_STORAGE = """for (const name of ["localStorage", "sessionStorage"])
   Object.defineProperty(window, name, { get() { throw new DOMException("blocked", "SecurityError"); } });"""
 

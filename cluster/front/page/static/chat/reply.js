@@ -5,6 +5,8 @@ import { EventParser } from "../text/events.js";
 
 const PAUSES_MS = [0, 250, 500, 1000, 2000, 5000]; // the last one again and again: the server says when it keeps the answer no more
 const SILENT_MS = 20_000; // the server sends a comment every 5 s where it has nothing else
+const LARGE = 2 ** 16; // characters of a request whose upload may take longer than the head of a reply may
+const UPLOAD_MS = 60_000; // the server waits 30 s for a request, and sends a head within 11 s more
 const SHOWN_FROM = 2; // earlier losses are over too soon to be read
 const RETRIED_CODES = new Set(["cluster_starting", "cluster_stopping", "server_busy"]);
 const PROXY_STATUSES = new Set([502, 503, 504]);
@@ -50,7 +52,9 @@ export async function endReply(replyId) {
 /** The same key again gives the same answer, so that a request whose reply was lost can be sent again. */
 function begin(replyId, body, signal) {
   const headers = { ...JSON_HEADERS, "Idempotency-Key": replyId };
-  return request("v1/chat/completions", { method: "POST", headers, body: JSON.stringify(body), signal });
+  const text = JSON.stringify(body);
+  const headMs = text.length > LARGE ? UPLOAD_MS : undefined;
+  return request("v1/chat/completions", { method: "POST", headers, body: text, signal, headMs });
 }
 
 function resume(replyId, lastEvent, signal) {

@@ -4,7 +4,7 @@ import { reasonOf, request, requestJson } from "../api.js";
 import { button, element, fill } from "../dom.js";
 import { bytes, layers, milliseconds, number, percent } from "./format.js";
 
-const DRAIN_MS = 600_000; // the reply comes once the layers are moved
+const DRAIN_MS = 630_000; // the reply comes once the layers are moved, within 600 s
 const COLUMNS = ["machine", "state", "layers", "device", "memory", "busy", "per token", "planned", "per prompt token", "planned", "tokens/s", "actions"];
 
 export class WorkersTable {

@@ -45,7 +45,7 @@ def test_the_program_takes_its_command(name: str, command: str) -> None:
 
 
 def test_workers_outlive_the_signal_to_their_coordinator() -> None:
-    """By default, systemd sends SIGTERM to every process of a unit."""
+    """The default of KillMode would send SIGTERM also to the workers."""
     assert setting((ROOT / "deploy/llamaclust.service").read_text(), "KillMode") == "mixed"
 
 

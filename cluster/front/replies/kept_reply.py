@@ -282,11 +282,16 @@ class KeptReply:
         """Yields the part of the stream that the client has not received. Raises the error that ended the reply."""
         view: View | None = None
         sizes, cost = _Sizes(self._request_entries), 0
+        loop, comment = asyncio.get_running_loop(), framing.form.keepalive if framing.with_comments else b""
+        # Event loop time of the next comment. If the reply has not begun, its client has waited already.
+        comment_s = loop.time() + (0.0 if self._view is None else framing.keepalive_s)
         with self.reading() as reader:
             while (entry := reader.take()) is not None or not reader.is_at_end:
+                if comment and loop.time() >= comment_s:  # Entries that show nothing arrive even during a silence.
+                    yield comment
+                    comment_s = loop.time() + framing.keepalive_s
                 if entry is None:
-                    if not await reader.wait(framing.keepalive_s) and framing.with_comments and framing.form.keepalive:
-                        yield framing.form.keepalive
+                    await reader.wait(comment_s - loop.time() if comment else None)
                     continue
                 view, size = view or self._new_view(), sizes.next(*entry)
                 cost += _ENTRY_COST + size
@@ -299,6 +304,7 @@ class KeptReply:
                     parts = framing.shown(view, *entry)
                 for part in parts:
                     yield part
+                    comment_s = loop.time() + framing.keepalive_s
             if view is None and self._view is not None:
                 view = self._new_view()
             if view is not None:

@@ -50,7 +50,7 @@ async def served(
     engine: ScriptedEngine, vision: GatedVision, monkeypatch: pytest.MonkeyPatch, **settings: Any
 ) -> AsyncIterator[httpx.AsyncClient]:
     monkeypatch.setattr(served_module, "CONTEXT", 1 << 14)
-    app = make_app(engine, vision=vision, keepalive_s=0.02, **settings)
+    app = make_app(engine, vision=vision, **{"keepalive_s": 0.02, **settings})
     async with serving(app) as address, httpx.AsyncClient(base_url=address, timeout=60) as http:
         yield http
 
@@ -69,6 +69,18 @@ async def test_a_stream_has_comments_while_its_images_are_encoded(
             slow = [line async for line in lines if line.startswith("data: ")]
         quick = (await http.post(CHAT, json=BODY)).text
     assert slow[-1] == "data: [DONE]" and len(slow) == quick.count("data: ") and not vision.leases
+
+
+async def test_the_first_comment_follows_the_head_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    vision = GatedVision()
+    async with (
+        served(ScriptedEngine(says("a")), vision, monkeypatch, prepare_s=0.02, keepalive_s=600.0) as http,
+        http.stream("POST", CHAT, json=BODY) as reply,
+    ):
+        lines = reply.aiter_lines()
+        assert await anext(lines) == COMMENT
+        vision.gate.set()
+        assert COMMENT not in [line async for line in lines]
 
 
 @pytest.mark.parametrize("headers", [{}, KEPT])

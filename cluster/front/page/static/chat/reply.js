@@ -4,7 +4,7 @@ import { ApiError, keyChanges, reasonOf, request } from "../api.js";
 import { EventParser } from "../text/events.js";
 
 const PAUSES_MS = [0, 250, 500, 1000, 2000, 5000]; // the last one again and again: the server says when it keeps the answer no more
-const SILENT_MS = 20_000; // the server sends a comment every 5 s where it has nothing else
+const SILENT_MS = 20_000; // the server sends a comment at least every 15 s
 const LARGE = 2 ** 16; // characters of a request whose upload may take longer than the head of a reply may
 const UPLOAD_MS = 60_000; // the server waits 30 s for a request, and sends a head within 11 s more
 const SHOWN_FROM = 2; // earlier losses are over too soon to be read

@@ -12,11 +12,13 @@ from openai.types.chat import ChatCompletionMessageCustomToolCall
 from llamaclust.cluster.front.body import HEADER
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody
 from llamaclust.cluster.front.schema import LenientContext
+from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
 from llamaclust.core.errors import ParameterError
 from llamaclust.model.chat.template import ChatTemplate
 from support.clusters import served as served_module
 from support.clusters.served import ScriptedEngine, events_of, make_app, says, serving, tokenizer
 from support.clusters.tool_chats import TEMPLATE, served
+from support.event_loop import pass_time
 
 PATH = "/v1/chat/completions"
 HELLO: dict[str, Any] = {"role": "user", "content": "Hi"}
@@ -79,6 +81,24 @@ async def test_a_call_that_was_cut_has_the_text_so_far(stream: bool) -> None:
     shown = events_of(reply.text) if stream else [reply.json()]
     (call,) = calls_in(shown) if stream else shown[0]["choices"][0]["message"]["tool_calls"]
     assert call["custom"]["name"] == "run" and call["custom"]["input"].startswith('{"input":')
+
+
+async def test_a_stream_has_comments_while_the_text_of_a_call_is_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks that tokens that show nothing, one a second, do not delay the comments."""
+    chunks, append = 0, AnswerLog.append
+
+    def append_later(log: AnswerLog, prompt: int, item: LogItem) -> None:
+        nonlocal chunks
+        chunks += 1
+        pass_time(monkeypatch, 1.0)
+        append(log, prompt, item)
+
+    monkeypatch.setattr(AnswerLog, "append", append_later)
+    engine = ScriptedEngine(says(call_of("run", {"input": "abcdefghijklmnop" * 6})))
+    async with served(engine) as http:
+        reply = await http.post(PATH, json={"messages": [HELLO], "tools": [CUSTOM], "stream": True})
+    comments, events = reply.text.count(": waiting"), len(events_of(reply.text))
+    assert chunks > 100 and events < 10 and chunks // 30 < comments <= chunks // 15
 
 
 async def test_the_official_client() -> None:

@@ -225,10 +225,6 @@ def _made_parts(make: Callable[[], Any]) -> Generator[bytes, None, None]:
     yield from json_parts(make())
 
 
-async def one_part(data: bytes) -> JsonBody:
-    yield data
-
-
 def json_size(value: Any) -> int:
     """Estimates the size of a value's JSON in bytes."""
     if isinstance(value, str):

@@ -22,6 +22,7 @@ from llamaclust.core.errors import LlamaclustError
 DONE: Final = b"[DONE]"
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+Close = Callable[[bool], Awaitable[None]]
 _Value = TypeVar("_Value")
 
 _log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class PartsResponse(Response):
     def __init__(
         self,
         parts: AsyncGenerator[bytes, None],
-        close: Callable[[bool], Awaitable[None]] | None = None,
+        close: Close | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(headers=headers)
@@ -87,7 +88,7 @@ class EventResponse(PartsResponse):
     def __init__(
         self,
         parts: AsyncGenerator[bytes, None],
-        close: Callable[[bool], Awaitable[None]],
+        close: Close,
         form: StreamFormat,
         error_fields: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
@@ -122,6 +123,11 @@ class JsonParts(PartsResponse):
     """A JSON body that is sent in parts. An error before the third part can still set the HTTP status."""
 
     media_type = "application/json"
+
+    def __init__(self, parts: AsyncGenerator[bytes, None], close: Close | None = None, size: int | None = None) -> None:
+        super().__init__(parts, close)
+        if size is not None:
+            self.headers["content-length"] = str(size)
 
     async def _send(self, scope: Scope, send: Send) -> None:
         begin = [await anext(self._parts, b""), await anext(self._parts, b"")]

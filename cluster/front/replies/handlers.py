@@ -139,7 +139,8 @@ class Replies:
 
     async def _whole(self, request: Request, kept: KeptReply) -> Response:
         try:
-            return JsonParts(await unless_disconnected(request, kept.whole()), partial(self.cache.left, kept))
+            body, size = await unless_disconnected(request, kept.whole())
+            return JsonParts(body, partial(self.cache.left, kept), size)
         except BaseException as error:  # The client gets the error and no reply.
             await self.cache.left(kept, isinstance(error, Exception) and not isinstance(error, ClientDisconnect))
             raise

@@ -17,7 +17,6 @@ from llamaclust.cluster.front.json_text import (
     is_large,
     json_body,
     off_loop_if,
-    one_part,
 )
 from llamaclust.cluster.front.replies.recording import Recording
 from llamaclust.cluster.front.replies.reply import Framing, MakeView, Reply, View, identified
@@ -321,15 +320,23 @@ class KeptReply:
                 await reader.wait()
         return self.acknowledgement
 
-    async def whole(self) -> JsonBody:
+    async def whole(self) -> tuple[JsonBody, int | None]:
+        """Returns the JSON of the complete reply, and its length in bytes if the reply is kept."""
         with self.reading():
             await self.log.wait_over()
             parts = self.log.parts()
-            body = json_body(partial(self._new_view().whole, parts), is_large=is_large(self._entries(parts)))
             if not self.is_kept:
-                return body
+                return self._json(parts), None
+            # Rendering the JSON twice takes less memory than keeping it, because clients may read it slowly.
+            async with aclosing(self._json(parts)) as counted:
+                return self._json(parts), sum([len(part) async for part in counted])
+
+    async def _json(self, parts: Sequence[Sequence[TextChunk]]) -> JsonBody:
+        body = json_body(partial(self._new_view().whole, parts), is_large=is_large(self._entries(parts)))
+        with self.reading():
             async with aclosing(body):
-                return one_part(b"".join([part async for part in body]))
+                async for part in body:
+                    yield part
 
     async def value(self) -> Any:
         parts = self.log.parts()

@@ -263,7 +263,7 @@ class Replies:
         end_s = asyncio.get_running_loop().time() + left_s
         try:
             check_restored(context)
-            await kept.begin(await make(context.body, context), until_s=end_s)
+            await kept.start(await make(context.body, context), until_s=end_s)
         except LlamaclustError as error:
             kept.fail(error)
         except Exception:  # noqa: BLE001  The other requests must still be restored.

@@ -99,13 +99,14 @@ class KeptReply:
             self._stop_timer()
             begin()
 
-    def start(self, reply: Reply, admitted: bytes | None) -> asyncio.Task[None]:
-        """Starts and returns a task that submits the request and waits until the journal has its body, `admitted`."""
-        self._beginning = asyncio.create_task(self._begin_on_disk(reply, admitted))
+    def start(self, reply: Reply, admitted: bytes | None = None, until_s: float | None = None) -> asyncio.Task[None]:
+        """Starts and returns a task that submits the request and waits until the journal has its body, `admitted`. If
+        the reply is closed earlier, the task is cancelled."""
+        self._beginning = asyncio.create_task(self._begin_on_disk(reply, admitted, until_s))
         return self._beginning
 
-    async def _begin_on_disk(self, reply: Reply, admitted: bytes | None) -> None:
-        on_disk = await self.begin(reply, admitted=admitted)
+    async def _begin_on_disk(self, reply: Reply, admitted: bytes | None, until_s: float | None) -> None:
+        on_disk = await self.begin(reply, admitted=admitted, until_s=until_s)
         if on_disk is not None:
             await asyncio.shield(on_disk)
         self.log.release()

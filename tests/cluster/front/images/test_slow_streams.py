@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from llamaclust.cluster.client.http_codec import CHAT
+from llamaclust.cluster.front.replies.handlers import Replies
+from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.image_rows import RowLeases
 from llamaclust.cluster.front.text.images import PromptImages, image_part
 from llamaclust.cluster.front.text.vision import CheckLength, ImagePrompt
+from llamaclust.cluster.state.control_record import ControlRecord
+from llamaclust.cluster.state.journal import Journal
+from llamaclust.cluster.state.journal_records import Instant, read_journal
 from llamaclust.core.errors import LlamaclustError, RequestError
 from support.chat.vision import TinyVision, data_url, image
 from support.clusters import served as served_module
-from support.clusters.served import ScriptedEngine, make_app, says, serving, until
+from support.clusters.resumable import SERVED, admission, write_journal
+from support.clusters.served import ScriptedEngine, client, make_app, says, serving, until
 
 BODY = {"messages": [{"role": "user", "content": [image_part(data_url(image(2)))]}], "stream": True}
 KEPT = {"idempotency-key": "a"}
@@ -121,3 +129,23 @@ async def test_a_client_that_leaves_during_the_comments_ends_the_work(monkeypatc
             assert await anext(reply.aiter_lines()) == COMMENT
         await until(lambda: vision.cancelled == 1)
     assert not engine.submitted
+
+
+async def test_a_restored_request_that_is_stopped_ends_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_module, "CONTEXT", 1 << 14)
+    path, engine, vision = tmp_path / "journal", ScriptedEngine(says("a")), GatedVision()
+    await write_journal(path, admission(1, json.dumps(BODY), endpoint=f"/{CHAT}"))
+    left = read_journal(path, Instant.now())
+    async with (
+        aclosing(Journal(path, ControlRecord(), 60.0)) as journal,
+        aclosing(Replies(ApiSettings(digest=SERVED, request_s=60.0), journal)) as replies,
+        client(make_app(engine, replies=replies, vision=vision)) as http,
+    ):
+        await replies.restore(left)
+        await until(lambda: vision.begun == 1)
+        assert (await http.delete("/v1/streams/key 1")).status_code == 204
+        assert vision.cancelled == 1
+        vision.gate.set()
+    assert not (engine.submitted or vision.leases)

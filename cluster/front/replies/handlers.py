@@ -104,8 +104,12 @@ class Replies:
             # An error before the first part can still set the HTTP status.
             if is_streamed and not kept.is_kept:
                 await unless_disconnected(request, kept.log.first(self.settings.first_chunk_s))
-        except BaseException:
-            await self.cache.forget(kept)
+        except BaseException as error:
+            if kept.is_kept and isinstance(error, ClientDisconnect):  # Other clients may wait for the reply.
+                beginning.add_done_callback(partial(self._began, kept))
+                kept.expire_later()
+            else:
+                await self.cache.forget(kept)
             raise
 
     def _began(self, kept: KeptReply, beginning: asyncio.Task[None]) -> None:

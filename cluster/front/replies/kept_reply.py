@@ -91,7 +91,7 @@ class KeptReply:
 
     def postpone(self, begin: Callable[[], None]) -> None:
         self._postponed = begin
-        self._expire_later()
+        self.expire_later()
 
     def resume(self) -> None:
         begin, self._postponed = self._postponed, None
@@ -129,7 +129,7 @@ class KeptReply:
         self._repeated_entries = entries_of(reply.repeated)
         if self.is_kept:
             self._task = asyncio.create_task(self._run(reply.is_stored, until_s, on_disk))
-            self._expire_later()
+            self.expire_later()
         return on_disk
 
     async def _submit(self, reply: Reply, until_s: float | None, *, is_recorded: bool) -> None:
@@ -208,7 +208,7 @@ class KeptReply:
         finally:
             self.progressed.set()
             await self._computing.aclose()
-        self._expire_later()
+        self.expire_later()
 
     def end(self, error: LlamaclustError) -> None:
         self.log.fail(error)
@@ -218,7 +218,7 @@ class KeptReply:
         self.end(error)
         self.log.clear()
         self._hold(-self.held_bytes)
-        self._expire_later()
+        self.expire_later()
 
     async def aclose(self) -> None:
         """Ends the reply, with an error if it is incomplete, and waits for its tasks."""
@@ -241,7 +241,8 @@ class KeptReply:
             self._timer.cancel()
             self._timer = None
 
-    def _expire_later(self) -> None:
+    def expire_later(self) -> None:
+        """Starts the time after which the reply is forgotten, unless a client reads it."""
         settings, is_background = self._owner.settings, self.context.is_background
         if not self.is_kept or self.is_read or self._timer is not None or (is_background and self.is_running):
             return
@@ -276,7 +277,7 @@ class KeptReply:
                 self.resume()
                 yield reader
         finally:
-            self._expire_later()
+            self.expire_later()
 
     async def stream(self, framing: Framing) -> AsyncGenerator[bytes, None]:
         """Yields the part of the stream that the client has not received. Raises the error that ended the reply."""

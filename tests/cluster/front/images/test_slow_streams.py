@@ -11,8 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
 from llamaclust.cluster.client.http_codec import CHAT
+from llamaclust.cluster.front.http.responses import CLIENT_GONE
 from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.image_rows import RowLeases
@@ -129,6 +131,33 @@ async def test_a_client_that_leaves_during_the_comments_ends_the_work(monkeypatc
             assert await anext(reply.aiter_lines()) == COMMENT
         await until(lambda: vision.cancelled == 1)
     assert not engine.submitted
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+async def test_a_kept_reply_is_prepared_without_its_first_client(
+    is_streamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_module, "CONTEXT", 1 << 14)
+    vision, body, has_more = GatedVision(), {**BODY, "stream": is_streamed}, True
+    app = make_app(ScriptedEngine(says("a")), vision=vision)
+
+    async def leaving(scope: Scope, receive: Receive, send: Send) -> None:
+        async def receive_end() -> Message:
+            nonlocal has_more
+            if has_more:
+                message = await receive()
+                has_more = message.get("more_body", False)
+                return message
+            await until(lambda: vision.begun == 1)
+            return {"type": "http.disconnect"}
+
+        await app(scope, receive_end, send)
+
+    async with client(leaving) as first, client(app) as second:
+        assert (await first.post(CHAT, json=body, headers=KEPT)).status_code == CLIENT_GONE
+        vision.gate.set()
+        assert (await second.post(CHAT, json=body, headers=KEPT)).status_code == 200
+    assert (vision.begun, vision.cancelled) == (1, 0)
 
 
 async def test_a_restored_request_that_is_stopped_ends_the_work(

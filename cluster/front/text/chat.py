@@ -110,6 +110,8 @@ class ChatFormat:
         taken = _TEMPLATE_ARGUMENTS & chat.variables.keys()
         if taken:
             raise ParameterError("chat_template_kwargs", f"{min(taken)!r} cannot be set by a request; remove it")
+        if chat.end is PromptEnd.LAST_MESSAGE and chat.messages[-1].get("tool_calls"):
+            raise ParameterError("messages", "the chat ends with tool_calls: add a message of role tool for each")
         try:
             return await self._render(chat, form, form)
         except TemplateRefusalError as refusal:

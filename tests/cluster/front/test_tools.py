@@ -299,3 +299,23 @@ async def test_an_answer_that_is_nothing_but_a_call_is_that_call(stream: bool) -
 async def test_an_answer_that_looks_like_a_call_is_text_where_it_cannot_be_one(fields: dict[str, Any]) -> None:
     message = await message_of(UNMARKED, **fields)
     assert message["content"] == UNMARKED and "tool_calls" not in message
+
+
+@pytest.mark.parametrize("content", [None, "I look."])
+@pytest.mark.parametrize(
+    ("path", "arguments", "fields"),
+    [
+        ("/v1/chat/completions", "{}", {}),
+        ("/v1/chat/completions", "{}", {"continue_final_message": True}),
+        ("/api/chat", {}, {"model": MODEL}),
+    ],
+)
+async def test_a_chat_that_ends_with_calls_is_refused(
+    path: str, arguments: Any, fields: dict[str, Any], content: str | None
+) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "look", "arguments": arguments}}
+    answer = {"role": "assistant", "content": content or "", "tool_calls": [call]}
+    engine = ScriptedEngine(says("a"))
+    async with served(engine) as http:
+        reply = await http.post(path, json={"messages": [*CHAT["messages"], answer], "tools": [TOOL], **fields})
+    assert reply.status_code == 400 and "add a message of role tool for each" in reply.text and not engine.submitted

@@ -140,6 +140,7 @@ _OTHER_NAMES: Final = {"/v1/health": "/health"}
 _PARAMETER: Final = re.compile(r"\{(\w+)(?::path)?\}")
 _STATE: Final = "traced_route"
 _GIVEN: Final = "given_path"
+_SHAPING: Final = "error_endpoint"
 _UNKNOWN: Final = "other"
 
 
@@ -201,8 +202,14 @@ def given_path(scope: Scope) -> str:
     return path
 
 
+def shape_errors(scope: Scope, endpoint: str) -> None:
+    """Gives the errors of a request the format of another endpoint."""
+    scope.setdefault("state", {})[_SHAPING] = endpoint
+
+
 def shape_of(scope: Scope) -> ErrorShape:
-    given, routes = given_path(scope), (route for route in scope["app"].routes if isinstance(route, Route))
+    given = scope.get("state", {}).get(_SHAPING, given_path(scope))
+    routes = (route for route in scope["app"].routes if isinstance(route, Route))
     own = (route.errors for route in routes if route.errors is not None and given.startswith(route.path))
     return next(own, usual_shape(given))
 

@@ -17,6 +17,7 @@ from llamaclust.cluster.engine.trace_context import TraceContext, current_trace
 from llamaclust.cluster.front.body import read_bytes
 from llamaclust.cluster.front.errors import HttpError, internal_error
 from llamaclust.cluster.front.http.gates import owner
+from llamaclust.cluster.front.http.responses import shape_errors
 from llamaclust.cluster.front.http.sse import EventResponse, JsonParts, StreamFormat, rendered, unless_disconnected
 from llamaclust.cluster.front.images.chat_images import check_restored
 from llamaclust.cluster.front.json_text import size_of_json
@@ -133,15 +134,17 @@ class Replies:
         framing.with_ids = kept.is_kept or _wants_ids(request)
         # Clients that name a conversation resume a stream at a byte offset, which comments would shift.
         framing.with_comments = not kept.context.conversation
-        return self._stream(kept, framing)
+        return self._stream(request, kept, framing)
 
-    def _stream(self, kept: KeptReply, framing: Framing) -> Response:
+    def _stream(self, request: Request, kept: KeptReply, framing: Framing) -> Response:
+        shape_errors(request.scope, kept.context.endpoint)
         return EventResponse(kept.stream(framing), partial(self.cache.left, kept), framing.form, framing.error_fields)
 
     def _form(self, kept: KeptReply) -> StreamFormat:
         return self._forms.get(kept.context.endpoint, StreamFormat.EVENTS)
 
     async def _whole(self, request: Request, kept: KeptReply) -> Response:
+        shape_errors(request.scope, kept.context.endpoint)
         try:
             body, size = await unless_disconnected(request, kept.whole())
             return JsonParts(body, partial(self.cache.left, kept), size)
@@ -173,7 +176,7 @@ class Replies:
             raise HttpError(409, "stream_computed_again", f"from: {why}; read the stream from 0", param="from")
         framing = Framing(self._form(kept), kept.context.id, self.settings.keepalive_s, skipped_bytes=int(start))
         framing.with_comments = False
-        return self._stream(kept, framing)
+        return self._stream(request, kept, framing)
 
     async def stop(self, request: Request) -> Response:
         """Ends a reply. The status is 204 even if there is no such reply."""

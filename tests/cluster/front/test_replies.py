@@ -13,6 +13,7 @@ import pytest
 
 from llamaclust.cluster.front.text import completion as choice_text
 from llamaclust.cluster.state.journal_records import Instant, read_journal
+from llamaclust.core.errors import WorkerError
 from support.clusters.resumable import (
     KEY,
     PATHS,
@@ -25,7 +26,7 @@ from support.clusters.resumable import (
     served,
     stream,
 )
-from support.clusters.served import MODEL, until
+from support.clusters.served import MODEL, ScriptedEngine, client, make_app, says, until
 from support.seed import SEED
 
 
@@ -356,3 +357,16 @@ async def test_a_conversation_and_a_key_may_have_the_same_name(tmp_path: Path) -
             if not seed:
                 first = reply.content
         assert reply.content == first  # a kept reply
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+@pytest.mark.parametrize("path", ["/v1/messages", "/api/chat", "/completion", "/v1/chat/completions"])
+async def test_an_error_has_the_form_of_the_api_that_began_the_reply(path: str, is_streamed: bool) -> None:
+    engine = ScriptedEngine(says("Hello there"), failure=WorkerError("a worker is lost"), failure_after=3)
+    said = {"prompt": "a"} if path == "/completion" else {"messages": [{"role": "user", "content": "a"}]}
+    body = {"model": MODEL, "stream": is_streamed, **said}
+    async with client(make_app(engine)) as http:
+        first = await http.post(path, json=body, headers=KEY)
+        again = await http.get("/v1/streams/one")
+    assert "a worker is lost" in first.text and again.status_code == first.status_code
+    assert again.text == first.text

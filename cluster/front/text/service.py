@@ -150,13 +150,11 @@ class TextService:
                 held.enter_context(leases.moved())
             self.settings.adapters.use(generation.adapters, request.received_ns)
             held.callback(self.settings.adapters.release, generation.adapters)
-            completion = Completion(self._engine, choices, log, prompt, held.close)
+            with self.slots.recording(request.slot, generation, log, prompt):
+                return Completion(self._engine, choices, log, prompt, held.close)
         except BaseException:
             held.close()
             raise
-        if self.slots.count and request.slot is not None:  # The engine accepted the token ids. Results come later.
-            log.subscribe(self.slots.recording(request.slot, generation, prompt))
-        return completion
 
     def _choices(self, request: CompletionRequest, generation: GenerationRequest) -> list[Choice]:
         name, ends, stop = generation.request_id, generation.stop_token_ids, stop_patterns(request.stop)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from llamaclust.cluster.front.text.answer import TextChunk
-from llamaclust.cluster.front.text.answer_log import Subscriber
+from llamaclust.cluster.front.text.answer_log import AnswerLog
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import AdapterScales
@@ -44,11 +46,14 @@ class Slots:
         if slot is not None and self.count and has_images:
             raise ParameterError("id_slot", "slots keep only token ids and no images; remove id_slot")
 
-    def recording(self, slot: int, request: GenerationRequest, prompt: int) -> Subscriber:
-        """Records the prompt up to its first image. Returns a subscriber that adds the tokens of the first answer."""
-        text = request.prompt[: request.images[0].start] if request.images else request.prompt
-        tokens = array("I", text)
-        self._tokens[slot] = SlotTokens(tokens, request.cache_salt, request.adapters)
+    @contextmanager
+    def recording(self, slot: int | None, request: GenerationRequest, log: AnswerLog, prompt: int) -> Iterator[None]:
+        """Records the prompt up to its first image, and the first answer. The block must submit the request. An error
+        in the block leaves the slot unchanged."""
+        if slot is None or not self.count:
+            yield
+            return
+        tokens = array("I")
         last: int | None = None
 
         def take(of: int, chunk: TextChunk) -> None:
@@ -59,7 +64,11 @@ class Slots:
                         tokens.append(last)
                     last = row.token
 
-        return take
+        log.subscribe(take)  # Tokens that an earlier coordinator recorded come during the submission.
+        yield
+        # The engine has accepted the token ids.
+        tokens[:0] = array("I", request.prompt[: request.images[0].start] if request.images else request.prompt)
+        self._tokens[slot] = SlotTokens(tokens, request.cache_salt, request.adapters)
 
     def tokens(self, slot: int) -> SlotTokens:
         """Returns the slot's tokens whose keys and values are computed."""

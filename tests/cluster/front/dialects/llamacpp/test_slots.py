@@ -18,9 +18,11 @@ import pytest
 
 from llamaclust.cluster.front.body import HEADER
 from llamaclust.cluster.front.dialects.llamacpp import slots
+from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.state import disk_thread
 from llamaclust.core import regular_file
-from support.clusters.served import SETTINGS, client, make_app, real_engine, tokenizer
+from llamaclust.core.sampler.results import RowResult
+from support.clusters.served import SETTINGS, client, make_app, make_service, real_engine, tokenizer
 
 PROMPT = "the quick brown fox jumps over the lazy dog " * 2
 REQUEST = {"prompt": PROMPT, "n_predict": 20, "seed": 1, "id_slot": 1, "return_tokens": True}
@@ -282,3 +284,16 @@ async def test_a_slot_does_not_remember_tokens_that_are_refused(tmp_path: Path, 
         for prompt in ([token], ["a", token]):
             await error(http, "/completion", {"prompt": prompt, "id_slot": 1})
         assert (await http.post(SAVE, json={"filename": "a.bin"})).json()["n_saved"] == kept
+
+
+async def test_a_slot_has_the_tokens_that_an_earlier_coordinator_recorded() -> None:
+    tokens, rows = list[list[int]](), list[RowResult]()
+    for recorded in (0, 5):
+        async with real_engine() as (engine, _):
+            service = make_service(engine, slots=1)
+            answered = {0: tuple(rows[:recorded])} if recorded else {}
+            request = CompletionRequest((1, 2, 3), 8, seed=7, ignore_eos=True, slot=0, answered=answered)
+            async with await service.start(request) as running:
+                rows = [row async for chunk in running.log.chunks() for row in chunk.rows]
+            tokens.append([*service.slots.tokens(0).tokens])
+    assert tokens[0] == tokens[1] == [1, 2, 3, *(row.token for row in rows[:-1])]

@@ -151,17 +151,19 @@ class ModelRouter:
         whole = (model for model in self.models if name in model.names.all)
         return next(whole, None) or next((model for model in self.models if model.names.find(name)), None)
 
-    def named(self, name: object) -> ApiModel:
-        """Returns the model with this name, or the first model if `name` is empty. Raises HttpError (404)."""
+    def named(self, name: object, *, shows_names: bool = True) -> ApiModel:
+        """Returns the model with this name, or the first model if `name` is empty. Raises HttpError (404), which shows
+        the names of all models if `shows_names` is true."""
         if not (self.settings.can_unload and isinstance(name, str) and name):
             return self.models[0]
         if (model := self.find(name)) is not None:
             return model
-        shown = ((model.name, *model.settings.adapters.names) for model in self.models)
+        shown = ((model.name, *model.settings.adapters.names) for model in self.models if shows_names)
         raise not_served(name, chain.from_iterable(shown))
 
     def queried(self, request: Request) -> ApiModel:
-        return self.named(request.query_params.get("model"))
+        is_trusted = getattr(request.state, "is_trusted", False)  # False at `/health` and `/live` without a key.
+        return self.named(request.query_params.get("model"), shows_names=is_trusted)
 
     async def _serve(
         self, route: Route, apps: Mapping[str, ASGIApp], scope: Scope, receive: Receive, send: Send

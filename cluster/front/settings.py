@@ -80,7 +80,8 @@ class ApiSettings:
 
 
 def not_served(name: str, served: Iterable[str]) -> HttpError:
-    message = f"model: {name[:200]!r} is not served here, only {', '.join(map(repr, served))}"
+    others = ", ".join(map(repr, served))
+    message = f"model: {name[:200]!r} is not served here" + (f", only {others}" if others else "")
     return HttpError(404, "model_not_found", message, param="model")
 
 

@@ -158,3 +158,12 @@ async def test_a_name_with_its_tag_is_known_to_the_endpoints_of_the_model(name: 
         assert pulled.json() == {"status": "success"}
         assert (await several.http.post("/api/pull", json={"model": "other"})).status_code == 403
         assert (await several.posted("mb:other", {})).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/health", "/live"])
+async def test_the_names_of_models_are_for_those_with_a_key(path: str) -> None:
+    async with shared(api_keys=("first-key",)) as server:
+        refused = await server.http.get(path, params={"model": "x"})
+        told = await server.http.get(path, params={"model": "x"}, headers={"Authorization": "Bearer first-key"})
+    assert refused.status_code == told.status_code == 404
+    assert "only 'ma', 'mb'" in told.json()["error"]["message"] and "ma" not in refused.text

@@ -133,8 +133,9 @@ class Registry(Members):
         record = self._settings.record
         while not self._superseded.done():
             look = asyncio.ensure_future(asyncio.to_thread(record.newer_term))
+            signs: list[asyncio.Future[Any]] = [look, self._superseded]
             try:  # A worker's proof counts even if the state directory does not answer.
-                await asyncio.wait([look, self._superseded], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(signs, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 look.cancel()
             if look.done() and (newer := look.result()):

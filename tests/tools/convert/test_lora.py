@@ -124,7 +124,7 @@ def test_a_merge_without_a_tokenizer_is_refused(out: str, given: str | None, tmp
     (tmp_path / "base" / "tokenizer.json").unlink()
     one = adapter(tmp_path / "a", factors("mlp.up_proj", INNER, HIDDEN))
     with pytest.raises(LlamaclustError, match=r"tokenizer|none\.json"):
-        merge(tmp_path, one, out, given and tmp_path / given)
+        merge(tmp_path, one, out, None if given is None else tmp_path / given)
     assert not (tmp_path / out).exists()
 
 

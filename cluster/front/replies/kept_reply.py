@@ -291,6 +291,8 @@ class KeptReply:
                 if comment and loop.time() >= comment_s:  # Entries that show nothing arrive even during a silence.
                     yield comment
                     comment_s = loop.time() + framing.keepalive_s
+                    if entry is None:  # More may have arrived while the client took the comment.
+                        continue
                 if entry is None:
                     await reader.wait(comment_s - loop.time() if comment else None)
                     continue

@@ -66,7 +66,9 @@ class ModelLifecycle:
     def expires_in_s(self) -> float | None:
         if self.keep_alive_s is None or self.is_asleep or self.engine.state is EngineState.DOWN:
             return None
-        idle_s = 0.0 if self.serving_since_s is None else _now_s() - self.idle_since_s
+        # The model has no idle time while it is loaded for requests, but it has while it recovers.
+        loss = self.store.state.loss
+        idle_s = 0.0 if loss is not None and loss.error is None else _now_s() - self.idle_since_s
         return max(0.0, self.keep_alive_s - idle_s)
 
     def enter(self) -> None:
@@ -95,10 +97,11 @@ class ModelLifecycle:
         if not self.is_preempted:
             self.store.post(Signal.WAKE_REQUESTED)
 
-    def begin_serving(self) -> None:
+    def begin_serving(self, *, is_recovery: bool) -> None:
         self.serving_since_s, self.is_explicit = _now_s(), False
         if self.is_idle:
-            self.idle_since_s = self.serving_since_s
+            if not is_recovery:
+                self.idle_since_s = self.serving_since_s
             self._changed.set()
 
     def load(self) -> None:
@@ -208,11 +211,14 @@ class ModelRotation:
             await _plan_again(lifecycle.store)
 
     async def _time(self, lifecycle: ModelLifecycle) -> None:
+        is_recovery = False
         while True:
             await lifecycle.store.until(lambda state: state.loss is None)
-            lifecycle.begin_serving()
+            lifecycle.begin_serving(is_recovery=is_recovery)
             await lifecycle.store.until(lambda state: state.loss is not None)
             lifecycle.serving_since_s = None
+            loss = lifecycle.store.state.loss
+            is_recovery = loss is not None and loss.error is not None
 
     def _longest_serving(self, lifecycle: ModelLifecycle) -> ModelLifecycle | None:
         waiting = lifecycle.store.state.loss

@@ -17,7 +17,7 @@ from llamaclust.cluster.control.observations import Signal
 from llamaclust.cluster.control.reconcile import Action, LoadEpoch, MakePlan, Serve, Wait, reconcile
 from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.engine.request_stream import OpenRequests
-from llamaclust.core.errors import InsufficientMemoryError
+from llamaclust.core.errors import InsufficientMemoryError, WorkerError
 from support.plans.observed_cluster import BOTH
 from support.seed import SEED
 from support.several_models.runner import ANYTHING, action_runner, new_store
@@ -191,6 +191,22 @@ async def test_the_idle_time_begins_when_the_model_serves() -> None:
         await _until_awake(model)
         assert model.store.state.is_wanted
         await model.store.until(lambda state: state.is_asleep)
+
+
+async def test_a_recovery_is_no_use_of_a_model() -> None:
+    async with _models("a", Random(SEED)) as (model,):
+        await _iterations(_WAKE)
+        model.lifecycle.load()
+        await _until_awake(model)
+        await model.store.until(lambda state: state.loss is None)
+        await _iterations(_WAKE)
+        before_s = model.lifecycle.idle_since_s
+        model.store.post(observations.PipelineLost(WorkerError("a worker is lost")))
+        model.store.post(Signal.PIPELINE_CLOSED)
+        await model.store.until(lambda state: state.loss is not None)
+        await model.store.until(lambda state: state.loss is None)
+        await _iterations(_WAKE)
+        assert model.lifecycle.serving_since_s is not None and model.lifecycle.idle_since_s == before_s
 
 
 async def test_requests_and_unloads_at_random(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from llamaclust.model.chat.tools.text_run import TextRun
 from llamaclust.model.chat.tools.text_source import Markers, Reading, TextSource
 from llamaclust.model.chat.tools.tool_format import ChannelCalls
 
-_CUT_HEADER: Final = re.compile(r"\s*(<\||to=)")
+_CUT_HEADER: Final = re.compile(r"\s*(<\||to=|<?$|to?$)")
 """Matches the beginning of a header that the token limit may have cut. Content may lack a header."""
 
 

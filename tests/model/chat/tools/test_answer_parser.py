@@ -119,7 +119,13 @@ def test_content_without_a_header(form: str, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("form", "header"),
-    [("harmony", "<|chan"), ("harmony", "<|channel|>final"), ("muse", " to=us"), ("functionary", "all")],
+    [
+        ("harmony", "<|chan"),
+        ("harmony", "<|channel|>final"),
+        ("muse", " to=us"),
+        ("muse", " to"),
+        ("functionary", "all"),
+    ],
 )
 def test_a_header_that_the_token_limit_cut_is_no_content(form: str, header: str) -> None:
     assert meaning(parsed(AnswerParser(form_of(form), TOOLS), header)) == ("", "", ())

@@ -71,7 +71,7 @@ async def test_members_that_no_connection_reaches_are_told_from_those_that_load(
             await asyncio.gather(opening, return_exceptions=True)
 
 
-async def test_members_may_be_reached_while_their_absence_is_reported() -> None:
+async def test_members_may_be_reached_while_their_absence_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     reports: list[Fault] = []
     with socket.socket() as first, socket.socket() as second:
         for late in (first, second):
@@ -81,6 +81,8 @@ async def test_members_may_be_reached_while_their_absence_is_reported() -> None:
             members = (GroupMember(name, place) for name, place in zip(NAMES, (*addresses, own.address), strict=True))
             order = GroupOrder(GROUP, tuple(members), 2)
             opener = LinkOpener(order, Insecure(), own)
+            # Both members are reported at the first look, whenever their connections were first refused.
+            monkeypatch.setattr(opener, "unreached", lambda seconds: LinkOpener.unreached(opener, 0.0))
 
             async def report(fault: Fault) -> None:
                 reports.append(fault)

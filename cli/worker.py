@@ -207,7 +207,7 @@ def rotate(
         Path | None, Option(metavar="DIR", help="Folder of the join token, if the cluster file sets `join.trust_dir`.")
     ] = None,
 ) -> None:
-    """Replace the join token of a running or stopped cluster, and print the path of the token's file.
+    """Replace the join token, and print the path of its file. Clusters of Ray and MPI must be stopped first.
 
     The old token no longer admits workers. Connected workers stay, but need the new token to rejoin."""
     from llamaclust.cluster.config.environment import environment

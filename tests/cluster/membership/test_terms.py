@@ -108,20 +108,21 @@ async def test_a_worker_cannot_use_up_all_terms(path: Path) -> None:
 
 
 @pytest.fixture
-def hung_look(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Makes the first look at the record on disk hang."""
+def hung_look(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Makes the first look at the record on disk hang until the event is set."""
     back, look, hangs = threading.Event(), ControlRecord.newer_term, [True]
 
     def newer_term(record: ControlRecord) -> int | None:
         return back.wait(60) and None if hangs and hangs.pop() else look(record)
 
     monkeypatch.setattr(ControlRecord, "newer_term", newer_term)
-    yield
+    yield back
     back.set()
 
 
-@pytest.mark.usefixtures("hung_look")
-async def test_a_worker_of_a_newer_coordinator_is_refused_and_ends_the_cluster_that_it_served(trust: Authority) -> None:
+async def test_a_worker_of_a_newer_coordinator_is_refused_and_ends_the_cluster_that_it_served(
+    trust: Authority, hung_look: threading.Event
+) -> None:
     record = ControlRecord(term=3)
     record.next_epoch()
     async with registry_of(trust.identity(), JoinSettings(5.0, record=record)) as there:
@@ -139,6 +140,7 @@ async def test_a_worker_of_a_newer_coordinator_is_refused_and_ends_the_cluster_t
             assert isinstance(refused, Rejected)
             with pytest.raises(WorkerError, match="superseded by a newer coordinator: worker a has seen"):
                 await superseded
+    hung_look.set()  # The end of the event loop waits for the thread.
 
 
 async def test_a_term_that_grows_is_proven_to_the_members_of_before(trust: Authority) -> None:

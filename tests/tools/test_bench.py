@@ -295,7 +295,7 @@ def test_what_others_take_of_the_processor_is_told(
     ("arguments", "words"),
     [
         (("TINY", "-p", "2048"), "2049 tokens are requested, but the model's context length is 2048"),
-        (("TINY", "-d", "2000", "-n", "100"), "2101 tokens are requested"),
+        (("TINY", "-d", "2000", "-n", "100"), "2102 tokens are requested"),
         (("/nonexistent.gguf",), "no such file"),
         (("TINY", "-p", "0"), "--prompt"),
         (("TINY", "--workers", "0"), "--workers"),

@@ -78,9 +78,9 @@ async def _opened(weights: Weights, model: ModelFile) -> None:
         await files.open_model(order)
 
 
-@pytest.mark.parametrize("ask", [_found, _opened])
+@pytest.mark.parametrize("find", [_found, _opened])
 async def test_a_file_is_not_read_after_a_membership_ends(
-    ask: Callable[[Weights, ModelFile], Coroutine[None, None, None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    find: Callable[[Weights, ModelFile], Coroutine[None, None, None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each thread that hashes the file may end its piece, and each tensor has many."""
     begun, may_end, pieces = threading.Event(), threading.Event(), count()
@@ -93,7 +93,7 @@ async def test_a_file_is_not_read_after_a_membership_ends(
     monkeypatch.setattr(manifest, "_READ_BYTES", 64)
     monkeypatch.setattr(Tensor, "read_into", read_into)
     model = open_model(build_tiny_model(tmp_path / "m.gguf"))
-    asking = asyncio.create_task(ask(Weights(), model))
+    asking = asyncio.create_task(find(Weights(), model))
     try:
         assert await asyncio.to_thread(begun.wait, 60)
         asking.cancel()

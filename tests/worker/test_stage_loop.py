@@ -77,7 +77,7 @@ async def test_a_leader_announces_no_microbatch_that_does_not_fit(
     """The stream ends as on a single worker: its sender is at fault, not a member of the group."""
     announced: list[int] = []
 
-    def step(arrival: Arrival, followed: object, checked: object) -> nullcontext[None]:
+    def step(arrival: Arrival, followed: object, adapters: bytes, checked: object) -> nullcontext[None]:
         announced.append(arrival.frame.rows)
         return nullcontext()
 

@@ -145,7 +145,7 @@ def test_layers_that_predict_further_tokens_are_left_out_of_nemotron_with_a_note
         ("granitehybrid", {"mamba_expand": 3}, "differ from the 192"),
         ("granitehybrid", {"position_embedding_type": "alibi"}, "'alibi' is not known; known: rope, nope"),
         ("granitehybrid", {"layer_types": None}, "'layers_block_type': expected a list of mamba, linear_attention"),
-        ("nemotron_h", {"layers_block_type": ["mlp", "moe", "mlp", "mlp", "mlp"]}, "among layers with experts"),
+        ("nemotron_h", {"layers_block_type": ["mlp", "moe", "mlp", "mlp", "mlp"]}, "both mlp and moe layers"),
         ("nemotron_h", {"num_hidden_layers": 4}, "expected 4 entries, one for each layer, found 5"),
         ("nemotron_h", {"mlp_hidden_act": "silu"}, "'silu' is not supported; expected relu2"),
         (

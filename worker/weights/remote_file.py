@@ -51,13 +51,11 @@ class RemoteFile:
         self._stack = ExitStack()
 
     async def __aenter__(self) -> Self:
-        try:
-            await in_thread(self._stack.enter_context, self._cache.in_use())
-        except BaseException:
-            self._stack.close()
-            raise
-        self._weights.fetching.append(self)
-        self._stack.callback(self._weights.fetching.remove, self)
+        with ExitStack() as stack:  # Closes the cache's lease if the wait for it is cancelled.
+            await in_thread(stack.enter_context, self._cache.in_use())
+            self._weights.fetching.append(self)
+            stack.callback(self._weights.fetching.remove, self)
+            self._stack = stack.pop_all()
         return self
 
     async def __aexit__(self, *error: object) -> None:

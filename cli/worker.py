@@ -213,11 +213,12 @@ def rotate(
     from llamaclust.cluster.config.environment import environment
     from llamaclust.cluster.membership.authority import Authority
 
-    folder = trust_dir or _rotated_folder(cluster, environment().state_dir)
+    folder = trust_dir or _trust_folder(cluster, environment().state_dir)
     if not folder.is_dir():
         raise UsageError(
             f"{folder}: no such folder; give the cluster's name with --cluster, or the folder with --trust-dir"
         )
+    _check_workers_rejoin(folder, environment().state_dir)
     authority = Authority.open(folder)
     authority.rotate_token()
     print(authority.token_file)
@@ -228,19 +229,17 @@ def rotate(
     )
 
 
-def _rotated_folder(cluster: str | None, state_dir: Path) -> Path:
-    """Returns a cluster's trust folder. Raises UsageError if running workers could not get a new token."""
+def _check_workers_rejoin(folder: Path, state_dir: Path) -> None:
+    """Raises UsageError if workers of a running cluster with this trust folder could not get a new token."""
     from llamaclust.cluster.config.launcher_facts import LAUNCHERS
     from llamaclust.cluster.membership.authority import trust_folder
     from llamaclust.cluster.state.clusters import running_clusters
 
-    folder = _trust_folder(cluster, state_dir)
     for directory, record in running_clusters(state_dir).values():
         facts = LAUNCHERS[record.launcher]
         if trust_folder(directory.path) == folder and facts.starts_workers and not facts.is_local:
             what = f"workers that {record.launcher} has started need the present token to rejoin"
             raise UsageError(f"{what}: stop the cluster first, `llamaclust down --cluster {record.name}`")
-    return folder
 
 
 def _trust_folder(cluster: str | None, state_dir: Path) -> Path:

@@ -58,7 +58,7 @@ async def numbers(interrupted_at: int) -> AsyncGenerator[int, None]:
         for number in range(1, 100):
             if number == interrupted_at:
                 interrupt_main_thread()
-                await asyncio.sleep(60)
+                await asyncio.Event().wait()
             yield number
     finally:
         for _ in range(20):  # like the cancellation of a request at its server
@@ -81,7 +81,7 @@ def test_an_interrupted_call_is_cancelled(thread: LoopThread[str]) -> None:
     async def work() -> None:
         interrupt_main_thread()
         try:
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
         finally:
             cancelled.set()
 
@@ -158,7 +158,7 @@ def test_closing_ends_a_step_that_runs_before_the_resource(thread: LoopThread[st
     async def waiting() -> AsyncGenerator[int, None]:
         try:
             begun.set()
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
             yield 1
         finally:
             await asyncio.sleep(0)
@@ -185,7 +185,7 @@ def test_a_stream_may_be_closed_while_another_thread_reads_it(thread: LoopThread
         try:
             yield 1
             begun.set()
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
         finally:
             for _ in range(20):
                 await asyncio.sleep(0)

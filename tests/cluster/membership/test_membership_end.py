@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -77,6 +78,16 @@ async def test_tasks_that_do_not_end_are_logged(
     assert [record.message for record in caplog.records] == [expected]
 
 
+def loads_of(send: Callable[[WorkerMessage], Awaitable[None]]) -> tuple[Worker, Loads, Any]:
+    """Returns a worker, the loads of a membership, and an order to load a stage."""
+    anything: Any = SimpleNamespace(received_bytes=0)
+    worker = Worker("a", anything, StageService("a"), Compute(), anything)
+    limits = SimpleNamespace(expert_shards=1)
+    fields = {"epoch": 1, "model_path": "m.gguf", "model_id": "m", "start": 0, "end": 2, "encoder": None}
+    order = SimpleNamespace(**fields, exclusive=False, limits=limits, group=None)
+    return worker, Loads(Session(worker, anything, Deadlines(), Counters(), send)), order
+
+
 @pytest.mark.parametrize("when", ["before the load", "while it loads", "at its end"])
 async def test_no_stage_is_added_after_the_end(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, loaded, closed = asyncio.Event(), asyncio.Event(), []
@@ -94,12 +105,7 @@ async def test_no_stage_is_added_after_the_end(when: str, monkeypatch: pytest.Mo
         answers.append(message)
 
     monkeypatch.setattr(loads, "load_stage", load_stage)
-    anything: Any = SimpleNamespace(received_bytes=0)
-    worker = Worker("a", anything, StageService("a"), Compute(), anything)
-    member = Loads(Session(worker, anything, Deadlines(), Counters(), send))
-    limits = SimpleNamespace(expert_shards=1)
-    fields = {"epoch": 1, "model_path": "m.gguf", "model_id": "m", "start": 0, "end": 2, "encoder": None}
-    order: Any = SimpleNamespace(**fields, exclusive=False, limits=limits, group=None)
+    worker, member, order = loads_of(send)
     if when == "before the load":
         member.end()
     loading = asyncio.create_task(member.load(order))
@@ -130,12 +136,7 @@ async def test_no_load_begins_before_the_thread_of_an_earlier_membership_ends(mo
         """Drops it, because nobody listens at the end."""
 
     monkeypatch.setattr(load, "_load", in_thread)
-    anything: Any = SimpleNamespace(received_bytes=0)
-    worker = Worker("a", anything, StageService("a"), Compute(), anything)
-    member = Loads(Session(worker, anything, Deadlines(), Counters(), send))
-    limits = SimpleNamespace(expert_shards=1)
-    fields = {"epoch": 1, "model_path": "m.gguf", "model_id": "m", "start": 0, "end": 2, "encoder": None}
-    order: Any = SimpleNamespace(**fields, exclusive=False, limits=limits, group=None)
+    worker, member, order = loads_of(send)
     tasks = TaskSet()
     tasks.start(member.load(order))
     try:

@@ -14,17 +14,17 @@ from llamaclust.model.quant_types import QuantType
 
 RANK = 4
 ALPHA = 8.0
-PARTS = (".attn_q.", ".attn_v.", ".ffn_up.")
+PARTS = (".attn_q.weight", ".attn_v.weight", ".ffn_up.weight")
 GAIN = 0.2
 """Standard deviation of the values that the adapter adds, if its input has standard deviation 1."""
 
 
 def write_adapter(model: Path, out: Path) -> None:
-    """Writes an adapter for the matrices whose names contain one of PARTS."""
+    """Writes an adapter for the matrices whose names end with one of PARTS."""
     file, random = open_model(model), np.random.default_rng(1)
     sources = []
     for tensor in file.tensors.values():
-        if tensor.layer and any(part in tensor.name for part in PARTS):
+        if tensor.layer and tensor.name.endswith(PARTS):
             rows, width = tensor.shape
             for half, shape, gain in (
                 ("a", (RANK, width), width**-0.5),

@@ -112,7 +112,7 @@ class ActionRunner:
             model = f"model {config.model_name}" if config.models else "the model"
             pause = f"for {expulsion.pause_s:g} s unless {model} needs it"
             self._report(Notice(f"worker {name} is quarantined {pause}: {expulsion.reason}"))
-        elif self._registry.joins[name] == join:
+        elif self._registry.joins.get(name) == join:
             self._registry.mark_lost(self._registry.workers[name], expulsion.reason)
 
     async def _make_plan(self, inputs: observations.PlanInputs) -> None:

@@ -18,6 +18,9 @@ from llamaclust.wire.rpc.task_set import TaskSet
 _EXIT_REPORT_S = 0.5
 """Seconds to wait for the launcher's exit report after the stream of a worker breaks."""
 
+MAX_LOST_WORKERS = 1024
+"""Lost workers that are remembered. The number is large, because a plan being made may contain lost workers."""
+
 
 @dataclass(frozen=True, slots=True)
 class MemberJoined:
@@ -44,12 +47,14 @@ MembershipEvent = MemberJoined | MemberLost | PeerReported | HeartbeatReceived
 
 
 class Members:
-    """Workers by name. A lost worker stays in the list until another worker with its name joins."""
+    """Workers by name. A lost worker stays in the list until another worker with its name joins, or until
+    `MAX_LOST_WORKERS` others are lost after it."""
 
     def __init__(self, read_last_error: Callable[[str], str]) -> None:
         self.read_last_error = read_last_error
         self.joins: dict[str, int] = {}
         self._workers: dict[str, WorkerHandle] = {}
+        self._lost: dict[str, None] = {}  # Names of lost workers, in the order of their losses.
         self._numbers = count(1)
         self._exits: dict[str, str] = {}
         self._changed = asyncio.Event()
@@ -104,6 +109,7 @@ class Members:
     def admit(self, handle: WorkerHandle) -> None:
         self._workers[handle.name] = handle
         self.joins[handle.name] = next(self._numbers)
+        self._lost.pop(handle.name, None)
         self._exits.pop(handle.name, None)
 
     def announce(self, handle: WorkerHandle) -> None:
@@ -117,8 +123,15 @@ class Members:
         """Marks a worker as lost. Later messages from it are ignored, although its process may still run."""
         if not handle.state.is_gone:
             handle.lose(reason)
+            self._lost[handle.name] = None
             self._set_changed()
             self.publish(MemberLost(handle))
+            self._forget_lost()
+
+    def _forget_lost(self) -> None:
+        while len(self._lost) > MAX_LOST_WORKERS:
+            name = next(iter(self._lost))
+            del self._lost[name], self._workers[name], self.joins[name]
 
     def report_loss(self, handle: WorkerHandle, reason: str) -> None:
         """Marks a disconnected worker as lost. The launcher's report of its exit, if any, replaces `reason`."""

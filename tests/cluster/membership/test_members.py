@@ -15,15 +15,18 @@ import grpc
 import pytest
 
 from llamaclust.cluster.launchers.static import keep_renewed
-from llamaclust.cluster.membership import join_rules
+from llamaclust.cluster.membership import join_rules, members
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.join_rules import JoinSettings
+from llamaclust.cluster.membership.members import Members
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
 from llamaclust.model.loader import Model
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control.messages import (
     Admitted,
     CertificateRenewed,
+    CoordinatorMessage,
     Heartbeat,
     Rejected,
     RenewalFailed,
@@ -311,3 +314,26 @@ async def test_methods_that_there_are_not_are_refused(trust: Authority) -> None:
             with pytest.raises((StreamBrokenError, grpc.RpcError)):
                 await peer.open(method, reply_bytes=0).opened()
             await peer.close()
+
+
+def test_the_earliest_lost_workers_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(members, "MAX_LOST_WORKERS", 2)
+    known = Members(lambda name: "")
+
+    async def send(message: CoordinatorMessage) -> None:
+        raise AssertionError(message)
+
+    def admit(name: str) -> WorkerHandle:
+        handle = WorkerHandle(replace(REGISTER, name=name), send, lambda: "", Insecure())
+        known.admit(handle)
+        return handle
+
+    first, second, third, fourth = map(admit, "abcd")
+    for handle in (second, first):
+        known.mark_lost(handle, "killed")
+    admit("b")
+    known.mark_lost(third, "killed")
+    assert {*known.workers} == {*known.joins} == {*"abcd"}
+    known.mark_lost(fourth, "killed")
+    assert {*known.workers} == {*known.joins} == {*"bcd"}
+    assert {*known.present} == {"b"}

@@ -8,23 +8,40 @@ from typing import Any, Final
 
 from llamaclust.core.errors import RequestError
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
+from llamaclust.model.tokenizers.word_finder import WordFinder
 
 GUARD: Final = "\ufdd0"
 """A Unicode noncharacter, which is inserted into control words of user text to hide them from the tokenizer."""
 
 
-def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Inserts GUARD into every control word of the messages. Raises RequestError if a message contains GUARD."""
-    words = tuple(text for text in tokenizer.control_texts if len(text) > 1)
-    starts = _starts_of(words)
-    longest = max(map(len, words), default=1) - 1
+class Guard:
+    """Hides words in texts. `words` are in the order in which they are replaced."""
 
-    def guarded(text: str) -> str:
+    def __init__(self, words: Sequence[str]) -> None:
+        self._places = {word: place for place, word in enumerate(words)}
+        self._finder = WordFinder(words)
+        self._starts = frozenset(word[:length] for word in words for length in range(1, len(word)))
+        self._longest = max(map(len, words), default=1) - 1
+
+    def guarded(self, text: str) -> str:
         if GUARD in text:
             raise RequestError("the messages contain U+FDD0, which is not a valid character; remove it")
-        return _guard_end(_guard_words(text, words), starts, longest)
+        for word in sorted(self._finder.found_in(text), key=self._places.__getitem__):
+            text = text.replace(word, word[0] + GUARD + word[1:])
+        # Later text could complete a word whose beginning is the end of this text.
+        ends = (text[-length:] for length in range(1, min(self._longest, len(text)) + 1))
+        return text + GUARD if any(end in self._starts for end in ends) else text
 
-    return [_with_texts(message, guarded) for message in messages]
+
+def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Inserts GUARD into every control word of the messages. Raises RequestError if a message contains GUARD."""
+    guard = _guard(tokenizer.control_texts)
+    return [_with_texts(message, guard.guarded) for message in messages]
+
+
+@lru_cache(maxsize=8)
+def _guard(words: tuple[str, ...]) -> Guard:
+    return Guard([word for word in words if len(word) > 1])
 
 
 def _with_texts(value: Any, changed: Callable[[str], str]) -> Any:
@@ -50,21 +67,3 @@ def encode_text(tokenizer: Tokenizer, rendered: str) -> list[int]:
 
 def unguarded(rendered: str) -> str:
     return rendered.replace(GUARD, "")
-
-
-@lru_cache(maxsize=8)
-def _starts_of(words: tuple[str, ...]) -> frozenset[str]:
-    return frozenset(word[:length] for word in words for length in range(1, len(word)))
-
-
-def _guard_words(text: str, words: Sequence[str]) -> str:
-    for word in words:
-        if word in text:
-            text = text.replace(word, word[0] + GUARD + word[1:])
-    return text
-
-
-def _guard_end(text: str, starts: frozenset[str], longest: int) -> str:
-    """Appends GUARD if the text ends with the beginning of a control word, which later text could complete."""
-    ends = (text[-length:] for length in range(1, min(longest, len(text)) + 1))
-    return text + GUARD if any(end in starts for end in ends) else text

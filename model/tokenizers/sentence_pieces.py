@@ -10,7 +10,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.model.tokenizers.tokenizer import Tokenizer
+from llamaclust.model.tokenizers.tokenizer import CONTROL_TYPES, SpecialTokens, Tokenizer
 from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary, key, read_flag
 
 _SPACE: Final = "▁"
@@ -38,8 +38,8 @@ class SentencePieceTokenizer(Tokenizer):
         self._processor = _processor(model)
 
     def _use_unigrams(self, model: Any, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
-        self._user_defined = []
-        self._special = [(text, token_id) for text, token_id in self._special if self.is_control(token_id)]
+        self._user_defined = SpecialTokens(vocabulary)
+        self._special = SpecialTokens(vocabulary, *CONTROL_TYPES)
         if not np.isfinite(vocabulary.scores or [0.0]).all():
             raise ModelFileError(f"{key('scores')}: expected numbers only")
         model.trainer_spec.model_type = model.trainer_spec.UNIGRAM

@@ -5,13 +5,17 @@ from __future__ import annotations
 import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 from llamaclust.core.errors import RequestError
 from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary
+from llamaclust.model.tokenizers.word_finder import WordFinder
 
-_CONTROL = (TokenType.CONTROL, TokenType.UNKNOWN)
-_NOT_SPELLED = frozenset((*_CONTROL, TokenType.USER_DEFINED, TokenType.BYTE))
+CONTROL_TYPES = (TokenType.CONTROL, TokenType.UNKNOWN)
+_NOT_SPELLED = frozenset((*CONTROL_TYPES, TokenType.USER_DEFINED, TokenType.BYTE))
 """Types of tokens whose words are literal text. Words of other types are encoded, for example with ▁ for a space."""
+
+_WHITE_SPACE = " \t\n\v\f\r"
 
 
 class Tokenizer(ABC):
@@ -27,21 +31,24 @@ class Tokenizer(ABC):
         self.add_bos = add_bos and self.bos_id is not None
         self.add_eos = add_eos and self.eos_id is not None
         self.add_space_prefix = add_space_prefix
-        self._user_defined = _texts_of(vocabulary, TokenType.USER_DEFINED)
-        self._special = _texts_of(vocabulary, TokenType.USER_DEFINED, *_CONTROL)
+        self._user_defined = SpecialTokens(vocabulary, TokenType.USER_DEFINED)
+        self._special = SpecialTokens(vocabulary, TokenType.USER_DEFINED, *CONTROL_TYPES)
         self._bytes: dict[int, bytes] = {}
 
-    @property
-    def control_texts(self) -> Sequence[str]:
-        return [text for text, token_id in self._special if self.is_control(token_id)]
+    @cached_property
+    def control_texts(self) -> tuple[str, ...]:
+        """The texts of control tokens and marks, longest first. A user's text must not become one of these tokens."""
+        types, marks = self.vocabulary.types, self.vocabulary.marks
+        found = self._special.ids.items()
+        return tuple(text for text, token_id in found if types[token_id] in CONTROL_TYPES or token_id in marks)
 
     @property
     def control_ids(self) -> Sequence[int]:
-        return [token_id for token_id, kind in enumerate(self.vocabulary.types) if kind in _CONTROL]
+        return [token_id for token_id, kind in enumerate(self.vocabulary.types) if kind in CONTROL_TYPES]
 
     def is_control(self, token_id: int) -> bool:
         """Returns True for control tokens and unknown tokens, which have no text."""
-        return self._type_of(token_id) in _CONTROL
+        return self._type_of(token_id) in CONTROL_TYPES
 
     def token_id(self, word: str) -> int | None:
         return self.vocabulary.ids.get(word)
@@ -60,7 +67,7 @@ class Tokenizer(ABC):
 
     def split_special(self, text: str, parse_special: bool) -> list[str | int]:
         """Splits a text into plain text and ids of special tokens. User-defined tokens are always recognized."""
-        return _split(_without_surrogates(text), self._special if parse_special else self._user_defined)
+        return (self._special if parse_special else self._user_defined).split(_without_surrogates(text))
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
         ids: list[int] = []
@@ -148,29 +155,34 @@ class Detokenizer:
         return rest
 
 
-def _texts_of(vocabulary: Vocabulary, *kinds: TokenType) -> list[tuple[str, int]]:
-    wanted = bytes(kinds)
-    found = [(vocabulary.words[i], i) for i, kind in enumerate(vocabulary.types) if kind in wanted]
-    return sorted(found, key=lambda pair: (-len(pair[0].encode()), pair[1]))
+class SpecialTokens:
+    """Splits texts at tokens of some types. `ids` has the tokens by text, longest first."""
 
+    def __init__(self, vocabulary: Vocabulary, *kinds: TokenType) -> None:
+        wanted = bytes(kinds)
+        found = [(vocabulary.words[i], i) for i, kind in enumerate(vocabulary.types) if kind in wanted]
+        self.ids = dict(sorted(found, key=lambda pair: (-len(pair[0].encode()), pair[1])))
+        self._places = {text: place for place, text in enumerate(self.ids)}
+        self._finder = WordFinder(self.ids)
+        self._stripping = vocabulary.stripping
 
-def _split(text: str, special: Sequence[tuple[str, int]]) -> list[str | int]:
-    parts: list[str | int] = [text] if text else []
-    for word, token_id in special:
-        if word in text:
-            parts = [piece for part in parts for piece in _cut(part, word, token_id)]
-    return parts
+    def split(self, text: str) -> list[str | int]:
+        parts: list[str | int] = [text] if text else []
+        for word in sorted(self._finder.found_in(text), key=self._places.__getitem__):
+            parts = [piece for part in parts for piece in self._cut(part, word)]
+        return parts
 
-
-def _cut(part: str | int, word: str, token_id: int) -> Iterator[str | int]:
-    if isinstance(part, int):
-        yield part
-        return
-    for index, piece in enumerate(part.split(word)):
-        if index:
-            yield token_id
-        if piece:
-            yield piece
+    def _cut(self, part: str | int, word: str) -> Iterator[str | int]:
+        if isinstance(part, int):
+            yield part
+            return
+        token_id = self.ids[word]
+        for index, piece in enumerate(part.split(word)):
+            if index:
+                yield token_id
+            kept = piece.lstrip(_WHITE_SPACE) if index and token_id in self._stripping else piece
+            if kept:
+                yield kept
 
 
 def _without_surrogates(text: str) -> str:

@@ -24,7 +24,19 @@ END_OF_GENERATION_TEXTS: Final = frozenset(_END_TEXTS.split())
 
 _PADDING_TEXTS: Final = frozenset({"<PAD>", "[PAD]"})
 _PLAIN_TEXTS: Final = frozenset({"<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"})
+GEMMA4_VISIBLE: Final = frozenset(
+    {
+        *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>"),
+        *("<|tool_response>", "<tool_response|>", '<|"|>'),
+    }
+)
+"""Tokens of Gemma 4 that are user-defined instead of control, because the answer parser needs their text."""
+_MARK_TEXTS: Final = _PLAIN_TEXTS | GEMMA4_VISIBLE | {"<|end|>"}
+_STRIPPING_NAMES: Final = ("phi-3", "phi3")
+_NOT_STRIPPING_TEXTS: Final = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 _BYTE_TEXT: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+SUPPRESSED: Final = "suppress_tokens"
+_MAX_SUPPRESSED: Final = 256
 _END_KEYS: Final = tuple(f"{name}_token_id" for name in ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep"))
 
 
@@ -40,6 +52,9 @@ class TokenType(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
+    """`marks` are user-defined tokens that separate the parts of a chat. White space that follows a token in
+    `stripping` is ignored. Tokens in `suppressed` are never generated."""
+
     words: Sequence[str]
     types: bytes
     scores: Sequence[float] | None
@@ -49,6 +64,9 @@ class Vocabulary:
     unknown_id: int | None
     end_of_generation: frozenset[int]
     fill_in: FillInTokens | None = None
+    marks: frozenset[int] = frozenset()
+    stripping: frozenset[int] = frozenset()
+    suppressed: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.words)
@@ -78,6 +96,9 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         unknown_id=read_token_id(metadata, "unknown_token_id", len(words)),
         end_of_generation=ends,
         fill_in=fill_in,
+        marks=frozenset(ids[text] for text in _MARK_TEXTS & ids.keys() if types[ids[text]] == TokenType.USER_DEFINED),
+        stripping=_stripping(metadata, words, types),
+        suppressed=_suppressed(metadata, len(words)),
     )
 
 
@@ -169,6 +190,25 @@ def _keep_inner_marks(ids: Mapping[str, int], types: bytearray, ends: set[int | 
     if {"<|tool_response>", "</s>"} <= found:
         ends.discard(ids["</s>"])
         types[ids["</s>"]] = TokenType.NORMAL
+
+
+def _stripping(metadata: Mapping[str, Any], words: Sequence[str], types: bytes) -> frozenset[int]:
+    """Returns the tokens that ignore white space behind them. Like llama.cpp, it looks at the model's name, because
+    GGUF has no key for them."""
+    name = metadata.get("general.name")
+    if not isinstance(name, str) or not any(part in name.lower() for part in _STRIPPING_NAMES):
+        return frozenset()
+    special = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
+    return frozenset(i for i, kind in enumerate(types) if kind in special and words[i] not in _NOT_STRIPPING_TEXTS)
+
+
+def _suppressed(metadata: Mapping[str, Any], count: int) -> frozenset[int]:
+    value = metadata.get(key(SUPPRESSED))
+    if value is None:
+        return frozenset()
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or len(value) > _MAX_SUPPRESSED:
+        raise ModelFileError(f"{key(SUPPRESSED)} is not an array of at most {_MAX_SUPPRESSED} whole numbers")
+    return frozenset(token_id for token_id in value.tolist() if 0 <= token_id < count)
 
 
 def _check_byte_words(words: list[str], types: bytearray) -> None:

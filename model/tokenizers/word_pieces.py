@@ -47,7 +47,7 @@ class WordPieceTokenizer(Tokenizer):
         self._longest_piece = max(map(len, vocabulary.words))
         self.longest_word = _LONGEST_WORD
         self._lowers = read_flag(metadata, "normalizer.lowercase", True)
-        self._strips = read_flag(metadata, "normalizer.strip_accents", True)
+        self._strips = read_flag(metadata, "normalizer.strip_accents", self._lowers)
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         if len(text) > _MOST_CHARACTERS:

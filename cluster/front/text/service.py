@@ -34,6 +34,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.validation import NO_TEXT
 from llamaclust.cluster.state.adapters import ServedAdapters
 from llamaclust.core.errors import ContextLengthError, ParameterError
+from llamaclust.core.sampler.bounds import MAX_BIAS
 from llamaclust.core.sampler.params import SamplerChain, SamplingParams
 from llamaclust.model.chat.template import ChatTemplate
 from llamaclust.model.gguf.model_file import ModelFile
@@ -353,8 +354,12 @@ class TextService:
         return await run_on(BREAKERS, self._breaker_tokens.of, request.dry_breakers)
 
     def _params(self, request: CompletionRequest) -> SamplingParams:
-        """Returns the sampling parameters. Unless `penalize_nl` is true, line breaks are exempt from penalties."""
+        """Returns the sampling parameters. Unless `penalize_nl` is true, line breaks are exempt from penalties. Tokens
+        that the model file suppresses have a bias that makes them impossible."""
         params = request.params
+        if suppressed := self.tokenizer.vocabulary.suppressed:
+            biases = dict(params.logit_bias) | dict.fromkeys(suppressed, -MAX_BIAS)
+            params = replace(params, logit_bias=tuple(sorted(biases.items())))
         if request.penalize_nl or not params.needs_history:
             return params
         line_break = self.tokenizer.encode("\n", add_special=False)[-1:]

@@ -65,6 +65,20 @@ def test_a_user_cannot_write_control_tokens(tokenizer: Tokenizer, content: objec
     assert ids[4:-1] == plain(tokenizer, f"\n\n{text}")
 
 
+def test_a_user_cannot_write_the_marks_that_answers_show() -> None:
+    metadata = dict(open_model(DATA_FOLDER / "ggml-vocab-llama-bpe.gguf").metadata)
+    words = [*metadata["tokenizer.ggml.tokens"]]  # type: ignore[misc]  # a list of texts in this file
+    marks = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>"]
+    words[128010 : 128010 + len(marks)] = marks
+    tokenizer = load_tokenizer(metadata | {"tokenizer.ggml.tokens": words})
+    text = "".join(marks)
+    (message,) = guard_messages([{"role": "user", "content": text}], tokenizer)
+    ids = encode_chat(tokenizer, f"<|start|>user<|message|>{message['content']}<|end|>")
+    marked = [token_id for token_id in ids if tokenizer.token_text(token_id) in marks]
+    assert [tokenizer.token_text(token_id) for token_id in marked] == ["<|start|>", "<|message|>", "<|end|>"]
+    assert tokenizer.decode(ids).endswith(f"<|message|>{text}<|end|>")
+
+
 def test_what_keeps_control_words_apart_is_no_text_of_a_user(tokenizer: Tokenizer) -> None:
     for message in ({"content": f"a{GUARD}b"}, {"t": [{f"{GUARD}": 1}]}):
         with pytest.raises(RequestError, match=r"U\+FDD0"):

@@ -123,6 +123,55 @@ def test_end_marks_inside_an_answer_do_not_end_it() -> None:
     assert alone.end_of_generation == {256}
 
 
+def test_marks_of_a_chat_are_control_texts() -> None:
+    words = {"<|start|>": CONTROL, "<|end|>": CONTROL, "<|return|>": CONTROL, "<|call|>": CONTROL, "<|message|>": 1}
+    tokenizer = load_tokenizer(bpe(words={**words, "<|tool_call>": USER_DEFINED, "<tool_call>": USER_DEFINED}))
+    assert {*tokenizer.control_texts} == {*words, "<|tool_call>"}
+    assert words_of(tokenizer, tokenizer.encode("<|start|><tool_call>")) == ["<|start|>", "<tool_call>"]
+
+
+@pytest.mark.parametrize("name", ["Phi-3 mini", "phi3", "Phi-4", None])
+def test_white_space_behind_special_tokens_is_ignored_by_phi_3(name: str | None) -> None:
+    words: dict[str, int] = dict.fromkeys(["▁", "a", "\n"], 1) | {"<|user|>": CONTROL, "<|endoftext|>": CONTROL}
+    stated = {} if name is None else {"general.name": name}
+    tokenizer = load_tokenizer(spm(words, {"▁a": 0.0}, add_bos_token=False) | stated)
+    encoded = words_of(tokenizer, tokenizer.encode("<|user|>\n \ta<|endoftext|> a<|user|> \n", parse_special=True))
+    if name in ("Phi-3 mini", "phi3"):
+        assert encoded == ["<|user|>", "▁", "a", "<|endoftext|>", "▁", "▁", "a", "<|user|>"]
+    else:
+        assert len(encoded) > 12
+
+
+def test_suppressed_tokens() -> None:
+    words: dict[str, int] = {"<image|>": CONTROL, "<audio|>": CONTROL}
+    stated = np.array([256, 257, 258, -1], np.int32)
+    assert read_vocabulary(bpe(words=words, suppress_tokens=stated)).suppressed == {256, 257}
+    assert read_vocabulary(bpe(words=words)).suppressed == frozenset()
+    for wrong in (7, "<image|>", np.array([0.5]), np.zeros(257, np.int32)):
+        with pytest.raises(ModelFileError, match="suppress_tokens is not an array of at most 256 whole numbers"):
+            read_vocabulary(bpe(words=words, suppress_tokens=wrong))
+
+
+@settings(deadline=None)
+@given(
+    words=st.lists(st.text("<ab|>", min_size=1, max_size=5), unique=True, max_size=12),
+    text=st.text("<ab|> \n", max_size=60),
+)
+def test_the_longest_special_words_are_found_first_wherever_they_are(words: list[str], text: str) -> None:
+    """Compares with a search for each word, longest first, as llama.cpp does."""
+    tokenizer = load_tokenizer(bpe(words={f"{word} ": USER_DEFINED for word in words}))
+    expected: list[str | int] = [text] if text else []
+    for word, token_id in sorted(
+        ((f"{word} ", 256 + n) for n, word in enumerate(words)), key=lambda w: (-len(w[0]), w[1])
+    ):
+        parts, expected = expected, []
+        for part in parts:
+            pieces = part.split(word) if isinstance(part, str) else [part]
+            for index, piece in enumerate(pieces):
+                expected += ([token_id] if index else []) + ([piece] if piece or isinstance(piece, int) else [])
+    assert tokenizer.split_special(text, parse_special=False) == expected
+
+
 def test_tokens_around_a_gap_by_key_and_by_text() -> None:
     words = {"<PRE>": USER_DEFINED, "<SUF>": 1, "<mid>": USER_DEFINED, "<file>": CONTROL, "<REPO>": 1}
     tokenizer = load_tokenizer(bpe(words=words, fim_mid_token_id=258, fim_sep_token_id=259))

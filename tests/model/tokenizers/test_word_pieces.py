@@ -55,6 +55,8 @@ def test_case_and_accents_stay_where_the_file_says_so() -> None:
         }
     )
     assert shown(kept, "The thère the") == ["[UNK]", "[UNK]", "▁the"]
+    cased = load_tokenizer({**word_pieces(320), "tokenizer.ggml.normalizer.lowercase": False})
+    assert shown(cased, "The thère the") == ["[UNK]", "[UNK]", "▁the"]
 
 
 def test_a_long_word_takes_time_by_its_length(tokenizer: Tokenizer) -> None:

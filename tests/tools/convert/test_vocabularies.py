@@ -190,8 +190,10 @@ def test_added_words_ends_and_template_of_a_folder(tmp_path: Path) -> None:
         "chat_template": "{{ 1 }}",
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [319, 320], "bos_token_id": 317}))
+    generation = {"eos_token_id": [319, 320], "bos_token_id": 317, "suppress_tokens": [318, 320, 330, None]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     words = read(tmp_path, 330)
+    assert words.metadata()["tokenizer.ggml.suppress_tokens"].tolist() == [318, 320]  # type: ignore[union-attr]
     assert words.texts[320:323] == ["<|tool|>", "<word>", "[PAD322]"] and len(words.texts) == 330
     assert [int(kind) for kind in words.types[320:323]] == [3, 4, 5]
     assert (words.ids["eos"], words.ids["eot"], words.ids["bos"]) == (319, 320, 317)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.model.tokenizers.vocabulary import TokenType
+from llamaclust.model.tokenizers.vocabulary import GEMMA4_VISIBLE, TokenType
 from llamaclust.tools.convert.formats.source_files import SourceFiles
 from llamaclust.tools.convert.vocabularies.reading import NAMES, read_words
 from llamaclust.tools.convert.vocabularies.words import Words
@@ -25,13 +25,6 @@ _GLM_PARTS: Final = {
 _HUNYUAN_BOS: Final = {"hunyuan-dense": "<|startoftext|>", "hunyuan-moe": "<|bos|>"}
 """BOS tokens of Hunyuan's tiktoken files, which take precedence over the ids in the configurations."""
 _GEMMA4: Final = "gemma4"
-_GEMMA4_VISIBLE: Final = frozenset(
-    {
-        *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>"),
-        *("<|tool_response>", "<tool_response|>", '<|"|>'),
-    }
-)
-"""Tokens that become user-defined instead of control, because the answer parser needs their text."""
 _LIBRARY_FILE: Final = "tokenizer.json"
 
 
@@ -63,5 +56,5 @@ def _become_gemma4(words: Words) -> None:
     words.kind = _GEMMA4
     words.flags["add_bos_token"] = True
     for token_id, text in enumerate(words.texts):
-        if text in _GEMMA4_VISIBLE:
+        if text in GEMMA4_VISIBLE:
             words.types[token_id] = TokenType.USER_DEFINED

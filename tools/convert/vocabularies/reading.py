@@ -80,6 +80,9 @@ def _read_special(words: Words, folder: Path, config: dict[str, Any], rows: int)
             words.add(int(number), token["content"], token.get("special") is True)
     _read_parts(words, stated, _json(folder / "special_tokens_map.json"), config)
     _read_ends(words, config, rows)
+    suppressed = config.get("suppress_tokens")
+    if isinstance(suppressed, list):
+        words.suppressed = tuple(token for token in suppressed if type(token) is int and 0 <= token < rows)
     for name in ("bos", "eos"):
         flag = f"add_{name}_token"
         if isinstance(stated.get(flag), bool):

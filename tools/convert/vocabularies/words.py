@@ -9,7 +9,7 @@ import numpy as np
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.gguf.writer import WritableValue
-from llamaclust.model.tokenizers.vocabulary import END_OF_GENERATION_TEXTS, TokenType, key
+from llamaclust.model.tokenizers.vocabulary import END_OF_GENERATION_TEXTS, SUPPRESSED, TokenType, key
 from llamaclust.tools.convert.settings import MAX_WORDS
 
 ADDED_SCORE: Final = -1000.0
@@ -36,6 +36,8 @@ class Words:
     flags: dict[str, bool] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
     """Ids of tokens, other than EOS, that end an answer. Some of these tokens may have no role."""
+    suppressed: tuple[int, ...] = ()
+    """Ids of tokens that are never generated."""
     template: str | None = None
     charsmap: bytes = b""
 
@@ -94,6 +96,8 @@ class Words:
             found[key("precompiled_charsmap")] = np.frombuffer(self.charsmap, np.uint8)
         found |= {key(f"{name}_token_id"): token_id for name, token_id in self.ids.items()}
         found |= {key(name): value for name, value in self.flags.items()}
+        if self.suppressed:
+            found[key(SUPPRESSED)] = np.array(self.suppressed, np.int32)
         if self.template is not None:
             found["tokenizer.chat_template"] = self.template
         return found

@@ -123,6 +123,17 @@ async def test_stop_tokens() -> None:
     assert (answer.text, answer.stopped_by) == (before, token)
 
 
+async def test_tokens_that_the_file_suppresses_are_impossible(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary = replace(tokenizer().vocabulary, suppressed=frozenset({5, 9}))
+    monkeypatch.setattr(tokenizer(), "vocabulary", vocabulary)
+    engine = ScriptedEngine(says("a"))
+    for biases in ((), ((5, 2.0), (7, 1.0))):
+        await answers(engine, replace(GENERATION, params=SamplingParams(logit_bias=biases)))
+    first, second = (generation.params.logit_bias for generation in engine.submitted)
+    assert first == ((5, -1e9), (9, -1e9))
+    assert second == ((5, -1e9), (7, 1.0), (9, -1e9))
+
+
 async def test_offsets_are_where_each_token_begins() -> None:
     answer = await one("Hi 🦙 you")
     before = [b"".join(map(tokenizer().token_bytes, answer.token_ids[:i])) for i in range(len(answer.token_ids))]

@@ -130,7 +130,7 @@ async def open_cluster(
         planners = [make_planner(of.config, of.adapted, own) for of, own in zip(opened, profiles, strict=True)]
         named = (asyncio.to_thread(getattr, model, "tokenizer") for _, model in models)
         # Tokenizers are loaded meanwhile, so that an invalid tokenizer is reported at the start.
-        await asyncio.gather(_joined(planners, registry, launcher, record), *named)
+        await asyncio.gather(_joined(planners, registry, launcher, record, report), *named)
         limits = row_limits(drafts.unused_bytes)
         of_rows = row_bytes(limits, (of.model for of in opened))
         meter = await _measured(planners, registry, launcher, folder, report, drafts.unused_bytes, of_rows)
@@ -150,10 +150,21 @@ async def open_cluster(
 
 
 async def _joined(
-    planners: Sequence[ClusterPlanner], registry: Registry, launcher: Launcher, record: ControlRecord
+    planners: Sequence[ClusterPlanner], registry: Registry, launcher: Launcher, record: ControlRecord, report: Report
 ) -> None:
-    shortfall = partial(_shortfall, planners, registry, record.drained)
-    await launcher.joined(registry, shortfall)
+    await launcher.joined(registry, lambda: _shortfall(planners, registry.present))
+    await _undrain_needed(planners, registry, record, report)
+
+
+async def _undrain_needed(
+    planners: Sequence[ClusterPlanner], registry: Registry, record: ControlRecord, report: Report
+) -> None:
+    """Makes drained workers available again if the other workers cannot hold the models."""
+    drained = record.drained & registry.present.keys()
+    short = await _shortfall(planners, _undrained(registry, drained)) if drained else None
+    if short is not None and await _shortfall(planners, registry.present) is None:
+        report(Notice(f"{', '.join(sorted(drained))}: drained, but needed, because the others do not suffice: {short}"))
+        await record.drain(record.drained - drained)
 
 
 async def _measured(
@@ -260,12 +271,10 @@ def _lifecycle(served: ServedModel, entry: ModelEntry | None) -> ModelLifecycle:
     return ModelLifecycle(served.name, served.supervisor.store, served.engine, keep_alive_s)
 
 
-async def _shortfall(
-    planners: Sequence[ClusterPlanner], registry: Registry, drained: frozenset[str]
-) -> LlamaclustError | None:
+async def _shortfall(planners: Sequence[ClusterPlanner], workers: Mapping[str, WorkerHandle]) -> LlamaclustError | None:
     try:
         for planner in planners:
-            await _planned(planner, _undrained(registry, drained))
+            await _planned(planner, workers)
     except (InsufficientMemoryError, WorkerError) as error:
         return error
     return None

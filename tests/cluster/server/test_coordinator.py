@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sized
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,9 @@ from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.server import coordinator
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.server.status import cluster_status
+from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
+from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.cluster.state.measurements import read_profiles, write_profiles
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.profile import DeviceProfile, Profile
@@ -183,6 +185,23 @@ async def test_errors_of_a_start_name_the_model_of_several(tiny: Path, tmp_path:
             pass
 
 
+@pytest.mark.parametrize(("needed", "kept"), [(1, {"b", "x"}), (2, {"x"}), (3, {"b", "x"})])
+async def test_a_start_uses_drained_workers_that_the_model_needs(needed: int, kept: set[str], tmp_path: Path) -> None:
+    async def plan(workers: Sized, **_: object) -> None:
+        if len(workers) < needed:
+            raise InsufficientMemoryError("it needs 3 MiB more")
+
+    config = ClusterConfig.model_validate({"model": "n", "workers": [{"name": "a"}, {"name": "b"}]})
+    planner = cast(ClusterPlanner, SimpleNamespace(config=config, plan=plan))
+    registry = cast(Registry, SimpleNamespace(present={"a": None, "b": None}))
+    record, events = ControlRecord.begin(tmp_path / "control"), list[Event]()
+    await record.drain(frozenset({"b", "x"}))
+    await coordinator._undrain_needed([planner], registry, record, events.append)
+    assert record.drained == ControlRecord.begin(tmp_path / "control").drained == kept
+    why = "b: drained, but needed, because the others do not suffice: it needs 3 MiB more"
+    assert events == ([Notice(why)] if needed == 2 else [])
+
+
 @pytest.mark.parametrize("several", [False, True])
 async def test_a_plan_that_fails_names_its_model_of_several(several: bool) -> None:
     async def plan(workers: object, **_: object) -> Plan:
@@ -191,6 +210,5 @@ async def test_a_plan_that_fails_names_its_model_of_several(several: bool) -> No
     model = {"models": [{"model": "m"}, {"model": "n"}]} if several else {"model": "n"}
     own = ClusterConfig.model_validate({**model, "workers": [{"name": "w"}]}).of_each_model()[-1]
     planner = cast(ClusterPlanner, SimpleNamespace(config=own, plan=plan))
-    registry = cast(Registry, SimpleNamespace(present={}))
-    error = await coordinator._shortfall([planner], registry, frozenset())
+    error = await coordinator._shortfall([planner], {})
     assert str(error) == ("models: 'n': it needs 3 MiB more" if several else "it needs 3 MiB more")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from llamaclust.wire.rpc.deadlines import deadline
 from support.browser.chatting import answers, chatting, chunk, ended, send, use_key
 from support.browser.chromium import opened
 from support.browser.cluster_states import cluster_app
@@ -30,6 +31,32 @@ async def test_a_running_answer_survives_a_reload(browser: Browser) -> None:
         await ended(seen.page)
         seen.check()
     assert len(engine.submitted) == 1
+
+
+async def test_answers_of_other_chats_survive_a_reload(browser: Browser) -> None:
+    engine = ScriptedEngine(says("Whole"))
+    async with chatting(browser, engine) as seen:
+        page = seen.page
+        engine.gate.clear()
+        for count, text in enumerate(("First", "Second"), 1):
+            await page.get_by_role("button", name="New chat").click()
+            await send(page, text)
+            await until(lambda count=count: engine.running == count)  # type: ignore[misc]  # bound now
+        await page.reload()
+        await page.locator(".message.user .text", has_text="Second").wait_for()
+        engine.gate.set()
+        await ended(page)
+        running = """async () => {
+          const { History } = await import("/browser/chat/history.js");
+          return (await (await History.open()).running()).length;
+        }"""
+        async with deadline("the ends of both answers", 60):
+            while await page.evaluate(running):
+                pass
+        await page.locator(".conversations").get_by_role("button", name="First", exact=True).click()
+        assert await answers(page) == ["Whole"]
+        seen.check()
+    assert len(engine.submitted) == 2
 
 
 CUT_ONCE = """() => {

@@ -4,8 +4,9 @@ import { State, isFurther } from "./conversation.js";
 
 const NAME = "llamaclust";
 const STORE = "conversations";
-const VERSION = 2;
+const VERSION = 3;
 const ENTRIES = "entries"; // an index of [updated, title]: conversations may be large, and are not read for a list
+const RUNNING = "running"; // an index of the conversations with answers that have not ended
 
 /** What the browser cannot keep, without a database or without room, lasts as long as the page. */
 export class History {
@@ -39,6 +40,11 @@ export class History {
   /** A conversation, undefined for none. */
   async load(id) {
     return this.#unsaved.get(id) ?? this.#try("readonly", (store) => done(store.get(id)));
+  }
+
+  /** The conversations with answers that had not ended when they were saved. */
+  async running() {
+    return (await this.#try("readonly", (store) => done(store.index(RUNNING).getAll()))) ?? [];
   }
 
   async save(conversation) {
@@ -82,7 +88,8 @@ export class History {
       const { title, isNamed, namedAt } = before;
       Object.assign(conversation, { title, isNamed, namedAt });
     }
-    store.put({ ...conversation, messages });
+    const isRunning = Object.values(messages).some(({ state }) => state === State.STREAMING);
+    store.put({ ...conversation, messages, running: isRunning ? 1 : undefined }); // the index leaves out undefined
     await committed(store.transaction);
   }
 
@@ -109,7 +116,8 @@ async function opened() {
   opening.addEventListener("upgradeneeded", ({ oldVersion }) => {
     const { result: database, transaction } = opening;
     const store = oldVersion ? transaction.objectStore(STORE) : database.createObjectStore(STORE, { keyPath: "id" });
-    store.createIndex(ENTRIES, ["updated", "title"]);
+    if (oldVersion < 2) store.createIndex(ENTRIES, ["updated", "title"]);
+    store.createIndex(RUNNING, RUNNING);
   });
   const database = await Promise.race([done(opening), blocked]);
   database.addEventListener("versionchange", () => database.close()); // lest this tab blocks a newer one

@@ -64,6 +64,9 @@ export class ChatView {
     this.#conversation = (newest && (await this.#history.load(newest.id))) ?? this.#fresh();
     await this.#show();
     this.#composer.focus();
+    for (const conversation of await this.#history.running()) {
+      if (conversation.id !== this.#conversation.id) this.#resume(conversation);
+    }
   }
 
   #fresh() {
@@ -98,7 +101,7 @@ export class ChatView {
   async #show() {
     if (this.#composer.keep()) this.#status.textContent = KEPT;
     this.node.classList.remove("shows-list");
-    this.#resume();
+    this.#resume(this.#conversation);
     this.#render();
     this.#scroll.scrollTop = this.#scroll.scrollHeight;
     await this.#showList();
@@ -109,11 +112,11 @@ export class ChatView {
     this.#list.show(await this.#history.list(), this.#conversation.id, this.#history.isKept);
   }
 
-  /** Answers of the open conversation that no page reads. */
-  #resume() {
-    for (const message of Object.values(this.#conversation.messages)) {
+  /** Answers of a conversation that no page reads. */
+  #resume(conversation) {
+    for (const message of Object.values(conversation.messages)) {
       const isLeft = message.state === State.STREAMING && !this.#answering.isRunning(message);
-      if (isLeft) this.#answering.run(this.#conversation, message, null);
+      if (isLeft) this.#answering.run(conversation, message, null);
     }
   }
 

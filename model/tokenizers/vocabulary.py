@@ -192,7 +192,7 @@ def _keep_inner_marks(ids: Mapping[str, int], types: bytearray, ends: set[int | 
         types[ids["</s>"]] = TokenType.NORMAL
 
 
-def _stripping(metadata: Mapping[str, Any], words: Sequence[str], types: bytes) -> frozenset[int]:
+def _stripping(metadata: Mapping[str, Any], words: Sequence[str], types: bytearray) -> frozenset[int]:
     """Returns the tokens that ignore white space behind them. Like llama.cpp, it looks at the model's name, because
     GGUF has no key for them."""
     name = metadata.get("general.name")

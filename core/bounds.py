@@ -55,8 +55,7 @@ def path(what: str, value: str) -> str:
 
 def one_line(text: str, most: int = MAX_ONE_LINE) -> str:
     """Puts a text on one line and cuts it to `most` characters, because receivers refuse longer text (see `line`)."""
-    folded = " ".join(text.split())
-    return folded if len(folded) <= most else folded[: most - 3] + "..."
+    return fitted_log_line(" ".join(text.split()), most)
 
 
 def worker_name(_: str, value: str) -> str:

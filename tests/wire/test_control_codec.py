@@ -130,6 +130,13 @@ def test_text_from_a_peer_is_safe_to_print() -> None:
     assert decode_worker_message(message) == RequestFailed(Failure("X", "two lines ]0;title"))
 
 
+def test_errors_with_paths_that_are_not_utf_8_are_sent_escaped() -> None:
+    said = "/home/caf\udce9/m.gguf:\n damaged"
+    failed = RequestFailed(Failure("ModelFileError", said))
+    told = RequestFailed(Failure("ModelFileError", "/home/caf\\udce9/m.gguf: damaged"))
+    assert decode_worker_message(encode_worker_message(failed)) == told
+
+
 def test_logs_travel_by_their_last_lines_and_are_safe_to_print() -> None:
     lines = tuple(f"line {number} {'x' * 500}" for number in range(2000))
     many = LogTail.bounded(lines, 10, 1)

@@ -42,7 +42,9 @@ class FileManifests:
         """Returns a file's manifest. If it is unknown, reads the whole file. `begin` gets the size of the file, and
         `add` the size of each piece, on several threads. Raises ModelFileError if the file changes meanwhile."""
         version = file.version
-        if (known := self._known.get(version)) is None:
+        known = self._known.get(version)
+        # The cache may have been cleared, or may have needed the room.
+        if known is None or (self.cache is not None and self.cache.find(known.content) is None):
             known = self._known[version] = self._made(file, begin, add)
         return known
 

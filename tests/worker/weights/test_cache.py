@@ -20,11 +20,13 @@ import pytest
 from typer.testing import CliRunner
 
 from llamaclust.cli.app import app
+from llamaclust.cluster.control.remote.model_copies import OwnCopy
 from llamaclust.core.disk_cache.files import BusyError
 from llamaclust.core.errors import LlamaclustError, ModelFileError
 from llamaclust.model.gguf.writer import header_bytes
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import MAKING, WeightCache, WeightPart
+from llamaclust.model.weights.file_manifests import FileManifests
 from llamaclust.model.weights.manifest import make_manifest, read_manifest
 from llamaclust.wire.control.weights import FindWeights, WeightSources
 from llamaclust.worker.weights.remote_file import RemoteFile
@@ -233,6 +235,21 @@ def test_a_manifest_is_made_once_for_a_file_until_that_changes(tmp_path: Path, m
     assert (then.manifest, len(made)) == (first.manifest, 2) and then.file != first.file
     found = Weights(None).locate(order)
     assert found.manifest == first.manifest and not found.gives
+
+
+async def test_a_manifest_that_left_the_cache_is_made_again(tmp_path: Path) -> None:
+    path = build_tiny_model(tmp_path / "m.gguf", layers=1)
+    order = FindWeights(str(path), Model.open(path).model_id, describe=True)
+    cache = WeightCache(tmp_path / "w", 1 << 20)
+    weights = Weights(cache)
+    own = OwnCopy(Model.open(path).file, FileManifests(cache), weights.giver)
+    first = weights.locate(order)
+    assert first.manifest is not None and (await own.manifest()).content == first.manifest
+    cache.clear()
+    assert weights.locate(order) == first and cache.find(first.manifest) is not None
+    cache.make_room(cache.most_bytes - 1)
+    assert cache.find(first.manifest) is None
+    assert await own.gives((await own.manifest()).content) and cache.find(first.manifest) is not None
 
 
 @pytest.mark.parametrize("waits", ["to enter", "to enter, then cancelled", "to remember"])

@@ -37,7 +37,8 @@ _log = logging.getLogger(__name__)
 
 _OPEN_S = 10.0
 _GRACE_S = 0.5
-_STEP_S = 10.0
+_STEP_S = 300.0
+"""Maximum seconds of steps that still run when a membership ends. A coordinator waits as long for a result."""
 _COORDINATOR_S = 20.0
 """Seconds within which a broken connection to the coordinator is noticed."""
 
@@ -107,7 +108,9 @@ class _StaticWorker:
 
     async def _run_cluster(self) -> str:
         while True:
-            await self._worker.compute.idle(_STEP_S)  # Raises DeviceLostError if a step of the last membership hangs.
+            compute = self._worker.compute
+            # Raises DeviceLostError if a step of the last membership hangs.
+            await compute.run_until_device_lost(compute.idle(_STEP_S))
             place, reached = await self._search.reached(self._reach)
             try:
                 return await self._run_membership(place.address, reached)

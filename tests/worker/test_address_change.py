@@ -5,18 +5,22 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from contextlib import suppress
 from typing import Any
 from unittest.mock import MagicMock, patch
 
 import pytest
 
-from llamaclust.core.errors import WorkerError
+from llamaclust.cluster.scheduler.settings import EngineSettings
+from llamaclust.core.errors import DeviceLostError, WorkerError
 from llamaclust.wire.control.messages import Shutdown
 from llamaclust.wire.security.credentials import Insecure
+from llamaclust.worker import static
 from llamaclust.worker.membership import Member
 from llamaclust.worker.own_address import Route
-from llamaclust.worker.static import _served
+from llamaclust.worker.settings import WorkerSettings
+from llamaclust.worker.static import _served, _StaticWorker
 
 
 class _Parts:
@@ -112,6 +116,23 @@ async def test_a_name_that_is_not_found(monkeypatch: pytest.MonkeyPatch, code: i
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     with pytest.raises(WorkerError, match=f"^laptopp is not found: {reason}; check the name, or give an address"):
         await Route.to("laptopp", 7100)
+
+
+def test_a_step_that_outlives_a_membership_may_take_as_long_as_within_it() -> None:
+    assert EngineSettings().result_s <= static._STEP_S
+
+
+async def test_a_step_that_outlives_a_membership_and_its_own_limit_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llamaclust.worker.stage.compute._WATCH_S", 0.005)
+    worker, go_on = _StaticWorker(WorkerSettings(name="a", join="127.0.0.1:9", threads=1)), threading.Event()
+    hanging = worker._worker.compute.queue(lambda: go_on.wait(60), limit_s=0.05)
+    with pytest.raises(DeviceLostError, match="the GPU hangs"):
+        await worker.run()
+    go_on.set()
+    await hanging
+    await worker.close()
 
 
 @pytest.mark.parametrize("turns", [0, 1, 5])

@@ -100,7 +100,7 @@ class Load(_message.Message):
     """
     exclusive: _builtins.bool
     """True if the worker must first free its stages of other epochs of this model. Weights that the new stage also needs
-    stay in memory.
+    stay in memory, unless memory is short.
     """
     @_builtins.property
     def limits(self) -> Global___StageLimits:

@@ -141,7 +141,7 @@ class Loads:
             await self._worker.kv_disk.idle()
         held = await service.clear(order.model_id) if order.exclusive else []
         try:
-            memory, encoder_bytes = await self._add(order, links)
+            memory, encoder_bytes = await self._add(order, links, held)
         finally:
             held.clear()
         epoch, where = epoch_text(order.epoch), f", {placed(order.devices)}" if order.devices else ""
@@ -150,14 +150,14 @@ class Loads:
         stage_bytes = memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes
         return Loaded(order.epoch, *stage_bytes, fetched_bytes, encoder_bytes)
 
-    async def _add(self, order: Load, links: MemberLinks | None) -> tuple[StageMemory, int]:
+    async def _add(self, order: Load, links: MemberLinks | None, held: list[object]) -> tuple[StageMemory, int]:
         runner: StageRunner | None = None
         encoder: EncoderStreams | None = None
         try:
             runner, is_kept = await self._kept(order)
-            encoder = await self._encoder(order)
+            encoder = await self._encoder(order, held)
             if runner is None:
-                runner = await self._new_stage(order, 0 if encoder is None else encoder.encoder.reserved_bytes)
+                runner = await self._new_stage(order, held, 0 if encoder is None else encoder.encoder.reserved_bytes)
             if self._has_ended:
                 raise LoadCancelledError("the membership has ended")
             if is_kept:
@@ -173,10 +173,10 @@ class Loads:
             raise
         return runner.memory, 0 if encoder is None else encoder.encoder.memory.total_bytes
 
-    async def _new_stage(self, order: Load, reserved_bytes: int) -> StageRunner:
+    async def _new_stage(self, order: Load, held: list[object], reserved_bytes: int) -> StageRunner:
         session, worker = self._session, self._worker
         place = worker.device, session.send, worker.weights, session.source
-        return await self._beside_last_tiles(lambda: load_stage(order, *place, reserved_bytes))
+        return await self._with_room(held, lambda: load_stage(order, *place, reserved_bytes))
 
     async def _kept(self, order: Load) -> tuple[StageRunner | None, bool]:
         service, wanted = self._worker.service, FindWeights(order.model_path, order.model_id)
@@ -186,7 +186,7 @@ class Loads:
             _log.info("layers %s: its weights were kept", _span(order))
         return runner, runner is not None
 
-    async def _encoder(self, order: Load) -> EncoderStreams | None:
+    async def _encoder(self, order: Load, held: list[object]) -> EncoderStreams | None:
         service, session, wanted = self._worker.service, self._session, order.encoder
         version = None
         if wanted is not None and service.has_kept:
@@ -195,18 +195,19 @@ class Loads:
         if wanted is None or kept is not None:
             return kept
         place = self._worker.device, session.send, self._worker.weights, session.source
-        encoder = await self._beside_last_tiles(lambda: load_encoder(wanted, order.epoch, *place))
+        encoder = await self._with_room(held, lambda: load_encoder(wanted, order.epoch, *place))
         _log.info("the image encoder of epoch %s is loaded", epoch_text(order.epoch))
         return EncoderStreams(encoder, self._worker.compute.apart(ENCODER_NICENESS))
 
-    async def _beside_last_tiles(self, load: Callable[[], Awaitable[_Value]]) -> _Value:
-        """Calls `load`. If memory is short, waits until closed encoders have freed memory, and calls `load` again."""
+    async def _with_room(self, held: list[object], load: Callable[[], Awaitable[_Value]]) -> _Value:
+        """Calls `load`. If memory is short, frees what is `held`, waits for closed encoders, and calls `load` again."""
         try:
             return await load()
         except InsufficientMemoryError:
-            if not await self._worker.service.last_tiles():
+            if not (await self._worker.service.last_tiles() or held):
                 raise
-            return await load()
+        held.clear()
+        return await load()
 
     async def _version(self, wanted: FindWeights) -> str | None:
         return await asyncio.to_thread(self._worker.weights.version_of, wanted)

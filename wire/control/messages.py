@@ -137,7 +137,7 @@ class Load:
     previous_worker: WorkerName | None = None
     # The only worker that may open a SAMPLED_TOKENS stream. Set only for the first of several stages.
     last_worker: WorkerName | None = None
-    # The model's other stages are freed before the load, except weights that this stage also needs.
+    # The model's other stages are freed before the load, except weights that this stage also needs and that fit.
     exclusive: bool = False
     weights: WeightSources | None = None  # None if the file must be on this machine and its bytes are not compared.
     # Devices in the order of their layers, or () for the processor alone.

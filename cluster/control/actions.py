@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from llamaclust.cluster.control import observations
 from llamaclust.cluster.control import reconcile as act
-from llamaclust.cluster.control.cluster_state import Expulsion, PipelineLoss
+from llamaclust.cluster.control.cluster_state import ClusterState, Expulsion, PipelineLoss
 from llamaclust.cluster.control.epochs import Epoch, Epochs, StageLoadError
 from llamaclust.cluster.control.notices import awake_text, images_text, moving_text, recovered_text
 from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.control.state_store import StateStore
-from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.engine.engine import Engine, EngineState
 from llamaclust.cluster.engine.retirement import Retirement
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
@@ -62,9 +62,18 @@ class ActionRunner:
         return not self.store.state.is_wanted
 
     async def set_adapters(self, model: Model) -> None:
-        """Replaces the adapters of all loaded stages by the adapters of `model`. First waits for a recovery to end."""
+        """Replaces the adapters of all loaded stages by the adapters of `model`. First waits for the last microbatches
+        with removed adapters, because the prefix cache has their blocks, and for a recovery to end."""
+        engine = self.engine
+        assert engine is not None
+
+        def is_recovered(state: ClusterState) -> bool:  # The engine knows of a loss earlier than the state.
+            return state.loss is None and engine.state is not EngineState.RECOVERING
+
+        removed = self.planner.model.adapter_digests.items() - model.adapter_digests.items()
         async with deadline(f"the change of adapters of {self.planner.config.model_name}", ADAPTERS_S):
-            await self.store.until(lambda state: state.loss is None or not state.is_wanted)
+            await engine.wait_unused({number for number, _ in removed})
+            await self.store.until(lambda state: is_recovered(state) or not state.is_wanted)
             await self.epochs.set_adapters(model)
         self.planner.model = model
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from enum import Enum, StrEnum, auto
 from functools import partial
 from time import monotonic_ns
@@ -188,6 +188,11 @@ class Engine:
         except TimeoutError:
             return False
         return True
+
+    async def wait_unused(self, adapters: Set[int]) -> None:
+        """Waits until no microbatch in flight uses one of the adapters. The pipeline may be lost meanwhile."""
+        for lane in self._lanes:
+            await lane.wait_unused(adapters)
 
     # -- schedule, run, complete -----------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from time import monotonic_ns
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ class Lane:
         self._tasks: list[asyncio.Task[None]] = []
         self._is_running = False
         self._is_launch_due = False
+        self._changed = asyncio.Event()  # Set when results have come, and when the lane stops.
 
     def start(self) -> None:
         self._is_running = True
@@ -49,9 +50,16 @@ class Lane:
         self._draft_runner.stop()
         for task in self._tasks:
             task.cancel()
+        self._changed.set()
 
     async def wait_stopped(self) -> None:
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def wait_unused(self, adapters: Set[int]) -> None:
+        """Waits until no microbatch in flight uses one of the adapters, or until the lane stops."""
+        while self._is_running and self.scheduler.in_flight.adapters & adapters:
+            self._changed.clear()
+            await self._changed.wait()
 
     def restored(self, tokens: int) -> None:
         self._engine.kv_restored(tokens)
@@ -81,6 +89,7 @@ class Lane:
 
     def _take(self, results: Sequence[Result]) -> None:
         self._guard(lambda: self._engine.completed(self, results))
+        self._changed.set()
 
     def _guard(self, work: Callable[[], None]) -> None:
         if not self._is_running:

@@ -77,6 +77,10 @@ class InFlight:
         return [taken for sent in self._sent if number in (None, sent.number) for taken in sent.slices]
 
     @property
+    def adapters(self) -> set[int]:
+        return {number for taken in self.slices() for number, _ in taken.chunk.adapters}
+
+    @property
     def most_rows(self) -> int:
         return max((sum(len(taken.chunk.tokens) for taken in sent.slices) for sent in self._sent), default=0)
 

@@ -24,17 +24,22 @@ from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.control.serving import Serving
 from llamaclust.cluster.control.state_store import StateStore
 from llamaclust.cluster.control.supervisor import Supervisor
+from llamaclust.cluster.engine.engine import Engine, EngineState
 from llamaclust.cluster.membership.members import Members
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.links import UNKNOWN
 from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.cluster.planner.planner import make_plan
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.core.errors import DeadlineError, LlamaclustError, UsageError, WorkerError
 from llamaclust.wire.control.messages import CoordinatorMessage, Failure, Load, Loaded, LoadFailed, Unload, UnloadFailed
 from llamaclust.wire.control.weights import FindWeights, WeightsFound
 from llamaclust.wire.security.credentials import Insecure
+from support.clusters.fakes import VOCABULARY, FakePipeline, Losses
+from support.clusters.served import until
 from support.plans.plan_inputs import REQUEST, SMALL, worker
 from support.several_models.runner import ANYTHING, action_runner, new_store
 from support.wire.control_messages import LOAD, REGISTER
@@ -168,6 +173,46 @@ async def test_a_worker_that_stays_for_other_models_is_not_marked_as_lost(stays:
     notice = Notice("worker b is quarantined for 10 s unless model m needs it: its disk is bad")
     assert (lost, events) == (([], [notice]) if stays else (["b: its disk is bad"], []))
     assert await runner.store.next(None) is observations.Signal.WORKERS_EXPELLED
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+async def test_an_adapter_is_removed_when_no_microbatch_in_flight_uses_it(is_lost: bool) -> None:
+    """An aborted request's blocks are in the prefix cache, so their microbatch needs the adapter on all stages."""
+    changes = list[dict[int, str]]()
+
+    async def change(model: Any) -> None:
+        changes.append(model.adapter_digests)
+
+    loaded = {0: "a", 1: "b"}
+    settings = SchedulerSettings("m", VOCABULARY, 400, kv_blocks=100, max_sequences=8, max_waiting=4, adapters=loaded)
+    pipeline, store = FakePipeline(settings.kv_blocks), new_store()
+    store.state = replace(store.state, loss=None)
+    async with Engine(pipeline, settings, owner=Losses()) as engine:
+        runner = action_runner(store, ANYTHING)
+        runner.engine, runner.planner.model = engine, SimpleNamespace(adapter_digests=loaded)  # type: ignore[assignment]
+        runner.epochs.set_adapters = change  # type: ignore[method-assign]
+        pipeline.gate.clear()
+        stream = engine.submit(GenerationRequest("r", tuple(range(1, 71)), 5, seed=1, adapters=((0, 1.0),)))
+        await until(lambda: bool(pipeline.microbatches))
+        stream.abort()
+        unused: Any = SimpleNamespace(adapter_digests={0: "a"})
+        await runner.set_adapters(unused)
+        removing = asyncio.create_task(runner.set_adapters(SimpleNamespace(adapter_digests={})))  # type: ignore[arg-type]
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert changes == [{0: "a"}] and len(engine.scheduler.in_flight)
+        if is_lost:
+            pipeline.lose(WorkerError("it is lost"))
+            await until(lambda: engine.state is EngineState.RECOVERING)
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert changes == [{0: "a"}], "it waits for the recovery"
+            engine.resume(FakePipeline(settings.kv_blocks), settings)
+            store.settle()
+        pipeline.gate.set()
+        async with asyncio.timeout(60):
+            await removing
+        assert changes == [{0: "a"}, {}]
 
 
 def supervised(registry: Members) -> tuple[WorkerPool, Supervisor]:

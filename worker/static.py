@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Coroutine
 from dataclasses import dataclass, replace
+from typing import Any
 
 from llamaclust.core.addresses import is_link_local, joined_address, split_address
 from llamaclust.core.bounds import one_line
@@ -39,6 +41,7 @@ _OPEN_S = 10.0
 _GRACE_S = 0.5
 _STEP_S = 300.0
 """Maximum seconds of steps that still run when a membership ends. A coordinator waits as long for a result."""
+_TOKEN_LOOK_S = 2.0
 _COORDINATOR_S = 20.0
 """Seconds within which a broken connection to the coordinator is noticed."""
 
@@ -70,7 +73,7 @@ class _StaticWorker:
         self._search = CoordinatorSearch(given, discovers=settings.discover, stays=settings.stays)
         self._credentials: Credentials | None = None
         self._server: Server | None = None
-        self._listens_at = ""
+        self._served: tuple[str, Credentials] | None = None  # Address and credentials of the server.
         self._address = self._link_address = ""
 
     async def run(self) -> str:
@@ -79,13 +82,25 @@ class _StaticWorker:
         if self._token is None or not self._settings.discover:
             _log.info("joining the coordinator at %s", " or ".join((self._settings.join, *self._settings.standbys)))
             return await self._run()
-        from llamaclust.wire.discovery import browsing
-
-        cluster = cluster_id(self._token.ca_hash)
         advice = "start `llamaclust up --discover` in the same network, or start this worker with --join HOST:PORT"
         _log.info("looking for the coordinator of the token's cluster by multicast DNS; %s", advice)
-        async with browsing(cluster, self._search.add, self._tell_of_another):
-            return await self._run()
+        return await _watched(self._run(), self._browse(self._token))
+
+    async def _browse(self, token: JoinToken) -> WorkerError:
+        """Looks for the coordinator of the token in the file. The file may get the token of another cluster."""
+        from llamaclust.wire.discovery import browsing
+
+        while True:
+            ca_hash = token.ca_hash
+            async with browsing(cluster_id(ca_hash), self._search.add, self._tell_of_another):
+                while token.ca_hash == ca_hash:
+                    await asyncio.sleep(_TOKEN_LOOK_S)
+                    with contextlib.suppress(UsageError):
+                        token = await asyncio.to_thread(self._read_token, token)
+
+    def _read_token(self, last: JoinToken) -> JoinToken:
+        given = self._settings.token_file
+        return JoinToken.read(given) if given is not None and given.is_file() else last
 
     async def _run(self) -> str:
         while True:
@@ -137,8 +152,7 @@ class _StaticWorker:
             if self._settings.standbys and not await is_open(host, port, _OPEN_S):
                 raise WorkerError(f"{address} cannot be reached")
             return _Reached(address, Insecure())
-        if (given := self._settings.token_file) is not None and given.is_file():  # The file may contain a new token.
-            self._token = JoinToken.read(given)
+        self._token = self._read_token(self._token)  # The file may contain a new token.
         enrolled = await enrol(host, port, self._token, self._settings.name)
         reached, service_port = enrolled.reached  # One name may have the addresses of a coordinator and its standby.
         target = joined_address(route.host if is_link_local(reached) else reached, service_port)
@@ -160,24 +174,25 @@ class _StaticWorker:
                 self._address,
                 links,
             )
-            return await self._worker.compute.run_until_device_lost(_served(member, own))
+            return await self._worker.compute.run_until_device_lost(_watched(member.serve(), own.changed()))
         finally:
             self._worker.service.keep()
             await peer.close()
 
     def _adopted(self, new: Identity | Insecure) -> Credentials:
-        if isinstance(self._credentials, Identity) and isinstance(new, Identity):
-            self._credentials.pair = new.pair
-        else:
-            self._credentials = new
-        return self._credentials
+        held = self._credentials
+        if isinstance(held, Identity) and isinstance(new, Identity) and held.ca == new.ca:
+            held.pair = new.pair
+            return held
+        self._credentials = new
+        return new
 
     async def _listen(self, own: OwnAddress, credentials: Credentials) -> None:
-        if self._server is None or own.listen != self._listens_at:
+        if self._server is None or self._served != (own.listen, credentials):
             await self._stop_server()
             with short_slices():  # gRPC's threads inherit the short time slices.
                 self._server = await Server.start(own.listen, credentials, self._worker.handlers)
-            self._listens_at = own.listen
+            self._served = own.listen, credentials
         self._address = own.at_port(self._server.port)
         links = self._worker.links
         await self._worker.accept_links(own.listen, self._settings.link_port, credentials)
@@ -204,8 +219,9 @@ class _StaticWorker:
                     await server.stop(0.0)
 
 
-async def _served(member: Member, own: OwnAddress) -> str:
-    serving, watching = asyncio.create_task(member.serve()), asyncio.create_task(own.changed())
+async def _watched(running: Coroutine[Any, Any, str], watch: Coroutine[Any, Any, WorkerError]) -> str:
+    """Runs until one of both ends, and cancels the other. Raises the error that `watch` returns or raises."""
+    serving, watching = asyncio.create_task(running), asyncio.create_task(watch)
     try:
         await asyncio.wait((serving, watching), return_when=asyncio.FIRST_COMPLETED)
         if watching.done() and not serving.done():

@@ -1,26 +1,40 @@
 """Tests of changed addresses of this machine and its coordinator: a membership ends completely before the next one
-begins. Tests of names that are not found or have only link-local addresses."""
+begins. Tests of names that are not found or have only link-local addresses, and of another cluster's token."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 import threading
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, patch
 
 import pytest
 
+from llamaclust.cluster.membership.authority import Authority
+from llamaclust.cluster.membership.enrolment import EnrolmentServer
+from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.scheduler.settings import EngineSettings
+from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import DeviceLostError, WorkerError
+from llamaclust.wire import discovery
 from llamaclust.wire.control.messages import Shutdown
+from llamaclust.wire.rpc.client import Peer, StreamBrokenError
+from llamaclust.wire.rpc.methods import SAMPLE
+from llamaclust.wire.security.certificate_names import Principal
 from llamaclust.wire.security.credentials import Insecure
 from llamaclust.worker import static
 from llamaclust.worker.membership import Member
 from llamaclust.worker.own_address import Route
 from llamaclust.worker.settings import WorkerSettings
-from llamaclust.worker.static import _served, _StaticWorker
+from llamaclust.worker.static import _StaticWorker, _watched, run_static_worker
+from support.clusters.members import registry
+from support.clusters.served import until
+from support.network.loopback import free_port
+from support.wire.trust import authority
 
 
 class _Parts:
@@ -69,9 +83,9 @@ async def test_nothing_of_a_membership_runs_on(
     async with asyncio.timeout(60):
         if isinstance(error, WorkerError):
             with pytest.raises(WorkerError, match=str(error)):
-                await _served(parts, parts)
+                await _watched(parts.serve(), parts.changed())
         else:
-            assert await _served(parts, parts) == ends
+            assert await _watched(parts.serve(), parts.changed()) == ends
     assert not parts.is_serving and not parts.is_watching
 
 
@@ -168,3 +182,44 @@ async def test_tasks_of_a_membership_end_with_it(turns: int, end: Shutdown | Wor
         with patch.object(member, "_receive", receive), suppress(WorkerError, asyncio.CancelledError):
             assert await member.serve() == "stopped"
     assert ended and not len(member._tasks)
+
+
+@asynccontextmanager
+async def coordinator(trust: Authority, join: str, *, is_announced: bool) -> AsyncIterator[Registry]:
+    """Admits workers that enrol at `join`, which it announces if `is_announced` is true."""
+    async with registry(trust) as there:
+        port = split_address(there.address)[1]
+        async with EnrolmentServer(join, trust, trust.identity(), lambda name: None, port) as server:
+            if not is_announced:
+                yield there
+                return
+            async with discovery.announced("home", trust.cluster, server.address):
+                yield there
+
+
+@pytest.mark.parametrize("discovers", [False, True], ids=["join", "discover"])
+async def test_a_worker_that_stays_joins_another_cluster_with_its_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, discovers: bool
+) -> None:
+    """The file's new token names another CA, so the worker's certificates and its server's are replaced."""
+    monkeypatch.setattr(discovery, "own_addresses", lambda: ["127.0.0.1"])
+    first, second = authority(tmp_path, "first"), authority(tmp_path, "second")
+    join, file = f"127.0.0.1:{free_port()}", tmp_path / "token"
+    file.touch(0o600)
+    file.write_text(first.token.text)
+    known = "" if discovers else join
+    settings = WorkerSettings(
+        name="a", join=known, discover=discovers, token_file=file, static=True, stays=True, threads=1
+    )
+    working = asyncio.create_task(run_static_worker(settings))
+    async with coordinator(first, join, is_announced=discovers) as there:
+        await until(lambda: "a" in there.workers)
+    file.write_text(second.token.text)
+    async with coordinator(second, "127.0.0.1:0" if discovers else join, is_announced=discovers) as there:
+        await until(lambda: "a" in there.workers)
+        peer = Peer(there.workers["a"].registration.address, second.identity(), Principal("a"))
+        with pytest.raises(StreamBrokenError, match="worker a holds no stage"):
+            await peer.open(SAMPLE, epoch=1).opened()
+        await peer.close()
+    working.cancel()
+    await asyncio.wait([working])

@@ -45,12 +45,12 @@ class JoinRules:
         it sends a message or is lost, because the name of a lost member is free."""
         if mismatch := self._mismatch(register, peer):
             return mismatch
-        if duplicate := self._duplicate(register):
+        if duplicate := self._members.present.get(register.name):
             await self._probe(duplicate)
-        if duplicate := self._duplicate(register):
+        if duplicate := self._members.present.get(register.name):
             pid = duplicate.registration.pid
             return f"a worker named {register.name} is a member already (pid {pid}): choose another name"
-        if surplus := self._surplus(register):
+        if surplus := self._surplus():
             return surplus
         return self._settings.refusal(register.name) if self._settings.refusal else None
 
@@ -73,15 +73,9 @@ class JoinRules:
             return f"worker {name} has no usable address: {error}"
         return None
 
-    def _surplus(self, register: Register) -> str | None:
+    def _surplus(self) -> str | None:
         present = self._members.present
-        if register.name in present or len(present) < MAX_WORKERS:
-            return None
-        return f"the cluster has {len(present)} workers, which is the limit"
-
-    def _duplicate(self, register: Register) -> WorkerHandle | None:
-        present = self._members.present.get(register.name)
-        return present if present is not None and _process(present.registration) != _process(register) else None
+        return f"the cluster has {len(present)} workers, which is the limit" if len(present) >= MAX_WORKERS else None
 
     async def _probe(self, member: WorkerHandle) -> None:
         with contextlib.suppress(DeadlineError):
@@ -91,7 +85,3 @@ class JoinRules:
     def _numerics_version(self, register: Register) -> int:
         members = (handle.registration.numerics_version for handle in self._members.present.values())
         return next(members, 0 if register.device == "reference" else NUMERICS_VERSION)
-
-
-def _process(register: Register) -> tuple[str, int, str]:
-    return register.host, register.pid, register.address

@@ -150,8 +150,6 @@ class Registry(Members):
 
     async def _serve(self, register: Register, stream: ServerStream) -> None:
         name = register.name
-        if name in self.present:
-            self.mark_lost(self.workers[name], "it has registered again")
         send = _serial_sender(stream)
         handle = WorkerHandle(register, send, lambda: self.read_last_error(name), self._credentials)
         self.admit(handle)

@@ -115,9 +115,7 @@ async def _until_signal(config: ClusterConfig, model_paths: Sequence[Path], fold
         if not signals.stop_requested.is_set():
             raise
     finally:
-        if signals.stop_requested.is_set():
-            folder.mark_stopped()
-        folder.remove_record()
+        folder.remove_record(is_stopped=signals.stop_requested.is_set())
     return signals.has_interrupted_start
 
 

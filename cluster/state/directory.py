@@ -270,11 +270,14 @@ class ClusterDir:
         except (OSError, ValueError):
             return None
 
-    def remove_record(self) -> None:
-        """Removes the record, unless another cluster of the same name has written it."""
+    def remove_record(self, *, is_stopped: bool = False) -> None:
+        """Removes the record, unless another cluster of the same name has written it. If `is_stopped` is true, no
+        standby takes over from this coordinator."""
         own, self._published[:] = tuple(self._published), ()
         record = self.read_record()
         if record is None or record in own or not self.is_running:
+            if is_stopped:
+                self.mark_stopped()
             self.forget_record()
 
     def mark_stopped(self) -> None:

@@ -148,8 +148,8 @@ def test_a_cluster_whose_name_was_taken_meanwhile_leaves_the_other_alone(tmp_pat
         (folder.path / "lock").unlink()
         with folder.locked():
             ClusterDir(folder.path).write_record(other)
-            folder.remove_record()
-            assert folder.read_record() == other
+            folder.remove_record(is_stopped=True)
+            assert folder.read_record() == other and not (folder.path / "stopped").exists()
     folder.remove_record()
     assert folder.read_record() is None
 
@@ -275,16 +275,14 @@ def test_a_standby_ends_with_an_orderly_stop_alone(tmp_path: Path, end: str) -> 
 
     if end == "failed after a stop":
         with folder.locked():
-            folder.mark_stopped()
+            folder.remove_record(is_stopped=True)
     standby = threading.Thread(target=wait)
     with folder.locked():
         if end != "stopped without a record":
             folder.write_record(ClusterRecord("home", os.getpid(), "http://127.0.0.1:1", "m"))
         standby.start()
         eventually(lambda: folder.has_standby, 60.0, "a standby")
-        if end.startswith("stopped"):
-            folder.mark_stopped()
-        folder.remove_record()
+        folder.remove_record(is_stopped=end.startswith("stopped"))
     standby.join(60)
     assert served == [end.startswith("failed")]
     with folder.locked(is_standby=True) as is_held:  # the next standby has nothing to wait for

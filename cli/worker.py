@@ -17,6 +17,7 @@ from llamaclust.core.errors import UsageError
 
 if TYPE_CHECKING:
     from llamaclust.cluster.config.environment import Environment
+    from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
     from llamaclust.worker.settings import WorkerSettings
 
 _TOKEN = "join-token"
@@ -232,12 +233,12 @@ def rotate(
 def _check_workers_rejoin(folder: Path, state_dir: Path) -> None:
     """Raises UsageError if workers of a running cluster with this trust folder could not get a new token."""
     from llamaclust.cluster.config.launcher_facts import LAUNCHERS
-    from llamaclust.cluster.membership.authority import trust_folder
     from llamaclust.cluster.state.clusters import running_clusters
 
     for directory, record in running_clusters(state_dir).values():
         facts = LAUNCHERS[record.launcher]
-        if trust_folder(directory.path) == folder and facts.starts_workers and not facts.is_local:
+        needs_token = facts.starts_workers and not facts.is_local
+        if needs_token and _trust_of(directory, record).resolve() == folder.resolve():
             what = f"workers that {record.launcher} has started need the present token to rejoin"
             raise UsageError(f"{what}: stop the cluster first, `llamaclust down --cluster {record.name}`")
 
@@ -249,5 +250,11 @@ def _trust_folder(cluster: str | None, state_dir: Path) -> Path:
     from llamaclust.cluster.state.clusters import find_running, running_clusters
 
     if cluster is None and running_clusters(state_dir):
-        return trust_folder(find_running(state_dir, None)[0].path)
+        return _trust_of(*find_running(state_dir, None))
     return trust_folder(state_dir / option_value("--cluster", parse_name, cluster or "default"))
+
+
+def _trust_of(directory: ClusterDir, record: ClusterRecord) -> Path:
+    from llamaclust.cluster.membership.authority import trust_folder
+
+    return trust_folder(directory.path) if record.trust_dir is None else Path(record.trust_dir)

@@ -122,7 +122,7 @@ def _certificate(config: ClusterConfig, folder: ClusterDir) -> ServerCertificate
 
 
 def cluster_record(config: ClusterConfig, folder: ClusterDir, port: ApiPort) -> ClusterRecord:
-    keys = config.api_keys_file
+    keys, trust = config.api_keys_file, config.join.trust_dir
     return ClusterRecord(
         name=config.name,
         pid=os.getpid(),
@@ -131,6 +131,7 @@ def cluster_record(config: ClusterConfig, folder: ClusterDir, port: ApiPort) -> 
         api_keys_file=None if keys is None else str(keys),
         launcher=config.launcher,
         api_certificate=None if port.certificate is None else str(folder.api_certificate),
+        trust_dir=None if trust is None else str(trust.absolute()),
     )
 
 

@@ -52,6 +52,7 @@ class ClusterRecord:
     launcher: LauncherName = "local"
     # File with the certificate that the API presents, for this user's programs. None if the API uses plain HTTP.
     api_certificate: str | None = None
+    trust_dir: str | None = None  # The cluster file's `join.trust_dir`.
     start_ticks: int = field(default_factory=_own_start_ticks)  # Start time of the process, in clock ticks since boot.
 
     @property

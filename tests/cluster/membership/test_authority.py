@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 
 import pytest
 from cryptography import x509
+from typer.testing import CliRunner
 
+from llamaclust.cli.app import app
+from llamaclust.cluster.config.cluster_config import load_config
+from llamaclust.cluster.front.http.connections import ApiPort
 from llamaclust.cluster.membership import authority as module
 from llamaclust.cluster.membership.authority import Authority
+from llamaclust.cluster.server.front import cluster_record
+from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.core.regular_file import take_lock
 from llamaclust.wire.security.certificate_names import COORDINATOR, Principal
@@ -128,3 +135,21 @@ def test_a_certificate_is_for_its_name_and_nothing_more(trust: Authority) -> Non
     assert list(certificate.subject) == []
     assert not certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     assert not certificate.extensions.get_extension_for_class(x509.KeyUsage).value.key_cert_sign
+
+
+def test_the_token_of_started_workers_is_kept_however_its_folder_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(tmp_path / "state"))
+    folder = ClusterDir(tmp_path / "state" / "brain")
+    folder.create()
+    own, other = (Authority.open(path) for path in (folder.path / "trust", tmp_path / "secure"))
+    monkeypatch.chdir(folder.path)
+    with folder.locked(), socket.socket() as listener:
+        for trust, given, keys in ((own, "trust", []), (other, "../../secure", [f"join.trust_dir={tmp_path}/secure"])):
+            config = load_config(None, ["name=brain", "launcher=ray", "workers=[{name: a, threads: 1}]", *keys])
+            folder.write_record(cluster_record(config, folder, ApiPort(listener)))
+            for options in ([], ["--trust-dir", given]):
+                done = CliRunner().invoke(app, ["token", "rotate", *options])
+                assert "stop the cluster first, `llamaclust down --cluster brain`" in str(done.exception)
+            assert JoinToken.read(trust.token_file) == trust.token

@@ -36,6 +36,7 @@ ImageHost = Annotated[
     str, Field(pattern=r"^(\*\.)?[a-z0-9]([a-z0-9.-]{0,250}[a-z0-9])?(:[1-9][0-9]{0,4})?$", examples=["*.example.com"])
 ]
 _LEAST_HEARTBEAT_TIMEOUT_S = 0.5
+_MOST_HEARTBEAT_TIMEOUT_S = 86400.0
 _LEAST_PROGRESS_TIMEOUT_S = 1.0
 _LEAST_LEASE_S = 1.0
 Mmproj = Annotated[
@@ -373,7 +374,7 @@ class Timeouts(Section):
     request: Duration = 600.0
     """Maximum time from a request's arrival to its last token."""
     worker: Duration = 5.0
-    """Time without a heartbeat after which a worker counts as lost, at least 500 ms."""
+    """Time without a heartbeat after which a worker counts as lost, from 500 ms to 24 h."""
     load: Duration = 60.0
     """Time without progress after which a worker that loads weights counts as lost, at least 1 s."""
     recovery: Duration = 120.0
@@ -390,6 +391,8 @@ class Timeouts(Section):
         if self.worker < _LEAST_HEARTBEAT_TIMEOUT_S:
             why = "is too short to detect a lost worker; set 500ms or more"
             raise PlaceError(("worker",), f"{self.worker:g} s {why}")
+        if self.worker > _MOST_HEARTBEAT_TIMEOUT_S:
+            raise PlaceError(("worker",), f"{self.worker:g} s is too long for a worker's silence; set 24h or less")
         if self.load < _LEAST_PROGRESS_TIMEOUT_S:
             raise PlaceError(("load",), f"{self.load:g} s is too short to detect a load that hangs; set 1s or more")
         return self

@@ -166,6 +166,7 @@ TOP_KEYS = {
     ),
     "timeouts: {load: 900ms}": "timeouts.load: 0.9 s is too short to detect a load that hangs; set 1s or more",
     "timeouts: {worker: 10ms}": "timeouts.worker: 0.01 s is too short to detect a lost worker; set 500ms or more",
+    "timeouts: {worker: 25h}": "timeouts.worker: 90000 s is too long for a worker's silence; set 24h or less",
     "model: x": "not valid YAML: duplicate key 'model'",
     "5: x": "not valid YAML: key '5' is not a word; put it in quotes",
     "timeouts: {yes: 5s}": "not valid YAML: key 'yes' is not a word; put it in quotes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,8 @@ from llamaclust.wire.rpc.deadlines import deadline
 
 _PROFILE_S = 300.0
 """Maximum seconds of a measurement. It may read the layers of a large model from a slow disk."""
+_MOST_PRODUCTS = 16
+"""Maximum number of matrix products that a worker measures for each requested type."""
 _LINK_S = 30.0
 _LOG_S = 5.0
 ADAPTERS_S = 600.0
@@ -33,15 +36,26 @@ _HEARTBEAT_S = 10.0
 
 
 async def profile_worker(worker: WorkerHandle, request: ProfileWorker, deadline_s: float = _PROFILE_S) -> Profile:
-    """Measures the machine of a worker, which should be idle. Raises ProtocolError if the number of GPUs is wrong."""
+    """Measures the machine of a worker, which should be idle. Raises ProtocolError if the number of GPUs is wrong, or
+    if matrix products were not requested."""
     limit = deadline(f"worker {worker.name}: measurement", deadline_s)
     measured: profiles.WorkerProfile = await worker.channel.request(request, limit)
     gpus, measured_gpus = len(worker.registration.gpus), len(measured.profile.gpus)
     if measured_gpus != gpus:
         raise ProtocolError(f"worker {worker.name} measured {measured_gpus} GPUs, but it has {gpus}")
+    _check_products(worker.name, measured.profile, request)
     if not worker.stages:  # With stages, the worker may have taken the memory to serve.
         worker.measuring_bytes += measured.kept_bytes
     return measured.profile
+
+
+def _check_products(name: str, profile: Profile, request: ProfileWorker) -> None:
+    """Raises ProtocolError unless all products are of the processor and of requested types, with few of each type."""
+    isolated = profile.cpu.isolated_products
+    others = [isolated, *(times for gpu in profile.gpus for times in (gpu.products, gpu.isolated_products))]
+    found = Counter(time.quant_type for time in profile.cpu.products)
+    if any(others) or found.keys() - {*request.quant_types} or max(found.values(), default=0) > _MOST_PRODUCTS:
+        raise ProtocolError(f"worker {name} measured matrix products that were not requested")
 
 
 async def profile_link(worker: WorkerHandle, other: WorkerHandle, deadline_s: float = _LINK_S) -> LinkProfile:

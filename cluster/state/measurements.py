@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from pydantic import TypeAdapter
 
@@ -17,10 +17,15 @@ from llamaclust.cluster.state.directory import read_values, write_private
 from llamaclust.core.profile import Profile
 from llamaclust.core.this_machine import process_fields
 
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
 _FILE = ".profiles.json"  # The file's name begins with a dot, so it cannot be a cluster's folder.
 _STAT = Path("/proc/stat")
 _PROC = Path("/proc")
 _LEAST_S = 0.1
+MAX_PROFILES = 128
+"""Maximum number of profiles that are kept. Fingerprints are texts of the workers, so their number has no limit."""
 _CPU_TIMES = slice(11, 15)
 
 
@@ -117,10 +122,18 @@ def _ticks(pid: str) -> int:
     return sum(map(int, process_fields(pid)[_CPU_TIMES]))  # A process that has ended counts 0.
 
 
+def newest(known: Mapping[Key, Value], used: Iterable[Key], most: int) -> dict[Key, Value]:
+    """Returns the values of the keys in `used`, and as many of the values added last that there are at most `most`."""
+    kept = {key: known[key] for key in used if key in known}
+    others = {key: value for key, value in known.items() if key not in kept}
+    room = max(0, most - len(kept))
+    return dict([*others.items()][max(0, len(others) - room) :]) | kept
+
+
 def write_profiles(state_dir: Path, profiles: Mapping[str, Profile], load: OtherLoad | None = None) -> None:
     """Adds profiles to the stored profiles. `load` is the load by other programs while the profiles were measured."""
     loads = {**read_other_loads(state_dir), **dict.fromkeys(profiles, load)}
-    kept = {**read_profiles(state_dir), **profiles}
+    kept = newest({**read_profiles(state_dir), **profiles}, profiles, MAX_PROFILES)
     values = {key: asdict(profile) | asdict(_Measured(loads.get(key))) for key, profile in kept.items()}
     write_private(state_dir / _FILE, json.dumps(values), is_synced=False)
 

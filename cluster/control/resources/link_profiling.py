@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -19,6 +19,7 @@ from llamaclust.cluster.membership.worker_requests import profile_link
 from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
 from llamaclust.cluster.state.directory import read_values, write_private
 from llamaclust.cluster.state.events import Notice, Report
+from llamaclust.cluster.state.measurements import newest
 from llamaclust.core.addresses import is_loopback, split_address
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.profile import Profile
@@ -74,7 +75,7 @@ async def measure_links(
         found = await asyncio.gather(*(_measured(pair, workers, credentials, report) for pair in concurrent))
         known |= {keys[pair]: link for pair, link in zip(concurrent, found, strict=True) if link is not None}
     if attempted:
-        kept = _LINKS.dump_json(_newest(known, keys.values())).decode()
+        kept = _LINKS.dump_json(newest(known, keys.values(), _MOST_KEPT)).decode()
         write_private(state_dir / _FILE, kept, is_synced=False)
     links = _links(keys, known)
     return links if len(wanted) == len(keys) else links.estimated(frozenset(pair) for pair in keys.keys() - {*wanted})
@@ -86,13 +87,6 @@ def _wanted(keys: Mapping[Pair, str], names: Sequence[str]) -> list[Pair]:
         return [*keys]
     neighbours = {frozenset(pair) for pair in pairwise([*names, *names[:1]])}
     return [pair for pair in keys if COORDINATOR in pair or frozenset(pair) in neighbours]
-
-
-def _newest(known: Mapping[str, Link], used: Iterable[str]) -> dict[str, Link]:
-    used = {key: known[key] for key in used if key in known}
-    others = {key: link for key, link in known.items() if key not in used}
-    room = max(0, _MOST_KEPT - len(used))
-    return dict([*others.items()][len(others) - min(room, len(others)) :]) | used
 
 
 def _unreachable_by_others(addresses: Mapping[str, str]) -> dict[str, str]:

@@ -13,9 +13,11 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import profile_worker
 from llamaclust.cluster.state.events import Measuring, Notice, Report
 from llamaclust.cluster.state.measurements import (
+    MAX_PROFILES,
     LoadMeter,
     OtherLoad,
     disturbance,
+    newest,
     read_other_loads,
     read_profiles,
     write_profiles,
@@ -87,7 +89,8 @@ class WorkerProfiles:
         if hardware not in self._used:
             if (known := self._known.get(_key(worker, workers, self._model_id))) is None:
                 return None
-            self._used[hardware] = known
+            here = map(_hardware, workers.values())
+            self._used = newest({**self._used, hardware: known}, here, MAX_PROFILES)
         return self._used[hardware]
 
     async def _measure(self, names: list[str], workers: Mapping[str, WorkerHandle]) -> None:
@@ -96,7 +99,7 @@ class WorkerProfiles:
         meter = LoadMeter()
         new = await measuring.profiles()
         load = meter.measure() if self._has_own_processes else None
-        self._known |= new
+        self._known = newest(self._known | new, new, MAX_PROFILES)
         self._loads |= {} if load is None else dict.fromkeys(new, load)
         # Profiles with failed measurements are not stored, so that the next start measures again.
         kept = {key: profile for key, profile in new.items() if key not in measuring.failed}

@@ -13,6 +13,7 @@ import pytest
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.pool.newcomers import Newcomers
+from llamaclust.cluster.control.resources import profiling
 from llamaclust.cluster.control.resources.profiling import WorkerProfiles, report_losses
 from llamaclust.cluster.control.resources.resource_shares import (
     WorkerResources,
@@ -25,8 +26,10 @@ from llamaclust.cluster.membership.worker_requests import (
     profile_worker,
     refresh_memory,
 )
+from llamaclust.cluster.state import measurements
 from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.cluster.state.measurements import LoadMeter, OtherLoad, read_profiles
+from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import Gpu
 from llamaclust.core.profile import DeviceProfile, ProductTime, Profile, StepTime
 from llamaclust.model.quant_types import QuantType
@@ -185,6 +188,41 @@ async def test_memory_that_a_worker_takes_for_its_stages_meanwhile_does_not_coun
     worker.stages[1] = (LOAD, Loaded(1, 2, 3, 4))
     await profile_worker(worker, ProfileWorker("/m.gguf", quant_types=(12, 14)))
     assert WorkerResources.of(worker).free_memory_bytes == REGISTER.free_memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("cpu", "gpu"),
+    [
+        ({"products": (ProductTime(8, 1, 1e-10),)}, {}),
+        ({"products": tuple(ProductTime(12, rows, 1e-10) for rows in range(1, 1000))}, {}),
+        ({"isolated_products": (ProductTime(12, 1, 1e-10),)}, {}),
+        ({}, {"products": (ProductTime(12, 1, 1e-10),)}),
+    ],
+    ids=["another type", "too many", "isolated", "of a GPU"],
+)
+async def test_products_that_were_not_ordered_are_refused(cpu: dict[str, Any], gpu: dict[str, Any]) -> None:
+    speed = DeviceProfile(10e9, 100e9)
+    machines = Machines(a=WorkerProfile(Profile(replace(speed, **cpu), (replace(speed, **gpu),))))
+    worker = machines.workers["a"]
+    worker.registration = replace(worker.registration, gpus=(Gpu("cuda:0", "x", 1, 1),))
+    with pytest.raises(ProtocolError, match="worker a measured matrix products that were not requested"):
+        await profile_worker(worker, ProfileWorker("/m.gguf", quant_types=(12, 14)))
+
+
+async def test_a_worker_that_joins_again_as_other_hardware_does_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (profiling, measurements):
+        monkeypatch.setattr(module, "MAX_PROFILES", 4)
+    machines = Machines(a=PROFILED)
+    profiles, worker = machines.empty(tmp_path), machines.workers["a"]
+    for number in range(9):
+        worker.registration = replace(REGISTER, machine="m", fingerprint=f"cpu {number}")
+        await profiles.measure(["a"], machines.workers)
+        assert "a" in profiles.of(machines.workers)
+    stored = read_profiles(tmp_path)
+    assert len(stored) == len(profiles._known) == len(profiles._used) == 4
+    assert sum(key.startswith("cpu 8,") for key in stored) == 2
 
 
 async def test_the_next_heartbeat_tells_what_a_worker_without_layers_may_take() -> None:

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.control.resources import link_profiling
-from llamaclust.cluster.control.resources.link_profiling import _keys, _link, _newest, _places, _wanted, measure_links
+from llamaclust.cluster.control.resources.link_profiling import _keys, _link, _places, _wanted, measure_links
 from llamaclust.cluster.planner.costs import WorkerFacts
 from llamaclust.cluster.planner.links import COORDINATOR, NO_REACH, USUAL, Link, Links
 from llamaclust.cluster.planner.memory import PlanRequest
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.state.events import Event, Notice
+from llamaclust.cluster.state.measurements import newest
 from llamaclust.core.sizes import MIB
 from llamaclust.model.costs import LayerCost, ModelCosts
 from llamaclust.wire.control.messages import Register
@@ -227,11 +227,10 @@ def test_of_many_machines_neighbours_and_the_coordinators_links_are_measured() -
     assert len(_wanted(_keys(dict.fromkeys(names, "one machine")), names)) == 820, "two of them are measured"
 
 
-def test_links_of_machines_that_have_gone_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_profiling, "_MOST_KEPT", 3)
+def test_links_of_machines_that_have_gone_are_forgotten() -> None:
     known = dict.fromkeys("abcd", USUAL)
-    assert [*_newest(known, "ax")] == ["c", "d", "a"]
-    assert [*_newest(known, "abcd")] == [*"abcd"], "those in use stay"
+    assert [*newest(known, "ax", 3)] == ["c", "d", "a"]
+    assert [*newest(known, "abcd", 3)] == [*"abcd"], "those in use stay"
 
 
 def test_a_damaged_file_of_links_is_measured_anew(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ certificates are valid for one day."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import shutil
@@ -18,8 +19,10 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from llamaclust.cluster.state.directory import write_private
-from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.cluster.state.disk_thread import DiskThread
+from llamaclust.core.errors import DeadlineError, LlamaclustError, UsageError
 from llamaclust.core.regular_file import read_bytes, sync_folder, take_lock_within
+from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.security.certificate_names import COORDINATOR, Principal
 from llamaclust.wire.security.certificates import NewKey, ca_hash, cluster_id, load_private, private_pem, requested_key
 from llamaclust.wire.security.credentials import MAX_SKEW_S, Identity, KeyPair
@@ -29,6 +32,7 @@ LIFE = timedelta(hours=24)
 """Validity of certificates of workers and the coordinator. They are renewed after two thirds of this time."""
 _MOST_BYTES = 1 << 20
 _LOCK_WAIT_S = 10.0
+_READ_S = 3.0
 _CA_LIFE = timedelta(days=3650)
 _SKEW = timedelta(seconds=MAX_SKEW_S)
 _CA_BEGIN = datetime(2020, 1, 1, tzinfo=UTC)
@@ -54,6 +58,7 @@ class Authority:
         self._certificate = certificate
         self.token_file = folder / _TOKEN
         self._token = self._read_token()
+        self._disk, self._reading = DiskThread("join token"), asyncio.Lock()
 
     @classmethod
     def open(cls, folder: Path) -> Authority:
@@ -87,11 +92,17 @@ class Authority:
 
     @property
     def token(self) -> JoinToken:
-        """The current token in the file, or the last valid token if the file cannot be read."""
-        try:
-            self._token = self._read_token()
-        except UsageError as error:
-            _log.warning("the join token stays as it was: %s", error)
+        """The last valid token that was read from the file."""
+        return self._token
+
+    async def current_token(self) -> JoinToken:
+        """Returns the token in the file, or the last valid token if the file cannot be read within 3 s."""
+        async with self._reading:
+            try:
+                async with deadline(f"reading {self.token_file}", _READ_S):
+                    self._token = await self._disk.call(self._read_token)
+            except (UsageError, DeadlineError, TimeoutError) as error:
+                _log.warning("the join token stays as it was: %s", error)
         return self._token
 
     def rotate_token(self) -> None:

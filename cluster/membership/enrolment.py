@@ -23,6 +23,7 @@ from llamaclust.wire.security import enrolment as protocol
 from llamaclust.wire.security.certificate_names import Principal
 from llamaclust.wire.security.credentials import Identity
 from llamaclust.wire.security.server_context import server_context
+from llamaclust.wire.security.token import JoinToken
 
 MAX_CONNECTIONS = 64
 """Maximum number of open connections. Further connections are closed immediately."""
@@ -107,7 +108,7 @@ class EnrolmentServer:
             if data is None:
                 return  # The client only wanted the CA certificate.
             request = protocol.decode_request(data)
-            answer = self._answer(challenge, request)
+            answer = self._answer(challenge, request, await self._authority.current_token())
             await protocol.write_message(writer, protocol.encode_server_message(answer))
             if isinstance(answer, protocol.Refusal):
                 raise ProtocolError(f"worker {request.name}: {answer.reason}")
@@ -116,8 +117,9 @@ class EnrolmentServer:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
 
-    def _answer(self, challenge: protocol.Challenge, request: protocol.Request) -> protocol.ServerMessage:
-        token = self._authority.token
+    def _answer(
+        self, challenge: protocol.Challenge, request: protocol.Request, token: JoinToken
+    ) -> protocol.ServerMessage:
         if not request.is_proven(token, challenge):
             return protocol.Refusal("its token belongs to another cluster or was rotated; copy the token file again")
         if request.protocol_version != PROTOCOL_VERSION:

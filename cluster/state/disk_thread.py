@@ -33,7 +33,7 @@ class DiskThread:
     async def call(self, work: Callable[[], Value]) -> Value:
         """Runs `work` on a thread. Raises its errors, and TimeoutError if this call or an earlier one hangs."""
         if self.hangs:
-            raise TimeoutError(errno.ETIMEDOUT, "an earlier write has not returned")
+            raise TimeoutError(errno.ETIMEDOUT, "an earlier call has not returned")
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Value] = loop.create_future()
         thread = threading.Thread(target=self._run, args=(work, loop, answer), name=self._name, daemon=True)

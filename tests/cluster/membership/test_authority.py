@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
@@ -24,7 +26,9 @@ from llamaclust.core.regular_file import take_lock
 from llamaclust.wire.security.certificate_names import COORDINATOR, Principal
 from llamaclust.wire.security.certificates import NewKey, cluster_id
 from llamaclust.wire.security.token import JoinToken
-from support.wire.trust import authority
+from llamaclust.worker.enrolment import enrol
+from support.clusters.served import until
+from support.wire.trust import authority, enrolment
 
 
 def test_an_authority_is_the_same_at_every_start_and_private(tmp_path: Path) -> None:
@@ -105,6 +109,34 @@ def test_a_damaged_authority_is_named(name: str, tmp_path: Path) -> None:
         (tmp_path / "trust" / name).write_bytes(content)
         with pytest.raises(UsageError, match=str(tmp_path / "trust")):
             authority(tmp_path)
+
+
+async def test_a_token_file_that_hangs_does_not_stop_the_event_loop(
+    trust: Authority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Workers enrol with the last token meanwhile, and with a rotated one once the file can be read again."""
+    back, read, old = threading.Event(), JoinToken.read, trust.token
+
+    def hanging(path: Path) -> JoinToken:
+        back.wait(60)
+        return read(path)
+
+    monkeypatch.setattr(JoinToken, "read", hanging)
+    monkeypatch.setattr(module, "_READ_S", 0.2)
+    try:
+        async with asyncio.timeout(60), enrolment(trust) as (host, port):
+            await asyncio.gather(*(enrol(host, port, old, name) for name in "ab"))
+            assert not back.is_set()
+            assert [record.message.rpartition(": ")[2] for record in caplog.records[:2]] == [
+                f"reading {trust.token_file} took longer than 0.2 s",
+                "[Errno 110] an earlier call has not returned",
+            ]
+            trust.rotate_token()
+            back.set()
+            await until(lambda: not trust._disk.hangs)
+            await enrol(host, port, read(trust.token_file), "a")
+    finally:
+        back.set()
 
 
 def test_a_join_token_is_private_and_whole(tmp_path: Path, trust: Authority) -> None:

@@ -316,7 +316,7 @@ async def test_a_write_that_hangs_does_not_replace_a_later_one(path: Path, monke
     try:
         with pytest.raises(LlamaclustError, match=r"no answer within 0.1 s"):
             await record.drain(frozenset("a"))
-        with pytest.raises(LlamaclustError, match="an earlier write has not returned"):
+        with pytest.raises(LlamaclustError, match="an earlier call has not returned"):
             await record.drain(frozenset("ab"))
     finally:
         back.set()

@@ -99,7 +99,7 @@ async def test_a_disk_that_hangs_ends_the_request_alone(tmp_path: Path, monkeypa
         try:
             late = await error(http, SAVE, {"filename": "a"}, 500)
             assert late == "filename: 'a': the slot cannot be saved: no answer within 0.05 s"
-            assert "an earlier write has not returned" in await error(http, SAVE, {"filename": "b"}, 500)
+            assert "an earlier call has not returned" in await error(http, SAVE, {"filename": "b"}, 500)
         finally:
             back.set()
         monkeypatch.undo()

@@ -25,7 +25,7 @@ _LOG = Path("/proc/self/fd/2")
 _LOOK_S = 2.0
 _CALL_S = 5.0
 _WAIT_S = 30.0
-"""Seconds from a worker's kill until its actor ends itself. Usually, the coordinator restarts the actor earlier."""
+"""Seconds from a worker's end until its actor ends or clears up. Usually, the coordinator restarts it earlier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,8 @@ class WorkerActor:
             return
         self._how = (describe_exit(code), last_error(_LOG) if code else "")
         self._over.set()
+        time.sleep(_WAIT_S)
         if code < 0:
-            time.sleep(_WAIT_S)
             os._exit(1)
         self._clear_up()
 

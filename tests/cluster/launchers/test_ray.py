@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,10 @@ from support.network.box import Box, missing
 from support.network.loopback import free_port
 
 pytest.importorskip("ray", reason="Ray is not installed here: pip install 'llamaclust[ray]'")
+
+from llamaclust.cluster.launchers import ray_actor
+from llamaclust.cluster.launchers.ray_actor import WorkerActor
+
 pytestmark = pytest.mark.alone
 
 API = "127.0.0.1:8080"
@@ -271,3 +276,23 @@ def test_ray_reserves_what_the_file_says() -> None:
         "memory": 1 << 30,
         "GPU": 1,
     }
+
+
+@pytest.mark.parametrize("code", [0, 1, -9])
+def test_an_actor_gives_the_coordinator_time_to_restart_it(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """Ray cannot restart an actor whose placement group was removed."""
+    done = list[str]()
+    util = SimpleNamespace(
+        list_named_actors=list,
+        get_placement_group=lambda name: name,
+        remove_placement_group=lambda group: done.append("removed"),
+    )
+    monkeypatch.setattr(ray_actor, "ray", SimpleNamespace(util=util))
+    monkeypatch.setattr(ray_actor, "last_error", lambda path: "")
+    monkeypatch.setattr(ray_actor, "time", SimpleNamespace(sleep=lambda s: done.append("waited")))
+    monkeypatch.setattr(ray_actor, "os", SimpleNamespace(_exit=lambda status: done.append("ended")))
+    monkeypatch.setattr(WorkerActor, "__init__", lambda self: None)
+    actor: Any = WorkerActor()  # type: ignore[call-arg]
+    actor._over, actor._is_again = threading.Event(), False
+    actor._worker_ended(code)
+    assert actor.is_over() and done[:2] == ["waited", "ended" if code < 0 else "removed"]

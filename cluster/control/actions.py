@@ -12,6 +12,7 @@ from llamaclust.cluster.control import reconcile as act
 from llamaclust.cluster.control.cluster_state import ClusterState, Expulsion, PipelineLoss
 from llamaclust.cluster.control.epochs import Epoch, Epochs, StageLoadError
 from llamaclust.cluster.control.notices import awake_text, images_text, moving_text, recovered_text
+from llamaclust.cluster.control.observations import Incarnation
 from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.control.state_store import StateStore
 from llamaclust.cluster.engine.engine import Engine, EngineState
@@ -22,7 +23,7 @@ from llamaclust.cluster.membership.worker_requests import ADAPTERS_S
 from llamaclust.cluster.planner.format import encoder_lines, plan_lines
 from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.cluster.state.events import Notice, PlanMade, Report, Waiting, WorkerLoading
-from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, WorkerError
+from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, UsageError, WorkerError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.task_set import TaskSet
 
@@ -50,6 +51,7 @@ class ActionRunner:
     engine: Engine | None = field(default=None, init=False)  # None until `Supervisor.run` sets it.
     plan: Plan | None = field(default=None, init=False)  # Plan of the epoch that serves or that served last.
     recoveries: int = field(default=0, init=False)
+    unfit: set[Incarnation] = field(default_factory=set, init=False)  # Workers that a notice named as unfit for plans.
     watching: TaskSet = field(default_factory=TaskSet, init=False)  # Tasks that wait for the end of the retiring epoch.
     _loaded: Epoch | None = field(default=None, init=False)
 
@@ -141,13 +143,21 @@ class ActionRunner:
                     plan = await self.planner.plan(workers, inputs.partitions, needs_images=needs_images)
                     failure = None
                     break
-                except (InsufficientMemoryError, WorkerError) as error:
+                except (InsufficientMemoryError, UsageError, WorkerError) as error:
                     failure = error
+            self._name_unfit(inputs.workers)
             is_beside = bool(self.planner.ledger.beside(self.epochs.model_id))
             if plan is not None and self.store.state.loss is not None:
                 self._enter(plan)
         served = None if plan is None else await self._predict_served(usable)
         self.store.post(observations.Planned(inputs, plan, failure, served, is_beside))
+
+    def _name_unfit(self, workers: tuple[Incarnation, ...]) -> None:
+        self.unfit.intersection_update(workers)
+        for worker in workers:
+            if worker not in self.unfit and (why := self.planner.unfit.get(worker[0])):
+                self.unfit.add(worker)
+                self._notice(f"worker {worker[0]} gets no layers: {why}")
 
     async def _predict_served(self, workers: Mapping[str, WorkerHandle]) -> Prediction | None:
         serving, loss = self.store.state.serving, self.store.state.loss

@@ -24,7 +24,7 @@ from llamaclust.cluster.control.limits import (
 )
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.resources.groups import check_groups, largest_group, no_groups
-from llamaclust.cluster.control.resources.placement import placements
+from llamaclust.cluster.control.resources.placement import check_obeyed, placements
 from llamaclust.cluster.control.resources.profiling import WorkerProfiles
 from llamaclust.cluster.control.resources.resource_shares import (
     WorkerResources,
@@ -202,8 +202,8 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
     facts = [replace(worker, placement=wanted[worker.name]) if worker.gpus else worker for worker in facts]
     encoder = encoder_of(model) if resources.encodes else None
     plan = _plan(model_costs(config, model, expert_shards), facts, request, encoder)
-    for stage in plan.stages if expert_shards == 1 else ():
-        wanted[stage.worker].check_obeyed(stage.device_layers)
+    if expert_shards == 1:
+        check_obeyed(plan, wanted)
     if len(plan.leaders) > MAX_STAGES:
         raise UsageError(f"the plan has {len(plan.leaders)} stages; the limit is {MAX_STAGES}: use fewer workers")
     held = {stage.worker for stage in plan.stages}
@@ -322,6 +322,8 @@ class ClusterPlanner:
     encodes: bool = True  # False if the model reads only text, because its image encoder did not fit at the start.
     links: Links = UNKNOWN
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
+    unfit: dict[str, str] = field(default_factory=dict, init=False)
+    """Workers that the last plan left out because they cannot obey the placement rules, with the reasons."""
     _thread: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "planner"), init=False)
     """Planning has its own thread, so that a recovery does not wait for other work."""
 
@@ -341,8 +343,10 @@ class ClusterPlanner:
         *,
         needs_images: bool = False,
     ) -> Plan:
-        """Makes a plan in a thread. Leaves out an image encoder that does not fit, unless `needs_images` is set. Raises
-        the errors of `plan_cluster`, ModelLimitError for too many models, and WorkerError if a worker is absent."""
+        """Makes a plan in a thread. Leaves out workers that cannot obey the placement rules, and an image encoder that
+        does not fit, unless `needs_images` is set. Raises the errors of `plan_cluster`, ModelLimitError for too many
+        models, and WorkerError if a worker is absent."""
+        self.unfit = {}
         (beside or self.ledger).check_count(self.model.model_id)
         planned = (name for entry in self.config.plan or () for name in entry.names)
         missing = [name for name in planned if name not in workers]
@@ -359,7 +363,15 @@ class ClusterPlanner:
             resources = replace(resources, held=beside.beside(self.model.model_id))
         make: MakeClusterPlan = plan_cluster if needs_images or resources.held else plan_with_optional_encoder
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, make, self.config, self.model, resources)
+        while True:
+            try:
+                return await loop.run_in_executor(self._thread, make, self.config, self.model, resources)
+            except UsageError as error:
+                others = {name: of for name, of in resources.workers.items() if name != error.worker}
+                if self.config.plan is not None or not 0 < len(others) < len(resources.workers):
+                    raise
+                self.unfit[error.worker or ""] = str(error)
+                resources = replace(resources, workers=others)
 
     async def predict(self, plan: Plan, workers: Mapping[str, WorkerHandle]) -> Prediction | None:
         loop, resources = asyncio.get_running_loop(), self.resources(workers)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from math import ceil, floor
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.errors import UsageError
 from llamaclust.core.gpus import Placement, gpu_names
 from llamaclust.model.loader import Model
@@ -11,7 +12,8 @@ from llamaclust.model.placement import PlacementRule, placement_of, rule_effects
 
 
 def placements(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequence[str]]) -> dict[str, Placement]:
-    """Returns where each worker puts tensors, given the names of its GPUs. Raises UsageError for an impossible rule."""
+    """Returns where each worker puts tensors, given the names of its GPUs. Raises UsageError, with the worker, for a
+    rule that the worker cannot obey."""
     known: dict[tuple[tuple[PlacementRule, ...], int | None], Placement] = {}
     found = {}
     for worker in gpus:
@@ -32,7 +34,16 @@ def _check_stage(placement: Placement, worker: str, gpus: Mapping[str, Sequence[
         own = placement.missing(gpus[worker], start, end)
         others = [name for name, devices in gpus.items() if own in devices]
         where = f", or limit the rule to workers that have it: workers: [{', '.join(others)}]" if others else ""
-        raise UsageError(f"{error}{where} (worker {worker})") from error
+        raise UsageError(f"{error}{where} (worker {worker})", worker=worker) from error
+
+
+def check_obeyed(plan: Plan, wanted: Mapping[str, Placement]) -> None:
+    """Raises UsageError, with the worker, if a stage has a layer on another device than its worker's rules name."""
+    for stage in plan.stages:
+        try:
+            wanted[stage.worker].check_obeyed(stage.device_layers)
+        except UsageError as error:
+            raise UsageError(f"{error} (worker {stage.worker})", worker=stage.worker) from error
 
 
 def check_placement(config: ClusterConfig, model: Model) -> None:

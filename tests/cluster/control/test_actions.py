@@ -122,10 +122,31 @@ async def test_the_pipeline_that_serves_is_predicted_again_with_each_plan(is_los
     loss = PipelineLoss(0.0) if is_lost else None
     store.state = replace(store.state, serving=Serving(former, (("a", 1), ("b", 2))), loss=loss)
     runner = action_runner(store, ANYTHING)
-    runner.planner = SimpleNamespace(plan=plan, predict=predict, ledger=MemoryLedger())  # type: ignore[assignment]
+    runner.planner = SimpleNamespace(plan=plan, predict=predict, ledger=MemoryLedger(), unfit={})  # type: ignore[assignment]
     await runner.run(MakePlan(store.state.inputs))
     planned = await store.next(None)
     assert planned == observations.Planned(store.state.inputs, new, served=None if is_lost else new.prediction)
+
+
+async def test_rules_that_no_plan_obeys_end_no_pipeline_and_each_unfit_worker_is_named_once() -> None:
+    async def plan(*_: object, **__: object) -> Plan:
+        runner.planner.unfit = {"b": "placement: there is no cuda:1 (worker b)"}
+        raise refused
+
+    events, refused = list[Event](), UsageError("placement: there is no cuda:1 (worker a)")
+    store = new_store()
+    runner = action_runner(store, ANYTHING)
+    runner._report = events.append
+    runner.planner.plan = plan  # type: ignore[method-assign]
+    named = []
+    for joins in ({"a": 1, "b": 2}, {"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 4}):
+        store.state = replace(store.state, pool=PoolState(joins))
+        await runner.run(MakePlan(store.state.inputs))
+        planned = await store.next(None)
+        assert planned == observations.Planned(store.state.inputs, error=refused)
+        named.append(len(events))
+    assert named == [1, 1, 2] and len({str(event) for event in events}) == 1
+    assert events[0] == Notice("worker b gets no layers: placement: there is no cuda:1 (worker b)")
 
 
 async def load_failure(runner: ActionRunner, store: StateStore, *, is_exclusive: bool) -> LlamaclustError:

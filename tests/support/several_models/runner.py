@@ -27,8 +27,8 @@ def action_runner(store: StateStore, open_epoch: Callable[..., Any]) -> ActionRu
     async def settled() -> None: ...
 
     loading: Any = SimpleNamespace(open=open_epoch, file_is_absent=False, model_id="m", held_layers={})
-    own = SimpleNamespace(models=(), model_name="m")
-    planner: Any = SimpleNamespace(links=UNKNOWN, ledger=MemoryLedger(), config=own)
+    own = SimpleNamespace(models=(), model_name="m", mmproj=None)
+    planner: Any = SimpleNamespace(links=UNKNOWN, ledger=MemoryLedger(), config=own, unfit={})
     registry: Any = SimpleNamespace(workers={}, present={})
     partitions: Any = SimpleNamespace(settled=settled)
     runner = ActionRunner(store, loading, planner, registry, partitions, lambda event: None, TaskSet())

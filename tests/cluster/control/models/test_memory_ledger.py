@@ -89,7 +89,7 @@ async def test_a_plan_of_before_another_model_took_memory_is_not_loaded(is_lost:
     store = new_store()
     runner, ledger = action_runner(store, open_epoch), MemoryLedger()
     planner: Any = SimpleNamespace(
-        plan=plan, ledger=ledger, links=None, config=SimpleNamespace(models=(), model_name="m")
+        plan=plan, ledger=ledger, links=None, config=SimpleNamespace(models=(), model_name="m"), unfit={}
     )
     runner.planner = planner
     loss, store.state = store.state.loss, replace(store.state, loss=None)

@@ -104,7 +104,7 @@ def _in_wide_tiles(config: ClusterConfig, model: Model, resources: ClusterResour
     has_gpus = any(worker.gpus for worker in resources.workers.values())
     if not config.wide_tiles or not model.has_wider_tiles or own.expert_shards > 1 or has_gpus:
         return None
-    with suppress(InsufficientMemoryError):
+    with suppress(InsufficientMemoryError, NetworkPartitionError):
         plan = replace(_divided_plan(config, *_widened(config, model, resources), 1), wide_tiles=True)
         if is_clearly_faster(plan, own) and 2 * plan.kv_blocks >= own.kv_blocks:
             return plan
@@ -260,7 +260,7 @@ def _layers_on_gpus(
 ) -> int | None:
     try:
         plan = _plan_all(costs, facts, request, encoder)
-    except InsufficientMemoryError:
+    except (InsufficientMemoryError, NetworkPartitionError):
         return None
     devices = [part for stage in plan.stages for part in stage.devices if part.device != "cpu"]
     return sum(part.end - part.start for part in devices)

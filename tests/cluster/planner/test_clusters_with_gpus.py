@@ -12,9 +12,10 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.limits import check_plan
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources
+from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.plan import Plan
-from llamaclust.core.errors import UsageError
+from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.gpus import Gpu
 from llamaclust.core.sizes import MIB
 from llamaclust.model.loader import Model
@@ -37,6 +38,8 @@ def planned(
     devices: Mapping[str, str],
     memory_bytes: int = 8192 * MIB,
     gpu_bytes: int = 1024 * MIB,
+    gpu_layers: int | None = None,
+    partitions: Pairs = frozenset(),
     **values: object,
 ) -> Plan:
     """Plans workers with `memory_bytes` and GPUs with `gpu_bytes` each, and runs the checks that `up` runs first."""
@@ -51,10 +54,11 @@ def planned(
             machine=name,
             machine_free_bytes=0,
             gpus=tuple(Gpu(gpu, "G", gpu_bytes, gpu_bytes) for gpu in device.split(",") if gpu != "cpu"),
+            gpu_layers=gpu_layers,
         )
         for name, device in devices.items()
     }
-    return plan_cluster(config, model, ClusterResources(resources, {}))
+    return plan_cluster(config, model, ClusterResources(resources, {}, partitions=partitions))
 
 
 def test_a_rule_for_a_gpu_of_one_worker(model: Model) -> None:
@@ -88,6 +92,15 @@ def test_layers_divided_by_hand_are_refused_beside_gpus(model: Model) -> None:
     assert str(refused.value).endswith("; set the device of w1 to cpu, or divide no layers")
     plan = planned(model, {"w1": "cpu", "w2": "cpu", "w3": "cuda:0"}, plan=by_hand)
     assert plan.expert_shards == 2 and plan.unused_gpus == (), "one without layers has no part"
+
+
+def test_a_cut_link_that_only_the_advice_needs_hides_no_lack_of_memory(tmp_path: Path) -> None:
+    devices, cut = dict.fromkeys(("w1", "w2"), "cuda:0"), frozenset({frozenset(("w1", "w2"))})
+    with Model.open(build_tiny_model(tmp_path / "m.gguf", layers=4, ffn=4096)) as large:
+        with pytest.raises(InsufficientMemoryError, match="set gpu_layers to auto: the model then fits, with 4 layers"):
+            planned(large, devices, 8 * MIB, 48 * MIB, gpu_layers=0)
+        with pytest.raises(InsufficientMemoryError, match="the model does not fit"):
+            planned(large, devices, 8 * MIB, 48 * MIB, gpu_layers=0, partitions=cut)
 
 
 def test_gpus_that_divided_layers_leave_unused_are_told(tmp_path: Path) -> None:

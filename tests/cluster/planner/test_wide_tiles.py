@@ -12,10 +12,11 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.limits import model_costs, plan_limits
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster, predict_served
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources
+from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.roofline import retimed
-from llamaclust.core.errors import InsufficientMemoryError, ProtocolError
+from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.profile import DeviceProfile, ProductTime, Profile, StepTime
 from llamaclust.kernels.cpu.backend import CpuBackend
@@ -60,10 +61,12 @@ def planned(
     memory_bytes: int = 1 << 30,
     wide_share: float = 0.4,
     gpus: tuple[Gpu, ...] = (),
+    partitions: Pairs = frozenset(),
 ) -> Plan:
     one = WorkerResources(threads=1, free_memory_bytes=memory_bytes, machine="", machine_free_bytes=0)
     workers = {worker.name: replace(one, machine=worker.name, gpus=gpus) for worker in config.workers}
-    return plan_cluster(config, model, ClusterResources(workers, dict.fromkeys(workers, profile(wide_share))))
+    profiles = dict.fromkeys(workers, profile(wide_share))
+    return plan_cluster(config, model, ClusterResources(workers, profiles, partitions=partitions))
 
 
 def test_they_are_planned_where_they_are_clearly_faster(model: Model) -> None:
@@ -92,6 +95,23 @@ def test_they_are_not_planned_where_memory_is_short(model: Model) -> None:
         assert 2 * plan.kv_blocks >= own.kv_blocks
         chosen.append(plan.wide_tiles)
     assert chosen == sorted(chosen) and not chosen[0] and chosen[-1]
+
+
+def test_a_cut_link_that_only_wider_tiles_need_prevents_no_plan(model: Model) -> None:
+    """One worker has room for its own tiles, and only both together have room for wider ones."""
+    cut, own = frozenset({frozenset("ab")}), settings(wide_tiles=False)
+    memory_bytes = next(size for size in range(0, 1 << 30, MIB // 2) if _fits(model, own, size, cut))
+    assert len(planned(model, settings(), memory_bytes).stages) == 2
+    plan = planned(model, settings(), memory_bytes, partitions=cut)
+    assert len(plan.stages) == 1 and not plan.wide_tiles
+
+
+def _fits(model: Model, config: ClusterConfig, memory_bytes: int, partitions: Pairs) -> bool:
+    try:
+        planned(model, config, memory_bytes, partitions=partitions)
+    except LlamaclustError:
+        return False
+    return True
 
 
 def test_workers_with_gpus_have_none(model: Model) -> None:

@@ -163,6 +163,12 @@ class ClusterState:
         is_held = self.is_acting or any(name == other for other, _ in (*holders, *usable))
         return name in self.pool.drained and not is_held
 
+    def cannot_free(self, name: str) -> bool:
+        """True if worker `name` is drained, and requests wait because the other workers cannot hold the model."""
+        if self.loss is None or self.planning is None or not self.is_planned or self.lacks_memory:
+            return False
+        return name in self.pool.drained and (self.planning.error or self.planning.rejected) is not None
+
     @property
     def is_plan_useless(self) -> bool:
         planning = self.planning

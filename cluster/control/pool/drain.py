@@ -63,7 +63,8 @@ class WorkerOperations:
         self._drained.add(name)
         self._post(DrainRequested(name))
         store = [runner.store for runner in self._runners]
-        await asyncio.gather(*(each.settled_or(lambda state: state.is_freed(name)) for each in store))
+        ended = (each.settled_or(lambda state: state.is_freed(name) or state.cannot_free(name)) for each in store)
+        await asyncio.gather(*ended)
         if any(runner.epoch is not None and runner.epoch.holds(name) for runner in self._runners):
             self._report(Notice(f"the layers of worker {name} could not be moved"))
             self.undrain(name)

@@ -17,9 +17,22 @@ from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.cluster_state import Expulsion, PipelineLoss, PoolState
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers, StageLoadError
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
+from llamaclust.cluster.control.observations import Observation, Suspect
 from llamaclust.cluster.control.pool.drain import WorkerOperations
 from llamaclust.cluster.control.pool.worker_pool import SupervisedWorkers, WorkerPool
-from llamaclust.cluster.control.reconcile import Expel, LoadEpoch, MakePlan
+from llamaclust.cluster.control.reconcile import (
+    Action,
+    ClosePipeline,
+    Expel,
+    FailRequests,
+    Interrupt,
+    LoadEpoch,
+    MakePlan,
+    Notify,
+    Serve,
+    Wait,
+    reconcile,
+)
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.control.serving import Serving
 from llamaclust.cluster.control.state_store import StateStore
@@ -34,12 +47,13 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.events import Event, Notice
-from llamaclust.core.errors import DeadlineError, LlamaclustError, UsageError, WorkerError
+from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, LlamaclustError, UsageError, WorkerError
 from llamaclust.wire.control.messages import CoordinatorMessage, Failure, Load, Loaded, LoadFailed, Unload, UnloadFailed
 from llamaclust.wire.control.weights import FindWeights, WeightsFound
 from llamaclust.wire.security.credentials import Insecure
 from support.clusters.fakes import VOCABULARY, FakePipeline, Losses
 from support.clusters.served import until
+from support.plans.observed_cluster import Cluster
 from support.plans.plan_inputs import REQUEST, SMALL, worker
 from support.several_models.runner import ANYTHING, action_runner, new_store
 from support.wire.control_messages import LOAD, REGISTER
@@ -332,6 +346,57 @@ async def test_a_drain_of_a_worker_without_layers_returns_although_requests_dela
     pool.undrain("c")
     again.cancel()
     assert events[2:] == [Notice("worker c is no longer drained: plans use it again")], "each change once"
+
+
+async def test_a_drain_that_memory_does_not_suffice_for_after_all_is_taken_back() -> None:
+    """The plan of the drain fits only into the memory that a worker had when it joined."""
+
+    async def plan(*_: object, **__: object) -> Plan:
+        return plan_of("a")
+
+    store, events = new_store(), list[Event]()
+    store.state = Cluster.serving().state
+    epoch, workers = SimpleNamespace(holds="ab".__contains__), dict.fromkeys("ab", ANYTHING)
+    planner, epochs = SimpleNamespace(plan=plan, ledger=MemoryLedger()), SimpleNamespace(model_id="m")
+    served: Any = SimpleNamespace(planner=planner, epochs=epochs, epoch=epoch, store=store)
+    registry: Any = SimpleNamespace(workers=workers, present=workers)
+    pool = WorkerOperations(registry, ControlRecord(), [served], UNPARTITIONED, events.append)
+    draining, short = asyncio.create_task(pool.drain("b")), InsufficientMemoryError("12 MiB are missing")
+    plans = iter((plan_of("a"), None, plan_of("a", "b")))
+
+    def outcome(action: Action | None) -> Observation | None:
+        match action:
+            case MakePlan(inputs):
+                made = next(plans)
+                return observations.Planned(inputs, made, None if made else short)
+            case LoadEpoch(new, is_exclusive) if len(new.stages) == 1:
+                return observations.EpochLoadFailed(short, is_exclusive, (Suspect("a", short),))
+            case Interrupt(error):
+                return observations.PipelineLost(error)
+            case Notify(text):
+                return observations.Noticed(text)
+            case Wait(is_settled=True):
+                store.settle()
+            case Wait():
+                return observations.Tick(store.state.tick.now_s + 1.0)
+            case FailRequests(reason):
+                pytest.fail(reason)
+        simple: dict[type, Observation] = {
+            LoadEpoch: observations.Signal.EPOCH_LOADED,
+            Serve: observations.Signal.EPOCH_SERVING,
+            ClosePipeline: observations.Signal.PIPELINE_CLOSED,
+        }
+        return simple.get(type(action))
+
+    async with asyncio.timeout(60):
+        while not draining.done():
+            follows = outcome(reconcile(store.state)) if store.is_current else await store.next(None)
+            if follows is not None:
+                store.apply(follows)
+            await asyncio.sleep(0)
+    assert str(draining.exception()) == "the layers of worker b could not be moved: see the log"
+    assert not pool.drained and store.state.loss is None
+    assert store.state.serving is not None and len(store.state.serving.workers) == 2
 
 
 async def test_a_drain_that_is_undrained_while_it_is_planned_does_not_take_place() -> None:

@@ -134,9 +134,14 @@ class ClusterState:
         return not self.is_wanted and self.is_unloaded
 
     @property
-    def lacks_memory(self) -> bool:
+    def is_short(self) -> bool:
+        """True if requests wait because no plan fits into the workers' memory."""
         is_waiting = self.is_wanted and self.loss is not None and self.is_planned
-        return is_waiting and self.planning is not None and self.planning.lacks_memory
+        return is_waiting and self.planning is not None and isinstance(self.planning.error, InsufficientMemoryError)
+
+    @property
+    def lacks_memory(self) -> bool:
+        return self.is_short and self.planning is not None and self.planning.lacks_memory
 
     @property
     def is_planned(self) -> bool:

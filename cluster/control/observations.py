@@ -21,7 +21,7 @@ class PlanInputs:
     quarantined: frozenset[str] = frozenset()
     partitions: Pairs = frozenset()
     links: int = 0  # Number of times that link measurements have changed.
-    memory: int = 0  # Number of times that other models have freed or taken memory.
+    memory: int = 0  # Number of times that memory was freed, or taken by other models.
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class Signal(Enum):
     SLEEP_REQUESTED = auto()  # The model should be unloaded if it has no requests.
     TURN_ENDED = auto()  # The model should be unloaded for another model, while its requests wait.
     ASLEEP = auto()  # The model's stages have been freed.
-    MEMORY_FREED = auto()  # Another model has freed memory.
+    MEMORY_FREED = auto()  # Another model has freed memory, or a worker reports more memory than before.
     MEMORY_TAKEN = auto()  # Another model has taken memory since the newest plan was made.
     ACTION_ENDED = auto()  # The next action can begin.
 

@@ -13,6 +13,7 @@ from llamaclust.core.errors import ProtocolError
 from llamaclust.core.profile import Profile
 from llamaclust.wire.control import logs, messages, profiles
 from llamaclust.wire.control.logs import LogTail
+from llamaclust.wire.control.messages import Heartbeat
 from llamaclust.wire.control.profiles import LinkProfile, ProfileWorker
 from llamaclust.wire.control.weights import (
     AdapterFile,
@@ -33,6 +34,7 @@ _LOG_S = 5.0
 ADAPTERS_S = 600.0
 """Maximum seconds of a change of adapters, which may have to fetch weights."""
 _HEARTBEAT_S = 10.0
+_CLEARLY_MORE = 1.05
 
 
 async def profile_worker(worker: WorkerHandle, request: ProfileWorker, deadline_s: float = _PROFILE_S) -> Profile:
@@ -103,8 +105,27 @@ async def refresh_memory(worker: WorkerHandle, held: Mapping[str, int]) -> None:
         while worker.heartbeat is last and await worker.is_responsive():
             pass
     if worker.heartbeat is not None and worker.heartbeat is not last:
-        gpus = (replace(gpu, free_bytes=gpu.free_bytes + held.get(gpu.device, 0)) for gpu in worker.gpus)
-        worker.fresh_memory = FreshMemory(worker.heartbeat.free_memory_bytes + held.get("cpu", 0), tuple(gpus))
+        worker.fresh_memory = _reported_memory(worker, worker.heartbeat, held)
+
+
+def renew_memory(worker: WorkerHandle, held: Mapping[str, int]) -> bool:
+    """Updates a worker's free memory from its last heartbeat if a device has clearly more. Returns True if so. `held`
+    is the same as in `refresh_memory`."""
+    if worker.heartbeat is None:
+        return False
+    own, known = worker.registration, worker.fresh_memory
+    known = known or FreshMemory(own.free_memory_bytes, own.gpus)
+    reported = _reported_memory(worker, worker.heartbeat, held)
+    before, now = ([of.free_bytes, *(gpu.free_bytes for gpu in of.gpus)] for of in (known, reported))
+    if all(free <= _CLEARLY_MORE * earlier for earlier, free in zip(before, now, strict=True)):
+        return False
+    worker.fresh_memory = reported
+    return True
+
+
+def _reported_memory(worker: WorkerHandle, heartbeat: Heartbeat, held: Mapping[str, int]) -> FreshMemory:
+    gpus = (replace(gpu, free_bytes=gpu.free_bytes + held.get(gpu.device, 0)) for gpu in worker.gpus)
+    return FreshMemory(heartbeat.free_memory_bytes + held.get("cpu", 0), tuple(gpus))
 
 
 async def find_weights(

@@ -17,6 +17,7 @@ from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.membership.members import HeartbeatReceived, MemberJoined, MembershipEvent, PeerReported
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.membership.worker_requests import renew_memory
 from llamaclust.cluster.planner.links import COORDINATOR
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.step_limits import UNPREDICTED_S, hang_text, link_limit_s, silence_text, step_limit_s
@@ -56,6 +57,7 @@ class MembershipWatch:
             self._partitions.suspect(worker, event.report)
         elif isinstance(event, HeartbeatReceived):
             self._check_steps(worker)
+            self._check_memory(worker)
         elif isinstance(event, MemberJoined):
             if self._registry.joins[worker.name] in self._first_joins:
                 return  # The worker was present when `start` ran. It has only now learned of its admission.
@@ -76,6 +78,13 @@ class MembershipWatch:
         self._overdue.keep([epoch.number for _, epoch, _, _ in due])
         for runner, epoch, scheduler, number in due:
             self._check_result(runner, epoch, number, scheduler.in_flight.most_rows, now_s)
+
+    def _check_memory(self, worker: WorkerHandle) -> None:
+        """Causes new plans of the models that wait for memory, if the worker has clearly more than plans assumed."""
+        short = [runner for runner in self._runners if runner.store.state.is_short]
+        if short and renew_memory(worker, short[0].planner.ledger.loaded(worker)):
+            for runner in short:
+                runner.store.post(observations.Signal.MEMORY_FREED)
 
     def _check_result(self, runner: ActionRunner, epoch: Epoch, number: int, rows: int, now_s: float) -> None:
         chain = epoch.chain

@@ -45,7 +45,7 @@ class WorkerResources:
         return cls(
             registration.machine,
             max(0, registration.free_memory_bytes - taken_bytes) if fresh is None else fresh.free_bytes,
-            registration.machine_free_bytes,
+            max(registration.machine_free_bytes, 0 if fresh is None else fresh.free_bytes),
             registration.gpus if fresh is None else fresh.gpus,
             registration.gpu_layers,
             registration.memory_group,

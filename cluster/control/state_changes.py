@@ -23,6 +23,8 @@ from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, ModelFileError, ProtocolError, StalledError
 
 _MAX_LOADS = 3
+_MAX_SHORT_LOADS = 6
+"""Number of failed loads after which workers that lack memory are excluded, although they report enough memory."""
 _LOAD_BACKOFF = Backoff(first_s=0.1, max_s=5.0)
 
 
@@ -162,8 +164,10 @@ def _load_failed(state: ClusterState, failed: observations.EpochLoadFailed) -> C
     is_final = not (is_short and state.is_start) or failures >= _MAX_LOADS
     state = replace(state, loading=Loading(failures, failed.error if is_final else None, retry_at_s))
     if is_short:
-        return replace(state, planning=None)
-    return state if state.is_start else _exclude(state, planning.inputs, _unfit(state, failed))
+        state = replace(state, planning=None)
+    if state.is_start or (is_short and failures < _MAX_SHORT_LOADS):
+        return state
+    return _exclude(state, planning.inputs, _unfit(state, failed), stays=is_short)
 
 
 def _damaged(state: ClusterState, failed: observations.EpochLoadFailed) -> dict[str, str]:
@@ -191,9 +195,12 @@ def _unfit(state: ClusterState, failed: observations.EpochLoadFailed) -> dict[st
     }
 
 
-def _exclude(state: ClusterState, inputs: PlanInputs, reasons: Mapping[str, str]) -> ClusterState:
-    """Expels workers. If the cluster also serves other models, the workers stay, but get no layers of this model."""
-    if state.is_alone:
+def _exclude(
+    state: ClusterState, inputs: PlanInputs, reasons: Mapping[str, str], *, stays: bool = False
+) -> ClusterState:
+    """Expels workers. With `stays`, or if the cluster also serves other models, the workers stay, but get no layers of
+    this model."""
+    if state.is_alone and not stays:
         return _expel(state, inputs, reasons)
     excluded = state.inputs.quarantined
     new = {name: reason for name, reason in reasons.items() if name not in excluded}

@@ -217,6 +217,26 @@ def test_a_worker_with_less_memory_than_reported_is_planned_anew_and_not_expelle
     assert cluster.plan(BOTH) == Abort(MEMORY) if is_start else isinstance(cluster.plan(BOTH), Wait)
 
 
+def test_a_worker_whose_loads_always_lack_memory_is_excluded_for_a_time() -> None:
+    """Its reports show enough memory, so the same plan is made again. The other worker suffices."""
+    cluster = Cluster.serving()
+    action = cluster.lose_pipeline()
+    for _ in range(5):
+        action = cluster.at(action.until_s) if isinstance(action, Wait) and action.until_s else action
+        assert action == LoadEpoch(BOTH, is_exclusive=True)
+        assert cluster.load_failed(MEMORY, Suspect("b", MEMORY)) == MakePlan(cluster.state.inputs)
+        action = cluster.plan(BOTH)
+    expected = Expulsion(("b", 2), f"it could not load a new epoch: {MEMORY}", stays=True, pause_s=10.0)
+    assert cluster.load_failed(MEMORY, Suspect("b", MEMORY)) == Expel((expected,))
+    cluster.see(observations.Signal.WORKERS_EXPELLED)
+    assert cluster.state.inputs.quarantined == {"b"}
+    cluster.plan(BOTH)
+    cluster.load_failed(MEMORY, Suspect("b", MEMORY))
+    assert not cluster.state.expulsions, "plans use it as long as the others do not suffice"
+    cluster.plan(ONLY_A)
+    assert cluster.at(9.0) == LoadEpoch(ONLY_A, is_exclusive=True)
+
+
 def test_a_worker_that_hangs_is_expelled_and_the_others_load_at_once() -> None:
     hangs = StalledError("worker b made no progress")
     for is_exclusive in (True, False):

@@ -237,7 +237,9 @@ class ActionRunner:
         self._notice(recovered_text(seconds, requests))
 
     async def _observe(self, retirement: Retirement, retiring: Epoch | None) -> None:
-        await retirement.ended.wait()
+        encoder = None if self.engine is None else self.engine.encoder
+        last_tile = () if encoder is None else (encoder.wait_idle(),)
+        await asyncio.gather(retirement.ended.wait(), *last_tile)
         if retirement.error is not None:
             self._notice(f"requests of the previous epoch are computed again: {retirement.error}")
         if self.retiring is retiring:

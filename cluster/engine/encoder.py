@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 _BACKOFF = Backoff(0.05, 1.0)
 _LAST_TILE_S = 120.0
-"""Maximum seconds to wait for the current image tile before the model is unloaded for another model."""
+"""Maximum seconds to wait for the current image tile before its pipeline is closed for a move or another model."""
 
 
 class _AttemptError(Exception):
@@ -89,7 +89,7 @@ class Encoder:
     async def wait_idle(self) -> None:
         """Waits for the tile that is being encoded, up to 120 s."""
         if self._running is not None and not (await asyncio.wait((self._running,), timeout=_LAST_TILE_S))[0]:
-            _log.warning("an image tile has taken longer than %g s; other models no longer wait for it", _LAST_TILE_S)
+            _log.warning("an image tile has taken longer than %g s; it will be encoded again", _LAST_TILE_S)
 
     @asynccontextmanager
     async def turn(self, owner: str) -> AsyncIterator[None]:

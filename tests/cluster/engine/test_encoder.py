@@ -6,11 +6,15 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from llamaclust.cluster.control.observations import Signal
+from llamaclust.cluster.control.reconcile import Serve
 from llamaclust.cluster.engine.encoder import Encoder
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import EncoderUnreachableError, TileTask
@@ -21,6 +25,7 @@ from llamaclust.core.errors import DeadlineError, LlamaclustError, RequestError,
 from llamaclust.model.projectors.projector import Projector, open_projector
 from support.clusters.fakes import VOCABULARY, FakePipeline, Losses
 from support.models.vision.tiny_projectors import build_projector
+from support.several_models.runner import action_runner, new_store
 
 SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=400, kv_blocks=200, max_sequences=8, max_waiting=64)
 LOST = WorkerError("worker w1 is lost", worker="w1")
@@ -180,6 +185,27 @@ async def test_a_move_does_not_disturb_a_tile_in_progress(projector: Projector) 
     check(await encoding, 1)
     check(await encode(encoder, tiles(2), "o"), 2)
     assert second.begun == [2]
+
+
+async def test_the_old_stages_of_a_move_are_freed_after_their_tile(projector: Projector) -> None:
+    first, second, plan = FakePipeline(200), FakePipeline(200), SimpleNamespace(no_images="")
+    first.encoder, second.encoder = FakeEncoder(hangs=frozenset((1,))), FakeEncoder()
+    old, new = (SimpleNamespace(plan=plan, pipeline=of, settings=SETTINGS) for of in (first, second))
+    store = new_store()
+    runner: Any = action_runner(store, new_store)
+    async with asyncio.timeout(60), Engine(first, SETTINGS, EngineSettings(), Losses(), projector) as engine:
+        assert engine.encoder is not None
+        runner.engine, runner.epoch, runner._loaded = engine, old, new
+        encoding = asyncio.create_task(encode(engine.encoder, tiles(1, 2), "o"))
+        await first.encoder.reached.wait()
+        await runner.run(Serve())
+        assert await store.next(None) is Signal.EPOCH_SERVING
+        await passes()
+        assert store.is_current and not encoding.done() and runner.retiring is old
+        first.encoder.gate.set()
+        assert await store.next(None) is Signal.RETIRING_EMPTY
+        check(await encoding, 1, 2)
+        assert (first.encoder.begun, second.encoder.begun) == ([1], [2])
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_the_longest_special_words_are_found_first_wherever_they_are(words: list
     ):
         parts, expected = expected, []
         for part in parts:
-            pieces = part.split(word) if isinstance(part, str) else [part]
+            pieces: list[str | int] = [*part.split(word)] if isinstance(part, str) else [part]
             for index, piece in enumerate(pieces):
                 expected += ([token_id] if index else []) + ([piece] if piece or isinstance(piece, int) else [])
     assert tokenizer.split_special(text, parse_special=False) == expected

@@ -81,7 +81,7 @@ class RequestContext:
     served: str = ""  # Digest of the model and its settings, which answers depend on.
     is_streamed: bool = True
     is_background: bool = False  # True if the client does not wait for the reply.
-    # True if the reply includes measurements such as times, so that its bytes differ when it is computed again.
+    # True if bytes of the stream depend on measurements such as times, so that they differ if it is computed again.
     has_measurements: bool = False
     has_grammar: bool | None = None  # True if answers obey a grammar. None if this is not decided yet.
     earlier: _Messages = ()  # Messages of the stored chat that the request continues.

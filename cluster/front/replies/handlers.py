@@ -172,7 +172,7 @@ class Replies:
                 raise HttpError(409, "not_streamed", f"from: {why}", param="from")
             return await self._whole(request, kept)
         if int(start) and kept.context.is_restored and kept.context.has_measurements:
-            why = "a restarted coordinator computed this stream again, and measurements such as times changed its bytes"
+            why = "a restarted coordinator computed this stream again, with other times or another order of events"
             raise HttpError(409, "stream_computed_again", f"from: {why}; read the stream from 0", param="from")
         framing = Framing(self._form(kept), kept.context.id, self.settings.keepalive_s, skipped_bytes=int(start))
         framing.with_comments = False

@@ -127,7 +127,8 @@ class Reply:
     # True if the whole reply shows logprobs chunk by chunk, so that the log must keep the chunks.
     keeps_chunks: bool = False
     has_measurements: bool = False
-    """True if the stream contains times or numbers of cached tokens, which differ if it is computed again."""
+    """True if bytes of the stream depend on times, cached tokens, or the order in which several answers grow. They
+    differ if the stream is computed again."""
     acknowledgement: Mapping[str, Any] | None = None
     """The JSON value that a client gets at once instead of the reply. None if the client waits for the reply."""
     repeated: Any = None  # Values of the request that the reply shows or stores. Large values are rendered on a thread.

@@ -287,10 +287,14 @@ async def test_a_restored_chat_has_the_grammar_of_its_first_computation(
         ("/completion", {"return_progress": True}, True),
         (PATHS[0], {"stream_options": {"include_usage": True}}, False),
         (PATHS[0], {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}, True),
+        (PATHS[0], {"n": 2}, True),
+        (PATHS[0], {"prompt": ["Hello", "you"]}, True),
+        (PATHS[1], {"n": 2}, True),
+        ("/completion", {"prompt": ["Hello", "you"]}, True),
         ("/v1/messages", {}, True),
     ],
 )
-async def test_bytes_of_a_stream_with_measurements_are_refused_after_a_kill(
+async def test_bytes_of_a_stream_that_may_differ_are_refused_after_a_kill(
     tmp_path: Path, path: str, fields: dict[str, Any], is_refused: bool
 ) -> None:
     headers = {"X-Conversation-Id": "chat"}

@@ -256,7 +256,7 @@ class LlamaCppCompletion(Dialect[LlamaCppBody]):
             is_streamed=body.stream,
             timed=Timed.ALWAYS if body.timings_per_token else Timed.NEVER,
             with_progress=body.return_progress,
-            has_measurements=body.timings_per_token or body.return_progress,
+            has_measurements=len(body.prompt) > 1 or body.timings_per_token or body.return_progress,
             repeated=body,
         )
 

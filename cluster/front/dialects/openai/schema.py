@@ -166,12 +166,15 @@ class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Sp
         """True if the reply shows logprobs."""
 
     @property
+    def answers(self) -> int:
+        """The number of answers in the reply."""
+        return self.n
+
+    @property
     def has_measurements(self) -> bool:
-        """True if the stream shows times or cached tokens, which differ if the reply is computed again."""
         options = self.stream_options or StreamOptions()
-        return (
-            self.timings_per_token or self.return_progress or (options.include_usage and options.continuous_usage_stats)
-        )
+        has_counts = options.include_usage and options.continuous_usage_stats
+        return self.answers > 1 or self.timings_per_token or self.return_progress or has_counts
 
     def _request(self, prompt: Prompt, max_new_tokens: int | None, **more: Any) -> CompletionRequest:
         return self.completion(
@@ -251,16 +254,19 @@ class CompletionBody(GenerationBody, foreign=COMPLETION):
     def with_logprobs(self) -> bool:
         return self.logprobs is not None
 
+    @property
+    def answers(self) -> int:
+        return len(self.prompt) * self.n
+
     def check(self) -> None:
         super().check()
         if self.best_of not in (None, self.n):
             raise ParameterError("best_of", f"is {shown(self.best_of)}, but must equal n, which is {shown(self.n)}")
         if self.score_from is not None and (not self.echo or self.logprobs is None):
             raise ParameterError("score_from", "requires echo and logprobs")
-        answers = len(self.prompt) * self.n
-        if answers > MAX_CHOICES:
+        if self.answers > MAX_CHOICES:
             prompts = f" to {len(self.prompt)} prompts" if len(self.prompt) > 1 else ""
-            raise ParameterError("n", f"requests {shown(answers)} answers{prompts}; the limit is {MAX_CHOICES}")
+            raise ParameterError("n", f"requests {shown(self.answers)} answers{prompts}; the limit is {MAX_CHOICES}")
 
     def requests(self) -> list[CompletionRequest]:
         more = {

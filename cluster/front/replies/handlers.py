@@ -64,9 +64,12 @@ class Replies:
     async def _answer(self, request: Request, path: str, make: MakeReply, settings: ApiSettings) -> Response:
         body = await read_bytes(request, self.settings)
         context = new_context(request.headers, path, settings)
+        is_resumed = "last-event-id" in request.headers
         if (same := self.cache.same(context, body)) is not None:
-            return await self._begun(request, same, _given(request, same.context))
-        if "last-event-id" in request.headers:  # A new stream may differ from the part that the client has.
+            if is_resumed or not same.is_retryable:
+                return await self._begun(request, same, _given(request, same.context))
+            await self.cache.forget(same)
+        if is_resumed:  # A new stream may differ from the part that the client has.
             raise self._not_found(context.idempotency_key)
         reply = await make(body, context)
         context.is_streamed, context.is_background = reply.is_streamed, reply.is_background

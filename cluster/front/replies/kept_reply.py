@@ -27,7 +27,13 @@ from llamaclust.cluster.front.text.sharing import RowStorage
 from llamaclust.cluster.state.adapters import AdapterUnloadedError
 from llamaclust.cluster.state.journal_records import Instant, RequestContext
 from llamaclust.core.backoff import Backoff
-from llamaclust.core.errors import DeadlineError, LlamaclustError, QueueFullError, RequestCancelledError
+from llamaclust.core.errors import (
+    ClusterStoppingError,
+    DeadlineError,
+    LlamaclustError,
+    QueueFullError,
+    RequestCancelledError,
+)
 from llamaclust.model.chat.tools.events import CallBegun
 from llamaclust.wire.rpc.deadlines import deadline
 
@@ -82,6 +88,12 @@ class KeptReply:
     def error(self) -> LlamaclustError | None:
         error = self.log.error
         return error if error is None or isinstance(error, LlamaclustError) else internal_error()
+
+    @property
+    def is_retryable(self) -> bool:
+        """True if the reply failed for a reason that may pass. A stop is none: the next coordinator continues."""
+        error = self.error
+        return error is not None and error.http_status in (503, 504) and not isinstance(error, ClusterStoppingError)
 
     @property
     def is_evictable(self) -> bool:

@@ -13,7 +13,13 @@ import pytest
 
 from llamaclust.cluster.front.text import completion as choice_text
 from llamaclust.cluster.state.journal_records import Instant, read_journal
-from llamaclust.core.errors import WorkerError
+from llamaclust.core.errors import (
+    ClusterStoppingError,
+    DeadlineError,
+    LlamaclustError,
+    RequestFailedError,
+    WorkerError,
+)
 from support.clusters.resumable import (
     KEY,
     PATHS,
@@ -370,3 +376,24 @@ async def test_an_error_has_the_form_of_the_api_that_began_the_reply(path: str, 
         again = await http.get("/v1/streams/one")
     assert "a worker is lost" in first.text and again.status_code == first.status_code
     assert again.text == first.text
+
+
+@pytest.mark.parametrize(
+    ("failure", "is_anew"),
+    [
+        (WorkerError("a worker is lost"), True),
+        (DeadlineError("it took too long"), True),
+        (RequestFailedError("it broke the pipeline"), False),
+        (ClusterStoppingError("the next coordinator continues"), False),
+    ],
+)
+async def test_another_attempt_after_a_failure_that_passes_begins_anew(failure: LlamaclustError, is_anew: bool) -> None:
+    engine, body = ScriptedEngine(says("Hello"), failure=failure, failure_after=1), body_of(PATHS[0])
+    async with client(make_app(engine)) as http:
+        failed = await http.post(PATHS[0], json=body, headers=KEY)
+        engine.failure = None
+        rest = await http.post(PATHS[0], json=body, headers=KEY | {"Last-Event-ID": "1"})
+        again, last = [await http.post(PATHS[0], json=body, headers=KEY) for _ in range(2)]
+    assert str(failure) in failed.text and failed.text.endswith(rest.text) and len(rest.text) < len(failed.text)
+    assert ("[DONE]" in again.text) is is_anew and (again.text == failed.text) is not is_anew
+    assert last.text == again.text and len(engine.submitted) == 1 + is_anew

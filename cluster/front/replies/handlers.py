@@ -77,9 +77,10 @@ class Replies:
         earlier_bytes = await size_of_json(context.earlier)
         kept = KeptReply(context, self.cache, is_kept=context.is_named or reply.is_background)
         if kept.is_kept:
-            while (before := self.cache.in_conversation(context)) is not None:
+            # The same request may arrive during an `await`.
+            while (same := self.cache.same(context, body)) is None and (before := self.cache.in_conversation(context)):
                 await self.cache.forget(before)
-            if (same := self.cache.same(context, body)) is not None:  # The same request arrived during the `await`.
+            if same is not None:
                 return await self._begun(request, same, Position())
             self.cache.add(kept, body, earlier_bytes)
         elif context.earlier and (hold := hold_bytes.get()) is not None:

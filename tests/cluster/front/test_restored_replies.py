@@ -36,7 +36,7 @@ from support.clusters.resumable import (
     stream,
     write_journal,
 )
-from support.clusters.served import until
+from support.clusters.served import ScriptedEngine, client, make_app, says, until
 from support.seed import SEED
 
 GRAMMAR = Grammar("{}", origin="tools")
@@ -209,6 +209,16 @@ async def test_of_requests_at_once_in_one_conversation_one_is_left(
         server.pipeline.gate.set()
         replies = await asyncio.gather(*asking)
         assert sum("was cancelled" in reply.text for reply in replies) == 5
+
+
+async def test_equal_requests_at_once_in_one_conversation_get_one_reply() -> None:
+    engine, body, conversation = ScriptedEngine(says("Hello")), {"prompt": "Hi"}, {"X-Conversation-Id": "chat"}
+    async with client(make_app(engine)) as http:
+        await http.post(PATHS[0], json=body, headers=conversation)
+        asking = [http.post(PATHS[0], json=body, headers=conversation | KEY) for _ in range(3)]
+        replies = await asyncio.gather(*asking)
+    assert [reply.status_code for reply in replies] == [200] * 3 and len({reply.content for reply in replies}) == 1
+    assert len(engine.submitted) == 2
 
 
 @pytest.mark.parametrize("headers", [{}, KEY], ids=["direct", "kept"])

@@ -222,6 +222,7 @@ class ChoiceText:
         self._detokenizer = Detokenizer(tokenizer, shown=frozenset() if reading is None else reading.shown_control_ids)
         self._parser = None if reading is None else reading.parser()
         self._end_ids = end_ids
+        self._model_ends = tokenizer.end_of_generation
         self._stop = StopStrings(stop)
         self._min_tokens = min_tokens
         self._tokens = 0
@@ -291,7 +292,8 @@ class ChoiceText:
             return text, ()
         events = self._parser.feed(text) if text else []
         if is_last:
-            events = [*events, *self._parser.end()]
+            is_cut = self.is_stopped or self._end_token not in self._model_ends
+            events = [*events, *self._parser.end(is_cut=is_cut)]
         return "".join(event.text for event in events if isinstance(event, ContentText)), tuple(events)
 
 

@@ -61,11 +61,13 @@ class AnswerParser:
         self._source.feed(text)
         return self._advance()
 
-    def end(self) -> list[AnswerEvent]:
+    def end(self, *, is_cut: bool = False) -> list[AnswerEvent]:
+        """Ends the answer. `is_cut` is true if the model did not end it itself."""
         if self._sink.calls and not self._sink.is_open and self._content.is_cut:
             # The token limit may have ended the answer inside the first marker of one more call.
             self._source.drop_beginning(self._triggers)
         self._source.end()
+        self._sink.is_cut = is_cut
         return self._advance()
 
     def _advance(self) -> list[AnswerEvent]:

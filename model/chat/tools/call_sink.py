@@ -22,6 +22,7 @@ class CallSink:
         self._calls = 0
         self._prompt_calls = 0  # Number of calls that are complete in the prompt.
         self.is_open = False
+        self.is_cut = False  # True if the answer ended, and not because the model ended it.
 
     @property
     def calls(self) -> int:
@@ -49,7 +50,7 @@ class CallSink:
         self._put_of_call(ArgumentText(self._index, text))
 
     def end(self, call_id: str = "") -> None:
-        self._put_of_call(CallEnded(self._index, call_id))
+        self._put_of_call(CallEnded(self._index, call_id, self.is_cut))
         self._calls += 1
         self.is_open = False
 

@@ -41,6 +41,7 @@ class CallEnded:
 
     index: int
     call_id: str = ""
+    is_cut: bool = False  # True if a stop string or a token limit ended the answer within the call.
 
 
 AnswerEvent = ReasoningText | ContentText | CallBegun | ArgumentText | CallEnded

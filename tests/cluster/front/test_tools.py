@@ -269,6 +269,31 @@ async def test_answers_that_are_cut(answer: str) -> None:
     assert chunks[-1]["choices"][0]["finish_reason"] in ("stop", "tool_calls")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"stop": ["Ro"]}, "stop"),
+        ({"stop_token_ids": tokenizer().encode("R", add_special=False)}, "stop"),
+        ({"stop": ["</tool_call>"]}, "tool_calls"),
+        ({"stop": ["nothing"]}, "tool_calls"),
+    ],
+)
+async def test_a_call_that_a_stop_string_cuts_is_not_to_be_run(
+    fields: dict[str, Any], reason: str, stream: bool
+) -> None:
+    reply, _ = await chat("So." + CALL, tools=[TOOL], stream=stream, **fields)
+    last = reply[-2] if stream else reply
+    assert last["choices"][0]["finish_reason"] == reason
+    async with served(ScriptedEngine(says("So." + CALL))) as http:
+        body = {"input": "Hi", "tools": [{"type": "function", "name": "look", "parameters": SCHEMA}], "stream": stream}
+        answer = await http.post("/v1/responses", json=body | fields)
+    response = events_of(answer.text)[-2]["response"] if stream else answer.json()
+    call = response["output"][-1]
+    is_complete = reason == "tool_calls" or "stop" not in fields
+    assert (call["type"], call["status"]) == ("function_call", "completed" if is_complete else "incomplete")
+
+
 UNMARKED = '```json\n{"name": "look", "arguments": {"city": "Rom"}}\n```'
 
 

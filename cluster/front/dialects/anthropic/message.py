@@ -82,10 +82,10 @@ class MessageView(View):
     def _stop(self, part: TextChunk) -> dict[str, Any]:
         if part.finish_reason is FinishReason.LENGTH:
             return {"stop_reason": "max_tokens", "stop_sequence": None}
-        if self._blocks.has_calls:
-            return {"stop_reason": "tool_use", "stop_sequence": None}
         if isinstance(part.stopped_by, str):
             return {"stop_reason": "stop_sequence", "stop_sequence": part.stopped_by}
+        if self._blocks.has_calls:
+            return {"stop_reason": "tool_use", "stop_sequence": None}
         return {"stop_reason": "end_turn", "stop_sequence": None}
 
     def _message(self, blocks: list[Block], usage: dict[str, int], stop: dict[str, Any]) -> dict[str, Any]:

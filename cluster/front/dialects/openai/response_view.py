@@ -98,8 +98,8 @@ class OutputItems:
                     self._pieces.append(text)
                     if self._open == "function_call":
                         yield self._event("response.function_call_arguments.delta", delta=text)
-                case CallEnded():
-                    yield from self._close(Status.COMPLETED)
+                case CallEnded(is_cut=is_cut):
+                    yield from self._close(Status.INCOMPLETE if is_cut else Status.COMPLETED)
 
     def end(self, status: Status) -> Iterator[Shown]:
         if not self.items:

@@ -57,7 +57,8 @@ class OpenAiView(View, Generic[AnyGeneration]):
         self._choices = body.n * len(log.generations)
         self._prompt_tokens = sum(len(generation.prompt) for generation in log.generations)
         self._opened: set[tuple[int, int]] = set()
-        self._calling: set[tuple[int, int]] = set()  # Choices with tool calls, as (prompt index, choice index).
+        # Choices whose tool calls are complete, as (prompt index, choice index).
+        self._calling: set[tuple[int, int]] = set()
         # Keys are (prompt index, choice index). Values are results of `_around`.
         self._texts: dict[tuple[int, int], tuple[int, bytes, bytes]] = {}
         self._tokens = 0  # Number of tokens of all answers so far.
@@ -303,6 +304,8 @@ class ChatView(OpenAiView[ChatBody]):
         added = message.whole(events) if is_whole else message.delta(events)
         if "tool_calls" in added:
             self._calling.add(key)
+        if any(isinstance(event, CallEnded) and event.is_cut for event in events):
+            self._calling.discard(key)
         logprobs: dict[str, Any] | None = None
         if self._body.logprobs and (part.rows or is_whole):
             logprobs = {"content": (row_entry(self._tokenizer, row) for row in part.rows), "refusal": None}

@@ -104,6 +104,9 @@ async def test_why_an_answer_ends() -> None:
     assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", ". ")
     assert stopped["content"] == [{"type": "text", "text": "One"}]
     assert (await message_of(max_tokens=1))["stop_reason"] == "max_tokens"
+    for end in ("Ro", "</tool_call>"):
+        stopped = await message_of(CALL, tools=[TOOL], stop_sequences=[end])
+        assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", end)
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,11 @@ from typing import Final, ParamSpec
 
 from llamaclust.cluster.front.images.urls import WEB
 from llamaclust.cluster.front.schema import BodyContext, PlacedError
-from llamaclust.cluster.front.text.images import Part, image_part
+from llamaclust.cluster.front.text.images import DETAILS, Part, image_part
 from llamaclust.cluster.front.tools import media_text
 from llamaclust.cluster.scheduler.validation import shown
 from llamaclust.model.images.settings import MAX_IMAGE_BYTES
 
-_DETAILS: Final = ("auto", "low", "high")
 _DIGITS: Final = f"{string.ascii_letters}{string.digits}+/".encode()
 _BREAKS: Final = str.maketrans("", "", "\r\n")
 
@@ -30,9 +29,9 @@ def url_part(kind: str, url: object, context: object, detail: object = None) -> 
         return media_text(kind, context)
     if not isinstance(url, str):
         raise ValueError(f"{kind}: expected the image as a URL, found {shown(url)}")
-    if detail not in (None, *_DETAILS):
-        raise ValueError(f"detail: expected one of {', '.join(_DETAILS)}, found {shown(detail)}")
-    chosen = str(detail or _DETAILS[0])
+    if detail not in (None, *DETAILS):
+        raise ValueError(f"detail: expected one of {', '.join(DETAILS)}, found {shown(detail)}")
+    chosen = str(detail or DETAILS[0])
     if url.startswith(WEB):
         assert isinstance(context, BodyContext) and context.images is not None
         context.images.check(url)

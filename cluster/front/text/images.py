@@ -19,6 +19,9 @@ MEDIA_MARKER: Final = f"<__media_{token_hex(16)}__>"
 PLAIN_MARKER: Final = "<__media__>"
 """Placeholder of older llama.cpp versions. It is used in prompts without a `MEDIA_MARKER`."""
 
+DETAILS: Final = ("auto", "low", "high", "original")
+"""OpenAI's levels of detail of an image."""
+
 _STEP: Final = 1 << 18  # Number of base64 characters to decode at a time, a multiple of 4.
 Part = str | dict[str, Any]
 """A part of a message. It is a text, or an image in OpenAI's form."""
@@ -29,7 +32,7 @@ Content = str | list[dict[str, Any]]
 @dataclass(frozen=True, slots=True)
 class ImageSource:
     data: bytes = field(repr=False)
-    detail: str = "auto"  # OpenAI's level of detail: auto, low or high.
+    detail: str = "auto"  # One of `DETAILS`.
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.cluster.front.text.image_rows import RowCache, RowLeases, RowMemoryError, Rows
-from llamaclust.cluster.front.text.images import ImageSource, PromptImages
+from llamaclust.cluster.front.text.images import DETAILS, ImageSource, PromptImages
 from llamaclust.cluster.front.text.prefetch import Prefetch
 from llamaclust.cluster.front.text.sharing import TOKENIZING, current_owner, run_on
 from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
@@ -123,7 +123,7 @@ class Vision:
         self._encoder = encoder
         self._rope_sections = rope_sections
         usual = settings_of(projector)
-        self._settings: Mapping[str, ImageSettings] = {"auto": usual, "high": usual, "low": low_detail(usual)}
+        self._settings: Mapping[str, ImageSettings] = {**dict.fromkeys(DETAILS, usual), "low": low_detail(usual)}
         self._preparation = preparation
         self._layouts: OrderedDict[bytes, ImageLayout] = OrderedDict()
         self._rows = RowCache() if rows is None else rows

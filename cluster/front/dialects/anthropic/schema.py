@@ -93,7 +93,7 @@ class ToolChoice(Body):
 
 
 class Thinking(Body, foreign=THINKING):
-    type: Literal["enabled", "adaptive", "disabled"]
+    type: Literal["enabled", "adaptive", "between_tools", "disabled"]
     budget_tokens: Annotated[int, Field(ge=0)] | None = None
     """The maximum number of thinking tokens, after which the server ends the thinking. The default is no limit."""
 

@@ -154,9 +154,9 @@ def _items(value: Any, context: object) -> list[Item]:
         case str() if kind.endswith(_CALL):
             return [_call(kind, value, context)]
         case str() if kind.endswith(_OUTPUT):
-            call_id = _string(value, "call_id" if "call_id" in value else "id")
+            call_id = _string(value, "id" if value.get("call_id") is None else "call_id")
             return [_item(kind, value, call_id=call_id, output=_output(kind, value, context))]
-    if not isinstance(kind, str) or "role" in value or "content" in value:
+    if not isinstance(kind, str) or "content" in value:
         raise ValueError(f"items of type {str(kind)[:60]!r} are not supported")
     leave_out("input", kind, context)
     return []

@@ -166,10 +166,20 @@ async def test_items_of_other_servers_are_text(item: dict[str, Any], text: str) 
     assert refused.status_code == 400
 
 
+@pytest.mark.parametrize("kind", ["function_call_output", "tool_search_output"])
+async def test_an_output_may_lack_the_id_of_its_call(kind: str) -> None:
+    output = {"type": kind, "call_id": None, "id": "o", "output": "sunny"}
+    reply, prompt = await post(RESPONSES, input=[{"role": "user", "content": "Hi"}, output])
+    assert reply.status_code == 200 and prompt == "<user>Hi<tool>sunny<assistant>"
+
+
 @pytest.mark.parametrize("kind", ["mcp_list_tools", "compaction_trigger", "something_new"])
 async def test_items_that_say_nothing_are_named(kind: str) -> None:
     reply, prompt = await post(RESPONSES, input=[{"type": kind, "id": "a"}, {"role": "user", "content": "Hi"}])
     assert reply.status_code == 200 and reply.headers[HEADER] == f"input.{kind}" and prompt == "<user>Hi<assistant>"
+    more = {"type": "additional_tools", "role": "developer", "tools": [FLAT]}
+    reply, _ = await post(RESPONSES, input=[more, {"role": "user", "content": "Hi"}])
+    assert reply.status_code == 200 and reply.headers[HEADER] == "input.additional_tools"
     reply, _ = await post(RESPONSES, input=[{"type": "mesage", "role": "user", "content": "Hi"}])
     assert reply.status_code == 400 and "mesage" in reply.text
 

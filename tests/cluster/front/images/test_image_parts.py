@@ -204,8 +204,8 @@ async def test_details_reach_the_projector() -> None:
     given = [image_url(FIRST, detail="low"), image_url(FIRST, detail="high"), image_url(FIRST)]
     *_, vision = await post(CHAT, messages=[said(*given)])
     assert [source.detail for source in vision.images] == ["low", "high", "auto"]
-    *_, vision = await post(RESPONSES, input=[said(input_image(FIRST, detail="high"))])
-    assert [source.detail for source in vision.images] == ["high"]
+    *_, vision = await post(RESPONSES, input=[said(input_image(FIRST, detail=each)) for each in ("high", "original")])
+    assert [source.detail for source in vision.images] == ["high", "original"]
     reply, *_ = await post(CHAT, messages=[said(image_url(FIRST, detail="sharp"))])
     assert reply.status_code == 400 and "detail" in reply.text
 

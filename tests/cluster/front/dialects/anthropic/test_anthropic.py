@@ -188,9 +188,9 @@ async def test_choices_of_tools() -> None:
     assert (await prompt_of(**chosen)).startswith("+run<user>")
 
 
-async def test_thinking() -> None:
-    enabled = {"type": "enabled", "budget_tokens": 50}
-    message = await message_of("<think>Hm.</think>Yes.", thinking=enabled)
+@pytest.mark.parametrize("thinking", [{"type": "enabled", "budget_tokens": 50}, {"type": "between_tools"}])
+async def test_thinking(thinking: dict[str, Any]) -> None:
+    message = await message_of("<think>Hm.</think>Yes.", thinking=thinking)
     assert message["content"] == [
         {"type": "thinking", "thinking": "Hm.", "signature": ""},
         {"type": "text", "text": "Yes."},

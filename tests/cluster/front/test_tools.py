@@ -155,6 +155,23 @@ async def test_no_budget_ends_the_reasoning_that_the_prompt_opens() -> None:
     assert prompt.endswith("<assistant>")
 
 
+@pytest.mark.parametrize(
+    ("default", "tokens", "is_closed"), [(0, 64, False), (0, None, True), (64, 0, True), (None, 0, True)]
+)
+async def test_a_budget_of_thinking_precedes_the_cluster_files(
+    default: int | None, tokens: int | None, is_closed: bool
+) -> None:
+    always = TEMPLATE.replace("{% if opens and enable_thinking %}<think>{% endif %}", "<think>")
+    engine = ScriptedEngine(says("Yes."))
+    settings: dict[str, Any] = {} if default is None else {"defaults": {"reasoning_budget": default}}
+    thinking = {"type": "enabled"} | ({} if tokens is None else {"budget_tokens": tokens})
+    with ChatTemplate(always, "", "") as made:
+        async with client(make_app(engine, made, **settings)) as http:
+            reply = await http.post("/v1/messages", json=CHAT | {"max_tokens": 90, "thinking": thinking})
+    assert reply.status_code == 200, reply.text
+    assert ("</think>" in tokenizer().decode(engine.submitted[0].prompt)) is is_closed
+
+
 @pytest.mark.parametrize("name", ["reasoning_budget", "thinking_budget_tokens", "thinking_budget"])
 async def test_a_budget_is_obeyed_by_the_last_stage(name: str) -> None:
     engine = ScriptedEngine(says("Hm.</think>Yes."))

@@ -18,7 +18,6 @@ from llamaclust.cluster.front.shared_fields import AnswerFields, ReasoningFields
 from llamaclust.cluster.front.text.images import Part, joined, text_part
 from llamaclust.cluster.front.text.request import (
     ChatRequest,
-    ReasoningBudget,
     ToolMode,
     ToolUse,
     effort_variables,
@@ -363,14 +362,14 @@ class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
             effort_variables(effort),
             prompt_end([turn.role for turn in turns], None, None),
             self.tool_use,
-            may_reason=self.reasoning_budget != 0 and (self.thinking is None or self.thinking.type != "disabled"),
-            reasoning_budget=self._budget,
+            may_reason=self._budget_tokens != 0 and (self.thinking is None or self.thinking.type != "disabled"),
+            reasoning_budget=self.budget_of(self._budget_tokens),
         )
 
     @property
-    def _budget(self) -> ReasoningBudget | None:
+    def _budget_tokens(self) -> int:
         tokens = None if self.thinking is None else self.thinking.budget_tokens
-        return self.answer_budget if tokens is None else self.budget_of(tokens)
+        return self.reasoning_budget if tokens is None else tokens
 
     def _grammar(self) -> Grammar | None:
         grammar = None if self.output_config is None else self.output_config.grammar()

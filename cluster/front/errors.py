@@ -1,4 +1,4 @@
-"""Errors of requests, and their JSON in each API. A dialect may define a form of its own."""
+"""Errors of requests, and their JSON in each API."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from typing import Any, Final
 
 from llamaclust.core.errors import ContextLengthError, LlamaclustError, ParameterError
 
-ERROR_TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _LLAMACPP_TYPES: Final = {
-    **ERROR_TYPES,
+    **_TYPES,
     404: "not_found_error",
     501: "not_supported_error",
     503: "unavailable_error",
+}
+_ANTHROPIC_TYPES: Final = {
+    **_TYPES,
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+    504: "timeout_error",
 }
 
 
@@ -81,12 +88,12 @@ class ErrorShape:
     schema: Mapping[str, Any] = field(default_factory=lambda: _SCHEMA)
 
 
-def error_type(failure: Failure, types: Mapping[int, str], of_server: str = "server_error") -> str:
+def _error_type(failure: Failure, types: Mapping[int, str], of_server: str = "server_error") -> str:
     return types.get(failure.status, "invalid_request_error" if failure.status < 500 else of_server)
 
 
-def openai_error(failure: Failure) -> dict[str, Any]:
-    kind = error_type(failure, ERROR_TYPES)
+def _openai(failure: Failure) -> dict[str, Any]:
+    kind = _error_type(failure, _TYPES)
     return {"error": {"message": failure.message, "type": kind, "param": failure.param, "code": failure.code}}
 
 
@@ -95,17 +102,33 @@ def _ollama(failure: Failure) -> dict[str, Any]:
 
 
 def _llamacpp(failure: Failure) -> dict[str, Any]:
-    kind = "exceed_context_size_error" if failure.numbers else error_type(failure, _LLAMACPP_TYPES)
-    return {"error": {**openai_error(failure)["error"], "type": kind, **failure.numbers}}
+    kind = "exceed_context_size_error" if failure.numbers else _error_type(failure, _LLAMACPP_TYPES)
+    return {"error": {**_openai(failure)["error"], "type": kind, **failure.numbers}}
 
 
-OPENAI: Final = ErrorShape(openai_error)
+def _anthropic(failure: Failure) -> dict[str, Any]:
+    kind, message = _error_type(failure, _ANTHROPIC_TYPES, "api_error"), failure.message
+    if failure.numbers:
+        tokens, most = failure.numbers["n_prompt_tokens"], failure.numbers["n_ctx"]
+        # Clients shorten the chat if a message begins with these words.
+        message = f"prompt is too long: {tokens} tokens > {most} maximum ({message})"
+    error = {"type": kind, "message": message, "param": failure.param, "code": failure.code, **failure.numbers}
+    return {"type": "error", "error": error}
+
+
+OPENAI: Final = ErrorShape(_openai)
+RESPONSES: Final = ErrorShape(_openai, "error")
+ANTHROPIC: Final = ErrorShape(_anthropic, "error")
 LLAMACPP: Final = ErrorShape(_llamacpp)
 OLLAMA: Final = ErrorShape(_ollama, schema_name="OllamaError", schema=_OLLAMA_SCHEMA)
 
 
-def usual_shape(path: str) -> ErrorShape:
-    """Returns the default format of errors on a path. `path` does not include `api.prefix`."""
+def shape_of_path(path: str) -> ErrorShape:
+    """Returns the format of errors on a path. `path` does not include `api.prefix`."""
     if path.startswith("/api/"):
         return OLLAMA
+    if path.startswith("/v1/messages"):
+        return ANTHROPIC
+    if path.startswith(("/v1/responses", "/responses")):
+        return RESPONSES
     return OPENAI if path.startswith(("/v1/", "/cluster")) else LLAMACPP

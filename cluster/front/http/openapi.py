@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute
 
-from llamaclust.cluster.front.errors import ErrorShape, usual_shape
+from llamaclust.cluster.front.errors import ErrorShape, shape_of_path
 from llamaclust.cluster.front.http.gates import OPEN_PATHS
 from llamaclust.cluster.front.http.responses import EVENTS, JSON, Route, template
 from llamaclust.core.version import VERSION
@@ -80,7 +80,7 @@ def describe(routes: Iterable[BaseRoute], *, is_strict: bool) -> dict[str, Any]:
     errors: dict[str, Any] = {}
     for route in routes:
         if isinstance(route, Route):
-            path, shape = template(route.path), route.errors or usual_shape(route.path)
+            path, shape = template(route.path), shape_of_path(route.path)
             paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, shape, is_strict)
             errors[shape.schema_name] = shape.schema
     keys = {

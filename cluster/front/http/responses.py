@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route as PathRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llamaclust.cluster.front.errors import ErrorShape, Failure, HttpError, failure_of, internal_error, usual_shape
+from llamaclust.cluster.front.errors import ErrorShape, Failure, HttpError, failure_of, internal_error, shape_of_path
 from llamaclust.cluster.front.json_text import to_json
 from llamaclust.core.errors import LlamaclustError, QueueFullError
 
@@ -159,7 +159,6 @@ class Route(PathRoute):
         body: type[BaseModel] | None = None,
         *,
         computes: bool = False,
-        errors: ErrorShape | None = None,
         query: Sequence[QueryParameter] = (),
         form: str = EVENTS,
         types: Sequence[str] | None = None,
@@ -171,7 +170,6 @@ class Route(PathRoute):
         self.method = method
         self.body = body
         self.computes = computes
-        self.errors = errors
         self.query = query
         streams = body is not None and "stream" in body.model_fields
         self.types = types if types is not None else (JSON, form) if streams else (JSON,)
@@ -208,10 +206,7 @@ def shape_errors(scope: Scope, endpoint: str) -> None:
 
 
 def shape_of(scope: Scope) -> ErrorShape:
-    given = scope.get("state", {}).get(_SHAPING, given_path(scope))
-    routes = (route for route in scope["app"].routes if isinstance(route, Route))
-    own = (route.errors for route in routes if route.errors is not None and given.startswith(route.path))
-    return next(own, usual_shape(given))
+    return shape_of_path(scope.get("state", {}).get(_SHAPING, given_path(scope)))
 
 
 def template(path: str) -> str:

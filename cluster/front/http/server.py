@@ -19,11 +19,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from llamaclust.cluster.front.errors import OPENAI, Failure
+from llamaclust.cluster.front.errors import OPENAI, Failure, shape_of_path
 from llamaclust.cluster.front.http.connections import ApiPort, HttpConnection, chunk, whole
 from llamaclust.cluster.front.http.gates import key_error
 from llamaclust.cluster.front.http.page import page_reply
-from llamaclust.cluster.front.http.responses import BODY_WRITER, EarlyReplies, JsonResponse
+from llamaclust.cluster.front.http.responses import BODY_WRITER, EarlyReplies, JsonResponse, Paths
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.state.events import Event, Report, awaited
 from llamaclust.core.errors import ClusterStartingError
@@ -239,8 +239,8 @@ class StartingReplies:
         self._servers: list[asyncio.Server] = []
 
     async def __aenter__(self) -> Self:
-        loop = asyncio.get_running_loop()
-        config, state = server_config(EarlyReplies(self), self._settings, self._port, _MOST_EARLY), ServerState()
+        loop, app = asyncio.get_running_loop(), Paths(EarlyReplies(self), self._settings.prefix)
+        config, state = server_config(app, self._settings, self._port, _MOST_EARLY), ServerState()
         config.load()
         connection: Callable[..., asyncio.Protocol] = config.http_protocol_class
         connect = partial(connection, config=config, server_state=state, app_state={})
@@ -273,12 +273,14 @@ class StartingReplies:
         path, headers = scope["path"], Headers(scope=scope)
         if self._is_live and path == "/live":
             return Response()
-        page = page_reply(path.removeprefix(self._settings.prefix), headers) if scope["method"] == "GET" else None
+        page = page_reply(path, headers) if scope["method"] == "GET" else None
         if page is not None:  # The page shows that the cluster is starting.
             return page
         is_trusted = key_error(headers, self._settings.api_keys) is None
         reason = self._awaited if self._awaited and is_trusted else None
         why = f"; it waits for {reason}" if reason else ""
         failure = Failure(503, f"the cluster is starting: try again later{why}", ClusterStartingError.code)
-        body = {"error": {**OPENAI.body(failure)["error"], "awaited": reason}}
+        body = shape_of_path(path).body(failure)
+        if isinstance(body["error"], dict):
+            body["error"]["awaited"] = reason
         return JsonResponse(body, failure.status, {"Retry-After": "5"})

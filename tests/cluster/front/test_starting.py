@@ -30,12 +30,16 @@ def replies_on(listener: socket.socket, **settings: Any) -> StartingReplies:
 
 
 @pytest.mark.parametrize(
-    ("target", "status"), [("/live", 200), ("/live?x=1", 200), ("http://a:1/live", 200), ("/health", 503), ("*", 503)]
+    ("target", "status"),
+    [
+        *((path, 200) for path in ("/live", "/live?x=1", "/live/", "/llm/live", "/llm/live/", "http://a:1/live")),
+        *((path, 503) for path in ("/health", "/llm/health", "/other/live", "*")),
+    ],
 )
 async def test_a_coordinator_that_waits_is_live(target: str, status: int) -> None:
     async with (
         port() as (listener, url),
-        StartingReplies(ApiPort(listener), ApiSettings(), lambda event: None, is_live=True),
+        StartingReplies(ApiPort(listener), ApiSettings(prefix="/llm"), lambda event: None, is_live=True),
         asyncio.timeout(60),
     ):
         host, _, number = url.removeprefix("http://").rpartition(":")
@@ -51,6 +55,27 @@ async def test_every_request_gets_the_starting_error(body: bytes) -> None:
         reply = await client.post(f"{url}/v1/completions", content=body)
         assert reply.status_code == 503 and int(reply.headers["retry-after"]) > 0
         assert reply.json()["error"]["code"] == "cluster_starting"
+
+
+async def test_the_starting_error_has_the_form_of_its_path() -> None:
+    async with (
+        port() as (listener, url),
+        replies_on(listener, prefix="/llm"),
+        httpx.AsyncClient(base_url=url, timeout=20) as client,
+    ):
+        paths = (
+            "/v1/chat/completions",
+            "/v1/messages",
+            "/llm/v1/messages",
+            "/api/chat",
+            "/llm/api/chat",
+            "/completion",
+        )
+        openai, *messages, chat, prefixed, completion = [(await client.post(path)).json() for path in paths]
+    assert (openai["error"]["type"], completion["error"]["type"]) == ("server_error", "unavailable_error")
+    for message in messages:
+        assert (message["type"], message["error"]["type"]) == ("error", "overloaded_error")
+    assert chat == prefixed == {"error": "the cluster is starting: try again later"}
 
 
 async def test_the_starting_error_names_what_is_awaited_for_those_with_a_key() -> None:

@@ -12,7 +12,6 @@ from starlette.responses import Response
 from llamaclust.cluster.front.body import converted
 from llamaclust.cluster.front.dialects.anthropic.schema import MessagesBody
 from llamaclust.cluster.front.dialects.dialect import Dialect, ParsedRequest
-from llamaclust.cluster.front.errors import ERROR_TYPES, ErrorShape, Failure, error_type
 from llamaclust.cluster.front.http.responses import Route
 from llamaclust.cluster.front.replies.reply import Event, Reply, View
 from llamaclust.cluster.front.text.answer import TextChunk
@@ -183,30 +182,10 @@ def _input(text: str) -> dict[str, Any]:
 _UNSTOPPED: Final[dict[str, Any]] = {"stop_reason": None, "stop_sequence": None}
 
 
-_ERROR_TYPES: Final = {
-    **ERROR_TYPES,
-    404: "not_found_error",
-    413: "request_too_large",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
-
-
-def _error(failure: Failure) -> dict[str, Any]:
-    kind, message = error_type(failure, _ERROR_TYPES, "api_error"), failure.message
-    if failure.numbers:
-        tokens, most = failure.numbers["n_prompt_tokens"], failure.numbers["n_ctx"]
-        # Clients shorten the chat if a message begins with these words.
-        message = f"prompt is too long: {tokens} tokens > {most} maximum ({message})"
-    error = {"type": kind, "message": message, "param": failure.param, "code": failure.code, **failure.numbers}
-    return {"type": "error", "error": error}
-
-
 class Messages(Dialect[MessagesBody]):
     paths = ("/v1/messages",)
     body = MessagesBody
     takes_any_model = True
-    errors = ErrorShape(_error, "error")
 
     def routes(self) -> Iterator[Route]:
         yield from super().routes()

@@ -23,7 +23,6 @@ from llamaclust.cluster.front.dialects.openai.response_store import Messages, Re
 from llamaclust.cluster.front.dialects.openai.response_view import CompactionView, ResponseView
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.front.dialects.openai.view import AnyGeneration, ChatView, CompletionView, OpenAiView
-from llamaclust.cluster.front.errors import ErrorShape, openai_error
 from llamaclust.cluster.front.http.gates import owner
 from llamaclust.cluster.front.http.responses import Route
 from llamaclust.cluster.front.models import ApiModel
@@ -130,7 +129,6 @@ class Compaction(_Continuing[CompactionBody]):
 class Responses(_Continuing[ResponsesBody]):
     paths = ("/v1/responses", "/responses")
     body = ResponsesBody
-    errors = ErrorShape(openai_error, "error")
 
     def routes(self) -> Iterator[Route]:
         yield from super().routes()

@@ -22,6 +22,7 @@ class CallSink:
         self._calls = 0
         self._prompt_calls = 0  # Number of calls that are complete in the prompt.
         self.is_open = False
+        self._has_arguments = False  # True if the newest call has arguments.
         self.is_cut = False  # True if the answer ended, and not because the model ended it.
 
     @property
@@ -44,12 +45,15 @@ class CallSink:
 
     def begin(self, name: str, call_id: str = "") -> None:
         self._put_of_call(CallBegun(self._index, name, call_id))
-        self.is_open = True
+        self.is_open, self._has_arguments = True, False
 
     def argument(self, text: str) -> None:
+        self._has_arguments |= bool(text)
         self._put_of_call(ArgumentText(self._index, text))
 
     def end(self, call_id: str = "") -> None:
+        if not (self._has_arguments or self.is_cut):
+            self.argument("{}")
         self._put_of_call(CallEnded(self._index, call_id, self.is_cut))
         self._calls += 1
         self.is_open = False

@@ -64,8 +64,6 @@ class ObjectReader:
             if not call.name or not self._may_call(call.name) or (self._is_bare and not is_read):
                 return False
             self._begin(call)
-        if not call.has_arguments and is_read:
-            self._sink.argument("{}")
         self._sink.end(call.call_id)
         return True
 

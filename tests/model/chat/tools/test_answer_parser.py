@@ -57,6 +57,22 @@ def test_calls_are_streamed() -> None:
     assert rest == [ArgumentText(0, '2"}'), CallEnded(0)]
 
 
+EMPTY = {
+    "harmony": "<|channel|>commentary to=functions.run <|constrain|>json<|message|>",
+    "devstral": "[TOOL_CALLS]run[ARGS]",
+    "hermes": '<tool_call>\n{"name": "run"',
+}
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+@pytest.mark.parametrize("form", EMPTY)
+def test_a_call_without_arguments_has_an_empty_object_unless_it_was_cut(form: str, is_cut: bool) -> None:
+    parser = AnswerParser(form_of(form), TOOLS)
+    events = parser.feed(EMPTY[form]) + parser.end(is_cut=is_cut)
+    arguments = [] if is_cut else [ArgumentText(0, "{}")]
+    assert events == [CallBegun(0, "run"), *arguments, CallEnded(0, is_cut=is_cut)]
+
+
 def test_without_tools_nothing_is_a_call() -> None:
     text = '<tool_call>\n{"name": "run", "arguments": {}}\n</tool_call>'
     assert parsed(AnswerParser(form_of("hermes"), {}), text).content == text

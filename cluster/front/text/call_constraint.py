@@ -45,8 +45,8 @@ async def answer_grammar(
         if is_required:
             raise
         _log.info("calls are not constrained: %s", error)
-        grammar, free = None, {*schemas}
-    report_ignored(_unobeyed(schemas, free))
+        grammar, free = None, set()
+    report_ignored(_unobeyed(schemas, schemas if grammar is None else free))
     return other if grammar is None else grammar
 
 

@@ -137,6 +137,14 @@ async def test_an_answer_is_calls_or_the_form_that_the_request_asks_for(
     assert allows(required, text) == [False], "calls alone"
 
 
+@pytest.mark.parametrize("form", ["llama", "harmony", "functionary"])
+async def test_tools_whose_calls_begin_without_a_marker_are_named(checker: GrammarChecker, form: str) -> None:
+    grammar, named = await bound(checker, {"f": BOUND, "g": BOUND}, ToolMode.AUTO, form)
+    assert grammar is None and named == ["tools.f", "tools.g"]
+    grammar, named = await bound(checker, {"f": BOUND, "g": BOUND}, ToolMode.REQUIRED, form)
+    assert grammar is not None and named == []
+
+
 async def test_a_form_that_cannot_be_obeyed_is_refused_beside_tools(checker: GrammarChecker) -> None:
     with pytest.raises(ParameterError, match="guided_regex: "):
         await bound(checker, {"f": BOUND}, ToolMode.AUTO, other=definitions.of_regex("(", "guided_regex"))

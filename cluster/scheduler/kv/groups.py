@@ -15,6 +15,8 @@ Sizes = TypeVar("Sizes", int, NDArray[np.int64])
 _MOST_STATE_POSITIONS = 1024
 _SEQUENCES_A_CONTEXT = 4
 """Assumed number of shorter sequences that share the KV memory of one full-length sequence."""
+_FIRST_CONTEXT_SHARE = 4
+"""Sequences that share the first context get window blocks for at most this part of its length (a quarter)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +54,12 @@ class WindowGroup:
 
     def blocks_beside(self, kv_blocks: int, context_length: int, sequences: int) -> int:
         """Returns the number of sliding-window blocks to plan if the other layers have `kv_blocks` blocks."""
-        context = _blocks(context_length)
-        further = -(-_SEQUENCES_A_CONTEXT * max(0, kv_blocks - context) * self.sequence_blocks // context)
+        context, several = _blocks(context_length), _SEQUENCES_A_CONTEXT * self.sequence_blocks
+        first = max(self.sequence_blocks, min(several, context // _FIRST_CONTEXT_SHARE))
+        further = -(-several * max(0, kv_blocks - context) // context)
         # The group never needs more blocks than the other layers.
         most = max(self.sequence_blocks, kv_blocks - self.row_blocks)
-        return min(sequences * self.sequence_blocks, self.sequence_blocks + further, most) + self.row_blocks
+        return min(sequences * self.sequence_blocks, first + further, most) + self.row_blocks
 
 
 @dataclass(frozen=True, slots=True)

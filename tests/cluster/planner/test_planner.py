@@ -142,7 +142,7 @@ def test_layers_with_a_window_are_planned_with_that_much_kv_memory() -> None:
     assert make_plan(WINDOWED, [worker("a", memory_mib=None)], replace(request, context_length=1024)).window_blocks == 0
     for given in (300, 411):
         plan = make_plan(WINDOWED, [worker("a")], replace(request, kv_memory_bytes=given * MIB))
-        assert plan.window_blocks == min(most, 66 - (-4 * (plan.kv_blocks - 512) * 66 // 512) + 34)
+        assert plan.window_blocks == min(most, 128 - (-4 * (plan.kv_blocks - 512) * 66 // 512) + 34)
         assert plan.stages[0].kv_bytes == 6 * 4096 * 16 * (plan.kv_blocks + plan.window_blocks)
         assert 0 <= given * MIB - plan.stages[0].kv_bytes < 6 * 4096 * 16 * 2
     alone = replace(WINDOWED, layers=WINDOWED.layers[1:2] * 12)

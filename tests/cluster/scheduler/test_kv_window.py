@@ -244,13 +244,40 @@ def test_groups_are_made_where_they_save_memory() -> None:
     assert group.sequence_blocks == 67 and group.row_blocks == 34
     assert [group.blocks_beside(n * 512, 8192, 32) for n in (0, 1, 2, 99)] == [
         67 + 34,
-        67 + 34,
-        5 * 67 + 34,
+        128 + 34,
+        128 + 4 * 67 + 34,
         32 * 67 + 34,
     ]
     assert [group.first_seen(at) for at in (0, 1023, 1024 + 14, 1024 + 15)] == [0, 0, 0, 1]
 
     assert WindowGroup(4096, 544).blocks_beside(4 * 512, 8192, 32) == 4 * 512
+
+
+@pytest.mark.parametrize("context_length", [3000, 4096, 8192, 32_768])
+@pytest.mark.parametrize("window", [1, 128, 1024, 2000])
+def test_every_context_of_kv_memory_has_a_window(window: int, context_length: int) -> None:
+    group = window_group(window, context_length, 544)
+    assert group is not None
+    for contexts in range(1, 33):
+        kv_blocks = contexts * -(-context_length // KV_BLOCK_TOKENS)
+        beside = group.blocks_beside(kv_blocks, context_length, 32)
+        assert contexts * group.sequence_blocks <= beside - group.row_blocks <= kv_blocks - group.row_blocks
+
+
+@pytest.mark.parametrize("context_length", [4096, 8192, 32_768])
+def test_short_sequences_share_the_windows_of_one_context(context_length: int) -> None:
+    group = WindowGroup(128, 64)
+    kv_blocks = context_length // KV_BLOCK_TOKENS
+    blocks = group.blocks_beside(kv_blocks, context_length, 6)
+    run = simulation(
+        128, free=blocks - group.sequence_blocks - group.row_blocks, kv_blocks=kv_blocks, context_length=context_length
+    )
+    for number in range(6):
+        run.add(generation(200, 40, number))
+    most = 0
+    while run.step():
+        most = max(most, run.scheduler.counts.running)
+    assert most == 4
 
 
 @pytest.mark.parametrize("window", range(1, 70))

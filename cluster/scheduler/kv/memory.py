@@ -37,8 +37,9 @@ class KvMemory:
         states = settings.state_blocks
         self.states = KvStates(settings.state_span, cache(KvBlocks(states))) if states else None
         self._filling: set[bytes] = set()
-        # Refused sequences by key. A refusal holds until more blocks are free or the missing block is cached.
-        self._refused: dict[int, _Refusal] = {}
+        # Refused sequences by key. A refusal holds until more blocks are free or the missing block is cached. None:
+        # window or state blocks were short, which is checked again each time.
+        self._refused: dict[int, _Refusal | None] = {}
         self.transfers = KvTransfers(self.blocks, self._cache)
 
     def begin_microbatch(self) -> None:
@@ -52,6 +53,7 @@ class KvMemory:
             return False
         found, idle = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
         if self.window is not None and not self.window.can_begin((sequence,), reserve):
+            self._refused[sequence.key] = None
             return False
         if (usable := self._usable(sequence, found)) < found:
             found = usable
@@ -64,6 +66,7 @@ class KvMemory:
         if self._filling and not self._filling.isdisjoint(sequence.kv.keys[:found]):
             return False
         if self.states is not None and not self.states.can_begin(1, sequence.kv.keys[found - 1] if found else None):
+            self._refused[sequence.key] = None
             return False
         for key in sequence.kv.keys[:found]:
             sequence.kv.table.append(self.blocks.acquire(key))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -74,6 +75,30 @@ def test_many_requests_of_one_owner_do_not_keep_another_waiting(group: str, othe
     assert run.scheduler.counts.preemptions <= others
     run.finish()
     for key, one in zip([*keys, *later_keys], [*many, *later], strict=True):
+        assert run.rows(key) == expected(one, CONTEXT)[0]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"window": 20, "window_blocks": 4 * 5 + 8}, {"has_states": True, "state_blocks": 6}],
+    ids=["window", "states"],
+)
+def test_turns_are_given_where_window_or_state_blocks_are_short(beside: dict[str, Any]) -> None:
+    """Places and ordinary KV blocks are free."""
+    settings = SchedulerSettings("m", VOCABULARY, CONTEXT, BLOCKS, max_sequences=16, max_batch_tokens=128, **beside)
+    run = Simulation(Scheduler(settings, 1, 2), FakeStages(FakeModel(BLOCKS), [linear(100, 10)] * 2, 1000))
+    many = [request(number, "a", 300) for number in range(8)]
+    keys = [run.add(one) for one in many]
+    while len(run.updates[keys[0]]) < 100:
+        run.step()
+    later = request(0, "b")
+    later_key = run.add(later)
+    while not run.updates[later_key]:
+        run.step()
+    assert not any(len(run.updates[key]) > 300 for key in keys)
+    assert run.scheduler.counts.preemptions == 1
+    run.finish()
+    for key, one in zip([*keys, later_key], [*many, later], strict=True):
         assert run.rows(key) == expected(one, CONTEXT)[0]
 
 

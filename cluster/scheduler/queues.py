@@ -151,19 +151,20 @@ class SequenceQueues:
             waiting = min(startables, key=partial(_rank, running))
             started = partial(_rank, running.with_another(waiting))
             is_shortest = min((*prefilling, waiting), key=started) is waiting
-            if is_shortest and self._overtake(waiting, first_in_turn(startables, running)):
-                return waiting
+            if is_shortest and (begun := self._overtake(waiting, first_in_turn(startables, running))) is not None:
+                return begun
         shortest = min(prefilling, key=partial(_rank, running))
         return None if shortest is prefilling[0] else shortest
 
-    def _overtake(self, sequence: Sequence, first: Sequence) -> bool:
+    def _overtake(self, sequence: Sequence, first: Sequence) -> Sequence | None:
+        """Starts the sequence if there is also room for the first one in turn, or else that one if it has room."""
         running = len(self.running)
         if sequence is not first and (
             running + 2 > self.max_running
             or not self.memory.has_room_for((sequence, first), RESERVE_BLOCKS * (running + 1))
         ):
-            return False
-        return self._admit(sequence)
+            sequence = first
+        return sequence if self._admit(sequence) else None
 
     def grow(self, sequence: Sequence) -> None:
         while sequence.phase is _DECODE and not self.memory.grow(sequence):

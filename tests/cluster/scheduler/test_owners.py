@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -100,6 +101,33 @@ def test_turns_are_given_where_window_or_state_blocks_are_short(beside: dict[str
     run.finish()
     for key, one in zip([*keys, later_key], [*many, later], strict=True):
         assert run.rows(key) == expected(one, CONTEXT)[0]
+
+
+@pytest.mark.parametrize("lengths", [(500, 100), (100, 500), (500,), (100,)], ids=str)
+@pytest.mark.parametrize(("blocks", "places"), [(280, 16), (310, 16), (1000, 5)])
+def test_prompts_do_not_wait_for_a_long_prompt_of_another_owner(
+    lengths: tuple[int, ...], blocks: int, places: int
+) -> None:
+    settings = SchedulerSettings("m", VOCABULARY, 4096, blocks, max_sequences=places, prefill_chunk=64)
+    run = Simulation(Scheduler(settings, 1, 1), FakeStages(FakeModel(blocks), [linear(100, 10)], 1000))
+    several = [request(number, "a", 300) for number in range(3)]
+    keys = [run.add(one) for one in several]
+    while not all(run.updates[key] for key in keys):
+        run.step()
+    long = replace(request(3, "a", 5), prompt=tuple(number * 7 % VOCABULARY for number in range(4000)))
+    long_key = run.add(long)
+    for _ in range(5):
+        run.step()
+    later = [
+        replace(request(number, "b", 5), prompt=long.prompt[1 : 1 + length]) for number, length in enumerate(lengths)
+    ]
+    later_keys = [run.add(one) for one in later]
+    while not all(run.updates[key] for key in later_keys):
+        run.step()
+    assert not run.updates[long_key]
+    run.finish()
+    for key, one in zip([*keys, long_key, *later_keys], [*several, long, *later], strict=True):
+        assert run.rows(key) == expected(one, 4096)[0]
 
 
 def test_an_owner_whose_requests_run_displaces_no_others() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llamaclust.core.sampler.results import RowResult
@@ -28,12 +28,10 @@ class MatcherUse:
             self.deferred_ns = now_ns
         return 0 if self.deferred_ns is None else now_ns - self.deferred_ns
 
-    def learn(self, rows: Collection[RowResult]) -> None:
+    def learn(self, rows: Iterable[RowResult]) -> None:
         """Updates `step_ns` from measured rows. It falls slowly, because slow rows may follow fast rows."""
-        taken = [row.matcher_ns for row in rows if not row.is_deferred]
-        if taken:
+        if taken := [row.matcher_ns for row in rows if not row.is_deferred]:
             self.step_ns = max(sum(taken), self.step_ns * 3 // 4)
-        if taken or not rows:
             self.deferred_ns = None
 
     def release(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -59,6 +60,23 @@ def test_a_row_is_deferred_for_longer_than_a_stage_makes_its_matcher_and_not_for
     assert scheduler.next_microbatch(91 * S_NS) is not None
     with pytest.raises(ProtocolError, match="microbatch 4 deferred a row again after 90 s"):
         scheduler.complete(Result(1, 4, (DEFERRED,)), 91 * S_NS)
+
+
+@pytest.mark.parametrize(
+    "beside", [{"has_states": True, "state_blocks": 40}, {"window": 20, "window_blocks": 10}], ids=["states", "window"]
+)
+def test_a_row_whose_prompt_is_computed_again_is_not_deferred_for_ever(beside: dict[str, Any]) -> None:
+    """The chunks of the prompt before the row do not begin the time anew."""
+    settings = replace(SETTINGS, prefill_chunk=20, max_batch_tokens=32, prefix_cache=False, **beside)
+    scheduler = Scheduler(settings, 1, 1)
+    scheduler.add(replace(PLAIN, prompt=tuple(range(50)), grammar=Grammar("{}")), 0)
+    with pytest.raises(ProtocolError, match="deferred a row again after 90 s"):
+        for number in range(30):
+            scheduled = scheduler.next_microbatch(10 * number * S_NS)
+            assert scheduled is not None
+            rows = (DEFERRED,) * len(scheduled.inputs.tasks)
+            scheduler.complete(Result(1, number, rows), 10 * number * S_NS)
+    assert scheduler.counts.computed_tokens > 2 * 50
 
 
 def test_matchers_of_waiting_answers_leave_room_for_others() -> None:

@@ -125,8 +125,8 @@ class ClusterConfig(Section):
     """Number type of keys and values in KV memory. q8_0 needs about half the memory of f16, but answers differ
     slightly. int8 is stored like q8_0, and attention uses 8-bit integers, which is faster after long prompts."""
     kv_memory: Annotated[Size | None, OrAuto()] = None
-    """Maximum KV memory of each worker. auto: room for `max_sequences` contexts if that key is set, else for 8,192
-    tokens or one longer context, at most about half of the memory that weights leave free."""
+    """Maximum KV memory of each device of a worker: RAM, or a GPU. auto: room for `max_sequences` contexts if that key
+    is set, else for 8,192 tokens or one longer context, at most about half of the memory that weights leave free."""
     max_sequences: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] = 32
     """Maximum number of sequences that are decoded together. Further sequences wait."""
     max_waiting: Annotated[int, Field(ge=0, le=100_000)] = 256

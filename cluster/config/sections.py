@@ -357,7 +357,7 @@ class ModelEntry(Section):
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] | None = None
     """Maximum number of tokens in a sequence. Defaults to the cluster's `context_length`."""
     kv_memory: Annotated[Size | None, OrAuto()] = None
-    """Maximum KV memory of each worker. auto uses the cluster's `kv_memory`."""
+    """Maximum KV memory of each device of a worker: RAM, or a GPU. auto uses the cluster's `kv_memory`."""
     keep_alive: Annotated[Duration | None, OrAuto()] = None
     """Time that the model stays loaded without requests. auto keeps it until another model needs the memory."""
     adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=MAX_ADAPTERS, strict=False)] = ()

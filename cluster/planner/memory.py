@@ -48,7 +48,7 @@ class PlanRequest:
     workspace: Workspace
     objective: str = "latency"  # "latency" or "throughput".
     manual: tuple[Assignment, ...] | None = None
-    # Maximum KV memory per worker. None: half of the memory that weights and workspace leave.
+    # Maximum KV memory per device (RAM, or a GPU). None: half of the memory that weights and workspace leave.
     kv_memory_bytes: int | None = None
     links: Links = UNKNOWN
     partitions: Pairs = frozenset()  # Pairs of workers that cannot reach each other.

@@ -246,3 +246,11 @@ def test_a_gpu_has_room_for_what_rounding_adds_to_any_number_of_kv_blocks(tmp_pa
         given = replace(limits, kv_blocks=blocks, window_blocks=window_blocks)
         program = model_program(model, 0, model.layer_count, given)
         assert workspace_bytes(program, model.tensors_for(program), given) <= promised + rounding
+
+
+@pytest.mark.parametrize(("gpus_mib", "kv_mib"), [((), 15.75), ((400,), 15.75), ((120, 120), 16.5)], ids=str)
+def test_kv_memory_is_a_limit_of_each_device(gpus_mib: tuple[int, ...], kv_mib: float) -> None:
+    request = replace(GPU_REQUEST, context_length=256, kv_memory_bytes=16 * MIB)
+    (stage,) = make_plan(SMALL, [with_gpus(*gpus_mib)], request).stages
+    assert all(part.kv_bytes <= 16 * MIB for part in stage.devices)
+    assert stage.kv_bytes == kv_mib * MIB

@@ -1,4 +1,4 @@
-"""Errors of requests, and their JSON in each API."""
+"""Errors of requests, and their JSON in each API. A dialect may define a form of its own."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.front.body import converted, parse_body, read_body
+from llamaclust.cluster.front.errors import ErrorShape
 from llamaclust.cluster.front.http.responses import JsonResponse, Route
 from llamaclust.cluster.front.http.sse import StreamFormat, unless_disconnected
 from llamaclust.cluster.front.images.chat_images import with_images
@@ -51,6 +52,8 @@ class Endpoint(ABC, Generic[AnyBody]):
     takes_any_model: ClassVar[bool] = False
     """True to accept any model name, even on `/v1/` paths. `api.strict_model` takes precedence."""
     form: ClassVar[StreamFormat] = StreamFormat.EVENTS
+    errors: ClassVar[ErrorShape | None] = None
+    """The format of error replies on `paths` and all paths below them. None: `shape_of_path` selects it by the path."""
 
     def __init__(self, model: ApiModel, path: str) -> None:
         self.model = model
@@ -62,7 +65,7 @@ class Endpoint(ABC, Generic[AnyBody]):
 
     def routes(self) -> Iterator[Route]:
         form = self.form.value
-        yield Route("POST", self.path, self.answer, self.body, computes=True, form=form)
+        yield Route("POST", self.path, self.answer, self.body, computes=True, errors=self.errors, form=form)
 
     @property
     def images(self) -> ImageRules | None:

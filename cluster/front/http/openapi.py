@@ -80,7 +80,7 @@ def describe(routes: Iterable[BaseRoute], *, is_strict: bool) -> dict[str, Any]:
     errors: dict[str, Any] = {}
     for route in routes:
         if isinstance(route, Route):
-            path, shape = template(route.path), shape_of_path(route.path)
+            path, shape = template(route.path), route.errors or shape_of_path(route.path)
             paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, shape, is_strict)
             errors[shape.schema_name] = shape.schema
     keys = {

@@ -159,6 +159,7 @@ class Route(PathRoute):
         body: type[BaseModel] | None = None,
         *,
         computes: bool = False,
+        errors: ErrorShape | None = None,
         query: Sequence[QueryParameter] = (),
         form: str = EVENTS,
         types: Sequence[str] | None = None,
@@ -170,6 +171,7 @@ class Route(PathRoute):
         self.method = method
         self.body = body
         self.computes = computes
+        self.errors = errors
         self.query = query
         streams = body is not None and "stream" in body.model_fields
         self.types = types if types is not None else (JSON, form) if streams else (JSON,)
@@ -206,7 +208,10 @@ def shape_errors(scope: Scope, endpoint: str) -> None:
 
 
 def shape_of(scope: Scope) -> ErrorShape:
-    return shape_of_path(scope.get("state", {}).get(_SHAPING, given_path(scope)))
+    given = scope.get("state", {}).get(_SHAPING, given_path(scope))
+    routes = (route for route in scope["app"].routes if isinstance(route, Route))
+    own = (route.errors for route in routes if route.errors is not None and given.startswith(route.path))
+    return next(own, shape_of_path(given))
 
 
 def template(path: str) -> str:

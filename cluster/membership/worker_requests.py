@@ -108,14 +108,14 @@ async def refresh_memory(worker: WorkerHandle, held: Mapping[str, int]) -> None:
         worker.fresh_memory = _reported_memory(worker, worker.heartbeat, held)
 
 
-def renew_memory(worker: WorkerHandle, held: Mapping[str, int]) -> bool:
-    """Updates a worker's free memory from its last heartbeat if a device has clearly more. Returns True if so. `held`
-    is the same as in `refresh_memory`."""
-    if worker.heartbeat is None:
+def renew_memory(worker: WorkerHandle) -> bool:
+    """Updates a worker's free memory from its last heartbeat if a device has clearly more. Returns True if so. A
+    worker with loaded stages is left out, because part of their planned memory may not have been touched yet."""
+    if worker.heartbeat is None or worker.stages:
         return False
     own, known = worker.registration, worker.fresh_memory
     known = known or FreshMemory(own.free_memory_bytes, own.gpus)
-    reported = _reported_memory(worker, worker.heartbeat, held)
+    reported = _reported_memory(worker, worker.heartbeat, {})
     before, now = ([of.free_bytes, *(gpu.free_bytes for gpu in of.gpus)] for of in (known, reported))
     if all(free <= _CLEARLY_MORE * earlier for earlier, free in zip(before, now, strict=True)):
         return False

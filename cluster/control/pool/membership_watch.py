@@ -82,7 +82,7 @@ class MembershipWatch:
     def _check_memory(self, worker: WorkerHandle) -> None:
         """Causes new plans of the models that wait for memory, if the worker has clearly more than plans assumed."""
         short = [runner for runner in self._runners if runner.store.state.is_short]
-        if short and renew_memory(worker, short[0].planner.ledger.loaded(worker)):
+        if short and renew_memory(worker):
             for runner in short:
                 runner.store.post(observations.Signal.MEMORY_FREED)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.observations import Signal, WorkerLost
 from llamaclust.cluster.control.pool.membership_watch import MembershipWatch
 from llamaclust.cluster.control.reconcile import FailRequests, LoadEpoch, MakePlan
@@ -72,8 +71,7 @@ async def test_memory_that_another_program_frees_ends_a_shortage(is_registered: 
         worker.fresh_memory = FreshMemory(_GIB, ())
     short, cluster = InsufficientMemoryError("12 MiB are missing"), Cluster.serving()
     store = StateStore(cluster.state)
-    planner = SimpleNamespace(ledger=MemoryLedger())
-    runner: Any = SimpleNamespace(engine=None, open_epochs=(), store=store, planner=planner)
+    runner: Any = SimpleNamespace(engine=None, open_epochs=(), store=store)
     nothing: Any = None
     watch = MembershipWatch(nothing, nothing, [runner], nothing, nothing, nothing, nothing)
 
@@ -89,6 +87,9 @@ async def test_memory_that_another_program_frees_ends_a_shortage(is_registered: 
     cluster.notified(cluster.plan(short))
     assert isinstance(cluster.at(RECOVERY_S), FailRequests)
     assert not changes(_GIB + _GIB // 50), "hardly more than before"
+    worker.stages[1] = nothing
+    assert not changes(4 * _GIB), "its stage may not have touched all of its memory"
+    worker.stages.clear()
     assert changes(4 * _GIB) and await store.next(None) is Signal.MEMORY_FREED
     assert not changes(4 * _GIB), "it is known"
     assert machine_shares({"a": WorkerResources.of(worker)}) == {"a": 4 * _GIB}

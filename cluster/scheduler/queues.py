@@ -13,6 +13,7 @@ from llamaclust.cluster.scheduler.sequence_choice import (
     RunningCounts,
     first_in_turn,
     in_turn,
+    preemptable,
     preemption_victim,
     startable,
     takes_turn,
@@ -129,7 +130,9 @@ class SequenceQueues:
             return
         if len(self.running) < self.max_running and not self.memory.lacks_blocks(first):
             return
-        self._preempt_one()
+        victims = preemptable(first, self.running, running)
+        if self.memory.suffices_without(victims, first, RESERVE_BLOCKS * (len(self.running) - len(victims))):
+            self._preempt_one()
 
     def make_room(self, sequence: Sequence) -> None:
         """Starts the sequence or gives it more blocks. May preempt others. Requires that no microbatch is in flight."""

@@ -71,6 +71,19 @@ def preemption_victim(running: Reversible[Sequence], counts: RunningCounts) -> S
     return max(reversed(running), key=counts.rank)
 
 
+def preemptable(sequence: Sequence, running: Iterable[Sequence], counts: RunningCounts) -> list[Sequence]:
+    """Returns the running sequences that may be preempted for `sequence`: all but the oldest of each owner or, if its
+    own owner has running ones, of each request. `running` begins with the oldest sequence."""
+    kept, found = set[str](), list[Sequence]()
+    has_running = counts.rank(sequence)[0] > 0
+    for other in running:
+        of = request_key(other) if has_running else other.request.owner
+        if of in kept:
+            found.append(other)
+        kept.add(of)
+    return found
+
+
 def takes_turn(sequence: Sequence, running: Reversible[Sequence], counts: RunningCounts) -> bool:
     """Returns True if a running sequence must be preempted so that `sequence` gets its place."""
     if not running:

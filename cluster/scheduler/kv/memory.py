@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from functools import partial
 
@@ -98,6 +99,16 @@ class KvMemory:
 
     def lacks_blocks(self, sequence: Sequence) -> bool:
         return sequence.key in self._refused
+
+    def suffices_without(self, others: Items[Sequence], sequence: Sequence, reserve: int) -> bool:
+        """Returns False if `sequence` has no room even after the running sequences `others` have released theirs."""
+        found, _ = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
+        released = sum(len(other.kv.table) for other in others)
+        return (
+            sequence.blocks_needed - found + reserve <= self.blocks.available + released
+            and (self.window is None or self.window.suffices_without(others, sequence))
+            and (self.states is None or self.states.can_begin(1 - len(others)))
+        )
 
     def _is_unchanged(self, refused: _Refusal, reserve: int) -> bool:
         is_cached = refused.missing is not None and self.blocks.is_idle(refused.missing) is not None

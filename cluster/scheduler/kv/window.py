@@ -36,6 +36,10 @@ class KvWindow:
         growth = self._begun * self.group.sequence_blocks - self._committed
         return self._committed + sum(map(self._need, sequences)) + min(reserve, growth) <= self._most
 
+    def suffices_without(self, others: Items[Sequence], sequence: Sequence) -> bool:
+        kept = self._committed - sum(other.kv.window.committed for other in others)
+        return kept + self._need(sequence) <= self._most
+
     def begin(self, sequence: Sequence, shared: int) -> None:
         self._begun += 1
         self.commit(sequence)

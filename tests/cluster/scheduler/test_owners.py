@@ -103,6 +103,32 @@ def test_turns_are_given_where_window_or_state_blocks_are_short(beside: dict[str
         assert run.rows(key) == expected(one, CONTEXT)[0]
 
 
+@pytest.mark.parametrize("beside", [{"window": 20, "window_blocks": 14 + 8}, {}], ids=["window", "blocks"])
+def test_nothing_is_preempted_for_a_sequence_that_would_still_lack_room(beside: dict[str, Any]) -> None:
+    """The oldest sequences of two owners leave no room for that of a third one, but for short ones."""
+    blocks = BLOCKS if beside else 72
+    settings = SchedulerSettings("m", VOCABULARY, 800, blocks, max_sequences=16, max_batch_tokens=128, **beside)
+    run = Simulation(Scheduler(settings, 1, 2), FakeStages(FakeModel(blocks), [linear(100, 10)] * 2, 1000))
+    source = Random(SEED)
+    long = [
+        replace(request(0, owner, 200), prompt=tuple(source.randrange(VOCABULARY) for _ in range(300)))
+        for owner in "ac"
+    ]
+    long_keys = [run.add(one) for one in long]
+    while not all(run.updates[key] for key in long_keys):
+        run.step()
+    third = replace(request(0, "b", 20), prompt=tuple(number * 7 % VOCABULARY for number in range(500)))
+    third_key = run.add(third)
+    short = [request(number, "a", 10) for number in range(1, 7)]
+    short_keys = [run.add(one) for one in short]
+    while not run.updates[third_key]:
+        run.step()
+    assert run.scheduler.counts.preemptions == 0
+    run.finish()
+    for key, one in zip([*long_keys, third_key, *short_keys], [*long, third, *short], strict=True):
+        assert run.rows(key) == expected(one, 800)[0]
+
+
 @pytest.mark.parametrize("lengths", [(500, 100), (100, 500), (500,), (100,)], ids=str)
 @pytest.mark.parametrize(("blocks", "places"), [(280, 16), (310, 16), (1000, 5)])
 def test_prompts_do_not_wait_for_a_long_prompt_of_another_owner(

@@ -152,19 +152,25 @@ async def open_cluster(
 async def _joined(
     planners: Sequence[ClusterPlanner], registry: Registry, launcher: Launcher, record: ControlRecord, report: Report
 ) -> None:
-    await launcher.joined(registry, lambda: _shortfall(planners, registry.present))
+    await launcher.joined(registry, lambda: _shortfall(planners, _undrained(registry, record.drained)))
     await _undrain_needed(planners, registry, record, report)
 
 
 async def _undrain_needed(
     planners: Sequence[ClusterPlanner], registry: Registry, record: ControlRecord, report: Report
 ) -> None:
-    """Makes drained workers available again if the other workers cannot hold the models."""
+    """Makes drained workers available again, one by one, if the other workers cannot hold the models."""
     drained = record.drained & registry.present.keys()
-    short = await _shortfall(planners, _undrained(registry, drained)) if drained else None
-    if short is not None and await _shortfall(planners, registry.present) is None:
-        report(Notice(f"{', '.join(sorted(drained))}: drained, but needed, because the others do not suffice: {short}"))
-        await record.drain(record.drained - drained)
+    if not drained or (short := await _shortfall(planners, _undrained(registry, drained))) is None:
+        return
+    needed: list[str] = []
+    for name in sorted(drained):
+        needed.append(name)
+        if await _shortfall(planners, _undrained(registry, drained - {*needed})) is None:
+            why = f"because the others do not suffice: {short}"
+            report(Notice(f"{', '.join(needed)}: drained, but needed, {why}"))
+            await record.drain(record.drained - {*needed})
+            return
 
 
 async def _measured(

@@ -185,7 +185,7 @@ async def test_errors_of_a_start_name_the_model_of_several(tiny: Path, tmp_path:
             pass
 
 
-@pytest.mark.parametrize(("needed", "kept"), [(1, {"b", "x"}), (2, {"x"}), (3, {"b", "x"})])
+@pytest.mark.parametrize(("needed", "kept"), [(1, {"b", "c", "x"}), (2, {"c", "x"}), (4, {"b", "c", "x"})])
 async def test_a_start_uses_drained_workers_that_the_model_needs(needed: int, kept: set[str], tmp_path: Path) -> None:
     async def plan(workers: Sized, **_: object) -> None:
         if len(workers) < needed:
@@ -193,9 +193,9 @@ async def test_a_start_uses_drained_workers_that_the_model_needs(needed: int, ke
 
     config = ClusterConfig.model_validate({"model": "n", "workers": [{"name": "a"}, {"name": "b"}]})
     planner = cast(ClusterPlanner, SimpleNamespace(config=config, plan=plan))
-    registry = cast(Registry, SimpleNamespace(present={"a": None, "b": None}))
+    registry = cast(Registry, SimpleNamespace(present=dict.fromkeys("abc")))
     record, events = ControlRecord.begin(tmp_path / "control"), list[Event]()
-    await record.drain(frozenset({"b", "x"}))
+    await record.drain(frozenset({"b", "c", "x"}))
     await coordinator._undrain_needed([planner], registry, record, events.append)
     assert record.drained == ControlRecord.begin(tmp_path / "control").drained == kept
     why = "b: drained, but needed, because the others do not suffice: it needs 3 MiB more"

@@ -163,8 +163,9 @@ def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
 
 def text_of_call(arguments: str) -> str:
     """Returns the text argument of a custom tool's call, or `arguments` unchanged if they are invalid."""
-    given = (arguments_object(arguments) or {}).get(TEXT_ARGUMENT)
-    return given if isinstance(given, str) else arguments
+    given = arguments_object(arguments)
+    text = "" if given == {} else (given or {}).get(TEXT_ARGUMENT)
+    return text if isinstance(text, str) else arguments
 
 
 def arguments_of_text(text: str) -> str:

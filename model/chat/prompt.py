@@ -34,9 +34,14 @@ class Guard:
 
 
 def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Inserts GUARD into every control word of the messages. Raises RequestError if a message contains GUARD."""
-    guard = _guard(tokenizer.control_texts)
-    return [_with_texts(message, guard.guarded) for message in messages]
+    """Inserts GUARD into every control word of the messages. The marks in an answer's text stay, because templates
+    remove its reasoning by them. Raises RequestError if a message contains GUARD."""
+    guard, of_answers = _guard(tokenizer.control_texts), _guard(tokenizer.control_words)
+    guarded = [_with_texts(message, guard.guarded) for message in messages]
+    for message, own in zip(messages, guarded, strict=True):
+        if message.get("role") == "assistant" and "content" in message:
+            own["content"] = _with_texts(message["content"], of_answers.guarded)
+    return guarded
 
 
 @lru_cache(maxsize=8)

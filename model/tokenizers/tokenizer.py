@@ -36,11 +36,15 @@ class Tokenizer(ABC):
         self._bytes: dict[int, bytes] = {}
 
     @cached_property
+    def control_words(self) -> tuple[str, ...]:
+        """The texts of control tokens, longest first."""
+        return tuple(text for text, token_id in self._special.ids.items() if self.is_control(token_id))
+
+    @cached_property
     def control_texts(self) -> tuple[str, ...]:
         """The texts of control tokens and marks, longest first. A user's text must not become one of these tokens."""
-        types, marks = self.vocabulary.types, self.vocabulary.marks
-        found = self._special.ids.items()
-        return tuple(text for text, token_id in found if types[token_id] in CONTROL_TYPES or token_id in marks)
+        words, marks = {*self.control_words}, self.vocabulary.marks
+        return tuple(text for text, token_id in self._special.ids.items() if text in words or token_id in marks)
 
     @property
     def control_ids(self) -> Sequence[int]:

@@ -51,8 +51,9 @@ class CallSink:
         self._has_arguments |= bool(text)
         self._put_of_call(ArgumentText(self._index, text))
 
-    def end(self, call_id: str = "") -> None:
-        if not (self._has_arguments or self.is_cut):
+    def end(self, call_id: str = "", *, is_read: bool = True) -> None:
+        """Ends the call. If nothing but its end follows its name (`is_read`), its arguments are an empty object."""
+        if is_read and not (self._has_arguments or self.is_cut):
             self.argument("{}")
         self._put_of_call(CallEnded(self._index, call_id, self.is_cut))
         self._calls += 1

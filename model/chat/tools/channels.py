@@ -84,8 +84,11 @@ class ChannelReader:
             yield from self._body.read()
         else:
             self._sink.begin(name)
-            if (yield from self._source.ahead()) == "{":
-                yield from raw_value(self._source, self._sink.argument)
+            if (yield from self._source.ahead()) != "{":  # It may be the text of a custom tool.
+                end = yield from self._source.until(self._ends, self._sink.argument)
+                self._sink.end()
+                return end
+            yield from raw_value(self._source, self._sink.argument)
             self._sink.end()
         return (yield from self._source.until(self._ends, _drop))
 

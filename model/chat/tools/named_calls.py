@@ -37,13 +37,14 @@ class NamedReader:
         elif self._calls.id_begin and (yield from self._source.take_literal((self._calls.id_begin,))):
             call_id = ((yield from self._source.word(self._name_markers, MAX_NAME_CHARACTERS)) or "").strip()
         yield from skip_lines(self._source, self._name_end)
-        has_arguments = (yield from self._source.ahead()) == "{"
+        first = yield from self._source.ahead()
+        has_arguments = first == "{"
         if not has_arguments and self._calls.name_end and name not in self._sink.tools:
             return False
         self._sink.begin(name, call_id)
         if has_arguments:
             yield from raw_value(self._source, self._sink.argument)
-        self._sink.end(call_id)
+        self._sink.end(call_id, is_read=not first or any(end.startswith(first) for end in self._calls.frame.ends))
         return True
 
 

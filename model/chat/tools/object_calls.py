@@ -64,7 +64,7 @@ class ObjectReader:
             if not call.name or not self._may_call(call.name) or (self._is_bare and not is_read):
                 return False
             self._begin(call)
-        self._sink.end(call.call_id)
+        self._sink.end(call.call_id, is_read=is_read)
         return True
 
     def _members(self, call: _Call, depth: int) -> Reading[bool]:

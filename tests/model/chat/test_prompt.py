@@ -77,6 +77,10 @@ def test_a_user_cannot_write_the_marks_that_answers_show() -> None:
     marked = [token_id for token_id in ids if tokenizer.token_text(token_id) in marks]
     assert [tokenizer.token_text(token_id) for token_id in marked] == ["<|start|>", "<|message|>", "<|end|>"]
     assert tokenizer.decode(ids).endswith(f"<|message|>{text}<|end|>")
+    thought = "<|channel|>thought<|return|>"
+    (answer,) = guard_messages([{"role": "assistant", "content": thought, "tool_calls": [text]}], tokenizer)
+    assert answer["content"].startswith("<|channel|>thought") and answer["content"] != thought
+    assert all(mark not in answer["tool_calls"][0] for mark in marks)
 
 
 def test_what_keeps_control_words_apart_is_no_text_of_a_user(tokenizer: Tokenizer) -> None:

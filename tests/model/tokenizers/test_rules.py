@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaclust.core.errors import ModelFileError, RequestError
+from llamaclust.model.tokenizers import word_finder
 from llamaclust.model.tokenizers.byte_pairs import _BYTE_OF, stand_ins
 from llamaclust.model.tokenizers.fill_in import FillInTokens
 from llamaclust.model.tokenizers.loading import load_tokenizer
@@ -152,14 +153,17 @@ def test_suppressed_tokens() -> None:
             read_vocabulary(bpe(words=words, suppress_tokens=wrong))
 
 
+@pytest.mark.parametrize("few", [0, 64])
 @settings(deadline=None)
 @given(
     words=st.lists(st.text("<ab|>", min_size=1, max_size=5), unique=True, max_size=12),
     text=st.text("<ab|> \n", max_size=60),
 )
-def test_the_longest_special_words_are_found_first_wherever_they_are(words: list[str], text: str) -> None:
+def test_the_longest_special_words_are_found_first_wherever_they_are(few: int, words: list[str], text: str) -> None:
     """Compares with a search for each word, longest first, as llama.cpp does."""
-    tokenizer = load_tokenizer(bpe(words={f"{word} ": USER_DEFINED for word in words}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(word_finder, "_FEW", few)
+        tokenizer = load_tokenizer(bpe(words={f"{word} ": USER_DEFINED for word in words}))
     expected: list[str | int] = [text] if text else []
     for word, token_id in sorted(
         ((f"{word} ", 256 + n) for n, word in enumerate(words)), key=lambda w: (-len(w[0]), w[1])

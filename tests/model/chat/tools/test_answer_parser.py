@@ -60,7 +60,6 @@ def test_calls_are_streamed() -> None:
 EMPTY = {
     "harmony": "<|channel|>commentary to=functions.run <|constrain|>json<|message|>",
     "devstral": "[TOOL_CALLS]run[ARGS]",
-    "hermes": '<tool_call>\n{"name": "run"',
 }
 
 
@@ -71,6 +70,13 @@ def test_a_call_without_arguments_has_an_empty_object_unless_it_was_cut(form: st
     events = parser.feed(EMPTY[form]) + parser.end(is_cut=is_cut)
     arguments = [] if is_cut else [ArgumentText(0, "{}")]
     assert events == [CallBegun(0, "run"), *arguments, CallEnded(0, is_cut=is_cut)]
+
+
+def test_the_text_of_a_call_that_is_not_json_is_its_arguments() -> None:
+    parser = AnswerParser(form_of("harmony"), TOOLS)
+    events = parser.feed("<|channel|>commentary to=functions.run <|message|>print(1)") + parser.end()
+    text = "".join(event.text for event in events if isinstance(event, ArgumentText))
+    assert text == "print(1)" and events[-1] == CallEnded(0)
 
 
 def test_without_tools_nothing_is_a_call() -> None:

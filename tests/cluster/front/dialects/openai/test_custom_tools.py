@@ -72,6 +72,13 @@ async def test_a_call_and_its_result(text: str, stream: bool) -> None:
     assert json.dumps({"input": text}, ensure_ascii=False) in second and "<tool>done<tool>done" in second
 
 
+async def test_a_call_without_arguments_has_an_empty_text() -> None:
+    async with served(ScriptedEngine(says(call_of("run", {})))) as http:
+        reply = await http.post(PATH, json={"messages": [HELLO], "tools": [CUSTOM]})
+    (call,) = reply.json()["choices"][0]["message"]["tool_calls"]
+    assert call["custom"] == {"name": "run", "input": ""}
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 async def test_a_call_that_was_cut_has_the_text_so_far(stream: bool) -> None:
     engine = ScriptedEngine(says(call_of("run", {"input": "abcdefghijklmnop"})))

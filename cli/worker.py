@@ -249,9 +249,10 @@ def _trust_folder(cluster: str | None, state_dir: Path) -> Path:
     from llamaclust.cluster.membership.authority import trust_folder
     from llamaclust.cluster.state.clusters import find_running, running_clusters
 
-    if cluster is None and running_clusters(state_dir):
+    name, running = option_value("--cluster", parse_name, cluster or "default"), running_clusters(state_dir)
+    if cluster is None and running:
         return _trust_of(*find_running(state_dir, None))
-    return trust_folder(state_dir / option_value("--cluster", parse_name, cluster or "default"))
+    return _trust_of(*running[name]) if name in running else trust_folder(state_dir / name)
 
 
 def _trust_of(directory: ClusterDir, record: ClusterRecord) -> Path:

@@ -200,12 +200,20 @@ class Loads:
         return EncoderStreams(encoder, self._worker.compute.apart(ENCODER_NICENESS))
 
     async def _with_room(self, held: list[object], load: Callable[[], Awaitable[_Value]]) -> _Value:
-        """Calls `load`. If memory is short, frees what is `held`, waits for closed encoders, and calls `load` again."""
+        """Calls `load`. If memory is short, waits for closed encoders and calls it again. If still short, frees what
+        is `held` and calls it once more."""
         try:
             return await load()
         except InsufficientMemoryError:
-            if not (await self._worker.service.last_tiles() or held):
+            has_waited = await self._worker.service.last_tiles()
+            if not (has_waited or held):
                 raise
+        if has_waited:
+            try:
+                return await load()
+            except InsufficientMemoryError:
+                if not held:
+                    raise
         held.clear()
         return await load()
 

@@ -95,7 +95,7 @@ class _StaticWorker:
             async with browsing(cluster_id(ca_hash), self._search.add, self._tell_of_another):
                 while token.ca_hash == ca_hash:
                     await asyncio.sleep(_TOKEN_LOOK_S)
-                    with contextlib.suppress(UsageError):
+                    with contextlib.suppress(UsageError, OSError):
                         token = await asyncio.to_thread(self._read_token, token)
 
     def _read_token(self, last: JoinToken) -> JoinToken:

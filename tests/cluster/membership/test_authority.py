@@ -134,6 +134,7 @@ async def test_a_token_file_that_hangs_does_not_stop_the_event_loop(
             trust.rotate_token()
             back.set()
             await until(lambda: not trust._disk.hangs)
+            monkeypatch.setattr(module, "_READ_S", 60)
             await enrol(host, port, read(trust.token_file), "a")
     finally:
         back.set()

@@ -36,11 +36,16 @@ SHORT = InsufficientMemoryError("7 MiB are missing")
 
 
 @pytest.mark.parametrize(
-    ("has_room", "fits", "attempts"),
-    [(True, True, [True]), (False, True, [True, False]), (False, False, [True, False])],
+    ("has_room", "fits", "has_tiles", "attempts"),
+    [
+        (True, True, False, [True]),
+        (False, True, False, [True, False]),
+        (False, False, False, [True, False]),
+        (False, True, True, [True, True]),
+    ],
 )
 async def test_weights_of_freed_stages_stay_in_memory_while_there_is_room(
-    has_room: bool, fits: bool, attempts: list[bool], monkeypatch: pytest.MonkeyPatch
+    has_room: bool, fits: bool, has_tiles: bool, attempts: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers: list[WorkerMessage] = []
     found: list[bool] = []  # Whether the freed stage's weights are in memory, for each attempt.
@@ -49,13 +54,18 @@ async def test_weights_of_freed_stages_stay_in_memory_while_there_is_room(
 
     async def load_stage(*_: Any) -> Any:
         found.append(held() is not None)
-        if not (has_room or (fits and held() is None)):
+        has_waited = has_tiles and len(found) > 1
+        if not (has_room or has_waited or (fits and held() is None)):
             raise SHORT
         return SimpleNamespace(memory=SimpleNamespace(weight_bytes=1, kv_bytes=2, workspace_bytes=3))
 
     async def send(message: WorkerMessage) -> None:
         answers.append(message)
 
+    async def last_tiles(_: StageService) -> bool:
+        return has_tiles
+
+    monkeypatch.setattr(StageService, "last_tiles", last_tiles)
     monkeypatch.setattr(loads, "load_stage", load_stage)
     monkeypatch.setattr(loads, "StageStreams", lambda epoch, *_: SimpleNamespace(epoch=epoch))
     anything: Any = SimpleNamespace(received_bytes=0)

@@ -182,7 +182,7 @@ def test_the_token_of_started_workers_is_kept_however_its_folder_is_given(
         for trust, given, keys in ((own, "trust", []), (other, "../../secure", [f"join.trust_dir={tmp_path}/secure"])):
             config = load_config(None, ["name=brain", "launcher=ray", "workers=[{name: a, threads: 1}]", *keys])
             folder.write_record(cluster_record(config, folder, ApiPort(listener)))
-            for options in ([], ["--trust-dir", given]):
+            for options in ([], ["--cluster", "brain"], ["--trust-dir", given]):
                 done = CliRunner().invoke(app, ["token", "rotate", *options])
                 assert "stop the cluster first, `llamaclust down --cluster brain`" in str(done.exception)
             assert JoinToken.read(trust.token_file) == trust.token

@@ -36,17 +36,6 @@ _NOMINAL_GPU = DeviceProfile(read_bytes_s=500e9, int8_macs_s=50e12)
 def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRequest) -> Plan:
     """Makes a plan. Raises UsageError if a manual plan is invalid, InsufficientMemoryError if the model does not fit,
     and NetworkPartitionError if every plan needs a link between workers that cannot reach each other."""
-    try:
-        return _planned(costs, workers, request)
-    except InsufficientMemoryError:
-        groups = MemoryModel(StageCosts.of(costs), request).kv_groups
-        if groups.window is None or groups.states is not None or request.max_sequences == 1:
-            raise
-    # One sequence at a time needs the least memory for windows.
-    return _planned(costs, workers, replace(request, max_sequences=1))
-
-
-def _planned(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRequest) -> Plan:
     stages = StageCosts.of(costs)
     sizes = MemoryModel(stages, request)
     if request.manual is not None:

@@ -10,7 +10,6 @@ import pytest
 
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.links import COORDINATOR, Links
-from llamaclust.cluster.planner.memory import PlanRequest
 from llamaclust.cluster.planner.plan import IdleWorker, Plan, Prediction
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
@@ -151,26 +150,6 @@ def test_layers_with_a_window_are_planned_with_that_much_kv_memory() -> None:
     assert (plan.kv_blocks, plan.window_blocks) == (8 * 512, most), "no more than all sequences can use"
     with pytest.raises(InsufficientMemoryError, match="KV memory"):
         make_plan(WINDOWED, [worker("a")], replace(request, kv_memory_bytes=200 * MIB))
-
-
-def test_windows_of_one_sequence_are_planned_if_memory_suffices_for_no_more() -> None:
-    several = replace(REQUEST, context_length=8192, max_sequences=8)
-    one = replace(several, max_sequences=1)
-
-    def least_mib(request: PlanRequest) -> int:
-        """Returns the least memory of a worker that holds the model."""
-
-        def used(memory_mib: int) -> set[str]:
-            plan = make_plan(WINDOWED, [worker("a", memory_mib=memory_mib)], request)
-            return {stage.worker for stage in plan.stages}
-
-        return next(mib for mib in range(100, 1000) if _fits(used, mib))
-
-    least = least_mib(one)
-    assert least_mib(several) == least
-    plan = make_plan(WINDOWED, [worker("a", memory_mib=least)], several)
-    assert plan.window_blocks == make_plan(WINDOWED, [worker("a", memory_mib=least)], one).window_blocks
-    assert make_plan(WINDOWED, [worker("a", memory_mib=2 * least)], several).window_blocks > plan.window_blocks
 
 
 def test_kv_memory() -> None:

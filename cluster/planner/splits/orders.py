@@ -141,12 +141,17 @@ def _with_best_ends(file: _Tables, limits: Table) -> list[Order]:
         return []
     found = []
     for count in sorted({fewest + 1, (fewest + 1 + len(file)) // 2, len(file)}):
-        some = sorted(by_total[:count], key=lambda one: one[0])
-        limit = limits[bisect_left(limits, True, key=lambda limit: _best_ends(some, limit) is not None)]
-        ends = _best_ends(some, limit)
-        assert ends is not None
-        found.append(ends)
-    return found
+        by_speed = by_total[:count]
+        as_file = sorted(by_speed, key=lambda one: one[0])
+        # If layers differ in size, the model may fit in one of the orders only.
+        found += [_tightest(as_file, limits) or _tightest(by_speed, limits)]
+    return [order for order in found if order is not None]
+
+
+def _tightest(order: _Tables, limits: Table) -> Order | None:
+    """Returns the order with the best ends for the lowest limit that it can meet."""
+    lowest = bisect_left(limits, True, key=lambda limit: _best_ends(order, limit) is not None)
+    return None if lowest == len(limits) else _best_ends(order, limits[lowest])
 
 
 def _best_ends(order: _Tables, limit: float) -> Order | None:

@@ -20,7 +20,8 @@ from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.planner.splits import orders
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.profile import StepTimes
-from llamaclust.model.costs import ModelCosts
+from llamaclust.core.sizes import MIB
+from llamaclust.model.costs import LayerCost, ModelCosts
 from support.plans.plan_inputs import profile, reach, step_time
 from support.plans.random_plans import GB, MODELS, REQUEST, SIMPLER, WORKERS, Every, large, named
 
@@ -161,3 +162,18 @@ def test_64_workers_126_layers_and_their_2080_links_are_planned(objective: str) 
     print(f"{objective}: {taken_s:.2f} s of one core")
     assert taken_s < 30, "0.5 to 0.8 s on a fast machine"
     assert plan.optimality_gap is not None and plan.optimality_gap < (0.25 if objective == "latency" else 0.05)
+
+
+@pytest.mark.parametrize("seed", [15, 20, 21, 46])
+def test_workers_that_hold_unlike_layers_only_in_some_orders_are_planned(seed: int) -> None:
+    drawn = random.Random(seed)
+    layers = tuple(LayerCost(drawn.choice((500, 565)) * MIB, 100_000_000, 0) for _ in range(32))
+    shares = [drawn.uniform(0.7, 1.4) for _ in range(9)]
+    unit = 1.13 * sum(layer.weight_bytes for layer in layers) / sum(shares)
+    workers = [
+        WorkerFacts(f"w{index}", int(unit * share), profile(1 + index / 100)) for index, share in enumerate(shares)
+    ]
+    drawn.shuffle(workers)
+    for objective in ("latency", "throughput"):
+        plan = planned(ModelCosts(1, 1, 1, layers), workers, objective)
+        assert plan is not None and len(plan.stages) == 9

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ from llamaclust.model.tokenizers.word_finder import WordFinder
 
 GUARD: Final = "\ufdd0"
 """A Unicode noncharacter, which is inserted into control words of user text to hide them from the tokenizer."""
+_NAMING: Final = ("role", "type")
 
 
 class Guard:
@@ -20,27 +22,43 @@ class Guard:
     def __init__(self, words: Sequence[str]) -> None:
         self._places = {word: place for place, word in enumerate(words)}
         self._finder = WordFinder(words)
-        self._starts = frozenset(word[:length] for word in words for length in range(1, len(word)))
-        self._longest = max(map(len, words), default=1) - 1
+        self._sorted = sorted(words)
+        self._firsts = frozenset(word[0] for word in words)
+        self._longest = max(map(len, words), default=1)
 
     def guarded(self, text: str) -> str:
+        hidden = self._hidden(text)
+        # Later text could complete a word whose beginning is the end of this text.
+        return hidden + GUARD if self._ends_in_start(hidden) else hidden
+
+    def guarded_name(self, name: str) -> str:
+        """Guards a key or a role. Identifiers change only if they contain a word, since templates compare them."""
+        return self._hidden(name) if name.isidentifier() else self.guarded(name)
+
+    def _hidden(self, text: str) -> str:
         if GUARD in text:
             raise RequestError("the messages contain U+FDD0, which is not a valid character; remove it")
         for word in sorted(self._finder.found_in(text), key=self._places.__getitem__):
             text = text.replace(word, word[0] + GUARD + word[1:])
-        # Later text could complete a word whose beginning is the end of this text.
-        ends = (text[-length:] for length in range(1, min(self._longest, len(text)) + 1))
-        return text + GUARD if any(end in self._starts for end in ends) else text
+        return text
+
+    def _ends_in_start(self, text: str) -> bool:
+        tail = text[-self._longest :]
+        return any(self._is_start(tail[place:]) for place, first in enumerate(tail) if first in self._firsts)
+
+    def _is_start(self, text: str) -> bool:
+        place = bisect_right(self._sorted, text)
+        return place < len(self._sorted) and self._sorted[place].startswith(text)
 
 
 def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """Inserts GUARD into every control word of the messages. The marks in an answer's text stay, because templates
     remove its reasoning by them. Raises RequestError if a message contains GUARD."""
     guard, of_answers = _guard(tokenizer.control_texts), _guard(tokenizer.control_words)
-    guarded = [_with_texts(message, guard.guarded) for message in messages]
+    guarded = [_with_texts(message, guard) for message in messages]
     for message, own in zip(messages, guarded, strict=True):
         if message.get("role") == "assistant" and "content" in message:
-            own["content"] = _with_texts(message["content"], of_answers.guarded)
+            own["content"] = _with_texts(message["content"], of_answers)
     return guarded
 
 
@@ -49,12 +67,16 @@ def _guard(words: tuple[str, ...]) -> Guard:
     return Guard([word for word in words if len(word) > 1])
 
 
-def _with_texts(value: Any, changed: Callable[[str], str]) -> Any:
+def _with_texts(value: Any, guard: Guard) -> Any:
     if isinstance(value, str):
-        return changed(value)
+        return guard.guarded(value)
     if isinstance(value, Mapping):
-        return {_with_texts(key, changed): _with_texts(item, changed) for key, item in value.items()}
-    return [_with_texts(item, changed) for item in value] if isinstance(value, list | tuple) else value
+        return {guard.guarded_name(key): _with_field(key, item, guard) for key, item in value.items()}
+    return [_with_texts(item, guard) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _with_field(key: str, value: Any, guard: Guard) -> Any:
+    return guard.guarded_name(value) if key in _NAMING and isinstance(value, str) else _with_texts(value, guard)
 
 
 def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:

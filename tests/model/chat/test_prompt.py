@@ -96,6 +96,36 @@ def test_guarding_changes_nothing_but_control_words(tokenizer: Tokenizer) -> Non
     assert messages[0]["t"] == [{"f": "<|eot_id|>"}]
 
 
+def test_control_words_of_letters_change_no_name_that_templates_read() -> None:
+    """ChatGLM 2 and 3 have the control words `sop` and `eop`."""
+    metadata = dict(open_model(DATA_FOLDER / "ggml-vocab-llama-bpe.gguf").metadata)
+    words = [*metadata["tokenizer.ggml.tokens"]]  # type: ignore[misc]  # a list of texts in this file
+    words[128010:128015] = ["[gMASK]", "sop", "eop", "<|user|>", "<|assistant|>"]
+    tokenizer = load_tokenizer(metadata | {"tokenizer.ggml.tokens": words})
+    arguments = {"size": 1, "eop": 2, "<|user|": 3}
+    messages = [
+        {"role": "user", "name": "joe", "content": "This is so"},
+        {"role": "user", "content": [{"type": "image", "text": "p e"}]},
+        {"role": "assistant", "content": "sop", "tool_calls": [{"type": "tree", "arguments": arguments}]},
+    ]
+    guarded = guard_messages(messages, tokenizer)
+    assert guarded == [
+        {"role": "user", "name": f"joe{GUARD}", "content": f"This is so{GUARD}"},
+        {"role": "user", "content": [{"type": "image", "text": f"p e{GUARD}"}]},
+        {
+            "role": "assistant",
+            "content": f"s{GUARD}op",
+            "tool_calls": [
+                {"type": "tree", "arguments": {"size": 1, f"e{GUARD}op": 2, f"<|user|{GUARD}": 3}},
+            ],
+        },
+    ]
+    with ChatTemplate(built_in("chatglm-3"), "", "") as template:
+        ids = encode_chat(tokenizer, template.render(guarded[:1]))
+    control = [tokenizer.token_text(token_id) for token_id in ids if tokenizer.is_control(token_id)]
+    assert control == ["<|begin_of_text|>", "[gMASK]", "sop", "<|user|>", "<|assistant|>"]
+
+
 def test_bos_comes_first_exactly_once(tokenizer: Tokenizer) -> None:
     assert encode_chat(tokenizer, "<|begin_of_text|>Hi") == encode_chat(tokenizer, "Hi") == tokenizer.encode("Hi")
 

@@ -21,11 +21,12 @@ from llamaclust.model.chat.tools.template_probe import (
 from llamaclust.model.chat.tools.tool_format import Calls, Frame, NamedCalls, ObjectCalls, TaggedCalls
 
 _BOTH = dict(zip(KEYS, VALUES, strict=True))
+_MAX_CALL_CHARS = 1 << 16
 
 
 def derived_calls(probe: Probe) -> Calls | None:
     text = probe.call_text(_BOTH)
-    if NAMES[0] not in text:
+    if NAMES[0] not in text or len(text) > _MAX_CALL_CHARS:
         return None
     return _object_calls(probe, text) or _named_calls(probe, text) or _tagged_calls(probe, text)
 
@@ -143,7 +144,7 @@ def _json_with(text: str, part: str, start: int) -> tuple[Any, int, int] | None:
         if text[place] in "{[":
             try:
                 value, end = decoder.raw_decode(text, place)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if part in text[place:end]:
                 return value, place, end

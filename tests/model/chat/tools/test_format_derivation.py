@@ -70,6 +70,16 @@ def test_template_that_refuses_everything_has_the_generic_form() -> None:
     assert form.calls == GENERIC_CALLS and form.reasoning is None
 
 
+def test_long_runs_of_brackets_are_no_calls() -> None:
+    from llamaclust.model.chat.tools.format_derivation import derive_format
+
+    for count in (5_000, 200_000):
+        call = f"{{{{ '[' * {count} }}}}{{{{ m.tool_calls[0].function.name }}}}"
+        shown = f"{{% if m.tool_calls %}}{call}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
+        source = f"{{% for m in messages %}}{shown}{{% endfor %}}"
+        assert derive_format(source, render_with(source)).calls == GENERIC_CALLS
+
+
 def test_reasoning_that_the_prompt_opens() -> None:
     from llamaclust.model.chat.tools.begun_answer import opened_reasoning
     from llamaclust.model.chat.tools.format_derivation import derive_format

@@ -37,6 +37,7 @@ _NOT_STRIPPING_TEXTS: Final = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 _BYTE_TEXT: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 SUPPRESSED: Final = "suppress_tokens"
 _MAX_SUPPRESSED: Final = 256
+_MAX_WORD_CHARS: Final = 4096
 _END_KEYS: Final = tuple(f"{name}_token_id" for name in ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep"))
 
 
@@ -133,6 +134,9 @@ def _read_words(metadata: Mapping[str, Any]) -> list[str]:
     words = read_strings(metadata, "tokens")
     if not words:
         raise ModelFileError(f"{key('tokens')} is empty")
+    longest = max(map(len, words))
+    if longest > _MAX_WORD_CHARS:
+        raise ModelFileError(f"{key('tokens')} has a token of {longest} characters, more than {_MAX_WORD_CHARS}")
     if "" in words:
         words = [word or f"[EMPTY_{index}]" for index, word in enumerate(words)]
     return words

@@ -206,6 +206,7 @@ def test_unknown_token_ids_are_refused() -> None:
         (bpe(pre="martian"), "unknown pre-tokenizer 'martian'"),
         (bpe(tokens=["a", "b", "a"], token_type=None), "tokens 0 and 2 are both 'a'"),
         (bpe(tokens=[]), "tokens is empty"),
+        (bpe(tokens=["a", "b" * 4097]), "a token of 4097 characters, more than 4096"),
         (bpe(tokens="abc"), "not an array of text"),
         (bpe(tokens=[1, 2]), "not an array of text"),
         (bpe(token_type=np.array([1, 1], np.int32)), "must be an array of 256 numbers"),

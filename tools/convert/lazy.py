@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -230,7 +230,7 @@ class Recent:
     """A thread-safe cache of the last two results, for threads that need different parts of the same result."""
 
     def __init__(self) -> None:
-        self._lock = Lock()
+        self._lock = RLock()  # A result may be made of other results.
         self._kept: list[tuple[object, Any]] = []
 
     def get(self, key: object, make: Callable[[], Any]) -> Any:

@@ -19,7 +19,7 @@ from llamaclust.model.gguf.writer import Contents, RawValue, TensorSource, Writa
 from llamaclust.tools.progress import ByteProgress, Progress
 
 DEFAULT_TENSORS: Final = 128
-_MOST_PARTS: Final = 99_999
+_MOST_PARTS: Final = (1 << 16) - 1
 _PIECE_BYTES: Final = 1 << 24
 _SPLIT_KEYS: Final = re.compile(r"split\.(no|count|tensors\.count)")
 

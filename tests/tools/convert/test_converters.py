@@ -253,6 +253,10 @@ def test_the_head_of_baichuan_2_has_rows_of_length_one(tmp_path: Path) -> None:
     model = convert_checkpoint(Checkpoint("BaichuanForCausalLM", settings, lazy, tmp_path, "tiny"))
     rows = model.tensors["output.weight"].read(7, 9)
     np.testing.assert_allclose(rows, head[7:9] / np.linalg.norm(head[7:9], axis=1, keepdims=True), rtol=1e-6)
+    tied = Settings(config | {"vocab_size": words, "tie_word_embeddings": True}, "config.json")
+    lazy = {name: tensor for name, tensor in lazy.items() if name != "lm_head.weight"}
+    with pytest.raises(ModelFileError, match=r"lm_head\.weight is missing"):
+        convert_checkpoint(Checkpoint("BaichuanForCausalLM", tied, lazy, tmp_path, "tiny"))
 
 
 @pytest.mark.parametrize("stored", ["f32", "f16", "bf16"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.core.errors import ModelFileError
 from llamaclust.tools.convert.converted_model import ConvertedModel, neighbours, picked
 from llamaclust.tools.convert.converters import decoder
 from llamaclust.tools.convert.lazy import mapped, rows
@@ -151,7 +152,9 @@ def build_baichuan(model: ConvertedModel) -> None:
     model.metadata["baichuan.tensor_data_layout"] = "Meta AI original pth"
     decoder.ends(model)
     if model.words == _BAICHUAN_2_WORDS:
-        model.tensors["output.weight"] = mapped(model.tensors["output.weight"], _of_length_one)
+        if (head := model.tensors.get("output.weight")) is None:
+            raise ModelFileError("lm_head.weight is missing: Baichuan 2 has a head of its own")
+        model.tensors["output.weight"] = mapped(head, _of_length_one)
     for layer in range(model.layers):
         decoder.norms(model, layer)
         _baichuan_attention(model, layer)

@@ -152,25 +152,25 @@ async def open_cluster(
 async def _joined(
     planners: Sequence[ClusterPlanner], registry: Registry, launcher: Launcher, record: ControlRecord, report: Report
 ) -> None:
-    await launcher.joined(registry, lambda: _shortfall(planners, _undrained(registry, record.drained)))
+    await launcher.joined(registry, lambda: _shortfall(planners, registry.present))
     await _undrain_needed(planners, registry, record, report)
 
 
 async def _undrain_needed(
     planners: Sequence[ClusterPlanner], registry: Registry, record: ControlRecord, report: Report
 ) -> None:
-    """Makes drained workers available again, one by one, if the other workers cannot hold the models."""
+    """Makes drained workers available again, as few as possible, if the other workers cannot hold the models."""
     drained = record.drained & registry.present.keys()
     if not drained or (short := await _shortfall(planners, _undrained(registry, drained))) is None:
         return
-    needed: list[str] = []
-    for name in sorted(drained):
-        needed.append(name)
-        if await _shortfall(planners, _undrained(registry, drained - {*needed})) is None:
-            why = f"because the others do not suffice: {short}"
-            report(Notice(f"{', '.join(needed)}: drained, but needed, {why}"))
-            await record.drain(record.drained - {*needed})
-            return
+    if await _shortfall(planners, registry.present) is not None:
+        return
+    needed = set(drained)
+    for name in sorted(drained, reverse=True):
+        if await _shortfall(planners, _undrained(registry, drained - needed | {name})) is None:
+            needed.remove(name)
+    report(Notice(f"{', '.join(sorted(needed))}: drained, but needed, because the others do not suffice: {short}"))
+    await record.drain(record.drained - needed)
 
 
 async def _measured(

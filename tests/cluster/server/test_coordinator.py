@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sized
+from collections.abc import AsyncIterator, Iterable, Sized
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -200,6 +200,22 @@ async def test_a_start_uses_drained_workers_that_the_model_needs(needed: int, ke
     assert record.drained == ControlRecord.begin(tmp_path / "control").drained == kept
     why = "b: drained, but needed, because the others do not suffice: it needs 3 MiB more"
     assert events == ([Notice(why)] if needed == 2 else [])
+
+
+async def test_a_start_leaves_workers_drained_that_the_model_does_not_need(tmp_path: Path) -> None:
+    memory = {"a": 2, "b": 1, "c": 2, "d": 1}
+
+    async def plan(workers: Iterable[str], **_: object) -> None:
+        if sum(memory[name] for name in workers) < 4:
+            raise InsufficientMemoryError("it needs 2 MiB more")
+
+    config = ClusterConfig.model_validate({"model": "n", "workers": [{"name": "a"}]})
+    planner = cast(ClusterPlanner, SimpleNamespace(config=config, plan=plan))
+    registry = cast(Registry, SimpleNamespace(present=dict.fromkeys(memory)))
+    record = ControlRecord.begin(tmp_path / "control")
+    await record.drain(frozenset("bcd"))
+    await coordinator._undrain_needed([planner], registry, record, lambda event: None)
+    assert record.drained == {"b", "d"}
 
 
 @pytest.mark.parametrize("several", [False, True])

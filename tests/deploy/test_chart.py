@@ -66,6 +66,18 @@ def test_lint(values: Mapping[str, Any]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_an_uninstall_keeps_every_volume() -> None:
+    every = (manifest for name in MATRIX for manifest in rendered(name))
+    claims = [manifest["metadata"] for manifest in every if manifest["kind"] == "PersistentVolumeClaim"]
+    assert {claim["name"].rpartition("-")[2] for claim in claims} == {"coordinator", "models"}
+    assert all(claim["annotations"]["helm.sh/resource-policy"] == "keep" for claim in claims)
+
+
+def test_a_rollout_may_take_as_long_as_a_download_and_a_start() -> None:
+    values = {"model": {"pullSeconds": 1000}, "coordinator": {"startupSeconds": 2000}}
+    assert one(render(values), "Deployment")["spec"]["progressDeadlineSeconds"] == 3120
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_version_of_kubernetes_takes_every_object(version: str) -> None:
     assert len(MATRIX) >= 12

@@ -128,9 +128,9 @@ def cluster_record(config: ClusterConfig, folder: ClusterDir, port: ApiPort) -> 
         pid=os.getpid(),
         api=port.url,
         model=config.of_each_model()[0].model_name,
-        api_keys_file=None if keys is None else str(keys),
+        api_keys_file=None if keys is None else str(keys.absolute()),
         launcher=config.launcher,
-        api_certificate=None if port.certificate is None else str(folder.api_certificate),
+        api_certificate=None if port.certificate is None else str(folder.api_certificate.absolute()),
         trust_dir=None if trust is None else str(trust.absolute()),
     )
 

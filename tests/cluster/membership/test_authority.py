@@ -178,10 +178,13 @@ def test_the_token_of_started_workers_is_kept_however_its_folder_is_given(
     folder.create()
     own, other = (Authority.open(path) for path in (folder.path / "trust", tmp_path / "secure"))
     monkeypatch.chdir(folder.path)
+    workers = ["workers=[{name: a, threads: 1}]", "api_keys_file=keys.txt"]
     with folder.locked(), socket.socket() as listener:
         for trust, given, keys in ((own, "trust", []), (other, "../../secure", [f"join.trust_dir={tmp_path}/secure"])):
-            config = load_config(None, ["name=brain", "launcher=ray", "workers=[{name: a, threads: 1}]", *keys])
-            folder.write_record(cluster_record(config, folder, ApiPort(listener)))
+            config = load_config(None, ["name=brain", "launcher=ray", *workers, *keys])
+            record = cluster_record(config, folder, ApiPort(listener))
+            assert record.api_keys_file == str(folder.path / "keys.txt")
+            folder.write_record(record)
             for options in ([], ["--cluster", "brain"], ["--trust-dir", given]):
                 done = CliRunner().invoke(app, ["token", "rotate", *options])
                 assert "stop the cluster first, `llamaclust down --cluster brain`" in str(done.exception)

@@ -176,10 +176,16 @@ class WorkerHandle:
         return order.limits.places(order.start, order.end)
 
     @property
-    def device_layers(self) -> tuple[DeviceLayers, ...]:
+    def newest_orders(self) -> list[Load]:
+        """The `Load` message of each model's newest stage."""
         orders = [order for order, _ in self.stages.values()]
         models = {order.model_id for order in (*orders, self.loading) if order is not None}
-        return tuple(part for model_id in sorted(models) for part in self.devices_of(self.order_of(model_id)))
+        newest = (self.order_of(model_id) for model_id in sorted(models))
+        return [order for order in newest if order is not None]
+
+    @property
+    def device_layers(self) -> tuple[DeviceLayers, ...]:
+        return tuple(part for order in self.newest_orders for part in self.devices_of(order))
 
     def devices_of(self, order: Load | None) -> tuple[DeviceLayers, ...]:
         kind = "cpu" if self.registration.gpus else self.registration.device

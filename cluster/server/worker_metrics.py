@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -97,9 +97,11 @@ def _of_devices(workers: Mapping[str, WorkerHandle]) -> Iterator[Metric]:
     total = _gauge("worker_gpu_memory_bytes", "Memory of a worker's GPU", "worker", "gpu")
     free = _gauge("worker_gpu_free_memory_bytes", "GPU memory that a worker can still allocate", "worker", "gpu")
     for name, worker in workers.items():
-        counts: Counter[str] = Counter()
-        for part in worker.device_layers:
-            counts[part.device] += part.end - part.start
+        counts: defaultdict[str, float] = defaultdict(float)
+        for order in worker.newest_orders:
+            for part in worker.devices_of(order):
+                start, end = order.limits.places(part.start, part.end)
+                counts[part.device] += end - start
         for device, count in counts.items():
             layers.add_metric([name, device], count)
         for gpu in worker.gpus if worker.heartbeat is not None else ():

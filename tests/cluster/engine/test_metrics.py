@@ -149,6 +149,13 @@ def hold(first: WorkerHandle, second: WorkerHandle) -> None:
         worker.heartbeat = replace(BEAT, stages=(StageProgress(5, 3, group=counters),))
 
 
+def test_layers_with_divided_experts_count_by_their_shards() -> None:
+    metrics, workers = whole()
+    order = replace(LOAD, start=0, end=9, devices=(), limits=replace(LOAD.limits, expert_shards=2))
+    workers["a"].stages[5] = order, Loaded(5, 1, 1, 1)
+    assert value(metrics.render().decode(), "llamaclust_worker_layers", worker="a", device="cpu") == 4.5
+
+
 def test_a_lost_worker_is_down_and_has_no_other_metrics() -> None:
     metrics, workers = whole()
     workers["a"].lose("killed")

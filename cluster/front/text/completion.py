@@ -171,7 +171,7 @@ class _RunningChoice:
         try:
             self._take(event)
         except Exception as error:  # noqa: BLE001  The engine's other requests must continue.
-            self.end(error)
+            self._owner.failed(error)
 
     def _take(self, event: Event) -> None:
         for chunk in self._text.take(event):

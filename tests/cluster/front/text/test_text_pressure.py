@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from unittest.mock import Mock
 from functools import partial
 from threading import Event
 
@@ -116,13 +117,17 @@ async def test_a_bug_in_one_text_ends_no_other_request(monkeypatch: pytest.Monke
     async with real_engine() as (engine, _):
         service = make_service(engine)
         first, second = [await service.start(replace(request, max_new_tokens=9, ignore_eos=True)) for request in asked]
-        faulty = first._choices[0]._text
+        faulty, running = first._choices[0]._text, first._choices[0].request
+        assert running is not None
+        aborting = Mock(wraps=running.abort)
+        monkeypatch.setattr(running, "abort", aborting)
         monkeypatch.setattr(ChoiceText, "take", lambda text, event: 1 / 0 if text is faulty else taken(text, event))
         async with first, second:
             with pytest.raises(ZeroDivisionError):
                 await collect(first.log.chunks())
             (answer,) = await collect(second.log.chunks())
     assert len(answer.rows) == 9
+    assert aborting.called, "the engine computes no more of a text that nobody can get"
 
 
 async def test_a_drained_service_has_answered_every_choice() -> None:

@@ -17,7 +17,8 @@ MAX_IMAGES_BYTES: Final = 32 << 20
 MEDIA_MARKER: Final = f"<__media_{token_hex(16)}__>"
 """llama.cpp's placeholder for an image, shown by `GET /props`. It is random, so no text contains it by accident."""
 PLAIN_MARKER: Final = "<__media__>"
-"""Placeholder of older llama.cpp versions. It is used in prompts without a `MEDIA_MARKER`."""
+"""Placeholder of older llama.cpp versions. It is used in prompts without a random marker."""
+_RANDOM_MARKER: Final = re.compile(r"<__media_[0-9a-f]{32}__>")
 
 DETAILS: Final = ("auto", "low", "high", "original")
 """OpenAI's levels of detail of an image."""
@@ -46,6 +47,12 @@ class PromptImages:
     @property
     def least_tokens(self) -> int:
         return sum(1 if isinstance(piece, ImageSource) else len(piece) for piece in self.pieces)
+
+
+def media_marker(prompt: str, images: int) -> str:
+    """Returns the marker of a prompt's `images`. Restored prompts have the random marker of an earlier coordinator."""
+    earlier = (found for found in _RANDOM_MARKER.findall(prompt) if prompt.count(found) == images)
+    return MEDIA_MARKER if MEDIA_MARKER in prompt else next(earlier, PLAIN_MARKER)
 
 
 def image_part(url: str, detail: str = "auto") -> dict[str, Any]:

@@ -39,7 +39,7 @@ from llamaclust.cluster.front.shared_fields import (
 from llamaclust.cluster.front.structured_output import GrammarFields
 from llamaclust.cluster.front.text.answer import TextChunk, row_entry
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem, Timed
-from llamaclust.cluster.front.text.images import MAX_IMAGES, MEDIA_MARKER, PLAIN_MARKER, PromptImages, source_of
+from llamaclust.cluster.front.text.images import MAX_IMAGES, PromptImages, media_marker, source_of
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.front.text.sharing import TOKENIZING, run_on
@@ -94,7 +94,7 @@ def _marked_prompt(value: dict[str, Any], context: object) -> MarkedPrompt:
     data, text = value["multimodal_data"], value.get("prompt_string")
     if not isinstance(text, str) or not isinstance(data, list) or len(value) > 2:
         raise ValueError("an object must have a text `prompt_string`, a list `multimodal_data` and no other fields")
-    texts = text.split(MEDIA_MARKER if MEDIA_MARKER in text else PLAIN_MARKER)
+    texts = text.split(media_marker(text, len(data)))
     if len(texts) != len(data) + 1:
         found = f"has {len(texts) - 1} media markers for {len(data)} images"
         raise ValueError(f"{found}; for each image, put the `media_marker` from GET /props in `prompt_string`")

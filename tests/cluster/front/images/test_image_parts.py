@@ -63,6 +63,9 @@ def block(data: bytes, media_type: object = "image/png") -> dict[str, Any]:
     return {"type": "image", "source": source, "cache_control": {"type": "ephemeral"}}
 
 
+EARLIER = f"<__media_{'0' * 32}__>"
+"""The media marker of an earlier coordinator, which a restored prompt has."""
+
 BOTH: list[tuple[str, dict[str, Any], tuple[str | bytes, ...]]] = [
     (
         CHAT,
@@ -149,6 +152,16 @@ BOTH: list[tuple[str, dict[str, Any], tuple[str | bytes, ...]]] = [
             }
         },
         ("a", FIRST, SECOND, "b"),
+    ),
+    (
+        COMPLETION,
+        {
+            "prompt": {
+                "prompt_string": f"{EARLIER}a{EARLIER}{PLAIN_MARKER}<__media_{'1' * 32}__>",
+                "multimodal_data": [base64_of(FIRST), base64_of(SECOND)],
+            }
+        },
+        (FIRST, "a", SECOND, f"{PLAIN_MARKER}<__media_{'1' * 32}__>"),
     ),
     (
         "/completions",

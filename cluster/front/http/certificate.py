@@ -211,7 +211,7 @@ def certificate_names(listen_hosts: Sequence[str], allowed_hosts: Sequence[str])
     """Returns the host names and addresses by which clients may reach an API that listens on `listen_hosts`."""
     here = [name for host in listen_hosts for name in (own_addresses() if host in ANYWHERE else [host])]
     names = ["localhost", "127.0.0.1", "::1", socket.gethostname(), *here, *allowed_hosts]
-    return _unique(name.lower() for name in names)
+    return _unique(str(ipaddress.ip_address(name)) if is_address(name) else name.lower() for name in names)
 
 
 def keep_self_signed(path: Path, names: Sequence[str]) -> None:

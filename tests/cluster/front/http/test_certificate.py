@@ -240,6 +240,14 @@ def test_a_new_name_makes_a_new_certificate_that_keeps_the_former_names(tmp_path
     assert self_signed(tmp_path, ("10.0.0.5",)).fingerprint == second.fingerprint
 
 
+def test_other_spellings_of_an_address_need_no_new_certificate(tmp_path: Path) -> None:
+    path = tmp_path / "api.pem"
+    keep_self_signed(path, certificate_names(["2001:DB8:0:0::1"], []))
+    made = path.read_bytes()
+    keep_self_signed(path, certificate_names(["2001:db8::1"], ["2001:0db8::0001"]))
+    assert path.read_bytes() == made
+
+
 def test_a_damaged_or_ending_certificate_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "api.pem"
     path.write_text("damaged")

@@ -21,6 +21,7 @@ from llamaclust.core.regular_file import read_bytes
 from llamaclust.model.images.formats import ImageFormat, format_of
 from llamaclust.model.images.settings import MAX_IMAGE_BYTES
 
+_PNG_MODES: Final = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
 _OTHER_BYTES: Final = 1 << 16
 """Bytes reserved for the fields of a request other than its messages."""
 
@@ -125,5 +126,8 @@ def _bytes_of(image: Any) -> tuple[bytes, str]:
             reason = error.strerror if isinstance(error, OSError) else error
             raise UsageError(f"{name}: {reason}; give the path of an image") from error
     out = io.BytesIO()
-    image.save(out, "PNG")
+    try:
+        (image if image.mode in _PNG_MODES else image.convert("RGB")).save(out, "PNG")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"image: {error}; give an image that can be saved as PNG") from error
     return out.getvalue(), "image"

@@ -49,6 +49,14 @@ def test_a_path_bytes_and_an_image_of_pillow_become_data_urls(tmp_path: Path) ->
     assert head == "data:image/png;base64" and Image.open(io.BytesIO(data)).getpixel((2, 1)) == (200, 10, 30)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "F", "I"])
+def test_images_of_pillow_may_have_any_mode(mode: str) -> None:
+    steps = [PICTURE.convert(between) for between in ("RGB", "L") if mode in ("LAB", "F", "I", "1")] or [PICTURE]
+    image = Image.new(mode, (4, 4)) if mode == "LAB" else steps[-1].convert(mode)
+    _, data = data_of(image_part(image))
+    assert Image.open(io.BytesIO(data)).size == image.size
+
+
 def test_contents_are_texts_images_or_lists_of_both() -> None:
     given = {"type": "image_url", "image_url": {"url": "https://a.example/b"}}
     made = message_json({"role": "user", "content": ["What is this?", png(), given], "name": "a"})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from unittest.mock import Mock
 from functools import partial
 from threading import Event
+from unittest.mock import Mock
 
 import pytest
 

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from itertools import combinations
 from operator import ne
 from typing import Any, Final
 
+from llamaclust.cluster.front.structured_output import CONSTRAINTS, constrains
+
 _Refuses = Callable[[Any, Any], bool]
 """A predicate of two fields' values (None if absent). It returns True if one request cannot have both values."""
 
-_GRAMMARS: Final = (
-    *("response_format", "json_schema", "grammar", "structured_outputs", "guided_json", "guided_regex"),
-    *("guided_choice", "guided_grammar", "guided_json_object", "regex", "ebnf"),
-)
 _LOGPROBS: Final = "message.output_text.logprobs"
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or value is False or value in ("", [], {}, {"type": "text"})
+    return value is None or value is False or value in ("", [], {})
 
 
 def _both(one: Any, other: Any) -> bool:
     return not _is_empty(one) and not _is_empty(other)
+
+
+def _both_constrain(name: str, other_name: str, one: Any, other: Any) -> bool:
+    return constrains(name, one) and constrains(other_name, other)
 
 
 def _alone(one: Any, other: Any) -> bool:
@@ -42,7 +45,7 @@ _EXCLUDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     ("continue_final_message", "add_generation_prompt", _both),
     ("background", "store", lambda background, store: background is True and store is False),
     *(("suffix", other, _both) for other in ("raw", "context", "system")),
-    *((one, other, _both) for one, other in combinations(_GRAMMARS, 2)),
+    *((one, other, partial(_both_constrain, one, other)) for one, other in combinations(CONSTRAINTS, 2)),
 )
 """Pairs of fields, with a predicate that is True if their two values cannot be in one request."""
 _NEEDED: Final[Collection[tuple[str, str, _Refuses]]] = (

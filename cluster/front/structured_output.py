@@ -56,13 +56,18 @@ class GrammarFields(Body):
 
     def answer_grammar(self) -> Grammar | None:
         """Returns the grammar, or None if no field constrains the answer. Raises ParameterError for invalid fields."""
-        values = {name: getattr(self, name) for name in _FIELDS}
-        made = {name: make(values[name], name) for name, (make, empty) in _FIELDS.items() if values[name] not in empty}
+        values = {name: getattr(self, name) for name in CONSTRAINTS}
+        made = {name: CONSTRAINTS[name][0](value, name) for name, value in values.items() if constrains(name, value)}
         first = next(iter(made), "")
         for name, grammar in made.items():
             if grammar != made[first]:
                 raise ParameterError(name, f"cannot be used together with {first}: send only one of the two fields")
         return made.get(first)
+
+
+def constrains(name: str, value: Any) -> bool:
+    """Returns True if this value of a field of GrammarFields constrains answers. The schema {} allows any JSON."""
+    return value not in CONSTRAINTS[name][1]
 
 
 def response_format_grammar(value: dict[str, Any], origin: str) -> Grammar | None:
@@ -142,12 +147,12 @@ _VLLM_FORMS: dict[str, Callable[[Any, str], Grammar]] = {
     "grammar": lambda value, origin: definitions.of_gbnf(_text(value, origin), origin),
 }
 _UNSET: tuple[Any, ...] = (None, "", {})
-_FIELDS: dict[str, tuple[_Make, tuple[Any, ...]]] = {
+CONSTRAINTS: dict[str, tuple[_Make, tuple[Any, ...]]] = {
     "response_format": (response_format_grammar, (None, {"type": "text"})),
-    "json_schema": (_VLLM_FORMS["json"], (None, {})),
+    "json_schema": (_VLLM_FORMS["json"], (None,)),
     "grammar": (_VLLM_FORMS["grammar"], _UNSET),
     "structured_outputs": (_of_vllm, _UNSET),
-    "guided_json": (_VLLM_FORMS["json"], _UNSET),
+    "guided_json": (_VLLM_FORMS["json"], (None, "")),
     "guided_regex": (_VLLM_FORMS["regex"], _UNSET),
     "guided_choice": (_VLLM_FORMS["choice"], (None,)),
     "guided_grammar": (_VLLM_FORMS["grammar"], _UNSET),

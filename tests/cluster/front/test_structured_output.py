@@ -38,7 +38,7 @@ GBNF = 'root ::= "yes" | "no"'
     [
         ({}, None),
         ({"response_format": {"type": "text"}}, None),
-        ({"grammar": "", "guided_regex": "", "json_schema": {}, "structured_outputs": {}}, None),
+        ({"grammar": "", "guided_regex": "", "guided_json": "", "structured_outputs": {}}, None),
         ({"response_format": {"type": "json_object"}}, definitions.of_object("")),
         ({"response_format": {"type": "json_object", "schema": SCHEMA}}, JSON),
         (
@@ -51,6 +51,8 @@ GBNF = 'root ::= "yes" | "no"'
             JSON,
         ),
         ({"json_schema": SCHEMA}, JSON),
+        ({"json_schema": {}}, definitions.of_schema({}, "")),
+        ({"guided_json": {}}, definitions.of_schema({}, "")),
         ({"guided_json": json.dumps(SCHEMA)}, JSON),
         ({"structured_outputs": {"json": SCHEMA, "regex": None}}, JSON),
         ({"structured_outputs": {"json_object": True}}, definitions.of_object("")),

@@ -139,7 +139,7 @@ class AnswerFields(Body):
         return self.think not in (None, False)
 
     def _grammar(self) -> Grammar | None:
-        if self.format in (None, "", {}):
+        if self.format in (None, ""):
             return None
         return of_object("format") if self.format == "json" else of_schema(self.format, "format")
 

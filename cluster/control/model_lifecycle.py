@@ -11,6 +11,7 @@ from typing import Any
 from llamaclust.cluster.control.observations import Signal
 from llamaclust.cluster.control.state_store import StateStore
 from llamaclust.cluster.engine.engine import Engine, EngineState
+from llamaclust.core.errors import WorkerError
 from llamaclust.wire.rpc.task_set import TaskSet
 
 _LOOK_S = 1.0
@@ -71,6 +72,10 @@ class ModelLifecycle:
         idle_s = 0.0 if loss is not None and loss.error is None else _now_s() - self.idle_since_s
         return max(0.0, self.keep_alive_s - idle_s)
 
+    @property
+    def _refuses(self) -> bool:
+        return self.engine.state in (EngineState.REFUSING, EngineState.DOWN)
+
     def enter(self) -> None:
         """Counts a request that has not reached the engine yet, and wakes the model."""
         self._users += 1
@@ -107,6 +112,16 @@ class ModelLifecycle:
     def load(self) -> None:
         self.is_explicit = self.serving_since_s is None
         self.wake()
+
+    async def preload(self) -> None:
+        """Loads the model as a request does, and waits until it is loaded. Raises WorkerError if loading failed."""
+        self.enter()
+        try:
+            await self.store.until(lambda state: state.loss is None or self._refuses)
+            if self._refuses:
+                raise WorkerError(str(self.engine.error))
+        finally:
+            self.leave()
 
     async def sleep(self) -> None:
         """Puts the model to sleep if it has no requests."""

@@ -34,6 +34,9 @@ class ScriptedLifecycle:
     def load(self) -> None:
         self.is_asleep = False
 
+    async def preload(self) -> None:
+        self.load()
+
     async def sleep(self) -> None:
         self.is_asleep = self.is_idle
 

@@ -189,21 +189,26 @@ class OllamaDialect(Dialect[AnyAnswer]):
         """Converts a request's body to a completion request."""
 
     async def reply(self, parsed: ParsedRequest[AnyAnswer]) -> Reply:
-        body, end = parsed.body, None
-        if body.is_load:
-            unloads = self.settings.can_unload and read_keep_alive(body.keep_alive) == 0
-            end = "unload" if unloads else "load"
+        body, end = parsed.body, self._load_reason(parsed.body)
         # The time of admission stays the same if the reply is computed again.
         begin = {"model": parsed.model, "created_at": shown_time(parsed.context.created)}
         return Reply(
             service=self.service,
-            requests=partial(self._requests, parsed),
+            requests=partial(self._requests, parsed, end),
             view=partial(OllamaView, self.service.tokenizer, begin, self.show, body.logprobs, body.has_context, end),
             is_streamed=body.stream,
         )
 
-    async def _requests(self, parsed: ParsedRequest[AnyAnswer]) -> list[CompletionRequest]:
-        if parsed.body.is_load:
+    def _load_reason(self, body: AnyAnswer) -> str | None:
+        """Returns the `done_reason` of a request that only loads or unloads the model, else None."""
+        if not body.is_load:
+            return None
+        return "unload" if self.settings.can_unload and read_keep_alive(body.keep_alive) == 0 else "load"
+
+    async def _requests(self, parsed: ParsedRequest[AnyAnswer], load_reason: str | None) -> list[CompletionRequest]:
+        if load_reason == "load":
+            await self.model.lifecycle.preload()
+        if load_reason is not None:
             return []
         if parsed.body.wants_reasoning and not (await self.service.chat_format.get()).knows_reasoning:
             message = f"{self.service.settings.model_name!r} does not support thinking; remove the field think"

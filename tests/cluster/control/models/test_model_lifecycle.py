@@ -30,6 +30,7 @@ class Engine:
     def __init__(self) -> None:
         self.requests = OpenRequests(ANYTHING, ANYTHING)
         self.state = EngineState.ASLEEP
+        self.error: WorkerError | None = None
 
     async def finish_tile(self) -> None: ...
 
@@ -191,6 +192,34 @@ async def test_the_idle_time_begins_when_the_model_serves() -> None:
         await _until_awake(model)
         assert model.store.state.is_wanted
         await model.store.until(lambda state: state.is_asleep)
+
+
+async def test_a_preload_puts_the_longest_idle_model_to_sleep_and_waits_for_the_load() -> None:
+    async with _models("abc", Random(SEED)) as (first, second, third):
+        for model in (first, second):
+            model.lifecycle.load()
+            await _until_awake(model)
+            await _iterations(_WAKE)
+        third.may_load.clear()
+        preloading = asyncio.create_task(third.lifecycle.preload())
+        await third.store.until(lambda state: state.planning is not None and state.planning.plan is not None)
+        await _iterations(_WAKE)
+        assert first.lifecycle.is_asleep and not preloading.done()
+        third.may_load.set()
+        await preloading
+        assert third.is_awake and third.lifecycle.is_idle and second.is_awake
+
+
+async def test_a_preload_reports_a_failed_load() -> None:
+    async with _models("a", Random(SEED)) as (model,):
+        model.may_load.clear()
+        preloading = asyncio.create_task(model.lifecycle.preload())
+        await model.store.until(lambda state: state.is_planned)
+        model.engine.state, model.engine.error = EngineState.REFUSING, WorkerError("the file is absent")
+        model.store.post(observations.RequestsFailed("the file is absent"))
+        with pytest.raises(WorkerError, match="the file is absent"):
+            await preloading
+        assert model.lifecycle.is_idle
 
 
 async def test_a_recovery_is_no_use_of_a_model() -> None:

@@ -12,6 +12,7 @@ from llamaclust.cluster.front.body import HEADER
 from llamaclust.core.errors import WorkerError
 from llamaclust.model.chat.template import ChatTemplate
 from support.clusters.served import CONTEXT, END, MODEL, ScriptedEngine, client, ids, make_app, says, tokenizer
+from support.several_models.api_models import ScriptedLifecycle
 
 ANSWER = "The cat 🦙."
 HI = [{"role": "user", "content": "Hi"}]
@@ -110,6 +111,20 @@ async def test_a_request_without_a_prompt_loads(path: str, stream: bool) -> None
     (line,) = lines_of(reply)
     assert (line["done"], line["done_reason"]) == (True, "load") and reply.headers[HEADER] == "keep_alive"
     assert not engine.submitted
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_load_that_fails_is_an_error_and_an_unload_loads_nothing(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(lifecycle: ScriptedLifecycle) -> None:
+        raise WorkerError("no plan could be loaded")
+
+    monkeypatch.setattr(ScriptedLifecycle, "preload", fail)
+    body = {"model": MODEL, "stream": stream}
+    assert error_of(await post("/api/generate", body, can_unload=True)) == (503, "no plan could be loaded")
+    (line,) = lines_of(await post("/api/generate", body | {"keep_alive": 0}, can_unload=True))
+    assert line["done_reason"] == "unload"
 
 
 async def test_options_have_the_defaults_and_meaning_of_ollama() -> None:

@@ -37,7 +37,8 @@ _HINTS: Final = {
     **_names("user metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention", anything),
     **_names("request_id cache_prompt n_keep n_discard", anything),
     **_names("store early_stopping backend_sampling cache_reuse", only(False)),
-    "priority": number(0),
+    **_names("t_max_predict_ms t_max_prompt_ms", only(-1, 0)),
+    **_names("priority n_indent", number(0)),
 }
 """Fields that all endpoints ignore."""
 
@@ -52,9 +53,7 @@ _REFUSED: Final = {
     **_names("use_beam_search include_stop_str_in_output return_tokens_as_token_ids", only(False)),
     **_names("skip_special_tokens spaces_between_special_tokens", only(True)),
     **_names("truncate_prompt_tokens prompt_logprobs", only()),
-    **_names("t_max_predict_ms t_max_prompt_ms", only(-1, 0)),
     "length_penalty": number(1),
-    "n_indent": number(0),
     "min_keep": only(0, 1),
 }
 """Fields of samplers, constraints and output formats that no endpoint implements."""
@@ -110,11 +109,11 @@ COMPLETION: Final = ForeignFields(
 LLAMACPP: Final = ForeignFields(
     refused={
         **_REFUSED,
-        **_names("response_fields image_data multimodal_data", only()),
+        **_names("image_data multimodal_data", only()),
         **_names("post_sampling_probs", only(False)),
         "n_cmpl": number(1),
     },
-    hints=_HINTS,
+    hints={**_HINTS, "response_fields": only()},
     other_names={**_OTHER_NAMES, **_SLOT_NAME, "max_tokens": "n_predict", "repetition_penalty": "repeat_penalty"},
 )
 

@@ -157,17 +157,20 @@ _ALIASES = {
     "typ": SamplerName.TYPICAL_P,
     "typical_p": SamplerName.TYPICAL_P,
 }
-_LETTERS = dict(zip("edskfypmxt", SAMPLERS, strict=True))
+_INFILL: Final = "infill"
+"""A sampler of llama.cpp that does not exist here. llama.vscode requests it."""
+_LETTERS: Final[Mapping[str, str]] = {**dict(zip("edskfypmxt", SAMPLERS, strict=True)), "i": _INFILL}
 
 
-def _samplers(value: Any) -> tuple[SamplerName, ...]:
+def _samplers(value: Any, info: ValidationInfo) -> tuple[SamplerName, ...]:
     """Reads a list of names of samplers, or a string of llama.cpp's letters for samplers. Raises ValueError."""
-    if isinstance(value, str):
-        names = [_LETTERS.get(letter) or _unknown(letter) for letter in value]
-    elif isinstance(value, list) and all(isinstance(name, str) for name in value):
-        names = [_parse_name(name) for name in value]
-    else:
+    given = [_LETTERS.get(letter, letter) for letter in value] if isinstance(value, str) else value
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
         raise ValueError("must be a list of samplers' names")
+    if _INFILL in given and isinstance(info.context, LenientContext):
+        info.context.ignore(f"samplers.{_INFILL}")
+        given = [name for name in given if name != _INFILL]
+    names = [_parse_name(name) for name in given]
     if len(set(names)) < len(names):
         raise ValueError("a sampler is listed twice")
     return tuple(names)

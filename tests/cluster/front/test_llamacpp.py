@@ -167,7 +167,7 @@ async def test_neutral_settings_are_taken() -> None:
         ({"penalize_nl": 1}, "penalize_nl"),
         ({"grammar": "root ::= x"}, "grammar"),
         ({"json_schema": 3}, "json_schema"),
-        ({"samplers": ["temperature", "infill"]}, "samplers"),
+        ({"samplers": ["temperature", "odd"]}, "samplers"),
         ({"samplers": ["top_k", "top-k"]}, "samplers"),
         ({"samplers": "kz"}, "samplers"),
         ({"samplers": [1]}, "samplers"),

@@ -8,6 +8,8 @@ import httpx
 import numpy as np
 import pytest
 
+from llamaclust.cluster.front.body import HEADER
+from llamaclust.core.sampler.params import SamplerName
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from support.clusters import served
@@ -40,8 +42,8 @@ def tokenizer(monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
     return made
 
 
-async def post(path: str, body: dict[str, Any], engine: ScriptedEngine) -> httpx.Response:
-    async with client(make_app(engine)) as http:
+async def post(path: str, body: dict[str, Any], engine: ScriptedEngine, **settings: Any) -> httpx.Response:
+    async with client(make_app(engine, **settings)) as http:
         return await http.post(path, json=body)
 
 
@@ -125,6 +127,21 @@ async def test_suffix_of_ollama(tokenizer: Tokenizer) -> None:
     assert refused.status_code == 400 and "suffix" in refused.json()["error"]
     shown = await post("/api/show", {"model": MODEL}, engine)
     assert "insert" in shown.json()["capabilities"]
+
+
+@pytest.mark.parametrize("samplers", [["top_k", "top_p", "infill"], "kpi"])
+async def test_fields_of_editors_are_ignored_by_name(tokenizer: Tokenizer, samplers: Any) -> None:
+    """Sends the fields of llama.vscode and llama.vim."""
+    limits = {"t_max_prompt_ms": 500, "t_max_predict_ms": 2500, "n_indent": 4, "response_fields": ["content"]}
+    body = {"input_prefix": "a", "input_suffix": "b", "samplers": samplers} | limits
+    engine = ScriptedEngine(says("x"))
+    reply = await post("/infill", body, engine)
+    assert reply.status_code == 200, reply.text
+    assert set(reply.headers[HEADER].split(", ")) == {*limits, "samplers.infill"}
+    chain = engine.submitted[0].params.chain
+    assert chain is not None and chain.order == (SamplerName.TOP_K, SamplerName.TOP_P)
+    refused = await post("/infill", body, engine, is_strict=True)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] in body
 
 
 @pytest.mark.parametrize("missing", WORDS[:3])

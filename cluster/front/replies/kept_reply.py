@@ -185,6 +185,7 @@ class KeptReply:
             for prompt, request in enumerate(requests):
                 completion = service.submit(request, choices[prompt], self.log, prompt)
                 computing.push_async_callback(completion.aclose)
+            computing.enter_context(reply.while_computed)
         except BaseException:
             await computing.aclose()
             raise

@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -134,6 +135,8 @@ class Reply:
     repeated: Any = None  # Values of the request that the reply shows or stores. Large values are rendered on a thread.
     # True if rendering the reply stores it. The reply is then rendered even if no client reads it.
     is_stored: bool = False
+    while_computed: AbstractContextManager[None] = field(default_factory=nullcontext)
+    """Entered when all prompts are submitted, and left when the reply has ended."""
 
     @property
     def is_background(self) -> bool:

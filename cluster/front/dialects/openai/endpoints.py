@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Final, TypeVar
@@ -91,11 +92,11 @@ class _Continuing(Dialect[_AnyResponse]):
         self._store = store
 
     async def _requests(
-        self, chat: ChatRequest, begin: Callable[[], Awaitable[None]] | None = None
+        self, chat: ChatRequest, prepare: Callable[[], Awaitable[None]] | None = None
     ) -> list[CompletionRequest]:
         completion = await self.service.chat(chat)
-        if begin is not None:
-            await begin()
+        if prepare is not None:
+            await prepare()
         return [completion]
 
     async def _chat(self, body: _AnyResponse, context: RequestContext) -> tuple[list[Item], Messages]:
@@ -142,11 +143,12 @@ class Responses(_Continuing[ResponsesBody]):
         head = ResponseHead(context.id, context.created, parsed.model, body)
         begun = head.begun
         storing = self._store.storing(context.owner, begun["id"], items, messages) if body.store else None
-        begin = partial(storing.begin, begun) if storing is not None and body.background else None
+        in_background = storing if body.background else None
+        prepare = None if in_background is None else partial(in_background.prepare, begun)
         complete = None if storing is None else storing.complete
         return Reply(
             service=self.service,
-            requests=partial(self._requests, chat, begin),
+            requests=partial(self._requests, chat, prepare),
             view=partial(ResponseView, head, self.service.tokenizer, complete),
             is_streamed=body.stream,
             timed=Timed.ALWAYS if body.timings_per_token else Timed.NEVER,
@@ -156,6 +158,7 @@ class Responses(_Continuing[ResponsesBody]):
             acknowledgement=begun if body.background else None,
             repeated=[begun, items, messages],
             is_stored=body.store,
+            while_computed=in_background or nullcontext(),
         )
 
     async def count(self, request: Request) -> Response:

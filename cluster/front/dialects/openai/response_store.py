@@ -129,7 +129,8 @@ class ResponseStore:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Storing:
-    """Stores one response with its input. Only the first call of `complete` has an effect."""
+    """Stores one response with its input. Only the first call of `complete` has an effect. As a context manager, stores
+    the response of `prepare`, and deletes it at the end unless a complete version replaced it."""
 
     store: ResponseStore
     owner: str
@@ -137,11 +138,22 @@ class Storing:
     messages: Messages  # The chat before the answer.
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     is_done: bool = False  # True if the complete response is stored, or must not be stored any more.
+    _begun: StoredResponse | None = None
 
-    async def begin(self, response: dict[str, Any]) -> None:
-        stored = await stored_response(response, self.input_items, ())
+    async def prepare(self, response: dict[str, Any]) -> None:
+        self._begun = await stored_response(response, self.input_items, ())
+
+    def __enter__(self) -> None:
+        assert self._begun is not None, "the caller has called `prepare`"
         if not self.is_done:
-            self.store.put(self.owner, stored)
+            self.store.put(self.owner, self._begun)
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon(self._drop)  # `_put` may be scheduled already.
+
+    def _drop(self) -> None:
+        if not self.is_done and self._begun is not None:
+            self.store.delete(self.owner, self._begun.response["id"])
 
     def complete(self, response: dict[str, Any]) -> None:
         """Stores the complete response. Thread-safe."""

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from llamaclust.cluster.front.dialects.openai.response_store import ResponseStore
-from llamaclust.core.errors import WorkerError
+from llamaclust.cluster.front.dialects.openai.response_store import ResponseStore, StoredResponse
+from llamaclust.core.errors import QueueFullError, WorkerError
 from support.clusters.served import ScriptedEngine, ended_response, events_of, says, until
 from support.clusters.tool_chats import served
 
@@ -39,11 +39,35 @@ async def test_a_response_in_the_background_is_cancelled() -> None:
     assert engine.running == 0
 
 
+async def test_a_response_in_the_background_that_is_refused_takes_no_place_in_the_store(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    put, stored = ResponseStore.put, list[str]()
+
+    def noted(store: ResponseStore, owner: str, response: StoredResponse) -> None:
+        stored.append(response.response["status"])
+        put(store, owner, response)
+
+    monkeypatch.setattr(ResponseStore, "put", noted)
+    engine = ScriptedEngine(says("Yes."), refusal=QueueFullError("the queue is full"))
+    async with served(engine) as http:
+        body = {"input": "A", "background": True}
+        assert (await http.post(PATH, json=body)).status_code == 429 and not stored
+        engine.refusal = None
+        created = (await http.post(PATH, json=body)).json()
+        assert (await ended_response(http, created["id"]))["status"] == "completed"
+    assert stored == ["queued", "completed"]
+
+
 async def test_a_response_in_the_background_fails() -> None:
     engine = ScriptedEngine(says("Yes."), failure=WorkerError("lost"), failure_after=1)
     async with served(engine) as http:
         created = (await http.post(PATH, json={"input": "A", "background": True})).json()
         ended = await ended_response(http, created["id"])
+        while (items := await http.get(f"{PATH}/{created['id']}/input_items")).status_code == 200:
+            assert len(items.json()["data"]) == 1
+            await asyncio.sleep(0)
+    assert items.status_code == 404
     assert ended["status"] == "failed" and ended["error"] == {"code": "server_error", "message": "lost"}
 
 

@@ -141,8 +141,9 @@ async def test_a_response_that_is_ended_while_a_thread_renders_it_does_not_come_
 async def test_a_response_that_is_deleted_before_it_is_stored_is_not_stored() -> None:
     store = ResponseStore()
     storing = store.storing("a", "resp_1", [], ())
-    beginning = asyncio.create_task(storing.begin({"id": "resp_1", "output": [""] * 2000}))
+    preparing = asyncio.create_task(storing.prepare({"id": "resp_1", "output": [""] * 2000}))
     await asyncio.sleep(0)
     assert not store.delete("a", "resp_1")
-    await beginning
-    assert store.get("a", "resp_1") is None
+    await preparing
+    with storing:
+        assert store.get("a", "resp_1") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -19,13 +20,8 @@ async def with_images(chat: ChatRequest, context: RequestContext | None = None) 
     urls = image_urls(chat.messages)
     if not urls:
         return chat
-    if len(urls) > MAX_IMAGES:
-        raise ParameterError("messages", f"expected at most {MAX_IMAGES} images in one request, found {len(urls)}")
     images = dict(context.images) if context is not None else {}
-    held_bytes = sum(map(_inline_bytes, urls)) + sum(map(len, images.values()))
-    if held_bytes > MAX_IMAGES_BYTES:
-        reason = f"expected images of at most {MAX_IMAGES_BYTES} bytes in one request, found {held_bytes}"
-        raise ParameterError("messages", reason)
+    held_bytes = checked_bytes(urls, "messages", sum(map(len, images.values())))
     if missing := [url for url in dict.fromkeys(urls) if url.startswith(WEB) and url not in images]:
         from llamaclust.cluster.front.images.fetching import fetch_images
 
@@ -34,6 +30,17 @@ async def with_images(chat: ChatRequest, context: RequestContext | None = None) 
         context.images = images
         context.image_bytes = held_bytes + sum(len(images[url]) for url in missing)
     return replace(chat, images=images)
+
+
+def checked_bytes(urls: Sequence[str], param: str, fetched_bytes: int = 0) -> int:
+    """Returns the bytes of a request's images so far. Raises ParameterError if they exceed the limits."""
+    if len(urls) > MAX_IMAGES:
+        raise ParameterError(param, f"expected at most {MAX_IMAGES} images in one request, found {len(urls)}")
+    held_bytes = sum(map(_inline_bytes, urls)) + fetched_bytes
+    if held_bytes > MAX_IMAGES_BYTES:
+        reason = f"expected images of at most {MAX_IMAGES_BYTES} bytes in one request, found {held_bytes}"
+        raise ParameterError(param, reason)
+    return held_bytes
 
 
 def _inline_bytes(url: str) -> int:

@@ -122,19 +122,18 @@ class RowCache:
 class RowLeases:
     def __init__(self) -> None:
         self._held = ExitStack()
-        self.are_empty = True
+        self.own_bytes: dict[bytes, int] = {}  # Bytes of one request's rows, by digest of the image.
 
     def add(self, release: Callable[[], None]) -> None:
         self._held.callback(release)
-        self.are_empty = False
 
     def close(self) -> None:
         self._held.close()
-        self.are_empty = True
+        self.own_bytes = {}
 
     def moved(self) -> RowLeases:
         other = RowLeases()
-        other._held, other.are_empty, self.are_empty = self._held.pop_all(), self.are_empty, True
+        other._held, other.own_bytes, self.own_bytes = self._held.pop_all(), self.own_bytes, {}
         return other
 
     def __enter__(self) -> Self:

@@ -137,7 +137,7 @@ class Vision:
 
     async def image_prompt(self, prompt: PromptImages, check: CheckLength, leases: RowLeases) -> ImagePrompt:
         """Returns the token ids of a prompt and the rows of its images. Raises the errors of `lay_out`."""
-        return await self._in_line(leases, partial(self._image_prompt, prompt, check))
+        return await self._in_line(leases, partial(self._image_prompt, prompt, check, leases))
 
     async def _in_line(self, leases: RowLeases, work: Callable[[Place, ExitStack], Awaitable[_Found]]) -> _Found:
         """Calls `work`. If memory is short, releases what `work` holds, waits in line, and calls `work` again."""
@@ -147,7 +147,7 @@ class Vision:
                     try:
                         found = await work(place, own)
                     except RowMemoryError as error:
-                        if not leases.are_empty:
+                        if leases.own_bytes:
                             raise
                         size = error.size
                     else:
@@ -172,12 +172,12 @@ class Vision:
         return tuple(ids)
 
     async def _image_prompt(
-        self, prompt: PromptImages, check: CheckLength, place: Place, own: ExitStack
+        self, prompt: PromptImages, check: CheckLength, leases: RowLeases, place: Place, own: ExitStack
     ) -> ImagePrompt:
         ids: list[int] = []
         spans: list[ImageSpan] = []
         known = prompt.least_tokens
-        own_bytes: dict[bytes, int] = {}  # Bytes of rows, by digest of the image.
+        own_bytes = dict(leases.own_bytes)
         begin, room = partial(self._begin, place), partial(self._room, place)
         async with aclosing(Prefetch(prompt.sources, begin, room)) as images:
             for piece in prompt.pieces:
@@ -192,6 +192,7 @@ class Vision:
                         image.release()
                 else:
                     ids += piece
+        leases.own_bytes = own_bytes
         return tuple(ids), tuple(spans)
 
     async def _room(self, place: Place, own_bytes: int, size: int) -> None:

@@ -15,6 +15,7 @@ from llamaclust.cluster.front.dialects.dialect import Dialect, ParsedRequest
 from llamaclust.cluster.front.dialects.openai.endpoints import TextCompletions
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.foreign_fields import LLAMACPP
+from llamaclust.cluster.front.images.chat_images import checked_bytes
 from llamaclust.cluster.front.images.parts import base64_part, placed, takes_images
 from llamaclust.cluster.front.json_text import shown_progress, shown_timings
 from llamaclust.cluster.front.models import ApiModel
@@ -39,7 +40,7 @@ from llamaclust.cluster.front.shared_fields import (
 from llamaclust.cluster.front.structured_output import GrammarFields
 from llamaclust.cluster.front.text.answer import TextChunk, row_entry
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem, Timed
-from llamaclust.cluster.front.text.images import MAX_IMAGES, PromptImages, media_marker, source_of
+from llamaclust.cluster.front.text.images import PromptImages, media_marker, source_of
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.front.text.sharing import TOKENIZING, run_on
@@ -98,8 +99,6 @@ def _marked_prompt(value: dict[str, Any], context: object) -> MarkedPrompt:
     if len(texts) != len(data) + 1:
         found = f"has {len(texts) - 1} media markers for {len(data)} images"
         raise ValueError(f"{found}; for each image, put the `media_marker` from GET /props in `prompt_string`")
-    if len(data) > MAX_IMAGES:
-        raise ValueError(f"has {len(data)} images; the limit for one request is {MAX_IMAGES}")
     parts = (
         placed(f".multimodal_data[{place}]", base64_part, "image", each, context) for place, each in enumerate(data)
     )
@@ -169,6 +168,10 @@ class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Spec
     """True to begin a stream with events that show how many prompt tokens are computed so far."""
     stream: bool = False
     """True to send the answer as server-sent events."""
+
+    def check(self) -> None:
+        images = (image for prompt in self.prompt if isinstance(prompt, MarkedPrompt) for image in prompt.images)
+        checked_bytes([image["image_url"]["url"] for image in images], "prompt")
 
     async def prompts(self, service: TextService) -> list[Prompt | PromptImages]:
         return [await _tokenized(service, prompt) for prompt in self.prompt]

@@ -275,9 +275,18 @@ async def test_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reply.status_code == 200
     reply, *_ = await post(CHAT, messages=[said(*[image_url(FIRST)] * MAX_IMAGES), said(image_url(FIRST))])
     assert reply.status_code == 400 and f"{MAX_IMAGES} images in one request, found {MAX_IMAGES + 1}" in reply.text
+    prompts = [{"prompt_string": MEDIA_MARKER * n, "multimodal_data": [base64_of(FIRST)] * n} for n in (MAX_IMAGES, 1)]
+    for prompt in prompts:
+        assert (await post(COMPLETION, prompt=prompt))[0].status_code == 200
+    reply, *_ = await post(COMPLETION, prompt=prompts)
+    assert reply.status_code == 400 and f"{MAX_IMAGES} images in one request, found {MAX_IMAGES + 1}" in reply.text
     monkeypatch.setattr("llamaclust.cluster.front.images.chat_images.MAX_IMAGES_BYTES", 20)
-    reply, *_ = await post(CHAT, messages=[said(*[image_url(FIRST)] * 4)])
-    assert reply.status_code == 400 and "at most 20 bytes in one request" in reply.text
+    for path, fields in (
+        (CHAT, {"messages": [said(*[image_url(FIRST)] * 4)]}),
+        (COMPLETION, {"prompt": prompts[1:] * 4}),
+    ):
+        reply, *_ = await post(path, **fields)
+        assert reply.status_code == 400 and "at most 20 bytes in one request" in reply.text
     monkeypatch.setattr("llamaclust.cluster.front.images.parts.MAX_IMAGE_BYTES", 8)
     reply, *_ = await post(CHAT, messages=[said(image_url(bytes(12)))])
     assert reply.status_code == 400 and "at most 8 bytes, found 12" in reply.text

@@ -201,6 +201,17 @@ async def test_a_request_that_fits_alone_is_served(images: tuple[bytes, ...], tm
         assert not vision._rows.held_bytes
 
 
+async def test_prompts_of_a_request_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    rows, tiles = await _sizes(tmp_path)
+    async with seeing(tmp_path, limits=RowLimits(0, 2 * rows + tiles)) as (vision, *_):
+        with RowLeases() as leases:
+            for image in (FIRST, SECOND, FIRST):
+                await spans_of(vision, image, leases=leases)
+            with pytest.raises(ParameterError, match="send fewer or smaller images"):
+                await spans_of(vision, png(3), leases=leases)
+        assert not vision._rows.held_bytes and not vision._rows.line.is_busy
+
+
 async def test_an_image_that_never_fits_beside_its_request_s_rows_is_refused_in_line(tmp_path: Path) -> None:
     large = png(3, 200, 200)
     rows, tiles = await _sizes(tmp_path)

@@ -178,13 +178,16 @@ def _expiry(model: ApiModel) -> str:
 
 async def _capabilities(model: ApiModel) -> list[str]:
     """Returns Ollama's names for the model's capabilities."""
-    has_reasoning = (await model.service.chat_format.get()).knows_reasoning
-    further = {
-        "vision": model.service.vision is not None,
-        "thinking": has_reasoning,
-        "insert": model.service.tokenizer.vocabulary.fill_in is not None,
+    service, generates = model.service, model.service.settings.generates
+    known = {
+        "completion": generates,
+        "tools": generates,
+        "embedding": service.settings.ranking is None,
+        "vision": service.vision is not None,
+        "thinking": generates and (await service.chat_format.get()).knows_reasoning,
+        "insert": generates and service.tokenizer.vocabulary.fill_in is not None,
     }
-    return ["completion", "tools", "embedding", *(name for name, is_there in further.items() if is_there)]
+    return [name for name, is_there in known.items() if is_there]
 
 
 class OllamaManaging:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from llamaclust.cluster.front.text.service import TextSettings
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
+from llamaclust.model.ranking import Ranking
+from llamaclust.model.tokenizers.pairs import PairForm
+from support.clusters import served
 from support.clusters.served import CONTEXT, MODEL, ScriptedEngine, client, make_app, says, serving
 from support.models.tiny_adapter import build_adapter
 from support.models.tiny_model import build_tiny_model
@@ -54,6 +58,16 @@ async def test_show() -> None:
         assert (await http.post("/api/show", json={})).json() == {"error": "model: is missing"}
         reply = await http.post("/api/show", json={"model": "llama3.2"})
         assert (reply.status_code, reply.json()) == (404, {"error": "model 'llama3.2' not found"})
+
+
+@pytest.mark.parametrize("ranking", [None, Ranking(PairForm((), (), ()), of_last=False)])
+async def test_encoders_and_rerankers_show_only_what_they_can_do(
+    ranking: Ranking | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served, "TextSettings", partial(TextSettings, generates=False, ranking=ranking))
+    async with opened() as http:
+        shown = (await http.post("/api/show", json={"model": MODEL})).json()
+    assert shown["capabilities"] == (["embedding"] if ranking is None else [])
 
 
 def test_details_are_those_of_the_file(tmp_path: Path) -> None:

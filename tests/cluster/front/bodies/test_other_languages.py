@@ -11,7 +11,7 @@ from llamaclust.cluster.front.dialects.llamacpp.completions import LlamaCppBody
 from llamaclust.cluster.front.dialects.ollama.schema import OllamaChatBody
 from llamaclust.cluster.front.dialects.openai.response_schema import ResponsesBody
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
-from llamaclust.cluster.front.schema import read_fields
+from llamaclust.cluster.front.schema import Body, read_fields
 from llamaclust.core.errors import ParameterError
 
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -49,6 +49,23 @@ def test_empty_lists_in_other_bodies() -> None:
     )
     assert read_fields(ResponsesBody, {"input": "x", "metadata": []}).metadata == {}
     assert read_fields(ChatBody, {**HELLO, "stop": [], "tools": []}).stop == ()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (ChatBody, "stream_options", {"include_usage": True, "include_obfuscation": None}),
+        (ResponsesBody, "text", {"format": None, "verbosity": "low"}),
+        (ResponsesBody, "reasoning", {"effort": None, "odd": None}),
+        (MessagesBody, "output_config", {"effort": None}),
+    ],
+)
+def test_null_counts_as_absent_within_objects(kind: type[Body], name: str, value: dict[str, Any]) -> None:
+    body = {"input": "x"} if kind is ResponsesBody else HELLO
+    without = {field: each for field, each in value.items() if each is not None}
+    assert read_fields(kind, {**body, "stream": True, name: value}) == read_fields(
+        kind, {**body, "stream": True, name: without}
+    )
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ _EXCLUDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     ("continue_final_message", "add_generation_prompt", _both),
     ("background", "store", lambda background, store: background is True and store is False),
     *(("suffix", other, _both) for other in ("raw", "context", "system")),
+    ("raw", "system", _both),
     *((one, other, partial(_both_constrain, one, other)) for one, other in combinations(CONSTRAINTS, 2)),
 )
 """Pairs of fields, with a predicate that is True if their two values cannot be in one request."""

@@ -183,6 +183,8 @@ class GenerateBody(AnswerFields, foreign=OLLAMA_GENERATE):
     def check(self) -> None:
         if self.images and (self.raw or self.suffix):
             raise ParameterError("images", "cannot be used together with raw or suffix, which apply no chat template")
+        if self.system and self.raw:
+            raise ParameterError("system", "cannot be used together with raw: write the system message into the prompt")
 
     def chat(self) -> ChatRequest:
         system = [{"role": "system", "content": self.system}] if self.system else []

@@ -53,6 +53,7 @@ async def asked(path: str, fields: dict[str, Any], defaults: dict[str, Any]) -> 
         (_RESPONSES, {"top_logprobs": 2}, {"include": ["reasoning.encrypted_content"]}),
         (_RESPONSES, {"store": False}, {"background": True}),
         ("/api/chat", {"top_logprobs": 2}, {}),
+        ("/api/generate", {"system": "Be brief."}, {"prompt": "a", "raw": True}),
     ],
 )
 async def test_defaults_that_a_request_leaves_no_room_for_are_left_out(

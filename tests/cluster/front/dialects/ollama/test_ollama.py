@@ -88,6 +88,9 @@ async def test_a_raw_prompt_is_not_rendered() -> None:
     engine = ScriptedEngine(says("a"))
     reply = await generate(engine, raw=True)
     assert engine.submitted[0].prompt == tuple(ids("Hello")) and "context" not in reply
+    body = {"model": MODEL, "prompt": "Hello", "raw": True, "system": "Be brief."}
+    status, message = error_of(await post("/api/generate", body))
+    assert status == 400 and message.startswith("system: cannot be used together with raw")
 
 
 async def test_a_system_message_and_an_earlier_context_stand_before_the_prompt() -> None:

@@ -15,7 +15,6 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llamaclust.cluster.config.values import TAG
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.front.body import hand_on, parse_object_in_time, read_body, read_bytes
 from llamaclust.cluster.front.errors import HttpError
@@ -26,7 +25,6 @@ from llamaclust.cluster.front.schema import Body
 from llamaclust.cluster.front.settings import ApiSettings, ModelNames, not_served, read_keep_alive
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.state.journal_records import RequestContext
-from llamaclust.core.errors import ParameterError
 
 if TYPE_CHECKING:
     from llamaclust.cluster.control.model_lifecycle import ModelLifecycle
@@ -81,8 +79,6 @@ class AdapterLoading:
         require_first_key(request.headers, self._settings, "load adapters")
         body = await read_body(request, LoadAdapterBody, self._settings)
         self._models.check(body.model)
-        if body.lora_name.removesuffix(TAG) in self._settings.copies:
-            raise ParameterError("lora_name", f"{body.lora_name!r} is a copy of the model: delete it first")
         await self._control.load(body.lora_name, body.lora_path)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 

@@ -70,6 +70,7 @@ class AdapterLoader:
     others: Sequence[AdapterLoader]  # Loaders of all models, including this one.
     _turn: asyncio.Lock
     model: Model = field(init=False)  # The model with the adapters that are loaded now.
+    copies: list[str] = field(default_factory=list)  # Names that clients gave the model.
 
     def __post_init__(self) -> None:
         self.model = self.opened.adapted
@@ -97,7 +98,13 @@ class AdapterLoader:
                 check_plan(self.opened.config, model)
             except UsageError as error:
                 raise ParameterError("lora_path", str(error)) from error
+            before = self.model
             await self._replace(model, [*adapters.loaded, (number, adapter)])
+            try:
+                self._check_name(name)  # A client may have given a model this name meanwhile.
+            except ParameterError:
+                await self._replace(before, adapters.loaded)
+                raise
             adapters.add(number, adapter)
         self._report(Notice(f"a client loaded adapter {number} {name!r}: {adapter.path}"))
 
@@ -156,7 +163,7 @@ class AdapterLoader:
         if name in self.adapters.names:
             raise ParameterError("lora_name", f"adapter {name!r} is loaded already; unload it, or choose another name")
         taken = fixed_names([other.opened.config for other in self.others])
-        taken.update(chain.from_iterable(other.adapters.names for other in self.others))
+        taken.update(chain.from_iterable((*other.adapters.names, *other.copies) for other in self.others))
         if tagged(name) in set(map(tagged, taken)):
             raise ParameterError("lora_name", f"{name!r} is the name of a model or of another adapter")
 

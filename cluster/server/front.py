@@ -240,7 +240,7 @@ def _settings_of(served: ServedModel, settings: ApiSettings, models: Sequence[Se
     return replace(
         settings,
         aliases=served.config.api.aliases,
-        copies=[],
+        copies=served.loader.copies,
         can_unload=bool(served.config.models),
         adapters=served.adapters,
         rankers=tuple(model.name for model in models if model.model.ranking is not None),

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import copyfile
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.server import adapter_loader
+from llamaclust.cluster.front.settings import ApiSettings, ModelNames
+from llamaclust.cluster.server import adapter_loader, front
 from llamaclust.cluster.server.adapter_loader import AdapterLoader, OpenedModel
 from llamaclust.cluster.state.adapters import AdapterRecord, ServedAdapter, ServedAdapters
 from llamaclust.core.errors import LlamaclustError, ParameterError, UsageError
@@ -104,6 +106,42 @@ async def test_a_tag_makes_no_other_name(loaders: Loaders, name: str) -> None:
     with pytest.raises(ParameterError, match="is the name of a model or of another adapter"):
         await loaders.all[0].load(name, "poet.gguf")
     assert loaders.names() == [[], []]
+
+
+def _copy(loader: AdapterLoader, name: str) -> None:
+    """Gives the loader's model another name, as a client of Ollama does."""
+    served: Any = SimpleNamespace(
+        config=loader.opened.config, model=loader.model, adapters=loader.adapters, loader=loader
+    )
+    ModelNames(loader.name, front._settings_of(served, ApiSettings(), ())).copy(loader.name, name)
+
+
+@pytest.mark.parametrize("name", ["poet", "poet:latest"])
+@pytest.mark.parametrize("copied", [0, 1])
+async def test_an_adapter_does_not_take_the_name_of_a_copy_of_any_model(
+    loaders: Loaders, name: str, copied: int
+) -> None:
+    _copy(loaders.all[copied], "poet")
+    with pytest.raises(ParameterError, match="is the name of a model or of another adapter"):
+        await loaders.all[0].load(name, "poet.gguf")
+    assert loaders.names() == [[], []]
+
+
+async def test_a_copy_that_takes_the_name_during_the_load_keeps_it(
+    loaders: Loaders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = loaders.all
+    before, set_adapters = stages(one).digests, Runner.set_adapters
+
+    async def copied(runner: Runner, model: Model) -> None:
+        await set_adapters(runner, model)
+        _copy(two, "poet")
+
+    monkeypatch.setattr(Runner, "set_adapters", copied)
+    with pytest.raises(ParameterError, match="is the name of a model or of another adapter"):
+        await one.load("poet", "poet.gguf")
+    assert stages(one).digests == before == one.model.adapter_digests
+    assert loaders.names() == [[], []] and one.adapters.names == ("first of one",)
 
 
 async def test_of_models_that_take_a_name_at_the_same_time_one_gets_it(loaders: Loaders) -> None:

@@ -236,16 +236,6 @@ async def test_only_a_served_model_gets_adapters() -> None:
             assert reply.status_code == status, reply.text
 
 
-async def test_an_adapter_does_not_take_the_name_of_a_copy() -> None:
-    async with client(app(loader := Loader())) as http:
-        assert (await http.post("/api/copy", json={"source": "tiny", "destination": "poet"})).status_code == 200
-        for name in ("poet", "poet:latest"):
-            reply = await http.post(PATH, json={**BODY, "lora_name": name})
-            assert reply.status_code == 400 and "is a copy of the model" in reply.json()["error"]["message"]
-        assert (await http.request("DELETE", "/api/delete", json={"model": "poet"})).status_code == 200
-        assert not loader.loaded and (await http.post(PATH, json=BODY)).status_code == 200
-
-
 def test_an_adapter_of_a_copys_name_is_not_hidden() -> None:
     names = ModelNames("tiny", settings := ApiSettings())
     names.copy("tiny", "poet")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable
-from typing import Final, ParamSpec
+from typing import Final, ParamSpec, TypeVar
 
 from llamaclust.cluster.front.images.urls import WEB
 from llamaclust.cluster.front.schema import BodyContext, PlacedError
@@ -17,6 +17,7 @@ _DIGITS: Final = f"{string.ascii_letters}{string.digits}+/".encode()
 _BREAKS: Final = str.maketrans("", "", "\r\n")
 
 _Arguments = ParamSpec("_Arguments")
+_Made = TypeVar("_Made")
 
 
 def takes_images(context: object) -> bool:
@@ -43,7 +44,7 @@ def url_part(kind: str, url: object, context: object, detail: object = None) -> 
     return image_part(f"{head},{checked_base64(data)}", chosen)
 
 
-def placed(place: str, read: Callable[_Arguments, Part], *given: _Arguments.args, **named: _Arguments.kwargs) -> Part:
+def placed(place: str, read: Callable[_Arguments, _Made], *given: _Arguments.args, **named: _Arguments.kwargs) -> _Made:
     try:
         return read(*given, **named)
     except ValueError as error:

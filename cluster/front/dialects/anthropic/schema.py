@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field, ValidationInfo, WithJsonSchema
@@ -233,11 +233,18 @@ def _block(role: str, block: Any, context: object) -> Turn:
         case "assistant", _ if kind.endswith(("_tool_use", "_tool_result")):  # Another server ran the tool.
             leave_out("content", kind, context)
             return Turn(role, parts=(tool_text(kind, block),))
-    return Turn(role, parts=(_image(block, context) if _is_image(block, context) else _text_of(block, context),))
+    return Turn(role, parts=tuple(_parts_of(block, context)))
 
 
-def _is_image(block: Any, context: object) -> bool:
-    return isinstance(block, dict) and block.get("type") == "image" and takes_images(context)
+def _parts_of(block: Any, context: object) -> list[Part]:
+    """Returns the texts and images of a block of a message or of a tool result."""
+    kind, source = (block.get("type"), block.get("source")) if isinstance(block, dict) else (None, None)
+    if kind == "image" and takes_images(context):
+        return [_image(block, context)]
+    if kind == "document" and isinstance(source, dict) and source.get("type") == "content":
+        content = source.get("content")
+        return [content] if isinstance(content, str) else _parts(content, context)
+    return [_text_of(block, context)]
 
 
 def _image(block: dict[str, Any], context: object) -> Part:
@@ -263,9 +270,6 @@ def _text_of(block: Any, context: object) -> str:
     source = block.get("source") if kind == "document" else None
     if isinstance(source, dict) and source.get("type") == "text":
         return _text(source, "data")
-    if isinstance(source, dict) and source.get("type") == "content":
-        content = source.get("content")
-        return content if isinstance(content, str) else "\n".join(_texts(content, context))
     if isinstance(kind, str) and is_media(kind):
         return media_text(kind, context)
     raise ValueError(f"blocks of type {str(kind)[:60]!r} are not supported in this field")
@@ -281,17 +285,15 @@ def _call(block: dict[str, Any]) -> dict[str, Any]:
 
 def _result(block: dict[str, Any], context: object) -> dict[str, Any]:
     content = block.get("content") or ""
-    shown = content if isinstance(content, str) else joined(_result_parts(content, context))
+    shown = content if isinstance(content, str) else joined(_parts(content, context))
     if block.get("is_error") is True:
         shown = _ERROR + shown if isinstance(shown, str) else [text_part(_ERROR.strip()), *shown]
     return {"role": "tool", "tool_call_id": _text(block, "tool_use_id"), "content": shown}
 
 
-def _result_parts(content: Any, context: object) -> list[Part]:
-    return [
-        placed(f"content[{place}]", _image, block, context) if _is_image(block, context) else _text_of(block, context)
-        for place, block in enumerate(_blocks(content))
-    ]
+def _parts(content: Any, context: object) -> list[Part]:
+    each = [placed(f"content[{at}]", _parts_of, block, context) for at, block in enumerate(_blocks(content))]
+    return [*chain.from_iterable(each)]
 
 
 def _texts(blocks: Any, context: object) -> list[str]:

@@ -194,6 +194,7 @@ BLOCKS = [
     ({"type": "web_search_tool_result", "tool_use_id": "s", "content": [{"title": "Zoo"}]}, "assistant", "Zoo"),
     ({"type": "mcp_tool_use", "id": "s", "name": "find", "server_name": "maps", "input": {}}, "assistant", "maps"),
     ({"type": "document", "source": {"type": "text", "data": "Once."}}, "user", "Once."),
+    ({"type": "document", "source": {"type": "content", "content": "Once."}}, "user", "Once."),
     (
         {"type": "search_result", "title": "T", "source": "S", "content": [{"type": "text", "text": "Found."}]},
         "user",

@@ -66,6 +66,11 @@ def block(data: bytes, media_type: object = "image/png") -> dict[str, Any]:
 EARLIER = f"<__media_{'0' * 32}__>"
 """The media marker of an earlier coordinator, which a restored prompt has."""
 
+
+def document(*blocks: Any) -> dict[str, Any]:
+    return {"type": "document", "source": {"type": "content", "content": [*blocks]}}
+
+
 BOTH: list[tuple[str, dict[str, Any], tuple[str | bytes, ...]]] = [
     (
         CHAT,
@@ -119,6 +124,22 @@ BOTH: list[tuple[str, dict[str, Any], tuple[str | bytes, ...]]] = [
                     {"type": "tool_result", "tool_use_id": "a", "content": [text("Seen:"), block(FIRST)]},
                     block(SECOND),
                 ),
+            ],
+        },
+        (),
+    ),
+    (
+        MESSAGES,
+        {"messages": [said(document(text("a"), block(FIRST)), text("b"), document(block(SECOND)))], "max_tokens": 9},
+        ("<user>a", FIRST, "b", SECOND, "<assistant>"),
+    ),
+    (
+        MESSAGES,
+        {
+            "max_tokens": 9,
+            "messages": [
+                said({"type": "tool_use", "id": "a", "name": "look", "input": {}}, role="assistant"),
+                said({"type": "tool_result", "tool_use_id": "a", "content": [document(block(FIRST), block(SECOND))]}),
             ],
         },
         (),
@@ -251,6 +272,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         },
         "messages[0]: content[0]: content[1]: ",
     ),
+    (MESSAGES, {"messages": [said(document({"type": "image"}))]}, "messages[0]: content[0]: content[0]: source"),
     (OLLAMA, {"messages": [{"role": "user", "content": "a", "images": ["aGk=", "?"]}]}, "messages[0]: images[1]: "),
     (OLLAMA, {"messages": [{"role": "user", "content": "a", "images": "aGk="}]}, "messages[0]: images: must be a list"),
     (GENERATE, {"prompt": "a", "images": [5]}, "images[0]: "),

@@ -89,7 +89,10 @@ def takes_turn(sequence: Sequence, running: Reversible[Sequence], counts: Runnin
     if not running:
         return False
     owner, request = counts.rank(sequence)
-    most_of_owner, most_of_request = counts.rank(preemption_victim(running, counts))
+    victim = preemption_victim(running, counts)
+    most_of_owner, most_of_request = counts.rank(victim)
     if not owner:
         return most_of_owner > 1
-    return not request and most_of_request > 1 and owner <= most_of_owner
+    # A victim of another owner with as many sequences would be next in turn again.
+    may_take = owner < most_of_owner or victim.request.owner == sequence.request.owner
+    return not request and most_of_request > 1 and may_take

@@ -10,7 +10,13 @@ import pytest
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
-from llamaclust.cluster.scheduler.sequence_choice import startable
+from llamaclust.cluster.scheduler.sequence_choice import (
+    RunningCounts,
+    first_in_turn,
+    preemption_victim,
+    startable,
+    takes_turn,
+)
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.usage import Usage
@@ -166,6 +172,42 @@ def test_an_owner_whose_requests_run_displaces_no_others() -> None:
     while not all(len(run.updates[key]) > 300 for key in pair):
         run.step()
     assert run.scheduler.counts.preemptions == 0
+
+
+def test_a_request_takes_no_place_of_an_owner_with_as_many_sequences() -> None:
+    run = Simulation(scheduler(4, 300), FakeStages(FakeModel(BLOCKS), [linear(100, 10)] * 2, 1000))
+    requests = [request(0, "p", 60), request(1, "p", 90), *(request(number, "q", 90, "pair") for number in range(2))]
+    keys = [run.add(one) for one in requests]
+    while not all(run.updates[key] for key in keys):
+        run.step()
+    requests.append(request(2, "p"))
+    keys.append(run.add(requests[-1]))
+    run.finish()
+    assert run.scheduler.counts.preemptions == 0
+    for key, one in zip(keys, requests, strict=True):
+        assert run.rows(key) == expected(one, CONTEXT)[0]
+
+
+def test_a_preempted_sequence_does_not_precede_the_one_that_took_its_place() -> None:
+    print(f"seed {SEED}")
+    source, turns = Random(SEED), 0
+    for _ in range(2000):
+        owners = [source.choice("pqr"[: source.randint(1, 3)]) for _ in range(source.randint(2, 12))]
+        requests = [
+            request(number, owner, group=f"{owner} {source.randrange(4)}") for number, owner in enumerate(owners)
+        ]
+        sequences = [Sequence(number, one, 10, Usage(0)) for number, one in enumerate(requests)]
+        places = source.randrange(1, len(sequences))
+        running, waiting = sequences[:places], sequences[places:]
+        counts = RunningCounts.of(running)
+        first = first_in_turn(waiting, counts)
+        if takes_turn(first, running, counts):
+            turns += 1
+            victim = preemption_victim(running, counts)
+            running.remove(victim)
+            counts = RunningCounts.of(running)
+            assert counts.rank(first) < counts.rank(victim)
+    assert turns > 100
 
 
 @pytest.mark.parametrize("others", [1, 2, 3])

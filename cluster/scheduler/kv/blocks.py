@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
 
@@ -27,6 +27,14 @@ class KvBlocks:
 
     def holders(self, block: int) -> int:
         return self._holders[block]
+
+    def released(self, held: Iterable[int], kept: Iterable[bytes]) -> int:
+        """Returns how many blocks become available if one holder of each block in `held` releases it. A block can be in
+        `held` several times. The blocks of the keys `kept` do not count."""
+        holders = Counter(held)
+        for key in kept:
+            del holders[self._by_key[key]]
+        return sum(self._holders[block] == count for block, count in holders.items())
 
     def take(self) -> int:
         """Takes a free or idle block, whose content is undefined. Requires `available` > 0."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 from llamaclust.cluster.scheduler.kv.blocks import KvBlocks
 from llamaclust.cluster.scheduler.kv.prefix_cache import PrefixCache
@@ -52,13 +53,10 @@ class KvMemory:
         if (refused := self._refused.pop(sequence.key, None)) is not None and self._is_unchanged(refused, reserve):
             self._refused[sequence.key] = refused
             return False
-        found, idle = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
         if self.window is not None and not self.window.can_begin((sequence,), reserve):
             self._refused[sequence.key] = None
             return False
-        if (usable := self._usable(sequence, found)) < found:
-            found = usable
-            idle = sum(self.blocks.is_idle(key) is True for key in sequence.kv.keys[:found])
+        found, idle = self._find(sequence)
         fresh = sequence.blocks_needed - found
         if fresh + idle + reserve > self.blocks.available:
             missing = sequence.kv.keys[found] if found < len(sequence.kv.keys) else None
@@ -89,6 +87,14 @@ class KvMemory:
             and sum(each.blocks_needed for each in sequences) + reserve <= self.blocks.available
         )
 
+    def _find(self, sequence: Sequence) -> tuple[int, int]:
+        """Returns the number of cached blocks that the sequence can begin with, and how many of these are idle."""
+        found, idle = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
+        if (usable := self._usable(sequence, found)) < found:
+            found = usable
+            idle = sum(self.blocks.is_idle(key) is True for key in sequence.kv.keys[:found])
+        return found, idle
+
     def _usable(self, sequence: Sequence, found: int) -> int:
         before = found + 1
         while 0 < found < before:
@@ -102,10 +108,11 @@ class KvMemory:
 
     def suffices_without(self, others: Items[Sequence], sequence: Sequence, reserve: int) -> bool:
         """Returns False if `sequence` has no room even after the running sequences `others` have released theirs."""
-        found, _ = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
-        released = sum(len(other.kv.table) for other in others)
+        found, idle = self._find(sequence)
+        held = chain.from_iterable(other.kv.table.blocks for other in others)
+        released = self.blocks.released(held, sequence.kv.keys[:found])
         return (
-            sequence.blocks_needed - found + reserve <= self.blocks.available + released
+            sequence.blocks_needed - found + idle + reserve <= self.blocks.available + released
             and (self.window is None or self.window.suffices_without(others, sequence))
             and (self.states is None or self.states.can_begin(1 - len(others)))
         )

@@ -10,10 +10,17 @@ import pytest
 
 from llamaclust.cluster.scheduler.kv import prefix_cache
 from llamaclust.cluster.scheduler.kv.blocks import BlockTable, KvBlocks
+from llamaclust.cluster.scheduler.kv.memory import KvMemory
 from llamaclust.cluster.scheduler.kv.prefix_cache import BlockKeys, PrefixCache
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.sequences import Sequence
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.cluster.scheduler.usage import Usage
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS
+from support.clusters.fakes import VOCABULARY
 from support.plans.simulations import check_answer, check_writes, generation, simulation
+from support.seed import SEED
 
 _TOKENS = 9 * KV_BLOCK_TOKENS + 5
 
@@ -79,6 +86,33 @@ def test_counts_are_right_whatever_happens(seed: int) -> None:
         assert all(blocks.holders(block) == counts[block] for block in range(blocks.count))
     blocks.release(holds)
     assert sorted(blocks.take() for _ in range(blocks.count)) == list(range(blocks.count))
+
+
+def test_a_sequence_has_room_exactly_if_the_blocks_that_others_release_suffice() -> None:
+    print(f"seed {SEED}")
+    random_, found = random.Random(SEED), Counter[bool]()
+    for _ in range(500):
+        memory = KvMemory(SchedulerSettings("m", VOCABULARY, 400, kv_blocks=random_.randint(20, 40)))
+        running: list[Sequence] = []
+        for key in range(8):
+            length = random_.randint(20, 300)
+            prompt = (random_.randrange(2),) * (length // 2) + (random_.randrange(2, 4),) * length
+            sequence = Sequence(key, GenerationRequest("r", prompt, 10), 10, Usage(0))
+            if key < 7 and memory.admit(sequence, 0):
+                sequence.scheduled = length
+                memory.filled(sequence)
+                memory.begin_microbatch()
+                running.append(sequence)
+        for ended in random_.sample(running, random_.randrange(len(running) + 1)):
+            running.remove(ended)
+            memory.release(ended)
+        others, reserve = random_.sample(running, random_.randrange(len(running) + 1)), random_.randrange(4)
+        suffices = memory.suffices_without(others, sequence, reserve)
+        for other in others:
+            memory.release(other)
+        assert memory.admit(sequence, reserve) is suffices
+        found[suffices] += 1
+    assert min(found[True], found[False]) > 50, found
 
 
 def test_tables_are_runs() -> None:

@@ -135,6 +135,23 @@ def test_nothing_is_preempted_for_a_sequence_that_would_still_lack_room(beside: 
         assert run.rows(key) == expected(one, 800)[0]
 
 
+def test_no_choice_is_preempted_where_the_blocks_of_its_prompt_stay_in_use() -> None:
+    settings = SchedulerSettings("m", VOCABULARY, 800, 50, max_sequences=16)
+    run = Simulation(Scheduler(settings, 1, 1), FakeStages(FakeModel(50), [linear(100, 10)], 1000))
+    source = Random(SEED)
+    first, second = (tuple(source.randrange(VOCABULARY) for _ in range(length)) for length in (320, 450))
+    choices = [replace(request(number, "a", 80, "choices"), prompt=first) for number in range(4)]
+    keys = [run.add(one) for one in choices]
+    while not all(run.updates[key] for key in keys):
+        run.step()
+    other = replace(request(0, "b", 20), prompt=second)
+    keys.append(run.add(other))
+    run.finish()
+    assert run.scheduler.counts.preemptions == 0
+    for key, one in zip(keys, [*choices, other], strict=True):
+        assert run.rows(key) == expected(one, 800)[0]
+
+
 @pytest.mark.parametrize("lengths", [(500, 100), (100, 500), (500,), (100,)], ids=str)
 @pytest.mark.parametrize(("blocks", "places"), [(280, 16), (310, 16), (1000, 5)])
 def test_prompts_do_not_wait_for_a_long_prompt_of_another_owner(

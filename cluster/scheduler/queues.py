@@ -128,10 +128,11 @@ class SequenceQueues:
         first = first_in_turn(waiting, running)
         if first.in_flight or not takes_turn(first, self.running, running):
             return
-        if len(self.running) < self.max_running and not self.memory.lacks_blocks(first):
+        count = len(self.running)
+        if count < self.max_running and not self.memory.lacks_blocks(first, RESERVE_BLOCKS * count):
             return
         victims = preemptable(first, self.running, running)
-        if self.memory.suffices_without(victims, first, RESERVE_BLOCKS * (len(self.running) - len(victims))):
+        if self.memory.suffices_without(victims, first, RESERVE_BLOCKS * (count - len(victims))):
             self._preempt_one()
 
     def make_room(self, sequence: Sequence) -> None:

@@ -50,23 +50,10 @@ class KvMemory:
     def admit(self, sequence: Sequence, reserve: int) -> bool:
         """Gives a sequence blocks for all of its rows, and leaves `reserve` blocks free. Returns False if memory does
         not suffice, or if the current microbatch is still filling a cached block that the sequence would use."""
-        if (refused := self._refused.pop(sequence.key, None)) is not None and self._is_unchanged(refused, reserve):
-            self._refused[sequence.key] = refused
+        found = self._begin_with(sequence, reserve)
+        if found is None or (self._filling and not self._filling.isdisjoint(sequence.kv.keys[:found])):
             return False
-        if self.window is not None and not self.window.can_begin((sequence,), reserve):
-            self._refused[sequence.key] = None
-            return False
-        found, idle = self._find(sequence)
         fresh = sequence.blocks_needed - found
-        if fresh + idle + reserve > self.blocks.available:
-            missing = sequence.kv.keys[found] if found < len(sequence.kv.keys) else None
-            self._refused[sequence.key] = _Refusal(self.blocks.available - reserve, missing)
-            return False
-        if self._filling and not self._filling.isdisjoint(sequence.kv.keys[:found]):
-            return False
-        if self.states is not None and not self.states.can_begin(1, sequence.kv.keys[found - 1] if found else None):
-            self._refused[sequence.key] = None
-            return False
         for key in sequence.kv.keys[:found]:
             sequence.kv.table.append(self.blocks.acquire(key))
         for _ in range(fresh):
@@ -87,6 +74,23 @@ class KvMemory:
             and sum(each.blocks_needed for each in sequences) + reserve <= self.blocks.available
         )
 
+    def _begin_with(self, sequence: Sequence, reserve: int) -> int | None:
+        """Returns the number of cached blocks that the sequence can begin with, or None if memory does not suffice."""
+        if (refused := self._refused.pop(sequence.key, None)) is not None and self._is_unchanged(refused, reserve):
+            self._refused[sequence.key] = refused
+            return None
+        found, idle = self._find(sequence)
+        if sequence.blocks_needed - found + idle + reserve > self.blocks.available:
+            missing = sequence.kv.keys[found] if found < len(sequence.kv.keys) else None
+            self._refused[sequence.key] = _Refusal(self.blocks.available - reserve, missing)
+            return None
+        checkpoint = sequence.kv.keys[found - 1] if found else None
+        has_window = self.window is None or self.window.can_begin((sequence,), reserve)
+        if not has_window or not (self.states is None or self.states.can_begin(1, checkpoint)):
+            self._refused[sequence.key] = None
+            return None
+        return found
+
     def _find(self, sequence: Sequence) -> tuple[int, int]:
         """Returns the number of cached blocks that the sequence can begin with, and how many of these are idle."""
         found, idle = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
@@ -103,8 +107,9 @@ class KvMemory:
             found = found if self.states is None else self.states.usable(sequence.kv.keys, found)
         return found
 
-    def lacks_blocks(self, sequence: Sequence) -> bool:
-        return sequence.key in self._refused
+    def lacks_blocks(self, sequence: Sequence, reserve: int) -> bool:
+        """Returns True if `admit` has refused the sequence for lack of blocks and would refuse it again."""
+        return sequence.key in self._refused and self._begin_with(sequence, reserve) is None
 
     def suffices_without(self, others: Items[Sequence], sequence: Sequence, reserve: int) -> bool:
         """Returns False if `sequence` has no room even after the running sequences `others` have released theirs."""

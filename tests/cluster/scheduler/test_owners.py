@@ -152,6 +152,24 @@ def test_no_choice_is_preempted_where_the_blocks_of_its_prompt_stay_in_use() -> 
         assert run.rows(key) == expected(one, 800)[0]
 
 
+def test_nothing_is_preempted_for_a_sequence_that_has_room_by_now() -> None:
+    """A sequence of the other owner ends in the step before, and its blocks suffice."""
+    settings = SchedulerSettings("m", VOCABULARY, 800, 50, max_sequences=16)
+    run = Simulation(Scheduler(settings, 1, 1), FakeStages(FakeModel(50), [linear(100, 10)], 1000))
+    source = Random(SEED)
+    first, second = (tuple(source.randrange(VOCABULARY) for _ in range(length)) for length in (450, 550))
+    requests = [replace(request(0, "a", 30), prompt=first), *(request(number, "a", 90) for number in (1, 2))]
+    keys = [run.add(one) for one in requests]
+    while not all(run.updates[key] for key in keys):
+        run.step()
+    requests.append(replace(request(0, "b", 20), prompt=second))
+    keys.append(run.add(requests[-1]))
+    run.finish()
+    assert run.scheduler.counts.preemptions == 0
+    for key, one in zip(keys, requests, strict=True):
+        assert run.rows(key) == expected(one, 800)[0]
+
+
 @pytest.mark.parametrize("lengths", [(500, 100), (100, 500), (500,), (100,)], ids=str)
 @pytest.mark.parametrize(("blocks", "places"), [(280, 16), (310, 16), (1000, 5)])
 def test_prompts_do_not_wait_for_a_long_prompt_of_another_owner(

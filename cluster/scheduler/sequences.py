@@ -228,4 +228,5 @@ class Sequence:
 
     def timings(self) -> Timings:
         drafting = self.drafting
-        return self.usage.timings(self.prompt_length, self.generated, drafting.rows, drafting.accepted)
+        restored = len(self.request.answered)
+        return self.usage.timings(self.prompt_length, self.generated, drafting.rows, drafting.accepted, restored)

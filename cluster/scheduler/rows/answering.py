@@ -33,7 +33,8 @@ def answer(
         if not scored:
             return []
     sequence.drafting.mtp.is_awaited = False
-    sequence.usage.answered(now_ns)
+    if sampled or not sequence.max_new_tokens:
+        sequence.usage.answered(now_ns)
     for row in (*scored, *sampled[:1]):
         if row.failure is not None:
             _settle(sequence, taken, end - len(sampled), [])

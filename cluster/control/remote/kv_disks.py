@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.core.errors import DeadlineError
+from llamaclust.core.errors import DeadlineError, WorkerError
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv, joined
 from llamaclust.wire.rpc.deadlines import deadline
 
@@ -23,7 +23,10 @@ class RemoteKvDisks:
         self._workers = tuple(workers)
 
     async def find(self, keys: Sequence[bytes]) -> int:
-        return await self._least(FindKv(self._epoch, joined(keys)), len(keys))
+        try:
+            return await self._least(FindKv(self._epoch, joined(keys)), len(keys))
+        except DeadlineError as late:  # The worker reads no KV memory, so the pipeline need not end.
+            raise WorkerError(str(late), worker=late.worker) from late
 
     async def restore(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
         return await self._least(RestoreKv(self._epoch, joined(keys), tuple(blocks)), len(blocks))
@@ -35,7 +38,8 @@ class RemoteKvDisks:
         """Sends the request to all workers, and returns the smallest number of blocks in their answers."""
 
         async def done(worker: WorkerHandle) -> int:
-            limit = deadline(f"worker {worker.name}: reading or writing KV blocks on its disk (kv_disk)", _DISK_S)
+            what = f"worker {worker.name}: reading or writing KV blocks on its disk (kv_disk)"
+            limit = deadline(what, _DISK_S, worker.name)
             answer: KvDone = await worker.channel.request(request, limit)
             return answer.blocks
 

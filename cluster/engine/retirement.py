@@ -77,6 +77,7 @@ class Retirement:
         old = self.old.scheduler
         self._staying.update(sequence.key for sequence in old.sequences)
         for sequence in old.sequences:
+            old.queues.end_restore(sequence)
             old.put_back(sequence)
         self._take_over(old.movable)
 

@@ -12,7 +12,7 @@ import pytest
 from llamaclust.cluster.engine import kv_disk
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, WorkerError
 from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.model.program import KV_BLOCK_TOKENS
@@ -39,10 +39,12 @@ class FakeDisks:
     most: int = MAX_KEYS
     error: LlamaclustError | None = None
     room: int = 1 << 20
-    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)  # `find` waits until it is set.
+    restore_gate: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.gate.set()
+        self.restore_gate.set()
 
     def _accept(self, keys: Sequence[bytes]) -> None:
         if not 1 <= len(keys) <= self.most:
@@ -63,6 +65,7 @@ class FakeDisks:
         slices = self.engine.scheduler.in_flight.slices()
         assert not any(set(blocks_of(taken.chunk)) & set(blocks) for taken in slices), "a block in use is overwritten"
         await asyncio.sleep(0)
+        await self.restore_gate.wait()
         if self.error is not None:
             raise self.error
         for done, (key, block) in enumerate(zip(keys, blocks, strict=True)):
@@ -296,6 +299,26 @@ async def test_a_prompt_that_is_being_read_when_layers_move_is_answered() -> Non
             disks.gate.set()
             assert await answering == wanted(generation)
             await retirement.ended.wait()
+
+
+@pytest.mark.parametrize("gate", ["gate", "restore_gate"])
+async def test_a_prompt_that_is_read_for_too_long_is_computed_by_the_new_pipeline(gate: str) -> None:
+    generation = request(prompt(Random(1), 300))
+    kept = await written(generation)
+    pipeline, other = FakePipeline(KV_BLOCKS), FakePipeline(KV_BLOCKS)
+    pipeline.kv_disks = disks = FakeDisks(pipeline, kept=kept)
+    disks.engine = engine = Engine(pipeline, SETTINGS, EngineSettings(retirement_s=0.02))
+    async with engine:
+        getattr(disks, gate).clear()
+        answering = asyncio.create_task(answered(engine, generation))
+        async with asyncio.timeout(60):
+            await until(lambda: disks.found == 1)
+            await until(lambda: gate == "gate" or engine.scheduler.queues.memory.transfers.are_under_way)
+            retirement = engine.resume(other, SETTINGS)
+            assert retirement is not None
+            assert await answering == wanted(generation)
+            await retirement.ended.wait()
+        assert other.microbatches and not pipeline.microbatches
 
 
 @pytest.mark.parametrize("seed", range(12))

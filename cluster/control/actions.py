@@ -196,7 +196,13 @@ class ActionRunner:
         else:
             self._notice(moving_text(plan, self.epochs.held_layers))
         report, links = self._report if is_start else None, self.planner.links
-        self._loaded = await self.epochs.open(plan, links, is_exclusive=is_exclusive, report=report)
+        self._loaded = await self.epochs.open(
+            plan,
+            links,
+            is_exclusive=is_exclusive,
+            is_useless=lambda: self.store.state.is_plan_useless,
+            report=report,
+        )
         if report is not None:
             for worker in self._loaded.workers:
                 order, loaded = worker.stages[self._loaded.number]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -37,7 +37,14 @@ from llamaclust.cluster.scheduler.speculation.settings import SpeculationSetting
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.events import Report, WorkerLoading
 from llamaclust.core.epochs import epoch_text
-from llamaclust.core.errors import DeadlineError, LlamaclustError, ModelFileError, StalledError, WorkerError
+from llamaclust.core.errors import (
+    DeadlineError,
+    LlamaclustError,
+    LoadCancelledError,
+    ModelFileError,
+    StalledError,
+    WorkerError,
+)
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.file_manifests import FileManifests
@@ -60,9 +67,13 @@ class StageLoadError(Exception):
 
 
 async def load_stages(
-    loads: StageLoads, workers: Mapping[str, WorkerHandle], report: Report | None = None
+    loads: StageLoads,
+    workers: Mapping[str, WorkerHandle],
+    report: Report | None = None,
+    is_useless: Callable[[], bool] | None = None,
 ) -> tuple[WorkerHandle, ...]:
-    """Loads all stages, and returns their workers in the order of the stages. Raises StageLoadError."""
+    """Loads all stages, and returns their workers in the order of the stages. Raises StageLoadError, also if
+    `is_useless` returns True after the search for weights."""
     handles = tuple(workers[stage.worker] for stage in loads.stages)
     timeout_s = loads.progress_timeout_s
     # The keys of KV blocks on disk depend on the model file's content, so the workers' copies must be equal.
@@ -91,6 +102,8 @@ async def load_stages(
                     WorkerLoading(handle.name, *order.limits.places(order.start, order.end), done_bytes, total_bytes)
                 )
 
+        if is_useless is not None and is_useless():
+            raise LoadCancelledError(f"worker {handle.name}: its load is no longer needed")
         try:
             return await handle.load(order, loading, timeout_s)
         except StalledError as stalled:
@@ -304,12 +317,23 @@ class Epochs:
         for request in (FindWeights(path, model_id), *(each.request for each in wanted if each is not None)):
             await announce_source(worker, self._registry.present.values(), request)
 
-    async def open(self, plan: Plan, links: Links, *, is_exclusive: bool, report: Report | None = None) -> Epoch:
-        """Loads and connects the stages of `plan`, and reports progress to `report`. Raises StageLoadError."""
+    async def open(
+        self,
+        plan: Plan,
+        links: Links,
+        *,
+        is_exclusive: bool,
+        is_useless: Callable[[], bool],
+        report: Report | None = None,
+    ) -> Epoch:
+        """Loads and connects the stages of `plan`, and reports progress to `report`. Raises StageLoadError, also if
+        `is_useless` returns True before the stages are loaded."""
         async with self._turn:
-            return await self._open(plan, links, is_exclusive=is_exclusive, report=report)
+            return await self._open(plan, links, report, is_useless, is_exclusive=is_exclusive)
 
-    async def _open(self, plan: Plan, links: Links, *, is_exclusive: bool, report: Report | None) -> Epoch:
+    async def _open(
+        self, plan: Plan, links: Links, report: Report | None, is_useless: Callable[[], bool], *, is_exclusive: bool
+    ) -> Epoch:
         number = self._record.next_epoch()
         self._numbers.add(number)
         loads = StageLoads(
@@ -324,7 +348,7 @@ class Epochs:
             adapters=self._wanted_adapters(self._model, links),
             encoder=self._wanted_encoder(links),
         )
-        workers = await load_stages(loads, self._registry.workers, report)
+        workers = await load_stages(loads, self._registry.workers, report, is_useless)
         try:
             refused = refused_images(plan.no_images) if plan.no_images else ""
             pipeline = await RemotePipeline.open(number, workers, self._credentials, refused)

@@ -31,13 +31,15 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.events import Event, Notice
-from llamaclust.core.errors import DeadlineError, LlamaclustError, UsageError, WorkerError
-from llamaclust.wire.control.messages import Failure
+from llamaclust.core.errors import DeadlineError, LlamaclustError, LoadCancelledError, UsageError, WorkerError
+from llamaclust.wire.control.messages import CoordinatorMessage, Failure, Load, LoadFailed
+from llamaclust.wire.control.weights import FindWeights, WeightsFound
 from support.clusters.fakes import VOCABULARY, FakePipeline, Losses
 from support.clusters.served import until
 from support.plans.worker_handles import plan_of, worker_handle
 from support.several_models.runner import ANYTHING, action_runner, new_store
 from support.wire.control_messages import LOAD
+from support.wire.worker_handles import handle_of
 
 UNPARTITIONED: Any = SimpleNamespace(pairs=frozenset())
 
@@ -47,6 +49,19 @@ async def test_an_unload_that_fails_raises_the_workers_own_error() -> None:
     await handle.load(LOAD)
     with pytest.raises(UsageError, match="worker a: its memory is not free"):
         await handle.unload(LOAD.epoch, 30)
+
+
+def epochs_of(workers: dict[str, WorkerHandle]) -> Epochs:
+    model: Any = SimpleNamespace(
+        plain=SimpleNamespace(path="/m.gguf", is_current=False),
+        model_id="ab" * 32,
+        adapters={},
+        adapter_digests={},
+        projector=None,
+    )
+    config: Any = SimpleNamespace(timeouts=SimpleNamespace(load=30.0))
+    registry: Any = SimpleNamespace(workers=workers, present=workers)
+    return Epochs(config, model, EpochWorkers(registry, ANYTHING, ControlRecord(term=2)), None)
 
 
 @pytest.mark.parametrize("fails", ["load", "connection"])
@@ -64,19 +79,43 @@ async def test_a_load_whose_stages_cannot_be_unloaded_is_a_failed_load(
         "a": worker_handle("a", unload_failure=unload_failure),
         "b": worker_handle("b", loads=fails == "connection"),
     }
-    model: Any = SimpleNamespace(
-        plain=SimpleNamespace(path="/m.gguf", is_current=False),
-        model_id="ab" * 32,
-        adapters={},
-        adapter_digests={},
-        projector=None,
-    )
-    config: Any = SimpleNamespace(timeouts=SimpleNamespace(load=30.0))
-    registry: Any = SimpleNamespace(workers=workers, present=workers)
-    opened = Epochs(config, model, EpochWorkers(registry, ANYTHING, ControlRecord(term=2)), None)
+    opened = epochs_of(workers)
     with pytest.raises(StageLoadError, match="its disk is bad" if fails == "load" else "no connection"):
-        await opened.open(plan_of("a", "b"), UNKNOWN, is_exclusive=False)
+        await opened.open(plan_of("a", "b"), UNKNOWN, is_exclusive=False, is_useless=lambda: False)
     assert "layers of epoch 2.1 stay in memory: worker a" in caplog.text
+
+
+@pytest.mark.parametrize("is_exclusive", [True, False])
+async def test_a_plan_that_a_drain_makes_useless_while_weights_are_searched_is_not_loaded(
+    is_exclusive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received, searching, found = list[CoordinatorMessage](), asyncio.Event(), asyncio.Event()
+
+    async def say(message: CoordinatorMessage) -> None:
+        received.append(message)
+        for handle in workers.values():
+            match message:
+                case FindWeights(request_id=request_id):
+                    searching.set()
+                    await found.wait()
+                    handle.receive(WeightsFound(True, request_id=request_id))
+                case Load(epoch):
+                    handle.receive(LoadFailed(epoch, Failure("WorkerError", "its disk is bad")))
+
+    monkeypatch.setattr(epochs, "plan_limits", lambda *_: LOAD.limits)
+    workers, store = {name: handle_of(name, say) for name in "ab"}, new_store()
+    store.state = replace(store.state, pool=PoolState({"a": 1, "b": 2}))
+    store.apply(observations.Planned(store.state.inputs, plan_of("a", "b")))
+    runner = action_runner(store, epochs_of(workers).open)
+    loading = asyncio.create_task(runner.run(LoadEpoch(plan_of("a", "b"), is_exclusive)))
+    async with asyncio.timeout(60):
+        await searching.wait()
+        store.apply(observations.DrainRequested("b"))
+        found.set()
+        await loading
+        failed = await store.next(None)
+    assert isinstance(failed, observations.EpochLoadFailed) and isinstance(failed.error, LoadCancelledError)
+    assert all(isinstance(message, FindWeights) for message in received)
 
 
 @pytest.mark.parametrize("is_lost", [True, False])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from threading import Lock
 
 from llamaclust.core.disk_cache.files import reason
@@ -39,22 +40,22 @@ class StageBlocks:
         traffic.used_bytes = folder.used_bytes
 
     def find(self, keys: Sequence[bytes], kv: KvLayers) -> int:
+        """Returns the number of leading keys whose blocks are on disk, and marks their files as used."""
         with self._lock:
             self._refresh()
-            return next((index for index, key in enumerate(keys) if not self._cover(key, kv)), len(keys))
+            found = list(takewhile(bool, (self._cover(key, kv) for key in keys)))
+        self._folder.mark_used([*dict.fromkeys(file.name for places in found for file, _ in places)])
+        return len(found)
 
     def restore(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
         """Reads blocks until one is missing or damaged. Returns the number of blocks read. Deletes damaged files."""
-        used: dict[str, None] = {}
         done = 0
         for key, block in zip(keys, blocks, strict=True):
             with self._lock:
                 places = self._cover(key, kv)
             if not places or not all(self._restored(place, kv, block) for place in places):
                 break
-            used |= dict.fromkeys(file.name for file, _ in places)
             done += 1
-        self._folder.mark_used([*used])
         return done
 
     def save(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
@@ -88,7 +89,7 @@ class StageBlocks:
     def _restored(self, place: _Place, kv: KvLayers, block: int) -> bool:
         known, index = place
         try:
-            file = self._folder.open(known.name)
+            file = self._folder.open(known.name, is_use=False)
             if file is not None:
                 with file:
                     self._traffic.read_bytes += known.restore(file, index, kv, self._start, block)

@@ -166,6 +166,18 @@ def test_a_chain_is_not_deleted_for_its_own_end(tmp_path: Path) -> None:
     assert one.find(KEYS, kv) == 2
 
 
+def test_the_end_of_a_chain_that_is_read_in_pieces_is_deleted_first(tmp_path: Path) -> None:
+    kv = memory(1)
+    probe = stage(tmp_path / "probe")
+    probe.save(KEYS[:1], [0], kv)
+    one = stage(tmp_path, most_bytes=3 * files(tmp_path / "probe")[0].stat().st_size)
+    assert [one.save(KEYS[: number + 1], [number], kv) for number in range(3)] == [1, 1, 1]
+    assert one.find(KEYS[:3], kv) == 3
+    assert [one.restore([KEYS[number]], [number], blank()) for number in range(3)] == [1, 1, 1]
+    assert one.save(KEYS[5:6], [5], kv) == 1
+    assert 1 <= one.find(KEYS[:3], kv) < 3, "the beginning is there"
+
+
 def test_a_full_disk_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -24,6 +24,8 @@ _LEAST_BLOCKS = 8
 """Minimum number of blocks to restore. Computing fewer blocks takes about the same time."""
 _MOST_BLOCKS = 4096
 """Maximum number of blocks of a prompt to save or restore. It must not exceed wire.control.kv_disk.MAX_KEYS."""
+_RESTORED_TOGETHER = 128
+"""Number of blocks that each stage reads within one deadline."""
 _SAVED_TOGETHER = 32
 """Number of blocks that each stage writes into one file. The blocks stay allocated until they are written."""
 _MOST_SAVES = 8
@@ -126,10 +128,14 @@ class KvDisk:
         transfer = self._transfers.begin_restore(sequence, end, reserve)
         if transfer is None:
             return 0
-        restored, first = 0, transfer.found
+        restored, keys, blocks = 0, transfer.keys[transfer.found :], transfer.blocks[transfer.found :]
         try:
             await self._in_flight_returned()
-            restored = await disks.restore(transfer.keys[first:], transfer.blocks[first:])
+            for start in range(0, len(blocks), _RESTORED_TOGETHER):
+                if restored < start or sequence not in self._scheduler.queues.restoring:
+                    break
+                piece = slice(start, start + _RESTORED_TOGETHER)
+                restored += await disks.restore(keys[piece], blocks[piece])
         finally:
             self._transfers.end(transfer, restored)
         return restored

@@ -36,6 +36,7 @@ class FakeDisks:
     damaged: set[bytes] = field(default_factory=set)
     found: int = 0  # Number of calls of `find`.
     restored: int = 0
+    pieces: list[int] = field(default_factory=list)  # Numbers of blocks of the calls of `restore`.
     most: int = MAX_KEYS
     error: LlamaclustError | None = None
     room: int = 1 << 20
@@ -61,6 +62,7 @@ class FakeDisks:
 
     async def restore(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
         self._accept(keys)
+        self.pieces.append(len(blocks))
         assert self.engine is not None
         slices = self.engine.scheduler.in_flight.slices()
         assert not any(set(blocks_of(taken.chunk)) & set(blocks) for taken in slices), "a block in use is overwritten"
@@ -211,6 +213,21 @@ async def test_a_damaged_block_and_what_follows_it_is_computed_again() -> None:
         assert await answered(engine, generation) == wanted(generation)
         assert (disks.restored, engine.scheduler.counts.computed_tokens) == (11, 300 - 11 * KV_BLOCK_TOKENS)
         await saved(disks, 18)
+
+
+@pytest.mark.parametrize(("damaged", "pieces"), [(None, [5, 5, 5, 3]), (11, [5, 5, 5]), (4, [5]), (5, [5, 5])])
+async def test_blocks_are_read_in_pieces_up_to_the_first_damaged_one(
+    damaged: int | None, pieces: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_disk, "_RESTORED_TOGETHER", 5)
+    generation = request(prompt(Random(1), 300))
+    kept = await written(generation)
+    engine, disks = opened(kept, damaged=set() if damaged is None else {list(kept)[damaged]})
+    async with engine:
+        assert await answered(engine, generation) == wanted(generation)
+        restored = 18 if damaged is None else damaged
+        assert (disks.pieces, disks.restored) == (pieces, restored)
+        assert engine.scheduler.counts.computed_tokens == 300 - restored * KV_BLOCK_TOKENS
 
 
 async def test_a_short_prompt_is_neither_written_nor_looked_for() -> None:

@@ -63,8 +63,7 @@ def block(data: bytes, media_type: object = "image/png") -> dict[str, Any]:
     return {"type": "image", "source": source, "cache_control": {"type": "ephemeral"}}
 
 
-EARLIER = f"<__media_{'0' * 32}__>"
-"""The media marker of an earlier coordinator, which a restored prompt has."""
+EARLIER = f"<__media_{'0' * 32}__>"  # Media marker of an earlier coordinator, which a restored prompt has.
 
 
 def document(*blocks: Any) -> dict[str, Any]:
@@ -178,18 +177,16 @@ BOTH: list[tuple[str, dict[str, Any], tuple[str | bytes, ...]]] = [
         COMPLETION,
         {
             "prompt": {
-                "prompt_string": f"{EARLIER}a{EARLIER}{PLAIN_MARKER}<__media_{'1' * 32}__>",
+                "prompt_string": f"{EARLIER}a{EARLIER}{PLAIN_MARKER}",
                 "multimodal_data": [base64_of(FIRST), base64_of(SECOND)],
             }
         },
-        (FIRST, "a", SECOND, f"{PLAIN_MARKER}<__media_{'1' * 32}__>"),
+        (FIRST, "a", SECOND, PLAIN_MARKER),
     ),
     (
         "/completions",
         {
-            "prompt": [
-                {"prompt_string": MEDIA_MARKER * 2, "multimodal_data": [base64_of(FIRST), base64_of(SECOND)]},
-            ],
+            "prompt": [{"prompt_string": MEDIA_MARKER * 2, "multimodal_data": [base64_of(FIRST), base64_of(SECOND)]}],
             "model": None,
         },
         (FIRST, SECOND),

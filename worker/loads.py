@@ -23,6 +23,7 @@ from llamaclust.wire.control.messages import (
     Load,
     Loaded,
     LoadFailed,
+    LoadProgress,
     PeerUnreachable,
     Unload,
     Unloaded,
@@ -43,6 +44,7 @@ from llamaclust.worker.stage.loop import StageContext
 from llamaclust.worker.stage.stage_runner import StageMemory, StageRunner
 from llamaclust.worker.stage.streams import Neighbours, StageStreams
 from llamaclust.worker.weights.load import load_adapters, load_encoder, load_stage
+from llamaclust.worker.weights.weights import Progress
 
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
@@ -141,7 +143,9 @@ class Loads:
             await self._worker.kv_disk.idle()
         held = await service.clear(order.model_id) if order.exclusive else []
         try:
-            memory, encoder_bytes = await self._add(order, links, held)
+            # All parts of the load share one progress, because only increases extend the load's deadline.
+            progress = Progress(partial(self._progressed, order.epoch))
+            memory, encoder_bytes = await self._add(order, links, held, progress)
         finally:
             held.clear()
         epoch, where = epoch_text(order.epoch), f", {placed(order.devices)}" if order.devices else ""
@@ -150,14 +154,20 @@ class Loads:
         stage_bytes = memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes
         return Loaded(order.epoch, *stage_bytes, fetched_bytes, encoder_bytes)
 
-    async def _add(self, order: Load, links: MemberLinks | None, held: list[object]) -> tuple[StageMemory, int]:
+    async def _progressed(self, epoch: int, done_bytes: int, total_bytes: int) -> None:
+        await self._session.send(LoadProgress(epoch, done_bytes, total_bytes))
+
+    async def _add(
+        self, order: Load, links: MemberLinks | None, held: list[object], progress: Progress
+    ) -> tuple[StageMemory, int]:
         runner: StageRunner | None = None
         encoder: EncoderStreams | None = None
         try:
             runner, is_kept = await self._kept(order)
-            encoder = await self._encoder(order, held)
+            encoder = await self._encoder(order, held, progress)
             if runner is None:
-                runner = await self._new_stage(order, held, 0 if encoder is None else encoder.encoder.reserved_bytes)
+                reserved_bytes = 0 if encoder is None else encoder.encoder.reserved_bytes
+                runner = await self._new_stage(order, held, progress, reserved_bytes)
             if self._has_ended:
                 raise LoadCancelledError("the membership has ended")
             if is_kept:
@@ -173,9 +183,8 @@ class Loads:
             raise
         return runner.memory, 0 if encoder is None else encoder.encoder.memory.total_bytes
 
-    async def _new_stage(self, order: Load, held: list[object], reserved_bytes: int) -> StageRunner:
-        session, worker = self._session, self._worker
-        place = worker.device, session.send, worker.weights, session.source
+    async def _new_stage(self, order: Load, held: list[object], progress: Progress, reserved_bytes: int) -> StageRunner:
+        place = self._worker.device, progress, self._worker.weights, self._session.source
         return await self._with_room(held, lambda: load_stage(order, *place, reserved_bytes))
 
     async def _kept(self, order: Load) -> tuple[StageRunner | None, bool]:
@@ -186,16 +195,16 @@ class Loads:
             _log.info("layers %s: its weights were kept", _span(order))
         return runner, runner is not None
 
-    async def _encoder(self, order: Load, held: list[object]) -> EncoderStreams | None:
-        service, session, wanted = self._worker.service, self._session, order.encoder
+    async def _encoder(self, order: Load, held: list[object], progress: Progress) -> EncoderStreams | None:
+        service, wanted = self._worker.service, order.encoder
         version = None
         if wanted is not None and service.has_kept:
             version = await self._version(FindWeights(order.model_path, order.model_id, encoder=wanted))
         kept = await service.take_kept_encoder(wanted, version)
         if wanted is None or kept is not None:
             return kept
-        place = self._worker.device, session.send, self._worker.weights, session.source
-        encoder = await self._with_room(held, lambda: load_encoder(wanted, order.epoch, *place))
+        place = self._worker.device, progress, self._worker.weights, self._session.source
+        encoder = await self._with_room(held, lambda: load_encoder(wanted, *place))
         _log.info("the image encoder of epoch %s is loaded", epoch_text(order.epoch))
         return EncoderStreams(encoder, self._worker.compute.apart(ENCODER_NICENESS))
 

@@ -95,12 +95,11 @@ class Requests:
 
     async def _find_weights(self, request: weights.FindWeights) -> weights.WeightsFound:
         async def progressed(done_bytes: int, total_bytes: int) -> None:
-            if total_bytes:
-                await self._session.send(weights.FindWeightsProgress(done_bytes, total_bytes))
+            await self._session.send(weights.FindWeightsProgress(done_bytes, total_bytes))
 
-        progress = Progress()
+        progress = Progress(progressed)
         finding = asyncio.to_thread(self._session.worker.weights.locate, request, progress)
-        return replace(await progress.during(finding, progressed, _REPORT_S), request_id=request.request_id)
+        return replace(await progress.during(finding, _REPORT_S), request_id=request.request_id)
 
     async def _probe(self, request: messages.ProbePeer) -> messages.ProbeResult:
         """Tests the link to a worker with a new connection, because an open connection may outlast the link."""

@@ -363,25 +363,3 @@ async def test_a_load_that_is_not_needed_ends_soon(monkeypatch: pytest.MonkeyPat
     cancelled = [LoadFailed(1, Failure("LoadCancelledError", "the load was cancelled")), Unloaded(1)]
     assert sorted(map(str, given)) == sorted(map(str, [*([] if is_orphan else cancelled), Loaded(2, 1, 2, 3)]))
     assert not at_work.locked()
-
-
-async def test_figures_of_a_load_are_those_of_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No numbers are reported before they are known; layers have 20 bytes, and 10 bytes are fetched first."""
-    reports: list[LoadProgress] = []
-
-    async def slow(order: object, device: object, files: Any, reserved_bytes: int) -> None:
-        progress = files.progress
-        for done, total, weights in ((0, 0, 0), (0, 30, 20), (15, 30, 20), (30, 30, 20)):
-            progress.done_bytes, progress.total_bytes, progress.weight_bytes = done, total, weights
-            await asyncio.sleep(0.1)
-
-    async def report(message: LoadProgress) -> None:
-        reports.append(message)
-
-    monkeypatch.setattr(load, "_load", slow)
-    monkeypatch.setattr(load, "_REPORT_S", 0.02)
-    order: Any = SimpleNamespace(epoch=1)
-    anything: Any = None
-    await load.load_stage(order, anything, report, anything, anything)
-    seen = [(message.done_bytes, message.total_bytes) for message in reports]
-    assert list(dict.fromkeys(seen)) == [(0, 20), (10, 20), (20, 20)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.loader import Model
 from llamaclust.model.projectors.projector import projector_of
 from llamaclust.model.shard_names import whole_name
-from llamaclust.wire.control.messages import Load, LoadProgress
+from llamaclust.wire.control.messages import Load
 from llamaclust.wire.control.weights import AdapterFile, EncoderFile, WeightSources
 from llamaclust.worker.devices.device_memory import device_shares
 from llamaclust.worker.devices.devices import Device
@@ -33,35 +33,22 @@ from llamaclust.worker.weights.weights import Progress, Reach, Weights
 
 _log = logging.getLogger(__name__)
 
-Report = Callable[[LoadProgress], Awaitable[None]]
 _REPORT_S = 0.1
 _Value = TypeVar("_Value")
 
 
 async def load_stage(
-    order: Load, device: Device, report: Report, weights: Weights, reach: Reach, reserved_bytes: int = 0
+    order: Load, device: Device, progress: Progress, weights: Weights, reach: Reach, reserved_bytes: int = 0
 ) -> StageRunner:
     """Loads a stage, and leaves `reserved_bytes` of memory free. Raises LlamaclustError, for example ModelFileError."""
-    files = _Files(weights, reach, Progress())
-    return await _reported(order.epoch, files.progress, report, _load(order, device, files, reserved_bytes))
+    files = _Files(weights, reach, progress)
+    return await progress.during(_load(order, device, files, reserved_bytes), _REPORT_S)
 
 
 async def load_encoder(
-    wanted: EncoderFile, epoch: int, device: Device, report: Report, weights: Weights, reach: Reach
+    wanted: EncoderFile, device: Device, progress: Progress, weights: Weights, reach: Reach
 ) -> TileEncoder:
-    files = _Files(weights, reach, Progress())
-    return await _reported(epoch, files.progress, report, _load_encoder(wanted, device, files))
-
-
-async def _reported(epoch: int, progress: Progress, report: Report, load: Coroutine[None, None, _Value]) -> _Value:
-
-    async def progressed(done_bytes: int, total_bytes: int) -> None:
-        if total_bytes:
-            weight_bytes = progress.weight_bytes or total_bytes
-            done_bytes = min(done_bytes, total_bytes) * weight_bytes // total_bytes
-            await report(LoadProgress(epoch, done_bytes, weight_bytes))
-
-    return await progress.during(load, progressed, _REPORT_S)
+    return await progress.during(_load_encoder(wanted, device, _Files(weights, reach, progress)), _REPORT_S)
 
 
 async def _load_encoder(wanted: EncoderFile, device: Device, files: _Files) -> TileEncoder:
@@ -75,8 +62,7 @@ async def _load_encoder(wanted: EncoderFile, device: Device, files: _Files) -> T
             what = f"the encoder of {outline.file.path} needs {missing(planned.parts, free_bytes)}"
             raise InsufficientMemoryError(what)
         progress, missing_bytes = files.progress, opened.missing_bytes(outline.read_names)
-        progress.done_bytes, progress.total_bytes = 0, planned.weight_bytes + missing_bytes
-        progress.weight_bytes = planned.weight_bytes
+        progress.begin(planned.weight_bytes + missing_bytes, planned.weight_bytes)
         await opened.complete(outline.read_names)
         return await _in_thread(partial(_encoder, wanted, device, opened.file, planned, progress), progress)
 
@@ -98,8 +84,7 @@ async def _load(order: Load, device: Device, files: _Files, reserved_bytes: int)
         own = nextn_program_of(outline, order.limits).weights if order.limits.nextn and program.is_last else ()
         names = tuple(dict.fromkeys(map(whole_name, (*program.weights, *own))))
         missing_bytes = sum(opened.missing_bytes(names) for opened in (plain, *adapters.values()))
-        progress.done_bytes, progress.total_bytes = 0, planned.weight_bytes + missing_bytes
-        progress.weight_bytes = planned.weight_bytes
+        progress.begin(planned.weight_bytes + missing_bytes, planned.weight_bytes)
         for opened in (plain, *adapters.values()):
             await opened.complete(names)
         model = _in_tiles(order.limits, Model(plain.file, adapters=_files_of(adapters)))

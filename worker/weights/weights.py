@@ -36,34 +36,53 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _Value = TypeVar("_Value")
+Report = Callable[[int, int], Awaitable[None]]
+"""A callback with the numbers of finished bytes and of total bytes."""
 
 
 class Progress:
-    """Counts finished bytes of a total. Any thread may call `add` and `cancel`."""
+    """Counts finished bytes of consecutive parts. Any thread may call `begin`, `add` and `cancel`."""
 
-    def __init__(self) -> None:
-        self.total_bytes = 0  # 0 until the total is known.
-        self.done_bytes = 0
-        self.weight_bytes = 0  # If set, progress is reported as a share of these bytes instead of `total_bytes`.
+    def __init__(self, report: Report | None = None) -> None:
+        self._report = report
+        self._earlier_bytes = 0  # Reported total of the parts before the present one.
+        self._total_bytes = 0  # 0 until the first part begins.
+        self._done_bytes = 0
+        self._weight_bytes = 0
         self._is_cancelled = False
         self._lock = Lock()
 
     def cancel(self) -> None:
         self._is_cancelled = True
 
+    def begin(self, total_bytes: int, weight_bytes: int | None = None) -> None:
+        """Begins a part of `total_bytes`, which is reported as a share of `weight_bytes` if these are given."""
+        with self._lock:
+            self._earlier_bytes += self._weight_bytes
+            self._done_bytes, self._total_bytes = 0, total_bytes
+            self._weight_bytes = total_bytes if weight_bytes is None else weight_bytes
+
     def add(self, n_bytes: int) -> None:
         if self._is_cancelled:
             raise LoadCancelledError("the load was cancelled")
         with self._lock:
-            self.done_bytes += n_bytes
+            self._done_bytes += n_bytes
 
-    async def during(
-        self, work: Coroutine[None, None, _Value], report: Callable[[int, int], Awaitable[None]], every_s: float
-    ) -> _Value:
+    @property
+    def reported(self) -> tuple[int, int]:
+        """Finished bytes and total bytes of all parts that have begun. Finished bytes never decrease."""
+        with self._lock:
+            done_bytes = min(self._done_bytes, self._total_bytes) * self._weight_bytes // max(1, self._total_bytes)
+            return self._earlier_bytes + done_bytes, self._earlier_bytes + self._weight_bytes
+
+    async def during(self, work: Coroutine[None, None, _Value], every_s: float) -> _Value:
+        """Awaits `work` and returns its result. Reports every `every_s` seconds meanwhile."""
         working = asyncio.create_task(work)
         try:
             while not (await asyncio.wait((working,), timeout=every_s))[0]:
-                await report(self.done_bytes, self.total_bytes)
+                done_bytes, total_bytes = self.reported
+                if total_bytes and self._report is not None:
+                    await self._report(done_bytes, total_bytes)
         finally:
             if not working.done():
                 self.cancel()  # A thread that reads a file does not learn of the task's cancellation.
@@ -138,10 +157,7 @@ class Weights:
         return plain if plain is None or wanted.adapter is None else self.open_adapter(wanted.adapter, plain)
 
     def manifest_of(self, file: ModelFile, progress: Progress) -> FileManifest:
-        def begin(total_bytes: int) -> None:
-            progress.done_bytes, progress.total_bytes = 0, total_bytes
-
-        return self._manifests.of(file, begin, progress.add)
+        return self._manifests.of(file, progress.begin, progress.add)
 
     def version_of(self, wanted: FindWeights) -> str | None:
         try:

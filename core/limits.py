@@ -11,6 +11,7 @@ from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS
 NUMERICS_VERSION = 6
 """Version of the rules in docs/internals/numerics.md. The handshake refuses workers with another version."""
 
+MAX_WORKERS = 256
 MAX_SEQUENCES = 1024
 MAX_BATCH_TOKENS = 8192
 MAX_TOP_LOGPROBS = 128

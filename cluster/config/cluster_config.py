@@ -52,11 +52,10 @@ from llamaclust.cluster.config.values import (
 )
 from llamaclust.core.addresses import is_loopback, joined_address, split_address
 from llamaclust.core.errors import UsageError
-from llamaclust.core.limits import MAX_ADAPTERS, MAX_BATCH_TOKENS, MAX_SEQUENCES
+from llamaclust.core.limits import MAX_ADAPTERS, MAX_BATCH_TOKENS, MAX_SEQUENCES, MAX_WORKERS
 from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS
 from llamaclust.model.kv_type import KvType
 
-MAX_WORKERS = 256
 MAX_MODELS = 32
 
 

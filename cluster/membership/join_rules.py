@@ -4,12 +4,11 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from llamaclust.cluster.config.cluster_config import MAX_WORKERS
 from llamaclust.cluster.membership.members import Members
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.core.errors import DeadlineError, UsageError
-from llamaclust.core.limits import NUMERICS_VERSION
+from llamaclust.core.limits import MAX_WORKERS, NUMERICS_VERSION
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control.messages import Deadlines, Register
 from llamaclust.wire.rpc.deadlines import deadline

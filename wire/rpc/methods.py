@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from llamaclust.core.limits import MAX_TILE_PIXELS
+from llamaclust.core.limits import MAX_TILE_PIXELS, MAX_WORKERS
 from llamaclust.wire import encoder
 from llamaclust.wire.control.codec import MAX_CONTROL_BYTES
 from llamaclust.wire.microbatch.codec import MAX_INPUTS_BYTES, MAX_MICROBATCH_BYTES
@@ -24,6 +24,8 @@ FETCH = "/llamaclust.v1.Weights/Fetch"
 PIECE_BYTES = 1 << 20
 """The maximum size of a gRPC message. A longer message is sent in pieces, of which the last is shorter or empty."""
 PROBE_BYTES = 1 << 19
+FETCH_STREAMS = 2
+"""Streams from a worker to each source of weights. One can transfer while the other's bytes are checked and written."""
 
 
 class Callers(Enum):
@@ -53,7 +55,7 @@ METHODS: Mapping[str, Method] = {
     SAMPLED_TOKENS: Method(Callers.NEIGHBOUR, 256, 256, MAX_MICROBATCH_BYTES, 0),
     ENCODE: Method(Callers.COORDINATOR, 32, 32, encoder.tile_bytes(MAX_TILE_PIXELS), encoder.FRAME_BYTES + 1),
     ECHO: Method(Callers.PERMITTED, 64, 2, PROBE_BYTES, 64),
-    FETCH: Method(Callers.MEMBERS, 128, 16, ASKED_BYTES, FRAME_BYTES + 1),
+    FETCH: Method(Callers.MEMBERS, FETCH_STREAMS * MAX_WORKERS, 16, ASKED_BYTES, FRAME_BYTES + 1),
 }
 
 

@@ -13,12 +13,11 @@ from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError
 from llamaclust.model.weights.cache import WeightCache, WeightPart
 from llamaclust.wire.rpc.client import ClientStream, Peer, StreamBrokenError
 from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.wire.rpc.methods import FETCH
+from llamaclust.wire.rpc.methods import FETCH, FETCH_STREAMS
 from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, WeightsNotFoundError, decode_frame, encode_range
 
 _log = logging.getLogger(__name__)
 
-_LANES = 2  # Streams to each source. One can transfer while the other's bytes are checked and written.
 _MOST_SOURCES = 4  # Maximum number of sources in use for one tensor.
 _WRITE_BYTES = 8 * FRAME_BYTES
 _MOST_MIXED = 2
@@ -143,7 +142,7 @@ class WeightFetch:
             raise self._not_found(self._items[0])
 
     def _begin(self, source: _Source, lanes: asyncio.TaskGroup) -> None:
-        source.lanes = [lanes.create_task(self._lane(source)) for _ in range(_LANES)]
+        source.lanes = [lanes.create_task(self._lane(source)) for _ in range(FETCH_STREAMS)]
 
     async def _lane(self, source: _Source) -> None:
         stream: ClientStream | None = None

@@ -15,7 +15,8 @@ from llamaclust.wire.rpc.methods import FETCH
 from llamaclust.wire.rpc.server import Handler, ServerStream
 from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, decode_range, encode_missing, frames_of
 
-_READ_BYTES = 8 * FRAME_BYTES
+_PIECE_FRAMES = 8
+_HELD_FRAMES = 1024  # 256 MiB. Pieces are smaller if pieces of all streams would be larger together.
 _IDLE_S = 120.0
 _FRAME_S = 30.0
 
@@ -25,6 +26,7 @@ class WeightGiver:
 
     def __init__(self, cache: WeightCache | None) -> None:
         self.sent_bytes = 0
+        self._giving = 0  # Number of ranges that are being sent.
         self._cache = cache
         self._tensors: dict[str, Tensor] = {}  # Tensors of files, by SHA-256.
 
@@ -49,11 +51,16 @@ class WeightGiver:
                 data = await stream.read()
             if data is None:
                 return
-            await self._give(stream, decode_range(data))
+            self._giving += 1
+            try:
+                await self._give(stream, decode_range(data))
+            finally:
+                self._giving -= 1
 
     async def _give(self, stream: ServerStream, wanted: WeightRange) -> None:
-        for start in range(wanted.start, wanted.end, _READ_BYTES):
-            end = min(start + _READ_BYTES, wanted.end)
+        start = wanted.start
+        while start < wanted.end:
+            end = min(start + self._piece_bytes, wanted.end)
             try:
                 data = await asyncio.to_thread(self._read, wanted.content, start, end)
             except LlamaclustError as error:
@@ -62,6 +69,11 @@ class WeightGiver:
             for frame in frames_of(memoryview(data)):
                 await _write(stream, frame)
                 self.sent_bytes += len(frame) - 1
+            start = end
+
+    @property
+    def _piece_bytes(self) -> int:
+        return FRAME_BYTES * min(_PIECE_FRAMES, _HELD_FRAMES // max(1, self._giving))
 
     def _read(self, content: str, start: int, end: int) -> bytearray:
         data = bytearray(end - start)

@@ -6,7 +6,7 @@ import asyncio
 import multiprocessing
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,14 +18,25 @@ import pytest
 
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.core.errors import LlamaclustError, ProtocolError
+from llamaclust.core.limits import MAX_WORKERS
 from llamaclust.proto import control_pb2, microbatch_pb2, sampling_pb2
 from llamaclust.wire.rpc.cache_flush import CacheFlush
 from llamaclust.wire.rpc.client import OPTIONS, Peer, StreamBrokenError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.link_probe import PING_BYTES, measure_link, serve_echo, try_link
-from llamaclust.wire.rpc.methods import ECHO, FETCH, FORWARD, JOIN, METHODS, PIECE_BYTES, SAMPLE, served_bytes
+from llamaclust.wire.rpc.methods import (
+    ECHO,
+    FETCH,
+    FETCH_STREAMS,
+    FORWARD,
+    JOIN,
+    METHODS,
+    PIECE_BYTES,
+    SAMPLE,
+    served_bytes,
+)
 from llamaclust.wire.rpc.pieces import pieces_of, read_message
-from llamaclust.wire.rpc.server import Handler, Server, ServerStream
+from llamaclust.wire.rpc.server import Handler, Server, ServerStream, _Places
 from llamaclust.wire.security.certificate_names import COORDINATOR, Principal
 from llamaclust.wire.security.credentials import Identity, Insecure
 from llamaclust.wire.security.permits import is_permitted, permit
@@ -133,6 +144,14 @@ async def test_streams_of_one_caller_are_few_and_places_come_back(trust: Authori
         assert await streams[0].read() is None
         await peer.open(method, permit=shown).opened()
         await asyncio.gather(peer.close(), other.close())
+
+
+def test_every_worker_of_the_largest_cluster_can_fetch_from_one_source() -> None:
+    places = _Places(FETCH, METHODS[FETCH])
+    with ExitStack() as streams:
+        for caller in (Principal(f"w{number}") for number in range(MAX_WORKERS)):
+            for _ in range(FETCH_STREAMS):
+                streams.enter_context(places.taken(caller))
 
 
 async def test_measurements_share_one_buffer(trust: Authority, monkeypatch: pytest.MonkeyPatch) -> None:

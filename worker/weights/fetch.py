@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TypeVar
 
 from llamaclust.core.backoff import Backoff
@@ -56,6 +57,9 @@ class _Item:
     mixed: int = 0  # Number of times that bytes from several sources, or from an earlier load, had a wrong hash.
     not_before_s: float = 0.0
     is_active: bool = False
+
+    def best(self, ranked: Iterable[_Source]) -> list[_Source]:
+        return list(islice((source for source in ranked if source.name not in self.lacking), _MOST_SOURCES))
 
 
 @dataclass(slots=True, eq=False)
@@ -108,12 +112,9 @@ class WeightFetch:
         self._on_others_bytes = on_others_bytes
         self._timeouts = timeouts
         self._items: list[_Item] = []
-        self._lanes: asyncio.TaskGroup | None = None
 
     def renew(self, name: str, peer: Peer) -> None:
         _log.info("weights are requested from %s at %s", name, peer.address)
-        # All lanes are cancelled if the fetch fails or is cancelled, and then no lane may begin.
-        runs = any(not (lane.done() or lane.cancelling()) for source in self._sources for lane in source.lanes)
         renewed, names = _Source(name, peer), [source.name for source in self._sources]
         place = names.index(name) if name in names else len(names)
         for former in self._sources[place : place + 1]:
@@ -122,8 +123,6 @@ class WeightFetch:
         for item in self._items:
             item.lacking.discard(name)
         self._sources[place : place + 1] = [renewed]
-        if self._lanes is not None and runs:
-            self._begin(renewed, self._lanes)
 
     async def run(self, wanted: Sequence[WantedWeights]) -> None:
         """Fetches weights into the cache. The caller holds `cache.in_use()`. Raises WorkerError if some are missing."""
@@ -131,18 +130,27 @@ class WeightFetch:
         largest_first = sorted(by_content.values(), key=lambda weights: -weights.n_bytes)
         self._items = [_Item(weights, self._cache.part_bytes(weights.content)) for weights in largest_first]
         try:
-            async with asyncio.TaskGroup() as self._lanes:
-                for source in self._sources:
-                    self._begin(source, self._lanes)
+            async with asyncio.TaskGroup() as lanes:
+                while running := self._running(lanes):
+                    await asyncio.wait(running, timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        finally:
-            self._lanes = None
         if self._items:
             raise self._not_found(self._items[0])
 
-    def _begin(self, source: _Source, lanes: asyncio.TaskGroup) -> None:
-        source.lanes = [lanes.create_task(self._lane(source)) for _ in range(FETCH_STREAMS)]
+    def _running(self, lanes: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
+        """Begins the missing lanes of the best sources. Returns all lanes that run."""
+        ranked = self._ranked()
+        best = {source for item in self._items for source in item.best(ranked)}
+        for source in self._sources:
+            source.lanes = [lane for lane in source.lanes if not lane.done()]
+            new = FETCH_STREAMS - len(source.lanes) if source in best else 0
+            source.lanes += [lanes.create_task(self._lane(source)) for _ in range(new)]
+        return [lane for source in self._sources for lane in source.lanes]
+
+    def _ranked(self) -> list[_Source]:
+        able = (source for source in self._sources if source.given_up is None)
+        return sorted(able, key=lambda source: source.failed_since_s is not None)
 
     async def _lane(self, source: _Source) -> None:
         stream: ClientStream | None = None
@@ -171,20 +179,18 @@ class WeightFetch:
                 stream.cancel()
 
     async def _next(self, source: _Source) -> _Item | None:
+        """Waits for an item that no other lane fetches. Returns None if `source` is not among the best of any item."""
         clock = asyncio.get_running_loop().time
-        while self._items and source.given_up is None:
-            for item in self._items:
-                if not item.is_active and clock() >= item.not_before_s and source in self._sources_of(item):
+        while True:
+            ranked = self._ranked()
+            own = [item for item in self._items if source in item.best(ranked)]
+            if not own:
+                return None
+            for item in own:
+                if not item.is_active and clock() >= item.not_before_s:
                     item.is_active = True
                     return item
-            if not any(item.is_active or self._sources_of(item) for item in self._items):
-                return None
             await asyncio.sleep(_LOOK_S)
-        return None
-
-    def _sources_of(self, item: _Item) -> list[_Source]:
-        able = [source for source in self._sources if source.given_up is None and source.name not in item.lacking]
-        return sorted(able, key=lambda source: source.failed_since_s is not None)[:_MOST_SOURCES]
 
     async def _open(self, source: _Source) -> ClientStream:
         stream = source.peer.open(FETCH)

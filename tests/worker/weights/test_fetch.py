@@ -13,19 +13,15 @@ from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from llamaclust.core.errors import LlamaclustError, WorkerError
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import WeightCache, WeightPart
-from llamaclust.wire.rpc.methods import FETCH, METHODS
 from llamaclust.wire.rpc.server import ServerStream
-from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, encode_range, frames_of
+from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, frames_of
 from llamaclust.worker.weights.fetch import WeightFetch
-from llamaclust.worker.weights.giver import WeightGiver
 from support.clusters.served import until
 from support.clusters.weight_peers import Answer, fetch, holder, manifest_of, wanted
 from support.models.tiny_model import build_tiny_model
@@ -332,36 +328,3 @@ async def test_a_source_that_is_renewed_while_a_fetch_ends_is_not_asked(
         finally:
             released.set()
             await peer.close()
-
-
-async def test_pieces_are_smaller_while_many_streams_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    released = asyncio.Event()
-
-    def read(giver: WeightGiver, content: str, start: int, end: int) -> bytearray:
-        sizes.append(end - start)
-        return bytearray(1)
-
-    async def nothing() -> None:
-        """Accepts the stream."""
-
-    async def write(frame: bytes) -> None:
-        await released.wait()
-
-    def stream() -> Any:
-        requests = [encode_range(WeightRange("ab" * 32, 0, 8 * FRAME_BYTES))]
-
-        async def read_message() -> bytes | None:
-            return requests.pop() if requests else None
-
-        return SimpleNamespace(accept=nothing, read=read_message, write=write)
-
-    monkeypatch.setattr(WeightGiver, "_read", read)
-    giver, most = WeightGiver(None), METHODS[FETCH].streams
-    async with asyncio.timeout(60), asyncio.TaskGroup() as serving:
-        for _ in range(most):
-            serving.create_task(giver._serve(stream()))
-        await until(lambda: len(sizes) == most)
-        assert (max(sizes), min(sizes)) == (8 * FRAME_BYTES, (256 << 20) // most)
-        released.set()
-    assert not giver._giving

@@ -171,23 +171,32 @@ class DiskCache:
         return NEVER_NS
 
     def _make_room(self, n_bytes: int, since_ns: int = NEVER_NS, kept: Container[str] = ()) -> None:
-        """Deletes least recently used files until `n_bytes` fit, or raises NoRoomError. The caller holds the lock."""
+        """Deletes least recently used files until `n_bytes` fit. The caller holds the lock. Raises NoRoomError, and
+        deletes nothing if all deletions together would not suffice."""
         held, since_ns = self.files(), min(since_ns, self._needed_since_ns())
+        unneeded = [file for file in held if file.used_ns < since_ns and file.path.name not in kept]
         held_bytes, count = sum(file.size_bytes for file in held), len(held)
         disk = os.statvfs(self.path)
+        free_bytes = disk.f_bavail * disk.f_frsize
         reserved_bytes = min(disk.f_blocks * disk.f_frsize // _FREE_SHARE, self.free_bytes)
-        disk_bytes = disk.f_bavail * disk.f_frsize - reserved_bytes
-        for file in held:
-            if held_bytes + n_bytes <= self.most_bytes and n_bytes <= disk_bytes and count < self.most_files:
+        self._check_room(n_bytes, held_bytes, free_bytes, reserved_bytes, sum(file.size_bytes for file in unneeded))
+        for file in unneeded:
+            fits = held_bytes + n_bytes <= self.most_bytes and n_bytes <= free_bytes - reserved_bytes
+            if fits and count < self.most_files:
                 return
-            if file.used_ns < since_ns and file.path.name not in kept and _delete(file.path):
-                held_bytes, disk_bytes, count = held_bytes - file.size_bytes, disk_bytes + file.size_bytes, count - 1
-        more = f"{mib(n_bytes)} MiB more of {self.content}"
-        if held_bytes + n_bytes > self.most_bytes:
+            if _delete(file.path):
+                held_bytes, free_bytes, count = held_bytes - file.size_bytes, free_bytes + file.size_bytes, count - 1
+        self._check_room(n_bytes, held_bytes, free_bytes, reserved_bytes)
+
+    def _check_room(
+        self, n_bytes: int, held_bytes: int, free_bytes: int, reserved_bytes: int, unneeded_bytes: int = 0
+    ) -> None:
+        more, used_bytes = f"{mib(n_bytes)} MiB more of {self.content}", held_bytes - unneeded_bytes
+        if used_bytes + n_bytes > self.most_bytes:
             allowed = f"the limit is {mib(self.most_bytes)} MiB ({self.limit})"
-            raise NoRoomError(f"{self.path}: {more} do not fit: {mib(held_bytes)} MiB are in use, and {allowed}")
-        if n_bytes > disk_bytes:
-            free_mib, stays = (disk_bytes + reserved_bytes) // MIB, f" ({mib(reserved_bytes)} must stay free)"
+            raise NoRoomError(f"{self.path}: {more} do not fit: {mib(used_bytes)} MiB are in use, and {allowed}")
+        if n_bytes > free_bytes + unneeded_bytes - reserved_bytes:
+            free_mib, stays = free_bytes // MIB, f" ({mib(reserved_bytes)} must stay free)"
             what = f"the disk has {free_mib} MiB free{stays if reserved_bytes else ''}, but {more} are needed"
             raise NoRoomError(f"{self.path}: {what}; make room there, or set LLAMACLUST_HOME to another disk")
 

@@ -48,6 +48,19 @@ def test_files_that_are_needed_make_no_room(make: Make) -> None:
     assert not (user.cache.path / kept).exists()
 
 
+def test_a_file_that_cannot_fit_deletes_no_other(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    user = make(room=3)
+    user.put(1)
+    user.put(2)
+    with pytest.raises(NoRoomError, match="the limit is"):
+        user.cache.write(f"x{user.suffix}", [bytes(5 * BYTES)])
+    with monkeypatch.context() as patch:
+        disk(patch, 20 * BYTES, 0)
+        with pytest.raises(NoRoomError, match="the disk has 0 MiB free"):
+            user.cache.write(f"x{user.suffix}", [bytes(3 * BYTES)])
+    assert there(user, range(3)) == [1, 2]
+
+
 def test_the_number_of_files_is_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     user = make()
     monkeypatch.setattr(type(user.cache), "most_files", 4)

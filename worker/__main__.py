@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
+from llamaclust.core.errors import UsageError
 from llamaclust.core.process_settings import collect_rarely
 from llamaclust.wire.rpc.grpc_options import tune_grpc
 from llamaclust.worker.settings import WorkerSettings
@@ -16,7 +18,12 @@ def main() -> None:
     tune_grpc()
     from llamaclust.worker.main import end_process, run_worker
 
-    end_process(run_worker(settings))
+    try:
+        code = run_worker(settings)
+    except UsageError as error:
+        logging.getLogger("llamaclust.worker").error("%s", error)
+        code = error.exit_code
+    end_process(code)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def run_worker(settings: WorkerSettings) -> int:
-    """Runs a worker and returns its exit code. Logs errors, but a static worker with a text log raises UsageError."""
+    """Runs a worker and returns its exit code. Logs errors, but raises UsageError if the log is text."""
     start_logging(settings.log_format, cluster=settings.cluster, worker=settings.name)
     allow_many_files()
     request_slices(USUAL_SLICE_NS)
@@ -46,7 +46,7 @@ def run_worker(settings: WorkerSettings) -> int:
             bind_to_node(settings.numa_node)
         return asyncio.run(_until_signal(settings))
     except LlamaclustError as error:
-        if isinstance(error, UsageError) and settings.static and settings.log_format is LogFormat.TEXT:
+        if isinstance(error, UsageError) and settings.log_format is LogFormat.TEXT:
             raise
         _log.error("%s", error)
         return error.exit_code

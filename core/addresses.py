@@ -8,7 +8,9 @@ from llamaclust.core.errors import UsageError
 ANYWHERE = ("0.0.0.0", "::")
 """Wildcard hosts. A listener on a wildcard host accepts connections to every address of the machine."""
 
-_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]{2,60}(?:%[^\]\s]{1,32})?\]|[A-Za-z0-9._-]{1,255}):(\d{1,5})", re.ASCII)
+_LABEL = r"[A-Za-z0-9_-]{1,63}"
+_NAME = rf"(?=[^:]{{1,255}}:){_LABEL}(?:\.{_LABEL})*\.?"
+_ADDRESS = re.compile(rf"(\[[0-9a-fA-F:.]{{2,60}}(?:%[^\]\s]{{1,32}})?\]|{_NAME}):(\d{{1,5}})", re.ASCII)
 _MOST_SHOWN = 64
 JOIN_PORT = 7100
 LASTING = "give a host name, an IPv4 address, or an IPv6 address that does not begin with fe80"

@@ -30,7 +30,19 @@ def test_addresses_of_one_link(host: str, expected: bool) -> None:
         assert split_address(joined_address(host, 7100)) == (host, 7100)
 
 
-@pytest.mark.parametrize("text", ["[fe80::1%]:1", "[fe80::1%a b]:1", "[fe80::1%" + "x" * 40 + "]:1", "fe80::1%eth0:1"])
+SCOPED = ["[fe80::1%]:1", "[fe80::1%a b]:1", "[fe80::1%" + "x" * 40 + "]:1", "fe80::1%eth0:1"]
+LONG = ".".join(["x" * 63] * 4)
+
+
+@pytest.mark.parametrize(
+    "text", [*SCOPED, "a..b:1", ".a:1", "a..:1", ".:1", ":1", f"{'x' * 64}:1", f"a.{'x' * 64}.b:1", f"{LONG}.x:1"]
+)
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(AddressError, match="is not an address; write it like"):
         split_address(text)
+
+
+@pytest.mark.parametrize("host", ["a", "a.", "x" * 63, "a-b_c.d", LONG, "127.0.0.1", "xn--bcher-kva.example."])
+def test_names_can_be_looked_up(host: str) -> None:
+    assert split_address(f"{host}:65535") == (host, 65535)
+    host.encode("idna")  # The codec of `socket.getaddrinfo`.

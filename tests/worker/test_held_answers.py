@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from functools import partial
 from math import inf
 
@@ -46,4 +47,15 @@ async def test_a_held_answer_comes_before_the_thread_waits_for_a_job() -> None:
     compute = Compute()
     async with asyncio.timeout(60):
         assert await compute.queue(lambda: 1, expected_ns=1) == 1
+    compute.close()
+
+
+async def test_a_thread_that_waits_for_a_job_does_not_keep_the_last_one() -> None:
+    def job() -> None:
+        """Is kept by whoever runs it."""
+
+    compute, kept = Compute(), weakref.ref(job)
+    await compute.run(job)
+    del job
+    assert kept() is None
     compute.close()

@@ -139,6 +139,7 @@ class Compute:
             except Exception as error:  # noqa: BLE001  the error is raised in the caller's task
                 held.add(partial(answer.set_exception, error))
             self._present = None
+            del entry, job, answer  # The job may refer to a freed stage, and the next job may come much later.
 
 
 class _Held:

@@ -55,6 +55,7 @@ class StageMatchers:
     def close(self) -> None:
         self.clear()
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._vocabulary = None
 
     def prepare(self) -> None:
         """Reads the vocabulary before an answer needs it, because a large vocabulary takes most of a second."""
@@ -188,7 +189,8 @@ class StageMatchers:
         answer.ready = self._thread.submit(answer.make_matcher, self._prepare)
 
     def _prepare(self) -> GrammarVocabulary:
-        if self._vocabulary is None:
-            self._vocabulary = self._read_vocabulary()
-            self._vocabulary.native  # noqa: B018  builds the native vocabulary
-        return self._vocabulary
+        vocabulary = self._vocabulary
+        if vocabulary is None:
+            vocabulary = self._vocabulary = self._read_vocabulary()
+            vocabulary.native  # noqa: B018  builds the native vocabulary
+        return vocabulary

@@ -99,3 +99,12 @@ def test_a_release_is_seen_while_a_step_admits_what_it_releases(stage: StageMatc
     stage.begin(inputs.tasks)
     other.end()
     assert answer is not None and answer.is_released
+
+
+def test_a_closed_stage_keeps_no_vocabulary() -> None:
+    stage = StageMatchers(lambda: VOCABULARY, most=3)
+    stage.prepare()
+    stage._thread.submit(lambda: None).result(_WAIT_S)
+    assert stage._vocabulary is VOCABULARY
+    stage.close()
+    assert stage._vocabulary is None

@@ -155,6 +155,7 @@ class Member:
             case messages.Admitted():  # The worker is admitted again because the coordinator's term has grown.
                 self._worker.terms.see(message.term, message.term_proof)
             case messages.Load():
+                requests.cancel_measurements()  # They are late, because the coordinator orders no load before them.
                 self._tasks.start(loads.load(message))
             case messages.Unload():
                 self._tasks.start(loads.unload(message))

@@ -27,6 +27,11 @@ class Requests:
         self._session = session
         self._set_adapters = set_adapters
         self._exclusive = session.worker.exclusive
+        self._measuring = set[Progress]()
+
+    def cancel_measurements(self) -> None:
+        for progress in self._measuring:
+            progress.cancel()
 
     async def answer(self, request: messages.WorkerRequest) -> None:
         failed = partial(messages.RequestFailed, request_id=request.request_id)
@@ -35,8 +40,7 @@ class Requests:
     async def _answer(self, request: messages.WorkerRequest) -> messages.WorkerMessage:
         match request:
             case profiles.ProfileWorker():
-                async with self._exclusive:
-                    return await self._profile_in_thread(request)
+                return await self._measured(request)
             case profiles.ProfileLinks(ends, request_id):
                 async with self._exclusive:
                     links = [await self._profile_link(end) for end in ends]
@@ -60,16 +64,16 @@ class Requests:
             )
         return await worker.kv_disk.answer(request, worker.service.stage(request.epoch).runner)
 
-    async def _profile_in_thread(self, request: profiles.ProfileWorker) -> profiles.WorkerProfile:
-        """Measures in a thread. Waits for the thread even if cancelled, so that measurements never overlap."""
-        measuring = asyncio.ensure_future(asyncio.to_thread(self._profile, request))
+    async def _measured(self, request: profiles.ProfileWorker) -> profiles.WorkerProfile:
+        progress = Progress(what="measurement")
+        self._measuring.add(progress)
         try:
-            return await asyncio.shield(measuring)
-        except asyncio.CancelledError:
-            await asyncio.gather(measuring, return_exceptions=True)
-            raise
+            async with self._exclusive:
+                return await progress.in_thread(partial(self._profile, request, progress))
+        finally:
+            self._measuring.discard(progress)
 
-    def _profile(self, request: profiles.ProfileWorker) -> profiles.WorkerProfile:
+    def _profile(self, request: profiles.ProfileWorker, progress: Progress) -> profiles.WorkerProfile:
         worker, before_bytes = self._session.worker, resident_bytes()
         try:
             path = request.model_path
@@ -78,7 +82,7 @@ class Requests:
         except ModelFileError:  # The load of the file's layers will report this error.
             model = None
         with model or nullcontext():
-            profile = worker.device.measure(model, request.quant_types)
+            profile = worker.device.measure(model, request.quant_types, progress.add)
         del model
         release_freed_memory()
         return profiles.WorkerProfile(profile, request.request_id, max(0, resident_bytes() - before_bytes))

@@ -337,7 +337,7 @@ async def test_a_load_that_is_not_needed_ends_soon(monkeypatch: pytest.MonkeyPat
         answers.append(message)
 
     async def in_thread(order: Any, device: object, files: Any, reserved_bytes: int) -> object:
-        return await load._in_thread(partial(runner, order, files.progress), files.progress)
+        return await files.progress.in_thread(partial(runner, order, files.progress))
 
     monkeypatch.setattr(load, "_load", in_thread)
     monkeypatch.setattr(loads, "StageStreams", lambda epoch, *_: SimpleNamespace(epoch=epoch))

@@ -8,16 +8,18 @@ from collections.abc import Callable, Coroutine
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.weights import manifest
-from llamaclust.wire.control.messages import Deadlines, RequestFailed, WorkerMessage
+from llamaclust.wire.control.messages import Deadlines, Load, RequestFailed, WorkerMessage
 from llamaclust.wire.control.profiles import ProfileWorker
 from llamaclust.wire.control.weights import FindWeights, WeightSources
+from llamaclust.wire.security.credentials import Insecure
+from llamaclust.worker.membership import Member
 from llamaclust.worker.requests import Requests
 from llamaclust.worker.service import StageService
 from llamaclust.worker.session import Session
@@ -26,6 +28,7 @@ from llamaclust.worker.weights import load
 from llamaclust.worker.weights.weights import Progress, Weights
 from llamaclust.worker.worker import Worker
 from support.models.tiny_model import build_tiny_model
+from support.wire.control_messages import LOAD
 
 
 async def test_a_profile_does_not_begin_beside_one_of_an_ended_membership() -> None:
@@ -33,7 +36,7 @@ async def test_a_profile_does_not_begin_beside_one_of_an_ended_membership() -> N
     overlapped: list[bool] = []
     answers: list[WorkerMessage] = []
 
-    def measure(model: object, quant_types: object) -> object:
+    def measure(model: object, quant_types: object, progress: object) -> object:
         overlapped.append(not measuring.acquire(blocking=False))
         begun.release()
         may_end.wait(10)
@@ -59,6 +62,41 @@ async def test_a_profile_does_not_begin_beside_one_of_an_ended_membership() -> N
     assert ended.cancelled() and overlapped == [False, False]
     (answer,) = answers
     assert isinstance(answer, RequestFailed) and "of no interest" in answer.failure.message
+
+
+async def test_a_load_ends_measurements_that_the_coordinator_no_longer_awaits() -> None:
+    answers: list[WorkerMessage] = []
+    begun, loaded, ends = threading.Event(), asyncio.Event(), threading.Event()
+
+    def measure(model: object, quant_types: object, progress: Callable[[int], None]) -> object:
+        while not ends.wait(0.001):
+            progress(0)
+            begun.set()
+        raise MemoryError("the measurement was not cancelled")
+
+    async def send(message: WorkerMessage) -> None:
+        answers.append(message)
+
+    async def load(order: Load) -> None:
+        async with worker.exclusive:
+            loaded.set()
+
+    nothing: Any = SimpleNamespace()
+    device: Any = SimpleNamespace(measure=measure)
+    worker = Worker("a", device, StageService("a"), nothing, nothing)
+    session = Session(worker, nothing, Deadlines(), Counters(), send)
+    requests, loads = Requests(session, nothing), cast("Any", SimpleNamespace(load=load))
+    measuring = [asyncio.create_task(requests.answer(ProfileWorker())) for _ in range(2)]
+    try:
+        assert await asyncio.to_thread(begun.wait, 10)
+        Member(worker, Insecure())._dispatch(LOAD, session, loads, requests)
+        async with asyncio.timeout(10):
+            await loaded.wait()
+    finally:
+        ends.set()
+    await asyncio.gather(*measuring)
+    assert [type(answer) for answer in answers] == [RequestFailed] * 2
+    assert all("the measurement was cancelled" in str(answer) for answer in answers)
 
 
 async def _found(weights: Weights, model: ModelFile) -> None:

@@ -14,7 +14,7 @@ from llamaclust.core.gpus import DeviceLayers, Gpu, gpu_names
 from llamaclust.core.profile import Profile
 from llamaclust.core.sizes import MIB
 from llamaclust.core.this_machine import machine_id
-from llamaclust.kernels.backend import Backend, ExpertsBackend, with_own_threads
+from llamaclust.kernels.backend import Backend, ExpertsBackend, Progress, with_own_threads
 from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.kernels.split_experts import SplitExpertsBackend
@@ -99,12 +99,14 @@ class Device:
         experts = cast(ExpertsBackend, self.backend)  # A worker with GPUs has a CPU backend here.
         return SplitExpertsBackend(gpu, experts, part.cpu_moe, part.experts_cache_bytes)
 
-    def measure(self, model: Model | None = None, quant_types: Iterable[int] = ()) -> Profile:
-        """Measures the machine, a model's step times, and matrix products with `quant_types`. Blocks for seconds."""
+    def measure(self, model: Model | None, quant_types: Iterable[int], progress: Progress) -> Profile:
+        """Measures the machine, a model's step times, and matrix products with `quant_types`. Blocks for seconds, or
+        until `progress`, which is called often, raises an error."""
         from llamaclust.kernels.probes import measure_machine
         from llamaclust.worker.devices.product_profiler import measure_products
         from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
 
+        progress(0)
         threads, level = self.threads, self.feature_level
         cpu = measure_machine(threads)
         if self.kind != _REFERENCE:
@@ -113,10 +115,10 @@ class Device:
         if model is not None:
             if self.kind != _REFERENCE:
                 device = ProfiledDevice(self.backend, threads, level, self.free_memory_bytes, os.getpid())
-                cpu = replace(cpu, concurrent=try_stages(device, model))
+                cpu = replace(cpu, concurrent=try_stages(replace(device, progress=progress), model))
             for index, gpu in enumerate(self.gpus):
-                steps = try_stages(ProfiledDevice.gpu(gpu, threads, level), model)
-                gpus[index] = replace(gpus[index], concurrent=steps)
+                device = replace(ProfiledDevice.gpu(gpu, threads, level), progress=progress)
+                gpus[index] = replace(gpus[index], concurrent=try_stages(device, model))
         return Profile(cpu, tuple(gpus))
 
     def registration(self, name: str, address: str, link_address: str) -> Register:

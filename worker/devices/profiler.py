@@ -17,7 +17,7 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.core.profile import StepTime
 from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.core.sampler.tasks import SampleTask
-from llamaclust.kernels.backend import Backend, with_own_threads
+from llamaclust.kernels.backend import Backend, Progress, with_own_threads
 from llamaclust.model.costs import LayerCost
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
@@ -86,6 +86,7 @@ class ProfiledDevice:
     size: ProfileSize = PROCESSOR
     # Flushes the device's own cache. The CPU's caches are flushed too.
     own_cache: Callable[[], AbstractContextManager[Sweep]] | None = None
+    progress: Progress | None = None  # Called with numbers of loaded bytes, and before each step. May raise an error.
 
     @classmethod
     def gpu(cls, gpu: GpuBackend, threads: int, feature_level: str) -> ProfiledDevice:
@@ -156,7 +157,8 @@ class _Measurement:
     def parts(self, ranges: Sequence[tuple[int, int]]) -> list[_Part]:
         """Measures one stage per range of layers. Alternates between the stages, so that a disturbance affects all."""
         device, model = self.device, self.model
-        limits, options = device.size.limits, StageOptions(device.feature_level, device.threads)
+        limits = device.size.limits
+        options = StageOptions(device.feature_level, device.threads, progress=device.progress)
         with ExitStack() as opened:
             runners = []
             for start, end in ranges:
@@ -188,6 +190,8 @@ class _Measurement:
 
     async def _step_s(self, loop: StageLoop, runner: StageRunner, task: tuple[bytes, bytes], number: int) -> float:
         frame, inputs = task
+        if self.device.progress is not None:
+            self.device.progress(0)
         self.sweep()
         begun_ns = perf_counter_ns()
         if runner.program.is_last:

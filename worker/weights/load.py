@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import astuple, dataclass
 from functools import partial
-from typing import TypeVar
 
 from llamaclust.core.errors import InsufficientMemoryError, ModelFileError
 from llamaclust.core.limits import StageLimits
@@ -34,7 +33,6 @@ from llamaclust.worker.weights.weights import Progress, Reach, Weights
 _log = logging.getLogger(__name__)
 
 _REPORT_S = 0.1
-_Value = TypeVar("_Value")
 
 
 async def load_stage(
@@ -64,7 +62,7 @@ async def _load_encoder(wanted: EncoderFile, device: Device, files: _Files) -> T
         progress, missing_bytes = files.progress, opened.missing_bytes(outline.read_names)
         progress.begin(planned.weight_bytes + missing_bytes, planned.weight_bytes)
         await opened.complete(outline.read_names)
-        return await _in_thread(partial(_encoder, wanted, device, opened.file, planned, progress), progress)
+        return await progress.in_thread(partial(_encoder, wanted, device, opened.file, planned, progress))
 
 
 def _encoder(
@@ -88,7 +86,7 @@ async def _load(order: Load, device: Device, files: _Files, reserved_bytes: int)
         for opened in (plain, *adapters.values()):
             await opened.complete(names)
         model = _in_tiles(order.limits, Model(plain.file, adapters=_files_of(adapters)))
-        return await _in_thread(partial(_runner, order, device, model, progress), progress)
+        return await progress.in_thread(partial(_runner, order, device, model, progress))
 
 
 async def load_adapters(
@@ -103,7 +101,7 @@ async def load_adapters(
         model = _in_tiles(runner.limits, runner.model.adapted_by(_files_of(adapters)))
         release_freed_memory()
         free_bytes = device.free_bytes_of(runner.devices[0].device if runner.devices else "cpu")
-        await _in_thread(partial(runner.adapt, model, free_bytes, files.progress.add), files.progress)
+        await files.progress.in_thread(partial(runner.adapt, model, free_bytes, files.progress.add))
 
 
 @dataclass(slots=True)
@@ -152,7 +150,7 @@ class _Files(AsyncExitStack):
     async def _open(
         self, read: Callable[[], ModelFile | None], path: str, identity: str, known: WeightSources | None
     ) -> _Opened:
-        file = await _in_thread(partial(self._here, read, path, known), self.progress)
+        file = await self.progress.in_thread(partial(self._here, read, path, known))
         if file is not None:
             return _Opened(file)
         assert known is not None
@@ -183,17 +181,6 @@ class _Files(AsyncExitStack):
         if own != manifest:
             what = f"its bytes differ from the cluster's copies (SHA-256 {own[:12]}, not {manifest[:12]})"
             raise ModelFileError(f"{file.path}: {what}, so it is damaged or was changed; replace it by a good copy")
-
-
-async def _in_thread(work: Callable[[], _Value], progress: Progress) -> _Value:
-    """Runs `work` on a thread. Waits for the thread even if cancelled, because the thread holds memory."""
-    running = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        progress.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-        raise
 
 
 def _in_tiles(limits: StageLimits, model: Model) -> Model:

@@ -43,8 +43,9 @@ Report = Callable[[int, int], Awaitable[None]]
 class Progress:
     """Counts finished bytes of consecutive parts. Any thread may call `begin`, `add` and `cancel`."""
 
-    def __init__(self, report: Report | None = None) -> None:
+    def __init__(self, report: Report | None = None, what: str = "load") -> None:
         self._report = report
+        self._what = what
         self._earlier_bytes = 0  # Reported total of the parts before the present one.
         self._total_bytes = 0  # 0 until the first part begins.
         self._done_bytes = 0
@@ -64,7 +65,7 @@ class Progress:
 
     def add(self, n_bytes: int) -> None:
         if self._is_cancelled:
-            raise LoadCancelledError("the load was cancelled")
+            raise LoadCancelledError(f"the {self._what} was cancelled")
         with self._lock:
             self._done_bytes += n_bytes
 
@@ -74,6 +75,16 @@ class Progress:
         with self._lock:
             done_bytes = min(self._done_bytes, self._total_bytes) * self._weight_bytes // max(1, self._total_bytes)
             return self._earlier_bytes + done_bytes, self._earlier_bytes + self._weight_bytes
+
+    async def in_thread(self, work: Callable[[], _Value]) -> _Value:
+        """Runs `work` on a thread. Waits for the thread even if cancelled, because the thread holds memory."""
+        running = asyncio.ensure_future(asyncio.to_thread(work))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            self.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            raise
 
     async def during(self, work: Coroutine[None, None, _Value], every_s: float) -> _Value:
         """Awaits `work` and returns its result. Reports every `every_s` seconds meanwhile."""

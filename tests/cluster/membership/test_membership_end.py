@@ -130,7 +130,7 @@ async def test_no_load_begins_before_the_thread_of_an_earlier_membership_ends(mo
         released.wait()
 
     async def in_thread(order: Any, device: object, files: Any, reserved_bytes: int) -> None:
-        await load._in_thread(work, files.progress)
+        await files.progress.in_thread(work)
 
     async def send(message: WorkerMessage) -> None:
         """Drops it, because nobody listens at the end."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llamaclust.core.errors import LoadCancelledError
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.worker.devices import profiler
@@ -40,6 +41,33 @@ def test_each_stage_is_tried_on_threads_of_its_own(model: Model, monkeypatch: py
     pools = {id(each._pool) for each in (backend, *used)}
     assert len(used) == 6 and len(pools) == 7
     assert all(each._weights is backend._weights for each in used), "weights in memory are shared"
+
+
+@pytest.mark.parametrize("most", [1, 3], ids=["it loads", "it computes"])
+def test_a_measurement_ends_while(model: Model, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[StageRunner] = []
+    closed: list[StageRunner] = []
+
+    class Recorded(StageRunner):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            opened.append(self)
+
+        def close(self) -> None:
+            closed.append(self)
+            super().close()
+
+    def progress(n_bytes: int) -> None:
+        if len(opened) == most:
+            raise LoadCancelledError("the measurement was cancelled")
+
+    monkeypatch.setattr(profiler, "_LEAST_BYTES", 0)
+    monkeypatch.setattr(profiler, "StageRunner", Recorded)
+    backend = CpuBackend(1)
+    device = ProfiledDevice(backend, 1, backend.feature_level, 1 << 30, progress=progress)
+    with pytest.raises(LoadCancelledError):
+        try_stages(device, model)
+    assert len(opened) == most and closed == opened[::-1]
 
 
 def test_rows_of_prompts_see_as_many_keys_as_those_of_decode_steps(model: Model) -> None:

@@ -13,10 +13,10 @@ from llamaclust.cluster.scheduler.sequence_choice import (
     RunningCounts,
     first_in_turn,
     in_turn,
-    preemptable,
     preemption_victim,
     startable,
     takes_turn,
+    turn_victims,
 )
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.core.errors import QueueFullError
@@ -44,6 +44,7 @@ class SequenceQueues:
         # Running sequences with slow matchers that must skip the next microbatch.
         self.held: frozenset[Sequence] = frozenset()
         self.released: list[int] = []  # Keys of sequences whose matchers the last stage can drop.
+        self._denied: object = None  # Situation in which preemptions would not give the next sequence enough memory.
         self.preemptions = 0
         self.cached_tokens = 0  # Total prompt tokens found in the prefix cache.
 
@@ -131,9 +132,14 @@ class SequenceQueues:
         count = len(self.running)
         if count < self.max_running and not self.memory.lacks_blocks(first, RESERVE_BLOCKS * count):
             return
-        victims = preemptable(first, self.running, running)
+        situation = first.key, [other.key for other in self.running], self.memory.room_with(self.running, first)
+        if situation == self._denied:
+            return
+        victims = turn_victims(first, self.running, running)
         if self.memory.suffices_without(victims, first, RESERVE_BLOCKS * (count - len(victims))):
-            self._preempt_one()
+            self.preempt(victims[0])
+        else:
+            self._denied = situation
 
     def make_room(self, sequence: Sequence) -> None:
         """Starts the sequence or gives it more blocks. May preempt others. Requires that no microbatch is in flight."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Reversible
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from heapq import nsmallest
 
@@ -71,28 +72,34 @@ def preemption_victim(running: Reversible[Sequence], counts: RunningCounts) -> S
     return max(reversed(running), key=counts.rank)
 
 
-def preemptable(sequence: Sequence, running: Iterable[Sequence], counts: RunningCounts) -> list[Sequence]:
-    """Returns the running sequences that may be preempted for `sequence`: all but the oldest of each owner or, if its
-    own owner has running ones, of each request. `running` begins with the oldest sequence."""
-    kept, found = set[str](), list[Sequence]()
-    has_running = counts.rank(sequence)[0] > 0
-    for other in running:
-        of = request_key(other) if has_running else other.request.owner
-        if of in kept:
-            found.append(other)
-        kept.add(of)
-    return found
+def turn_victims(sequence: Sequence, running: Items[Sequence], counts: RunningCounts) -> list[Sequence]:
+    """Returns the running sequences that may be preempted, one by one in this order, so that `sequence` gets their
+    memory. None of them precedes `sequence` afterwards. `running` begins with the oldest sequence."""
+    counts, left, victims = RunningCounts(counts.owners.copy(), counts.requests.copy()), [*running], list[Sequence]()
+    while (victim := _turn_victim(sequence, left, counts)) is not None:
+        left.remove(victim)
+        counts.owners[victim.request.owner] -= 1
+        counts.requests[request_key(victim)] -= 1
+        victims.append(victim)
+    return victims
 
 
-def takes_turn(sequence: Sequence, running: Reversible[Sequence], counts: RunningCounts) -> bool:
+def takes_turn(sequence: Sequence, running: Items[Sequence], counts: RunningCounts) -> bool:
     """Returns True if a running sequence must be preempted so that `sequence` gets its place."""
-    if not running:
-        return False
+    return _turn_victim(sequence, running, counts) is not None
+
+
+def _turn_victim(sequence: Sequence, running: Items[Sequence], counts: RunningCounts) -> Sequence | None:
     owner, request = counts.rank(sequence)
-    victim = preemption_victim(running, counts)
-    most_of_owner, most_of_request = counts.rank(victim)
-    if not owner:
-        return most_of_owner > 1
+    if not running or request:
+        return None
+    own = sequence.request.owner
+
+    def rank(other: Sequence) -> tuple[int, bool, int]:
+        of_owner, of_request = counts.rank(other)
+        return of_owner, other.request.owner == own, of_request
+
+    most_of_owner, is_own, most_of_request = rank(victim := max(reversed(running), key=rank))
     # A victim of another owner with as many sequences would be next in turn again.
-    may_take = owner < most_of_owner or victim.request.owner == sequence.request.owner
-    return not request and most_of_request > 1 and may_take
+    is_due = most_of_request > 1 and (is_own or owner < most_of_owner) if owner else most_of_owner > 1
+    return victim if is_due else None

@@ -111,6 +111,12 @@ class KvMemory:
         """Returns True if `admit` has refused the sequence for lack of blocks and would refuse it again."""
         return sequence.key in self._refused and self._begin_with(sequence, reserve) is None
 
+    def room_with(self, running: Items[Sequence], sequence: Sequence) -> object:
+        """Returns a value that changes if `suffices_without` may change while the same sequences run."""
+        held = sum(len(other.kv.table) for other in running)
+        states = None if self.states is None else self.states.blocks.available
+        return self.blocks.available + held, states, self._refused.get(sequence.key)
+
     def suffices_without(self, others: Items[Sequence], sequence: Sequence, reserve: int) -> bool:
         """Returns False if `sequence` has no room even after the running sequences `others` have released theirs."""
         found, idle = self._find(sequence)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from random import Random
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,9 +14,8 @@ from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.sequence_choice import (
     RunningCounts,
     first_in_turn,
-    preemption_victim,
     startable,
-    takes_turn,
+    turn_victims,
 )
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
@@ -236,13 +236,47 @@ def test_a_preempted_sequence_does_not_precede_the_one_that_took_its_place() -> 
         running, waiting = sequences[:places], sequences[places:]
         counts = RunningCounts.of(running)
         first = first_in_turn(waiting, counts)
-        if takes_turn(first, running, counts):
-            turns += 1
-            victim = preemption_victim(running, counts)
-            running.remove(victim)
-            counts = RunningCounts.of(running)
-            assert counts.rank(first) < counts.rank(victim)
+        victims = turn_victims(first, running, counts)
+        for count in range(1, len(victims) + 1):
+            counts = RunningCounts.of(one for one in running if one not in victims[:count])
+            assert all(counts.rank(first) < counts.rank(victim) for victim in victims[:count])
+        turns += len(victims)
     assert turns > 100
+
+
+@pytest.mark.parametrize("is_younger", [False, True])
+def test_an_own_request_gives_its_place_however_old_others_are(is_younger: bool) -> None:
+    run = Simulation(scheduler(6, 300), FakeStages(FakeModel(BLOCKS), [linear(100, 10)], 1000))
+    groups = ["p", "q"] if is_younger else ["q", "p"]
+    requests = [request(3 * at + number, of, 90, of) for at, of in enumerate(groups) for number in range(3)]
+    keys = [run.add(one) for one in requests]
+    while not all(run.updates[key] for key in keys):
+        run.step()
+    requests.append(request(9, "p"))
+    keys.append(run.add(requests[-1]))
+    run.finish()
+    assert run.scheduler.counts.preemptions == 1
+    for key, one in zip(keys, requests, strict=True):
+        assert run.rows(key) == expected(one, CONTEXT)[0]
+
+
+def test_what_others_may_give_is_counted_once_and_nothing_is_preempted_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SchedulerSettings("m", VOCABULARY, 800, 82, max_sequences=16, prefix_cache=False)
+    run = Simulation(Scheduler(settings, 1, 1), FakeStages(FakeModel(82), [linear(100, 10)], 1000))
+    suffices = Mock(wraps=run.scheduler.queues.memory.suffices_without)
+    monkeypatch.setattr(run.scheduler.queues.memory, "suffices_without", suffices)
+    requests = [request(number, "p", 100) for number in range(2)]
+    requests += [replace(request(number, "q", 50, "three"), prompt=(number,) * 200) for number in range(3)]
+    keys = [run.add(one) for one in requests]
+    while not all(run.updates[key] for key in keys):
+        run.step()
+    requests.append(replace(request(2, "p", 20), prompt=(7,) * 700))
+    keys.append(run.add(requests[-1]))
+    run.finish()
+    assert run.scheduler.counts.preemptions == 0
+    assert 0 < suffices.call_count < 10, "not once a step"
+    for key, one in zip(keys, requests, strict=True):
+        assert run.rows(key) == expected(one, 800)[0]
 
 
 @pytest.mark.parametrize("others", [1, 2, 3])

@@ -205,14 +205,14 @@ def _dynamic(model: ConvertedModel, rope: Settings) -> None:
 def _llama3(model: ConvertedModel, rope: Settings, theta: float, dimensions: int) -> None:
     defaults = dict(zip(_LLAMA3, (8.0, 1.0, 4.0, 8192.0), strict=True))
     factor, low, high, original = (rope.real(name, default=defaults[name], minimum=1e-3) for name in _LLAMA3)
-    if low >= high:
-        raise rope.error("low_freq_factor", f"expected less than the high_freq_factor of {high:g}, found {low:g}")
+    if low > high:
+        raise rope.error("low_freq_factor", f"expected at most the high_freq_factor of {high:g}, found {low:g}")
     frequencies = np.float32(1) / np.float32(theta) ** (np.arange(0, dimensions, 2, dtype=np.float32) / dimensions)
     factors = []
     for length in (2 * math.pi / frequencies).tolist():
         if length < original / high:
             factors.append(1.0)
-        elif length > original / low:
+        elif length >= original / low:
             factors.append(factor)
         else:
             share = (original / length - low) / (high - low)

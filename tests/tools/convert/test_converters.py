@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -339,6 +340,15 @@ def test_stretched_rotation(said: dict[str, Any], keys: dict[str, Any], tmp_path
     if kind == "longrope":
         np.testing.assert_array_equal(read(model, "rope_factors_long.weight"), [2.0] * 8)
         assert found["scaling.attn_factor"] == pytest.approx((1 + np.log(4) / np.log(64)) ** 0.5)
+
+
+@pytest.mark.parametrize(("original", "kept"), [(64.0, 3), (float(np.float32(2 * math.pi)), 0)])
+def test_equal_frequency_factors_of_llama_4_scout(original: float, kept: int, tmp_path: Path) -> None:
+    """The second length is the wavelength of pair 0."""
+    config, tensors = checkpoint("LlamaForCausalLM")
+    said = _LLAMA3 | {"original_max_position_embeddings": original, "high_freq_factor": 1.0}
+    factors = read(converted(tmp_path, config | {"rope_scaling": said}, tensors), "rope_freqs.weight")
+    np.testing.assert_array_equal(factors, [1.0] * kept + [8.0] * (8 - kept))
 
 
 def test_f16_that_cannot_hold_a_number_is_named(tmp_path: Path) -> None:

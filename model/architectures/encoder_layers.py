@@ -38,7 +38,8 @@ class EncoderBuilder(ProgramBuilder):
         experts: bool = False,
     ) -> None:
         """Appends a layer: attention and a feed-forward network, with a norm after each residual sum. The network has a
-        gate if `gated`. If `experts`, a mixture of ungated experts replaces it."""
+        gate if `gated`, whose rows precede those of up in `ffn_up` if the file has no `ffn_gate`. If `experts`, a
+        mixture of ungated experts replaces it."""
         prefix = f"blk.{layer}"
         self._normed = self._hidden  # Matrix products read `_normed`, and here no norm precedes them.
         self._attend(layer, variant)
@@ -46,7 +47,7 @@ class EncoderBuilder(ProgramBuilder):
         if experts:
             self._mix_experts(prefix, ExpertsVariant(ExpertOptions(normalized=False, activation=activation)))
         elif gated:
-            self._gated_inner(layer, activation)
+            self._gated_inner(layer, activation, fused=not self.has(f"{prefix}.ffn_gate.weight"))
         else:
             self._plain_inner(layer, activation)
         self._add_and_norm(f"{prefix}.layer_output_norm")

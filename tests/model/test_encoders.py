@@ -23,7 +23,7 @@ from llamaclust.model.pooling import Pooling
 from support.arithmetic.backends import all_threads
 from support.arithmetic.batches import Chain, batch_of
 from support.arithmetic.encoders import Float64, hidden_states
-from support.models.tiny_encoders import ENCODERS, HIDDEN, RANK, WINDOW, build_encoder
+from support.models.tiny_encoders import ENCODERS, FFN, HIDDEN, RANK, WINDOW, build_encoder, with_fused_gates
 from support.models.tiny_model import matrix
 
 TOKENS = [2, *np.random.default_rng(3).integers(4, 320, 40).tolist(), 3]
@@ -79,6 +79,15 @@ def test_prompts_longer_than_a_span(path: Path) -> None:
 
 def encoded_reference(model: Model, tokens: list[int]) -> Float64:
     return hidden_states(str(model.file.metadata["general.architecture"]), _weights(model), tokens)
+
+
+def test_jina_2_files_with_gate_and_up_in_one_tensor(tmp_path: Path) -> None:
+    model = Model.open(build_encoder(tmp_path / "split.gguf", "jina-bert-v2"))
+    fused = Model.open(with_fused_gates(tmp_path / "fused.gguf", model.file))
+    assert fused.file.tensor("blk.0.ffn_up.weight").shape == (2 * FFN, HIDDEN)
+    for backend in (ReferenceBackend(), all_threads(2)):
+        found, wanted = (encoded(backend, each, TOKENS) for each in (fused, model))
+        np.testing.assert_array_equal(found.view("u4"), wanted.view("u4"))
 
 
 def test_embeddings_in_company_are_those_alone(path: Path) -> None:

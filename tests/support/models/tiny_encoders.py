@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-from llamaclust.model.gguf.writer import WritableValue, write_gguf
+from llamaclust.model.gguf.model_file import ModelFile
+from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
 from llamaclust.model.quant_types import QuantType
 from support.models.tiny_model import RandomTensor, matrix, norm, source_of
 from support.models.tiny_tokenizers import byte_level, sentencepiece, unigrams, word_pieces
@@ -128,6 +130,21 @@ def build_encoder(
     sources = [source_of(tensor, kinds[tensor.name], seed=2) for tensor in kept]
     metadata = _metadata(name, pooling, keys or {})
     write_gguf(path, {key: value for key, value in metadata.items() if key not in without}, sources)
+    return path
+
+
+def with_fused_gates(path: Path, file: ModelFile) -> Path:
+    """Writes the encoder with the rows of each `ffn_gate` before those of its `ffn_up`, in one tensor `ffn_up`."""
+    sources = []
+    for name, tensor in file.tensors.items():
+        parts = [tensor]
+        if name.endswith("ffn_up.weight"):
+            parts = [file.tensor(name.replace("ffn_up", "ffn_gate")), tensor]
+        data = b"".join(bytes(part.read()) for part in parts)
+        if "ffn_gate" not in name:
+            shape = (len(parts) * tensor.shape[0], *tensor.shape[1:])
+            sources.append(TensorSource(name, tensor.quant_type, shape, partial(bytes, data)))
+    write_gguf(path, file.metadata, sources)
     return path
 
 

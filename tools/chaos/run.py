@@ -136,7 +136,7 @@ def _announce(settings: ChaosSettings, cluster: str, targets: Targets, view: Vie
 
 def _suffices(kind: FaultKind, targets: Targets) -> bool:
     least = 2 if kind.needs_another_worker else 1
-    return len(targets.names[kind]) >= 1 and targets.connected >= least
+    return len(targets.names[kind]) >= 1 and len(targets.connected) >= least
 
 
 @asynccontextmanager
@@ -173,7 +173,7 @@ async def _one_fault(schedule: Schedule, injector: Injector, tally: Tally, begun
         view.line(f"no fault, because the cluster's status is unknown: {error}")
         return
     now_s = time.monotonic()
-    fault = schedule.next_fault(now_s, targets.names, injector.held)
+    fault = schedule.next_fault(now_s, targets.names, targets.connected, injector.held)
     if fault is None:
         return
     tally.pauses.fault(fault.kind, now_s)

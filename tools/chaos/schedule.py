@@ -42,10 +42,6 @@ class FaultKind(StrEnum):
         return self.name.lower().replace("_", "-")
 
     @property
-    def is_of_worker(self) -> bool:
-        return self not in (FaultKind.COORDINATOR_KILL, FaultKind.COORDINATOR_STOP, FaultKind.DISK_FULL)
-
-    @property
     def is_of_link(self) -> bool:
         return self in (FaultKind.PARTITION, FaultKind.SLOW_LINK)
 
@@ -112,12 +108,19 @@ class Schedule:
         return self._source.uniform(*_BETWEEN_S)
 
     def next_fault(
-        self, now_s: float, targets: Mapping[FaultKind, Sequence[str]], held: Iterable[str] = ()
+        self,
+        now_s: float,
+        targets: Mapping[FaultKind, Sequence[str]],
+        connected: Iterable[str],
+        held: Iterable[str] = (),
     ) -> Fault | None:
-        """Draws a fault for a target, or returns None if no fault is possible. Targets in `held` are skipped,
-        because they have a lasting fault."""
+        """Draws a fault for a target, or returns None if no fault is possible. Targets in `held` are skipped, because
+        they have a lasting fault. Faults that need another worker need two of `connected` that are not held."""
         kind_draw, target_draw, hold_draw = (self._source.random() for _ in range(3))
-        able = {kind: names for kind in FaultKind if (names := self._able(kind, now_s, targets, frozenset(held)))}
+        busy = frozenset(held)
+        leaves_one = len(frozenset(connected) - busy) > 1
+        kinds = [kind for kind in FaultKind if leaves_one or not kind.needs_another_worker]
+        able = {kind: names for kind in kinds if (names := self._able(kind, now_s, targets, busy))}
         if not able:
             return None
         kind = _pick(list(able), [_WEIGHTS[kind] for kind in able], kind_draw)
@@ -130,16 +133,7 @@ class Schedule:
         self, kind: FaultKind, now_s: float, targets: Mapping[FaultKind, Sequence[str]], held: frozenset[str]
     ) -> list[str]:
         names = [name for name in sorted(targets.get(kind, ())) if name not in held]
-        if not kind.is_of_worker:
-            return names
-        if kind.needs_another_worker and not self._leaves_one(targets, held):
-            return []
         return [name for name in names if self._has_restarts(name, now_s)] if kind.is_loss else names
-
-    @staticmethod
-    def _leaves_one(targets: Mapping[FaultKind, Sequence[str]], held: frozenset[str]) -> bool:
-        workers = {name for kind, names in targets.items() if kind.is_of_worker for name in names}
-        return len(workers - held) > 1
 
     def _has_restarts(self, name: str, now_s: float) -> bool:
         losses_s = self._losses_s.get(name, ())

@@ -35,7 +35,7 @@ class Targets:
     workers: Mapping[str, Process] = field(default_factory=dict)
     coordinator: Process | None = None
     links: Mapping[str, WorkerLink] = field(default_factory=dict)
-    connected: int = 0  # Number of connected workers that are not drained.
+    connected: tuple[str, ...] = ()  # Connected workers that are not drained.
 
 
 def find_targets(
@@ -55,7 +55,7 @@ def find_targets(
     names = {
         FaultKind.KILL: tuple(own) if may_kill_workers else (),
         FaultKind.STOP: tuple(own),
-        FaultKind.DRAIN: tuple(worker["name"] for worker in workers),
+        FaultKind.DRAIN: tuple(found),
         FaultKind.COORDINATOR_KILL: cluster if has_standby or permissions.coordinator else (),
         FaultKind.COORDINATOR_STOP: cluster,
         FaultKind.DISK_FULL: cluster,
@@ -64,8 +64,8 @@ def find_targets(
         FaultKind.FAILS: tuple(name for name, process in own.items() if process.catches(FAILING)),
         FaultKind.MUTE: tuple(name for name, process in own.items() if process.catches(MUTE)),
     }
-    allowed = {kind: found if kind in permissions.kinds else () for kind, found in names.items()}
-    return Targets(allowed, own, coordinator, links, len(workers))
+    allowed = {kind: able if kind in permissions.kinds else () for kind, able in names.items()}
+    return Targets(allowed, own, coordinator, links, tuple(found))
 
 
 def _links(record: ClusterRecord, workers: Sequence[Mapping[str, Any]], coordinator: Process) -> dict[str, WorkerLink]:

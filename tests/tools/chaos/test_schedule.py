@@ -16,7 +16,7 @@ ALL = dict.fromkeys(FaultKind, WORKERS) | dict.fromkeys(OF_COORDINATOR, ("tiny",
 
 def faults(seed: int, count: int, every_s: float = 100.0) -> list[Fault | None]:
     schedule = Schedule(seed)
-    return [schedule.next_fault(number * every_s, ALL) for number in range(count)]
+    return [schedule.next_fault(number * every_s, ALL, WORKERS) for number in range(count)]
 
 
 def test_a_seed_gives_the_same_faults() -> None:
@@ -46,13 +46,13 @@ def test_faults_within_a_worker_leave_another_one_and_end_by_themselves() -> Non
     found = [fault for fault in faults(1, 500) if fault and fault.kind in (FaultKind.FAILS, FaultKind.MUTE)]
     assert {(fault.kind, fault.hold_s) for fault in found} == {(FaultKind.FAILS, 2.0), (FaultKind.MUTE, 6.0)}
     alone = {FaultKind.FAILS: ("a",), FaultKind.MUTE: ("a",)}
-    assert Schedule(1).next_fault(0.0, alone) is None
+    assert Schedule(1).next_fault(0.0, alone, ["a"]) is None
 
 
 def test_draws_do_not_depend_on_targets() -> None:
     some, none = Schedule(9), Schedule(9)
-    some.next_fault(0.0, ALL)
-    assert none.next_fault(0.0, {}) is None
+    some.next_fault(0.0, ALL, WORKERS)
+    assert none.next_fault(0.0, {}, ()) is None
     assert some.pause_s() == none.pause_s()
 
 
@@ -63,17 +63,25 @@ def test_a_worker_keeps_restarts_within_a_minute() -> None:
     assert losses == dict.fromkeys(WORKERS, 5)
     only = {FaultKind.KILL: ("a",)}
     schedule = Schedule(2)
-    assert [schedule.next_fault(0.0, only) is not None for _ in range(6)] == [True] * 5 + [False]
-    assert schedule.next_fault(76.0, only) == Fault(FaultKind.KILL, "a")
+    assert [schedule.next_fault(0.0, only, ["a"]) is not None for _ in range(6)] == [True] * 5 + [False]
+    assert schedule.next_fault(76.0, only, ["a"]) == Fault(FaultKind.KILL, "a")
 
 
 def test_the_last_worker_is_neither_stopped_nor_drained_nor_cut_off() -> None:
     schedule = Schedule(3)
-    found = [schedule.next_fault(100.0 * number, ALL, {"a", "b"}) for number in range(100)]
+    found = [schedule.next_fault(100.0 * number, ALL, WORKERS, {"a", "b"}) for number in range(100)]
     assert {(fault.kind, fault.target) for fault in found if fault} == {
         (FaultKind.KILL, "c"),
         (FaultKind.SLOW_LINK, "c"),
         *((kind, "tiny") for kind in OF_COORDINATOR),
     }
     alone = dict.fromkeys((FaultKind.STOP, FaultKind.DRAIN, FaultKind.PARTITION), ("a",))
-    assert schedule.next_fault(0.0, alone) is None
+    assert schedule.next_fault(0.0, alone, ["a"]) is None
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FaultKind if kind.needs_another_worker])
+def test_the_other_worker_may_be_on_another_machine(kind: FaultKind) -> None:
+    local = {kind: ("a",)}
+    fault = Schedule(4).next_fault(0.0, local, ["a", "b"])
+    assert fault is not None and (fault.kind, fault.target) == (kind, "a")
+    assert Schedule(4).next_fault(0.0, local, ["a", "b"], {"b"}) is None

@@ -115,6 +115,11 @@ class LayerCost:
         """Returns the expected weight bytes that a step of `rows` rows reads if they choose experts at random."""
         return self.weight_bytes - self._idle_bytes(rows)
 
+    def read_file_bytes(self, rows: int) -> float:
+        """Returns the expected file size of the weights that a step of `rows` rows reads. Experts beyond those of one
+        token count with their size in memory."""
+        return self.used_file_bytes + self.touched_bytes(rows) - self.touched_bytes(1)
+
     def touched_expert_bytes(self, rows: int) -> float:
         return self.expert_bytes - self._idle_bytes(rows)
 

@@ -46,7 +46,7 @@ class Rates:
 @dataclass(frozen=True, slots=True)
 class Work:
     """The work of a model whose last layers and head are on the GPU. The experts of some of these layers are in RAM.
-    Weights count with their size in the file. A step with more rows reads more experts of a layer (`touched_bytes`)."""
+    Weights count with their size in the file. A step with more rows reads more experts (`read_file_bytes`)."""
 
     prompt: int
     generate: int
@@ -68,7 +68,8 @@ class Work:
             return Amount(of_head + last - experts, first + experts)
 
         macs = amount(lambda cost: prompt * cost.macs_per_token, costs.head_macs)
-        read = {rows: partial(_read_bytes, rows=rows) for rows in (1, sequences, _prompt_rows(prompt, sequences))}
+        counts = (1, sequences, _prompt_rows(prompt, sequences))
+        read = {rows: partial(LayerCost.read_file_bytes, rows=rows) for rows in counts}
         weights = {rows: amount(figure, costs.head_file_bytes) for rows, figure in read.items()}
         routers = _router_bytes(model, gpu.cpu_moe)
         experts = {rows: sum(map(figure, moved)) - routers for rows, figure in read.items()}
@@ -106,10 +107,6 @@ class Work:
 
 def _prompt_rows(prompt: int, sequences: int) -> int:
     return min(prompt, stage_limits(sequences, prompt).max_batch_tokens)
-
-
-def _read_bytes(cost: LayerCost, rows: int) -> float:
-    return cost.used_file_bytes + cost.touched_bytes(rows) - cost.touched_bytes(1)
 
 
 def _experts_in_ram(model: Model, layers: Sequence[int]) -> Sequence[LayerCost]:

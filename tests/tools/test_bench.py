@@ -96,6 +96,17 @@ def test_weights_count_as_the_file_holds_them(tmp_path: Path) -> None:
     assert four - two == LAYERS * 2 * HIDDEN * 4  # the routers
 
 
+def test_more_sequences_read_more_experts(tmp_path: Path) -> None:
+    """Checks three sequences, each of which uses two of four experts: a quarter of the idle ones stays unread."""
+    path, task = tmp_path / "tiny.gguf", BenchTask(tmp_path, 1, generate=1)
+    model = Model.open(
+        build_tiny_model(path, layers=LAYERS, hidden=HIDDEN, ffn=FFN, experts=4, quant_type=QuantType.Q8_0)
+    )
+    one, three = (Work.of(model, replace(task, batch=batch)).decode_bytes for batch in (1, 3))
+    experts = LAYERS * 2 * (1 - 1 / 4) * 3 * HIDDEN * FFN * 34 / 32
+    assert three - one == pytest.approx(experts + 2 * LAYERS * 2 * KV_WIDTH * 2)
+
+
 def test_keys_and_values_outside_the_window_are_not_read(tmp_path: Path) -> None:
     path, task = tmp_path / "tiny.gguf", BenchTask(tmp_path, 1, depth=5, generate=9)
     whole = Work.of(Model.open(build_tiny_model(path)), task).decode_bytes

@@ -73,7 +73,7 @@ class Work:
         costs = model.costs(task.kv_type)
         macs = task.prompt * sum(layer.macs_per_token for layer in costs.layers) + costs.head_macs
         float_macs = task.prompt * sum(layer.float_macs_per_token for layer in costs.layers) + costs.float_head_macs
-        weights = costs.head_file_bytes + sum(layer.used_file_bytes for layer in costs.layers)
+        weights = costs.head_file_bytes + sum(layer.read_file_bytes(task.batch) for layer in costs.layers)
         lengths = range(task.depth + 1, task.depth + task.generate + 1)
         kv_bytes = sum(
             kept.n_bytes

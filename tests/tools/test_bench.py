@@ -31,6 +31,7 @@ from llamaclust.tools.bench.stage import BenchStage, stage_limits
 from llamaclust.worker.devices.cores import physical_cores
 from llamaclust.worker.stage.stage_runner import StageRunner
 from support.models.tiny_architectures import build_architecture
+from support.models.tiny_encoders import RANK, build_encoder
 from support.models.tiny_model import build_tiny_model
 
 HIDDEN, FFN, LAYERS, VOCABULARY, KV_WIDTH = 256, 512, 3, 320, 64
@@ -319,6 +320,15 @@ def test_mistakes_get_one_line(
     code, out, err = bench(capsys, *(str(tiny) if word == "TINY" else word for word in arguments))
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "pooling"), [("bert", 1), ("qwen3", RANK)])
+def test_models_that_generate_nothing_get_one_line(
+    name: str, pooling: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = build_encoder(tmp_path / "tiny.gguf", name, pooling=pooling)
+    code, out, err = bench(capsys, str(path), "-t", "1", "-p", "8", "-n", "2", "-r", "1")
+    assert (code, out, err.count("\n")) == (2, "", 1) and f"{path} is an encoder or reranker" in err
 
 
 def test_cores_are_shared_out(tiny: Path) -> None:

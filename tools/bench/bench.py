@@ -173,9 +173,11 @@ class _StageRunner:
 
 
 def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
-    """Runs a benchmark. Raises UsageError if the task has more tokens than the context of the model, or more workers
-    than the model has layers."""
+    """Runs a benchmark. Raises UsageError if the model generates no text, or if the task has more tokens than the
+    context of the model, or more workers than the model has layers."""
     with closing(Model.open(task.model)) as model:
+        if not model.generates:
+            raise UsageError(f"{task.model} is an encoder or reranker; give a model that generates text")
         trained = model.hyperparameters.context_length
         if task.context > trained:
             raise UsageError(f"{task.context} tokens are requested, but the model's context length is {trained}")

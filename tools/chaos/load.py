@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -82,9 +82,9 @@ class Streams:
 
     async def repeat(self, number: int, until: asyncio.Event) -> None:
         """Repeats a request until `until` is set, and compares each answer with the answer without faults. A refused
-        request is retried for up to two minutes."""
+        request is retried for up to two minutes, even if `until` is set."""
         refused_s: float | None = None
-        while not until.is_set():
+        while refused_s is not None or not until.is_set():
             received = Received()
             try:
                 await self._read(number, received)
@@ -92,8 +92,7 @@ class Streams:
                 now_s = time.monotonic()
                 refused_s = refused_s or now_s
                 if now_s - refused_s < _RETRY_S:
-                    with suppress(TimeoutError):
-                        await asyncio.wait_for(until.wait(), _PAUSE_S)
+                    await asyncio.sleep(_PAUSE_S)
                     continue
                 self.tally.errors[str(error)] += 1
             except LlamaclustError as error:

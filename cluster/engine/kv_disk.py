@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Iterable
 from collections.abc import Sequence as Items
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from llamaclust.cluster.engine.pipeline import KvDisks
@@ -26,6 +27,8 @@ _MOST_BLOCKS = 4096
 """Maximum number of blocks of a prompt to save or restore. It must not exceed wire.control.kv_disk.MAX_KEYS."""
 _RESTORED_TOGETHER = 128
 """Number of blocks that each stage reads within one deadline."""
+_RESTORE_S = 60.0
+"""Maximum time to restore a prompt's blocks. The rest of the prompt is computed."""
 _SAVED_TOGETHER = 32
 """Number of blocks that each stage writes into one file. The blocks stay allocated until they are written."""
 _MOST_SAVES = 8
@@ -96,49 +99,50 @@ class KvDisk:
     # -- read ------------------------------------------------------------------------------------------------------
 
     async def _restore_prompt(self, disks: KvDisks, sequence: Sequence) -> None:
-        restored = 0
         try:
-            restored = await self._restored(disks, sequence)
+            await self._restore(disks, sequence)
         except LlamaclustError as error:
             self._failed(error)
         finally:
             self._pending -= 1
             if self._is_running:
                 self._scheduler.queues.end_restore(sequence)
-                self._lane.restored(restored * KV_BLOCK_TOKENS)
                 self._lane.launch_soon()
 
-    async def _restored(self, disks: KvDisks, sequence: Sequence) -> int:
+    async def _restore(self, disks: KvDisks, sequence: Sequence) -> None:
         missing = self._transfers.missing(sequence)[:_MOST_BLOCKS]
         if len(missing) < _LEAST_BLOCKS:  # Others have computed blocks since `arrived`.
-            return 0
+            return
         count = await disks.find(sequence.kv.keys[missing.start : missing.stop])
         if count < _LEAST_BLOCKS:
-            return 0
+            return
         # Prompts are restored one after another, because several prompts may begin with the same blocks.
         async with self._reading:
             if sequence not in self._scheduler.queues.restoring:
-                return 0
+                return
             # Some blocks before these may have left the cache, so more are missing than were looked for.
             end = min(missing.start + count, self._transfers.missing(sequence).start + _MOST_BLOCKS)
-            return await self._restored_until(disks, sequence, end)
+            await self._restore_until(disks, sequence, end)
 
-    async def _restored_until(self, disks: KvDisks, sequence: Sequence, end: int) -> int:
+    async def _restore_until(self, disks: KvDisks, sequence: Sequence, end: int) -> None:
         reserve = RESERVE_BLOCKS * len(self._scheduler.queues.running)
         transfer = self._transfers.begin_restore(sequence, end, reserve)
         if transfer is None:
-            return 0
+            return
         restored, keys, blocks = 0, transfer.keys[transfer.found :], transfer.blocks[transfer.found :]
         try:
             await self._in_flight_returned()
+            end_s = monotonic() + _RESTORE_S
             for start in range(0, len(blocks), _RESTORED_TOGETHER):
-                if restored < start or sequence not in self._scheduler.queues.restoring:
+                is_awaited = sequence in self._scheduler.queues.restoring and monotonic() < end_s
+                if restored < start or not is_awaited:
                     break
                 piece = slice(start, start + _RESTORED_TOGETHER)
                 restored += await disks.restore(keys[piece], blocks[piece])
         finally:
             self._transfers.end(transfer, restored)
-        return restored
+            if self._is_running:
+                self._lane.restored(restored * KV_BLOCK_TOKENS)
 
     async def _in_flight_returned(self) -> None:
         newest = self._scheduler.in_flight.newest

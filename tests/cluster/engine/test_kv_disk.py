@@ -230,6 +230,17 @@ async def test_blocks_are_read_in_pieces_up_to_the_first_damaged_one(
         assert engine.scheduler.counts.computed_tokens == 300 - restored * KV_BLOCK_TOKENS
 
 
+async def test_a_prompt_is_read_no_longer_than_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_disk, "_RESTORED_TOGETHER", 5)
+    generation = request(prompt(Random(1), 300))
+    engine, disks = opened(await written(generation))
+    monkeypatch.setattr(kv_disk, "monotonic", lambda: 31.0 * len(disks.pieces))
+    async with engine:
+        assert await answered(engine, generation) == wanted(generation)
+        assert disks.pieces == [5, 5] and engine.scheduler.counts.computed_tokens == 300 - 160
+        assert "kv_disk_tokens_total 160.0" in engine.metrics.render().decode()
+
+
 async def test_a_short_prompt_is_neither_written_nor_looked_for() -> None:
     engine, disks = opened({})
     async with engine:

@@ -20,7 +20,14 @@ from llamaclust.cluster.control.observations import Incarnation, PlanInputs
 from llamaclust.cluster.control.serving import Serving
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.backoff import Backoff
-from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, ModelFileError, ProtocolError, StalledError
+from llamaclust.core.errors import (
+    DeadlineError,
+    InsufficientMemoryError,
+    LoadCancelledError,
+    ModelFileError,
+    ProtocolError,
+    StalledError,
+)
 
 _MAX_LOADS = 3
 _MAX_SHORT_LOADS = 6
@@ -147,7 +154,8 @@ def _load_failed(state: ClusterState, failed: observations.EpochLoadFailed) -> C
     serving = () if state.serving is None else state.serving.workers
     for worker in planning.inputs.workers:
         is_lost = worker not in state.pool.usable and worker not in serving
-        if is_lost and (error := failed.error_of(worker[0])) is not None:
+        error = failed.error_of(worker[0])
+        if is_lost and error is not None and not isinstance(error, LoadCancelledError):
             state = _worker_failed(state, worker, str(error), frozenset())
     if hanging or _is_outdated(planning.plan, planning.inputs, state.pool):
         return _expel(state, planning.inputs, hanging)

@@ -7,7 +7,7 @@ import pytest
 from llamaclust.cluster.control import observations
 from llamaclust.cluster.control.observations import Suspect
 from llamaclust.cluster.control.reconcile import Abort, Expel, LoadEpoch, MakePlan, Serve, Wait
-from llamaclust.core.errors import LlamaclustError, ModelFileError, ProtocolError, UsageError
+from llamaclust.core.errors import LlamaclustError, LoadCancelledError, ModelFileError, ProtocolError, UsageError
 from support.plans.observed_cluster import ALL, BOTH, ONLY_A, ONLY_B, Cluster, fault_of, plan_of
 
 
@@ -133,6 +133,17 @@ def test_a_worker_that_is_lost_in_each_load_is_left_out_like_one_that_is_lost_la
         lost = fault_of("c", "worker c is lost")
         cluster.see(observations.EpochLoadFailed(lost, False, (Suspect("c", lost),)))
     assert cluster.state.pool.quarantine.names(0.0) == {"c"}
+
+
+def test_a_worker_whose_load_was_cancelled_is_not_left_out() -> None:
+    cluster = Cluster.serving()
+    for count in range(2):
+        cluster.see(observations.WorkerSeen("c", 3 + count))
+        cluster.plan(ALL)
+        cluster.see(observations.WorkerLost("c"))
+        cancelled = LoadCancelledError("worker c: its load is no longer needed")
+        cluster.see(observations.EpochLoadFailed(cancelled, False, (Suspect("c", cancelled),)))
+    assert cluster.state.pool.quarantine.names(0.0) == set()
 
 
 def test_requests_wait_where_a_failing_worker_is_the_only_one_until_another_is_there() -> None:

@@ -15,7 +15,7 @@ KEYS, BLOCKS = [bytes(32), bytes([1] * 32)], [4, 5]
 async def test_only_late_transfers_may_still_use_kv_memory(
     work: str, kind: type[LlamaclustError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a DeadlineError, the engine ends the pipeline."""
+    """The engine ends the pipeline after a DeadlineError."""
     monkeypatch.setattr("llamaclust.cluster.control.remote.kv_disks._DISK_S", 0.01)
     disks = RemoteKvDisks(1, [handle_of("a")])
     arguments = (KEYS,) if work == "find" else (KEYS, BLOCKS)

@@ -42,7 +42,7 @@ from llamaclust.cluster.state.adapters import AdapterRecord, ServedAdapters
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Notice, Report
-from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, WorkerError
+from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, LlamaclustError, WorkerError
 from llamaclust.model.loader import Model
 from llamaclust.model.projectors.projector import Projector
 from llamaclust.model.weights.file_manifests import FileManifests
@@ -152,14 +152,18 @@ async def open_cluster(
 async def _joined(
     planners: Sequence[ClusterPlanner], registry: Registry, launcher: Launcher, record: ControlRecord, report: Report
 ) -> None:
-    await launcher.joined(registry, lambda: _shortfall(planners, registry.present))
+    try:
+        await launcher.joined(registry, lambda: _shortfall(planners, _undrained(registry, record.drained)))
+    except DeadlineError:
+        if await _shortfall(planners, registry.present) is not None:
+            raise
     await _undrain_needed(planners, registry, record, report)
 
 
 async def _undrain_needed(
     planners: Sequence[ClusterPlanner], registry: Registry, record: ControlRecord, report: Report
 ) -> None:
-    """Makes drained workers available again, as few as possible, if the other workers cannot hold the models."""
+    """Makes those drained workers available again that the models need beside the other workers."""
     drained = record.drained & registry.present.keys()
     if not drained or (short := await _shortfall(planners, _undrained(registry, drained))) is None:
         return

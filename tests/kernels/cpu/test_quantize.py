@@ -15,11 +15,12 @@ from llamaclust.kernels import _native
 from llamaclust.kernels.cpu.quantize import QUANTIZED_TYPES, as_importance, quantize, to_floats
 from llamaclust.kernels.reference.dequantize import dequantize
 from llamaclust.model.quant_types import QuantType
-from support.arithmetic.quantize_matrix import COLS, ROWS, TYPES, cases, matrix, relative_error
+from support.arithmetic.quantize_matrix import COLS, ROWS, SEED, TYPES, cases, matrix, relative_error
 from support.paths import DATA
 
 _THEIRS = json.loads((DATA / "quantize/errors.json").read_text())
 _MOST = 1.02
+_WITH_OFFSETS = [QuantType.Q4_1, QuantType.Q5_1, QuantType.Q2_K, QuantType.Q4_K, QuantType.Q5_K]
 
 
 @pytest.mark.parametrize(("quant_type", "has"), cases(), ids=lambda value: getattr(value, "name", str(value)))
@@ -71,6 +72,33 @@ def test_unusual_rows(quant_type: QuantType) -> None:
         extent = np.abs(x).max(axis=1, keepdims=True)
         assert (np.abs(read) <= 2.2 * extent + 1e-6).all(), np.abs(read).max(axis=1) / extent[:, 0]
         assert (read[8].reshape(-1, 256)[1::2] == 0).all() or importance is not None
+
+
+@pytest.mark.parametrize("quant_type", _WITH_OFFSETS, ids=lambda kind: kind.name)
+def test_equal_weights_keep_their_value(quant_type: QuantType) -> None:
+    """Blocks of equal or nearly equal weights, and runs of equal weights between others, keep their values."""
+    x, _ = matrix()
+    run = np.arange(COLS) % 256 >= 128
+    near = 1 - np.float32(0.003) * np.random.default_rng(SEED).random(COLS, np.float32)
+    same = np.ones_like(near)
+    x = np.stack([0.5 * same, -0.5 * same, same / 3, near, -near, *(np.where(run, at, x[0]) for at in (0.06, -0.06))])
+    x = x.astype(np.float32)
+    blocks = quantize(quant_type, x, None)
+    read = dequantize(quant_type, blocks.tobytes(), x.size).reshape(x.shape)
+    error = np.sqrt(((read - x) ** 2)[:, run].sum(axis=1) / (x**2)[:, run].sum(axis=1))
+    assert (error <= 0.02).all(), error
+    for level in _native.available_levels():
+        assert (quantize(quant_type, x, None, level) == blocks).all(), level
+
+
+@pytest.mark.parametrize("quant_type", _WITH_OFFSETS, ids=lambda kind: kind.name)
+def test_one_important_weight_keeps_its_value(quant_type: QuantType) -> None:
+    x, _ = matrix()
+    importance = as_importance((np.arange(COLS) == 77).astype(np.float32))
+    blocks = quantize(quant_type, x, importance)
+    assert relative_error(quant_type, blocks.tobytes(), x, importance) <= 0.01
+    for level in _native.available_levels():
+        assert (quantize(quant_type, x, importance, level) == blocks).all(), level
 
 
 @pytest.mark.parametrize("quant_type", [QuantType.Q4_0, QuantType.Q5_0], ids=lambda kind: kind.name)

@@ -174,13 +174,16 @@ struct AffineFit {
     return clamp(rounded(mul(sub(batch.x[i], offset), inv)), 0, n);
   }
 
-  // Returns the best line through the values, for the levels that the given line assigns to them.
+  // Returns the best line through the values, for the levels that the given line assigns to them. Keeps its scale
+  // if the levels are equal, or so nearly that d is mostly rounding error.
   Line fitted(F32x16 inv, F32x16 offset) const {
     const Sums s = sums_of(batch, [&](int i) { return level(i, inv, offset); });
-    const F32x16 d = sub(mul(w, s.wll), mul(s.wl, s.wl));
+    const F32x16 squares = mul(w, s.wll), d = sub(squares, mul(s.wl, s.wl)), least = mul(squares, broadcast(1e-5f));
+    const F32x16 scale = ratio(sub(mul(w, s.wxl), mul(wx, s.wl)), d);
+    const F32x16 shift = ratio(sub(mul(s.wll, wx), mul(s.wl, s.wxl)), d);
     Line line;
-    line.scale = ratio(sub(mul(w, s.wxl), mul(wx, s.wl)), d);
-    line.offset = ratio(sub(mul(s.wll, wx), mul(s.wl, s.wxl)), d);
+    line.scale = select_less(least, d, scale, inverse(inv));
+    line.offset = select_less(least, d, shift, ratio(sub(wx, mul(line.scale, s.wl)), w));
     if (falls) {
       const F32x16 through_zero = ratio(s.wxl, s.wll);
       line.scale = select_less(zero(), line.offset, through_zero, line.scale);

@@ -155,7 +155,7 @@ def quantize_gated(activation: ActivationFormat, x: GatedInputs, cols: int, rows
 def _quantize(
     name: str, activation: ActivationFormat, inputs: tuple[Scalar, ...], cols: int, rows: RowCount, out: np.uint64
 ) -> Launch:
-    grid = (-(-cols // 256), -(-rows.bucket // _GROUP_ROWS), 1)
+    grid = (-(-rows.bucket // _GROUP_ROWS), -(-cols // 256), 1)
     args = (*inputs, np.int32(cols), rows.address, np.int32(rows.multiple), out)
     return Launch(f"elementwise.quantize.{name}_{activation.value}", grid, (256, 1, 1), args)
 

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.core.limits import StageLimits
 from llamaclust.kernels import _native
+from llamaclust.kernels.cuda.executor.plan import Plan
+from llamaclust.kernels.cuda.executor.shapes import Shape
 from llamaclust.kernels.cuda.launches.attention import check_attention, few_shared_bytes, many_shared_bytes
 from llamaclust.kernels.cuda.launches.experts import by_head
 from llamaclust.kernels.cuda.launches.inputs import RowCount
@@ -19,7 +22,7 @@ from llamaclust.kernels.cuda.launches.matmul import Experts, Product, Weights, e
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, PLAIN_SHARED_BYTES
 from llamaclust.kernels.cuda.runtime.sources import SRC
 from llamaclust.model.kv_type import KvType
-from llamaclust.model.program import Attention
+from llamaclust.model.program import Attention, Buffer, HeadMatMul
 from llamaclust.model.quant_types import QuantType
 from support.arithmetic.batches import batch_of
 from support.arithmetic.matmul_cases import check_equal_bits, random_activations, random_weights
@@ -29,7 +32,7 @@ from support.cuda.launching import Bench
 from support.cuda.product_cases import LEVEL, count_of, generator_of, limits_of, load, quantized, segment_cols
 from support.cuda.random_numbers import generator
 from support.cuda.shim_build import build
-from support.cuda.shim_device import ShimDevice
+from support.cuda.shim_device import LARGEST_GRID, ShimDevice
 
 SHAPES = {
     "as deepseek": latent(20, 576, 512),
@@ -128,6 +131,18 @@ def test_products_by_head(bench: Bench, kind: QuantType, heads: int, rows: int) 
     )
     wanted = np.stack([_native.matmul(LEVEL, one.on_cpu, x[head::heads]) for head, one in enumerate(loaded)], axis=1)
     check_equal_bits(bench.get(out, (rows, heads, width)), wanted, kind)
+
+
+@pytest.mark.parametrize("kind", [QuantType.Q4_K, QuantType.Q8_0], ids=lambda kind: kind.name)
+def test_grids_of_a_long_prompt_with_many_heads(kind: QuantType) -> None:
+    heads, rows = 128, 4128
+    x, out = Buffer("x", heads * 512), Buffer("out", heads * 128)
+    step = HeadMatMul(x, out, "w", heads)
+    plan = Plan(program_of(x, out, step), {"w": Weights(kind, step.shape)}, StageLimits(rows, 1, 1, rows, 1))
+    launches = plan.launches(Shape(rows, 1, decode=False))
+    assert any("quantize" in launch.kernel for launch in launches)
+    for launch in launches:
+        assert all(size <= most for size, most in zip(launch.grid, LARGEST_GRID, strict=True)), launch
 
 
 def test_lanes_that_change_places_are_noticed(tmp_path: Path) -> None:

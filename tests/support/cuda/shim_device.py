@@ -14,6 +14,7 @@ from llamaclust.kernels.cuda.runtime.device import Buffer, Bytes, Launch, Scalar
 
 _LETTERS: dict[str, type[Scalar]] = {"p": np.uint64, "i": np.int32, "f": np.float32, "d": np.float64}
 _MAX_KERNELS, _PROBLEM_BYTES = 10_000, 1000
+LARGEST_GRID = (1 << 31) - 1, 65535, 65535
 
 
 class KernelError(AssertionError):
@@ -196,8 +197,7 @@ class ShimDevice:
             raise KernelError(f"{launch.kernel} is made for blocks of {kernel.max_threads} threads, not {launch.block}")
         if launch.shared_bytes > self.shared_bytes:
             raise KernelError(f"{launch.kernel}: {launch.shared_bytes} bytes of shared memory, of {self.shared_bytes}")
-        limits = ((1 << 31) - 1, 65535, 65535)
-        if not all(0 < size <= limit for size, limit in zip(launch.grid, limits, strict=True)):
+        if not all(0 < size <= limit for size, limit in zip(launch.grid, LARGEST_GRID, strict=True)):
             raise KernelError(f"{launch.kernel}: a grid of {launch.grid}")
 
     def _launch(self, launch: Launch, kernel: _Kernel) -> None:

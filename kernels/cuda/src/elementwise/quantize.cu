@@ -1,5 +1,5 @@
 // Quantizes rows of activations to eight bits: as they are, or combined from an inner layer's gate and up. There are
-// *count * multiple rows. Grid: (columns / 256 rounded up, rows / 8 rounded up), blocks of 256 threads, in which a warp
+// *count * multiple rows. Grid: (rows / 8 rounded up, columns / 256 rounded up), blocks of 256 threads, in which a warp
 // has 256 columns of a row. Limited by memory: five bytes per value, or nine.
 #include "gated.cuh"
 #include "quantize.cuh"
@@ -13,11 +13,11 @@ DEVICE void quantize_rows(int cols, const int32_t* count, int multiple, uint8_t*
   let_next_kernel_begin();
   wait_for_earlier_kernels();
   const int rows = *count * multiple;
-  const int row = kGroupRows * blockIdx.y + threadIdx.x / kWarp, column = 256 * blockIdx.x + 8 * (threadIdx.x % kWarp);
+  const int row = kGroupRows * blockIdx.x + threadIdx.x / kWarp, column = 256 * blockIdx.y + 8 * (threadIdx.x % kWarp);
   if (row >= rows) return;
   Eight values = {};
   if (column < cols) load(row, column, values);
-  quantize(values, row, blockIdx.x, cols, reinterpret_cast<Activations*>(out));
+  quantize(values, row, blockIdx.y, cols, reinterpret_cast<Activations*>(out));
 }
 
 // Rows of gate and up start `stride` elements apart.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from binascii import a2b_base64
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from secrets import token_hex
@@ -51,8 +52,10 @@ class PromptImages:
 
 def media_marker(prompt: str, images: int) -> str:
     """Returns the marker of a prompt's `images`. Restored prompts have the random marker of an earlier coordinator."""
-    earlier = (found for found in _RANDOM_MARKER.findall(prompt) if prompt.count(found) == images)
-    return MEDIA_MARKER if MEDIA_MARKER in prompt else next(earlier, PLAIN_MARKER)
+    if MEDIA_MARKER in prompt:
+        return MEDIA_MARKER
+    counts = Counter(_RANDOM_MARKER.findall(prompt))
+    return next((marker for marker, count in counts.items() if count == images), PLAIN_MARKER)
 
 
 def image_part(url: str, detail: str = "auto") -> dict[str, Any]:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
 from llamaclust.cluster.front.text.chat import ChatFormat
-from llamaclust.cluster.front.text.images import ImageMarkers, ImageSource, PromptImages, image_part, text_part
+from llamaclust.cluster.front.text.images import (
+    PLAIN_MARKER,
+    ImageMarkers,
+    ImageSource,
+    PromptImages,
+    image_part,
+    media_marker,
+    text_part,
+)
 from llamaclust.cluster.front.text.request import ChatRequest
 from llamaclust.core.errors import ParameterError
 from llamaclust.model.chat.template import ChatTemplate
@@ -88,3 +97,10 @@ def test_markers_are_new_for_each_chat() -> None:
         other.split(first["content"])
     repeated = one.split(first["content"] * 2)
     assert len(repeated) == 3
+
+
+def test_the_time_for_markers_grows_linearly_with_the_prompt() -> None:
+    prompt = "".join(f"<__media_{number:032x}__>" for number in range(20_000))
+    start = time.process_time()
+    assert media_marker(prompt, 2) == PLAIN_MARKER
+    assert time.process_time() - start < 2  # about 0.02 s; 4 s and more if it were quadratic

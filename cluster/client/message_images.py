@@ -21,7 +21,7 @@ from llamaclust.core.regular_file import read_bytes
 from llamaclust.model.images.formats import ImageFormat, format_of
 from llamaclust.model.images.settings import MAX_IMAGE_BYTES
 
-_PNG_MODES: Final = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
+_PNG_MODES: Final = ("1", "L", "LA", "P", "RGB", "RGBA")
 _OTHER_BYTES: Final = 1 << 16
 """Bytes reserved for the fields of a request other than its messages."""
 
@@ -127,7 +127,13 @@ def _bytes_of(image: Any) -> tuple[bytes, str]:
             raise UsageError(f"{name}: {reason}; give the path of an image") from error
     out = io.BytesIO()
     try:
-        (image if image.mode in _PNG_MODES else image.convert("RGB")).save(out, "PNG")
+        _for_png(image).save(out, "PNG")
     except (OSError, ValueError) as error:
         raise UsageError(f"image: {error}; give an image that can be saved as PNG") from error
     return out.getvalue(), "image"
+
+
+def _for_png(image: Any) -> Any:
+    if image.mode.startswith("I"):
+        return image.convert("I").convert("I;16")  # A direct conversion from I;16B or to RGB clips values at 255.
+    return image if image.mode in _PNG_MODES else image.convert("RGB")

@@ -203,10 +203,9 @@ def merged_turns(turns: Iterable[Turn]) -> list[Turn]:
 
 
 def read_system(value: Any, info: ValidationInfo) -> str:
-    blocks = [{"type": "text", "text": value}] if isinstance(value, str) else value
-    if not isinstance(blocks, list):
+    if not isinstance(value, str | list):
         raise ValueError("must be a string or a list of text blocks")
-    texts = (_without_billing(text) for text in _texts(blocks, info.context))
+    texts = (_without_billing(text) for text in _texts(value, info.context))
     return "\n".join(text for text in texts if text)
 
 
@@ -242,8 +241,7 @@ def _parts_of(block: Any, context: object) -> list[Part]:
     if kind == "image" and takes_images(context):
         return [_image(block, context)]
     if kind == "document" and isinstance(source, dict) and source.get("type") == "content":
-        content = source.get("content")
-        return [content] if isinstance(content, str) else _parts(content, context)
+        return _parts(source.get("content"), context)
     return [_text_of(block, context)]
 
 
@@ -270,6 +268,8 @@ def _text_of(block: Any, context: object) -> str:
     source = block.get("source") if kind == "document" else None
     if isinstance(source, dict) and source.get("type") == "text":
         return _text(source, "data")
+    if isinstance(source, dict) and source.get("type") == "content":
+        return "\n".join(_texts(source.get("content"), context))
     if isinstance(kind, str) and is_media(kind):
         return media_text(kind, context)
     raise ValueError(f"blocks of type {str(kind)[:60]!r} are not supported in this field")
@@ -284,8 +284,7 @@ def _call(block: dict[str, Any]) -> dict[str, Any]:
 
 
 def _result(block: dict[str, Any], context: object) -> dict[str, Any]:
-    content = block.get("content") or ""
-    shown = content if isinstance(content, str) else joined(_parts(content, context))
+    shown = joined(_parts(block.get("content") or "", context))
     if block.get("is_error") is True:
         shown = _ERROR + shown if isinstance(shown, str) else [text_part(_ERROR.strip()), *shown]
     return {"role": "tool", "tool_call_id": _text(block, "tool_use_id"), "content": shown}
@@ -296,14 +295,16 @@ def _parts(content: Any, context: object) -> list[Part]:
     return [*chain.from_iterable(each)]
 
 
-def _texts(blocks: Any, context: object) -> list[str]:
-    return [_text_of(block, context) for block in _blocks(blocks)]
+def _texts(content: Any, context: object) -> list[str]:
+    return [_text_of(block, context) for block in _blocks(content)]
 
 
-def _blocks(blocks: Any) -> list[Any]:
-    if not isinstance(blocks, list):
+def _blocks(content: Any) -> list[Any]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list):
         raise ValueError("content: must be a string or a list of blocks")
-    return blocks
+    return content
 
 
 def _text(block: dict[str, Any], name: str) -> str:

@@ -215,6 +215,14 @@ async def test_blocks_with_text(block: dict[str, Any], role: str, text: str) -> 
     assert reply.status_code == 200 and text in prompt, reply.text
 
 
+@pytest.mark.parametrize("content", ["Once.", [{"type": "text", "text": "Once."}]])
+async def test_documents_within_texts_keep_their_texts(content: Any) -> None:
+    document = {"type": "document", "source": {"type": "content", "content": content}}
+    found = {"type": "search_result", "title": "T", "source": "S", "content": [document]}
+    reply, prompt = await post(MESSAGES, is_strict=True, system=[document], messages=said(found))
+    assert reply.status_code == 200 and prompt == "<system>Once.<user>T\nS\nOnce.<assistant>", reply.text
+
+
 ASKED = {"id": 42, "status": "open", "type": "bug", "data": "YWJj", "result": [1], "title": "t", "none": None}
 
 

@@ -33,14 +33,17 @@ def _names(names: str, neutral: Neutral) -> dict[str, Neutral]:
     return dict.fromkeys(names.split(), neutral)
 
 
+_LIMITS: Final = {**_names("t_max_predict_ms t_max_prompt_ms", only(-1, 0)), "n_indent": number(0)}
+"""Limits of llama.cpp that all endpoints ignore."""
+
 _HINTS: Final = {
+    **_LIMITS,
     **_names("user metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention", anything),
     **_names("request_id cache_prompt n_keep n_discard", anything),
     **_names("store early_stopping backend_sampling cache_reuse", only(False)),
-    **_names("t_max_predict_ms t_max_prompt_ms", only(-1, 0)),
-    **_names("priority n_indent", number(0)),
+    "priority": number(0),
 }
-"""Fields that all endpoints ignore."""
+"""Fields that most endpoints ignore."""
 
 _SLOTS: Final = _names("id_slot slot_id", anything)
 _NOT_DRAFTED: Final = _names("speculative speculative.n_max", anything)
@@ -146,6 +149,7 @@ RESPONSES: Final = ForeignFields(
         **_names("conversation prompt", only()),
     },
     hints={
+        **_LIMITS,
         **_names(
             "user service_tier safety_identifier prompt_cache_key prompt_cache_retention client_metadata", anything
         ),
@@ -166,9 +170,11 @@ COMPACTION: Final = replace(RESPONSES, other_names={})
 
 MESSAGES: Final = ForeignFields(
     refused={**_CHAT_ONLY, **_names("mcp_servers container fallback_model", only())},
-    hints=_names(
-        "metadata service_tier cache_control context_management inference_geo speed betas user_profile_id", anything
-    ),
+    hints={
+        **_LIMITS,
+        **_names("metadata service_tier cache_control context_management", anything),
+        **_names("inference_geo speed betas user_profile_id", anything),
+    },
     other_names={**_OPENAI_NAMES, **_BUDGETS, "stop": "stop_sequences"},
 )
 """Anthropic's fields. The ignored fields concern costs, caches, regions, and the shortening of chats."""
@@ -182,6 +188,7 @@ ANTHROPIC_TOOL: Final = ForeignFields(
 OLLAMA_OPTIONS: Final = ForeignFields(
     refused={**_CHAT_ONLY, "lora": only(), **_names("rope_frequency_base rope_frequency_scale", number(0))},
     hints={
+        **_LIMITS,
         **_names("num_keep num_batch num_gpu main_gpu num_thread low_vram vocab_only numa num_gqa", anything),
         **_names("use_mmap use_mlock f16_kv logits_all", anything),
         "num_ctx": only(),
@@ -194,7 +201,7 @@ OLLAMA_OPTIONS: Final = ForeignFields(
 
 OLLAMA_GENERATE: Final = ForeignFields(
     refused={**_CHAT_ONLY, **_names("template adapters lora", only())},
-    hints=_names("truncate shift", anything),
+    hints={**_LIMITS, **_names("truncate shift", anything)},
 )
 OLLAMA: Final = replace(OLLAMA_GENERATE, refused={**OLLAMA_GENERATE.refused, "images": only()})
 """Fields of Ollama's requests. `truncate` and `shift` have no effect, because this server never shortens prompts."""

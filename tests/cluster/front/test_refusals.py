@@ -248,6 +248,26 @@ async def test_neutral_fields_are_taken() -> None:
     assert (await post("/v1/completions", body)).status_code == 200
 
 
+@pytest.mark.parametrize("limit", [-1, 0])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", CHAT),
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/responses", {"input": "a"}),
+        ("/v1/messages", CHAT),
+        ("/api/chat", CHAT),
+        ("/api/generate", {"prompt": "a"}),
+        ("/completion", {"prompt": "a"}),
+    ],
+)
+async def test_limits_that_are_off_are_taken_by_each_endpoint(path: str, body: dict[str, Any], limit: int) -> None:
+    off = {"t_max_predict_ms": limit, "t_max_prompt_ms": limit, "n_indent": 0}
+    options = {"options": off} if path.startswith("/api") else {}
+    reply = await post(path, {"model": "tiny"} | body | off | options)
+    assert reply.status_code == 200 and HEADER not in reply.headers, reply.text
+
+
 def documented_no_ops() -> list[str]:
     item = re.search(r"^- \*\*No-ops\*\*.*?(?=^- )", HTTP_API.read_text(), re.MULTILINE | re.DOTALL)
     assert item is not None

@@ -125,9 +125,9 @@ async def test_a_bug_in_one_text_ends_no_other_request(monkeypatch: pytest.Monke
         async with first, second:
             with pytest.raises(ZeroDivisionError):
                 await collect(first.log.chunks())
+            await until(lambda: aborting.called)  # The engine computes no more of a text that nobody can get.
             (answer,) = await collect(second.log.chunks())
     assert len(answer.rows) == 9
-    assert aborting.called, "the engine computes no more of a text that nobody can get"
 
 
 async def test_a_drained_service_has_answered_every_choice() -> None:

@@ -31,11 +31,11 @@ class StateStore:
 
     def apply(self, observation: Observation) -> None:
         self.state = observe(self.state, observation)
-        self._notify()
+        self.notify()
 
     def settle(self) -> None:
         self.settled.set()
-        self._notify()
+        self.notify()
 
     async def settled_or(self, is_enough: Callable[[ClusterState], bool]) -> None:
         await self.until(lambda state: self.settled.is_set() or is_enough(state))
@@ -43,13 +43,13 @@ class StateStore:
     async def until(self, is_enough: Callable[[ClusterState], bool]) -> None:
         reached = asyncio.get_running_loop().create_future()
         self._waiting[reached] = is_enough
-        self._notify()
+        self.notify()
         try:
             await reached
         finally:
             del self._waiting[reached]
 
-    def _notify(self) -> None:
+    def notify(self) -> None:
         for reached, is_enough in self._waiting.items():
             if not reached.done() and is_enough(self.state):
                 reached.set_result(None)

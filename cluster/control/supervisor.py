@@ -104,6 +104,9 @@ class Supervisor:
             self._launcher.reset_restarts()
         self.store.post(observations.PipelineLost(failure.error, failure.requests, failure.causes, failure.is_repeated))
 
+    def engine_closed(self) -> None:
+        self.store.notify()
+
     @property
     def may_suspect_workers(self) -> bool:
         is_planned = self._runner.planner.config.plan is None

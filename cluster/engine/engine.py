@@ -358,6 +358,8 @@ class Engine:
         self._lane.stop()
         self._end_retirement()
         self._fail(_Phase.CLOSED, error)
+        if self._owner is not None:
+            self._owner.engine_closed()
 
     def _fail(self, phase: _Phase, error: LlamaclustError) -> None:
         self._phase = phase

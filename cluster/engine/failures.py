@@ -19,6 +19,10 @@ class EngineOwner(Protocol):
 
     def pipeline_lost(self, failure: PipelineFailure) -> None: ...
 
+    def engine_closed(self) -> None:
+        """Reports that the engine is down until the process ends."""
+        ...
+
     @property
     def may_suspect_workers(self) -> bool:
         """True if other workers could replace a worker that computes no valid results for a request."""

@@ -46,6 +46,8 @@ class Losses:
     def pipeline_lost(self, failure: PipelineFailure) -> None:
         self.failures.append(failure)
 
+    def engine_closed(self) -> None: ...
+
     def rows_failed(self, key: int) -> None:
         self.ended_rows.append(key)
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control import observations
 from llamaclust.cluster.control.cluster_state import PoolState
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.observations import Observation, Suspect
 from llamaclust.cluster.control.pool.drain import WorkerOperations
-from llamaclust.cluster.control.pool.worker_pool import SupervisedWorkers, WorkerPool
 from llamaclust.cluster.control.reconcile import (
     Action,
     ClosePipeline,
@@ -37,21 +34,9 @@ from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.core.errors import InsufficientMemoryError, WorkerError
 from support.plans.observed_cluster import Cluster
 from support.plans.worker_handles import plan_of, worker_handle
-from support.several_models.runner import ANYTHING, new_store
+from support.several_models.runner import ANYTHING, new_store, supervised
 
 UNPARTITIONED: Any = SimpleNamespace(pairs=frozenset())
-
-
-def supervised(registry: Members) -> tuple[WorkerPool, Supervisor]:
-    async def nothing(_: object) -> None: ...
-
-    config = ClusterConfig.model_validate({"model": "m.gguf", "workers": [{"name": "a"}], "state_dir": Path("/none")})
-    opener: Any = SimpleNamespace(announce=nothing, model_id="m")
-    launcher: Any = SimpleNamespace(end=nothing)
-    workers: Any = SupervisedWorkers(registry, launcher, ControlRecord())  # type: ignore[arg-type]
-    planner: Any = SimpleNamespace(profiles=SimpleNamespace(of=lambda workers: workers), config=config)
-    pool = WorkerPool(config, workers, lambda event: None)
-    return pool, Supervisor(config, opener, planner, pool, report=lambda event: None)
 
 
 async def test_closing_waits_for_the_action_and_for_the_end_of_lost_workers() -> None:

@@ -99,7 +99,9 @@ class Device:
         experts = cast(ExpertsBackend, self.backend)  # A worker with GPUs has a CPU backend here.
         return SplitExpertsBackend(gpu, experts, part.cpu_moe, part.experts_cache_bytes)
 
-    def measure(self, model: Model | None, quant_types: Iterable[int], progress: Progress) -> Profile:
+    def measure(
+        self, model: Model | None, quant_types: Iterable[int], progress: Progress = lambda n_bytes: None
+    ) -> Profile:
         """Measures the machine, a model's step times, and matrix products with `quant_types`. Blocks for seconds, or
         until `progress`, which is called often, raises an error."""
         from llamaclust.kernels.probes import measure_machine

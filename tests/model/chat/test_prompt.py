@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -103,7 +104,7 @@ def test_control_words_of_letters_change_no_name_that_templates_read() -> None:
     words[128010:128015] = ["[gMASK]", "sop", "eop", "<|user|>", "<|assistant|>"]
     tokenizer = load_tokenizer(metadata | {"tokenizer.ggml.tokens": words})
     arguments = {"size": 1, "eop": 2, "<|user|": 3}
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "name": "joe", "content": "This is so"},
         {"role": "user", "content": [{"type": "image", "text": "p e"}]},
         {"role": "assistant", "content": "sop", "tool_calls": [{"type": "tree", "arguments": arguments}]},

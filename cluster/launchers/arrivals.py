@@ -13,14 +13,16 @@ from llamaclust.core.errors import DeadlineError, LlamaclustError
 from llamaclust.core.sizes import counted
 from llamaclust.wire.rpc.deadlines import deadline
 
-Shortfall = Callable[[], Awaitable[LlamaclustError | None]]
-"""A function that returns an error if the present workers cannot hold the model, or None if they can."""
+Shortfall = Callable[[bool], Awaitable[LlamaclustError | None]]
+"""A function that returns an error if the present workers cannot hold the model, or None if they can. It counts drained
+workers if its argument is True."""
 
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
     """The workers that a start waits for: all in `names`, and at least `count` in total. If no further one joins
-    for `grace_s` seconds, the start continues with fewer workers if they suffice. It fails after `wait_s` seconds."""
+    for `grace_s` seconds, the start continues with fewer workers if they suffice without the drained ones. After
+    `wait_s` seconds, it continues with drained workers, too, or fails."""
 
     names: tuple[str, ...]
     count: int
@@ -50,6 +52,8 @@ class Arrivals:
             async with deadline("workers joining", wait_s):
                 await self._enough()
         except DeadlineError as error:
+            if self._registry.present and await self._suffice(with_drained=True):
+                return
             missing, joined = ", ".join(self._missing), len(self._registry.present)
             others = f"; {joined} joined, which is not enough: {self._short}" if self._short else ""
             raise DeadlineError(f"workers did not join within {wait_s:g} s (`join.wait`): {missing}{others}") from error
@@ -74,7 +78,7 @@ class Arrivals:
                 return
             if grace_end_s is not None and clock() >= grace_end_s:
                 grace_end_s = None
-                if await self._suffice():
+                if await self._suffice(with_drained=False):
                     return
                 continue  # Other workers may have joined during the check.
             with suppress(TimeoutError):
@@ -96,9 +100,9 @@ class Arrivals:
         elif losses:
             self._report(Notice("; ".join(losses)))
 
-    async def _suffice(self) -> bool:
+    async def _suffice(self, *, with_drained: bool) -> bool:
         missing = ", ".join(self._missing)
-        self._short = await self._shortfall()
+        self._short = await self._shortfall(with_drained)
         if self._short is None:
             joined = len(self._registry.present)
             self._report(

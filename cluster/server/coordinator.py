@@ -4,7 +4,7 @@ ends all of them."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +42,7 @@ from llamaclust.cluster.state.adapters import AdapterRecord, ServedAdapters
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Notice, Report
-from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, LlamaclustError, WorkerError
+from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, WorkerError
 from llamaclust.model.loader import Model
 from llamaclust.model.projectors.projector import Projector
 from llamaclust.model.weights.file_manifests import FileManifests
@@ -152,11 +152,10 @@ async def open_cluster(
 async def _joined(
     planners: Sequence[ClusterPlanner], registry: Registry, launcher: Launcher, record: ControlRecord, report: Report
 ) -> None:
-    try:
-        await launcher.joined(registry, lambda: _shortfall(planners, _undrained(registry, record.drained)))
-    except DeadlineError:
-        if await _shortfall(planners, registry.present) is not None:
-            raise
+    def shortfall(with_drained: bool) -> Awaitable[LlamaclustError | None]:
+        return _shortfall(planners, registry.present if with_drained else _undrained(registry, record.drained))
+
+    await launcher.joined(registry, shortfall)
     await _undrain_needed(planners, registry, record, report)
 
 

@@ -85,7 +85,7 @@ async def measure_workers(
         return Measurements(tuple(each for each, _ in found), links)
 
 
-async def _no_shortfall() -> None:
+async def _no_shortfall(_: bool) -> None:
     pass  # The launcher of local workers waits for all workers, so none can be missing.
 
 

@@ -29,6 +29,7 @@ class Start:
     registry: Members = field(default_factory=lambda: Members(lambda name: ""))
     events: list[Event] = field(default_factory=list)
     asked: int = 0
+    drained: tuple[str, ...] = ()
 
     def join(self, *names: str) -> None:
         async def nothing(_: CoordinatorMessage) -> None: ...
@@ -38,9 +39,10 @@ class Start:
             self.registry.admit(handle)
             self.registry.announce(handle)
 
-    async def shortfall(self) -> LlamaclustError | None:
+    async def shortfall(self, with_drained: bool) -> LlamaclustError | None:
         self.asked += 1
-        return None if len(self.registry.present) >= self.enough else SHORT
+        present = [name for name in self.registry.present if with_drained or name not in self.drained]
+        return None if len(present) >= self.enough else SHORT
 
     def wait(self) -> asyncio.Task[None]:
         return asyncio.create_task(
@@ -111,6 +113,17 @@ async def test_a_start_that_waits_in_vain_names_the_missing_workers_and_the_shor
     says = r"did not join within 0.3 s \(`join.wait`\): worker b, worker c; 1 joined, which is not enough: 12 MiB"
     with pytest.raises(DeadlineError, match=says):
         await waiting
+
+
+async def test_a_start_uses_drained_workers_only_after_it_waited_for_others() -> None:
+    start = Start(enough=2, awaited=replace(ABC, wait_s=0.3), drained=("c",))
+    waiting = start.wait()
+    start.join("a", "c")
+    await start.reported(Waiting)
+    async with asyncio.timeout(60):
+        await waiting
+    assert start.asked == 2
+    assert start.events[-1] == Notice("the start continues with 2 of 3 workers, without worker b")
 
 
 async def test_a_worker_that_ended_before_it_joined_ends_the_start() -> None:

@@ -130,7 +130,8 @@ class SequenceQueues:
         if first.in_flight or not takes_turn(first, self.running, running):
             return
         count = len(self.running)
-        if count < self.max_running and not self.memory.lacks_blocks(first, RESERVE_BLOCKS * count):
+        lacks_blocks = self.memory.lacks_blocks(first, RESERVE_BLOCKS * count)
+        if count < self.max_running and not lacks_blocks:
             return
         situation = first.key, [other.key for other in self.running], self.memory.room_with(self.running, first)
         if situation == self._denied:

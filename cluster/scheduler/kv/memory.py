@@ -108,14 +108,14 @@ class KvMemory:
         return found
 
     def lacks_blocks(self, sequence: Sequence, reserve: int) -> bool:
-        """Returns True if `admit` has refused the sequence for lack of blocks and would refuse it again."""
-        return sequence.key in self._refused and self._begin_with(sequence, reserve) is None
+        return self._begin_with(sequence, reserve) is None
 
     def room_with(self, running: Items[Sequence], sequence: Sequence) -> object:
-        """Returns a value that changes if `suffices_without` may change while the same sequences run."""
+        """Returns a value that changes if `suffices_without` may change while the same sequences run. Requires that
+        `lacks_blocks` was called for `sequence`."""
         held = sum(len(other.kv.table) for other in running)
         states = None if self.states is None else self.states.blocks.available
-        return self.blocks.available + held, states, self._refused.get(sequence.key)
+        return self.blocks.available + held, states, self.transfers.ended, self._refused.get(sequence.key)
 
     def suffices_without(self, others: Items[Sequence], sequence: Sequence, reserve: int) -> bool:
         """Returns False if `sequence` has no room even after the running sequences `others` have released theirs."""

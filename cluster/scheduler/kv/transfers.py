@@ -27,6 +27,7 @@ class KvTransfers:
         self._blocks = blocks
         self._cache = cache
         self._under_way = 0
+        self.ended = 0  # Number of ended transfers.
 
     @property
     def are_under_way(self) -> bool:
@@ -67,3 +68,4 @@ class KvTransfers:
             self._blocks.register(block, key)
         self._blocks.release(transfer.blocks)
         self._under_way -= 1
+        self.ended += 1

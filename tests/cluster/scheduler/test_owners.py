@@ -338,3 +338,47 @@ def test_many_answers_of_a_large_grammar_run_to_their_ends() -> None:
         prefilling = [one for one in run.scheduler.queues.running if one.phase is Phase.PREFILL]
         assert len(prefilling) <= 2
     assert all(len(run.updates[key]) >= 10 for key in keys)
+
+
+def test_a_turn_is_taken_when_a_transfer_no_longer_holds_blocks() -> None:
+    settings = SchedulerSettings("m", VOCABULARY, 800, 40, max_sequences=16)
+    run = Simulation(Scheduler(settings, 1, 1), FakeStages(FakeModel(40), [linear(100, 10)], 1000))
+    source = Random(SEED)
+    prompts = [tuple(source.randrange(VOCABULARY) for _ in range(length)) for length in (160, 160, 320)]
+    requests = [replace(request(number, "aab"[number], 60), prompt=prompt) for number, prompt in enumerate(prompts)]
+    keys = [run.add(one) for one in requests[:2]]
+    while not all(run.updates[key] for key in keys):
+        run.step()
+    queues = run.scheduler.queues
+    transfer = queues.memory.transfers.begin_save(queues.running[1].kv.keys[:10], 0)
+    assert transfer is not None
+    keys.append(run.add(requests[2]))
+    for _ in range(5):
+        run.step()
+    assert queues.preemptions == 0
+    queues.memory.transfers.end(transfer)
+    for _ in range(2):
+        run.step()
+    assert queues.preemptions == 1
+    run.finish()
+    for key, one in zip(keys, requests, strict=True):
+        assert run.rows(key) == expected(one, 800)[0]
+
+
+def test_a_turn_is_taken_when_blocks_of_the_prompt_are_cached() -> None:
+    settings = SchedulerSettings("m", VOCABULARY, 800, 60, max_sequences=3, prefill_chunk=64)
+    run = Simulation(Scheduler(settings, 1, 1), FakeStages(FakeModel(60), [linear(100, 10)], 1000))
+    source = Random(SEED)
+    first, second = (tuple(source.randrange(VOCABULARY) for _ in range(length)) for length in (480, 240))
+    requests = [request(number, "a", 90) for number in range(2)]
+    requests += [replace(request(0, "c", 20), prompt=first), replace(request(0, "b", 20), prompt=first[:240] + second)]
+    keys = [run.add(one) for one in requests[:2]]
+    while not all(run.updates[key] for key in keys):
+        run.step()
+    keys += [run.add(one) for one in requests[2:]]
+    run.step()
+    assert run.scheduler.queues.preemptions == 0
+    run.finish()
+    assert run.scheduler.queues.preemptions == 1
+    for key, one in zip(keys, requests, strict=True):
+        assert run.rows(key) == expected(one, 800)[0]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llamaclust.cluster.scheduler.capacity import Capacity, blocks_of
+from llamaclust.cluster.scheduler.capacity import Capacity
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.cluster.scheduler.scheduler import Scheduler
@@ -67,6 +67,7 @@ class Way:
     together: bool = False
     twice: bool = False  # Requests are sent again, and the answers with cached prompts count.
     kv_blocks: int = 400
+    preempted: bool = False  # The second request takes the turn of the third one, which has the first one's owner.
     drafted: bool = False
     steps_before_loss: int | None = None  # All stages are lost once, after this number of results.
 
@@ -110,18 +111,24 @@ class Run:
                 before = scheduler.counts.cached_tokens
                 found = self._answers(requests)
                 assert scheduler.counts.cached_tokens > before, "no prompt was cached"
-        assert scheduler.counts.preemptions > 0 or self._way.kv_blocks > blocks_of(CONTEXT), "none was preempted"
+        assert scheduler.counts.preemptions > 0 or not self._way.preempted, "none was preempted"
         assert scheduler.drafts.drafted > 0 or not self._way.drafted, "no token was drafted"
         return found
 
     def _answers(self, requests: Sequence[GenerationRequest]) -> list[list[RowResult]]:
-        keys = []
-        for request in requests:
-            keys.append(self._simulation.add(request))
+        run, keys = self._simulation, list[int]()
+        if self._way.preempted:
+            first, second, third = requests
+            keys = [run.add(replace(request, owner="a")) for request in (first, third)]
+            while not all(map(run.rows, keys)):
+                run.step()
+            keys.insert(1, run.add(replace(second, owner="b")))
+        for request in requests[len(keys) :]:
+            keys.append(run.add(request))
             if not self._way.together:
                 self._finish()
         self._finish()
-        return [self._simulation.rows(key) for key in keys]
+        return [run.rows(key) for key in keys]
 
     def _finish(self) -> None:
         run = self._simulation
@@ -181,7 +188,7 @@ WAYS = {
     "two stages": Way((0, 1, 3), prefill_chunk=9),
     "three stages": Way((0, 1, 2, 3), prefill_chunk=33, together=True),
     "cached": Way((0, 3), together=True, twice=True, prefill_chunk=16),
-    "preempted": Way((0, 2, 3), kv_blocks=blocks_of(CONTEXT), together=True, prefill_chunk=20),
+    "preempted": Way((0, 2, 3), kv_blocks=14, preempted=True, prefill_chunk=20),
     "drafted": Way((0, 1, 3), drafted=True),
     "lost": Way((0, 1, 3), steps_before_loss=3, together=True, prefill_chunk=16),
 }

@@ -85,7 +85,7 @@ async def test_a_worker_that_fails_is_left_out_before_a_request_fails(
     break_worker(monkeypatch, tmp_path, worker, kind.fault)
     async with recovering(config(model, tmp_path)) as run:
         assert await asyncio.gather(*run.start(requests)) == expected
-        if kind.loss:
+        while not notices(run):  # On a busy machine, requests may end before some faults show.
             await run.until("its return", lambda: run.is_whole or bool(notices(run)))
             assert await asyncio.gather(*run.start(requests)) == expected
         quarantined(run, worker)

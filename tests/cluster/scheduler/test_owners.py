@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -39,6 +40,20 @@ def request(number: int, owner: str, tokens: int = 30, group: str = "", grammar:
     prompt = tuple(source.randrange(VOCABULARY) for _ in range(40))
     made = Grammar(grammar) if grammar else None
     return GenerationRequest(f"{owner}{number}", prompt, tokens, seed=number, group=group, owner=owner, grammar=made)
+
+
+def begun(run: Simulation, requests: Iterable[GenerationRequest]) -> list[int]:
+    """Adds requests, and returns their keys when each has a first result."""
+    keys = [run.add(one) for one in requests]
+    while not all(run.updates[key] for key in keys):
+        run.step()
+    return keys
+
+
+def check(run: Simulation, keys: Iterable[int], requests: Iterable[GenerationRequest], context: int) -> None:
+    """Checks that each answer is that of the request alone."""
+    for key, one in zip(keys, requests, strict=True):
+        assert run.rows(key) == expected(one, context)[0]
 
 
 def added(to: Scheduler, owner: str, count: int) -> int:
@@ -141,15 +156,12 @@ def test_no_choice_is_preempted_where_the_blocks_of_its_prompt_stay_in_use() -> 
     source = Random(SEED)
     first, second = (tuple(source.randrange(VOCABULARY) for _ in range(length)) for length in (320, 450))
     choices = [replace(request(number, "a", 80, "choices"), prompt=first) for number in range(4)]
-    keys = [run.add(one) for one in choices]
-    while not all(run.updates[key] for key in keys):
-        run.step()
+    keys = begun(run, choices)
     other = replace(request(0, "b", 20), prompt=second)
     keys.append(run.add(other))
     run.finish()
     assert run.scheduler.counts.preemptions == 0
-    for key, one in zip(keys, [*choices, other], strict=True):
-        assert run.rows(key) == expected(one, 800)[0]
+    check(run, keys, [*choices, other], 800)
 
 
 def test_nothing_is_preempted_for_a_sequence_that_has_room_by_now() -> None:
@@ -159,15 +171,12 @@ def test_nothing_is_preempted_for_a_sequence_that_has_room_by_now() -> None:
     source = Random(SEED)
     first, second = (tuple(source.randrange(VOCABULARY) for _ in range(length)) for length in (450, 550))
     requests = [replace(request(0, "a", 30), prompt=first), *(request(number, "a", 90) for number in (1, 2))]
-    keys = [run.add(one) for one in requests]
-    while not all(run.updates[key] for key in keys):
-        run.step()
+    keys = begun(run, requests)
     requests.append(replace(request(0, "b", 20), prompt=second))
     keys.append(run.add(requests[-1]))
     run.finish()
     assert run.scheduler.counts.preemptions == 0
-    for key, one in zip(keys, requests, strict=True):
-        assert run.rows(key) == expected(one, 800)[0]
+    check(run, keys, requests, 800)
 
 
 @pytest.mark.parametrize("lengths", [(500, 100), (100, 500), (500,), (100,)], ids=str)
@@ -178,9 +187,7 @@ def test_prompts_do_not_wait_for_a_long_prompt_of_another_owner(
     settings = SchedulerSettings("m", VOCABULARY, 4096, blocks, max_sequences=places, prefill_chunk=64)
     run = Simulation(Scheduler(settings, 1, 1), FakeStages(FakeModel(blocks), [linear(100, 10)], 1000))
     several = [request(number, "a", 300) for number in range(3)]
-    keys = [run.add(one) for one in several]
-    while not all(run.updates[key] for key in keys):
-        run.step()
+    keys = begun(run, several)
     long = replace(request(3, "a", 5), prompt=tuple(number * 7 % VOCABULARY for number in range(4000)))
     long_key = run.add(long)
     for _ in range(5):
@@ -212,15 +219,12 @@ def test_an_owner_whose_requests_run_displaces_no_others() -> None:
 def test_a_request_takes_no_place_of_an_owner_with_as_many_sequences() -> None:
     run = Simulation(scheduler(4, 300), FakeStages(FakeModel(BLOCKS), [linear(100, 10)] * 2, 1000))
     requests = [request(0, "p", 60), request(1, "p", 90), *(request(number, "q", 90, "pair") for number in range(2))]
-    keys = [run.add(one) for one in requests]
-    while not all(run.updates[key] for key in keys):
-        run.step()
+    keys = begun(run, requests)
     requests.append(request(2, "p"))
     keys.append(run.add(requests[-1]))
     run.finish()
     assert run.scheduler.counts.preemptions == 0
-    for key, one in zip(keys, requests, strict=True):
-        assert run.rows(key) == expected(one, CONTEXT)[0]
+    check(run, keys, requests, CONTEXT)
 
 
 def test_a_preempted_sequence_does_not_precede_the_one_that_took_its_place() -> None:
@@ -249,15 +253,12 @@ def test_an_own_request_gives_its_place_however_old_others_are(is_younger: bool)
     run = Simulation(scheduler(6, 300), FakeStages(FakeModel(BLOCKS), [linear(100, 10)], 1000))
     groups = ["p", "q"] if is_younger else ["q", "p"]
     requests = [request(3 * at + number, of, 90, of) for at, of in enumerate(groups) for number in range(3)]
-    keys = [run.add(one) for one in requests]
-    while not all(run.updates[key] for key in keys):
-        run.step()
+    keys = begun(run, requests)
     requests.append(request(9, "p"))
     keys.append(run.add(requests[-1]))
     run.finish()
     assert run.scheduler.counts.preemptions == 1
-    for key, one in zip(keys, requests, strict=True):
-        assert run.rows(key) == expected(one, CONTEXT)[0]
+    check(run, keys, requests, CONTEXT)
 
 
 def test_what_others_may_give_is_counted_once_and_nothing_is_preempted_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,16 +268,13 @@ def test_what_others_may_give_is_counted_once_and_nothing_is_preempted_in_vain(m
     monkeypatch.setattr(run.scheduler.queues.memory, "suffices_without", suffices)
     requests = [request(number, "p", 100) for number in range(2)]
     requests += [replace(request(number, "q", 50, "three"), prompt=(number,) * 200) for number in range(3)]
-    keys = [run.add(one) for one in requests]
-    while not all(run.updates[key] for key in keys):
-        run.step()
+    keys = begun(run, requests)
     requests.append(replace(request(2, "p", 20), prompt=(7,) * 700))
     keys.append(run.add(requests[-1]))
     run.finish()
     assert run.scheduler.counts.preemptions == 0
     assert 0 < suffices.call_count < 10, "not once a step"
-    for key, one in zip(keys, requests, strict=True):
-        assert run.rows(key) == expected(one, 800)[0]
+    check(run, keys, requests, 800)
 
 
 @pytest.mark.parametrize("others", [1, 2, 3])
@@ -346,9 +344,7 @@ def test_a_turn_is_taken_when_a_transfer_no_longer_holds_blocks() -> None:
     source = Random(SEED)
     prompts = [tuple(source.randrange(VOCABULARY) for _ in range(length)) for length in (160, 160, 320)]
     requests = [replace(request(number, "aab"[number], 60), prompt=prompt) for number, prompt in enumerate(prompts)]
-    keys = [run.add(one) for one in requests[:2]]
-    while not all(run.updates[key] for key in keys):
-        run.step()
+    keys = begun(run, requests[:2])
     queues = run.scheduler.queues
     transfer = queues.memory.transfers.begin_save(queues.running[1].kv.keys[:10], 0)
     assert transfer is not None
@@ -361,8 +357,7 @@ def test_a_turn_is_taken_when_a_transfer_no_longer_holds_blocks() -> None:
         run.step()
     assert queues.preemptions == 1
     run.finish()
-    for key, one in zip(keys, requests, strict=True):
-        assert run.rows(key) == expected(one, 800)[0]
+    check(run, keys, requests, 800)
 
 
 def test_a_turn_is_taken_when_blocks_of_the_prompt_are_cached() -> None:
@@ -372,13 +367,10 @@ def test_a_turn_is_taken_when_blocks_of_the_prompt_are_cached() -> None:
     first, second = (tuple(source.randrange(VOCABULARY) for _ in range(length)) for length in (480, 240))
     requests = [request(number, "a", 90) for number in range(2)]
     requests += [replace(request(0, "c", 20), prompt=first), replace(request(0, "b", 20), prompt=first[:240] + second)]
-    keys = [run.add(one) for one in requests[:2]]
-    while not all(run.updates[key] for key in keys):
-        run.step()
+    keys = begun(run, requests[:2])
     keys += [run.add(one) for one in requests[2:]]
     run.step()
     assert run.scheduler.queues.preemptions == 0
     run.finish()
     assert run.scheduler.queues.preemptions == 1
-    for key, one in zip(keys, requests, strict=True):
-        assert run.rows(key) == expected(one, 800)[0]
+    check(run, keys, requests, 800)

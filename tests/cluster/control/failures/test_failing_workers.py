@@ -124,26 +124,21 @@ def test_a_start_fails_where_a_damaged_copy_cannot_be_done_without() -> None:
     assert other.see(observations.EpochLoadFailed(error, True, (Suspect("b", error),))) == Abort(error)
 
 
-def test_a_worker_that_is_lost_in_each_load_is_left_out_like_one_that_is_lost_later() -> None:
+@pytest.mark.parametrize(
+    ("error", "left_out"),
+    [(fault_of("c", "worker c is lost"), {"c"}), (LoadCancelledError("its load is no longer needed"), set[str]())],
+    ids=["lost", "cancelled"],
+)
+def test_a_worker_that_is_lost_in_each_load_is_left_out_unless_the_loads_were_cancelled(
+    error: LlamaclustError, left_out: set[str]
+) -> None:
     cluster = Cluster.serving()
     for count in range(2):
         cluster.see(observations.WorkerSeen("c", 3 + count))
         cluster.plan(ALL)
         cluster.see(observations.WorkerLost("c"))
-        lost = fault_of("c", "worker c is lost")
-        cluster.see(observations.EpochLoadFailed(lost, False, (Suspect("c", lost),)))
-    assert cluster.state.pool.quarantine.names(0.0) == {"c"}
-
-
-def test_a_worker_whose_load_was_cancelled_is_not_left_out() -> None:
-    cluster = Cluster.serving()
-    for count in range(2):
-        cluster.see(observations.WorkerSeen("c", 3 + count))
-        cluster.plan(ALL)
-        cluster.see(observations.WorkerLost("c"))
-        cancelled = LoadCancelledError("worker c: its load is no longer needed")
-        cluster.see(observations.EpochLoadFailed(cancelled, False, (Suspect("c", cancelled),)))
-    assert cluster.state.pool.quarantine.names(0.0) == set()
+        cluster.see(observations.EpochLoadFailed(error, False, (Suspect("c", error),)))
+    assert cluster.state.pool.quarantine.names(0.0) == left_out
 
 
 def test_requests_wait_where_a_failing_worker_is_the_only_one_until_another_is_there() -> None:

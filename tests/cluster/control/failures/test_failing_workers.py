@@ -125,12 +125,12 @@ def test_a_start_fails_where_a_damaged_copy_cannot_be_done_without() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "left_out"),
+    ("error", "quarantined"),
     [(fault_of("c", "worker c is lost"), {"c"}), (LoadCancelledError("its load is no longer needed"), set[str]())],
     ids=["lost", "cancelled"],
 )
 def test_a_worker_that_is_lost_in_each_load_is_left_out_unless_the_loads_were_cancelled(
-    error: LlamaclustError, left_out: set[str]
+    error: LlamaclustError, quarantined: set[str]
 ) -> None:
     cluster = Cluster.serving()
     for count in range(2):
@@ -138,7 +138,7 @@ def test_a_worker_that_is_lost_in_each_load_is_left_out_unless_the_loads_were_ca
         cluster.plan(ALL)
         cluster.see(observations.WorkerLost("c"))
         cluster.see(observations.EpochLoadFailed(error, False, (Suspect("c", error),)))
-    assert cluster.state.pool.quarantine.names(0.0) == left_out
+    assert cluster.state.pool.quarantine.names(0.0) == quarantined
 
 
 def test_requests_wait_where_a_failing_worker_is_the_only_one_until_another_is_there() -> None:

@@ -20,7 +20,7 @@ from llamaclust.worker.devices.workspace import planned_program, program_workspa
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    workspaces: dict[tuple[StageLimits, StagePlace], int] = field(default_factory=dict)
+    workspaces: dict[StageLimits, dict[StagePlace, int]] = field(default_factory=dict)
     programs: dict[tuple[int, int, StageLimits, str, Portion | None], Program] = field(default_factory=dict)
     roundings: dict[tuple[str, bool], Counts] = field(default_factory=dict)
     encoders: dict[int, Mapping[str, int]] = field(default_factory=dict)  # Encoder memory by number of threads.
@@ -31,7 +31,7 @@ _known: MutableMapping[Model, _Known] = WeakKeyDictionary()
 
 def workspace_of(model: Model, limits: StageLimits) -> Workspace:
     """Returns a function that computes the bytes of a stage's workspace (the maximum if its layers are unknown)."""
-    known = _known.setdefault(model, _Known()).workspaces
+    known = _known.setdefault(model, _Known()).workspaces.setdefault(limits, {})
     programs = _known[model].programs
 
     def stage_program(start: int, end: int, limits: StageLimits, device: str, portion: Portion | None) -> Program:
@@ -49,11 +49,11 @@ def workspace_of(model: Model, limits: StageLimits) -> Workspace:
         return program_workspace_bytes(model, program, limits, place.threads, place.device)
 
     def bytes_at(place: StagePlace) -> int:
-        if (limits, place) not in known:
+        if place not in known:
             at = replace(limits, max_context_tokens=place.context_length)
             stages = _largest_stages(model, at, place) if place.layers is None else [(*place.layers, at)]
-            known[limits, place] = max(stage_bytes(*stage, place) for stage in stages)
-        return known[limits, place]
+            known[place] = max(stage_bytes(*stage, place) for stage in stages)
+        return known[place]
 
     return bytes_at
 

@@ -231,7 +231,9 @@ class MemoryModel:
         if device.memory_bytes is not None:
             kv = self._kv_table(contexts * self.request.context_blocks)
             kv = kv if given is None else np.minimum(kv, given)
-            workspace = [self._workspace_to(device, end) for end in range(stages.layers + 1)]
+            last = stages.layers
+            workspace = np.full(last + 1, self._workspace_to(device, 0))
+            workspace[last] = self._workspace_to(device, last)
             held = stages.held_bytes + self.request.rounding(device.device)
             held = held if moe is None else held - sums(freed * moe.fixed)
             excess = (held + kv + workspace - device.memory_bytes).astype(np.float64)

@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 NATIVE := $(shell find kernels/cpu cmake -name '*.cpp' -o -name '*.h' -o -name '*.cmake' -o -name CMakeLists.txt 2>/dev/null)
 MODEL ?= smollm2-135m-instruct
-# `make test` runs one case of each test, quickest first, up to CORE seconds of recorded time, summed over its processes,
-# and up to ALONE seconds of the tests that need an idle machine.
+# `make test` runs all cases of tests marked `rule` and one case of each other, quickest first, up to CORE seconds of
+# recorded time, summed over its processes, and up to ALONE seconds of the tests that need an idle machine.
 # Its random inputs are always the same, those of `make test-all` new in each run, unless LLAMACLUST_TEST_SEED names a seed.
 # If SINCE names a commit, all cases of test files that changes since the commit affect run, too.
-CORE ?= 600
+CORE ?= 660
 ALONE ?= 30
 SINCE ?=
 IMAGE ?= llamaclust:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)

@@ -40,6 +40,11 @@ def test_promises_are_in_each_core() -> None:
     assert CASES.core(51.5, ["a.py::test_slow"]) == {"a.py::test_slow", "b.py::test_one[0]", "b.py::test_two"}
 
 
+def test_rules_are_in_each_core_with_all_cases() -> None:
+    assert CASES.core(0.5, whole=["a.py::test_many"]) == {*NODES[1:11]}
+    assert CASES.core(20.5, whole=["a.py::test_many"]) == {*NODES[1:11], "b.py::test_two"}
+
+
 def test_the_longest_file_runs_first() -> None:
     assert CASES.longest_files_first() == tuple(sorted(NODES, key=lambda node: not node.startswith("a.py")))
 

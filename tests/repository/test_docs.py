@@ -33,6 +33,8 @@ from support.models.tiny_model import build_tiny_model
 from support.paths import ROOT
 from support.several_models.api_models import api_model
 
+pytestmark = pytest.mark.rule
+
 README = ROOT / "README.md"
 PAGES = (
     README,

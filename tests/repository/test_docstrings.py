@@ -11,6 +11,8 @@ import pytest
 
 from support.paths import ROOT
 
+pytestmark = pytest.mark.rule
+
 FOLDERS = ("benchmarks", "cli", "cluster", "core", "kernels", "model", "tools", "wire", "worker")
 FRAGMENTS = re.compile(
     r"(after|also|although|as|at|because|before|between|by|for|from|how|if|in|like|likewise|not|of|on|only|since|than|that"

@@ -9,6 +9,8 @@ import pytest
 
 from support.paths import ROOT
 
+pytestmark = pytest.mark.rule
+
 MOST_FORMS = 18
 ROW = re.compile(r"^\| (\d+) \| `(\w+)` \| `([\w/]+\.py)` `([\w.]+)` \|$", re.MULTILINE)
 PAGE = (ROOT / "docs/internals/architecture.md").read_text()

@@ -13,8 +13,10 @@ import pytest
 
 from support.paths import ROOT
 
+pytestmark = pytest.mark.rule
+
 GLOSSARY = ROOT / "docs/internals/glossary.md"
-C_LIKE = {".cpp", ".h", ".cu", ".cuh"}
+PYTHON, C_LIKE = {".py", ".pyi"}, {".cpp", ".h", ".cu", ".cuh", ".proto"}
 COMMENTS_AND_STRINGS = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:[^"\\\n]|\\.)*"', re.DOTALL)
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 KEY = re.compile(r"[a-z][a-z0-9]*(?:_[a-z0-9]+)*")
@@ -40,7 +42,8 @@ def sources() -> list[Path]:
     if listed.returncode != 0:
         pytest.skip("not a git checkout")
     rows = [line.split(maxsplit=3) for line in listed.stdout.splitlines()]
-    return [ROOT / path for mode, _, _, path in rows if mode != "120000" and "_pb2" not in path]
+    paths = [ROOT / path for mode, _, _, path in rows if mode != "120000" and "_pb2" not in path]
+    return [path for path in paths if path.suffix in PYTHON | C_LIKE]
 
 
 def python_identifiers(path: Path) -> Iterator[str]:
@@ -60,19 +63,23 @@ def python_identifiers(path: Path) -> Iterator[str]:
 
 
 def identifiers(path: Path) -> Iterator[str]:
-    if path.suffix in (".py", ".pyi"):
+    if path.suffix in PYTHON:
         yield from python_identifiers(path)
-    elif path.suffix in C_LIKE or path.suffix == ".proto":
+    else:
         yield path.stem
         yield from re.findall(r"[A-Za-z_]\w*", COMMENTS_AND_STRINGS.sub(" ", path.read_text()))
 
 
 def found_terms(path: Path, terms: set[str]) -> set[str]:
+    """Returns the terms that are in identifiers. Only files that have one of them anywhere are parsed, to save time."""
+    anywhere = terms_of({path.stem, *re.findall(r"[A-Za-z_]\w*", path.read_text())}, terms)
+    return terms_of({*identifiers(path)}, anywhere) if anywhere else anywhere
+
+
+def terms_of(names: set[str], terms: set[str]) -> set[str]:
     capitalized = {term for term in terms if term[0].isupper()}
-    spelled = {term: words(term) for term in terms - capitalized}
-    names = {name for name in identifiers(path) if not name.startswith("test_")}
-    inside = "|".join(words(name) for name in names)
-    return (capitalized & names) | {term for term, text in spelled.items() if text in inside}
+    inside = "|".join(words(name) for name in names if not name.startswith("test_"))
+    return (capitalized & names) | {term for term in terms - capitalized if words(term) in inside}
 
 
 def package(path: Path) -> str:

@@ -11,6 +11,8 @@ import pytest
 
 from support.paths import ROOT
 
+pytestmark = pytest.mark.rule
+
 SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh", ".proto", ".cmake", ".sh"}
 FOLDERS = ("cli", "tools", "cluster", "worker", "kernels", "model", "wire", "core", "proto")
 VAGUE_NAMES = {"utils", "util", "helpers", "common", "misc"}

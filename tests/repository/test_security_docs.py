@@ -10,6 +10,8 @@ import pytest
 
 from support.paths import ROOT
 
+pytestmark = pytest.mark.rule
+
 PAGE = (ROOT / "docs/internals/security-tests.md").read_text()
 
 

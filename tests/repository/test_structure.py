@@ -21,6 +21,8 @@ from support.structure import (
     longest,
 )
 
+pytestmark = pytest.mark.rule
+
 MOST_FILES = 20
 MOST_FOLDERS = 12
 LARGE = {Path("kernels/cpu/native/level/quants")}

@@ -65,21 +65,23 @@ class Cases:
             files[node.partition("::")[0]].append(node)
         return tuple(chain.from_iterable(sorted(files.values(), key=self.took_s, reverse=True)))
 
-    def core(self, most_s: float, kept: Iterable[str] = ()) -> set[str]:
-        """Chooses one case of each test, always the same: first tests in `kept`, then the fastest tests within `most_s`
-        seconds."""
+    def core(self, most_s: float, kept: Iterable[str] = (), whole: Iterable[str] = ()) -> set[str]:
+        """Chooses all cases of tests in `whole`, and one case of others, always the same: first tests in `kept`, then
+        the fastest tests within `most_s` seconds."""
         cases = defaultdict[str, list[str]](list)
         for node in self.nodes:
             cases[test_of(node)].append(node)
-        first = {*kept}
-        order = sorted(cases, key=lambda test: (test not in first, self.took_s([test]), test))
+        for test in cases.keys() - {*whole}:
+            cases[test] = [min(cases[test], key=lambda node: sha256(node.encode()).digest())]
+        first = {*kept, *whole}
+        order = sorted(cases, key=lambda test: (test not in first, self.took_s(cases[test]), test))
         chosen = set[str]()
         left_s = most_s
         for test in order:
-            left_s -= self.took_s([test])
+            left_s -= self.took_s(cases[test])
             if left_s < 0 and test not in first:
                 break
-            chosen.add(min(cases[test], key=lambda node: sha256(node.encode()).digest()))
+            chosen.update(cases[test])
         return chosen
 
     def whole_files(self, files: Iterable[Path], most_s: float) -> list[Path]:

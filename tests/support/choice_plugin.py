@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "promise: in each core, whatever it takes")
+    config.addinivalue_line("markers", "promise: a case in each core, whatever it takes")
+    config.addinivalue_line("markers", "rule: checks all files; all its cases are in each core")
     config.pluginmanager.register(Choice(config))
 
 
@@ -70,8 +71,8 @@ class Choice:
             items.sort(key=lambda item: places[item.nodeid])
         if self._options.core is None:
             return
-        promises = {test_of(item.nodeid) for item in items if item.get_closest_marker("promise")}
-        core = cases.core(self._options.core, promises)
+        promises, rules = (_marked(items, name) for name in ("promise", "rule"))
+        core = cases.core(self._options.core, promises, rules)
         whole = {*map(str, cases.whole_files(map(Path, self._chains), self._options.most))}
         chosen = {node for node in cases.nodes if node in core or node.partition("::")[0] in whole}
         self._lines = [*_summary(cases, core, whole, chosen, self._chains)]
@@ -94,11 +95,16 @@ class Choice:
             terminalreporter.line(f"quarantined tests, whose failures do not count: {len([*_quarantined()])}")
 
 
+def _marked(items: Iterable[pytest.Item], marker: str) -> set[str]:
+    return {test_of(item.nodeid) for item in items if item.get_closest_marker(marker)}
+
+
 def _summary(
     cases: Cases, core: set[str], whole: set[str], chosen: set[str], chains: Mapping[str, list[str]]
 ) -> Iterator[str]:
     tests = len({*map(test_of, cases.nodes)})
-    yield f"core: a case of {len(core)} of {tests} tests, {cases.took_s(core):.0f} recorded seconds"
+    in_core = len({*map(test_of, core)})
+    yield f"core: {len(core)} cases of {in_core} of {tests} tests, {cases.took_s(core):.0f} recorded seconds"
     if chains:
         yield f"the change reaches {len(chains)} test files; whole, with all their cases, run the nearest {len(whole)}:"
         yield from (f"  {' < '.join(reversed(chain))}" for file, chain in chains.items() if file in whole)

@@ -245,9 +245,10 @@ class Admission:
 
     def _refuse(self, requests: list[_Open], refusal: HttpError) -> None:
         for request in requests:
-            request.awaits_body = False
-            request.refusal = refusal
-            request.task.cancel()
+            if request.refusal is None:
+                request.awaits_body = False
+                request.refusal = refusal
+                request.task.cancel()
 
 
 class AdmissionGate:
@@ -289,6 +290,7 @@ class AdmissionGate:
         except asyncio.CancelledError:  # `Admission` cancelled this task to end the request.
             if request.refusal is None:
                 raise
+            request.task.uncancel()  # Otherwise a timeout while the refusal is sent would raise CancelledError.
             return None if request.is_answered else request.refusal
         finally:
             hold_bytes.reset(token)  # A value in the task's context would keep the request in memory.

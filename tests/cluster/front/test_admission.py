@@ -13,11 +13,13 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.types import Message, Scope
 
 from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.engine.request_stream import Sink
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.http.gates import Admission
+from llamaclust.cluster.front.http.gates import Admission, AdmissionGate
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.request import ChatRequest
 from llamaclust.cluster.front.text.sharing import current_owner
@@ -292,3 +294,33 @@ async def test_a_request_without_body_is_whole() -> None:
     with admission.held(has_body=False):
         admission.stop()
         await asyncio.sleep(0)
+
+
+async def test_a_refused_request_may_use_timeouts_while_its_error_is_sent() -> None:
+    """The task is not cancelled any more: otherwise Python 3.11.2 would raise CancelledError instead of
+    TimeoutError."""
+    admission = Admission(ApiSettings())
+    headers = [(b"content-length", b"99")]
+    scope: Scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "app": Starlette()}
+    sent, outstanding, is_waiting = list[Message](), list[int](), asyncio.Event()
+
+    async def receive() -> Message:
+        is_waiting.set()
+        return await asyncio.Future()
+
+    async def read(_: object, receive: Any, send: Any) -> None:
+        await receive()
+
+    async def send(message: Message) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        outstanding.append(task.cancelling())
+        sent.append(message)
+
+    asking = asyncio.create_task(AdmissionGate(read, admission)(scope, receive, send))
+    await is_waiting.wait()
+    admission.stop()
+    admission.end()  # A second signal comes at once.
+    await asking
+    assert sent[0]["status"] == 503 and b"cluster_stopping" in sent[1]["body"]
+    assert outstanding == [0, 0]

@@ -29,6 +29,7 @@ _log = logging.getLogger("llamaclust.worker")
 
 _GRACE_S = 0.5
 _PR_SET_PDEATHSIG = 1
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def run_worker(settings: WorkerSettings) -> int:
@@ -85,12 +86,15 @@ async def _until_signal(settings: WorkerSettings) -> int:
         running.cancel()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _SIGNALS:
         loop.add_signal_handler(number, stop, number)
     try:
         _log.info("ends: %s", await running)
     except asyncio.CancelledError:
         _log.info("stopping: received %s", " and ".join(number.name for number in received))
+    finally:
+        for number in _SIGNALS:  # A signal that comes while the event loop closes would print a traceback.
+            signal.signal(number, signal.SIG_IGN)
     return 0
 
 

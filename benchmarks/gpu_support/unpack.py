@@ -4,6 +4,7 @@ setup.sh runs this program in the tree's top folder, before any package of llama
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import tarfile
@@ -22,6 +23,9 @@ def unpack(archive: Path, unpacked: Path, tree: Path) -> None:
     shutil.rmtree(unpacked, ignore_errors=True)
     with tarfile.open(archive) as content:
         # This user owns the files, and others cannot write them. Otherwise the kernels would not be used.
+        for member in content.getmembers():
+            member.uid, member.gid, member.uname, member.gname = os.getuid(), os.getgid(), "", ""
+            member.mode &= 0o755
         content.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 and later have it.
         content.extractall(unpacked)
     shutil.copy(unpacked / "native" / "_native.abi3.so", tree / "src" / "llamaclust" / "kernels")

@@ -66,7 +66,8 @@ def test_rows_arrive_as_they_are(borders: list[int], rows: int) -> None:
 
 
 def test_a_member_without_columns_is_known_by_its_header() -> None:
-    """The member rejects the frames of all others before it has rows to send, and the others reject its header."""
+    """The member rejects the first frame of another one before it has rows to send, and the others reject its
+    header."""
     links = linked(3)
 
     def accused(member: int) -> int:
@@ -78,7 +79,7 @@ def test_a_member_without_columns_is_known_by_its_header() -> None:
         return caught.value.place
 
     with ThreadPoolExecutor(3) as pool:
-        assert [*pool.map(accused, range(3))] == [1, 0, 1]
+        assert [*pool.map(accused, range(3))] in ([1, 0, 1], [1, 2, 1])
 
 
 WRONG: dict[str, tuple[bytes, str]] = {

@@ -45,6 +45,16 @@ def interrupt_main_thread() -> None:
     while not _waits(sys._current_frames()[main]):
         time.sleep(0)
     signal.pthread_kill(main, signal.SIGINT)
+    for _ in range(50):  # A signal that comes just before a thread waits for a lock is handled only at the next one.
+        time.sleep(0.001)
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _sigusr1_does_nothing() -> Iterator[None]:
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    yield
+    signal.signal(signal.SIGUSR1, before)
 
 
 def _waits(frame: FrameType | None) -> bool:

@@ -1,7 +1,9 @@
-"""Tests of the worker process's exit codes."""
+"""Tests of the worker process's exit codes and signals."""
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import sys
 from io import BytesIO
 from types import SimpleNamespace
@@ -39,3 +41,20 @@ def test_errors_are_logged_and_decide_the_exit_code(
         process.main()
     assert ended.value.code == (UsageError.exit_code if isinstance(error, UsageError) else 1)
     assert [(record.levelname, record.message) for record in caplog.records] == [("ERROR", str(error))]
+
+
+def test_signals_are_ignored_while_the_event_loop_of_an_ended_worker_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ended(settings: WorkerSettings) -> str:
+        return "the cluster was stopped"
+
+    async def handlers() -> list[object]:
+        await main._until_signal(WorkerSettings(name="a"))
+        return [signal.getsignal(number) for number in before]
+
+    monkeypatch.setattr(main, "_run_started_worker", ended)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert asyncio.run(handlers()) == [signal.SIG_IGN] * 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

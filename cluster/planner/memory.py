@@ -231,7 +231,7 @@ class MemoryModel:
         if device.memory_bytes is not None:
             kv = self._kv_table(contexts * self.request.context_blocks)
             kv = kv if given is None else np.minimum(kv, given)
-            last = stages.layers
+            last = stages.layers  # Only a stage that ends there computes the output.
             workspace = np.full(last + 1, self._workspace_to(device, 0))
             workspace[last] = self._workspace_to(device, last)
             held = stages.held_bytes + self.request.rounding(device.device)

@@ -65,6 +65,13 @@ class PipelineLost:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestsStruckOut:
+    """The requests with these keys made a retiring pipeline fail, and have ended."""
+
+    keys: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class RowsFailed:
     key: int
 
@@ -132,5 +139,14 @@ class Signal(Enum):
 
 PoolObservation = WorkerSeen | WorkerLost | PartitionsChanged | DrainRequested | UndrainRequested
 Observation = (
-    PoolObservation | PipelineLost | RowsFailed | Tick | Planned | EpochLoadFailed | RequestsFailed | Noticed | Signal
+    PoolObservation
+    | PipelineLost
+    | RequestsStruckOut
+    | RowsFailed
+    | Tick
+    | Planned
+    | EpochLoadFailed
+    | RequestsFailed
+    | Noticed
+    | Signal
 )

@@ -61,6 +61,8 @@ def observe(state: ClusterState, observation: observations.Observation) -> Clust
             planning = planning and replace(planning, rejected=None, is_noticed=False)
             loss = PipelineLoss(state.tick.now_s, error, requests, causes, is_repeated)
             return replace(state, loss=loss, planning=planning)
+        case observations.RequestsStruckOut(keys):
+            return replace(state, pool=replace(pool, quarantine=pool.quarantine.exonerate(keys)))
         case observations.RowsFailed(key):
             quarantine = pool.quarantine.release_by_request(key, state.tick.now_s)
             return replace(state, pool=replace(pool, quarantine=quarantine))

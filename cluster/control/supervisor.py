@@ -98,11 +98,18 @@ class Supervisor:
         await self._loop(is_start=False)
 
     def pipeline_lost(self, failure: PipelineFailure) -> None:
+        self._report_ended(failure)
+        self.store.post(observations.PipelineLost(failure.error, failure.requests, failure.causes, failure.is_repeated))
+
+    def retiring_pipeline_lost(self, failure: PipelineFailure) -> None:
+        self._report_ended(failure)
+        self.store.post(observations.RequestsStruckOut(failure.causes))
+
+    def _report_ended(self, failure: PipelineFailure) -> None:
         for error in failure.ended.values():
             self._report(Notice(str(error)))
         if self._runner.engine is not None and self._runner.engine.suspects_request:
             self._launcher.reset_restarts()
-        self.store.post(observations.PipelineLost(failure.error, failure.requests, failure.causes, failure.is_repeated))
 
     def engine_closed(self) -> None:
         self.store.notify()

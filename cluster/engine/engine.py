@@ -302,13 +302,22 @@ class Engine:
         if self._phase is not _Phase.RUNNING or self._owner is None or not isinstance(error, LlamaclustError):
             self.interrupt_pipeline(error)
             return
-        failure = failure_of(error, lane.scheduler, lane.pipeline.stages, microbatch)
+        stages = lane.pipeline.stages
         if lane is not self._lane:
+            failure = failure_of(error, lane.scheduler, stages, microbatch)
             self._end_retirement(error)
+            self._owner.retiring_pipeline_lost(failure)
         else:
+            retiring = self._retiring_on(error.worker) if microbatch is None else None
+            failure = failure_of(error, lane.scheduler, stages, microbatch, retiring)
             self._interrupt(failure)
         for key, reason in failure.ended.items():
             self._abort(key, reason)
+
+    def _retiring_on(self, worker: str | None) -> Scheduler | None:
+        """Returns the retiring lane's scheduler if the lane has a stage on `worker`."""
+        old = None if self.retirement is None else self.retirement.old
+        return old.scheduler if old and any(stage.worker == worker for stage in old.pipeline.stages) else None
 
     def interrupt_pipeline(self, error: BaseException) -> None:
         if self._owner is None or not isinstance(error, LlamaclustError):

@@ -19,6 +19,10 @@ class EngineOwner(Protocol):
 
     def pipeline_lost(self, failure: PipelineFailure) -> None: ...
 
+    def retiring_pipeline_lost(self, failure: PipelineFailure) -> None:
+        """Reports the loss of a pipeline whose requests go on with the next pipeline, which is in use already."""
+        ...
+
     def engine_closed(self) -> None:
         """Reports that the engine is down until the process ends."""
         ...
@@ -38,7 +42,7 @@ class PipelineFailure:
     """The failure of a pipeline. `error` names the worker that caused it, if that is known."""
 
     error: LlamaclustError
-    requests: frozenset[int] = frozenset()  # Keys of the requests that were in flight.
+    requests: frozenset[int] = frozenset()  # Keys of the requests that may have made this worker fail.
     is_repeated: bool = False  # True if the worker failed to compute the same tokens before.
     # Errors of the requests that end because of this failure, by key.
     ended: Mapping[int, LlamaclustError] = field(default_factory=dict)
@@ -56,16 +60,25 @@ def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
 
 
 def failure_of(
-    error: LlamaclustError, scheduler: Scheduler, stages: Sequence[StageInfo], microbatch: int | None
+    error: LlamaclustError,
+    scheduler: Scheduler,
+    stages: Sequence[StageInfo],
+    microbatch: int | None,
+    retiring: Scheduler | None = None,
 ) -> PipelineFailure:
-    """Describes the failure of `microbatch`, or of all microbatches in flight if `microbatch` is None."""
+    """Describes the failure of `microbatch`, or of all microbatches in flight if `microbatch` is None. `retiring` is
+    the scheduler of an older pipeline that fails too."""
     if isinstance(error, ProtocolError) and error.worker is None:
         error.worker = stages[-1].worker
-    slices = scheduler.in_flight.slices(microbatch)
+    slices, schedulers = scheduler.in_flight.slices(microbatch), [scheduler]
     struck_out = scheduler.strikes.add(slices, error.worker)
+    if retiring is not None:
+        schedulers.append(retiring)
+        struck_out += retiring.strikes.add(retiring.in_flight.slices(), error.worker)
+    requests = frozenset(key for each in schedulers for key in each.strikes.suspects(error.worker))
     ended = {failed.sequence.key: _ending(failed, error, stages=len(stages)) for failed in struck_out}
     is_repeated = microbatch is not None and any(taken.chunk.checked for taken in slices)
-    return PipelineFailure(error, frozenset(taken.sequence.key for taken in slices), is_repeated, ended)
+    return PipelineFailure(error, requests, is_repeated, ended)
 
 
 def row_failure(faults: Sequence[RowFault], stages: Sequence[StageInfo]) -> PipelineFailure:

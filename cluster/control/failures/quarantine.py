@@ -19,7 +19,7 @@ _PAUSES_REMEMBERED = 10
 
 @dataclass(frozen=True, slots=True)
 class FailureRecord:
-    """Failures of a worker. The `requests` were in flight at every failure, so one of them may be the cause."""
+    """Failures of a worker. Each of the `requests` may have caused all of them."""
 
     failures: int
     pause_s: float

@@ -15,7 +15,7 @@ from llamaclust.cluster.engine.failures import PipelineFailure
 from llamaclust.cluster.engine.request_stream import RequestStream
 from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, GenerationRequest
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
-from llamaclust.core.errors import WorkerError
+from llamaclust.core.errors import RequestFailedError, WorkerError
 from llamaclust.core.sampler.params import SamplerChain, SamplingParams
 from llamaclust.core.sampler.results import NOT_FINITE, RowResult
 from llamaclust.wire.microbatch.messages import Result
@@ -268,6 +268,47 @@ async def test_a_request_that_fails_on_the_old_pipeline_keeps_its_strikes() -> N
         records = run.engine.scheduler.strikes._records
         assert [record.strikes for record in records.values()] == [1]
         new.gate.set()
+
+
+@pytest.mark.parametrize("first", ["old", "new"])
+async def test_requests_on_both_pipelines_may_have_made_their_worker_fail(first: str) -> None:
+    """The pipelines share a worker. Whichever notices its end first, no request on either is forgotten."""
+    async with lanes(replace(SETTINGS, prefix_cache=False)) as run:
+        lost = WorkerError("worker w1 is lost", worker="w1")
+        run.start(request(0, tokens=300))
+        await run.tokens(3)
+        new = run.move()
+        run.start(request(1, tokens=300))
+        await run.tokens(5)
+        new.gate.clear()
+        await asyncio.sleep(0.01)
+        retirement = run.engine.retirement
+        assert retirement is not None
+        for lane in (retirement.old, retirement.new) if first == "old" else (retirement.new,):
+            run.engine.lane_lost(lane, lost)
+        assert len(run.owner.retiring) == (first == "old")
+        assert run.lost[0].requests == {1, 2}
+        assert [record.strikes for record in run.engine.scheduler.strikes._records.values()] == [1, 1]
+        run.move()
+
+
+async def test_the_owner_learns_which_requests_ended_with_the_old_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llamaclust.cluster.scheduler.strikes.MAX_STRIKES", 2)
+    async with lanes(replace(SETTINGS, prefix_cache=False)) as run:
+        stream = run.engine.submit(request(0, tokens=300))
+        for _ in range(3):
+            await anext(stream)
+        for _ in range(2):
+            run.pipelines[-1].gate.clear()
+            await until(lambda: run.engine.scheduler.in_flight.due is not None)
+            run.move().gate.clear()
+            retirement = run.engine.retirement
+            assert retirement is not None
+            run.engine.lane_lost(retirement.old, LOST)
+        with pytest.raises(RequestFailedError):
+            _ = [event async for event in stream]
+        assert [failure.causes for failure in run.owner.retiring] == [set(), {1}]
+    assert not run.lost
 
 
 @pytest.mark.parametrize("last", ["a row alone", "a failed result", "a protocol break"])

@@ -40,11 +40,15 @@ class Losses:
     """An owner of an engine that records reported failures."""
 
     failures: list[PipelineFailure] = field(default_factory=list)
+    retiring: list[PipelineFailure] = field(default_factory=list)
     may_suspect_workers: bool = False
     ended_rows: list[int] = field(default_factory=list)
 
     def pipeline_lost(self, failure: PipelineFailure) -> None:
         self.failures.append(failure)
+
+    def retiring_pipeline_lost(self, failure: PipelineFailure) -> None:
+        self.retiring.append(failure)
 
     def engine_closed(self) -> None: ...
 

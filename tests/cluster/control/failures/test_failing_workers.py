@@ -57,7 +57,8 @@ def test_a_failure_counts_also_where_the_next_plan_is_loaded_already(error: Llam
     assert bool(cluster.state.expulsions) == isinstance(error, ProtocolError)
 
 
-def test_requests_that_break_workers_release_them_when_they_end() -> None:
+@pytest.mark.parametrize("is_retiring", [False, True])
+def test_requests_that_break_workers_release_them_when_they_end(*, is_retiring: bool) -> None:
     cluster = Cluster.serving()
     for _ in range(2):
         cluster.lose_pipeline(fault_of("b"), requests=frozenset({7}))
@@ -65,7 +66,10 @@ def test_requests_that_break_workers_release_them_when_they_end() -> None:
         cluster.plan(BOTH)
         cluster.see(observations.Signal.EPOCH_LOADED, observations.Signal.EPOCH_SERVING)
     assert cluster.state.inputs.quarantined == {"b"}
-    cluster.lose_pipeline(fault_of("a"), requests=frozenset({7}), causes=frozenset({7}))
+    if is_retiring:
+        cluster.see(observations.RequestsStruckOut(frozenset({7})))
+    else:
+        cluster.lose_pipeline(fault_of("a"), requests=frozenset({7}), causes=frozenset({7}))
     assert not cluster.state.pool.quarantine.records, "the failure that ended the request is no worker's"
 
 

@@ -199,3 +199,23 @@ async def test_only_its_own_failure_is_the_last_error_of_a_worker(
     (record,) = caplog.records
     assert record.getMessage() == f"epoch 0.3: {line or fault.reason}"
     assert (record.levelno >= logging.WARNING) == is_error
+
+
+async def test_waits_in_steps_of_one_row_are_counted_apart() -> None:
+    async def nothing(_: Fault) -> None: ...
+
+    counters = SimpleNamespace(gathers=0, waited_s=0.0, waited_for_s=[0.0, 0.0], sent_bytes=0, received_bytes=0)
+
+    async def opened(*_: float) -> object:
+        return SimpleNamespace(counters=lambda: counters)
+
+    group: Any = SimpleNamespace(open=opened, unreached=lambda _: [])
+    links = MemberLinks(3, ORDER, group, Deadlines(), nothing)
+    assert links.counters is None
+    links.open(lambda _: None)
+    await links.opened(60.0)
+    for rows, waited_s in ((30, 4.0), (1, 0.5), (2, 2.0), (1, 0.25)):
+        with links.step(rows):
+            counters.waited_s += waited_s
+    assert links.counters is not None
+    assert (links.counters.waited_s, links.counters.one_row_steps, links.counters.one_row_waited_s) == (6.75, 2, 0.75)

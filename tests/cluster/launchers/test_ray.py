@@ -108,12 +108,15 @@ def present(cluster: Cluster, name: str) -> bool:
 
 
 def temporary_folders(process: psutil.Process) -> list[str]:
-    return re.findall(r"/\S*?/llamaclust-ray-\w+", " ".join(process.cmdline()))
+    return re.findall(r"/\S*?/llamaclust-ray-\w+", about(process).partition("\n")[0])
 
 
 def about(process: psutil.Process) -> str:
-    """Returns command line and environment."""
-    return f"{process.cmdline()} {process.environ()}"
+    """Returns the command line, and the environment in a second line, or nothing for a process that has ended."""
+    try:
+        return f"{' '.join(process.cmdline())}\n{process.environ()}"
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def test_two_nodes_on_hosts_of_their_own_one_of_which_is_lost(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from collections.abc import Sequence as Items
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ _MOST_BLOCKS = 4096
 _RESTORED_TOGETHER = 128
 """Number of blocks that each stage reads within one deadline."""
 _RESTORE_S = 60.0
-"""Maximum time to restore a prompt's blocks. The rest of the prompt is computed."""
+"""Time after which no further blocks of a prompt are read. It includes the wait for other prompts."""
 _SAVED_TOGETHER = 32
 """Number of blocks that each stage writes into one file. The blocks stay allocated until they are written."""
 _MOST_SAVES = 8
@@ -38,23 +38,22 @@ _MOST_SAVES = 8
 class KvDisk:
     """Saves KV blocks of a pipeline's prompts to disk, and restores them. Does nothing if `disks` is None."""
 
-    def __init__(self, disks: KvDisks | None, scheduler: Scheduler, lane: Lane) -> None:
+    def __init__(
+        self, disks: KvDisks | None, scheduler: Scheduler, lane: Lane, count_restored: Callable[[int], None]
+    ) -> None:
+        """`count_restored` receives numbers of restored tokens."""
         settings = scheduler.settings
         self._disks = disks if settings.prefix_cache and settings.window is None else None
         self._scheduler = scheduler
         self._transfers = scheduler.queues.memory.transfers
         self._lane = lane
+        self._count_restored = count_restored
         self._tasks: set[asyncio.Task[None]] = set()
         # Pairs of a microbatch number and a future that ends when this microbatch has returned.
         self._returns: list[tuple[int, asyncio.Future[None]]] = []
         self._saves: asyncio.Queue[list[bytes]] = asyncio.Queue(_MOST_SAVES)
         self._reading = asyncio.Lock()
         self._is_running = False
-        self._pending = 0  # Number of prompts that are to be, or are being, saved or restored.
-
-    @property
-    def is_idle(self) -> bool:
-        return self._pending == 0
 
     def start(self) -> None:
         if self._disks is not None:
@@ -80,7 +79,6 @@ class KvDisk:
             return
         if len(self._transfers.missing(sequence)) >= _LEAST_BLOCKS:
             self._scheduler.queues.begin_restore(sequence)
-            self._pending += 1
             self._begin(self._restore_prompt(self._disks, sequence))
 
     def completed(self, number: int, sequences: Iterable[Sequence]) -> None:
@@ -94,7 +92,6 @@ class KvDisk:
             keys = sequence.kv.keys[: min(sequence.prompt_length // KV_BLOCK_TOKENS, _MOST_BLOCKS)]
             if sequence.generated == 1 and len(keys) >= _LEAST_BLOCKS and not self._saves.full():
                 self._saves.put_nowait(keys)
-                self._pending += 1
 
     # -- read ------------------------------------------------------------------------------------------------------
 
@@ -104,7 +101,6 @@ class KvDisk:
         except LlamaclustError as error:
             self._failed(error)
         finally:
-            self._pending -= 1
             if self._is_running:
                 self._scheduler.queues.end_restore(sequence)
                 self._lane.launch_soon()
@@ -116,15 +112,23 @@ class KvDisk:
         count = await disks.find(sequence.kv.keys[missing.start : missing.stop])
         if count < _LEAST_BLOCKS:
             return
-        # Prompts are restored one after another, because several prompts may begin with the same blocks.
-        async with self._reading:
+        end_s = monotonic() + _RESTORE_S
+        try:
+            # Prompts are restored one after another, because several prompts may begin with the same blocks.
+            async with asyncio.timeout(_RESTORE_S):
+                await self._reading.acquire()
+        except TimeoutError:
+            return
+        try:
             if sequence not in self._scheduler.queues.restoring:
                 return
             # Some blocks before these may have left the cache, so more are missing than were looked for.
             end = min(missing.start + count, self._transfers.missing(sequence).start + _MOST_BLOCKS)
-            await self._restore_until(disks, sequence, end)
+            await self._restore_until(disks, sequence, end, end_s)
+        finally:
+            self._reading.release()
 
-    async def _restore_until(self, disks: KvDisks, sequence: Sequence, end: int) -> None:
+    async def _restore_until(self, disks: KvDisks, sequence: Sequence, end: int, end_s: float) -> None:
         reserve = RESERVE_BLOCKS * len(self._scheduler.queues.running)
         transfer = self._transfers.begin_restore(sequence, end, reserve)
         if transfer is None:
@@ -132,7 +136,6 @@ class KvDisk:
         restored, keys, blocks = 0, transfer.keys[transfer.found :], transfer.blocks[transfer.found :]
         try:
             await self._in_flight_returned()
-            end_s = monotonic() + _RESTORE_S
             for start in range(0, len(blocks), _RESTORED_TOGETHER):
                 is_awaited = sequence in self._scheduler.queues.restoring and monotonic() < end_s
                 if restored < start or not is_awaited:
@@ -142,7 +145,7 @@ class KvDisk:
         finally:
             self._transfers.end(transfer, restored)
             if self._is_running:
-                self._lane.restored(restored * KV_BLOCK_TOKENS)
+                self._count_restored(restored * KV_BLOCK_TOKENS)
 
     async def _in_flight_returned(self) -> None:
         newest = self._scheduler.in_flight.newest
@@ -166,7 +169,7 @@ class KvDisk:
             except LlamaclustError as error:
                 self._failed(error)
             finally:
-                self._pending -= 1
+                self._saves.task_done()
 
     async def _save(self, disks: KvDisks, keys: Items[bytes]) -> None:
         start = await disks.find(keys)

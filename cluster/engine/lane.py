@@ -28,7 +28,7 @@ class Lane:
         self.scheduler = scheduler
         self._engine = engine
         self._deadlines = deadlines
-        self.kv_disk = KvDisk(pipeline.kv_disks, scheduler, self)
+        self.kv_disk = KvDisk(pipeline.kv_disks, scheduler, self, engine.metrics.restored)
         self._draft_runner = DraftRunner(scheduler, self.launch_soon)
         self._tasks: list[asyncio.Task[None]] = []
         self._is_running = False
@@ -60,9 +60,6 @@ class Lane:
         while self._is_running and self.scheduler.in_flight.adapters & adapters:
             self._changed.clear()
             await self._changed.wait()
-
-    def restored(self, tokens: int) -> None:
-        self._engine.kv_restored(tokens)
 
     def disk_hangs(self, error: DeadlineError) -> None:
         self._engine.lane_lost(self, error)

@@ -25,7 +25,6 @@ from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from support.clusters.recovering import Answer, answer_of
-from support.clusters.served import until
 from support.damaged_models import flip_middle
 from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
@@ -98,7 +97,7 @@ class Start:
         async with asyncio.timeout(DEADLINE_S), open_cluster(config, [self.model], directory) as cluster:
             engine = cluster.engine
             answers = [await answer_of(engine.submit(generation)) for generation in generations(salt)]
-            await until(lambda: engine._lane.kv_disk.is_idle)
+            await engine._lane.kv_disk._saves.join()
             counts = engine.scheduler.counts
             return Ran(answers, counts.cached_tokens, counts.computed_tokens)
 

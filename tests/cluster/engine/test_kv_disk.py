@@ -241,6 +241,19 @@ async def test_a_prompt_is_read_no_longer_than_a_minute(monkeypatch: pytest.Monk
         assert "kv_disk_tokens_total 160.0" in engine.metrics.render().decode()
 
 
+async def test_a_prompt_does_not_wait_longer_for_one_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging, waiting = (request(prompt(Random(seed), 300)) for seed in (1, 2))
+    engine, disks = opened({**await written(hanging), **await written(waiting)})
+    monkeypatch.setattr(kv_disk, "_RESTORE_S", 0.02)
+    async with asyncio.timeout(60), engine:
+        disks.restore_gate.clear()
+        answering = asyncio.create_task(answered(engine, hanging))
+        await until(lambda: disks.pieces == [18])
+        assert await answered(engine, waiting) == wanted(waiting)
+        disks.restore_gate.set()
+        assert await answering == wanted(hanging)
+
+
 async def test_a_short_prompt_is_neither_written_nor_looked_for() -> None:
     engine, disks = opened({})
     async with engine:

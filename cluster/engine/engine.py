@@ -11,7 +11,14 @@ from time import monotonic_ns
 from typing import Self
 
 from llamaclust.cluster.engine.encoder import Encoder
-from llamaclust.cluster.engine.failures import EngineOwner, PipelineFailure, failure_of, row_failure, stage_error
+from llamaclust.cluster.engine.failures import (
+    EngineOwner,
+    PipelineFailure,
+    RetiringFailure,
+    failure_of,
+    row_failure,
+    stage_error,
+)
 from llamaclust.cluster.engine.lane import Lane
 from llamaclust.cluster.engine.metrics import Metrics
 from llamaclust.cluster.engine.pipeline import Pipeline
@@ -77,6 +84,7 @@ class Engine:
     ) -> None:
         # Moves the previous lane's sequences to the current lane. None if there is only one lane.
         self.retirement: Retirement | None = None
+        self._retiring_failure: RetiringFailure | None = None
         self.metrics = Metrics(pipeline.stages, lambda: self.counts, monotonic_ns)
         self.waterfalls = Waterfalls()
         self.requests = OpenRequests(self.metrics, self.waterfalls)
@@ -212,10 +220,11 @@ class Engine:
             self.metrics.sampled(tokens, now_ns)
             self.metrics.drafted(lane.scheduler.drafts - drafts, now_ns)
         if failed is not None:
-            self._lose_pipeline(lane, stage_error(failed, lane.pipeline.stages), failed.number)
+            self.lane_lost(lane, stage_error(failed, lane.pipeline.stages), failed.number)
         elif faults := [fault for each in completed for fault in each.faults]:
             failure = row_failure(faults, lane.pipeline.stages)
-            if lane is self._lane:
+            # A request must not come back to the worker that failed on its rows.
+            if self._lane.pipeline.stages[-1].worker == failure.error.worker:
                 self._interrupt(failure)
             else:
                 self._end_retirement(failure.error)
@@ -236,6 +245,8 @@ class Engine:
         lane.kv_disk.completed(result.number, map(self.requests.sequence, [key for key, _ in completed.updated]))
         if lane is self._lane:
             self.metrics.completed(result, done_ns)
+            if self._retiring_failure is not None and self._retiring_failure.is_over(result.number):
+                self._retiring_failure = None
         return completed
 
     def _abort(self, key: int, error: LlamaclustError | None = None) -> None:
@@ -256,6 +267,7 @@ class Engine:
         if self._phase is _Phase.CLOSED:
             return None
         self._end_retirement()
+        self._retiring_failure = None
         old, stages = self._lane, len(pipeline.stages)
         if self._phase is _Phase.RUNNING:
             scheduler = old.scheduler.successor(settings, pipeline.epoch, stages)
@@ -272,8 +284,11 @@ class Engine:
             self.error = None
             return None
         self.retirement = retirement = Retirement(old, self._lane)
-        asyncio.get_running_loop().call_later(self.deadlines.retirement_s, self._hurry, retirement)
-        self._advance_retirement()
+        if self.suspects_request:  # The suspected request must run alone, so it cannot run beside another lane.
+            self._end_retirement()
+        else:
+            asyncio.get_running_loop().call_later(self.deadlines.retirement_s, self._hurry, retirement)
+            self._advance_retirement()
         return retirement
 
     def _hurry(self, retirement: Retirement) -> None:
@@ -292,32 +307,29 @@ class Engine:
             ended, self.retirement = self.retirement, None
             self._ended += ended.end(error)
 
-    def lane_lost(self, lane: Lane, error: BaseException) -> None:
-        self._lose_pipeline(lane, error)
-
-    def kv_restored(self, tokens: int) -> None:
-        self.metrics.restored(tokens)
-
-    def _lose_pipeline(self, lane: Lane, error: BaseException, microbatch: int | None = None) -> None:
+    def lane_lost(self, lane: Lane, error: BaseException, microbatch: int | None = None) -> None:
         if self._phase is not _Phase.RUNNING or self._owner is None or not isinstance(error, LlamaclustError):
             self.interrupt_pipeline(error)
             return
         stages = lane.pipeline.stages
         if lane is not self._lane:
             failure = failure_of(error, lane.scheduler, stages, microbatch)
+            self._retiring_failure = RetiringFailure(failure, self.scheduler.in_flight.newest)
             self._end_retirement(error)
             self._owner.retiring_pipeline_lost(failure)
         else:
             retiring = self._retiring_on(error.worker) if microbatch is None else None
             failure = failure_of(error, lane.scheduler, stages, microbatch, retiring)
+            if self._retiring_failure is not None and microbatch is None:
+                failure = self._retiring_failure.joined(failure)
             self._interrupt(failure)
         for key, reason in failure.ended.items():
             self._abort(key, reason)
 
     def _retiring_on(self, worker: str | None) -> Scheduler | None:
-        """Returns the retiring lane's scheduler if the lane has a stage on `worker`."""
+        """Returns the retiring lane's scheduler if its pipeline needs `worker`."""
         old = None if self.retirement is None else self.retirement.old
-        return old.scheduler if old and any(stage.worker == worker for stage in old.pipeline.stages) else None
+        return old.scheduler if old and worker in old.pipeline.workers else None
 
     def interrupt_pipeline(self, error: BaseException) -> None:
         if self._owner is None or not isinstance(error, LlamaclustError):

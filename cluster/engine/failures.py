@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from llamaclust.cluster.engine.pipeline import StageInfo
@@ -42,7 +42,7 @@ class PipelineFailure:
     """The failure of a pipeline. `error` names the worker that caused it, if that is known."""
 
     error: LlamaclustError
-    requests: frozenset[int] = frozenset()  # Keys of the requests that may have made this worker fail.
+    requests: frozenset[int] = frozenset()  # Keys of the requests that were in flight at this failure.
     is_repeated: bool = False  # True if the worker failed to compute the same tokens before.
     # Errors of the requests that end because of this failure, by key.
     ended: Mapping[int, LlamaclustError] = field(default_factory=dict)
@@ -50,6 +50,23 @@ class PipelineFailure:
     @property
     def causes(self) -> frozenset[int]:
         return frozenset(key for key, error in self.ended.items() if isinstance(error, RequestFailedError))
+
+
+@dataclass(frozen=True, slots=True)
+class RetiringFailure:
+    """The failure of a retiring pipeline. The next pipeline may notice the loss of the same worker later."""
+
+    failure: PipelineFailure
+    newest: int | None  # Number of the newest microbatch that was in flight on the next pipeline.
+
+    def is_over(self, returned: int) -> bool:
+        """Returns whether the next pipeline still works, because it has computed the later microbatch `returned`."""
+        return self.newest is None or returned > self.newest
+
+    def joined(self, later: PipelineFailure) -> PipelineFailure:
+        """Adds the requests of this failure to `later`, the next pipeline's, if one worker caused both."""
+        is_same = later.error.worker == self.failure.error.worker
+        return replace(later, requests=later.requests | self.failure.requests) if is_same else later
 
 
 def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
@@ -70,12 +87,13 @@ def failure_of(
     the scheduler of an older pipeline that fails too."""
     if isinstance(error, ProtocolError) and error.worker is None:
         error.worker = stages[-1].worker
-    slices, schedulers = scheduler.in_flight.slices(microbatch), [scheduler]
+    slices = scheduler.in_flight.slices(microbatch)
     struck_out = scheduler.strikes.add(slices, error.worker)
     if retiring is not None:
-        schedulers.append(retiring)
-        struck_out += retiring.strikes.add(retiring.in_flight.slices(), error.worker)
-    requests = frozenset(key for each in schedulers for key in each.strikes.suspects(error.worker))
+        others = retiring.in_flight.slices()
+        struck_out += retiring.strikes.add(others, error.worker)
+        slices = [*slices, *others]
+    requests = frozenset(taken.sequence.key for taken in slices)
     ended = {failed.sequence.key: _ending(failed, error, stages=len(stages)) for failed in struck_out}
     is_repeated = microbatch is not None and any(taken.chunk.checked for taken in slices)
     return PipelineFailure(error, requests, is_repeated, ended)

@@ -86,6 +86,11 @@ class Pipeline(Protocol):
     stages: tuple[StageInfo, ...]
 
     @property
+    def workers(self) -> frozenset[str]:
+        """Names of all workers that the pipeline needs, with all members of groups. Empty within one process."""
+        ...
+
+    @property
     def kv_disks(self) -> KvDisks | None: ...
 
     @property
@@ -116,6 +121,7 @@ class NoPipeline:
 
     epoch = 0
     stages: tuple[StageInfo, ...] = ()
+    workers = frozenset[str]()
     kv_disks: KvDisks | None = None
     encoder: PipelineEncoder | None = None
     no_images = ""

@@ -266,6 +266,7 @@ class LocalPipeline:
     def __init__(self, stage: LocalStage) -> None:
         self.epoch = _EPOCH
         self.stages: tuple[StageInfo, ...] = (StageInfo("this process", 0, stage.model.layer_count),)
+        self.workers = frozenset[str]()
         self.kv_disks = None
         self.encoder: PipelineEncoder | None = stage.encoder
         self.no_images = ""

@@ -121,10 +121,6 @@ class Strikes:
             if record.strikes >= MAX_STRIKES
         ]
 
-    def suspects(self, worker: str | None) -> list[int]:
-        """Returns the keys of the suspected requests that were in flight at a failure of `worker`."""
-        return [key for key, record in self._records.items() if worker in record.workers]
-
     def computed(self, sequence: Sequence, end: int) -> None:
         for other in self._records.values():
             other.has_results = True

@@ -19,7 +19,7 @@ _PAUSES_REMEMBERED = 10
 
 @dataclass(frozen=True, slots=True)
 class FailureRecord:
-    """Failures of a worker. Each of the `requests` may have caused all of them."""
+    """Failures of a worker. The `requests` were in flight at every failure, so one may be the cause."""
 
     failures: int
     pause_s: float

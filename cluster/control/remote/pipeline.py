@@ -75,6 +75,7 @@ class RemotePipeline:
         self.epoch = epoch
         held = (stage_of(epoch, worker) for worker in workers)
         self.stages = tuple(stage for stage in held if stage.member == 0)
+        self.workers = frozenset(worker.name for worker in workers)
         self.kv_disks = remote_kv_disks(epoch, workers)
         self.encoder = encoder
         self.no_images = no_images

@@ -292,6 +292,72 @@ async def test_requests_on_both_pipelines_may_have_made_their_worker_fail(first:
         run.move()
 
 
+async def test_a_member_of_a_group_that_does_not_lead_is_a_worker_of_both_pipelines() -> None:
+    async with lanes(replace(SETTINGS, prefix_cache=False)) as run:
+        run.start(request(0, tokens=300))
+        await run.tokens(3)
+        run.pipelines[0].gate.clear()
+        run.pipelines[0].workers |= {"follower"}
+        await until(lambda: run.engine.scheduler.in_flight.due is not None)
+        run.move()
+        run.engine.lane_lost(run.engine._lane, WorkerError("worker follower is lost", worker="follower"))
+        assert run.lost[0].requests == {1}
+        run.move()
+
+
+async def test_requests_of_an_earlier_failure_are_no_suspects_once_the_next_pipeline_goes_on() -> None:
+    async with lanes(replace(SETTINGS, prefix_cache=False)) as run:
+        lost = WorkerError("worker w1 is lost", worker="w1")
+        run.start(request(0, tokens=300))
+        await run.tokens(3)
+        new = run.move()
+        retirement = run.engine.retirement
+        assert retirement is not None
+        run.engine.lane_lost(retirement.old, lost)
+        await run.check()
+        new.gate.clear()
+        run.start(request(1))
+        await until(lambda: run.engine.scheduler.in_flight.due is not None)
+        run.engine.lane_lost(run.engine._lane, lost)
+        assert (run.owner.retiring[0].requests, run.lost[0].requests) == ({1}, {2})
+        run.move()
+
+
+async def test_a_suspected_request_moves_at_once_so_that_it_stays_alone() -> None:
+    async with lanes(replace(SETTINGS, prefix_cache=False)) as run:
+        run.start(request(0, tokens=300), request(1, tokens=300))
+        for _ in range(2):
+            run.pipelines[-1].gate.clear()
+            await until(lambda: run.engine.scheduler.in_flight.due is not None)
+            run.engine.lane_lost(run.engine._lane, LOST)
+            run.move().gate.clear()
+        await until(lambda: run.engine.scheduler.in_flight.due is not None)
+        run.move()
+        assert run.engine.suspects_request and run.engine.retirement is None
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+async def test_a_row_fault_on_the_old_pipeline_excludes_its_worker_from_the_next_one(stages: int) -> None:
+    """With two stages, the worker also computes the next pipeline's rows."""
+    async with lanes() as run:
+        run.owner.may_suspect_workers = True
+        run.pipelines[0].gate.clear()
+        run.start(request(0, tokens=20))
+        old = run.engine.scheduler
+        await until(lambda: old.in_flight.due is not None)
+        old.sequences[0].failures = 1
+        run.move(stages)
+        retirement = run.engine.retirement
+        assert retirement is not None
+        broken = RowResult(-1, float("nan"), failure=NOT_FINITE)
+        rows = tuple(broken for taken in old.in_flight.slices(0) for _ in taken.tasks)
+        retirement.old._take([Result(1, 0, rows)])
+        assert run.engine.retirement is None
+        assert [(failure.error.worker, failure.is_repeated) for failure in run.lost] == [("w1", True)] * (stages == 2)
+        if run.lost:
+            run.move()
+
+
 async def test_the_owner_learns_which_requests_ended_with_the_old_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llamaclust.cluster.scheduler.strikes.MAX_STRIKES", 2)
     async with lanes(replace(SETTINGS, prefix_cache=False)) as run:

@@ -323,6 +323,7 @@ class FakePipeline:
     def __init__(self, kv_blocks: int, stages: int = 2) -> None:
         self.epoch = 1
         self.stages = tuple(StageInfo(f"w{i}", i * 2, i * 2 + 2) for i in range(stages))
+        self.workers = frozenset(stage.worker for stage in self.stages)
         self.fake = FakeStages(FakeModel(kv_blocks), [linear(100, 10)] * stages)
         self.microbatches: list[Microbatch] = []
         self.failure: str | None = None  # of results without an entry in `failures`

@@ -64,11 +64,3 @@ class ScoreTask:
 
 
 RowTask = SampleTask | ScoreTask
-
-
-_SECOND_DRAW = 1 << 31
-
-
-def second_draw(task: RowTask) -> RowTask:
-    """Returns the task with a different random draw, for use after a grammar refused the first drawn token."""
-    return replace(task, choice=task.choice + _SECOND_DRAW) if isinstance(task, SampleTask) else task

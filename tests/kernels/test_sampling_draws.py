@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from llamaclust.core.sampler.params import SamplingParams
-from llamaclust.core.sampler.tasks import SampleTask, ScoreTask, second_draw
+from llamaclust.core.sampler.tasks import SampleTask, ScoreTask
 from llamaclust.kernels import _native
 from llamaclust.kernels.reference import candidates as reference
 from llamaclust.kernels.sampling import Sampler
-from support.arithmetic.sampled import sampled
+from support.arithmetic.sampled import sampled, second_draw
 
 ONES = 0xFFFFFFFF
 # From Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, output.

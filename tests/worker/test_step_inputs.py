@@ -18,7 +18,7 @@ from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS, MAX_VOCABULARY
 from llamaclust.core.sampler.matchers import Grammar, MatcherStart, Reasoning
 from llamaclust.core.sampler.params import CHAIN, PARAMS, SAMPLERS, SamplerChain, SamplingParams
 from llamaclust.core.sampler.results import RowResult
-from llamaclust.core.sampler.tasks import MatcherRow, RowTask, SampleTask, ScoreTask, second_draw
+from llamaclust.core.sampler.tasks import MatcherRow, RowTask, SampleTask, ScoreTask
 from llamaclust.kernels._native import RowOutcomes
 from llamaclust.kernels.sampling import Sampler, row_results, set_result
 from llamaclust.wire.microbatch.codec import encode_microbatch
@@ -28,6 +28,7 @@ from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, Sampl
 from llamaclust.wire.microbatch.results import decode_result
 from llamaclust.worker.stage.matched_answer import DEFERRED
 from llamaclust.worker.stage.step_inputs import StepInputs
+from support.arithmetic.sampled import second_draw
 from support.arithmetic.sampling_cases import numbers_within
 from support.wire.frame_reader import MODEL_ID, reader
 from support.wire.plain_tokens import PlainTokensBox

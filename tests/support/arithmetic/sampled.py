@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.cluster.client.http_codec import AnswerOptions
 from llamaclust.core.sampler.results import RowResult
-from llamaclust.core.sampler.tasks import RowTask
+from llamaclust.core.sampler.tasks import RowTask, SampleTask
 from llamaclust.kernels.sampling import Sampler
 
 SAMPLERS: AnswerOptions = {
@@ -28,6 +30,13 @@ SAMPLERS: AnswerOptions = {
     "penalize_nl": False,
     "samplers": ["xtc", "dry", "typ_p"],
 }
+
+_SECOND_DRAW = 1 << 31
+
+
+def second_draw(task: RowTask) -> RowTask:
+    """Returns the task with a different random draw, as native `second_draws` does after a grammar's refusal."""
+    return replace(task, choice=task.choice + _SECOND_DRAW) if isinstance(task, SampleTask) else task
 
 
 def sampled(sampler: Sampler, logits_row: NDArray[np.float32], task: RowTask) -> RowResult:

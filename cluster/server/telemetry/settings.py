@@ -139,10 +139,14 @@ def _headers_of(path: Path | None) -> dict[str, str]:
         return {}
     try:
         with open_regular(path) as file:
-            lines = file.read(_MAX_HEADERS_FILE).decode("ascii").splitlines()
+            data = file.read(_MAX_HEADERS_FILE + 1)
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     except OSError as error:
         raise UsageError(f"telemetry.headers_file: {path}: {error.strerror}") from error
+    if len(data) > _MAX_HEADERS_FILE:
+        raise UsageError(f"telemetry.headers_file: {path}: the file has more than {_MAX_HEADERS_FILE} bytes")
+    try:
+        lines = data.decode("ascii").splitlines()
     except UnicodeDecodeError as error:
         raise UsageError(f"telemetry.headers_file: {path}: the file is not ASCII text") from error
     if mode & 0o077:

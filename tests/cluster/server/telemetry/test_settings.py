@@ -65,7 +65,10 @@ def test_headers_come_from_variables_or_a_file_and_are_never_shown(tmp_path: Pat
     assert traces.headers == {"authorization": "Bearer secret", "x-a": "1"}
 
 
-@pytest.mark.parametrize(("text", "mode"), [("a=1", 0o640), ("secret", 0o600), ("a=\x01secret", 0o600), ("a=é", 0o600)])
+@pytest.mark.parametrize(
+    ("text", "mode"),
+    [("a=1", 0o640), ("secret", 0o600), ("a=\x01secret", 0o600), ("a=é", 0o600), ("a=secret\n" * 10_000, 0o600)],
+)
 def test_a_bad_headers_file_is_refused_without_its_contents(tmp_path: Path, text: str, mode: int) -> None:
     path = tmp_path / "headers"
     path.write_text(text)

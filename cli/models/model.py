@@ -111,7 +111,8 @@ def list_models(
         return
     for model in stored:
         print(f"{model.name:32} {gigabytes(model.size_bytes):>10}  {model.path}")
-    print("not downloaded; run: llamaclust model pull NAME")
+    if entries:
+        print("not downloaded; run: llamaclust model pull NAME")
     for entry in entries:
         print(f"  {entry.name:40} {entry.shown_size:>14}  {entry.licence}; {entry.summary}")
 

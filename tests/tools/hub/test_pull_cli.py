@@ -57,6 +57,7 @@ def test_list_and_rm(home: Path) -> None:
     assert [row["name"] for row in rows[:2]] == ["web-x-1", "smollm2-135m-instruct"]
     assert rows[0]["path"] == str(directory / "m.gguf") and rows[0]["size_bytes"] == 1024
     assert rows[1]["path"] is None
+    assert "not downloaded" not in run("list", "web-x").stdout
     assert run("rm", "web-x-1").stdout.strip() == str(directory)
     assert not directory.exists()
     assert isinstance(run("rm", "web-x-1").exception, UsageError)

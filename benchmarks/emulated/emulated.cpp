@@ -1,14 +1,14 @@
-// Preloaded into workers: the links between members of groups take longer, as over a network, and a member computes more
-// slowly. It stands in for the C library's functions where the object that $EMULATED_CALLER names calls them for a
-// TCP connection; all other calls pass.
+// A library that is preloaded into workers to emulate a slower network between the members of a group, and slower
+// members. It replaces functions of the C library where the object $EMULATED_CALLER calls them for a TCP connection. All
+// other calls pass through.
 //
-// Bytes may be read a delay after the kernel received them (SO_TIMESTAMPNS), and behind those before them at the rate of
-// the receiving process. Before that, recv() finds nothing and ppoll() waits. They are taken from the kernel
-// whenever the caller looks, so that windows of TCP are those of a reader that is awake. Both are 0 at first, and may
-// be changed at any time: $EMULATED_LINK is a file with them.
+// The file $EMULATED_LINK has a delay and a rate, which are 0 at first and may change at any time. Received bytes become
+// readable after the delay, counted from their arrival in the kernel (SO_TIMESTAMPNS), and not faster than the rate.
+// Until then, recv() finds nothing and ppoll() waits. This library reads the bytes from the kernel at each call, so the
+// TCP window does not close.
 //
-// A thread whose speed is below 1 ($EMULATED_SPEED) waits before it sends, for so much longer as it had computed since it
-// last looked at a link.
+// If $EMULATED_SPEED is below 1, a thread waits before it sends, in proportion to the time that it computed since it last
+// used a link.
 
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -74,7 +74,7 @@ double speed() {
   return found;
 }
 
-// True if the code at this address belongs to the caller whose calls are emulated.
+// Returns whether the code at this address belongs to the object whose calls are emulated.
 bool is_meant(void* code) {
   static thread_local void* last = nullptr;
   static thread_local bool found = false;
@@ -117,7 +117,7 @@ class Arrivals {
     return -1;
   }
 
-  // The time from which there is something to read; 0: there is now, -1: nothing has come.
+  // Returns when bytes become readable: 0 if they are readable now, -1 if none have arrived.
   int64_t ready_ns() {
     const std::lock_guard locked(mutex_);
     take();
@@ -181,7 +181,7 @@ class Arrivals {
 
 using Slot = std::atomic<std::shared_ptr<Arrivals>>;
 
-// A descriptor's; null where it has none. They are never freed: the process closes descriptors to its end.
+// Returns the slot of a descriptor, or null for a descriptor out of range. Slots are never freed.
 Slot* slot_of(int descriptor) {
   static Slot* const slots = new Slot[kMostDescriptors];
   return descriptor < 0 || descriptor >= kMostDescriptors ? nullptr : slots + descriptor;
@@ -193,7 +193,7 @@ bool is_tcp(int descriptor) {
   return getsockopt(descriptor, SOL_SOCKET, SO_DOMAIN, &domain, &length) == 0 && domain != AF_UNIX;
 }
 
-// Those of a TCP connection, from its first use on.
+// Returns the arrivals of a TCP connection, which are created at its first use, or null for other descriptors.
 std::shared_ptr<Arrivals> arrivals_of(int descriptor) {
   Slot* const slot = slot_of(descriptor);
   std::shared_ptr<Arrivals> found = slot == nullptr ? nullptr : slot->load();
@@ -215,7 +215,7 @@ void slow_down() {
   }
 }
 
-// Until what was awaited, by the kernel or by arrivals; -1 without a deadline.
+// Waits as ppoll() does, also for emulated arrivals. `until_ns` is the deadline, or -1 for none.
 int wait(pollfd* waited, nfds_t count, int64_t until_ns) {
   static const auto really = real<int(pollfd*, nfds_t, const timespec*, const sigset_t*)>("ppoll");
   static thread_local const bool precise = prctl(PR_SET_TIMERSLACK, 1) == 0;  // else waits end 50 us late

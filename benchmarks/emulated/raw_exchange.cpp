@@ -16,7 +16,8 @@ int64_t now_ns() {
 
 }  // namespace
 
-// So many exchanges of so many bytes each way, polled; the nanoseconds of each. 0, or the number of an error.
+// Exchanges `bytes` bytes in both directions `count` times, by polling. Stores the nanoseconds of each exchange in
+// `took_ns`. Returns 0 or the number of an error.
 extern "C" int raw_exchange(int descriptor, const char* own, char* theirs, int64_t bytes, int count, int64_t* took_ns) {
   for (int i = 0; i < count; i++) {
     const int64_t began = now_ns();

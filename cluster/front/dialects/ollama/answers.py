@@ -17,7 +17,7 @@ from llamaclust.cluster.front.dialects.dialect import Dialect, Endpoint, ParsedR
 from llamaclust.cluster.front.dialects.embeddings import check_single, embedded
 from llamaclust.cluster.front.dialects.ollama.models import shown_time
 from llamaclust.cluster.front.dialects.ollama.schema import (
-    AnswerFields,
+    OllamaAnswerFields,
     EmbedBody,
     EmbeddingFields,
     EmbeddingsBody,
@@ -173,7 +173,7 @@ def _ns(ms: float) -> int:
     return round(ms * _NS_OF_MS)
 
 
-AnyAnswer = TypeVar("AnyAnswer", bound=AnswerFields)
+AnyAnswer = TypeVar("AnyAnswer", bound=OllamaAnswerFields)
 AnyEmbedding = TypeVar("AnyEmbedding", bound=EmbeddingFields)
 
 

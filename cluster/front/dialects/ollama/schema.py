@@ -93,7 +93,7 @@ _ThinkField = Annotated[
 ]
 
 
-class AnswerFields(Body):
+class OllamaAnswerFields(Body):
     model: str
     """Name of the model, with or without `:latest`. Any name is accepted, unless `api.strict_model` is true."""
     keep_alive: Any = None
@@ -155,7 +155,7 @@ class AnswerFields(Body):
         )
 
 
-class GenerateBody(AnswerFields, foreign=OLLAMA_GENERATE):
+class GenerateBody(OllamaAnswerFields, foreign=OLLAMA_GENERATE):
     prompt: str = ""
     """The prompt. If the prompt is empty, the request only loads the model."""
     suffix: str = ""
@@ -226,7 +226,7 @@ def _message(value: Any, info: ValidationInfo) -> Any:
     return message
 
 
-class OllamaChatBody(AnswerFields, foreign=OLLAMA):
+class OllamaChatBody(OllamaAnswerFields, foreign=OLLAMA):
     messages: Annotated[
         list[Annotated[OllamaMessage, BeforeValidator(_message)]], FailFast(), Field(max_length=_MESSAGES)
     ] = Field(default_factory=list)

@@ -338,7 +338,7 @@ async def test_a_suspected_request_moves_at_once_so_that_it_stays_alone() -> Non
 
 @pytest.mark.parametrize("stages", [2, 3])
 async def test_a_row_fault_on_the_old_pipeline_excludes_its_worker_from_the_next_one(stages: int) -> None:
-    """With two stages, the worker also computes the next pipeline's rows."""
+    """The worker computes rows of the next pipeline, too, if that has two stages."""
     async with lanes() as run:
         run.owner.may_suspect_workers = True
         run.pipelines[0].gate.clear()

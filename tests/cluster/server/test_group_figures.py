@@ -42,7 +42,7 @@ async def test_members_count_the_same_gathers(shares: tuple[int, ...], tmp_path:
         for member, each in enumerate(counted):
             assert each.waited_for_s[member] == 0
             assert sum(each.waited_for_s) == pytest.approx(each.waited_s)
-            assert 0 < each.one_row_waited_s <= each.waited_s * (1 + 1e-9), "equal but for rounding without other waits"
+            assert 0 < each.one_row_waited_s <= each.waited_s * (1 + 1e-9), "a part, but for rounding"
         state = cluster_status(run.cluster, ClusterRecord("x", 1, "http://x", "m"))
         (group,), (stage,) = state["status"]["groups"], state["stages"]
         assert group["waited_s"] < stage["compute_ms"] * stage["microbatches"] / 1e3

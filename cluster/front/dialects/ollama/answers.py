@@ -17,11 +17,11 @@ from llamaclust.cluster.front.dialects.dialect import Dialect, Endpoint, ParsedR
 from llamaclust.cluster.front.dialects.embeddings import check_single, embedded
 from llamaclust.cluster.front.dialects.ollama.models import shown_time
 from llamaclust.cluster.front.dialects.ollama.schema import (
-    OllamaAnswerFields,
     EmbedBody,
     EmbeddingFields,
     EmbeddingsBody,
     GenerateBody,
+    OllamaAnswerFields,
     OllamaChatBody,
 )
 from llamaclust.cluster.front.errors import HttpError

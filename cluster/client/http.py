@@ -232,6 +232,7 @@ class ResumableStream:
         self._was_taken = reply.headers.get("content-type", "").startswith("text/event-stream")
         self._lost_s = None
         self._parts.clear()
+        self._next_id = self.last_event_id  # The last connection may have ended between an event's id and its data.
 
     def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
         """Parses the next bytes, and yields complete events. Raises an error that the server sends as an event."""

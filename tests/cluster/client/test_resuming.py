@@ -93,6 +93,16 @@ def test_a_proxy_that_reaches_no_server_is_asked_again(status: int, body: bytes,
         assert raised.value is refused.value
 
 
+def test_an_event_that_was_cut_off_behind_its_id_is_read_again() -> None:
+    stream, begun = ResumableStream(URL), httpx.Response(200, headers={"content-type": "text/event-stream"})
+    stream.opened(begun, b"")
+    assert [*stream.feed(b'id: x:1\ndata: {"a": 1}\n\nid: x:2\ndata: {"a"')] == [{"a": 1}]
+    stream.opened(begun, b"")
+    with pytest.raises(LlamaclustError, match="stopping"):
+        [*stream.feed(b'data: {"error": {"message": "stopping", "code": "cluster_stopping"}}\n\n')]
+    assert stream.headers["Last-Event-ID"] == "x:1"
+
+
 def test_a_request_that_no_server_took_is_not_sent_again() -> None:
     stream = ResumableStream(URL)
     with pytest.raises(LlamaclustError, match="does not answer"):

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import secrets
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llamaclust.core.errors import UsageError
-from llamaclust.core.regular_file import file_version, read_text, write_text
+from llamaclust.core.regular_file import file_version, read_text, take_lock_within, write_text
 
 FILE_NAME = "api-keys"
 _KEY = re.compile(r"[\x21-\x7e]{8,512}")
 _MOST_KEY_BYTES = 1 << 20
 _RANDOM_BYTES = 24
+_LOCK_S = 10.0
 _log = logging.getLogger(__name__)
 
 
@@ -82,32 +85,50 @@ def named_keys(path: Path) -> list[NamedKey]:
 
 def add_key(path: Path, name: str | None = None) -> NamedKey:
     """Adds a new random key to the file, and creates the file if necessary. Raises UsageError if the name is taken."""
-    lines = _lines_of(path) if path.exists() else []
-    keys = _named(lines)
-    names = {each.name for each in keys}
-    if name in names:
-        raise UsageError(f"{path} has a key named {name}; choose another name, or run `llamaclust keys rm {name}`")
-    chosen = name or next(each for each in (f"key-{n}" for n in range(1, len(keys) + 2)) if each not in names)
-    # If a comment has this name but no key follows it, it is removed.
-    lines = [line for line in lines if not line.startswith("#") or line.lstrip("# ") != chosen]
-    added = NamedKey(chosen, f"lc-{secrets.token_urlsafe(_RANDOM_BYTES)}", len(lines), len(lines) + 2)
-    _write(path, [*lines, f"# {chosen}", added.key])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        lines = _lines_of(path) if path.exists() else []
+        keys = _named(lines)
+        names = {each.name for each in keys}
+        if name in names:
+            raise UsageError(f"{path} has a key named {name}; choose another name, or run `llamaclust keys rm {name}`")
+        chosen = name or next(each for each in (f"key-{n}" for n in range(1, len(keys) + 2)) if each not in names)
+        # If a comment has this name but no key follows it, it is removed.
+        lines = [line for line in lines if not line.startswith("#") or line.lstrip("# ") != chosen]
+        added = NamedKey(chosen, f"lc-{secrets.token_urlsafe(_RANDOM_BYTES)}", len(lines), len(lines) + 2)
+        _write(path, [*lines, f"# {chosen}", added.key])
     return added
 
 
 def remove_key(path: Path, name: str) -> None:
-    lines = _lines_of(path)
-    keys = _named(lines)
-    found = next((each for each in keys if each.name == name), None)
-    if found is None:
-        raise UsageError(f"{path} has no key named {name}; its keys: {', '.join(each.name for each in keys) or 'none'}")
-    if len(keys) == 1:
-        raise UsageError(f"{path}: {name} is the only key; add another key first, or delete the file")
-    _write(path, [*lines[: found.start], *lines[found.end :]])
+    with _locked(path):
+        lines = _lines_of(path)
+        keys = _named(lines)
+        names = ", ".join(each.name for each in keys) or "none"
+        found = next((each for each in keys if each.name == name), None)
+        if found is None:
+            raise UsageError(f"{path} has no key named {name}; its keys: {names}")
+        if len(keys) == 1:
+            raise UsageError(f"{path}: {name} is the only key; add another key first, or delete the file")
+        _write(path, [*lines[: found.start], *lines[found.end :]])
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Excludes other changes of the file. The lock is the folder's, because a change replaces the file."""
+    try:
+        descriptor = os.open(path.resolve().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    try:
+        if not take_lock_within(descriptor, _LOCK_S):
+            raise UsageError(f"{path}: another command has been changing API keys for {_LOCK_S:g} s; try again")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _write(path: Path, lines: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path.resolve(), "".join(f"{line}\n" for line in lines))
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from llamaclust.cli.app import app
+from llamaclust.cluster.state import api_keys
 from llamaclust.cluster.state.api_keys import first_key, named_keys, read_api_keys
 from llamaclust.core.errors import UsageError
 
@@ -36,6 +39,19 @@ def test_keys_are_made_listed_and_removed(path: Path) -> None:
     assert read_api_keys(path) == (keys[2],) and path.read_text() == f"# key-2\n{keys[2]}\n"
     with pytest.raises(UsageError, match="key-2 is the only key"):
         run("rm", "key-2")
+
+
+def test_keys_that_are_added_at_the_same_time_are_all_in_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = api_keys._write
+
+    def slow(path: Path, lines: list[str]) -> None:
+        time.sleep(0.02)
+        write(path, lines)
+
+    monkeypatch.setattr(api_keys, "_write", slow)
+    with ThreadPoolExecutor(4) as threads:
+        added = {each.key for each in threads.map(lambda _: api_keys.add_key(path), range(4))}
+    assert set(read_api_keys(path)) == added and len(added) == 4
 
 
 @pytest.mark.parametrize(

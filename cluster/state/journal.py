@@ -55,6 +55,7 @@ class Journal:
         self._steps = _Steps()
         self._making = ThreadPoolExecutor(1, "journal-lines")
         self._without_progress: dict[str, int] = {}  # Number of restarts since the last new token, by request id.
+        self._ends: dict[str, asyncio.TimerHandle] = {}  # Timers that remove requests whose replies were sent.
 
     async def restore(self, requests: Sequence[RequestContext]) -> None:
         """Replaces the file's content with the open requests of an earlier coordinator."""
@@ -89,7 +90,7 @@ class Journal:
         if not self._writer.is_sealed:
             self._without_progress.update(times)
             in_file: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            changes = [Change(name, restores=count) for name, count in times.items()]
+            changes = [Change(name, restores=count, is_begun=True) for name, count in times.items()]
             self._steps.take(partial(self._enter, changes, in_file))
             await in_file
 
@@ -157,6 +158,10 @@ class Journal:
         return asyncio.get_running_loop().run_in_executor(self._making, to_line, record)
 
     def _enter(self, changes: Iterable[Change], in_file: asyncio.Future[None] | None = None) -> None:
+        changes = tuple(changes)
+        for change in changes:
+            if (change.is_begun or change.is_ended) and (timer := self._ends.pop(change.id, None)) is not None:
+                timer.cancel()
         lines = b"".join(map(self._contents.add, changes))
         if in_file is None:
             self._writer.add(lines)
@@ -166,7 +171,8 @@ class Journal:
     def _enter_sent(self, request_id: str) -> None:
         if lines := self._contents.sent(request_id):
             self._writer.add(lines)
-            asyncio.get_running_loop().call_later(self._sent_s, self.end, request_id)
+            loop = asyncio.get_running_loop()
+            self._ends[request_id] = loop.call_later(self._sent_s, self.end, request_id)
 
     def _end_sent(self) -> None:
         self._enter(Change(request_id, is_ended=True) for request_id in tuple(self._contents.sent_ids))
@@ -216,6 +222,9 @@ class _Contents:
         elif record.id not in self.lines:
             return b""
         line = line or to_line(record)
+        if isinstance(record, Change) and record.is_begun and record.id in self.sent_ids:
+            del self.sent_ids[record.id]
+            self._sent_bytes -= len(self.lines[record.id])
         if isinstance(record, Change) and record.is_ended:
             self._count(record.id, -len(self.lines.pop(record.id)))
             self.sent_ids.pop(record.id, None)

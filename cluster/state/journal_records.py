@@ -106,6 +106,11 @@ class RequestContext:
         return bool(self.conversation or self.idempotency_key)
 
     @property
+    def is_kept(self) -> bool:
+        """True if the reply is kept until its client has read it, within limits on memory."""
+        return self.is_named or self.is_background
+
+    @property
     def is_complete(self) -> bool:
         return self.is_background and self.is_sent
 
@@ -118,7 +123,7 @@ class RequestContext:
 
     def apply(self, change: Change) -> None:
         """Applies a later record of this request. Ignores tokens that do not follow the last known token."""
-        self.is_sent |= change.is_sent
+        self.is_sent = (self.is_sent or change.is_sent) and not change.is_begun
         self.limit_s = change.limit_s or self.limit_s
         choice = change.prompt, change.choice
         if change.restores is not None:
@@ -144,6 +149,7 @@ class Change:
     rows: bytes = b""
     restores: int | None = None  # Number of restarts since the last new token. None if unchanged by this record.
     is_sent: bool = False  # True if the whole reply was sent. The client may not have read all of it.
+    is_begun: bool = False  # True if the reply is computed again, so that it is no longer one that was sent.
     is_ended: bool = False  # True if the request needs no record any longer.
     limit_s: float = 0.0  # New limit in seconds since admission. 0 if the limit does not change.
 

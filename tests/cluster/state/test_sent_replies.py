@@ -72,3 +72,15 @@ async def test_sent_replies_that_are_computed_again_count_with_their_tokens(
         await writing.admit(admission(4, b"x" * 1000))
         writing.sent("id4")
         await until(lambda: ids_in(path, is_sent=True) == ["id3", "id4"])
+
+
+async def test_a_sent_reply_that_is_computed_again_is_open_again(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    async with journal(path, sent_s=0.05) as writing:
+        for number in range(2):
+            await writing.admit(admission(number))
+            writing.sent(f"id{number}")
+        await writing.begin_restored({"id0": 1})
+        await until(lambda: ids_in(path, is_sent=True) == [])  # the time of id1 has passed
+        assert ids_in(path, is_sent=False) == ["id0"]
+    assert ids_in(path, is_sent=False) == ["id0"]

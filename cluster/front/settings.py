@@ -17,6 +17,7 @@ from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_BODY_BYTES, AdapterScales
 
 MAX_COPIES: Final = 64
+KEPT_REPLIES: Final = 4096
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}")
 
 
@@ -71,7 +72,7 @@ class ApiSettings:
     digest: str = ""  # Digest of the model and its settings. Journalled requests continue only with the same digest.
     max_reply_bytes: int = 16 << 20  # Maximum bytes of one kept reply.
     max_kept_bytes: int = 256 << 20  # Maximum bytes of one client's kept replies. All clients together: twice as many.
-    max_kept_replies: int = 4096
+    max_kept_replies: int = KEPT_REPLIES
 
     @property
     def max_connections(self) -> int:

@@ -23,7 +23,7 @@ from llamaclust.cluster.front.http.connections import ApiPort, listening
 from llamaclust.cluster.front.models import AdapterControl, ApiModel
 from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.schema import Body, field_error, parts_of
-from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.settings import KEPT_REPLIES, ApiSettings
 from llamaclust.cluster.front.text.image_rows import RowCache
 from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.front.text.vision import vision_of
@@ -61,6 +61,7 @@ class Front:
 def api_settings(config: ClusterConfig) -> ApiSettings:
     """Returns the settings of the API. Raises UsageError if API keys, default values or folders cannot be used."""
     check_defaults(config.api.defaults)
+    max_requests = (config.max_sequences + config.max_waiting + _MORE_REQUESTS) * len(config.of_each_model())
     return ApiSettings(
         listen_host=config.host,
         further_hosts=tuple(host for host, _ in config.addresses[1:]),
@@ -82,7 +83,8 @@ def api_settings(config: ClusterConfig) -> ApiSettings:
         resume_s=config.timeouts.resume,
         request_s=config.timeouts.request,
         idle_s=config.timeouts.idle,
-        max_requests=(config.max_sequences + config.max_waiting + _MORE_REQUESTS) * len(config.of_each_model()),
+        max_requests=max_requests,
+        max_kept_replies=max(KEPT_REPLIES, max_requests),
     )
 
 

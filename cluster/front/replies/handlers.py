@@ -75,7 +75,7 @@ class Replies:
         context.is_streamed, context.is_background = reply.is_streamed, reply.is_background
         context.has_measurements = reply.has_measurements
         earlier_bytes = await size_of_json(context.earlier)
-        kept = KeptReply(context, self.cache, is_kept=context.is_named or reply.is_background)
+        kept = KeptReply(context, self.cache, is_kept=context.is_kept)
         if kept.is_kept:
             # The same request may arrive during an `await`.
             while (same := self.cache.same(context, body)) is None and (before := self.cache.in_conversation(context)):

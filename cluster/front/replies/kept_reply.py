@@ -270,7 +270,7 @@ class KeptReply:
         self._content_bytes += data_bytes + _FRAME_BYTES * (rows or not packed)
         self._hold(data_bytes + self.log.content.storage.row_bytes * (rows or not packed))
         self.log.raise_error()
-        if self._content_bytes > (most := self._owner.settings.max_reply_bytes):
+        if self.context.is_kept and self._content_bytes > (most := self._owner.settings.max_reply_bytes):
             what = f"the reply is larger than {most >> 20} MiB; lower max_tokens, n or logprobs"
             raise HttpError(500, "reply_too_large", what)
 

@@ -53,7 +53,8 @@ class ReplyCache:
         """Adds a reply. Raises HttpError (503) if there is no room. `context.earlier` takes `earlier_bytes`."""
         context, client = kept.context, kept.context.client
         body_bytes = len(body) + earlier_bytes + sum(map(len, context.images.values()))
-        self._make_room(client, body_bytes)
+        if context.is_kept:  # Other streams are here only after a restart, and were admitted without these limits.
+            self._make_room(client, body_bytes)
         digest = _digest(context, body) if context.idempotency_key else b""
         self._entries[context.id] = _Entry(kept, digest, body_bytes)
         self._held_bytes.take(client, body_bytes)
@@ -134,7 +135,8 @@ class ReplyCache:
         return entry is not None
 
     def _fail(self, entries: Iterable[_Entry]) -> bool:
-        running = [entry for entry in entries if entry.kept.is_running and entry.kept.held_bytes]
+        limited = (entry for entry in entries if entry.kept.context.is_kept)
+        running = [entry for entry in limited if entry.kept.is_running and entry.kept.held_bytes]
         largest = max(running, key=self._failure_rank, default=None)
         if largest is not None:
             most = self.settings.max_kept_bytes >> 20

@@ -319,7 +319,7 @@ async def test_requests_of_an_earlier_failure_are_no_suspects_once_the_next_pipe
         run.start(request(1))
         await until(lambda: run.engine.scheduler.in_flight.due is not None)
         run.engine.lane_lost(run.engine._lane, lost)
-        assert (run.owner.retiring[0].requests, run.lost[0].requests) == ({1}, {2})
+        assert run.owner.retiring[0].requests == {1} and run.lost[0].requests == {2}
         run.move()
 
 

@@ -198,9 +198,10 @@ async def test_a_reply_that_ends_before_its_log_has_the_cause(end: str, caplog: 
     await kept.aclose()
 
 
-def kept_in(cache: ReplyCache, name: str, client: str = "") -> KeptReply:
-    kept = KeptReply(RequestContext(id=name, seed=1, created=1, client=client, endpoint=PATHS[0]), cache)
-    cache.add(kept, b"")
+def kept_in(cache: ReplyCache, name: str, client: str = "", body: bytes = b"") -> KeptReply:
+    context = RequestContext(id=name, seed=1, created=1, client=client, endpoint=PATHS[0], is_background=True)
+    kept = KeptReply(context, cache)
+    cache.add(kept, body)
     return kept
 
 
@@ -378,9 +379,8 @@ async def test_a_newcomer_is_kept_where_complete_replies_of_others_take_all_room
         reply = kept_in(cache, f"id{number}", f"client {number % clients}")
         await reply.begin(Complete(1).reply)
         await until(lambda reply=reply: reply.is_evictable)  # type: ignore[misc]
-    kept = KeptReply(RequestContext(id="new", seed=1, created=1, client="newcomer", endpoint=PATHS[0]), cache)
-    cache.add(kept, b"x" * 10_000)
-    assert cache.named("", "new") is kept
+    kept_in(cache, "new", "newcomer", b"x" * 10_000)
+    assert cache.named("", "new") is not None
     await cache.aclose()
 
 

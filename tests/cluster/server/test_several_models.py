@@ -91,6 +91,8 @@ def test_requests_that_wait_for_a_model_keep_out_none_of_another() -> None:
     several = {**values, "models": [{"model": "m"}, {"model": "n"}, {"model": "o"}]}
     del several["model"]
     assert api_settings(ClusterConfig.model_validate(several)).max_requests == 3 * of_one
+    of_many = api_settings(ClusterConfig.model_validate({**values, "max_waiting": 10_000}))
+    assert of_many.max_kept_replies == of_many.max_requests > 10_000, "accepted requests are restored after a restart"
 
 
 async def test_a_stream_waits_for_its_model(files: list[Path], tmp_path: Path) -> None:

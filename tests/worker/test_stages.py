@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,11 +26,12 @@ from llamaclust.wire.microbatch.inputs import encode_inputs
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs
 from llamaclust.wire.rpc.client import ClientStream, Peer, StreamBrokenError, UnreachableError
 from llamaclust.wire.rpc.methods import FORWARD, SAMPLE
+from llamaclust.wire.rpc.send_queue import Writable
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.worker.service import StageService
 from llamaclust.worker.stage.compute import Compute
 from llamaclust.worker.stage.counters import Counters
-from llamaclust.worker.stage.loop import StageContext
+from llamaclust.worker.stage.loop import Answer, StageContext, StageLoop
 from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.stage.streams import Neighbours, StageStreams
 from support.clusters.real_cluster import microbatches
@@ -174,6 +176,36 @@ async def test_a_frame_that_breaks_the_protocol_ends_the_stream_by_name(
         with pytest.raises(StreamBrokenError) as caught:
             await stages.forward.read()
         print(caught.value)
+
+
+@pytest.mark.parametrize("place", range(3))
+async def test_a_stage_that_breaks_the_protocol_is_named_and_not_its_receiver(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    """The last stage sends tokens to the first one."""
+    send_answers, send_tokens = StageLoop._send_answers, StageLoop._send_tokens
+
+    def is_faulty(loop: StageLoop, *, last: bool) -> bool:
+        program = loop.runner.program
+        return program.start == place and program.is_last == last
+
+    async def answers(loop: StageLoop, outlet: Writable, limit: Any, given: list[Answer]) -> None:
+        spoiled = [Answer(b"rubbish")] if is_faulty(loop, last=False) else given
+        await send_answers(loop, outlet, limit, spoiled)
+
+    async def tokens(loop: StageLoop, first: Writable | None, limit: Any, given: list[Answer]) -> None:
+        if first is not None and is_faulty(loop, last=True):
+            await first.write(b"rubbish")
+        else:
+            await send_tokens(loop, first, limit, given)
+
+    monkeypatch.setattr(StageLoop, "_send_answers", answers)
+    monkeypatch.setattr(StageLoop, "_send_tokens", tokens)
+    async with chain(model, tmp_path, (0, 1, 2, 3)) as stages:
+        await stages.submit(*microbatches(model.model_id, 1, 1)[0])
+        with pytest.raises(WorkerError) as caught:
+            await stages.forward.read()
+        assert caught.value.worker == f"w{place}", caught.value
 
 
 async def test_a_hidden_state_of_another_size_is_refused(model: Model, tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ _TOKENS_S = 600.0
 """Maximum number of seconds that a microbatch waits for tokens. The coordinator gives up earlier."""
 
 
-def read_sampled_tokens(data: bytes) -> SampledTokens:
-    number, tokens = _native.read_sampled_tokens(data, MAX_BATCH_TOKENS, MAX_VOCABULARY)
+def read_sampled_tokens(data: bytes, vocabulary: int = MAX_VOCABULARY) -> SampledTokens:
+    number, tokens = _native.read_sampled_tokens(data, MAX_BATCH_TOKENS, vocabulary)
     return SampledTokens(number, tuple(tokens))
 
 

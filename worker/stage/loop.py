@@ -96,9 +96,15 @@ class StageLoop:
         self._taken_ns: dict[_Kind, int] = {}  # Duration of the last job of each kind.
 
     async def run(
-        self, stream: ServerStream, outlet: Writable, to_first: Writable | None = None, receiver: str | None = None
+        self,
+        stream: ServerStream,
+        outlet: Writable,
+        to_first: Writable | None = None,
+        receiver: str | None = None,
+        sender: str | None = None,
     ) -> None:
-        """Serves a stream. Sends answers to `outlet`, and sampled tokens to `to_first`. Errors name the `receiver`."""
+        """Serves a stream. Sends answers to `outlet`, and sampled tokens to `to_first`. Errors name the `receiver` if
+        it is too slow, and the `sender` if it breaks the protocol."""
         incoming = Incoming(stream)
         sending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         sending.set_result(None)
@@ -109,9 +115,8 @@ class StageLoop:
                 is_local = stream.is_local
                 for number in count():
                     is_close = incoming.is_there  # True if the microbatch came soon after the previous one.
-                    if (data := await incoming.next(sending)) is None:
+                    if (arrival := await self._next(incoming, sending, number, sender)) is None:
                         break
-                    arrival = self.receive(data, number)
                     if is_close:
                         incoming.prepare()
                         # Lets receiving and sending begin before a short computation takes the event loop.
@@ -134,6 +139,16 @@ class StageLoop:
         finally:
             sending.cancel()
             await asyncio.gather(incoming.close(), sending, return_exceptions=True)
+
+    async def _next(
+        self, incoming: Incoming, sending: asyncio.Future[None], number: int, sender: str | None
+    ) -> Arrival | None:
+        try:
+            data = await incoming.next(sending)
+            return None if data is None else self.receive(data, number)
+        except ProtocolError as error:
+            error.worker = error.worker or sender
+            raise
 
     def receive(self, data: bytes, number: int) -> Arrival:
         received_ns = perf_counter_ns()

@@ -125,7 +125,10 @@ class StageStreams:
         await stream.accept()
         try:
             while (data := await stream.read()) is not None:
-                self._loop.dependencies.put_tokens(read_sampled_tokens(data))
+                self._loop.dependencies.put_tokens(read_sampled_tokens(data, self.runner.vocabulary))
+        except ProtocolError as error:
+            error.worker = self._neighbours.last_worker
+            raise
         finally:
             self._loop.dependencies.fail(WorkerError("the last stage stopped sending tokens"))
 
@@ -139,7 +142,8 @@ class StageStreams:
             await self._forward(stream)
             return
         try:
-            await self._links.opened(self._forward_s)
+            # The earlier stages and the coordinator wait longer, so that they learn which member is missing.
+            await self._links.opened(self._forward_s / 2)
             await self._forward(stream)
             self._links.close()
         except (LinkError, MemberFailedError) as error:
@@ -153,17 +157,17 @@ class StageStreams:
     async def _forward(self, stream: ServerStream) -> None:
         program, rows = self.runner.program, self.runner.limits.max_batch_tokens
         stream.limit(most_frame_bytes(rows, 0 if program.is_first else program.hidden.width))
-        first, results = self._neighbours.first, self._results
+        first, results, sender = self._neighbours.first, self._results, self._neighbours.previous_worker
         if self._neighbours.next is not None:
-            use: _Use = partial(self._loop.run, stream, receiver=self._neighbours.next.worker)
+            use: _Use = partial(self._loop.run, stream, receiver=self._neighbours.next.worker, sender=sender)
             await self._with_stream_to(self._neighbours.next, FORWARD, "next", stream, use)
         elif results is None:
             raise ProtocolError("microbatches came to the last stage before its sampling stream was opened")
         elif first is None:
             await stream.accept()
-            await self._loop.run(stream, results)
+            await self._loop.run(stream, results, sender=sender)
         else:
-            use = partial(self._loop.run, stream, results)
+            use = partial(self._loop.run, stream, results, sender=sender)
             await self._with_stream_to(first, SAMPLED_TOKENS, "first", stream, use)
 
     async def _with_stream_to(self, stage: Peer, method: str, which: str, incoming: ServerStream, use: _Use) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from llamaclust.model.steps.across import Gather
 from llamaclust.tools.chaos.worker_faults import break_steps, silence
 from llamaclust.worker.stage import leading
 from llamaclust.worker.stage.incoming import Incoming
-from llamaclust.worker.stage.loop import StageLoop
+from llamaclust.worker.stage.loop import Answer, StageLoop
 from llamaclust.worker.stage.matched_answer import DEFERRED
 from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.stage.step_inputs import StepInputs
@@ -179,6 +180,15 @@ def _hang(links: Any, epoch: int, step: int) -> None:
     threading.Event().wait()
 
 
+def _send_rubbish() -> None:
+    send = StageLoop._send_answers
+
+    async def sends_rubbish(loop: StageLoop, outlet: Any, limit: Any, answers: list[Answer]) -> None:
+        await send(loop, outlet, limit, [replace(answer, data=b"rubbish") for answer in answers])
+
+    StageLoop._send_answers = sends_rubbish  # type: ignore[method-assign, assignment]
+
+
 def _announce_rubbish() -> None:
     def rubbish(*given: Any) -> bytes:
         return b"no step"
@@ -212,4 +222,5 @@ FAULTS: Mapping[str, Callable[[], None]] = {
     "stuck in a step": _at_step(_hang),
     "a portion that is not finite": _spoil_portion,
     "announces rubbish": _announce_rubbish,
+    "sends rubbish": _send_rubbish,
 }

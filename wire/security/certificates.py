@@ -52,7 +52,7 @@ def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
             raise ProtocolError("the certificate request's key is not an ECDSA key on P-256")
         if not loaded.is_signature_valid:
             raise ProtocolError("the certificate request is not signed with its own key")
-    except (ValueError, InvalidSignature) as error:
+    except (ValueError, InvalidSignature, UnsupportedAlgorithm) as error:
         raise ProtocolError("the certificate request is damaged and cannot be decoded") from error
     return key
 

@@ -210,12 +210,22 @@ def _wrongly_signed() -> bytes:
     return bytes(request)
 
 
+_EC_KEY, _P256 = bytes.fromhex("2a8648ce3d0201"), bytes.fromhex("2a8648ce3d030107")
+
+
+def _with_last(oid: bytes, last: int) -> bytes:
+    """Returns a request whose key has another object identifier, which the library does not know."""
+    return NewKey().request.replace(oid, oid[:-1] + bytes([last]), 1)
+
+
 BAD_REQUESTS = {
     "nothing": b"",
     "noise": b"\x30\x82" + bytes(100),
     "rsa": _request_of(rsa.generate_private_key(65537, 2048)),
     "another curve": _request_of(ec.generate_private_key(ec.SECP384R1())),
     "not its own": _wrongly_signed(),
+    "an unknown curve": _with_last(_P256, 99),
+    "an unknown algorithm": _with_last(_EC_KEY, 99),
 }
 
 

@@ -34,6 +34,13 @@ GOOD_CHUNK = Chunk((1, 2), 0, (0, 1), 1)
         ("following", struct.pack("<4i", 0, 1, 0, 0), "forced tokens is 1, must be within 0..0"),
         ("following_tokens", bytes(4), "following tokens is 1, must be within 0..0"),
         ("deferred", struct.pack("<i", 0), "row 0 of 2 fails or is deferred, but it has an answer"),
+        ("deferred", struct.pack("<3i", 1, 1, 1), "rows that fail or are deferred is 3, must be within 0..2"),
+        (
+            "matcher_ns",
+            struct.pack("<6Q", 0, 1, 0, 2, 0, 3),
+            "number of records of matcher_ns is 3, must be within 0..2",
+        ),
+        ("following", bytes(16 * 8193), "number of records of following is 8193, must be within 0..8192"),
         ("deferred", b"", "row 1 has no answer, and the result does not say why"),
     ],
 )

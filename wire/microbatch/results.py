@@ -43,12 +43,11 @@ def most_result_bytes(rows: int, top_logprobs: int, *, embeds: bool) -> int:
 
 def decode_result(data: bytes) -> Result:
     message = parse(sampling_proto.Result, data, MAX_INPUTS_BYTES)
-    bounded("timings", len(message.timings), 0, MAX_STAGES * _TIMING.size)
-    timings = tuple(StageTiming(*numbers) for numbers in _records("timings", message.timings, _TIMING))
+    records = _records("timings", message.timings, _TIMING, most=MAX_STAGES)
+    timings = tuple(StageTiming(*numbers) for numbers in records)
     for timing in timings:
         bounded("rows of a timing", timing.rows, 1, limits.MAX_BATCH_TOKENS)
-    bounded("bytes of embeddings", len(message.embeddings), 0, limits.MAX_EMBEDDING_BYTES)
-    _records("embeddings", message.embeddings, _FLOAT)
+    _records("embeddings", message.embeddings, _FLOAT, most=limits.MAX_EMBEDDING_BYTES // _FLOAT.size)
     return Result(
         message.epoch,
         message.number,
@@ -79,8 +78,8 @@ def _rows(message: sampling_proto.Result) -> list[RowResult]:
         _change(rows, {row: {"mu": finite("mu", mu, -MAX_MU, MAX_MU)} for row, mu in enumerate(mus) if mu == mu})
     if message.following or message.following_tokens:
         _change(rows, _following(message))
-    for row, taken_ns in _records("matcher_ns", message.matcher_ns, _MATCHER_NS):
-        _change(rows, {row: {"matcher_ns": bounded("matcher_ns", taken_ns, 0, MAX_MATCHER_NS)}})
+    taken = dict(_records("matcher_ns", message.matcher_ns, _MATCHER_NS, most=len(rows)))
+    _change(rows, {row: {"matcher_ns": bounded("matcher_ns", ns, 0, MAX_MATCHER_NS)} for row, ns in taken.items()})
     return rows
 
 
@@ -102,7 +101,9 @@ def _tops(message: sampling_proto.Result, rows: int) -> list[Sequence[tuple[int,
 
 def _add_unanswered(message: sampling_proto.Result, rows: list[RowResult]) -> None:
     changes: dict[int, dict[str, Any]] = {}
-    for row in _numbers("deferred", message.deferred, _INT):
+    deferred = _numbers("deferred", message.deferred, _INT)
+    bounded("rows that fail or are deferred", len(deferred) + len(message.failures), 0, len(rows))
+    for row in deferred:
         changes[row] = {"is_deferred": True}
     for failed in message.failures:
         changes[failed.row] = {"failure": line("failure", failed.text), "is_request_fault": failed.is_request_fault}
@@ -119,7 +120,7 @@ def _following(message: sampling_proto.Result) -> dict[int, dict[str, Any]]:
     tokens, at = _numbers("following tokens", message.following_tokens, _INT), 0
     _check_tokens(tokens, 0)
     changes: dict[int, dict[str, Any]] = {}
-    for row, *counts in _records("following", message.following, _FOLLOWING):
+    for row, *counts in _records("following", message.following, _FOLLOWING, most=limits.MAX_BATCH_TOKENS):
         changes[row] = {}
         for (name, most), count in zip(_FOLLOWING_BOUNDS, counts, strict=True):
             bounded(f"{name} tokens", count, 0, min(most, len(tokens) - at))
@@ -150,7 +151,8 @@ def _numbers(what: str, data: bytes, kind: Struct) -> Any:
     return [number for (number,) in _records(what, data, kind)]
 
 
-def _records(what: str, data: bytes, kind: Struct) -> Any:
+def _records(what: str, data: bytes, kind: Struct, most: int = MAX_INPUTS_BYTES) -> Any:
     if len(data) % kind.size:
         raise ProtocolError(f"{what} has {len(data)} bytes, which is not a multiple of {kind.size}")
+    bounded(f"number of records of {what}", len(data) // kind.size, 0, most)
     return kind.iter_unpack(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -12,6 +13,8 @@ from llamaclust.worker.service import StageService
 IDLE_S = 10.0
 """Seconds without a load or a measurement after which a worker counts as idle."""
 _PERIOD_S = 1.0
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +30,19 @@ class Readiness:
     async def follow(self, exclusive: asyncio.Lock, service: StageService) -> None:
         if self.file is None:
             return
-        busy_at = monotonic()
+        busy_at, is_told = monotonic(), False
         try:
             while True:
                 if exclusive.locked():
                     busy_at = monotonic()
                 is_idle = monotonic() - busy_at >= IDLE_S
-                self._show(not exclusive.locked() and (service.holds_layers or is_idle))
+                try:
+                    self._show(not exclusive.locked() and (service.holds_layers or is_idle))
+                    is_told = False
+                except OSError as error:  # For example, the disk is full.
+                    if not is_told:
+                        _log.warning("%s: readiness cannot be shown: %s", self.file, error.strerror)
+                    is_told = True
                 await asyncio.sleep(_PERIOD_S)
         finally:
             self._show(False)

@@ -75,3 +75,21 @@ def test_a_killed_process_leaves_no_readiness(file: Path) -> None:
     file.touch()
     Readiness(file)
     assert not file.exists()
+
+
+def test_a_disk_that_is_full_for_a_while_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(readiness, "_PERIOD_S", 0.01)
+    monkeypatch.setattr(readiness, "IDLE_S", 0.0)
+    file = tmp_path / "folder" / "ready"
+
+    async def run() -> None:
+        following = asyncio.create_task(Readiness(file).follow(asyncio.Lock(), StageService("a")))
+        await eventually(lambda: "readiness cannot be shown: No such file" in caplog.text)
+        file.parent.mkdir()
+        await eventually(file.exists)
+        following.cancel()
+
+    asyncio.run(run())
+    assert caplog.text.count("cannot be shown") == 1

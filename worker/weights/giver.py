@@ -80,8 +80,13 @@ class WeightGiver:
         tensor = self._tensors.get(content)
         if tensor is not None:
             _check_end(content, end, tensor.n_bytes)
-            tensor.read_into(data, start)
-            return data
+            try:
+                tensor.read_into(data, start)
+                return data
+            except ModelFileError:  # The file was moved or changed. The cache may have the weights.
+                if self._cache is None or self._cache.find(content) is None:
+                    raise
+                self._tensors.pop(content, None)
         found = None if self._cache is None else self._cache.find(content)
         if self._cache is None or found is None:
             raise ModelFileError(f"this worker has no weights with SHA-256 {content}")

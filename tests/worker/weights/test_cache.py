@@ -29,6 +29,7 @@ from llamaclust.model.weights.cache import MAKING, WeightCache, WeightPart
 from llamaclust.model.weights.file_manifests import FileManifests
 from llamaclust.model.weights.manifest import make_manifest, read_manifest
 from llamaclust.wire.control.weights import FindWeights, WeightSources
+from llamaclust.worker.weights.giver import WeightGiver
 from llamaclust.worker.weights.remote_file import RemoteFile
 from llamaclust.worker.weights.weights import Weights, key_of
 from support.models.tiny_model import build_tiny_model
@@ -276,3 +277,20 @@ async def test_the_event_loop_runs_while_another_process_has_the_lock(waits: str
             stack.push_async_exit(file)
     assert not [*cache.path.glob("*.load")]
     assert (cache.known_manifest(key_of(model.identity)) is None) == (waits != "to remember")
+
+
+def test_weights_of_a_file_that_is_gone_are_given_from_the_cache(tmp_path: Path) -> None:
+    model, cache = build_tiny_model(tmp_path / "m.gguf", layers=1), WeightCache(tmp_path / "w", 1 << 30)
+    giver = WeightGiver(cache)
+    with Model.open(model) as opened:
+        tensor = opened.file.tensor("blk.0.attn_q.weight")
+        data = bytearray(tensor.n_bytes)
+        tensor.read_into(data, 0)
+        content = sha256(data).hexdigest()
+        giver._tensors[content] = tensor
+    assert giver._read(content, 0, len(data)) == data
+    model.unlink()
+    with pytest.raises(ModelFileError, match="no such file"):
+        giver._read(content, 0, len(data))
+    put(cache, bytes(data))
+    assert [giver._read(content, 1, len(data)) for _ in range(2)] == [data[1:]] * 2

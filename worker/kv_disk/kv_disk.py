@@ -9,9 +9,10 @@ from functools import partial
 from weakref import WeakKeyDictionary
 
 from llamaclust.core.disk_cache.files import reason
-from llamaclust.core.errors import ProtocolError
+from llamaclust.core.errors import DeadlineError, DeviceLostError, ProtocolError
 from llamaclust.core.process_settings import lower_priority
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv, split_keys
+from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.kv_disk.folder import KvFolder
 from llamaclust.worker.kv_disk.stage_blocks import KvTraffic, StageBlocks
 from llamaclust.worker.stage.stage_runner import StageRunner
@@ -38,9 +39,14 @@ class KvDisk:
         done = await asyncio.get_running_loop().run_in_executor(thread, self._done, request, runner)
         return KvDone(done, request.request_id)
 
-    async def idle(self) -> None:
+    async def idle(self, deadline_s: float) -> None:
+        """Waits until earlier jobs have ended. Raises DeviceLostError if the disk does not answer in time."""
         loop = asyncio.get_running_loop()
-        await asyncio.gather(*(loop.run_in_executor(thread, _nothing) for thread in (self._reader, self._writer)))
+        try:
+            async with deadline("the end of reading and writing KV memory on disk (kv_disk)", deadline_s):
+                await asyncio.gather(*(loop.run_in_executor(each, _nothing) for each in (self._reader, self._writer)))
+        except DeadlineError as error:
+            raise DeviceLostError(f"{error}, so this worker process ends") from error
 
     def _done(self, request: FindKv | RestoreKv | SaveKv, runner: StageRunner) -> int:
         keys, kv, blocks = split_keys(request.keys), runner.kv_layers, self._blocks_of(runner)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
 import pytest
 
+from llamaclust.core.errors import DeviceLostError
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.groups.portion import Portion
@@ -60,3 +62,17 @@ async def test_a_groups_member_keeps_no_blocks(tmp_path: Path, portion: Portion 
         assert (await disk.answer(SaveKv(1, KEYS, (1,)), stage)).blocks == saved
         assert (await disk.answer(FindKv(1, KEYS), stage)).blocks == saved
         stage.close()
+
+
+async def test_a_disk_that_does_not_answer_ends_the_worker(tmp_path: Path) -> None:
+    """A load must not wait for it, and must not use the memory of a job that may still write to it."""
+    disk, may_end = KvDisk(KvFolder(tmp_path / "kv", 1 << 20)), Event()
+    await disk.idle(60.0)
+    hanging = disk._reader.submit(may_end.wait)
+    try:
+        with pytest.raises(DeviceLostError, match=r"kv_disk.* took longer than 0.05 s, so this worker process ends"):
+            await disk.idle(0.05)
+    finally:
+        may_end.set()
+    assert hanging.result(60.0)
+    await disk.idle(60.0)

@@ -46,6 +46,9 @@ from llamaclust.worker.stage.streams import Neighbours, StageStreams
 from llamaclust.worker.weights.load import load_adapters, load_encoder, load_stage
 from llamaclust.worker.weights.weights import Progress
 
+_KV_DISK_S = 30.0
+"""Time limit for a disk with KV memory. It is shorter than the time after which a load without progress fails."""
+
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
 
@@ -140,7 +143,7 @@ class Loads:
         if self._worker.kv_disk is not None:
             _check_kv_disk(order)
             # Waits for jobs that still use a kept stage's KV memory, because the stage will be used again.
-            await self._worker.kv_disk.idle()
+            await self._worker.kv_disk.idle(_KV_DISK_S)
         held = await service.clear(order.model_id) if order.exclusive else []
         try:
             # All parts of the load share one progress, because only increases extend the load's deadline.
@@ -163,15 +166,16 @@ class Loads:
         runner: StageRunner | None = None
         encoder: EncoderStreams | None = None
         try:
-            runner, is_kept = await self._kept(order)
+            runner = await self._kept(order)
             encoder = await self._encoder(order, held, progress)
+            if runner is not None and not await self._has_adapted(runner, order.adapters):
+                kept, runner = runner, None
+                await self._worker.compute.run(kept.close)
             if runner is None:
                 reserved_bytes = 0 if encoder is None else encoder.encoder.reserved_bytes
                 runner = await self._new_stage(order, held, progress, reserved_bytes)
             if self._has_ended:
                 raise LoadCancelledError("the membership has ended")
-            if is_kept:
-                await self._adapt(runner, order.adapters)
             self._worker.service.add(self._held(order, runner, links), encoder)
         except BaseException:
             if links is not None:
@@ -187,13 +191,21 @@ class Loads:
         place = self._worker.device, progress, self._worker.weights, self._session.source
         return await self._with_room(held, lambda: load_stage(order, *place, reserved_bytes))
 
-    async def _kept(self, order: Load) -> tuple[StageRunner | None, bool]:
+    async def _has_adapted(self, runner: StageRunner, adapters: AdapterFiles) -> bool:
+        """Gives a kept stage these adapters. Returns False if a second workspace does not fit beside its own."""
+        try:
+            await self._adapt(runner, adapters)
+        except InsufficientMemoryError:
+            return False
+        return True
+
+    async def _kept(self, order: Load) -> StageRunner | None:
         service, wanted = self._worker.service, FindWeights(order.model_path, order.model_id)
         version = await self._version(wanted) if service.has_kept else None
         runner = await service.take_kept(order, version)
         if runner is not None:
             _log.info("layers %s: its weights were kept", _span(order))
-        return runner, runner is not None
+        return runner
 
     async def _encoder(self, order: Load, held: list[object], progress: Progress) -> EncoderStreams | None:
         service, wanted = self._worker.service, order.encoder

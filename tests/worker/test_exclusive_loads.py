@@ -33,6 +33,23 @@ def stage(weights: _Weights) -> Any:
 
 
 SHORT = InsufficientMemoryError("7 MiB are missing")
+ORDER: Any = SimpleNamespace(
+    epoch=2,
+    model_id="m",
+    start=0,
+    end=2,
+    exclusive=True,
+    limits=SimpleNamespace(expert_shards=1),
+    encoder=None,
+    group=None,
+    devices=(),
+    adapters=(),
+    model_path="m.gguf",
+    next_address=None,
+    first_address=None,
+    previous_worker=None,
+    last_worker=None,
+)
 
 
 @pytest.mark.parametrize(
@@ -72,23 +89,35 @@ async def test_weights_of_freed_stages_stay_in_memory_while_there_is_room(
     worker = Worker("a", anything, StageService("a"), Compute(), anything)
     worker.service.add(stage(weights))
     del weights
-    order: Any = SimpleNamespace(
-        epoch=2,
-        model_id="m",
-        start=0,
-        end=2,
-        exclusive=True,
-        limits=SimpleNamespace(expert_shards=1),
-        encoder=None,
-        group=None,
-        devices=(),
-        model_path="m.gguf",
-        next_address=None,
-        first_address=None,
-        previous_worker=None,
-        last_worker=None,
-    )
-    await Loads(Session(worker, anything, Deadlines(), Counters(), send)).load(order)
+    await Loads(Session(worker, anything, Deadlines(), Counters(), send)).load(ORDER)
     failed = LoadFailed(2, Failure("InsufficientMemoryError", str(SHORT)))
     assert answers == [Loaded(2, 1, 2, 3) if fits else failed] and found == attempts
     assert held() is None
+
+
+async def test_a_kept_stage_without_room_for_its_adapters_is_loaded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[WorkerMessage] = []
+    freed: list[str] = []
+    kept = SimpleNamespace(close=lambda: freed.append("the kept stage"))
+
+    async def take_kept(*_: Any) -> Any:
+        return kept
+
+    async def adapt(*_: Any) -> None:
+        raise SHORT
+
+    async def load_stage(*_: Any) -> Any:
+        assert freed
+        return SimpleNamespace(memory=SimpleNamespace(weight_bytes=1, kv_bytes=2, workspace_bytes=3))
+
+    async def send(message: WorkerMessage) -> None:
+        answers.append(message)
+
+    monkeypatch.setattr(StageService, "take_kept", take_kept)
+    monkeypatch.setattr(Loads, "_adapt", adapt)
+    monkeypatch.setattr(loads, "load_stage", load_stage)
+    monkeypatch.setattr(loads, "StageStreams", lambda epoch, *_: SimpleNamespace(epoch=epoch))
+    anything: Any = SimpleNamespace(received_bytes=0)
+    worker = Worker("a", anything, StageService("a"), Compute(), anything)
+    await Loads(Session(worker, anything, Deadlines(), Counters(), send)).load(ORDER)
+    assert answers == [Loaded(2, 1, 2, 3)] and freed == ["the kept stage"]

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from llamaclust.core.errors import DeadlineError, DeviceLostError
+from llamaclust.cluster.control.remote import pipeline
+from llamaclust.core.errors import DeadlineError, DeviceLostError, WorkerError
 from llamaclust.core.limits import GROUP_ID_BYTES
 from llamaclust.kernels.backend import CacheCounts
 from llamaclust.wire.control.groups import GroupFault, GroupMember, GroupOrder
@@ -171,6 +172,26 @@ async def test_a_kept_member_tries_no_longer_to_open_its_links(member: int, monk
         await until(lambda: len(attempts) > 1 or (member == 0 and len(asyncio.all_tasks()) > 2))
         service.keep()
         await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
+
+
+async def test_a_leader_names_a_missing_member_before_others_give_up_the_leader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited: list[float] = []
+
+    async def opened(seconds: float) -> None:
+        waited.append(seconds)
+        raise WorkerError("worker b: no answer", worker="b")
+
+    monkeypatch.setattr(streams, "StageLoop", lambda *_: None)
+    runner: Any = SimpleNamespace(limits=None, program=None, gather_by=None)
+    links: Any = SimpleNamespace(open=lambda _: None, opened=opened, close=lambda: None)
+    context: Any = SimpleNamespace(compute=None, leader=Leader(3, links, runner.gather_by))
+    neighbours = Neighbours(lambda *_: asyncio.sleep(0))
+    stage, stream = StageStreams(3, runner, context, Deadlines(), neighbours, links), SimpleNamespace(peer=None)
+    with pytest.raises(WorkerError, match="worker b: no answer"):
+        await stage.forward(stream)  # type: ignore[arg-type]
+    assert len(waited) == 1 and 0 < waited[0] < min(Deadlines().forward_s, pipeline._OPEN_S)
 
 
 @pytest.mark.parametrize(

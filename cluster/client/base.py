@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, Unpack, overload
 
 from llamaclust.cluster.client.http_codec import (
@@ -216,7 +217,7 @@ class LoopValues(Iterator[_Value]):
         value = None
         try:
             if self._closed.alive:
-                value = self._thread.call(self._steps.next())
+                value = self._thread.call(self._steps.next)
         finally:
             if value is None:
                 self.close()
@@ -250,17 +251,17 @@ class LoopThread(Generic[_Opened]):
             self._thread.join()
             raise
 
-    def call(self, work: Coroutine[Any, Any, _Value]) -> _Value:
-        """Runs `work` in the loop and returns its result. Raises DeadlineError if `work` takes too long."""
+    def call(self, work: Callable[[], Coroutine[Any, Any, _Value]]) -> _Value:
+        """Runs the coroutine of `work` in the loop. Returns its result. Raises DeadlineError if it takes too long."""
+        future: Future[_Value] = Future()
         with self._lock:
             if self._is_closed:
-                work.close()
                 raise LlamaclustError("the client is closed")
             if not self._thread.is_alive():
-                work.close()
                 raise LlamaclustError("this client belongs to the process that made it: make one in each process")
-            future = asyncio.run_coroutine_threadsafe(_in_time(work), self._loop)
             self._calls.add(future)
+            # Only the loop's thread makes the coroutine, because Ctrl-C may end this thread's work at any point.
+            self._loop.call_soon_threadsafe(self._begin, work, future)
         try:
             return future.result()
         except CancelledError as error:
@@ -269,16 +270,27 @@ class LoopThread(Generic[_Opened]):
             future.cancel()  # Cancels the work if the caller was interrupted.
             self._calls.discard(future)
 
+    def _begin(self, work: Callable[[], Coroutine[Any, Any, _Value]], future: Future[_Value]) -> None:
+        if not future.cancelled():
+            task = self._loop.create_task(_in_time(work))
+            task.add_done_callback(partial(_pass_on, future))
+            future.add_done_callback(partial(self._ended, task))
+
+    def _ended(self, task: asyncio.Task[Any], future: Future[Any]) -> None:
+        if future.cancelled():
+            with suppress(RuntimeError):  # The loop has ended.
+                self._loop.call_soon_threadsafe(task.cancel)
+
     def each(self, values: AsyncGenerator[_Value, None]) -> LoopValues[_Value]:
         return LoopValues(self, _Steps(values, self._streams))
 
     def end(self, steps: _Steps[Any]) -> None:
         # The garbage collector may call this method in the thread of the loop.
         if threading.current_thread() is self._thread and not self._is_closed:
-            asyncio.run_coroutine_threadsafe(steps.close(), self._loop)
+            self._begin(steps.close, Future())
         else:
             with suppress(LlamaclustError):  # The client is closed.
-                self.call(steps.close())
+                self.call(steps.close)
 
     def close(self) -> None:
         with self._lock:
@@ -312,9 +324,21 @@ class LoopThread(Generic[_Opened]):
                 raise
 
 
-async def _in_time(work: Coroutine[Any, Any, _Value]) -> _Value:
+async def _in_time(work: Callable[[], Coroutine[Any, Any, _Value]]) -> _Value:
     async with deadline("the answer to a call of the client", _CALL_S):
-        return await work
+        return await work()
+
+
+def _pass_on(future: Future[_Value], task: asyncio.Task[_Value]) -> None:
+    """Gives a call's future the outcome of its task, unless the caller has cancelled the future."""
+    error = None if task.cancelled() else task.exception()
+    if task.cancelled():
+        future.cancel()
+    elif future.set_running_or_notify_cancel():
+        if error is None:
+            future.set_result(task.result())
+        else:
+            future.set_exception(error)
 
 
 class TextClient(TextCalls[Answer, ChunkStream]):
@@ -337,19 +361,19 @@ class TextClient(TextCalls[Answer, ChunkStream]):
 
     def embed(self, prompts: Sequence[Prompt], **options: Unpack[EmbeddingOptions]) -> list[Vector]:
         """Returns one embedding per prompt, in order. Each is an array [embedding] of Euclidean norm 1."""
-        return self._thread.call(self._client.embed(prompts, **options))
+        return self._thread.call(partial(self._client.embed, prompts, **options))
 
     def tokenize(self, text: str, add_special: bool = True) -> list[int]:
         """Returns the token ids of a text. They begin with BOS if the model wants it and `add_special` is true."""
-        return self._thread.call(self._client.tokenize(text, add_special))
+        return self._thread.call(partial(self._client.tokenize, text, add_special))
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        return self._thread.call(self._client.detokenize(ids))
+        return self._thread.call(partial(self._client.detokenize, ids))
 
     def chat_sampling(self) -> Options:
         """Returns the sampling options that the cluster file or the model file recommends. Pass them to `chat`, which
         is otherwise greedy. Missing options have the defaults of `llamaclust chat`."""
-        return self._thread.call(self._client.chat_sampling())
+        return self._thread.call(self._client.chat_sampling)
 
     def close(self) -> None:
         self._closed()

@@ -188,7 +188,7 @@ class Client(TextClient):
 
     def check_model(self) -> None:
         """Raises RequestError if the server does not have the client's model. The error lists the served models."""
-        self._thread.call(self._client.check_model())
+        self._thread.call(self._client.check_model)
 
 
 class TruncatedStreamError(ProtocolError):

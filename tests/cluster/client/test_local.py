@@ -315,7 +315,7 @@ def test_a_stream_may_be_collected_on_the_services_own_thread(tiny: Path) -> Non
         async def drop() -> None:
             streams.clear()
 
-        client._thread.call(drop())
+        client._thread.call(drop)
         assert client.generate([5], max_tokens=1).token_ids
 
 
@@ -327,7 +327,7 @@ def test_a_client_may_be_collected_on_its_services_own_thread(tiny: Path) -> Non
         client.close()
 
     with suppress(LlamaclustError):  # the call ends with the service
-        thread.call(close())
+        thread.call(close)
     thread._thread.join(60)
     assert not thread._thread.is_alive()
 

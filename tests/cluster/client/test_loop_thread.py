@@ -8,9 +8,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from functools import partial
 from types import FrameType
 
 import pytest
@@ -96,8 +97,31 @@ def test_an_interrupted_call_is_cancelled(thread: LoopThread[str]) -> None:
             cancelled.set()
 
     with pytest.raises(KeyboardInterrupt):
-        thread.call(work())
+        thread.call(work)
     assert cancelled.wait(60)
+
+
+def test_an_interrupt_before_a_call_begins_leaves_no_coroutine_that_nobody_awaits(
+    thread: LoopThread[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    async def work() -> None: ...
+
+    def making() -> Coroutine[None, None, None]:
+        made.append(threading.current_thread().name)
+        return work()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(thread._loop, "call_soon_threadsafe", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            thread.call(making)
+    assert made == []
+    thread.call(making)
+    assert made == ["client"]
 
 
 def test_an_interrupt_while_it_opens_ends_the_thread() -> None:
@@ -133,7 +157,7 @@ def test_what_hangs_is_ended(thread: LoopThread[str], monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(base, "_CALL_S", 0.01)
     with pytest.raises(DeadlineError, match=r"the answer to a call of the client took longer than 0\.01 s"):
-        thread.call(asyncio.sleep(20))
+        thread.call(partial(asyncio.sleep, 20))
     with pytest.raises(DeadlineError):
         list(thread.each(hanging()))
     assert EVENTS == ["opened", "ended"]
@@ -218,10 +242,10 @@ def test_a_call_in_a_forked_process_is_refused(thread: LoopThread[str]) -> None:
     if child == 0:
         signal.alarm(60)
         try:
-            thread.call(asyncio.sleep(0))
+            thread.call(partial(asyncio.sleep, 0))
         except LlamaclustError as error:
             os._exit(7 if "make one in each process" in str(error) else 1)
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    thread.call(asyncio.sleep(0))
+    thread.call(partial(asyncio.sleep, 0))

@@ -108,6 +108,10 @@ class WantedFile:
         paths = part_paths(self.path, count)
         if number != 1:
             raise UsageError(f"{self.spec}: this is part {number} of {count}; give the first part, {paths[0].name}")
+        if count > 1 and isinstance(self.source, WebFile) and self.source.needs_hash:
+            raise UsageError(
+                f"{self.spec}: one hash cannot check {count} files, and http does not protect them: use https"
+            )
         unknown = replace(self, size_bytes=None, sha256=None, projector=None)
         return [self, *(replace(unknown, source=self.source.named(path.name), path=path) for path in paths[1:])]
 

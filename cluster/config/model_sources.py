@@ -44,10 +44,14 @@ class WebFile:
         return WebFile(parts._replace(path=_beside(parts.path, quote(name))).geturl(), None)
 
     @property
+    def needs_hash(self) -> bool:
+        """True if others in the network could change the file on its way."""
+        return not self.url.lower().startswith("https:") and not is_loopback(_parts(self.url).hostname or "")
+
+    @property
     def directory(self) -> str:
-        parts = urlsplit(self.url)
-        digest = hashlib.sha256(self.url.encode()).hexdigest()[:12]
-        return f"web-{_slug(parts.hostname or '')}-{digest}"
+        wanted = self.url if self.sha256 is None else f"{self.url}#{self.sha256}"
+        return f"web-{_slug(urlsplit(self.url).hostname or '')}-{_digest(wanted)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,7 @@ class PackageFile:
 
     @property
     def directory(self) -> str:
-        return f"pypi-{_slug(self.package)}-{_slug(self.version)}"
+        return f"pypi-{_slug(self.package)}-{_slug(self.version)}-{_digest(self.member)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +91,7 @@ class HubFile:
 
     @property
     def directory(self) -> str:
-        digest = hashlib.sha256(str(self).encode()).hexdigest()[:12]
-        return f"hf-{_slug(self.repository)}-{digest}"
+        return f"hf-{_slug(self.repository)}-{_digest(str(self))}"
 
     def url(self, endpoint: str, commit: str | None = None) -> str:
         return f"{endpoint}/{self.repository}/resolve/{quote(commit or self.revision, safe='')}/{quote(self.file)}"
@@ -159,9 +162,10 @@ def _web_file(spec: str) -> WebFile:
     host = _parts(url).hostname
     if not host:
         raise UsageError(f"{spec}: the address names no host")
-    if not url.lower().startswith("https:") and match is None and not is_loopback(host):
+    file = WebFile(url, match[1].lower() if match else None)
+    if file.sha256 is None and file.needs_hash:
         raise UsageError(f"{spec}: http does not protect against changes: use https, or add #sha256=HASH")
-    return WebFile(url, match[1].lower() if match else None)
+    return file
 
 
 def _parts(url: str) -> SplitResult:
@@ -175,6 +179,10 @@ def _safe_file_name(name: str, origin: str) -> str:
     if not name.isprintable() or "/" in name or name.startswith(".") or not 0 < len(name.encode()) <= _MAX_NAME_BYTES:
         raise UsageError(f"{origin} must end in a file name of at most {_MAX_NAME_BYTES} printable bytes")
     return name
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _slug(text: str) -> str:

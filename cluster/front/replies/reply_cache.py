@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.images.chat_images import journalled
@@ -46,27 +47,30 @@ class ReplyCache:
         self._entries: dict[str, _Entry] = {}  # Keys are request ids, oldest first.
         self._ids: dict[_Name, str] = {}
         self._held_bytes = Shares(settings.max_kept_bytes)  # Bytes held, by client.
+        # The same for streams that are kept only because the coordinator was restarted. Their number has no limit.
+        self._stream_bytes = Shares(settings.max_kept_bytes)
         self._replies = Shares(settings.max_kept_replies)
         self._ending = TaskSet()
 
     def add(self, kept: KeptReply, body: bytes, earlier_bytes: int = 0) -> None:
         """Adds a reply. Raises HttpError (503) if there is no room. `context.earlier` takes `earlier_bytes`."""
         context, client = kept.context, kept.context.client
-        body_bytes = len(body) + earlier_bytes + sum(map(len, context.images.values()))
-        if context.is_kept:  # Other streams are here only after a restart, and were admitted without these limits.
+        body_bytes = len(body) + earlier_bytes + sum(map(len, context.images.values())) if context.is_kept else 0
+        if context.is_kept:
             self._make_room(client, body_bytes)
+            self._replies.take(client, 1)
         digest = _digest(context, body) if context.idempotency_key else b""
         self._entries[context.id] = _Entry(kept, digest, body_bytes)
-        self._held_bytes.take(client, body_bytes)
-        self._replies.take(client, 1)
+        self._bytes_of(kept).take(client, body_bytes)
         for name in _names(context):
             self._ids[name] = context.id
 
     def remove(self, kept: KeptReply) -> None:
         context = kept.context
         if (entry := self._entries.pop(context.id, None)) is not None:
-            self._held_bytes.take(entry.client, -entry.held_bytes)
-            self._replies.take(entry.client, -1)
+            self._bytes_of(kept).take(entry.client, -entry.held_bytes)
+            if context.is_kept:
+                self._replies.take(entry.client, -1)
         for name in _names(context):
             if self._ids.get(name) == context.id:
                 del self._ids[name]
@@ -108,22 +112,26 @@ class ReplyCache:
         """Counts more bytes of a reply. Above the memory limits, evicts unread replies or fails running replies."""
         if (entry := self._entries.get(kept.context.id)) is None:
             return
-        self._held_bytes.take(entry.client, more_bytes)
+        shares = self._bytes_of(kept)
+        shares.take(entry.client, more_bytes)
         if more_bytes > 0:
-            while (large := self._too_large(entry.client)) and (
-                self._evict(large, self._held_bytes.held) or self._fail(large)
+            while (large := self._too_large(shares, entry)) and (
+                self._evict(large, shares.held) or self._fail(large, shares.held)
             ):
                 pass
 
-    def _too_large(self, client: str) -> list[_Entry]:
-        held, most = self._held_bytes.held, self._held_bytes.room
-        if held[client] > most:
-            clients: Collection[str] = (client,)
+    def _bytes_of(self, kept: KeptReply) -> Shares:
+        return self._held_bytes if kept.context.is_kept else self._stream_bytes
+
+    def _too_large(self, shares: Shares, grown: _Entry) -> list[_Entry]:
+        held, most = shares.held, shares.room
+        if held[grown.client] > most:
+            clients: Collection[str] = (grown.client,)
         elif held.total() > 2 * most:
             clients = held
         else:
             return []
-        return [entry for entry in self._of(clients) if entry.held_bytes]
+        return [entry for entry in self._of(clients, is_kept=grown.kept.context.is_kept) if entry.held_bytes]
 
     def _evict(self, entries: Iterable[_Entry], held: Mapping[str, int]) -> bool:
         """Removes an evictable reply of the client with the largest count in `held`. Returns False if there is none."""
@@ -134,10 +142,9 @@ class ReplyCache:
             self._ending.start(entry.kept.aclose())  # Closing cancels the timer, which would keep the reply in memory.
         return entry is not None
 
-    def _fail(self, entries: Iterable[_Entry]) -> bool:
-        limited = (entry for entry in entries if entry.kept.context.is_kept)
-        running = [entry for entry in limited if entry.kept.is_running and entry.kept.held_bytes]
-        largest = max(running, key=self._failure_rank, default=None)
+    def _fail(self, entries: Iterable[_Entry], held: Mapping[str, int]) -> bool:
+        running = [entry for entry in entries if entry.kept.is_running and entry.kept.held_bytes]
+        largest = max(running, key=partial(_failure_rank, held), default=None)
         if largest is not None:
             most = self.settings.max_kept_bytes >> 20
             what = f"kept replies exceed {most} MiB together, and this reply was among the largest"
@@ -146,9 +153,6 @@ class ReplyCache:
             )
             largest.kept.fail(error)
         return largest is not None
-
-    def _failure_rank(self, entry: _Entry) -> tuple[int, bool, int]:
-        return self._held_bytes.held[entry.client], not entry.kept.is_read, entry.kept.held_bytes
 
     # -- called by HTTP handlers ---------------------------------------------------------------------------------------
 
@@ -190,8 +194,13 @@ class ReplyCache:
                     busy = f"the server is busy with {what}; try again"
                     raise HttpError(503, "server_busy", busy, {"Retry-After": "5"})
 
-    def _of(self, clients: Collection[str]) -> list[_Entry]:
-        return [entry for entry in self._entries.values() if entry.client in clients]
+    def _of(self, clients: Collection[str], *, is_kept: bool = True) -> list[_Entry]:
+        entries = (entry for entry in self._entries.values() if entry.kept.context.is_kept == is_kept)
+        return [entry for entry in entries if entry.client in clients]
+
+
+def _failure_rank(held: Mapping[str, int], entry: _Entry) -> tuple[int, bool, int]:
+    return held[entry.client], not entry.kept.is_read, entry.kept.held_bytes
 
 
 def _names(context: RequestContext) -> Iterator[_Name]:

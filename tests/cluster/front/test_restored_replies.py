@@ -119,10 +119,12 @@ async def test_more_restored_requests_than_are_kept_do_not_stop_a_start(tmp_path
 async def test_restored_streams_have_only_the_limits_of_their_admission(tmp_path: Path) -> None:
     """Kept replies have limits on bytes and number. Streams without a key have none until a restart keeps them."""
     path, body = tmp_path / "journal", json.dumps(body_of(PATHS[0]))
-    await write_journal(path, *(replace(admission(number, body), idempotency_key="") for number in range(3)))
-    async with served(path, max_kept_replies=1, max_reply_bytes=1000, max_kept_bytes=1000) as server:
+    streams = (replace(admission(number, body + " " * 80_000), idempotency_key="") for number in range(3))
+    await write_journal(path, *streams, admission(3, body))
+    async with served(path, max_kept_replies=1, max_reply_bytes=20_000, max_kept_bytes=200_000) as server:
         server.pipeline.gate.clear()
         entries = server.replies.cache._entries
+        assert len(entries) == 4, "streams take no room from the kept reply"
         reading = [asyncio.create_task(stream(server.http, "GET", f"/v1/streams/{n:024x}")) for n in range(3)]
         await until(lambda: sum(entry.kept.is_read for entry in entries.values()) == 3 or reading[-1].done())
         server.pipeline.gate.set()

@@ -82,7 +82,9 @@ class KvMemory:
         found, idle = self._find(sequence)
         if sequence.blocks_needed - found + idle + reserve > self.blocks.available:
             missing = sequence.kv.keys[found] if found < len(sequence.kv.keys) else None
-            self._refused[sequence.key] = _Refusal(self.blocks.available - reserve, missing)
+            refusal = _Refusal(self.blocks.available - reserve, missing)
+            # If another sequence takes the idle blocks, this sequence needs less room.
+            self._refused[sequence.key] = None if idle else refusal
             return None
         checkpoint = sequence.kv.keys[found - 1] if found else None
         has_window = self.window is None or self.window.can_begin((sequence,), reserve)

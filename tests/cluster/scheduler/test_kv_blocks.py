@@ -115,6 +115,26 @@ def test_a_sequence_has_room_exactly_if_the_blocks_that_others_release_suffice()
     assert min(found[True], found[False]) > 50, found
 
 
+def test_a_refused_sequence_has_room_although_another_took_its_cached_blocks() -> None:
+    memory, shared = KvMemory(SchedulerSettings("m", VOCABULARY, 2000, kv_blocks=100)), (1,) * 40 * KV_BLOCK_TOKENS
+
+    def sequence(key: int, prompt: tuple[int, ...]) -> Sequence:
+        return Sequence(key, GenerationRequest("r", prompt, 10), 10, Usage(0))
+
+    first, other = sequence(0, shared), sequence(1, (2,) * 340)
+    assert memory.admit(first, 0)
+    first.scheduled = len(shared)
+    memory.filled(first)
+    memory.release(first)
+    memory.begin_microbatch()
+    assert memory.admit(other, 0)
+    refused, same = sequence(2, (*shared, *(3,) * 660)), sequence(3, (*shared, *(4,) * 40))
+    assert memory.lacks_blocks(refused, 0)
+    assert memory.admit(same, 0)
+    memory.release(other)
+    assert not memory.lacks_blocks(refused, 0)
+
+
 def test_tables_are_runs() -> None:
     table = BlockTable()
     for block in (5, 6, 7, 2, 3, 9):

@@ -23,6 +23,10 @@ _BACKSLASHES: Final = re.compile(
     rf"""\\\\|\\(?!["'abfnrtv0-7]|x{_HEX}{{2}}|u{_HEX}{{4}}|U000{_HEX}{{5}}|U0010{_HEX}{{4}})"""
 )
 """Matches a pair of backslashes, or a backslash that begins no escape sequence of Python, as in C:\\Users."""
+_ESCAPE: Final = re.compile(
+    rf"""\\(?:["'\\abfnrtv]|[0-7]{{1,3}}|x{_HEX}{{2}}|u{_HEX}{{4}}|U000{_HEX}{{5}}|U0010{_HEX}{{4}})"""
+)
+"""Matches an escape sequence of Python."""
 
 
 def arguments_object(text: str) -> dict[str, Any] | None:
@@ -110,7 +114,11 @@ def json_of_python(text: str) -> str:
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
     is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
-    return string(text[1:-1] if is_quoted else text)
+    return string(_ESCAPE.sub(_unescaped, text[1:-1]) if is_quoted else text)
+
+
+def _unescaped(escape: re.Match[str]) -> str:
+    return str(ast.literal_eval(f'"{escape[0]}"'))
 
 
 class _JsonNames(ast.NodeTransformer):
@@ -152,9 +160,9 @@ class TextValue:
                 return
             self._begin()
             text = text.removeprefix(self._indent)
-        keep = len(self._dedent)
-        self._held = text[len(text) - keep :] if keep else ""
-        self._put(string_inside(text[: len(text) - keep] if keep else text))
+        cut = max(0, len(text) - len(self._dedent))
+        self._held = text[cut:]
+        self._put(string_inside(text[:cut]))
 
     def end(self) -> None:
         if not self._has_begun:

@@ -101,7 +101,7 @@ class ObjectReader:
         elif first == "{" and not call.name and (self._calls.name_is_key or key in self._sink.tools):
             call.name = key
             yield from self._arguments(call, first)
-        elif self._is_bare and key not in _OTHER_KEYS:
+        elif self._is_bare and not self._sink.is_open and key not in _OTHER_KEYS:
             return False
         else:
             yield from raw_value(self._source, lambda _: None)

@@ -83,6 +83,12 @@ SAMPLES = (
     Sample("llama", '{"answer": {"city": "Rom"}}', content='{"answer": {"city": "Rom"}}'),
     Sample("llama", '{"name": "other", "parameters": {}}', content='{"name": "other", "parameters": {}}'),
     Sample(
+        "llama",
+        '{"name": "get_weather", "parameters": {"city": "Rom", "days": 2}, "note": "x"} So.',
+        content="So.",
+        calls=(_CITY,),
+    ),
+    Sample(
         "harmony",
         "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant to=functions.get_weather<|channel|>commentary json"
         '<|message|>{"city": "Rom", "days": 2}<|call|>',

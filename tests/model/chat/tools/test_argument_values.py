@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llamaclust.model.chat.tools.argument_values import json_of, json_of_python
+from llamaclust.model.chat.tools.argument_values import TextValue, json_of, json_of_python
 from support.seed import SEED
 
 
@@ -42,6 +42,7 @@ def test_literals_of_python() -> None:
         (r'"\d+\N"', r"\d+\N"),
         ("'a\nb'", "a\nb"),
         ("'" + "a" * 20_000 + "'", "a" * 20_000),
+        ("'" + r"\'\n\\\d\x41" * 5_000 + "'", "'\n\\\\dA" * 5_000),
     ],
 )
 def test_strings_lose_their_quotation_marks(text: str, known: str) -> None:
@@ -57,3 +58,14 @@ def test_strings_of_the_grammar_are_read() -> None:
         if re.fullmatch(rf"{quote}([^{quote}\\\n]|\\.)*{quote}", text):
             assert [*json.loads(json_of_python(f"{{'k': {text}}}"))] == ["k"], text
             assert len(json.loads(json_of_python(text))) <= len(inner), text
+
+
+@pytest.mark.parametrize("text", ["x\n  ", "\n  ", "", "\n", "a\n  b\n   ", "ab\n  \n  "])
+def test_a_text_does_not_depend_on_its_pieces(text: str) -> None:
+    for pieces in ([text], [*text]):
+        put: list[str] = []
+        value = TextValue(put.append, "", "\n  ")
+        for piece in pieces:
+            value.push(piece)
+        value.end()
+        assert json.loads("".join(put)) == text.removesuffix("\n  ")

@@ -157,7 +157,8 @@ class _Reader:
             }
         if least is not None and least > len(required):
             self._leave_out(place, "minProperties")
-        if most is not None and not (made.get("additionalProperties") is False and most >= len(named)):
+        is_closed = made.get("additionalProperties") is False and "patternProperties" not in made
+        if most is not None and not (is_closed and most >= len(named)):
             self._leave_out(place, "maxProperties")
         return {}
 
@@ -168,8 +169,8 @@ class _Reader:
         made: dict[str, Any] = {}
         if isinstance(first, list) and first:
             made["prefixItems"] = [self.read(part, f"{place}.items.{at}") for at, part in enumerate(first)]
-        if others is None and schema.get("unevaluatedItems") is False and _EVALUATED.isdisjoint(schema):
-            others = False
+        if others is None and _EVALUATED.isdisjoint(schema):
+            others = schema.get("unevaluatedItems")
         if others is not None and (read := self.read(others, f"{place}.items")) not in ({}, True):
             made["items"] = read
         return made
@@ -211,14 +212,24 @@ class _Reader:
             self._leave_out(place, "if")
         if schema.get("uniqueItems") is True and count(schema, "maxItems") not in (0, 1):
             self._leave_out(place, "uniqueItems")
-        if schema.get("contains") not in (None, [], {}) and (
-            schema.get("minContains", 1) != 0 or schema.get("maxContains") is not None
-        ):
+        if _limits_contents(schema):
             self._leave_out(place, "contains")
         if not _EVALUATED.isdisjoint(schema):
             for key in ("unevaluatedProperties", "unevaluatedItems"):
                 if schema.get(key) not in (None, True, {}, []):
                     self._leave_out(place, key)
+
+
+def _limits_contents(schema: Mapping[str, Any]) -> bool:
+    """Returns True if `contains` forbids arrays that the other keywords allow."""
+    if (contains := schema.get("contains")) in (None, []):
+        return False
+    least = count(schema, "minContains") or 0 if "minContains" in schema else 1
+    most = count(schema, "maxContains")
+    if contains in ({}, True):  # Every item counts.
+        items = count(schema, "maxItems")
+        return least > (count(schema, "minItems") or 0) or (most is not None and (items is None or most < items))
+    return least > 0 or most is not None
 
 
 def _is_required(part: Any) -> bool:

@@ -51,6 +51,7 @@ def allows(grammar: Grammar, *texts: str) -> list[bool]:
         ({"items": [{"type": "null"}], "additionalItems": False}, {"prefixItems": [{"type": "null"}], "items": False}),
         ({"$schema": "https://spec.openapis.org/oas/3.1/dialect/base", "id": 5}, {}),
         ({"not": {}}, {"allOf": [False]}),
+        ({"unevaluatedItems": {"type": "null"}}, {"items": {"type": "null"}}),
     ],
 )
 def test_normal_forms(schema: dict[str, Any], normal: dict[str, Any]) -> None:
@@ -150,6 +151,22 @@ def test_a_normal_schema_is_its_own_normal_form() -> None:
 def test_numbers_that_no_decimal_number_holds_are_named(key: str, value: int) -> None:
     with pytest.raises(ParameterError, match=f"a grammar cannot express properties.a.{key}:"):
         definitions.of_schema({"type": "object", "properties": {"a": {key: value}}}, "s")
+
+
+@pytest.mark.parametrize(
+    ("schema", "names"),
+    [
+        ({"properties": {"a": {}}, "patternProperties": {"^x": {}}, "additionalProperties": False}, "maxProperties"),
+        ({"type": "array", "contains": {}, "minItems": 2, "minContains": 3}, "contains"),
+        ({"type": "array", "contains": {}}, "contains"),
+        ({"type": "array", "contains": True, "minItems": 1, "maxItems": 3, "maxContains": 2}, "contains"),
+        ({"type": "array", "contains": {"const": 1}, "minContains": "many"}, ""),
+        ({"type": "array", "contains": {}, "minContains": 0, "maxContains": 2, "maxItems": 2}, ""),
+    ],
+)
+def test_keywords_that_a_grammar_does_not_obey_are_named(schema: dict[str, Any], names: str) -> None:
+    limited = schema | ({"maxProperties": 1} if "properties" in schema else {})
+    assert normal_schema(limited).unobeyed == ((names,) if names else ())
 
 
 @pytest.mark.parametrize("step", [0, -1, -0.5])

@@ -207,6 +207,35 @@ def test_added_words_ends_and_template_of_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("processor", "stated", "has_bos"),
+    [
+        (None, True, True),
+        (None, False, False),
+        (None, None, False),
+        ({"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}]}, True, False),
+    ],
+)
+def test_a_stated_bos_is_used_unless_the_tokenizer_has_a_template(
+    processor: Any, stated: bool | None, has_bos: bool, tmp_path: Path
+) -> None:
+    document = json.loads(tokenizer_json()) | {"post_processor": processor}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    said = {} if stated is None else {"add_bos_token": stated}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    assert read(tmp_path, 330).flags["add_bos_token"] == has_bos
+
+
+def test_control_tokens_stay_such_if_they_are_also_added(tmp_path: Path) -> None:
+    document = json.loads(tokenizer_json())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    mark = {"id": 320, "content": "[MARK]", "special": True, **flags}
+    document["added_tokens"] = [*document.get("added_tokens", ()), mark]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"[MARK]": 320, "<word>": 321}))
+    assert [int(kind) for kind in read(tmp_path, 330).types[320:322]] == [3, 4]
+
+
+@pytest.mark.parametrize(
     ("listed", "eod", "ends"),
     [
         ([319, 5], 5, (5, None)),

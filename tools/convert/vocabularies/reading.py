@@ -73,7 +73,7 @@ def _read_special(words: Words, folder: Path, config: dict[str, Any], rows: int)
     stated = _json(folder / "tokenizer_config.json")
     for text, token_id in _json(folder / "added_tokens.json").items():
         if type(token_id) is int and token_id >= 0:
-            words.add(token_id, text, special=False)
+            words.add(token_id, text, special=words.is_control(token_id, text))
     added = stated.get("added_tokens_decoder")
     for number, token in added.items() if isinstance(added, dict) else ():
         if _NUMBER.fullmatch(number) and isinstance(token, dict) and isinstance(token.get("content"), str):
@@ -89,6 +89,8 @@ def _read_special(words: Words, folder: Path, config: dict[str, Any], rows: int)
             words.flags.setdefault(flag, stated[flag])
             if words.kind in ("llama", "t5"):
                 words.flags[flag] = stated[flag]
+    if words.kind == "gpt2":
+        words.flags.setdefault("add_bos_token", False)
     if isinstance(stated.get("add_prefix_space"), bool) and words.kind == "llama":
         words.flags["add_space_prefix"] = stated["add_prefix_space"]
     words.template = _template(folder, stated) or words.template

@@ -94,7 +94,7 @@ def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], doc
         texts=texts,
         types=[TokenType.NORMAL] * len(texts),
         merges=[f"{left} {right}" for left, right in merges],
-        flags={"add_bos_token": False},
+        flags={"add_bos_token": False} if _has_template(document) else {},
     )
 
 
@@ -170,6 +170,11 @@ def _read_ends(words: Words, document: dict[str, Any]) -> None:
     if last in words.texts:
         words.ids.setdefault("eos", words.texts.index(last))
         words.flags["add_eos_token"] = True
+
+
+def _has_template(document: dict[str, Any]) -> bool:
+    processors = _parts(document.get("post_processor"), "processors")
+    return any(processor.get("type") == "TemplateProcessing" for processor in processors)
 
 
 def _template_ends(document: dict[str, Any]) -> tuple[str | None, str | None]:

@@ -55,6 +55,10 @@ class Words:
         if self.scores is not None:
             self.scores[token_id] = ADDED_SCORE
 
+    def is_control(self, token_id: int, text: str) -> bool:
+        known = 0 <= token_id < len(self.texts) and self.texts[token_id] == text
+        return known and self.types[token_id] is TokenType.CONTROL
+
     def fit(self, rows: int) -> None:
         """Adds or drops unused tokens until there are `rows` tokens. Raises ModelFileError if the numbers differ so
         much that the vocabulary must belong to another model."""

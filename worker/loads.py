@@ -46,7 +46,7 @@ from llamaclust.worker.stage.streams import Neighbours, StageStreams
 from llamaclust.worker.weights.load import load_adapters, load_encoder, load_stage
 from llamaclust.worker.weights.weights import Progress
 
-_KV_DISK_S = 30.0
+_KV_DISK_S = 55.0
 """Time limit for a disk with KV memory. It is shorter than the time after which a load without progress fails."""
 
 _log = logging.getLogger(__name__)

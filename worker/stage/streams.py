@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from llamaclust.core.epochs import epoch_text
-from llamaclust.core.errors import ProtocolError, WorkerError
+from llamaclust.core.errors import LlamaclustError, ProtocolError, WorkerError
 from llamaclust.kernels._native import LinkError
 from llamaclust.wire.control.messages import Deadlines, PeerUnreachable, StageProgress
 from llamaclust.wire.microbatch.frames import most_frame_bytes
@@ -123,14 +123,16 @@ class StageStreams:
             raise ProtocolError(f"a second stream of sampled tokens was opened for epoch {epoch_text(self.epoch)}")
         self._has_sampled_stream = True
         await stream.accept()
+        ended: LlamaclustError = WorkerError("the last stage stopped sending tokens")
         try:
             while (data := await stream.read()) is not None:
                 self._loop.dependencies.put_tokens(read_sampled_tokens(data, self.runner.vocabulary))
         except ProtocolError as error:
             error.worker = self._neighbours.last_worker
+            ended = error  # A microbatch that waits for tokens ends the stream, too, and is not answered.
             raise
         finally:
-            self._loop.dependencies.fail(WorkerError("the last stage stopped sending tokens"))
+            self._loop.dependencies.fail(ended)
 
     async def forward(self, stream: ServerStream) -> None:
         """Accepts the stream of microbatches once the streams to later stages are open, and serves it."""

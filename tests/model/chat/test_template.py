@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import psutil
@@ -151,10 +152,14 @@ def test_a_template_that_overruns_its_limit_where_it_is_compiled_is_remembered()
             assert time.monotonic() - start < most_s
 
 
-def test_a_start_that_the_machine_held_up_is_tried_again() -> None:
-    with ChatTemplate("ok", "", "", TemplateLimits(start_s=0.001)) as template:
-        with pytest.raises(DeadlineError, match=r"stopped: the child process did not reply within 0.001 s"):
-            template.render(HELLO)
+def test_a_start_that_the_machine_held_up_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ChatTemplate("ok", "", "", TemplateLimits(start_s=0.05)) as template:
+        with monkeypatch.context() as held_up:
+            held_up.setattr(
+                BoundedChild, "_popen", lambda _: subprocess.Popen(["sleep", "60"], stdin=PIPE, stdout=PIPE)
+            )
+            with pytest.raises(DeadlineError, match=r"stopped: the child process did not reply within 0.05 s"):
+                template.render(HELLO)
         child = template._renderers[0].child
         child._program = replace(child._program, start_s=30.0)
         assert template.render(HELLO) == "ok"

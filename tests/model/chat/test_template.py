@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from subprocess import PIPE
 from typing import Any
 
 import psutil
@@ -26,6 +25,7 @@ from llamaclust.model import child_frames, child_process
 from llamaclust.model.chat.template import ChatTemplate, TemplateLimits
 from llamaclust.model.chat.template_choice import built_in
 from llamaclust.model.child_process import BoundedChild
+from support.hanging_children import children_hang
 
 HELLO = [{"role": "user", "content": "Hello"}]
 FOR_EVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -152,14 +152,10 @@ def test_a_template_that_overruns_its_limit_where_it_is_compiled_is_remembered()
             assert time.monotonic() - start < most_s
 
 
-def test_a_start_that_the_machine_held_up_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_the_machine_held_up_is_tried_again() -> None:
     with ChatTemplate("ok", "", "", TemplateLimits(start_s=0.05)) as template:
-        with monkeypatch.context() as held_up:
-            held_up.setattr(
-                BoundedChild, "_popen", lambda _: subprocess.Popen(["sleep", "60"], stdin=PIPE, stdout=PIPE)
-            )
-            with pytest.raises(DeadlineError, match=r"stopped: the child process did not reply within 0.05 s"):
-                template.render(HELLO)
+        with children_hang(), pytest.raises(DeadlineError, match=r"child process did not reply within 0.05 s"):
+            template.render(HELLO)
         child = template._renderers[0].child
         child._program = replace(child._program, start_s=30.0)
         assert template.render(HELLO) == "ok"
@@ -193,8 +189,7 @@ def test_a_process_that_was_gone_before_the_render_is_replaced_unnoticed(chatml:
 
 def test_a_process_that_is_killed_at_every_render_is_an_error() -> None:
     with ChatTemplate(FOR_EVER, "", "") as template, ThreadPoolExecutor(1) as threads:
-        running = threads.submit(template.render, HELLO)
-        killed = []
+        running, killed = threads.submit(template.render, HELLO), list[int]()
         while not running.done():
             pid = template._renderers[0].child.pid
             if pid is not None and pid not in killed:

@@ -200,23 +200,6 @@ def test_a_web_file_with_a_wrong_hash_is_deleted(server: Server, tmp_path: Path)
     assert left_behind(tmp_path) == ["m.gguf"]
 
 
-def test_a_file_without_a_hash_is_not_taken_for_one_with_a_hash(server: Server, tmp_path: Path) -> None:
-    server.does.files["/m.gguf"] = MODEL
-    pull_model(f"{server.url}/m.gguf", models_dir=tmp_path, limits=QUICK)
-    with pytest.raises(DownloadError, match="SHA-256 is not"):
-        pull_model(f"{server.url}/m.gguf#sha256={'0' * 64}", models_dir=tmp_path, limits=QUICK)
-
-
-def test_parts_that_nothing_protects_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="one hash cannot check 3 files, and http does not protect them: use https"):
-        pull_model(f"http://example.org/m-00001-of-00003.gguf#sha256={'0' * 64}", models_dir=tmp_path, limits=QUICK)
-
-
-def test_files_of_one_name_in_a_package_have_folders_of_their_own() -> None:
-    first, second = (locate(f"pypi:p==1/{folder}/m.gguf", Path("/models")) for folder in "ab")
-    assert first != second
-
-
 def test_what_is_no_model_never_gets_its_name(server: Server, tmp_path: Path) -> None:
     server.does.files["/m.gguf"] = b"<!DOCTYPE html>please log in"
     with pytest.raises(ModelFileError, match=r"m\.gguf: not a GGUF file: a web page; the file was deleted"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from subprocess import PIPE, Popen
 
 import pytest
 
@@ -13,20 +12,18 @@ from llamaclust.cluster.front.text.chat import PLAIN, ChatFormat
 from llamaclust.cluster.front.text.request import MAX_BEGUN_CHARACTERS, AnswerParsing, ChatRequest, CompletionRequest
 from llamaclust.core.errors import DeadlineError, ParameterError
 from llamaclust.model.chat.template import ChatTemplate, TemplateLimits
-from llamaclust.model.child_process import BoundedChild
 from support.clusters.served import ScriptedEngine, make_service, says, tokenizer
+from support.hanging_children import children_hang
 
 GENERATION = CompletionRequest("Hello", seed=7)
 
 
-async def test_a_format_that_the_machine_held_up_is_derived_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_format_that_the_machine_held_up_is_derived_again() -> None:
     source = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{{ messages[0].content }}"
     with ChatTemplate(source, "", "", TemplateLimits(start_s=0.05)) as template:
         chat_format = ChatFormat(template, tokenizer())
-        with monkeypatch.context() as held_up:
-            held_up.setattr(BoundedChild, "_popen", lambda _: Popen(["sleep", "60"], stdin=PIPE, stdout=PIPE))
-            with pytest.raises(DeadlineError):
-                await chat_format.get()
+        with children_hang(), pytest.raises(DeadlineError):
+            await chat_format.get()
         for renderer in template._renderers:
             renderer.child._program = replace(renderer.child._program, start_s=60.0)
         assert (await chat_format.get()).takes_tools

@@ -273,7 +273,7 @@ class LoopThread(Generic[_Opened]):
     def _begin(self, work: Callable[[], Coroutine[Any, Any, _Value]], future: Future[_Value]) -> None:
         if not future.cancelled():
             task = self._loop.create_task(_in_time(work))
-            task.add_done_callback(partial(_pass_on, future))
+            task.add_done_callback(partial(_finish_call, future))
             future.add_done_callback(partial(self._ended, task))
 
     def _ended(self, task: asyncio.Task[Any], future: Future[Any]) -> None:
@@ -329,7 +329,7 @@ async def _in_time(work: Callable[[], Coroutine[Any, Any, _Value]]) -> _Value:
         return await work()
 
 
-def _pass_on(future: Future[_Value], task: asyncio.Task[_Value]) -> None:
+def _finish_call(future: Future[_Value], task: asyncio.Task[_Value]) -> None:
     """Gives a call's future the outcome of its task, unless the caller has cancelled the future."""
     error = None if task.cancelled() else task.exception()
     if task.cancelled():

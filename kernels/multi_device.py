@@ -131,7 +131,7 @@ class MultiDeviceStage:
     def close(self) -> None:
         for stage in self.stages:
             stage.close()
-        self.stages = ()
+        self.stages, self._gatherers = (), []  # A gatherer refers to this stage, in a cycle that Python cannot see.
 
 
 def layers_of(program: Program, start: int, end: int) -> Program:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import groupby
 from weakref import WeakSet
 
-from llamaclust.core.errors import ModelFileError, UsageError
+from llamaclust.core.errors import InsufficientMemoryError, ModelFileError, UsageError
 from llamaclust.core.gpus import Gpu, cache_room
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.core.profile import DeviceProfile
@@ -100,7 +100,11 @@ class CudaBackend:
         for cache in tuple(self._caches):
             cache.close()
         plan = _plan(program, tensors, limits, LaunchLimits.of(self._device))
-        memories = self._weights_and_kernels(plan, tensors, progress)
+        try:
+            memories = self._weights_and_kernels(plan, tensors, progress)
+        except MemoryError as error:
+            what = f"this machine's RAM does not suffice to prepare two layers at a time for {self.name}"
+            raise InsufficientMemoryError(f"{what}; end other programs, or add swap space") from error
         weights = {name: weight for memory in memories for name, weight in memory.weights.items()}
         with self._gpu_lock.exclusive(), ExitStack() as held:
             kv = held.enter_context(closing(self._device.allocate(plan.kv_allocated_bytes)))

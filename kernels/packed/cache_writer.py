@@ -49,10 +49,11 @@ class BackgroundWriter:
         self._thread: Thread | None = None
         self._writing = Writing()
         self._is_registered = False
+        self._refused_ns: int | None = None  # Start of the load whose later layers are not written.
 
     def add(self, made: Iterable[Made]) -> None:
         with self._lock:
-            self._queue.extend(made)
+            self._queue.extend(each for each in made if each.since_ns != self._refused_ns)
             if self._queue and self._thread is None:
                 if not self._is_registered:
                     atexit.register(_end, ref(self))
@@ -111,6 +112,7 @@ class BackgroundWriter:
                 self.is_usable = False
                 warn_not_kept(self._folder, error)
             with self._lock:
+                self._refused_ns = made.since_ns
                 self._queue.clear()
 
     def _store(self, made: Made, memory: Memory) -> None:

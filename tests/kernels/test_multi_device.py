@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from itertools import combinations, pairwise
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from hypothesis import strategies as st
 
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.limits import StageLimits
+from llamaclust.kernels._native import PythonGatherer
 from llamaclust.kernels.backend import Backend, Progress, kv_bytes
 from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
-from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend, layers_of
+from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend, MultiDeviceStage, layers_of
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
@@ -103,3 +106,15 @@ def test_what_was_loaded_is_freed_where_a_later_part_does_not_fit(open_model: Ca
     with pytest.raises(InsufficientMemoryError):
         load_stage(chain, model)
     assert first.held_bytes(program, model.tensors_for(program)) == 0
+
+
+def test_a_closed_stage_is_freed_although_a_gatherer_refers_to_it(open_model: Callable[[str], Model]) -> None:
+    model, backend = open_model("llama-experts"), CpuBackend(1)
+    stage = load_stage(MultiDeviceBackend([BackendLayers(backend, 0, model.layer_count)]), model)
+    assert isinstance(stage, MultiDeviceStage)
+    stage.gather_by(PythonGatherer(lambda *_: None))
+    held = ref(stage)
+    stage.close()
+    del stage
+    gc.collect()
+    assert held() is None

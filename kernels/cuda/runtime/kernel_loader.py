@@ -25,8 +25,9 @@ class KernelLoader:
     def get(self, name: str, shared_bytes: int = 0) -> Any:
         if name not in self._kernels:
             module, _, function = name.rpartition(".")
-            self._kernels[name] = self._function(module, function)
-            self._shared_bytes[name] = PLAIN_SHARED_BYTES - self._kernels[name].shared_size_bytes
+            kernel = self._function(module, function)
+            self._shared_bytes[name] = PLAIN_SHARED_BYTES - kernel.shared_size_bytes
+            self._kernels[name] = kernel
         if shared_bytes > self._shared_bytes[name]:
             self._kernels[name].max_dynamic_shared_size_bytes = self._shared_bytes[name] = shared_bytes
         return self._kernels[name]

@@ -74,6 +74,20 @@ def test_what_does_not_fit_leaves_nothing_behind(opened: Open, cuda: CudaBackend
     assert before.taken == 0
 
 
+def test_host_memory_that_does_not_suffice_is_named(
+    opened: Open, cuda: CudaBackend, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Free.of(device)
+
+    def load_tensors(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("llamaclust.kernels.cuda.device_weights.load_tensors", load_tensors)
+    with pytest.raises(InsufficientMemoryError, match="RAM does not suffice to prepare two layers at a time"):
+        load_stage(cuda, opened("llama"))
+    assert before.taken == 0
+
+
 def test_others_compute_while_kernels_are_compiled_and_an_error_leaves_nothing_behind(
     opened: Open, cuda: CudaBackend, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

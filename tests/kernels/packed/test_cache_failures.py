@@ -7,15 +7,20 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from weakref import ref
 
 import pytest
 
 from llamaclust.core.disk_cache import files
+from llamaclust.core.disk_cache.cache import NoRoomError
 from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels._native import Memory
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.packed import cache, cache_writer
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
+from llamaclust.kernels.packed.cache_writer import BackgroundWriter, Made
 from llamaclust.model.loader import Model
 from support.arithmetic.packed_layers import IMAGES, LIMITS, images, run
 
@@ -127,3 +132,22 @@ def test_a_write_that_fails_is_one_warning(
     (record,) = caplog.records
     assert record.levelname == "WARNING" and "No space left on device" in record.getMessage()
     assert [path.name for path in folder.path.iterdir()] == ["lock"]
+
+
+def test_a_load_whose_layers_have_no_room_tries_once(
+    model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPU loads add one layer at a time, and each try would read the whole layer."""
+    tried: list[int] = []
+
+    def store(_: object, made: Made, memory: Memory) -> None:
+        tried.append(made.since_ns)
+        raise NoRoomError("no room")
+
+    monkeypatch.setattr(BackgroundWriter, "_store", store)
+    writer, memory = BackgroundWriter(folder), Memory(64)
+    layer: Any = SimpleNamespace(name="blk.0")
+    for since_ns in (1, 1, 1, 2):
+        writer.add([Made(layer, "key", ref(memory), since_ns)])
+        writer.wait()
+    assert tried == [1, 2]

@@ -27,7 +27,7 @@ from llamaclust.cluster.engine.retirement import Retirement
 from llamaclust.cluster.engine.waterfall import ComputedMicrobatch
 from llamaclust.cluster.engine.waterfalls import Waterfalls
 from llamaclust.cluster.scheduler.counts import Counts
-from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest, TokenSampled
+from llamaclust.cluster.scheduler.requests import Finished, FinishReason, GenerationRequest, TokenSampled
 from llamaclust.cluster.scheduler.rows.completed import Completed
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
@@ -170,7 +170,7 @@ class Engine:
         if self._phase in (_Phase.REFUSING, _Phase.CLOSED):
             raise WorkerError(str(self.error or _STOPPING))
         sequence = self.scheduler.add(request, monotonic_ns())
-        submitted = SubmittedRequest(sequence, sink, partial(self._abort, sequence.key))
+        submitted = SubmittedRequest(sequence, sink, partial(self._abort, sequence.key, None))
         end = sequence.known_end
         if end is None:
             passed_s = (monotonic_ns() - request.received_ns) / 1e9 if request.received_ns else 0.0
@@ -249,10 +249,10 @@ class Engine:
                 self._retiring_failure = None
         return completed
 
-    def _abort(self, key: int, error: LlamaclustError | None = None) -> None:
+    def _abort(self, key: int, error: LlamaclustError | None = None, reason: FinishReason = FinishReason.ABORT) -> None:
         for lane in self._lanes:
             if lane.scheduler.abort(key) is not None:
-                self.requests.abort(key, error)
+                self.requests.abort(key, error, reason)
                 lane.launch_soon()
                 self._advance_retirement()
                 return

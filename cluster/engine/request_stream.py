@@ -39,12 +39,15 @@ class Sink(Protocol):
 
 
 class SubmittedRequest:
-    def __init__(self, sequence: Sequence, sink: Sink, abort: Callable[[], None]) -> None:
+    def __init__(self, sequence: Sequence, sink: Sink, abort: Callable[[FinishReason], None]) -> None:
         self.sequence = sequence
         self.sink = sink
         self.deadline: asyncio.TimerHandle | None = None
-        self.abort = abort
-        """Ends the request if it is open. Its last event is then `Finished` with reason ABORT."""
+        self._abort = abort
+
+    def abort(self, reason: FinishReason = FinishReason.ABORT) -> None:
+        """Ends the request if it is open. Its last event is then `Finished` with this reason."""
+        self._abort(reason)
 
     @property
     def timings(self) -> Timings:
@@ -127,11 +130,11 @@ class OpenRequests:
                 self._close(key, update.reason)
         return tokens
 
-    def abort(self, key: int, error: LlamaclustError | None = None) -> None:
+    def abort(self, key: int, error: LlamaclustError | None = None, reason: FinishReason = FinishReason.ABORT) -> None:
         if error is None:
             request = self._requests[key]
-            request.sink.take(Finished(FinishReason.ABORT, request.timings))
-        self._close(key, "error" if error else FinishReason.ABORT, error)
+            request.sink.take(Finished(reason, request.timings))
+        self._close(key, "error" if error else reason, error)
 
     def _close(self, key: int, reason: str, error: LlamaclustError | None = None) -> None:
         submitted = self._requests.pop(key)

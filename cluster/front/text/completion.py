@@ -180,8 +180,10 @@ class _RunningChoice:
             self._is_over = True
         elif self._text.is_stopped:
             assert self.request is not None
-            self.abort_soon()
-            self._owner.put(self._text.finished(FinishReason.STOP, self.request.timings))
+            self.abort_soon(FinishReason.STOP)
+            # The engine may have computed more tokens in the same step.
+            timings = replace(self.request.timings, generated_tokens=self._text.tokens)
+            self._owner.put(self._text.finished(FinishReason.STOP, timings))
 
     def _with_timings(self, chunk: TextChunk) -> TextChunk:
         assert self.request is not None
@@ -194,10 +196,10 @@ class _RunningChoice:
             self._is_over = True
             self._owner.failed(error or WorkerError("the request was ended before its answer was complete"))
 
-    def abort_soon(self) -> None:
+    def abort_soon(self, reason: FinishReason = FinishReason.ABORT) -> None:
         self._is_over = True
         if self.request is not None:
-            asyncio.get_running_loop().call_soon(self.request.abort)
+            asyncio.get_running_loop().call_soon(self.request.abort, reason)
 
     def abort(self) -> None:
         self._is_over = True
@@ -225,7 +227,7 @@ class ChoiceText:
         self._model_ends = tokenizer.end_of_generation
         self._stop = StopStrings(stop)
         self._min_tokens = min_tokens
-        self._tokens = 0
+        self.tokens = 0  # Number of tokens that the engine has delivered.
         self._characters = 0
         self._end_token: int | None = None
         self._scored: list[RowResult] = []  # Rows of prompt tokens that are not in a chunk yet.
@@ -260,7 +262,7 @@ class ChoiceText:
 
     def _sampled(self, row: RowResult) -> TextChunk:
         offset = self._characters
-        self._tokens += 1
+        self.tokens += 1
         text = ""
         if row.token in self._end_ids:
             self._end_token = row.token
@@ -271,7 +273,7 @@ class ChoiceText:
 
     def _shown(self, text: str) -> str:
         self._characters += len(text)
-        return text if self._tokens <= self._min_tokens else self._stop.push(text)
+        return text if self.tokens <= self._min_tokens else self._stop.push(text)
 
     def finished(self, reason: FinishReason, timings: Timings) -> TextChunk:
         """Returns the last chunk of the choice. Its finish reason is `reason`, or STOP if a stop string was found."""

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from time import monotonic_ns
+from unittest.mock import Mock
 
 import pytest
 
@@ -258,10 +259,13 @@ async def test_metrics_and_stage_report() -> None:
     async with running() as (engine, _):
         await asyncio.gather(*(collect(engine.submit(generation(seed))) for seed in range(3)))
         engine.submit(replace(generation(), request_id="x")).abort()
+        engine.begin(generation(), Mock()).abort(FinishReason.STOP)
         text = engine.metrics.render().decode()
         values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         assert values['llamaclust_requests_total{finish_reason="length"}'] == "3.0"
-        assert values['llamaclust_requests_total{finish_reason="abort"}'] == "1.0"
+        assert [values[f'llamaclust_requests_total{{finish_reason="{each}"}}'] for each in ("abort", "stop")] == [
+            "1.0"
+        ] * 2
         assert float(values["llamaclust_generated_tokens_total"]) == 90
         assert float(values[f"llamaclust_time_to_first_token_seconds_count{COMPLETIONS}"]) == 3
         assert float(values['llamaclust_kv_blocks{state="free"}']) == SETTINGS.kv_blocks

@@ -111,9 +111,10 @@ class ScriptedRequest:
 
     @property
     def timings(self) -> Timings:
-        return Timings(1.0, 2.0, 3.0, 4.0, len(self.generation.prompt), 0, self.given)
+        return Timings(1.0, 2.0, 3.0, 4.0, len(self.generation.prompt), 0, self.given + self.engine.ahead)
 
-    def abort(self) -> None:
+    def abort(self, reason: FinishReason = FinishReason.ABORT) -> None:
+        self.engine.aborted.append(reason)
         self._end()
         if self.task is not None and self.task is not asyncio.current_task():
             self.task.cancel()
@@ -133,6 +134,8 @@ class ScriptedEngine:
     failure_after: int = 0
     refusal: LlamaclustError | None = None  # raised at each submit
     submitted: list[GenerationRequest] = field(default_factory=list)
+    aborted: list[FinishReason] = field(default_factory=list)
+    ahead: int = 0  # Number of tokens that are computed and were not given yet.
     running: int = 0
     gate: asyncio.Event = field(default_factory=asyncio.Event)
 

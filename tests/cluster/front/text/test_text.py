@@ -90,13 +90,13 @@ async def test_never_half_a_character() -> None:
 
 
 async def test_a_stop_string_ends_the_answer_and_the_request() -> None:
-    engine = ScriptedEngine(says("one two three four"))
+    engine = ScriptedEngine(says("one two three four"), ahead=3)
     service = make_service(engine)
     async with await service.start(replace(GENERATION, stop=("zzz", "o th", "our"))) as stream:
         (answer,) = await collect(stream.log.chunks())
         await asyncio.sleep(0)
-        assert engine.running == 0, "the engine goes on after the stop string"
-    assert answer.text == "one tw"
+        assert (engine.running, engine.aborted) == (0, [FinishReason.STOP])
+    assert answer.text == "one tw" and answer.timings.generated_tokens == len(answer.token_ids)
     assert (answer.finish_reason, answer.stopped_by) == (FinishReason.STOP, "o th")
     assert service.active_requests == 0
 

@@ -61,6 +61,9 @@ _REFUSED: Final = {
 }
 """Fields of samplers, constraints and output formats that no endpoint implements."""
 
+_LENGTHS: Final = {"min_tokens": number(0), "stop_token_ids": only()}
+"""Fields about the length of an answer that only OpenAI's endpoints have."""
+
 _OTHER_NAMES: Final = {"typ_p": "typical_p", "tfs": "tfs_z", "speculative.n_max": "speculative"}
 
 _SLOT_NAME: Final = {"slot_id": "id_slot"}
@@ -113,8 +116,9 @@ LLAMACPP: Final = ForeignFields(
     refused={
         **_REFUSED,
         **_names("image_data multimodal_data", only()),
-        **_names("post_sampling_probs", only(False)),
-        "n_cmpl": number(1),
+        **_names("post_sampling_probs echo", only(False)),
+        **_names("n n_cmpl", number(1)),
+        **_LENGTHS,
     },
     hints={**_HINTS, "response_fields": only()},
     other_names={**_OTHER_NAMES, **_SLOT_NAME, "max_tokens": "n_predict", "repetition_penalty": "repeat_penalty"},
@@ -138,8 +142,9 @@ _CHAT_ONLY: Final = {
     **_REFUSED,
     **_names("response_format json_schema grammar structured_outputs logit_bias", only()),
     **_names("guided_json guided_regex guided_choice guided_grammar regex ebnf", only()),
-    "guided_json_object": only(False),
+    **_names("guided_json_object ignore_eos", only(False)),
     "n": number(1),
+    **_LENGTHS,
 }
 """Fields of `/v1/chat/completions` that the other chat APIs refuse."""
 

@@ -44,6 +44,11 @@ class Requested:
     name: str = ""
 
 
+class SaltFields(Body):
+    cache_salt: Annotated[str, Requested()] = Field(default="", max_length=MAX_SALT_CHARACTERS)
+    """Salt of the prefix cache. Requests share cached prompt prefixes only if their salts are equal."""
+
+
 class SlotFields(Body):
     id_slot: int = -1
     """Number of the slot that keeps the request's tokens for `POST /slots`. -1: no slot. Requires `api.slot_folder`."""
@@ -295,13 +300,11 @@ class SamplerFields(Body):
 
 
 @sampled(Dialect.OPENAI, without=("repeat_last_n",))
-class AnswerFields(SamplerFields, AdapterFields, SpeculativeFields):
+class AnswerFields(SamplerFields, AdapterFields, SpeculativeFields, SaltFields):
     stream: bool = False
     """True to send the answer as server-sent events."""
     seed: Annotated[SeedField, Requested()] = None
     """Seed of the random numbers. The same seed gives the same answer. The default, or -1, is a random seed."""
-    cache_salt: Annotated[str, Requested()] = Field(default="", max_length=MAX_SALT_CHARACTERS)
-    """Salt of the prefix cache. Requests share cached prompt prefixes only if their salts are equal."""
 
 
 def _effective_order(chain: SamplerChain) -> tuple[SamplerName, ...]:

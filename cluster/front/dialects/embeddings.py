@@ -18,9 +18,9 @@ from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.foreign_fields import EMBEDDING, RERANK
 from llamaclust.cluster.front.http.sse import JsonParts, rendered, unless_disconnected
 from llamaclust.cluster.front.json_text import is_large, json_body
-from llamaclust.cluster.front.schema import Body, is_int, prompt_string
+from llamaclust.cluster.front.schema import is_int, prompt_string
+from llamaclust.cluster.front.shared_fields import SaltFields
 from llamaclust.cluster.front.text.embedder import EUCLIDEAN, Embedding, EmbeddingOptions, Rank, Vector
-from llamaclust.cluster.front.text.request import MAX_SALT_CHARACTERS
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.core.errors import ParameterError
 from llamaclust.model.pooling import Pooling
@@ -74,7 +74,7 @@ _INPUTS = {"anyOf": [*_ONE, {"type": "array", "items": {"anyOf": _ONE}}]}
 InputsField = Annotated[tuple[Any, ...], BeforeValidator(_inputs), WithJsonSchema(_INPUTS)]
 
 
-class EmbeddingFields(Body, foreign=EMBEDDING):
+class EmbeddingFields(SaltFields, foreign=EMBEDDING):
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     """The form of a vector. `float` is a list of numbers, `base64` a base64 text of little-endian float32 values."""
@@ -82,8 +82,6 @@ class EmbeddingFields(Body, foreign=EMBEDDING):
     """The number of dimensions to return, from the beginning of the vector. The default is all dimensions."""
     pooling: Literal["none", "mean", "cls", "last"] | None = None
     """The method that combines the tokens' hidden states. The default is the model file's method, or else `last`."""
-    cache_salt: str = Field(default="", max_length=MAX_SALT_CHARACTERS)
-    """Salt of the prefix cache. Requests share cached prompt prefixes only if their salts are equal."""
 
     def options(self, default: Pooling, norm: int = EUCLIDEAN) -> EmbeddingOptions:
         pooling = default if self.pooling is None else Pooling(self.pooling)
@@ -164,7 +162,7 @@ _SCHEMA = {"type": "array", "minItems": 1, "items": {"type": ["string", "object"
 _Texts = Annotated[tuple[str, ...], BeforeValidator(_texts), WithJsonSchema(_SCHEMA)]
 
 
-class RerankBody(Body, foreign=RERANK):
+class RerankBody(SaltFields, foreign=RERANK):
     """The body of `POST /v1/rerank`. If it has `texts`, the reply is a list, as in Text Embeddings Inference."""
 
     model: str | None = None
@@ -209,7 +207,7 @@ class Rerank(Endpoint[RerankBody]):
 
     async def _ranked(self, body: RerankBody) -> Response:
         texts = body.given
-        ranks = await self.service.rank(body.query, texts)
+        ranks = await self.service.rank(body.query, texts, body.cache_salt)
         best = sorted(range(len(ranks)), key=lambda index: -ranks[index].score)[: body.top_n]
         if body.texts is not None:
             return rendered([_tei_result(body, texts, ranks, index) for index in best])

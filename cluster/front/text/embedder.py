@@ -121,8 +121,8 @@ class Embedder:
             raise _first(errors) from None
         return [head.result(), *(task.result() for task in later)]
 
-    async def rank(self, pairs: Sequence[tuple[int, ...]], ranking: Ranking) -> list[Rank]:
-        found = await self.embed(pairs, EmbeddingOptions(ranking.pooling, norm=-1))
+    async def rank(self, pairs: Sequence[tuple[int, ...]], ranking: Ranking, cache_salt: str) -> list[Rank]:
+        found = await self.embed(pairs, EmbeddingOptions(ranking.pooling, norm=-1, cache_salt=cache_salt))
         return [Rank(ranking.score(embedding.vectors[0].tolist()), embedding.prompt_tokens) for embedding in found]
 
     async def _run(self, places: asyncio.Semaphore, request: GenerationRequest, options: EmbeddingOptions) -> Embedding:

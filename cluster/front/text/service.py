@@ -191,7 +191,7 @@ class TextService:
             with self.budget.reserve_numbers(vectors * length, "input", _TOO_MANY_NUMBERS):
                 yield await self._embedder.embed(ids, options)
 
-    async def rank(self, query: str, documents: Sequence[str]) -> list[Rank]:
+    async def rank(self, query: str, documents: Sequence[str], cache_salt: str = "") -> list[Rank]:
         """Scores documents, in the given order. Raises RequestError, QueueFullError, DeadlineError or WorkerError."""
         ranking, budget = self.settings.ranking, self.budget
         if ranking is None:
@@ -202,7 +202,7 @@ class TextService:
             with budget.reserve_numbers(least, "documents", _TOO_MANY_PAIRS):
                 pairs = [await pair(document, "documents") for document in documents]
             with budget.reserve_numbers(sum(map(len, pairs)), "documents", _TOO_MANY_PAIRS):
-                return await self._embedder.rank(pairs, ranking)
+                return await self._embedder.rank(pairs, ranking, cache_salt)
 
     async def _pair_reader(
         self, form: PairForm | PairTemplate, query: str

@@ -187,6 +187,10 @@ async def test_neutral_settings_are_taken() -> None:
         ({"logit_bias": [[None, 1]]}, "logit_bias"),
         ({"logit_bias": [[400, 1]]}, "logit_bias"),
         ({"n_predict": 5, "max_tokens": 6}, "max_tokens"),
+        ({"n": 2}, "n"),
+        ({"min_tokens": 50}, "min_tokens"),
+        ({"stop_token_ids": [5]}, "stop_token_ids"),
+        ({"echo": True}, "echo"),
     ],
 )
 async def test_refusals_name_the_field(fields: dict[str, Any], param: str) -> None:

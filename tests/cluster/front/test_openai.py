@@ -105,6 +105,25 @@ async def test_a_cache_salt_reaches_the_engine() -> None:
     assert reply.status_code == 400 and reply.json()["error"]["param"] == "cache_salt"
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/completion", {"prompt": "Hello"}),
+        ("/api/generate", {"model": "tiny", "prompt": "Hello"}),
+        ("/api/chat", {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}),
+        ("/v1/messages", {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}),
+        ("/v1/responses", {"model": "tiny", "input": "Hello"}),
+        ("/v1/responses/compact", {"model": "tiny", "input": "Hello"}),
+    ],
+)
+async def test_a_cache_salt_reaches_the_engine_by_all_paths(path: str, body: dict[str, Any]) -> None:
+    engine = ScriptedEngine(says(ANSWER))
+    reply = await post(path, body | {"cache_salt": "mine"}, engine)
+    assert reply.status_code == 200 and "X-Llamaclust-Ignored" not in reply.headers
+    assert [request.cache_salt for request in engine.submitted] == ["mine"]
+    assert '"mine"' not in reply.text, "it is a secret"
+
+
 async def test_stream_usage_in_each_chunk() -> None:
     """Tests `continuous_usage_stats`, which guidellm uses."""
     options = {"include_usage": True, "continuous_usage_stats": True}

@@ -32,6 +32,7 @@ from llamaclust.cluster.front.schema import (
 from llamaclust.cluster.front.shared_fields import (
     AdapterFields,
     Requested,
+    SaltFields,
     SamplerFields,
     SlotFields,
     SpeculativeFields,
@@ -54,7 +55,8 @@ _RANDOM_SEEDS: Final = (-1, 0xFFFFFFFF)
 _NEVER: Final = -1e9
 """The logit bias of a token that must never be chosen. Requests write this bias as false."""
 _MAX_FILES: Final = 1024
-_INPUTS: Final = {"model", "prompt", "return_tokens", "speculative", "input_prefix", "input_suffix", "input_extra"}
+_GAP: Final = {"input_prefix", "input_suffix", "input_extra"}
+_INPUTS: Final = {"model", "prompt", "return_tokens", "speculative", "cache_salt", *_GAP}
 """Fields of the request that the reply's `generation_settings` does not repeat."""
 
 
@@ -140,7 +142,9 @@ _PAIRS = {"anyOf": [{"type": "array", "items": {"type": "array"}}, {"type": "obj
 
 
 @sampled(fields.Dialect.LLAMACPP)
-class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, SpeculativeFields, foreign=LLAMACPP):
+class LlamaCppBody(
+    SamplerFields, GrammarFields, AdapterFields, SlotFields, SpeculativeFields, SaltFields, foreign=LLAMACPP
+):
     takes_recommended: ClassVar = True
 
     model: str | None = None

@@ -301,7 +301,7 @@ class Embed(OllamaEmbedding[EmbedBody]):
                 "prompt_eval_count": sum(embedding.prompt_tokens for embedding in embeddings),
             }
 
-        options = EmbeddingOptions(self.pooling(body), EUCLIDEAN, body.dimensions)
+        options = EmbeddingOptions(self.pooling(body), EUCLIDEAN, body.dimensions, body.cache_salt)
         return await self.embedded(request, body.input, options, shape)
 
 
@@ -312,7 +312,7 @@ class Embeddings(OllamaEmbedding[EmbeddingsBody]):
     async def answer(self, request: Request) -> Response:
         """Computes a text's embedding vector, which is not normalized. An empty text gets an empty list."""
         body = await self.read(request)
-        options = EmbeddingOptions(self.pooling(body), _UNCHANGED)
+        options = EmbeddingOptions(self.pooling(body), _UNCHANGED, cache_salt=body.cache_salt)
         return await self.embedded(request, [body.prompt] if body.prompt else [], options, _first)
 
 

@@ -27,7 +27,14 @@ from llamaclust.cluster.front.schema import (
     read_part,
     strings,
 )
-from llamaclust.cluster.front.shared_fields import ReasoningFields, Requested, SamplerFields, SpeculativeFields, sampled
+from llamaclust.cluster.front.shared_fields import (
+    ReasoningFields,
+    Requested,
+    SaltFields,
+    SamplerFields,
+    SpeculativeFields,
+    sampled,
+)
 from llamaclust.cluster.front.text.images import Part, joined
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest, ToolUse, effort_variables, prompt_end
 from llamaclust.cluster.front.tools import media_text
@@ -93,7 +100,7 @@ _ThinkField = Annotated[
 ]
 
 
-class OllamaAnswerFields(Body):
+class OllamaAnswerFields(SaltFields):
     model: str
     """Name of the model, with or without `:latest`. Any name is accepted, unless `api.strict_model` is true."""
     keep_alive: Any = None
@@ -121,6 +128,7 @@ class OllamaAnswerFields(Body):
             options.params(),
             top_logprobs=self.top_logprobs,
             with_logprobs=self.logprobs,
+            cache_salt=self.cache_salt,
             grammar=self._grammar(),
         )
 
@@ -305,7 +313,7 @@ _EMBEDDING: Final = ForeignFields(hints=dict.fromkeys(("keep_alive", "truncate",
 """Fields that have no effect on embeddings. The server never truncates prompts."""
 
 
-class EmbeddingFields(ModelBody, foreign=_EMBEDDING):
+class EmbeddingFields(ModelBody, SaltFields, foreign=_EMBEDDING):
     pooling: Literal["none", "mean", "cls", "last"] | None = None
     """The method that combines the tokens' hidden states. The default is the model file's method, or else `last`."""
 

@@ -14,7 +14,7 @@ from llamaclust.cluster.front.dialects.openai.response_items import Item, read_i
 from llamaclust.cluster.front.dialects.openai.tools import MODES, ToolChoice, ToolSet, read_choice, read_tools
 from llamaclust.cluster.front.foreign_fields import COMPACTION, RESPONSES
 from llamaclust.cluster.front.schema import Body, LenientContext, LimitField, StopField, strings
-from llamaclust.cluster.front.shared_fields import AdapterFields, AnswerFields, ReasoningFields, Requested
+from llamaclust.cluster.front.shared_fields import AdapterFields, AnswerFields, ReasoningFields, Requested, SaltFields
 from llamaclust.cluster.front.structured_output import response_format_grammar
 from llamaclust.cluster.front.text.images import joined, parts_of
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest, ReasoningBudget, effort_variables
@@ -256,7 +256,7 @@ _TASK: Final = (
 )
 
 
-class CompactionBody(AdapterFields, foreign=COMPACTION):
+class CompactionBody(AdapterFields, SaltFields, foreign=COMPACTION):
     model: str
     """Name of the model. Names of models that are not served are refused, unless `api.strict_model` is false."""
     input: InputField = Field(default_factory=list)
@@ -270,7 +270,7 @@ class CompactionBody(AdapterFields, foreign=COMPACTION):
         """Returns a chat that asks the model to summarize `messages`, with greedy sampling and without reasoning."""
         if not messages:
             raise ParameterError("input", "is missing")
-        answer = CompletionRequest((), MAX_SUMMARY_TOKENS)
+        answer = CompletionRequest((), MAX_SUMMARY_TOKENS, cache_salt=self.cache_salt)
         chat = _chat(self.instructions, _with_task(messages))
         return ChatRequest(chat, answer, may_reason=False, reasoning_budget=ReasoningBudget(0))
 

@@ -23,6 +23,7 @@ from llamaclust.cluster.front.schema import (
 from llamaclust.cluster.front.shared_fields import (
     AdapterFields,
     Requested,
+    SaltFields,
     SamplerFields,
     SlotFields,
     SpeculativeFields,
@@ -31,7 +32,6 @@ from llamaclust.cluster.front.shared_fields import (
 )
 from llamaclust.cluster.front.structured_output import GrammarFields
 from llamaclust.cluster.front.text.request import (
-    MAX_SALT_CHARACTERS,
     MAX_STOP_TOKENS,
     ChatRequest,
     CompletionRequest,
@@ -128,7 +128,7 @@ class ChatFields(ToolFields):
 
 
 @sampled(Dialect.OPENAI)
-class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, SpeculativeFields):
+class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, SpeculativeFields, SaltFields):
     model: str | None = None
     """Name of the model or of an adapter. Other names are refused, unless `api.strict_model` is false."""
     logit_bias: BiasField = ()
@@ -155,8 +155,6 @@ class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Sp
     """True to send the answer as server-sent events."""
     stream_options: StreamOptions | None = None
     """Options of the stream. They require `stream`."""
-    cache_salt: Annotated[str, Requested()] = Field(default="", max_length=MAX_SALT_CHARACTERS)
-    """Salt of the prefix cache. Requests share cached prompt prefixes only if their salts are equal."""
     return_token_ids: bool = False
     """True to add `token_ids` and `prompt_token_ids` to each choice."""
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,7 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from llamaclust.cluster.state.directory import write_private
 from llamaclust.cluster.state.disk_thread import DiskThread
 from llamaclust.core.errors import DeadlineError, LlamaclustError, UsageError
-from llamaclust.core.regular_file import read_bytes, sync_folder, take_lock_within
+from llamaclust.core.regular_file import folder_locked, read_bytes, sync_folder
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.security.certificate_names import COORDINATOR, Principal
 from llamaclust.wire.security.certificates import NewKey, ca_hash, cluster_id, load_private, private_pem, requested_key
@@ -201,7 +198,7 @@ def _create(folder: Path) -> None:
     key, certificate = new_ca()
     token = JoinToken.create(ca_hash(certificate.public_bytes(Encoding.DER)))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder.parent):
+    with folder_locked(folder.parent, _LOCK_WAIT_S):
         if folder.exists():
             return
         new = folder.with_name(f".{folder.name}.new")
@@ -212,14 +209,3 @@ def _create(folder: Path) -> None:
         write_private(new / _TOKEN, token.text + "\n")
         new.rename(folder)
         sync_folder(folder.parent)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if not take_lock_within(descriptor, _LOCK_WAIT_S):
-            raise LlamaclustError(f"{folder}: another process has locked it for {_LOCK_WAIT_S:g} s; try again later")
-        yield
-    finally:
-        os.close(descriptor)

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import secrets
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llamaclust.core.errors import UsageError
-from llamaclust.core.regular_file import file_version, read_text, take_lock_within, write_text
+from llamaclust.core.regular_file import file_version, folder_locked, read_text, write_text
 
 FILE_NAME = "api-keys"
 _KEY = re.compile(r"[\x21-\x7e]{8,512}")
 _MOST_KEY_BYTES = 1 << 20
 _RANDOM_BYTES = 24
-_LOCK_S = 10.0
+_LOCK_S = 10.0  # The folder is locked, because a change replaces the file.
 _log = logging.getLogger(__name__)
 
 
@@ -86,7 +84,7 @@ def named_keys(path: Path) -> list[NamedKey]:
 def add_key(path: Path, name: str | None = None) -> NamedKey:
     """Adds a new random key to the file, and creates the file if necessary. Raises UsageError if the name is taken."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
+    with folder_locked(path.resolve().parent, _LOCK_S):
         lines = _lines_of(path) if path.exists() else []
         keys = _named(lines)
         names = {each.name for each in keys}
@@ -101,7 +99,7 @@ def add_key(path: Path, name: str | None = None) -> NamedKey:
 
 
 def remove_key(path: Path, name: str) -> None:
-    with _locked(path):
+    with folder_locked(path.resolve().parent, _LOCK_S):
         lines = _lines_of(path)
         keys = _named(lines)
         names = ", ".join(each.name for each in keys) or "none"
@@ -111,21 +109,6 @@ def remove_key(path: Path, name: str) -> None:
         if len(keys) == 1:
             raise UsageError(f"{path}: {name} is the only key; add another key first, or delete the file")
         _write(path, [*lines[: found.start], *lines[found.end :]])
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Excludes other changes of the file. The lock is the folder's, because a change replaces the file."""
-    try:
-        descriptor = os.open(path.resolve().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
-    try:
-        if not take_lock_within(descriptor, _LOCK_S):
-            raise UsageError(f"{path}: another command has been changing API keys for {_LOCK_S:g} s; try again")
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _write(path: Path, lines: list[str]) -> None:

@@ -10,12 +10,9 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
-
-from llamaclust.core.errors import LlamaclustError, UsageError
 
 _JSON_BYTES = 16 << 20
 _LOCK_RETRY_S = 0.02
@@ -149,19 +146,3 @@ def take_lock_within(file: BinaryIO | int, seconds: float) -> bool:
             return False
         time.sleep(_LOCK_RETRY_S)
     return True
-
-
-@contextmanager
-def folder_locked(folder: Path, seconds: float) -> Iterator[None]:
-    """Locks a folder against other processes that do the same. Raises LlamaclustError if the lock is held for
-    `seconds`, and UsageError if the folder cannot be opened."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise UsageError(f"{folder}: {error.strerror}") from error
-    try:
-        if not take_lock_within(descriptor, seconds):
-            raise LlamaclustError(f"{folder}: another process has locked it for {seconds:g} s; try again later")
-        yield
-    finally:
-        os.close(descriptor)

@@ -17,8 +17,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from llamaclust.cluster.state.directory import write_private
 from llamaclust.cluster.state.disk_thread import DiskThread
+from llamaclust.cluster.state.file_lock import folder_locked
 from llamaclust.core.errors import DeadlineError, LlamaclustError, UsageError
-from llamaclust.core.regular_file import folder_locked, read_bytes, sync_folder
+from llamaclust.core.regular_file import read_bytes, sync_folder
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.security.certificate_names import COORDINATOR, Principal
 from llamaclust.wire.security.certificates import NewKey, ca_hash, cluster_id, load_private, private_pem, requested_key

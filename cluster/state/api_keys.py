@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llamaclust.cluster.state.file_lock import folder_locked
 from llamaclust.core.errors import UsageError
-from llamaclust.core.regular_file import file_version, folder_locked, read_text, write_text
+from llamaclust.core.regular_file import file_version, read_text, write_text
 
 FILE_NAME = "api-keys"
 _KEY = re.compile(r"[\x21-\x7e]{8,512}")

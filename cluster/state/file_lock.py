@@ -1,13 +1,15 @@
-"""Locks a file between processes. The kernel releases a lock when the process that holds it ends."""
+"""Locks a file or a folder between processes. The kernel releases a lock when the process that holds it ends."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from llamaclust.core.errors import UsageError
-from llamaclust.core.regular_file import take_lock
+from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.core.regular_file import take_lock, take_lock_within
 
 
 # The `filelock` package cannot check a lock without taking it, and does not notice when a lock file is deleted.
@@ -77,3 +79,19 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
+
+
+@contextmanager
+def folder_locked(folder: Path, seconds: float) -> Iterator[None]:
+    """Locks a folder against other processes that do the same. Raises LlamaclustError if the lock is held for
+    `seconds`, and UsageError if the folder cannot be opened."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(f"{folder}: {error.strerror}") from error
+    try:
+        if not take_lock_within(descriptor, seconds):
+            raise LlamaclustError(f"{folder}: another process has locked it for {seconds:g} s; try again later")
+        yield
+    finally:
+        os.close(descriptor)

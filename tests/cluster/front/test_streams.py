@@ -76,7 +76,8 @@ async def test_a_disconnected_client_frees_its_memory(path: str, fields: dict[st
 async def test_a_client_that_disconnects_within_a_stream(path: str, fields: dict[str, Any]) -> None:
     async with served() as (engine, pipeline, http):
         async with http.stream("POST", path, json=body_of(path, stream=True, **fields)) as reply:
-            await anext(reply.aiter_lines())
+            lines = reply.aiter_lines()  # an iterator that nothing refers to closes the connection
+            await anext(lines)
             pipeline.gate.clear()
             await until(lambda: engine.scheduler.counts.running == fields.get("n", 1))
             assert engine.scheduler.counts.kv_blocks_held > 0

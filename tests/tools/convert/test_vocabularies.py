@@ -206,13 +206,21 @@ def test_added_words_ends_and_template_of_a_folder(tmp_path: Path) -> None:
     assert read(tmp_path, 330).template == "{{ 2 }}"
 
 
+UNMARKED = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [],
+    "special_tokens": {},
+}
+
+
 @pytest.mark.parametrize(
     ("processor", "stated", "has_bos"),
     [
         (None, True, True),
         (None, False, False),
         (None, None, False),
-        ({"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}]}, True, False),
+        (UNMARKED, True, False),
     ],
 )
 def test_a_stated_bos_is_used_unless_the_tokenizer_has_a_template(

@@ -323,7 +323,7 @@ async def test_bytes_of_a_stream_that_may_differ_are_refused_after_a_kill(
     tmp_path: Path, path: str, fields: dict[str, Any], is_refused: bool
 ) -> None:
     headers = {"X-Conversation-Id": "chat"}
-    body = body_of(PATHS[1] if path == "/v1/messages" else path)
+    body = body_of(PATHS[1], ignore_eos=False) if path == "/v1/messages" else body_of(path)
     async with served(tmp_path / "journal", KilledJournal) as server:
         begun = await stream(server.http, "POST", path, json=body | fields, headers=headers, most=2)
         assert begun and (await server.http.get("/v1/stream/chat", params={"from": 1})).status_code == 200

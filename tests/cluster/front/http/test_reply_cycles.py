@@ -21,7 +21,8 @@ _RESUME_S = 0.05
 
 
 async def _read(http: httpx.AsyncClient, path: str, number: int) -> None:
-    await stream(http, "POST", path, json=body_of(path, n=2))
+    fields = {} if path == "/completion" else {"n": 2}
+    await stream(http, "POST", path, json=body_of(path, **fields))
 
 
 async def _whole(http: httpx.AsyncClient, path: str, number: int) -> None:

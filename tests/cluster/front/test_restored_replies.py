@@ -264,7 +264,7 @@ async def test_what_a_client_had_not_read_of_a_sent_reply_outlives_the_coordinat
 
 async def test_a_restored_requests_deadline_goes_on(tmp_path: Path) -> None:
     path, body = tmp_path / "journal", json.dumps(body_of(PATHS[0], stream=False))
-    near = replace(admission(0, body, is_streamed=False), limit_s=1.0)
+    near = replace(admission(0, body, is_streamed=False), limit_s=4.0)
     await write_journal(path, near, admission(1, body, is_streamed=False))
     async with served(path) as server:
         server.pipeline.gate.clear()

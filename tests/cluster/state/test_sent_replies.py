@@ -9,11 +9,16 @@ import pytest
 
 from llamaclust.cluster.state.journal_records import read_journal
 from support.clusters.journals import LIMIT_S, NOW, admission, ids_in, journal, left, row, until
+from support.event_loop import pass_time
+
+SENT_S = 600.0
 
 
-async def test_requests_whose_replies_were_sent_are_kept_for_a_while(tmp_path: Path) -> None:
+async def test_requests_whose_replies_were_sent_are_kept_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "journal"
-    async with journal(path, sent_s=0.2) as writing:
+    async with journal(path, sent_s=SENT_S) as writing:
         for number in range(3):
             await writing.admit(admission(number))
         writing.answer("id1", (0, 0), 0, [row(5)])
@@ -22,8 +27,10 @@ async def test_requests_whose_replies_were_sent_are_kept_for_a_while(tmp_path: P
             writing.sent(f"id{number}")
         await until(lambda: ids_in(path, is_sent=True) == ["id0", "id1"])
         assert read_journal(path, NOW)[1] == left(admission(1), {(0, 0): [row(5)]}, is_sent=True)
+        pass_time(monkeypatch, SENT_S)
         await until(lambda: ids_in(path, is_sent=True) == [] and ids_in(path, is_sent=False) == ["id2"])
         writing.sent("id2")
+        pass_time(monkeypatch, SENT_S)
         await until(lambda: path.stat().st_size == 0)
     assert path.read_bytes() == b""
 
@@ -74,13 +81,16 @@ async def test_sent_replies_that_are_computed_again_count_with_their_tokens(
         await until(lambda: ids_in(path, is_sent=True) == ["id3", "id4"])
 
 
-async def test_a_sent_reply_that_is_computed_again_is_open_again(tmp_path: Path) -> None:
+async def test_a_sent_reply_that_is_computed_again_is_open_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "journal"
-    async with journal(path, sent_s=0.05) as writing:
+    async with journal(path, sent_s=SENT_S) as writing:
         for number in range(2):
             await writing.admit(admission(number))
             writing.sent(f"id{number}")
         await writing.begin_restored({"id0": 1})
+        pass_time(monkeypatch, SENT_S)
         await until(lambda: ids_in(path, is_sent=True) == [])  # the time of id1 has passed
         assert ids_in(path, is_sent=False) == ["id0"]
     assert ids_in(path, is_sent=False) == ["id0"]

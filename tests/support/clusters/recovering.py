@@ -183,7 +183,7 @@ def config(model: Path, folder: Path, workers: int | list[dict[str, object]] = 3
         "objective": "throughput",
         "context_length": CONTEXT,
         "state_dir": folder,
-        "timeouts": {"worker": "600ms"},
+        "timeouts": {"worker": "3s"},
     }
     return ClusterConfig.model_validate({**base, **values})
 

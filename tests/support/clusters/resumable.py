@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -18,7 +19,7 @@ from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Instant, RequestContext, read_journal
 from support.clusters.fakes import FakePipeline
-from support.clusters.served import SETTINGS, make_app, real_engine, serving
+from support.clusters.served import SETTINGS, make_app, real_engine, serving, until
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/completion")
 KEY = {"Idempotency-Key": "one"}
@@ -135,6 +136,14 @@ async def stream(http: httpx.AsyncClient, method: str, path: str, **more: Any) -
 def is_idle(engine: Engine) -> bool:
     counts = engine.scheduler.counts
     return counts.running == counts.waiting == counts.kv_blocks_held == 0
+
+
+async def leave_early(server: Served, body: dict[str, Any]) -> None:
+    """Sends a request with an idempotency key, and closes the connection when the engine has the request."""
+    asking = asyncio.create_task(server.http.post(PATHS[0], json=body, headers=KEY))
+    await until(lambda: not is_idle(server.engine))
+    asking.cancel()
+    await asyncio.wait([asking])
 
 
 async def write_journal(path: Path, *admissions: RequestContext) -> None:

@@ -25,6 +25,7 @@ from llamaclust.cluster.front.http.server import server_config
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.core.process_settings import allow_many_files
 from support.clusters.served import ScriptedEngine, make_app, says, serving, until
+from support.event_loop import pass_time
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 GENERATION = {"prompt": "Hello", "max_tokens": 3}
@@ -104,12 +105,13 @@ def _nothing_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert [record.message for record in caplog.get_records("call") if record.levelno >= logging.WARNING] == []
 
 
-async def test_silent_connections_are_closed_in_time() -> None:
-    async with served(head_s=0.3) as server:
+async def test_silent_connections_are_closed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with served(head_s=FOR_LONG) as server:
         silent = await server.connect(20)
         drips = [asyncio.create_task(peer.drip(HEALTH, 0.05)) for peer in await server.connect(20)]
         assert await server.answers()
         assert not any(peer.is_closed for peer in silent)
+        pass_time(monkeypatch, FOR_LONG)
         await until(lambda: all(peer.is_closed for peer in server.peers))
         await asyncio.gather(*drips)
         assert await server.answers()
@@ -178,6 +180,7 @@ async def test_the_deadline_of_a_head_runs_from_its_first_byte(request_before: b
         kept, begun, dripping = peers = await server.connect(3)
         for peer in peers:
             peer.writer.write(request_before)
+        for peer in peers:
             await peer.reply()
         begun.writer.write(HEALTH[:1])
         drip = asyncio.create_task(dripping.drip(HEALTH * 9, 0.05))

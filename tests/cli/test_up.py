@@ -81,17 +81,16 @@ def test_a_lost_worker_of_a_detached_cluster_is_in_its_log(line: CommandLine) ->
 
 
 def test_ctrl_c_says_what_it_waits_for_and_a_second_one_waits_no_more(line: CommandLine) -> None:
-    with (
-        line.cluster("good.gguf", name="front") as cluster,
-        cluster.http.stream("POST", "/v1/completions", json=LONG) as reply,
-    ):
-        parts = reply.iter_raw()  # a reference, since without it the connection would be closed
-        assert next(parts)
-        os.kill(cluster.worker_pids["b"], signal.SIGSTOP)  # so that the request does not end earlier
-        cluster.command.press_ctrl_c()
-        cluster.command.says("stopping: 1 request is finished first, for 30 s at most; Ctrl-C again stops at once")
-        cluster.command.press_ctrl_c()
-        done = cluster.command.wait(_SOON_S)
+    with line.cluster("good.gguf", name="front") as cluster:
+        b = cluster.worker_pids["b"]
+        with cluster.http.stream("POST", "/v1/completions", json=LONG) as reply:
+            parts = reply.iter_raw()  # a reference, since without it the connection would be closed
+            assert next(parts)
+            os.kill(b, signal.SIGSTOP)  # so that the request does not end earlier
+            cluster.command.press_ctrl_c()
+            cluster.command.says("stopping: 1 request is finished first, for 30 s at most; Ctrl-C again stops at once")
+            cluster.command.press_ctrl_c()
+            done = cluster.command.wait(_SOON_S)
     assert done.code == 0 and "Traceback" not in done.err
     assert done.err.endswith(f"front: {LEFT}\nfront is stopped\n")
     nothing_left(line, "front")
@@ -134,14 +133,16 @@ def test_status_shows_a_start(line: CommandLine) -> None:
 
 
 def test_down_says_what_it_waits_for_and_a_second_one_waits_no_more(line: CommandLine) -> None:
-    with line.cluster("good.gguf") as cluster, cluster.http.stream("POST", "/v1/completions", json=LONG) as reply:
-        parts = reply.iter_raw()
-        assert next(parts)
-        os.kill(cluster.worker_pids["b"], signal.SIGSTOP)
-        down = line.start("down")
-        down.says("running requests are finished first; `llamaclust down` again stops at once")
-        assert line.run("down", within_s=_SOON_S).code == 0
-        done = down.wait(_SOON_S)
+    with line.cluster("good.gguf") as cluster:
+        b = cluster.worker_pids["b"]
+        with cluster.http.stream("POST", "/v1/completions", json=LONG) as reply:
+            parts = reply.iter_raw()
+            assert next(parts)
+            os.kill(b, signal.SIGSTOP)
+            down = line.start("down")
+            down.says("running requests are finished first; `llamaclust down` again stops at once")
+            assert line.run("down", within_s=_SOON_S).code == 0
+            done = down.wait(_SOON_S)
     assert done.code == 0 and done.err.endswith(f"\ntiny: {LEFT}\ntiny is stopped\n")
     nothing_left(line)
 
@@ -149,11 +150,11 @@ def test_down_says_what_it_waits_for_and_a_second_one_waits_no_more(line: Comman
 def test_a_closed_terminal_ends_it_as_sigterm_does(line: CommandLine) -> None:
     """Checks that requests are finished although shell and kernel may both send the signal."""
     with line.cluster("good.gguf", name="terminal") as cluster:  # no earlier test left a request of this name
+        processes, b = cluster.processes, cluster.worker_pids["b"]
         with cluster.http.stream("POST", "/v1/completions", json={**LONG, "max_tokens": 300}) as reply:
             text = reply.iter_lines()
             assert next(text)
-            processes = cluster.processes
-            with paused(cluster.worker_pids["b"]):
+            with paused(b):
                 for _ in range(2):
                     os.kill(cluster.pid, signal.SIGHUP)
                     cluster.command.says("stopping: 1 request")

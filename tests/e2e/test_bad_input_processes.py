@@ -60,12 +60,13 @@ def test_a_killed_worker_is_a_pause_for_its_requests_and_the_cluster_says_so(lin
         return "".join(event["choices"][0]["text"] for event in stream if event != "[DONE]")
 
     with line.cluster("good.gguf") as cluster:
+        b = cluster.worker_pids["b"]
         with cluster.http.stream("POST", COMPLETIONS, json=generation) as reply:
             undisturbed = text(events(reply))
         with cluster.http.stream("POST", COMPLETIONS, json=generation) as reply:
             stream = events(reply)
             first = text(iter([next(stream)]))
-            os.kill(cluster.worker_pids["b"], signal.SIGKILL)
+            os.kill(b, signal.SIGKILL)
             assert first + text(stream) == undisturbed
         assert cluster.metric("llamaclust_recovery_seconds_count") == 1
         assert cluster.http.get("/health").json() == {"status": "ok"}
@@ -82,10 +83,10 @@ def test_a_killed_worker_is_a_pause_for_its_requests_and_the_cluster_says_so(lin
 def test_no_process_outlives_a_coordinator_that_was_killed(line: CommandLine) -> None:
     with line.cluster("good.gguf") as cluster:
         assert cluster.http.post("/v1/chat/completions", json=CHAT).status_code == 200
+        processes = cluster.processes
+        assert len(processes) == 3  # One of them renders templates.
         with cluster.http.stream("POST", COMPLETIONS, json=LONG) as reply:
             assert next(events(reply))
-            processes = cluster.processes
-            assert len(processes) == 3  # One of them renders templates.
             os.kill(cluster.pid, signal.SIGKILL)
             eventually(lambda: not any(map(is_there, processes)), 60.0, "the end of all processes")
     assert line.run("status").code == 2
@@ -96,11 +97,11 @@ def test_a_signal_lets_requests_finish_and_ends_with_0(line: CommandLine, how: s
     """The first case starts in the folder of a killed cluster with the same name."""
     with line.cluster("good.gguf") as cluster:
         assert cluster.http.post("/v1/chat/completions", json=CHAT).status_code == 200
+        processes, b = cluster.processes, cluster.worker_pids["b"]
         with cluster.http.stream("POST", COMPLETIONS, json={**LONG, "max_tokens": 300}) as reply:
             stream = events(reply)
             assert next(stream)
-            processes = cluster.processes
-            with paused(cluster.worker_pids["b"]):  # The request must not finish before the check.
+            with paused(b):  # The request must not finish before the check.
                 end(cluster, how)
                 eventually(lambda: cluster.http.get("/health").status_code == 503, 60.0, "draining")
             assert list(stream)[-1] == "[DONE]"
@@ -119,9 +120,11 @@ def end(cluster: Cluster, how: str) -> None:
 
 def test_a_second_signal_ends_requests_too(line: CommandLine) -> None:
     with line.cluster("good.gguf") as cluster:
+        b = cluster.worker_pids["b"]
         with cluster.http.stream("POST", COMPLETIONS, json=LONG) as reply:
             stream = events(reply)
             assert next(stream)
+            os.kill(b, signal.SIGSTOP)  # The request must not finish before the second signal.
             end(cluster, "Ctrl-C")
             eventually(lambda: cluster.http.get("/health").status_code == 503, 60.0, "draining")
             end(cluster, "Ctrl-C")

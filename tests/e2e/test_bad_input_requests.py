@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from support.clusters.command_line import Cluster, CommandLine, command_line, eventually
+from support.clusters.command_line import Cluster, CommandLine, command_line, eventually, paused
 from support.models.hostile_models import tiny
 
 CONTEXT = 2048
@@ -139,9 +140,9 @@ def test_others_are_answered_while_a_template_loops_for_ever(
         assert not loops.done()
         chat = pool.submit(cluster.http.post, CHAT, json=said("hello"))
         assert answers == [undisturbed] * 5
-        error = error_of(loops.result(60.0))
-        assert "the model's chat template was stopped" in error["message"]
-        assert loops.result().status_code == 400
+        stopped = loops.result(60.0)  # 400 if its processor time is spent, and 504 if a busy machine gave it less.
+        assert stopped.status_code in (400, 504), stopped.text
+        assert "the model's chat template was stopped" in error_of(stopped)["message"]
         assert chat.result(60.0).status_code == 200
 
 
@@ -174,7 +175,16 @@ def test_a_client_that_disconnects_frees_its_memory(cluster: Cluster) -> None:
 
 
 def test_a_client_that_disconnects_while_it_waits_for_everything_frees_its_memory(cluster: Cluster) -> None:
-    with pytest.raises(httpx.ReadTimeout):
-        cluster.http.post(COMPLETIONS, json={**LONG, "stream": False}, timeout=0.2)
+    aborted = cluster.metric('llamaclust_requests_total{finish_reason="abort"}')
+    host, _, port = cluster.api.removeprefix("http://").rpartition(":")
+    body = json.dumps({**LONG, "stream": False}).encode()
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+    with (
+        paused(cluster.worker_pids["b"]),  # The request must not finish before its client disconnects.
+        socket.create_connection((host, int(port)), timeout=10.0) as connection,
+    ):
+        connection.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        eventually(lambda: cluster.status["requests"]["running"] == 1, 60.0, "a running request")
+    eventually(lambda: cluster.status["requests"] == {"running": 0, "waiting": 0}, 60.0, "no requests")
     eventually(lambda: cluster.metric('llamaclust_kv_blocks{state="used"}') == 0, 60.0, "free KV memory")
-    assert cluster.status["requests"] == {"running": 0, "waiting": 0}
+    assert cluster.metric('llamaclust_requests_total{finish_reason="abort"}') == aborted + 1

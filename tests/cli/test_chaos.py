@@ -46,7 +46,15 @@ def cluster(line: CommandLine) -> Iterator[Cluster]:
 def is_undisturbed(cluster: Cluster) -> bool:
     """Returns whether no worker is drained and no process is stopped."""
     drained = any(worker["drained"] for worker in cluster.status["workers"])
-    return not drained and not any(process.status() == psutil.STATUS_STOPPED for process in cluster.processes)
+    return not drained and not any(map(is_stopped, cluster.processes))
+
+
+def is_stopped(process: psutil.Process) -> bool:
+    """Returns whether a process is stopped; one that has just ended is not."""
+    try:
+        return bool(process.status() == psutil.STATUS_STOPPED)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def run_here(line: CommandLine, monkeypatch: pytest.MonkeyPatch, *words: str) -> object:

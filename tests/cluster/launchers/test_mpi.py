@@ -66,6 +66,14 @@ def family(command: Running) -> list[psutil.Process]:
     return psutil.Process(command.process.pid).children(recursive=True)
 
 
+def words_of(process: psutil.Process) -> str:
+    """Returns the command line and environment; empty for a process that has just ended."""
+    try:
+        return f"{process.cmdline()} {process.environ()}"
+    except psutil.Error:
+        return ""
+
+
 def rank_of(worker: int) -> psutil.Process:
     """Returns the process that started a worker."""
     parent = psutil.Process(worker).parent()
@@ -90,7 +98,7 @@ def test_three_ranks_give_the_single_workers_bits(line: CommandLine, model: Path
         started = [psutil.Process(pid) for pid in (cluster.pid, *workers.values())]
         assert not [name for process in started for name in process.environ() if OF_MPI.match(name)]
         secret = token_file(line).read_text().strip().rpartition(".")[2]
-        assert not [one for one in family(command) if secret in f"{one.cmdline()} {one.environ()}"]
+        assert not [one for one in family(command) if secret in words_of(one)]
         before = [sum(rank.cpu_times()[:2]) for rank in ranks]
         os.kill(workers["b"], signal.SIGKILL)
         assert answers(cluster) == undisturbed

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
@@ -103,10 +103,11 @@ class Running:
         found: dict[str, psutil.Process] = {}
 
         def there() -> bool:
-            children = [(child, child.cmdline()) for child in psutil.Process(self.process.pid).children()]
-            found.update(
-                (words[words.index("--name") + 1], child) for child, words in children if "llamaclust.worker" in words
-            )
+            for child in psutil.Process(self.process.pid).children():
+                with suppress(psutil.Error):  # A process that has just ended.
+                    words = child.cmdline()
+                    if "llamaclust.worker" in words:
+                        found[words[words.index("--name") + 1]] = child
             return len(found) == count
 
         eventually(there, _START_S, f"{count} workers")
@@ -321,4 +322,5 @@ def paused(pid: int) -> Iterator[None]:
     try:
         yield
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with suppress(ProcessLookupError):  # The cluster may have replaced it.
+            os.kill(pid, signal.SIGCONT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +24,7 @@ class Behaviour:
     ranges_asked: list[str | None] = field(default_factory=list)
     requests: int = 0
     drips: int = 0  # so many answers never come to the end of their headers
+    at_drip: Callable[[], None] = lambda: None  # is called once in each of these answers
     connections: set[tuple[str, int]] = field(default_factory=set)
     answers: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)  # instead of a file's bytes
     seen: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Authorization
@@ -74,6 +75,7 @@ class Handler(BaseHTTPRequestHandler):
         """Sends header lines until the other side closes the connection."""
         self.close_connection = True
         self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        self.behaviour.at_drip()
         while True:
             try:
                 self.wfile.write(b"X-More: to come\r\n")

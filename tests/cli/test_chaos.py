@@ -27,6 +27,7 @@ OF_WORKERS = ("--faults", "kill,stop,drain")
 DRAIN_AND_KILLS = 2604  # drain a, SIGKILL b, SIGSTOP b, ...
 LONG_STOP = 660  # SIGSTOP a for 8.4 s
 COORDINATOR = 165  # SIGKILL of the coordinator after 0.5 s, while a standby waits
+SILENCE_AND_FAILS = 399  # silence of a, failing steps of b within 1.5 s
 FULL_DISK = 7312  # a full disk for 2.3 s, after a SIGSTOP of the coordinator
 
 
@@ -186,10 +187,12 @@ def test_faults_within_workers_change_no_answer(line: CommandLine) -> None:
     workers = named("a", "b", "c")
     with line.cluster("good.gguf", context_length=256, objective="throughput", workers=workers) as cluster:
         before = cluster.answer()
-        done = line.start("chaos", "--faults", "fails,mute", "--seed", "5", "--minutes", "0.15").wait(150)
+        words = ("--faults", "fails,mute", "--seed", str(SILENCE_AND_FAILS), "--minutes", "0.15")
+        done = line.start("chaos", *words).wait(150)
         assert done.code == 0, (done.out, done.err)
         assert done.out.startswith("nothing lost, nothing changed: "), done.out
-        assert "failing steps " in done.err and "silence " in done.err
+        for kind in ("failing steps", "silence"):
+            assert re.search(rf"^{kind} of a worker: [1-9]", done.out, re.MULTILINE), (done.out, done.err)
         assert cluster.answer() == before
 
 

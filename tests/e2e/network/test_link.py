@@ -14,6 +14,7 @@ from support.network.link import Link, queue_commands
 RETRANSMISSION_S = 20.0  # TCP sends again within this time, after a silence of about a second.
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("round_trip_ms", "trips", "slack_ms"), [(0.5, 300, 0.4), (20.0, 15, 5.0), (100.0, 5, 5.0)])
 def test_a_delay(delaying: Box, round_trip_ms: float, trips: int, slack_ms: float) -> None:
     with conversation(delaying["a"], delaying["b"]) as talk:
@@ -25,18 +26,21 @@ def test_a_delay(delaying: Box, round_trip_ms: float, trips: int, slack_ms: floa
         assert talk.round_trip_ms(100) < 0.4
 
 
+@pytest.mark.alone
 def test_one_host_s_link_alone(delaying: Box) -> None:
     delaying.set_link(Link(delay_s=0.03), "b")
     with conversation(delaying["a"], delaying["b"]) as talk:
         assert 29.0 <= talk.round_trip_ms(5) <= 45.0
 
 
+@pytest.mark.alone
 def test_without_delays_the_way_is_short() -> None:
     with Box(["a", "b"]) as box, conversation(box["a"], box["b"]) as talk:
         assert talk.round_trip_ms(200) < 0.3
         assert talk.megabits_per_second(64 << 20) > 1000
 
 
+@pytest.mark.alone
 def test_a_rate(box: Box) -> None:
     with conversation(box["a"], box["b"]) as talk:
         assert talk.megabits_per_second(16 << 20) > 500
@@ -46,6 +50,7 @@ def test_a_rate(box: Box) -> None:
         assert talk.megabits_per_second(16 << 20) > 500
 
 
+@pytest.mark.alone
 def test_a_rate_beside_a_delay(delaying: Box) -> None:
     delaying.set_link(Link.of_round_trip(0.02, rate_bit_s=100_000_000))
     with conversation(delaying["a"], delaying["b"]) as talk:

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
-#include <unordered_map>
 #include <utility>
 
 #include "runtime/math.h"
+#include "sampler/backward_search.h"
 #include "sampler/random.h"
 #include "sampler/sampler.h"
 
@@ -42,20 +42,9 @@ bool is_among(const std::vector<int32_t>& ids, int32_t id) { return std::find(id
 
 // Returns the maximum length of a repetition: the number of tokens at the end of the history, after the newest breaker.
 size_t reach(const std::vector<int32_t>& newest_first, const Breakers& breakers) {
-  std::unordered_multimap<int32_t, const std::vector<int32_t>*> by_head;
-  for (const auto& sequence : breakers)
-    if (!sequence.empty()) by_head.emplace(sequence[0], &sequence);
-  if (by_head.empty()) return newest_first.size();
-  for (size_t i = 0; i < newest_first.size(); i++) {
-    size_t longest = 0;  // Length of the longest breaker that begins here, or 0.
-    for (auto [at, end] = by_head.equal_range(newest_first[i]); at != end; ++at) {
-      const std::vector<int32_t>& sequence = *at->second;
-      if (sequence.size() > i + 1 || sequence.size() <= longest) continue;
-      const auto oldest_first = newest_first.rend() - static_cast<std::ptrdiff_t>(i + 1);
-      if (std::equal(sequence.begin(), sequence.end(), oldest_first)) longest = sequence.size();
-    }
-    if (longest > 0) return i + 1 - longest;
-  }
+  BackwardSearch search(breakers);
+  for (size_t i = 0; i < newest_first.size(); i++)
+    if (const size_t longest = search.read(newest_first[i]); longest > 0) return i + 1 - longest;
   return newest_first.size();
 }
 

@@ -29,6 +29,7 @@ from llamaclust.tools.convert.quantized import KEPT_METHOD
 from llamaclust.tools.convert.settings import Checkpoint
 from llamaclust.tools.convert.stream import OUTPUT_TYPES, OnProgress, Output, write_pieces
 from llamaclust.tools.convert.vocabularies.reading import NAMES
+from llamaclust.tools.convert.vocabularies.templates import MORE_TEMPLATES
 
 _NAMES: Final = (WEIGHTS, "adapter_model.bin")
 _SAVED: Final = re.compile(r"(?P<module>.*?)(\.modules_to_save(\.default)?|\.original_module)?\.(?P<kind>weight|bias)")
@@ -95,6 +96,9 @@ def _write_folder(
         made.append(weights)
         files.check_unchanged()
         for name, source in _copied(whole.vocabulary, base).items():
+            if not (out / name).parent.exists():
+                made.append((out / name).parent)
+                made[-1].mkdir()
             made.append(out / name)
             shutil.copyfile(source, made[-1])
         torch_type = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[type_name]
@@ -103,8 +107,11 @@ def _write_folder(
         made.append(out / CONFIG)
         made[-1].write_text(json.dumps(values, indent=2) + "\n")
     except BaseException:
-        for path in made:
-            path.unlink(missing_ok=True)
+        for path in reversed(made):
+            if path.is_dir():
+                path.rmdir()
+            else:
+                path.unlink(missing_ok=True)
         if created and not any(out.iterdir()):
             out.rmdir()
         raise
@@ -114,7 +121,12 @@ def _write_folder(
 def _copied(vocabulary: Path, base: Path) -> dict[str, Path]:
     """Returns the files to copy, by name. Settings that the tokenizer's folder lacks are those of the base."""
     settings = {name: place / name for place in (base, vocabulary) for name in _SETTINGS if (place / name).is_file()}
-    return _tokenizer_files(vocabulary) | settings
+    templates = {
+        f"{MORE_TEMPLATES}/{path.name}": path
+        for place in (base, vocabulary)
+        for path in (place / MORE_TEMPLATES).glob("*.jinja")
+    }
+    return _tokenizer_files(vocabulary) | settings | templates
 
 
 def _write_weights(tensors: Mapping[str, Lazy], path: Path, type_name: str, on_progress: OnProgress) -> None:

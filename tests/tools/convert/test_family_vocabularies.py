@@ -96,7 +96,7 @@ def test_roles_of_tokens_of_glm_4_5(tmp_path: Path) -> None:
     }
     tokenizer = load_tokenizer(words.metadata())
     assert {317, 322, 323} <= tokenizer.end_of_generation and not tokenizer.add_bos
-    assert words.template == "[gMASK]<sop>"
+    assert words.templates == {"default": "[gMASK]<sop>"}
 
 
 def gemma4(rows: int = 600) -> tuple[dict[str, Any], list[str]]:

@@ -16,6 +16,7 @@ from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.tools.convert.conversion import convert
 from llamaclust.tools.convert.formats.opening import Hints
 from llamaclust.tools.convert.merging import merge_adapter
+from llamaclust.tools.convert.vocabularies.templates import MORE_TEMPLATES
 from support.models.checkpoint_files import safetensors_bytes, write_hugging_face, write_torch
 from support.models.checkpoints.shapes import HEAD, HIDDEN, INNER, KV_HEADS, WORDS
 from support.models.random_checkpoints import checkpoint, values
@@ -115,6 +116,17 @@ def test_a_given_tokenizer_replaces_the_others(name: str, tmp_path: Path) -> Non
     for out in ("out.gguf", "merged"):
         merge(tmp_path, one, out, given)
     assert (tmp_path / "merged" / "tokenizer.json").read_text() == tokenizer_json()
+
+
+def test_named_templates_are_in_the_merged_folder(tmp_path: Path) -> None:
+    base(tmp_path / "base")
+    one = adapter(tmp_path / "a", factors("mlp.up_proj", INNER, HIDDEN))
+    texts = {"chat_template.jinja": "{{ 1 }}", f"{MORE_TEMPLATES}/rag.jinja": "{{ 2 }}"}
+    (tmp_path / "base" / MORE_TEMPLATES).mkdir()
+    for name, text in texts.items():
+        (tmp_path / "base" / name).write_text(text)
+    merged = merge(tmp_path, one, "merged")
+    assert {name: (merged / name).read_text() for name in texts} == texts
 
 
 @pytest.mark.parametrize("given", [None, "none.json"])

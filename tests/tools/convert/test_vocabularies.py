@@ -197,13 +197,29 @@ def test_added_words_ends_and_template_of_a_folder(tmp_path: Path) -> None:
     assert words.texts[320:323] == ["<|tool|>", "<word>", "[PAD322]"] and len(words.texts) == 330
     assert [int(kind) for kind in words.types[320:323]] == [3, 4, 5]
     assert (words.ids["eos"], words.ids["eot"], words.ids["bos"]) == (319, 320, 317)
-    assert words.template == "{{ 1 }}"
+    assert words.templates == {"default": "{{ 1 }}"}
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [319, 321, 320]}))
     ids = read(tmp_path, 330).ids
     assert (ids["eos"], ids["eot"], ids["eom"]) == (319, 320, 321)
     assert not read(tmp_path, 330).notes
     (tmp_path / "chat_template.jinja").write_text("{{ 2 }}")
-    assert read(tmp_path, 330).template == "{{ 2 }}"
+    assert read(tmp_path, 330).templates == {"default": "{{ 2 }}"}
+
+
+def test_named_templates_of_a_folder_are_written(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json())
+    stated = {"default": "{{ 1 }}", "tool_use": "{{ 2 }}", "rag": "{{ 3 }}", "no name": "{{ 4 }}"}
+    listed = [{"name": name, "template": text} for name, text in stated.items()]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": listed}))
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("{{ 5 }}")
+    found = {key: value for key, value in read(tmp_path, 330).metadata().items() if "chat_template" in key}
+    assert found.pop("tokenizer.chat_templates") == ["tool_use", "rag"]
+    assert found == {
+        "tokenizer.chat_template": "{{ 1 }}",
+        "tokenizer.chat_template.tool_use": "{{ 2 }}",
+        "tokenizer.chat_template.rag": "{{ 5 }}",
+    }
 
 
 UNMARKED = {

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.core.regular_file import decode_text
 from llamaclust.model.checkpoints.json_file import read_json
 from llamaclust.model.checkpoints.source_file import SourceFile
 from llamaclust.tools.convert.formats.source_files import SourceFiles
 from llamaclust.tools.convert.vocabularies.ranks import is_ranks, read_ranks, read_tekken
 from llamaclust.tools.convert.vocabularies.sentence_piece import read_llama2c_words, read_sentence_piece
+from llamaclust.tools.convert.vocabularies.templates import read_templates
 from llamaclust.tools.convert.vocabularies.tokenizer_json import read_tokenizer_json
 from llamaclust.tools.convert.vocabularies.words import Words
 
@@ -25,7 +25,6 @@ _PARTS: Final = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator
 """Maps Hugging Face's names for roles of special tokens to GGUF's names. The spelling "seperator" is GGUF's."""
 _ENDS: Final = ("eot", "eom")
 _NUMBER: Final = re.compile("[0-9]{1,9}")
-_MAX_TEMPLATE_BYTES: Final = 1 << 22
 
 
 def read_words(
@@ -93,7 +92,7 @@ def _read_special(words: Words, folder: Path, config: dict[str, Any], rows: int)
         words.flags.setdefault("add_bos_token", False)
     if isinstance(stated.get("add_prefix_space"), bool) and words.kind == "llama":
         words.flags["add_space_prefix"] = stated["add_prefix_space"]
-    words.template = _template(folder, stated) or words.template
+    words.templates |= read_templates(folder, stated)
 
 
 def _read_parts(words: Words, stated: dict[str, Any], named: dict[str, Any], config: dict[str, Any]) -> None:
@@ -125,21 +124,3 @@ def _read_ends(words: Words, config: dict[str, Any], rows: int) -> None:
 def _content(entry: Any) -> str | None:
     found = entry.get("content") if isinstance(entry, dict) else entry
     return found if isinstance(found, str) else None
-
-
-def _template(folder: Path, stated: dict[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        if path.stat().st_size > _MAX_TEMPLATE_BYTES:
-            raise ModelFileError(f"{path}: the template has {path.stat().st_size >> 20} MiB, which is too large")
-        try:
-            return decode_text(path.read_bytes())
-        except OSError as error:
-            raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise ModelFileError(f"{path}: {error}") from None
-    template = stated.get("chat_template") or _json(folder / "chat_template.json").get("chat_template")
-    if isinstance(template, list):
-        defaults = [variant for variant in template if isinstance(variant, dict) and variant.get("name") == "default"]
-        template = defaults[-1].get("template") if defaults else None
-    return template if isinstance(template, str) else None

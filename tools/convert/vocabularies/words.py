@@ -11,8 +11,10 @@ from llamaclust.model.gguf.values import shown
 from llamaclust.model.gguf.writer import WritableValue
 from llamaclust.model.tokenizers.vocabulary import END_OF_GENERATION_TEXTS, SUPPRESSED, TokenType, key
 from llamaclust.tools.convert.settings import MAX_WORDS
+from llamaclust.tools.convert.vocabularies.templates import DEFAULT
 
 ADDED_SCORE: Final = -1000.0
+_TEMPLATE: Final = "tokenizer.chat_template"
 _PADDING_SCORE: Final = -10000.0
 _MOST_NAMED: Final = 8
 _FREE_ROWS: Final = 256
@@ -38,7 +40,8 @@ class Words:
     """Ids of tokens, other than EOS, that end an answer. Some of these tokens may have no role."""
     suppressed: tuple[int, ...] = ()
     """Ids of tokens that are never generated."""
-    template: str | None = None
+    templates: dict[str, str] = field(default_factory=dict)
+    """Chat templates by name. The name of a model's only template is `default`."""
     charsmap: bytes = b""
 
     def add(self, token_id: int, text: str, special: bool) -> None:
@@ -102,8 +105,12 @@ class Words:
         found |= {key(name): value for name, value in self.flags.items()}
         if self.suppressed:
             found[key(SUPPRESSED)] = np.array(self.suppressed, np.int32)
-        if self.template is not None:
-            found["tokenizer.chat_template"] = self.template
+        others = [name for name in self.templates if name != DEFAULT]
+        found |= {f"{_TEMPLATE}.{name}": self.templates[name] for name in others}
+        if DEFAULT in self.templates:
+            found[_TEMPLATE] = self.templates[DEFAULT]
+        if others:
+            found["tokenizer.chat_templates"] = others
         return found
 
     def _append(self, text: str, kind: TokenType, score: float) -> None:

@@ -99,8 +99,7 @@ async def _until_signal(settings: WorkerSettings) -> int:
 
 
 async def _run_started_worker(settings: WorkerSettings) -> str:
-    assert settings.token_file is not None
-    token = ClusterToken.read(settings.token_file)
+    token = ClusterToken(settings.token)
     worker = Worker.open(settings)
     coordinator = Peer(settings.join, token)
     listen = settings.listen or "127.0.0.1:0"

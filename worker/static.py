@@ -160,7 +160,7 @@ class _StaticWorker:
 
     async def _run_membership(self, address: str, reached: _Reached) -> str:
         credentials = self._adopted(reached.credentials)
-        own = await OwnAddress.find(self._settings, address)
+        own = await OwnAddress.find(self._settings, reached.target)
         await self._listen(own, credentials)
         peer = Peer(reached.target, credentials, COORDINATOR, _COORDINATOR_S)
         member = Member(self._worker, credentials)

@@ -59,7 +59,7 @@ class LocalLauncher(Launcher):
 
     async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
         for settings in workers:
-            joining = replace(settings, join=join, token_file=self._run.token_file)
+            joining = replace(settings, join=join, token=self._run.token.value)
             await self._spawn(joining)
             self._watches.append(asyncio.create_task(self._watch(joining, exited)))
 

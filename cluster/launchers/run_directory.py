@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.core.errors import UsageError
 from llamaclust.wire.security.token import ClusterToken
 from llamaclust.worker.groups.listener import SOCKET_ENDING
 
@@ -18,15 +18,10 @@ _PREFIX = "llamaclust-"
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """The directory with the sockets and the token of a local cluster. It has mode 0700, and is removed when the
-    cluster ends."""
+    """The directory with the sockets of a local cluster. It has mode 0700, and is removed when the cluster ends."""
 
     path: Path
     token: ClusterToken
-
-    @property
-    def token_file(self) -> Path:
-        return self.path / "token"
 
     @property
     def coordinator(self) -> str:
@@ -51,18 +46,10 @@ def run_directory(parent: Path) -> Iterator[RunDirectory]:
     else:
         path.mkdir(mode=0o700)
     try:
-        yield RunDirectory(path, _new_token(path / "token"))
+        yield RunDirectory(path, ClusterToken.create())
     finally:
         shutil.rmtree(path, ignore_errors=True)
         _clear(place)
-
-
-def _new_token(path: Path) -> ClusterToken:
-    try:
-        return ClusterToken.create(path)
-    except OSError as error:
-        what = f"{path}: cannot be written: {error.strerror}"
-        raise LlamaclustError(f"{what}; free disk space, or set `state_dir:` or LLAMACLUST_STATE_DIR") from error
 
 
 def _clear(place: Path) -> None:

@@ -28,8 +28,13 @@ class FileLock:
         """Takes the lock if its holder has ended, or returns False. Deleting the lock file does not release it."""
         if self._awaited is None:
             self._awaited = self._open()
-        if not take_lock(self._awaited):
-            return False
+        try:
+            if not take_lock(self._awaited):
+                return False
+        except OSError:  # For example because a file server has lost the file.
+            os.close(self._awaited)
+            self._awaited = None
+            raise
         descriptor, self._awaited = self._awaited, None
         return self._has_taken(descriptor)
 

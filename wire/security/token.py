@@ -1,4 +1,4 @@
-"""Shared secrets in files of mode 0600: the token of a cluster on one machine, and join tokens for several machines."""
+"""Shared secrets: the token of a cluster on one machine, and join tokens in files of mode 0600."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 from llamaclust.core.errors import UsageError
 from llamaclust.core.regular_file import decode_text, open_regular
 
-_LEAST_CHARACTERS = 32
 _MOST_CHARACTERS = 1024
 _MOST_BYTES = 2 * _MOST_CHARACTERS + 2  # UTF-16 has two bytes for each character, and begins with a mark of two bytes.
 _JOIN_TOKEN = re.compile(r"lc1\.([0-9a-f]{64})\.([A-Za-z0-9_-]{32,128})")
@@ -24,19 +23,8 @@ class ClusterToken:
     value: str = field(repr=False)
 
     @classmethod
-    def create(cls, path: Path) -> ClusterToken:
-        token = cls(secrets.token_urlsafe(32))
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(token.value + "\n")
-        return token
-
-    @classmethod
-    def read(cls, path: Path) -> ClusterToken:
-        value = read_private(path)
-        if not (len(value) >= _LEAST_CHARACTERS and value.isascii() and value.isprintable()):
-            raise UsageError(f"token file {path} must be one line of at least {_LEAST_CHARACTERS} printable characters")
-        return cls(value)
+    def create(cls) -> ClusterToken:
+        return cls(secrets.token_urlsafe(32))
 
     def matches(self, given: str | bytes | None) -> bool:
         shown = given.encode(errors="surrogatepass") if isinstance(given, str) else given or b""

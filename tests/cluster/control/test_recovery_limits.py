@@ -50,8 +50,8 @@ def small_memory(config: ClusterConfig, resources: planning.ClusterResources) ->
 
 async def start_by_hand(run: Recovering, name: str) -> asyncio.subprocess.Process:
     """Starts a worker without a launcher, which then joins."""
-    token_file = run.cluster.config.state_dir / run.cluster.config.name / "run" / "token"
-    settings = WorkerSettings(name=name, join=run.cluster.registry.address, token_file=token_file, threads=1)
+    token = launcher(run).credentials.value
+    settings = WorkerSettings(name=name, join=run.cluster.registry.address, token=token, threads=1)
     process = await asyncio.create_subprocess_exec(*worker_command(settings), stdin=asyncio.subprocess.PIPE)
     assert process.stdin is not None
     process.stdin.write(settings.to_json().encode())

@@ -23,7 +23,6 @@ from llamaclust.cluster.launchers.run_directory import run_directory
 from llamaclust.cluster.launchers.worker_process import describe_exit, worker_command
 from llamaclust.core.errors import UsageError
 from llamaclust.wire.rpc.server import Server
-from llamaclust.wire.security.token import ClusterToken
 from llamaclust.worker.settings import WorkerSettings
 from support.clusters.real_cluster import losses, real_cluster
 
@@ -159,7 +158,6 @@ def test_secrets_are_neither_in_the_environment_nor_on_the_command_line(
             assert cluster.run.token.value not in shown
             assert os.getsid(worker.pid) == worker.pid
             assert cluster.run.path.stat().st_mode & 0o777 == 0o700
-            assert cluster.run.token_file.stat().st_mode & 0o777 == 0o600
             log = tmp_path / "logs" / "a.log"
             assert log.stat().st_mode & 0o777 == 0o600
             assert cluster.run.token.value not in log.read_text()
@@ -173,9 +171,8 @@ def test_a_worker_of_no_launcher_ends_when_its_coordinator_is_gone(tmp_path: Pat
 
     async def run() -> tuple[int | None, str]:
         async with real_cluster(tmp_path, 1, device="reference") as cluster:
-            settings = WorkerSettings(
-                name="x", device="reference", join=cluster.registry.address, token_file=cluster.run.token_file
-            )
+            join, token = cluster.registry.address, cluster.run.token.value
+            settings = WorkerSettings(name="x", device="reference", join=join, token=token)
             process = await asyncio.create_subprocess_exec(
                 *worker_command(settings), stdin=subprocess.PIPE, stderr=subprocess.PIPE
             )
@@ -196,7 +193,7 @@ def test_a_worker_of_no_launcher_ends_when_its_coordinator_is_gone(tmp_path: Pat
 
 
 def without_coordinator(folder: Path, **more: Any) -> WorkerSettings:
-    return WorkerSettings(name="x", join=f"unix:{folder}/absent.sock", token_file=folder / "token", **more)
+    return WorkerSettings(name="x", join=f"unix:{folder}/absent.sock", token="t" * 40, **more)
 
 
 def ended(settings: WorkerSettings) -> subprocess.CompletedProcess[str]:
@@ -206,7 +203,6 @@ def ended(settings: WorkerSettings) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_worker_that_finds_no_coordinator_gives_up_by_name(tmp_path: Path) -> None:
-    ClusterToken.create(tmp_path / "token")
     done = ended(without_coordinator(tmp_path, device="reference", join_s=0.3))
     assert done.returncode == 1
     assert "joining the coordinator at unix:" in done.stderr.splitlines()[-1]
@@ -215,7 +211,6 @@ def test_a_worker_that_finds_no_coordinator_gives_up_by_name(tmp_path: Path) -> 
 
 
 def test_a_worker_whose_parent_has_gone_before_it_looks_does_not_start(tmp_path: Path) -> None:
-    ClusterToken.create(tmp_path / "token")
     done = ended(without_coordinator(tmp_path, parent_pid=1))
     assert done.returncode == 1
     assert "the process that started this worker (pid 1) has ended" in done.stderr

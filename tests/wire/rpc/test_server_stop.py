@@ -20,7 +20,7 @@ from llamaclust.wire.security.token import ClusterToken
 def test_a_stream_that_is_used_after_its_server_has_stopped_ends_quietly(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, use: str
 ) -> None:
-    token = ClusterToken.create(tmp_path / "token")
+    token = ClusterToken.create()
     ended: list[str] = []
     tasks: list[asyncio.Task[None] | None] = []
 
@@ -58,7 +58,7 @@ def test_a_stream_that_is_used_after_its_server_has_stopped_ends_quietly(
 @pytest.mark.parametrize("steps", range(6))
 def test_a_start_that_is_cancelled_ends_quietly(tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int) -> None:
     async def run() -> None:
-        token = ClusterToken.create(tmp_path / "token")
+        token = ClusterToken.create()
         starting = asyncio.create_task(Server.start(f"unix:{tmp_path}/s.sock", token, {}))
         for _ in range(steps):
             await asyncio.sleep(0)
@@ -77,7 +77,7 @@ def test_a_start_that_is_cancelled_ends_quietly(tmp_path: Path, caplog: pytest.L
 def test_an_event_loop_that_ends_with_its_server_says_nothing_of_open_streams(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, does: str, count: int
 ) -> None:
-    token, ended = ClusterToken.create(tmp_path / "token"), list[str]()
+    token, ended = ClusterToken.create(), list[str]()
 
     async def handler(stream: ServerStream) -> None:
         await stream.accept()

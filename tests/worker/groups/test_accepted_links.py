@@ -212,10 +212,10 @@ async def test_the_port_moves_with_the_address(monkeypatch: pytest.MonkeyPatch) 
 
 
 async def test_a_local_worker_has_a_socket_beside_that_of_its_stages(tmp_path: Path) -> None:
-    token = ClusterToken.create(tmp_path / "token")
+    token = ClusterToken.create()
     async with Registry(f"unix:{tmp_path}/c.sock", token, lambda name: "", JoinSettings(5.0)) as coordinator:
         join, listen = coordinator.address, f"unix:{tmp_path}/w0.sock"
-        settings = replace(SETTINGS, join=join, listen=listen, static=False, token_file=tmp_path / "token")
+        settings = replace(SETTINGS, join=join, listen=listen, static=False, token=token.value)
         worker = asyncio.create_task(_run_started_worker(settings))
         await until(lambda: "a" in coordinator.workers)
         assert joined(coordinator).link_address == f"unix:{tmp_path}/w0.sock.l" and (tmp_path / "w0.sock.l").is_socket()

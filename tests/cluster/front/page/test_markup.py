@@ -69,9 +69,13 @@ BLOCKS: dict[str, list[str]] = {
     "```py\nx = 1\n\ny": ["code"],
     "~~~\n```\n~~~\nafter": ["code", "paragraph"],
     "- a\n- b\n  - c\n\n1. d": ["list", "list"],
+    "- a\n\n\n- b\n\n\n  c\n\n\nd": ["list", "paragraph"],
     "> a\nb\n\nc": ["quote", "paragraph"],
     "| a | b |\n|:--|--:|\n| 1 | 2 |\ntext": ["table", "paragraph"],
     "a | b": ["paragraph"],
+}
+CODE_OF: dict[str, list[str]] = {
+    "1. Create:\n\n   ```py\n   import os\n\n\n   def a():\n   ```\n2. Run.\n\nEnd": ["import os\n\n\ndef a():"],
 }
 BOMBS: tuple[str, ...] = (
     "*a " * 60_000,
@@ -140,6 +144,16 @@ async def test_markdown_is_read_as_written(seen: Opened) -> None:
       return texts.map((text) => parseBlocks(text).map(({ kind }) => kind));
     }"""
     assert await seen.page.evaluate(blocks, [*BLOCKS]) == [*BLOCKS.values()]
+
+
+async def test_code_keeps_its_lines_as_written(seen: Opened) -> None:
+    code = """async (texts) => {
+      const { parseBlocks } = await import("/browser/text/blocks.js");
+      const inner = ({ kind, text, items = [], blocks = [] }) =>
+        kind === "code" ? text : [...items.flat(), ...blocks].flatMap(inner);
+      return texts.map((text) => parseBlocks(text).flatMap(inner));
+    }"""
+    assert await seen.page.evaluate(code, [*CODE_OF]) == [*CODE_OF.values()]
 
 
 async def test_hostile_markdown_takes_bounded_time(seen: Opened) -> None:

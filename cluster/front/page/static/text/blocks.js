@@ -79,8 +79,9 @@ function readList(lines, at, depth) {
     end = itemEnd(lines, start, indent);
     const width = item[1].length + item[2].length + 1;
     const rest = lines.slice(start + 1, end).map((line) => line.slice(Math.min(width, Math.max(0, line.search(/\S|$/)))));
-    isLoose ||= rest.slice(0, -1).some((line) => line.trim() === "");
-    items.push(parseBlocks([item[3] ?? "", ...rest].join("\n"), depth + 1));
+    const text = [item[3] ?? "", ...rest].join("\n");
+    isLoose ||= /\n\s*\n/.test(text.trimEnd());
+    items.push(parseBlocks(text, depth + 1));
   }
   return [{ kind: "list", ordered, start: ordered ? Number.parseInt(lines[at], 10) : 1, isLoose, items }, end];
 }
@@ -89,14 +90,13 @@ function readList(lines, at, depth) {
 function itemEnd(lines, at, indent) {
   let end = at + 1;
   while (end < lines.length) {
-    const line = lines[end];
-    const isBlank = line.trim() === "";
-    if (isBlank && (lines[end + 1] ?? "").search(/\S/) <= indent) {
-      const next = ITEM.exec(lines[end + 1] ?? "");
-      return next && next[1].length === indent ? end + 1 : end;
-    }
-    if (!isBlank && line.search(/\S/) <= indent + 1 && startsBlock(line)) return end;
-    end++;
+    let next = end;
+    while (next < lines.length && lines[next].trim() === "") next++;
+    const line = lines[next] ?? "";
+    const depth = line.search(/\S/);
+    if (next > end && depth <= indent) return ITEM.exec(line)?.[1].length === indent ? next : end;
+    if (depth <= indent + 1 && startsBlock(line)) return next;
+    end = next + 1;
   }
   return end;
 }

@@ -76,6 +76,9 @@ BLOCKS: dict[str, list[str]] = {
 }
 CODE_OF: dict[str, list[str]] = {
     "1. Create:\n\n   ```py\n   import os\n\n\n   def a():\n   ```\n2. Run.\n\nEnd": ["import os\n\n\ndef a():"],
+    "```make\nall:\n\tcc a\tb\n```": ["all:\n\tcc a\tb"],
+    "1. Makefile:\n   ```make\n   all:\n   \tcc\n   ```\n\n> ```\n> \tcc\n> ```": ["all:\n\tcc", "\tcc"],
+    "- a\n\t- b\n\n\t\t```\n\t\tall:\n\t\t\tcc\n\t\t```\t\n\tc": ["all:\n\tcc"],
 }
 BOMBS: tuple[str, ...] = (
     "*a " * 60_000,

@@ -9,10 +9,12 @@ const ITEM = /^( {0,12})([-*+]|\d{1,9}[.)])(?:[ \t]+(.*)|)$/;
 const QUOTE = /^ {0,3}> ?(.*)$/;
 const ALIGNED = /^\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?$/; // of a trimmed line, or it would take quadratic time
 const DEPTH = 8;
+const TAB = 4; // columns
 
 /** The blocks of a text. Each has the `source` lines it was read from. */
 export function parseBlocks(text, depth = 0) {
-  const lines = text.replaceAll("\r\n", "\n").replaceAll("\t", "    ").split("\n");
+  const raw = text.replaceAll("\r\n", "\n").split("\n");
+  const lines = raw.map((line) => line.replace(/^[ \t]+/, (indent) => indent.replaceAll("\t", " ".repeat(TAB))));
   const blocks = [];
   let at = 0;
   while (at < lines.length) {
@@ -20,21 +22,22 @@ export function parseBlocks(text, depth = 0) {
       at++;
       continue;
     }
-    const [block, end] = readBlock(lines, at, depth);
-    blocks.push({ ...block, source: lines.slice(at, end).join("\n") });
+    const [block, end] = readBlock(lines, raw, at, depth);
+    blocks.push({ ...block, source: raw.slice(at, end).join("\n") });
     at = end;
   }
   return blocks;
 }
 
-function readBlock(lines, at, depth) {
+/** `raw`: the lines before the tabs of their indents became spaces. */
+function readBlock(lines, raw, at, depth) {
   const line = lines[at];
-  if (FENCE.test(line)) return readFence(lines, at);
+  if (FENCE.test(line)) return readFence(lines, raw, at);
   const heading = HEADING.exec(line);
   if (heading) return [{ kind: "heading", level: heading[1].length, children: parseInline(unclosed(heading[2])) }, at + 1];
   if (RULE.test(line)) return [{ kind: "rule" }, at + 1];
   if (depth < DEPTH && QUOTE.test(line)) return readQuote(lines, at, depth);
-  if (depth < DEPTH && ITEM.test(line)) return readList(lines, at, depth);
+  if (depth < DEPTH && ITEM.test(line)) return readList(lines, raw, at, depth);
   if (isTable(lines, at)) return readTable(lines, at);
   return readParagraph(lines, at, depth);
 }
@@ -46,15 +49,23 @@ function unclosed(text) {
   return end === 0 || text[end - 1] === " " ? text.slice(0, end).trimEnd() : text.trimEnd();
 }
 
-function readFence(lines, at) {
+function readFence(lines, raw, at) {
   const [, fence, info] = FENCE.exec(lines[at]);
   const indent = lines[at].search(/\S/);
-  const closing = new RegExp(`^ {0,3}\\${fence[0]}{${fence.length},}[ ]*$`);
+  const closing = new RegExp(`^ {0,3}\\${fence[0]}{${fence.length},}[ \\t]*$`);
   let end = at + 1;
   while (end < lines.length && !closing.test(lines[end])) end++;
-  const body = lines.slice(at + 1, end).map((line) => (line.slice(0, indent).trim() ? line : line.slice(indent)));
+  const body = raw.slice(at + 1, end).map((line) => outdented(line, indent));
   const language = info.trim().split(/\s+/)[0].slice(0, 40);
   return [{ kind: "code", language, text: body.join("\n") }, Math.min(end + 1, lines.length)];
+}
+
+/** A line without so many columns of its indent. */
+function outdented(line, width) {
+  let at = 0;
+  let column = 0;
+  for (; column < width && /[ \t]/.test(line[at]); at++) column += line[at] === "\t" ? TAB : 1;
+  return " ".repeat(Math.max(0, column - width)) + line.slice(at);
 }
 
 function readQuote(lines, at, depth) {
@@ -64,7 +75,7 @@ function readQuote(lines, at, depth) {
   return [{ kind: "quote", blocks: parseBlocks(inner.join("\n"), depth + 1) }, end];
 }
 
-function readList(lines, at, depth) {
+function readList(lines, raw, at, depth) {
   const isOrdered = (line) => /^\s*\d/.test(line);
   const ordered = isOrdered(lines[at]);
   const indent = ITEM.exec(lines[at])[1].length;
@@ -78,7 +89,7 @@ function readList(lines, at, depth) {
     const start = end;
     end = itemEnd(lines, start, indent);
     const width = item[1].length + item[2].length + 1;
-    const rest = lines.slice(start + 1, end).map((line) => line.slice(Math.min(width, Math.max(0, line.search(/\S|$/)))));
+    const rest = raw.slice(start + 1, end).map((line) => outdented(line, width));
     const text = [item[3] ?? "", ...rest].join("\n");
     isLoose ||= /\n\s*\n/.test(text.trimEnd());
     items.push(parseBlocks(text, depth + 1));

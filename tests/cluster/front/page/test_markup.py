@@ -61,6 +61,9 @@ TREES: dict[str, Any] = {
     "[t](https://a.example   'title') <https://b.example>": ["link", "link"],
     "unfinished **bold and `code": [],
     "a\nb": ["break"],
+    "As in [1], see the [docs](https://a.example).": ["link"],
+    "[a [b] \\] c](https://a.example) [x](y) [x]() [x](javascript:y)": ["link"],
+    "[![badge](https://a.example/b.svg)](https://a.example)": ["link"],
     "**Name**: ____________ *and*": ["strong", "emphasis"],
     "a ********** b": [],
 }
@@ -97,6 +100,8 @@ BOMBS: tuple[str, ...] = (
     "a" + "*" * 200_000,
     "a" + "~" * 200_000 + "b",
     ("[x](a" + " " * 1_990 + "b)") * 500,
+    "[" * 50_000 + "](a)" * 50_000,
+    "[" * 10_000 + "](https://a.example)" * 10_000,
 )
 
 

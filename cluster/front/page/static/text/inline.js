@@ -36,6 +36,7 @@ class InlineParser {
   #parts = [];
   #plain = "";
   #last = ""; // character of it: a string that grows is not looked into, which would copy it each time
+  #brackets = null;
   #places = new Map(); // of closing marks: the next one found, Infinity where none comes any more
 
   constructor(text, depth) {
@@ -104,19 +105,21 @@ class InlineParser {
     return true;
   }
 
-  /** `[label](address "title")`; pictures become links to them, as nothing is loaded from other hosts. */
+  /** `[label](address "title")`, as written if the address is not safe; pictures become links to them, as nothing is loaded
+   *  from other hosts. */
   #link() {
     const open = this.#at + (this.#text[this.#at] === "!" ? 1 : 0);
     if (this.#text[open] !== "[" || this.#depth >= DEPTH) return false;
-    const middle = this.#closing("](", open + 1);
-    if (middle < 0 || middle - open > 2000 || this.#text.slice(open + 1, middle).includes("\n\n")) return false;
+    this.#brackets ??= bracketsOf(this.#text);
+    const middle = this.#brackets.get(open);
+    if (middle === undefined || this.#text[middle + 1] !== "(") return false;
     const end = this.#closing(")", middle + 2) < 0 ? -1 : addressEnd(this.#text, middle + 2);
     if (end < 0) return false;
     const given = this.#text.slice(middle + 2, end).trim().replace(/\s["'(][^"']{0,500}["')]$/, "").trimEnd();
     const href = safeAddress(given.replace(/^<|>$/g, ""));
     const label = this.#text.slice(open + 1, middle);
-    if (href === null) this.#add({ kind: "text", text: `${label} (${given})` }, end + 1);
-    else this.#add({ kind: "link", href, children: this.#inner(label || given) }, end + 1);
+    if (href === null) this.#append(this.#text.slice(this.#at, end + 1), end + 1);
+    else this.#add({ kind: "link", href, children: unlinked(this.#inner(label || given)) }, end + 1);
     return true;
   }
 
@@ -215,6 +218,27 @@ class InlineParser {
     this.#plain = "";
     this.#last = "";
   }
+}
+
+/** The place of each closing bracket, by that of the one that it closes. */
+function bracketsOf(text) {
+  const pairs = new Map();
+  const open = [];
+  for (let at = 0; at < text.length; at++) {
+    if (text[at] === "\\") at++;
+    else if (text[at] === "[") open.push(at);
+    else if (text[at] === "]") pairs.set(open.pop(), at);
+  }
+  return pairs;
+}
+
+/** Parts of a link, which is not within another one. */
+function unlinked(parts) {
+  return parts.flatMap((part) => {
+    if (!part.children) return part;
+    const children = unlinked(part.children);
+    return part.kind === "link" ? children : { ...part, children };
+  });
 }
 
 /** A bare address without the punctuation of the sentence around it. */

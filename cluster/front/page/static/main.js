@@ -39,6 +39,7 @@ class Page {
 
   async start() {
     addEventListener("hashchange", () => this.#route());
+    for (const name of ["dragover", "drop"]) addEventListener(name, keepPage);
     keyChanges.addEventListener("change", () => this.#onKey());
     this.#models.addEventListener("change", () => this.#check());
     this.#route();
@@ -92,6 +93,11 @@ class Page {
       this.#key.open(apiKey() ? error.message : "");
     }
   }
+}
+
+/** A dropped file does not replace the page. */
+function keepPage(event) {
+  if (event.dataTransfer.types.includes("Files")) event.preventDefault();
 }
 
 async function health() {

@@ -122,6 +122,43 @@ async def test_other_files_and_models_of_text_take_none(browser: Browser) -> Non
         seen.check()
 
 
+COPIED = """(field, transfer) => {
+  const taken = (name) => {
+    if (name) transfer.items.add("a\\tb", name);
+    const event = new ClipboardEvent("paste", { clipboardData: transfer, cancelable: true });
+    return !field.dispatchEvent(event);
+  };
+  return ["", "text/html", "text/plain"].map(taken);
+}"""
+
+
+async def test_a_paste_with_text_is_the_browser_s(browser: Browser) -> None:
+    """Spreadsheets copy cells as text and as an image of them."""
+    async with chatting(browser, ScriptedEngine(says("Red")), vision=TinyVision()) as seen:
+        field = seen.page.get_by_label("Message", exact=True)
+        assert await field.evaluate(COPIED, await transfer(seen.page, png(1))) == [True, True, False]
+        seen.check()
+
+
+DROPPED = """([selector, transfer]) => {
+  const options = { dataTransfer: transfer, bubbles: true, cancelable: true };
+  const kept = (name) => !document.querySelector(selector).dispatchEvent(new DragEvent(name, options));
+  return ["dragover", "drop"].map(kept);
+}"""
+
+
+async def test_no_dropped_file_replaces_the_page(browser: Browser) -> None:
+    async with chatting(browser, ScriptedEngine(says("Red")), vision=TinyVision()) as seen:
+        page = seen.page
+        for place in (".head", ".history", ".talk"):
+            dropped = await transfer(page, b"%PDF", "application/pdf", "a.pdf")
+            assert await page.evaluate(DROPPED, [place, dropped]) == [True, True]
+        await page.get_by_text("a.pdf: not a PNG, JPEG, WebP, GIF or BMP file.").wait_for()
+        text = await page.evaluate_handle("() => new DataTransfer()")
+        assert await page.evaluate(DROPPED, [".talk", text]) == [False, False]
+        seen.check()
+
+
 HELD = """
 const read = FileReader.prototype.readAsDataURL;
 window.held = [];

@@ -20,7 +20,7 @@ export class Composer {
       "aria-label": "Message",
       input: () => this.#grow(),
       keydown: (event) => this.#key(event),
-      paste: (event) => this.drop(event.clipboardData) && event.preventDefault(),
+      paste: (event) => this.#images.paste(event.clipboardData) && event.preventDefault(),
     });
     this.#action = element("button", { type: "submit", class: "primary" }, "Send");
     const submit = (event) => {
@@ -55,9 +55,9 @@ export class Composer {
     this.#field.focus();
   }
 
-  /** Takes the images of a paste or drop (DataTransfer); false if it has none. */
-  drop(transfer) {
-    return this.#images.take(transfer);
+  /** Takes the files of a drop, or says why not. */
+  drop({ files }) {
+    if (files.length > 0) this.#images.add([...files]);
   }
 
   #key(event) {

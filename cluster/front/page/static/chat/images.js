@@ -31,12 +31,20 @@ export class ChosenImages {
     return this.#urls.length;
   }
 
-  /** The images of a paste or a drop; false if it has none, which is then the browser's. */
-  take(transfer) {
-    const files = [...(transfer?.files ?? [])].filter(({ type }) => type.startsWith("image/"));
-    if (files.length === 0) return false;
-    this.#add(files);
+  /** Takes the images of a paste; false if it has none, or text as well: it is then the browser's. */
+  paste({ files, types }) {
+    const images = [...files].filter(({ type }) => type.startsWith("image/"));
+    if (images.length === 0 || types.includes("text/plain")) return false;
+    this.add(images);
     return true;
+  }
+
+  /** Takes files, or says why not. */
+  add(files) {
+    const reading = this.#read(files, this.#reading).finally(() => {
+      if (this.#reading === reading) this.#reading = null;
+    });
+    this.#reading = reading;
   }
 
   /** Waits until all files are read. Returns false if one of them was not taken meanwhile: the note says why. */
@@ -55,15 +63,8 @@ export class ChosenImages {
   }
 
   #pick() {
-    this.#add([...this.#picker.files]);
+    this.add([...this.#picker.files]);
     this.#picker.value = ""; // so that the same file can be picked again
-  }
-
-  #add(files) {
-    const reading = this.#read(files, this.#reading).finally(() => {
-      if (this.#reading === reading) this.#reading = null;
-    });
-    this.#reading = reading;
   }
 
   async #read(files, before) {

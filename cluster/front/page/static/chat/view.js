@@ -44,12 +44,9 @@ export class ChatView {
       rename: (title) => this.#rename(title),
     });
     this.#answering = new Answering(history, (conversation, message) => this.#onAnswer(conversation, message));
-    const onDrop = {
-      dragover: (event) => event.dataTransfer.types.includes("Files") && event.preventDefault(),
-      drop: (event) => this.#composer.drop(event.dataTransfer) && event.preventDefault(),
-    };
+    const drop = ({ dataTransfer }) => this.#composer.drop(dataTransfer);
     const parts = [this.#bar.node, this.#scroll, this.#composer.node, this.#status];
-    const talk = element("section", { class: "talk", "aria-label": "Chat", ...onDrop }, parts);
+    const talk = element("section", { class: "talk", "aria-label": "Chat", drop }, parts);
     models.addEventListener("change", () => this.#showModel());
     this.node = element("div", { class: "chat" }, this.#list.node, talk, this.#dialog);
   }

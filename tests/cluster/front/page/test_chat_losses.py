@@ -150,6 +150,27 @@ async def test_two_tabs_lose_no_message_of_each_other(browser: Browser) -> None:
         seen.check()
 
 
+async def test_later_turns_of_another_tab_stay_in_sight(browser: Browser) -> None:
+    async with chatting(browser, ScriptedEngine(says("Yes"))) as seen:
+        page = seen.page
+        await send(page, "First")
+        await ended(page)
+        other = await page.context.new_page()
+        await other.goto(page.url)
+        await ended(other)
+        await send(other, "Second")
+        await ended(other, 2)
+        await other.get_by_text("The answer is complete.").wait_for(state="attached")
+        await page.get_by_role("button", name="Rename").click()
+        await page.get_by_label("Name of the chat").fill("Both")
+        await page.keyboard.press("Enter")
+        await page.get_by_role("button", name="Both", exact=True).wait_for()
+        await page.reload()
+        await page.locator(".message.user .text", has_text="Second").wait_for()
+        assert await answers(page) == ["Yes", "Yes"]
+        seen.check()
+
+
 async def test_a_running_answer_waits_for_the_key_of_another_tab(browser: Browser) -> None:
     engine = ScriptedEngine(says("Whole"))
     async with serving(make_app(engine, api_keys=("first-key",))) as address, opened(browser, address) as seen:

@@ -71,7 +71,7 @@ export class History {
     await this.#try("readwrite", (store) => done(store.delete(id)));
   }
 
-  /** Messages that another tab added meanwhile stay, and its later name and the answers of which it has more;
+  /** Messages that another tab added meanwhile stay as chosen there, and its later name and the answers of which it has more;
    *  `conversation` gets the latter two as well. */
   async #put(conversation, isNew) {
     const store = this.#store("readwrite");
@@ -88,8 +88,11 @@ export class History {
       const { title, isNamed, namedAt } = before;
       Object.assign(conversation, { title, isNamed, namedAt });
     }
+    const chosen = { ...before?.chosen, ...conversation.chosen };
+    const updated = Math.max(before?.updated ?? 0, conversation.updated);
     const isRunning = Object.values(messages).some(({ state }) => state === State.STREAMING);
-    store.put({ ...conversation, messages, running: isRunning ? 1 : undefined }); // the index leaves out undefined
+    const running = isRunning ? 1 : undefined;
+    store.put({ ...conversation, messages, chosen, updated, running }); // the index leaves out undefined
     await committed(store.transaction);
   }
 

@@ -18,6 +18,11 @@ export function button(label, action, { symbol = null, ...properties } = {}) {
   return element("button", { type: "button", click: action, ...named, ...properties }, symbol ?? label);
 }
 
+/** The key of an event, "" for one that an input method takes. Safari reports its last one as code 229 alone. */
+export function pressedKey({ key, isComposing, keyCode }) {
+  return isComposing || keyCode === 229 ? "" : key;
+}
+
 /** Replaces what an element holds. */
 export function fill(parent, ...children) {
   parent.replaceChildren(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));

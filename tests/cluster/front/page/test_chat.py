@@ -84,6 +84,35 @@ async def test_an_edited_message_is_another_branch(browser: Browser) -> None:
         seen.check()
 
 
+COMPOSED = """(field) => {
+  for (const composing of [{ isComposing: true }, { keyCode: 229 }])
+    for (const key of ["Escape", "Enter"])
+      field.dispatchEvent(new KeyboardEvent("keydown", { key, ...composing, bubbles: true, cancelable: true }));
+}"""
+
+
+async def test_keys_of_an_input_method_neither_send_nor_stop(browser: Browser) -> None:
+    engine = ScriptedEngine(says("Yes"))
+    async with chatting(browser, engine) as seen:
+        page = seen.page
+        field = page.get_by_label("Message", exact=True)
+        await field.fill("に")
+        await field.evaluate(COMPOSED)
+        assert await field.input_value() == "に"
+        engine.gate.clear()
+        await page.keyboard.press("Enter")
+        await until(lambda: engine.running == 1)
+        await field.evaluate(COMPOSED)
+        engine.gate.set()
+        await ended(page)
+        assert await answers(page) == ["Yes"]
+        await page.get_by_role("button", name="Edit").click()
+        edited = page.get_by_label("Edit the message")
+        await edited.evaluate(COMPOSED)
+        assert await edited.input_value() == "に"
+        seen.check()
+
+
 async def test_settings_go_with_the_request_and_stay(browser: Browser) -> None:
     engine = ScriptedEngine(says("Yes"))
     async with chatting(browser, engine) as seen:

@@ -1,6 +1,6 @@
 // The line above a chat: its list of chats on narrow screens, its name, its model, and files of it.
 
-import { button, element, fill } from "../dom.js";
+import { button, element, fill, pressedKey } from "../dom.js";
 import { exportText } from "./export.js";
 
 export class ChatBar {
@@ -49,7 +49,7 @@ export class ChatBar {
       maxlength: "60",
       value: this.#conversation.title,
       blur: () => end(field.value.trim()),
-      keydown: (event) => event.key === "Escape" && end(""),
+      keydown: (event) => pressedKey(event) === "Escape" && end(""),
     });
     const submit = (event) => {
       event.preventDefault();

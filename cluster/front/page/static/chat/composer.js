@@ -1,7 +1,7 @@
 // Where messages are written: Enter sends, Shift+Enter begins a line; while an answer runs, the button stops it. Images are
 // pasted or picked here.
 
-import { element } from "../dom.js";
+import { element, pressedKey } from "../dom.js";
 import { ChosenImages } from "./images.js";
 
 const MOST_ROWS_PX = 240;
@@ -61,8 +61,9 @@ export class Composer {
   }
 
   #key(event) {
-    if (event.key === "Escape" && this.#isRunning) this.stop();
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    const key = pressedKey(event);
+    if (key === "Escape" && this.#isRunning) this.stop();
+    if (key !== "Enter" || event.shiftKey) return;
     event.preventDefault();
     if (!this.#isRunning) this.#send();
   }

@@ -1,7 +1,7 @@
 // A message on the page: its text, reasoning, calls of tools, probabilities, and what can be done with it.
 
 import { copyButton } from "../copy_button.js";
-import { button, element, fill } from "../dom.js";
+import { button, element, fill, pressedKey } from "../dom.js";
 import { MarkdownView } from "../text/markdown.js";
 import { State } from "./conversation.js";
 import { imageElements } from "./images.js";
@@ -102,8 +102,9 @@ export class MessageView {
       if (field.value.trim() || this.#message.images?.length) this.#actions.edit(this.#message, field.value.trim());
     };
     const press = (event) => {
-      if (event.key === "Escape") this.update();
-      else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
+      const key = pressedKey(event);
+      if (key === "Escape") this.update();
+      else if (key === "Enter" && !event.shiftKey) send(event);
     };
     const field = element("textarea", { rows: "3", "aria-label": "Edit the message", keydown: press }, this.#message.content);
     const buttons = [element("button", { type: "submit", class: "primary" }, "Send"), button("Cancel", () => this.update())];

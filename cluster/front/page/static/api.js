@@ -3,6 +3,7 @@
 import { browserTexts, tabTexts } from "./storage.js";
 
 const KEY = "llamaclust.key";
+const SENDABLE = /^[\x21-\x7e]*$/;
 const HEAD_MS = 20_000; // the server sends the head of each reply at once, but for those that say how long they take
 export const ROOT = new URL("..", import.meta.url); // this file is in browser/
 
@@ -29,7 +30,13 @@ export function isKeyKept() {
 }
 
 export function apiKey() {
-  return tabTexts.get(KEY) ?? browserTexts.get(KEY) ?? "";
+  const key = tabTexts.get(KEY) ?? browserTexts.get(KEY) ?? "";
+  return isSendable(key) ? key : "";
+}
+
+/** Whether a key fits a header. With another one, `fetch` fails like a network. */
+export function isSendable(key) {
+  return SENDABLE.test(key);
 }
 
 /** `isKept`: for all tabs of this browser, and not for this one alone. "" forgets the key. */

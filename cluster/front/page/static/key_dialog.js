@@ -1,6 +1,6 @@
 // A form for the API key of a server that needs one.
 
-import { apiKey, isKeyKept, setApiKey } from "./api.js";
+import { apiKey, isKeyKept, isSendable, setApiKey } from "./api.js";
 import { button, element } from "./dom.js";
 
 /** A dialog that sets the key, or forgets it where the field is left empty. */
@@ -10,7 +10,12 @@ export function keyDialog() {
   const problem = element("p", { class: "error", role: "alert" });
   const set = (event) => {
     event.preventDefault();
-    setApiKey(field.value.trim(), kept.checked);
+    const key = field.value.trim();
+    if (!isSendable(key)) {
+      problem.textContent = "An API key has printable ASCII characters alone, and no spaces.";
+      return;
+    }
+    setApiKey(key, kept.checked);
     dialog.close();
   };
   const buttons = [element("button", { type: "submit", class: "primary" }, "Use"), button("Cancel", () => dialog.close())];

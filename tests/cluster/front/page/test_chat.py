@@ -236,6 +236,18 @@ async def test_the_key_is_asked_for_and_may_stay_in_the_tab(browser: Browser) ->
         assert await page.evaluate("sessionStorage.getItem('llamaclust.key')") == "first-key"
 
 
+async def test_a_key_that_no_header_carries_is_refused_or_replaced(browser: Browser) -> None:
+    app = make_app(ScriptedEngine(says("Yes")), api_keys=("first-key",))
+    kept = "localStorage.setItem('llamaclust.key', 'schlüssel–1')"
+    async with serving(app) as address, opened(browser, address, kept) as seen:
+        await seen.page.get_by_label("Key", exact=True).wait_for()
+        assert await seen.page.get_by_label("Key", exact=True).input_value() == ""
+        await use_key(seen.page, "first–key")
+        await seen.page.get_by_text("An API key has printable ASCII characters alone").wait_for()
+        await use_key(seen.page, "first-key")
+        await seen.page.get_by_text("tiny: ready").wait_for()
+
+
 async def test_a_kept_key_serves_all_tabs_and_can_be_forgotten(browser: Browser) -> None:
     app = make_app(ScriptedEngine(says("Yes")), api_keys=("first-key",))
     async with serving(app) as address, opened(browser, address) as seen:

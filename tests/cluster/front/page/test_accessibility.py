@@ -81,6 +81,34 @@ async def test_nothing_serious_is_found(browser: Browser, scheme: str) -> None:
         seen.check()
 
 
+async def test_no_form_loses_the_keyboard_s_focus(browser: Browser) -> None:
+    app = cluster_app(lambda: cluster_of("a", "b"), engine=ScriptedEngine(says("Yes")))
+    async with serving(app) as address, opened(browser, address) as seen:
+        page = seen.page
+        await page.locator("textarea:focus").wait_for()
+        await page.keyboard.type("Hi")
+        await page.keyboard.press("Enter")
+        await page.locator(".message.assistant:not(.streaming)").wait_for()
+        for opener, last in (
+            ("Rename", "Escape"),
+            ("Rename", "Enter"),
+            ("Edit", "Escape"),
+            ("Edit", "Cancel"),
+            ("With seed…", "Cancel"),
+        ):
+            await page.get_by_role("button", name=opener).focus()
+            await page.keyboard.press("Enter")
+            await page.locator(":is(input, textarea):focus:not([aria-label=Message])").wait_for()
+            if last == "Cancel":
+                await page.get_by_role("button", name=last).focus()
+            await page.keyboard.press(last.replace("Cancel", "Enter"))
+            await page.locator("button:focus", has_text=opener).wait_for()
+        await page.locator(".conversations .title").focus()
+        await page.keyboard.press("Enter")
+        await page.locator("textarea:focus").wait_for()
+        seen.check()
+
+
 async def test_the_page_is_usable_by_keys_and_on_a_narrow_screen(browser: Browser) -> None:
     app = cluster_app(lambda: cluster_of("a", "b"), engine=ScriptedEngine(says("Yes")))
     screen = {"width": 360, "height": 640}

@@ -7,6 +7,7 @@ export class ChatBar {
   #models;
   #title = element("span", { class: "chat-title" });
   #model = element("select", { "aria-label": "Model", change: () => this.#models.choose(this.#model.value) });
+  #renameButton = button("Rename", () => this.#rename(), { class: "quiet" });
   #conversation = null;
   #actions;
 
@@ -15,12 +16,11 @@ export class ChatBar {
     this.#models = models;
     this.#actions = actions;
     const list = button("Chats", () => actions.toggleList(), { class: "list-toggle" });
-    const rename = button("Rename", () => this.#rename(), { class: "quiet" });
     const saves = [
       button("Save as Markdown", () => this.#save("md", "text/markdown"), { class: "quiet", symbol: "↓ .md" }),
       button("Save for llamaclust chat", () => this.#save("json", "application/json"), { class: "quiet", symbol: "↓ .json" }),
     ];
-    this.node = element("div", { class: "bar" }, list, this.#title, rename, saves, this.#model);
+    this.node = element("div", { class: "bar" }, list, this.#title, this.#renameButton, saves, this.#model);
     models.addEventListener("change", () => this.#showModels());
     this.#showModels();
   }
@@ -44,16 +44,20 @@ export class ChatBar {
       form.replaceWith(this.#title);
       if (title) this.#actions.rename(title);
     };
+    const leave = (title) => {
+      end(title);
+      this.#renameButton.focus();
+    };
     const field = element("input", {
       "aria-label": "Name of the chat",
       maxlength: "60",
       value: this.#conversation.title,
       blur: () => end(field.value.trim()),
-      keydown: (event) => pressedKey(event) === "Escape" && end(""),
+      keydown: (event) => pressedKey(event) === "Escape" && leave(""),
     });
     const submit = (event) => {
       event.preventDefault();
-      end(field.value.trim());
+      leave(field.value.trim());
     };
     const form = element("form", { class: "chat-title", submit }, field);
     this.#title.replaceWith(form);

@@ -20,6 +20,8 @@ export class MessageView {
   #name = element("h2");
   #foot = element("footer");
   #markdown = new MarkdownView(this.#text);
+  #editButton = button("Edit", () => this.#edit());
+  #seedButton = button("With seed…", () => this.#chooseSeed());
 
   constructor(message, versions, actions, settings) {
     this.#message = message;
@@ -72,14 +74,13 @@ export class MessageView {
   }
 
   #userActions() {
-    return [button("Edit", () => this.#edit())];
+    return [this.#editButton];
   }
 
   #answerActions() {
     const copy = copyButton(() => this.#message.content);
     const again = button("Regenerate", () => this.#actions.regenerate(this.#message, -1));
-    const seeded = button("With seed…", () => this.#chooseSeed());
-    return [copy, again, seeded];
+    return [copy, again, this.#seedButton];
   }
 
   #figures() {
@@ -96,6 +97,12 @@ export class MessageView {
     return notes.filter((note) => note !== null).map((note) => element("span", { class: "note" }, note));
   }
 
+  /** Closes the form that `opener` opened. */
+  #close(opener) {
+    this.update();
+    opener.focus();
+  }
+
   #edit() {
     const send = (event) => {
       event.preventDefault();
@@ -103,11 +110,12 @@ export class MessageView {
     };
     const press = (event) => {
       const key = pressedKey(event);
-      if (key === "Escape") this.update();
+      if (key === "Escape") this.#close(this.#editButton);
       else if (key === "Enter" && !event.shiftKey) send(event);
     };
     const field = element("textarea", { rows: "3", "aria-label": "Edit the message", keydown: press }, this.#message.content);
-    const buttons = [element("button", { type: "submit", class: "primary" }, "Send"), button("Cancel", () => this.update())];
+    const cancel = button("Cancel", () => this.#close(this.#editButton));
+    const buttons = [element("button", { type: "submit", class: "primary" }, "Send"), cancel];
     fill(this.#text, element("form", { class: "edit", submit: send }, field, element("div", { class: "actions" }, buttons)));
     fill(this.#foot);
     field.focus();
@@ -122,7 +130,9 @@ export class MessageView {
     };
     const go = element("button", { type: "submit", class: "primary" }, "Regenerate");
     const label = element("label", {}, "Seed ", field);
-    fill(this.#foot, element("form", { class: "actions", submit: send }, label, go, button("Cancel", () => this.update())));
+    const cancel = button("Cancel", () => this.#close(this.#seedButton));
+    fill(this.#foot, element("form", { class: "actions", submit: send }, label, go, cancel));
+    field.focus();
     field.select();
   }
 }

@@ -79,6 +79,7 @@ export class ChatView {
   async #open(id) {
     this.#conversation = this.#answering.conversation(id) ?? (await this.#history.load(id)) ?? this.#fresh();
     await this.#show();
+    this.#composer.focus();
   }
 
   async #remove(id) {

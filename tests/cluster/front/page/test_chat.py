@@ -296,8 +296,14 @@ async def test_a_chat_is_renamed_and_saved_as_files(browser: Browser) -> None:
 
 async def test_the_chats_of_a_phone_have_the_whole_screen(browser: Browser) -> None:
     app = make_app(ScriptedEngine(says("Yes")))
-    async with serving(app) as address, opened(browser, address, viewport=PHONE) as seen:
+    async with (
+        serving(app) as address,
+        opened(browser, address, viewport=PHONE, is_mobile=True, has_touch=True) as seen,
+    ):
         page = seen.page
+        fields = page.locator("input, textarea, select")
+        sizes = await fields.evaluate_all("fields => fields.map(field => getComputedStyle(field).fontSize)")
+        assert {*sizes} == {"16px"}
         await send(page, "Hi")
         await ended(page)
         assert not await page.get_by_role("navigation", name="Chats").is_visible()

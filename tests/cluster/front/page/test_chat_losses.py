@@ -218,6 +218,27 @@ async def test_a_whole_answer_is_kept_by_a_tab_that_lost_it(browser: Browser) ->
         assert await seen.page.evaluate(kept) == ["half", "done", "done", "half", None, None, "c"]
 
 
+SAVES = """async ([body, saveMs]) => {
+  const { Answering } = await import("/browser/chat/answering.js");
+  const message = { id: "m", role: "assistant", content: "", state: "streaming", replyId: "r" };
+  let now = 0;
+  let saves = 0;
+  performance.now = () => now;
+  window.fetch = async () => new Response(body);
+  const history = { update: async () => { saves++; now += saveMs; } };
+  await new Answering(history, () => (now += 1000)).run({ id: "c", messages: { m: message } }, message, {});
+  return saves;
+}"""
+
+
+@pytest.mark.parametrize(("save_ms", "saves"), [(10, 40), (1000, 5)])
+async def test_slow_saves_of_a_growing_answer_are_rare(browser: Browser, save_ms: int, saves: int) -> None:
+    """Reads 40 parts of an answer that come once a second."""
+    body = "".join([*(chunk({"content": "a"}) for _ in range(40)), "data: [DONE]\n\n"])
+    async with chatting(browser, ScriptedEngine(says("Yes"))) as seen:
+        assert saves <= await seen.page.evaluate(SAVES, [body, save_ms]) <= saves + 1
+
+
 async def test_a_later_name_of_another_tab_stays(browser: Browser) -> None:
     named = """async () => {
       const { History } = await import("/browser/chat/history.js");

@@ -4,13 +4,14 @@ import { addEvent } from "./answer.js";
 import { State } from "./conversation.js";
 import { endReply, streamReply } from "./reply.js";
 
-const SAVE_MS = 1000;
+const SAVE_MS = 1000; // at least between two saves
+const PAUSE = 10; // times as long as a save took: each one writes the whole conversation
 
 export class Answering {
   #running = new Map(); // {stopping, conversation} by the message's id
   #history;
   #onChange;
-  #saved = 0; // when, in ms
+  #nextSave = 0; // in ms
 
   /** `onChange(conversation, message)` comes with each part of an answer, and with its end. */
   constructor(history, onChange) {
@@ -61,10 +62,14 @@ export class Answering {
     }
   }
 
-  #saveSometimes(conversation) {
-    if (Date.now() - this.#saved < SAVE_MS) return;
-    this.#saved = Date.now();
-    this.#history.update(conversation);
+  /** An answer goes on after a reload from its last event that was saved, however old that is. */
+  async #saveSometimes(conversation) {
+    const begun = performance.now();
+    if (begun < this.#nextSave) return;
+    this.#nextSave = Infinity;
+    await this.#history.update(conversation);
+    const ended = performance.now();
+    this.#nextSave = ended + Math.max(SAVE_MS, PAUSE * (ended - begun));
   }
 }
 

@@ -65,6 +65,9 @@ def test_the_cluster_file_is_one(values: Mapping[str, Any], tmp_path: Path) -> N
     config = loaded(manifests, tmp_path)
     assert named(manifests, "Service", config.name)
     assert config.launcher == launcher_of(values)
+    if config.launcher == "ray":  # `auto` would start another Ray cluster until the pod's head is up.
+        head = one(manifests, "RayCluster")["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+        assert config.ray.address == f"127.0.0.1:{head['ports'][0]['containerPort']}"
     more = sum(group["count"] for group in values.get("workers", {}).get("groups", {}).values())
     assert len(config.workers) == values.get("workers", {}).get("count", 2) + more
     assert config.api_keys_file == Path("/run/llamaclust/api-keys")

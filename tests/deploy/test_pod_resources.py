@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 import pytest
@@ -21,6 +22,19 @@ def test_no_pod_may_fill_the_disk_of_its_node(values: Mapping[str, Any]) -> None
         for container in containers(pod.spec):
             for kind in ("requests", "limits"):
                 assert container["resources"][kind]["ephemeral-storage"], (pod.owner, container["name"])
+
+
+@pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
+def test_a_volume_is_mounted_directly_below_another(values: Mapping[str, Any]) -> None:
+    """Container runtimes create folders between two mounts as root, and then the program could not write to them."""
+    for pod in pod_templates(render(values)):
+        for container in containers(pod.spec):
+            places = {PurePosixPath(mount["mountPath"]) for mount in container["volumeMounts"]}
+            below = {folder for place in places for folder in place.parents if places & {*folder.parents}}
+            assert below <= places, pod.owner
+            homes = [one["value"] for one in container.get("env", ()) if one["name"] == "LLAMACLUST_HOME"]
+            for mount in container["volumeMounts"]:
+                assert mount["name"] != "models" or mount["mountPath"] == f"{homes[0]}/models", pod.owner
 
 
 def test_ephemeral_storage_follows_from_what_is_kept() -> None:
@@ -87,7 +101,7 @@ def test_several_models_are_fetched_and_served() -> None:
     assert waiting["args"][1:] == ["sh", *sources]
     kept = {"pull": False, "volume": {"kind": "hostPath", "hostPath": "/srv"}}
     mounted = yaml.safe_load(cluster_file(render({"models": [{"model": "a.gguf"}], "model": kept})))
-    assert mounted["models"] == [{"model": "/var/lib/llamaclust/home/models/a.gguf"}] and "model" not in mounted
+    assert mounted["models"] == [{"model": "/var/lib/llamaclust/models/a.gguf"}] and "model" not in mounted
 
 
 def test_the_defaults_are_for_a_small_cluster() -> None:

@@ -202,8 +202,7 @@ def pods(manifests: tuple[Manifest, ...], tmp_path: Path, demo_model: Path) -> I
         found = []
         for name, address, spec in specs:
             pod = LocalPod(name, address, spec, manifests, tmp_path / name, services)
-            (pod.volume("data") / "home").mkdir()
-            (pod.volume("data") / "home/models").symlink_to(demo_model.parent.parent)
+            (pod.volume("data") / "models").symlink_to(demo_model.parent.parent)
             pod.prepare()
             pod.start()
             stack.callback(pod.stop)
@@ -242,8 +241,7 @@ def test_pods_wait_for_a_shared_model(tmp_path: Path, demo_model: Path) -> None:
     spec = one(manifests, "StatefulSet")["spec"]["template"]["spec"]
     pod = LocalPod("waiting", "127.0.0.1", spec, manifests, tmp_path / "pod", {})
     (wait,) = (container for container in spec["initContainers"] if container["name"] == "model")
-    (pod.volume("data") / "home").mkdir()
-    late = threading.Timer(2.0, (pod.volume("data") / "home/models").symlink_to, (demo_model.parent.parent,))
+    late = threading.Timer(2.0, (pod.volume("data") / "models").symlink_to, (demo_model.parent.parent,))
     late.start()
     begin = time.monotonic()
     pod.run(wait)

@@ -29,7 +29,7 @@ securityContext:
 
 {{- define "llamaclust.folders" -}}
 - {name: HOME, value: /tmp}
-- {name: LLAMACLUST_HOME, value: /var/lib/llamaclust/home}
+- {name: LLAMACLUST_HOME, value: /var/lib/llamaclust}
 - {name: LLAMACLUST_STATE_DIR, value: /var/lib/llamaclust/state}
 - {name: LLAMACLUST_LOG, value: {{ .Values.logFormat }}}
 {{- end }}
@@ -62,7 +62,7 @@ securityContext:
 - {name: data, mountPath: /var/lib/llamaclust}
 {{- if ne .Values.model.volume.kind "perPod" }}
 - name: models
-  mountPath: /var/lib/llamaclust/home/models
+  mountPath: /var/lib/llamaclust/models
   readOnly: true
 {{- end }}
 {{- end }}
@@ -100,7 +100,7 @@ securityContext:
 {{/* The program's model argument: the path of the file, or the name of the downloaded model. */}}
 {{- define "llamaclust.modelSource" -}}
 {{- if .root.Values.model.pull }}{{ .source }}
-{{- else }}/var/lib/llamaclust/home/models/{{ .source | trimPrefix "/" }}
+{{- else }}/var/lib/llamaclust/models/{{ .source | trimPrefix "/" }}
 {{- end }}
 {{- end }}
 
@@ -145,7 +145,7 @@ securityContext:
     - {name: tmp, mountPath: /tmp}
     - {name: data, mountPath: /var/lib/llamaclust}
     {{- if ne .Values.model.volume.kind "perPod" }}
-    - {name: models, mountPath: /var/lib/llamaclust/home/models}
+    - {name: models, mountPath: /var/lib/llamaclust/models}
     {{- end }}
 {{- end }}
 

@@ -25,7 +25,7 @@
 {{- with .Values.workers.kvDiskSize }}
 - --kv-disk={{ . }}
 {{- end }}
-- --model-dir=/var/lib/llamaclust/home/models
+- --model-dir=/var/lib/llamaclust/models
 - --ready-file=/tmp/ready
 {{- with .Values.workers.gpu }}
 {{- if .count }}

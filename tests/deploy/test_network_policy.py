@@ -52,6 +52,15 @@ def test_links_are_between_workers_alone(ports: tuple[int, int]) -> None:
     assert f"--link-port={links}" in container["args"]
 
 
+@pytest.mark.parametrize("name", ["defaults", "shared volume", "ray"])
+def test_every_pod_may_ask_dns(name: str) -> None:
+    """OpenShift's DNS pods listen on port 5353, and network plugins may compare the port behind the Service."""
+    ports = [{"protocol": protocol, "port": port} for port in (53, 5353) for protocol in ("UDP", "TCP")]
+    found = policies(MATRIX[name])
+    assert {"coordinator", "worker"} <= found.keys()
+    assert all({"ports": ports} in spec["egress"] for spec in found.values())
+
+
 def downloads(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the peers to which each policy allows connections on port 443."""
     rules = [(name, rule) for name, spec in policies(values).items() for rule in spec["egress"]]

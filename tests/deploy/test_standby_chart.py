@@ -96,10 +96,10 @@ def test_the_service_of_the_api_leaves_out_a_standby(manifests: tuple[Manifest, 
 
 def test_they_reach_the_api_server(manifests: tuple[Manifest, ...]) -> None:
     policy = named(manifests, "NetworkPolicy", NAME)["spec"]
-    ports = [{"protocol": "TCP", "port": 443}, {"protocol": "TCP", "port": 6443}]
+    ports = [{"protocol": "TCP", "port": port} for port in (443, 6443, 8443, 16443)]
     assert {"ports": ports, "to": [{"ipBlock": {"cidr": "10.96.0.1/32"}}]} in policy["egress"]
-    values: dict[str, Any] = {"coordinator": TWO["coordinator"]}
-    assert {"ports": ports} in named(render(values), "NetworkPolicy", NAME)["spec"]["egress"]
+    values: dict[str, Any] = {"coordinator": TWO["coordinator"], "networkPolicy": {"apiServerPorts": [443]}}
+    assert {"ports": ports[:1]} in named(render(values), "NetworkPolicy", NAME)["spec"]["egress"]
     worker = named(manifests, "NetworkPolicy", "lab-llamaclust-worker")["spec"]
     assert 6443 not in [port.get("port") for rule in worker["egress"] for port in rule.get("ports", ())]
 
@@ -114,6 +114,7 @@ def test_they_reach_the_api_server(manifests: tuple[Manifest, ...]) -> None:
         ),
         ({"coordinator": {"replicas": 3}}, "/coordinator/replicas"),
         ({"config": {"lease": {"name": "a"}}}, "'lease' not allowed"),
+        ({"networkPolicy": {"apiServerPorts": []}}, "/networkPolicy/apiServerPorts"),
         (
             {"coordinator": TWO["coordinator"], "ray": {"enabled": True}, "workers": {"threads": 1}},
             "beside the head, of which there is one",

@@ -7,11 +7,13 @@
 {{ ternary "[$(POD_IP)]" "$(POD_IP)" .Values.ipv6 }}
 {{- end }}
 
-{{/* What every pod may call. */}}
+{{/* What every pod may call. Policies may see the ports of pods behind a Service: OpenShift's DNS listens on 5353. */}}
 {{- define "llamaclust.egress" -}}
 - ports:
-    - {protocol: UDP, port: 53}
-    - {protocol: TCP, port: 53}
+{{- range list 53 5353 }}
+    - {protocol: UDP, port: {{ . }}}
+    - {protocol: TCP, port: {{ . }}}
+{{- end }}
 {{- with .Values.networkPolicy.extraEgress }}
 {{ toYaml . }}
 {{- end }}

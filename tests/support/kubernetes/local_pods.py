@@ -10,7 +10,6 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -129,21 +128,15 @@ class LocalPod:
     def probe(self, kind: str) -> bool:
         """Tells whether the container's probe of this kind succeeds now."""
         probe = self.main[kind]
-        (where,) = (key for key in ("httpGet", "tcpSocket", "exec") if key in probe)
-        if where == "exec":
+        if "exec" in probe:
             command = [self.mapped(word, self.main) for word in probe["exec"]["command"]]
             return subprocess.run(command, timeout=10, check=False).returncode == 0
         ports = {port["name"]: port["containerPort"] for port in self.main["ports"]}
-        port = ports[probe[where]["port"]]
-        deadline_s = probe.get("timeoutSeconds", 1)
+        url = f"http://{self.address}:{ports[probe['httpGet']['port']]}{probe['httpGet']['path']}"
         try:
-            if where == "httpGet":
-                reply = httpx.get(f"http://{self.address}:{port}{probe[where]['path']}", timeout=deadline_s)
-                return 200 <= reply.status_code < 400
-            socket.create_connection((self.address, port), deadline_s).close()
-        except (httpx.HTTPError, OSError):
+            return 200 <= httpx.get(url, timeout=probe.get("timeoutSeconds", 1)).status_code < 400
+        except httpx.HTTPError:
             return False
-        return True
 
     def stop(self) -> int:
         """Stops the pod as if it was deleted, and returns its exit code."""

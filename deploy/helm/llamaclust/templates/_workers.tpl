@@ -38,6 +38,11 @@
 {{- end }}
 {{- end }}
 
+{{/* Succeeds while a socket of the pod listens on the worker's port. `0A` is the state LISTEN: proc_pid_net(5). */}}
+{{- define "llamaclust.listens" -}}
+{{ list "grep" "-qE" (printf ":%04X [0-9A-F]+:0000 0A " (int .Values.workers.port)) "/proc/net/tcp" "/proc/net/tcp6" | toJson }}
+{{- end }}
+
 {{/* In a pod they are numbered from 0, whichever of the node's they are. */}}
 {{- define "llamaclust.gpus" -}}
 {{- range $number := until (int .) }}{{ if $number }},{{ end }}cuda:{{ $number }}{{ end }}

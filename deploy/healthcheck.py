@@ -37,8 +37,11 @@ def listening(process: int) -> Iterator[tuple[str, int]]:
 
 
 def check_worker(process: int) -> str:
-    """Raises OSError if the process listens at no address. Does not connect, because the worker would log that."""
+    """Raises OSError if neither the process nor a child listens. Does not connect: the worker would log that."""
     addresses = [*listening(process)]
+    if not addresses:  # With `docker run --init`, the worker is the child of an init process.
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        addresses = [address for child in children for address in listening(int(child))]
     if not addresses:
         raise OSError("the worker listens at no address yet")
     return f"listens on {', '.join(f'{host} port {port}' for host, port in addresses)}"

@@ -188,8 +188,11 @@ def test_a_damaged_record_is_told_in_a_line(state: Path) -> None:
     assert done.returncode == 1 and done.stdout.startswith("JSONDecodeError: ") and done.stderr == ""
 
 
+@pytest.mark.parametrize("init", [[], ["sh", "-c", '"$@"; exit', "init"]], ids=["alone", "below an init process"])
 @pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::1")])
-def test_a_worker_is_healthy_while_its_process_listens(family: socket.AddressFamily, host: str) -> None:
+def test_a_worker_is_healthy_while_its_process_listens(
+    family: socket.AddressFamily, host: str, init: list[str]
+) -> None:
     check = runpy.run_path(str(ROOT / "deploy/healthcheck.py"))["check_worker"]
     listener = """
 import socket, sys
@@ -203,7 +206,7 @@ with socket.socket(socket.AddressFamily(int(sys.argv[1]))) as one:
     if family is socket.AF_INET6 and not has_ipv6_loopback():
         pytest.skip("this machine has no ::1")
     for does in ("listen", "not"):
-        command = [sys.executable, "-c", listener, str(int(family)), host, does]
+        command = [*init, sys.executable, "-c", listener, str(int(family)), host, does]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             port = int(process.stdout.readline())

@@ -30,7 +30,7 @@ class RefusalLog:
         self._told_at_s: deque[float] = deque(maxlen=_MOST)
         self._omitted = 0
 
-    def tell(self, text: str) -> None:
+    def tell(self, text: str, level: int = logging.WARNING) -> None:
         now_s = time.monotonic()
         told_s = self._told_at_s
         if (len(told_s) == _MOST and now_s - told_s[0] < _SECONDS) or (told_s and now_s - told_s[-1] < self._apart_s):
@@ -39,7 +39,7 @@ class RefusalLog:
         told_s.append(now_s)
         more = f" (and {self._omitted} more like this)" if self._omitted else ""
         self._omitted = 0
-        self._log.warning("refused: %s%s", one_line("".join(c for c in text if c.isprintable())), more)
+        self._log.log(level, "refused: %s%s", one_line("".join(c for c in text if c.isprintable())), more)
 
 
 class Handshakes:
@@ -110,7 +110,9 @@ class Handshakes:
         self._due += 1
         if self._due - self._answered > self._told and not self._is_closed:
             self._told += 1
-            self._refusals.tell(f"a connection to {self._address}: no certificate of this cluster was shown")
+            # Port scans and load balancers connect like this. A warning would replace the last error of a worker.
+            text = f"a connection to {self._address}: no certificate of this cluster was shown"
+            self._refusals.tell(text, logging.INFO)
 
     def close(self) -> None:
         self._is_closed = True

@@ -4,6 +4,7 @@ once."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import time
 from collections.abc import Callable
@@ -26,6 +27,11 @@ from llamaclust.wire.security.token import ClusterToken
 from support.wire.trust import A, B, answers, authority, echo, expired, refusals, with_pair
 
 TOLD_S = 3.0
+
+
+@pytest.fixture(autouse=True)
+def every_line_is_seen(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "llamaclust")
 
 
 @pytest.fixture
@@ -141,6 +147,8 @@ async def _told(caplog: pytest.LogCaptureFixture, times: int) -> None:
     await asyncio.sleep(0.3)
     told = refusals(caplog.records)
     assert len(told) == times and "no certificate of this cluster was shown" in told[-1], told
+    # A worker's last error is its last warning or error.
+    assert [record for record in caplog.records if record.levelno > logging.INFO] == []
 
 
 async def test_members_are_not_logged(trust: Authority, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from contextlib import ExitStack
 
 from llamaclust.core.addresses import ANYWHERE
-from llamaclust.core.errors import UsageError
+from llamaclust.core.errors import LlamaclustError, UsageError
 
 BACKLOG = 128
+_LATE = (errno.EADDRNOTAVAIL, socket.EAI_AGAIN)
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
@@ -30,11 +32,13 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 
 def listener(host: str, port: int, cure: str) -> socket.socket:
-    """Opens a listening socket. Raises UsageError, with the advice `cure` to the user, if that fails."""
+    """Opens a listening socket. If that fails, raises UsageError with the advice `cure` to the user, or LlamaclustError
+    if this machine does not have the address, which it may get later, for example by DHCP."""
     try:
         return listening_socket(host, port)
     except OSError as error:
-        raise UsageError(f"cannot listen on {host} port {port}: {error.strerror}; {cure}") from error
+        kind = LlamaclustError if error.errno in _LATE else UsageError
+        raise kind(f"cannot listen on {host} port {port}: {error.strerror}; {cure}") from error
 
 
 def listening_host(opened: socket.socket) -> str:

@@ -11,14 +11,17 @@ from typing import Any
 from llamaclust.cluster.membership.join_rules import HANDSHAKE_S, JoinRules, JoinSettings
 from llamaclust.cluster.membership.members import HeartbeatReceived, Members, PeerReported
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import DeadlineError, ProtocolError, SupersededError, UsageError
 from llamaclust.wire.control import messages
 from llamaclust.wire.control.codec import decode_worker_message, encode_coordinator_message
 from llamaclust.wire.control.messages import CoordinatorMessage, Register
+from llamaclust.wire.listening import listener
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.methods import JOIN
 from llamaclust.wire.rpc.rejections import RefusalLog
 from llamaclust.wire.rpc.server import Server, ServerStream
+from llamaclust.wire.rpc.unix_streams import PREFIX
 from llamaclust.wire.security.certificate_names import Principal
 from llamaclust.wire.security.credentials import Credentials
 from llamaclust.wire.security.terms import is_term_proven, prove_term
@@ -28,6 +31,7 @@ _LISTEN_S = 0.1
 _GOODBYE_S = 0.5
 _LOOK_S = 1.0
 """Seconds between two reads of the coordinator's record on disk."""
+_CURE = "choose another port with `join.members`"
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +69,9 @@ class Registry(Members):
         try:
             self._server = await Server.start(self._listen, self._credentials, {JOIN: self._join, **given})
         except UsageError as error:
-            raise UsageError(f"{error}; choose another port with `join.members`") from error
+            if not self._listen.startswith(PREFIX):  # gRPC does not tell why it cannot listen.
+                listener(*split_address(self._listen), _CURE).close()
+            raise UsageError(f"{error}; {_CURE}") from error
         return self
 
     async def __aexit__(self, *error: object) -> None:

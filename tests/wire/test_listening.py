@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from llamaclust.core.errors import UsageError
+from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.wire.listening import listener, listening_host
 from support.network.loopback import has_ipv6_loopback
 
@@ -32,3 +32,10 @@ def test_a_listener_at_all_addresses_takes_both_families(host: str, reached: tup
         assert listening_host(opened) == shown
         with pytest.raises(UsageError, match=f"cannot listen on {host} port {port}: Address already in use; choose"):
             listener(host, port, "choose another")
+
+
+def test_an_address_that_this_machine_may_get_later_is_no_wrong_usage() -> None:
+    """Systemd does not start the coordinator again after the exit code of wrong usage."""
+    with pytest.raises(LlamaclustError, match=r"203\.0\.113\.9 port 1: Cannot assign requested address") as late:
+        listener("203.0.113.9", 1, "choose another")
+    assert late.value.exit_code == 1

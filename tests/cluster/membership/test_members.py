@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import socket
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -19,8 +20,9 @@ from llamaclust.cluster.membership import join_rules, members
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.join_rules import JoinSettings
 from llamaclust.cluster.membership.members import Members
+from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
+from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, WorkerError
 from llamaclust.model.loader import Model
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control.messages import (
@@ -52,6 +54,16 @@ from support.wire.trust import A, B, refusals
 
 SECOND = replace(REGISTER, pid=REGISTER.pid + 1)
 ALIVE = Heartbeat(0.5, 1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(("host", "code"), [("127.0.0.1", 2), ("203.0.113.9", 1)])
+async def test_only_a_port_in_use_is_wrong_usage(trust: Authority, host: str, code: int) -> None:
+    """This machine may get an address later, and systemd does not start wrong usage again."""
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        port = used.getsockname()[1]
+        with pytest.raises(LlamaclustError, match=f"{host} port {port}: .*; choose .* `join.members`") as late:
+            await Registry(f"{host}:{port}", trust.identity(), str, JoinSettings(5.0)).__aenter__()
+    assert late.value.exit_code == code
 
 
 async def test_a_worker_that_poses_as_another_is_refused_and_logged_once(

@@ -124,6 +124,8 @@ class ClusterDir:
         return self.path / "standby"
 
     def create(self) -> None:
+        """Creates the folder. Raises UsageError if other users own it or can write to it, and LlamaclustError if a file
+        system refuses, which may be mounted later."""
         try:
             self.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
             for folder in (self.path, self.logs):
@@ -133,8 +135,8 @@ class ClusterDir:
                 raise UsageError(f"{self.path.parent}: other users can write to it; run: chmod o-w {self.path.parent}")
             self.path.chmod(0o700)
         except OSError as error:
-            what = f"{self.path}: cannot be created: {error.strerror}"
-            raise UsageError(f"{what}; set `state_dir:` or LLAMACLUST_STATE_DIR to a folder of your own") from error
+            what = f"{self.path}: cannot be created: {error.strerror}; set `state_dir:` or LLAMACLUST_STATE_DIR"
+            raise LlamaclustError(f"{what} to a folder of your own") from error
 
     @contextlib.contextmanager
     def locked(self, *, is_standby: bool = False) -> Iterator[bool]:

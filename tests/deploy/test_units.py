@@ -65,6 +65,12 @@ def test_the_docs_install_what_it_names(name: str, command: str) -> None:
     assert f"useradd --system {setting(unit, 'User')}\n" in DOCS
 
 
+def test_a_standby_waits_until_the_shared_folder_is_mounted() -> None:
+    (drop_in,) = re.findall(r"```ini\n(.*?--standby\n.*?)```", DOCS, re.DOTALL)
+    folder = f"={setting(drop_in, ' *ReadWritePaths')}\n"
+    assert f"[Unit]\n  RequiresMountsFor{folder}" in drop_in and f"LLAMACLUST_STATE_DIR{folder}" in drop_in
+
+
 @units
 def test_systemd_takes_it(name: str, command: str, tmp_path: Path) -> None:
     analyze = shutil.which("systemd-analyze")

@@ -61,7 +61,9 @@ class Plan:
 
     @property
     def kernels(self) -> frozenset[str]:
-        shapes = Shape.all(self.limits, looks_ahead=self.reads.looks_ahead)
+        # A kernel that is compiled in a step delays the step so long that the worker counts as hung.
+        with_images = Shape.with_images(self.limits, self.reads)
+        shapes = [*Shape.all(self.limits, looks_ahead=self.reads.looks_ahead), with_images]
         found = {launch.kernel for shape in shapes for launch in self.launches(shape)}
         return frozenset({*found, sampling.TOTALS} if self.program.is_last else found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -11,6 +12,7 @@ from weakref import finalize
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.kernels.backend import Batch, Experts, Float32, Int32, RankedLogits, kv_bytes
 from llamaclust.kernels.cuda.executor.gathers import gather_rows
 from llamaclust.kernels.cuda.executor.host_steps import HostStep
@@ -24,6 +26,8 @@ from llamaclust.model.program import Exchange, Gather, GivenRows
 if TYPE_CHECKING:
     from llamaclust.kernels._native import Gatherer
     from llamaclust.kernels.cuda.device_weights import LayerMemory
+
+_log = logging.getLogger(__name__)
 
 _FLOAT = 4
 _MAX_SHAPES = 64
@@ -54,7 +58,7 @@ class LaunchCache:
     def segments(self, shape: Shape) -> Sequence[Callable[[], None]]:
         graphs, launches = self._graphs.pop(shape, None), self._launches.pop(shape, None)
         if launches is not None and self._captures:
-            graphs = tuple(self._device.capture(partial(self._launch, segment)) for segment in launches)
+            graphs = self._captured(launches)
         if graphs is not None:
             if len(self._graphs) == self._most:
                 _close(self._graphs.pop(next(iter(self._graphs))))
@@ -64,6 +68,19 @@ class LaunchCache:
             del self._launches[next(iter(self._launches))]
         self._launches[shape] = launches or self._plan.segments(shape)
         return [partial(self._launch, segment) for segment in self._launches[shape]]
+
+    def _captured(self, launches: Iterable[Sequence[Launch]]) -> tuple[Graph, ...] | None:
+        """Returns None if the GPU has too little memory for graphs. From then on, no graphs are captured."""
+        graphs: list[Graph] = []
+        try:
+            for segment in launches:
+                graphs.append(self._device.capture(partial(self._launch, segment)))
+        except InsufficientMemoryError as error:
+            _log.warning("%s: kernels are launched one by one, which is slower", error)
+            _close(graphs)
+            self._captures = False
+            return None
+        return tuple(graphs)
 
     def _launch(self, launches: Sequence[Launch]) -> None:
         for launch in launches:

@@ -166,7 +166,10 @@ class CupyDevice:
             with suppress(self._runtime.CUDARuntimeError):  # Only the first error matters.
                 self._stream.end_capture()
             raise
-        return CupyGraph(self, self._stream.end_capture())
+        with self._out_of_memory(f"{self.name} has too little free memory for a CUDA graph"):
+            graph = self._stream.end_capture()
+            graph.upload(stream=self._stream)
+        return CupyGraph(self, graph)
 
     def replay(self, graph: Any) -> None:
         self._select()

@@ -17,7 +17,7 @@ from llamaclust.kernels.cuda.runtime.cubin_cache import CubinCache, KernelFolder
 from llamaclust.kernels.cuda.runtime.cupy_device import CupyDevice
 from llamaclust.kernels.cuda.runtime.device import Launch
 from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
-from support.cuda.fake_cupy import CUDARuntimeError, FakeCupy, FakeNvrtc, FakeRuntime
+from support.cuda.fake_cupy import CUDARuntimeError, FakeCupy, FakeGraph, FakeNvrtc, FakeRuntime
 
 
 @pytest.fixture(autouse=True)
@@ -248,6 +248,13 @@ def test_graphs(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Pat
         np.testing.assert_array_equal(found, [value] * 16)
     assert len(cupy.launches) == 2
     graph.close()
+
+    def too_large(graph: FakeGraph, stream: object) -> None:
+        raise CUDARuntimeError(2)
+
+    with monkeypatch.context() as patched, pytest.raises(InsufficientMemoryError, match="memory for a CUDA graph"):
+        patched.setattr(FakeGraph, "upload", too_large)
+        device.capture(work)
 
     def failing() -> None:
         device.launch(launch)

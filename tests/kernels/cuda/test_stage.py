@@ -9,6 +9,7 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
+from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cuda.backend import CudaBackend
@@ -87,6 +88,32 @@ def test_graphs_change_nothing(
     assert len(captured) == 2
     same(run(CudaBackend("cuda:0", device, 1, graphs=False), model, tokens, 1), wanted)
     assert len(captured) == 2
+
+
+def test_without_memory_for_graphs_kernels_are_launched_one_by_one(
+    opened: Open, cpu: CpuBackend, cuda: CudaBackend, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tried = opened("llama"), list[Callable[[], None]]()
+
+    def fail(work: Callable[[], None]) -> Graph:
+        tried.append(work)
+        raise InsufficientMemoryError("no memory")
+
+    monkeypatch.setattr(device, "capture", fail)
+    tokens = random_tokens(model, 6)
+    same(run(cuda, model, tokens, 1), run(cpu, model, tokens, 6))
+    assert len(tried) == 1
+
+
+def test_images_need_no_kernels_that_a_load_did_not_prepare(
+    opened: Open, cuda: CudaBackend, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that is compiled in a step delays it so long that the worker counts as hung."""
+    model, prepared = opened("gemma2"), set[str]()
+    monkeypatch.setattr(device, "prepare", prepared.update)
+    stage = load_stage(cuda, model, limits=LIMITS)
+    stage.close()
+    assert any(kernel.startswith("attention.grouped.") for kernel in prepared)
 
 
 def test_graphs_of_shapes_that_were_used_last_are_kept(

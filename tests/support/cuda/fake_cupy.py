@@ -58,6 +58,9 @@ class FakeGraph:
     def launch(self, stream: FakeStream) -> None:
         stream.queue += self.work
 
+    def upload(self, stream: FakeStream) -> None:
+        """Does nothing. A GPU needs memory for it."""
+
 
 @dataclass
 class FakeEvent:

@@ -60,16 +60,21 @@ class Renewal:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(min(_RENEW_AGAIN_S, tenth_s)):
                         await self._renewed.wait()
-                await asyncio.sleep(min(_AT_MOST_EVERY_S, tenth_s))
+                # A certificate that is over at once, because this machine's clock is ahead, is renewed again and again.
+                await asyncio.sleep(_AT_MOST_EVERY_S)
 
     def receive(self, answer: messages.CertificateRenewed | messages.RenewalFailed) -> None:
         if isinstance(answer, messages.RenewalFailed):
             _log.error("the certificate was not renewed: %s", answer.failure.message)
             return
-        key, self._key = self._key, None
-        if key is None:
+        if self._key is None:
             raise ProtocolError("the coordinator sent a renewed certificate that this worker did not request")
-        self._identity.pair = key.with_certificate(answer.certificate)
+        try:
+            self._identity.pair = self._key.with_certificate(answer.certificate)
+        except ProtocolError as error:  # For example the answer to an earlier request, which came late.
+            _log.warning("a renewed certificate is not used: %s", error)
+            return
+        self._key = None
         self._renewed.set()
         _log.info("the certificate is renewed")
 

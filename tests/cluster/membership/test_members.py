@@ -196,6 +196,25 @@ async def test_a_renewed_certificate_is_looked_at_again_at_once(trust: Authority
         asking.cancel()
 
 
+async def test_a_late_answer_to_an_earlier_renewal_is_not_used(trust: Authority) -> None:
+    identity = trust.identity(A, timedelta(seconds=3))
+    async with registry(trust) as there:
+        member, _ = await join(there, identity, REGISTER)
+        earlier = NewKey()
+        await member.say(RenewCertificate(earlier.request))
+        late = await member.hear()
+        assert isinstance(late, CertificateRenewed)
+        renewal, before = Renewal(identity, member.say), identity.pair
+        asking = asyncio.create_task(renewal.run())
+        answer = await member.hear()
+        assert isinstance(answer, CertificateRenewed)
+        renewal.receive(late)
+        assert identity.pair is before
+        renewal.receive(answer)
+        asking.cancel()
+        assert identity.pair is not before
+
+
 async def test_the_coordinators_own_certificate_is_renewed(trust: Authority) -> None:
     identity = trust.identity(COORDINATOR, timedelta(seconds=3))
     short = identity.pair

@@ -14,7 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_JSON_BYTES = 16 << 20
 _LOCK_RETRY_S = 0.02
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 
@@ -91,9 +90,9 @@ def read_text(path: Path, most_bytes: int) -> str:
     return decode_text(read_bytes(path, most_bytes))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, most_bytes: int = 16 << 20) -> Any:
     try:
-        return json.loads(read_text(path, _JSON_BYTES))
+        return json.loads(read_text(path, most_bytes))
     except RecursionError:
         raise ValueError("the JSON is nested too deeply") from None
 

@@ -22,6 +22,7 @@ from llamaclust.core.regular_file import read_json, write_text
 
 _SYSTEM_ROLES = frozenset({"system", "developer"})
 _ROLES = frozenset({*_SYSTEM_ROLES, "user", "assistant", "tool"})
+_MOST_BYTES = 1 << 30  # Images are in the messages.
 
 
 class Session(Generic[WholeT, StreamT]):
@@ -102,7 +103,7 @@ class Session(Generic[WholeT, StreamT]):
     def load(self, path: str | PathLike[str]) -> None:
         """Replaces the messages by those in a file from `save`. After a UsageError, the old messages are kept."""
         try:
-            messages = _checked(read_json(_place(path)))
+            messages = _read(_place(path))
         except OSError as error:
             raise UsageError(f"{path}: cannot load: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -182,9 +183,13 @@ class AsyncChatSession(Session[Coroutine[None, None, Answer], AsyncChunkStream])
     """A session for asyncio. Use `await session.send(...)`, or `async for` over its stream. `save` and `load` block."""
 
 
+def _read(path: Path) -> list[dict[str, Any]]:
+    return _checked(read_json(path, _MOST_BYTES))
+
+
 def is_conversation(path: Path) -> bool:
     try:
-        _checked(read_json(path))
+        _read(path)
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return True

@@ -226,6 +226,15 @@ def test_a_file_keeps_all_messages(tmp_path: Path) -> None:
         assert json.loads(file.read_text()) == {"messages": messages}
 
 
+def test_a_conversation_with_large_images_is_opened_again(tmp_path: Path) -> None:
+    with Client() as client:
+        session, again = ChatSession(client), ChatSession(client)
+        session.messages.append({"role": "user", "content": "x" * (20 << 20)})
+        session.save(tmp_path / "chat.json")
+        again.load(tmp_path / "chat.json")
+    assert again.messages == session.messages
+
+
 @pytest.mark.parametrize(
     "content",
     [

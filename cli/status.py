@@ -271,10 +271,11 @@ def _speed(speed: dict[str, Any]) -> str:
 
 def _workers(workers: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for title in ("worker", "pid", "device", "layers", "state"):
-        table.add_column(title)
+    table.add_column("worker", no_wrap=True, overflow="fold")  # Users copy the names of workers.
+    for title in ("pid", "device", "layers", "state"):
+        table.add_column(title, overflow="fold")
     for title in ("MiB now", "planned", "busy", "tok/s", "ms/token", "predicted"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", overflow="fold")
     for worker in workers:
         layers = "-" if worker["layers"] is None else "[{}, {})".format(*worker["layers"])
         if share := worker.get("share"):

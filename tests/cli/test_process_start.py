@@ -73,6 +73,18 @@ with open(sys.argv[1], "w") as file:
     assert (done.returncode, file.read_text()) == (0, "")
 
 
+@pytest.mark.parametrize(("encoding", "shown"), [("iso-8859-1", b"\xfc\\u2192"), ("utf-8", "ü→".encode())])
+def test_characters_that_a_locale_lacks_are_shown_as_escapes(encoding: str, shown: bytes) -> None:
+    code = """
+from llamaclust.core.process_settings import escape_what_locales_lack
+escape_what_locales_lack()
+print("ü→", end="")
+"""
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    assert done.stdout == shown
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda one: one.name)
 def test_a_container_ends_during_its_imports(number: signal.Signals) -> None:
     if subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode:

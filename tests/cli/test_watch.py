@@ -8,9 +8,10 @@ import threading
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from llamaclust.cli.progress import ClusterView, ProgressLines, cluster_view, draining_text, ready_text
-from llamaclust.cli.status import _head
+from llamaclust.cli.status import _head, _workers
 from llamaclust.cli.why import list_lines, waterfall_lines, why
 from llamaclust.cluster.membership.log_tail import last_error
 from llamaclust.cluster.state.events import (
@@ -247,6 +248,27 @@ def test_commands_can_be_copied() -> None:
     for unnamed in ("demo", "default"):
         assert "--cluster" not in ready_text(Ready(unnamed, "http://127.0.0.1:1", "good"))
     assert "1 request is finished" in draining_text(Draining(1, 30.0))
+
+
+def test_no_figure_of_a_worker_is_cut_off_on_a_narrow_terminal() -> None:
+    worker = {
+        "name": "ip-10-0-12-34",
+        "pid": 1234567,
+        "device": "cuda:0,cuda:1",
+        "layers": [10, 100],
+        "state": "serving",
+        "drained": True,
+        "heartbeat": None,
+        "memory_bytes": 123456 * MIB,
+        "busy": 1.0,
+        "tokens_per_s": 12345.6,
+        "decode_ms": 12345.0,
+        "predicted_decode_ms": 54321.0,
+    }
+    console = Console(width=80, file=io.StringIO(), highlight=False, markup=False)
+    console.print(_workers([worker]))
+    shown = console.file.getvalue()
+    assert "…" not in shown and worker["name"] in shown
 
 
 @pytest.mark.parametrize(

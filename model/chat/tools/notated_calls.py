@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, Final
 
 from llamaclust.model.chat.tools.argument_values import json_of, json_of_python, property_schema, string, types_of
@@ -13,6 +13,7 @@ from llamaclust.model.chat.tools.tool_format import NotatedCalls, Notation
 
 _NAME: Final = re.compile(r"[\w.\-/]+")
 _KEY: Final = re.compile(r"\w+")
+_KEY_PART: Final = re.compile(r"[\w\s]")
 _PLAIN: Final = re.compile(r"""[^"'(){}\[\],\\]+""")
 _GEMMA_KEY: Final = re.compile(r"(?<![^\s{}\[\],:\"])([^\s{}\[\],:\"]++)\s*+:")
 """Matches a whole key. Possessive quantifiers make sure that a long word is scanned only once."""
@@ -55,31 +56,48 @@ class NotatedReader:
             if not name:
                 return self._sink.calls > before
             self._sink.begin(name)
-            yield from self._python_arguments()
+            yield from self._python_arguments(name)
             self._sink.end()
 
-    def _python_arguments(self) -> Reading[None]:
-        written = 0
+    def _python_arguments(self, name: str) -> Reading[None]:
+        written: set[str] = set()
         while True:
             yield from self._source.skip_space()
-            if (yield from self._source.take_literal((",",))):
+            if (yield from self._source.take_literal((",", "]", "}"))):  # Brackets here have no partner.
                 continue
-            key = (yield from self._source.word(Markers(("=", ")")), MAX_NAME_CHARACTERS)) or ""
-            if not _KEY.fullmatch(key.strip()) or not (yield from self._source.take_literal(("=",))):
-                yield from self._source.take_literal((")",))
+            if is_complete := bool((yield from self._source.take_literal((")",)))):
                 break
-            self._sink.argument(("{" if written == 0 else ", ") + string(key.strip()) + ": ")
-            written += 1
-            value = yield from self._python_value()
-            if value.strip():
-                self._sink.argument(json_of_python(value))
-        if (yield from self._source.ahead()) or not written:
+            key, begun = yield from self._key()
+            if not (yield from self._source.ahead()):
+                break
+            key = key or self._next_parameter(name, written)
+            self._sink.argument(("{" if not written else ", ") + string(key) + ": ")
+            written.add(key)
+            value = yield from self._python_value(begun)
+            if value.strip() or (yield from self._source.ahead()):
+                self._sink.argument(json_of_python(value) if value.strip() else "null")
+        if is_complete or not written:
             self._sink.argument("}" if written else "{}")
 
-    def _python_value(self) -> Reading[str]:
-        text, depth = "", 0
+    def _key(self) -> Reading[tuple[str, str]]:
+        """Returns the name of a keyword argument and "", or "" and the begun value of a positional argument."""
+        text = ""
+        while len(text) < MAX_NAME_CHARACTERS and _KEY_PART.match((yield from self._source.ahead())):
+            text += self._source.take(1)
+        if _KEY.fullmatch(text.strip()) and (yield from self._source.take_literal(("=",))):
+            return text.strip(), ""
+        return "", text
+
+    def _next_parameter(self, name: str, written: Container[str]) -> str:
+        """Returns the parameter of a positional argument: the first one without a value."""
+        properties = self._sink.tools.get(name, {}).get("properties")
+        free = (key for key in (properties if isinstance(properties, Mapping) else ()) if key not in written)
+        return next(free, f"argument_{len(written) + 1}")
+
+    def _python_value(self, text: str) -> Reading[str]:
+        depth = 0
         while character := (yield from self._source.ahead()):
-            if depth == 0 and character in ",)":
+            if depth == 0 and character in ",)]}":
                 break
             if character in "\"'":
                 text += yield from self._quoted()

@@ -117,3 +117,26 @@ def test_calls_beyond_the_most_are_left_out() -> None:
 def test_marked_calls_are_read_as_before() -> None:
     answer = parsed(parser("hermes"), f"<tool_call>\n{ADD}\n</tool_call>\n<tool_call>\n{WEATHER}\n</tool_call>")
     assert [call.name for call in answer.calls] == ["add", "get_weather"] and answer.content == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ('"Rom", 2', '{"city": "Rom", "days": 2}'),
+        ('days=2, "Rom"', '{"days": 2, "city": "Rom"}'),
+        ("Rom, days = None", '{"city": "Rom", "days": null}'),
+        ("days=", '{"days": null}'),
+        ('"a, b)", [1, (2)], {"c": "]"}', '{"city": "a, b)", "days": [1, 2], "argument_3": {"c": "]"}}'),
+        ('city="Rom"], days=2', '{"city": "Rom", "days": 2}'),
+        ("", "{}"),
+    ],
+)
+def test_positional_arguments_have_the_names_of_parameters(arguments: str, wanted: str) -> None:
+    tools = {"look": {"type": "object", "properties": {"city": {}, "days": {}}}}
+    text = f"<|tool_call_start|>[look({arguments}), look(city=1)]<|tool_call_end|>"
+    for pieces in ([text], text):
+        made, answer = AnswerParser(form_of("lfm2"), tools), ParsedAnswer()
+        for piece in pieces:
+            answer.add(made.feed(piece))
+        answer.add(made.end())
+        assert [call.arguments for call in answer.calls] == [wanted, '{"city": 1}']

@@ -29,6 +29,7 @@ from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.program import Buffer, MatMul, Moe, Program, SiluMul
 from llamaclust.model.steps.options import ExpertOptions, Gating
 from support.arithmetic.backends import all_threads
+from support.arithmetic.matmul_cases import check_equal_bits
 from support.arithmetic.single_steps import Weight, normal, program_of, rows_at
 from support.cuda.launching import Bench
 from support.cuda.random_numbers import generator
@@ -157,7 +158,7 @@ def test_the_bits_of_the_cpu(
     outputs = every_expert(tmp_path, step, weights, x)
     lines = [outputs[ids[row, rank]][row] for row in range(rows) for rank in range(used)]
     found = device.combine(np.array(lines))
-    np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
+    check_equal_bits(found, wanted)
 
 
 @pytest.mark.parametrize(

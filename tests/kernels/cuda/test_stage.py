@@ -19,6 +19,7 @@ from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend
 from llamaclust.model.kv_type import KvType
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch
 from support.arithmetic.batches import batch_of, load_stage
+from support.arithmetic.matmul_cases import check_equal_bits
 from support.cuda.stages import LIMITS, MODELS, ROWS, Open, random_tokens, run, same
 from support.seed import SEED
 from support.wire.frame_reader import build_batch
@@ -155,7 +156,7 @@ def test_several_sequences(opened: Open, cpu: CpuBackend, cuda: CudaBackend, nam
     ]
     for number, step in enumerate(steps):
         wanted, found = (stage.run(step, None).copy() for stage in stages)
-        np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32), f"step {number}")
+        check_equal_bits(found, wanted, f"step {number}")
     for stage in stages:
         stage.close()
 

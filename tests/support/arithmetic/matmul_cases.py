@@ -69,5 +69,11 @@ def packed(
 
 
 def check_equal_bits(actual: Float32, expected: Float32, *where: object) -> None:
-    differ = actual.view(np.uint32) != expected.view(np.uint32)
-    assert not differ.any(), (*where, np.argwhere(differ)[:3], actual[differ][:3], expected[differ][:3])
+    """Raises AssertionError with `where`, the shape, and the first index whose bits differ, with both values."""
+    assert actual.shape == expected.shape, (*where, actual.shape, expected.shape)
+    differ = np.argwhere(actual.view(np.uint32) != expected.view(np.uint32))
+    if len(differ):
+        first = tuple(map(int, differ[0]))
+        found, wanted = (f"{x[first]!r} ({x[first].view(np.uint32):#010x})" for x in (actual, expected))
+        what = f"{len(differ)} of {actual.size} values of {actual.shape} differ"
+        raise AssertionError(f"{[*where] or 'bits'}: {what}, first {first}: {found} instead of {wanted}")

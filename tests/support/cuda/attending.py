@@ -33,6 +33,7 @@ from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, RmsNorm, Rope, Slice
 from support.arithmetic.backends import all_threads
 from support.arithmetic.batches import batch_of
+from support.arithmetic.matmul_cases import check_equal_bits
 from support.arithmetic.single_steps import Weight, program_of
 from support.cuda.launching import Bench
 
@@ -228,7 +229,7 @@ class Attender:
         found = self.run(batch, rows, one_row_each=one_row_each)
         assert np.isfinite(wanted).all()
         assert len(np.unique(wanted)) > wanted.size // 4
-        np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
+        check_equal_bits(found, wanted, self.step)
 
 
 def windowed(batch: Batch, parts: Sequence[tuple[Told, range]], step: Attention) -> Batch:

@@ -17,6 +17,7 @@ from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.program import Program
+from support.arithmetic.matmul_cases import check_equal_bits
 from support.arithmetic.single_steps import Weight
 from support.models.tiny_quantizers import quantize
 
@@ -45,15 +46,9 @@ def awkward(source: np.random.Generator, rows: int, width: int) -> Float32:
     return x
 
 
-def same_bits(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> None:
+def same_bits(found: Float32, wanted: Float32, *where: object) -> None:
     """Checks that bits are equal; all NaN count as equal, but zeros of different signs do not."""
-    assert found.shape == wanted.shape
-    np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
-    np.testing.assert_array_equal(_bits(found), _bits(wanted))
-
-
-def _bits(x: NDArray[np.float32]) -> NDArray[np.uint32]:
-    return np.where(np.isnan(x), np.float32(0), x).view(np.uint32)
+    check_equal_bits(*(np.where(np.isnan(x), np.float32(np.nan), x) for x in (found, wanted)), *where)
 
 
 def on_cpu(

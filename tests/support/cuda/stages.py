@@ -14,6 +14,7 @@ from llamaclust.kernels.cuda.runtime.device import Device
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
 from support.arithmetic.batches import Chain
+from support.arithmetic.matmul_cases import check_equal_bits
 from support.cuda.shim_device import ShimDevice
 
 LIMITS = StageLimits(max_batch_tokens=32, max_outputs=32, max_sequences=4, max_context_tokens=128, kv_blocks=24)
@@ -67,7 +68,7 @@ def random_tokens(model: Model, count: int = ROWS) -> list[int]:
 
 
 def same(found: Float32, wanted: Float32) -> None:
-    np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
+    check_equal_bits(found, wanted)
     assert np.isfinite(wanted).all() and wanted.std() > 0.1
 
 

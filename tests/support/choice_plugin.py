@@ -57,7 +57,8 @@ class Choice:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        self._lines = node.workeroutput.get("choice", self._lines)
+        given = getattr(node, "workeroutput", {})  # A worker that crashed has none.
+        self._lines = given.get("choice", self._lines)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:

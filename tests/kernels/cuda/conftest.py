@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -10,10 +11,9 @@ from llamaclust.cluster.config.environment import environment
 from llamaclust.core.errors import UsageError
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cuda.backend import CudaBackend
-from llamaclust.kernels.cuda.runtime.cupy_device import CupyDevice
 from llamaclust.kernels.cuda.runtime.device import Device
 from llamaclust.model.loader import Model
-from support.cuda.gpu_run import GpuRun
+from support.cuda.gpu_run import GpuRun, RecordingGpu
 from support.cuda.launching import Bench
 from support.cuda.shim_build import build
 from support.cuda.shim_device import ShimDevice
@@ -24,23 +24,33 @@ from support.models.tiny_model import build_tiny_model
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="test on a real card")
+    parser.addoption("--results", type=Path, metavar="FILE", help="append results to FILE, and start with its failures")
+    parser.addoption("--sources", default="", help="with --results, do not repeat what passed with the same SOURCES")
     parser.addoption("--all-architectures", action="store_true", help="compile for every kind of card")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--gpu", default=False):
-        config.pluginmanager.register(GpuRun(), "gpu-run")
+        config.pluginmanager.register(GpuRun.of(config), "gpu-run")
+
+
+@pytest.fixture(scope="session")
+def build_shim(request: pytest.FixtureRequest) -> Callable[..., Path]:
+    """Returns the function that compiles kernels for the CPU. Skips its tests on a real GPU."""
+    if request.config.getoption("--gpu", default=False):
+        pytest.skip("kernels are compiled for the shim")
+    return build
 
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     if request.config.getoption("--gpu", default=False):
-        try:
-            made: Device = CupyDevice(0, folder=environment().kernels_dir)
-        except UsageError as error:
-            pytest.exit(str(error), returncode=2)
         run = request.config.pluginmanager.get_plugin("gpu-run")
         assert isinstance(run, GpuRun)
+        try:
+            made: Device = RecordingGpu(environment().kernels_dir, run.launched)
+        except UsageError as error:
+            pytest.exit(str(error), returncode=2)
         run.device = made
     else:
         made = ShimDevice(build())

@@ -63,46 +63,48 @@ def pieces(width: int) -> tuple[int, int]:
     return -(-width // 1024), BUCKET
 
 
+BuildStep = Callable[[Buffer, Buffer], Step]
+TWO_MATRICES: dict[str, BuildStep] = {
+    "add": lambda a, b: Add(a, b, b),
+    "mul": lambda a, b: Mul(a, b, b),
+    "silu_mul": lambda a, b: SiluMul(a, b, b),
+}
+ONE_MATRIX: dict[str, tuple[tuple[float, ...], BuildStep]] = {
+    "scale": ((0.1,), lambda a, out: Scale(a, out, 0.1)),
+    "soft_cap": ((30.0,), lambda a, out: SoftCap(a, out, 30.0)),
+    **{str(kind): ((), partial(Activate, function=kind)) for kind in ActivationFunction},
+}
+
+
 @pytest.mark.parametrize("width", WIDTHS)
-def test_steps_of_two_matrices(bench: Bench, width: int) -> None:
+@pytest.mark.parametrize("kernel", TWO_MATRICES)
+def test_steps_of_two_matrices(bench: Bench, kernel: str, width: int) -> None:
     x = awkward(random_source(), ROWS, 2 * width)
     x[4::5, width:] = np.roll(x[4::5, :width], 1, 1)  # infinity minus infinity, and times zero
-    first, second = x[:, :width].copy(), x[:, width:].copy()
-    steps: dict[str, Callable[[Buffer, Buffer], Step]] = {
-        "elementwise.rows.add_rows": lambda a, b: Add(a, b, b),
-        "elementwise.rows.mul_rows": lambda a, b: Mul(a, b, b),
-        "elementwise.rows.silu_mul_rows": lambda a, b: SiluMul(a, b, b),
-    }
-    for kernel, step in steps.items():
-        left, right = bench.put(first), bench.put(second)
-        bench.run(kernel, pieces(width), 256, left, right, width, rows_of(bench), left)
-        same_bits(bench.get(left, (ROWS, width)), two_parts(width, step, x))
+    left, right = bench.put(x[:, :width]), bench.put(x[:, width:])
+    bench.run(f"elementwise.rows.{kernel}_rows", pieces(width), 256, left, right, width, rows_of(bench), left)
+    same_bits(bench.get(left, (ROWS, width)), two_parts(width, TWO_MATRICES[kernel], x))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_steps_of_one_matrix(bench: Bench, width: int) -> None:
+@pytest.mark.parametrize("kernel", ONE_MATRIX)
+def test_steps_of_one_matrix(bench: Bench, kernel: str, width: int) -> None:
     x = awkward(random_source(), ROWS, width)
-    steps: dict[str, tuple[tuple[float, ...], Callable[[Buffer, Buffer], Step]]] = {
-        "elementwise.rows.scale_rows": ((0.1,), lambda a, out: Scale(a, out, 0.1)),
-        "elementwise.rows.soft_cap_rows": ((30.0,), lambda a, out: SoftCap(a, out, 30.0)),
-        **{f"elementwise.rows.{kind}_rows": ((), partial(Activate, function=kind)) for kind in ActivationFunction},
-    }
-    for kernel, (factors, step) in steps.items():
-        out = bench.room(x.nbytes)
-        bench.run(kernel, pieces(width), 256, bench.put(x), *factors, width, rows_of(bench), out)
-        same_bits(bench.get(out, (ROWS, width)), one_part(width, step, x))
+    (factors, step), out = ONE_MATRIX[kernel], bench.room(x.nbytes)
+    bench.run(f"elementwise.rows.{kernel}_rows", pieces(width), 256, bench.put(x), *factors, width, rows_of(bench), out)
+    same_bits(bench.get(out, (ROWS, width)), one_part(width, step, x))
 
 
-def test_functions_of_any_float(bench: Bench) -> None:
+@pytest.mark.parametrize("kind", ActivationFunction)
+def test_functions_of_any_float(bench: Bench, kind: ActivationFunction) -> None:
     """Covers 0.001% of all bit patterns, and many numbers between -110 and 95."""
     source = random_source()
     bits = source.integers(0, 1 << 32, (ROWS, 4096), np.uint32)
     bits[:4] = (source.uniform(-110, 95, (4, 4096)).astype(np.float32)).view(np.uint32)
     x = bits.view(np.float32)
-    for kind in ActivationFunction:
-        out = bench.room(x.nbytes)
-        bench.run(f"elementwise.rows.{kind}_rows", pieces(4096), 256, bench.put(x), 4096, rows_of(bench), out)
-        same_bits(bench.get(out, x.shape), one_part(4096, partial(Activate, function=kind), x))
+    out = bench.room(x.nbytes)
+    bench.run(f"elementwise.rows.{kind}_rows", pieces(4096), 256, bench.put(x), 4096, rows_of(bench), out)
+    same_bits(bench.get(out, x.shape), one_part(4096, partial(Activate, function=kind), x))
 
 
 def norm_cases(width: int) -> tuple[Float32, Float32, Float32]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,10 +29,10 @@ from llamaclust.model.architectures.positions import alibi_slopes
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import Attention
 from support.arithmetic.batches import batch_of
+from support.arithmetic.matmul_cases import check_equal_bits
 from support.cuda.attending import LARGE, SMALL, Attender, Told, attention, by_the_cpu, in_parts, latent, sequences_of
 from support.cuda.launching import Bench
 from support.cuda.random_numbers import generator
-from support.cuda.shim_build import build
 from support.cuda.shim_device import ShimDevice
 
 SHAPES = {
@@ -201,7 +202,7 @@ def test_what_is_no_number_stays_in_its_rows(bench: Bench, tmp_path: Path, kv_ty
     rows[37, -step.k.width :] = np.nan
     batch = batch_of([([0] * 40, range(40), told.table)])
     found = Attender(bench, step, gpu).run(batch, rows)
-    np.testing.assert_array_equal(found[:37].view(np.uint32), told.wanted[:37].view(np.uint32))
+    check_equal_bits(found[:37], told.wanted[:37])
     assert np.isnan(found[37:]).all()
 
 
@@ -215,7 +216,7 @@ def test_a_key_that_is_no_number(bench: Bench, tmp_path: Path, kv_type: KvType) 
     attender = Attender(bench, step)
     attender.fill(replace(told, rows=rows), 540)
     found = attender.run(batch_of([([0] * 20, range(540, 560), told.table)]), rows[540:])
-    np.testing.assert_array_equal(found[:10].view(np.uint32), told.wanted[540:550].view(np.uint32))
+    check_equal_bits(found[:10], told.wanted[540:550])
     assert np.isnan(found[10:]).all()
 
 
@@ -277,7 +278,7 @@ def test_sums_of_spans_take_bounded_memory() -> None:
 PLANTED = ("sum = add(sum, lane < 16 ? weight : other);", "sum = add(sum, lane < 16 ? other : weight);")
 
 
-def test_two_swapped_additions_are_noticed(tmp_path: Path) -> None:
+def test_two_swapped_additions_are_noticed(tmp_path: Path, build_shim: Callable[..., Path]) -> None:
     """Swapped additions in decode's sum of weights change the result's bits, but hardly its values."""
     for path in (SRC / "attention").iterdir():
         shutil.copy(path, tmp_path)
@@ -288,7 +289,7 @@ def test_two_swapped_additions_are_noticed(tmp_path: Path) -> None:
     every = kernels.read_text()
     kernels.write_text(re.sub(r"^FEW\((?!f16, 4,).*\n", "", every, flags=re.MULTILINE))
     assert every.count("\nFEW(") == 15 and kernels.read_text().count("\nFEW(") == 1
-    device = ShimDevice(build({"attention.few": kernels, "attention.rows": tmp_path / "rows.cu"}))
+    device = ShimDevice(build_shim({"attention.few": kernels, "attention.rows": tmp_path / "rows.cu"}))
     step = attention(4, 1, 64)
     (told,) = sequences_of(tmp_path, step, (320,), generator())
     with Bench(device) as bench:

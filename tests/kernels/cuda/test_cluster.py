@@ -29,7 +29,6 @@ from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.model.quant_types import QuantType
 from llamaclust.worker.devices import backends
-from support.cuda.shim_build import build
 from support.cuda.shim_device import ShimDevice
 from support.models.tiny_model import build_tiny_model
 from support.paths import TESTS
@@ -238,8 +237,10 @@ def test_a_gpu_that_is_lost_while_layers_are_loaded_comes_back(
     assert done.answers == wanted and not order.exists()
 
 
-def test_a_plan_knows_the_gpu_before_a_start(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    device, opened = ShimDevice(build(), memory_bytes=64 << 20), list[str]()
+def test_a_plan_knows_the_gpu_before_a_start(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build_shim: Callable[..., Path]
+) -> None:
+    device, opened = ShimDevice(build_shim(), memory_bytes=64 << 20), list[str]()
 
     def open_gpu(name: str, threads: int, memory_cap_bytes: int | None, *folders: object) -> CudaBackend:
         opened.append(name)
@@ -262,9 +263,13 @@ def test_a_plan_knows_the_gpu_before_a_start(model: Path, tmp_path: Path, monkey
 
 
 def test_a_plan_shows_what_rules_did(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    build_shim: Callable[..., Path],
 ) -> None:
-    monkeypatch.setattr(backends, "open_gpu", lambda name, threads, *_: CudaBackend(name, ShimDevice(build()), threads))
+    library = build_shim()
+    monkeypatch.setattr(backends, "open_gpu", lambda name, threads, *_: CudaBackend(name, ShimDevice(library), threads))
     monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(tmp_path))
     model = tmp_path / "mixture.gguf"
     small = {"hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 96, "vocabulary": 320, "experts": 4}

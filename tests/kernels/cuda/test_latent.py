@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -31,7 +32,6 @@ from support.cuda.attending import LARGE, SMALL, Attender, in_parts, latent, seq
 from support.cuda.launching import Bench
 from support.cuda.product_cases import LEVEL, count_of, generator_of, limits_of, load, quantized, segment_cols
 from support.cuda.random_numbers import generator
-from support.cuda.shim_build import build
 from support.cuda.shim_device import LARGEST_GRID, ShimDevice
 
 SHAPES = {
@@ -95,7 +95,7 @@ def test_what_is_no_number_stays_in_its_rows(bench: Bench, tmp_path: Path, kv_ty
     rows = told.rows.copy()
     rows[37, step.q.width] = np.nan
     found = Attender(bench, step).run(batch_of([([0] * 40, range(40), told.table)]), rows)
-    np.testing.assert_array_equal(found[:37].view(np.uint32), told.wanted[:37].view(np.uint32))
+    check_equal_bits(found[:37], told.wanted[:37])
     assert np.isnan(found[37:]).all()
 
 
@@ -145,7 +145,7 @@ def test_grids_of_a_long_prompt_with_many_heads(kind: QuantType) -> None:
         assert all(size <= most for size, most in zip(launch.grid, LARGEST_GRID, strict=True)), launch
 
 
-def test_lanes_that_change_places_are_noticed(tmp_path: Path) -> None:
+def test_lanes_that_change_places_are_noticed(tmp_path: Path, build_shim: Callable[..., Path]) -> None:
     """Another order of additions over every sixteenth position changes the result's bits."""
     for path in (SRC / "attention").iterdir():
         shutil.copy(path, tmp_path)
@@ -156,7 +156,7 @@ def test_lanes_that_change_places_are_noticed(tmp_path: Path) -> None:
     kernels.write_text(
         re.sub(r"^(?:LATENT|FEW)\((?!f16, 16,).*\n", "", text.replace(line, swapped), flags=re.MULTILINE)
     )
-    device = ShimDevice(build({"attention.latent": kernels, "attention.rows": tmp_path / "rows.cu"}))
+    device = ShimDevice(build_shim({"attention.latent": kernels, "attention.rows": tmp_path / "rows.cu"}))
     step = latent(4, 40, 32)
     (told,) = sequences_of(tmp_path, step, (320,), generator())
     with Bench(device) as bench:

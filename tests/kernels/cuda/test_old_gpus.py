@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,6 @@ from support.cuda.attending import Attender, attention, latent, sequences_of
 from support.cuda.launching import Bench
 from support.cuda.product_cases import LEVEL, generator_of, load, none_numbers, products, segment_cols
 from support.cuda.random_numbers import generator
-from support.cuda.shim_build import build
 from support.cuda.shim_device import ShimDevice
 
 OLD = "-DLLAMACLUST_ARCH=610"
@@ -39,11 +38,9 @@ GPU = LaunchLimits(2, PLAIN_SHARED_BYTES, (6, 1))
 
 
 @pytest.fixture(scope="module")
-def device(request: pytest.FixtureRequest) -> Iterator[ShimDevice]:
+def device(build_shim: Callable[..., Path]) -> Iterator[ShimDevice]:
     """Overrides the `device` fixture of other tests."""
-    if request.config.getoption("--gpu", default=False):
-        pytest.skip("old GPUs are those of the shim")
-    library = build({name: path for name, path in modules().items() if name in MODULES}, (OLD,))
+    library = build_shim({name: path for name, path in modules().items() if name in MODULES}, (OLD,))
     made = ShimDevice(library, compute_capability=GPU.compute_capability, shared_bytes=GPU.shared_bytes)
     yield made
     made.close()

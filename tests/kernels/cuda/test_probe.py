@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from llamaclust.tools.bench.bench import BenchTask, run_bench
 from llamaclust.worker.devices import backends, profiler
 from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
 from llamaclust.worker.stage.stage_runner import StageRunner
-from support.cuda.shim_build import build
 from support.cuda.shim_device import ShimDevice
 from support.cuda.stages import Free
 from support.models.tiny_model import build_tiny_model
@@ -69,9 +69,9 @@ def test_a_plan_counts_what_layers_take(device: Device, tmp_path: Path, start: i
 
 
 @pytest.mark.parametrize("free_bytes", [1 << 20, 3 << 20])
-def test_a_gpu_that_is_nearly_full_is_measured(free_bytes: int) -> None:
+def test_a_gpu_that_is_nearly_full_is_measured(build_shim: Callable[..., Path], free_bytes: int) -> None:
     """A user may name a full GPU that gets no layer."""
-    reached = CudaBackend("cuda:0", ShimDevice(build(), memory_bytes=free_bytes), 1).measure()
+    reached = CudaBackend("cuda:0", ShimDevice(build_shim(), memory_bytes=free_bytes), 1).measure()
     assert reached.read_bytes_s > 0 and reached.int8_macs_s > 0
 
 

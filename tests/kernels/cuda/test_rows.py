@@ -47,7 +47,6 @@ from support.arithmetic.single_steps import Weight, program_of, rows_at
 from support.cuda.exact import Float32, awkward, on_cpu, random_source, same_bits, tiles_of
 from support.cuda.launching import Bench
 from support.cuda.row_cases import BUCKET, ROWS, one_part, rows_of, two_parts
-from support.cuda.shim_build import build
 from support.cuda.shim_device import ShimDevice
 
 WIDTHS = [1, 7, 64, 100, 1023, 1300, 4096, 5001]
@@ -333,7 +332,7 @@ SWAPS = {
 
 
 @pytest.mark.parametrize("swap", SWAPS)
-def test_additions_that_change_places_are_noticed(tmp_path: Path, swap: str) -> None:
+def test_additions_that_change_places_are_noticed(tmp_path: Path, build_shim: Callable[..., Path], swap: str) -> None:
     """Changes each kind of order in a sum of ordinary numbers of both signs."""
     text = whole_text(modules()["elementwise.norms"])
     for before, after in SWAPS[swap].items():
@@ -343,7 +342,7 @@ def test_additions_that_change_places_are_noticed(tmp_path: Path, swap: str) -> 
     source.write_text(text)
     x, ones = random_source().standard_normal((ROWS, 4096), np.float32), np.ones(4096, np.float32)
     wanted = one_part(4096, lambda a, out: LayerNorm(a, out, "w", "b", 1e-5), x, w=ones, b=ones)
-    with Bench(ShimDevice(build({"elementwise.norms": source}))) as bench:
+    with Bench(ShimDevice(build_shim({"elementwise.norms": source}))) as bench:
         there, weight = bench.put(x), bench.put(ones)
         bench.run(
             "elementwise.norms.layer_norm", (1, BUCKET), 256, there, weight, weight, 1e-5, 4096, rows_of(bench), there

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ import pytest
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.kernels.cuda.runtime.device import Device
 from support.cuda.launching import Bench
-from support.cuda.shim_build import build
 from support.cuda.shim_device import KernelError, ShimDevice
 from support.paths import TESTS
 
@@ -24,10 +24,8 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def probes(request: pytest.FixtureRequest) -> Iterator[Device]:
-    if request.config.getoption("--gpu", default=False):
-        pytest.skip("probes are compiled for the shim")
-    made = ShimDevice(build({"probe": PROBE}, *VARIANTS[request.param]))
+def probes(request: pytest.FixtureRequest, build_shim: Callable[..., Path]) -> Iterator[Device]:
+    made = ShimDevice(build_shim({"probe": PROBE}, *VARIANTS[request.param]))
     yield made
     made.close()
 

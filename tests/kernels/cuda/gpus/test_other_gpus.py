@@ -3,8 +3,9 @@ activations have another layout, give the CPU's bits in products, experts and wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,6 @@ from llamaclust.model.quant_types import QuantType
 from support.arithmetic.matmul_cases import TYPES, check_equal_bits, random_activations, random_weights
 from support.cuda.launching import Bench
 from support.cuda.product_cases import LEVEL, generator_of, load, none_numbers, products, segment_cols
-from support.cuda.shim_build import build
 from support.cuda.shim_device import ShimDevice
 from support.cuda.stages import LIMITS, Open, random_tokens, run, same
 
@@ -46,15 +46,15 @@ def of_layout() -> frozenset[str]:
 
 
 @pytest.fixture(scope="module", params=GPUS)
-def device(request: pytest.FixtureRequest, of_layout: frozenset[str]) -> Iterator[RecordingDevice]:
+def device(
+    request: pytest.FixtureRequest, build_shim: Callable[..., Path], of_layout: frozenset[str]
+) -> Iterator[RecordingDevice]:
     """Overrides the `device` fixture of other tests."""
-    if request.config.getoption("--gpu", default=False):
-        pytest.skip("other GPUs are those of the shim")
     gpu = GPUS[request.param]
     whole = modules()
     products_alone = {name: whole[name] for name in ("matmul.simple", "matmul.k", "elementwise.quantize")}
     define = (f"-DLLAMACLUST_ARCH={100 * gpu[0] + 10 * gpu[1]}",)
-    library = build(whole if gpu == (8, 9) else products_alone, define, defined=of_layout)
+    library = build_shim(whole if gpu == (8, 9) else products_alone, define, defined=of_layout)
     made = RecordingDevice(library, compute_capability=gpu, shared_bytes=99 << 10)
     yield made
     made.close()

@@ -30,14 +30,17 @@ def open_nvrtc_in(folder: Path) -> Nvrtc:
     return Nvrtc(str(found))
 
 
-def compile_all(nvrtc: Nvrtc, architecture: int, out: Path, kept: Path) -> None:
+def compile_all(nvrtc: Nvrtc, architecture: int, kept: Path, out: Path | None = None) -> None:
+    """Compiles the modules that `kept` lacks, and copies all to `out`."""
     cache = CubinCache(kept)
-    out.mkdir(parents=True, exist_ok=True)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
 
     def compile_one(name: str) -> str:
         started = time.perf_counter()
         file = cache.get(nvrtc, name, whole_text(modules()[name]), architecture)
-        shutil.copy(file, out)
+        if out is not None:
+            shutil.copy(file, out)
         return f"{name}: {time.perf_counter() - started:.1f} s, {file.stat().st_size} bytes"
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -53,7 +56,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--keep", type=Path, required=True, help="folder that keeps compiled modules for later calls")
     given = parser.parse_args()
-    compile_all(open_nvrtc_in(given.nvrtc), given.architecture, given.out, given.keep)
+    compile_all(open_nvrtc_in(given.nvrtc), given.architecture, given.keep, given.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from llamaclust.cluster.state.file_lock import FileLock
 from llamaclust.core.errors import UsageError
 
-_LOCK = ".lock"
+LOCK = ".lock"
 
 
 def ready_folder(folder: Path) -> None:
@@ -28,7 +28,7 @@ def ready_folder(folder: Path) -> None:
 @contextmanager
 def only_run(folder: Path) -> Iterator[None]:
     """Holds the folder's lock until the context or the process ends. Raises UsageError if another run holds it."""
-    lock = FileLock(folder / _LOCK)
+    lock = FileLock(folder / LOCK)
     if not lock.take():
         raise UsageError(f"another run uses {folder}")
     try:

@@ -116,9 +116,9 @@ def test_compiled_kernels_are_found_where_nothing_can_be_compiled(
     command = [compiler(), "-shared", "-fPIC", str(fake), "-o", str(tmp_path / "libnvrtc.so.13")]
     subprocess.run(command, check=True, timeout=120)
     nvrtc = cubins.open_nvrtc_in(tmp_path)
-    cubins.compile_all(nvrtc, 90, tmp_path / "out", tmp_path / "kept")
+    cubins.compile_all(nvrtc, 90, tmp_path / "kept", tmp_path / "out")
     (tmp_path / "kept" / "earlier-1.cubin").touch()
-    cubins.compile_all(nvrtc, 90, tmp_path / "out", tmp_path / "kept")
+    cubins.compile_all(nvrtc, 90, tmp_path / "kept", tmp_path / "out")
 
     def compile_none(*arguments: object) -> Never:
         raise AssertionError("it is compiled again")

@@ -70,6 +70,7 @@ def _line(task: Task, round_: Round) -> str:
     if round_.rates.read.cpu:
         rates += f", RAM {round_.rates.read.cpu / 1e9:.0f} GB/s"
     speeds = f"decode {1 / round_.step_s:.1f} tok/s, prefill {task.prompt / round_.prefill_s:.0f} tok/s"
+    speeds += f", decode after it {1 / round_.deep_s:.1f} tok/s"
     speeds += f", {task.sequences} sequences {task.sequences / round_.many_s:.1f} tok/s"
     for count, steps in round_.copied.items():
         speeds += f", {count} with copies {count / steps.step_s:.1f} tok/s ({steps.hit_share:.0%} hits)"

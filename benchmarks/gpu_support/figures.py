@@ -30,12 +30,14 @@ class CopiedSteps:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Seconds of a prefill and of decode steps. `copied` has the times of decode steps with GPU copies of experts."""
+    """Seconds of a prefill and of decode steps: from the first token on, of several sequences, and after the prompt.
+    `copied` has the times of decode steps with GPU copies of experts."""
 
     rates: Rates
     prefill_s: float
     step_s: float
     many_s: float
+    deep_s: float
     theirs: Speed | None = None  # Speed of llama.cpp.
     # Steps with copies of experts, by number of sequences.
     copied: Mapping[int, CopiedSteps] = field(default_factory=dict)
@@ -104,7 +106,7 @@ class Figures:
 
     def as_json(self) -> dict[str, Any]:
         """Returns all figures. A GB is 10^9 bytes. Each spread has the median, the minimum and the maximum."""
-        work, step = self.work, self.work.step_bytes(1)
+        work, step, deep = self.work, self.work.step_bytes(1), self.work.deep_step_bytes
         found: dict[str, Any] = {
             "rates": self._rates(),
             "decode": {
@@ -114,6 +116,12 @@ class Figures:
                 "vram_bytes": step.gpu,
                 "ram_bytes": step.cpu,
                 "share": self.decode_share,
+            },
+            "decode_after_prompt": {
+                "prompt": work.prompt,
+                "tok_s": self.spread(lambda round_: 1 / round_.deep_s),
+                "token_ms": self.spread(lambda round_: 1e3 * round_.deep_s),
+                "best_token_ms": self.spread(lambda round_: 1e3 * deep.seconds(round_.rates.read)),
             },
             "prefill": {
                 "tok_s": self.spread(lambda round_: work.prompt / round_.prefill_s),

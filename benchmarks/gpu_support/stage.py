@@ -48,7 +48,7 @@ class Task:
 
     @property
     def context(self) -> int:
-        return max(self.prompt, self.generate) + 1
+        return self.prompt + self.generate + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +145,8 @@ class Loaded:
         """Runs all measured parts, so that the scheduler learns to divide prompts and CUDA graphs are captured."""
         for _ in range(3):
             self._stage.prefill(self.task.prompt, 1)
-        for sequences in (1, self.task.sequences):
-            self._stage.decode(0, min(4, self.task.generate), sequences)
+        for depth, sequences in ((self.task.prompt, 1), (0, 1), (0, self.task.sequences)):
+            self._stage.decode(depth, min(4, self.task.generate), sequences)
         if self._stage.has_copies:
             self._stage.decode(0, self.task.generate, self.task.sequences)
 
@@ -155,9 +155,10 @@ class Loaded:
         before = self.rates()
         with stage.without_copies():
             prefill_s = stage.prefill(task.prompt, 1)
+            deep_s = stage.decode(task.prompt, task.generate, 1) / task.generate
             step_s, many_s = (stage.decode(0, task.generate, count) / task.generate for count in counts)
         copied = {count: self._copied_steps(count) for count in counts if stage.has_copies}
-        return Round(before.best(self.rates()), prefill_s, step_s, many_s, copied=copied)
+        return Round(before.best(self.rates()), prefill_s, step_s, many_s, deep_s, copied=copied)
 
     def _copied_steps(self, sequences: int) -> CopiedSteps:
         before = self._stage.copies

@@ -54,6 +54,7 @@ class Work:
     prefill_macs: Amount
     weight_bytes: Mapping[int, Amount]  # Bytes that a step reads, by number of rows: 1, all sequences, a prompt.
     kv_bytes: Amount  # Mean bytes that a step reads for each sequence.
+    deep_kv_bytes: Amount  # The same after a prompt.
     expert_bytes: Mapping[int, float] = field(
         default_factory=dict
     )  # Bytes of experts in RAM that a step reads and that GPUs may copy, by number of rows.
@@ -73,7 +74,8 @@ class Work:
         weights = {rows: amount(figure, costs.head_file_bytes) for rows, figure in read.items()}
         routers = _router_bytes(model, gpu.cpu_moe)
         experts = {rows: sum(map(figure, moved)) - routers for rows, figure in read.items()}
-        return cls(prompt, generate, sequences, macs, weights, _kv_bytes(model, gpu.start, generate), experts)
+        kv, deep_kv = (_kv_bytes(model, gpu.start, range(depth + 1, depth + generate + 1)) for depth in (0, prompt))
+        return cls(prompt, generate, sequences, macs, weights, kv, deep_kv, experts)
 
     @property
     def is_mixed(self) -> bool:
@@ -91,6 +93,11 @@ class Work:
         assert sequences in (1, self.sequences)
         weights, kv = self.weight_bytes[sequences], self.kv_bytes
         return Amount(weights.gpu + sequences * kv.gpu, weights.cpu + sequences * kv.cpu)
+
+    @property
+    def deep_step_bytes(self) -> Amount:
+        weights, kv = self.weight_bytes[1], self.deep_kv_bytes
+        return Amount(weights.gpu + kv.gpu, weights.cpu + kv.cpu)
 
     def copied_step_s(self, sequences: int, hits: float, read: Amount) -> float:
         """Returns the minimum seconds of a decode step with GPU copies of experts. The GPU reads the share `hits` of
@@ -120,9 +127,9 @@ def _router_bytes(model: Model, layers: Sequence[int]) -> int:
     return sum(model.file.tensor(step.router).n_bytes for step in mixtures if step.layer in layers)
 
 
-def _kv_bytes(model: Model, cut: int, generate: int) -> Amount:
-    kv, lengths = [0.0, 0.0], range(1, generate + 1)
+def _kv_bytes(model: Model, cut: int, lengths: range) -> Amount:
+    kv = [0.0, 0.0]
     for step in model.program(0, model.layer_count).kv_layers:
-        read = sum(min(length, step.window or length) for length in lengths) / generate
+        read = sum(min(length, step.window or length) for length in lengths) / len(lengths)
         kv[int(step.layer < cut)] += step.kv_token_bytes * read
     return Amount(*kv)

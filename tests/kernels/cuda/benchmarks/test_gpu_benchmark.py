@@ -99,13 +99,14 @@ def answers(prefills: Sequence[float], decodes: Sequence[float]) -> list[dict[st
 
 
 WEIGHTS = Amount(2e12, 0.1e12)
-WORK = Work(512, 64, 8, Amount(300e12, 10e12), dict.fromkeys((1, 8, 512), WEIGHTS), Amount(0.1e12, 0.05e12))
+KV, DEEP_KV = Amount(0.1e12, 0.05e12), Amount(0.5e12, 0.1e12)
+WORK = Work(512, 64, 8, Amount(300e12, 10e12), dict.fromkeys((1, 8, 512), WEIGHTS), KV, DEEP_KV)
 RATES = Rates(Amount(1e12, 0.1e12), Amount(100e12, 5e12))
 
 
 def test_layers_in_ram_are_held_against_the_sum_of_both_memories() -> None:
     """A step reads VRAM for 2.1 s and RAM for 1.5 s; products take 3 s on the GPU and 2 s on the processor."""
-    one = Round(RATES, prefill_s=10.0, step_s=4.0, many_s=8.0)
+    one = Round(RATES, prefill_s=10.0, step_s=4.0, many_s=8.0, deep_s=5.0)
     figures = Figures(WORK, [one, replace(one, step_s=4.5), replace(one, step_s=3.6)])
     assert figures.decode_share.median == pytest.approx(0.9)
     assert (figures.decode_share.least, figures.decode_share.most) == pytest.approx((0.8, 1.0))
@@ -119,13 +120,17 @@ def test_layers_in_ram_are_held_against_the_sum_of_both_memories() -> None:
     found = figures.as_json()
     assert found["decode"]["best_token_ms"]["median"] == pytest.approx(3600)
     assert (found["decode"]["vram_bytes"], found["decode"]["ram_bytes"]) == (2.1e12, 0.15e12)
+    deep = found["decode_after_prompt"]
+    assert (deep["prompt"], deep["tok_s"]["median"]) == (512, 0.2)
+    assert deep["best_token_ms"]["median"] == pytest.approx(4500), "2.5 s of VRAM, 2 s of RAM"
     assert found["rates"]["ram_read_gb_s"]["median"] == pytest.approx(100)
 
 
 def test_layers_on_the_gpu_alone_are_held_against_it_and_llama_cpp() -> None:
     weights = dict.fromkeys((1, 8, 512), Amount(2e12, 0))
-    work = replace(WORK, prefill_macs=Amount(300e12, 0), weight_bytes=weights, kv_bytes=Amount(0.1e12, 0))
-    one = Round(Rates(Amount(1e12, 0), Amount(100e12, 0)), 5.0, 2.625, 2.5, Speed(prefill=204.8, decode=0.2))
+    kv = Amount(0.1e12, 0)
+    work = Work(512, 64, 8, Amount(300e12, 0), weights, kv, kv)
+    one = Round(Rates(Amount(1e12, 0), Amount(100e12, 0)), 5.0, 2.625, 2.5, 2.7, Speed(prefill=204.8, decode=0.2))
     figures = Figures(work, [one])
     found = {wanted.what: (wanted.found, wanted.is_met) for wanted in figures.wanted()}
     expected: dict[str, tuple[object, bool | None]] = {
@@ -169,7 +174,7 @@ def test_what_does_not_fit_on_the_gpu_lies_in_ram(model: Path, device: Device, m
         assert str(loaded.layout).startswith("2 of 4 layers on GPUs: [0, 2) cpu, [2, 4) cuda:0; ")
         loaded.warm_up()
         found = loaded.measure()
-        assert min(found.prefill_s, found.step_s, found.many_s) > 0
+        assert min(found.prefill_s, found.step_s, found.many_s, found.deep_s) > 0
         assert min(found.rates.read.gpu, found.rates.int8.gpu, found.rates.int8.cpu) > 0
         assert found.rates.read.cpu == 5e9
         step = loaded.work.step_bytes(1)
@@ -238,7 +243,7 @@ def test_figures_are_printed_where_their_record_cannot_be_written(
         gpu,
         "Loaded",
         lambda task, whole: SimpleNamespace(
-            warm_up=lambda: None, measure=lambda: Round(RATES, 10.0, 4.0, 8.0), work=WORK, close=lambda: None
+            warm_up=lambda: None, measure=lambda: Round(RATES, 10.0, 4.0, 8.0, 5.0), work=WORK, close=lambda: None
         ),
     )
     monkeypatch.setattr(gpu, "described", lambda loaded, command: {})
@@ -312,7 +317,7 @@ def test_mistakes_are_told_before_anything_runs(
         gpu.main(["nope.gguf"])
     with pytest.raises(UsageError, match=r"no such file; docs/internals/gpu-kernels\.md says how to build it"):
         gpu.main([str(model), "--llama-bench", str(tmp_path / "llama-bench")])
-    with pytest.raises(UsageError, match="10001 tokens are requested, but the model's context length is 2048"):
+    with pytest.raises(UsageError, match="10065 tokens are requested, but the model's context length is 2048"):
         gpu.main([str(model), "--prompt", "10000"])
     for option in (("--gpu-memory", "much"), ("--device", "cpu"), ("--device", "cuda:²"), ("--repeats", "0")):
         with pytest.raises(SystemExit):

@@ -94,21 +94,22 @@ def test_what_a_step_reads_where(mixture: Path, moved: tuple[int, ...]) -> None:
     macs = work.prefill_macs
     assert macs.gpu + macs.cpu == whole.prefill_macs.gpu and macs.cpu == 7 * len(moved) * 64 * (USED * 3 * 96 + EXPERTS)
     assert work.kv_bytes == whole.kv_bytes and work.kv_bytes.cpu == 0
+    assert work.deep_kv_bytes.gpu == pytest.approx(work.kv_bytes.gpu * (7 + 3) / 3), "5 tokens after 7"
     assert work.is_mixture and work.is_mixed == bool(moved)
 
 
 def test_goals_of_a_mixture_on_the_gpu() -> None:
     """Eight sequences read four times as many bytes as one; reads, not products, bound a prefill of 512 rows."""
     weights = {rows: Amount(n_bytes, 0) for rows, n_bytes in ((1, 1e12), (8, 4e12), (512, 10e12))}
-    work = Work(512, 64, 8, Amount(300e12, 0), weights, Amount(0, 0))
-    reached = Round(RATES, prefill_s=28.0, step_s=1.2, many_s=6.6)
+    work = Work(512, 64, 8, Amount(300e12, 0), weights, Amount(0, 0), Amount(0, 0))
+    reached = Round(RATES, prefill_s=28.0, step_s=1.2, many_s=6.6, deep_s=5.0)
     found = {one.what: (one.least, one.is_met) for one in Figures(work, [reached]).wanted()}
     assert found == {
         "decode, of the bandwidth": (0.80, True),
         "prefill, of the peak of 8-bit products or the bandwidth": (0.35, True),
         "8 sequences, of the time to read their weights": (pytest.approx(0.60), True),
     }
-    missed = Figures(work, [Round(RATES, prefill_s=29.0, step_s=1.3, many_s=6.7)]).wanted()
+    missed = Figures(work, [Round(RATES, prefill_s=29.0, step_s=1.3, many_s=6.7, deep_s=5.0)]).wanted()
     assert [one.is_met for one in missed] == [False] * 3
     long = replace(work, prompt=5200, weight_bytes=weights | {520: Amount(10e12, 0)})
     assert long.prefill_s(RATES) == pytest.approx(100), "a stage computes 520 rows at once"
@@ -119,9 +120,9 @@ def test_goals_of_a_mixture_on_the_gpu() -> None:
 def test_goals_of_experts_in_ram_and_copies() -> None:
     """A step reads VRAM for 1 s and RAM for 8 s; hits of a quarter leave 6 s of RAM, and add 0.2 s of VRAM."""
     weights = {rows: Amount(1e12, 0.8e12) for rows in (1, 8)} | {512: Amount(2e12, 6e12)}
-    work = Work(512, 64, 8, Amount(300e12, 10e12), weights, Amount(0, 0), dict.fromkeys((1, 8), 0.8e12))
+    work = Work(512, 64, 8, Amount(300e12, 10e12), weights, Amount(0, 0), Amount(0, 0), dict.fromkeys((1, 8), 0.8e12))
     steps = {1: CopiedSteps(8.0, hits=10, misses=30), 8: CopiedSteps(13.0, hits=0, misses=0)}
-    found = Figures(work, [Round(RATES, prefill_s=70.0, step_s=10.0, many_s=14.0, copied=steps)])
+    found = Figures(work, [Round(RATES, prefill_s=70.0, step_s=10.0, many_s=14.0, deep_s=5.0, copied=steps)])
     assert {one.what: (one.least, one.is_met) for one in found.wanted()} == {
         "decode, of the time to read VRAM and RAM": (0.85, True),
         "8 sequences, of the time to read their weights": (pytest.approx(0.6375), True),
@@ -135,7 +136,7 @@ def test_goals_of_experts_in_ram_and_copies() -> None:
     all_hit = work.copied_step_s(1, 1.0, RATES.read)
     assert all_hit == pytest.approx(1.8), "the GPU reads all of them"
     slow = {count: replace(step, step_s=20.0) for count, step in steps.items()}
-    missed = Figures(work, [Round(RATES, prefill_s=70.0, step_s=10.7, many_s=14.2, copied=slow)]).wanted()
+    missed = Figures(work, [Round(RATES, prefill_s=70.0, step_s=10.7, many_s=14.2, deep_s=5.0, copied=slow)]).wanted()
     assert [one.is_met for one in missed] == [False] * 4
 
 
@@ -187,7 +188,7 @@ def test_copies_beside_none(
     assert wanted(record)["decode with copies, times without"] == (1.0, True)
     assert "4 with copies 2.7 tok/s (" in (err := capsys.readouterr().err) and "2 MiB of VRAM for copies" in err
     decoded = [(is_cached, rows) for is_cached in (False, True) for rows in (1, 4) for _ in range(6)]
-    assert uses[-50:] == 2 * [(False, 5), *decoded]
+    assert uses[-62:] == 2 * [(False, 5), *6 * [(False, 1)], *decoded]
 
 
 def test_counts_are_of_the_measured_steps(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:

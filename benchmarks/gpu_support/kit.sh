@@ -7,7 +7,7 @@
 # any other packages that setup.sh names. OUT can include small packages that are named here. Python and CUDA sources are the
 # tree's. Compiled C++ comes from the wheel (by default, `make wheel` builds one). CUDA modules are compiled here for one
 # architecture and one version of NVRTC, and other modules are compiled on that machine. Modules are kept under build/, so
-# that a second call is fast.
+# that a second call is fast. At the end, the script prints the size of tree and kit, and fails if it is above 62 MiB.
 set -euo pipefail
 root=$(realpath "$(dirname "$0")/../..")
 python=$root/.venv/bin/python
@@ -58,4 +58,16 @@ echo "$nvrtc" > "$work/content/nvrtc"
 
 tar -C "$work/content" --sort=name -cf - . | xz --x86 --lzma2=preset=9 > "$out/content.tar.xz"
 cp "$root"/benchmarks/gpu_support/{setup.sh,unpack.py} "$out"
-du -sh "$out"
+
+limit_mib=62
+mib() { awk '{ sum += $1 } END { printf "%.1f", sum / 1048576 }'; }
+tree_mib=$(cd "$root" && { git ls-files -zco --exclude-standard | xargs -0 stat -c %s -- 2> /dev/null || true; } | mib)
+kit_mib=$(find "$out" -type f -printf '%s\n' | mib)
+total_mib=$(awk "BEGIN { print $tree_mib + $kit_mib }")
+echo "$root: $tree_mib MiB, $out: $kit_mib MiB, together $total_mib MiB"
+if awk "BEGIN { exit !($total_mib > $limit_mib) }"; then
+  echo "this is above $limit_mib MiB: leave out test data, which GPU tests do not read, by
+  git sparse-checkout set --no-cone '/*' '!/tests/data/'
+until git sparse-checkout disable" >&2
+  exit 1
+fi

@@ -1,9 +1,10 @@
-"""Unpacks the archive that kit.sh made, and names packages that are missing or too old. On the machine with the GPU,
-setup.sh runs this program in the tree's top folder, before any package of llamaclust is available."""
+"""Unpacks the archive that kit.sh made. Fails if packages are missing or too old, and names them. On the machine with
+the GPU, setup.sh runs this program in the tree's top folder, before any package of llamaclust is available."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import sys
@@ -19,7 +20,13 @@ from packaging.utils import canonicalize_name
 _TEST_TOOLS = ("pytest", "hypothesis", "psutil")
 
 
-def unpack(archive: Path, unpacked: Path, tree: Path) -> None:
+def unpack(archive: Path, unpacked: Path) -> None:
+    """Keeps what was unpacked from the same archive, with the kernels that were compiled since."""
+    kept, digest = unpacked / "archive", hashlib.sha256(archive.read_bytes()).hexdigest()
+    if kept.is_file() and kept.read_text() == digest:
+        return
+    if archive.resolve().is_relative_to(unpacked.resolve()):
+        raise SystemExit(f"{archive} would be removed, since {unpacked} is replaced: move the kit to another folder")
     shutil.rmtree(unpacked, ignore_errors=True)
     with tarfile.open(archive) as content:
         # This user owns the files, and others cannot write them. Otherwise the kernels would not be used.
@@ -28,13 +35,13 @@ def unpack(archive: Path, unpacked: Path, tree: Path) -> None:
             member.mode &= 0o755
         content.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 and later have it.
         content.extractall(unpacked)
-    shutil.copy(unpacked / "native" / "_native.abi3.so", tree / "src" / "llamaclust" / "kernels")
     home, program = unpacked / "home", unpacked / "bin" / "llamaclust"
     home.mkdir()
     (unpacked / "kernels").rename(home / "kernels")
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m llamaclust "$@"\n')
     program.chmod(0o755)
+    kept.write_text(digest)
 
 
 def required(tree: Path) -> Iterator[str]:
@@ -64,9 +71,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("unpacked", type=Path, help="folder to make")
     given, tree = parser.parse_args(), Path.cwd()
-    unpack(Path(__file__).with_name("content.tar.xz"), given.unpacked, tree)
-    for line in shortfalls(required(tree), given.unpacked / "packages"):
-        print(line, file=sys.stderr)
+    unpack(Path(__file__).with_name("content.tar.xz"), given.unpacked)
+    shutil.copy(given.unpacked / "native" / "_native.abi3.so", tree / "src" / "llamaclust" / "kernels")
     made_by = (given.unpacked / "nvrtc").read_text().strip()
     try:
         found = ".".join(version("nvidia-cuda-nvrtc").split(".")[:2])
@@ -74,6 +80,8 @@ def main() -> None:
         found = "unknown"
     if found != made_by:
         print(f"kernels are compiled here, which takes minutes: NVRTC is {found}, the kit's {made_by}", file=sys.stderr)
+    if lines := list(shortfalls(required(tree), given.unpacked / "packages")):
+        raise SystemExit("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,13 @@ sys.path.append(str(ROOT / "benchmarks"))
 from gpu_support import cubins, unpack
 
 SCRIPTS = ROOT / "benchmarks" / "gpu_support"
+READY = """
+[project]
+dependencies = ["numpy>=1", "brought>=2.5"]
+optional-dependencies = {cuda13 = ["brought"]}
+[dependency-groups]
+test = ["pytest>=8", "other-tests>=9"]
+"""
 PROJECT = """
 [project]
 dependencies = ["numpy>=1", "brought>=2.5", "old_one>=3", "nowhere>=1"]
@@ -36,18 +43,18 @@ CONTENT = {
     "nvrtc": "12.7\n",
     "packages/brought.py": "",
     "packages/Brought-2.5.dist-info/METADATA": METADATA.format("Brought", "2.5")
-    + "Requires-Dist: its-need>=7\nRequires-Dist: its-extra; extra == 'more'\nRequires-Dist: numpy\n",
-    "packages/old_one-2.9.dist-info/METADATA": METADATA.format("old_one", "2.9"),
+    + "Requires-Dist: its-extra; extra == 'more'\nRequires-Dist: numpy\n",
 }
+SHORT = {"packages/old_one-2.9.dist-info/METADATA": METADATA.format("old_one", "2.9") + "Requires-Dist: its-need>=7\n"}
 
 
-def kit(folder: Path) -> Path:
+def kit(folder: Path, more: dict[str, str] | None = None) -> Path:
     """Builds a kit that another user packed, with world-writable files."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for name in ("setup.sh", "unpack.py"):
         (folder / name).write_bytes((SCRIPTS / name).read_bytes())
     with tarfile.open(folder / "content.tar.xz", "w:xz") as archive:
-        for name, text in CONTENT.items():
+        for name, text in (CONTENT | (more or {})).items():
             member = tarfile.TarInfo(name)
             member.size, member.mode, member.uid, member.gid = len(text), 0o666, 4711, 4711
             archive.addfile(member, io.BytesIO(text.encode()))
@@ -58,11 +65,11 @@ def kit(folder: Path) -> Path:
 def tree(tmp_path: Path) -> Path:
     tree = tmp_path / "a tree"
     (tree / "src" / "llamaclust" / "kernels").mkdir(parents=True)
-    (tree / "pyproject.toml").write_text(PROJECT)
+    (tree / "pyproject.toml").write_text(READY)
     return tree
 
 
-def set_up(tree: Path, kit: Path) -> tuple[list[str], list[str]]:
+def set_up(tree: Path, kit: Path, status: int = 0) -> tuple[list[str], list[str]]:
     """Runs setup.sh; returns its lines of stderr, and the resulting values of variables and paths of modules."""
     python = f"python3() {{ '{sys.executable}' \"$@\"; }}"
     after = "import os, brought; print(os.environ['LLAMACLUST_HOME'], brought.__file__, sep='\\n')"
@@ -70,15 +77,14 @@ def set_up(tree: Path, kit: Path) -> tuple[list[str], list[str]]:
     done = subprocess.run(
         ["bash", "-c", " && ".join(lines)], cwd=tree, capture_output=True, text=True, check=False, timeout=60
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     return done.stderr.splitlines(), done.stdout.splitlines()
 
 
 def test_a_tree_is_ready_after_setup(tree: Path, tmp_path: Path) -> None:
     packed = kit(tmp_path / "a kit")
-    for _ in range(2):  # the second call replaces what the first one left
-        _, found = set_up(tree, packed)
-    unpacked = tree / "build" / "gpu-kit"
+    _, found = set_up(tree, packed)
+    unpacked = tree / "build" / "gpu-kit-unpacked"
     home = unpacked / "home"
     brought = unpacked / "packages" / "brought.py"
     assert found == [str(tree / "src"), str(unpacked / "bin" / "llamaclust"), str(home), str(brought)]
@@ -89,8 +95,29 @@ def test_a_tree_is_ready_after_setup(tree: Path, tmp_path: Path) -> None:
         assert path.stat().st_uid == tree.stat().st_uid and not path.stat().st_mode & 0o022
 
 
-def test_what_is_missing_is_named(tree: Path, tmp_path: Path) -> None:
-    said, _ = set_up(tree, kit(tmp_path / "kit"))
+def test_kernels_of_earlier_commands_are_kept_until_the_kit_changes(tree: Path, tmp_path: Path) -> None:
+    packed, compiled = kit(tmp_path / "kit"), tree / "build/gpu-kit-unpacked/home/kernels/compiled-1.cubin"
+    set_up(tree, packed)
+    compiled.touch()
+    set_up(tree, packed)
+    assert compiled.exists()
+    set_up(tree, kit(tmp_path / "kit", {"packages/new.py": ""}))
+    assert not compiled.exists()
+
+
+@pytest.mark.parametrize("name", ["build/gpu-kit", "build/gpu-kit-unpacked"])
+def test_a_kit_does_not_remove_itself(tree: Path, name: str) -> None:
+    (tree / "build").mkdir()
+    packed = kit(tree / name)
+    said, found = set_up(tree, packed, status=int(name.endswith("unpacked")))
+    assert (packed / "content.tar.xz").exists()
+    assert found if name == "build/gpu-kit" else "move the kit to another folder" in said[-1]
+
+
+def test_what_is_missing_is_named_and_nothing_is_set_up(tree: Path, tmp_path: Path) -> None:
+    (tree / "pyproject.toml").write_text(PROJECT)
+    said, found = set_up(tree, kit(tmp_path / "kit", SHORT), status=1)
+    assert found == []
     needed = {line.partition(",")[0]: line for line in said if " is needed" in line}
     assert [line.partition(" is needed")[0] for line in needed] == [
         "old_one>=3",
@@ -101,7 +128,7 @@ def test_what_is_missing_is_named(tree: Path, tmp_path: Path) -> None:
     ]
     assert "but 2.9 is installed;" in needed["old_one>=3 is needed"]
     assert "but none is installed;" in needed["nowhere>=1 is needed"]
-    assert said[-1].startswith("kernels are compiled here") and said[-1].endswith("the kit's 12.7")
+    assert said[0].startswith("kernels are compiled here") and said[0].endswith("the kit's 12.7")
 
 
 def test_requirements_are_the_projects_own() -> None:

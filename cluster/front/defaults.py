@@ -61,7 +61,7 @@ _NEEDED: Final[Collection[tuple[str, str, _Refuses]]] = (
 
 
 def usable_defaults(defaults: Mapping[str, Any], given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """Returns the defaults that do not conflict with the fields `given`. Drops fields that are not in `known`."""
+    """Returns `defaults` for those `known` fields that are not `given` and do not conflict with the `given` fields."""
     absent = {name: value for name, value in defaults.items() if name in known and name not in given}
     values = {**absent, **given}
     excluded = {

@@ -67,7 +67,7 @@ def adapter_routes(model: ApiModel) -> Iterator[Route]:
 
 
 class AdapterLoading:
-    """Loads and unloads adapters for clients. If API keys are configured, only the first key may do so."""
+    """Loads and unloads adapters for clients. If API keys are configured, clients must send the first key."""
 
     def __init__(self, control: AdapterControl, served: str, settings: ApiSettings) -> None:
         self._control = control
@@ -114,7 +114,7 @@ class ApiModel:
         return ModelNames(self.name, self.settings)
 
     def continues(self, request: RequestContext) -> bool:
-        """Returns True if a request from the journal began with this model and its current adapters."""
+        """Returns True if a request from the journal used this model, and adapters that the model still has."""
         return request.served == self.settings.digest and self.settings.adapters.have(request.adapters)
 
 

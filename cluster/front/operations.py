@@ -40,7 +40,7 @@ async def disabled(request: Request) -> Response:
 
 
 async def no_proxy(request: Request) -> Response:
-    """Refuses requests to llama.cpp's CORS proxy. It would send requests to other servers for clients."""
+    """Refuses requests to llama.cpp's CORS proxy, which would send requests to other servers for clients."""
     raise HttpError(403, "forbidden", "/cors-proxy: this server is no proxy")
 
 

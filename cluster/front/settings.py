@@ -103,14 +103,14 @@ class ModelNames:
         return dict.fromkeys(known, self._served) | {name: name for name in adapters}
 
     def find(self, name: str) -> str | None:
-        """Returns the name of the model or adapter to which `name` refers, or None. The tag `:latest` may be absent."""
+        """Returns the name of the model or adapter to which `name` refers, or None. A missing tag means `:latest`."""
         names = self.all
         return names.get(name) or {tagged(known): own for known, own in names.items()}.get(tagged(name))
 
     def adapters(
         self, name: str | None, lora: AdapterScales | None = None, default: AdapterScales = ()
     ) -> AdapterScales:
-        """Returns a request's adapters: the adapter called `name` (the request's model), else `lora`, else `default`.
+        """Returns a request's adapters: the adapter called `name` (the field `model`), else `lora`, else `default`.
         Raises HttpError (404) for an unknown model, and ParameterError for an unknown adapter."""
         if (number := self._adapters.number_of(self.shown(name))) is not None:
             if lora is not None:

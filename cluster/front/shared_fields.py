@@ -39,7 +39,7 @@ from llamaclust.core.sampler.table import MAIN_NUMBERS, SAMPLING_TABLE
 
 @dataclass(frozen=True, slots=True)
 class Requested:
-    """Marks a field that is copied to the field `name` of `CompletionRequest`. `name` defaults to its own name."""
+    """Marks a field that is copied to the field `name` of `CompletionRequest`. `name` is "" if both names are equal."""
 
     name: str = ""
 

@@ -206,7 +206,7 @@ class TlsProtocol(asyncio.Protocol):
 
 
 class _TlsTransport:
-    """The transport that the wrapped protocol gets. `write` and `close` go through TLS, other calls to `transport`."""
+    """The transport for the wrapped protocol. `write` and `close` use TLS. `transport` gets all other calls."""
 
     def __init__(self, tls: TlsProtocol, transport: asyncio.Transport) -> None:
         self._tls = tls

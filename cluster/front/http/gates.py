@@ -203,7 +203,7 @@ class Admission:
         whole = [request for request in self._open if not request.awaits_body]
         own = sum(request.owner == current_owner.get() for request in whole)
         if not fits(own, len(whole), self._settings.max_requests):
-            raise _busy(f"the server is busy with {own} requests")
+            raise _busy(f"the server is busy with open requests, {own} of them from this client")
 
     @contextmanager
     def held(self, *, has_body: bool) -> Iterator[_Open]:

@@ -100,7 +100,7 @@ def has_body(scope: Scope) -> bool:
 
 
 class EarlyReplies:
-    """Middleware that delays the end of a reply until the request's body has arrived, for at most 0.9 s."""
+    """Middleware that delays the end of a reply by up to 0.9 s, until the request's body has arrived."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -120,7 +120,7 @@ class EventResponse(PartsResponse):
 
 
 class JsonParts(PartsResponse):
-    """A JSON body that is sent in parts. An error before the third part can still set the HTTP status."""
+    """A JSON body that is sent in parts. An error in the first or second part can still set the HTTP status."""
 
     media_type = "application/json"
 

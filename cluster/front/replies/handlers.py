@@ -165,7 +165,7 @@ class Replies:
 
     async def replay(self, request: Request) -> Response:
         """Sends a kept reply again for llama.cpp's `GET /v1/stream/ID?from=N` or `/v1/stream?conv_id=ID&from=N`, where
-        N is the number of bytes of the stream to skip. Replies that are not streamed allow only 0."""
+        N is the number of bytes of the stream to skip. N must be 0 if the reply is not streamed."""
         kept = self._find(request)
         start = request.query_params.get("from", "0")
         if not (start.isascii() and start.isdigit() and len(start) < 16):

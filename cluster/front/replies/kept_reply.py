@@ -91,7 +91,7 @@ class KeptReply:
 
     @property
     def is_retryable(self) -> bool:
-        """True if the reply failed for a reason that may pass. A stop is none: the next coordinator continues."""
+        """True if a temporary error ended the reply. False after a stop: the next coordinator continues the reply."""
         error = self.error
         return error is not None and error.http_status in (503, 504) and not isinstance(error, ClusterStoppingError)
 
@@ -112,8 +112,8 @@ class KeptReply:
             begin()
 
     def start(self, reply: Reply, admitted: bytes | None = None, until_s: float | None = None) -> asyncio.Task[None]:
-        """Starts and returns a task that submits the request and waits until the journal has its body, `admitted`. If
-        the reply is closed earlier, the task is cancelled."""
+        """Starts and returns a task that submits the request, and waits until the journal has the request's body,
+        `admitted`. If the reply is closed earlier, the task is cancelled."""
         self._beginning = asyncio.create_task(self._begin_on_disk(reply, admitted, until_s))
         return self._beginning
 
@@ -255,7 +255,7 @@ class KeptReply:
             self._timer = None
 
     def expire_later(self) -> None:
-        """Starts the time after which the reply is forgotten, unless a client reads it."""
+        """Starts the timer that removes the reply, unless a client is reading the reply."""
         settings, is_background = self._owner.settings, self.context.is_background
         if not self.is_kept or self.is_read or self._timer is not None or (is_background and self.is_running):
             return
@@ -363,7 +363,7 @@ class KeptReply:
         return self._request_entries() + sum(chunk.entries for chunks in parts for chunk in chunks)
 
     def _request_entries(self) -> int:
-        """Counts the prompt's tokens and the values in `Reply.repeated`. The reply may contain both."""
+        """Counts the prompt's tokens and the values in `Reply.repeated`, because the reply may contain both."""
         return _prompt_tokens(self.log) + self._repeated_entries
 
     def _new_view(self) -> View:

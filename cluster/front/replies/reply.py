@@ -149,7 +149,7 @@ class Reply:
         return RowStorage.STREAMED if self.is_streamed else RowStorage.PACKED
 
     def content(self, *, is_kept: bool) -> LogContent:
-        """Returns what the reply's log stores: how rows are stored, and whether timings and progress are."""
+        """Returns how the reply's log stores sampled tokens, and whether it stores timings and progress."""
         if not self.is_streamed:
             return LogContent(self._storage)
         return LogContent(RowStorage.CHUNKS if is_kept else RowStorage.STREAMED, self.timed, self.with_progress)

@@ -53,7 +53,7 @@ class ReplyCache:
         self._ending = TaskSet()
 
     def add(self, kept: KeptReply, body: bytes, earlier_bytes: int = 0) -> None:
-        """Adds a reply. Raises HttpError (503) if there is no room. `context.earlier` takes `earlier_bytes`."""
+        """Adds a reply. Raises HttpError (503) if there is no room. `context.earlier` has `earlier_bytes` bytes."""
         context, client = kept.context, kept.context.client
         body_bytes = len(body) + earlier_bytes + sum(map(len, context.images.values())) if context.is_kept else 0
         if context.is_kept:
@@ -109,7 +109,7 @@ class ReplyCache:
         self._ending.start(self.forget(kept))
 
     def grew(self, kept: KeptReply, more_bytes: int) -> None:
-        """Counts more bytes of a reply. Above the memory limits, evicts unread replies or fails running replies."""
+        """Counts more bytes of a reply. Above the memory limits, evicts unused replies or ends running ones."""
         if (entry := self._entries.get(kept.context.id)) is None:
             return
         shares = self._bytes_of(kept)

@@ -159,7 +159,7 @@ class ChatFormat:
         return shortened
 
     def _guarded(self, chat: ChatRequest, history: ToolFormat) -> list[dict[str, Any]]:
-        """Returns the messages, then the template variables. Guards in both make texts such as `<s>` plain text."""
+        """Returns the messages, and the template variables as last item. Guards keep words such as `<s>` plain text."""
         tools, today = chat.offered_tools, datetime.fromtimestamp(chat.created).astimezone()
         variables = {
             "date_string": today.strftime("%d %b %Y"),

@@ -1,4 +1,4 @@
-"""Caches image rows, the image encoder's output, and limits the memory for image tiles and rows."""
+"""Caches rows, the embeddings that the image encoder computes, and limits the memory for rows and image tiles."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KEPT: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class RowLimits:
-    """Memory limits. `kept_bytes` is for rows that no request uses, `held_bytes` for all rows and tiles."""
+    """Memory limits. `kept_bytes` limits rows that no request uses, and `held_bytes` limits all rows and tiles."""
 
     kept_bytes: int = _MOST_BYTES // _KEPT
     held_bytes: int = _MOST_BYTES
@@ -48,7 +48,7 @@ class RowMemoryError(QueueFullError):
 
 
 class RowCache:
-    """Limits the memory of images, and caches unused image rows by image digest. Not thread-safe."""
+    """Limits the memory for images, and caches rows that no request uses by image digest. Not thread-safe."""
 
     def __init__(self, limits: RowLimits | None = None) -> None:
         self._limits = limits or RowLimits()
@@ -108,7 +108,7 @@ class RowCache:
             await self._freed.wait()
 
     def check(self, size: int) -> None:
-        """Raises ParameterError if `size` exceeds the limit. `size` is the memory that one request needs at a time."""
+        """Raises ParameterError if `size` exceeds the limit. `size` is the memory that one request needs at once."""
         most = self._limits.held_bytes
         if size > most:
             what = f"have images that take {size >> 20} MiB; the limit is {most >> 20} MiB"

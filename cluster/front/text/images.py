@@ -51,7 +51,7 @@ class PromptImages:
 
 
 def media_marker(prompt: str, images: int) -> str:
-    """Returns the marker of a prompt's `images`. Restored prompts have the random marker of an earlier coordinator."""
+    """Returns the text that stands for an image in `prompt`. Restored prompts have an earlier coordinator's marker."""
     if MEDIA_MARKER in prompt:
         return MEDIA_MARKER
     counts = Counter(_RANDOM_MARKER.findall(prompt))

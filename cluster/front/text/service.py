@@ -324,7 +324,7 @@ class TextService:
         return tuple(await self.tokenize(prompt, request.add_special, request.parse_special))
 
     def _check_image_prompt(self, tokens: int) -> None:
-        self._check_room(f"has {tokens} tokens", tokens, "prompt", None)
+        self._check_room("has text and images", tokens, "prompt", None)
 
     def _encode_all(self, parts: Sequence[str | int], add_special: bool) -> list[list[int]]:
         encode = self.tokenizer.encode
@@ -343,9 +343,9 @@ class TextService:
         """Raises an error if `tokens`, a lower bound of the number of tokens, exceeds the limit."""
         context = self.settings.context_length
         if most_tokens is None and tokens > context:
-            raise ContextLengthError(f"{has}, too many for {context} tokens", tokens, context, param)
+            raise ContextLengthError(f"{has} (at least {tokens} tokens)", tokens, context, param)
         if most_tokens is not None and tokens > most_tokens:
-            raise ParameterError(param, f"{has}, too many for {most_tokens} tokens; shorten it")
+            raise ParameterError(param, f"{has} (at least {tokens} tokens); the limit is {most_tokens}; shorten it")
 
     async def _breakers(self, request: CompletionRequest) -> Breakers:
         chain = request.params.chain

@@ -38,7 +38,7 @@ class Slots:
         return self._engine.scheduler.settings.model_id
 
     def check(self, slot: int | None, *, has_images: bool) -> None:
-        """Raises ParameterError for an unknown slot or a prompt with images. If `count` is 0, accepts everything."""
+        """Raises ParameterError for an unknown slot or a prompt with images, unless slots are off (`count` is 0)."""
         if slot is not None and self.count and not 0 <= slot < self.count:
             raise ParameterError(
                 "id_slot", f"slot {slot} does not exist: there are {self.count} slots, numbered from 0"
@@ -48,8 +48,8 @@ class Slots:
 
     @contextmanager
     def recording(self, slot: int | None, request: GenerationRequest, log: AnswerLog, prompt: int) -> Iterator[None]:
-        """Records the prompt up to its first image, and the first answer. The block must submit the request. An error
-        in the block leaves the slot unchanged."""
+        """Records the tokens of the prompt and of the first answer, but only those before the first image. The `with`
+        block must submit the request. If the block raises an error, the slot stays unchanged."""
         if slot is None or not self.count:
             yield
             return

@@ -50,13 +50,13 @@ class ImageEncoder(Protocol):
         ...
 
     async def encode(self, tiles: Sequence[Tile], owners: Owners) -> list[Rows]:
-        """Returns an array [rows, levels * width] for each tile."""
+        """Returns the embeddings of each tile, an array [rows, levels * width]."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLayout:
-    """The token ids and rows that replace an image in a prompt."""
+    """The token ids and rows (the encoder's embeddings) that replace an image in a prompt."""
 
     pieces: tuple[tuple[int, ...] | TileRows, ...]
     grids: tuple[tuple[int, int], ...]
@@ -335,7 +335,7 @@ class Vision:
             start = end
 
     def _rope_positions(self, rows: TileRows, columns: int) -> NDArray[np.int32] | None:
-        """Returns M-RoPE positions [sections, tokens]. Section 1 has the grid row, section 2 the column, others 0."""
+        """Returns M-RoPE positions [sections, tokens]. Section 1 contains grid rows, section 2 columns, the rest 0."""
         if not self._rope_sections:
             return None
         positions = np.zeros((self._rope_sections, rows.end - rows.start), np.int32)

@@ -295,7 +295,7 @@ class Infill(LlamaCppCompletion):
 
 
 class Completions(TextCompletions):
-    """Serves `/completions` with OpenAI's API for requests with a field `model`, else with llama.cpp's API."""
+    """Serves `/completions`: OpenAI's API if the request has the field `model`, and otherwise llama.cpp's API."""
 
     paths = ("/completions",)
 

@@ -198,7 +198,7 @@ def server_properties(models: Sequence[ApiModel], model: ApiModel) -> dict[str, 
 
 
 def slot_list(model: ApiModel) -> list[dict[str, Any]]:
-    """Returns the JSON of `GET /slots`, with one slot for each sequence that can run. Busy slots come first."""
+    """Returns the JSON of `GET /slots`: one slot per sequence that can run concurrently. Busy slots come first."""
     settings, running = model.service.settings, model.engine.counts.running
     shared = {"n_ctx": settings.context_length, "speculative": settings.max_drafted > 0}
     return [{"id": slot, **shared, "is_processing": slot < running} for slot in range(settings.max_sequences)]

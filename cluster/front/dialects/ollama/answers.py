@@ -156,7 +156,7 @@ class OllamaView(View):
 
 
 def durations(timings: Timings) -> dict[str, int]:
-    """Returns Ollama's token counts, and its durations in nanoseconds. `load_duration` is the time in the queue."""
+    """Returns Ollama's token counts and durations (in nanoseconds). `load_duration` is the time in the queue."""
     shown = shown_timings(timings)
     answer_ms = shown["predicted_ms"]
     return {

@@ -46,7 +46,7 @@ class CatalogPulls:
         return entry
 
     async def progress(self, entry: CatalogEntry) -> AsyncGenerator[dict[str, Any], None]:
-        """Downloads a model and yields its progress. Raises HttpError if it fails or another download is running."""
+        """Downloads a model and yields the progress. Raises HttpError if this fails or another download is running."""
         if self._running is not None:
             message = f"model {self._running!r} is being downloaded; try again when the download is done"
             raise HttpError(409, "pull_in_progress", message, {"Retry-After": "10"}, param="model")

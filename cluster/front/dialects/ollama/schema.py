@@ -135,7 +135,7 @@ class OllamaAnswerFields(SaltFields):
     @property
     @abstractmethod
     def is_load(self) -> bool:
-        """True if the request has no prompt, so that it only loads the model."""
+        """True if the request has no prompt, and only loads or unloads the model."""
 
     @property
     def has_context(self) -> bool:

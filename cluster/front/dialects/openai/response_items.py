@@ -202,8 +202,8 @@ def _is_part(part: Any) -> bool:
 
 
 def _compaction(item: Item, context: object) -> Item:
-    """Validates a compaction item. If `context` is a `LenientContext`, a note replaces the summary of
-    another server."""
+    """Validates a compaction item. If `context` is a `LenientContext`, a note replaces a summary that another
+    server made."""
     try:
         _summary(item)
     except ValueError:

@@ -57,7 +57,7 @@ def _metadata(value: Any) -> Any:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise ValueError("must be an object of strings")
     if len(value) > _MAX_METADATA or any(len(key) > 64 or len(text) > 512 for key, text in value.items()):
-        raise ValueError(f"must have at most {_MAX_METADATA} keys of up to 64 characters, with values of up to 512")
+        raise ValueError(f"must have up to {_MAX_METADATA} keys of up to 64 characters and values of up to 512")
     return value
 
 

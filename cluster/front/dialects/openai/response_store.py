@@ -53,7 +53,7 @@ class ResponseStore:
         self._computed = WeakValueDictionary[tuple[str, str], Storing]()
 
     def storing(self, owner: str, response_id: str, input_items: Sequence[Item], messages: Messages) -> Storing:
-        """Returns an object that stores the response when it is complete. `messages` are the chat before the answer."""
+        """Returns an object that will store the complete response. `messages` are the chat before the answer."""
         storing = self._computed[owner, response_id] = Storing(self, owner, input_items, messages)
         return storing
 
@@ -73,7 +73,7 @@ class ResponseStore:
         self.put(owner, stored)
 
     def delete(self, owner: str, response_id: str) -> bool:
-        """Deletes a stored response, and prevents later versions from being stored. Returns True if it was stored."""
+        """Deletes a stored response, and prevents later versions from being stored. Returns True if there was one."""
         key = owner, response_id
         if (storing := self._computed.pop(key, None)) is not None:
             storing.is_done = True
@@ -130,7 +130,7 @@ class ResponseStore:
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Storing:
     """Stores one response with its input. Only the first call of `complete` has an effect. As a context manager, stores
-    the response of `prepare`, and deletes it at the end unless a complete version replaced it."""
+    the response given to `prepare` on entry, and deletes it on exit unless a complete version has replaced it."""
 
     store: ResponseStore
     owner: str

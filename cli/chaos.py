@@ -35,7 +35,7 @@ def chaos(
         Option(
             metavar="KIND,...",
             help="Kinds of faults: kill, stop, drain, coordinator-kill, coordinator-stop, disk-full, partition, "
-            "slow-link, fails, mute. Default: all kinds that are possible.",
+            "slow-link, fails, mute. Default: all that this cluster and machine allow.",
         ),
     ] = None,
     streams: Annotated[int, Option(metavar="K", min=1, max=64, help="Number of concurrent requests.")] = 8,

@@ -244,14 +244,14 @@ def plan(
     ] = None,
     model: Annotated[
         str | None,
-        Option("--model", metavar="MODEL", help="Model for --assume: a named shape, a catalog name or a model file."),
+        Option("--model", metavar="MODEL", help="Model for --assume: a size like 8b, a catalog name or a model file."),
     ] = None,
     acceptance: Annotated[
         list[str],
         Option(
             "--acceptance",
             metavar="SHARE",
-            help="Assumed share of accepted draft tokens, e.g. 0.8 or 80%, for predicted speeds; repeatable.",
+            help="Acceptance rate of draft tokens, e.g. 0.8 or 80%, for which speeds are predicted; repeatable.",
         ),
     ] = [],  # noqa: B006  typer reads the default
 ) -> None:
@@ -281,7 +281,7 @@ def _share(given: str) -> float:
     except ValueError:
         share = -1.0
     if not 0.0 <= share <= 1.0:
-        raise UsageError(f"--acceptance: {given} is not a share of tokens; give 0 to 1, for example 0.8 or 80%")
+        raise UsageError(f"--acceptance: {given} is not an acceptance rate; give 0 to 1, for example 0.8 or 80%")
     return share
 
 

@@ -100,7 +100,7 @@ def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameTy
 @contextmanager
 def exits_on_signals(*numbers: signal.Signals) -> Iterator[Held]:
     """Turns the signal that arrives first into SystemExit, so that cleanup runs. The exit code is 128 plus the
-    signal's number, as in a shell. Yields a `Held` for code that must not be interrupted."""
+    signal's number, as in a shell. Yields a `Held`: signals do not interrupt its `with` block."""
     holds = False
     received: list[int] = []
 

@@ -20,7 +20,7 @@ _OWNER, _KEY_NAME = "owner", "lan"
 
 
 def listen_overrides(file: Path | None, overrides: list[str], port: int | None, *, lan: bool) -> list[str]:
-    """Returns the KEY=VALUE overrides for --port and --lan. With --lan, other machines can reach the API with a key."""
+    """Returns the KEY=VALUE overrides for --port and --lan. With --lan, other machines with a key can use the API."""
     values = cluster_document(file, overrides).values
     listen = values.get("listen", ClusterConfig.model_fields["listen"].default)
     more = []

@@ -83,7 +83,7 @@ _KEYS = {
 
 
 def _key_of(option: str, value: str) -> tuple[str, str] | None:
-    """Returns the cluster file's key for an option and the argument for `--set`, or None if there is no such key."""
+    """Returns the cluster file's key that replaces `option`, and the argument for `--set`, or None if no key does."""
     given = value or "..."
     match option:
         case "--cpu-moe" | "-cmoe":
@@ -147,14 +147,14 @@ Mmproj = Annotated[
         "--mmproj",
         "-mm",
         metavar="FILE",
-        help="A vision model's projector, or 'off' for none. Default: the file next to the model, if only one fits.",
+        help="A vision model's projector, or 'off' for none. Default: the only fitting file next to the model.",
     ),
 ]
 Overrides = Annotated[
     list[str],
     Option("--set", metavar="KEY=VALUE", help="Override a key of the file, e.g. context_length=8192; repeatable."),
 ]
-Cluster = Annotated[str | None, Option("--cluster", metavar="NAME", help="Name of the cluster, if several run.")]
+Cluster = Annotated[str | None, Option("--cluster", metavar="NAME", help="Name of the cluster. Needed if several run.")]
 Endpoint = Annotated[
     str | None,
     Option("--endpoint", metavar="URL", help="Address of a running cluster's API, e.g. http://10.0.0.1:8080."),
@@ -173,7 +173,7 @@ ModelDraft = Annotated[
         "--model-draft",
         "-md",
         metavar="DRAFT",
-        help="Small model that drafts tokens for --model, with the same vocabulary.",
+        help="Small model with the same vocabulary, which drafts tokens for --model.",
     ),
 ]
 Mtp = Annotated[bool, Option("--mtp", help="Generate drafts with the multi-token prediction head of --model.")]

@@ -49,7 +49,7 @@ def worker(
         str,
         Option(
             metavar="HOST:PORT",
-            help="Address where other members connect. Default: a free port at the local address that reaches --join.",
+            help="Address where other members connect. Default: a free port at the local address used to reach --join.",
         ),
     ] = "",
     advertise: Annotated[
@@ -94,7 +94,7 @@ def worker(
     model_dir: Annotated[
         Path | None,
         Option(
-            "--model-dir", metavar="DIR", help="Folder of the model file, if it differs from the coordinator's folder."
+            "--model-dir", metavar="DIR", help="Folder to search if the model file is not at the coordinator's path."
         ),
     ] = None,
     stay: Annotated[bool, Option("--stay", help="Wait for the next cluster after a cluster ends.")] = False,
@@ -107,7 +107,7 @@ def worker(
         ),
     ] = None,
     insecure: Annotated[
-        bool, Option("--insecure", help="Use no encryption and no authentication, if the cluster has `insecure: true`.")
+        bool, Option("--insecure", help="Use no encryption and no authentication, for a cluster with `insecure: true`.")
     ] = False,
 ) -> None:
     """Join a static cluster with one worker on this machine, until the cluster ends."""
@@ -205,7 +205,8 @@ def rotate(
         str | None, Option(metavar="NAME", help="Name of the cluster, from its file. Default: the running cluster.")
     ] = None,
     trust_dir: Annotated[
-        Path | None, Option(metavar="DIR", help="Folder of the join token, if the cluster file sets `join.trust_dir`.")
+        Path | None,
+        Option(metavar="DIR", help="Folder of the join token. Needed if the cluster file sets `join.trust_dir`."),
     ] = None,
 ) -> None:
     """Replace the join token, and print the path of its file. Clusters of Ray and MPI must be stopped first.
@@ -231,7 +232,7 @@ def rotate(
 
 
 def _check_workers_rejoin(folder: Path, state_dir: Path) -> None:
-    """Raises UsageError if workers of a running cluster with this trust folder could not get a new token."""
+    """Raises UsageError if a running cluster uses this trust folder, and its workers could not get a new token."""
     from llamaclust.cluster.config.launcher_facts import LAUNCHERS
     from llamaclust.cluster.state.clusters import running_clusters
 

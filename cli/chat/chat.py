@@ -58,7 +58,7 @@ class ChatSettings:
 
 
 class Chat:
-    """A session and its commands. Answers go to standard output, notices to standard error."""
+    """A chat session and its slash commands. Answers go to standard output, notices to standard error."""
 
     def __init__(self, session: ChatSession, settings: ChatSettings) -> None:
         self._session = session

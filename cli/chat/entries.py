@@ -82,7 +82,7 @@ def _piped_line() -> str:
     try:
         line = sys.stdin.readline()
     except UnicodeDecodeError as error:
-        raise UsageError(f"standard input is not {sys.stdin.encoding}: {error.reason}") from error
+        raise UsageError(f"standard input is not {sys.stdin.encoding} text: {error.reason}") from error
     if not line:
         raise EOFError
     return line.rstrip("\r\n")

@@ -14,7 +14,7 @@ _MOST_NAMES: Final = 1000
 
 
 def completed_file(word: str, number: int) -> str | None:
-    """Returns completion `number` (from 0) of `word`, or None if there are fewer completions."""
+    """Returns the completion of `word` at index `number`, or None if `word` has fewer completions."""
     if number == 0:
         _completions.cache_clear()
     found = _completions(word) if word.startswith(_MARK) else ()

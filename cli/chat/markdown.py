@@ -64,7 +64,7 @@ class MarkdownScreen:
 
 
 def _without_padding(line: list[Segment]) -> list[Segment]:
-    """Removes the spaces that fill the line to the terminal's width, since copying text would include them."""
+    """Removes the spaces that fill the line to the terminal's width. Users would copy them with the text."""
     while line and not line[-1].text.strip():
         line = line[:-1]
     return [*line[:-1], Segment(line[-1].text.rstrip(), line[-1].style)] if line else []

@@ -40,7 +40,7 @@ def convert(
     kind: TypeOption = "f16",
     tokenizer: Annotated[
         Path | None,
-        Option("--tokenizer", metavar="PATH", help="Tokenizer file or its folder, if it is not next to SRC."),
+        Option("--tokenizer", metavar="PATH", help="Tokenizer file or its folder. Needed if none is next to SRC."),
     ] = None,
     config: Annotated[
         Path | None, Option("--config", metavar="FILE", help="TencentPretrain's configuration in JSON.")

@@ -272,7 +272,7 @@ def perplexity(
     chunks: Chunks = None,
     base: Annotated[
         Path | None,
-        Option("--kl-divergence-base", metavar="FILE", help="Write logits to FILE; with --kl-divergence, read them."),
+        Option("--kl-divergence-base", metavar="FILE", help="Write logits to FILE, or read them with --kl-divergence."),
     ] = None,
     compare: Annotated[
         bool,
@@ -285,7 +285,7 @@ def perplexity(
         Option(
             "--hellaswag",
             metavar="FILE",
-            help="Evaluate HellaSwag tasks instead, in llama.cpp's format of six lines per task.",
+            help="Measure the accuracy on HellaSwag tasks instead. FILE has llama.cpp's format of six lines per task.",
         ),
     ] = None,
     tasks: Annotated[int | None, Option("--tasks", min=1, metavar="N", help="Use only the first N tasks.")] = None,

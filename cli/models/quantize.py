@@ -110,7 +110,7 @@ def imatrix(
     ],
     context: Annotated[int, Option("-c", "--context", metavar="N", min=4, help="Number of tokens in a chunk.")] = 512,
     chunks: Chunks = None,
-    process_output: Annotated[bool, Option("--process-output", help="Add data for output.weight.")] = False,
+    process_output: Annotated[bool, Option("--process-output", help="Include data for output.weight.")] = False,
     threads: Threads = None,
 ) -> None:
     """Run MODEL over a text and write an importance matrix."""

@@ -21,8 +21,8 @@ def show_assumed_plan(
     acceptances: Sequence[float] | None = None,
 ) -> None:
     """Prints the plan for a model, or a table of plans for all known models if `model` is None. The gain from drafts is
-    predicted for each share of accepted draft tokens in `acceptances`. Raises UsageError if an argument is missing,
-    and the errors of `plan_assumed`."""
+    predicted for each acceptance rate in `acceptances`. Raises UsageError if an argument is missing, and the errors of
+    `plan_assumed`."""
     if machines is None:
         raise UsageError(f"--model needs --assume MACHINES, for example --assume {EXAMPLE!r}")
     if acceptances is not None and model is None:

@@ -43,7 +43,7 @@ from llamaclust.worker.devices.system_info import LOADING_BYTES, available_memor
 def show_plan(
     file: Path | None, overrides: list[str], as_json: bool, acceptances: Sequence[float] | None = None
 ) -> None:
-    """Prints a cluster's plan, and the gain from drafts for each share of accepted draft tokens in `acceptances`.
+    """Prints a cluster's plan, and the gain from drafts for each acceptance rate in `acceptances`.
     Raises UsageError if `acceptances` are given while speculation is off, and the errors of `planned`."""
     config = load_config(file, overrides)
     models = config.of_each_model()

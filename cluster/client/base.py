@@ -44,7 +44,7 @@ Chunks = AsyncGenerator[TextChunk, None]
 
 
 class ChunkStream(Iterator[TextChunk]):
-    """Chunks of an answer as they arrive. Reading begins the request, and closing or dropping the stream aborts it."""
+    """Chunks of an answer as they arrive. Reading begins the request. Closing or dropping the stream aborts it."""
 
     def __init__(
         self, chunks: Generator[TextChunk, None, None] | LoopValues[TextChunk], client: TextClient | None = None
@@ -172,7 +172,7 @@ async def _joined(chunks: Chunks) -> Answer:
 
 
 class _Steps(Generic[_Value]):
-    """Reads an asynchronous generator one value at a time. Belongs to `begun` from the first step until `close`."""
+    """Reads an asynchronous generator one value at a time. Is in the set `begun` from the first read until `close`."""
 
     def __init__(self, values: AsyncGenerator[_Value, None], begun: set[_Steps[Any]]) -> None:
         self._values, self._begun = values, begun
@@ -206,8 +206,8 @@ class _Steps(Generic[_Value]):
 
 
 class LoopValues(Iterator[_Value]):
-    """Values of an asynchronous generator in the loop of a thread. Closing or dropping this object closes the generator
-    and ends a step that another thread waits for."""
+    """Iterates over an asynchronous generator in the event loop of `thread`. Closing or dropping the iterator closes
+    the generator, and ends the iteration in a thread that waits for a value."""
 
     def __init__(self, thread: LoopThread[Any], steps: _Steps[_Value]) -> None:
         self._thread, self._steps = thread, steps
@@ -252,7 +252,7 @@ class LoopThread(Generic[_Opened]):
             raise
 
     def call(self, work: Callable[[], Coroutine[Any, Any, _Value]]) -> _Value:
-        """Runs the coroutine of `work` in the loop. Returns its result. Raises DeadlineError if it takes too long."""
+        """Runs `work` in the loop, and returns its result. Raises DeadlineError if it takes too long."""
         future: Future[_Value] = Future()
         with self._lock:
             if self._is_closed:
@@ -360,7 +360,7 @@ class TextClient(TextCalls[Answer, ChunkStream]):
         return ChunkStream(given, self) if stream else join(given)
 
     def embed(self, prompts: Sequence[Prompt], **options: Unpack[EmbeddingOptions]) -> list[Vector]:
-        """Returns one embedding per prompt, in order. Each is an array [embedding] of Euclidean norm 1."""
+        """Returns one embedding per prompt, in order. Each is a vector of Euclidean norm 1."""
         return self._thread.call(partial(self._client.embed, prompts, **options))
 
     def tokenize(self, text: str, add_special: bool = True) -> list[int]:

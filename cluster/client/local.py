@@ -32,7 +32,7 @@ OpenService = Callable[[], AbstractAsyncContextManager[TextService]]
 
 
 class AsyncServiceClient(AsyncTextClient):
-    """A client of a text service in this process. It has the same options as the HTTP client, and checks them alike."""
+    """A client of a text service in this process. Accepts the HTTP client's options, with the same checks."""
 
     def __init__(self, service: TextService) -> None:
         self.service = service
@@ -111,7 +111,7 @@ class LocalClient(ServiceClient):
 
     @property
     def unused_projectors(self) -> str | None:
-        """Reason why no projector in the model's folder is used. None if one is used, none exists or none is wanted."""
+        """Reason why no projector in the model's folder is used. None if a projector is used, missing or not wanted."""
         return self._stage.unused_projectors
 
     @property

@@ -35,7 +35,7 @@ def message_json(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def image_part(image: object) -> dict[str, Any]:
-    """Returns an image (a path, the bytes of a file, or a Pillow image) as an OpenAI part. Raises UsageError."""
+    """Converts an image (path, file bytes or Pillow image) to an OpenAI part. Raises UsageError if it is unusable."""
     data, name = _bytes_of(image)
     kind = format_of(data)
     if kind is None:

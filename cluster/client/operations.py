@@ -69,11 +69,11 @@ class ClusterApi:
         return self._field(tail, "before", int), self._field(tail, "lines", list)
 
     def requests(self) -> list[dict[str, Any]]:
-        """Returns the most recently ended requests and then the open requests, oldest first."""
+        """Returns the requests that ended most recently, oldest first, and then the open requests."""
         return self._field(self._request("GET", "/cluster/requests"), "requests", list)
 
     def waterfall(self, request: str) -> list[dict[str, Any]]:
-        """Returns a waterfall (time line) for each sequence of a request, given its id or 4 or more leading digits."""
+        """Returns a waterfall (time line) per sequence. `request` is an id, or at least its first 4 characters."""
         return self._field(self._request("GET", f"/cluster/requests/{quote(request, safe='')}"), "requests", list)
 
     def _field(self, body: bytes, name: str, kind: type[_Value]) -> _Value:

@@ -57,7 +57,7 @@ class Environment:
 
 
 def environment(variables: Mapping[str, str] | None = None) -> Environment:
-    """Reads the LLAMACLUST_* variables (default: from this process). Raises UsageError if a value is invalid."""
+    """Reads the LLAMACLUST_* variables (default: those of this process). Raises UsageError if a value is invalid."""
     variables = os.environ if variables is None else variables
     level = variables.get("LLAMACLUST_FEATURE_LEVEL") or None
     if level is not None and level not in FEATURE_LEVELS:

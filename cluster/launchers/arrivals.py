@@ -20,9 +20,9 @@ workers if its argument is True."""
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
-    """The workers that a start waits for: all in `names`, and at least `count` in total. If no further one joins
-    for `grace_s` seconds, the start continues with fewer workers if they suffice without the drained ones. After
-    `wait_s` seconds, it continues with drained workers, too, or fails."""
+    """The workers that a start waits for: all in `names`, and at least `count` in total. After `grace_s` seconds
+    without a new worker, the start continues if the present workers that are not drained suffice. After `wait_s`
+    seconds, drained workers count too, and the start fails if the present workers do not suffice."""
 
     names: tuple[str, ...]
     count: int

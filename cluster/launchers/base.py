@@ -45,8 +45,8 @@ class Launcher(ABC):
 
     @abstractmethod
     async def joined(self, registry: Registry, shortfall: Shortfall) -> None:
-        """Waits until all workers have joined, or enough of them according to `shortfall`. Raises DeadlineError, or
-        WorkerError if a worker ended."""
+        """Waits until all workers have joined, or until `shortfall` finds that those present suffice. Raises
+        DeadlineError, or WorkerError if a worker ended."""
 
     @abstractmethod
     async def stop(self) -> None:

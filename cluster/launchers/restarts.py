@@ -55,7 +55,7 @@ class RestartPolicy:
         self._starts_s.clear()
 
     async def may_restart(self, name: str, how: str) -> bool:
-        """Waits for the pause before the worker's restart. Returns False if the worker must not be restarted."""
+        """Waits until the worker may be restarted. Returns False if the worker must not be restarted."""
         await self._begun.wait()
         now_s, limits = asyncio.get_running_loop().time(), self.limits
         starts_s = [start_s for start_s in self._starts_s.get(name, ()) if start_s > now_s - limits.within_s]

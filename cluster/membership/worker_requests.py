@@ -38,8 +38,8 @@ _CLEARLY_MORE = 1.05
 
 
 async def profile_worker(worker: WorkerHandle, request: ProfileWorker, deadline_s: float = _PROFILE_S) -> Profile:
-    """Measures the machine of a worker, which should be idle. Raises ProtocolError if the number of GPUs is wrong, or
-    if matrix products were not requested."""
+    """Measures the machine of a worker, which should be idle. Raises ProtocolError if the profile has a wrong
+    number of GPUs, or matrix products that were not requested."""
     limit = deadline(f"worker {worker.name}: measurement", deadline_s)
     measured: profiles.WorkerProfile = await worker.channel.request(request, limit)
     gpus, measured_gpus = len(worker.registration.gpus), len(measured.profile.gpus)
@@ -52,7 +52,7 @@ async def profile_worker(worker: WorkerHandle, request: ProfileWorker, deadline_
 
 
 def _check_products(name: str, profile: Profile, request: ProfileWorker) -> None:
-    """Raises ProtocolError unless all products are of the processor and of requested types, with few of each type."""
+    """Raises ProtocolError for matrix products on GPUs, of types that were not requested, or too many of one type."""
     isolated = profile.cpu.isolated_products
     others = [isolated, *(times for gpu in profile.gpus for times in (gpu.products, gpu.isolated_products))]
     found = Counter(time.quant_type for time in profile.cpu.products)
@@ -109,8 +109,8 @@ async def refresh_memory(worker: WorkerHandle, held: Mapping[str, int]) -> None:
 
 
 def renew_memory(worker: WorkerHandle) -> bool:
-    """Updates a worker's free memory from its last heartbeat if a device has clearly more. Returns True if so. A
-    worker with loaded stages is left out, because part of their planned memory may not have been touched yet."""
+    """Updates a worker's free memory and returns True if, by the last heartbeat, a device has clearly more than known.
+    Ignores workers with loaded stages, which may not have touched all of their planned memory yet."""
     if worker.heartbeat is None or worker.stages:
         return False
     own, known = worker.registration, worker.fresh_memory

@@ -42,7 +42,7 @@ def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, Cluster
 def _check_record(state_dir: Path, name: str | None) -> None:
     for folder in _folders(state_dir):
         if name in (None, folder.path.name) and folder.is_running:
-            raise UsageError(f"cluster {folder.path.name} is starting or ending: try again in some seconds")
+            raise UsageError(f"cluster {folder.path.name} is starting or ending: try again in a few seconds")
 
 
 def _folders(state_dir: Path) -> list[ClusterDir]:

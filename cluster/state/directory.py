@@ -124,8 +124,8 @@ class ClusterDir:
         return self.path / "standby"
 
     def create(self) -> None:
-        """Creates the folder. Raises UsageError if other users own it or can write to it, and LlamaclustError if a file
-        system refuses, which may be mounted later."""
+        """Creates the folder. Raises UsageError if another user owns it or can write to its parent, and LlamaclustError
+        if it cannot be created, for example because a file system is not mounted yet."""
         try:
             self.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
             for folder in (self.path, self.logs):
@@ -155,7 +155,7 @@ class ClusterDir:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Takes the file lock for the holder of the Lease. Continues without it if a hung coordinator has it."""
+        """Takes the file lock for the holder of the Lease. Continues without the lock if a hung coordinator has it."""
         self.create()
         self._forget_last()
         lock = FileLock(self._lock)

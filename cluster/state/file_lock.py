@@ -25,7 +25,7 @@ class FileLock:
         return self._has_taken(self._open())
 
     def take_next(self) -> bool:
-        """Takes the lock if its holder has ended, or returns False. Deleting the lock file does not release it."""
+        """Takes the lock if its holder has ended, or returns False. Deleting the lock file does not free the lock."""
         if self._awaited is None:
             self._awaited = self._open()
         try:

@@ -53,7 +53,7 @@ class Instant:
         return cls(time.time(), boot_s(), machine_id())
 
     def passed_s(self, until: Instant) -> float:
-        """Returns the seconds from this time to `until`. Returns at least 0 if the clocks are of two machines."""
+        """Returns the seconds from this time to `until`. The result is at least 0 if the times are of two machines."""
         if self.machine == until.machine:
             return until.boot_s - self.boot_s
         return max(0.0, until.unix_s - self.unix_s)

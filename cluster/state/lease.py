@@ -124,7 +124,7 @@ class LeaseLock:
 
 @contextmanager
 def held(lock: LeaseLock, lost: Callable[[str], None]) -> Iterator[None]:
-    """Renews the Lease, and releases it at the end. A thread calls `lost` with a reason if the Lease is lost."""
+    """Renews the Lease until the context ends, then releases it. A thread calls `lost` with a reason if it is lost."""
     end = threading.Event()
     reasons = ["it was not renewed in time"]
 

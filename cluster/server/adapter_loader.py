@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """A model with its configuration, and the LoRA adapters of the cluster file and of clients."""
+    """A model with its configuration and its LoRA adapters, from the cluster file and from clients."""
 
     config: ClusterConfig
     model: Model  # With the adapters of the cluster file.

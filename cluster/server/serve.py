@@ -247,7 +247,7 @@ async def _drain(engines: Sequence[Engine], admission: Admission, left: _Inherit
 
 
 class _Server(uvicorn.Server):
-    """An HTTP server that does not handle signals. It sets `answers` as soon as it accepts connections."""
+    """An HTTP server that does not handle signals. Sets the event `answers` as soon as connections are accepted."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)

@@ -31,7 +31,7 @@ class ServedRequest:
 
 @dataclass(frozen=True, slots=True)
 class EndedSequence:
-    """A finished sequence of a traced request. `parameters` has the sampling parameters by attribute name."""
+    """A finished sequence of a traced request. `parameters` maps attribute names to sampling parameters."""
 
     trace: TraceContext
     record: RequestRecord

@@ -72,7 +72,7 @@ async def open_telemetry(
     settings: TelemetrySettings, cluster: str, engines: Mapping[str, Engine], registry: CollectorRegistry
 ) -> AsyncIterator[Telemetry]:
     """Exports telemetry while the context is open. `engines` has the engines by model name. `registry` has the
-    cluster's metrics, and gets counters of exports."""
+    cluster's metrics; export counters are added to it."""
     from llamaclust.cluster.server.telemetry.exporter import ExportCounts, Exporter
 
     resource = {"service.version": VERSION, "service.instance.id": cluster, **settings.resource}

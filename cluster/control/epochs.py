@@ -72,8 +72,8 @@ async def load_stages(
     report: Report | None = None,
     is_useless: Callable[[], bool] | None = None,
 ) -> tuple[WorkerHandle, ...]:
-    """Loads all stages, and returns their workers in the order of the stages. Raises StageLoadError, also if
-    `is_useless` returns True after the search for weights."""
+    """Loads all stages, and returns their workers in the order of the stages. Raises StageLoadError if a load fails, or
+    if `is_useless` returns True when the sources of the weights are known."""
     handles = tuple(workers[stage.worker] for stage in loads.stages)
     timeout_s = loads.progress_timeout_s
     # The keys of KV blocks on disk depend on the model file's content, so the workers' copies must be equal.
@@ -269,7 +269,7 @@ class Epochs:
         return scheduler_settings(self._config, self._model, plan, self._speculation, self.adapters)
 
     async def set_adapters(self, model: Model) -> None:
-        """Loads the adapters of `model` on all stages. On an error, restores the old adapters and raises it."""
+        """Loads the adapters of `model` on all stages. On failure, restores the old adapters and raises the error."""
         async with self._turn:
             try:
                 await self._set_adapters(model)

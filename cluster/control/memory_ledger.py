@@ -49,7 +49,7 @@ class MemoryLedger:
             raise ModelLimitError(self._max_models)
 
     def planned(self, model_id: str) -> None:
-        """Records how much memory other models use when this model is planned, for a check in `reserve`."""
+        """Records how much memory other models use when this model is planned. `reserve` checks this value."""
         self._beside[model_id] = self.beside(model_id)
 
     def reserve(self, model_id: str, plans: tuple[Plan, ...]) -> bool:

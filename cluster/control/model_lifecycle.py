@@ -201,7 +201,7 @@ class ModelRotation:
             self._idle = asyncio.Event()
 
     async def _make_room(self, lifecycle: ModelLifecycle) -> None:
-        """Puts other models to sleep while `lifecycle` lacks memory, models without requests first."""
+        """Puts other models to sleep while `lifecycle` lacks memory. Models without requests go first."""
         while True:
             await lifecycle.store.until(lambda state: state.lacks_memory)
             preempted: list[ModelLifecycle] = []

@@ -111,7 +111,7 @@ class PartitionTracker:
         return bool(why) and await self._confirm(caller, other, why)
 
     async def _confirm(self, caller: WorkerHandle, other: WorkerHandle, why: str) -> bool:
-        """Records a broken link, unless a worker has failed instead. Returns True if the record is new."""
+        """Records a broken link, unless a failed worker is the cause. Returns True if the record is new."""
         if not await other.is_responsive() or caller.loss is not None:
             return False
         pair = frozenset((caller.name, other.name))

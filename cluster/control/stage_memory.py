@@ -30,7 +30,7 @@ _known: MutableMapping[Model, _Known] = WeakKeyDictionary()
 
 
 def workspace_of(model: Model, limits: StageLimits) -> Workspace:
-    """Returns a function that computes the bytes of a stage's workspace (the maximum if its layers are unknown)."""
+    """Returns a function that computes the bytes of a stage's workspace, or the maximum if no layers are given."""
     known = _known.setdefault(model, _Known()).workspaces.setdefault(limits, {})
     programs = _known[model].programs
 

@@ -31,7 +31,7 @@ class FailureRecord:
     retry_at_s: float = 0.0  # Earliest time to load a plan with this worker again.
 
     def failed_within(self, reason: str, requests: frozenset[int], now_s: float) -> FailureRecord:
-        """Returns the record after another failure of a worker that a plan used although it was excluded."""
+        """Returns the record after another failure of a worker that a plan used despite its exclusion."""
         before = self.failures_within
         if before and now_s - self.retry_at_s > _RETRY.pause_s(before - 1):
             before = 0

@@ -67,7 +67,7 @@ class MembershipWatch:
             self._lost(worker)
 
     def _check_steps(self, worker: WorkerHandle) -> None:
-        """Marks a worker as lost if its step takes longer than its limit, or if its stage's result is overdue."""
+        """Marks workers as lost: `worker` if its step takes too long, and each worker that delays an overdue result."""
         computing_s = 0.0 if worker.heartbeat is None else worker.heartbeat.computing_s
         limits_s = self._limits_s(worker)
         limit_s = max(limits_s, default=UNPREDICTED_S)
@@ -80,7 +80,7 @@ class MembershipWatch:
             self._check_result(runner, epoch, number, scheduler.in_flight.most_rows, now_s)
 
     def _check_memory(self, worker: WorkerHandle) -> None:
-        """Causes new plans of the models that wait for memory, if the worker has clearly more than plans assumed."""
+        """Requests new plans for models that wait for memory if the worker has clearly more than plans assumed."""
         short = [runner for runner in self._runners if runner.store.state.is_short]
         if short and renew_memory(worker):
             for runner in short:
@@ -98,7 +98,7 @@ class MembershipWatch:
             self._registry.mark_lost(worker, silence_text(number, waited_s, limit_s))
 
     def _turns_s(self, worker: WorkerHandle) -> float:
-        """Returns the sum of the worker's step limits in all pipelines, because their steps may wait for each other."""
+        """Returns the sum of the worker's step limits in all pipelines. A step may wait for another pipeline's step."""
         due = (served for runner in self._runners for served in _due(runner))
         stages = ((epoch.stage_of(worker), scheduler, epoch.plan) for epoch, scheduler, _ in due)
         return sum(stage_limit_s(scheduler, plan, stage) for stage, scheduler, plan in stages if stage is not None)

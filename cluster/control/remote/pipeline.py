@@ -41,7 +41,7 @@ class RemotePipeline:
         cls, epoch: int, workers: Sequence[WorkerHandle], credentials: Credentials, no_images: str = ""
     ) -> RemotePipeline:
         """Opens the streams of an epoch. `workers` are in the order of stages, each group's leader before its other
-        members. Raises WorkerError, whose `worker` is the worker that caused the failure, if it is known."""
+        members. Raises WorkerError. The error's `worker` is the worker that caused the failure, if known."""
         chain = leaders(workers, [stage_of(epoch, worker) for worker in workers])
         ends = (chain[0], chain[-1])
         first, last = (_peer(worker, credentials) for worker in ends)

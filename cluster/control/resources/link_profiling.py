@@ -82,7 +82,7 @@ async def measure_links(
 
 
 def _wanted(keys: Mapping[Pair, str], names: Sequence[str]) -> list[Pair]:
-    """Lists the pairs to measure: all, or only neighbours and the coordinator's pairs if there are many machines."""
+    """Lists the pairs to measure: all pairs or, if there are many machines, neighbours and the coordinator's pairs."""
     if len({key for pair, key in keys.items() if COORDINATOR in pair}) <= _MOST_MACHINES:
         return [*keys]
     neighbours = {frozenset(pair) for pair in pairwise([*names, *names[:1]])}
@@ -90,7 +90,7 @@ def _wanted(keys: Mapping[Pair, str], names: Sequence[str]) -> list[Pair]:
 
 
 def _unreachable_by_others(addresses: Mapping[str, str]) -> dict[str, str]:
-    """Returns the loopback addresses by worker, or {} if all workers have loopback addresses."""
+    """Returns the workers' loopback addresses, or {} if each worker has one. Other machines cannot reach them."""
     hosts = {name: split_address(address)[0] for name, address in addresses.items() if not address.startswith("unix:")}
     loopback = {name: addresses[name] for name, host in hosts.items() if is_loopback(host)}
     return {} if len(loopback) == len(addresses) else loopback

@@ -12,8 +12,8 @@ from llamaclust.model.placement import PlacementRule, placement_of, rule_effects
 
 
 def placements(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequence[str]]) -> dict[str, Placement]:
-    """Returns where each worker puts tensors, given the names of its GPUs. Raises UsageError, with the worker, for a
-    rule that the worker cannot obey."""
+    """Returns where each worker puts tensors, given the names of its GPUs. Raises UsageError, with `worker` set, if a
+    worker cannot obey a rule."""
     known: dict[tuple[tuple[PlacementRule, ...], int | None], Placement] = {}
     found = {}
     for worker in gpus:
@@ -38,7 +38,7 @@ def _check_stage(placement: Placement, worker: str, gpus: Mapping[str, Sequence[
 
 
 def check_obeyed(plan: Plan, wanted: Mapping[str, Placement]) -> None:
-    """Raises UsageError, with the worker, if a stage has a layer on another device than its worker's rules name."""
+    """Raises UsageError, with `worker` set, if a stage has a layer on a device that its worker's rules do not allow."""
     for stage in plan.stages:
         try:
             wanted[stage.worker].check_obeyed(stage.device_layers)

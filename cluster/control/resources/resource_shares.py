@@ -57,7 +57,7 @@ class WorkerResources:
 
 
 def machine_shares(workers: Mapping[str, WorkerResources]) -> dict[str, int]:
-    """Divides each machine's free memory among its workers. A control group with a memory limit counts as a machine."""
+    """Divides each machine's free memory among its workers. A cgroup with a memory limit counts as a machine."""
     shares: dict[str, int] = {}
     for place in {(worker.machine, worker.memory_group) for worker in workers.values()}:
         here = {name: worker for name, worker in workers.items() if (worker.machine, worker.memory_group) == place}
@@ -89,13 +89,13 @@ _KEY = re.compile(r"(?P<hardware>.*), one of (?P<sharers>\d+) workers with \d+ t
 
 
 def measurement_key(fingerprint: str, sharers: int, threads: int, model_id: str = "") -> str:
-    """Returns the key of a stored measurement. `model_id` is given if the steps of this model were timed."""
+    """Returns the key of a stored measurement. `model_id` is the model whose steps were timed, or "" if none was."""
     profiled = f", model {model_id[:32]}, unit {_STEPS_UNIT}" if model_id else ""
     return f"{fingerprint}, one of {sharers} workers with {threads} threads, program {VERSION}{profiled}"
 
 
 def most_similar_key(key: str, known: Iterable[str]) -> str | None:
-    """Returns `key` if it is known, or else the known key of the same hardware with the nearest number of workers."""
+    """Returns `key` if it is known, or else the known key of this hardware with the most similar number of workers."""
     wanted = _KEY.fullmatch(key)
     assert wanted is not None
     found = [match for other in known if (match := _KEY.fullmatch(other)) is not None]

@@ -69,7 +69,7 @@ class Encoder:
         self._serving.set_result(self._present)
 
     def lose(self, error: LlamaclustError | None) -> None:
-        """Stops encoding a tile, which the next encoder encodes again. `error` is the pipeline's failure, or None."""
+        """Abandons the tile that is being encoded. The next encoder encodes it. `error` is the pipeline's failure."""
         self.pause()
         if self._present is not None:
             self._present.lost.set_result(error)

@@ -20,7 +20,7 @@ class EngineOwner(Protocol):
     def pipeline_lost(self, failure: PipelineFailure) -> None: ...
 
     def retiring_pipeline_lost(self, failure: PipelineFailure) -> None:
-        """Reports the loss of a pipeline whose requests go on with the next pipeline, which is in use already."""
+        """Reports the loss of a retiring pipeline. Its requests continue on the next pipeline, already in use."""
         ...
 
     def engine_closed(self) -> None:
@@ -54,17 +54,17 @@ class PipelineFailure:
 
 @dataclass(frozen=True, slots=True)
 class RetiringFailure:
-    """The failure of a retiring pipeline. The next pipeline may notice the loss of the same worker later."""
+    """The failure of a retiring pipeline. The next pipeline may notice later that the same worker is lost."""
 
     failure: PipelineFailure
     newest: int | None  # Number of the newest microbatch that was in flight on the next pipeline.
 
     def is_over(self, returned: int) -> bool:
-        """Returns whether the next pipeline still works, because it has computed the later microbatch `returned`."""
+        """Returns True if the next pipeline works: it has returned microbatch `returned`, sent after the failure."""
         return self.newest is None or returned > self.newest
 
     def joined(self, later: PipelineFailure) -> PipelineFailure:
-        """Adds the requests of this failure to `later`, the next pipeline's, if one worker caused both."""
+        """Adds the requests of this failure to `later`, a failure of the next pipeline, if one worker caused both."""
         is_same = later.error.worker == self.failure.error.worker
         return replace(later, requests=later.requests | self.failure.requests) if is_same else later
 

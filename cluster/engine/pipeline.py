@@ -87,7 +87,7 @@ class Pipeline(Protocol):
 
     @property
     def workers(self) -> frozenset[str]:
-        """Names of all workers that the pipeline needs, with all members of groups. Empty within one process."""
+        """Names of the workers that the pipeline needs, with all members of groups. Empty if there are no workers."""
         ...
 
     @property

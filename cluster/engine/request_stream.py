@@ -100,7 +100,7 @@ class OpenRequests:
 
     @contextmanager
     def announced(self) -> Iterator[None]:
-        """Keeps the model loaded while it encodes the images of a request that is not submitted yet."""
+        """Keeps the model loaded while images of a request are encoded, because the request is not submitted yet."""
         self._announced += 1
         self._changed()
         try:

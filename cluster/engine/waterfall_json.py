@@ -17,7 +17,7 @@ _ID = re.compile(r"[0-9a-f]{4,}")
 
 
 def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
-    """Returns the records of a request. `name` contains at least 4 leading digits of its id, as a reply's id does."""
+    """Returns the records of a request. `name` must contain at least 4 leading digits of its id, as replies' ids do."""
     if not (found := _ID.findall(name)):
         return []
     beginning = max(found, key=len)[:SHOWN_CHARACTERS]

@@ -53,7 +53,7 @@ class WorkerFacts:
 class StageCosts:
     """Memory and time of every possible stage of a model. Tables have the shape [layers + 1, layers + 1]: table[start,
     end] is the value for layers [start, end). Stages with the first layer include the embedding, and stages with the
-    last layer the head. Entries with end <= start have no meaning."""
+    last layer include the head. Entries with end <= start have no meaning."""
 
     layers: int
     hidden_bytes: int  # Bytes of one row's hidden state at a border between two layers.

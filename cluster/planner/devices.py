@@ -87,7 +87,7 @@ class Division:
         return tuple(layer for layer in range(begin, until) if fixed[layer] or (is_open[layer] and layer < moe_end))
 
     def parts(self) -> Iterator[tuple[WorkerFacts, Counts, Counts, Counts]]:
-        """Yields (device, start, end, moe_end). The last three are tables with an entry for each stage."""
+        """Yields (device, start, end, moe_end) for each device. The last three are tables with one entry per stage."""
         yield from zip(self.devices, self.bounds, self.bounds[1:], self.moe_ends, strict=False)
 
     def moved_ranges(self) -> Iterator[tuple[WorkerFacts, Flags, Counts, Counts]]:
@@ -170,8 +170,8 @@ def divide(
 
 
 def _allowed(worker: WorkerFacts, borders: Flags, index: int, begin: Counts) -> Counts:
-    """Returns the first layer on device `index` for each stage. This is `begin`, or the nearest layer that the user's
-    placement rules allow."""
+    """Returns the first layer on device `index` for each stage: `begin`, or the nearest layer that the user's placement
+    rules allow."""
     if not worker.placement.layers:
         return begin
     gpus, layers = [gpu.device for gpu in worker.gpus], len(borders) - 1

@@ -164,7 +164,7 @@ class MemoryModel:
         return moved if held.is_experts else self.stages.weight_bytes(held.start, held.end) - moved
 
     def kv_blocks(self, split: Sequence[PlannedLayers]) -> int:
-        """Returns how many KV blocks fit on every device. The maximum is `most_blocks`, unless `kv_memory` is set."""
+        """Returns how many KV blocks fit on every device, at most `most_blocks` if the user has not set `kv_memory`."""
         most = self.request.most_blocks
         beside: dict[tuple[str, str], int] = {}
         for held in split:
@@ -185,7 +185,7 @@ class MemoryModel:
         return self._blocks_in(held.start, held.end, max(least, left // 2), most)
 
     def shortfall_table(self, worker: WorkerFacts, contexts: int) -> Table:
-        """Returns missing bytes by stage for `contexts` full-length sequences, or infinity for empty stages."""
+        """Returns the bytes that stages lack for `contexts` full-length sequences, or infinity for empty stages."""
         return self._shortfall(self.division(worker, contexts), contexts)
 
     def excess_table(self, worker: WorkerFacts, contexts: int) -> Table:

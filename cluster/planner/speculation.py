@@ -39,7 +39,7 @@ def predict_gain(prediction: Prediction, acceptance: float) -> SpeculationGain |
 
 
 class _PlannedRounds:
-    """Predicted round times of one sequence in one microbatch, interpolated between the predicted window sizes."""
+    """Predicted round times for one sequence. Times between the predicted window sizes are interpolated."""
 
     def __init__(self, prediction: Prediction) -> None:
         self._plain_s = prediction.token_s

@@ -15,7 +15,7 @@ _RULE = f"{_TIMES_PREDICTED:g} times its predicted time, at least {_LEAST_S:g} s
 
 
 def step_limit_s(rows: int, measured_s: Sequence[float], planned: Sequence[StagePrediction]) -> float:
-    """Returns ten times the longest measured or predicted step time, at least 4 s, or 30 s if no time is known."""
+    """Returns a step's time limit: ten times the longest known time, but at least 4 s, or 30 s if none is known."""
     if rows == 0:
         return UNPREDICTED_S
     predicted_s = [*measured_s, *(max(stage.decode_s, rows * stage.prefill_s) for stage in planned)]

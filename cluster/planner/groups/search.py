@@ -56,7 +56,7 @@ class Group:
         return self.search.costs_of(self.members).integer_shares(start, end, self.search.works[work])[0]
 
     def takes_longer(self, start: int, end: int, work: int) -> bool:
-        """Returns True, and corrects the table, if whole-number shares are slower than the table predicts."""
+        """Returns True if whole-number shares are slower than the table predicts. In this case, corrects the table."""
         costs = self.search.costs_of(self.members)
         factor = costs.integer_shares(start, end, self.search.works[work])[1]
         is_longer = _TOLERANCE * costs.factor < factor < inf

@@ -34,7 +34,7 @@ def balanced(
 
 
 def _filled(seconds: DividedTables, lacking: DividedTables, units: int, *, margin: float = 0.5) -> Shares:
-    """Returns shares for which all members take equally long. Memory for `margin` units stays free."""
+    """Returns shares for which all members take equally long. Memory for a share of `margin` / `units` stays free."""
     fixed = seconds.whole
     each = np.maximum(seconds.divided, _LEAST_DIVIDED * np.abs(fixed) + 1e-12)
     short, more, least = lacking.whole, lacking.divided, 1 / units
@@ -59,7 +59,7 @@ def _taken(limit: Table, fixed: Table, each: Table, least: float, most: Table) -
 
 
 def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float]) -> tuple[tuple[int, ...], float]:
-    """Returns small whole-number shares that cost nearly the least, and their cost. It is infinite if none fit."""
+    """Returns shares as small whole numbers with nearly the lowest cost, and this cost, or inf if no shares fit."""
     near = (in_total(shares, total) for total in (*range(len(shares), _FEW + 1), MANY))
     costs = {found: cost(found) for found in dict.fromkeys(near)}
     limit = _TOLERANCE * min(costs.values())

@@ -42,7 +42,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A merge of the steps in `before`. It keeps the cheapest one for each number of assigned layers."""
+    """A step that keeps, for each number of assigned layers, the cheapest of the steps in `before`."""
 
     before: tuple[int, ...]
 
@@ -67,7 +67,7 @@ class Bounds(Protocol):
         ...
 
     def of_rest(self, workers: Counts) -> Table:
-        """Returns a table of lower bounds. Entry n is for layers [n, end), computed alone or together by `workers`."""
+        """Returns a table of lower bounds. Entry n is for layers [n, end), with `workers` in groups or alone."""
         ...
 
 
@@ -177,8 +177,8 @@ def in_order(
     leader_of: LeaderOf,
     partitions: Partitions = frozenset(),
 ) -> Places:
-    """Returns the search steps for one order of workers. The members of a group must be adjacent in this order. The two
-    workers of a pair in `partitions` never lead adjacent stages."""
+    """Returns the dynamic program's steps for one order of workers. The members of a group must be adjacent in this
+    order. The two workers of a pair in `partitions` never lead adjacent stages."""
     places: list[Step | Choice] = []
     # For the first n workers in the order: indices of their steps, and the index of the choice among these steps.
     upto: list[tuple[list[int], tuple[int, ...]]] = [([], ())]
@@ -205,8 +205,8 @@ def any_order(
     leaders: tuple[int, ...],
     partitions: Partitions = frozenset(),
 ) -> Places:
-    """Returns the search steps for all sets of workers in all orders. `held_by` has pairs (numbers of workers by class,
-    number of the holder with these workers). A worker in `partitions` must be the only one of its class."""
+    """Returns the dynamic program's steps for all sets of workers in all orders. `held_by` has pairs (numbers of
+    workers by class, number of the holder with these workers). A worker in `partitions` must be alone in its class."""
     numbers = dict(held_by)
     places: list[Step | Choice] = []
     found: dict[Counts, tuple[list[int], tuple[int, ...]]] = {}  # Steps and choices by used workers.
@@ -266,8 +266,8 @@ def steps_in_any_order(sizes: Sequence[int], held_by: Sequence[Counts]) -> int:
 
 
 def constrained_ends(workers: Collection[int], partitions: Partitions) -> list[Ends]:
-    """Returns alternative constraints. Each keeps the leaders of the first and the last stage from being a pair in
-    `partitions`."""
+    """Returns alternative constraints. Under each of them, the leaders of the first and the last stage are never a pair
+    in `partitions`."""
     bound = sorted(worker for worker in workers if any(worker in pair for pair in partitions))
     ends = [Ends(frozenset(workers) - frozenset(bound))]
     for first in bound:

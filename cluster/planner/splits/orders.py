@@ -105,8 +105,8 @@ def likely_orders(
 
 
 def _spread(order: Order, partitions: Partitions) -> list[int]:
-    """Reorders workers so that no pair in `partitions` is adjacent. A worker that every position makes adjacent to
-    such a partner comes last."""
+    """Reorders workers so that no pair in `partitions` is adjacent. Workers for which there is no such position come
+    last."""
     spread: list[int] = []
     waiting = list(order)
     while waiting:
@@ -149,7 +149,7 @@ def _with_best_ends(file: _Tables, limits: Table) -> list[Order]:
 
 
 def _tightest(order: _Tables, limits: Table) -> Order | None:
-    """Returns the order with the best ends for the lowest limit that it can meet."""
+    """Returns the order whose first and last worker are chosen to meet the lowest possible limit, or None."""
     lowest = bisect_left(limits, True, key=lambda limit: _best_ends(order, limit) is not None)
     return None if lowest == len(limits) else _best_ends(order, limits[lowest])
 

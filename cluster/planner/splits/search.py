@@ -23,7 +23,7 @@ simpler split."""
 
 @dataclass(frozen=True, slots=True)
 class SplitSearch:
-    """A search for the best split in a workload. `limits` are ascending time limits for the slowest stage."""
+    """A search for the best split for one workload. `limits` are limits to try for the slowest stage, ascending."""
 
     steps: Steps
     work: Work
@@ -63,12 +63,12 @@ class Best:
 
     @property
     def work(self) -> int:
-        """Returns the number of the workload."""
+        """Index of the workload."""
         return self.search.steps.work
 
 
 def best_of(kinds: Iterable[Sequence[SplitSearch]], below: float = inf) -> Best | None:
-    """Returns the best split, or None. Splits of later `kinds` are more complex and must be clearly faster."""
+    """Returns the best split, or None. Splits of later kinds are more complex, and win only if clearly faster."""
     best: Best | None = None
     for searches in kinds:
         limit = below if best is None else CLEARLY_BETTER * best.seconds

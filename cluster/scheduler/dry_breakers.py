@@ -76,7 +76,7 @@ class BreakerTokens:
 
 
 class SeenBreakers:
-    """The DRY sampler's sequence breakers whose tokens have occurred. The last of several tokens may still follow."""
+    """The DRY sampler's sequence breakers whose tokens, except perhaps the last of several, have all occurred."""
 
     __slots__ = ("_by_head", "_found", "_seen", "_sequences", "_waiting")
 

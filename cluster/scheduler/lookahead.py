@@ -35,7 +35,7 @@ class Lookahead:
         return decode_ns is not None and self._times.whole_transit_ns > _WORTH_HIDING * decode_ns
 
     def steps(self, under_way: int, *, several: bool) -> int:
-        """Returns how many unknown tokens a sequence may have when its next step is sent, or 0 to send no step.
+        """Returns how many tokens of a sequence may be unknown when its next step is sent, or 0 to send no step.
         `under_way` is the number of steps in flight. If `several` is false, the result is at most 1."""
         most = self.most_steps if several else 1
         if under_way <= (most + 1) // 2:

@@ -23,13 +23,13 @@ class MatcherUse:
         return self.step_ns >= _SLOW_NS
 
     def defer(self, now_ns: int) -> int:
-        """Returns the nanoseconds since the next row was first deferred, or 0 if the row used a released matcher."""
+        """Returns the nanoseconds since the next row was first deferred, or 0 if its matcher is not started."""
         if self.deferred_ns is None and self.is_started:
             self.deferred_ns = now_ns
         return 0 if self.deferred_ns is None else now_ns - self.deferred_ns
 
     def learn(self, rows: Iterable[RowResult]) -> None:
-        """Updates `step_ns` from measured rows. It falls slowly, because slow rows may follow fast rows."""
+        """Updates `step_ns` from measured rows. `step_ns` falls slowly, because slow rows may follow fast rows."""
         if taken := [row.matcher_ns for row in rows if not row.is_deferred]:
             self.step_ns = max(sum(taken), self.step_ns * 3 // 4)
             self.deferred_ns = None

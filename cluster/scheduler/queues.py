@@ -121,7 +121,7 @@ class SequenceQueues:
         return True
 
     def give_turn(self) -> None:
-        """Preempts a running sequence if the next waiting sequence should run in its place and has no room otherwise.
+        """Preempts a running sequence if the next waiting sequence is due to take its place, and has no room otherwise.
         Must not be called while a microbatch is being made."""
         if not self.waiting or not (waiting := startable(self.waiting, self.running)):
             return
@@ -168,7 +168,7 @@ class SequenceQueues:
         return None if shortest is prefilling[0] else shortest
 
     def _overtake(self, sequence: Sequence, first: Sequence) -> Sequence | None:
-        """Starts the sequence if there is also room for the first one in turn, or else that one if it has room."""
+        """Starts `sequence` if `first`, the first in turn, would have room too, or else `first` if it has room."""
         running = len(self.running)
         if sequence is not first and (
             running + 2 > self.max_running

@@ -45,8 +45,8 @@ class RunningCounts:
 
 
 def startable(waiting: Iterable[Sequence], running: Iterable[Sequence]) -> list[Sequence]:
-    """Returns the waiting sequences that may start. A sequence with a large grammar must wait while `_MOST_MATCHERS`
-    matchers for large grammars are being made for its owner."""
+    """Returns the waiting sequences that may start. An owner's sequences with a large grammar must wait while
+    `_MOST_MATCHERS` matchers for large grammars are being made for this owner."""
     making = Counter(other.request.owner for other in running if other.phase is Phase.PREFILL and _is_large(other))
     if not making:
         return [*waiting]
@@ -67,14 +67,14 @@ def first_in_turn(waiting: Iterable[Sequence], running: RunningCounts) -> Sequen
 
 
 def preemption_victim(running: Reversible[Sequence], counts: RunningCounts) -> Sequence:
-    """Returns the sequence to preempt. Chooses the owner with the most running sequences, then this owner's request
-    with the most, then the youngest sequence of this request. `running` begins with the oldest sequence."""
+    """Returns the sequence to preempt: the youngest of the request with the most running sequences, among requests of
+    the owner with the most running sequences. `running` begins with the oldest sequence."""
     return max(reversed(running), key=counts.rank)
 
 
 def turn_victims(sequence: Sequence, running: Items[Sequence], counts: RunningCounts) -> list[Sequence]:
     """Returns the running sequences that may be preempted, one by one in this order, so that `sequence` gets their
-    memory. None of them precedes `sequence` afterwards. `running` begins with the oldest sequence."""
+    memory. Afterwards, none of them is due before `sequence`. `running` begins with the oldest sequence."""
     counts, left, victims = RunningCounts(counts.owners.copy(), counts.requests.copy()), [*running], list[Sequence]()
     while (victim := _turn_victim(sequence, left, counts)) is not None:
         left.remove(victim)

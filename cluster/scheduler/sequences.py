@@ -121,7 +121,7 @@ class Sequence:
         return is_same and (own.cache_salt, own.adapters) == (request.cache_salt, request.adapters)
 
     def may_go_ahead(self, most: int) -> bool:
-        """True if the next row can be sent before its token is known. Up to `most` tokens may be unknown."""
+        """True if the next row can be sent before its token is known. At most `most` tokens may be unknown then."""
         most = 0 if self.matcher.is_slow else most if self.sampler.is_plain else 1
         if not 0 < self.sampling <= most or self.request.params.needs_state:
             return False
@@ -205,7 +205,7 @@ class Sequence:
         self.computed = min(self.computed, self.scheduled)
 
     def restart(self) -> None:
-        """Drops all computed rows and all rows in flight. Keeps the tokens, and sends no update twice."""
+        """Drops all computed rows and all rows in flight. Keeps the tokens. Does not repeat updates that were sent."""
         self.scheduled = self.in_flight = self.sampling = 0
         self.kv.restart()
         self.drafting.restart()

@@ -67,7 +67,7 @@ class SchedulerSettings:
 
     @property
     def max_drafted(self) -> int:
-        """Maximum number of drafted tokens in a step. It is 0 if recurrent states have no separate blocks."""
+        """Maximum number of drafted tokens in a step. It is 0 for recurrent states without `state_blocks`."""
         if self.speculation is None or (self.has_states and not self.state_blocks):
             return 0
         group = self.window_group
@@ -88,7 +88,7 @@ class SchedulerSettings:
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Maximum tokens in prompt and answer. A prompt that is computed as a whole must fit into a microbatch."""
+        """Maximum tokens in prompt and answer. If `whole_prompts` is set, a prompt must fit into one microbatch."""
         tokens = min(self.context_length, self.kv_blocks * KV_BLOCK_TOKENS)
         return min(tokens, self.max_batch_tokens, self.max_embedded_rows) if self.whole_prompts else tokens
 

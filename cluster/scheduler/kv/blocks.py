@@ -30,7 +30,7 @@ class KvBlocks:
 
     def released(self, held: Iterable[int], kept: Iterable[bytes]) -> int:
         """Returns how many blocks become available if one holder of each block in `held` releases it. A block can be in
-        `held` several times. The blocks of the keys `kept` do not count."""
+        `held` several times. Blocks that are registered with a key in `kept` do not count."""
         holders = Counter(held)
         for key in kept:
             del holders[self._by_key[key]]
@@ -48,7 +48,7 @@ class KvBlocks:
         return block
 
     def acquire(self, key: bytes) -> int:
-        """Adds a holder to the block registered with this key, and returns it. Holders must not write to it."""
+        """Adds a holder to the block registered with this key, and returns the block. Holders must not write to it."""
         block = self._by_key[key]
         self._idle.pop(block, None)
         self._holders[block] += 1

@@ -113,14 +113,14 @@ class KvMemory:
         return self._begin_with(sequence, reserve) is None
 
     def room_with(self, running: Items[Sequence], sequence: Sequence) -> object:
-        """Returns a value that changes if `suffices_without` may change while the same sequences run. Requires that
-        `lacks_blocks` was called for `sequence`."""
+        """Returns a value that changes if the result of `suffices_without` may change for the same running sequences.
+        Requires that `lacks_blocks` was called for `sequence`."""
         held = sum(len(other.kv.table) for other in running)
         states = None if self.states is None else self.states.blocks.available
         return self.blocks.available + held, states, self.transfers.ended, self._refused.get(sequence.key)
 
     def suffices_without(self, others: Items[Sequence], sequence: Sequence, reserve: int) -> bool:
-        """Returns False if `sequence` has no room even after the running sequences `others` have released theirs."""
+        """Returns True if `sequence` has room when the running sequences `others` have released their memory."""
         found, idle = self._find(sequence)
         held = chain.from_iterable(other.kv.table.blocks for other in others)
         released = self.blocks.released(held, sequence.kv.keys[:found])

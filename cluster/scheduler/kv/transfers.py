@@ -49,7 +49,7 @@ class KvTransfers:
         return Transfer(tuple(sequence.kv.keys[:end]), (*prefix, *taken), found)
 
     def begin_save(self, keys: Items[bytes], start: int) -> Transfer | None:
-        """Pins the cached blocks for keys[start:] so that they can be saved, up to the first missing block. Returns
+        """Pins the cached blocks for keys[start:], up to the first missing block, so that they can be saved. Returns
         None if the first block is not cached. Microbatches in flight may still be filling these blocks."""
         there = list(takewhile(lambda key: self._blocks.is_idle(key) is not None, keys[start:]))
         if not there:

@@ -23,7 +23,7 @@ class KvWindow:
         self._out_of_window: list[int] = []
 
     def usable(self, keys: Items[bytes], found: int) -> int:
-        """Returns how many leading blocks a new sequence can reuse. The next row's window must be cached."""
+        """Returns how many leading blocks a new sequence can reuse. The window of its next row must be cached."""
         usable = together = 0
         for index in range(found):
             together = 0 if self.blocks.is_idle(keys[index]) is None else together + 1

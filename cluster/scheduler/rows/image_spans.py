@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class ImageSpan:
-    """Image rows at positions [start, end) of a prompt, where the prompt has token 0."""
+    """Image rows at positions [start, end) of a prompt. The prompt has token 0 at these positions."""
 
     start: int
     end: int

@@ -12,7 +12,7 @@ from llamaclust.wire.microbatch.messages import ImageRows
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """An image span. RoPE position minus token position is `before` in text before the span, and `after` behind it."""
+    """An image span. `before` and `after`: RoPE position minus token position of the text on that side of the span."""
 
     span: ImageSpan
     before: int

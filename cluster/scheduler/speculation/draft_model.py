@@ -51,7 +51,7 @@ def _learned(estimate: float, sample: float) -> float:
 
 
 class DraftModel(Protocol):
-    """Interface of a draft model. All calls must come from one event loop. Orders are queued while it computes."""
+    """Interface of a draft model. All calls must come from one event loop. Orders wait while the model computes."""
 
     @property
     def times(self) -> DraftTimes: ...

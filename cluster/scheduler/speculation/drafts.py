@@ -36,7 +36,7 @@ class SequenceDrafts:
         return Candidate(draft.tokens[:most], rate, min(draft.forced, most), self.rate(FORCED) if draft.forced else 1.0)
 
     def further(self, tokens: Sequence[int], ahead: tuple[int, ...], most: int) -> tuple[int, ...]:
-        """Returns up to `most` drafted tokens after those in flight (`ahead`), or () if the draft lacks these."""
+        """Returns up to `most` drafted tokens after those in flight (`ahead`), or () if `ahead` is not in the draft."""
         self._compare(tokens)
         under_way = (*tokens[self._at :], *ahead)
         if self._draft.tokens[: len(under_way)] != under_way:
@@ -55,7 +55,7 @@ class SequenceDrafts:
         return self._own[confidence].rate(self._common[confidence].rate(_PRIORS[confidence]))
 
     def offer(self, tokens: Sequence[int], length: int, drafted: tuple[int, ...]) -> None:
-        """Takes the draft model's draft of the tokens from index `length` on. Ignores it if `tokens` is longer."""
+        """Takes the draft model's draft, which begins at index `length`. Ignores it if `tokens` has grown since."""
         self._compare(tokens)
         if length == len(tokens):
             self._offered = length

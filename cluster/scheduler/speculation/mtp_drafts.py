@@ -19,7 +19,7 @@ class MtpDrafts:
         self._rounds = rounds
 
     def length(self, sequences: Items[Sequence], speed: float, groups: int, most: int) -> int:
-        """Returns how many tokens the MTP head should draft. `speed` is the tokens per nanosecond without it."""
+        """Returns how many tokens the MTP head should draft. `speed` is the tokens per nanosecond without the head."""
         drafted = [sequence for sequence in sequences if may_order(sequence)]
         if not drafted or not most or self._rounds.plain_ns(len(sequences), groups) == inf:
             return 0

@@ -63,7 +63,7 @@ def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def open_regular(path: Path, *, follows_links: bool = True, is_writable: bool = False) -> BinaryIO:
-    """Opens a regular file. Raises OSError for any other file, and for a link unless `follows_links`."""
+    """Opens a regular file. Raises OSError for any other file, and for a link if `follows_links` is false."""
     flags = (os.O_RDWR if is_writable else os.O_RDONLY) | (0 if follows_links else os.O_NOFOLLOW)
     file: BinaryIO = os.fdopen(open_descriptor(path, flags), "r+b" if is_writable else "rb")
     return file

@@ -34,6 +34,6 @@ def process_fields(pid: int | str) -> list[str]:
 
 
 def start_ticks(pid: int) -> int | None:
-    """Returns a process's start time in clock ticks since boot, or None if it has ended. It differs for reused pids."""
+    """Returns a process's start time in clock ticks since boot, which tells reused pids apart. None if it has ended."""
     fields = process_fields(pid)
     return int(fields[_START]) if fields else None

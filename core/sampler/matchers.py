@@ -37,7 +37,7 @@ class Grammar:
 @dataclass(frozen=True, slots=True)
 class Reasoning:
     """Tags around reasoning text. Any of `begins` opens reasoning, and any of `ends` closes it. After `budget` tokens
-    of reasoning, the tokens in `forced` are generated, which end it."""
+    of reasoning, the tokens in `forced` are generated to close it."""
 
     begins: Annotated[Tags, Size(1, MAX_TRIGGERS)]
     ends: Annotated[Tags, Size(1, MAX_TRIGGERS)]

@@ -52,7 +52,7 @@ class Line:
 
 
 class Place:
-    """A request's place in the line. `enter` waits until it is first. The place leaves the line when `with` ends."""
+    """A request's place in the line. `enter` waits until this place is first. The end of `with` gives the place up."""
 
     def __init__(self, line: Line, owner: str) -> None:
         self.owner = owner

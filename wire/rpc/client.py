@@ -194,7 +194,7 @@ class Peer:
         permit: str | None = None,
         reply_bytes: int | None = None,
     ) -> ClientStream:
-        """Opens a stream. If `wait_for_ready` is true, it waits for the server. `reply_bytes` limits a reply's size."""
+        """Opens a stream, which waits for an absent server if `wait_for_ready`. `reply_bytes` limits a reply's size."""
         most_bytes = METHODS[method].reply_bytes if reply_bytes is None else reply_bytes
         metadata = [] if permit is None else [(PERMIT_KEY, permit)]
         if isinstance(self._credentials, ClusterToken):

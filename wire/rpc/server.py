@@ -195,7 +195,7 @@ class _Entry:
         return None
 
     def check(self, callers: Callers, caller: Principal | None, context: Any) -> None:
-        """Raises ProtocolError if `callers` excludes `caller`. Stages themselves check callers of kind NEIGHBOUR."""
+        """Raises ProtocolError if `callers` excludes `caller`. Kind NEIGHBOUR is not checked here, but by the stage."""
         if caller is None or callers in (Callers.MEMBERS, Callers.NEIGHBOUR) or caller == COORDINATOR:
             return
         if callers is Callers.COORDINATOR:

@@ -23,7 +23,7 @@ def permit(credentials: Credentials, caller: str, worker: str) -> str:
 
 
 def is_permitted(credentials: Credentials, caller: Principal, shown: str) -> bool:
-    """Returns True if `shown` is a valid permit for `caller` to measure its link to this worker, or none is needed."""
+    """Returns True if `shown` permits `caller` to measure its link to this worker, or if no permit is needed."""
     if not isinstance(credentials, Identity):
         return True
     from llamaclust.wire.security.certificates import ends_at_s, has_signed

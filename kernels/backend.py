@@ -27,8 +27,8 @@ Progress = Callable[[int], None]
 @dataclass(frozen=True, slots=True)
 class BatchStates:
     """The blocks of recurrent states that a batch reads and writes. Sequence s starts from the state in block
-    before[s], unless its first row is at position 0. For each i in [starts[s], starts[s + 1]), the state after row
-    rows[i] is written to block blocks[i]. A block that one sequence writes must not be used by another sequence."""
+    before[s], or from zeros if its first row is at position 0. For each i in [starts[s], starts[s + 1]), the state
+    after row rows[i] is written to block blocks[i]. No other sequence may use a block that a sequence writes."""
 
     before: Int32  # [sequences] Block ids; -1 where no state is read.
     starts: Int32  # [sequences + 1]
@@ -112,7 +112,7 @@ class Stage(Protocol):
         embedding] or, from a last stage, logits [outputs, vocabulary]. The next `run` overwrites the result."""
 
     def normed(self, rows: Int32) -> Float32:
-        """Copies the normed hidden states [len(rows), embedding] that a last stage's newest run computed for `rows`."""
+        """Copies the output norm's results [len(rows), embedding] for `rows` of the last run. Only for a last stage."""
 
     def close(self) -> None:
         """Frees weights and KV memory. The stage must not run again."""
@@ -143,8 +143,6 @@ class CacheCounts:
 
 @runtime_checkable
 class KvInRam(Protocol):
-    """A stage whose KV memory is in RAM and whose layers keep all KV blocks."""
-
     def kv_layers(self) -> tuple[tuple[NDArray[np.uint8], ...], ...]:
         """Returns each layer's KV memory and states as arrays [KV blocks, bytes], which stay valid after `close`."""
 
@@ -175,7 +173,7 @@ class ExchangingStage(Stage, Protocol):
 
 
 class ExpertsStage(Protocol):
-    """Loaded mixtures of experts. `number` is the index of a mixture. Each call overwrites the previous results."""
+    """Loaded mixtures of experts. In all methods, `number` is a mixture's index. A call overwrites earlier results."""
 
     weight_bytes: int
     workspace_bytes: int
@@ -186,7 +184,7 @@ class ExpertsStage(Protocol):
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32: ...
 
     def route(self, number: int, hidden: Float32) -> tuple[Int32, Float32]:
-        """Returns each row's expert ids, best first, and their weights: [rows, used]. Requires `lines` > 0 at load."""
+        """Returns each row's expert ids [rows, used], best first, and weights. Requires a load with `lines` > 0."""
 
     def run_lines(self, number: int, x: Float32, experts: Int32) -> Float32:
         """Returns the unweighted output of expert experts[i] for row x[i]. The next call overwrites the output."""
@@ -204,7 +202,7 @@ class ExpertsCache(Protocol):
     def counts(self) -> CacheCounts: ...
 
     def step(self) -> AbstractContextManager[None]:
-        """Wraps a run of the stage. Experts that the run uses stay cached until it ends. Raises DeviceLostError."""
+        """Wraps a run of the stage. Experts that it uses stay cached until the run ends. Raises DeviceLostError."""
 
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32 | None: ...
 
@@ -245,7 +243,7 @@ class HasThreads(Protocol):
 
 
 def with_own_threads(backend: Backend, niceness: int = 0) -> Backend:
-    """Returns `backend.apart(niceness)` if the backend has threads, and otherwise `backend` itself."""
+    """Returns a copy of `backend` with its own threads (see `apart`), or `backend` itself if it has no threads."""
     return backend.apart(niceness) if isinstance(backend, HasThreads) else backend
 
 

@@ -32,9 +32,9 @@ from llamaclust.model.program import Program
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The last run's inputs x [rows, width] of the matrices named in `weights`. The next run overwrites x. If each
-    expert or head has its own matrix, `chosen` [rows, used] has the ids of each row's experts or heads, and x may be
-    [rows * used, width]."""
+    """The inputs x [rows, width] of the matrices named in `weights` in the last run. The next run overwrites x. If each
+    expert or head has its own matrix, `chosen` [rows, used] has the ids of each row's experts or heads. If these have
+    inputs of their own, x is [rows * used, width]."""
 
     weights: tuple[str, ...]
     x: Float32
@@ -112,7 +112,7 @@ class CpuStage:
         return self._native.contents(self._normed)[rows]
 
     def inputs(self, rows: int) -> Iterator[Inputs]:
-        """Yields the inputs of the last run, which had `rows` rows. The stage must be loaded with `observed`."""
+        """Yields the inputs of the last run, which had `rows` rows. The stage must be loaded with `observed=True`."""
         assert self._native is not None, "the stage was closed"
         for seen in self._observed:
             ids = None if seen.choice is None else self._native.contents(seen.choice)[:rows]
@@ -217,7 +217,7 @@ class CpuBackend:
         *,
         observed: bool = False,
     ) -> CpuStage:
-        """`observed` keeps a run's `inputs`. Raises ModelFileError if there are no kernels for the program."""
+        """If `observed`, each run keeps its `inputs`. Raises ModelFileError if there are no kernels for the program."""
         found: list[InputCopy] = []
         with self._loading(program, tensors, limits):
             weights = self._weights.load(program, tensors, progress)

@@ -157,7 +157,7 @@ class Compiler:
         return out
 
     def _gather_packed(self, step: ir.Gather, form: ActivationFormat) -> None:
-        """Quantizes columns to int8 before they are gathered, which sends fewer bytes. The results are the same."""
+        """Quantizes columns to int8 before the gather, to send fewer bytes. The matrix products need int8 anyway."""
         assert step.x is not None
         own, whole = (ir.Buffer(buffer.name, buffer.width // step.lines) for buffer in (step.x, step.out))
         packed = self._buffers.write(_packed(own, form), step.lines)
@@ -349,5 +349,5 @@ def _packed(buffer: ir.Buffer, form: ActivationFormat) -> ir.Buffer:
 def compile_program(
     program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits, observed: list[InputCopy] | None = None
 ) -> Compiled:
-    """Compiles a program. `observed` receives the plan's copies of matrix inputs. Raises ValueError."""
+    """Compiles a program. Adds copies of matrix inputs to `observed`. Raises ValueError for an invalid program."""
     return Compiler(program, weights, limits, observed).run()

@@ -18,7 +18,7 @@ from llamaclust.model.steps.options import Gating
 
 @dataclass(frozen=True, slots=True)
 class CompiledLines:
-    """A plan with two parts per mixture: part 2 * i chooses experts, and part 2 * i + 1 computes single experts."""
+    """A plan with two parts for mixture i: part 2 * i chooses experts. Part 2 * i + 1 computes one expert per line."""
 
     plan: Plan
     choice: int  # The buffer with the ids of each row's experts, followed by their weights.
@@ -40,7 +40,7 @@ class _ExpertsCompiler(Compiler):
         return Compiled(self.plan, None)
 
     def run_lines(self) -> CompiledLines:
-        """Compiles two parts per mixture. A line is a row with a one-hot vector that selects its expert."""
+        """Compiles both parts of each mixture. A line is a row followed by a one-hot vector that selects one expert."""
         first, *_ = mixtures = mixtures_of(self._program)
         read = sum(buffer.width for buffer in first.reads)
         choice = self.plan.add_buffer(2 * first.used, 1, False, self._limits.max_batch_tokens)

@@ -78,7 +78,7 @@ class PlanExperts:
         self.plan.combine_experts(choice, results, out, step.used, not step.options.weighs_inputs)
 
     def _place(self, step: ir.ExpertShards, choice: int, results: int) -> None:
-        """Merges this worker's results with those of earlier workers, and adds buffers that a later stage needs."""
+        """Merges this worker's expert results with earlier workers' results. Adds buffers that a later stage reads."""
         buffers, used, start = self.buffers, step.mixture.used, 0
         given = None if step.given is None else (buffers.read(step.given), step.given.width - step.results_width)
         if step.carried is None:

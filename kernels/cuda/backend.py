@@ -96,7 +96,7 @@ class CudaBackend:
                 memory.close()
 
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CudaStage:
-        """Closes all experts caches to free memory. Raises ModelFileError if there are no kernels for the program."""
+        """Frees all experts caches, then loads the program. Raises ModelFileError if there are no kernels for it."""
         for cache in tuple(self._caches):
             cache.close()
         plan = _plan(program, tensors, limits, LaunchLimits.of(self._device))
@@ -174,7 +174,7 @@ def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: Sta
 
 
 def most_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-    """Returns an upper bound of `workspace_bytes` minus `rounded_weight_bytes` for any number of KV blocks."""
+    """Returns an upper bound, for any number of KV blocks, of `workspace_bytes` - `rounded_weight_bytes`."""
     if program.window is not None:
         # With window blocks, layers with windows have their own block table, which takes memory.
         limits = replace(limits, window_blocks=1)

@@ -150,7 +150,7 @@ class _Uploads:
 
 
 class LoadProgress:
-    """Reports loaded bytes. Reports the last 1 / `_KERNELS_SHARE` of them as kernels are compiled. Thread-safe."""
+    """Reports loaded bytes. Withholds up to 1 / `_KERNELS_SHARE` of them until kernels are compiled. Thread-safe."""
 
     def __init__(self, progress: Progress, total_bytes: int, modules: int) -> None:
         self._progress = progress

@@ -12,7 +12,7 @@ from llamaclust.model.gguf.tensors import Tensor
 
 @dataclass(frozen=True, slots=True)
 class PackedLayer:
-    """Matrices that are stored one after another: all of a layer (without vectors), or one that is in no layer."""
+    """Matrices that are stored one after another: all matrices of one layer, or one matrix outside the layers."""
 
     name: str
     tensors: tuple[Tensor, ...]

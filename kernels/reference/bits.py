@@ -37,7 +37,7 @@ def single_bits(data: Bytes) -> Bytes:
 
 
 def scaled(weights: Float32, scales: Float32, minima: Float32 | None = None) -> Float32:
-    """Multiplies groups of weights [blocks, ...] by scales [blocks, groups] and subtracts minima: [blocks, 256]."""
+    """Returns [blocks, 256]: groups of weights [blocks, ...] times scales [blocks, groups], minus minima."""
     blocks, groups = scales.shape
     out = weights.reshape(blocks, groups, -1) * scales[:, :, None]
     if minima is not None:

@@ -79,7 +79,7 @@ def dry(row: Candidates) -> None:
 
 
 def repetitions(history: tuple[int, ...], breakers: tuple[tuple[int, ...], ...], allowed_length: int) -> dict[int, int]:
-    """Returns the tokens that would continue a repetition (DRY), with its length, which is at least `allowed_length`.
+    """Maps each token that would continue a repetition (DRY) to the repetition's length, at least `allowed_length`.
     For example, the token c has length 2 after "a b c a b". A repetition contains none of the `breakers`."""
     reach = _reach(history, breakers)
     if len(history) <= allowed_length or reach < allowed_length:

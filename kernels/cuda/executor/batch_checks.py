@@ -14,7 +14,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
-    """Raises ValueError if the batch exceeds `limits`. `window` is the window of layers that free KV blocks, if any."""
+    """Raises ValueError if the batch exceeds `limits`. `window` is the window outside which layers free KV blocks."""
     starts, table_starts = batch.sequence_starts.tolist(), batch.table_starts.tolist()
     outputs, rows, blocks = batch.output_rows.tolist(), batch.rows, len(batch.block_tables)
     check_range("number of rows", rows, 1, limits.max_batch_tokens + 1)
@@ -47,8 +47,8 @@ def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
 def check_images(
     batch: Batch, limits: StageLimits, sections: int, given: tuple[int, int], merged: Sequence[int]
 ) -> None:
-    """Checks the inputs of a batch with images. `sections` is the number of RoPE positions per row. `given` is the
-    number and the width of a row's parts in `GivenRows`. Each number in `merged` is how many rows become one."""
+    """Checks the inputs of a batch with images. `sections` is the number of RoPE positions per row. `given` has the
+    number and the width of a row's parts in `GivenRows`. `merged` has numbers of rows that are merged into one row."""
     for together in merged:
         for start in batch.sequence_starts.tolist():
             if start % together:

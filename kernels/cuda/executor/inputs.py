@@ -25,7 +25,7 @@ _SEEN = 4
 
 
 class InputBuffer:
-    """The layout of the input buffer. Its end is copied only for microbatches with images."""
+    """The layout of the input buffer. The inputs of images are at its end, and are copied only if there are images."""
 
     def __init__(self, program: Program, limits: StageLimits) -> None:
         self._limits, self._has_states = limits, program.has_states

@@ -70,7 +70,7 @@ class LaunchCache:
         return [partial(self._launch, segment) for segment in self._launches[shape]]
 
     def _captured(self, launches: Iterable[Sequence[Launch]]) -> tuple[Graph, ...] | None:
-        """Returns None if the GPU has too little memory for graphs. From then on, no graphs are captured."""
+        """Returns the launches as graphs, or None if the GPU lacks memory. After None, no more graphs are captured."""
         graphs: list[Graph] = []
         try:
             for segment in launches:

@@ -50,7 +50,7 @@ class LineInputs:
 
     @property
     def offsets(self) -> tuple[int, int, int, int, int]:
-        """The byte offsets of four arrays (weights, cached lines, items, places of results), and the total size."""
+        """Byte offsets of four arrays (weights, lines of cached experts, items, places of results), and total size."""
         each = aligned(_INT * self.lines)
         items = aligned(_INT * _ITEM * (self.lines + self.lines // matmul.LEAST_PIECE + 1))
         first = _INT * _HEADER

@@ -190,7 +190,7 @@ def _takes_gemm(products: Sequence[Product], rows: int, sms: int) -> bool:
 
 
 def _gemm_rows(products: Sequence[Product], rows: int, gpu: LaunchLimits) -> int:
-    """Returns the number of rows per thread block. Blocks are wide if each multiprocessor still gets about one."""
+    """Returns the number of rows per thread block: many if this still gives about one block per multiprocessor."""
     if gpu.compute_capability != _HOPPER or products[0].weights.activation is ActivationFormat.F32:
         return _GEMM_ROWS
     wide_blocks = _blocks(products, _WIDE_WARPS) * -(-rows // _WIDE_ROWS)
@@ -255,7 +255,7 @@ class _GemvShape:
 
 
 def _turn(weights: Weights, rows: int, gpu: LaunchLimits) -> int:
-    """Returns how many pieces a warp multiplies before it adds their terms. The terms must fit the warp's memory."""
+    """Returns how many pieces a warp multiplies before it adds their products, which must fit in shared memory."""
     if gpu.compute_capability < _BULK or weights.activation is not ActivationFormat.Q8_256:
         return 1
     if _piece_bytes(weights) > _TURN_PIECE_BYTES:
@@ -270,8 +270,8 @@ def _piece_bytes(weights: Weights) -> int:
 
 
 def _plain_shape(piece_bytes: int, _: int, gpu: LaunchLimits) -> tuple[int, int, int, int]:
-    """Returns the number of warps of a block, the stages of a warp, the bytes of a stage, and the number of blocks that
-    a multiprocessor runs at the same time."""
+    """Returns the number of warps in a block, the number of copy buffers of a warp, the bytes of a copy buffer, and the
+    number of blocks that a multiprocessor runs at the same time."""
     stages = 2 if piece_bytes > _LONG_PIECE_BYTES else 3
     stages = stages if gpu.compute_capability >= _ASYNCHRONOUS else 1
     of_registers = 5 if gpu.compute_capability >= _MATRIX_UNITS else 4

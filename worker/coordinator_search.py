@@ -40,7 +40,7 @@ class Place:
 
 
 class CoordinatorSearch:
-    """Searches for a coordinator at several addresses. Fails if all refuse, unless `discovers` or `stays` is set."""
+    """Searches for a coordinator at several addresses. Fails if all addresses refuse, unless `discovers` or `stays`."""
 
     def __init__(self, addresses: Sequence[str], *, discovers: bool = False, stays: bool = False) -> None:
         self.limit_s: float | None = None
@@ -70,7 +70,7 @@ class CoordinatorSearch:
             place.failures, place.is_refused = 0, False
 
     def add(self, address: str) -> None:
-        """Adds an announced address. If 64 are known, replaces one with 3 or more failures, or else does nothing."""
+        """Adds an announced address. If there are 64, replaces one that failed 3 times or more, or else adds none."""
         if any(place.address == address for place in self._places):
             return
         found = [place for place in self._places if place.is_found]
@@ -88,7 +88,7 @@ class CoordinatorSearch:
         return True
 
     async def reached(self, attempt: Callable[[str], Awaitable[_Result]]) -> tuple[Place, _Result]:
-        """Calls `attempt` for all addresses concurrently. Returns the first success. Raises LlamaclustError."""
+        """Calls `attempt` for all addresses concurrently. Returns the first success, or raises LlamaclustError."""
         self._trying = {}
         try:
             async with asyncio.timeout_at(self._end_s):

@@ -67,7 +67,7 @@ def _span(order: Load) -> str:
 
 
 def _cancel_once(loading: asyncio.Task[Loaded]) -> None:
-    """Cancels a load. A second cancellation would end its wait for the thread that it uses, and free the lock early."""
+    """Cancels a load once. Cancelled again, the load would not wait for its thread, and would free the lock early."""
     if not loading.cancelling():
         loading.cancel()
 
@@ -192,7 +192,7 @@ class Loads:
         return await self._with_room(held, lambda: load_stage(order, *place, reserved_bytes))
 
     async def _has_adapted(self, runner: StageRunner, adapters: AdapterFiles) -> bool:
-        """Gives a kept stage these adapters. Returns False if a second workspace does not fit beside its own."""
+        """Replaces a kept stage's adapters. Returns False if free memory does not suffice for a second workspace."""
         try:
             await self._adapt(runner, adapters)
         except InsufficientMemoryError:

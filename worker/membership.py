@@ -132,7 +132,7 @@ class Member:
         return self._deadlines.coordinator_s
 
     async def serve(self) -> str:
-        """Handles the coordinator's requests until it ends the membership. Returns its reason. Raises WorkerError."""
+        """Handles requests until the coordinator ends the membership. Returns its stated reason. Raises WorkerError."""
         coordinator = "" if self._stream is None else self._stream.address
         session = Session(self._worker, self._credentials, self._deadlines, Counters(), self.send, coordinator)
         loads = Loads(session)

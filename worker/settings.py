@@ -12,7 +12,7 @@ from llamaclust.core.logs import LogFormat
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
-    """One worker's settings. A `static` worker may join `standbys` too. Other workers end with their parent process."""
+    """One worker's settings. A `static` worker may also join a standby. Other workers end with their parent process."""
 
     name: str
     join: str = ""  # gRPC target of the coordinator. Set as soon as a launcher knows it.

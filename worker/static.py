@@ -87,7 +87,7 @@ class _StaticWorker:
         return await _watched(self._run(), self._browse(self._token))
 
     async def _browse(self, token: JoinToken) -> WorkerError:
-        """Looks for the coordinator of the token in the file. The file may get the token of another cluster."""
+        """Looks for the coordinator of the file's token, and for a new one if the file gets a new cluster's token."""
         from llamaclust.wire.discovery import browsing
 
         while True:
@@ -220,7 +220,7 @@ class _StaticWorker:
 
 
 async def _watched(running: Coroutine[Any, Any, str], watch: Coroutine[Any, Any, WorkerError]) -> str:
-    """Runs until one of both ends, and cancels the other. Raises the error that `watch` returns or raises."""
+    """Runs both until one of them ends, and cancels the other. Raises the error that `watch` returns or raises."""
     serving, watching = asyncio.create_task(running), asyncio.create_task(watch)
     try:
         await asyncio.wait((serving, watching), return_when=asyncio.FIRST_COMPLETED)

@@ -30,7 +30,7 @@ def _input_bytes(projector: Projector) -> int:
 
 
 def _tile_bytes(projector: Projector) -> int:
-    """Returns the memory to prepare a tile's patches, or for its patches and output rows, whichever is larger."""
+    """Returns the memory to prepare a tile's patches, or to hold its patches and output rows if that is more."""
     program, rows = projector.program, projector.most_program_rows
     patches = _FLOAT_BYTES * rows * program.hidden.width
     # Each number takes a float32, and a byte that tells whether the float is finite.

@@ -95,7 +95,7 @@ class ProfiledDevice:
 
     @contextmanager
     def cold(self, most_bytes: int, left_bytes: int) -> Iterator[Sweep]:
-        """Yields a function that flushes caches. On a CPU, it uses a buffer that is not larger than either argument."""
+        """Yields a function that flushes caches. On a CPU, its buffer is at most as large as the smaller argument."""
         if self.own_cache is None:
             yield CacheFlush(min(largest_cache_bytes(), most_bytes, left_bytes)).sweep
             return
@@ -120,7 +120,7 @@ class _Part:
 
 
 def try_stages(device: ProfiledDevice, model: Model) -> tuple[StepTime, ...]:
-    """Measures a model's step times. Returns () if memory is short, the model is too small, or it shares KV memory."""
+    """Measures a model's step times. Returns () if memory is short, the model is too small, or its layers share KV."""
     costs = model.costs(KvType(device.size.limits.kv_type)).layers
     first = _first_tried(costs)
     sizes = [layer.weight_bytes for layer in costs[first:]]
@@ -176,7 +176,7 @@ class _Measurement:
         ]
 
     async def _taken_s(self, runners: Sequence[StageRunner], rows: int, tries: int) -> list[float]:
-        """Returns each stage's median seconds per step. Ignores a stage's first step if it has several."""
+        """Returns each stage's median seconds per step. Ignores a stage's first step if there are several."""
         vocabulary = self.model.hyperparameters.vocabulary_size
         with closing(Compute()) as compute:
             context = StageContext("profile", compute, Counters())

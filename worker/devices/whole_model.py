@@ -94,7 +94,7 @@ class _Choice:
     borders: Sequence[int]  # Numbers of the layers with which a device's range of layers may start.
 
     def first_gpu(self, end: int) -> DeviceLayers | None:
-        """Assigns layers below `end` to the first GPU, with the experts of as many layers as possible in its memory."""
+        """Assigns layers below `end` to the first GPU, and the experts of as many layers as possible to its memory."""
         least, _ = self._starts(0, end)
         is_open = any(self.placement.experts_in_ram(layer) is None for layer in self.mixtures)
         if is_open and end > least:
@@ -114,7 +114,7 @@ class _Choice:
         return self._part(index, start, end, open_end) if start < end else None
 
     def _starts(self, index: int, end: int) -> tuple[int, int]:
-        """Returns the lowest and the highest `start` for this GPU's layers [start, end), a range that may be empty."""
+        """Returns the lowest and the highest `start` of layers [start, end) on this GPU. The range may be empty."""
         number, gpus = index + 1, [gpu.device for gpu in self.device.gpus]
         allowed = [self.placement.devices_of(layer, gpus) for layer in range(end)]
         ended = max((layer + 1 for layer, devices in enumerate(allowed) if devices[-1] < number), default=0)
@@ -126,7 +126,7 @@ class _Choice:
         return max(min(least, last_begun), first_ended), max(last_begun, first_ended)
 
     def _part(self, index: int, start: int, end: int, open_end: int) -> DeviceLayers:
-        """Returns layers [start, end) on a GPU. Below layer `open_end`, experts without a rule are in RAM."""
+        """Returns layers [start, end) on a GPU. Below `open_end`, experts are in RAM unless a rule says otherwise."""
         rules = ((layer, self.placement.experts_in_ram(layer)) for layer in range(start, end) if layer in self.mixtures)
         cpu_moe = (layer for layer, in_ram in rules if in_ram or (in_ram is None and layer < open_end))
         return DeviceLayers(self.device.gpus[index].device, start, end, tuple(cpu_moe))

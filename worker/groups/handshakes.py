@@ -37,7 +37,7 @@ class Handshakes:
         self._proven: asyncio.LifoQueue[Link] = asyncio.LifoQueue()
 
     def take(self, connection: socket.socket) -> None:
-        """Begins a handshake, and ends another if there are too many. Raises OSError if no file descriptor is free."""
+        """Begins a handshake. If there are too many, ends another one. Raises OSError if no file descriptor is free."""
         claim = _Claim(caller_of(connection), connection.dup())
         if len(self._claims) >= MOST_HANDSHAKES:
             crowd = of_the_most({task: each.host for task, each in self._claims.items()})

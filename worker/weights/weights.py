@@ -57,7 +57,7 @@ class Progress:
         self._is_cancelled = True
 
     def begin(self, total_bytes: int, weight_bytes: int | None = None) -> None:
-        """Begins a part of `total_bytes`, which is reported as a share of `weight_bytes` if these are given."""
+        """Begins a part of `total_bytes`. If `weight_bytes` is given, the part counts as `weight_bytes` in reports."""
         with self._lock:
             self._earlier_bytes += self._weight_bytes
             self._done_bytes, self._total_bytes = 0, total_bytes

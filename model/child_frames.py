@@ -21,7 +21,7 @@ def encoded(frame: Mapping[str, Any], payload: bytes = b"") -> bytes:
 
 
 def decoded(line: bytes) -> tuple[dict[str, Any], int]:
-    """Returns the object and the payload's size in bytes from a frame's line. Raises ValueError if it is invalid."""
+    """Returns the object and the payload's size in bytes from a frame's line. Raises ValueError if invalid."""
     values = json.loads(line)
     frame, size = values if isinstance(values, list) and len(values) == 2 else (values, 0)
     if not isinstance(frame, dict) or type(size) is not int or size < 0:

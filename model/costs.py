@@ -28,7 +28,7 @@ class TypedWeights:
 
 
 def typed_weights(tensors: Mapping[str, Tensor], steps: Iterable[Step], *, experts: bool) -> tuple[TypedWeights, ...]:
-    """Returns the totals of matrices by quant type: those of experts if `experts`, and otherwise all others."""
+    """Returns totals by quant type, of the experts' matrices if `experts`, and otherwise of all other matrices."""
     n_bytes, products = Counter[QuantType](), Counter[QuantType]()
     kind = WeightKind.EXPERTS if experts else WeightKind.MATRIX
     seen = set[str]()
@@ -112,12 +112,12 @@ class LayerCost:
         return self.touched_bytes(rows) + 2 * sequences * self.state_bytes
 
     def touched_bytes(self, rows: int) -> float:
-        """Returns the expected weight bytes that a step of `rows` rows reads if they choose experts at random."""
+        """Returns the expected weight bytes that a step of `rows` rows reads if each row chooses experts at random."""
         return self.weight_bytes - self._idle_bytes(rows)
 
     def read_file_bytes(self, rows: int) -> float:
-        """Returns the expected file size of the weights that a step of `rows` rows reads. Experts beyond those of one
-        token count with their size in memory."""
+        """Returns the expected file size of the weights that a step of `rows` rows reads. For experts that only rows
+        after the first use, counts the size in memory."""
         return self.used_file_bytes + self.touched_bytes(rows) - self.touched_bytes(1)
 
     def touched_expert_bytes(self, rows: int) -> float:

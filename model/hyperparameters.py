@@ -36,8 +36,8 @@ class RopeParameters:
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
-    """Widths (in channels) and counts of a model. Tuples have one number for each layer, which is 0 for layers without
-    attention (KV heads) or without a feed-forward network. `expert_count` is 0 without experts."""
+    """Widths (in channels) and counts of a model. Tuples have one number for each layer. 0 means no attention in
+    `head_counts_kv`, no feed-forward network in `feed_forward_lengths`, and no experts in `expert_count`."""
 
     architecture: str
     block_count: int

@@ -71,7 +71,7 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
 
 
 def write_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
-    """Writes the old format if the name ends in .dat, otherwise GGUF. The file gets its name when it is complete."""
+    """Writes the old format if the name ends in .dat, otherwise GGUF. The file is named `path` only when complete."""
     if path.suffix == ".dat":
         data = _legacy_bytes(matrix)
         with new_file(path, len(data)) as file:

@@ -37,9 +37,9 @@ class EncoderBuilder(ProgramBuilder):
         activation: ActivationFunction,
         experts: bool = False,
     ) -> None:
-        """Appends a layer: attention and a feed-forward network, with a norm after each residual sum. The network has a
-        gate if `gated`, whose rows precede those of up in `ffn_up` if the file has no `ffn_gate`. If `experts`, a
-        mixture of ungated experts replaces it."""
+        """Appends a layer: attention and a feed-forward network, with a norm after each residual sum. If `gated`, the
+        network has a gate, which is `ffn_gate` or the first half of `ffn_up`'s rows. If `experts`, a mixture of ungated
+        experts replaces the network."""
         prefix = f"blk.{layer}"
         self._normed = self._hidden  # Matrix products read `_normed`, and here no norm precedes them.
         self._attend(layer, variant)
@@ -110,7 +110,7 @@ class EncoderBuilder(ProgramBuilder):
             raise self.keys.error(key, "expected 2 (cls); a classifier with mean pooling is not supported")
 
     def _dense(self, rows: Buffer) -> Buffer:
-        """Appends the model's dense layers. They may come before mean pooling, because they are linear."""
+        """Appends the model's dense layers. They may precede mean pooling, because both are linear."""
         if not any(f"dense_{number}.weight" in self.model.tensors for number in (2, 3)):
             return rows
         inner = Buffer("dense", self.model.tensor("dense_2.weight").shape[0])

@@ -22,7 +22,7 @@ EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
 
 
 class HeadNorms(StrEnum):
-    """Norms of q and k. WHOLE norms all heads together before RoPE. The others norm each head, before or after RoPE."""
+    """Norms of q and k: one over all heads before RoPE (WHOLE), or one per head before (PER_HEAD) or after RoPE."""
 
     NONE = "none"
     PER_HEAD = "per head"
@@ -144,7 +144,7 @@ class ProgramBuilder(CheckedTensors):
         self._steps.append(steps.AddPosition(embedded, out, weight))
 
     def _head(self, soft_cap: float | None, factor: float) -> None:
-        """Appends the output head. Without `output.weight`, it uses the tensor of the token embedding."""
+        """Appends the output head. Uses the token embedding's tensor if the file has no `output.weight`."""
         self.out = Buffer(steps.LOGITS, self.hyperparameters.vocabulary_size)
         selected = Buffer("selected", self._hidden.width)
         self._steps.append(steps.SelectRows(self._last_normed, selected))
@@ -211,7 +211,7 @@ class ProgramBuilder(CheckedTensors):
 
     def mix(self, layer: int, mixer: Iterable[steps.Step], *, beside: bool = False) -> None:
         """Appends a norm of the hidden state and the steps of `mixer`, which must write the buffer `projected`. Then
-        adds `projected` to the hidden state. If `beside`, appends no norm, because attention already has one."""
+        adds `projected` to the hidden state. If `beside`, appends no norm: attention's norm serves `mixer` too."""
         if not beside:
             self._norm(f"blk.{layer}.attn_norm", self._hidden)
         self.append(mixer)

@@ -27,7 +27,7 @@ def llama(builder: ProgramBuilder) -> None:
 
 
 def internlm2(builder: ProgramBuilder) -> None:
-    """Builds InternLM 2 and 2.5, which are LLaMA with separate q, k and v. Rows of Q and K are permuted as in LLaMA."""
+    """Builds InternLM 2 and 2.5, which are LLaMA: q, k and v are separate, and rows of Q and K are permuted."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NORM, table))

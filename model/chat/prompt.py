@@ -17,7 +17,7 @@ _NAMING: Final = ("role", "type")
 
 
 class Guard:
-    """Hides words in texts. `words` are in the order in which they are replaced."""
+    """Inserts GUARD into words in texts. Words that come first in `words` are replaced first."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self._places = {word: place for place, word in enumerate(words)}
@@ -32,7 +32,7 @@ class Guard:
         return hidden + GUARD if self._ends_in_start(hidden) else hidden
 
     def guarded_name(self, name: str) -> str:
-        """Guards a key or a role. Identifiers change only if they contain a word, since templates compare them."""
+        """Guards a key or role. Changes identifiers, which templates compare, only if they contain a word."""
         return self._hidden(name) if name.isidentifier() else self.guarded(name)
 
     def _hidden(self, text: str) -> str:
@@ -52,8 +52,8 @@ class Guard:
 
 
 def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Inserts GUARD into every control word of the messages. The marks in an answer's text stay, because templates
-    remove its reasoning by them. Raises RequestError if a message contains GUARD."""
+    """Inserts GUARD into control words and marks in the messages. Keeps the marks in an assistant's content, because
+    templates need them to remove reasoning. Raises RequestError if a message contains GUARD."""
     guard, of_answers = _guard(tokenizer.control_texts), _guard(tokenizer.control_words)
     guarded = [_with_texts(message, guard) for message in messages]
     for message, own in zip(messages, guarded, strict=True):

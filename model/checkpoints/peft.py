@@ -95,7 +95,7 @@ def _pattern(settings: Settings, name: str, module: str, default: float) -> floa
     inner = settings.inner(name)
     strange = next((key for key in inner.values if not _PLAIN.fullmatch(key)), None)
     if strange is not None:
-        raise settings.error(name, f"{shown(strange)} is not the end of a module name; patterns are not supported")
+        raise settings.error(name, f"{shown(strange)} is not supported; expected the end of a module name")
     key = next((key for key in inner.values if f".{module}".endswith(f".{key}")), None)
     return default if key is None else inner.real(key, minimum=1e-9, maximum=1 << 20)
 

@@ -61,7 +61,7 @@ MetadataValue = int | float | bool | str | NDArray[Any] | LazyStrings | tuple["M
 
 
 def text_of(metadata: Mapping[str, MetadataValue], key: str) -> str | None:
-    """Returns a text of a file's metadata. Returns None if it is missing or of another type."""
+    """Returns a metadata value that is text, or None if the key is missing or has another type."""
     value = metadata.get(key)
     return value if isinstance(value, str) else None
 

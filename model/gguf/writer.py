@@ -70,7 +70,7 @@ class Contents:
 
 
 def write_gguf(path: Path | str, metadata: Mapping[str, WritableValue], tensors: Iterable[TensorSource]) -> None:
-    """Writes a GGUF file, which gets its name when it is complete. Raises UsageError if disk space is short."""
+    """Writes a GGUF file, which is named `path` only when complete. Raises UsageError if disk space is short."""
     contents = Contents.of(metadata, tensors)
     with new_file(Path(path), contents.n_bytes) as file:
         contents.write(file)

@@ -14,7 +14,7 @@ COMBINING: Final = frozenset(("allOf", "if", "dependentSchemas", "dependencies",
 
 
 def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a schema whose objects forbid properties that they do not name. Does not change combined schemas."""
+    """Forbids properties that an object schema does not name. Leaves schemas with `allOf` or similar unchanged."""
     try:
         return schema if _combines(schema) else _closed(schema)
     except RecursionError:  # The schema is too deep for llguidance too.

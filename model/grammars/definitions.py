@@ -26,7 +26,7 @@ OWN_RULES = "own_rules"
 
 
 def of_schema(schema: Mapping[str, Any] | bool, origin: str, *, closes_objects: bool = False) -> Grammar:
-    """Returns a grammar of JSON texts that match a schema. Raises ParameterError if it cannot express a keyword."""
+    """Returns a grammar of JSON texts that match a schema. Raises ParameterError if a keyword cannot be expressed."""
     try:
         normal = normal_schema(schema, closes_objects=closes_objects)
     except RecursionError:
@@ -58,7 +58,7 @@ def of_calls(rules: str, origin: str) -> Grammar:
 
 
 def of_gbnf(text: str, origin: str) -> Grammar:
-    """Returns a grammar from GBNF or Lark text. The check converts the text later, because that may be slow."""
+    """Returns a grammar from GBNF or Lark text. The check converts the text later, because conversion may be slow."""
     if len(text) > _MAX_GBNF_BYTES:
         raise ParameterError(origin, f"the grammar has {len(text)} characters; the limit is {_MAX_GBNF_BYTES}")
     return _defined({GBNF: text}, origin)

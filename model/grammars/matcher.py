@@ -45,7 +45,7 @@ def _limits(definition: str) -> LLParserLimits:
 
 
 def compiled(definition: str, vocabulary: GrammarVocabulary) -> LLMatcher:
-    """Returns a new matcher in its initial state. Copies of one matcher would share the lexer's limits."""
+    """Returns a new matcher in its initial state. Does not copy a matcher, because copies share the lexer's limits."""
     from llguidance import LLMatcher
 
     return LLMatcher(vocabulary.native, definition, log_level=0, limits=_limits(definition))

@@ -75,7 +75,7 @@ class ReasoningMatcher:
 
     @property
     def _active_grammar(self) -> GrammarMatcher | None:
-        """The grammar, or None if it does not apply now: reasoning may delay a grammar that has not begun."""
+        """The grammar, or None while reasoning delays it. Reasoning delays only a grammar that has not begun."""
         grammar = self._grammar
         if grammar is None or not self._delays or not self._state.is_inside:
             return grammar

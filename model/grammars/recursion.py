@@ -54,7 +54,7 @@ class _Condition:
 
 
 class _Conditions:
-    """Finds the parts of a schema that a finite value can match (a least fixed point). Considers only references."""
+    """Finds the parts of a schema whose references can end at a finite value (a least fixed point)."""
 
     def __init__(self, targets: Mapping[str, Any]) -> None:
         self._targets = targets

@@ -78,7 +78,7 @@ class PortionCost:
 
 @dataclass(frozen=True, slots=True)
 class DividedLayer:
-    """The costs of a layer or of the head. Each member has the cost `whole`, and its share of each of `portions`."""
+    """The costs of a layer or of the head. Each member has the cost `whole` and its share of all `portions`."""
 
     whole: LayerCost
     portions: tuple[PortionCost, ...]

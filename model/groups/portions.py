@@ -29,7 +29,7 @@ _LEAST_UNITS = {ActivationFormat.Q8_256: 16, ActivationFormat.Q8_32: 8}
 
 
 def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """Returns the borders that divide `units` units nearly in proportion to `shares`, with at least one unit each."""
+    """Returns borders that divide `units` units nearly in proportion to `shares`, with at least one unit per share."""
     assert units >= len(shares)
     found, total = [0], sum(shares)
     for i in range(1, len(shares)):

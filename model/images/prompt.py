@@ -11,7 +11,7 @@ from llamaclust.model.images.settings import ImageSettings
 
 
 def prompt_of(settings: ImageSettings, sizes: Sequence[tuple[int, int]], columns: int, rows: int) -> tuple[Piece, ...]:
-    """Returns the texts and rows of an image in the prompt. `sizes` are (width, height) of the tiles in pixels."""
+    """Returns an image's texts and embedding rows in the prompt. `sizes` has each tile's (width, height) in pixels."""
     side = settings.side
     grid = Grid([(width // side, height // side) for width, height in sizes], columns, rows)
     pieces: list[Piece] = []

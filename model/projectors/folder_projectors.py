@@ -32,7 +32,7 @@ class FolderProjectors:
 
     @property
     def unused(self) -> str | None:
-        """The reason why no projector is used. None if one is used, or if the folder has none."""
+        """The reason why no projector is used. None if one is used, or if the folder has no projectors."""
         if len(self.fitting) > 1:
             names = [shown(projector.file.path.name) for projector in self.fitting]
             more = ", ..." if len(names) > _MOST_SHOWN else ""

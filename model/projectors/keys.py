@@ -37,9 +37,9 @@ Colours = tuple[float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class ImageNumbers:
-    """The numbers by which images are prepared. A colour c, 0 to 255, becomes (c / 255 - mean) / deviation.
-    `image_size` is the side of a tile in pixels or, if tiles differ in size, of the tiles with which learned positions
-    were trained. `longest_edge` is an image's edge before it is cut. It and the limits are 0 if they are missing."""
+    """Numbers for the preparation of images. A colour c (0 to 255) becomes (c / 255 - mean) / deviation. `image_size`
+    is a tile's side in pixels. If tiles differ in size, it is the side for which learned positions were trained.
+    `longest_edge` is an image's edge before it is cut. `longest_edge` and limits are 0 if missing."""
 
     image_size: int
     longest_edge: int

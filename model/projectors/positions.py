@@ -51,7 +51,7 @@ def read_floats(tensor: Tensor) -> Float32:
 
 def interpolated(table: Float32, height: int, width: int, rule: Positions) -> Float32:
     """Interpolates a square table [side * side, channels] to [height * width, channels]. Weights, products and sums are
-    float64. Rows are added first, then columns, both in ascending order. The result is rounded once."""
+    float64. Sums over rows first, then over columns, in ascending order. The result is rounded once."""
     side = math.isqrt(len(table))
     if rule is Positions.TABLE or height == width == side:
         assert len(table) == height * width, (len(table), height, width)

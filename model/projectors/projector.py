@@ -177,7 +177,7 @@ def _flattened(tensor: Tensor) -> Tensor:
 
 
 def _transposed(tensor: Tensor, group: int | None) -> Tensor:
-    """Transposes the matrix. If `group` is given, transposes each row instead, which is a matrix [channels, group]."""
+    """Transposes the matrix or, if `group` is given, each of its rows, which is itself a matrix [channels, group]."""
     if tensor.quant_type.info.block_size != 1:
         what = f"expected a type without blocks such as F16, found {tensor.quant_type.name}"
         raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; use another mmproj file")
@@ -223,7 +223,7 @@ def _read_for_inputs(projector: Projector) -> Iterator[str]:
 
 
 def _table_shape(projector: Projector) -> tuple[int, ...]:
-    """Returns the shape of the learned positions' table, without channels."""
+    """Returns the shape of the table of learned positions, without the last dimension (channels)."""
     family, hp = projector.family, projector.hyperparameters
     found = projector.file.tensor(POSITIONS).shape
     if family.positions is Positions.AXES:

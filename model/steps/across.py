@@ -10,7 +10,7 @@ from llamaclust.model.steps.step import Buffer, StepFacts
 
 @dataclass(frozen=True, slots=True)
 class Exchange(StepFacts):
-    """out[r] = the part of row r that another device computes from `inputs`, such as the results of its experts."""
+    """out[r] = what another device computes for row r from `inputs`, such as the results of the experts it holds."""
 
     inputs: tuple[Buffer, ...]
     out: Buffer
@@ -23,8 +23,8 @@ class Exchange(StepFacts):
 @dataclass(frozen=True, slots=True)
 class Gather(StepFacts):
     """Assembles whole rows from the columns that the members of a group have computed. `x` has this member's columns,
-    or is None if it has none. A row consists of `lines` parts of equal width. Member i has the columns [borders[i],
-    borders[i + 1]) of each part. If `to` is set, only member `to` gets the rows."""
+    or is None if the member has no columns. A row consists of `lines` parts of equal width. Member i has the columns
+    [borders[i], borders[i + 1]) of each part. If `to` is set, only member `to` gets the rows."""
 
     x: Buffer | None
     out: Buffer

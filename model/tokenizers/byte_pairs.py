@@ -21,8 +21,8 @@ _NEVER_FROM_TEXT: Final = frozenset({TokenType.CONTROL, TokenType.UNKNOWN, Token
 
 
 def stand_ins() -> dict[str, bytes]:
-    """Returns the bytes for which letters stand in GPT-2's vocabulary. Printable Latin-1 letters stand for their own
-    bytes. Letters from U+0100 stand for the other bytes, such as the space."""
+    """Maps each letter of GPT-2's vocabulary to the byte for which it stands. Printable Latin-1 letters stand for their
+    own bytes. Letters from U+0100 stand for the other bytes, such as the space."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     pairs = [(chr(byte), byte) for byte in printable] + [(chr(256 + i), byte) for i, byte in enumerate(others)]

@@ -22,7 +22,7 @@ _BLOCK: Final = 256
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A tokenizer that merges pieces by score (BPE), or finds those with the greatest sum of scores (unigrams)."""
+    """A tokenizer that merges pieces by score (BPE), or finds the split with the greatest sum of scores (unigrams)."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any], *, is_unigram: bool = False) -> None:
         super().__init__(

@@ -104,7 +104,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_plain(self, text: str, after_special: bool) -> list[int]:
-        """Returns the ids of text without special tokens. `after_special` is also True at the start of a prompt."""
+        """Returns the ids of plain text. `after_special` is True after a special token or at the start of a prompt."""
 
     @abstractmethod
     def word_bytes(self, word: str) -> bytes:

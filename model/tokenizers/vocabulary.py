@@ -53,8 +53,8 @@ class TokenType(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """`marks` are user-defined tokens that separate the parts of a chat. White space that follows a token in
-    `stripping` is ignored. Tokens in `suppressed` are never generated."""
+    """A vocabulary. `marks` are user-defined tokens that separate the parts of a chat. White space that follows a token
+    in `stripping` is ignored. Tokens in `suppressed` are never generated."""
 
     words: Sequence[str]
     types: bytes
@@ -197,8 +197,8 @@ def _keep_inner_marks(ids: Mapping[str, int], types: bytearray, ends: set[int | 
 
 
 def _stripping(metadata: Mapping[str, Any], words: Sequence[str], types: bytearray) -> frozenset[int]:
-    """Returns the tokens that ignore white space behind them. Like llama.cpp, it looks at the model's name, because
-    GGUF has no key for them."""
+    """Returns the tokens after which white space is ignored. The model's name decides, as in llama.cpp, because GGUF
+    has no key for these tokens."""
     name = metadata.get("general.name")
     if not isinstance(name, str) or not any(part in name.lower() for part in _STRIPPING_NAMES):
         return frozenset()

@@ -30,7 +30,7 @@ _HAN: Final = (
 
 
 class WordPieceTokenizer(Tokenizer):
-    """A WordPiece tokenizer. It lowercases text and strips accents, unless the file forbids it. A word that no pieces
+    """A WordPiece tokenizer. It lowercases text and strips accents, unless the file forbids this. A word that no pieces
     spell becomes one unknown token."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:

@@ -94,7 +94,7 @@ class WeightCache(DiskCache):
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Protects files that are found or written within the block from deletion by `make_room`."""
+        """Protects files that the `with` block finds or writes from deletion by `make_room`."""
         self.prepare()
         path = self.path / f"{secrets.token_hex(8)}{_LEASE}"
         with ExitStack() as stack:
@@ -131,8 +131,8 @@ class WeightCache(DiskCache):
 
     @contextmanager
     def making(self, key: str) -> Iterator[None]:
-        """Locks the manifest of `key`, so that only one process makes it. A process that has waited for `MAKING_WAIT_S`
-        makes it too, in case the holder hangs or is slow."""
+        """Locks the manifest of `key`, so that only one process makes it. After waiting for `MAKING_WAIT_S`, continues
+        without the lock, in case the holder hangs or is slow."""
         path = self.path / f"{key}{MAKING}"
         with ExitStack() as stack:
             with self._errors():
@@ -142,7 +142,7 @@ class WeightCache(DiskCache):
 
 
 def _take_next(path: Path, stack: ExitStack) -> bool:
-    """Locks a file that its last holder deletes. Returns False if another process still holds it."""
+    """Locks a file, which each holder deletes at the end. Returns False if another process holds the lock too long."""
     while True:
         file = stack.enter_context(open_own(path, os.O_RDWR | os.O_CREAT))
         if not take_lock_within(file.fileno(), MAKING_WAIT_S):

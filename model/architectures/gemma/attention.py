@@ -35,8 +35,8 @@ def shared_kv_sources(keys: ModelKeys, windowed: Sequence[bool]) -> list[int]:
 def attention(
     builder: ProgramBuilder, layer: int, source: int, kind: LayerKind, buffers: tuple[Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Yields the steps of a layer's attention, which reads the first of `buffers` and writes the second. It uses the
-    keys and values of layer `source`."""
+    """Yields the steps of attention in layer `layer`, with the keys and values of layer `source`. The steps read the
+    first of `buffers` and write the second."""
     hp, prefix, (normed, projected) = builder.hyperparameters, f"blk.{layer}", buffers
     kv_heads, shares_kv = builder.kv_heads(layer), source != layer
     query, out = (Buffer(name, hp.head_count * kind.head_dim) for name in ("query", "attended"))

@@ -24,7 +24,7 @@ _LEAST_SQUARE = 1e-5
 
 
 def gemma3n(builder: ProgramBuilder) -> None:
-    """Builds Gemma 3n, text only. A stage sends all hidden-state copies and the per-layer inputs of later layers."""
+    """Builds Gemma 3n, text only. A stage sends all copies of the hidden state and later layers' per-layer inputs."""
     hp, keys = builder.hyperparameters, builder.keys
     for key in ("attention.sliding_window", "embedding_length_per_layer_input", SHARED_KV_KEY):
         keys.count(key, minimum=0 if key == SHARED_KV_KEY else 1, maximum=1 << 30)  # All known files have this key.

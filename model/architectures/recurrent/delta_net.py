@@ -80,7 +80,7 @@ def delta_net(builder: ProgramBuilder, layer: int, net: DeltaNet) -> Iterator[ir
 
 
 def unit_lengths(q: Buffer, k: Buffer, heads: int, epsilon: float) -> Iterator[ir.Step]:
-    """Scales each head of q and k to length 1. Then divides q by the square root of the head's channel count."""
+    """Yields the steps that scale each head of q and k to length 1, and then divide q by sqrt(channels of a head)."""
     channels = k.width // heads
     for x, factor in ((q, 1 / channels), (k, 1 / math.sqrt(channels))):
         yield ir.RmsNorm(x, x, None, epsilon / channels, heads)

@@ -17,7 +17,7 @@ _MAX_HEADS, _MAX_WIDTH, _MAX_STATE_SIZE = 1 << 14, 1 << 20, 1 << 12
 
 @dataclass(frozen=True, slots=True)
 class MambaShape:
-    """The shape of a Mamba 2 block. `inner` is the number of channels of all `heads`. The heads of each of the `groups`
+    """The shape of a Mamba 2 block. `inner` is the number of channels of all `heads` together. Heads of the same group
     share the vectors B and C, which have `state_size` numbers for each token."""
 
     taps: int

@@ -9,7 +9,7 @@ from llamaclust.model.steps.options import RopeStyle
 @dataclass(frozen=True, slots=True)
 class Rotation:
     """RoPE of queries and keys. Channel pair i of a head is rotated by the patch's row if sections[i] is 0, and by its
-    column if sections[i] is 1. If `split`, each half of a head is rotated separately, by its half of `sections`."""
+    column if sections[i] is 1. If `split`, a head's halves are rotated separately, each with its half of `sections`."""
 
     style: RopeStyle
     table: RopeTable

@@ -62,7 +62,7 @@ class AnswerParser:
         return self._advance()
 
     def end(self, *, is_cut: bool = False) -> list[AnswerEvent]:
-        """Ends the answer. `is_cut` is true if the model did not end it itself."""
+        """Ends the answer. `is_cut` is true if the model itself did not end the answer."""
         if self._sink.calls and not self._sink.is_open and self._content.is_cut:
             # The token limit may have ended the answer inside the first marker of one more call.
             self._source.drop_beginning(self._triggers)

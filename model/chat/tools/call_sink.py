@@ -52,7 +52,7 @@ class CallSink:
         self._put_of_call(ArgumentText(self._index, text))
 
     def end(self, call_id: str = "", *, is_read: bool = True) -> None:
-        """Ends the call. If nothing but its end follows its name (`is_read`), its arguments are an empty object."""
+        """Ends the call. A call without arguments gets an empty object if all its text was read (`is_read`)."""
         if is_read and not (self._has_arguments or self.is_cut):
             self.argument("{}")
         self._put_of_call(CallEnded(self._index, call_id, self.is_cut))

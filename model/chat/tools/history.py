@@ -39,7 +39,7 @@ def template_messages(form: ToolFormat, messages: Sequence[Message], tools: Sequ
 
 
 def _with_ids(messages: Sequence[Message], length: int) -> list[Message]:
-    """Gives tool calls and their results ids of `length` characters."""
+    """Sets ids of `length` characters in tool calls and their results."""
     made: list[Message] = []
     waiting: list[tuple[str, str]] = []  # Ids and names of calls without results.
     calls = 0

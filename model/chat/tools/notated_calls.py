@@ -80,7 +80,7 @@ class NotatedReader:
             self._sink.argument("}" if written else "{}")
 
     def _key(self) -> Reading[tuple[str, str]]:
-        """Returns the name of a keyword argument and "", or "" and the begun value of a positional argument."""
+        """Returns (name, "") for a keyword argument, or ("", start of the value) for a positional argument."""
         text = ""
         while len(text) < MAX_NAME_CHARACTERS and _KEY_PART.match((yield from self._source.ahead())):
             text += self._source.take(1)

@@ -28,7 +28,7 @@ class ObjectReader:
     """Reads tool calls that are JSON objects. Accepts common keys besides the template's, since models may use them."""
 
     def __init__(self, source: TextSource, sink: CallSink, calls: ObjectCalls, *, is_bare: bool) -> None:
-        """Creates a reader. If `is_bare`, an object has no marker, and is a call only if it names a known tool."""
+        """Creates a reader. If `is_bare`, objects have no markers, and only those that name a known tool are calls."""
         self._source = source
         self._sink = sink
         self._calls = calls

@@ -19,7 +19,7 @@ _TOLERANCE = 2.0
 
 
 def _complete(settings: ImageSettings, numbers: ImageNumbers) -> ImageSettings:
-    """Adds a tile's side, which files do not state. A tile has at most `max_pixels`, like an uncut image."""
+    """Sets the side of tiles, which files do not state, so that a tile has at most `max_pixels` pixels."""
     side = isqrt(numbers.max_pixels) // settings.side * settings.side
     return tiled(free(settings, numbers), numbers, min(side, _TILE), _TILES)
 

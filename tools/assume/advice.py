@@ -32,7 +32,7 @@ class Alone:
     prediction: Prediction
 
     def is_better(self, together: Prediction) -> bool:
-        """True if this machine alone decodes one request faster than all machines together, or at most 5% slower."""
+        """True if a token takes this machine less than 1.05 times as long as it takes all machines together."""
         return self.prediction.token_s < 1.05 * together.token_s
 
 

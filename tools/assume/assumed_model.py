@@ -144,7 +144,7 @@ def with_file_size(entry: CatalogEntry) -> CatalogEntry:
 
 
 def _catalog_entry(spec: str) -> CatalogEntry | None:
-    """Returns the catalog's entry for NAME or NAME:MIX, even if the catalog lacks this mix."""
+    """Returns the catalog's entry for NAME or NAME:MIX. If the catalog lacks this mix, returns the entry for NAME."""
     name, colon, _ = spec.rpartition(":")
     entry = _quantization_of(spec)
     return find_entry(name) if entry is None and colon and _split(spec)[1] is not None else entry

@@ -173,8 +173,8 @@ class _StageRunner:
 
 
 def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
-    """Runs a benchmark. Raises UsageError if the model generates no text, or if the task has more tokens than the
-    context of the model, or more workers than the model has layers."""
+    """Runs a benchmark. Raises UsageError if the model generates no text, if the task has more tokens than the
+    model's context, or if there are more workers than layers."""
     with closing(Model.open(task.model)) as model:
         if not model.generates:
             raise UsageError(f"{task.model} is an encoder or reranker; give a model that generates text")

@@ -30,7 +30,7 @@ class Stops:
 
 
 class FullDisks:
-    """Simulates full disks: limits files of a coordinator, and of the workers that it starts, to 0 bytes."""
+    """Simulates full disks: a coordinator and the workers that it starts can write no bytes to files."""
 
     def __init__(self) -> None:
         self._limits: dict[str, tuple[Process, int]] = {}  # Process and its previous limit, by target.

@@ -171,7 +171,7 @@ def joined(tensor: Lazy) -> Lazy:
 
 
 def reshaped(tensor: Lazy, shape: tuple[int, ...]) -> Lazy:
-    """Reshapes a tensor. Every read reads the whole tensor."""
+    """Reshapes a tensor. Each read, even of a few rows, reads the whole tensor."""
     return replace(tensor, shape=shape, read=lambda first, last: tensor.all().reshape(shape)[first:last])
 
 

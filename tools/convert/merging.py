@@ -66,8 +66,7 @@ def merge_adapter(
 
 
 def _tokenizer_files(place: Path) -> dict[str, Path]:
-    """Returns the existing files of a tokenizer, by the names that they have in a folder. `place` is a folder or a
-    file."""
+    """Returns a tokenizer's existing files by their usual names. `place` is the tokenizer's folder or single file."""
     if place.is_file():
         name = place.name if place.name in NAMES else f"tokenizer{'.json' if place.suffix == '.json' else '.model'}"
         return {name: place}
@@ -119,7 +118,7 @@ def _write_folder(
 
 
 def _copied(vocabulary: Path, base: Path) -> dict[str, Path]:
-    """Returns the files to copy, by name. Settings that the tokenizer's folder lacks are those of the base."""
+    """Returns the files to copy, by name. Settings come from `base` if the tokenizer's folder lacks them."""
     settings = {name: place / name for place in (base, vocabulary) for name in _SETTINGS if (place / name).is_file()}
     templates = {
         f"{MORE_TEMPLATES}/{path.name}": path
@@ -148,8 +147,8 @@ def _write_weights(tensors: Mapping[str, Lazy], path: Path, type_name: str, on_p
 
 @dataclass(frozen=True, slots=True)
 class _Factors:
-    """An adapter's change to a matrix: scale * left [rows, rank] @ right [rank, columns]. If `exchanged`, its transpose
-    is added."""
+    """An adapter's change to a matrix: scale * left [rows, rank] @ right [rank, columns]. If `exchanged`, the product
+    is transposed."""
 
     left: NDArray[np.float32]
     right: NDArray[np.float32]

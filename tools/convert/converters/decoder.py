@@ -93,7 +93,7 @@ def feed_forward_width(model: ConvertedModel) -> int:
 
 
 def windowed_layers(model: ConvertedModel, period: int) -> list[bool]:
-    """Returns True for each layer with a sliding window. By default, every `period`th layer has no sliding window."""
+    """Returns, for each layer, True if it has a sliding window. By default, every `period`th layer has none."""
     listed = model.settings.values.get("layer_types")
     if not isinstance(listed, list):
         return [(layer + 1) % period != 0 for layer in range(model.layers)]
@@ -118,7 +118,7 @@ def layer_kinds(model: ConvertedModel, name: str, kinds: Mapping[str, str]) -> l
 def numbered_layers(model: ConvertedModel, name: str, listed: Sequence[Any], first: int = 0) -> set[int]:
     """Returns `listed` as a set. Raises ModelFileError for a layer number below `first` or above the last layer."""
     if len(listed) > model.layers:
-        raise model.settings.error(name, f"expected {model.layers} entries, one for each layer, found {len(listed)}")
+        raise model.settings.error(name, f"expected at most {model.layers} layer numbers, found {len(listed)}")
     last = first + model.layers - 1
     if not all(type(number) is int and first <= number <= last for number in listed):
         raise model.settings.error(name, f"expected layer numbers from {first} to {last}")

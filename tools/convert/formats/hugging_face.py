@@ -38,7 +38,7 @@ def read_folder(files: SourceFiles, folder: Path) -> Checkpoint:
 
 
 def _name(folder: Path) -> str:
-    """Returns the folder's name, or the repository's in Hugging Face's cache (models--OWNER--NAME/snapshots/HASH)."""
+    """Returns the folder's name or, in Hugging Face's cache (models--OWNER--NAME/snapshots/HASH), NAME."""
     return folder.parents[1].name.rpartition("--")[2] if folder.parent.name == "snapshots" else folder.name
 
 
@@ -83,7 +83,9 @@ def _indexed(files: SourceFiles, index: Path) -> dict[str, Lazy]:
                 )
             shards[shard] = read_weight_file(files, path)
         if name not in shards[shard]:
-            raise ModelFileError(f"{index.with_name(shard)}: tensor {shown(name)} of {index.name} is missing")
+            raise ModelFileError(
+                f"{index.with_name(shard)}: tensor {shown(name)} is missing, but {index.name} lists it"
+            )
         found[name] = shards[shard][name]
     return found
 

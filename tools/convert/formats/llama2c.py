@@ -144,7 +144,7 @@ def _quantized(
 
 
 def _scaled(numbers: Lazy, scales: Lazy, group: int) -> Lazy:
-    """Multiplies each group of numbers by its scale. Groups may cross rows."""
+    """Multiplies each group of numbers by its scale. A group may extend over several rows."""
     width = numbers.row_elements
 
     def read(start: int, end: int) -> Array:

@@ -224,7 +224,7 @@ def _shape(value: Any) -> tuple[Any, ...]:
     if not isinstance(value, tuple):
         raise _Refused("the pickle makes a tensor whose shape is not a tuple")
     if len(value) > MAX_DIMENSIONS:
-        raise _Refused(f"the pickle makes a tensor of {len(value)} dimensions; the most is {MAX_DIMENSIONS}")
+        raise _Refused(f"the pickle makes a tensor of {len(value)} dimensions; the limit is {MAX_DIMENSIONS}")
     return value
 
 

@@ -117,7 +117,7 @@ def _members(file: SourceFile) -> dict[str, _Member]:
 def _data_offset(file: SourceFile, entry: zipfile.ZipInfo) -> int:
     local = file.read(entry.header_offset, _LOCAL_HEADER_BYTES)
     if local[:4] != _ZIP:
-        raise file.error(f"member {shown(entry.filename)}: its header is not where the directory says")
+        raise file.error(f"member {shown(entry.filename)}: its header is not where the archive's list of members says")
     lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
     return entry.header_offset + _LOCAL_HEADER_BYTES + lengths
 
@@ -158,7 +158,7 @@ class _Window(io.RawIOBase):
         count = left if count < 0 else min(count, left)
         if count > _MAX_DIRECTORY_BYTES:
             limit = f"the limit is {_MAX_DIRECTORY_BYTES >> 20} MiB"
-            raise ValueError(f"the directory of members has {count >> 20} MiB; {limit}")
+            raise ValueError(f"the list of the archive's members has {count >> 20} MiB; {limit}")
         data = self._file.read(self._at, count)
         self._at += count
         return data

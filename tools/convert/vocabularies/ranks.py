@@ -134,7 +134,7 @@ def _split(word: bytes, ranks: Mapping[bytes, int], path: Path) -> tuple[bytes, 
         pairs = [ranks.get(left + right, own) for left, right in pairwise(parts)]
         best = min(pairs)
         if best >= own:
-            raise ModelFileError(f"{path}: no merges lead to the word of rank {own}")
+            raise ModelFileError(f"{path}: no merges produce the word of rank {own}")
         at = pairs.index(best)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts[0], parts[1]

@@ -17,8 +17,8 @@ _MAX_BYTES: Final = 1 << 22
 
 
 def read_templates(folder: Path, stated: dict[str, Any]) -> dict[str, str]:
-    """Returns the chat templates by name. Files take precedence over those `stated` in tokenizer_config.json.
-    Templates whose names GGUF cannot have are left out. Raises ModelFileError if a file cannot be read."""
+    """Returns the chat templates by name. Files take precedence over those `stated` in tokenizer_config.json. Leaves
+    out templates with names that are invalid in GGUF. Raises ModelFileError if a file cannot be read."""
     found = _variants(stated.get("chat_template") or _in_json(folder / "chat_template.json"))
     for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja")):
         found[path.stem] = _read(path)
@@ -29,7 +29,7 @@ def read_templates(folder: Path, stated: dict[str, Any]) -> dict[str, str]:
 
 
 def _variants(stated: object) -> dict[str, str]:
-    """Returns the templates of one text, or of a list of named texts."""
+    """Returns templates by name. `stated` is one template or a list of named templates."""
     listed = stated if isinstance(stated, list) else [{"name": DEFAULT, "template": stated}]
     pairs = [(entry.get("name"), entry.get("template")) for entry in listed if isinstance(entry, dict)]
     return {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}

@@ -134,6 +134,6 @@ class Words:
 
 
 def _looks_special(text: str) -> bool:
-    """Tells whether text looks like a control token. Some tokenizers do not mark their control tokens."""
+    """Returns True if `text` looks like a control token. Some tokenizers do not mark their control tokens."""
     marks = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
     return text in _MARKED_CONTROL or any(text.startswith(left) and text.endswith(right) for left, right in marks)

@@ -109,7 +109,7 @@ def _table(model: ConvertedModel, width: int) -> None:
 
 
 def _attention(model: ConvertedModel, layer: int, *, is_idle: bool) -> None:
-    """Copies attention. An idle layer uses another layer's keys and values, even if it has its own weights for them."""
+    """Copies attention. If `is_idle`, the layer uses another layer's keys and values, and may lack its own weights."""
     place, source = f"blk.{layer}", f"model.layers.{layer}"
     attention, query, key = f"{source}.self_attn", model.heads * model.head_width, model.kv_heads * model.head_width
     model.copy(f"{place}.attn_norm", f"{source}.input_layernorm", model.width)

@@ -180,7 +180,7 @@ def test_plans_of_measured_workers_predict_gains_of_speculation(line: CommandLin
     several = line.run("plan", file, "--json", "--acceptance", "90%", "--acceptance", "0.5").json["speculation"]
     assert [gain["acceptance"] for gain in several] == [0.9, 0.5]
     none = line.run("plan", file, "--acceptance", "101%")
-    assert none.code == 2 and "101% is not a share of tokens; give 0 to 1, for example 0.8 or 80%" in none.error
+    assert none.code == 2 and "101% is not an acceptance rate; give 0 to 1, for example 0.8 or 80%" in none.error
 
 
 def test_plan_shows_kv_memory_on_disk(line: CommandLine) -> None:

@@ -184,7 +184,7 @@ def test_gains_are_predicted_for_the_acceptance_that_is_asked_for() -> None:
     example = ["plan", "--assume", "16GB@40GB/s", "--model", "8b"]
     assert "--acceptance needs --model MODEL" in output([*example[:3], "--acceptance", "0.8"])
     for wrong in ("80", "-0.1", "nan"):
-        assert f"--acceptance: {float(wrong):g} is not a share of tokens" in output([*example, "--acceptance", wrong])
+        assert f"--acceptance: {float(wrong):g} is not an acceptance rate" in output([*example, "--acceptance", wrong])
     usual = json.loads(output([*example, "--json"]))["speculation"]
     assert [gain["acceptance"] for gain in usual] == [0.5, 0.8, 0.95]
     (given,) = json.loads(output([*example, "--json", "--acceptance", "0.8"]))["speculation"]

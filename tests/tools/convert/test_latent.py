@@ -158,7 +158,7 @@ def test_what_no_key_can_say(case: str, change: dict[str, Any], message: str, tm
     ("listed", "message"),
     [
         *[([number], "expected layer numbers from 1 to 2") for number in (0, 3, "2", 2.0)],
-        ([2] * 3, "expected 2 entries, one for each layer, found 3"),
+        ([2] * 3, "expected at most 2 layer numbers, found 3"),
     ],
 )
 def test_numbers_of_kimi_s_attention_layers_count_from_one(listed: list[Any], message: str, tmp_path: Path) -> None:

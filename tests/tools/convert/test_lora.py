@@ -174,7 +174,7 @@ def test_exchanged_matrices_and_ranks_of_their_own(tmp_path: Path) -> None:
         (factors("mlp.up_proj", INNER, HIDDEN), {"peft_type": "LOHA"}, "'LOHA' is not supported; expected LORA"),
         (factors("mlp.up_proj", INNER, HIDDEN), {"use_dora": True}, "'use_dora': this setting is not supported"),
         (factors("mlp.up_proj", INNER, HIDDEN), {"init_lora_weights": "pissa_niter_4"}, "changes the base model"),
-        (factors("mlp.up_proj", INNER, HIDDEN), {"alpha_pattern": {r"layers\.\d+": 9}}, "patterns are not supported"),
+        (factors("mlp.up_proj", INNER, HIDDEN), {"alpha_pattern": {r"layers\.\d+": 9}}, "expected the end of a module"),
         (factors("mlp.up_proj", INNER, HIDDEN), {"r": 8}, "expected rank 8 as in adapter_config.json, found 4"),
         (factors("mlp.up_proj", INNER, HIDDEN), {"r": -4}, "expected a whole number of 1 to 65536, found -4"),
         (factors("mlp.up_proj", INNER + 1, HIDDEN), {}, r"expected shape \[96, 64\] as in the base, found \[97, 64\]"),

@@ -123,7 +123,7 @@ def test_layers_that_predict_further_tokens_are_left_out_of_nemotron_with_a_note
         (
             "lfm2",
             {"layer_types": None, "full_attn_idxs": [1] * 5},
-            "'full_attn_idxs': expected 4 entries, one for each layer, found 5",
+            "'full_attn_idxs': expected at most 4 layer numbers, found 5",
         ),
         ("lfm2", {"conv_L_cache": 17}, "expected a whole number of 2 to 16, found 17"),
         ("lfm2", {"conv_bias": True}, "'conv_bias': true is not supported by lfm2"),

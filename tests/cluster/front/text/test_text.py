@@ -384,7 +384,7 @@ async def test_what_is_surely_too_long_is_refused_before_it_is_tokenized(
         service.tokenize_all(["a"] * (CONTEXT + 1), "prompt"),
         service.tokenize_all(["a" * (CONTEXT * longest), "a"], "prompt"),
     ):
-        with pytest.raises(ParameterError, match="too many for 200 tokens"):
+        with pytest.raises(ParameterError, match="at least 201 tokens"):
             await call
 
 

@@ -26,10 +26,12 @@ def cluster_source(
                 f"--workers: the cluster file {source} lists its workers; give a model instead of the file"
             )
         return Path(source), [*(["join.discover=true"] if discover else []), *overrides]
-    count = [] if source is None and workers is None else _local_workers(workers or 1)
+    count = workers or 1
     if discover:
-        count = ["launcher=static", "join.discover=true", f"workers={workers or 1}"]
-    return None, [*([] if source is None else _served(source)), *count, *overrides]
+        places = ["launcher=static", "join.discover=true", f"workers={count}", _objective(count)]
+    else:
+        places = [] if source is None and workers is None else [_local_workers(count), _objective(count)]
+    return None, [*([] if source is None else _served(source)), *places, *overrides]
 
 
 def _is_model(source: str) -> bool:
@@ -81,7 +83,10 @@ def _cluster_name(text: str) -> str:
     return json.dumps(name or "default")
 
 
-def _local_workers(count: int) -> list[str]:
-    names = [{"name": name} for name in string.ascii_lowercase[:count]]
-    objective = "latency" if count == 1 else "throughput"
-    return [f"workers={json.dumps(names)}", f"objective={objective}"]
+def _local_workers(count: int) -> str:
+    return f"workers={json.dumps([{'name': name} for name in string.ascii_lowercase[:count]])}"
+
+
+def _objective(workers: int) -> str:
+    """Returns the objective that makes use of all workers: with `latency`, a plan often uses only one of them."""
+    return f"objective={'latency' if workers == 1 else 'throughput'}"

@@ -91,6 +91,7 @@ def test_a_model_is_planned_and_served_without_a_file(line: CommandLine) -> None
 def test_a_cluster_that_is_discovered_awaits_workers_of_any_name(tmp_path: Path) -> None:
     model = described("smollm2-135m-instruct", 3, discover=True)
     assert (model.launcher, model.awaits_any, len(model.workers), model.join.discover) == ("static", True, 3, True)
+    assert model.objective == "throughput", "a plan that uses all of them"
     assert len(described(None, discover=True).workers) == 1
     file = tmp_path / "home.yaml"
     file.write_text("name: home\nmodel: smollm2-135m-instruct\nlauncher: static\nworkers: 2\n")

@@ -166,7 +166,7 @@ class RerankBody(SaltFields, foreign=RERANK):
     """The body of `POST /v1/rerank`. If it has `texts`, the reply is a list, as in Text Embeddings Inference."""
 
     model: str | None = None
-    """Name of the model. Any name is accepted, unless `api.strict_model` is true."""
+    """Name of the model. With one model and without `api.strict_model`, any name is accepted."""
     query: str
     """The question or topic by which the documents are ranked."""
     documents: _Texts | None = None

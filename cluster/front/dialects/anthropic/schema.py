@@ -326,7 +326,7 @@ _SystemField = Annotated[str, BeforeValidator(read_system), WithJsonSchema(_CONT
 
 class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
     model: str | None = None
-    """Name of the model. Any name is accepted, unless `api.strict_model` is true."""
+    """Name of the model. With one model and without `api.strict_model`, any name is accepted."""
     messages: Annotated[list[_TurnField], FailFast(), Field(min_length=1, max_length=16_384)]
     """The chat so far. A message has a text, or blocks of type text, image, thinking, tool_use and tool_result. Short
     texts replace media that the model cannot read. Successive messages of the same role are joined. If the last message

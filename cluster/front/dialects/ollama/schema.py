@@ -102,7 +102,7 @@ _ThinkField = Annotated[
 
 class OllamaAnswerFields(SaltFields):
     model: str
-    """Name of the model, with or without `:latest`. Any name is accepted, unless `api.strict_model` is true."""
+    """Name of the model, with or without `:latest`. Any name is valid with one model and without `api.strict_model`."""
     keep_alive: Any = None
     """Time to keep the model loaded, in seconds or as `5m`. It has no effect without `models` in the cluster file."""
     stream: bool = True

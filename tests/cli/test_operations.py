@@ -69,6 +69,7 @@ def test_why_shows_where_the_time_of_a_request_went(line: CommandLine, cluster: 
     listed = line.run("why").out
     assert listed.count(f"{name}: ") == 2
     records = line.run("why", name, "--json", "--endpoint", cluster.api).json["requests"]
+    assert len(records) == 2
     for record in records:
         assert sum(phase["seconds"] for phase in record["phases"]) == pytest.approx(record["seconds"])
     unknown = line.run("why", "0000000000")

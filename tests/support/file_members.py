@@ -49,7 +49,7 @@ class Members:
         settings = WorkerSettings(
             name=name,
             join=self.registry.address,
-            token_file=self.run.token_file,
+            token=self.run.token.value,
             listen=self.run.worker("abcde".index(name)),
             threads=1,
             packed_cache_dir=own / "packed",

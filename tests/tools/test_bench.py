@@ -269,6 +269,7 @@ def test_an_interrupted_cluster_leaves_nothing(
         deadline = time.monotonic() + 60
         while not list(temporary.iterdir()) and time.monotonic() < deadline:
             time.sleep(0.01)
+        assert list(temporary.iterdir()), "the command's folder"
         time.sleep(wait_s)
         process.send_signal(number)
         out, err = process.communicate(timeout=60)

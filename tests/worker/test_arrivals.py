@@ -181,10 +181,12 @@ def test_damaged_bytes_are_read_as_the_plain_reader_reads_them_or_refused(header
     frame = bytearray(encode_hidden(header))
     if data.draw(st.booleans()):
         frame[data.draw(st.integers(0, min(15, len(frame) - 1)))] ^= data.draw(st.integers(1, 255))
-    with contextlib.suppress(ProtocolError):
+    try:
         native = reader(state_blocks=STATES).read(bytes(frame))
-        if native.failure is None:
-            check_equal(native, *by_plain_reader(bytes(frame)))
+    except ProtocolError:
+        return
+    if native.failure is None:
+        check_equal(native, *by_plain_reader(bytes(frame)))
 
 
 def test_a_failure_is_read_with_its_microbatch() -> None:

@@ -30,7 +30,6 @@ from llamaclust.wire.control.codec import decode_coordinator_message, encode_wor
 from llamaclust.wire.control.messages import (
     Deadlines,
     Load,
-    LoadProgress,
     Register,
     Rejected,
 )
@@ -85,7 +84,6 @@ def test_processes_give_the_bits_of_one_stage_in_this_process(
 
 async def test_two_epochs_live_side_by_side_and_memory_is_given_back(model: Path, tmp_path: Path) -> None:
     async with real_cluster(tmp_path, 2) as cluster:
-        seen: list[LoadProgress] = []
         old = await cluster.load(model, (0, 2, 5), epoch=1)
         new = await cluster.load(model, (0, 4, 5), epoch=2)
         rows_old, rows_new = await asyncio.gather(_run(old, model), _run(new, model))
@@ -97,8 +95,8 @@ async def test_two_epochs_live_side_by_side_and_memory_is_given_back(model: Path
         assert 0 < worker.held_bytes < both
         assert list(worker.stages) == [2]
         order, _ = worker.stages[2]
-        await worker.load(replace(order, epoch=3), seen.append)
-        assert all(progress.epoch == 3 and progress.done_bytes <= progress.total_bytes for progress in seen)
+        await worker.load(replace(order, epoch=3))
+        assert sorted(worker.stages) == [2, 3]
 
 
 @pytest.mark.parametrize("victim", ["a", "b", "c"])

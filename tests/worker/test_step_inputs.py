@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import replace
 from itertools import accumulate, chain, repeat
@@ -121,9 +120,11 @@ def damaged(draw: st.DrawFn) -> bytes:
 @settings(max_examples=1500, deadline=None)
 @given(damaged() | st.binary(max_size=60))
 def test_damaged_bytes_are_read_as_the_plain_reader_reads_them_or_refused(data: bytes) -> None:
-    with contextlib.suppress(ProtocolError):
+    try:
         inputs = decode_inputs(data)
-        check_equal(data, inputs, 1)
+    except ProtocolError:
+        return
+    check_equal(data, inputs, 1)
 
 
 TASK = SampleTask(SamplingParams(), 1, 0, 5)

@@ -19,6 +19,10 @@ def present(run: Recovering, name: str) -> bool:
     return name in run.cluster.registry.present
 
 
+def is_told(run: Recovering, words: str) -> bool:
+    return any(words in text for text in run.told)
+
+
 async def test_any_worker_is_lost_while_prompts_are_embedded(model: Path, tmp_path: Path) -> None:
     source = Random(SEED)
     requests = tuple(
@@ -32,4 +36,6 @@ async def test_any_worker_is_lost_while_prompts_are_embedded(model: Path, tmp_pa
             await run.at_work()
             run.hurt(victim, signal.SIGKILL)
             assert await asyncio.gather(*tasks) == expected
+            await run.until("the loss", partial(is_told, run, f"worker {victim} "))
             await run.until(f"worker {victim} again", partial(present, run, victim))
+        assert run.cluster.supervisor.recoveries == 2

@@ -97,8 +97,13 @@ def test_the_order_changes_only_where_it_must() -> None:
     assert [stage.worker for stage in plan.stages] == ["big", "tiny"]
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_plans_cover_all_layers_and_keep_to_memory(seed: int) -> None:
+def test_plans_cover_all_layers_and_keep_to_memory() -> None:
+    assert sum(map(_is_planned_within_memory, range(40))) >= 20
+
+
+def _is_planned_within_memory(seed: int) -> bool:
+    """Checks the plan for random workers, or returns False if there is none."""
+    print(f"seed {seed}")
     random_ = random.Random(seed)
     workers = [
         worker(f"w{i}", random_.choice([60, 100, 200, 1000]), random_.choice([5, 20, 40]), random_.choice([100, 500]))
@@ -111,7 +116,7 @@ def test_plans_cover_all_layers_and_keep_to_memory(seed: int) -> None:
         plan = make_plan(SMALL, workers, request)
     except InsufficientMemoryError as error:
         assert "MiB are missing" in str(error)
-        return
+        return False
     assert layers(plan)[0][1] == 0 and layers(plan)[-1][2] == 12
     assert all(before.end == after.start for before, after in itertools.pairwise(plan.stages))
     assert all(stage.start < stage.end and stage.bytes <= (stage.memory_bytes or 0) for stage in plan.stages)
@@ -121,6 +126,7 @@ def test_plans_cover_all_layers_and_keep_to_memory(seed: int) -> None:
     assert (
         -(-request.context_length // 16) <= plan.kv_blocks <= request.max_sequences * -(-request.context_length // 16)
     )
+    return True
 
 
 def test_more_workers_than_layers() -> None:

@@ -62,7 +62,7 @@ async def read_body(
 async def parse_body(
     data: bytes, kind: type[AnyBody], settings: ApiSettings, images: ImageRules | None = None
 ) -> AnyBody:
-    """Parses a body, and records fields that have no effect. `images` is None if the model cannot read images."""
+    """Parses a body, and reports ignored fields to the client. `images` is None if the model cannot read images."""
     context = BodyContext(images) if settings.is_strict or _is_strict.get() else LenientContext(images)
 
     def parse() -> AnyBody:

@@ -61,7 +61,7 @@ _NEEDED: Final[Collection[tuple[str, str, _Refuses]]] = (
 
 
 def usable_defaults(defaults: Mapping[str, Any], given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """Returns `defaults` for those `known` fields that are not `given` and do not conflict with the `given` fields."""
+    """Returns the entries of `defaults` that are in `known`, are not in `given`, and do not conflict with `given`."""
     absent = {name: value for name, value in defaults.items() if name in known and name not in given}
     values = {**absent, **given}
     excluded = {

@@ -114,7 +114,7 @@ class ApiModel:
         return ModelNames(self.name, self.settings)
 
     def continues(self, request: RequestContext) -> bool:
-        """Returns True if a request from the journal used this model, and adapters that the model still has."""
+        """Returns True if a request from the journal used this model and only adapters that the model still has."""
         return request.served == self.settings.digest and self.settings.adapters.have(request.adapters)
 
 
@@ -202,7 +202,7 @@ class ModelRouter:
         return _Addressed(model, keep, unloads)
 
     def _check_loaded(self, model: ApiModel, request: Request) -> None:
-        """Raises HttpError (400) if the model is unloaded and idle, unless a kept reply answers the request."""
+        """Raises HttpError (400) if the request would load the model. Exempts requests that a kept reply answers."""
         if not (model.lifecycle.is_asleep and model.lifecycle.is_idle):
             return
         own, key = owner(request.headers, self.settings.api_keys), request.headers.get("idempotency-key", "")

@@ -99,7 +99,7 @@ class Body(DocumentedModel):
     @model_validator(mode="before")
     @classmethod
     def _knows_its_fields(cls, fields: Any, info: ValidationInfo) -> Any:
-        """Drops null fields. Drops or refuses unknown fields, as pydantic takes seconds for a million of them."""
+        """Drops null fields. Drops or refuses unknown fields: pydantic would take seconds for a million of them."""
         if not isinstance(fields, dict):
             return fields
         fields = {name: value for name, value in fields.items() if value is not None}
@@ -235,7 +235,7 @@ def _limit(value: Any) -> Any:
 
 
 def _without_end(value: Any) -> Any:
-    """Replaces a limit that exceeds every context length with -1 (no limit). Some clients send 2147483647."""
+    """Replaces a limit above all context lengths with -1 (no limit), because some clients send 2147483647."""
     return -1 if is_int(value) and MAX_CONTEXT_TOKENS < value <= _LARGEST_NUMBER else value
 
 

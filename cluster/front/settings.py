@@ -114,7 +114,7 @@ class ModelNames:
         Raises HttpError (404) for an unknown model, and ParameterError for an unknown adapter."""
         if (number := self._adapters.number_of(self.shown(name))) is not None:
             if lora is not None:
-                raise ParameterError("lora", f"the field model already names adapter {name!r}: remove one of the two")
+                raise ParameterError("lora", f"the field 'model' names adapter {name!r}; send only one of the two")
             scale = self._adapters[number].scale
             return ((number, scale),) if scale else ()
         self.check(name)

@@ -66,7 +66,7 @@ class GrammarFields(Body):
 
 
 def constrains(name: str, value: Any) -> bool:
-    """Returns True if this value of a field of GrammarFields constrains answers. The schema {} does: to valid JSON."""
+    """Returns True if this value of a field of GrammarFields constrains answers. The schema {} requires valid JSON."""
     return value not in CONSTRAINTS[name][1]
 
 

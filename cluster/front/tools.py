@@ -142,7 +142,7 @@ def flat_name(namespace: str | None, name: str) -> str:
 
 
 def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
-    """Converts a custom tool to a function with one text argument. Raises ValueError if its format is invalid."""
+    """Converts a custom tool to a function with one text argument. Raises ValueError for an invalid `format`."""
     text: dict[str, Any] = {"type": "string"}
     description = tool.get("description") or ""
     form = tool.get("format")

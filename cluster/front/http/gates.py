@@ -235,7 +235,10 @@ class Admission:
         if request not in self._open:
             return
         if not self._body_bytes.fits(request.owner, size):
-            raise _busy(f"the server is busy with open requests of {self._body_bytes.held[request.owner] + size} bytes")
+            raise _busy(
+                "the server is busy with open requests, "
+                f"{self._body_bytes.held[request.owner] + size} bytes of them from this client"
+            )
         request.body_bytes += size
         self._body_bytes.take(request.owner, size)
 

@@ -165,8 +165,8 @@ class Route(PathRoute):
         types: Sequence[str] | None = None,
         status: int = 200,
     ) -> None:
-        """`computes` is true if requests need a loaded model. `types` are the media types of replies, by
-        default JSON. If `body` has a field `stream`, the default also has `form`, the media type of streams."""
+        """`computes` is true if requests need a loaded model. `types` are the media types of replies. The default is
+        JSON, and also `form` (the media type of streams) if `body` has a field `stream`."""
         super().__init__(path, endpoint, methods=[method])
         self.method = method
         self.body = body
@@ -203,7 +203,7 @@ def given_path(scope: Scope) -> str:
 
 
 def shape_errors(scope: Scope, endpoint: str) -> None:
-    """Gives the errors of a request the format of another endpoint."""
+    """Makes error replies to a request use the error format of the path `endpoint`."""
     scope.setdefault("state", {})[_SHAPING] = endpoint
 
 

@@ -215,7 +215,7 @@ class _Body:
             connection.transport.write(b"".join(pieces))
 
     def end(self) -> None:
-        """Breaks a reference cycle with the connection."""
+        """Ends the body. Breaks the reference cycle between this object and the connection."""
         self._reply = None
 
 

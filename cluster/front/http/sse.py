@@ -148,7 +148,7 @@ def rendered(value: Any) -> JsonParts:
 
 
 async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Value:
-    """Returns the result of `work`, or raises ClientDisconnect. The caller must have read the request's body."""
+    """Returns the result of `work`. Raises ClientDisconnect if the client leaves first. Call after reading the body."""
     results: list[_Value] = []
 
     async def do_it() -> None:

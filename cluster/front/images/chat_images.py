@@ -33,7 +33,7 @@ async def with_images(chat: ChatRequest, context: RequestContext | None = None) 
 
 
 def checked_bytes(urls: Sequence[str], param: str, fetched_bytes: int = 0) -> int:
-    """Returns the bytes of the images in data URLs, plus `fetched_bytes`. Raises ParameterError above the limits."""
+    """Returns the size of all images in data URLs plus `fetched_bytes`. Raises ParameterError above the limits."""
     if len(urls) > MAX_IMAGES:
         raise ParameterError(param, f"expected at most {MAX_IMAGES} images in one request, found {len(urls)}")
     held_bytes = sum(map(_inline_bytes, urls)) + fetched_bytes

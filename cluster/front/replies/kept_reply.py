@@ -91,7 +91,7 @@ class KeptReply:
 
     @property
     def is_retryable(self) -> bool:
-        """True if a temporary error ended the reply. False after a stop: the next coordinator continues the reply."""
+        """True if a temporary error ended the reply. False if the coordinator stops: the next one continues it."""
         error = self.error
         return error is not None and error.http_status in (503, 504) and not isinstance(error, ClusterStoppingError)
 
@@ -112,8 +112,8 @@ class KeptReply:
             begin()
 
     def start(self, reply: Reply, admitted: bytes | None = None, until_s: float | None = None) -> asyncio.Task[None]:
-        """Starts and returns a task that submits the request, and waits until the journal has the request's body,
-        `admitted`. If the reply is closed earlier, the task is cancelled."""
+        """Starts and returns a task. The task submits the request, then waits until the request's body, `admitted`, is
+        in the journal. If the reply is closed earlier, the task is cancelled."""
         self._beginning = asyncio.create_task(self._begin_on_disk(reply, admitted, until_s))
         return self._beginning
 
@@ -126,8 +126,8 @@ class KeptReply:
     async def begin(
         self, reply: Reply, *, admitted: bytes | None = None, until_s: float | None = None
     ) -> asyncio.Future[None] | None:
-        """Submits the request. If `until_s` is given, retries until that event loop time while the cluster is busy.
-        The returned future is done when `admitted`, the request's body, is in the journal."""
+        """Submits the request. If the cluster is busy, retries until the event loop time `until_s` (None: no retries).
+        Returns a future that is done when `admitted`, the request's body, is in the journal."""
         try:
             await self._submit(reply, until_s, is_recorded=admitted is not None or self.context.is_restored)
             # No `await` may separate this call from the submission.

@@ -53,7 +53,7 @@ class ReplyCache:
         self._ending = TaskSet()
 
     def add(self, kept: KeptReply, body: bytes, earlier_bytes: int = 0) -> None:
-        """Adds a reply. Raises HttpError (503) if there is no room. `context.earlier` has `earlier_bytes` bytes."""
+        """Adds a reply. Raises HttpError (503) if no room is left. `earlier_bytes` is the size of `context.earlier`."""
         context, client = kept.context, kept.context.client
         body_bytes = len(body) + earlier_bytes + sum(map(len, context.images.values())) if context.is_kept else 0
         if context.is_kept:

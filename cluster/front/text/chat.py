@@ -105,7 +105,7 @@ class ChatFormat:
         return source_of(piece, images)
 
     async def _rendered(self, chat: ChatRequest) -> tuple[str, AnswerParsing | None]:
-        """Returns the rendered prompt with guards (see `_guarded`), and how to parse the answer."""
+        """Returns the rendered prompt, which may contain GUARD (see `_guarded`), and how to parse the answer."""
         form = await self.get()
         taken = _TEMPLATE_ARGUMENTS & chat.variables.keys()
         if taken:
@@ -159,7 +159,7 @@ class ChatFormat:
         return shortened
 
     def _guarded(self, chat: ChatRequest, history: ToolFormat) -> list[dict[str, Any]]:
-        """Returns the messages, and the template variables as last item. Guards keep words such as `<s>` plain text."""
+        """Returns the messages, then the template variables. Inserts GUARD so that texts such as `<s>` stay text."""
         tools, today = chat.offered_tools, datetime.fromtimestamp(chat.created).astimezone()
         variables = {
             "date_string": today.strftime("%d %b %Y"),

@@ -256,7 +256,7 @@ class TextService:
     async def tokenize_all(
         self, parts: Sequence[str | int], param: str, most_tokens: int | None = None, add_special: bool = False
     ) -> list[list[int]]:
-        """Returns each part's token ids. Raises ParameterError for more than `most_tokens` (None: context length)."""
+        """Returns each part's token ids. Raises ParameterError if they surely exceed `most_tokens` (None: context)."""
         self._check_room(f"has {len(parts)} parts", len(parts), param, most_tokens)
         characters = sum(len(part) for part in parts if isinstance(part, str))
         self._check_characters(characters, param, most_tokens)

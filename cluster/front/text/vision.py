@@ -140,7 +140,7 @@ class Vision:
         return await self._in_line(leases, partial(self._image_prompt, prompt, check, leases))
 
     async def _in_line(self, leases: RowLeases, work: Callable[[Place, ExitStack], Awaitable[_Found]]) -> _Found:
-        """Calls `work`. If memory is short, releases what `work` holds, waits in line, and calls `work` again."""
+        """Calls `work`. If memory is short, releases what `work` holds, waits for memory, and calls `work` again."""
         with self._rows.line.place(current_owner.get()) as place:
             while True:
                 with ExitStack() as own:
@@ -256,7 +256,7 @@ class Vision:
         return await run_on(TOKENIZING, settings.digest, source.data, self._projector.identity)
 
     async def _tiles_of(self, digest: bytes, source: ImageSource, place: Place | None = None) -> Lease[_Tiles]:
-        """Prepares the tiles of an image. Raises RowMemoryError if the request must first wait in line."""
+        """Prepares the tiles of an image. Raises RowMemoryError if the request must first wait for its turn."""
         if place is not None and digest not in self._preparing:
             self._check_open(place)
         owner = current_owner.get()
@@ -335,7 +335,7 @@ class Vision:
             start = end
 
     def _rope_positions(self, rows: TileRows, columns: int) -> NDArray[np.int32] | None:
-        """Returns M-RoPE positions [sections, tokens]. Section 1 contains grid rows, section 2 columns, the rest 0."""
+        """Returns M-RoPE positions [sections, tokens]. Section 1 has grid rows, section 2 has columns, others are 0."""
         if not self._rope_sections:
             return None
         positions = np.zeros((self._rope_sections, rows.end - rows.start), np.int32)

@@ -139,7 +139,7 @@ class OllamaAnswerFields(SaltFields):
 
     @property
     def has_context(self) -> bool:
-        """True to show the token ids of prompt and answer in the reply."""
+        """True if the reply contains `context`, the token ids of the prompt and the answer."""
         return False
 
     @property

@@ -73,7 +73,7 @@ class ResponseStore:
         self.put(owner, stored)
 
     def delete(self, owner: str, response_id: str) -> bool:
-        """Deletes a stored response, and prevents later versions from being stored. Returns True if there was one."""
+        """Deletes a response, and prevents later versions from being stored. Returns False if none was stored."""
         key = owner, response_id
         if (storing := self._computed.pop(key, None)) is not None:
             storing.is_done = True
@@ -129,8 +129,8 @@ class ResponseStore:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Storing:
-    """Stores one response with its input. Only the first call of `complete` has an effect. As a context manager, stores
-    the response given to `prepare` on entry, and deletes it on exit unless a complete version has replaced it."""
+    """Stores one response with its input. Only the first call of `complete` has an effect. The context manager stores
+    the response from `prepare` on entry. On exit, it deletes that response if no other version replaced it."""
 
     store: ResponseStore
     owner: str

@@ -80,7 +80,7 @@ class OutputItems:
         self._pending: list[ShownRow] = []  # Logprobs of tokens whose text is not complete yet.
 
     def take(self, events: Iterable[AnswerEvent], logprobs: Sequence[ShownRow] = ()) -> Iterator[Shown]:
-        """Adds the answer's next events and the logprobs of their tokens, and yields the stream events for them."""
+        """Adds the answer's next events and the logprobs of their tokens, and yields the resulting stream events."""
         self._pending += logprobs
         for event in events:
             # Drops older pending logprobs. The new ones stay, because one token can contain both markup and text.

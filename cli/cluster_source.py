@@ -88,5 +88,5 @@ def _local_workers(count: int) -> str:
 
 
 def _objective(workers: int) -> str:
-    """Returns the objective that makes use of all workers: with `latency`, a plan often uses only one of them."""
+    """Returns the override with which plans use all workers. Plans for `latency` often use only one worker."""
     return f"objective={'latency' if workers == 1 else 'throughput'}"

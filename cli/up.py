@@ -122,7 +122,7 @@ def _arguments(file: Path | None, overrides: list[str]) -> list[str]:
 
 
 def _run_notifying(config: ClusterConfig, starter: Starter) -> None:
-    """Serves a cluster in a detached process, and sends events to the command that started it."""
+    """Serves a cluster in a detached process, and sends events to the command that started the process."""
     _tune_grpc()
     from llamaclust.cluster.server.serve import serve
     from llamaclust.tools.progress import silent

@@ -30,7 +30,7 @@ def worker(
         Option(
             "--join",
             metavar="HOST[:PORT]",
-            help="Address where the coordinator admits workers (`join.listen`); repeat it for each standby.",
+            help="Address where the coordinator admits workers (`join.listen`). Repeat --join for each standby.",
         ),
     ] = [],  # noqa: B006  typer reads the default
     discover: Annotated[
@@ -232,7 +232,7 @@ def rotate(
 
 
 def _check_workers_rejoin(folder: Path, state_dir: Path) -> None:
-    """Raises UsageError if a running cluster uses this trust folder, and its workers could not get a new token."""
+    """Raises UsageError if a running cluster uses this trust folder and has workers that could not get a new token."""
     from llamaclust.cluster.config.launcher_facts import LAUNCHERS
     from llamaclust.cluster.state.clusters import running_clusters
 

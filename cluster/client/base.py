@@ -172,7 +172,7 @@ async def _joined(chunks: Chunks) -> Answer:
 
 
 class _Steps(Generic[_Value]):
-    """Reads an asynchronous generator one value at a time. Is in the set `begun` from the first read until `close`."""
+    """Reads an asynchronous generator value by value. Adds itself to `begun` at the first read; `close` removes it."""
 
     def __init__(self, values: AsyncGenerator[_Value, None], begun: set[_Steps[Any]]) -> None:
         self._values, self._begun = values, begun
@@ -207,7 +207,7 @@ class _Steps(Generic[_Value]):
 
 class LoopValues(Iterator[_Value]):
     """Iterates over an asynchronous generator in the event loop of `thread`. Closing or dropping the iterator closes
-    the generator, and ends the iteration in a thread that waits for a value."""
+    the generator. If a thread is waiting for the next value, its iteration then ends."""
 
     def __init__(self, thread: LoopThread[Any], steps: _Steps[_Value]) -> None:
         self._thread, self._steps = thread, steps

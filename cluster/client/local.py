@@ -119,7 +119,7 @@ class LocalClient(ServiceClient):
         return self._stage.scheduling.vocabulary
 
     def logits(self, token_ids: Sequence[int]) -> Float32:
-        """Returns float32 logits [tokens, vocabulary] after each token. Raises RequestError for bad or too many ids."""
+        """Returns logits ([tokens, vocabulary]) after each token. Raises RequestError for bad or too many ids."""
         parts: list[Float32] = []
         self.each_logits(token_ids, 0, lambda part: parts.append(part.copy()))
         return np.concatenate(parts)

@@ -64,7 +64,7 @@ class ClusterApi:
         self._request("POST", f"/cluster/workers/{worker}/undrain")
 
     def log(self, worker: str) -> tuple[int, list[str]]:
-        """Returns (number of earlier lines that are left out, last lines) of a worker's log."""
+        """Returns (count, lines): the last lines of a worker's log, and the count of omitted earlier lines."""
         tail = self._request("GET", f"/cluster/workers/{worker}/log")
         return self._field(tail, "before", int), self._field(tail, "lines", list)
 

@@ -107,7 +107,7 @@ def trust(url: httpx.URL, verify: Verify) -> ssl.SSLContext:
 
 
 def authorities(file: Path | None = None) -> ssl.SSLContext:
-    """Returns a context that trusts the authorities in `file`, or this machine's. Raises UsageError for a bad file."""
+    """Returns a context that trusts the CAs in `file` (default: this machine's). Raises UsageError for a bad file."""
     try:
         if file is not None:
             return ssl.create_default_context(cafile=file)

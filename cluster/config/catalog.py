@@ -207,7 +207,7 @@ def stored_model(spec: str, models_dir: Path | None = None) -> Path | None:
 
 
 def lacks_projector(spec: str, models_dir: Path | None = None) -> bool:
-    """Returns True if the model's repository may have a projector that is not downloaded, False for catalog models."""
+    """Returns True if the repository of a model outside the catalog may have a projector that is not downloaded."""
     found = locate(spec, models_dir)
     return isinstance(found, WantedFile) and found.may_have_projector and find_entry(spec) is None
 

@@ -244,29 +244,29 @@ class ClusterConfig(Section):
     def _check_launcher(self) -> Self:
         facts = self.launcher_facts
         if not facts.uses_ray and self.ray != Ray():
-            raise PlaceError(("ray",), f"is for launcher: ray, but launcher is {self.launcher}")
+            raise PlaceError(("ray",), f"is for `launcher: ray`, but `launcher` is {self.launcher}")
         if self.lease is not None and facts.is_one_program:
-            raise PlaceError(("lease",), "is not for launcher: mpi, which runs workers and coordinator as one program")
+            raise PlaceError(("lease",), "is not for `launcher: mpi`, whose workers and coordinator are one program")
         if self.join.discover and (facts.starts_workers or self.insecure):
             raise PlaceError(
-                ("join", "discover"), "needs launcher: static and insecure: false, to identify the cluster by its token"
+                ("join", "discover"), "needs `launcher: static` and `insecure: false`, to find the cluster by its token"
             )
         if not facts.starts_workers:
             return self
         if self.awaits_any:
             names = ", ".join(f"{{name: {name}}}" for name in "abcdefgh"[: len(self.workers)])
             more = ", ..." if len(self.workers) > 8 else ""
-            why = f"launcher: {self.launcher} does not accept a number"
+            why = f"`launcher: {self.launcher}` does not accept a number"
             raise PlaceError(("workers",), f"{why}; list them: `workers: [{names}{more}]`")
         if self.join.addresses:
-            raise PlaceError(("join", "addresses"), f"is for launcher: static; {self.launcher} starts workers itself")
+            raise PlaceError(("join", "addresses"), f"is for `launcher: static`; {self.launcher} starts workers itself")
         if facts.is_local and self.join != Join():
-            why = "is for launcher: static, ray or mpi; only processes of this machine reach local workers"
+            why = "is for `launcher: static`, `ray` or `mpi`; only processes of this machine reach local workers"
             raise PlaceError(("join",), why)
         if self.insecure:
-            raise PlaceError(("insecure",), "is for launcher: static; other launchers give workers their token")
+            raise PlaceError(("insecure",), "is for `launcher: static`; other launchers give workers their token")
         if not facts.workers_outlive and self.timeouts.coordinator != Timeouts.model_fields["coordinator"].default:
-            why = f"is for launcher: static or ray; {self.launcher} workers end with their coordinator"
+            why = f"is for `launcher: static` or `ray`; {self.launcher} workers end with their coordinator"
             raise PlaceError(("timeouts", "coordinator"), why)
         return self
 
@@ -309,7 +309,7 @@ class ClusterConfig(Section):
                 raise PlaceError(("workers", index, "kv_disk"), why)
             if not self.prefix_cache:
                 raise PlaceError(
-                    ("workers", index, "kv_disk"), "needs prefix_cache, which is off; set prefix_cache to true"
+                    ("workers", index, "kv_disk"), "needs `prefix_cache`, which is off; set `prefix_cache` to true"
                 )
         return self
 

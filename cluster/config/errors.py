@@ -50,7 +50,7 @@ def _what(detail: Any, place: Place, schema: Schema) -> str:
 
 
 def _deeper(key: str, schema: Schema) -> str:
-    """Returns text that names the section with this key, or "" if no section has it or the right one is unclear."""
+    """Returns text that names the section to which `key` probably belongs, or "" if there is no such section."""
     within = []
     for name, section in schema["properties"].items():
         for option in _alternatives(section, schema):

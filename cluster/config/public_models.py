@@ -38,7 +38,7 @@ _ACCEPTED_AT: Final = {
 
 @dataclass(frozen=True, slots=True)
 class PublicModel:
-    """A row of the table. `file` is OWNER/REPOSITORY/FILE, where {Q} and {q} stand for the quantization in upper and
+    """A catalog model. `file` is OWNER/REPOSITORY/FILE, where {Q} and {q} stand for the quantization in upper and
     lower case. The first quantization is the default. `billions` is the number of parameters divided by 10^9. `mmproj`
     is the file name of the projector, or ""."""
 

@@ -258,7 +258,7 @@ class WorkerHandle:
         on_progress: Callable[[LoadProgress], None] | None = None,
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
     ) -> Loaded:
-        """Loads a stage. Raises WorkerError if the worker is lost, StalledError if it stalls, or the error it sends."""
+        """Loads a stage. Raises the worker's error, WorkerError if it is lost, or StalledError if loading stalls."""
         assert self.loading is None, "a worker loads one stage at a time"
         what = f"worker {self.name} made no progress with layers [{order.start}, {order.end})"
         request = partial(self.channel.order, f"load of epoch {epoch_text(order.epoch)}", order)

@@ -52,7 +52,7 @@ async def profile_worker(worker: WorkerHandle, request: ProfileWorker, deadline_
 
 
 def _check_products(name: str, profile: Profile, request: ProfileWorker) -> None:
-    """Raises ProtocolError for matrix products on GPUs, of types that were not requested, or too many of one type."""
+    """Raises ProtocolError if `profile` has matrix products that `request` does not ask for, or too many of a type."""
     isolated = profile.cpu.isolated_products
     others = [isolated, *(times for gpu in profile.gpus for times in (gpu.products, gpu.isolated_products))]
     found = Counter(time.quant_type for time in profile.cpu.products)
@@ -109,8 +109,8 @@ async def refresh_memory(worker: WorkerHandle, held: Mapping[str, int]) -> None:
 
 
 def renew_memory(worker: WorkerHandle) -> bool:
-    """Updates a worker's free memory and returns True if, by the last heartbeat, a device has clearly more than known.
-    Ignores workers with loaded stages, which may not have touched all of their planned memory yet."""
+    """Updates a worker's free memory if the last heartbeat reports clearly more of it on any device. Returns True after
+    an update. Does nothing while the worker has stages, which may not have touched all of their planned memory yet."""
     if worker.heartbeat is None or worker.stages:
         return False
     own, known = worker.registration, worker.fresh_memory

@@ -155,7 +155,7 @@ class ClusterDir:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Takes the file lock for the holder of the Lease. Continues without the lock if a hung coordinator has it."""
+        """Locks the cluster's name for the Lease's holder. Continues without the lock if a hung process holds it."""
         self.create()
         self._forget_last()
         lock = FileLock(self._lock)

@@ -88,8 +88,8 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 @contextmanager
 def folder_locked(folder: Path, seconds: float) -> Iterator[None]:
-    """Locks a folder against other processes that do the same. Raises LlamaclustError if the lock is held for
-    `seconds`, and UsageError if the folder cannot be opened."""
+    """Locks a folder against other processes that do the same. Raises LlamaclustError if another process
+    holds the lock for `seconds`, and UsageError if the folder cannot be opened."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:

@@ -124,7 +124,7 @@ class LeaseLock:
 
 @contextmanager
 def held(lock: LeaseLock, lost: Callable[[str], None]) -> Iterator[None]:
-    """Renews the Lease until the context ends, then releases it. A thread calls `lost` with a reason if it is lost."""
+    """Renews the Lease until the context ends, then releases it. If the Lease is lost, calls `lost` in a thread."""
     end = threading.Event()
     reasons = ["it was not renewed in time"]
 

@@ -123,7 +123,7 @@ def _ticks(pid: str) -> int:
 
 
 def newest(known: Mapping[Key, Value], used: Iterable[Key], most: int) -> dict[Key, Value]:
-    """Returns the entries whose keys are in `used`, and the newest other entries if there are fewer than `most`."""
+    """Returns the entries whose keys are in `used`, and the newest others until there are `most` in total."""
     kept = {key: known[key] for key in used if key in known}
     others = {key: value for key, value in known.items() if key not in kept}
     room = max(0, most - len(kept))

@@ -162,7 +162,7 @@ async def _joined(
 async def _undrain_needed(
     planners: Sequence[ClusterPlanner], registry: Registry, record: ControlRecord, report: Report
 ) -> None:
-    """Makes drained workers available again if the models do not fit into the others, but no more than needed."""
+    """Makes drained workers available again, but only those without which the models would not fit."""
     drained = record.drained & registry.present.keys()
     if not drained or (short := await _shortfall(planners, _undrained(registry, drained))) is None:
         return

@@ -64,8 +64,8 @@ class ActionRunner:
         return not self.store.state.is_wanted
 
     async def set_adapters(self, model: Model) -> None:
-        """Replaces the adapters of all loaded stages by the adapters of `model`. First waits for a recovery to end, and
-        for the last microbatches with removed adapters, because the prefix cache has these microbatches' blocks."""
+        """Replaces the adapters of all loaded stages by those of `model`. First waits until no recovery is under way
+        and no microbatch in flight uses a removed adapter, because the prefix cache has such microbatches' blocks."""
         engine = self.engine
         assert engine is not None
 

@@ -161,7 +161,7 @@ class ClusterState:
         return self.loss.since_s + self.wait_s
 
     def is_freed(self, name: str) -> bool:
-        """True if worker `name` is drained, holds no layers, and gets none from an action or from the plan."""
+        """True if worker `name` is drained, holds no layers, and gets none from a running action or the newest plan."""
         serving, retiring, planning = self.serving, self.retiring, self.planning
         holders = [*(serving.workers if serving else ()), *(retiring.workers if retiring else ())]
         usable = () if planning is None else planning.inputs.workers

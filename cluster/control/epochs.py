@@ -73,7 +73,7 @@ async def load_stages(
     is_useless: Callable[[], bool] | None = None,
 ) -> tuple[WorkerHandle, ...]:
     """Loads all stages, and returns their workers in the order of the stages. Raises StageLoadError if a load fails, or
-    if `is_useless` returns True when the sources of the weights are known."""
+    if `is_useless` returns True before a worker begins to load."""
     handles = tuple(workers[stage.worker] for stage in loads.stages)
     timeout_s = loads.progress_timeout_s
     # The keys of KV blocks on disk depend on the model file's content, so the workers' copies must be equal.
@@ -326,8 +326,8 @@ class Epochs:
         is_useless: Callable[[], bool],
         report: Report | None = None,
     ) -> Epoch:
-        """Loads and connects the stages of `plan`, and reports progress to `report`. Raises StageLoadError, also if
-        `is_useless` returns True before the stages are loaded."""
+        """Loads and connects the stages of `plan`, and reports progress to `report`. Raises StageLoadError if a stage
+        cannot be loaded or connected, or if `is_useless` returns True before a worker begins to load."""
         async with self._turn:
             return await self._open(plan, links, report, is_useless, is_exclusive=is_exclusive)
 

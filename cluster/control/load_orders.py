@@ -20,7 +20,7 @@ from llamaclust.wire.control.weights import AdapterFile, EncoderFile, WeightSour
 
 @dataclass(frozen=True, slots=True)
 class StageLoads:
-    """The stages of a plan to load. If `is_exclusive` is set, workers first free the model's other stages."""
+    """The stages to load for a plan. If `is_exclusive` is set, workers first free the model's other stages."""
 
     epoch: int
     stages: Sequence[StageInfo]

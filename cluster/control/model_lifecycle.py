@@ -172,7 +172,7 @@ class ModelLifecycle:
 
 
 class ModelRotation:
-    """The models of a cluster. Decides which models are awake while this context manager is open."""
+    """The models of a cluster. Decides, while this context manager is open, which models are awake."""
 
     def __init__(self, lifecycles: Mapping[str, ModelLifecycle]) -> None:
         self.lifecycles = lifecycles  # Models by name.

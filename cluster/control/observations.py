@@ -56,7 +56,7 @@ class UndrainRequested:
 
 @dataclass(frozen=True, slots=True)
 class PipelineLost:
-    """The pipeline failed while `requests` (keys) were in flight. `causes` are the requests that caused the failure."""
+    """The pipeline failed. `requests` has the keys of requests in flight, `causes` the keys of those at fault."""
 
     error: LlamaclustError
     requests: frozenset[int] = frozenset()

@@ -79,7 +79,7 @@ class ClusterResources:
 def plan_cluster(
     config: ClusterConfig, model: Model, resources: ClusterResources, *, max_expert_shards: int = MAX_EXPERT_SHARDS
 ) -> Plan:
-    """Makes a plan, with workers in the order of the cluster file, and then other workers by name. Raises
+    """Makes a plan. Considers the workers in the order of the cluster file, and then other workers by name. Raises
     InsufficientMemoryError with the missing MiB, UsageError if a manual plan is invalid, and NetworkPartitionError if
     broken links prevent a plan."""
     plan = _plan_in_own_tiles(config, model, resources, max_expert_shards)
@@ -140,7 +140,7 @@ def _plan_in_own_tiles(
 
 
 def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources, most: int) -> Iterator[int]:
-    """Yields numbers of shards (2, 4, ...) to try for each layer's experts if whole layers do not fit."""
+    """Yields the numbers of expert shards per layer (2, 4, ...) to try if whole layers do not fit."""
     on_gpus = says_placement(config) or any(worker.gpu_layers for worker in resources.workers.values())
     if (
         most < 2

@@ -49,7 +49,7 @@ class Sleep:
 
 @dataclass(frozen=True, slots=True)
 class Expel:
-    """Marks workers as lost. For an expulsion with `stays`, only reports that plans exclude the worker."""
+    """Marks workers as lost. If `stays` is set in an expulsion, only reports that plans exclude the worker."""
 
     expulsions: tuple[Expulsion, ...]
 

@@ -134,7 +134,7 @@ def _attribute(state: ClusterState) -> ClusterState:
 
 
 def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, requests: frozenset[int]) -> ClusterState:
-    """Records a worker's failure. If this quarantines the worker, adds an expulsion to report it."""
+    """Records a worker's failure. If it quarantines the worker, adds an expulsion that reports the quarantine."""
     (name, _), now_s, before = worker, state.tick.now_s, state.pool.quarantine
     is_repeated = state.loss is not None and state.loss.is_repeated
     quarantine = before.failed(name, reason, requests, now_s, is_repeated=is_repeated)

@@ -198,7 +198,7 @@ def _sources(
     coordinator: Sequence[WeightSource],
     links: Links,
 ) -> tuple[WeightSource, ...]:
-    """Lists the sources for `fetcher`: workers with the file, the coordinator, workers that may have fetched parts."""
+    """Lists the sources for `fetcher`: workers with the file, the coordinator, and workers that may have parts."""
     machines = {name: worker.registration.machine for name, worker in members.items()}
     with_file = [name for name, weights in described.items() if weights.has_file]
     others = [name for name in members if name not in with_file] if described or coordinator else []

@@ -80,7 +80,7 @@ class MembershipWatch:
             self._check_result(runner, epoch, number, scheduler.in_flight.most_rows, now_s)
 
     def _check_memory(self, worker: WorkerHandle) -> None:
-        """Requests new plans for models that wait for memory if the worker has clearly more than plans assumed."""
+        """Requests new plans for models that lack memory, if the worker has clearly more memory than plans assumed."""
         short = [runner for runner in self._runners if runner.store.state.is_short]
         if short and renew_memory(worker):
             for runner in short:
@@ -98,7 +98,7 @@ class MembershipWatch:
             self._registry.mark_lost(worker, silence_text(number, waited_s, limit_s))
 
     def _turns_s(self, worker: WorkerHandle) -> float:
-        """Returns the sum of the worker's step limits in all pipelines. A step may wait for another pipeline's step."""
+        """Adds up the time limits of the worker's steps in all pipelines, because a step may wait for all others."""
         due = (served for runner in self._runners for served in _due(runner))
         stages = ((epoch.stage_of(worker), scheduler, epoch.plan) for epoch, scheduler, _ in due)
         return sum(stage_limit_s(scheduler, plan, stage) for stage, scheduler, plan in stages if stage is not None)

@@ -16,7 +16,7 @@ _DISK_S = 60.0
 
 
 class RemoteKvDisks:
-    """Implements `KvDisks` for a pipeline's workers. A block is usable only if each worker has its part on disk."""
+    """Implements `KvDisks` for a pipeline's workers. A block is usable only if it is on the disks of all workers."""
 
     def __init__(self, epoch: int, workers: Sequence[WorkerHandle]) -> None:
         self._epoch = epoch

@@ -19,7 +19,7 @@ _READ_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class OwnCopy:
-    """The coordinator's own copy of a file. `giver` sends it to workers that have none."""
+    """The coordinator's own copy of a file. `giver` sends the file to workers that lack it."""
 
     file: ModelFile
     manifests: FileManifests = field(default_factory=FileManifests)

@@ -21,7 +21,7 @@ def check_groups(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequenc
         with_gpu = next((name for name in entry.workers if gpus.get(name)), None)
         if with_gpu is not None and model.hyperparameters.expert_count:
             what = f"a group divides experts on CPUs only, but {with_gpu} has {', '.join(gpus[with_gpu])}"
-            raise UsageError(f"{group}: {what}; set its device to cpu, or give it layers of its own")
+            raise UsageError(f"{group}: {what}; set the device of {with_gpu} to cpu, or give it layers of its own")
 
 
 def largest_group(config: ClusterConfig, model: Model) -> int:

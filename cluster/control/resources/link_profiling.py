@@ -90,7 +90,7 @@ def _wanted(keys: Mapping[Pair, str], names: Sequence[str]) -> list[Pair]:
 
 
 def _unreachable_by_others(addresses: Mapping[str, str]) -> dict[str, str]:
-    """Returns the workers' loopback addresses, or {} if each worker has one. Other machines cannot reach them."""
+    """Returns the loopback addresses, which other machines cannot reach. Returns {} if all addresses are loopback."""
     hosts = {name: split_address(address)[0] for name, address in addresses.items() if not address.startswith("unix:")}
     loopback = {name: addresses[name] for name, host in hosts.items() if is_loopback(host)}
     return {} if len(loopback) == len(addresses) else loopback

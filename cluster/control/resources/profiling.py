@@ -29,7 +29,7 @@ from llamaclust.wire.control.profiles import ProfileWorker
 
 
 class WorkerProfiles:
-    """The speeds of a cluster's workers. They are given in the cluster file or were measured on the same hardware."""
+    """Finds each worker's speed: in the cluster file, in stored profiles of equal hardware, or by a measurement."""
 
     def __init__(
         self, config: ClusterConfig, model: Model, state_dir: Path, report: Report, *, anew: bool = False

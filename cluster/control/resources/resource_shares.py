@@ -95,7 +95,7 @@ def measurement_key(fingerprint: str, sharers: int, threads: int, model_id: str 
 
 
 def most_similar_key(key: str, known: Iterable[str]) -> str | None:
-    """Returns `key` if it is known, or else the known key of this hardware with the most similar number of workers."""
+    """Returns `key` if it is known, or else the key with equal hardware and model and the closest number of workers."""
     wanted = _KEY.fullmatch(key)
     assert wanted is not None
     found = [match for other in known if (match := _KEY.fullmatch(other)) is not None]

@@ -20,7 +20,7 @@ class EngineOwner(Protocol):
     def pipeline_lost(self, failure: PipelineFailure) -> None: ...
 
     def retiring_pipeline_lost(self, failure: PipelineFailure) -> None:
-        """Reports the loss of a retiring pipeline. Its requests continue on the next pipeline, already in use."""
+        """Reports the loss of a retiring pipeline. Its requests continue on the next pipeline, which is in use."""
         ...
 
     def engine_closed(self) -> None:
@@ -60,7 +60,7 @@ class RetiringFailure:
     newest: int | None  # Number of the newest microbatch that was in flight on the next pipeline.
 
     def is_over(self, returned: int) -> bool:
-        """Returns True if the next pipeline works: it has returned microbatch `returned`, sent after the failure."""
+        """Returns True if microbatch `returned`, which the next pipeline has computed, was sent after the failure."""
         return self.newest is None or returned > self.newest
 
     def joined(self, later: PipelineFailure) -> PipelineFailure:

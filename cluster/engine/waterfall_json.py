@@ -17,7 +17,7 @@ _ID = re.compile(r"[0-9a-f]{4,}")
 
 
 def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
-    """Returns the records of a request. `name` must contain at least 4 leading digits of its id, as replies' ids do."""
+    """Returns the records of a request. `name` must contain at least the first 4 digits of the request's id."""
     if not (found := _ID.findall(name)):
         return []
     beginning = max(found, key=len)[:SHOWN_CHARACTERS]

@@ -36,7 +36,7 @@ class GroupLinks:
         return cls(latency_s + GATHER_S, byte_s)
 
     def all_to_all_s(self, sent: Table) -> Table:
-        """Returns the seconds until each member has sent its bytes to all others. `sent` is [members, ...]."""
+        """Returns the seconds until each member has sent its bytes to all others. `sent` has shape [members, ...]."""
         out = sent * self.byte_s.sum(axis=1).reshape(-1, *[1] * (sent.ndim - 1))
         into = np.tensordot(self.byte_s.T, sent, axes=1)
         slowest: Table = np.maximum(out, into).max(axis=0)
@@ -47,7 +47,7 @@ class GroupLinks:
         return float(self.byte_s[0].sum())
 
     def to_leader_s(self, sent: Table) -> Table:
-        """Returns the seconds until all followers have sent their bytes to the leader. `sent` is [members, ...]."""
+        """Returns the seconds until the leader has the bytes of all followers. `sent` has shape [members, ...]."""
         found: Table = np.tensordot(self.byte_s[:, 0], sent, axes=1)
         return found
 

@@ -67,7 +67,7 @@ class Links:
         return Links(sums | {**self.measured})
 
     def reaches(self, names: Collection[str]) -> dict[str, Link]:
-        """Estimates each worker's part of link times, so that the parts of two workers sum to their link's time."""
+        """Estimates each worker's part of link times. The sum of two workers' parts is near their link's time."""
         pairs = [pair for pair in combinations(sorted(names), 2) if frozenset(pair) in self.measured]
         if not pairs:
             return dict.fromkeys(names, NO_REACH)

@@ -29,7 +29,7 @@ class Roofline:
 
     @classmethod
     def of(cls, profile: DeviceProfile, device: str, hidden_bytes: int, *, concurrent: bool) -> Self:
-        """Makes the roofline model of a device from its profile. `hidden_bytes` is the size of a float32 row."""
+        """Makes a device's roofline model from its profile. `hidden_bytes` is the size of a float32 hidden state."""
         products = ProductTimes.of(profile, concurrent=concurrent) if device == "cpu" else None
         limits = profile.limits(concurrent=concurrent)
         row_s = ROW_MACS * hidden_bytes / 4 / limits.int8_macs_s

@@ -20,8 +20,8 @@ _LEAST_DIVIDED = 1e-6
 def balanced(
     parts: DividedCosts, seconds: DividedTables, lacking: DividedTables, *, allow_unrounded: bool = False
 ) -> Shares:
-    """Returns shares, [members, stages], for which the slowest member takes the least time. They sum to less than 1 if
-    memory does not suffice. `lacking` holds missing bytes, or free bytes as negative numbers."""
+    """Returns shares with the shape [members, stages] that minimize the slowest member's time. A stage's shares sum to
+    less than 1 if memory does not suffice. `lacking` holds missing bytes, or free bytes as negative numbers."""
     shares = _filled(seconds, lacking, parts.least_units, margin=0.0 if allow_unrounded else 0.5)
     if allow_unrounded or not parts.coarse:
         return shares

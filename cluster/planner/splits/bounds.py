@@ -17,7 +17,7 @@ _POINTS = 8
 
 
 def least_seconds(classes: Sequence[WorkerClass], works: Sequence[Work]) -> float:
-    """Returns a lower bound of the seconds that a split without groups takes in the fastest of the workloads."""
+    """Returns a lower bound of the seconds that any split without groups takes for its fastest workload."""
     return min((_least_seconds(classes, number, work) for number, work in enumerate(works)), default=inf)
 
 

@@ -60,7 +60,7 @@ class Ends:
 
 
 class Bounds(Protocol):
-    """Lower bounds of the cost of layers for given numbers of workers by class."""
+    """Lower bounds of the cost of layers. `workers` has the numbers of available workers by class."""
 
     def together(self, workers: Counts) -> Table:
         """Returns a table of lower bounds. Entry n is for layers [0, n), computed by all `workers` as one group."""
@@ -206,7 +206,7 @@ def any_order(
     partitions: Partitions = frozenset(),
 ) -> Places:
     """Returns the dynamic program's steps for all sets of workers in all orders. `held_by` has pairs (numbers of
-    workers by class, number of the holder with these workers). A worker in `partitions` must be alone in its class."""
+    workers by class, index of the holder with these workers). A worker in `partitions` must be alone in its class."""
     numbers = dict(held_by)
     places: list[Step | Choice] = []
     found: dict[Counts, tuple[list[int], tuple[int, ...]]] = {}  # Steps and choices by used workers.

@@ -33,7 +33,7 @@ Order = Sequence[int]
 def worker_searches(
     classes: Sequence[WorkerClass], works: Sequence[Work], partitions: Partitions
 ) -> Iterator[list[SplitSearch]]:
-    """Yields lists of searches. The first list keeps the cluster file's order. `partitions` are never adjacent."""
+    """Yields lists of searches. The first keeps the cluster file's order. Pairs in `partitions` are never adjacent."""
     file = sorted(worker for worker_class in classes for worker in worker_class.workers)
     ends, limits = constrained_ends(file, partitions), _limits(classes, works)
 

@@ -23,7 +23,7 @@ simpler split."""
 
 @dataclass(frozen=True, slots=True)
 class SplitSearch:
-    """A search for the best split for one workload. `limits` are limits to try for the slowest stage, ascending."""
+    """A search for the best split for one workload. `limits` has ascending time limits to try for the slowest stage."""
 
     steps: Steps
     work: Work

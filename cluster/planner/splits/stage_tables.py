@@ -56,7 +56,7 @@ def _step_s(sizes: MemoryModel, division: Division, worker: WorkerFacts, step: R
 
 
 def link_table(sizes: MemoryModel, work: Work, reach: Link) -> StageTable:
-    """Returns the seconds that a worker's part `reach` of link times adds to transfers from and to each stage."""
+    """Returns the seconds that `reach`, the worker's part of link times, adds to transfers from and to each stage."""
     stages = sizes.stages
     others = np.ones(stages.held_bytes.shape)
     others[0, stages.layers] = 0  # A stage of all layers has no links.

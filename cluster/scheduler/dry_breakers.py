@@ -76,7 +76,7 @@ class BreakerTokens:
 
 
 class SeenBreakers:
-    """The DRY sampler's sequence breakers whose tokens, except perhaps the last of several, have all occurred."""
+    """Finds the DRY sampler's sequence breakers whose tokens before the last (or whose only token) have occurred."""
 
     __slots__ = ("_by_head", "_found", "_seen", "_sequences", "_waiting")
 

@@ -23,7 +23,7 @@ class MatcherUse:
         return self.step_ns >= _SLOW_NS
 
     def defer(self, now_ns: int) -> int:
-        """Returns the nanoseconds since the next row was first deferred, or 0 if its matcher is not started."""
+        """Defers the next row. Returns the nanoseconds since its first deferral, or 0 if no matcher is started."""
         if self.deferred_ns is None and self.is_started:
             self.deferred_ns = now_ns
         return 0 if self.deferred_ns is None else now_ns - self.deferred_ns

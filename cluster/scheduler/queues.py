@@ -121,8 +121,8 @@ class SequenceQueues:
         return True
 
     def give_turn(self) -> None:
-        """Preempts a running sequence if the next waiting sequence is due to take its place, and has no room otherwise.
-        Must not be called while a microbatch is being made."""
+        """Preempts a running sequence if the next waiting sequence should run in its place, has no room, and gets
+        enough room by preemption. Must not be called while a microbatch is being made."""
         if not self.waiting or not (waiting := startable(self.waiting, self.running)):
             return
         running = RunningCounts.of(self.running)
@@ -168,7 +168,7 @@ class SequenceQueues:
         return None if shortest is prefilling[0] else shortest
 
     def _overtake(self, sequence: Sequence, first: Sequence) -> Sequence | None:
-        """Starts `sequence` if `first`, the first in turn, would have room too, or else `first` if it has room."""
+        """Starts `sequence` if `first`, the next in turn, would also fit. Otherwise starts `first` if possible."""
         running = len(self.running)
         if sequence is not first and (
             running + 2 > self.max_running

@@ -85,7 +85,7 @@ def turn_victims(sequence: Sequence, running: Items[Sequence], counts: RunningCo
 
 
 def takes_turn(sequence: Sequence, running: Items[Sequence], counts: RunningCounts) -> bool:
-    """Returns True if a running sequence must be preempted so that `sequence` gets its place."""
+    """Returns True if `sequence` is due to take the place of a running sequence, which must be preempted."""
     return _turn_victim(sequence, running, counts) is not None
 
 

@@ -67,7 +67,7 @@ class SchedulerSettings:
 
     @property
     def max_drafted(self) -> int:
-        """Maximum number of drafted tokens in a step. It is 0 for recurrent states without `state_blocks`."""
+        """Maximum number of drafted tokens in a step. It is 0 if there are recurrent states, but no `state_blocks`."""
         if self.speculation is None or (self.has_states and not self.state_blocks):
             return 0
         group = self.window_group

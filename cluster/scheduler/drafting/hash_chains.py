@@ -46,7 +46,7 @@ class HashChains:
         return sys.getsizeof(self._newest) + sys.getsizeof(self._previous)
 
     def take_in(self, text: Sequence[int]) -> bool:
-        """Adds up to STEP_TOKENS new tokens of `text` to the index. Returns True if it then has all of them."""
+        """Adds up to STEP_TOKENS new tokens of `text` to the index. Returns True if no token is then missing."""
         assert len(text) >= len(self._previous)
         while len(self._newest) < len(text):
             self._newest.extend(self._newest)  # Both halves of the doubled table start with the existing chains.

@@ -59,7 +59,7 @@ class NgramDrafter:
         return found
 
     def continued(self, tokens: Sequence[int], match: Match, most: int) -> Draft:
-        """Drafts `most` tokens that follow the match, or the place where a copy resumes. Repeats them if too few."""
+        """Drafts tokens after the match, or after the place where a copy resumes. Repeats them up to `most` tokens."""
         if match.length <= _UNSURE:
             resumed = self._copy.resumption(tokens)
             if resumed is not None and resumed.length >= match.length:

@@ -151,7 +151,7 @@ class KvMemory:
             self.window.reserve(sequence, sequence.next_rows + len(tokens))
 
     def settle(self, sequence: Sequence, *, is_whole: bool) -> None:
-        """Keeps the memory of accepted drafts and releases the rest. `is_whole` means that all were accepted."""
+        """Keeps the memory of accepted drafts and releases the rest. `is_whole` means that all drafts were accepted."""
         if self.states is not None:
             self.states.settle(sequence, is_whole=is_whole)
         if sequence.is_running:

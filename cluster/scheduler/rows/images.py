@@ -12,7 +12,7 @@ from llamaclust.wire.microbatch.messages import ImageRows
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """An image span. `before` and `after`: RoPE position minus token position of the text on that side of the span."""
+    """An image span. `before` and `after` are RoPE position minus token position, of text before and after the span."""
 
     span: ImageSpan
     before: int

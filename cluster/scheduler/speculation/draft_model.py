@@ -16,7 +16,7 @@ _USUAL_OVERHEAD = 0.125
 
 class DraftTimes:
     def __init__(self, step_ns: float, row_ns: float) -> None:
-        """Takes the shortest measured times for drafting one token (`step_ns`) and for reading one token."""
+        """Takes the shortest measured times for drafting one token (`step_ns`) and for reading one (`row_ns`)."""
         self._best_step_ns, self._best_row_ns = step_ns, row_ns
         self._step_ns = {1: step_ns}
         self._row_ns = row_ns

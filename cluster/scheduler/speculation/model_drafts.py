@@ -36,7 +36,7 @@ class ModelDrafts:
 
     def length(self, sequences: Items[Sequence], most: Mapping[int, int], speed: float) -> int:
         """Returns how many tokens the draft model should draft, or 0 if drafting would cost more time than it saves.
-        `most` has the maximum by sequence key. `speed` is the tokens per nanosecond without the draft model."""
+        `most` has the maximum number by sequence key. `speed` is the tokens per nanosecond without the draft model."""
         drafted = [each for each in sequences if most.get(each.key) and self._is_close(each)]
         if not drafted or len(sequences) + len(self._awaited) > MOST_ORDERS:
             return 0

@@ -19,7 +19,7 @@ _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codec
 
 
 def decode_text(data: bytes) -> str:
-    """Decodes UTF-8, or UTF-16 with a byte-order mark, and drops the mark. Raises ValueError with the invalid place."""
+    """Decodes UTF-8, or UTF-16 with a byte-order mark, and drops the mark. Raises ValueError with the fault's place."""
     mark, encoding = next(((mark, encoding) for mark, encoding in _MARKS if data.startswith(mark)), (b"", "utf-8"))
     try:
         text = data[len(mark) :].decode(encoding)

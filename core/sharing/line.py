@@ -31,7 +31,7 @@ class Line:
         return self._first is place
 
     def is_open(self, place: Place) -> bool:
-        """True if `place` may take from the resource: it is first, or the line is empty."""
+        """True if `place` may take from the resource, because `place` is first or the queue is empty."""
         return self._first in (None, place)
 
     async def enter(self, place: Place) -> None:
@@ -52,7 +52,7 @@ class Line:
 
 
 class Place:
-    """A request's place in the line. `enter` waits until this place is first. The end of `with` gives the place up."""
+    """A request's place in the queue. `enter` waits until this place is first. Leaving `with` gives up the place."""
 
     def __init__(self, line: Line, owner: str) -> None:
         self.owner = owner

@@ -49,7 +49,7 @@ def decode_range(data: bytes) -> WeightRange:
 
 
 def frames_of(data: memoryview) -> Iterator[bytes]:
-    """Yields the frames of `data`, which is a range, or a part of one with a multiple of FRAME_BYTES bytes."""
+    """Divides a part of a WeightRange into frames. All parts but the last need a multiple of FRAME_BYTES bytes."""
     for start in range(0, len(data), FRAME_BYTES):
         yield b"".join((_BYTES, data[start : start + FRAME_BYTES]))
 

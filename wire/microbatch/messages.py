@@ -75,7 +75,7 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True)
 class SamplingInputs:
-    """Tasks for the last stage, one per output row of a microbatch. Before them, the stage drops or starts matchers."""
+    """Tasks for the last stage, one per output row of a microbatch. First, the stage drops or starts matchers."""
 
     epoch: int
     number: int

@@ -131,7 +131,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         self._transport.write(data)
 
     def try_send(self, *messages: bytes) -> bool:
-        """Sends small messages with one system call. Returns False and sends nothing if it would have to wait."""
+        """Sends small messages with one system call. Returns False and sends nothing if sending would have to wait."""
         transport = self._transport
         if transport is None or transport.is_closing() or self._is_sending or not self._writable.is_set():
             return False

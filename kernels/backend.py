@@ -38,8 +38,8 @@ class BatchStates:
 
 @dataclass(frozen=True, slots=True)
 class GivenRows:
-    """Values of rows that are computed outside the program, such as an image's embeddings. Each `ir.GivenRows` step
-    reads one part of a row: the step with `level` i reads values[:, i * width : (i + 1) * width]."""
+    """Values that are computed outside the program for some rows, such as image embeddings. The `ir.GivenRows` step
+    with `level` i reads values[:, i * width : (i + 1) * width]."""
 
     rows: Int32  # [given] Row numbers, ascending.
     values: Float32  # [given, levels * width]
@@ -202,7 +202,7 @@ class ExpertsCache(Protocol):
     def counts(self) -> CacheCounts: ...
 
     def step(self) -> AbstractContextManager[None]:
-        """Wraps a run of the stage. Experts that it uses stay cached until the run ends. Raises DeviceLostError."""
+        """Wraps a run of the stage. Experts that the run uses stay cached until it ends. Raises DeviceLostError."""
 
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32 | None: ...
 

@@ -18,7 +18,7 @@ class ReadProbe:
 
 
 def int8_peak(threads: int, seconds: float = 0.2) -> float:
-    """Returns the peak of 8-bit multiply-adds of all threads, in 10^9 per second, with the CPU's widest dot product."""
+    """Measures 8-bit multiply-adds of all threads with the widest dot-product instruction, in 10^9 per second."""
     return _native.int8_peak(threads, seconds) / 1e9
 
 

@@ -32,9 +32,9 @@ from llamaclust.model.program import Program
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The inputs x [rows, width] of the matrices named in `weights` in the last run. The next run overwrites x. If each
-    expert or head has its own matrix, `chosen` [rows, used] has the ids of each row's experts or heads. If these have
-    inputs of their own, x is [rows * used, width]."""
+    """The last run's inputs x [rows, width] of the matrices named in `weights`. The next run overwrites x. If each
+    expert or head has its own matrix, `chosen` [rows, used] has the ids of each row's experts or heads. If each expert
+    or head also has its own input, x is [rows * used, width]."""
 
     weights: tuple[str, ...]
     x: Float32
@@ -167,7 +167,7 @@ def _explained(program: Program) -> Iterator[None]:
 
 class CpuBackend:
     """Implements `kernels.backend.Backend` on the CPU. `feature_level` is by default the best of this machine. If
-    `yields` is true, it computes with fewer threads while other programs keep the cores busy. `mlock` locks packed
+    `yields` is True, stages compute with fewer threads while other programs keep the cores busy. `mlock` locks packed
     weights in RAM."""
 
     name = "cpu"

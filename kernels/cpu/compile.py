@@ -31,7 +31,7 @@ _SLOTS = 4
 
 @dataclass(frozen=True, slots=True)
 class InputCopy:
-    """A buffer into which each run copies the rows that the matrices named in `weights` multiply."""
+    """A buffer into which each run copies the rows that are multiplied by the matrices named in `weights`."""
 
     weights: tuple[str, ...]
     buffer: int  # Number of the buffer that gets the copy.

@@ -18,7 +18,7 @@ from llamaclust.model.steps.options import Gating
 
 @dataclass(frozen=True, slots=True)
 class CompiledLines:
-    """A plan with two parts for mixture i: part 2 * i chooses experts. Part 2 * i + 1 computes one expert per line."""
+    """A compiled plan. For mixture i, part 2 * i chooses experts, and part 2 * i + 1 computes one expert per line."""
 
     plan: Plan
     choice: int  # The buffer with the ids of each row's experts, followed by their weights.

@@ -174,7 +174,7 @@ def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: Sta
 
 
 def most_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-    """Returns an upper bound, for any number of KV blocks, of `workspace_bytes` - `rounded_weight_bytes`."""
+    """Returns an upper bound of `workspace_bytes` - `rounded_weight_bytes` that holds for any number of KV blocks."""
     if program.window is not None:
         # With window blocks, layers with windows have their own block table, which takes memory.
         limits = replace(limits, window_blocks=1)

@@ -68,7 +68,7 @@ class BackgroundWriter:
             thread.join()
 
     def end(self) -> None:
-        """Drops the queue. Waits up to a second for the current write, and then deletes the unfinished file."""
+        """Drops the queue. Waits up to a second for the current write. If the write does not end, deletes its file."""
         with self._lock:
             self._queue.clear()
             thread = self._thread

@@ -30,9 +30,9 @@ def round_queries(queries: Float32) -> Float64:
 
 
 def weighted_values(weights: Float64, values: Float64, scales: Float64, first: int) -> Float64:
-    """Returns weighted sums [kv_heads, heads per KV head, channels] of values [positions, kv_heads, channels]. Weights,
-    [kv_heads, heads per KV head, positions], are first multiplied by scales [positions, kv_heads, groups] and
-    rounded."""
+    """Returns weighted sums [kv_heads, heads per KV head, channels] of `values` [positions, kv_heads, channels].
+    First multiplies `weights` [kv_heads, heads per KV head, positions] by `scales` [positions, kv_heads, groups], and
+    rounds the products."""
     parts = []
     for group in range(scales.shape[2]):
         channels = slice(group * KV_GROUP_CHANNELS, (group + 1) * KV_GROUP_CHANNELS)

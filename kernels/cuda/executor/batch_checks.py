@@ -48,7 +48,7 @@ def check_images(
     batch: Batch, limits: StageLimits, sections: int, given: tuple[int, int], merged: Sequence[int]
 ) -> None:
     """Checks the inputs of a batch with images. `sections` is the number of RoPE positions per row. `given` has the
-    number and the width of a row's parts in `GivenRows`. `merged` has numbers of rows that are merged into one row."""
+    number and the width of a row's parts in `GivenRows`. The program merges every merged[i] rows into one row."""
     for together in merged:
         for start in batch.sequence_starts.tolist():
             if start % together:

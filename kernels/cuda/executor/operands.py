@@ -29,7 +29,7 @@ def kv_name(kept: KvLayer) -> KvName:
 
 @dataclass(slots=True)
 class BufferLayout:
-    """Named buffers in one allocation. `at` records a buffer's size before `lay_out`, and later returns its address."""
+    """Named buffers in one allocation. Before `lay_out`, `at` records sizes. After `lay_out`, it returns addresses."""
 
     n_bytes: int = 0
     base: int = 0

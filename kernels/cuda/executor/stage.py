@@ -44,7 +44,7 @@ class SegmentPlan(Protocol):
 
 
 class LaunchCache:
-    """Keeps the launches of recent shapes. At its second use, a shape's launches are captured as CUDA graphs."""
+    """Keeps the launches of recent shapes. When a shape is used again, its launches are captured as CUDA graphs."""
 
     def __init__(self, device: Device, plan: SegmentPlan, graphs: bool) -> None:
         self._device = device
@@ -142,7 +142,7 @@ class CudaStage:
             )
 
     def run(self, batch: Batch, hidden: Float32 | None, experts: Experts | None = None) -> Float32:
-        """Runs the batch. `experts` is called for each `Exchange` step, and other stages may use the GPU meanwhile."""
+        """Runs the batch. Calls `experts` for each `Exchange` step. Other stages may use the GPU during these calls."""
         self._compute(batch, hidden, experts)
         with self._gpu_lock.exclusive():
             return self._fetch(batch)

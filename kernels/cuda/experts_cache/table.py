@@ -32,7 +32,7 @@ class Copy:
 
 
 class ExpertTable:
-    """The use counts and slots of experts. A step counts each expert at most once, and recent steps count more."""
+    """The use counts and slots of experts. A step counts each expert at most once. Recent steps have more weight."""
 
     def __init__(self, pools: Sequence[Pool], experts: int) -> None:
         self._pools = tuple(pools)

@@ -129,7 +129,7 @@ def _group(step: Attention) -> int:
 
 
 def _many_queries(step: Attention, gpu: LaunchLimits) -> int:
-    """Returns the largest tile, in queries, that fits shared memory. Raises ModelFileError if none fits."""
+    """Returns the number of queries in the largest tile that fits shared memory. Raises ModelFileError if none fits."""
     for queries in _MANY_QUERIES[step.kv_type]:
         if (needed := many_shared_bytes(step, queries) + _STATIC_BYTES) <= gpu.shared_bytes:
             return queries

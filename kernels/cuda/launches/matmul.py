@@ -190,7 +190,7 @@ def _takes_gemm(products: Sequence[Product], rows: int, sms: int) -> bool:
 
 
 def _gemm_rows(products: Sequence[Product], rows: int, gpu: LaunchLimits) -> int:
-    """Returns the number of rows per thread block: many if this still gives about one block per multiprocessor."""
+    """Returns the rows per block: `_WIDE_ROWS` if about every multiprocessor still gets a block, else `_GEMM_ROWS`."""
     if gpu.compute_capability != _HOPPER or products[0].weights.activation is ActivationFormat.F32:
         return _GEMM_ROWS
     wide_blocks = _blocks(products, _WIDE_WARPS) * -(-rows // _WIDE_ROWS)

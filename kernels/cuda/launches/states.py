@@ -62,7 +62,7 @@ class StateLaunches:
     def scan(
         self, step: Scan, inputs: tuple[np.uint64, np.uint64], weights: tuple[np.uint64, ...], out: np.uint64
     ) -> Launch:
-        """Launches a recurrent scan. `inputs` are x and dt. `weights` are bias, decay and skip, float32 [heads]."""
+        """Returns the launch of a scan. `inputs` are x and dt. `weights` are bias, decay and skip, float32 [heads]."""
         channels = step.out.width // step.heads
         together = next(n for n in _SCAN_CHANNELS if _scan_bytes(step, n) <= PLAIN_SHARED_BYTES)
         figures = map(np.int32, (step.heads, channels, step.groups, step.state_size))

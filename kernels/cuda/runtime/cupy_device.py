@@ -68,7 +68,7 @@ class CupyDevice:
         except self.failures as error:
             words = " ".join(str(error).split())
             raise UsageError(
-                f"device cuda:{index} cannot be opened: {words}; nvidia-smi lists its processes"
+                f"device cuda:{index} cannot be opened: {words}; nvidia-smi lists the GPU's processes"
             ) from error
         self.name, self.uuid, self.memory_bytes, self.sms = gpu.name, gpu.uuid, gpu.memory_bytes, gpu.sms
         self.compute_capability, self.shared_bytes = gpu.compute_capability, gpu.shared_bytes

@@ -40,7 +40,7 @@ class Place:
 
 
 class CoordinatorSearch:
-    """Searches for a coordinator at several addresses. Fails if all addresses refuse, unless `discovers` or `stays`."""
+    """Searches for a coordinator at several addresses. If all refuse, fails unless `discovers` or `stays` is True."""
 
     def __init__(self, addresses: Sequence[str], *, discovers: bool = False, stays: bool = False) -> None:
         self.limit_s: float | None = None
@@ -70,7 +70,7 @@ class CoordinatorSearch:
             place.failures, place.is_refused = 0, False
 
     def add(self, address: str) -> None:
-        """Adds an announced address. If there are 64, replaces one that failed 3 times or more, or else adds none."""
+        """Adds an announced address. The 65th replaces one that failed at least 3 times, or is dropped if none did."""
         if any(place.address == address for place in self._places):
             return
         found = [place for place in self._places if place.is_found]

@@ -67,7 +67,7 @@ def _span(order: Load) -> str:
 
 
 def _cancel_once(loading: asyncio.Task[Loaded]) -> None:
-    """Cancels a load once. Cancelled again, the load would not wait for its thread, and would free the lock early."""
+    """Cancels a load once. A second cancellation would free the worker's lock before the load's thread has ended."""
     if not loading.cancelling():
         loading.cancel()
 
@@ -221,8 +221,8 @@ class Loads:
         return EncoderStreams(encoder, self._worker.compute.apart(ENCODER_NICENESS))
 
     async def _with_room(self, held: list[object], load: Callable[[], Awaitable[_Value]]) -> _Value:
-        """Calls `load`. If memory is short, waits for closed encoders and calls it again. If still short, frees what
-        is `held` and calls it once more."""
+        """Calls `load`. If memory is short, waits for closed encoders and calls `load` again. If memory is still short,
+        frees the objects in `held` and calls `load` once more."""
         try:
             return await load()
         except InsufficientMemoryError:

@@ -33,7 +33,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def run_worker(settings: WorkerSettings) -> int:
-    """Runs a worker and returns its exit code. Logs errors. If the log is text, raises UsageErrors instead."""
+    """Runs a worker and returns its exit code. Logs errors, but raises UsageError if the log format is TEXT."""
     start_logging(settings.log_format, cluster=settings.cluster, worker=settings.name)
     allow_many_files()
     request_slices(USUAL_SLICE_NS)

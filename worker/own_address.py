@@ -70,7 +70,7 @@ class OwnAddress:
         return address
 
     def at_link_port(self, port: int) -> str:
-        """Returns the advertised HOST:PORT for links of groups. A NAT in between must forward `port` unchanged."""
+        """Returns the advertised HOST:PORT for group links. A NAT gateway must forward `port` unchanged."""
         return f"{_host_of(self.at_port(port))}:{port}"
 
     async def changed(self) -> WorkerError:

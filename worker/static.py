@@ -220,7 +220,7 @@ class _StaticWorker:
 
 
 async def _watched(running: Coroutine[Any, Any, str], watch: Coroutine[Any, Any, WorkerError]) -> str:
-    """Runs both until one of them ends, and cancels the other. Raises the error that `watch` returns or raises."""
+    """Runs both coroutines until one ends, and cancels the other. Raises the error that `watch` returns or raises."""
     serving, watching = asyncio.create_task(running), asyncio.create_task(watch)
     try:
         await asyncio.wait((serving, watching), return_when=asyncio.FIRST_COMPLETED)

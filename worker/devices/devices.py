@@ -102,8 +102,8 @@ class Device:
     def measure(
         self, model: Model | None, quant_types: Iterable[int], progress: Progress = lambda n_bytes: None
     ) -> Profile:
-        """Measures the machine, a model's step times, and matrix products with `quant_types`. Blocks for seconds, or
-        until `progress`, which is called often, raises an error."""
+        """Measures the machine, a model's step times, and matrix products with `quant_types`. Takes seconds.
+        `progress` is called often, and ends the measurement if it raises an error."""
         from llamaclust.kernels.probes import measure_machine
         from llamaclust.worker.devices.product_profiler import measure_products
         from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
@@ -173,7 +173,7 @@ def _fingerprint(kind: str, threads: int, level: str, gpus: tuple[Gpu, ...], cor
 
 
 def check_devices(devices: Iterable[tuple[str, str]], model: Model) -> None:
-    """Raises UsageError if a (kind, feature level) is missing here, or ModelFileError if no kernels fit the model."""
+    """Raises UsageError if this machine lacks a (kind, feature level), ModelFileError if no kernels fit the model."""
     for kind, feature_level in sorted(set(devices)):
         backends.open_processor(kind, 1, feature_level)
         if kind != _REFERENCE:

@@ -95,7 +95,7 @@ class ProfiledDevice:
 
     @contextmanager
     def cold(self, most_bytes: int, left_bytes: int) -> Iterator[Sweep]:
-        """Yields a function that flushes caches. On a CPU, its buffer is at most as large as the smaller argument."""
+        """Yields a function that flushes caches. On a CPU, it needs at most min(most_bytes, left_bytes) bytes."""
         if self.own_cache is None:
             yield CacheFlush(min(largest_cache_bytes(), most_bytes, left_bytes)).sweep
             return

@@ -114,7 +114,7 @@ class _Choice:
         return self._part(index, start, end, open_end) if start < end else None
 
     def _starts(self, index: int, end: int) -> tuple[int, int]:
-        """Returns the lowest and the highest `start` of layers [start, end) on this GPU. The range may be empty."""
+        """Returns the lowest and the highest `start` of layers [start, end) on this GPU. The GPU may have no layers."""
         number, gpus = index + 1, [gpu.device for gpu in self.device.gpus]
         allowed = [self.placement.devices_of(layer, gpus) for layer in range(end)]
         ended = max((layer + 1 for layer, devices in enumerate(allowed) if devices[-1] < number), default=0)

@@ -37,7 +37,7 @@ class MemberLostError(LlamaclustError):
 
 
 class LinkOpener:
-    """Opens a member's links to the other members of its group, once. It connects to members with lower numbers."""
+    """Opens a member's links to its group. Connects to members with lower numbers. The other members connect to it."""
 
     def __init__(self, order: GroupOrder, credentials: Credentials, listener: LinkListener) -> None:
         self._order, self._credentials, self._listener = order, credentials, listener
@@ -52,7 +52,7 @@ class LinkOpener:
         self._threads = ThreadPoolExecutor(MOST_HANDSHAKES * len(order.members), "links")
 
     async def open(self, gather_s: float, seconds: float = OPEN_S, answer_s: float = ANSWER_S) -> Links:
-        """Opens the links to all other members, once. Raises MemberLostError if one is missing after `seconds`."""
+        """Opens the links to all other members. Can be called once. Raises MemberLostError if a link takes too long."""
         tasks = {place: asyncio.create_task(self._link(place, seconds)) for place in self._peers()}
         try:
             await asyncio.gather(*tasks.values())

@@ -112,7 +112,7 @@ def portion_of(order: Load) -> Portion | None:
 
 
 def model_program(model: Model, start: int, end: int, limits: StageLimits, portion: Portion | None = None) -> Program:
-    """Returns the program of layers [start, end). Raises UsageError if the model lacks these or cannot be divided."""
+    """Returns the program of layers [start, end). Raises UsageError if they do not exist or cannot be divided."""
     shards = limits.expert_shards
     if not 0 <= start < end <= model.layer_count * shards:
         raise UsageError(
@@ -229,7 +229,7 @@ class StageRunner:
         return model_program(model, self.program.start, self.program.end, self.limits, self.portion)
 
     def adapt(self, model: Model, free_bytes: int, progress: Progress) -> None:
-        """Loads adapters for `settle`. Keeps KV memory. Raises UsageError or InsufficientMemoryError."""
+        """Loads adapters, which will be used after `settle`. Raises UsageError or InsufficientMemoryError."""
         program, backend = self.program_of(model), self._backend
         if not isinstance(backend, SharesKv):
             raise UsageError("adapters can be replaced only if the whole stage runs on the CPU")
@@ -247,8 +247,8 @@ class StageRunner:
             del self._replacements[:-_MOST_REPLACEMENTS]
 
     def settle(self, adapters: bytes | None = None) -> None:
-        """Switches to the newest adapters of `adapt`, or to those whose digest is `adapters`, and frees the others'
-        memory. Must not be called while a run's result is in use. Raises WorkerError if there are no such adapters."""
+        """Switches to the newest adapters that `adapt` loaded, or to those with digest `adapters`. Frees older ones.
+        Must not be called while a run's result is in use. Raises WorkerError if no adapters have the digest."""
         with self._replacing:
             held = self._replacements
             place = next((at for at in reversed(range(len(held))) if adapters in (None, held[at][0])), None)

@@ -139,7 +139,7 @@ class WeightFetch:
             raise self._not_found(self._items[0])
 
     def _running(self, lanes: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
-        """Starts missing tasks of the best sources, up to `FETCH_STREAMS` for each. Returns all running tasks."""
+        """Starts tasks until each of the best sources has `FETCH_STREAMS` tasks. Returns all running tasks."""
         ranked = self._ranked()
         best = {source for item in self._items for source in item.best(ranked)}
         for source in self._sources:
@@ -179,7 +179,7 @@ class WeightFetch:
                 stream.cancel()
 
     async def _next(self, source: _Source) -> _Item | None:
-        """Waits for an item that no other task fetches. Returns None if no item has `source` among its best."""
+        """Waits for an item that no other task fetches. Returns None if `source` is among no item's best sources."""
         clock = asyncio.get_running_loop().time
         while True:
             ranked = self._ranked()

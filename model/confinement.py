@@ -77,7 +77,7 @@ def limit_cpu(seconds: int) -> None:
 
 
 def confine() -> str | None:
-    """Makes system calls that the filter does not allow fail with EPERM. Returns the reason if there is no filter."""
+    """Makes all system calls outside the filter's list fail with EPERM. Returns the reason if there is no filter."""
     machine = os.uname().machine
     architecture = _ARCHITECTURES.get(machine) if sys.platform == "linux" else None
     if architecture is None:

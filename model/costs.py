@@ -116,8 +116,8 @@ class LayerCost:
         return self.weight_bytes - self._idle_bytes(rows)
 
     def read_file_bytes(self, rows: int) -> float:
-        """Returns the expected file size of the weights that a step of `rows` rows reads. For experts that only rows
-        after the first use, counts the size in memory."""
+        """Returns the expected file size of the weights that a step of `rows` rows reads. Experts that the first
+        row does not use count with their size in memory."""
         return self.used_file_bytes + self.touched_bytes(rows) - self.touched_bytes(1)
 
     def touched_expert_bytes(self, rows: int) -> float:
@@ -209,6 +209,6 @@ def steps_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
 
 
 def is_before_head(program: Program, step: Step) -> bool:
-    """Returns True for all steps before the output head, and False for its first step."""
+    """Returns True for each step before the output head, and False for the head's first step."""
     has_norm = program.normed is not None and program.normed != program.hidden
     return not isinstance(step, SelectRows) and not (has_norm and step.out == program.normed)

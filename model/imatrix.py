@@ -111,8 +111,8 @@ def _from_gguf(file: ModelFile) -> ImportanceMatrix:
 
 
 def _from_legacy(path: Path, data: bytes) -> ImportanceMatrix:
-    """Reads the old format: the number of entries, the entries, the number of chunks, and the name of the text. Each
-    entry has a name, a number of calls, and the mean squares multiplied by the number of calls."""
+    """Reads the old format: the number of entries, the entries, the number of chunks, and the calibration text's
+    name. Each entry has a name, a number of calls, and the mean squares multiplied by the number of calls."""
     at = 0
 
     def number() -> int:

@@ -16,7 +16,7 @@ KV_VALUE_CHANNELS = 16
 
 class KvType(StrEnum):
     """The type to which keys and values are rounded before use. F16 is float16. Q8_0 and INT8 are int8 with a float16
-    scale for 32 channels. With INT8, queries and attention weights have 8 bits too, and attention is computed in
+    scale for each 32 channels. With INT8, queries and attention weights have 8 bits too, and attention is computed in
     integers."""
 
     F16 = "f16"

@@ -172,7 +172,7 @@ class Program:
 
     @property
     def kv_memory(self) -> tuple[KvLayer, ...]:
-        """The recurrent states, and for each layer the first attention step that stores keys and values."""
+        """The recurrent states, and each layer's first attention step that stores keys and values."""
         kept: list[KvLayer] = []
         layers: set[int] = set()
         for step in self.steps:

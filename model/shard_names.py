@@ -8,7 +8,7 @@ _SHARD = re.compile(r"(?P<whole>.+)\[(?P<inner>:,)?(?P<start>\d+):(?P<end>\d+)\]
 
 
 def shard_name(name: str, part: range) -> str:
-    """Returns the name of a range of `name`'s experts or rows. If `name` is a range too, `part` is relative to it."""
+    """Returns the name of a range of `name`'s experts or rows. If `name` names a range, `part` is relative to it."""
     found = _SHARD.fullmatch(name)
     if found is not None:
         assert found["inner"] is None, name

@@ -85,5 +85,5 @@ def _activation(builder: EncoderBuilder) -> ActivationFunction:
     key = "hidden_activation"
     name = builder.keys.text(key, "gelu")
     if name not in _ACTIVATIONS:
-        raise builder.keys.error(key, f"{shown(name)} is not supported, only {', '.join(_ACTIVATIONS)}")
+        raise builder.keys.error(key, f"{shown(name)} is not supported; supported are {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]

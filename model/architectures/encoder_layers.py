@@ -110,7 +110,7 @@ class EncoderBuilder(ProgramBuilder):
             raise self.keys.error(key, "expected 2 (cls); a classifier with mean pooling is not supported")
 
     def _dense(self, rows: Buffer) -> Buffer:
-        """Appends the model's dense layers. They may precede mean pooling, because both are linear."""
+        """Appends the model's dense layers. They are linear, so mean pooling may come before or after them."""
         if not any(f"dense_{number}.weight" in self.model.tensors for number in (2, 3)):
             return rows
         inner = Buffer("dense", self.model.tensor("dense_2.weight").shape[0])

@@ -47,7 +47,7 @@ def read_experts(
         what = f"{hp.expert_count} experts in {groups} groups, {hp.expert_used_count} chosen from {used_groups} groups"
         raise keys.error(
             "expert_group_count",
-            f"{what}; groups must have the same number of experts, and the used groups must have enough experts",
+            f"{what}; expected groups of equal size, and {hp.expert_used_count} experts or more in the used groups",
         )
     options = ExpertOptions(
         gating=_GATINGS.get(number, gating),
@@ -69,7 +69,7 @@ def expert_step(
     routed: Buffer | None = None,
 ) -> Moe:
     """Returns a mixture-of-experts step, which reads the first buffer and writes the second. If `routed` is given, the
-    router reads it instead."""
+    router reads `routed` instead of the first buffer."""
     (x, out), count, ffn = buffers, hp.expert_count, hp.expert_feed_forward_length
     old = f"{prefix}.ffn_gate.0.weight"
     if tensors.has(old):

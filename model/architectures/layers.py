@@ -211,7 +211,7 @@ class ProgramBuilder(CheckedTensors):
 
     def mix(self, layer: int, mixer: Iterable[steps.Step], *, beside: bool = False) -> None:
         """Appends a norm of the hidden state and the steps of `mixer`, which must write the buffer `projected`. Then
-        adds `projected` to the hidden state. If `beside`, appends no norm: attention's norm serves `mixer` too."""
+        adds `projected` to the hidden state. If `beside`, appends no norm, because `mixer` reads attention's norm."""
         if not beside:
             self._norm(f"blk.{layer}.attn_norm", self._hidden)
         self.append(mixer)

@@ -44,7 +44,7 @@ def hunyuan_moe(builder: ProgramBuilder) -> None:
 
 
 def bailingmoe2(builder: ProgramBuilder) -> None:
-    """Builds Ling and Ring 2.0. Dense layers come first. The other layers have shared experts, and groups of experts
+    """Builds Ling and Ring 2.0. Dense layers come first. The other layers have shared experts, and grouped experts
     with sigmoid gates."""
     hp, keys, table = builder.hyperparameters, builder.keys, builder.rope_table()
     shared = (_shared_width(builder) or hp.expert_feed_forward_length) * _shared_experts(builder)

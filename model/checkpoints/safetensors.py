@@ -35,7 +35,7 @@ def read_safetensors(file: SourceFile) -> list[StoredTensor]:
     length = int.from_bytes(file.read(0, 8), "little")
     if not 2 <= length <= min(_MAX_HEADER_BYTES, file.size_bytes - 8):
         raise file.error(
-            f"the header has {length} bytes and the file {file.size_bytes}: not a safetensors file, or cut short"
+            f"the header has {length} bytes, and the file has {file.size_bytes}: not a safetensors file, or cut short"
         )
     header = parse_json(file.read(8, length), f"{file.path}: header")
     tensors = [_stored(file, name, entry, 8 + length) for name, entry in header.items() if name != _METADATA]

@@ -64,7 +64,7 @@ class GrammarChecker:
         return verdict
 
     async def _checked(self, definition: str) -> Verdict:
-        """Checks a grammar. If cancelled, first waits for the check, so that the owner's turn does not end earlier."""
+        """Checks a grammar. Even if cancelled, waits for the check's end, so that the owner keeps the turn."""
         process = min(self._processes, key=lambda process: process.child.load)
         check = asyncio.wrap_future(process.submit(definition))
         try:

@@ -58,7 +58,7 @@ def of_calls(rules: str, origin: str) -> Grammar:
 
 
 def of_gbnf(text: str, origin: str) -> Grammar:
-    """Returns a grammar from GBNF or Lark text. The check converts the text later, because conversion may be slow."""
+    """Returns a grammar of GBNF or Lark text. The grammar check converts the text later, because this may be slow."""
     if len(text) > _MAX_GBNF_BYTES:
         raise ParameterError(origin, f"the grammar has {len(text)} characters; the limit is {_MAX_GBNF_BYTES}")
     return _defined({GBNF: text}, origin)

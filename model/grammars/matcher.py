@@ -220,7 +220,7 @@ class _Triggers:
         self._newest: list[tuple[int, int]] = []  # Tokens of `_tail`, with their lengths in bytes.
 
     def take(self, token: int) -> list[list[int]]:
-        """Takes a token. For each trigger that it completes, returns the answer's tokens since the trigger's start."""
+        """Takes a token. For each trigger that this token completes, returns the tokens since the trigger's start."""
         word = self._vocabulary.words[token].removeprefix(b"\xff")
         before = len(self._tail)
         self._tail += word

@@ -42,7 +42,7 @@ class NormalSchema:
 
 
 def normal_schema(schema: Any, *, closes_objects: bool = False) -> NormalSchema:
-    """Normalizes a JSON schema. If `closes_objects`, also closes it (see `closed_schema`). May raise RecursionError."""
+    """Normalizes a JSON schema. If `closes_objects`, also forbids unnamed properties. May raise RecursionError."""
     reader = _Reader(schema)
     read = reader.read(schema, "")
     made = {"allOf": [read]} if isinstance(read, bool) else read

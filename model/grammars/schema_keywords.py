@@ -74,8 +74,8 @@ def count(schema: Mapping[str, Any], key: str) -> int | None:
 
 
 def text_forms(schema: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
-    """Returns the usable `pattern` and `format`, and False if a pattern with look-around was dropped and there is no
-    usable `format`, otherwise True."""
+    """Returns the usable `pattern` and `format`, and a flag, which is False if a pattern with look-around was dropped
+    and no usable `format` remains."""
     form, pattern = schema.get("format"), schema.get("pattern")
     made: dict[str, str] = {}
     if isinstance(form, str) and (form := _OTHER_FORMATS.get(form, form)) in FORMATS:
@@ -88,8 +88,8 @@ def text_forms(schema: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
 
 
 def bounds(schema: Mapping[str, Any], types: Sequence[str]) -> dict[str, Any]:
-    """Returns the numeric limits of a schema. Draft 4's Boolean limits become numbers. Integers get a minimum or
-    maximum of sixteen digits if it is missing."""
+    """Returns the numeric limits of a schema. Draft 4's Boolean limits become numbers. A missing minimum or
+    maximum of an integer becomes a number of sixteen digits."""
     made: dict[str, Any] = {}
     for limit, exclusive, sign in (("minimum", "exclusiveMinimum", -1), ("maximum", "exclusiveMaximum", 1)):
         value, other = schema.get(limit), schema.get(exclusive)

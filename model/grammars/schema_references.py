@@ -36,7 +36,7 @@ class SchemaReferences:
         return found
 
     def target(self, reference: str) -> Any:
-        """Returns the schema that a reference names, which may be another reference, or MISSING."""
+        """Returns the schema that a reference names, or MISSING. This schema may be a reference too."""
         resource, _, fragment = reference.partition("#")
         base = self._root if not resource else self._identified.get(resource, MISSING)
         if not fragment or base is MISSING:

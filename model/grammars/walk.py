@@ -1,4 +1,4 @@
-"""Follows a grammar for some tokens before a request is admitted, so that it does not fail later on a worker."""
+"""Follows a grammar for some tokens before a request is admitted, so that the request does not fail on a worker."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class GrammarWalk:
         self._ends = np.array(vocabulary.end_ids)
 
     def run(self, definition: str, names: Sequence[str] = ()) -> None:
-        """Takes allowed tokens, preferably keys in `names`. Raises RequestError if the grammar cannot be used."""
+        """Follows a grammar for some tokens, preferably keys in `names`. Raises RequestError if the grammar fails."""
         matcher = GrammarMatcher(Grammar(definition), self._vocabulary, is_costly=True)
         keys = deque(self._vocabulary.native.tokenize_bytes(_key(name)) for name in names[:_NAMES])
         taken: list[int] = []

@@ -34,8 +34,8 @@ _SUMS = (
 class GatherCost:
     """An exchange in which the members of a group send each other the channels that they computed. A row consists of
     `lines` parts of `width` channels, and members divide each part into `units` equal units. Values are sent in the
-    quantized format `form` if each member has whole blocks of it, and otherwise as float32. If `to_leader`, only the
-    leader receives. If `from_leader`, only the leader sends."""
+    quantized format `form` if each member has whole blocks of this format, and otherwise as float32. If `to_leader`,
+    only the leader receives. If `from_leader`, only the leader sends."""
 
     width: int
     units: int

@@ -17,7 +17,7 @@ from llamaclust.model.images.tiling import tiling_of
 
 
 def _reply_to(image: bytes, settings: ImageSettings, first: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-    """Returns a reply, and the pixels [height, width, 3] of each tile, one tile after the other."""
+    """Returns the reply (the tiles' sizes, or an error), and the pixels [height, width, 3] of all tiles in order."""
     try:
         tiling = tiling_of(decode(image, first["max_pixels"]), settings)
         sizes = [tile.size for tile in tiling.tiles]

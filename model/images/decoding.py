@@ -49,7 +49,7 @@ _FILES: Mapping[ImageFormat, Callable[[BytesIO], Image]] = MappingProxyType(
 
 
 def decode(data: bytes, max_pixels: int) -> Image:
-    """Returns an upright RGB image, or the first frame of an animation. Transparent parts become white, as in
+    """Returns an upright RGB image (the first frame of an animation). Transparent parts become white, as in
     transformers. Raises ImageError if the bytes cannot be decoded, and MemoryError if memory is short."""
     kind = format_of(data)
     if kind is None:

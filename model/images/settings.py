@@ -24,7 +24,7 @@ class ImageSettings:
     projector: the projector's type in GGUF files (`clip.projector_type`), which is the family's name.
     patch_size, merge: a row of the encoder's result has merge x merge patches of patch_size x patch_size pixels.
     image_size: the side of a tile in pixels, if all tiles have the same size.
-    longest_edge: for idefics3, the image's edge before it is cut. For pixtral, the maximum side in pixels.
+    longest_edge: for idefics3, the longer side of the resized image in pixels. For pixtral, this side's maximum.
     min_pixels, max_pixels: limits of a tile of free size.
     min_tiles, max_tiles: limits of an image, without the overview."""
 

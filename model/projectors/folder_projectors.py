@@ -20,8 +20,8 @@ _MOST_SHOWN = 4
 
 @dataclass(frozen=True, slots=True)
 class FolderProjectors:
-    """The projectors in a model file's folder. `fitting` has those that fit the model, and `problems` says why others
-    do not."""
+    """The projectors in a model file's folder. `fitting` has those that fit the model, and `problems` has the
+    reasons why the others do not fit."""
 
     fitting: tuple[Projector, ...]
     problems: tuple[str, ...]

@@ -39,7 +39,7 @@ Colours = tuple[float, float, float]
 class ImageNumbers:
     """Numbers for the preparation of images. A colour c (0 to 255) becomes (c / 255 - mean) / deviation. `image_size`
     is a tile's side in pixels. If tiles differ in size, it is the side for which learned positions were trained.
-    `longest_edge` is an image's edge before it is cut. `longest_edge` and limits are 0 if missing."""
+    `longest_edge` is the longer side of a resized image. `longest_edge` and limits are 0 if missing."""
 
     image_size: int
     longest_edge: int
@@ -53,7 +53,7 @@ class ImageNumbers:
 
 
 def family_name(keys: ModelKeys) -> str:
-    """Returns the projector's name. Raises ModelFileError without an image encoder or a supported projector."""
+    """Returns the projector's name. Raises ModelFileError if the file has no encoder or no supported projector."""
     if not keys.flag("has_vision_encoder", True):
         raise keys.error("has_vision_encoder", "the value is false, so the file has no image encoder")
     name = keys.text("projector_type", "") or keys.text("vision.projector_type", "")

@@ -10,7 +10,7 @@ from llamaclust.model.steps.step import Buffer, StepFacts
 
 @dataclass(frozen=True, slots=True)
 class Exchange(StepFacts):
-    """out[r] = what another device computes for row r from `inputs`, such as the results of the experts it holds."""
+    """out[r] = the result for row r that another device computes from `inputs`, for example with its experts."""
 
     inputs: tuple[Buffer, ...]
     out: Buffer

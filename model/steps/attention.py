@@ -25,7 +25,7 @@ class RopeTable:
 @dataclass(frozen=True, slots=True)
 class Rope(StepFacts):
     """Rotates the first 2 * len(table.frequencies) channels of each head of x in place, by the row's position. If rows
-    have several positions, such as time, height and width, pair i uses position number sections[i]."""
+    have several positions, such as time, height and width, sections[i] selects the position that rotates pair i."""
 
     x: Buffer
     heads: int

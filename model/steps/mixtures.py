@@ -187,7 +187,7 @@ class ExpertShards(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertInner(StepFacts):
-    """Gate and up of the chosen experts, best first: out [used * ffn_width] = activation(gate_e(x), up_e(x))."""
+    """Computes out [used * ffn_width] = activation(gate_e(x), up_e(x)) of the chosen experts e, best first."""
 
     mixture: Moe
     choice: Buffer
@@ -216,7 +216,7 @@ class ExpertInner(StepFacts):
 @dataclass(frozen=True, slots=True)
 class ExpertDown(StepFacts):
     """Computes the down projections of the chosen experts, best first: out [used * width] = down_e(x_e), where
-    width is that of `mixture.out`. x [used * ffn_width] is the result of `ExpertInner`. `ExpertSum` applies the
+    width is the width of `mixture.out`. x [used * ffn_width] is the result of `ExpertInner`. `ExpertSum` applies the
     weights."""
 
     mixture: Moe

@@ -117,7 +117,7 @@ class StepFacts:  # No ABC, whose isinstance takes several times as long: plans 
         return DivisionRule(self.reads) if self.is_elementwise else WHOLE
 
     def portion(self, own: Units) -> Self:
-        """Returns the step with one member's part of its divided weights. Does not change buffers and heads."""
+        """Returns the step with only the units `own` of each divided weight. Does not change buffers and heads."""
         return self
 
 

@@ -160,7 +160,7 @@ class Detokenizer:
 
 
 class SpecialTokens:
-    """Splits texts at tokens of some types. `ids` has the tokens by text, longest first."""
+    """Splits texts at tokens of the types `kinds`. The keys of `ids` are the tokens' texts, longest first."""
 
     def __init__(self, vocabulary: Vocabulary, *kinds: TokenType) -> None:
         wanted = bytes(kinds)

@@ -194,7 +194,7 @@ class WeightPart:
         return part
 
     def write(self, pieces: Sequence[bytes | memoryview]) -> None:
-        """Appends pieces to the tensor. If the disk is full or fails, deletes its file and raises LlamaclustError."""
+        """Appends pieces to the file. If the disk is full or fails, deletes the file and raises LlamaclustError."""
         with self._lock:
             if self._file.closed:
                 return

@@ -28,7 +28,7 @@ def shared_kv_sources(keys: ModelKeys, windowed: Sequence[bool]) -> list[int]:
     for layer in range(first, layers):
         if windowed[layer] not in last:
             what = f"{layers - first} layers read other layers' keys and values"
-            raise keys.error(SHARED_KV_KEY, f"{what}, but no earlier layer has the same window as layer {layer}")
+            raise keys.error(SHARED_KV_KEY, f"{what}, but no layer before layer {layer} has the same kind of window")
     return [layer if layer < first else last[windowed[layer]] for layer in range(layers)]
 
 

@@ -38,7 +38,7 @@ def gemma2(builder: ProgramBuilder) -> None:
 
 def gemma3(builder: ProgramBuilder) -> None:
     """Builds Gemma 3, text only. It is Gemma 2 with norms of q and k instead of soft caps. Five of six layers have a
-    sliding window, and RoPE without scaling and with another base."""
+    sliding window, and unscaled RoPE with another base."""
     hp = builder.hyperparameters
     final_cap = builder.keys.real("final_logit_softcapping", 0.0, minimum=0.0, maximum=_MAX_CAP)
     variants = _windowed_variants(builder, _scale(hp, _GEMMA3_27B_LAYERS))

@@ -24,7 +24,7 @@ _LEAST_SQUARE = 1e-5
 
 
 def gemma3n(builder: ProgramBuilder) -> None:
-    """Builds Gemma 3n, text only. A stage sends all copies of the hidden state and later layers' per-layer inputs."""
+    """Builds Gemma 3n, text only. A stage sends the hidden state's copies, and the per-layer inputs of later layers."""
     hp, keys = builder.hyperparameters, builder.keys
     for key in ("attention.sliding_window", "embedding_length_per_layer_input", SHARED_KV_KEY):
         keys.count(key, minimum=0 if key == SHARED_KV_KEY else 1, maximum=1 << 30)  # All known files have this key.
@@ -63,7 +63,7 @@ def _sparsity(keys: ModelKeys, layers: int) -> tuple[float | None, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Copies:
-    """The copies of the hidden state (AltUp), side by side in each row. Blocks compute only copy number `active`."""
+    """The copies of the hidden state (AltUp), side by side in each row. A layer computes only copy `active`."""
 
     builder: ProgramBuilder
     count: int
@@ -87,7 +87,7 @@ class _Copies:
         return Buffer("hidden", self.width)
 
     def begin(self) -> Iterator[ir.Step]:
-        """Yields the steps that make the copies: the embedding, and its projections, scaled to the same magnitude."""
+        """Yields the steps that make the copies: the embedding, and projections of it, scaled to its magnitude."""
         repeated = self._hidden
         for count in range(2, self.count):
             more = Buffer(f"embedding {count} times", count * self.width)

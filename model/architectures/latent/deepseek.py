@@ -19,7 +19,7 @@ _GLM_FLASH_LAYERS, _GLM_FLASH_VOCABULARY = (47, 48), 154880
 
 
 def deepseek2(builder: ProgramBuilder) -> None:
-    """Builds DeepSeek 2. The first layers are dense. The others have groups of experts and shared experts. If the
+    """Builds DeepSeek 2. The first layers are dense. The others have shared experts and grouped experts. If the
     file has `yarn_log_multiplier`, YaRN scales attention scores but not cos and sin, as in the original code."""
     multiplier = _log_multiplier(builder)
     _latent_layers(builder, multiplier, 1.0 if multiplier else 0.0)

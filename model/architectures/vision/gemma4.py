@@ -17,7 +17,7 @@ STANDARD_BIAS, STANDARD_SCALE = "v.std_bias", "v.std_scale"
 
 
 def gemma4v(builder: VisionBuilder) -> Buffer:
-    """Builds the encoder. RoPE rotates a head's first half by the patch's column, and its second half by the row."""
+    """Builds Gemma 4's encoder. RoPE rotates a head's first half by the patch's column, and the second by its row."""
     builder.rms = True
     hp = builder.hyperparameters
     each = frequencies(hp.head_dim // 2, _ROPE_BASE)

@@ -190,7 +190,7 @@ class VisionBuilder(CheckedTensors):
         self.hidden = out
 
     def norm(self, name: str, x: Buffer, out: Buffer, heads: int = 1, epsilon: float | None = None) -> None:
-        """Appends out = norm(x). If the weight is only as wide as one head, each of the `heads` heads is normed."""
+        """Appends out = norm(x). If the weight has the width of one head, norms the `heads` heads separately."""
         epsilon = epsilon or self.hyperparameters.epsilon
         if self.rms:
             parts = heads if self.model.tensor(f"{name}.weight").shape == (x.width // heads,) else 1

@@ -143,7 +143,7 @@ def _finite(text: str) -> float:
 
 
 class TextValue:
-    """Converts a string to JSON while its text arrives, without the white space that the call format adds around it."""
+    """Converts a string to JSON while its text arrives. Removes the white space that the format adds around strings."""
 
     def __init__(self, put: Callable[[str], None], indent: str, dedent: str) -> None:
         self._put = put

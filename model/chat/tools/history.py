@@ -90,7 +90,7 @@ def _shaped(form: ToolFormat, function: Message) -> Any:
 
 
 def _arguments(function: Message) -> Any:
-    """Returns arguments as an object even if they are JSON text, because some templates iterate over their keys."""
+    """Returns arguments as an object even if they are JSON text, because some templates iterate over the keys."""
     given = function.get("arguments") or {}
     if not isinstance(given, str):
         return given

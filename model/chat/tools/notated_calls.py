@@ -22,7 +22,7 @@ _EMPTY: Final = {"array": "[]", "object": "{}"}
 
 
 class NotatedReader:
-    """Reads tool calls in a `Notation`. Emits an argument only when its value is complete."""
+    """Reads tool calls of the form `NotatedCalls`. Emits an argument only when its value is complete."""
 
     def __init__(self, source: TextSource, sink: CallSink, calls: NotatedCalls) -> None:
         self._source = source

@@ -35,7 +35,7 @@ _FIRST_MARKUP: Final = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]]+\])")
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A chat template under test. If `text_arguments`, it gets the arguments of calls as JSON text."""
+    """A chat template under test. If `text_arguments`, the template gets the arguments of calls as JSON text."""
 
     render: Render
     text_arguments: bool = False
@@ -54,7 +54,7 @@ class Probe:
             return ""
 
     def call_text(self, *arguments: Mapping[str, Any]) -> str:
-        """Returns the text that tool calls with these arguments add to a message, without empty reasoning tags."""
+        """Returns the text that tool calls with these arguments add to a message. Omits empty reasoning tags."""
         text = difference(self.text(call_message(arguments, text_arguments=self.text_arguments)), self.content_text())
         tags = self.reasoning
         if tags is None:

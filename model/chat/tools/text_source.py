@@ -112,7 +112,7 @@ class TextSource:
             yield
 
     def word(self, markers: Markers, most: int) -> Reading[str | None]:
-        """Consumes and returns the text before the next marker or the end. Returns None beyond `most` characters."""
+        """Takes the text before the next marker or the end. Returns None if it has more than `most` characters."""
         while True:
             begin, end = markers.find(self._text, self._at)
             cut = len(self._text) if self._is_ended else markers.cut_at(self._text, self._at)

@@ -25,8 +25,8 @@ class ReasoningTags:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Texts around tool calls. `section_begin` and `section_end` enclose all calls, and `call_begin` and `call_end`
-    each call. The texts have no white space at their ends and may be empty. `call_begin` may have several lines."""
+    """Texts around tool calls. `section_begin` and `section_end` enclose all calls. `call_begin` and `call_end`
+    enclose each call. Texts have no white space at their ends and may be empty. `call_begin` may have several lines."""
 
     section_begin: str = ""
     call_begin: str = ""
@@ -98,7 +98,7 @@ class Notation(Enum):
 
 @dataclass(frozen=True, slots=True)
 class NotatedCalls:
-    """Tool calls in a `Notation`. `mark` is the string delimiter of GEMMA, or the text before each tag of ELEMENTS."""
+    """Tool calls in a notation other than JSON. `mark` delimits strings in GEMMA, and precedes each tag in ELEMENTS."""
 
     frame: Frame
     notation: Notation

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def tiled(settings: ImageSettings, numbers: ImageNumbers, side: int, tiles: tuple[int, int]) -> ImageSettings:
-    """Returns the settings with the tile side and the file's limits on the number of tiles (by default `tiles`)."""
+    """Returns the settings with tiles of side `side`. `tiles` limits their number if the file does not."""
     least, most = numbers.min_tiles or tiles[0], numbers.max_tiles or tiles[1]
     return replace(settings, image_size=side, min_tiles=min(least, most), max_tiles=most)
 

@@ -12,7 +12,7 @@ ANY_ARGUMENTS: Final[Schema] = {"type": "object"}
 
 
 def arguments_schema(schema: Any) -> NormalSchema:
-    """Returns a tool's schema with closed objects, or `ANY_ARGUMENTS` if it is too deep or not a schema of objects."""
+    """Returns a tool's schema without unnamed properties, or `ANY_ARGUMENTS` if it is too deep or allows no object."""
     try:
         normal = normal_schema(schema, closes_objects=True)
     except RecursionError:

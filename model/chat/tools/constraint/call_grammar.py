@@ -41,7 +41,7 @@ class CallStart(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CallGrammar:
-    """A Lark grammar of tool calls. It applies from the first text in `triggers`, or always if there are none."""
+    """A Lark grammar of tool calls. It applies from the first of `triggers` on, or always if there are none."""
 
     lark: str
     triggers: tuple[str, ...] = ()

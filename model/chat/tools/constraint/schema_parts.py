@@ -37,7 +37,7 @@ def number(kind: str, schema: Schema) -> str:
 
 
 def properties(schema: Schema) -> list[tuple[str, Any, bool]] | None:
-    """Returns (name, schema, is required) for each property, required properties first, or None for open objects."""
+    """Returns (name, schema, is required) for each property, required ones first, or None if others are allowed too."""
     named, required = schema.get("properties"), schema.get("required")
     if not isinstance(named, Mapping) or schema.get("additionalProperties") is not False:
         return None

@@ -105,7 +105,7 @@ def thread_count() -> int:
 
 
 def output_type(name: str, tensor: Lazy, wanted: QuantType) -> QuantType:
-    """Returns the type in which a tensor is written: `wanted` for most matrices, and F32 for vectors."""
+    """Returns a tensor's type in the file: F32 for vectors and names in `_EXACT`, and mostly `wanted` for others."""
     if tensor.packed is not None:
         return tensor.packed
     if len(tensor.shape) == 1 or _EXACT.fullmatch(name):

@@ -70,13 +70,13 @@ class ConvertedModel:
         self.tensors[name] = tensor
 
     def copy(self, name: str, source: str, *shape: int, bias: bool | None = False) -> None:
-        """Copies a module's weight and, if `bias` is True, its bias. If `bias` is None, the module may have a bias."""
+        """Copies a module's weight, and its bias if `bias` is True, or if `bias` is None and the module has one."""
         self.put(f"{name}.weight", self.take(f"{source}.weight", *shape))
         if bias or (bias is None and self.has(f"{source}.bias")):
             self.put(f"{name}.bias", self.take(f"{source}.bias", shape[0]))
 
     def leave(self, *prefixes: str) -> bool:
-        """Drops all tensors whose names begin with a prefix. Returns False if there is no such tensor."""
+        """Drops all tensors whose names begin with one of `prefixes`. Returns False if there is no such tensor."""
         found = [name for name in self._left if name.startswith(prefixes)]
         for name in found:
             del self._left[name]

@@ -66,7 +66,7 @@ def merge_adapter(
 
 
 def _tokenizer_files(place: Path) -> dict[str, Path]:
-    """Returns a tokenizer's existing files by their usual names. `place` is the tokenizer's folder or single file."""
+    """Returns the tokenizer files that exist, by their usual names. `place` is a folder or a single file."""
     if place.is_file():
         name = place.name if place.name in NAMES else f"tokenizer{'.json' if place.suffix == '.json' else '.model'}"
         return {name: place}
@@ -78,7 +78,7 @@ def _write_folder(
 ) -> Converted:
     """Writes model.safetensors, the tokenizer's files and config.json, in this order."""
     if type_name not in _STORAGE:
-        raise UsageError(f"--type {type_name}: a folder holds one of {', '.join(_STORAGE)}; q8_0 is for .gguf files")
+        raise UsageError(f"--type {type_name}: give one of {', '.join(_STORAGE)} for a folder; q8_0 is for .gguf files")
     if whole.settings.inner("quantization_config").values.get("quant_method") == KEPT_METHOD:
         advice = "can only be merged into a GGUF file; give a name ending in .gguf"
         raise UsageError(f"{out}: a base model with {KEPT_METHOD} weights {advice}")
@@ -118,7 +118,7 @@ def _write_folder(
 
 
 def _copied(vocabulary: Path, base: Path) -> dict[str, Path]:
-    """Returns the files to copy, by name. Settings come from `base` if the tokenizer's folder lacks them."""
+    """Returns the files to copy, by name. Settings and chat templates that `vocabulary` lacks come from `base`."""
     settings = {name: place / name for place in (base, vocabulary) for name in _SETTINGS if (place / name).is_file()}
     templates = {
         f"{MORE_TEMPLATES}/{path.name}": path
@@ -203,7 +203,7 @@ def _factors(module: str, pair: Mapping[str, Lazy], settings: PeftSettings) -> _
     of_embedding = "embedding_A" in pair
     left, right = (pair["embedding_B"], pair["embedding_A"]) if of_embedding else (pair["B"], pair["A"])
     if len(left.shape) != 2 or len(right.shape) != 2 or left.shape[1] != right.shape[0]:
-        raise ModelFileError(f"{left.origin}: shapes {list(left.shape)} and {list(right.shape)} of B and A do not fit")
+        raise ModelFileError(f"{left.origin}: B {list(left.shape)} and A {list(right.shape)} do not fit together")
     scaling = settings.scaling(module)
     check_rank(scaling, left.shape[1], left.origin)
     exchanged = of_embedding or settings.settings.flag("fan_in_fan_out")

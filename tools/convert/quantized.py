@@ -46,7 +46,7 @@ def dequantized(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent)
     if quantization.count("bits", "w_bit", default=4, maximum=32) != 4:
         raise quantization.error("bits", f"{quantization.shown('bits')} is not supported; expected 4")
     found = {name: tensor for name, tensor in tensors.items() if not _is_part(name, tensors)}
-    # GPTQ stores zeros minus 1, except in version 2.
+    # GPTQ stores zero points minus 1, except in version 2.
     zero_offset = 0 if method == "awq" or quantization.text("checkpoint_format", default="gptq") == "gptq_v2" else 1
     for stem in (name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")):
         found[f"{stem}.weight"] = _four_bit(stem, tensors, recent, is_awq=method == "awq", zero_offset=zero_offset)
@@ -59,7 +59,7 @@ def _is_part(name: str, tensors: Mapping[str, Lazy]) -> bool:
 
 
 def _four_bit(stem: str, tensors: Mapping[str, Lazy], recent: Recent, *, is_awq: bool, zero_offset: int) -> Lazy:
-    """Dequantizes a matrix of GPTQ or AWQ to [outputs, inputs]. `zero_offset` is added to the stored zeros."""
+    """Dequantizes a matrix of GPTQ or AWQ to [outputs, inputs]. `zero_offset` is added to the stored zero points."""
     weight = tensors[f"{stem}.qweight"]
     if len(weight.shape) != 2:
         raise ModelFileError(f"{weight.origin}: expected a matrix, found shape {list(weight.shape)}")
@@ -69,7 +69,7 @@ def _four_bit(stem: str, tensors: Mapping[str, Lazy], recent: Recent, *, is_awq:
     steps = _awq_steps if is_awq else _gptq_steps
 
     def load() -> tuple[NDArray[np.uint32], NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
-        """Returns packed numbers, zeros [groups, outputs], scales [groups, outputs] and each input's group."""
+        """Returns packed weights, zero points [groups, outputs], scales [groups, outputs] and each input's group."""
         packed = _nibbles(zeros.all())
         if is_awq:
             packed = packed[..., _AWQ_ORDER]
@@ -87,7 +87,7 @@ def _four_bit(stem: str, tensors: Mapping[str, Lazy], recent: Recent, *, is_awq:
 
 
 def _beside(stem: str, tensors: Mapping[str, Lazy], inputs: int, outputs: int) -> tuple[Lazy, Lazy, Lazy | None]:
-    """Returns a weight's zeros, scales and group numbers (one number per input, or None if groups are contiguous)."""
+    """Returns a weight's zero points and scales, and each input's group number (None if groups are contiguous)."""
     weight = tensors[f"{stem}.qweight"]
     missing = next((part for part in ("qzeros", "scales") if f"{stem}.{part}" not in tensors), None)
     if missing is not None:

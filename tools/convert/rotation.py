@@ -73,7 +73,7 @@ def latent_rotation(model: ConvertedModel, dimensions: int) -> None:
 
 
 def alpha_rotation(model: ConvertedModel, dimensions: int) -> bool:
-    """Writes RoPE's metadata with a base raised by `alpha`. Returns False if RoPE is not dynamic or `alpha` is 0."""
+    """Writes RoPE's metadata. The base grows with `alpha`. Returns False if RoPE is not dynamic or `alpha` is 0."""
     rope = _parameters(model.settings)
     alpha = rope.real("alpha", default=0.0, maximum=1e6)
     if rope.text("rope_type", "type", default="default").lower() != "dynamic" or not alpha:
@@ -112,13 +112,13 @@ def sections(settings: Settings, pairs: int) -> list[int]:
     if len(listed) not in (3, 4):
         raise settings.error("mrope_section", f"expected 3 or 4 numbers, found {len(listed)}")
     if sum(listed) > pairs:
-        raise settings.error("mrope_section", f"the sum of {listed} exceeds {pairs} (rotated pairs)")
+        raise settings.error("mrope_section", f"the sum of {listed} exceeds {pairs} rotated pairs")
     return [*listed, 0][:4]
 
 
 def position_scale(model: ConvertedModel) -> int:
-    """Writes the scale of queries, which grows with the position. Returns the number of positions with equal scale, or
-    0 if the configuration has no such scale."""
+    """Writes the scale of queries, which grows with the position. Returns how many consecutive positions share a
+    scale, or 0 if the configuration has no such scale."""
     rope = _parameters(model.settings)
     growth = rope.real("llama_4_scaling_beta", default=0.0, maximum=1e3)
     if not growth:

@@ -23,8 +23,8 @@ _NORMAL_95: Final = 1.95996398454
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A task. Each of the four token sequences in `endings` has the context, then an ending. Their first `shared`
-    tokens are equal. `right` is the index of the right ending."""
+    """A task. Each of the four token sequences in `endings` is the context, followed by an ending. The first
+    `shared` tokens of all four are equal. `right` is the index of the right ending."""
 
     endings: tuple[tuple[int, ...], ...]
     shared: int

@@ -65,7 +65,7 @@ def fetch(
     client: httpx.Client, wanted: Download, partial: Path, progress: Progress, limits: DownloadLimits = DOWNLOAD_LIMITS
 ) -> None:
     """Downloads a file into `partial`, or resumes an earlier download. Raises DownloadError if the server refuses, the
-    disk lacks space, `limits` is exhausted or the hash is wrong. An incomplete file is kept."""
+    disk lacks space, a limit is reached or the hash is wrong. An incomplete file is kept."""
     transfer = _Transfer(client, wanted, partial, progress, time.monotonic() + limits.deadline_s)
     resumed = transfer.size_bytes > 0
     transfer.run(limits)
@@ -239,7 +239,7 @@ class _Transfer:
         return headers | ({"If-Range": validator} if validator else {})
 
     def _resume_headers(self) -> dict[str, str]:
-        """Returns headers that request the missing range, or the whole file if its change could not be detected."""
+        """Returns headers that request the missing range, or the whole file if a changed file would go unnoticed."""
         headers = self._range_headers()
         if self.size_bytes and ("If-Range" in headers or self.is_checked):
             return headers | {"Range": f"bytes={self.size_bytes}-"}

@@ -56,7 +56,7 @@ def norms(model: ConvertedModel, layer: int) -> None:
 
 
 def attention(model: ConvertedModel, layer: int, *, bias: bool | None = None) -> None:
-    """Copies the attention matrices. Permutes Q and K for RoPE if the architecture is in `PAIRED`."""
+    """Copies the attention matrices. Interleaves the halves of each head in Q and K for `PAIRED` architectures."""
     place, source = f"blk.{layer}", f"model.layers.{layer}"
     for (part, module), heads in zip(QKV.items(), (model.heads, model.kv_heads, model.kv_heads), strict=True):
         rows = heads * model.head_width

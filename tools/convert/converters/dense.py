@@ -69,7 +69,7 @@ def _plain(model: ConvertedModel, base: float) -> None:
 
 
 def build_exaone4(model: ConvertedModel) -> None:
-    """Converts EXAONE 4, which has norms only after blocks."""
+    """Converts EXAONE 4, in which norms follow attention and the feed-forward network, and do not precede them."""
     settings, hidden = model.settings, model.width
     width = decoder.feed_forward_width(model)
     decoder.usual_keys(model, width)

@@ -47,7 +47,7 @@ def group_keys(model: ConvertedModel, count: int, chosen: int) -> None:
 def matrices(
     model: ConvertedModel, place: str, source: str, count: int, width: int, names: tuple[str, str, str] = PARTS
 ) -> None:
-    """Writes the expert matrices gate, up and down. The checkpoint's experts are separate or stacked."""
+    """Writes the expert matrices gate, up and down, which the checkpoint has for each expert or stacked for all."""
     if not model.has(f"{source}.gate_up_proj"):
         decoder.experts(model, place, count, width, names, source)
         return
@@ -66,7 +66,7 @@ def column_matrices(model: ConvertedModel, place: str, source: str, count: int, 
 
 
 def leading_dense(model: ConvertedModel) -> int:
-    """Returns the number of leading layers without experts. Raises ModelFileError if another layer has no experts."""
+    """Returns the number of leading layers without experts. Raises ModelFileError if a later layer has none."""
     settings, layers = model.settings, model.layers
     listed = settings.values.get("mlp_layer_types")
     if isinstance(listed, list):

@@ -72,7 +72,7 @@ def _matrices(model: ConvertedModel, source: str, shape: tuple[int, int, int], p
 
 
 def packed_blocks(blocks: Lazy, scales: Lazy) -> Lazy:
-    """Packs blocks [experts, rows, blocks per row, 16] and scales into GGUF's MXFP4."""
+    """Packs `blocks` [experts, rows, blocks per row, 16 bytes] and their `scales` as GGUF's MXFP4."""
     count, rows, width, _ = blocks.shape
 
     def read(start: int, end: int) -> Array:

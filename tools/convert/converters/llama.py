@@ -54,7 +54,7 @@ def build_smollm3(model: ConvertedModel) -> None:
         rotated = settings.values["no_rope_layers"]
     if rotated != [int((layer + 1) % _SMOLLM3_PERIOD != 0) for layer in range(model.layers)]:
         name = "no_rope_layers" if settings.has("no_rope_layers") else "no_rope_layer_interval"
-        raise settings.error(name, f"smollm3 omits the rotation in every {_SMOLLM3_PERIOD}th layer, and only there")
+        raise settings.error(name, f"expected RoPE in all layers except every {_SMOLLM3_PERIOD}th")
     width = decoder.feed_forward_width(model)
     decoder.usual_keys(model, width)
     model.key("vocab_size", model.words)
@@ -87,7 +87,7 @@ def _layers(model: ConvertedModel, width: int) -> None:
 
 
 def build_meta(model: ConvertedModel) -> None:
-    """Converts LLaMA with Meta's tensor names, also from llama2.c and TencentPretrain files."""
+    """Converts LLaMA with Meta's tensor names, which llama2.c and TencentPretrain files also get when they are read."""
     width, hidden = decoder.feed_forward_width(model), model.width
     decoder.usual_keys(model, width)
     model.key("vocab_size", model.words)
@@ -153,7 +153,7 @@ def build_baichuan(model: ConvertedModel) -> None:
     decoder.ends(model)
     if model.words == _BAICHUAN_2_WORDS:
         if (head := model.tensors.get("output.weight")) is None:
-            raise ModelFileError("lm_head.weight is missing: Baichuan 2 has a head of its own")
+            raise ModelFileError("lm_head.weight is missing: Baichuan 2 does not use the embedding instead")
         model.tensors["output.weight"] = mapped(head, _of_length_one)
     for layer in range(model.layers):
         decoder.norms(model, layer)

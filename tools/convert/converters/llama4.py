@@ -58,7 +58,7 @@ def _check_attention(model: ConvertedModel, count: int) -> None:
     has_norms = settings.flag("use_qk_norm", default=True)
     if has_norms != (count != _MAVERICK_EXPERTS):
         stated = "true" if has_norms else "false"
-        why = f"only models with {_MAVERICK_EXPERTS} experts have no norms"
+        why = f"Q and K have norms in all models except those with {_MAVERICK_EXPERTS} experts"
         raise settings.error("use_qk_norm", f"{stated} is not supported for {count} experts: {why}")
     if settings.values.get("attn_temperature_tuning", True) in (None, False, 0):
         raise settings.error("attn_temperature_tuning", "false is not supported by llama4")
@@ -68,7 +68,7 @@ def _check_attention(model: ConvertedModel, count: int) -> None:
 
 
 def _chunks(model: ConvertedModel) -> None:
-    """Writes the length of attention chunks if it is not 8192, the length in Scout and Maverick."""
+    """Writes which layers have attention chunks, unless three of four do, and the chunk length, unless it is 8192."""
     settings, rotated = model.settings, _rotated(model)
     kinds = ["chunked_attention" if flag else "full_attention" for flag in rotated]
     if settings.has("layer_types") and settings.values["layer_types"] != kinds:

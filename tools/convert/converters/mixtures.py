@@ -60,7 +60,7 @@ def granite_feed_forward(model: ConvertedModel, layer: int, width: int, suffix: 
 
 
 def build_ernie(model: ConvertedModel) -> None:
-    """Converts ERNIE 4.5 with experts, without layers for multi-token prediction."""
+    """Converts ERNIE 4.5 with experts. Drops layers for multi-token prediction."""
     settings, width = model.settings, decoder.feed_forward_width(model)
     if settings.flag("use_bias"):
         raise settings.error("use_bias", "true is not supported by ernie4_5-moe")
@@ -114,7 +114,7 @@ def _ernie_experts(model: ConvertedModel, layer: int) -> None:
 
 
 def build_bailing(model: ConvertedModel) -> None:
-    """Converts Ling and Ring 2.0, without layers for multi-token prediction."""
+    """Converts Ling and Ring 2.0. Drops layers for multi-token prediction."""
     settings, width, hidden = model.settings, decoder.feed_forward_width(model), model.width
     for name, wanted in (("use_bias", False), ("use_qkv_bias", False), ("use_qk_norm", True)):
         if settings.flag(name, default=wanted) is not wanted:

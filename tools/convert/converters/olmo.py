@@ -25,7 +25,7 @@ def build_olmo3(model: ConvertedModel) -> None:
     local = local_base(settings, settings.real("rope_theta", default=_BASE, minimum=1.0))
     if local != base:
         raise settings.error(
-            "rope_parameters", f"layers with a window have base {local:g}, but other layers have {base}"
+            "rope_parameters", f"expected one base, found {local:g} for layers with a window and {base} for others"
         )
     model.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
     model.key("attention.sliding_window_pattern", np.array(decoder.windowed_layers(model, _PERIOD), np.bool_))

@@ -49,7 +49,7 @@ class _DeltaNet:
         return 2 * self.keys + self.values
 
     def order(self, width: int) -> NDArray[np.int64]:
-        """Returns, for each row of the value heads in GGUF, its index in the checkpoint. A head has `width` rows."""
+        """Returns the checkpoint's row index for each row of the value heads in GGUF. A head has `width` rows."""
         numbers = np.arange(self.heads * width, dtype=np.int64)
         if not self.tiled:
             return numbers
@@ -84,7 +84,7 @@ def _read_net(model: ConvertedModel) -> _DeltaNet:
     if width % VALUE_CHANNELS:
         raise settings.error("linear_key_head_dim", f"expected a multiple of {VALUE_CHANNELS}, found {width}")
     if heads % key_heads:
-        raise settings.error("linear_num_key_heads", f"{key_heads} does not divide {heads} heads of values")
+        raise settings.error("linear_num_key_heads", f"{key_heads} does not divide {heads} value heads")
     if settings.count("linear_value_head_dim", maximum=MAX_KEY_CHANNELS) != width:
         value = settings.values["linear_value_head_dim"]
         raise settings.error("linear_value_head_dim", f"expected {width}, the width of keys, found {value}")

@@ -146,7 +146,7 @@ def is_tencent_pretrain(tensors: Mapping[str, Lazy]) -> bool:
 def read_tencent_pretrain(
     files: SourceFiles, path: Path, tensors: Mapping[str, Lazy], config: Path | None, context_length: int | None
 ) -> Checkpoint:
-    """Reads a TencentPretrain checkpoint. `config` is TencentPretrain's file, such as models/llama/7b_config.json."""
+    """Reads a TencentPretrain checkpoint. `config` is its configuration, such as models/llama/7b_config.json."""
     place = config or path.with_suffix(".json")
     if not place.is_file():
         raise ModelFileError(

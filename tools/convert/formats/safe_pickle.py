@@ -24,7 +24,7 @@ class StorageRef:
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A tensor as a view of a storage. Offset and strides are numbers of elements."""
+    """A tensor as a view of a storage. Offset and strides are in elements."""
 
     storage: StorageRef
     offset: int

@@ -94,7 +94,7 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _members(file: SourceFile) -> dict[str, _Member]:
     if file.read(0, min(4, file.size_bytes)) != _ZIP:
-        raise file.error("not a zip file; torch.save writes zip files since 1.6: save it again with a newer PyTorch")
+        raise file.error("not a zip file; save it again with PyTorch 1.6 or newer, which writes zip files")
     try:
         with zipfile.ZipFile(_Window(file)) as archive:
             listed = archive.infolist()

@@ -48,7 +48,7 @@ def vocabulary_of(architecture: str, files: SourceFiles, place: Path, rows: int)
 
 
 def _become_gemma4(words: Words) -> None:
-    """Turns a SentencePiece vocabulary into BPE with the merges of tokenizer.json."""
+    """Turns a SentencePiece vocabulary into gemma4's BPE, which needs the merges of tokenizer.json."""
     if not words.merges:
         raise ModelFileError(f"{words.origin}: has no merges; gemma4 needs the merges of {_LIBRARY_FILE}")
     if words.flags["add_space_prefix"]:

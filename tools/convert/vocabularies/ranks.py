@@ -79,7 +79,7 @@ def read_ranks(path: Path, data: bytes) -> Words:
 
 
 def spelled(ranks: Mapping[bytes, int]) -> list[str]:
-    """Returns words in order of rank. Each byte is written as its letter in byte-level BPE."""
+    """Returns the words in order of rank, each byte as the letter that stands for it in byte-level BPE."""
     return [_spell(word) for word in sorted(ranks, key=ranks.__getitem__)]
 
 
@@ -170,7 +170,7 @@ def _special(document: dict[str, Any], path: Path, count: int) -> list[str]:
         rank, text = entry.get("rank"), entry.get("token_str")
         if type(rank) is not int or not 0 <= rank < count or not isinstance(text, str):
             raise ModelFileError(
-                f"{path}: the special token {shown(str(text))} has rank {rank}, but there are {count} ranks"
+                f"{path}: the special token {shown(str(text))} has rank {rank}, expected a rank below {count}"
             )
         texts[rank] = text
     return texts

@@ -45,7 +45,7 @@ class Words:
     charsmap: bytes = b""
 
     def add(self, token_id: int, text: str, special: bool) -> None:
-        """Adds a control or user-defined token, or replaces the token that has this id. Ignores the unknown token."""
+        """Adds a control or user-defined token, or replaces the token with this id, except the unknown token."""
         if token_id == self.ids.get("unknown"):
             return
         if not 0 <= token_id < MAX_WORDS:
@@ -63,8 +63,8 @@ class Words:
         return known and self.types[token_id] is TokenType.CONTROL
 
     def fit(self, rows: int) -> None:
-        """Adds or drops unused tokens until there are `rows` tokens. Raises ModelFileError if the numbers differ so
-        much that the vocabulary must belong to another model."""
+        """Adds or drops unused tokens until there are `rows` tokens. Raises ModelFileError if the number of tokens
+        is so far from `rows` that the vocabulary must belong to another model."""
         while len(self.texts) > rows and self.types[-1] is TokenType.UNUSED:
             self._drop()
         count = len(self.texts)

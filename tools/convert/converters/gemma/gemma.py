@@ -63,7 +63,7 @@ def _caps(model: ConvertedModel) -> None:
             model.key(name, settings.real(name, default=default, minimum=1e-3, maximum=MAX_CAP))
         return
     if settings.has(scores):
-        raise settings.error(scores, "gemma3 does not cap scores")
+        raise settings.error(scores, "gemma3 does not cap attention scores")
     if settings.has(final):
         model.key(final, settings.real(final, minimum=1e-3, maximum=MAX_CAP))
 

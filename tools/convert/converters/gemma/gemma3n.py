@@ -72,7 +72,10 @@ def _keys(model: ConvertedModel, widths: list[int], copies: int, inputs: int) ->
     shared = settings.count("num_kv_shared_layers", default=15, minimum=0, maximum=model.layers - 1)
     own = model.layers - shared
     if {*windowed[own:]} - {*windowed[:own]}:
-        raise settings.error("num_kv_shared_layers", f"{shared} is too large: no earlier layer is of the same kind")
+        raise settings.error(
+            "num_kv_shared_layers",
+            f"{shared} is too large: each shared layer needs an unshared layer of its kind (sliding or full attention)",
+        )
     model.key("attention.shared_kv_layers", shared)
     model.key("attention.sliding_window", settings.count("sliding_window", default=512, maximum=MAX_CONTEXT))
     model.key("attention.sliding_window_pattern", np.array(windowed, np.bool_))
@@ -92,7 +95,7 @@ def _sparsity(model: ConvertedModel) -> list[float]:
     if shares is None:
         shares = [_SPARSITY] * sparse + [0.0] * (model.layers - sparse)
     if not isinstance(shares, list) or len(shares) != model.layers:
-        raise model.settings.error(name, f"expected a share for each of {model.layers} layers")
+        raise model.settings.error(name, f"expected a list of {model.layers} shares, one for each layer")
     if not all(isinstance(share, int | float) and 0 <= share < 1 for share in shares):
         raise model.settings.error(name, "expected shares from 0 to below 1")
     return [NormalDist().inv_cdf(share) if share else -math.inf for share in shares]

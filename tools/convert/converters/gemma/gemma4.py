@@ -35,7 +35,7 @@ class _Heads:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """Settings that differ between layers. Later layers reuse the keys and values of the first `own` layers."""
+    """Layer settings: `part` for sliding windows, `full` for others. The first `own` layers compute keys and values."""
 
     windowed: list[bool]
     part: _Heads
@@ -78,7 +78,10 @@ def _read_form(model: ConvertedModel) -> _Form:
     shared = settings.count("num_kv_shared_layers", default=0, minimum=0, maximum=model.layers - 1)
     own = model.layers - shared
     if {*windowed[own:]} - {*windowed[:own]}:
-        raise settings.error("num_kv_shared_layers", f"{shared} is too large: no earlier layer is of the same kind")
+        raise settings.error(
+            "num_kv_shared_layers",
+            f"{shared} is too large: each shared layer needs an unshared layer of its kind (sliding or full attention)",
+        )
     alike = settings.flag("attention_k_eq_v")
     inputs = settings.count("hidden_size_per_layer_input", default=256, minimum=0, maximum=_MAX_INPUT)
     part, full = _heads(model, windowed, alike)
@@ -96,7 +99,10 @@ def _heads(model: ConvertedModel, windowed: list[bool], alike: bool) -> tuple[_H
         each = [_layer_heads(listed.inner(str(layer)), part) for layer in range(model.layers)]
         full = next((heads for heads, has_window in zip(each, windowed, strict=True) if not has_window), part)
         if each != [part if has_window else full for has_window in windowed]:
-            raise settings.error("per_layer_config", "layers of one kind differ in their heads")
+            raise settings.error(
+                "per_layer_config",
+                "layers of one kind (sliding or full attention) differ in head_dim or num_key_value_heads",
+            )
     if model.heads % full.kv_heads:
         raise settings.error("num_global_key_value_heads", f"{full.kv_heads} does not divide {model.heads} heads")
     return part, full

@@ -30,11 +30,11 @@ def read_latent(model: ConvertedModel) -> Latent:
     if settings.flag("attention_bias"):
         raise settings.error("attention_bias", f"true is not supported by {model.architecture}")
     if not settings.flag("rope_interleave", default=True):
-        raise settings.error("rope_interleave", "false is not supported; expected a rotation of neighbouring channels")
+        raise settings.error("rope_interleave", "expected true (RoPE pairs neighbouring channels), found false")
     if model.kv_heads != model.heads:
         raise settings.error(
             "num_key_value_heads",
-            f"expected {model.heads} as for queries, found {model.kv_heads}: latent attention has no groups",
+            f"expected {model.heads} (one per query head), found {model.kv_heads}: latent attention has no groups",
         )
     rotated = settings.count("qk_rope_head_dim", maximum=_MAX_HEAD)
     if rotated % 2:

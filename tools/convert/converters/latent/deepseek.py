@@ -15,7 +15,7 @@ _GLM = "glm4moe"
 
 @dataclass(frozen=True, slots=True)
 class _Mixture:
-    """Expert selection. The gating function is called `name` in configurations, and has the number `number` in GGUF."""
+    """Rules for choosing experts. The gating function is `name` in configurations, and `number` in GGUF."""
 
     name: str
     number: int
@@ -29,7 +29,7 @@ _MISTRAL4 = _Mixture("softmax", experts.SOFTMAX, has_bias=False)
 
 
 def build_v2(model: ConvertedModel) -> None:
-    """Converts DeepSeek V2 Lite. Raises ModelFileError for V2, since GGUF cannot express its choice of groups."""
+    """Converts DeepSeek V2 Lite. Raises ModelFileError for V2, whose choice of expert groups GGUF cannot express."""
     settings = model.settings
     method = settings.text("topk_method", default="greedy")
     if method != "greedy" and settings.count("n_group", default=1) != 1:
@@ -40,7 +40,7 @@ def build_v2(model: ConvertedModel) -> None:
 
 
 def build_v3(model: ConvertedModel) -> None:
-    """Converts DeepSeek V3, V3.1, R1 and Kimi K2, without layers for multi-token prediction."""
+    """Converts DeepSeek V3, V3.1, R1 and Kimi K2. Drops layers for multi-token prediction."""
     _build(model, _V3)
     experts.leave_further_layers(model)
 

@@ -47,7 +47,7 @@ class Mamba:
 
 
 def read_mamba(model: ConvertedModel, inner: int | None) -> Mamba:
-    """Reads the sizes of a Mamba 2 block. `inner` is the width of all heads together, or None if it is not set."""
+    """Reads the sizes of a Mamba 2 block. `inner` is the total width of all heads, or None if it is not known."""
     settings = model.settings
     heads = settings.count("mamba_n_heads", "mamba_num_heads", maximum=_MAX_HEADS)
     width = None if inner is None else max(1, inner // heads)
@@ -55,7 +55,7 @@ def read_mamba(model: ConvertedModel, inner: int | None) -> Mamba:
         width = settings.count("mamba_d_head", "mamba_head_dim", default=width)
     if width is None or (inner is not None and heads * width != inner):
         raise settings.error(
-            "mamba_d_head", f"{heads} heads of {width} channels differ from the {inner} channels of the block"
+            "mamba_d_head", f"{heads} heads of {width} channels do not add up to the block's {inner} channels"
         )
     groups = settings.count("mamba_n_groups", "n_groups", default=1, maximum=heads)
     state_size = settings.count("mamba_d_state", "ssm_state_size", maximum=_MAX_STATE_SIZE)

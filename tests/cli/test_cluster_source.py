@@ -102,7 +102,7 @@ def test_a_cluster_that_is_discovered_awaits_workers_of_any_name(tmp_path: Path)
 def test_only_workers_with_a_token_discover_a_cluster(tmp_path: Path, keys: str) -> None:
     file = tmp_path / "home.yaml"
     file.write_text(f"name: home\nmodel: smollm2-135m-instruct\n{keys}\n")
-    with pytest.raises(UsageError, match=r"join\.discover: needs launcher: static and insecure: false"):
+    with pytest.raises(UsageError, match=r"join\.discover: needs `launcher: static` and `insecure: false`"):
         described(str(file), discover=True)
 
 

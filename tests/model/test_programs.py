@@ -141,7 +141,7 @@ def test_last_layers_read_the_keys_and_values_of_others(make: Callable[..., Mode
     attention = [step for step in whole(make("gemma4-inputs")).steps if isinstance(step, Attention)]
     assert [step.layer for step in attention] == [0, 1, 2, 1, 1, 2]
     assert [step.shares_kv for step in attention] == [False] * 3 + [True] * 3
-    with pytest.raises(ModelFileError, match="but no earlier layer has the same window as layer 2"):
+    with pytest.raises(ModelFileError, match="but no layer before layer 2 has the same kind of window"):
         whole(make("gemma4-inputs", attention__shared_kv_layers=5))
 
 

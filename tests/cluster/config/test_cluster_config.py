@@ -81,7 +81,7 @@ def test_speculation_is_on_or_off_or_has_keys(tmp_path: Path, text: str, found: 
     [
         ("[{name: a, kv_disk: 1GiB}, {name: b}]", "is for all workers or none"),
         ("[{name: a, kv_disk: 1GiB, device: cuda}]", "is for device cpu, but this worker has cuda:0"),
-        ("[{name: a, kv_disk: 1GiB}]\nprefix_cache: false", "needs prefix_cache, which is off"),
+        ("[{name: a, kv_disk: 1GiB}]\nprefix_cache: false", "needs `prefix_cache`, which is off"),
         ("[{name: a, kv_disk: 4GiB}]\nlauncher: static", "llamaclust worker ... --kv-disk 4GiB"),
     ],
 )

@@ -249,7 +249,7 @@ def test_mistakes_in_workers_have_their_own_line(tmp_path: Path, worker: str, li
         ("model: m\nworkers: []", "FILE:2: workers: [] is not possible; give a list of 1 to 256 items"),
         (
             "model: m\nworkers: 2",
-            "FILE:2: workers: launcher: local does not accept a number; list them: `workers: [{name: a}, {name: b}]`",
+            "FILE:2: workers: `launcher: local` does not accept a number; list them: `workers: [{name: a}, {name: b}]`",
         ),
         (
             "model: m\nworkers:\n",

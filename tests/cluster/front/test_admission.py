@@ -273,12 +273,12 @@ async def test_requests_of_one_owner_keep_no_others_out() -> None:
     async with AsyncExitStack() as held:
         for _ in range(4):
             await hold("a", held)
-        with pytest.raises(HttpError, match="busy with 4 requests"):
+        with pytest.raises(HttpError, match="busy with open requests, 4 of them"):
             await hold("a", held)
         await hold("b", held)
         await hold("c", held)
         current_owner.set("b")
-        with pytest.raises(HttpError, match="busy with open requests of 1200 bytes"):
+        with pytest.raises(HttpError, match="busy with open requests, 1200 bytes of them"):
             admission.count(next(one for one in admission._open if one.owner == "a"), part)
         for owner in "aaaab":
             current_owner.set(owner)

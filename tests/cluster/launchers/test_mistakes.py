@@ -21,15 +21,15 @@ MISTAKES = {
     "launcher: static\nworkers: [{name: a}]\njoin: {listen: 7100}": "is not an address",
     "launcher: static\nworkers: [{name: a}]\njoin: {port: 1}": "unknown key 'port' in join",
     "launcher: mpi\nworkers: 3": "list them: `workers: ",
-    "launcher: mpi\nworkers: [{name: a}]\ninsecure: true": "is for launcher: static",
-    "launcher: mpi\nworkers: [{name: a}]\ntimeouts: {coordinator: 60s}": "launcher: static or ray; mpi workers end",
+    "launcher: mpi\nworkers: [{name: a}]\ninsecure: true": "is for `launcher: static`",
+    "launcher: mpi\nworkers: [{name: a}]\ntimeouts: {coordinator: 60s}": "`launcher: static` or `ray`; mpi workers end",
     "launcher: ray\nworkers: [{name: a}]": "needs `threads`, since launcher ray",
     "launcher: ray\nworkers: [{name: a, threads: 1, device: cuda:1}]": "from 0: set cuda:0",
     "launcher: ray\nworkers: 3": "list them: `workers: ",
     "launcher: ray\nworkers: [{name: a, threads: 1}]\nray: {address: here}": "auto and none are also possible",
     "launcher: ray\nworkers: [{name: a, threads: 1}]\nray: {strategy: ALL}": "strategy",
-    "launcher: ray\nworkers: [{name: a, threads: 1}]\ninsecure: true": "is for launcher: static",
-    "workers: [{name: a}]\nray: {address: none}": "is for launcher: ray, but launcher is local",
+    "launcher: ray\nworkers: [{name: a, threads: 1}]\ninsecure: true": "is for `launcher: static`",
+    "workers: [{name: a}]\nray: {address: none}": "is for `launcher: ray`, but `launcher` is local",
 }
 
 

@@ -315,7 +315,7 @@ def test_up_gives_up_on_workers_that_do_not_come(line: CommandLine, model: Path)
 def test_keys_of_static_clusters_are_refused_elsewhere(text: str, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(f"model: m\nworkers: [{{name: a}}]\n{text}\n")
-    with pytest.raises(UsageError, match="is for launcher: static"):
+    with pytest.raises(UsageError, match="is for `launcher: static`"):
         load_config(path)
 
 

@@ -84,7 +84,7 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
         ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}, "false is not supported by qwen3moe"),
         ("Gemma2ForCausalLM", {"query_pre_attn_scalar": 24}, "expected 16 for 2 layers, found 24"),
         ("Gemma2ForCausalLM", {"attn_logit_softcapping": None}, "null is not supported by gemma2"),
-        ("Gemma3ForCausalLM", {"attn_logit_softcapping": 50.0}, "gemma3 does not cap scores"),
+        ("Gemma3ForCausalLM", {"attn_logit_softcapping": 50.0}, "gemma3 does not cap attention scores"),
         ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "true is not supported"),
         ("Gemma3ForCausalLM", {"layer_types": ["full_attention"]}, "expected 2 entries, each .* found 1: "),
         (
@@ -137,7 +137,7 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
         (_GEMMA4, {"use_bidirectional_attention": "all"}, "only null and vision"),
         (_GEMMA4, {"hidden_activation": "silu"}, "'silu' is not supported; expected gelu_pytorch_tanh"),
         (_GEMMA4, {"num_kv_shared_layers": 2}, "expected a whole number of 0 to 1, found 2"),
-        (_GEMMA4, {"num_kv_shared_layers": 1}, "1 is too large: no earlier layer is of the same kind"),
+        (_GEMMA4, {"num_kv_shared_layers": 1}, "1 is too large: each shared layer needs an unshared layer"),
         (_GEMMA4, {"top_k_experts": 5}, "expected a whole number of 1 to 4, found 5"),
         (_GEMMA4, {"num_experts": 10**12}, "expected a whole number of 1 to 1024, found 1000000000000"),
         (
@@ -164,7 +164,7 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
             "expected 320 as in the vocabulary, found 300",
         ),
         ("Gemma4ForCausalLM inputs", {"hidden_size_per_layer_input": 10**9}, "a whole number of 0 to 4096"),
-        (_QWEN35, {"linear_num_key_heads": 3}, "3 does not divide 4 heads of values"),
+        (_QWEN35, {"linear_num_key_heads": 3}, "3 does not divide 4 value heads"),
         (_QWEN35, {"linear_num_key_heads": 5}, "expected a whole number of 1 to 4, found 5"),
         (_QWEN35, {"linear_num_value_heads": 10**9}, "expected a whole number of 1 to 1024, found 1000000000"),
         (_QWEN35, {"linear_key_head_dim": None}, "'linear_key_head_dim': missing"),
@@ -203,8 +203,12 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
         ("Ernie4_5_MoeForCausalLM", {"moe_k": None}, "'moe_k': missing"),
         ("Cohere2ForCausalLM", {"logit_scale": None}, "'logit_scale': missing"),
         ("Cohere2ForCausalLM", {"rotary_pct": 0.5}, "0.5 is not supported; expected 1"),
-        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, "omits the rotation in every 4th layer, and only there"),
-        ("SmolLM3ForCausalLM", {"no_rope_layers": "all"}, "'no_rope_layers': smollm3 omits the rotation in every 4th"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, "expected RoPE in all layers except every 4th"),
+        (
+            "SmolLM3ForCausalLM",
+            {"no_rope_layers": "all"},
+            "'no_rope_layers': expected RoPE in all layers except every 4th",
+        ),
         (
             "SmolLM3ForCausalLM",
             {"no_rope_layers": None, "no_rope_layer_interval": 10**30},
@@ -222,13 +226,17 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
         (
             "Olmo3ForCausalLM",
             {"rope_parameters": _TWO_BASES},
-            "layers with a window have base 3000, but other layers have 20000.0",
+            "expected one base, found 3000 for layers with a window and 20000.0 for others",
         ),
         ("Olmo3ForCausalLM", {"sliding_window": None}, "'sliding_window': missing"),
         ("Olmo3ForCausalLM", {"layer_types": [{}, {}]}, "each sliding_attention or full_attention, found 2: "),
         ("Gemma3ForCausalLM", {"rope_parameters": _STRETCHED}, "RoPE scaling in layers with a sliding window"),
         ("FalconForCausalLM", {"new_decoder_architecture": False, "parallel_attn": False}, "'parallel_attn': false"),
-        ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, "other scales of attention scores"),
+        (
+            "GPT2LMHeadModel",
+            {"scale_attn_by_inverse_layer_idx": True},
+            "expected true, with scale_attn_by_inverse_layer_idx false",
+        ),
     ],
 )
 def test_settings_that_no_key_can_say(case: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_experts_and_a_gpu_are_refused_by_name(tmp_path: Path) -> None:
     config = load_config(None, [*given, "plan=[{workers: [a, b], layers: [0, 4], shares: [1, 1]}]"])
     with (
         Model.open(path) as opened,
-        pytest.raises(UsageError, match=r"divides experts on CPUs only, but b has cuda:0; set its device to cpu"),
+        pytest.raises(UsageError, match=r"divides experts on CPUs only, but b has cuda:0; set the device of b to cpu"),
     ):
         plan_cluster(
             config,

@@ -32,7 +32,7 @@ class Alone:
     prediction: Prediction
 
     def is_better(self, together: Prediction) -> bool:
-        """True if a token takes this machine less than 1.05 times as long as it takes all machines together."""
+        """True if this machine alone needs less than 1.05 times the time per token that all machines together need."""
         return self.prediction.token_s < 1.05 * together.token_s
 
 

@@ -81,7 +81,7 @@ class StageMatchers:
             self._make(answer)
 
     async def ready(self, tasks: SamplingTasks) -> None:
-        """Waits until the step's matchers are ready, or until the step's other rows should not wait longer."""
+        """Waits until the step's matchers are ready, but not so long that the rows without matchers are too late."""
         making, timeout_s = self._awaited(tasks)
         if making:
             await asyncio.wait(list(map(asyncio.wrap_future, making)), timeout=timeout_s)
@@ -124,7 +124,7 @@ class StageMatchers:
         return complete
 
     def take(self, results: list[RowResult]) -> dict[int, AllowedTokens]:
-        """Feeds the step's results to the matchers, and replaces some of the results. Returns the allowed tokens of
+        """Feeds the step's tokens to the matchers, which may replace tokens in `results`. Returns the allowed tokens of
         each refused row. The caller samples these rows again and calls `take` until it returns {}."""
         for place in self._deferred:
             results[place] = DEFERRED

@@ -59,7 +59,7 @@ class Speculation:
                 memory.draft(sequence, candidate.tokens[:window], RESERVE_BLOCKS * running)
 
     def further(self, sequence: Sequence, under_way: int) -> tuple[int, ...]:
-        """Returns the next drafted tokens of a sequence that runs alone, or ()."""
+        """Returns the tokens to draft next for a sequence that runs alone, or () if there are none."""
         drafts = sequence.drafting.drafts
         if drafts is None or (chain := drafts.chain) is None or under_way >= chain.depth:
             return ()

@@ -39,7 +39,7 @@ class Buffer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A launch of `kernel`, such as "elementwise.norms.add_rms_norm": add_rms_norm in src/elementwise/norms.cu."""
+    """A launch of a kernel. "elementwise.norms.add_rms_norm" means add_rms_norm in src/elementwise/norms.cu."""
 
     kernel: str
     grid: tuple[int, int, int]

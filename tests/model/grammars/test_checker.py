@@ -30,6 +30,7 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.model.grammars.walk import GrammarWalk
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from support.chat.large_vocabulary import LARGE, large_vocabulary
+from support.hanging_children import children_hang
 from support.models.tiny_tokenizers import byte_level
 
 
@@ -331,9 +332,9 @@ def test_the_preparation_of_a_large_vocabulary_is_no_part_of_a_check(words: int)
 
 
 def test_a_check_that_is_late_says_nothing_about_the_grammar() -> None:
-    checker = GrammarChecker(load_tokenizer(byte_level(330)), CheckLimits(wall_s=0.0))
+    checker = GrammarChecker(load_tokenizer(byte_level(330)), CheckLimits(start_s=0.05))
     try:
-        with pytest.raises(DeadlineError, match="did not reply within 0 s; try again"):
+        with children_hang(), pytest.raises(DeadlineError, match=r"did not reply within 0\.05 s; try again"):
             refusal(checker, definitions.of_object("o"))
     finally:
         checker.close()

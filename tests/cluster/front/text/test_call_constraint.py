@@ -18,6 +18,7 @@ from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.checker import GrammarChecker, GuardedGrammarError
 from llamaclust.model.grammars.checker_process import CheckLimits
 from support.chat.bound_calls import TOKENIZER, allows, bound, call
+from support.hanging_children import children_hang
 
 BOUND = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 ODD: Mapping[str, Any] = {
@@ -153,11 +154,11 @@ async def test_a_form_that_cannot_be_obeyed_is_refused_beside_tools(checker: Gra
 async def test_only_a_refusal_leaves_calls_free(monkeypatch: pytest.MonkeyPatch, checker: GrammarChecker) -> None:
     """Checks that a late check is an error, since it must not change the tokens of an answer."""
     reading = AnswerParsing(PLAIN, {"f": {"type": "object"}})
-    late = GrammarChecker(TOKENIZER, CheckLimits(wall_s=0.0))
+    late = GrammarChecker(TOKENIZER, CheckLimits(start_s=0.05))
     monkeypatch.setattr(module, "call_grammar", lambda *_, **__: CallGrammar("start: nothing"))
     try:
         assert await module.answer_grammar(ChatRequest(()), reading, TOKENIZER, checker) is None
-        with pytest.raises(DeadlineError):
+        with children_hang(), pytest.raises(DeadlineError):
             await module.answer_grammar(ChatRequest(()), reading, TOKENIZER, late)
     finally:
         late.close()

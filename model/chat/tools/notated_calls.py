@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from llamaclust.model.chat.tools.argument_values import json_of, json_of_python, property_schema, string, types_of
@@ -88,7 +88,7 @@ class NotatedReader:
             return text.strip(), ""
         return "", text
 
-    def _next_parameter(self, name: str, written: Container[str]) -> str:
+    def _next_parameter(self, name: str, written: set[str]) -> str:
         """Returns the parameter of a positional argument: the first one without a value."""
         properties = self._sink.tools.get(name, {}).get("properties")
         free = (key for key in (properties if isinstance(properties, Mapping) else ()) if key not in written)

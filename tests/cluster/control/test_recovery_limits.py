@@ -24,6 +24,7 @@ from llamaclust.core.epochs import epoch_number
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, RequestFailedError, UsageError, WorkerError
 from llamaclust.core.sampler.params import SamplingParams
 from llamaclust.wire.control.messages import Load, Loaded
+from llamaclust.wire.security.token import ClusterToken
 from llamaclust.worker.settings import WorkerSettings
 from support.clusters.recovering import (
     Answer,
@@ -50,8 +51,9 @@ def small_memory(config: ClusterConfig, resources: planning.ClusterResources) ->
 
 async def start_by_hand(run: Recovering, name: str) -> asyncio.subprocess.Process:
     """Starts a worker without a launcher, which then joins."""
-    token = launcher(run).credentials.value
-    settings = WorkerSettings(name=name, join=run.cluster.registry.address, token=token, threads=1)
+    token = launcher(run).credentials
+    assert isinstance(token, ClusterToken)
+    settings = WorkerSettings(name=name, join=run.cluster.registry.address, token=token.value, threads=1)
     process = await asyncio.create_subprocess_exec(*worker_command(settings), stdin=asyncio.subprocess.PIPE)
     assert process.stdin is not None
     process.stdin.write(settings.to_json().encode())

@@ -110,11 +110,11 @@ def test_images_need_no_kernels_that_a_load_did_not_prepare(
     opened: Open, cuda: CudaBackend, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kernel that is compiled in a step delays it so long that the worker counts as hung."""
-    model, prepared = opened("gemma2"), set[str]()
-    monkeypatch.setattr(device, "prepare", prepared.update)
+    model, kernels = opened("gemma2"), set[str]()
+    monkeypatch.setattr(device, "prepare", kernels.update)
     stage = load_stage(cuda, model, limits=LIMITS)
     stage.close()
-    assert any(kernel.startswith("attention.grouped.") for kernel in prepared)
+    assert any(kernel.startswith("attention.grouped.") for kernel in kernels)
 
 
 def test_graphs_of_shapes_that_were_used_last_are_kept(

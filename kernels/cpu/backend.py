@@ -217,7 +217,7 @@ class CpuBackend:
         *,
         observed: bool = False,
     ) -> CpuStage:
-        """Each run keeps its `inputs` if `observed` is True. Raises ModelFileError if there are no kernels for the program."""
+        """Each run keeps its `inputs` if `observed`. Raises ModelFileError if there are no kernels for the program."""
         found: list[InputCopy] = []
         with self._loading(program, tensors, limits):
             weights = self._weights.load(program, tensors, progress)

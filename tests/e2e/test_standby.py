@@ -76,7 +76,7 @@ async def has_arrived(arrived: list[int], wanted: int, asking: asyncio.Task[Any]
 async def test_a_standby_at_other_addresses_takes_over(
     line: CommandLine, model: Path, api: LeaseApi, tmp_path: Path, lock: str
 ) -> None:
-    keys = {} if lock == "file" else {"lease": lease_values(api, tmp_path, "3s")}
+    keys = {} if lock == "file" else {"lease": lease_values(api, tmp_path, "6s")}
     both = TwoCoordinators(line, model, **keys)
     first = both.start(0)
     workers = both.start_workers()
@@ -110,7 +110,7 @@ async def test_the_holder_of_a_lease_hands_its_cluster_over_when_it_is_stopped(
 ) -> None:
     """The standby is alive but not ready until the holder stops. A request that takes longer than the drain continues
     on the standby."""
-    both = TwoCoordinators(line, model, lease=lease_values(api, tmp_path, "3s"))
+    both = TwoCoordinators(line, model, lease=lease_values(api, tmp_path, "10s"))
     first = both.start(0)
     both.start_workers()
     await asyncio.to_thread(first.says, "tiny is ready")
@@ -135,12 +135,12 @@ async def test_the_holder_of_a_lease_hands_its_cluster_over_when_it_is_stopped(
 def test_the_holder_of_a_lease_that_it_loses_ends_at_once(
     line: CommandLine, model: Path, api: LeaseApi, tmp_path: Path
 ) -> None:
-    with line.cluster(model, lease=lease_values(api, tmp_path, "3s")) as cluster:
+    with line.cluster(model, lease=lease_values(api, tmp_path, "10s")) as cluster:
         api.change(holderIdentity="another")
         done = cluster.command.wait()
         assert done.code == 1
         assert "this coordinator ends, because it has lost the Lease brain: another has" in done.err
-    waiting = line.start("up", line.cluster_file(model, lease=lease_values(api, tmp_path, "3s")))
+    waiting = line.start("up", line.cluster_file(model, lease=lease_values(api, tmp_path, "10s")))
     waiting.says("waiting for the Lease brain")
     waiting.process.send_signal(signal.SIGTERM)
     assert waiting.wait().code == 0

@@ -6,9 +6,10 @@ import socket
 
 import pytest
 
+from llamaclust.core.addresses import ANYWHERE
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.wire.listening import listener, listening_host
-from support.network.loopback import has_ipv6_loopback
+from support.network.loopback import free_port, has_ipv6_loopback
 
 HERE = ("127.0.0.1", "127.0.0.2", *(["::1"] if has_ipv6_loopback() else []))
 needs_ipv6 = pytest.mark.skipif(not has_ipv6_loopback(), reason="this machine has no ::1")
@@ -24,7 +25,7 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6_loopback(), reason="this machine ha
     ],
 )
 def test_a_listener_at_all_addresses_takes_both_families(host: str, reached: tuple[str, ...], shown: str) -> None:
-    with listener(host, 0, "") as opened:
+    with listener(host, 0 if host in ANYWHERE else free_port(), "") as opened:
         port = opened.getsockname()[1]
         for each in HERE:
             with socket.socket(socket.AF_INET6 if ":" in each else socket.AF_INET) as client:

@@ -53,7 +53,7 @@ def test_drafts_are_the_models_own_answers(path: Path, model: LoadedDraftModel) 
     all."""
     source = Random(SEED)
     drawn = SamplingParams(temperature=1.0, top_k=40)
-    texts = {key: [source.randrange(3, VOCABULARY) for _ in range(source.choice([3, 40, 200]))] for key in range(9)}
+    texts = {key: [source.randrange(3, VOCABULARY) for _ in range(source.choice([3, 40, 150]))] for key in range(9)}
     with LocalClient(path, threads=1, settings=LocalSettings(CONTEXT, speculation=False)) as client:
         for _ in range(60):
             keys = source.sample(sorted(texts), source.randint(1, 3))

@@ -42,11 +42,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def test_wire_time_is_not_what_is_computed_while_a_result_is_sent(model: Model) -> None:
-    counters, computed_ns = Counters(), 50_000_000
+    counters, computed_ns, now_ns = Counters(), 50_000_000, 0
 
     class Outlet:
         async def write(self, *_: bytes) -> None:
-            await asyncio.sleep(computed_ns / 1e9)
+            nonlocal now_ns
+            now_ns += computed_ns + 7
             counters.busy_ns += computed_ns
 
     async def run() -> int:
@@ -57,7 +58,8 @@ def test_wire_time_is_not_what_is_computed_while_a_result_is_sent(model: Model) 
         compute.close()
         return loop._wire_ns
 
-    assert asyncio.run(run()) < computed_ns
+    with patch("llamaclust.worker.stage.loop.perf_counter_ns", lambda: now_ns):
+        assert asyncio.run(run()) == 7
 
 
 @pytest.mark.parametrize(
@@ -185,7 +187,8 @@ def test_the_first_chunk_with_a_long_context_is_not_expected_to_be_short(model: 
         compute.close()
 
     seen: list[int] = []
-    asyncio.run(run())
+    with patch("llamaclust.worker.stage.loop.perf_counter_ns", lambda: 0):
+        asyncio.run(run())
     assert [expected_ns < INLINE_NS for expected_ns in seen] == [False, True, False, True]
 
 

@@ -51,7 +51,7 @@ async def fails(run: Recovering) -> None:
     with pytest.raises(RequestFailedError, match=f"the pipeline failed {MAX_STRIKES} times while it"):
         async with asyncio.timeout(WITHIN_S):
             await task
-    await run.until("no quarantine", lambda: not run.cluster.supervisor.store.state.inputs.quarantined, within_s=1.0)
+    await run.until("no quarantine", lambda: not run.cluster.supervisor.store.state.inputs.quarantined, within_s=8.0)
 
 
 @pytest.mark.promise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 
 import pytest
@@ -133,9 +134,12 @@ async def test_a_compute_thread_that_hangs_is_noticed_by_the_predicted_time(
     async with recovering(config(model, tmp_path)) as cluster:
         tasks = cluster.start(requests)
         await cluster.until("the hanging step", marker.exists)
-        await cluster.until("the loss", lambda: any("is lost" in text for text in cluster.told), within_s=6.0)
+        await cluster.until("the loss", lambda: any("is lost" in text for text in cluster.told))
         (lost,) = (text for text in cluster.told if "is lost" in text)
-        noticed = ("it hangs: a step has been computed for ", "it does not answer: microbatch ")
-        assert any(lost.startswith(f"worker b (layers [2, 4)) is lost: {how}") for how in noticed), lost
+        noticed = (
+            r"it hangs: a step has been computed for \S+ s, longer than 4 s",
+            r"it does not answer: microbatch \d+ has taken \S+ s, longer than the limit of 4(\.\d+)? s",
+        )
+        assert any(re.match(rf"worker b \(layers \[2, 4\)\) is lost: {how}", lost) for how in noticed), lost
         assert await asyncio.gather(*tasks) == expected
         await cluster.whole()

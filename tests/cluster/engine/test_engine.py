@@ -22,6 +22,7 @@ from llamaclust.core.sampler.results import NOT_FINITE, RowResult
 from llamaclust.wire.microbatch.messages import Result, StageTiming
 from support.clusters.fakes import VOCABULARY, FakePipeline, Losses, expected, linear, tokens_of
 from support.clusters.served import until
+from support.event_loop import pass_time
 
 SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=400, kv_blocks=100, max_sequences=8, max_waiting=4)
 COMPLETIONS = '{operation="text_completion"}'
@@ -198,11 +199,14 @@ async def test_a_missing_result_closes_the_engine() -> None:
         assert "returned no result of a microbatch for" in message and "w0 (layers 0-1)" in message
 
 
-async def test_a_request_ends_at_its_deadline_and_others_go_on() -> None:
-    async with running(request_s=0.5) as (engine, pipeline):
+async def test_a_request_ends_at_its_deadline_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(request_s=600.0) as (engine, pipeline):
         pipeline.gate.clear()
-        with pytest.raises(DeadlineError, match=r"longer than 0.5 s \(timeouts.request\)"):
-            await collect(engine.submit(generation()))
+        answer = asyncio.create_task(collect(engine.submit(generation())))
+        await asyncio.sleep(0)
+        pass_time(monkeypatch, 600.0)
+        with pytest.raises(DeadlineError, match=r"longer than 600 s \(timeouts.request\)"):
+            await answer
         pipeline.gate.set()
         assert len(tokens_of(await collect(engine.submit(generation(1))))) == 30
 

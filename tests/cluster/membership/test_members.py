@@ -160,7 +160,8 @@ async def test_a_registry_that_is_closed_leaves_no_task(trust: Authority) -> Non
 
 
 async def test_certificates_are_renewed_over_the_membership(trust: Authority) -> None:
-    identity = trust.identity(A, timedelta(seconds=3))
+    identity = trust.identity(A, timedelta(minutes=30))
+    identity.pair = replace(identity.pair, made_at_s=identity.pair.made_at_s - 10 * identity.pair.life_s)
     short = identity.pair
     async with registry(trust) as there:
         member, _ = await join(there, identity, REGISTER)
@@ -197,7 +198,8 @@ async def test_a_renewed_certificate_is_looked_at_again_at_once(trust: Authority
 
 
 async def test_a_late_answer_to_an_earlier_renewal_is_not_used(trust: Authority) -> None:
-    identity = trust.identity(A, timedelta(seconds=3))
+    identity = trust.identity(A, timedelta(minutes=30))
+    identity.pair = replace(identity.pair, made_at_s=identity.pair.made_at_s - 10 * identity.pair.life_s)
     async with registry(trust) as there:
         member, _ = await join(there, identity, REGISTER)
         earlier = NewKey()

@@ -53,6 +53,6 @@ def test_one_other_token_changes_little() -> None:
 
 def test_no_more_is_kept_of_more_tokens() -> None:
     draw = random.Random(SEED)
-    acceptance = learned(draw.random() < 0.5 for _ in range(5000))
+    acceptance = learned([*(draw.random() < 0.5 for _ in range(5000)), *[True, False] * 20])
     assert len(acceptance._segments) <= 6
     assert 0.3 < acceptance.rate(0.9) < 0.7

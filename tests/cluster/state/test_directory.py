@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import resource
-import shutil
 import signal
 import stat
 import subprocess
@@ -21,6 +20,7 @@ import pytest
 
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord, open_log
+from llamaclust.cluster.state.file_lock import FileLock
 from llamaclust.cluster.state.measurements import read_profiles, write_profiles
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.core.profile import DeviceProfile, Profile
@@ -29,7 +29,7 @@ from llamaclust.core.this_machine import start_ticks
 from support.clusters.command_line import eventually
 
 
-def test_checks_for_a_running_cluster_disturb_no_process(tmp_path: Path) -> None:
+def test_checks_for_a_running_cluster_disturb_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that checks is neither taken for a cluster nor in the way of a start."""
     folder = ClusterDir(tmp_path / "home")
     with folder.locked():
@@ -39,11 +39,17 @@ def test_checks_for_a_running_cluster_disturb_no_process(tmp_path: Path) -> None
     looking = os.open(folder.path / "lock", os.O_RDWR)
     fcntl.flock(looking, fcntl.LOCK_SH)
     assert not folder.is_running
-    leaving = threading.Timer(0.01, os.close, (looking,))
-    leaving.start()
+    take = FileLock.take
+
+    def take_and_end_the_look(lock: FileLock) -> bool:
+        is_taken = take(lock)
+        if not is_taken:
+            os.close(looking)
+        return is_taken
+
+    monkeypatch.setattr(FileLock, "take", take_and_end_the_look)
     with folder.locked():
         assert folder.is_running
-    leaving.join()
     assert not folder.is_running
 
 
@@ -123,8 +129,8 @@ def test_a_folder_that_is_deleted_under_a_cluster_comes_back(tmp_path: Path) -> 
     record = ClusterRecord("home", os.getpid(), "http://127.0.0.1:1", "m")
     with folder.locked():
         folder.write_record(record)
-        for _ in range(2):
-            shutil.rmtree(tmp_path / "home")
+        for number in range(2):  # Another thread may write into the folder while it is removed.
+            folder.path.rename(tmp_path / f"deleted{number}")
             eventually(lambda: folder.is_running and folder.read_record() == record, 60.0, "the folder again")
             assert folder.logs.is_dir()
             with pytest.raises(UsageError, match=rf"already running \(pid {os.getpid()}"), folder.locked():
@@ -228,7 +234,7 @@ def test_a_standby_waits_on_while_the_files_of_a_running_cluster_are_deleted(tmp
         if deleted == "lock":
             lock.unlink()
         else:
-            shutil.rmtree(folder.path)
+            folder.path.rename(tmp_path / "deleted")
         eventually(lambda: lock.exists() and lock.stat().st_ino != before[0], 60.0, "another lock")
         eventually(lambda: folder.is_running and folder.has_standby, 60.0, "both processes' locks")
         assert served == [] and standby.is_alive()

@@ -166,11 +166,11 @@ async def test_a_disk_that_hangs_stops_no_request(
         back.wait(60)
         return append(self, data, is_synced)
 
-    monkeypatch.setattr("llamaclust.cluster.state.disk_thread._CALL_S", 0.2)
     monkeypatch.setattr("llamaclust.cluster.state.journal._RETRY_S", 0.0)
     try:
         async with asyncio.timeout(60), journal(path) as writing:
             await writing.admit(admission(0))
+            monkeypatch.setattr("llamaclust.cluster.state.disk_thread._CALL_S", 0.2)
             monkeypatch.setattr(JournalFile, "append", hanging)
             for number in range(1, 4):
                 await writing.admit(admission(number))
@@ -178,6 +178,7 @@ async def test_a_disk_that_hangs_stops_no_request(
                 "cannot be written: no answer within 0.2 s; req"
             ]
             if not is_away_for_ever:
+                monkeypatch.setattr("llamaclust.cluster.state.disk_thread._CALL_S", 60.0)
                 back.set()
                 await until(lambda: not writing._writer._thread.hangs)
                 await writing.admit(admission(4))

@@ -73,6 +73,8 @@ def test_processes_that_write_the_same_files_at_once(make: Make, kind: str, room
 def stopped(process: subprocess.Popen[str]) -> bool:
     """Stops the process with SIGSTOP. Returns False if it has ended."""
     process.send_signal(signal.SIGSTOP)
+    if process.returncode is not None:  # `send_signal` has reaped the process.
+        return False
     how = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
     return how is not None and how.si_code == os.CLD_STOPPED
 

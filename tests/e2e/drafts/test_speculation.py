@@ -13,6 +13,7 @@ from llamaclust.cluster.client.local import LocalClient
 from llamaclust.cluster.launchers.in_process import LocalSettings
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.speculation import speculation
+from llamaclust.cluster.scheduler.speculation.costs import MeasuredRounds
 from llamaclust.core.sampler.params import SamplingParams
 from support.clusters.recovering import (
     CONTEXT,
@@ -134,9 +135,11 @@ async def test_stops_choices_and_biases_are_those_of_single_steps(model: Path, m
     assert any(len(answer) < request.max_new_tokens for request, answer in zip(requests, alone, strict=True))
 
 
-async def test_drafts_without_a_gain_are_not_computed(model: Path) -> None:
+async def test_drafts_without_a_gain_are_not_computed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The drafter and the controller are the real ones, and the model's answers have no repetitions. Few drafted rows
     are wasted."""
+    monkeypatch.setattr(MeasuredRounds, "plain_ns", lambda self, sequences, groups: 1e6)
+    monkeypatch.setattr(MeasuredRounds, "window_ns", lambda self, rows, groups: 1e6 + 2e5 * rows)
     request = GenerationRequest("r", tuple(range(3, 90)), 120, SamplingParams(temperature=3.0), seed=SEED)
     client = LocalClient(model, threads=1, settings=LocalSettings(CONTEXT))
     async with client._stage.serve() as service:

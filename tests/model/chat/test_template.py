@@ -372,10 +372,8 @@ def test_the_process_dies_with_its_parent() -> None:
         pid = int(parent.stdout.readline())
         assert alive(pid)
         parent.kill()
-    deadline = time.monotonic() + 2
-    while alive(pid) and time.monotonic() < deadline:
+    while alive(pid):
         time.sleep(0.02)
-    assert not alive(pid)
 
 
 def child_pid(template: ChatTemplate) -> int:
@@ -396,5 +394,5 @@ def alive(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii") as file:  # noqa: PTH123
             return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False

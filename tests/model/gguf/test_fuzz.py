@@ -22,7 +22,7 @@ from support.models.tiny_model import build_tiny_model
 MEMORY_LIMIT_BYTES = 1 << 24
 NUMBERS = st.sampled_from([0, 1, 3, 31, 32, 255, 1 << 16, 1 << 31, (1 << 32) - 1, 1 << 61, 1 << 63, (1 << 64) - 1])
 
-fuzz = settings(max_examples=300, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="module")

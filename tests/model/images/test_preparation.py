@@ -22,6 +22,7 @@ from llamaclust.core.errors import DeadlineError, RequestError
 from llamaclust.model.images import preparation as module
 from llamaclust.model.images.preparation import ImageLimits, ImagePreparation
 from llamaclust.model.images.settings import ImageSettings
+from support.clusters.command_line import paused
 from support.clusters.served import until
 from support.hostile_pictures import jpeg_with_scans, samples
 from support.pictures import SETTINGS, Pixels, picture, shown
@@ -188,8 +189,12 @@ async def test_a_picture_that_takes_long_is_ended_holds_up_no_other_and_its_chil
     async with ImagePreparation(limits) as preparation:
         late = asyncio.create_task(preparation.prepare(bomb, SAME))
         await until(lambda: preparation._preparers[0].child.load == 1)
-        assert not (await one_tile(preparation, BLACK)).any()
-        assert not late.done()
+        await until(lambda: preparation._preparers[0].child.pid is not None)
+        pid = preparation._preparers[0].child.pid
+        assert pid is not None
+        with paused(pid):
+            assert not (await one_tile(preparation, BLACK)).any()
+            assert not late.done()
         with pytest.raises(RequestError, match=r"process exceeded its CPU time limit; the limit is 1 s"):
             await late
         assert [preparer.child.pid is None for preparer in preparation._preparers] == [True, False, True]

@@ -290,14 +290,17 @@ async def test_a_silent_stream_ends_soon(
     folder: Path, rows: Float32, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stream also ends after a tile; once a tile's first bytes have arrived, the limit no longer applies."""
-    monkeypatch.setattr("llamaclust.worker.encoder.streams._BEGIN_S", 0.5)
     async with workers(tmp_path) as cluster:
         await load(cluster, folder, beside(folder))
         peer = peer_of(cluster, "a")
-        silent, used = peer.open(ENCODE, epoch=1), peer.open(ENCODE, epoch=1)
+        used = peer.open(ENCODE, epoch=1)
+        for limit_s in (None, 0.5):  # The wait for the first tile begins under the usual limit.
+            if limit_s is not None:
+                monkeypatch.setattr("llamaclust.worker.encoder.streams._BEGIN_S", limit_s)
+            await used.write(encode_tile(tile_of(NAME)))
+            assert await used.read() == b"\1" + rows.tobytes()
+        silent = peer.open(ENCODE, epoch=1)
         await silent.opened()
-        await used.write(encode_tile(tile_of(NAME)))
-        assert await used.read() == b"\1" + rows.tobytes()
         for stream in (silent, used):
             with pytest.raises(StreamBrokenError, match=r"first bytes of an image tile took longer than 0\.5 s"):
                 await stream.read()

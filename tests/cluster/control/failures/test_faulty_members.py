@@ -11,6 +11,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.failures import quarantine
 from llamaclust.cluster.planner import step_limits
 from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.server import start
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import RequestFailedError, WorkerError
 from support.clusters.faults.worker_faults import break_worker
@@ -70,7 +71,8 @@ async def test_a_member_whose_step_does_not_end_is_lost_and_its_partners_are_not
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The loss is reported long before the deadline of the gather at which the partners wait."""
-    monkeypatch.setattr(step_limits, "_LEAST_S", 1.0)
+    monkeypatch.setattr(step_limits, "_LEAST_S", 2.0)
+    monkeypatch.setattr(start, "_HEARTBEATS", 30)  # Old progress would blame a healthy stage.
     break_worker(monkeypatch, tmp_path, member, "stuck in a step")
     async with recovering(grouped(model, tmp_path)) as run:
         tasks = run.start(requests[:2])

@@ -11,6 +11,7 @@ import pytest
 from llamaclust.cluster.control.failures import quarantine
 from llamaclust.cluster.planner import step_limits
 from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.server import start
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import RequestFailedError, WorkerError
 from support.clusters.faults.worker_faults import NOT_FINITE_SEED, break_worker
@@ -83,7 +84,8 @@ async def test_a_worker_that_fails_is_left_out_before_a_request_fails(
     """The faulty worker continues to send heartbeats."""
     worker = POSITIONS[place]
     if kind.loss == SILENT:
-        monkeypatch.setattr(step_limits, "_LEAST_S", 1.0)
+        monkeypatch.setattr(step_limits, "_LEAST_S", 2.0)
+        monkeypatch.setattr(start, "_HEARTBEATS", 30)  # Old progress would blame a healthy stage.
     break_worker(monkeypatch, tmp_path, worker, kind.fault)
     async with recovering(config(model, tmp_path)) as run:
         assert await asyncio.gather(*run.start(requests)) == expected
@@ -111,7 +113,8 @@ async def test_requests_fail_by_the_name_of_a_worker_that_no_other_one_may_repla
     """Clients may repeat these requests: the error is the server's."""
     worker = POSITIONS[place]
     if kind.loss == SILENT:
-        monkeypatch.setattr(step_limits, "_LEAST_S", 0.5)
+        monkeypatch.setattr(step_limits, "_LEAST_S", 2.0)
+        monkeypatch.setattr(start, "_HEARTBEATS", 30)  # Old progress would blame a healthy stage.
     monkeypatch.setattr(quarantine, "_RETRY", Backoff(first_s=0.01, max_s=0.01))
     break_worker(monkeypatch, tmp_path, worker, kind.fault)
     async with recovering(config(model, tmp_path, plan=_THIRDS)) as run:

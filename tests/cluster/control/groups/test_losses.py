@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.planner import step_limits
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from support.clusters.recovering import Answer, Recovering, config, recovering
 
@@ -101,9 +102,15 @@ async def test_a_member_is_lost_while_there_is_no_request(
 
 @pytest.mark.parametrize("victim", [*GROUP, LAST])
 async def test_a_member_that_stops_for_a_while_is_waited_for(
-    victim: str, model: Path, requests: tuple[GenerationRequest, ...], expected: list[Answer], tmp_path: Path
+    victim: str,
+    model: Path,
+    requests: tuple[GenerationRequest, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The pause is shorter than `timeouts.worker`, and the other workers send heartbeats meanwhile."""
+    monkeypatch.setattr(step_limits, "_LEAST_S", 60.0)
     async with recovering(grouped(model, tmp_path, timeouts={"worker": "60s"})) as run:
         tasks = run.start(requests)
         for count in (60, 300):

@@ -17,7 +17,7 @@ from llamaclust.cluster.front.http.server import StartingReplies, server_config
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.core.errors import UsageError
 from support.clusters.served import ScriptedEngine, client, make_app, says, until
-from support.network.loopback import has_ipv6_loopback
+from support.network.loopback import free_port, has_ipv6_loopback
 
 HERE = ("127.0.0.1", "127.0.0.2")
 
@@ -57,8 +57,8 @@ async def test_clients_of_both_families_are_answered_at_all_addresses(host: str)
 
 
 def test_an_address_that_is_taken_frees_the_others() -> None:
-    with socket.create_server((HERE[1], 0)) as taken:
-        number = taken.getsockname()[1]
+    number = free_port()
+    with socket.create_server((HERE[1], number)):
         addresses = [(host, number) for host in HERE]
         with pytest.raises(UsageError, match=f"cannot listen on 127.0.0.2 port {number}"), listening(addresses, None):
             pass

@@ -112,10 +112,17 @@ def test_a_step_ends_at_its_limit_with_all_of_its_processes(tmp_path: Path) -> N
     await_end(tmp_path / "child")
 
 
+def has_ended(process: Path) -> bool:
+    try:
+        return "Z" in (process / "stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def await_end(file: Path) -> None:
     """Waits for the end of the process whose id is in the file."""
     process = Path("/proc") / file.read_text().strip()
-    eventually(lambda: not process.exists() or "Z" in (process / "stat").read_text(), 60.0, "the end of the process")
+    eventually(lambda: has_ended(process), 60.0, "the end of the process")
 
 
 def partial(folder: Path, then: str = "exit 1") -> str:

@@ -242,8 +242,8 @@ def test_pods_wait_for_a_shared_model(tmp_path: Path, demo_model: Path) -> None:
     pod = LocalPod("waiting", "127.0.0.1", spec, manifests, tmp_path / "pod", {})
     (wait,) = (container for container in spec["initContainers"] if container["name"] == "model")
     late = threading.Timer(2.0, (pod.volume("data") / "models").symlink_to, (demo_model.parent.parent,))
-    late.start()
     begin = time.monotonic()
+    late.start()
     pod.run(wait)
     late.join()
     assert time.monotonic() - begin > 2.0

@@ -87,7 +87,7 @@ def test_the_kernel_ends_a_fault_at_its_time(pair: tuple[Host, Host]) -> None:
     a, b = pair
     firewall = b.call(Firewall)
     link = WorkerLink(frozenset({b.address}), frozenset({PORT}))
-    firewall.run(link.commands(firewall.table, "f1", Disturbance.CUT, 1.0))
+    firewall.run(link.commands(firewall.table, "f1", Disturbance.CUT, 5.0))
     assert not reaches(a, b, PORT)
     eventually(lambda: reaches(a, b, PORT), 60.0, "the end of the fault")
     firewall.close()

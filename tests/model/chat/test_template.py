@@ -143,13 +143,12 @@ def test_cpu_time_is_limited_even_without_a_waiting_caller() -> None:
         template.render(HELLO)
 
 
-def test_a_template_that_overruns_its_limit_where_it_is_compiled_is_remembered() -> None:
+def test_a_template_that_overruns_its_limit_where_it_is_compiled_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     with ChatTemplate("{{ 7**100000000 }}", "", "", TemplateLimits(cpu_seconds=1)) as template:
-        for most_s in (30.0, 0.9):  # a second of CPU time, then a remembered failure
-            start = time.monotonic()
+        for _ in range(2):
             with pytest.raises(RequestError, match="cannot be used: the child process exceeded its CPU time limit"):
                 template.render(HELLO)
-            assert time.monotonic() - start < most_s
+            monkeypatch.delattr(BoundedChild, "request", raising=False)  # The second failure needs no child process.
 
 
 def test_a_start_that_the_machine_held_up_is_tried_again() -> None:

@@ -24,6 +24,7 @@ from llamaclust.cluster.front.http.server import StartingReplies
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.core.errors import LlamaclustError
 from support.clusters.served import MODEL, ScriptedEngine, make_app, says, serving, until
+from support.event_loop import pass_time
 from support.wire.api_certificates import SignedFiles, self_signed, write_signed
 
 ANSWER = "The cat sat."
@@ -179,8 +180,10 @@ async def test_both_versions_of_tls(tmp_path: Path, version: ssl.TLSVersion) -> 
 # -- bounds ------------------------------------------------------------------------------------------------------------
 
 
-async def test_handshakes_that_do_not_come_are_cut_off_and_block_no_others(tmp_path: Path) -> None:
-    async with secured(tmp_path, head_s=0.5) as server:
+async def test_handshakes_that_do_not_come_are_cut_off_and_block_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with secured(tmp_path, head_s=60.0) as server:
         hello = _client_hello(server.trusted)
         silent = [await server.connect() for _ in range(10)]
         begun = [await server.connect() for _ in range(10)]
@@ -188,6 +191,7 @@ async def test_handshakes_that_do_not_come_are_cut_off_and_block_no_others(tmp_p
             writer.write(hello[:50])
         async with server.http() as http:
             assert (await http.post("/v1/completions", json=PROMPT)).status_code == 200
+        pass_time(monkeypatch, 60.0)
         for reader, _ in (*silent, *begun):
             assert await asyncio.wait_for(reader.read(), 20) == b""
 

@@ -157,7 +157,7 @@ def test_layers_that_predict_further_tokens_are_left_out_of_nemotron_with_a_note
         ("nemotron_h", {"mamba_head_dim": None}, "'mamba_d_head': missing"),
         ("nemotron_h_moe", {"n_routed_experts": 10**9}, "expected a whole number of 1 to 1024, found 1000000000"),
         ("nemotron_h_moe", {"num_experts_per_tok": 7}, "expected a whole number of 1 to 6, found 7"),
-        ("llama4", {"use_qk_norm": False}, "false is not supported for 6 experts: only models with 128"),
+        ("llama4", {"use_qk_norm": False}, "false is not supported for 6 experts: Q and K have norms"),
         ("llama4", {"attn_temperature_tuning": False}, "false is not supported by llama4"),
         ("llama4", {"floor_scale": 4096}, "4096 is not supported; llama4 computes with 8192"),
         ("llama4", {"moe_layers": [0, 1, 3]}, "expected experts in every n-th layer"),

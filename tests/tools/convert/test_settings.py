@@ -155,7 +155,7 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
         ("Gemma3nForCausalLM", {"altup_num_inputs": 1}, "expected a whole number of 2 to 16, found 1"),
         ("Gemma3nForCausalLM", {"altup_active_idx": 3}, "expected a whole number of 0 to 2, found 3"),
         ("Gemma3nForCausalLM", {"activation_sparsity_pattern": [0.5, 1.0]}, "expected shares from 0 to below 1"),
-        ("Gemma3nForCausalLM", {"activation_sparsity_pattern": [0.5]}, "a share for each of 2 layers"),
+        ("Gemma3nForCausalLM", {"activation_sparsity_pattern": [0.5]}, "expected a list of 2 shares"),
         ("Gemma3nForCausalLM", {"intermediate_size": [96, 0]}, r"2 widths of 1 to 1048576, found 2: \[96, 0\]"),
         ("Gemma3nForCausalLM", {"num_kv_shared_layers": 2}, "expected a whole number of 0 to 1, found 2"),
         (

@@ -10,7 +10,7 @@ number: its output is in RESULTS/NNN-NAME.log, and records of benchmarks are in 
 a line for each test. RESULTS/steps.json has the last outcomes. After each step, all results are packed into --out. To
 continue on another machine, unpack them there as RESULTS.
 
-Steps that failed come first, and begin with the tests that failed. Steps that passed are repeated last if sources have
+Steps that failed come first once sources have changed, and begin with the tests that failed. Steps that passed are repeated last if sources have
 changed, else not at all. The exit status is 0 if all passed, 1 if any failed, and 75 if any is left. Models of random
 weights (4, 12, 4 and 39 GB) go to --models."""
 
@@ -65,11 +65,15 @@ def run_steps(
 
 
 def _due(steps: Sequence[Step], record: Record) -> list[Step]:
-    """Returns vital steps, then failed steps, then new steps, then steps that passed with other sources."""
+    """Returns vital steps, then steps that failed with other sources, then new steps, then others that failed, then
+    steps that passed with other sources."""
 
     def turn(step: Step) -> int:
         outcome = record.outcome(step)
-        return 0 if step.is_vital else 2 if outcome is None else 3 if outcome.passed else 1
+        if step.is_vital or outcome is None:
+            return 0 if step.is_vital else 2
+        is_changed = outcome.sources != record.sources
+        return 4 if outcome.passed else 1 if is_changed else 3
 
     def is_due(step: Step) -> bool:
         outcome = record.outcome(step)

@@ -29,6 +29,6 @@ def whole_name(name: str) -> str:
 
 
 def named_range(name: str) -> tuple[int, range] | None:
-    """Returns the dimension along which a slice was cut (0: rows) and its range, or None for a whole tensor."""
+    """Returns the dimension along which a slice was cut (0 is the slowest) and its range, or None if whole."""
     found = _SHARD.fullmatch(name)
     return None if found is None else (int(found["inner"] is not None), range(int(found["start"]), int(found["end"])))

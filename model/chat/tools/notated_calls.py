@@ -12,8 +12,8 @@ from llamaclust.model.chat.tools.text_source import Markers, Reading, TextSource
 from llamaclust.model.chat.tools.tool_format import NotatedCalls, Notation
 
 _NAME: Final = re.compile(r"[\w.\-/]+")
-_KEY: Final = re.compile(r"\w+")
-_KEY_PART: Final = re.compile(r"[\w\s]")
+_KEY: Final = re.compile(r"\w[\w.\-]*")
+_KEY_PART: Final = re.compile(r"[\w.\-\s]")
 _PLAIN: Final = re.compile(r"""[^"'(){}\[\],\\]+""")
 _GEMMA_KEY: Final = re.compile(r"(?<![^\s{}\[\],:\"])([^\s{}\[\],:\"]++)\s*+:")
 """Matches a whole key. Possessive quantifiers make sure that a long word is scanned only once."""
@@ -63,7 +63,7 @@ class NotatedReader:
         written: set[str] = set()
         while True:
             yield from self._source.skip_space()
-            if (yield from self._source.take_literal((",", "]", "}"))):  # Brackets here have no partner.
+            if (yield from self._source.take_literal((",",))):
                 continue
             if is_complete := bool((yield from self._source.take_literal((")",)))):
                 break
@@ -97,12 +97,12 @@ class NotatedReader:
     def _python_value(self, text: str) -> Reading[str]:
         depth = 0
         while character := (yield from self._source.ahead()):
-            if depth == 0 and character in ",)]}":
+            if depth == 0 and character in ",)":
                 break
             if character in "\"'":
                 text += yield from self._quoted()
                 continue
-            depth += (character in "([{") - (character in ")]}")
+            depth = max(0, depth + (character in "([{") - (character in ")]}"))
             text += self._source.take_match(_PLAIN) or self._source.take(1)
         return text
 

@@ -25,6 +25,7 @@ from llamaclust.model import child_frames, child_process
 from llamaclust.model.chat.template import ChatTemplate, TemplateLimits
 from llamaclust.model.chat.template_choice import built_in
 from llamaclust.model.child_process import BoundedChild
+from support.clusters.command_line import eventually
 from support.hanging_children import children_hang
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -371,8 +372,7 @@ def test_the_process_dies_with_its_parent() -> None:
         pid = int(parent.stdout.readline())
         assert alive(pid)
         parent.kill()
-    while alive(pid):
-        time.sleep(0.02)
+    eventually(lambda: not alive(pid), 30.0, "the end of the child")  # sooner than its own CPU limit ends it
 
 
 def child_pid(template: ChatTemplate) -> int:

@@ -127,7 +127,8 @@ def test_marked_calls_are_read_as_before() -> None:
         ("Rom, days = None", '{"city": "Rom", "days": null}'),
         ("days=", '{"days": null}'),
         ('"a, b)", [1, (2)], {"c": "]"}', '{"city": "a, b)", "days": [1, 2], "argument_3": {"c": "]"}}'),
-        ('city="Rom"], days=2', '{"city": "Rom", "days": 2}'),
+        ("city=a}b, days=[2]]", '{"city": "a}b", "days": "[2]]"}'),
+        ('user-id="x", -1.5', '{"user-id": "x", "city": -1.5}'),
         ("", "{}"),
     ],
 )

@@ -99,6 +99,8 @@ async def _until_signal(settings: WorkerSettings) -> int:
 
 
 async def _run_started_worker(settings: WorkerSettings) -> str:
+    if not settings.token:
+        raise UsageError("the settings have no cluster token")
     token = ClusterToken(settings.token)
     worker = Worker.open(settings)
     coordinator = Peer(settings.join, token)

@@ -22,7 +22,7 @@ from llamaclust.core.regular_file import read_json, write_text
 
 _SYSTEM_ROLES = frozenset({"system", "developer"})
 _ROLES = frozenset({*_SYSTEM_ROLES, "user", "assistant", "tool"})
-_MOST_BYTES = 1 << 30  # Images are in the messages.
+_MOST_BYTES = 256 << 20  # Images are in the messages.
 
 
 class Session(Generic[WholeT, StreamT]):

@@ -56,7 +56,7 @@ async def weight_sources(
     loading: Collection[str], workers: Mapping[str, WorkerHandle], wanted: WantedBytes, report: Report | None = None
 ) -> dict[str, WeightSources]:
     """Returns the file's manifest, and machines that can send the file, for each connected worker in `loading`. Returns
-    {} if nothing must be sent or compared, because all these workers have the same copy."""
+    {} if all these workers have the same copy, or if no copy can be described."""
     members = {name: worker for name, worker in workers.items() if worker.loss is None}
     found = await _find(members.values(), lambda worker: find_weights(worker, wanted.request))
     if not _are_compared(wanted, [found[name] for name in loading if name in found]):

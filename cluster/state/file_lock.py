@@ -32,8 +32,8 @@ class FileLock:
             if not take_lock(self._awaited):
                 return False
         except OSError:  # For example because a file server has lost the file.
-            os.close(self._awaited)
-            self._awaited = None
+            descriptor, self._awaited = self._awaited, None
+            os.close(descriptor)
             raise
         descriptor, self._awaited = self._awaited, None
         return self._has_taken(descriptor)

@@ -24,13 +24,14 @@ _SECONDS = 60.0
 class RefusalLog:
     """Logs at most 20 lines a minute, with at least `apart_s` seconds between two lines. Counts omitted lines."""
 
-    def __init__(self, log: logging.Logger, apart_s: float = 0.0) -> None:
-        self._log = log
+    def __init__(self, log: logging.Logger, apart_s: float = 0.0, level: int = logging.WARNING) -> None:
+        self.log = log
+        self._level = level
         self._apart_s = apart_s
         self._told_at_s: deque[float] = deque(maxlen=_MOST)
         self._omitted = 0
 
-    def tell(self, text: str, level: int = logging.WARNING) -> None:
+    def tell(self, text: str) -> None:
         now_s = time.monotonic()
         told_s = self._told_at_s
         if (len(told_s) == _MOST and now_s - told_s[0] < _SECONDS) or (told_s and now_s - told_s[-1] < self._apart_s):
@@ -39,7 +40,7 @@ class RefusalLog:
         told_s.append(now_s)
         more = f" (and {self._omitted} more like this)" if self._omitted else ""
         self._omitted = 0
-        self._log.log(level, "refused: %s%s", one_line("".join(c for c in text if c.isprintable())), more)
+        self.log.log(self._level, "refused: %s%s", one_line("".join(c for c in text if c.isprintable())), more)
 
 
 class Handshakes:
@@ -49,6 +50,8 @@ class Handshakes:
         self._address = address
         self._due_s = limit_s + _TOLD_S
         self._refusals = refusals
+        # Port scans and load balancers connect like this. A warning would replace the last error of a worker.
+        self._strangers = RefusalLog(refusals.log, level=logging.INFO)
         self._loop = asyncio.get_running_loop()
         self._calls = Counter[str]()  # Number of calls in progress, by caller.
         # Earlier callers without a call in progress, in the order in which their calls ended.
@@ -110,9 +113,7 @@ class Handshakes:
         self._due += 1
         if self._due - self._answered > self._told and not self._is_closed:
             self._told += 1
-            # Port scans and load balancers connect like this. A warning would replace the last error of a worker.
-            text = f"a connection to {self._address}: no certificate of this cluster was shown"
-            self._refusals.tell(text, logging.INFO)
+            self._strangers.tell(f"a connection to {self._address}: no certificate of this cluster was shown")
 
     def close(self) -> None:
         self._is_closed = True

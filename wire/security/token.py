@@ -28,7 +28,7 @@ class ClusterToken:
 
     def matches(self, given: str | bytes | None) -> bool:
         shown = given.encode(errors="surrogatepass") if isinstance(given, str) else given or b""
-        return hmac.compare_digest(shown, self.value.encode())
+        return self.value != "" and hmac.compare_digest(shown, self.value.encode())
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ class WorkerResources:
 
 
 def machine_shares(workers: Mapping[str, WorkerResources]) -> dict[str, int]:
-    """Divides each machine's free memory among its workers. A cgroup with a memory limit counts as a machine."""
+    """Divides each machine's free memory among its workers. A control group with a memory limit counts as one."""
     shares: dict[str, int] = {}
     for place in {(worker.machine, worker.memory_group) for worker in workers.values()}:
         here = {name: worker for name, worker in workers.items() if (worker.machine, worker.memory_group) == place}

@@ -131,6 +131,7 @@ def test_a_token_matches_itself_alone() -> None:
     assert token.matches(token.value)
     for other in (None, "", token.value[:-1], token.value + "x", "\ud800", "é"):
         assert not token.matches(other)
+        assert not ClusterToken("").matches(other), "no token lets nobody in"
 
 
 def test_a_token_file_is_private(tmp_path: Path) -> None:

@@ -31,10 +31,11 @@ export class ChosenImages {
     return this.#urls.length;
   }
 
-  /** Takes the images of a paste; false if it has none, or text as well: it is then the browser's. */
-  paste({ files, types }) {
-    const images = [...files].filter(({ type }) => type.startsWith("image/"));
-    if (images.length === 0 || types.includes("text/plain")) return false;
+  /** Takes the images of a paste; false if it has none, or text other than their names: it is then the browser's. */
+  paste(transfer) {
+    const images = [...transfer.files].filter(({ type }) => type.startsWith("image/"));
+    const text = transfer.getData("text/plain").trim();
+    if (images.length === 0 || (text && !images.some(({ name }) => name === text))) return false;
     this.add(images);
     return true;
   }

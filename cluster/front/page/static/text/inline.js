@@ -226,10 +226,18 @@ function bracketsOf(text) {
   const open = [];
   for (let at = 0; at < text.length; at++) {
     if (text[at] === "\\") at++;
+    else if (text[at] === "`") at = codeEnd(text, at);
     else if (text[at] === "[") open.push(at);
     else if (text[at] === "]") pairs.set(open.pop(), at);
   }
   return pairs;
+}
+
+/** The place of the last backtick of a code span that begins at `at`, or of those at `at` if none closes them. */
+function codeEnd(text, at) {
+  const fence = /^`+/.exec(text.slice(at, at + 64))[0];
+  const end = text.indexOf(fence, at + fence.length);
+  return (end < 0 ? at : end) + fence.length - 1;
 }
 
 /** Parts of a link, which is not within another one. */

@@ -136,9 +136,10 @@ def test_others_are_answered_while_a_template_loops_for_ever(
 ) -> None:
     with ThreadPoolExecutor(2) as pool:
         loops = pool.submit(cluster.http.post, CHAT, json=said("loop"))
-        answers = [cluster.answer() for _ in range(5)]
+        answers = [cluster.answer()]
         assert not loops.done()
         chat = pool.submit(cluster.http.post, CHAT, json=said("hello"))
+        answers += [cluster.answer() for _ in range(4)]
         assert answers == [undisturbed] * 5
         stopped = loops.result(60.0)  # 400 if its processor time is spent, and 504 if a busy machine gave it less.
         assert stopped.status_code in (400, 504), stopped.text

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from llamaclust.cluster.control.failures import quarantine
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.strikes import MAX_STRIKES
+from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import RequestFailedError
 from support.clusters.faults.worker_program import run_in_workers
 from support.clusters.recovering import Answer, Recovering, config, recovering
@@ -51,7 +53,7 @@ async def fails(run: Recovering) -> None:
     with pytest.raises(RequestFailedError, match=f"the pipeline failed {MAX_STRIKES} times while it"):
         async with asyncio.timeout(WITHIN_S):
             await task
-    await run.until("no quarantine", lambda: not run.cluster.supervisor.store.state.inputs.quarantined, within_s=8.0)
+    await run.until("no quarantine", lambda: not run.cluster.supervisor.store.state.inputs.quarantined)
 
 
 @pytest.mark.promise
@@ -67,6 +69,7 @@ async def test_a_request_that_breaks_workers_fails_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The request is sent twice: the launcher would not restart a worker so often if the worker were to blame."""
+    monkeypatch.setattr(quarantine, "_BACKOFF", Backoff(first_s=600.0, max_s=600.0))  # Time releases no worker.
     run_in_workers(monkeypatch, tmp_path, _POISONED.replace("BREAK", BREAKS[what]))
     async with recovering(config(model, tmp_path, workers)) as run:
         others = run.start(requests)

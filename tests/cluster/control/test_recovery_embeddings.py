@@ -19,6 +19,10 @@ def present(run: Recovering, name: str) -> bool:
     return name in run.cluster.registry.present
 
 
+def has_recovered(run: Recovering, count: int) -> bool:
+    return run.cluster.supervisor.recoveries == count
+
+
 def is_told(run: Recovering, words: str) -> bool:
     return any(words in text for text in run.told)
 
@@ -31,11 +35,11 @@ async def test_any_worker_is_lost_while_prompts_are_embedded(model: Path, tmp_pa
     )
     expected = await asyncio.to_thread(undisturbed, model, requests)
     async with recovering(config(model, tmp_path)) as run:
-        for victim in "ac":
+        for count, victim in enumerate("ac", 1):
             tasks = run.start(requests)
             await run.at_work()
             run.hurt(victim, signal.SIGKILL)
             assert await asyncio.gather(*tasks) == expected
-            await run.until("the loss", partial(is_told, run, f"worker {victim} "))
+            await run.until("the loss", partial(is_told, run, f"worker {victim} (layers"))
+            await run.until("a recovery", partial(has_recovered, run, count))
             await run.until(f"worker {victim} again", partial(present, run, victim))
-        assert run.cluster.supervisor.recoveries == 2

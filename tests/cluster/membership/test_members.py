@@ -167,7 +167,8 @@ async def test_certificates_are_renewed_over_the_membership(trust: Authority) ->
         member, _ = await join(there, identity, REGISTER)
         renewal = Renewal(identity, member.say)
         asking = asyncio.create_task(renewal.run())
-        answer = await member.hear()
+        async with deadline("a renewal", 60):
+            answer = await member.hear()
         assert isinstance(answer, CertificateRenewed)
         renewal.receive(answer)
         asking.cancel()
@@ -208,7 +209,8 @@ async def test_a_late_answer_to_an_earlier_renewal_is_not_used(trust: Authority)
         assert isinstance(late, CertificateRenewed)
         renewal, before = Renewal(identity, member.say), identity.pair
         asking = asyncio.create_task(renewal.run())
-        answer = await member.hear()
+        async with deadline("a renewal", 60):
+            answer = await member.hear()
         assert isinstance(answer, CertificateRenewed)
         renewal.receive(late)
         assert identity.pair is before

@@ -156,7 +156,7 @@ def test_links_are_measured_once_between_machines_that_are_alike(tmp_path: Path)
     assert first == second and not told
     ends = [COORDINATOR, "a", "b", "c"]
     assert set(first.measured) == {frozenset(pair) for pair in combinations(ends, 2)}
-    assert all(0 <= link.one_way_s < 0.1 and 0 < link.byte_s < 1 for link in first.measured.values())
+    assert all(0 <= link.one_way_s < 0.1 and 0 < link.byte_s < 1e-4 for link in first.measured.values())
     among = {link for pair, link in first.measured.items() if COORDINATOR not in pair}
     assert len(among) == 1, "on one machine, one pair of workers stands for all"
     assert stat.S_IMODE((tmp_path / ".links.json").stat().st_mode) == 0o600

@@ -23,7 +23,7 @@ from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.plan import Plan
-from llamaclust.cluster.server import coordinator
+from llamaclust.cluster.server import coordinator, start
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.state.control_record import ControlRecord
@@ -64,8 +64,11 @@ async def next_heartbeat(worker: WorkerHandle) -> None:
         await asyncio.sleep(0.01)
 
 
-async def test_heartbeats_keep_up_with_a_short_timeout(tiny: Path, tmp_path: Path) -> None:
-    """Heartbeats continue for longer than the timeout."""
+async def test_heartbeats_keep_up_with_a_short_timeout(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heartbeats continue for longer than the timeout, because their interval is a share of it."""
+    monkeypatch.setattr(start, "_HEARTBEAT_S", 60.0)
     heartbeat_timeout_s = 3.0
     async with opened(tiny, tmp_path, timeouts={"worker": heartbeat_timeout_s}) as cluster:
         begun = asyncio.get_running_loop().time()

@@ -70,6 +70,8 @@ def test_small_pages_become_huge_ones_with_the_same_bytes(caplog: pytest.LogCapt
     said, _, why = record.getMessage().partition("; ")
     assert said == f"{after // MIB} of 8 MiB of packed weights are in huge pages"
     assert ("compact_memory" in why) == (after < 0.9 * 8 * MIB)
+    if after == before and not moves_pages():
+        pytest.skip("another process has taken the free memory meanwhile")
     assert before < after <= 8 * MIB
 
 

@@ -189,9 +189,9 @@ async def test_a_picture_that_takes_long_is_ended_holds_up_no_other_and_its_chil
     async with ImagePreparation(limits) as preparation:
         late = asyncio.create_task(preparation.prepare(bomb, SAME))
         await until(lambda: preparation._preparers[0].child.load == 1)
-        await until(lambda: preparation._preparers[0].child.pid is not None)
+        await until(lambda: late.done() or preparation._preparers[0].child.pid is not None)
         pid = preparation._preparers[0].child.pid
-        assert pid is not None
+        assert pid is not None, "the machine was too slow to pause the child"
         with paused(pid):
             assert not (await one_tile(preparation, BLACK)).any()
             assert not late.done()

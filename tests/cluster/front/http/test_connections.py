@@ -108,10 +108,12 @@ def _nothing_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 async def test_silent_connections_are_closed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     async with served(head_s=FOR_LONG) as server:
         silent = await server.connect(20)
-        drips = [asyncio.create_task(peer.drip(HEALTH, 0.05)) for peer in await server.connect(20)]
+        drips = [asyncio.create_task(peer.drip(HEALTH[:-1], 0.05)) for peer in await server.connect(20)]
         assert await server.answers()
         assert not any(peer.is_closed for peer in silent)
-        pass_time(monkeypatch, FOR_LONG)
+        for _ in range(2):  # More bytes come between the halves.
+            pass_time(monkeypatch, FOR_LONG / 2)
+            await asyncio.sleep(0.2)
         await until(lambda: all(peer.is_closed for peer in server.peers))
         await asyncio.gather(*drips)
         assert await server.answers()

@@ -10,9 +10,9 @@ number: its output is in RESULTS/NNN-NAME.log, and records of benchmarks are in 
 a line for each test. RESULTS/steps.json has the last outcomes. After each step, all results are packed into --out. To
 continue on another machine, unpack them there as RESULTS.
 
-Steps that failed come first once sources have changed, and begin with the tests that failed. Steps that passed are repeated last if sources have
-changed, else not at all. The exit status is 0 if all passed, 1 if any failed, and 75 if any is left. Models of random
-weights (4, 12, 4 and 39 GB) go to --models."""
+Steps that failed come first once sources have changed, and begin with the tests that failed. Steps that passed are
+repeated last if sources have changed, else not at all. The exit status is 0 if all passed, 1 if any failed, and 75 if
+any is left. Models of random weights (4, 12, 4 and 39 GB) go to --models."""
 
 from __future__ import annotations
 

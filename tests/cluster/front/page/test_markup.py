@@ -64,6 +64,7 @@ TREES: dict[str, Any] = {
     "As in [1], see the [docs](https://a.example).": ["link"],
     "[a [b] \\] c](https://a.example) [x](y) [x]() [x](javascript:y)": ["link"],
     "[![badge](https://a.example/b.svg)](https://a.example)": ["link"],
+    "[`a]` b](https://a.example)": ["link"],
     "**Name**: ____________ *and*": ["strong", "emphasis"],
     "a ********** b": [],
 }

@@ -8,12 +8,12 @@ import pytest
 
 from llamaclust.wire.rpc.deadlines import deadline
 from support.browser.chatting import answers, chatting, chunk, ended, send, use_key
-from support.browser.chromium import opened
+from support.browser.chromium import Opened, opened
 from support.browser.cluster_states import cluster_app
 from support.clusters.served import ScriptedEngine, make_app, says, serving, until
 
 if TYPE_CHECKING:
-    from playwright.async_api import Browser, Route
+    from playwright.async_api import Browser, Page, Route
     from starlette.applications import Starlette
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -131,14 +131,20 @@ async def test_a_browser_that_gives_little_is_enough(browser: Browser) -> None:
         seen.check()
 
 
+async def in_two_tabs(seen: Opened, text: str) -> tuple[Page, Page]:
+    """Sends the first message of a chat, and opens the answered chat in another tab."""
+    page = seen.page
+    await send(page, text)
+    await ended(page)
+    other = await page.context.new_page()
+    await other.goto(page.url)
+    await ended(other)
+    return page, other
+
+
 async def test_two_tabs_lose_no_message_of_each_other(browser: Browser) -> None:
     async with chatting(browser, ScriptedEngine(says("Yes"))) as seen:
-        page = seen.page
-        await send(page, "First")
-        await ended(page)
-        other = await page.context.new_page()
-        await other.goto(page.url)
-        await ended(other)
+        page, other = await in_two_tabs(seen, "First")
         for tab, text in ((page, "Second"), (other, "Third")):
             await send(tab, text)
             await ended(tab, 2)
@@ -152,12 +158,7 @@ async def test_two_tabs_lose_no_message_of_each_other(browser: Browser) -> None:
 
 async def test_later_turns_of_another_tab_stay_in_sight(browser: Browser) -> None:
     async with chatting(browser, ScriptedEngine(says("Yes"))) as seen:
-        page = seen.page
-        await send(page, "First")
-        await ended(page)
-        other = await page.context.new_page()
-        await other.goto(page.url)
-        await ended(other)
+        page, other = await in_two_tabs(seen, "First")
         await send(other, "Second")
         await ended(other, 2)
         await other.get_by_text("The answer is complete.").wait_for(state="attached")

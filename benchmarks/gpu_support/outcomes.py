@@ -92,9 +92,8 @@ def _outcomes(data: bytes) -> dict[str, Outcome]:
 
 
 def _outcome(status: object, seconds: object, sources: object, log: object, tail: object) -> Outcome:
-    if (
-        type(status) is not int or type(seconds) not in (int, float) or not isinstance(sources, str)
-    ):  # A bool is refused too.
+    # `isinstance` would accept a bool as a number.
+    if type(status) is not int or type(seconds) not in (int, float) or not isinstance(sources, str):
         raise ValueError("of other types")
     if not isinstance(log, str) or not isinstance(tail, list) or not all(isinstance(line, str) for line in tail):
         raise ValueError("no lines")

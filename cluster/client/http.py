@@ -50,10 +50,13 @@ _RESUME_S = 120.0
 """Seconds after which a lost connection becomes an error. Equals the default of the cluster's `timeouts.recovery`."""
 _MOST_S = 600.0
 """A stream fails if its connection was lost this many seconds ago and no event has arrived since then."""
+_MOST_UNANSWERED = 3
+"""A request fails if this many connections were lost after it was sent and before a reply began."""
 _BACKOFF = Backoff(first_s=0.1, max_s=1.0)
 READ_TIMEOUT_S = 20.0
 """Seconds without data after which a stream counts as lost. The server sends a comment at least every 15 s."""
 _RETRIED_CODES = frozenset({"cluster_starting", "cluster_stopping", "server_busy"})
+_BROKEN = (httpx.ReadError, httpx.RemoteProtocolError)  # A connection is lost after a request was sent.
 _PROXY_STATUSES = frozenset({502, 503, 504})  # A proxy sends them, without a code, while it reaches no server.
 
 
@@ -206,6 +209,7 @@ class ResumableStream:
         self._parts: list[bytes] = []  # Pieces of a line that has not ended.
         self._next_id = ""
         self._was_taken = False  # True once the server has begun a reply that is an event stream.
+        self._unanswered = 0  # Connections that were lost after the request was sent and before a reply began.
         self._has_failed = False  # True if the server does not compute the request.
         self._lost_s: float | None = None  # Time at which the connection was lost. None while there is a connection.
         self._silent_s: float | None = None  # Time of the first lost connection after the last event, or None.
@@ -270,8 +274,11 @@ class ResumableStream:
         """Returns the seconds to wait before the next attempt. Raises the error if another attempt would not help."""
         is_own = isinstance(error, LlamaclustError)
         final = error if isinstance(error, LlamaclustError) else unreachable(self._url, error)
-        if not (self._was_taken and _may_pass(error)):
-            self._has_failed = is_own or not self._was_taken
+        if isinstance(error, _BROKEN) and not self._was_taken:
+            self._unanswered += 1
+        may_be_taken = self._was_taken or 0 < self._unanswered < _MOST_UNANSWERED
+        if not (may_be_taken and _may_pass(error)):
+            self._has_failed = is_own or not may_be_taken
             raise final from error
         now_s = monotonic()
         self._lost_s = now_s if self._lost_s is None else self._lost_s
@@ -291,8 +298,7 @@ def _may_pass(error: httpx.HTTPError | LlamaclustError) -> bool:
 
 def unreachable(url: httpx.URL, error: httpx.HTTPError) -> LlamaclustError:
     where, reason = str(url).rstrip("/"), _reason(error)
-    is_broken = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError)
-    what = "ended the connection in the middle of an answer" if is_broken else "does not answer"
+    what = "ended the connection in the middle of an answer" if isinstance(error, _BROKEN) else "does not answer"
     advice = f"{where} {what} ({reason}); is the cluster up? see `llamaclust status`"
     return LlamaclustError(explain_refusal(where, error) or advice)
 

@@ -110,6 +110,36 @@ def test_a_request_that_no_server_took_is_not_sent_again() -> None:
     assert not stream.must_cancel
 
 
+@pytest.mark.parametrize("error", [httpx.ReadError, httpx.RemoteProtocolError])
+def test_a_connection_that_is_lost_before_the_reply_is_tried_again(error: type[httpx.HTTPError]) -> None:
+    """Simulates a coordinator that is killed after it has journaled the request, and its restart."""
+    stream = ResumableStream(URL)
+    assert stream.pause_s(error("lost")) < 1
+    for _ in range(10):
+        assert stream.pause_s(httpx.ConnectError("refused")) < 2
+    stream.opened(httpx.Response(200, headers={"content-type": "text/event-stream"}), b"")
+    assert [*stream.feed(event(0))]
+    assert stream.must_cancel
+
+
+async def test_a_port_that_ends_every_connection_is_not_tried_for_long() -> None:
+    keys: list[str] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        keys.append(head.partition("idempotency-key: ")[2].partition("\r\n")[0])
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, AsyncClient(url) as client, asyncio.timeout(60):
+        with pytest.raises(LlamaclustError, match="ended the connection"):
+            await client.generate("abc")
+    assert len(keys) == http._MOST_UNANSWERED
+    assert len(set(keys)) == 1  # the server can tell that it is the same request
+    assert keys[0]
+
+
 async def test_a_request_that_is_given_up_before_its_reply_begins_is_cancelled() -> None:
     """Checks that the client sends DELETE, since a server takes a closed connection for a broken one and goes on."""
     lines = asyncio.Queue[str]()

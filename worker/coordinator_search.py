@@ -42,15 +42,23 @@ class Place:
 class CoordinatorSearch:
     """Searches for a coordinator at several addresses. If all refuse, fails unless `discovers` or `stays` is True."""
 
-    def __init__(self, addresses: Sequence[str], *, discovers: bool = False, stays: bool = False) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        discovers: bool = False,
+        stays: bool = False,
+        first_s: float | None = None,
+    ) -> None:
         self.limit_s: float | None = None
         """Seconds within which a lost coordinator must return. None (no limit) if the worker was never a member."""
         self._places = [Place(address) for address in addresses]
         self._discovers = discovers
         self._stays = stays
+        self._first_s = first_s  # Seconds within which the first coordinator must be found, or None for no limit.
         self._has_more = asyncio.Event()
         self._trying: dict[Place, asyncio.Task[Any]] = {}  # Keeps a reference to each running attempt.
-        self._begun_s: float | None = None  # Time of the first failure since the last admission.
+        self._begun_s: float | None = None  # Time at which this search began, or None while the worker is a member.
         self._error: LlamaclustError | None = None
         self._logged: dict[str, float] = {}
 
@@ -90,12 +98,13 @@ class CoordinatorSearch:
     async def reached(self, attempt: Callable[[str], Awaitable[_Result]]) -> tuple[Place, _Result]:
         """Calls `attempt` for all addresses concurrently. Returns the first success, or raises LlamaclustError."""
         self._trying = {}
+        self._begin()
         try:
             async with asyncio.timeout_at(self._end_s):
                 done = await self._first(attempt)
         except TimeoutError:
-            gone = f"the coordinator is gone, and has not come back within {self.limit_s or 0.0:g} s"
-            raise WorkerError(f"{gone}: {self._error}") from self._error
+            reason = "no address answered" if self._error is None else str(self._error)
+            raise WorkerError(f"{self._lacking}: {reason}") from self._error
         finally:
             for task in self._trying.values():
                 task.cancel()
@@ -124,14 +133,17 @@ class CoordinatorSearch:
         place.failures += 1
         place.is_refused = isinstance(error, UsageError)
         now_s, self._error = asyncio.get_running_loop().time(), error
-        if self._begun_s is None:
-            self._begun_s = now_s
+        self._begin()
         # An address may belong to another program by now, so its refusal counts only if all addresses refuse.
         is_refused = not self._discovers and all(each.is_refused for each in self._places)
         is_final = not self._stays and (isinstance(error, RefusedError) or is_refused)
         if self.limit_s is None and is_final:
             raise error
         self._report(error, now_s)
+
+    def _begin(self) -> None:
+        if self._begun_s is None:
+            self._begun_s = asyncio.get_running_loop().time()
 
     async def _repeat(
         self, place: Place, delay_s: float, attempt: Callable[[str], Awaitable[_Result]]
@@ -155,4 +167,11 @@ class CoordinatorSearch:
 
     @property
     def _end_s(self) -> float | None:
-        return None if self.limit_s is None or self._begun_s is None else self._begun_s + self.limit_s
+        limit_s = self._first_s if self.limit_s is None else self.limit_s
+        return None if limit_s is None or self._begun_s is None else self._begun_s + limit_s
+
+    @property
+    def _lacking(self) -> str:
+        if self.limit_s is None:
+            return f"no coordinator has accepted this worker within {self._first_s:g} s"
+        return f"the coordinator is gone, and has not come back within {self.limit_s:g} s"

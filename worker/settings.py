@@ -29,6 +29,7 @@ class WorkerSettings:
     mlock: bool = False
     feature_level: str = ""  # "" means the best.
     join_s: float = 60.0  # Seconds to wait for the coordinator.
+    search_s: float | None = None  # Seconds in which a static worker must become a member, or None for no limit.
     parent_pid: int | None = None
     packed_cache_dir: Path | None = None  # Cache of packed weights, or None for no cache.
     packed_cache_bytes: int = 0  # Maximum size of the cache of packed weights.

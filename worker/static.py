@@ -70,7 +70,9 @@ class _StaticWorker:
         self._token = JoinToken.parse(settings.token) if file is None else JoinToken.read(file)
         self._worker = Worker.open(settings)
         given = tuple(filter(None, (settings.join, *settings.standbys)))
-        self._search = CoordinatorSearch(given, discovers=settings.discover, stays=settings.stays)
+        self._search = CoordinatorSearch(
+            given, discovers=settings.discover, stays=settings.stays, first_s=settings.search_s
+        )
         self._credentials: Credentials | None = None
         self._server: Server | None = None
         self._served: tuple[str, Credentials] | None = None  # Address and credentials of the server.

@@ -58,8 +58,11 @@ class RayLauncher(RestartingLauncher):
 
         from llamaclust.cluster.launchers.ray_actor import ActorArguments
 
-        token = authority.token.text
-        wanted = [ActorArguments(replace(worker, join=join, token=token), authority.cluster) for worker in workers]
+        token, search_s = authority.token.text, self._config.join.wait
+        wanted = [
+            ActorArguments(replace(worker, join=join, token=token, search_s=search_s), authority.cluster)
+            for worker in workers
+        ]
         if not await self._call(lambda: placed.take_back(wanted)):
             await self._reserve(placed, workers)
             await self._call(lambda: placed.make(wanted))

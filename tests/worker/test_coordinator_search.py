@@ -121,6 +121,32 @@ async def test_a_lost_coordinator_is_waited_for_so_long_as_it_said(caplog: pytes
     )
 
 
+@pytest.mark.parametrize(("outcome", "reason"), [(GONE, "it cannot be reached"), (None, "no address answered")])
+async def test_a_first_coordinator_is_waited_for_so_long_as_the_worker_was_told(outcome: Outcome, reason: str) -> None:
+    search = CoordinatorSearch(("a",), first_s=0.5)
+    said = rf"no coordinator has accepted this worker within 0\.5 s: {reason}"
+    async with asyncio.timeout(60):
+        with pytest.raises(WorkerError, match=said):
+            await search.reached(Attempts(a=[outcome]))
+
+
+async def test_a_coordinator_that_accepts_no_worker_is_tried_within_the_same_time() -> None:
+    search, attempts, tries = CoordinatorSearch(("a",), first_s=0.5), Attempts(a=["here"]), 0
+    async with asyncio.timeout(60):
+        with pytest.raises(WorkerError, match="no coordinator has accepted this worker within"):
+            while True:
+                place, _ = await search.reached(attempts)
+                search.failed(place, WorkerError("its stream ended"))
+                tries += 1
+    assert tries > 0
+
+
+async def test_after_an_admission_the_coordinator_s_time_counts() -> None:
+    search = CoordinatorSearch(("a",), first_s=0.0)
+    search.admitted("a", 60.0)
+    assert (await search.reached(Attempts(a=[GONE, "here"])))[1] == "here"
+
+
 async def test_failures_before_an_admission_do_not_count_after_it() -> None:
     search, attempts = CoordinatorSearch(("a",)), Attempts(a=[GONE, "here"])
     place, _ = await search.reached(attempts)

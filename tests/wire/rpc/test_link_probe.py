@@ -48,7 +48,13 @@ async def test_a_delay_changes_no_throughput(
     assert await measured(monkeypatch, stream) == pytest.approx(bytes_s, rel=1e-6)
 
 
-async def test_a_slow_link_is_tried_for_about_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bytes_s", [1e5, 12.5e6, 2e9])
+async def test_a_long_pause_at_the_start_changes_no_throughput(monkeypatch: pytest.MonkeyPatch, bytes_s: float) -> None:
+    stream = TimedStream(bytes_s, {0: 1.2})
+    assert await measured(monkeypatch, stream) == pytest.approx(bytes_s, rel=1e-6)
+
+
+async def test_a_slow_link_is_tried_for_a_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = TimedStream(7e3, {})  # 64 KiB take 9 s over a modem. The limit for the whole measurement is 20 s.
     assert await measured(monkeypatch, stream) == pytest.approx(7e3)
     assert stream.sent == [1 << 16]

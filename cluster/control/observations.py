@@ -66,7 +66,7 @@ class PipelineLost:
 
 @dataclass(frozen=True, slots=True)
 class RequestsStruckOut:
-    """The requests with these keys made a retiring pipeline fail, and have ended."""
+    """The requests with these keys have ended, because they made a retiring pipeline fail."""
 
     keys: frozenset[int]
 

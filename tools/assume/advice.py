@@ -80,7 +80,7 @@ def what_helps(cluster: AssumedCluster, model: AssumedModel, plan: Plan) -> Iter
 
 
 def _what_groups_need(cluster: AssumedCluster, model: AssumedModel, plan: Plan) -> Iterator[str]:
-    """Yields the slowest network on which tensor-parallel groups would be faster, or nothing if `plan` has groups."""
+    """Yields the minimum network speed for tensor-parallel groups to beat `plan`, or nothing if `plan` has groups."""
     assumed, now = cluster.assumed, prediction_of(plan)
     is_grouped = any(stage.shares for stage in plan.stages)
     if len(assumed.machines) < 2 or is_grouped or any(text.startswith("groups=") for text in cluster.overrides):

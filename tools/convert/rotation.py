@@ -63,8 +63,8 @@ def latent_rotation(model: ConvertedModel, dimensions: int) -> None:
         raise rope.error("rope_type", f"{shown(kind)} is not supported; {model.architecture} supports yarn")
     factor, share = _yarn_keys(model, rope), rope.real("mscale_all_dim", default=0.0, maximum=1e3)
     if not share or rope.real("mscale", default=0.0, maximum=1e3) != share:
-        both = f"{rope.shown('mscale_all_dim')}, mscale {rope.shown('mscale')}"
-        raise rope.error("mscale_all_dim", f"{both}: {model.architecture} needs two equal numbers above 0")
+        both = f"{rope.shown('mscale_all_dim')}, and mscale is {rope.shown('mscale')}"
+        raise rope.error("mscale_all_dim", f"{both}; {model.architecture} needs two equal numbers above 0")
     if rope.real("attention_factor", "attn_factor", default=1.0) != 1:
         raise rope.error("attention_factor", f"expected 1, since {model.architecture} computes with 1")
     model.key("rope.scaling.yarn_log_multiplier", share / 10)

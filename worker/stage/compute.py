@@ -55,7 +55,7 @@ class Compute:
         return await asyncio.shield(self.queue(job, limit_s=limit_s))
 
     def apart(self, niceness: int = 0) -> Compute:
-        """Returns another Compute for the same devices with its own thread, whose priority `niceness` lowers."""
+        """Returns a Compute for the same devices that has its own thread. `niceness` lowers the thread's priority."""
         twin = Compute(inline=False, niceness=niceness)
         twin._lost = self._lost
         return twin

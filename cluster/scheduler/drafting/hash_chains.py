@@ -30,8 +30,8 @@ NO_MATCH = Match(NONE, 0, 0)
 
 
 class HashChains:
-    """An index of n-grams with `order` tokens. A chain links the places (token indices) where n-grams with the same
-    hash end."""
+    """An index of n-grams with `order` tokens. A chain links n-grams with the same hash. Each n-gram is represented by
+    its place, which is the index of its last token."""
 
     def __init__(self, order: int) -> None:
         self._order = order

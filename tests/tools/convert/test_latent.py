@@ -116,8 +116,12 @@ def test_decays_and_convolutions_of_kimi_stay_exact(tmp_path: Path) -> None:
         (V2, {"norm_topk_prob": True}, "true is not supported by DeepSeek V2"),
         (V2, {"scoring_func": "sigmoid"}, "expected softmax, found 'sigmoid'"),
         (V2, {"moe_layer_freq": 2}, "'moe_layer_freq': 2 is not supported; expected 1"),
-        (V2, {"rope_scaling": YARN}, r"'mscale_all_dim': None, mscale None: deepseek2 needs two equal numbers"),
-        (V2, {"rope_scaling": YARN | {"mscale": 1, "mscale_all_dim": 0.5}}, "0.5, mscale 1: deepseek2 needs two equal"),
+        (V2, {"rope_scaling": YARN}, r"'mscale_all_dim': None, and mscale is None; deepseek2 needs two equal"),
+        (
+            V2,
+            {"rope_scaling": YARN | {"mscale": 1, "mscale_all_dim": 0.5}},
+            "0.5, and mscale is 1; deepseek2 needs two",
+        ),
         (V2, {"rope_scaling": {"type": "linear", "factor": 2}}, "'linear' is not supported; deepseek2 supports yarn"),
         (
             V2,

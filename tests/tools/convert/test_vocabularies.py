@@ -287,7 +287,7 @@ def test_each_end_is_written_once_and_is_a_word(
 )
 def test_the_tokenizer_of_another_model(rows: int, message: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(tokenizer_json())
-    with pytest.raises(ModelFileError, match=f"{message}: take the tokenizer of the same model"):
+    with pytest.raises(ModelFileError, match=f"{message}: use the tokenizer that belongs to the model"):
         read(tmp_path, rows)
 
 

@@ -70,10 +70,10 @@ class Words:
         count = len(self.texts)
         if count > rows:
             more = f"there are {count} tokens, but the embedding has {rows} rows"
-            raise ModelFileError(f"{self.origin}: {more}: take the tokenizer of the same model")
+            raise ModelFileError(f"{self.origin}: {more}: use the tokenizer that belongs to the model")
         if rows - count > max(_FREE_ROWS, rows * _FREE_SHARE):
             fewer = f"there are only {count} tokens, but the embedding has {rows} rows"
-            raise ModelFileError(f"{self.origin}: {fewer}: take the tokenizer of the same model")
+            raise ModelFileError(f"{self.origin}: {fewer}: use the tokenizer that belongs to the model")
         for number in range(count, rows):
             self._append(f"[PAD{number}]", TokenType.UNUSED, _PADDING_SCORE)
         self.ids = {name: token_id for name, token_id in self.ids.items() if 0 <= token_id < rows}

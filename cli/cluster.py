@@ -251,7 +251,7 @@ def plan(
         Option(
             "--acceptance",
             metavar="SHARE",
-            help="Acceptance rate of draft tokens, e.g. 0.8 or 80%, for which speeds are predicted; repeatable.",
+            help="Predict speeds for this acceptance rate of draft tokens, e.g. 0.8 or 80%; repeatable.",
         ),
     ] = [],  # noqa: B006  typer reads the default
 ) -> None:

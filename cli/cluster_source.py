@@ -88,5 +88,5 @@ def _local_workers(count: int) -> str:
 
 
 def _objective(workers: int) -> str:
-    """Returns the override with which plans use all workers. Plans for `latency` often use only one worker."""
+    """Returns the override that makes plans use all workers. Plans for `latency` often use only one worker."""
     return f"objective={'latency' if workers == 1 else 'throughput'}"

@@ -383,7 +383,7 @@ class Target:
 
 
 def connect(endpoint: str, api_key_file: Path | None, ca_file: Path | None = None, model: str | None = None) -> Client:
-    """Returns a client with the first key in `api_key_file`, if given. Raises UsageError if the file has no key."""
+    """Returns a client with the first key in `api_key_file` (None: no key). Raises UsageError if the file has none."""
     from llamaclust.cluster.client.http import Client
     from llamaclust.cluster.state.api_keys import first_key
 

@@ -100,7 +100,7 @@ def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameTy
 @contextmanager
 def exits_on_signals(*numbers: signal.Signals) -> Iterator[Held]:
     """Turns the signal that arrives first into SystemExit, so that cleanup runs. The exit code is 128 plus the
-    signal's number, as in a shell. Yields a `Held`: signals do not interrupt its `with` block."""
+    signal's number, as in a shell. Yields a function `held`. A block `with held():` delays signals until its end."""
     holds = False
     received: list[int] = []
 

@@ -83,7 +83,7 @@ _KEYS = {
 
 
 def _key_of(option: str, value: str) -> tuple[str, str] | None:
-    """Returns the cluster file's key that replaces `option` and the argument of `--set`, or None without such a key."""
+    """If a key of the cluster file replaces `option`, returns (key, KEY=VALUE for --set). Otherwise returns None."""
     given = value or "..."
     match option:
         case "--cpu-moe" | "-cmoe":

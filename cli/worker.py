@@ -49,7 +49,7 @@ def worker(
         str,
         Option(
             metavar="HOST:PORT",
-            help="Address where other members connect. Default: a free port at the local address used to reach --join.",
+            help="Address where other members connect. Default: a free port at the local address that reaches --join.",
         ),
     ] = "",
     advertise: Annotated[
@@ -241,7 +241,7 @@ def _check_workers_rejoin(folder: Path, state_dir: Path) -> None:
         needs_token = facts.starts_workers and not facts.is_local
         if needs_token and _trust_of(directory, record).resolve() == folder.resolve():
             what = f"workers that {record.launcher} has started need the present token to rejoin"
-            raise UsageError(f"{what}: stop the cluster first, `llamaclust down --cluster {record.name}`")
+            raise UsageError(f"{what}: stop the cluster first with `llamaclust down --cluster {record.name}`")
 
 
 def _trust_folder(cluster: str | None, state_dir: Path) -> Path:

@@ -54,7 +54,7 @@ def path(what: str, value: str) -> str:
 
 
 def one_line(text: str, most: int = MAX_ONE_LINE) -> str:
-    """Puts a text on one line and cuts it to `most` characters, because receivers refuse longer text (see `line`)."""
+    """Puts a text on one line and cuts it to `most` characters, because receivers refuse longer lines."""
     return fitted_log_line(" ".join(text.split()), most)
 
 

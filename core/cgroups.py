@@ -74,7 +74,7 @@ def is_memory_limited() -> bool:
 
 
 def drop_cached_pages(descriptor: int, offset: int = 0, n_bytes: int = 0) -> None:
-    """Drops bytes of a file from the page cache if a control group limits memory. `n_bytes` 0 means up to the end."""
+    """Drops `n_bytes` bytes (0: all the rest) of a file from the page cache if a control group limits memory."""
     if is_memory_limited():
         os.posix_fadvise(descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)
 

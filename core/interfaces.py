@@ -37,7 +37,7 @@ class InterfaceAddress:
 
     @property
     def rank(self) -> tuple[bool, bool, bool, bool]:
-        """Sort key. An address that other machines are more likely to reach has a smaller key."""
+        """A key for sorting. An address that other machines are more likely to reach has a smaller key."""
         return is_loopback(self.host), self.is_virtual, not self.is_default, ":" in self.host
 
 

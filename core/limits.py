@@ -64,7 +64,7 @@ class StageLimits:
         return shard_position(start, self.expert_shards), shard_position(end, self.expert_shards)
 
     def gives_up(self, window: int | None) -> bool:
-        """True if layers with this window have their own KV blocks, and free the blocks outside the window."""
+        """True if layers with this window have their own KV blocks. These layers free the blocks outside the window."""
         return window is not None and self.window_blocks > 0
 
     def layer_blocks(self, window: int | None) -> int:

@@ -138,7 +138,7 @@ def take_lock(file: BinaryIO | int, kind: int = fcntl.LOCK_EX) -> bool:
 
 
 def take_lock_within(file: BinaryIO | int, seconds: float) -> bool:
-    """Locks a file, and waits up to `seconds` for another holder. Returns False if the lock is still held."""
+    """Locks a file. Waits up to `seconds` for another holder to release it. Returns False if it is still locked."""
     deadline_s = time.monotonic() + seconds
     while not take_lock(file):
         if time.monotonic() >= deadline_s:

@@ -14,7 +14,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @cache
 def machine_id() -> str:
-    """Returns Linux's boot id, or else the host name, which need not be unique. A reboot changes the boot id."""
+    """Returns Linux's boot id, or else the host name. A reboot changes the boot id. Host names may not be unique."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
@@ -34,6 +34,6 @@ def process_fields(pid: int | str) -> list[str]:
 
 
 def start_ticks(pid: int) -> int | None:
-    """Returns a process's start time in clock ticks since boot, which tells reused pids apart. None if it has ended."""
+    """Returns a process's start time in ticks since boot, or None if it has ended. The time tells reused pids apart."""
     fields = process_fields(pid)
     return int(fields[_START]) if fields else None

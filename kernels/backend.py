@@ -184,7 +184,7 @@ class ExpertsStage(Protocol):
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32: ...
 
     def route(self, number: int, hidden: Float32) -> tuple[Int32, Float32]:
-        """Returns each row's expert ids [rows, used], best first, and weights. Requires a load with `lines` > 0."""
+        """Returns each row's expert ids [rows, used], best first, and their weights. Needs a load with `lines` > 0."""
 
     def run_lines(self, number: int, x: Float32, experts: Int32) -> Float32:
         """Returns the unweighted output of expert experts[i] for row x[i]. The next call overwrites the output."""
@@ -202,7 +202,7 @@ class ExpertsCache(Protocol):
     def counts(self) -> CacheCounts: ...
 
     def step(self) -> AbstractContextManager[None]:
-        """Wraps a run of the stage. Experts that the run uses stay cached until it ends. Raises DeviceLostError."""
+        """Wraps a run of the stage. Until the run ends, its experts stay cached. Raises DeviceLostError."""
 
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32 | None: ...
 
@@ -224,7 +224,7 @@ class Backend(Protocol):
         """Returns the size of the weights that other stages have already loaded, and that `load` would share."""
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-        """Returns a stage's memory besides weights and KV memory. Raises what `load` raises, but reads no weights."""
+        """Returns a stage's memory besides weights and KV memory. Reads no weights. Raises the errors of `load`."""
 
 
 @runtime_checkable

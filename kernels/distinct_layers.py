@@ -19,7 +19,7 @@ _TAIL = 3
 
 
 def distinct_layers(program: Program, tensors: Mapping[str, Tensor]) -> Program:
-    """Keeps only the first of equal pairs of adjacent layers. This suffices, as no fused step spans three layers."""
+    """Keeps equal pairs of adjacent layers once. Buffer sizes stay the same, as no fused step spans three layers."""
     if any(isinstance(step, Attention) and step.shares_kv for step in program.steps):
         return program  # Some layers refer to other layers by number.
     groups = _by_layer(program.steps)
@@ -51,7 +51,7 @@ def _kind(steps: Sequence[Step], tensors: Mapping[str, Tensor]) -> Hashable:
 
 
 def _form(value: Hashable, tensors: Mapping[str, Tensor]) -> Hashable:
-    """Returns a key that is the same for equal steps of two layers whose tensors have the same types and shapes."""
+    """Returns `value` without layer numbers and with the types and shapes of tensors, for comparisons of layers."""
     if names := _part_names(type(value)):
         return type(value), *(_form(getattr(value, name), tensors) for name in names)
     if isinstance(value, str) and (tensor := tensors.get(value)) is not None:

@@ -18,7 +18,7 @@ class ReadProbe:
 
 
 def int8_peak(threads: int, seconds: float = 0.2) -> float:
-    """Measures 8-bit multiply-adds of all threads with the widest dot-product instruction, in 10^9 per second."""
+    """Returns the rate of 8-bit multiply-adds, in 10^9 per second. Threads use the widest dot-product instruction."""
     return _native.int8_peak(threads, seconds) / 1e9
 
 

@@ -109,7 +109,7 @@ def _alpha(found: ModelFile, model: ModelFile) -> MetadataValue:
     architecture, own = found.metadata_str("general.architecture"), model.metadata_str("general.architecture")
     if architecture != own:
         raise found.error(
-            "general.architecture", f"expected {own!r}, the model's architecture, found {shown(architecture)}", _OTHER
+            "general.architecture", f"expected the model's architecture {own!r}, found {shown(architecture)}", _OTHER
         )
     if "adapter.alora.invocation_tokens" in found.metadata:
         what = "adapters that certain tokens activate (aLoRA) are not supported"

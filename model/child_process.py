@@ -45,7 +45,7 @@ class ChildUnusableError(ChildEndedError):
 
 @dataclass(frozen=True, slots=True)
 class ChildProgram:
-    """The module that a child process runs, the first frame that it receives, and its limits."""
+    """The module, the first frame and the limits of a child process."""
 
     module: str
     first: Callable[[], Mapping[str, Any]]

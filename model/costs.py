@@ -28,7 +28,7 @@ class TypedWeights:
 
 
 def typed_weights(tensors: Mapping[str, Tensor], steps: Iterable[Step], *, experts: bool) -> tuple[TypedWeights, ...]:
-    """Returns totals by quant type, of the experts' matrices if `experts`, and otherwise of all other matrices."""
+    """Returns totals by quant type. They cover the EXPERTS weights if `experts`, and otherwise the MATRIX weights."""
     n_bytes, products = Counter[QuantType](), Counter[QuantType]()
     kind = WeightKind.EXPERTS if experts else WeightKind.MATRIX
     seen = set[str]()
@@ -84,9 +84,9 @@ def all_macs(steps: Iterable[Step]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LayerCost:
-    """The cost of a layer, or of a part of a layer. `idle_bytes` and `idle_share` are the bytes and the fraction of
-    experts that a token does not use. `used_file_bytes` is the file size of the weights that a token uses.
-    Multiply-accumulates (`macs`) exclude attention."""
+    """The cost of a layer, or of a part of a layer. `idle_bytes` is the size of the experts that a token does not use.
+    `idle_share` is the fraction of experts that a token does not use. `used_file_bytes` is the file size of the weights
+    that a token uses. Multiply-accumulates (`macs`) exclude attention."""
 
     weight_bytes: int
     macs_per_token: int
@@ -116,8 +116,8 @@ class LayerCost:
         return self.weight_bytes - self._idle_bytes(rows)
 
     def read_file_bytes(self, rows: int) -> float:
-        """Returns the expected file size of the weights that a step of `rows` rows reads. Experts that the first
-        row does not use count with their size in memory."""
+        """Returns the expected file size of the weights that a step of `rows` rows reads. For experts that the first
+        row does not use, counts the size in memory instead."""
         return self.used_file_bytes + self.touched_bytes(rows) - self.touched_bytes(1)
 
     def touched_expert_bytes(self, rows: int) -> float:

@@ -58,7 +58,7 @@ def read_architecture(model: ModelFile) -> str:
 
 
 class ModelKeys:
-    """Reads metadata keys, given without the architecture's prefix, and records which keys were read."""
+    """Reads metadata keys, and records which keys were read. Methods take keys without the architecture's prefix."""
 
     def __init__(self, model: ModelFile) -> None:
         self.model = model
@@ -151,8 +151,8 @@ class ModelKeys:
                 raise self.error(key, f"{described(value)} is not supported")
 
     def windowed_layers(self, layers: int, default_period: int, *, full_first: bool = False) -> list[bool]:
-        """Returns, for each layer, True if its attention has the sliding window. If the file does not say, all layers
-        have it except the last of each period (the first if `full_first`). With a period of 0, all layers have it."""
+        """Returns, for each layer, True if its attention has the sliding window. Unless the file lists the layers, all
+        layers have it except the last of each period (the first if `full_first`). If the period is 0, all have it."""
         key = "attention.sliding_window_pattern"
         if isinstance(self.model.metadata.get(self._recorded(key)), np.ndarray):
             return self._layer_flags(key, layers)

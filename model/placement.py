@@ -125,8 +125,8 @@ class _Part:
     others: list[str] = field(default_factory=list)  # Small tensors, which follow the `deciding` tensors.
 
     def place(self, decided: Mapping[str, PlacementRule]) -> tuple[str, PlacementRule] | None:
-        """Returns (tensor name, rule): the rule places the whole part, and matches the tensor. Returns None
-        if no rule matches. Raises UsageError if rules would divide the part between devices."""
+        """Returns a tensor's name, and the rule that matches this tensor and places the whole part. Returns None if no
+        rule matches. Raises UsageError if rules would divide the part between devices."""
         ruled = [(name, decided[name]) for name in (*self.deciding, *self.others) if name in decided]
         if not ruled:
             return None

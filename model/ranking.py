@@ -53,8 +53,8 @@ class Ranking:
 
 
 def read_ranking(metadata: Mapping[str, Any], tokenizer: Tokenizer, *, of_last: bool) -> Ranking:
-    """Reads how a reranker's prompts are made: by the file's template or, if there is none, with special tokens around
-    the texts. Raises ModelFileError if the template is invalid."""
+    """Reads the form of a reranker's prompts: the file's template or, if there is none, special tokens around the
+    texts. Raises ModelFileError if the template is invalid."""
     text = metadata.get(_KEY)
     if text is None:
         return Ranking(read_pair_form(metadata, tokenizer), of_last)

@@ -8,7 +8,7 @@ _SHARD = re.compile(r"(?P<whole>.+)\[(?P<inner>:,)?(?P<start>\d+):(?P<end>\d+)\]
 
 
 def shard_name(name: str, part: range) -> str:
-    """Returns the name of a range of `name`'s experts or rows. If `name` names a range, `part` is relative to it."""
+    """Returns the name of a range of a tensor's experts or rows. If `name` has a range, `part` is relative to it."""
     found = _SHARD.fullmatch(name)
     if found is not None:
         assert found["inner"] is None, name
@@ -29,6 +29,6 @@ def whole_name(name: str) -> str:
 
 
 def named_range(name: str) -> tuple[int, range] | None:
-    """Returns the dimension along which a slice was cut (0 is the slowest) and its range, or None if whole."""
+    """Returns the dimension (0 is the slowest) and the range in a name, or None if the name has no range."""
     found = _SHARD.fullmatch(name)
     return None if found is None else (int(found["inner"] is not None), range(int(found["start"]), int(found["end"])))

@@ -74,7 +74,7 @@ def plan_split(model: ModelFile, prefix: Path, rules: SplitRules) -> list[Part]:
 
 
 def plan_merge(model: ModelFile, out: Path) -> Part:
-    """Returns the file into which to merge a split model. Raises UsageError if the model is already one file."""
+    """Plans the merge of a split model into the file `out`. Raises UsageError if the model is already one file."""
     if len(model.parts) == 1:
         raise UsageError(f"{model.path} is already one file, so there is nothing to merge")
     return Part(out, _whole_metadata(model), tuple(model.tensors.values()), _alignment(model))

@@ -130,7 +130,7 @@ def read(kind: type[_Value], record: Any) -> _Value:
 
 
 class Envelope(Generic[_Value]):
-    """A codec of messages with a `oneof kind`. Class PeerUnreachable, for example, has the field `peer_unreachable`."""
+    """A codec of messages with a `oneof kind`. The field of PeerUnreachable, for example, is `peer_unreachable`."""
 
     def __init__(self, record: type[Message], union: Any, most_bytes: int) -> None:
         self._record = record

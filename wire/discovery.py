@@ -66,7 +66,7 @@ async def announced(name: str, cluster: str, address: str) -> AsyncIterator[None
 
 @asynccontextmanager
 async def browsing(cluster: str, found: Callable[[str], None], other: Callable[[str], None]) -> AsyncIterator[None]:
-    """Calls `found` with each address (HOST:PORT) of `cluster`, and `other` with the name of each other cluster."""
+    """Calls `found` with each address (HOST:PORT) of `cluster`. Calls `other` with the name of each other cluster."""
     async with _multicast(_browsed()) as service:
         browser = _Browser(service.zeroconf, cluster, found, other)
         listening = AsyncServiceBrowser(service.zeroconf, [SERVICE], handlers=[browser.changed])

@@ -32,8 +32,8 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 
 def listener(host: str, port: int, cure: str) -> socket.socket:
-    """Opens a listening socket. If that fails, raises UsageError with the advice `cure` to the user, or LlamaclustError
-    if this machine does not have the address, but may get it later, for example by DHCP."""
+    """Opens a listening socket, or raises UsageError with the advice `cure`. Raises LlamaclustError instead if this
+    machine does not have the address yet, but may get it, for example by DHCP."""
     try:
         return listening_socket(host, port)
     except OSError as error:

@@ -40,7 +40,7 @@ class Place:
 
 
 class CoordinatorSearch:
-    """Searches for a coordinator at several addresses. If all refuse, fails unless `discovers` or `stays` is True."""
+    """Searches for a coordinator at several addresses. Fails if all refuse, unless `discovers` or `stays` is True."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class CoordinatorSearch:
             place.failures, place.is_refused = 0, False
 
     def add(self, address: str) -> None:
-        """Adds an announced address. The 65th replaces one that failed at least 3 times, or is dropped if none did."""
+        """Adds an announced address. If 64 are known, replaces one that failed at least 3 times, or does nothing."""
         if any(place.address == address for place in self._places):
             return
         found = [place for place in self._places if place.is_found]

@@ -108,7 +108,7 @@ def _granted(data: bytes | None, where: str) -> enrolment.Grant:
 
 
 def _context(authority: bytes | None) -> ssl.SSLContext:
-    """Returns a TLS context for servers with a certificate of the CA `authority` (DER), or for any server if None."""
+    """Returns a TLS context that trusts the CA `authority` (DER), or accepts any server if `authority` is None."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     if authority is None:

@@ -47,7 +47,7 @@ class Renewal:
         self._renewed = asyncio.Event()
 
     async def run(self) -> None:
-        """Renews the certificate after two thirds of its life, until the stream ends. Repeats unanswered requests."""
+        """Renews the certificate at two thirds of each lifetime until the stream ends. Repeats unanswered requests."""
         from llamaclust.wire.security.certificates import NewKey
 
         with contextlib.suppress(WorkerError):  # The stream's reader reports this error.
@@ -212,7 +212,7 @@ class Member:
             return
 
     async def send(self, message: messages.WorkerMessage) -> None:
-        """Sends a message. Completes the write even if the caller is cancelled, because gRPC would end the stream."""
+        """Sends a message. A cancelled caller does not stop the write, because gRPC would then end the stream."""
         writing = asyncio.create_task(self._write(message))
         writing.add_done_callback(_retrieved)  # The caller may have been cancelled.
         await asyncio.shield(writing)

@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Maintains a file that exists while the worker is ready: not loading, and with layers or idle."""
+    """Maintains a file that exists while the worker is ready: it is not loading, and it has layers or is idle."""
 
     file: Path | None = None  # None if no file is wanted.
 

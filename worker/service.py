@@ -66,7 +66,7 @@ class StageService:
             self._encoders[streams.epoch] = encoder
 
     async def remove(self, epoch: int) -> None:
-        """Frees an epoch's stage, and its image encoder as soon as no tile is being computed (see `last_tiles`)."""
+        """Frees an epoch's stage and image encoder. The encoder first completes its current tile (see `last_tiles`)."""
         if (encoder := self._encoders.pop(epoch, None)) is not None:
             await self.free_encoder(encoder)
         if (streams := self._stages.pop(epoch, None)) is not None:
@@ -159,7 +159,7 @@ class StageService:
         return found
 
     async def clear(self, model_id: str) -> list[object]:
-        """Frees a model's stages, but keeps its encoders. Returns the stages' weights, to keep them in memory."""
+        """Frees a model's stages, but not its encoders. Returns the stages' weights, so that callers can keep them."""
         freed = {epoch: streams for epoch, streams in self._stages.items() if streams.runner.model_id == model_id}
         weights = [streams.runner.weights for streams in (*freed.values(), *self._kept)]
         for epoch in freed:

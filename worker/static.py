@@ -89,7 +89,7 @@ class _StaticWorker:
         return await _watched(self._run(), self._browse(self._token))
 
     async def _browse(self, token: JoinToken) -> WorkerError:
-        """Looks for the coordinator of the file's token, and for a new one if the file gets a new cluster's token."""
+        """Looks for the coordinator of the token's cluster. Starts again if the file gets another cluster's token."""
         from llamaclust.wire.discovery import browsing
 
         while True:

@@ -17,7 +17,7 @@ _MOST_BYTES: Final = 64 << 20
 
 
 class LineHistory:
-    """Enables line editing in input() by readline, and appends typed lines to a file that concurrent chats share."""
+    """Lets users edit and recall lines in input(), and appends typed lines to a file that concurrent chats share."""
 
     def __init__(self, path: Path) -> None:
         """Raises ImportError if Python was built without readline."""

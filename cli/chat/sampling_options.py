@@ -86,7 +86,7 @@ def _with_most_drafted(more: dict[str, Any]) -> dict[str, Any]:
         raise UsageError(f"--draft-max {most}: give 0 to {MAX_WINDOW}")
     if not is_on:
         if most:
-            raise UsageError(f"--speculative {when} forbids drafts, --draft-max {most} allows drafts: give one of them")
+            raise UsageError(f"--speculative {when} and --draft-max {most} contradict each other: give one of them")
         return {**more, "speculative": False}
     return more if most is None else {**more, "speculative": most}
 

@@ -172,7 +172,7 @@ async def _joined(chunks: Chunks) -> Answer:
 
 
 class _Steps(Generic[_Value]):
-    """Reads an asynchronous generator value by value. Adds itself to `begun` at the first read; `close` removes it."""
+    """Reads an asynchronous generator, one value at a time. `begun` contains this reader from `next` to `close`."""
 
     def __init__(self, values: AsyncGenerator[_Value, None], begun: set[_Steps[Any]]) -> None:
         self._values, self._begun = values, begun
@@ -207,7 +207,7 @@ class _Steps(Generic[_Value]):
 
 class LoopValues(Iterator[_Value]):
     """Iterates over an asynchronous generator in the event loop of `thread`. Closing or dropping the iterator closes
-    the generator. If a thread is waiting for the next value, its iteration then ends."""
+    the generator, and ends the iteration of a thread that is waiting for the next value."""
 
     def __init__(self, thread: LoopThread[Any], steps: _Steps[_Value]) -> None:
         self._thread, self._steps = thread, steps
@@ -233,7 +233,7 @@ class LoopThread(Generic[_Opened]):
     """Opens a resource in the event loop of a new thread. The resource stays open until `close` is called."""
 
     def __init__(self, open_resource: Callable[[], AbstractAsyncContextManager[_Opened]]) -> None:
-        """Opens the resource. Raises the error if opening fails, and DeadlineError if it takes too long."""
+        """Opens the resource. Raises the errors of `open_resource`, and DeadlineError if opening takes too long."""
         self._lock = threading.RLock()  # The garbage collector may close a stream during `call`.
         self._calls: set[Future[Any]] = set()
         self._streams: set[_Steps[Any]] = set()  # Streams that are being read.
@@ -252,7 +252,7 @@ class LoopThread(Generic[_Opened]):
             raise
 
     def call(self, work: Callable[[], Coroutine[Any, Any, _Value]]) -> _Value:
-        """Runs `work` in the loop, and returns its result. Raises DeadlineError if it takes too long."""
+        """Runs `work` in the loop, and returns its result. Raises DeadlineError if `work` takes too long."""
         future: Future[_Value] = Future()
         with self._lock:
             if self._is_closed:

@@ -128,7 +128,7 @@ def completion_body(prompt: Prompt, options: CompletionOptions) -> dict[str, Any
 
 
 def chat_body(messages: Sequence[Message], options: Options) -> dict[str, Any]:
-    """Returns a body for `/v1/chat/completions`. Raises TypeError for an unknown option, UsageError for a bad image."""
+    """Returns a body for `/v1/chat/completions`. Raises TypeError for unknown options and UsageError for bad images."""
     return {"messages": [*map(message_json, messages)], "logprobs": True, **_answer_fields(options, Options)}
 
 

@@ -70,7 +70,7 @@ class AsyncServiceClient(AsyncTextClient):
             return [vector for embedding in embeddings for vector in embedding.vectors]
 
     async def aclose(self) -> None:
-        """Does nothing, because the owner of the service closes it."""
+        """Does nothing. The service is closed by its owner."""
 
 
 class ServiceClient(TextClient):
@@ -96,7 +96,7 @@ class LocalClient(ServiceClient):
         feature_level: str | None = None,
         settings: LocalSettings | None = None,
     ) -> None:
-        """Loads the model. Raises ModelFileError, InsufficientMemoryError, or UsageError for invalid settings."""
+        """Loads the model. Raises UsageError for bad settings, and ModelFileError or InsufficientMemoryError."""
         self._stage = LocalStage(Path(path).expanduser(), threads, feature_level, settings or LocalSettings())
         super().__init__(self._stage.serve)
 
@@ -119,12 +119,12 @@ class LocalClient(ServiceClient):
         return self._stage.scheduling.vocabulary
 
     def logits(self, token_ids: Sequence[int]) -> Float32:
-        """Returns logits ([tokens, vocabulary]) after each token. Raises RequestError for bad or too many ids."""
+        """Returns logits ([tokens, vocabulary]) after each token. Raises RequestError if ids are bad or too many."""
         parts: list[Float32] = []
         self.each_logits(token_ids, 0, lambda part: parts.append(part.copy()))
         return np.concatenate(parts)
 
     def each_logits(self, token_ids: Sequence[int], start: int, use: Callable[[Float32], None]) -> None:
-        """Calls `use` with the logits after each token from index `start` on, a few rows at a time, in order. The rows
-        are valid until `use` returns. Raises the errors of `logits`."""
+        """Calls `use` with a few rows of logits at a time. The rows belong to the tokens from index `start` on, in
+        order. They are valid until `use` returns. Raises the errors of `logits`."""
         self._stage.logits(tuple(token_ids), start, use)

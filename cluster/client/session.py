@@ -196,7 +196,7 @@ def is_conversation(path: Path) -> bool:
 
 
 def _message(parts: list[TextChunk]) -> dict[str, Any]:
-    """Returns the assistant's message and its reasoning. The chat template may leave reasoning out of later prompts."""
+    """Returns the assistant's message with the reasoning, which the chat template may leave out of later prompts."""
     reasoning = "".join(part.reasoning for part in parts)
     content = "".join(part.text for part in parts)
     return {"role": "assistant", "content": content, **({"reasoning_content": reasoning} if reasoning else {})}

@@ -33,7 +33,7 @@ _REPOSITORY: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """A model of the catalog. Either its `size_bytes` and `sha256` are known, or only the estimate `about_bytes`."""
+    """A model of the catalog. If `size_bytes` and `sha256` are None, `about_bytes` is an estimate of the size."""
 
     name: str
     source: str
@@ -166,7 +166,7 @@ def _billions(count: float) -> str:
 
 
 def locate(spec: str, models_dir: Path | None = None) -> Path | WantedFile:
-    """Finds a model. Returns a local model's path, or the file to download. Raises UsageError if there is none."""
+    """Returns the path of a local model, or the file of a downloadable one. Raises UsageError for an unknown model."""
     entry = find_entry(spec) or next((known for known in CATALOG.values() if known.source == spec), None)
     source = parse_source(entry.source if entry else spec)
     if isinstance(source, Path):
@@ -207,7 +207,7 @@ def stored_model(spec: str, models_dir: Path | None = None) -> Path | None:
 
 
 def lacks_projector(spec: str, models_dir: Path | None = None) -> bool:
-    """Returns True if the repository of a model outside the catalog may have a projector that is not downloaded."""
+    """Returns True if a model may have a projector that is not downloaded. Returns False for a catalog name."""
     found = locate(spec, models_dir)
     return isinstance(found, WantedFile) and found.may_have_projector and find_entry(spec) is None
 
@@ -295,7 +295,7 @@ def _existing(spec: str, path: Path, models_dir: Path | None) -> Path:
 
 
 def _only_model(name: str, folder: Path) -> Path:
-    """Returns the only model in the folder (part 1 if it is split). Raises UsageError if there is none, or several."""
+    """Returns the folder's only model (part 1 if it is split). Raises UsageError if there are none or several."""
     try:
         models = list(_models(folder))
         has_checkpoint = any(folder.glob("*.safetensors"))

@@ -35,7 +35,7 @@ class Document:
     origins: dict[Place, str]
 
     def where(self, place: Place) -> str:
-        """Returns the origin of a value, or of the nearest section around it if its own origin is unknown."""
+        """Returns the origin of a value. If it is unknown, returns that of the nearest section around the value."""
         while place and place not in self.origins:
             place = place[:-1]
         return self.origins[place] if place else self.name

@@ -124,8 +124,7 @@ def parse_source(spec: str) -> Path | RemoteSource:
 
 
 def default_name(spec: str) -> str:
-    """Returns the name under which a model is served unless the user names it: its file's name without .gguf, or a
-    catalog name."""
+    """Returns the default name of a served model: its file's name without .gguf, or a catalog name."""
     source = parse_source(spec)
     name = source.name if isinstance(source, Path) else source.file_name
     return name[: -len(_SUFFIX)] if name.lower().endswith(_SUFFIX) else spec

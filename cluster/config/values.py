@@ -220,7 +220,7 @@ class OrAuto:
 
 
 class OrWord:
-    """Marks a field that also accepts `word`. The word stands for `value`, by default a section without keys."""
+    """Marks a field that also accepts `word`, which stands for `value` (default: a section without keys)."""
 
     def __init__(self, word: str, value: Any = MappingProxyType({})) -> None:
         self._word = word

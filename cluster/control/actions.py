@@ -65,7 +65,7 @@ class ActionRunner:
 
     async def set_adapters(self, model: Model) -> None:
         """Replaces the adapters of all loaded stages by those of `model`. First waits until no recovery is under way
-        and no microbatch in flight uses a removed adapter, because the prefix cache has such microbatches' blocks."""
+        and no microbatch in flight uses a removed adapter. The prefix cache already has such microbatches' blocks."""
         engine = self.engine
         assert engine is not None
 

@@ -298,7 +298,7 @@ class Epochs:
 
     @property
     def held_layers(self) -> dict[str, tuple[float, float]]:
-        """Half-open layer range of each worker's newest stage of this model, by worker name."""
+        """The half-open range of layers in each worker's newest stage of this model, by worker name."""
         workers = self._registry.present
         newest = {name: max(held) for name, worker in workers.items() if (held := self._numbers & set(worker.stages))}
         return {name: workers[name].layers_of(epoch) for name, epoch in newest.items()}

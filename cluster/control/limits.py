@@ -45,9 +45,7 @@ def check_distinct(models: Iterable[tuple[str, str]]) -> None:
     for name, model_id in models:
         if (other := names.setdefault(model_id, name)) != name:
             what = f"models: {other!r} and {name!r} are the same file"
-            raise UsageError(
-                f"{what}; list the file once, as {other!r}, with {name!r} as an alias and with all of its adapters"
-            )
+            raise UsageError(f"{what}; list only {other!r}, with {name!r} as an alias and with the adapters of both")
 
 
 def check_plan(config: ClusterConfig, model: Model) -> None:

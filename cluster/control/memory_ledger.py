@@ -17,7 +17,7 @@ MemoryUse = Counter[tuple[str, str]]
 
 
 class ModelLimitError(InsufficientMemoryError):
-    """A model cannot be planned because `max_loaded_models` other models are loaded."""
+    """A model cannot be planned because the number of other loaded models has reached `max_loaded_models`."""
 
     def __init__(self, most: int) -> None:
         loaded = "1 model is" if most == 1 else f"{most} models are"

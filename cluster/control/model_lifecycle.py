@@ -27,7 +27,7 @@ def _now_s() -> float:
 
 @dataclass(eq=False, slots=True)
 class ModelLifecycle:
-    """A model that is awake (loaded) or asleep. It stays awake `usual_s` seconds without requests (None: forever)."""
+    """A model that is awake (loaded) or asleep. Falls asleep after `usual_s` seconds without requests (None: never)."""
 
     name: str
     store: StateStore
@@ -172,7 +172,7 @@ class ModelLifecycle:
 
 
 class ModelRotation:
-    """The models of a cluster. Decides, while this context manager is open, which models are awake."""
+    """Decides which models of a cluster are awake, while this context manager is open."""
 
     def __init__(self, lifecycles: Mapping[str, ModelLifecycle]) -> None:
         self.lifecycles = lifecycles  # Models by name.

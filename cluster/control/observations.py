@@ -56,11 +56,9 @@ class UndrainRequested:
 
 @dataclass(frozen=True, slots=True)
 class PipelineLost:
-    """The pipeline failed. `requests` has the keys of requests in flight, `causes` the keys of those at fault."""
-
     error: LlamaclustError
-    requests: frozenset[int] = frozenset()
-    causes: frozenset[int] = frozenset()
+    requests: frozenset[int] = frozenset()  # Keys of the requests that were in flight.
+    causes: frozenset[int] = frozenset()  # Keys of the requests that caused the failure.
     is_repeated: bool = False  # True if the worker failed to compute the same tokens before.
 
 

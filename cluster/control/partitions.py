@@ -69,7 +69,7 @@ class PartitionTracker:
             pending.add_done_callback(lambda done: self._pending.pop((caller, other)))
 
     async def settled(self) -> None:
-        """Waits until all reports of broken links that have arrived so far are confirmed or dismissed."""
+        """Waits until all pending reports of broken links are confirmed or dismissed."""
         if self._pending:
             await asyncio.wait(tuple(self._pending.values()))
 

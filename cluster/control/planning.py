@@ -140,7 +140,7 @@ def _plan_in_own_tiles(
 
 
 def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources, most: int) -> Iterator[int]:
-    """Yields the numbers of expert shards per layer (2, 4, ...) to try if whole layers do not fit."""
+    """Yields each number of expert shards per layer (2, 4, ...) that is worth trying if whole layers do not fit."""
     on_gpus = says_placement(config) or any(worker.gpu_layers for worker in resources.workers.values())
     if (
         most < 2
@@ -343,9 +343,9 @@ class ClusterPlanner:
         *,
         needs_images: bool = False,
     ) -> Plan:
-        """Makes a plan in a thread. Leaves out workers that cannot obey the placement rules and, unless `needs_images`
-        is set, an image encoder that does not fit. Raises the errors of `plan_cluster`, ModelLimitError if too many
-        models are loaded, and WorkerError if a worker is absent."""
+        """Makes a plan in a thread. Leaves out workers that cannot obey the placement rules. Unless `needs_images` is
+        set or other models use memory, also leaves out an image encoder that does not fit. Raises the errors of
+        `plan_cluster`, ModelLimitError if too many models are loaded, and WorkerError if a worker is absent."""
         self.unfit = {}
         (beside or self.ledger).check_count(self.model.model_id)
         planned = (name for entry in self.config.plan or () for name in entry.names)

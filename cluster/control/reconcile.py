@@ -42,14 +42,14 @@ class ClosePipeline:
 
 @dataclass(frozen=True, slots=True)
 class Sleep:
-    """Unloads the model if it has no requests. If `is_forced` is set, unloads it in any case, and its requests wait."""
+    """Unloads the model if it has no requests or `is_forced` is set. Open requests wait until the next load."""
 
     is_forced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Expel:
-    """Marks workers as lost. If `stays` is set in an expulsion, only reports that plans exclude the worker."""
+    """Executes expulsions. Marks each worker as lost, or only reports its quarantine if `stays` is set."""
 
     expulsions: tuple[Expulsion, ...]
 
@@ -150,7 +150,7 @@ def _recover(state: ClusterState) -> Action | None:
 
 
 def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
-    """Returns the next action if no plan is possible: wait or, after a time limit, abort the start or fail requests."""
+    """Returns the next action if no plan is possible. After a time limit, it aborts the start or fails requests."""
     loss = state.loss
     assert loss is not None and state.planning is not None
     is_link = isinstance(why, NetworkPartitionError)
@@ -188,7 +188,7 @@ def _absent_workers(state: ClusterState) -> str:
 
 
 def _improve(state: ClusterState) -> Action:
-    """Chooses the next action while a pipeline runs: loads a better plan if there is one, or waits."""
+    """Chooses the next action while a pipeline runs: to load a better plan if there is one, or to wait."""
     serving, planning = state.serving, state.planning
     assert serving is not None and planning is not None
     must_move = any(name in state.pool.drained for name, _ in serving.workers)

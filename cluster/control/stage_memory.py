@@ -30,7 +30,7 @@ _known: MutableMapping[Model, _Known] = WeakKeyDictionary()
 
 
 def workspace_of(model: Model, limits: StageLimits) -> Workspace:
-    """Returns a function that computes the bytes of a stage's workspace, or the maximum if no layers are given."""
+    """Returns a function that computes a stage's workspace in bytes. If no layers are given, it returns the maximum."""
     known = _known.setdefault(model, _Known()).workspaces.setdefault(limits, {})
     programs = _known[model].programs
 
@@ -87,8 +87,8 @@ def _divided_stages(model: Model, shards: int, place: StagePlace) -> Iterator[tu
 
 
 def rounding_of(model: Model, *, experts: bool = True) -> Rounding:
-    """Returns a function from a device to a table. Entry [i, j] is how many bytes rounding adds to the weights of a
-    stage with layers [i, j), including the embedding and the head if the stage has them."""
+    """Returns a function that makes a table for a device. Entry [i, j] is the number of bytes that rounding adds to the
+    weights of a stage with layers [i, j), including the embedding and the head if the stage has them."""
     known = _known.setdefault(model, _Known()).roundings
 
     def table(device: str) -> Counts:

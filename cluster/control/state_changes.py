@@ -134,7 +134,7 @@ def _attribute(state: ClusterState) -> ClusterState:
 
 
 def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, requests: frozenset[int]) -> ClusterState:
-    """Records a worker's failure. If it quarantines the worker, adds an expulsion that reports the quarantine."""
+    """Records a worker's failure. If this quarantines the worker, adds an expulsion that reports the quarantine."""
     (name, _), now_s, before = worker, state.tick.now_s, state.pool.quarantine
     is_repeated = state.loss is not None and state.loss.is_repeated
     quarantine = before.failed(name, reason, requests, now_s, is_repeated=is_repeated)
@@ -208,7 +208,7 @@ def _unfit(state: ClusterState, failed: observations.EpochLoadFailed) -> dict[st
 def _exclude(
     state: ClusterState, inputs: PlanInputs, reasons: Mapping[str, str], *, stays: bool = False
 ) -> ClusterState:
-    """Expels workers. With `stays`, or if the cluster also serves other models, the workers stay, but get no layers of
+    """Expels workers. If `stays` is set or the cluster also serves other models, the workers stay, but get no layers of
     this model."""
     if state.is_alone and not stays:
         return _expel(state, inputs, reasons)

@@ -55,8 +55,8 @@ class WantedBytes:
 async def weight_sources(
     loading: Collection[str], workers: Mapping[str, WorkerHandle], wanted: WantedBytes, report: Report | None = None
 ) -> dict[str, WeightSources]:
-    """Returns the file's manifest, and machines that can send the file, for each connected worker in `loading`. Returns
-    {} if all these workers have the same copy, or if no copy can be described."""
+    """Returns, for each connected worker in `loading`, the file's manifest and the machines that can send the file.
+    Returns {} if all these workers have the same copy, or if no copy can be described."""
     members = {name: worker for name, worker in workers.items() if worker.loss is None}
     found = await _find(members.values(), lambda worker: find_weights(worker, wanted.request))
     if not _are_compared(wanted, [found[name] for name in loading if name in found]):

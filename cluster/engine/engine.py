@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 
 def _done_ns(results: Sequence[Result], now_ns: int) -> list[int]:
-    """Estimates when each of several results that arrived together was computed."""
+    """Estimates the times at which the results were computed. The results arrived together."""
     ends = [now_ns]
     for result in reversed(results[1:]):
         ends.append(ends[-1] - min((timing.compute_ns for timing in result.timings), default=0))

@@ -60,11 +60,11 @@ class RetiringFailure:
     newest: int | None  # Number of the newest microbatch that was in flight on the next pipeline.
 
     def is_over(self, returned: int) -> bool:
-        """Returns True if microbatch `returned`, which the next pipeline has computed, was sent after the failure."""
+        """Returns True if the next pipeline's microbatch `returned` was sent after the failure."""
         return self.newest is None or returned > self.newest
 
     def joined(self, later: PipelineFailure) -> PipelineFailure:
-        """Adds the requests of this failure to `later`, a failure of the next pipeline, if one worker caused both."""
+        """Adds this failure's requests to `later` if one worker caused both. `later` is the next pipeline's failure."""
         is_same = later.error.worker == self.failure.error.worker
         return replace(later, requests=later.requests | self.failure.requests) if is_same else later
 

@@ -41,7 +41,7 @@ class KvDisk:
     def __init__(
         self, disks: KvDisks | None, scheduler: Scheduler, lane: Lane, count_restored: Callable[[int], None]
     ) -> None:
-        """Calls `count_restored` with numbers of restored tokens."""
+        """Calls `count_restored` with the number of tokens after each restore."""
         settings = scheduler.settings
         self._disks = disks if settings.prefix_cache and settings.window is None else None
         self._scheduler = scheduler

@@ -69,7 +69,7 @@ class Lane:
         self.launch_soon()
 
     def launch_soon(self) -> None:
-        """Calls `launch` after the callbacks that are due now, so that requests that arrive together start together."""
+        """Calls `launch` after the callbacks that are due now. Requests that arrive together then start together."""
         if self._is_running and not self._is_launch_due:
             self._is_launch_due = True
             asyncio.get_running_loop().call_soon(self.launch)

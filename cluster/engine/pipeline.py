@@ -49,8 +49,8 @@ class KvDisks(Protocol):
         ...
 
     async def save(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Writes `blocks`, whose keys are the last len(blocks) items of `keys`. Returns how many of these blocks all
-        stages have on disk."""
+        """Writes `blocks`, whose keys are the last len(blocks) items of `keys`. Returns the number of these blocks that
+        are on the disks of all stages."""
         ...
 
 

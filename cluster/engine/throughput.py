@@ -46,7 +46,7 @@ class RecentSums:
         return sum(one for one, _ in recent), sum(other for _, other in recent)
 
     def rates(self, now_ns: int, since_ns: int) -> tuple[float, float]:
-        """Returns (busy fraction, tokens per second) of the last 10 s. The sums must be busy nanoseconds and tokens."""
+        """Returns (busy fraction, tokens per second) of the last 10 s. `add` must have received busy ns and tokens."""
         ns, rows = self.sums(now_ns)
         span_s = max((now_ns - max(_first_second(now_ns) * 1_000_000_000, since_ns)) / 1e9, 1e-3)
         return min(1.0, ns / 1e9 / span_s), rows / span_s

@@ -31,7 +31,7 @@ _RECOMPUTATION, _PREFILL, _DECODE = PhaseKind.RECOMPUTATION, PhaseKind.PREFILL, 
 
 @dataclass(slots=True)
 class WaterfallPhase:
-    """A phase in a sequence's timeline. `ns` is its duration. Without computation, the fields after `ns` stay 0."""
+    """A phase in a sequence's timeline. `ns` is its duration. If nothing was computed, the fields after `ns` stay 0."""
 
     kind: PhaseKind
     start_ns: int

@@ -114,7 +114,7 @@ class ApiModel:
         return ModelNames(self.name, self.settings)
 
     def continues(self, request: RequestContext) -> bool:
-        """Returns True if a request from the journal used this model and only adapters that the model still has."""
+        """Returns True if a journalled request used this model, and the model still has all adapters of the request."""
         return request.served == self.settings.digest and self.settings.adapters.have(request.adapters)
 
 
@@ -148,8 +148,8 @@ class ModelRouter:
         return next(whole, None) or next((model for model in self.models if model.names.find(name)), None)
 
     def named(self, name: object, *, shows_names: bool = True) -> ApiModel:
-        """Returns the model with this name, or the first model if `name` is empty. Raises HttpError (404), which shows
-        the names of all models if `shows_names` is true."""
+        """Returns the model with this name, or the first model if `name` is empty. Raises HttpError (404) for an
+        unknown name. The error lists the names of all models if `shows_names` is true."""
         if not (self.settings.can_unload and isinstance(name, str) and name):
             return self.models[0]
         if (model := self.find(name)) is not None:
@@ -202,7 +202,7 @@ class ModelRouter:
         return _Addressed(model, keep, unloads)
 
     def _check_loaded(self, model: ApiModel, request: Request) -> None:
-        """Raises HttpError (400) if the request would load the model. Exempts requests that a kept reply answers."""
+        """Raises HttpError (400) if the model must be loaded first, unless a kept reply answers the request."""
         if not (model.lifecycle.is_asleep and model.lifecycle.is_idle):
             return
         own, key = owner(request.headers, self.settings.api_keys), request.headers.get("idempotency-key", "")

@@ -86,7 +86,7 @@ class Operations:
         yield Route("GET", "/cluster/requests/{request}", self.waterfall)
 
     async def health(self, request: Request) -> Response:
-        """Replies with status 200 if requests are accepted, even if they must wait, and otherwise with 503."""
+        """Replies with status 200 if requests are accepted, even if they must wait. Otherwise replies with 503."""
         state = self._router.queried(request).engine.state
         if state in (EngineState.READY, EngineState.ASLEEP):
             return JsonResponse({"status": "ok"})

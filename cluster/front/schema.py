@@ -235,7 +235,7 @@ def _limit(value: Any) -> Any:
 
 
 def _without_end(value: Any) -> Any:
-    """Replaces a limit above all context lengths with -1 (no limit), because some clients send 2147483647."""
+    """Returns -1 (no limit) instead of a limit that no context reaches, because some clients send 2147483647."""
     return -1 if is_int(value) and MAX_CONTEXT_TOKENS < value <= _LARGEST_NUMBER else value
 
 

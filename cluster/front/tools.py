@@ -105,7 +105,7 @@ class ClientTool:
 
 
 def function_tool(function: Mapping[str, Any], place: str = "", parameters: str = "parameters") -> dict[str, Any]:
-    """Makes OpenAI's definition of a function. Raises ValueError, whose message begins with `place`."""
+    """Returns a function in OpenAI's form. Raises ValueError with a message that begins with `place`."""
     if not isinstance(function.get("name"), str) or not _NAME.fullmatch(function["name"]):
         raise ValueError(f"{place}name: must have 1 to 128 characters: letters, digits or _.-/:")
     if not isinstance(function.get(parameters) or {}, dict):

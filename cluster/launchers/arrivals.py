@@ -21,7 +21,7 @@ workers if its argument is True."""
 @dataclass(frozen=True, slots=True)
 class Awaited:
     """The workers that a start waits for: all in `names`, and at least `count` in total. After `grace_s` seconds
-    without a new worker, the start continues if the present workers that are not drained suffice. After `wait_s`
+    without a new worker, the start continues if the present workers suffice, not counting drained ones. After `wait_s`
     seconds, drained workers count too, and the start fails if the present workers do not suffice."""
 
     names: tuple[str, ...]

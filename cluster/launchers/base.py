@@ -45,7 +45,7 @@ class Launcher(ABC):
 
     @abstractmethod
     async def joined(self, registry: Registry, shortfall: Shortfall) -> None:
-        """Waits until all workers have joined, or until `shortfall` finds that those present suffice. Raises
+        """Waits until all workers have joined, or the present workers suffice according to `shortfall`. Raises
         DeadlineError, or WorkerError if a worker ended."""
 
     @abstractmethod

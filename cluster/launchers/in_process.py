@@ -229,7 +229,7 @@ class LocalStage:
         return decode_result(outputs.result(frame, StageTiming(started_ns - queued_ns, compute_ns, 0, frame.rows)))
 
     def logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
-        """Calls `use` with blocks of logits ([rows, vocabulary]) for tokens `first` and later. Delays microbatches."""
+        """Calls `use` with the logits of tokens `first` and later, in blocks [rows, vocabulary]. Microbatches wait."""
         most, vocabulary = self.scheduling.context_length, self.scheduling.vocabulary
         if not 0 < len(tokens) <= most:
             raise RequestError(f"logits need 1 to {most} tokens (the context length), but {len(tokens)} are given")

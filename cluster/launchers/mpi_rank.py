@@ -112,7 +112,7 @@ class _Ranks:
         self._world.Abort(1)
 
     def leave(self) -> None:
-        """Finalizes MPI, unless a rank is lost, because MPI would wait forever for the lost rank."""
+        """Finalizes MPI. Does nothing if a rank is lost, because MPI would wait forever for this rank."""
         if self.is_complete and not self.lost:
             self._mpi.Finalize()
 

@@ -111,7 +111,7 @@ def _address(given: str) -> str | None:
 
 
 def _check(address: str, settings: Ray) -> None:
-    """Raises UsageError if a Ray cluster refuses this machine's token, or needs no token but `settings` demand one."""
+    """Raises UsageError if a Ray cluster refuses this machine's token, or requires none and `settings` forbid that."""
     open_to_all = _probe(address, None)
     if open_to_all and not settings.allow_unauthenticated:
         why = "requires no token, so any client can run programs on it and read this cluster's secrets"

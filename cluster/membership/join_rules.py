@@ -41,7 +41,7 @@ class JoinRules:
 
     async def refusal(self, register: Register, peer: Principal | None) -> str | None:
         """Returns the reason to refuse a worker, or None. If a member has the same name, first waits until
-        that member sends a message or is lost, because the name of a lost member is free."""
+        that member sends a message or is lost. The name of a lost member is free."""
         if mismatch := self._mismatch(register, peer):
             return mismatch
         if duplicate := self._members.present.get(register.name):

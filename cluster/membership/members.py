@@ -47,8 +47,8 @@ MembershipEvent = MemberJoined | MemberLost | PeerReported | HeartbeatReceived
 
 
 class Members:
-    """Workers by name. A lost worker stays in the list until another worker with its name joins, or until
-    `MAX_LOST_WORKERS` others are lost after it."""
+    """Workers by name. A lost worker stays in the list until a new worker with the same name joins, or until
+    `MAX_LOST_WORKERS` more workers are lost."""
 
     def __init__(self, read_last_error: Callable[[str], str]) -> None:
         self.read_last_error = read_last_error

@@ -110,7 +110,7 @@ class Registry(Members):
         await self._serve(register, stream)
 
     async def _newer_coordinator(self, register: Register) -> str | None:
-        """Returns the reason to refuse a worker that has seen a newer coordinator or waits for another cluster."""
+        """Returns the reason to refuse a worker if it has seen a newer coordinator or waits for another cluster."""
         record, name, is_ours = self._settings.record, register.name, register.cluster == self._settings.cluster
         if register.is_awaited and not is_ours:
             here = f"but this is a coordinator of {self._settings.cluster!r}"

@@ -38,8 +38,8 @@ _CLEARLY_MORE = 1.05
 
 
 async def profile_worker(worker: WorkerHandle, request: ProfileWorker, deadline_s: float = _PROFILE_S) -> Profile:
-    """Measures the machine of a worker, which should be idle. Raises ProtocolError if the profile has a wrong
-    number of GPUs, or matrix products that were not requested."""
+    """Measures a worker's machine, which should be idle. Raises ProtocolError if the number of GPUs is wrong, or
+    if the profile has matrix products that were not requested."""
     limit = deadline(f"worker {worker.name}: measurement", deadline_s)
     measured: profiles.WorkerProfile = await worker.channel.request(request, limit)
     gpus, measured_gpus = len(worker.registration.gpus), len(measured.profile.gpus)
@@ -98,8 +98,8 @@ async def log_tail(worker: WorkerHandle, deadline_s: float = _LOG_S) -> LogTail:
 
 
 async def refresh_memory(worker: WorkerHandle, held: Mapping[str, int]) -> None:
-    """Updates a worker's free memory from its next heartbeat. `held` has the bytes of loaded stages by device; they
-    count as free. Raises DeadlineError if no heartbeat comes."""
+    """Updates a worker's free memory from its next heartbeat. `held`, the bytes of loaded stages by device,
+    counts as free. Raises DeadlineError if no heartbeat comes."""
     last = worker.heartbeat
     async with deadline(f"worker {worker.name}: sending a heartbeat", _HEARTBEAT_S):
         while worker.heartbeat is last and await worker.is_responsive():
@@ -109,8 +109,8 @@ async def refresh_memory(worker: WorkerHandle, held: Mapping[str, int]) -> None:
 
 
 def renew_memory(worker: WorkerHandle) -> bool:
-    """Updates a worker's free memory if the last heartbeat reports clearly more of it on any device. Returns True after
-    an update. Does nothing while the worker has stages, which may not have touched all of their planned memory yet."""
+    """Updates a worker's free memory if the last heartbeat reports clearly more on any device. Returns True after an
+    update. Does nothing while the worker has stages, because they may not use all of their planned memory yet."""
     if worker.heartbeat is None or worker.stages:
         return False
     own, known = worker.registration, worker.fresh_memory

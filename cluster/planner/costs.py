@@ -166,8 +166,8 @@ class StageCosts:
         return _float_sums(np.where(layers, [roofline.experts_s(layer, rows) for layer in self.model.layers], 0.0))
 
     def exchange_table(self, rows: int, layers: Flags) -> Table:
-        """Returns the seconds to copy inputs and outputs of experts between a GPU and RAM, as a table by stage.
-        `layers` is true for layers whose experts are in RAM."""
+        """Returns a table of the seconds that each stage takes to copy inputs and outputs of experts between a GPU and
+        RAM. `layers` is true for layers whose experts are in RAM."""
         each_s = EXCHANGE_S + EXCHANGE_BYTE_S * 2 * rows * self.hidden_bytes
         seconds: Table = _float_sums((layers & self.mixtures).astype(np.float64)) * each_s
         return seconds

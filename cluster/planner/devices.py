@@ -170,8 +170,8 @@ def divide(
 
 
 def _allowed(worker: WorkerFacts, borders: Flags, index: int, begin: Counts) -> Counts:
-    """Returns the first layer on device `index` for each stage: `begin`, or the nearest layer that the user's placement
-    rules allow."""
+    """Returns `begin`, the first layer on device `index` for each stage, moved to the nearest layer that the user's
+    placement rules allow."""
     if not worker.placement.layers:
         return begin
     gpus, layers = [gpu.device for gpu in worker.gpus], len(borders) - 1

@@ -196,7 +196,7 @@ def stage_name(plan: Plan, stage: StagePlan) -> str:
 
 
 def shares_text(shares: Sequence[int]) -> str:
-    """Formats shares as a ratio of small whole numbers, such as 2:1, or else of decimals, such as 1.1:1."""
+    """Formats shares as a ratio such as 2:1. Uses decimals, as in 1.1:1, if the whole numbers would be large."""
     unit, least = gcd(*shares), min(shares)
     if max(shares) <= _MOST_SHARE * unit:
         return ":".join(str(share // unit) for share in shares)

@@ -25,7 +25,7 @@ class Link:
 
     @property
     def gather_s(self) -> float:
-        """Seconds of an empty message in a gather. Members poll their sockets, so only the network time counts."""
+        """Time of an empty message in a gather. Only the network's time counts, because members poll their sockets."""
         return max(0.0, self.one_way_s - _PROGRAMS_S) if self.network_s is None else self.network_s
 
 

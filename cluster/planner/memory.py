@@ -86,8 +86,8 @@ class MemoryModel:
         return self if stages is self.stages else replace(self, stages=stages, portion=portion)
 
     def workspace_bytes(self, worker: WorkerFacts, start: int, end: int, cpu_moe: Sequence[int] = ()) -> int:
-        """Returns the bytes of a stage's workspace, plus the bytes that rounding to allocation units adds to weights.
-        Layers in `cpu_moe` count without their experts."""
+        """Returns the bytes of a stage's workspace and of the padding of its weights to whole allocation units. The
+        padding of experts in `cpu_moe` layers does not count."""
         whole, freed = self.request.rounding(worker.device), self._expert_rounding(worker)
         rounding = whole if isinstance(whole, int) else int(whole[start, end])
         return self._workspace_to(worker, end) + rounding - int(freed[list(cpu_moe)].sum())

@@ -22,8 +22,8 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A workload for comparing splits. A split's time is the time that its slowest stage takes for the steps in
-    `slowest`, plus, if `adds_up` is set, the time that all stages together take for the steps in `each`."""
+    """A workload for comparing splits. A split's time is its slowest stage's time for the steps in `slowest`. If
+    `adds_up` is true, the time of all stages together for the steps in `each` is added."""
 
     slowest: tuple[Rows, ...]
     slowest_rows: int  # Number of rows that each link carries during the steps in `slowest`.

@@ -76,7 +76,7 @@ class BreakerTokens:
 
 
 class SeenBreakers:
-    """Finds the DRY sampler's sequence breakers whose tokens before the last (or whose only token) have occurred."""
+    """Finds the DRY sampler's sequence breakers whose tokens have occurred. The last of several may be missing."""
 
     __slots__ = ("_by_head", "_found", "_seen", "_sequences", "_waiting")
 

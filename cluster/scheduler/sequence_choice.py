@@ -67,14 +67,14 @@ def first_in_turn(waiting: Iterable[Sequence], running: RunningCounts) -> Sequen
 
 
 def preemption_victim(running: Reversible[Sequence], counts: RunningCounts) -> Sequence:
-    """Returns the sequence to preempt: the youngest of the request with the most running sequences, among requests of
-    the owner with the most running sequences. `running` begins with the oldest sequence."""
+    """Returns the sequence to preempt. Chooses the owner with the most running sequences, then this owner's request
+    with the most, then this request's youngest sequence. `running` begins with the oldest sequence."""
     return max(reversed(running), key=counts.rank)
 
 
 def turn_victims(sequence: Sequence, running: Items[Sequence], counts: RunningCounts) -> list[Sequence]:
-    """Returns the running sequences that may be preempted, one by one in this order, so that `sequence` gets their
-    memory. Afterwards, none of them is due before `sequence`. `running` begins with the oldest sequence."""
+    """Returns the running sequences that may be preempted to make room for `sequence`, in the order of preemption. A
+    preempted sequence will not be due before `sequence`. `running` begins with the oldest sequence."""
     counts, left, victims = RunningCounts(counts.owners.copy(), counts.requests.copy()), [*running], list[Sequence]()
     while (victim := _turn_victim(sequence, left, counts)) is not None:
         left.remove(victim)

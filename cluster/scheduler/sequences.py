@@ -149,7 +149,7 @@ class Sequence:
 
     @property
     def expects_forced(self) -> bool:
-        """True if the grammar forced a token recently, so that it may force the next token too."""
+        """True if the grammar forced a token recently. The next token may be forced too."""
         return self.request.needs_matcher and self.drafting.expects_forced(self.generated)
 
     @property

@@ -162,7 +162,7 @@ async def _joined(
 async def _undrain_needed(
     planners: Sequence[ClusterPlanner], registry: Registry, record: ControlRecord, report: Report
 ) -> None:
-    """Makes drained workers available again, but only those without which the models would not fit."""
+    """Makes drained workers available again, but only as many as the models need to fit."""
     drained = record.drained & registry.present.keys()
     if not drained or (short := await _shortfall(planners, _undrained(registry, drained))) is None:
         return

@@ -151,7 +151,7 @@ class AdapterRecord:
         self._absent.setdefault(model, []).append((number, adapter))
 
     async def remove(self, model: str, name: str) -> bool:
-        """Returns True if it removed an adapter that `keep` recorded. Raises LlamaclustError if writing fails."""
+        """Removes an adapter that `keep` recorded, or returns False. Raises LlamaclustError if writing fails."""
         absent = self._absent.get(model, [])
         left = [(number, adapter) for number, adapter in absent if adapter.name != name]
         if len(left) == len(absent):

@@ -116,7 +116,7 @@ class Journal:
             self._steps.take(self._end_sent)
 
     def stop_in_order(self) -> None:
-        """Lowers by 1 each count that `begin_restored` recorded, because an orderly stop is not a failed attempt."""
+        """Subtracts 1 from the counts that `begin_restored` recorded, because an orderly stop is no failed attempt."""
         for request_id, times in self._without_progress.items():
             self._add(Change(request_id, restores=times - 1))
         self._without_progress.clear()

@@ -58,7 +58,7 @@ class LeaseLock:
         return self._write(lease, begun_s)
 
     def renew(self) -> None:
-        """Renews the Lease. Raises SupersededError if another process has it, LlamaclustError if the API server
+        """Renews the Lease. Raises SupersededError if another process has it, and LlamaclustError if the API server
         fails."""
         begun_s, lease = boot_s(), self._read()
         holder = _holder(lease)

@@ -64,7 +64,7 @@ def disturbance(loads: Iterable[OtherLoad]) -> str | None:
 
 
 class CpuSeconds(NamedTuple):
-    """CPU time in seconds since boot on this process's cores. `at` is the perf_counter time of the reading."""
+    """CPU times since boot, in seconds, on this process's cores. `at` is the perf_counter time of the reading."""
 
     busy: float
     stolen: float

@@ -171,8 +171,8 @@ class DiskCache:
         return NEVER_NS
 
     def _make_room(self, n_bytes: int, since_ns: int = NEVER_NS, kept: Container[str] = ()) -> None:
-        """Deletes least recently used files until `n_bytes` fit. The caller holds the lock. Raises NoRoomError, and
-        deletes nothing if all deletions together would not suffice."""
+        """Deletes least recently used files until `n_bytes` fit, or raises NoRoomError. Deletes nothing if all
+        deletions together would not suffice. The caller holds the lock."""
         held, since_ns = self.files(), min(since_ns, self._needed_since_ns())
         unneeded = [file for file in held if file.used_ns < since_ns and file.path.name not in kept]
         held_bytes, count = sum(file.size_bytes for file in held), len(held)

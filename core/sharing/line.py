@@ -9,8 +9,8 @@ from typing import Self
 
 
 class Line:
-    """A queue of requests that wait for a resource and hold none of it. When the first request leaves, the request
-    whose owner holds the least of the resource becomes first. Not thread-safe."""
+    """A queue of requests that wait for a resource and hold none of it. When the first request leaves, a request of
+    the owner that holds the least of the resource comes next. Not thread-safe."""
 
     def __init__(self, held: Counter[str]) -> None:
         self._held = held

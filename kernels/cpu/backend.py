@@ -32,9 +32,9 @@ from llamaclust.model.program import Program
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The last run's inputs x [rows, width] of the matrices named in `weights`. The next run overwrites x. If each
-    expert or head has its own matrix, `chosen` [rows, used] has the ids of each row's experts or heads. If each expert
-    or head also has its own input, x is [rows * used, width]."""
+    """The rows x [rows, width] that the last run multiplied by the matrices named in `weights`. The next run overwrites
+    x. If each expert or head has its own matrix, `chosen` [rows, used] has the ids of each row's experts or heads. If
+    each expert or head also has its own input, x is [rows * used, width]."""
 
     weights: tuple[str, ...]
     x: Float32

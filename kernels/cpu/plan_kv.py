@@ -19,7 +19,7 @@ class PlanKv:
     _numbers: dict[tuple[int, StatePart | None], int] = field(default_factory=dict)
 
     def attention(self, step: Attention) -> int:
-        """Returns the plan's index of the step's KV memory. Raises ValueError if that memory is on another worker."""
+        """Returns the plan's number for the step's KV memory. Raises ValueError if that memory is on another worker."""
         name = step.layer, None
         if not step.shares_kv and name not in self._numbers:
             windowed, kv_type = self.limits.gives_up(step.window), _KV_TYPES.index(step.kv_type)

@@ -111,7 +111,7 @@ def allocate_flush(device: Device) -> Buffer:
 
 
 def flush_cache(device: Device, memory: Buffer) -> None:
-    """Overwrites the GPU's cache, as reading all weights for a token does. Takes about a millisecond."""
+    """Fills the GPU's cache with other data, as reading all weights does. Takes about a millisecond."""
     args = memory.at(), np.int32(memory.n_bytes // _PIECE_BYTES), memory.at()
     device.launch(Launch("limits.read", (8 * device.sms, 1, 1), (_BLOCK, 1, 1), args))
     device.synchronize()

@@ -179,7 +179,7 @@ def _counted(
 
 
 def _quickest(found: Sequence[_Found]) -> list[_Found]:
-    """Drops memory maps that are not in huge pages, so that these layers are copied to huge pages, which are faster."""
+    """Drops memory maps that are not in huge pages. Their layers are then copied to huge pages, which are faster."""
     maps = [cached.memory for cached in found if cached.memory is not None]
     huge = {memory.address for memory, is_huge in zip(maps, in_huge_pages(maps), strict=True) if is_huge}
     return [

@@ -45,7 +45,7 @@ def load_tensors(
     progress: Progress | None,
     since_ns: int | None = None,
 ) -> Loaded:
-    """Loads tensors. `progress` gets the tensors' bytes in RAM. Raises ModelFileError if the file has changed."""
+    """Loads tensors. Passes the RAM size of each part to `progress`. Raises ModelFileError if the file has changed."""
     layers = packed_layers_of(tensors)
     cached = {} if cache is None else cache.open(layers, pool, progress, since_ns)
     packed = {layer: Memory(layer.n_bytes) for layer in layers if layer not in cached}

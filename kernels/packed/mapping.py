@@ -71,7 +71,7 @@ def _disabled() -> str:
 
 
 def _huge_bytes(fields: str) -> Iterator[tuple[range, int]]:
-    """Yields the addresses of each mapping of this process that has huge pages, and the bytes in these pages."""
+    """Yields (addresses, bytes in huge pages) for each of this process's mappings with huge pages."""
     try:
         smaps = Path("/proc/self/smaps").read_text()
     except OSError:

@@ -31,8 +31,8 @@ def round_queries(queries: Float32) -> Float64:
 
 def weighted_values(weights: Float64, values: Float64, scales: Float64, first: int) -> Float64:
     """Returns weighted sums [kv_heads, heads per KV head, channels] of `values` [positions, kv_heads, channels].
-    First multiplies `weights` [kv_heads, heads per KV head, positions] by `scales` [positions, kv_heads, groups], and
-    rounds the products."""
+    Each product of `weights` [kv_heads, heads per KV head, positions] and `scales` [positions, kv_heads, groups] is
+    rounded, and then multiplied by int8 values."""
     parts = []
     for group in range(scales.shape[2]):
         channels = slice(group * KV_GROUP_CHANNELS, (group + 1) * KV_GROUP_CHANNELS)

@@ -22,7 +22,7 @@ EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
 
 
 class HeadNorms(StrEnum):
-    """Norms of q and k: one over all heads before RoPE (WHOLE), or one per head before (PER_HEAD) or after RoPE."""
+    """Norms of q and k: over all heads before RoPE (WHOLE), per head before RoPE (PER_HEAD), or per head after RoPE."""
 
     NONE = "none"
     PER_HEAD = "per head"

@@ -19,8 +19,8 @@ _LLAMA4_EXPERTS = ExpertOptions(gating=Gating.SIGMOID, normalized=False, weighs_
 
 
 def ernie4_5_moe(builder: ProgramBuilder) -> None:
-    """Builds ERNIE 4.5 with experts. The first layers are dense. Later, every `interleave_moe_layer_step`-th layer has
-    a shared expert and experts that are chosen with a bias, and the other layers are dense."""
+    """Builds ERNIE 4.5 with experts. After the first layers, every `interleave_moe_layer_step`-th layer has a shared
+    expert, and experts that are chosen with a bias. All other layers are dense."""
     keys = builder.keys
     step = keys.count("interleave_moe_layer_step", 1, maximum=_MAX_COUNT)
     experts = read_experts(keys, builder.hyperparameters, gating=Gating.SOFTMAX, shared_width=_shared_width(builder))

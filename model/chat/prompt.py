@@ -17,7 +17,7 @@ _NAMING: Final = ("role", "type")
 
 
 class Guard:
-    """Inserts GUARD into those of `words` that a text contains, in the order of `words`."""
+    """Inserts GUARD into each of `words` that a text contains. Follows the order of `words`."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self._places = {word: place for place, word in enumerate(words)}
@@ -32,7 +32,7 @@ class Guard:
         return hidden + GUARD if self._ends_in_start(hidden) else hidden
 
     def guarded_name(self, name: str) -> str:
-        """Guards a key or role. Changes an identifier, which templates compare, only if it contains a word to hide."""
+        """Guards a key or role. An identifier, such as `user`, changes only if it contains a word to hide."""
         return self._hidden(name) if name.isidentifier() else self.guarded(name)
 
     def _hidden(self, text: str) -> str:
@@ -52,8 +52,8 @@ class Guard:
 
 
 def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Inserts GUARD into the texts of control tokens and marks in the messages. Keeps marks in an assistant's content,
-    because templates need them to remove reasoning. Raises RequestError if a message contains GUARD."""
+    """Inserts GUARD into control words and marks (such as <channel|>) in messages. Keeps marks in an assistant's
+    content, because templates need them to remove reasoning. Raises RequestError if a message contains GUARD."""
     guard, of_answers = _guard(tokenizer.control_texts), _guard(tokenizer.control_words)
     guarded = [_with_texts(message, guard) for message in messages]
     for message, own in zip(messages, guarded, strict=True):

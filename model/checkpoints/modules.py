@@ -69,7 +69,7 @@ _MODULE: Final = re.compile(
 
 
 def matrix_name(architecture: str, module: str) -> str | None:
-    """Returns a matrix's GGUF name, such as `blk.7.attn_q` for `model.layers.7.self_attn.q_proj`. None if unknown."""
+    """Returns a matrix's GGUF name (`blk.7.attn_q` for `model.layers.7.self_attn.q_proj`), or None if it is unknown."""
     found = _MODULE.fullmatch(module)
     name = None if found is None else _MATRICES.get(architecture, {}).get(found["module"])
     return None if found is None or name is None else f"blk.{int(found['layer'])}.{name}"

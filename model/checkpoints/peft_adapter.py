@@ -35,7 +35,7 @@ def peft_files(path: Path) -> tuple[Path, Path]:
 
 
 def read_peft(path: Path, model: ModelFile) -> Header:
-    """Returns the header that the PEFT adapter would have as a GGUF file, with the path of the PEFT weights. Raises
+    """Returns a GGUF header for the PEFT adapter. The header's path is the path of the PEFT weights. Raises
     ModelFileError unless the adapter changes only layer matrices, from W to W + factor * B @ A."""
     _, weights = peft_files(path)
     settings = PeftSettings.read(weights.parent)

@@ -15,7 +15,7 @@ _MAX_REAL: Final = 1e12
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Typed values of a JSON object. A method given several names reads the first present one. Errors name `origin`."""
+    """Typed values of a JSON object. Methods use the first of the given names that exists. Errors name `origin`."""
 
     values: Mapping[str, Any]
     origin: str

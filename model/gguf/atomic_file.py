@@ -78,11 +78,11 @@ def _check_room(path: Path, size_bytes: int, advice: str) -> None:
     free = shutil.disk_usage(path.parent).free
     if size_bytes + _RESERVE_BYTES > free:
         needed = -(-(size_bytes + _RESERVE_BYTES) // MIB)
-        raise UsageError(f"{path}: the file needs {needed} MiB on the disk, {free // MIB} MiB are free{advice}")
+        raise UsageError(f"{path}: the file needs {needed} MiB on the disk, but {free // MIB} MiB are free{advice}")
 
 
 def _no_links(path: str, flags: int) -> int:
-    """Opens a file, but follows no symbolic link, which another user may have put in the file's place."""
+    """Opens a file. Raises OSError if it is a symbolic link, because another user may have created the link."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 

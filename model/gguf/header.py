@@ -211,7 +211,7 @@ def read_header(path: Path) -> Header:
 
 
 def raw_metadata(path: Path) -> dict[str, bytes]:
-    """Returns the bytes of each metadata key's type and value, for exact copies. Raises ModelFileError."""
+    """Returns each metadata key's raw type and value for exact copies. Raises ModelFileError if the file is invalid."""
     with open_regular(path) as descriptor:
         cursor = _Cursor(descriptor, path, FileIdentity.of(descriptor).size_bytes)
         values = {}

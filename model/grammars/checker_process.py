@@ -34,7 +34,7 @@ class CheckLimits:
 
 
 class CheckGuardError(RequestError):
-    """The check of a grammar ended its process, because it exceeded a limit."""
+    """The process that checked a grammar has ended, because the check exceeded a limit."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,15 +46,15 @@ def _references(schema: Any, read: set[int]) -> Iterator[str]:
 
 @dataclass(slots=True, eq=False)
 class _Condition:
-    """A condition that is true once all its prerequisites are. `missing` counts those that are not yet true. The
-    conditions in `users` depend on it."""
+    """A condition that becomes true when `missing` more of its prerequisites are true. The condition is itself a
+    prerequisite of all `users`."""
 
     missing: int
     users: list[_Condition] = field(default_factory=list)
 
 
 class _Conditions:
-    """Finds the parts of a schema whose references can end at a finite value (a least fixed point)."""
+    """Finds the references that a finite value can match (a least fixed point)."""
 
     def __init__(self, targets: Mapping[str, Any]) -> None:
         self._targets = targets

@@ -74,8 +74,8 @@ def count(schema: Mapping[str, Any], key: str) -> int | None:
 
 
 def text_forms(schema: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
-    """Returns the usable `pattern` and `format`, and a flag, which is False if a pattern with look-around was dropped
-    and no usable `format` remains."""
+    """Returns the usable `pattern` and `format`, and a flag. The flag is False if a pattern with look-around was
+    dropped and no usable `format` remains."""
     form, pattern = schema.get("format"), schema.get("pattern")
     made: dict[str, str] = {}
     if isinstance(form, str) and (form := _OTHER_FORMATS.get(form, form)) in FORMATS:

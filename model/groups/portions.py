@@ -102,7 +102,7 @@ class Division:
 
 
 def _units_of(steps: Sequence[Step], members: int) -> list[int]:
-    """Returns the number of units into which each step's result is divided, or 0 if each member computes it all."""
+    """Returns the number of units of each step's result. 0 means that each member computes the whole result."""
     found, current, kept = list[_Portion | None](), dict[str, _Portion | None](), dict[int, _Portion | None]()
     shared = _products_of_shared_keys(steps)
     for at, step in enumerate(steps):

@@ -103,7 +103,7 @@ def _rgb(image: Image) -> Image:
 
 
 def _over_white(image: Image) -> Image:
-    """Returns the image on a white background. Works in strips, to need little more memory than both images."""
+    """Returns the image on a white background. Works in strips, so that only the two images take much memory."""
     out = new("RGB", image.size)
     lines = max(_STRIP_PIXELS // image.width, 1)
     for top in range(0, image.height, lines):

@@ -33,7 +33,7 @@ def check_readable(tensor: Tensor) -> None:
 
 
 def read_floats(tensor: Tensor) -> Float32:
-    """Returns a tensor as floats in its shape. `check_readable` must have accepted the tensor."""
+    """Returns a tensor's values as float32, in the tensor's shape. `check_readable` must have accepted the tensor."""
     data, shape = tensor.read(), tensor.shape
     match tensor.quant_type:
         case QuantType.F32:
@@ -51,7 +51,7 @@ def read_floats(tensor: Tensor) -> Float32:
 
 def interpolated(table: Float32, height: int, width: int, rule: Positions) -> Float32:
     """Interpolates a square table [side * side, channels] to [height * width, channels]. Weights, products and sums are
-    float64. Sums over rows first, then over columns, in ascending order. The result is rounded once."""
+    float64, and the result is rounded once. Rows are added before columns, both in ascending order."""
     side = math.isqrt(len(table))
     if rule is Positions.TABLE or height == width == side:
         assert len(table) == height * width, (len(table), height, width)

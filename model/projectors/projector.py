@@ -177,7 +177,7 @@ def _flattened(tensor: Tensor) -> Tensor:
 
 
 def _transposed(tensor: Tensor, group: int | None) -> Tensor:
-    """Transposes a matrix. If `group` is given, transposes each row instead, read as a matrix [channels, group]."""
+    """Transposes a matrix. If `group` is given, transposes the matrix [channels, group] in each row instead."""
     if tensor.quant_type.info.block_size != 1:
         what = f"expected a type without blocks such as F16, found {tensor.quant_type.name}"
         raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; use another mmproj file")

@@ -49,8 +49,8 @@ def optional_weight(name: str | None, *shape: int) -> tuple[StepWeight, ...]:
 @dataclass(frozen=True, slots=True)
 class DivisionRule:
     """The rule by which members of a group divide a step's result. If `rows` is not 0, they divide the `rows` rows of a
-    weight matrix. Otherwise, the result is divided as the buffers in `reads` are. If `heads` is not 0, heads stay
-    whole. A row's `lines` parts are divided alike. If `has_part`, a member has only a part of weights or KV memory."""
+    weight matrix. Otherwise, they divide the result like the buffers in `reads`. If `heads` is not 0, heads stay whole.
+    A row's `lines` parts are divided alike. If `has_part`, a member has only a part of weights or KV memory."""
 
     reads: tuple[Buffer, ...] = ()
     heads: int = 0

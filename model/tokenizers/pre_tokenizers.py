@@ -64,7 +64,7 @@ _DEEPSEEK_MARKS: Final = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u30
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
     """Regular expressions that split text into words. If `ignore_merges`, words in the vocabulary stay whole. `add_bos`
-    is the default if the file has no such flag."""
+    applies to files without the key `add_bos_token`."""
 
     expressions: tuple[str, ...]
     ignore_merges: bool = False

@@ -18,8 +18,8 @@ _LINES: Final = r"[^\n]+|\n+"
 
 
 class SpacedBytePairTokenizer(Tokenizer):
-    """A BPE tokenizer that merges pairs by rank, but never merges line breaks with other text. Prompts begin with BOS,
-    even if the file's `add_bos_token` is false, which is wrong in some early files."""
+    """A BPE tokenizer that merges pairs by rank, but never merges line breaks with other text. Prompts begin with BOS.
+    The file's `add_bos_token` is ignored, because it is wrong in some early files."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         super().__init__(

@@ -30,8 +30,8 @@ _HAN: Final = (
 
 
 class WordPieceTokenizer(Tokenizer):
-    """A WordPiece tokenizer. It lowercases text and strips accents, unless the file forbids this. A word that no pieces
-    spell becomes one unknown token."""
+    """A WordPiece tokenizer. It lowercases text and strips accents, unless the file forbids this. A word becomes one
+    unknown token if pieces cannot spell it."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         size = len(vocabulary)

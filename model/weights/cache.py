@@ -60,7 +60,7 @@ class WeightCache(DiskCache):
             return 0
 
     def find(self, content: str) -> FileIdentity | None:
-        """Returns the identity of a tensor's file, and marks it as used. Returns None if it is missing or changed."""
+        """Marks a tensor's file as used and returns its identity. Returns None if the file is missing or changed."""
         with suppress(OSError):
             file = self.open(self.place(content).name)
             if file is not None:
@@ -94,7 +94,7 @@ class WeightCache(DiskCache):
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Protects files that the `with` block finds or writes from deletion by `make_room`."""
+        """Keeps `make_room` from deleting files that the `with` block finds or writes."""
         self.prepare()
         path = self.path / f"{secrets.token_hex(8)}{_LEASE}"
         with ExitStack() as stack:
@@ -142,7 +142,7 @@ class WeightCache(DiskCache):
 
 
 def _take_next(path: Path, stack: ExitStack) -> bool:
-    """Locks a file, which each holder deletes at the end. Returns False if another process holds the lock too long."""
+    """Locks a file that its holder deletes before unlocking it. Returns False if the lock is not free in time."""
     while True:
         file = stack.enter_context(open_own(path, os.O_RDWR | os.O_CREAT))
         if not take_lock_within(file.fileno(), MAKING_WAIT_S):
@@ -154,8 +154,8 @@ def _take_next(path: Path, stack: ExitStack) -> bool:
 
 
 class WeightPart:
-    """An unfinished tensor in the cache, which only one process writes, piece by piece. Methods block, and any thread
-    may call them. `resumed` is True if some of `done_bytes` were written earlier."""
+    """An unfinished tensor in the cache. Only one process writes it, piece by piece. Methods block, and any thread may
+    call them. `resumed` is True if some of `done_bytes` were written earlier."""
 
     def __init__(self, cache: WeightCache, content: str, n_bytes: int, file: FileIO) -> None:
         self._cache = cache

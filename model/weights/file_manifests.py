@@ -39,8 +39,8 @@ class FileManifests:
         begin: Callable[[int], None] = lambda total: None,
         add: Callable[[int], None] = lambda n: None,
     ) -> FileManifest:
-        """Returns a file's manifest. If it is unknown, reads the whole file, and passes the file's size to `begin`,
-        and each piece's size to `add` (on several threads). Raises ModelFileError if the file changes meanwhile."""
+        """Returns a file's manifest. If the manifest is unknown, reads the whole file. `begin` gets the total size, and
+        `add` gets each piece's size (on several threads). Raises ModelFileError if the file changes meanwhile."""
         version = file.version
         known = self._known.get(version)
         # The cache may have been cleared, or may have needed the room.

@@ -182,7 +182,7 @@ def test_a_draft_model_that_is_not_there_is_named_as_such(here: Here) -> None:
         (("--draft-max", "-1"), "--draft-max -1: give 0 to 32"),
         (
             ("--speculative", "off", "--draft-max", "3"),
-            "--speculative off forbids drafts, --draft-max 3 allows drafts: give one of them",
+            "--speculative off and --draft-max 3 contradict each other: give one of them",
         ),
         (
             ("--mtp", "--speculative", "off"),

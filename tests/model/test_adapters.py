@@ -107,7 +107,7 @@ def test_a_change_of_any_tensor_changes_the_digest(model: Path, tmp_path: Path) 
 BAD: dict[str, tuple[Callable[[], list[TensorSource]], dict[str, WritableValue], str]] = {
     "a model": (pair, {"general.type": "model"}, "metadata 'general.type': expected 'adapter', found 'model'"),
     "another kind": (pair, {"adapter.type": "ia3"}, "metadata 'adapter.type': expected 'lora', found 'ia3'"),
-    "architecture": (pair, {"general.architecture": "qwen2"}, "'llama', the model's architecture, found 'qwen2'"),
+    "architecture": (pair, {"general.architecture": "qwen2"}, "the model's architecture 'llama', found 'qwen2'"),
     "no alpha": (
         pair,
         {"adapter.lora.alpha": "8"},

@@ -124,7 +124,7 @@ def test_a_file_that_is_not_whole_is_no_file(tmp_path: Path) -> None:
     write(tmp_path / "x", some_chunks(2), random_logits(13, 1))
     with pytest.raises(UsageError, match=r"the file is incomplete"):
         LogitsFile.open(tmp_path / "x")
-    with pytest.raises(LlamaclustError, match=r"needs \d+ MiB on the disk, \d+ MiB are free"):
+    with pytest.raises(LlamaclustError, match=r"needs \d+ MiB on the disk, but \d+ MiB are free"):
         writing(tmp_path / "y", LogitsShape(1 << 24, 1 << 20, 1 << 20), []).__enter__()
 
 

@@ -220,7 +220,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_is_one_error_and_leaves_nothing(model: Path, small_disk: Path) -> None:
     (small_disk / "old.gguf").write_bytes(bytes(1 << 20))
-    with pytest.raises(LlamaclustError, match=r"needs \d+ MiB on the disk, \d+ MiB are free"):
+    with pytest.raises(LlamaclustError, match=r"needs \d+ MiB on the disk, but \d+ MiB are free"):
         run("quantize", model, small_disk / "old.gguf", "F16")
     assert names(small_disk) == {"old.gguf"} and (small_disk / "old.gguf").stat().st_size == 1 << 20
 

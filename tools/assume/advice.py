@@ -32,7 +32,7 @@ class Alone:
     prediction: Prediction
 
     def is_better(self, together: Prediction) -> bool:
-        """True if this machine alone needs less than 1.05 times the time per token that all machines together need."""
+        """Returns True if this machine's time per token is less than 1.05 times that of all machines together."""
         return self.prediction.token_s < 1.05 * together.token_s
 
 

@@ -178,7 +178,7 @@ class Survey:
 
 
 def plan_shapes(machines: str, overrides: Sequence[str], planned: Callable[[str], None]) -> Survey:
-    """Plans each known model, after calling `planned` with its name. Raises UsageError if no model can be planned."""
+    """Plans each known model. First calls `planned` with its name. Raises UsageError if no model can be planned."""
     cluster = AssumedCluster.of(parse_machines(machines), overrides)
     plans, errors = list[ShapePlan](), list[UsageError]()
     for name in SHAPES:

@@ -97,7 +97,7 @@ def public_shapes() -> Mapping[str, ModelShape]:
 
 
 def no_file_hint(name: str) -> str | None:
-    """Returns advice if only `plan --assume` knows the model, or None otherwise."""
+    """Returns advice about a model that only `plan --assume` knows, or None for other models."""
     plain = name.lower().partition(":")[0]
     if plain not in SHAPES or plain in _LIKE:
         return None

@@ -13,7 +13,7 @@ Scalar = int | float | bool
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Shape of a public model. `ffn` is the width of dense feed-forward layers. `mix` is its default quantization."""
+    """A public model's shape. `ffn` is the width of dense feed-forward layers. `mix` is the default quantization."""
 
     architecture: str
     title: str

@@ -93,7 +93,7 @@ class ClusterRunner:
         return (perf_counter_ns() - started_ns) / 1e9
 
     async def decode(self) -> float:
-        """Returns the seconds to generate all tokens, at the speed measured once every sequence has its first token."""
+        """Measures the speed after every sequence has a token. Returns the seconds for all tokens at this speed."""
         requests = (self._token_times(self._task.depth + 1, self._task.generate + 1) for _ in range(self._task.batch))
         times = await asyncio.gather(*requests)
         start_ns, end_ns = max(each[0] for each in times), max(each[-1] for each in times)

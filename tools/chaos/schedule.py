@@ -115,7 +115,7 @@ class Schedule:
         held: Iterable[str] = (),
     ) -> Fault | None:
         """Draws a fault for a target, or returns None if no fault is possible. Targets in `held` are skipped, because
-        they have a lasting fault. Faults that need another worker require two of `connected` that are not in `held`."""
+        they have a lasting fault. A fault that needs another worker requires two `connected` workers outside `held`."""
         kind_draw, target_draw, hold_draw = (self._source.random() for _ in range(3))
         busy = frozenset(held)
         leaves_one = len(frozenset(connected) - busy) > 1

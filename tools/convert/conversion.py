@@ -105,7 +105,7 @@ def thread_count() -> int:
 
 
 def output_type(name: str, tensor: Lazy, wanted: QuantType) -> QuantType:
-    """Returns a tensor's type in the file: F32 for vectors and names in `_EXACT`, and mostly `wanted` for others."""
+    """Returns a tensor's type in the file. Vectors and names that match `_EXACT` get F32. Most others get `wanted`."""
     if tensor.packed is not None:
         return tensor.packed
     if len(tensor.shape) == 1 or _EXACT.fullmatch(name):

@@ -70,7 +70,7 @@ class ConvertedModel:
         self.tensors[name] = tensor
 
     def copy(self, name: str, source: str, *shape: int, bias: bool | None = False) -> None:
-        """Copies a module's weight, and its bias if `bias` is True, or if `bias` is None and the module has one."""
+        """Copies a module's weight, and its bias unless `bias` is False. If `bias` is None, the bias may be missing."""
         self.put(f"{name}.weight", self.take(f"{source}.weight", *shape))
         if bias or (bias is None and self.has(f"{source}.bias")):
             self.put(f"{name}.bias", self.take(f"{source}.bias", shape[0]))

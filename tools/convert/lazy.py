@@ -25,8 +25,8 @@ _WASTE = 4
 
 @dataclass(frozen=True, slots=True)
 class Lazy:
-    """A tensor that is read on demand. Any thread can call `read(start, end)`, which returns the rows [start, end) as
-    an array or, if `packed` is set, as blocks of that quantization type. `origin` names the tensor in errors."""
+    """A tensor that is read on demand. Any thread can call `read(start, end)`, which returns the rows [start, end).
+    If `packed` is not None, rows consist of blocks of this quant type. `origin` names the tensor in errors."""
 
     shape: tuple[int, ...]
     storage: Storage

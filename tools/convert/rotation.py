@@ -73,7 +73,7 @@ def latent_rotation(model: ConvertedModel, dimensions: int) -> None:
 
 
 def alpha_rotation(model: ConvertedModel, dimensions: int) -> bool:
-    """Writes RoPE's metadata. The base grows with `alpha`. Returns False if RoPE is not dynamic or `alpha` is 0."""
+    """Writes the metadata of dynamic RoPE. If RoPE is not dynamic or `alpha` is 0, writes nothing and returns False."""
     rope = _parameters(model.settings)
     alpha = rope.real("alpha", default=0.0, maximum=1e6)
     if rope.text("rope_type", "type", default="default").lower() != "dynamic" or not alpha:

@@ -45,7 +45,7 @@ class LogitsShape:
 
     @property
     def rows(self) -> int:
-        """Number of positions in a chunk whose logits are stored. The last position has no next token to predict."""
+        """The number of rows of logits per chunk. The last position has no row, because no token follows it."""
         return self.context - 1 - self.first
 
     @property

@@ -239,7 +239,7 @@ class _Transfer:
         return headers | ({"If-Range": validator} if validator else {})
 
     def _resume_headers(self) -> dict[str, str]:
-        """Returns headers that request the missing range, or the whole file if a changed file would go unnoticed."""
+        """Returns headers that request the missing range. They request all bytes if a change could go unnoticed."""
         headers = self._range_headers()
         if self.size_bytes and ("If-Range" in headers or self.is_checked):
             return headers | {"Range": f"bytes={self.size_bytes}-"}

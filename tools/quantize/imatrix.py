@@ -27,8 +27,8 @@ _OUTPUT = "output.weight"
 def collect(
     model: Model, chunks: Sequence[tuple[int, ...]], threads: int, text: str, with_output: bool, progress: Progress
 ) -> ImportanceMatrix:
-    """Runs the chunks, and sums the squared inputs of each layer's matrices and, if `with_output` is True, of the
-    output matrix. Raises LlamaclustError if a sum is not finite."""
+    """Runs the chunks, and sums the squared inputs of each layer's matrices. `with_output` includes the output
+    matrix. Raises LlamaclustError if a sum is not finite."""
     context = len(chunks[0])
     blocks = -(-context // KV_BLOCK_TOKENS)
     rows = min(_ROWS, context)

@@ -93,7 +93,7 @@ VALUES = frozenset({Part.V, Part.QKV, Part.KV_B})
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Facts about a tensor that rules depend on. `index` is its position among the `count` tensors of the same `Part`.
+    """A tensor's properties, on which rules depend. `index` is its position among the `count` tensors of its `Part`.
     `query_share` is the number of query heads for each KV head."""
 
     index: int

@@ -31,7 +31,7 @@ _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A tensor, its new type, and the importance of its columns [experts, columns] or None."""
+    """A tensor and its new type. `importance` is the importance of the tensor's columns [experts, columns], or None."""
 
     tensor: Tensor
     quant_type: QuantType
@@ -77,7 +77,7 @@ def _check(tensor: Tensor, kind: QuantType, allow_requantize: bool) -> None:
     name, was, width = shown(tensor.name), tensor.quant_type, tensor.shape[-1]
     if was not in FLOATS and not allow_requantize:
         raise UsageError(
-            f"tensor {name} is already {was.name}: take a file in F16, BF16 or F32, or give --allow-requantize"
+            f"tensor {name} is already {was.name}: use a file in F16, BF16 or F32, or give --allow-requantize"
         )
     if was not in QUANTIZED_TYPES:
         raise UsageError(f"tensor {name} is {was.name}, which cannot be quantized")
@@ -170,7 +170,7 @@ def _quantized(change: Change, rows: range) -> NDArray[np.uint8]:
         row, column = (int(index[0]) for index in np.nonzero(~(np.abs(x) <= most)))
         raise UsageError(
             f"tensor {shown(tensor.name)} has {x[row, column]:g} at row {rows.start + row}, column {column}:"
-            f" {change.quant_type.name} holds numbers up to {most:g}; take a model file without such weights"
+            f" {change.quant_type.name} holds numbers up to {most:g}; use a model file without such weights"
         )
     expert = rows.start // tensor.shape[-2] if len(tensor.shape) > 1 else 0
     return quantize(

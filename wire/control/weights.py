@@ -27,7 +27,7 @@ class WeightSources:
 
 @dataclass(frozen=True, slots=True)
 class AddWeightSource:
-    """Announces a source of a manifest's weights, or the source's new address, to loads that fetch these weights."""
+    """Announces a new source of a manifest's weights, or a source's new address, while loads fetch these weights."""
 
     manifest: Digest
     source: WeightSource

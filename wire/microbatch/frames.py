@@ -27,7 +27,7 @@ _TIMING_BYTES = 32
 
 
 def most_frame_bytes(rows: int, width: int) -> int:
-    """Returns the maximum bytes of a frame with `rows` rows of `width` floats. `width` is 0 for the first stage."""
+    """Returns the maximum size of a frame with `rows` rows of `width` floats. `width` is 0 for the first stage."""
     return _PREFIX.size + MAX_STAGES * _TIMING_BYTES + MAX_MICROBATCH_BYTES + max(rows * width * 4, 4 * MAX_TEXT)
 
 

@@ -12,7 +12,7 @@ from llamaclust.core.sampler.tasks import RowTask
 
 @dataclass(frozen=True, slots=True)
 class ImageRows:
-    """The rows of a chunk that belong to images. Ranges [first, end) are ascending and index the chunk's rows."""
+    """The rows of a chunk that belong to images. `given` and `groups` are ascending row ranges [first, end)."""
 
     given: tuple[tuple[int, int], ...] = ()  # Rows whose embeddings are in `values`.
     values: bytes = b""  # float32, little endian [given rows, levels * embedding].
@@ -87,7 +87,7 @@ class SamplingInputs:
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """Tokens of a microbatch's output rows. The last stage sends them to the first, for chunks that depend on them."""
+    """Tokens of a microbatch's output rows. The last stage sends them to the first stage for chunks that need them."""
 
     number: int
     tokens: tuple[int, ...]  # Contains 0 for a row without an answer. Empty if the microbatch failed.

@@ -66,7 +66,7 @@ def _options(answer_s: float) -> tuple[tuple[str, int], ...]:
 
 
 class ClientStream:
-    """A bidirectional stream that this process opened. Its errors have the peer's name in `worker` if it is known."""
+    """A bidirectional stream opened by this process. Errors name the peer, or the root cause that the peer reports."""
 
     _call: Any
 
@@ -89,7 +89,7 @@ class ClientStream:
                 await self._result(self._call.write(piece))
 
     def try_write(self, *messages: bytes) -> bool:
-        """Sends all messages if that needs no waiting, or else returns False. Not allowed while `write` runs."""
+        """Sends all messages, or returns False if sending would have to wait. Not allowed while `write` runs."""
         return False
 
     @property
@@ -194,7 +194,7 @@ class Peer:
         permit: str | None = None,
         reply_bytes: int | None = None,
     ) -> ClientStream:
-        """Opens a stream, which waits for an absent server if `wait_for_ready`. `reply_bytes` limits a reply's size."""
+        """Opens a stream. `wait_for_ready` lets it wait for an absent server. `reply_bytes` limits a reply's size."""
         most_bytes = METHODS[method].reply_bytes if reply_bytes is None else reply_bytes
         metadata = [] if permit is None else [(PERMIT_KEY, permit)]
         if isinstance(self._credentials, ClusterToken):

@@ -83,7 +83,7 @@ async def _throughput(stream: ClientStream, round_trip_s: float) -> float:
 
 
 async def _fastest(stream: ClientStream, size: int, enough_s: float) -> float:
-    """Returns the shortest of up to 3 transfer times, in s. Ends after a time below `enough_s`, or after about 4 s."""
+    """Returns the shortest of up to 3 transfer times in s. Stops if a time is below `enough_s`, or after about 4 s."""
     fastest_s, begun = await _sent(stream, size), perf_counter()
     for _ in range(1, _TRIES):
         if fastest_s < enough_s or fastest_s + perf_counter() - begun > _TRY_AGAIN_S:

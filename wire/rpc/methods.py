@@ -39,7 +39,7 @@ class Callers(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """The limits of one method. `streams` limits all open streams, and `streams_of_caller` those of one caller."""
+    """The limits of one method. `streams` limits all open streams. `streams_of_caller` limits those of one caller."""
 
     callers: Callers
     streams: int

@@ -20,7 +20,7 @@ _MOST_S = 4.0
 
 
 async def network_round_trip(address: str) -> float | None:
-    """Returns the shortest of several connection times to HOST:PORT or unix:PATH, in seconds, or None if all fail."""
+    """Returns the shortest time in seconds of several connections to HOST:PORT or unix:PATH, or None if all fail."""
     if not address:
         return None
     try:

@@ -47,7 +47,7 @@ _CODES: tuple[tuple[type[LlamaclustError], grpc.StatusCode], ...] = (
 
 @contextmanager
 def _peer_here() -> Iterator[None]:
-    """Converts undocumented errors, which gRPC raises after the peer or the server has gone, to StreamBrokenError."""
+    """Raises StreamBrokenError in place of undocumented errors that gRPC raises when the peer or server has gone."""
     try:
         yield
     except aio.BaseError as error:
@@ -195,7 +195,7 @@ class _Entry:
         return None
 
     def check(self, callers: Callers, caller: Principal | None, context: Any) -> None:
-        """Raises ProtocolError if `callers` excludes `caller`. Kind NEIGHBOUR is not checked here, but by the stage."""
+        """Raises ProtocolError if `callers` excludes `caller`. Leaves the check of Callers.NEIGHBOUR to the stage."""
         if caller is None or callers in (Callers.MEMBERS, Callers.NEIGHBOUR) or caller == COORDINATOR:
             return
         if callers is Callers.COORDINATOR:

@@ -37,7 +37,7 @@ class SilentConnections:
         self._looks: dict[_Caller, int] = {}
 
     def close_excess(self, port: int, callers: Container[str]) -> tuple[int, int]:
-        """Closes the oldest silent connections beyond the limits. Returns (closed, remaining) counts of them.
+        """Closes the oldest silent connections beyond the limits. Returns the numbers of closed and of remaining ones.
         `callers` are gRPC's names of peers that have made a call. Raises OSError if no descriptor is free."""
         silent = sorted(self._silent(port, callers), key=lambda connection: -connection.looks)
         self._looks = {connection.caller: connection.looks for connection in silent}

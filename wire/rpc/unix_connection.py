@@ -208,7 +208,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         self.complete()
 
     def _take_rest(self) -> None:
-        """Receives frames that came before the connection ended. The event loop stops reading after a failed write."""
+        """Receives an ended connection's last frames, because the event loop stops reading after a failed write."""
         assert self._transport is not None
         descriptor = self._transport.get_extra_info("socket").fileno()
         with suppress(OSError):  # Nothing more can be read.

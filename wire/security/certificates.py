@@ -27,7 +27,7 @@ class NewKey:
     def with_certificate(self, certificate: bytes) -> KeyPair:
         loaded = _certificate(certificate)
         if loaded.public_key() != self._key.public_key():
-            raise ProtocolError("the certificate is for another key than the requested one")
+            raise ProtocolError("the certificate's key is not the key in the request")
         ends_at_s = loaded.not_valid_after_utc.timestamp()
         return KeyPair(private_pem(self._key), loaded.public_bytes(Encoding.PEM), time.time(), ends_at_s)
 

@@ -26,7 +26,7 @@ class KeyPair:
 
     @property
     def renewal_in_s(self) -> float:
-        """Seconds until two thirds of the certificate's lifetime are over, or 0 if it was made in the future."""
+        """Seconds until two thirds of the certificate's lifetime are over, or 0 if `made_at_s` is in the future."""
         age_s = time.time() - self.made_at_s
         return 0.0 if age_s < -MAX_SKEW_S else max(0.0, self.life_s * 2 / 3 - age_s)
 

@@ -39,7 +39,7 @@ def server_credentials(identity: Identity, on_handshake: Callable[[], None]) -> 
 
 
 def peer_principal(auth_context: Mapping[str, Iterable[bytes]], identity: Identity) -> Principal:
-    """Returns the identity in the peer's certificate. Raises UsageError if it does not name a member or has expired."""
+    """Returns the peer's identity. Raises UsageError if the peer's certificate has expired or names no member."""
     from llamaclust.wire.security.certificates import ends_at_s
 
     names = [name.decode("ascii", "replace") for name in auth_context.get("x509_subject_alternative_name", ())]

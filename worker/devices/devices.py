@@ -173,7 +173,7 @@ def _fingerprint(kind: str, threads: int, level: str, gpus: tuple[Gpu, ...], cor
 
 
 def check_devices(devices: Iterable[tuple[str, str]], model: Model) -> None:
-    """Raises UsageError if this machine lacks a (kind, feature level), ModelFileError if no kernels fit the model."""
+    """Raises UsageError if a (kind, feature level) is missing here, or ModelFileError if no kernels fit the model."""
     for kind, feature_level in sorted(set(devices)):
         backends.open_processor(kind, 1, feature_level)
         if kind != _REFERENCE:

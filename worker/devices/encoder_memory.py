@@ -30,7 +30,7 @@ def _input_bytes(projector: Projector) -> int:
 
 
 def _tile_bytes(projector: Projector) -> int:
-    """Returns the memory to prepare a tile's patches, or to hold its patches and output rows if that is more."""
+    """Returns the larger of the memory to prepare a tile's patches and the memory of its patches and output rows."""
     program, rows = projector.program, projector.most_program_rows
     patches = _FLOAT_BYTES * rows * program.hidden.width
     # Each number takes a float32, and a byte that tells whether the float is finite.

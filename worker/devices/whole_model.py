@@ -94,7 +94,7 @@ class _Choice:
     borders: Sequence[int]  # Numbers of the layers with which a device's range of layers may start.
 
     def first_gpu(self, end: int) -> DeviceLayers | None:
-        """Assigns layers below `end` to the first GPU, and the experts of as many layers as possible to its memory."""
+        """Assigns layers below `end` to the first GPU. Its memory holds the experts of as many layers as possible."""
         least, _ = self._starts(0, end)
         is_open = any(self.placement.experts_in_ram(layer) is None for layer in self.mixtures)
         if is_open and end > least:

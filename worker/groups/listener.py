@@ -46,7 +46,7 @@ class Hello:
 
 
 def link_address(stages: str, port: int | None) -> str:
-    """Returns the link address for the stage address `stages`. If `port` is None, derives it from the stage port."""
+    """Returns the link address for stage address `stages`. If `port` is None, derives the port from the stage port."""
     if stages.startswith(PREFIX):
         return f"{stages}{SOCKET_ENDING}"
     host, stage_port = split_address(stages)

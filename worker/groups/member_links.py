@@ -135,7 +135,7 @@ class MemberLinks:
         return error
 
     async def give_up(self, error: Exception) -> Fault:
-        """Reports `error`. Closes the links, except after a LinkError, so that others learn who is at fault."""
+        """Reports `error` and closes the links. A LinkError leaves them open, so that others learn who is at fault."""
         fault = self.fault(error)
         await self._tell(fault)
         if not isinstance(error, LinkError):

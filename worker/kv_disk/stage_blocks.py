@@ -59,7 +59,7 @@ class StageBlocks:
         return done
 
     def save(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
-        """Writes those `blocks` (of keys[-len(blocks):]) that are not on disk. Returns len(blocks), or 0 on failure."""
+        """Writes missing `blocks` to disk. The last keys belong to `blocks`. Returns len(blocks), or 0 on failure."""
         with self._lock:
             self._refresh()
             own = zip(keys[-len(blocks) :], blocks, strict=True)

@@ -154,7 +154,7 @@ class _Held:
         self._answers.append(answer)
 
     def before(self, expected_ns: float) -> None:
-        """Passes results to the event loop if the next job, of about `expected_ns`, would delay them too long."""
+        """Passes results to the event loop if a job that takes about `expected_ns` would delay the results too long."""
         if self._answers and perf_counter_ns() + expected_ns > self._until_ns:
             self.hand_back()
 

@@ -59,7 +59,7 @@ class SampledTokensBox:
 
 
 class Dependencies:
-    """Inputs from other streams that one epoch's microbatches wait for. Only one microbatch waits at a time."""
+    """The inputs that one epoch's microbatches need from other streams. Only one microbatch waits at a time."""
 
     def __init__(self, epoch: int, inputs_s: float) -> None:
         self.tokens = SampledTokensBox()

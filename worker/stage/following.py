@@ -36,7 +36,7 @@ class FollowingStage:
         links: MemberLinks,
         give_up: Callable[[DeviceLostError], None],
     ) -> None:
-        """`give_up` is called when a device is lost, on any thread."""
+        """`give_up` is called on any thread when a device is lost."""
         self.epoch = epoch
         self.runner = runner
         self._counters = counters

@@ -48,9 +48,9 @@ class Leader:
     def step(
         self, arrival: Arrival, followed: Sequence[SampledTokens], adapters: bytes, checked: Program | None = None
     ) -> Iterator[None]:
-        """Announces a microbatch, the sampled tokens `followed` that it depends on, and the digest of the `adapters` of
-        all members. The `with` body computes the microbatch. If `checked` (the stage's program) is given, a LinkError
-        names a member that sent NaN or infinity. Raises LinkError, WorkerError or MemberFailedError."""
+        """Announces a microbatch. `followed` has the sampled tokens that it needs. `adapters` is the digest of all
+        members' adapters. The `with` body computes the microbatch. If `checked` (the stage's program) is given, a
+        LinkError names a member that sent NaN or infinity. Raises LinkError, WorkerError or MemberFailedError."""
         assert self._links is not None, "a stream is accepted when the links are open"
         rows = arrival.frame.rows
         is_whole = rows >= LEAST_BANDED_ROWS and arrival.has_groups

@@ -169,7 +169,7 @@ class StageLoop:
         self.runner.matchers.receive(inputs)
 
     async def compute(self, arrival: Arrival) -> asyncio.Future[Answer]:
-        """Computes a microbatch. Returns when the next may begin; the answer may come later. Raises ProtocolError."""
+        """Computes a microbatch. Returns when another may begin. The answer may come later. Raises ProtocolError."""
         program = self.runner.program
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
@@ -205,7 +205,7 @@ class StageLoop:
             return self._failure(arrival, error)
 
     async def _step(self, arrival: Arrival) -> Answer:
-        """Computes a microbatch. Runs layers before waiting for sampling inputs, as a new matcher can take 50 ms."""
+        """Computes a microbatch. Waits for sampling inputs after the layers, because a new matcher can take 50 ms."""
         program = self.runner.program
         if program.is_first and not program.is_last:
             await self.dependencies.known(arrival.newest_dependency)

@@ -139,7 +139,7 @@ class MatchedAnswer:
 
     @property
     def turn(self) -> tuple[bool, int]:
-        """Sort key of a step's answers: fast before slow, and then by number of deferrals, highest first."""
+        """The sort key of a step's answers. Fast answers come first. Among equals, more deferrals come first."""
         return self._is_slow, -self._held
 
     @property

@@ -81,7 +81,7 @@ class StageMatchers:
             self._make(answer)
 
     async def ready(self, tasks: SamplingTasks) -> None:
-        """Waits until the step's matchers are ready, but not so long that the rows without matchers are too late."""
+        """Waits a short time for the step's matchers to be ready. A longer wait would delay rows without matchers."""
         making, timeout_s = self._awaited(tasks)
         if making:
             await asyncio.wait(list(map(asyncio.wrap_future, making)), timeout=timeout_s)
@@ -175,7 +175,7 @@ class StageMatchers:
             return self._changes[max(changes)] if changes else self._answers.get(key)
 
     def _admit(self, number: int) -> None:
-        """Applies the starts and releases of matchers that were requested up to microbatch `number`."""
+        """Adds and removes matchers as requested up to microbatch `number`."""
         for change in list(self._changes):
             if change[0] <= number:
                 if (answer := self._changes.pop(change)) is None:

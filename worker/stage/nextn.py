@@ -141,8 +141,8 @@ def _taken(frame: MicrobatchFrame, outcomes: RowOutcomes, tasks: SamplingTasks) 
 def following(
     tokens: tuple[int, ...], next_token: int | None, chosen: Sequence[int], scored: Sequence[bool]
 ) -> tuple[tuple[int, ...], int | None]:
-    """Returns the token after each of the chunk's rows, up to the first rejected draft. Also returns the index in
-    `chosen` of the last of these tokens, or None if it was not sampled."""
+    """Returns the token after each of the chunk's rows, up to the first rejected draft. Also returns the last
+    token's index in `chosen`, or None if the last token was not sampled."""
     for index, (token, is_scored) in enumerate(zip(chosen, scored, strict=True)):
         place = len(tokens) - len(chosen) + index
         if is_scored:

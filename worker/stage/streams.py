@@ -173,7 +173,7 @@ class StageStreams:
             await self._with_stream_to(first, SAMPLED_TOKENS, "first", stream, use)
 
     async def _with_stream_to(self, stage: Peer, method: str, which: str, incoming: ServerStream, use: _Use) -> None:
-        """Opens a stream to `stage` and calls `use` with the stream. Reports a lost connection before a stream ends."""
+        """Opens a stream to `stage` and passes it to `use`. Reports a lost connection before it ends the streams."""
         stream = stage.open(method, epoch=self.epoch)
         try:
             await stage.connected()

@@ -105,7 +105,7 @@ class WeightFetch:
         on_others_bytes: OnBytes,
         timeouts: FetchTimeouts = FetchTimeouts(),
     ) -> None:
-        """`on_bytes` counts bytes that this process fetches, and `on_others_bytes` those that other processes fetch."""
+        """`on_bytes` counts the bytes that this process fetches. `on_others_bytes` counts those of other processes."""
         self._cache = cache
         self._sources = [_Source(name, peer) for name, peer in sources]
         self._on_bytes = on_bytes
@@ -179,7 +179,7 @@ class WeightFetch:
                 stream.cancel()
 
     async def _next(self, source: _Source) -> _Item | None:
-        """Waits for an item that no other task fetches. Returns None if `source` is among no item's best sources."""
+        """Waits for an item that no other task fetches. Returns None if `source` is not among the best for any item."""
         clock = asyncio.get_running_loop().time
         while True:
             ranked = self._ranked()

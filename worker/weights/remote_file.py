@@ -21,7 +21,7 @@ from llamaclust.worker.weights.weights import Weights, key_of
 
 
 class RemoteFile:
-    """A model file on other machines, whose weights are fetched into the cache. Raises LlamaclustError if there is no
+    """A model file on other machines. Its weights are fetched into the cache. Raises LlamaclustError if there is no
     cache."""
 
     def __init__(

@@ -87,7 +87,7 @@ class Progress:
             raise
 
     async def during(self, work: Coroutine[None, None, _Value], every_s: float) -> _Value:
-        """Awaits `work` and returns its result. Reports every `every_s` seconds meanwhile."""
+        """Awaits `work` and returns its result. Meanwhile, reports the progress every `every_s` seconds."""
         working = asyncio.create_task(work)
         try:
             while not (await asyncio.wait((working,), timeout=every_s))[0]:

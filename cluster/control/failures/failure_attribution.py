@@ -24,7 +24,7 @@ def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
 
 
 def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | None:
-    """Returns the first lost worker that others could not reach, else the first lost worker. None if none is lost."""
+    """Returns the worker that was lost first, or None if none is lost. Prefers workers that others could not reach."""
     unreachable = {worker.unreachable_peer(epoch).name for worker in workers}
     lost = (worker for worker in workers if worker.loss is not None)
     return min(

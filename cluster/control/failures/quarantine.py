@@ -31,7 +31,7 @@ class FailureRecord:
     retry_at_s: float = 0.0  # Earliest time to load a plan with this worker again.
 
     def failed_within(self, reason: str, requests: frozenset[int], now_s: float) -> FailureRecord:
-        """Returns the record with one more failure of the worker, which a plan used although it should be excluded."""
+        """Returns the record after one more failure. This failure happened while a plan used the excluded worker."""
         before = self.failures_within
         if before and now_s - self.retry_at_s > _RETRY.pause_s(before - 1):
             before = 0
@@ -61,7 +61,7 @@ class Quarantine:
     def failed(
         self, name: str, reason: str, requests: frozenset[int], now_s: float, *, is_repeated: bool = False
     ) -> Quarantine:
-        """Adds a worker's failure in the running pipeline. `is_repeated`: the worker failed on these tokens before."""
+        """Adds a worker's failure. `is_repeated` is true if the worker has failed on the same tokens before."""
         return self._add(name, reason, requests, now_s, least=_FREE + is_repeated)
 
     def exclude(self, name: str, reason: str, now_s: float) -> Quarantine:

@@ -98,7 +98,7 @@ class MembershipWatch:
             self._registry.mark_lost(worker, silence_text(number, waited_s, limit_s))
 
     def _turns_s(self, worker: WorkerHandle) -> float:
-        """Adds up the time limits of the worker's steps in all pipelines, because a step may wait for all others."""
+        """Returns the sum of the time limits of the worker's steps in all pipelines. A step may wait for the others."""
         due = (served for runner in self._runners for served in _due(runner))
         stages = ((epoch.stage_of(worker), scheduler, epoch.plan) for epoch, scheduler, _ in due)
         return sum(stage_limit_s(scheduler, plan, stage) for stage, scheduler, plan in stages if stage is not None)

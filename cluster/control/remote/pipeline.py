@@ -40,8 +40,8 @@ class RemotePipeline:
     async def open(
         cls, epoch: int, workers: Sequence[WorkerHandle], credentials: Credentials, no_images: str = ""
     ) -> RemotePipeline:
-        """Opens the streams of an epoch. `workers` are in the order of stages, each group's leader before its other
-        members. Raises WorkerError. The error's `worker` is the worker that caused the failure, if known."""
+        """Opens the streams of an epoch. `workers` are in the order of stages, and each group begins with its leader.
+        Raises WorkerError. The error's `worker` is the worker that caused the failure, if known."""
         chain = leaders(workers, [stage_of(epoch, worker) for worker in workers])
         ends = (chain[0], chain[-1])
         first, last = (_peer(worker, credentials) for worker in ends)
@@ -100,8 +100,8 @@ class RemotePipeline:
             self._inputs.put(PREPARE_MATCHERS)
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
-        """Runs until the pipeline fails, and always raises: ProtocolError if a result is invalid, or else an error that
-        names the worker at fault if it is known."""
+        """Runs until the pipeline fails. Raises ProtocolError if a result is invalid, and otherwise an error that names
+        the worker at fault, if known."""
         parts = self._microbatches.run(), self._inputs.run(), self._read_results(on_results), self._watch_forward()
         work = [asyncio.create_task(part) for part in parts]
         failing = asyncio.create_task(has_failed(self.epoch, self._workers))

@@ -39,7 +39,7 @@ def no_groups(config: ClusterConfig, model: Model) -> str:
 
 
 def group_problems(config: ClusterConfig, model: Model) -> Iterator[tuple[str, str | None]]:
-    """Yields (reason, remedy or None) for each reason against groups. A remedy is a change of the cluster file."""
+    """Yields each reason against groups, and its remedy (a change of the cluster file) or None."""
     if model.has_states:
         yield "layers of this model have recurrent states, which groups do not divide yet", None
     if any(worker.kv_disk is not None for worker in config.workers):

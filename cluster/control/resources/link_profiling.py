@@ -82,7 +82,7 @@ async def measure_links(
 
 
 def _wanted(keys: Mapping[Pair, str], names: Sequence[str]) -> list[Pair]:
-    """Lists the pairs to measure: all pairs or, if there are many machines, neighbours and the coordinator's pairs."""
+    """Lists the pairs to measure. With many machines, omits pairs of workers that are not neighbours in `names`."""
     if len({key for pair, key in keys.items() if COORDINATOR in pair}) <= _MOST_MACHINES:
         return [*keys]
     neighbours = {frozenset(pair) for pair in pairwise([*names, *names[:1]])}

@@ -57,7 +57,7 @@ class WorkerResources:
 
 
 def machine_shares(workers: Mapping[str, WorkerResources]) -> dict[str, int]:
-    """Divides each machine's free memory among its workers. A control group with a memory limit counts as one."""
+    """Divides each machine's free memory among its workers. A control group with a memory limit counts as a machine."""
     shares: dict[str, int] = {}
     for place in {(worker.machine, worker.memory_group) for worker in workers.values()}:
         here = {name: worker for name, worker in workers.items() if (worker.machine, worker.memory_group) == place}
@@ -89,7 +89,7 @@ _KEY = re.compile(r"(?P<hardware>.*), one of (?P<sharers>\d+) workers with \d+ t
 
 
 def measurement_key(fingerprint: str, sharers: int, threads: int, model_id: str = "") -> str:
-    """Returns the key of a stored measurement. `model_id` is the model whose steps were timed, or "" if none was."""
+    """Returns the key of a stored measurement. `model_id` is "" if the measurement did not time steps of a model."""
     profiled = f", model {model_id[:32]}, unit {_STEPS_UNIT}" if model_id else ""
     return f"{fingerprint}, one of {sharers} workers with {threads} threads, program {VERSION}{profiled}"
 

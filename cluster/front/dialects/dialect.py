@@ -38,7 +38,7 @@ class ParsedRequest(Generic[AnyBody]):
     async def chat(
         self, make: Callable[_Arguments, ChatRequest], *given: _Arguments.args, **named: _Arguments.kwargs
     ) -> ChatRequest:
-        """Makes a chat with `make`, and adds the request's creation time and adapters, and the fetched images."""
+        """Makes a chat with `make`. Adds the request's creation time, its adapters, and the fetched images."""
         chat = await converted(self.body, make, *given, **named)
         admitted = chat.admitted(self.context.created, self.adapters)
         return await with_images(admitted, self.context)

@@ -203,7 +203,7 @@ def given_path(scope: Scope) -> str:
 
 
 def shape_errors(scope: Scope, endpoint: str) -> None:
-    """Makes error replies to a request use the error format of the path `endpoint`."""
+    """Selects the format of error replies to a request: the error format of the path `endpoint`."""
     scope.setdefault("state", {})[_SHAPING] = endpoint
 
 

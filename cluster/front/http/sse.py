@@ -148,7 +148,7 @@ def rendered(value: Any) -> JsonParts:
 
 
 async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Value:
-    """Returns the result of `work`. Raises ClientDisconnect if the client leaves first. Call after reading the body."""
+    """Returns the result of `work`. Raises ClientDisconnect if the client leaves first. The body must be read first."""
     results: list[_Value] = []
 
     async def do_it() -> None:

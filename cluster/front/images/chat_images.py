@@ -16,7 +16,7 @@ MAX_JOURNALLED_BYTES: Final = 16 << 20
 
 
 async def with_images(chat: ChatRequest, context: RequestContext | None = None) -> ChatRequest:
-    """Returns the chat with fetched images, which `context` also stores. Raises ParameterError or DeadlineError."""
+    """Fetches a chat's images into the returned chat and into `context`. Raises ParameterError or DeadlineError."""
     urls = image_urls(chat.messages)
     if not urls:
         return chat
@@ -33,7 +33,7 @@ async def with_images(chat: ChatRequest, context: RequestContext | None = None) 
 
 
 def checked_bytes(urls: Sequence[str], param: str, fetched_bytes: int = 0) -> int:
-    """Returns the size of all images in data URLs plus `fetched_bytes`. Raises ParameterError above the limits."""
+    """Returns `fetched_bytes` plus the size of the images in data URLs. Raises ParameterError above the limits."""
     if len(urls) > MAX_IMAGES:
         raise ParameterError(param, f"expected at most {MAX_IMAGES} images in one request, found {len(urls)}")
     held_bytes = sum(map(_inline_bytes, urls)) + fetched_bytes

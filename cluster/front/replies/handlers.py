@@ -205,7 +205,7 @@ class Replies:
     # -- after a restart of the coordinator ----------------------------------------------------------------------------
 
     async def restore(self, requests: Sequence[RequestContext]) -> None:
-        """Restores the journal's requests after a restart of the coordinator, first those with unsent replies."""
+        """Restores the journal's requests after a restart of the coordinator. Those with unsent replies come first."""
         assert self.cache.journal is not None
         await self.cache.journal.restore(requests)
         begun: list[KeptReply] = []

@@ -81,7 +81,7 @@ class KeptReply:
 
     @property
     def is_running(self) -> bool:
-        """True if the reply is being computed, or will be computed even if no client reads it."""
+        """True unless the reply has ended or is postponed until a client reads it."""
         return not self.log.is_over and self._postponed is None
 
     @property
@@ -91,7 +91,7 @@ class KeptReply:
 
     @property
     def is_retryable(self) -> bool:
-        """True if a temporary error ended the reply. False if the coordinator stops: the next one continues it."""
+        """True if a temporary error ended the reply. False if the coordinator stops: a restart restores the reply."""
         error = self.error
         return error is not None and error.http_status in (503, 504) and not isinstance(error, ClusterStoppingError)
 
@@ -112,8 +112,8 @@ class KeptReply:
             begin()
 
     def start(self, reply: Reply, admitted: bytes | None = None, until_s: float | None = None) -> asyncio.Task[None]:
-        """Starts and returns a task. The task submits the request, then waits until the request's body, `admitted`, is
-        in the journal. If the reply is closed earlier, the task is cancelled."""
+        """Starts and returns a task. The task submits the request, then waits until the journal has `admitted`, the
+        request's body. Closing the reply cancels the task."""
         self._beginning = asyncio.create_task(self._begin_on_disk(reply, admitted, until_s))
         return self._beginning
 
@@ -127,7 +127,7 @@ class KeptReply:
         self, reply: Reply, *, admitted: bytes | None = None, until_s: float | None = None
     ) -> asyncio.Future[None] | None:
         """Submits the request. If the cluster is busy, retries until the event loop time `until_s` (None: no retries).
-        Returns a future that is done when `admitted`, the request's body, is in the journal."""
+        Returns a future that is done when the journal has `admitted`, the request's body."""
         try:
             await self._submit(reply, until_s, is_recorded=admitted is not None or self.context.is_restored)
             # No `await` may separate this call from the submission.
@@ -191,7 +191,7 @@ class KeptReply:
             raise
 
     def _take_adapters(self, used: tuple[str, ...]) -> None:
-        """Stores the request's adapters. Raises AdapterUnloadedError if a restored request would use other adapters."""
+        """Stores the adapters of a new request. Raises AdapterUnloadedError if a restored request had others before."""
         if not self.context.is_restored:
             self.context.adapters = used
         elif not {*used} <= {*self.context.adapters}:

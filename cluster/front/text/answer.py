@@ -84,7 +84,7 @@ def _token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, 
 
 @dataclass(frozen=True, slots=True)
 class TextChunk:
-    """The part of an answer that one step adds. `rows` are its sampled tokens, whose text may be in a later chunk."""
+    """The part of an answer that one step adds. `rows` are the sampled tokens. Their text may be in a later chunk."""
 
     index: int = 0  # Index of the choice.
     text: str = ""

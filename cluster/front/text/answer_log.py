@@ -47,7 +47,7 @@ class _PromptEnd:
 
 
 class AnswerLog:
-    """A log of the answers to several prompts, in the order of the prompts even if a later prompt ends first."""
+    """A log of the answers to several prompts. The first prompt's answers come first, even if others end earlier."""
 
     def __init__(self, *subscribers: Subscriber, is_held: bool = False) -> None:
         """Makes a log. If `is_held` is true, readers get nothing until `release` is called."""

@@ -136,7 +136,7 @@ class _Calls:
 
 
 def _largest_half(tools: Mapping[str, Schema]) -> set[str]:
-    """Returns the names of one half of the tools, the half with the longest schemas."""
+    """Returns the names of half of the tools: those with the longest schemas."""
     names = sorted(tools, key=lambda name: -len(str(tools[name])))
     return {*names[: -(-len(names) // 2)]}
 

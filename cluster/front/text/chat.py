@@ -159,7 +159,7 @@ class ChatFormat:
         return shortened
 
     def _guarded(self, chat: ChatRequest, history: ToolFormat) -> list[dict[str, Any]]:
-        """Returns the messages, then the template variables. Inserts GUARD so that texts such as `<s>` stay text."""
+        """Returns the messages, with the template variables as the last item. GUARD keeps texts such as `<s>` plain."""
         tools, today = chat.offered_tools, datetime.fromtimestamp(chat.created).astimezone()
         variables = {
             "date_string": today.strftime("%d %b %Y"),
@@ -171,7 +171,7 @@ class ChatFormat:
         return guard_messages([*template_messages(history, chat.messages, tools), variables], self._tokenizer)
 
     def _needs_parts(self) -> bool:
-        """Returns True if the template, like those of some vision models, renders contents only as lists of parts."""
+        """Returns True if the template renders contents only as lists of parts, as those of some vision models do."""
         source = self._template.source or ""
         if not any(word in source for word in _PART_TYPES):
             return False

@@ -50,7 +50,7 @@ class Completion:
     def __init__(
         self, engine: Engine, choices: Sequence[Choice], log: AnswerLog, prompt: int, on_close: Callable[[], None]
     ) -> None:
-        """Submits the first choice. Raises the engine's errors. The caller must call `log.begin` before."""
+        """Submits the first choice. Raises the engine's errors. The caller must call `log.begin` first."""
         self.generation = choices[0][0]
         self._engine = engine
         self._on_close = on_close

@@ -48,7 +48,7 @@ class RowMemoryError(QueueFullError):
 
 
 class RowCache:
-    """Limits the memory for images, and caches unused rows under the digest of their image. Not thread-safe."""
+    """Limits the memory for images. Caches unused rows by the digest of their image. Not thread-safe."""
 
     def __init__(self, limits: RowLimits | None = None) -> None:
         self._limits = limits or RowLimits()

@@ -31,7 +31,7 @@ class Prefetch(Generic[_Result]):
         begin: Callable[[ImageSource], Coroutine[Any, Any, _Result]],
         room: Callable[[int, int], Awaitable[None]],
     ) -> None:
-        """`room(own_bytes, size)` waits until a request with `own_bytes` can get `size` more. Raises RowMemoryError."""
+        """`room(own_bytes, size)` waits for `size` bytes for a request that has `own_bytes`. Raises RowMemoryError."""
         self._sources = deque(sources)
         self._begin = begin
         self._room = room

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SlotTokens:
-    """The tokens of a slot. Sequences that begin with these tokens, with equal salt and adapters, share KV memory."""
+    """The tokens of a slot. Sequences with the same beginning, salt and adapters share the tokens' KV memory."""
 
     tokens: array[int] = field(default_factory=lambda: array("I"))
     cache_salt: str = ""

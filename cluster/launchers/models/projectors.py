@@ -16,7 +16,7 @@ from llamaclust.worker.devices.encoder_memory import encoder_bytes
 def open_with_projector(
     path: Path, mmproj: str | None, chat_template: str | None = None, adapters: Sequence[Path] = ()
 ) -> tuple[Model, str | None]:
-    """Opens a model and its projector. Also returns why a projector in the model's folder is unused, or None."""
+    """Returns a model with its projector, and the reason why a projector in the model's folder is unused, or None."""
     model = Model.open(path, chat_template, adapters)
     model.projector, unused = choose_projector(model, mmproj)
     return model, unused

@@ -39,8 +39,8 @@ class Found:
 
 
 def best_chain(sizes: MemoryModel, workers: Sequence[WorkerFacts], contexts: Sequence[int]) -> Found | None:
-    """Returns the best chain of stages for the objective, or None if the model does not fit. Tries KV memory for each
-    number of full-length sequences in `contexts`, whose first number is preferred."""
+    """Returns the best chain of stages for the objective, or None if the model does not fit. Tries to reserve KV
+    memory for each number of full-length sequences in `contexts`, and prefers the first number."""
     works = works_of(sizes.request.objective, usual_prompt_tokens(sizes.request.context_length))
     unlike = frozenset[str]().union(*sizes.request.partitions)
     found: Found | None = None

@@ -65,7 +65,7 @@ def _obstacle(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> str | None:
 
 
 def _sets(plan: Chain, workers: Sequence[WorkerFacts]) -> Iterator[list[tuple[WorkerFacts, ...]]]:
-    """Yields, for each size from 2 on, the possible groups. The fastest worker of a group comes first and leads it."""
+    """Yields a list of possible groups for each size from 2 on. A group's fastest worker comes first and leads it."""
     sizes, request = plan.sizes, plan.sizes.request
     able = [worker for worker in workers if worker.joins_groups]
     able.sort(key=lambda worker: sizes.stages.decode_s(worker, 0, sizes.stages.layers))

@@ -56,7 +56,7 @@ class Group:
         return self.search.costs_of(self.members).integer_shares(start, end, self.search.works[work])[0]
 
     def takes_longer(self, start: int, end: int, work: int) -> bool:
-        """Returns True if whole-number shares are slower than the table predicts. In this case, corrects the table."""
+        """Corrects the table and returns True if whole-number shares take longer than the table predicts."""
         costs = self.search.costs_of(self.members)
         factor = costs.integer_shares(start, end, self.search.works[work])[1]
         is_longer = _TOLERANCE * costs.factor < factor < inf
@@ -202,7 +202,7 @@ class GroupSearch:
 
     @cached_property
     def _rank(self) -> dict[int, tuple[bool, float, int]]:
-        """Sort keys for the choice of a leader. Workers that reach all others come first, and then faster workers."""
+        """Sort keys for the choice of a leader. Prefers workers that reach all others, and then faster workers."""
         bound = frozenset[int]().union(*self.partitions)
         return {worker: (worker in bound, seconds, worker) for worker, seconds in enumerate(self._token_s)}
 

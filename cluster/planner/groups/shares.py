@@ -59,7 +59,7 @@ def _taken(limit: Table, fixed: Table, each: Table, least: float, most: Table) -
 
 
 def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float]) -> tuple[tuple[int, ...], float]:
-    """Returns shares as small whole numbers with nearly the lowest cost, and this cost, or inf if no shares fit."""
+    """Returns shares as small whole numbers, and their cost. The cost is nearly the lowest, or inf if no shares fit."""
     near = (in_total(shares, total) for total in (*range(len(shares), _FEW + 1), MANY))
     costs = {found: cost(found) for found in dict.fromkeys(near)}
     limit = _TOLERANCE * min(costs.values())

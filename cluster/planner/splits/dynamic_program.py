@@ -42,7 +42,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A step that keeps, for each number of assigned layers, the cheapest of the steps in `before`."""
+    """A step that compares the steps in `before`. It keeps the cheapest one for each number of assigned layers."""
 
     before: tuple[int, ...]
 

@@ -37,7 +37,7 @@ class StageTable:
 class Holder(Protocol):
     @property
     def members(self) -> tuple[int, ...]:
-        """The members' indices in the cluster file, leader first. A `WorkerClass` lists only its first worker."""
+        """The members' indices in the cluster file, leader first. `WorkerClass` has only its first worker's index."""
         ...
 
     def table(self, work: int) -> StageTable: ...

@@ -33,7 +33,7 @@ Order = Sequence[int]
 def worker_searches(
     classes: Sequence[WorkerClass], works: Sequence[Work], partitions: Partitions
 ) -> Iterator[list[SplitSearch]]:
-    """Yields lists of searches. The first keeps the cluster file's order. Pairs in `partitions` are never adjacent."""
+    """Yields lists of searches, the first in the cluster file's order. Pairs in `partitions` are never adjacent."""
     file = sorted(worker for worker_class in classes for worker in worker_class.workers)
     ends, limits = constrained_ends(file, partitions), _limits(classes, works)
 
@@ -149,7 +149,7 @@ def _with_best_ends(file: _Tables, limits: Table) -> list[Order]:
 
 
 def _tightest(order: _Tables, limits: Table) -> Order | None:
-    """Returns the order whose first and last worker are chosen to meet the lowest possible limit, or None."""
+    """Returns the order that meets the lowest possible limit, or None. Only its first and last worker are chosen."""
     lowest = bisect_left(limits, True, key=lambda limit: _best_ends(order, limit) is not None)
     return None if lowest == len(limits) else _best_ends(order, limits[lowest])
 

@@ -68,7 +68,7 @@ class Best:
 
 
 def best_of(kinds: Iterable[Sequence[SplitSearch]], below: float = inf) -> Best | None:
-    """Returns the best split, or None. Splits of later kinds are more complex, and win only if clearly faster."""
+    """Returns the best split, or None. A split of a later kind is more complex, so it must be clearly faster to win."""
     best: Best | None = None
     for searches in kinds:
         limit = below if best is None else CLEARLY_BETTER * best.seconds

@@ -18,7 +18,7 @@ _FIRST_BUCKETS = 64
 
 
 class Match(NamedTuple):
-    """An earlier occurrence of the last `length` tokens of the text. `place` is the index of its last token."""
+    """An earlier occurrence of the last `length` tokens of the text. The occurrence ends with the token at `place`."""
 
     place: int
     length: int

@@ -21,8 +21,8 @@ _FIRST_CONTEXT_SHARE = 4
 
 @dataclass(frozen=True, slots=True)
 class KvSizes(Generic[Sizes]):
-    """KV memory of some layers in bytes. `token_bytes` is for the keys and values of one position, of which
-    `window_token_bytes` are in layers with a sliding window. `state_bytes` is for the states of one sequence."""
+    """KV memory of some layers in bytes. `token_bytes` is for the keys and values of one position. It includes
+    `window_token_bytes`, for layers with a sliding window. `state_bytes` is for the states of one sequence."""
 
     token_bytes: Sizes
     window_token_bytes: Sizes

@@ -12,7 +12,7 @@ from llamaclust.wire.microbatch.messages import ImageRows
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """An image span. `before` and `after` are RoPE position minus token position, of text before and after the span."""
+    """An image span. RoPE position minus token position is `before` in text before it and `after` in text after it."""
 
     span: ImageSpan
     before: int
@@ -52,7 +52,7 @@ class SequenceImages:
         )
 
     def fitting(self, position: int, rows: int, most_rows: int, most_bytes: int) -> int:
-        """Returns how many of the next `rows` rows fit into a microbatch. Rows of an image that attend to each other
+        """Returns how many of the next `rows` rows fit into a microbatch. If an image's rows attend to each other, they
         stay together, so the result may exceed `rows`, up to `most_rows`."""
         chunk_end = position + rows
         for part in self._parts(position, chunk_end):

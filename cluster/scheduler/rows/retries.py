@@ -10,7 +10,7 @@ from llamaclust.core.sampler.results import NOT_FINITE
 
 @dataclass(frozen=True, slots=True)
 class RowFault:
-    """A sequence on whose rows the last stage failed twice, although it received finite hidden states."""
+    """A sequence whose rows failed twice in the last stage, although the stage received finite hidden states."""
 
     key: int
     failure: str

@@ -23,7 +23,7 @@ class SamplingState:
         self.mu = 0.0 if params.chain is None else params.chain.first_mu
 
     def history(self, count: int, newer: int = 0) -> array[int]:
-        """Returns up to `count` tokens before the last `newer` tokens. Image rows are skipped."""
+        """Returns up to `count` recent tokens. Leaves out image rows and the `newer` most recent tokens."""
         end = len(self._seen) - newer
         return self._seen[max(0, end - count) : end]
 

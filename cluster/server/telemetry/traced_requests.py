@@ -43,7 +43,7 @@ class TracedRequests:
                 self._ended(ServedRequest(trace, scope["method"], names[0], start_ns, monotonic_ns(), status))
 
     def _begin(self, scope: Scope) -> RequestTrace | None:
-        """Begins a trace. Returns None if the request is not sampled, or is not a POST and so computes nothing."""
+        """Begins a trace. Returns None if the request is not sampled or not a POST. Other methods compute nothing."""
         if scope["type"] != "http" or scope["method"] != "POST":
             return None
         return self._sampler.begin(_values(scope, b"traceparent"), _values(scope, b"tracestate"))

@@ -14,7 +14,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
-    """Raises ValueError if the batch exceeds `limits`. `window` is the window outside which layers free KV blocks."""
+    """Raises ValueError if the batch exceeds `limits`. If `window` is set, layers free KV blocks outside it."""
     starts, table_starts = batch.sequence_starts.tolist(), batch.table_starts.tolist()
     outputs, rows, blocks = batch.output_rows.tolist(), batch.rows, len(batch.block_tables)
     check_range("number of rows", rows, 1, limits.max_batch_tokens + 1)
@@ -47,8 +47,8 @@ def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
 def check_images(
     batch: Batch, limits: StageLimits, sections: int, given: tuple[int, int], merged: Sequence[int]
 ) -> None:
-    """Checks the inputs of a batch with images. `sections` is the number of RoPE positions per row. `given` has the
-    number and the width of a row's parts in `GivenRows`. The program merges every merged[i] rows into one row."""
+    """Checks the inputs of a batch with images. `sections` is the number of RoPE positions per row. `given` is
+    (levels, width) of the values in `GivenRows`. `merged` has the numbers of rows that the program merges into one."""
     for together in merged:
         for start in batch.sequence_starts.tolist():
             if start % together:

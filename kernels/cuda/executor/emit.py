@@ -24,7 +24,7 @@ from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 
 def position_factors(step: ir.PositionScale, context_tokens: int) -> NDArray[np.float32]:
-    """Returns the factors of the step for positions below `context_tokens`, one for every `step.length` positions."""
+    """Returns the step's factors for positions below `context_tokens`. Each factor is for `step.length` positions."""
     lengths = range(1, (context_tokens - 1 + step.offset) // step.length + 2)
     return np.array([1 + step.factor * log(length) for length in lengths], np.float32)
 

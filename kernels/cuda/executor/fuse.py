@@ -82,7 +82,7 @@ class _Reader:
         return is_read(self.program, self.done + makers, out.name)
 
     def formats(self, out: ir.Buffer, makers: int, reader: FusedStep) -> frozenset[ActivationFormat]:
-        """Returns the formats in which `reader` and later steps read `out`. The next `makers` steps compute `out`."""
+        """Returns the formats in which `out` is read. The next `makers` steps compute `out`. `reader` follows them."""
         if isinstance(reader, ir.Exchange) and out in reader.reads:
             return frozenset({ActivationFormat.F32})
         weights = _weights_of(reader, out)

@@ -57,7 +57,7 @@ def pack(x: Float32, form: ActivationFormat) -> Float32:
 
 
 def unpack(packed: Float32, form: ActivationFormat) -> Float32:
-    """Returns floats whose quantization gives the packed values again."""
+    """Returns floats. Quantizing them gives the packed values again."""
     # ((m / 127) * 127) / 127 = m / 127 for every float m.
     segments = packed.reshape(len(packed), -1, int(form) // 4 + 1)
     quants = np.ascontiguousarray(segments[..., :-1]).view(np.int8)

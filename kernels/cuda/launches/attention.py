@@ -36,7 +36,7 @@ _CAUSAL, _GROUP, _SEQUENCE = range(3)
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """The memory that a stage's attention steps share. A slot holds a row's partial result over a position range."""
+    """The memory that a stage's attention steps share. It has `slots` partial results, one per row and span."""
 
     max_rows: int
     slots: int
@@ -232,7 +232,7 @@ def _merges(step: Attention, room: Room) -> bool:
 
 
 def can_quantize(step: Attention, room: Room, *, decode: bool = False) -> bool:
-    """True if attention can also quantize its result. The width of a head must divide 256, the length of a segment."""
+    """True if attention can also quantize its result. A segment has 256 channels, so a head's width must divide 256."""
     fits = step.value_dim in _MERGED_HEAD_DIMS and step.out.width % _MERGED_CHANNELS == 0
     return fits and (_merges(step, room) or (decode and brings_own(step) and _quantized_together(step) > 0))
 

@@ -100,8 +100,8 @@ def add_rms_norm(
     outs: tuple[np.uint64, np.uint64, np.uint64],
     rows: RowCount,
 ) -> Launch:
-    """Writes the sum of the two `inputs` to `total`, and its norm to `outs` (as float32, and quantized in segments of
-    32 and of 256). The address 0 omits the second input or an output."""
+    """Writes the sum of the two `inputs` to `total`. Writes the norm of the sum to the three `outs`: as float32, and
+    quantized in segments of 32 and of 256. Address 0 means no second input, or an output that is not wanted."""
     args = (*inputs, weight, np.float32(step.epsilon), np.int32(step.width), rows.address, total, *outs)
     threads = 32 * min(_MAX_WARPS, -(-step.width // _WARP_CHANNELS))
     return Launch("elementwise.norms.add_rms_norm", (1, rows.bucket, 1), (threads, 1, 1), args, 4 * step.width)

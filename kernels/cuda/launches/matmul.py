@@ -183,14 +183,14 @@ def _blocks(products: Sequence[Product], tiles: int) -> int:
 
 
 def _takes_gemm(products: Sequence[Product], rows: int, sms: int) -> bool:
-    """True if the gemm kernel is faster than gemv. Up to 32 rows, gemm is faster only if its blocks fill the GPU."""
+    """True if the gemm kernel is faster than gemv. With 32 rows or fewer, its blocks must fill the GPU."""
     if rows <= _GROUP_ROWS:
         return False
     return rows > 4 * _GROUP_ROWS or _blocks(products, 4) * -(-rows // _GEMM_ROWS) >= 2 * sms
 
 
 def _gemm_rows(products: Sequence[Product], rows: int, gpu: LaunchLimits) -> int:
-    """Returns the rows per block: `_WIDE_ROWS` if about every multiprocessor still gets a block, else `_GEMM_ROWS`."""
+    """Returns the rows per block: `_WIDE_ROWS` if nearly all multiprocessors then get a block, else `_GEMM_ROWS`."""
     if gpu.compute_capability != _HOPPER or products[0].weights.activation is ActivationFormat.F32:
         return _GEMM_ROWS
     wide_blocks = _blocks(products, _WIDE_WARPS) * -(-rows // _WIDE_ROWS)
@@ -255,7 +255,7 @@ class _GemvShape:
 
 
 def _turn(weights: Weights, rows: int, gpu: LaunchLimits) -> int:
-    """Returns how many pieces a warp multiplies before it adds their products, which must fit in shared memory."""
+    """Returns how many pieces a warp multiplies before it adds the products. The products must fit in shared memory."""
     if gpu.compute_capability < _BULK or weights.activation is not ActivationFormat.Q8_256:
         return 1
     if _piece_bytes(weights) > _TURN_PIECE_BYTES:

@@ -87,7 +87,7 @@ class _Copies:
         return Buffer("hidden", self.width)
 
     def begin(self) -> Iterator[ir.Step]:
-        """Yields the steps that make the copies: the embedding, and projections of it, scaled to its magnitude."""
+        """Yields the steps that make the copies: the embedding, and projections that have the embedding's magnitude."""
         repeated = self._hidden
         for count in range(2, self.count):
             more = Buffer(f"embedding {count} times", count * self.width)

@@ -55,8 +55,8 @@ def read_delta_net(keys: ModelKeys, *, tiled: bool) -> DeltaNet:
 
 
 def delta_net(builder: ProgramBuilder, layer: int, net: DeltaNet) -> Iterator[ir.Step]:
-    """Yields the steps of hidden += output(norm(delta rule) * silu(z)). The delta rule's inputs and z are projections
-    of the normed hidden state."""
+    """Yields the steps of hidden += output(norm(delta rule) * silu(z)). z and the inputs of the delta rule are
+    projections of the normed hidden state."""
     prefix, width, epsilon = f"blk.{layer}", builder.hyperparameters.embedding_length, builder.rms_epsilon
     hidden, normed, projected = (Buffer(name, width) for name in ("hidden", "normed", "projected"))
     q, k = (Buffer(f"delta {name}", net.key_width) for name in ("q", "k"))

@@ -33,7 +33,7 @@ _CONVOLUTIONS = (".ssm_conv1d_q.weight", ".ssm_conv1d_k.weight", ".ssm_conv1d_v.
 
 
 def without_ones(file: ModelFile) -> ModelFile:
-    """Removes tensor dimensions of size 1. Convolutions then have shape [channels, taps], and decay tensors [heads]."""
+    """Removes tensor dimensions of size 1. Shapes become [channels, taps] for convolutions, and [heads] for decay."""
     reshaped = {}
     for name, tensor in file.tensors.items():
         if name.endswith((*_CONVOLUTIONS, ".ssm_a")):

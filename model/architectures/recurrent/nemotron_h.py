@@ -43,8 +43,8 @@ def nemotron_h(builder: ProgramBuilder) -> None:
 
 
 def _experts(builder: ProgramBuilder, layer: int, variant: ExpertsVariant, latent_width: int) -> Iterator[ir.Step]:
-    """Yields the steps that compute the sum of the chosen experts' and the shared expert's results. If `latent_width`
-    is not 0, the chosen experts read and write vectors of this width."""
+    """Yields the steps that add the results of the chosen experts and of the shared expert. If `latent_width` is not 0,
+    the chosen experts read and write vectors of this width."""
     prefix, hp = f"blk.{layer}", builder.hyperparameters
     normed, projected = (Buffer(name, hp.embedding_length) for name in ("normed", "projected"))
     if latent_width:

@@ -20,8 +20,8 @@ def halves(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, in
 
 
 def alternating(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, int]) -> Rotation:
-    """Returns RoPE that uses positions as `halves` does, but has the frequencies base^(-2 i / head_dim): those with
-    even i in the first half of the channel pairs, and those with odd i in the second half."""
+    """Returns RoPE with the same positions as `halves`. The frequencies are base^(-2 i / head_dim), for even i in the
+    first half of the channel pairs, and for odd i in the second half."""
     whole = frequencies(head_dim, base)
     half = len(whole) // 2
     return Rotation(style, RopeTable(whole[::2] + whole[1::2]), _sections(half, sections))

@@ -110,7 +110,7 @@ def _shown_reasoning(source: str, probe: Probe) -> ReasoningTags | None:
 
 
 def _wrappers(probe: Probe) -> tuple[str, ...]:
-    """Returns the tags that the template puts around content, but not around calls or reasoning, or () without them."""
+    """Returns the tags that the template puts only around content (not calls or reasoning), or () if there are none."""
     before, has_content, behind = probe.content_text().partition(CONTENT)
     call = probe.text(call_message([_ARGUMENTS], text_arguments=probe.text_arguments))
     prompt = probe.text(prompt=True)

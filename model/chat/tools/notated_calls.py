@@ -89,7 +89,7 @@ class NotatedReader:
         return "", text
 
     def _next_parameter(self, name: str, written: set[str]) -> str:
-        """Returns the parameter of a positional argument: the first one without a value."""
+        """Returns the name of a positional argument's parameter: the first parameter without a value."""
         properties = self._sink.tools.get(name, {}).get("properties")
         free = (key for key in (properties if isinstance(properties, Mapping) else ()) if key not in written)
         return next(free, f"argument_{len(written) + 1}")

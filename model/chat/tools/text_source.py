@@ -99,7 +99,7 @@ class TextSource:
             yield
 
     def until(self, markers: Markers, sink: Callable[[str], None]) -> Reading[str]:
-        """Passes the text before the next marker to `sink`. Returns and consumes the marker, or "" at the end."""
+        """Passes the text before the next marker to `sink`. Consumes and returns the marker. Returns "" at the end."""
         while True:
             begin, end = markers.find(self._text, self._at)
             cut = len(self._text) if self._is_ended else markers.cut_at(self._text, self._at)

@@ -28,7 +28,7 @@ class UnmarkedReader:
     """Parses an answer that may be tool calls without markers. Holds back text only while calls are possible."""
 
     def __init__(self, source: TextSource, tools: Tools, calls: Calls | None, dropped: Iterable[str]) -> None:
-        """Accepts JSON objects with keys `name` and `arguments`, or those in `calls`. Then skips `dropped` markers."""
+        """Accepts calls with keys `name` and `arguments`, or with the keys in `calls`. Skips `dropped` after calls."""
         self._source = source
         self._tools = tools
         form = calls if isinstance(calls, ObjectCalls) else None

@@ -41,7 +41,7 @@ def _grid(size: Size, tile: int, most: int) -> tuple[int, int]:
 
 
 def _resized(size: Size, canvas: Size, tile: int) -> Size:
-    """Returns the size of the image in the canvas. The image is enlarged at most to a tile's side."""
+    """Returns the size of the image in the canvas. An enlarged side has at most `tile` pixels."""
     targets = [min(max(length, tile), most) for length, most in zip(size, canvas, strict=True)]
     are_single = [most < max(length, tile) for length, most in zip(size, canvas, strict=True)]
     wide, tall = (

@@ -187,5 +187,5 @@ def test_the_token_of_started_workers_is_kept_however_its_folder_is_given(
             folder.write_record(record)
             for options in ([], ["--cluster", "brain"], ["--trust-dir", given]):
                 done = CliRunner().invoke(app, ["token", "rotate", *options])
-                assert "stop the cluster first, `llamaclust down --cluster brain`" in str(done.exception)
+                assert "stop the cluster first with `llamaclust down --cluster brain`" in str(done.exception)
             assert JoinToken.read(trust.token_file) == trust.token

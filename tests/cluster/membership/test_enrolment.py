@@ -123,7 +123,7 @@ def test_the_token_of_the_only_running_cluster_is_rotated_without_its_name(
         for launcher in ("ray", "mpi"):
             folder.write_record(ClusterRecord("brain", os.getpid(), "http://127.0.0.1:1", "m", launcher=launcher))
             kept = trust.token_file.read_text()
-            assert "stop the cluster first, `llamaclust down --cluster brain`" in str(rotated().exception)
+            assert "stop the cluster first with `llamaclust down --cluster brain`" in str(rotated().exception)
             assert trust.token_file.read_text() == kept
         other = ClusterDir(tmp_path / "other")
         with other.locked():

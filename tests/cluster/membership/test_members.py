@@ -265,7 +265,7 @@ async def test_a_renewal_is_for_the_name_of_the_present_certificate_and_a_bad_on
         identity.pair = key.with_certificate(renewed.certificate)
         _, refused = await join(there, identity, replace(REGISTER, name="b"))
         assert isinstance(refused, Rejected) and "the certificate of worker a" in refused.reason
-        with pytest.raises(ProtocolError, match="another key"):
+        with pytest.raises(ProtocolError, match="not the key in the request"):
             NewKey().with_certificate(renewed.certificate)
 
 

@@ -156,6 +156,6 @@ def test_whatever_writes_says_first_that_there_is_no_room(
     model = build_tiny_model(tmp_path / "tiny.gguf", layers=1, hidden=64, heads=4, ffn=96)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 24))
-    with pytest.raises(UsageError, match=r"needs 17 MiB on the disk, 16 MiB are free"):
+    with pytest.raises(UsageError, match=r"needs 17 MiB on the disk, but 16 MiB are free"):
         write(model, tmp_path / "out.gguf")
     assert names(tmp_path) == ["tiny.gguf"]

@@ -65,7 +65,7 @@ def test_a_failure_leaves_nothing_behind_and_the_old_file_as_it_was(tmp_path: Pa
 
 def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path) -> None:
     source = TensorSource("x", QuantType.F32, (1 << 20, 1 << 28), bytes)
-    with pytest.raises(LlamaclustError, match=r"needs 1073741841 MiB on the disk, \d+ MiB are free"):
+    with pytest.raises(LlamaclustError, match=r"needs 1073741841 MiB on the disk, but \d+ MiB are free"):
         write_gguf(tmp_path / "m.gguf", {}, [source])
     assert not list(tmp_path.iterdir())
     with pytest.raises(LlamaclustError, match="the folder does not exist"):

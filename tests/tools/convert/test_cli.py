@@ -110,7 +110,7 @@ def test_a_disk_without_room_is_said_before_the_start(line: CommandLine) -> None
     try:
         folder = slow_model(line.folder / "slow")
         done = line.run("model", "convert", folder, "-o", small / "x.gguf")
-        assert done.code == 2 and "MiB on the disk, 20 MiB are free" in done.error and not list(small.iterdir())
+        assert done.code == 2 and "MiB on the disk, but 20 MiB are free" in done.error and not list(small.iterdir())
         tiny = model(line.folder / "m")
         assert line.run("model", "convert", tiny, "-o", small / "x.gguf").code == 0
     finally:

@@ -235,7 +235,7 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
         (
             "GPT2LMHeadModel",
             {"scale_attn_by_inverse_layer_idx": True},
-            "expected true, with scale_attn_by_inverse_layer_idx false",
+            "expected true, and false for scale_attn_by_inverse_layer_idx",
         ),
     ],
 )

@@ -47,7 +47,7 @@ def group_keys(model: ConvertedModel, count: int, chosen: int) -> None:
 def matrices(
     model: ConvertedModel, place: str, source: str, count: int, width: int, names: tuple[str, str, str] = PARTS
 ) -> None:
-    """Writes the expert matrices gate, up and down, which the checkpoint has for each expert or stacked for all."""
+    """Writes the expert matrices gate, up and down. The checkpoint's experts are separate or stacked."""
     if not model.has(f"{source}.gate_up_proj"):
         decoder.experts(model, place, count, width, names, source)
         return

@@ -34,7 +34,7 @@ def build_chatglm(model: ConvertedModel) -> None:
     if settings.flag("multi_query_attention"):
         kv_heads = settings.count("multi_query_group_num", maximum=model.heads)
     if not settings.flag("rmsnorm", default=True) or settings.flag("apply_residual_connection_post_layernorm"):
-        raise settings.error("rmsnorm", "expected true, with apply_residual_connection_post_layernorm false")
+        raise settings.error("rmsnorm", "expected true, and false for apply_residual_connection_post_layernorm")
     decoder.usual_keys(model, feed_forward)
     model.key("attention.head_count_kv", kv_heads)
     decoder.rms_epsilon(model, "layernorm_epsilon")

@@ -14,7 +14,7 @@ def build_gpt2(model: ConvertedModel) -> None:
     settings, width = model.settings, model.width
     context = settings.count("n_ctx", "n_positions", maximum=1 << 20)
     if settings.flag("scale_attn_by_inverse_layer_idx") or not settings.flag("scale_attn_weights", default=True):
-        raise settings.error("scale_attn_weights", "expected true, with scale_attn_by_inverse_layer_idx false")
+        raise settings.error("scale_attn_weights", "expected true, and false for scale_attn_by_inverse_layer_idx")
     decoder.activation(model, decoder.GELU, "activation_function")
     feed_forward = settings.count("n_inner", default=4 * width)
     model.key("block_count", model.layers)

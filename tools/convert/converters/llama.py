@@ -87,7 +87,7 @@ def _layers(model: ConvertedModel, width: int) -> None:
 
 
 def build_meta(model: ConvertedModel) -> None:
-    """Converts LLaMA with Meta's tensor names, which llama2.c and TencentPretrain files also get when they are read."""
+    """Converts LLaMA with Meta's tensor names, which the readers of llama2.c and TencentPretrain files use, too."""
     width, hidden = decoder.feed_forward_width(model), model.width
     decoder.usual_keys(model, width)
     model.key("vocab_size", model.words)
@@ -153,7 +153,7 @@ def build_baichuan(model: ConvertedModel) -> None:
     decoder.ends(model)
     if model.words == _BAICHUAN_2_WORDS:
         if (head := model.tensors.get("output.weight")) is None:
-            raise ModelFileError("lm_head.weight is missing: Baichuan 2 does not use the embedding instead")
+            raise ModelFileError("lm_head.weight is missing: Baichuan 2 cannot use the embedding in its place")
         model.tensors["output.weight"] = mapped(head, _of_length_one)
     for layer in range(model.layers):
         decoder.norms(model, layer)

@@ -68,7 +68,7 @@ def _check_attention(model: ConvertedModel, count: int) -> None:
 
 
 def _chunks(model: ConvertedModel) -> None:
-    """Writes which layers have attention chunks, unless three of four do, and the chunk length, unless it is 8192."""
+    """Writes which layers have attention chunks, and how long chunks are. Omits defaults (3 of 4 layers, 8192)."""
     settings, rotated = model.settings, _rotated(model)
     kinds = ["chunked_attention" if flag else "full_attention" for flag in rotated]
     if settings.has("layer_types") and settings.values["layer_types"] != kinds:

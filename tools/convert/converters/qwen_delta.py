@@ -49,7 +49,7 @@ class _DeltaNet:
         return 2 * self.keys + self.values
 
     def order(self, width: int) -> NDArray[np.int64]:
-        """Returns the checkpoint's row index for each row of the value heads in GGUF. A head has `width` rows."""
+        """Returns, for each row of the value heads in GGUF, its index in the checkpoint. A head has `width` rows."""
         numbers = np.arange(self.heads * width, dtype=np.int64)
         if not self.tiled:
             return numbers

@@ -38,7 +38,7 @@ def read_folder(files: SourceFiles, folder: Path) -> Checkpoint:
 
 
 def _name(folder: Path) -> str:
-    """Returns the folder's name or, in Hugging Face's cache (models--OWNER--NAME/snapshots/HASH), NAME."""
+    """Returns the folder's name. For models--OWNER--NAME/snapshots/HASH in Hugging Face's cache, returns NAME."""
     return folder.parents[1].name.rpartition("--")[2] if folder.parent.name == "snapshots" else folder.name
 
 

@@ -79,12 +79,12 @@ def read_ranks(path: Path, data: bytes) -> Words:
 
 
 def spelled(ranks: Mapping[bytes, int]) -> list[str]:
-    """Returns the words in order of rank, each byte as the letter that stands for it in byte-level BPE."""
+    """Returns the words in order of rank. Each byte becomes the letter that stands for it in byte-level BPE."""
     return [_spell(word) for word in sorted(ranks, key=ranks.__getitem__)]
 
 
 def merges_of(ranks: Mapping[bytes, int], path: Path) -> list[str]:
-    """Returns the merges that produce the words, in order of rank. Raises ModelFileError for a word without merges."""
+    """Returns a merge for each word of several bytes, in order of rank. Raises ModelFileError if a word has none."""
     pairs = (_split(word, ranks, path) for word in sorted(ranks, key=ranks.__getitem__) if len(word) > 1)
     return [f"{_spell(left)} {_spell(right)}" for left, right in pairs]
 
@@ -116,9 +116,9 @@ def _parse(path: Path, data: bytes) -> dict[bytes, int]:
 
 
 def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
-    """Raises ModelFileError if ranks have gaps, one of the 256 bytes has no rank, or words are too long or too many."""
+    """Raises ModelFileError if ranks have gaps, if a byte has no rank, or if words are too long or too many."""
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) > _MOST_WORDS:
-        raise ModelFileError(f"{path}: the {len(ranks)} ranks are not consecutive from 0, or more than {_MOST_WORDS}")
+        raise ModelFileError(f"{path}: the {len(ranks)} ranks are not consecutive from 0, or exceed {_MOST_WORDS}")
     if max(map(len, ranks)) > _MOST_BYTES:
         raise ModelFileError(f"{path}: a word has {max(map(len, ranks))} bytes; the limit is {_MOST_BYTES}")
     if sum(len(word) ** 2 for word in ranks) > _MOST_PAIRS:

@@ -59,7 +59,7 @@ def _kind(path: Path, model: Any) -> str:
     if found == "t5" and (
         model.trainer_spec.treat_whitespace_as_suffix or not model.normalizer_spec.escape_whitespaces
     ):
-        raise ModelFileError(f"{path}: only models that write a space as ▁ before the word are supported")
+        raise ModelFileError(f"{path}: a model that writes spaces after words, or not as ▁, is not supported")
     return found
 
 

@@ -121,12 +121,12 @@ def _library(path: Path) -> Any:
     except Exception as error:  # noqa: BLE001 - The library raises plain Exception.
         raise ModelFileError(f"{path}: not usable as a tokenizer: {' '.join(str(error).split())[:160]}") from None
     if tokenizer.pre_tokenizer is None:
-        raise ModelFileError(f"{path}: expected a pre-tokenizer, or BPE with byte_fallback and 256 byte tokens")
+        raise ModelFileError(f"{path}: expected a pre-tokenizer, or BPE with byte_fallback and a token for each byte")
     return tokenizer
 
 
 def _sentence_pieces(path: Path, texts: list[str], merges: list[tuple[str, str]], document: dict[str, Any]) -> Words:
-    """Returns SentencePiece's words with scores that fall in the order of merges, so the first merge is the best."""
+    """Returns SentencePiece's words. The score of a word is higher if the merge that produces it comes earlier."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)

@@ -45,7 +45,7 @@ class Words:
     charsmap: bytes = b""
 
     def add(self, token_id: int, text: str, special: bool) -> None:
-        """Adds a control or user-defined token, or replaces the token with this id, except the unknown token."""
+        """Adds a control or user-defined token, or replaces the token with this id. Keeps the unknown token."""
         if token_id == self.ids.get("unknown"):
             return
         if not 0 <= token_id < MAX_WORDS:

@@ -202,8 +202,7 @@ def _is_part(part: Any) -> bool:
 
 
 def _compaction(item: Item, context: object) -> Item:
-    """Validates a compaction item. If `context` is a `LenientContext`, a note replaces a summary that another
-    server made."""
+    """Validates a compaction item. If `context` is a `LenientContext`, replaces another server's summary by a note."""
     try:
         _summary(item)
     except ValueError:

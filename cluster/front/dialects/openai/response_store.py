@@ -129,8 +129,8 @@ class ResponseStore:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Storing:
-    """Stores one response with its input. Only the first call of `complete` has an effect. The context manager stores
-    the response from `prepare` on entry. On exit, it deletes that response if no other version replaced it."""
+    """Stores one response with its input. Only the first call of `complete` has an effect. On entry, the context
+    manager stores the response from `prepare`. On exit, it deletes this response unless another version replaced it."""
 
     store: ResponseStore
     owner: str

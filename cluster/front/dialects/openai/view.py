@@ -182,7 +182,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
 
 
 def _around(name: str, text: str, event: Event) -> tuple[int, bytes, bytes]:
-    """Returns `event.slot`, and the event's JSON before and after the string `text`, the value of a field `name`."""
+    """Returns `event.slot`, and the event's JSON before and after `text`. The JSON has `text` in a field `name`."""
     key = to_json(name) + b":"
     # No string contains this text by accident, because JSON escapes quotes in strings.
     begin, _, end = to_json(event.value).partition(key + to_json(text))

@@ -35,7 +35,7 @@ class _Heads:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """Layer settings: `part` for sliding windows, `full` for others. The first `own` layers compute keys and values."""
+    """Sizes of heads with a window (`part`) and without (`full`). The first `own` layers compute keys and values."""
 
     windowed: list[bool]
     part: _Heads
@@ -153,7 +153,7 @@ def _rotation(model: ConvertedModel, form: _Form) -> None:
         raise settings.error("rope_parameters", "partial rotation in layers with a sliding window is not supported")
     share = rope.real("partial_rotary_factor", default=usual, maximum=1.0)
     if kind == "default" and share != 1:
-        raise rope.error("partial_rotary_factor", f"expected 1 for the rope_type default, found {share:g}")
+        raise rope.error("partial_rotary_factor", f"expected 1 if rope_type is default, found {share:g}")
     model.key("rope.freq_base", rope.real("rope_theta", default=_BASE, minimum=1.0))
     model.key("rope.freq_base_swa", local_base(settings))
     model.key("rope.dimension_count", form.full.width)

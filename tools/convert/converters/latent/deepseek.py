@@ -15,7 +15,7 @@ _GLM = "glm4moe"
 
 @dataclass(frozen=True, slots=True)
 class _Mixture:
-    """Rules for choosing experts. The gating function is `name` in configurations, and `number` in GGUF."""
+    """Rules for choosing experts. Configurations call the gating function `name`, and GGUF gives it a `number`."""
 
     name: str
     number: int
@@ -29,7 +29,7 @@ _MISTRAL4 = _Mixture("softmax", experts.SOFTMAX, has_bias=False)
 
 
 def build_v2(model: ConvertedModel) -> None:
-    """Converts DeepSeek V2 Lite. Raises ModelFileError for V2, whose choice of expert groups GGUF cannot express."""
+    """Converts DeepSeek V2 Lite. Raises ModelFileError for V2, because GGUF cannot express V2's choice of groups."""
     settings = model.settings
     method = settings.text("topk_method", default="greedy")
     if method != "greedy" and settings.count("n_group", default=1) != 1:

@@ -61,7 +61,7 @@ class PackedCacheFolder(DiskCache):
         return self.path / f"{entry.image}{_IMAGE}"
 
     def find(self, key: str) -> Entry | None:
-        """Returns the entry if its image has the right size, and marks both as used. Raises OSError like `open`."""
+        """Returns the entry if its image has the right size. Marks both files as used. Raises OSError like `open`."""
         name = _entry_name(key)
         if (data := self.read(name, _MOST_ENTRY_BYTES)) is None:
             return None

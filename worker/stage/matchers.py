@@ -175,7 +175,7 @@ class StageMatchers:
             return self._changes[max(changes)] if changes else self._answers.get(key)
 
     def _admit(self, number: int) -> None:
-        """Adds and removes matchers as requested up to microbatch `number`."""
+        """Executes the requests to add or remove matchers that came before microbatch `number` or with it."""
         for change in list(self._changes):
             if change[0] <= number:
                 if (answer := self._changes.pop(change)) is None:

@@ -87,7 +87,7 @@ class NextnDrafter:
                 outcomes.set_drafted(each.output, each.drafted)
 
     def _run(self, taken: Sequence[_Taken], hidden: Float32) -> tuple[Int32, Float32]:
-        """Returns the last row number of each chunk that requests drafts, and these rows' logits [rows, vocabulary]."""
+        """Returns the numbers of the rows that precede drafts, and the logits [rows, vocabulary] of these rows."""
         counts = [len(each.tokens) for each in taken]
         starts = np.cumsum([0, *counts], dtype=np.int32)
         lines = np.array([end - 1 for end, each in zip(starts[1:], taken, strict=True) if each.most], np.int32)

@@ -171,7 +171,7 @@ class ChatFormat:
         return guard_messages([*template_messages(history, chat.messages, tools), variables], self._tokenizer)
 
     def _needs_parts(self) -> bool:
-        """Returns True if the template renders contents only as lists of parts, as those of some vision models do."""
+        """Returns True if the template renders contents only as lists of parts. Some vision models' templates do so."""
         source = self._template.source or ""
         if not any(word in source for word in _PART_TYPES):
             return False

@@ -162,7 +162,7 @@ class GroupTable:
     """Ratio of the time with whole-number shares to the time with unrounded shares."""
 
     def of_work(self, work: Work) -> StageTable:
-        """Returns the seconds of each stage, not counting transfers to other stages, or infinity if it does not fit."""
+        """Returns each stage's seconds without transfers between stages, or infinity for a stage that does not fit."""
         kind_of = self.divided.kinds.kind_of
         slow = np.where(self._fits, self.factor * self._work_s(work.slowest), np.inf)
         starts, ends = np.indices(kind_of.shape)

@@ -94,7 +94,7 @@ def _call(value: Any) -> Any:
 def _text_call(value: Mapping[str, Any]) -> dict[str, str]:
     custom = value.get("custom")
     if not isinstance(custom, dict) or not all(isinstance(custom.get(name), str) for name in ("name", "input")):
-        raise ValueError("a call of type 'custom' must have a 'custom' with the strings 'name' and 'input'")
+        raise ValueError("a call of type 'custom' needs an object 'custom' with the strings 'name' and 'input'")
     return {"name": custom["name"], "arguments": arguments_of_text(custom["input"])}
 
 

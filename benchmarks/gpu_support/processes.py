@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,6 +15,12 @@ OUT_OF_TIME = 124
 GRACE_S, _POLL_S = 5.0, 0.05
 _WITH_GUARD = '{ read -r _; kill -KILL 0; } <&0 & exec bash -c "$0" </dev/null'
 """Kills all processes of the command when standard input ends, as it does when the process that holds it is killed."""
+_UNBLOCKED = """
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
+os.execvp("bash", ["bash", "-c", *sys.argv[1:]])
+"""
+"""Runs a command without blocked signals. `preexec_fn` would run gRPC's fork handlers, which can abort the child."""
 
 
 def run_script(script: str, folder: Path, log: Path, limit_s: float, variables: Mapping[str, str]) -> int:
@@ -22,14 +29,13 @@ def run_script(script: str, folder: Path, log: Path, limit_s: float, variables: 
         _signals(signal.SIG_BLOCK)  # A signal during Popen would leave a process that nobody ends.
         try:
             process = subprocess.Popen(
-                ["bash", "-c", _WITH_GUARD, script],
+                [sys.executable, "-ISc", _UNBLOCKED, _WITH_GUARD, script],
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
                 cwd=folder,
                 env={**os.environ, **variables},
                 process_group=0,
-                preexec_fn=lambda: _signals(signal.SIG_UNBLOCK),
             )
             assert process.stdin is not None
             with process.stdin:

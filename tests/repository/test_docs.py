@@ -173,7 +173,7 @@ def documented_options(page: Path, words: tuple[str, ...]) -> dict[str, str]:
     assert heading is not None
     text = section(page, heading[1])
     found: dict[str, str] = {}
-    for other, listed in re.findall(r"has the options of `(\w+)` but ((?:`--[\w-]+`(?: and )?)+)", text):
+    for other, listed in re.findall(r"has the options of `(\w+)` except ((?:`--[\w-]+`(?: and )?)+)", text):
         missing = re.findall(r"--[\w-]+", listed)
         found |= {name: default for name, default in documented_options(page, (other,)).items() if name not in missing}
     common = rows(section(page, "Common options"))

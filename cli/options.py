@@ -83,7 +83,7 @@ _KEYS = {
 
 
 def _key_of(option: str, value: str) -> tuple[str, str] | None:
-    """If a key of the cluster file replaces `option`, returns (key, KEY=VALUE for --set). Otherwise returns None."""
+    """Returns (key, KEY=VALUE for --set) if a key of the cluster file replaces `option`, or None otherwise."""
     given = value or "..."
     match option:
         case "--cpu-moe" | "-cmoe":

@@ -59,13 +59,20 @@ def cut(cluster: DistantCluster, strike: Strike) -> Future[list[Answer]]:
 def goes_on(cluster: DistantCluster, strike: Strike) -> list[Answer]:
     """Cuts a link while requests run. Checks that they continue in time, and returns their answers."""
     asked, begun = cut(cluster, strike), time.monotonic()
-    eventually(lambda: cluster.status["recoveries"] >= 1, 60.0, "a recovery")
+    eventually(lambda: changes(cluster) >= 1, 60.0, "another plan")
     pause_s = time.monotonic() - begun
     print(f"requests went on after {pause_s:.2f} s")
     assert pause_s < WITHIN_S
     answers = asked.result(60.0)
-    assert cluster.status["recoveries"] == 1
+    assert changes(cluster) == 1
     return answers
+
+
+def changes(cluster: DistantCluster) -> int:
+    """Returns the number of recoveries and of pipelines that broke after a new plan had replaced them. A worker may
+    report a cut link so early that the new plan is served before the pipeline breaks."""
+    broke = cluster.coordinator.err.read_text().count("requests of the previous epoch are computed again")
+    return int(cluster.status["recoveries"]) + broke
 
 
 def holding(cluster: DistantCluster) -> set[str]:

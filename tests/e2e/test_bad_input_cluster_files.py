@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from support.clusters.command_line import CommandLine, command_line
+from support.clusters.command_line import CommandLine, command_line, eventually
 from support.models.hostile_models import tiny
 
 WORKER = {"name": "a", "threads": 1}
@@ -101,7 +101,7 @@ def test_too_little_memory_is_exit_3_and_the_missing_mib(line: CommandLine, comm
     done = line.run(*command.split(), line.cluster_file("good.gguf", workers=workers))
     assert done.code == 3
     assert "MiB are missing" in done.error and "does not fit" in done.error
-    assert not line.left_running()
+    eventually(lambda: not line.left_running(), 60.0, "the end of every process")
 
 
 @pytest.mark.parametrize(

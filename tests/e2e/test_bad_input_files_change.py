@@ -8,9 +8,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from support.clusters.command_line import CommandLine, command_line
+from support.clusters.command_line import CommandLine, command_line, eventually
+from support.clusters.faults.worker_program import run_in_workers
 from support.models.hostile_models import tiny
 
 
@@ -73,12 +75,13 @@ def test_a_running_cluster_goes_on_with_the_same_bits(line: CommandLine, model: 
     ],
 )
 def test_a_load_refuses_the_file_by_name(
-    line: CommandLine, model: Path, change: Callable[[Path], None], says: str
+    line: CommandLine, model: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], says: str
 ) -> None:
+    run_in_workers(monkeypatch, line.folder, "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)")
     running = line.start("up", line.cluster_file(model))
     workers = running.workers(2).values()  # The coordinator has opened the model before workers start.
-    for worker in workers:
-        worker.suspend()
+    stopped = lambda: all(worker.status() == psutil.STATUS_STOPPED for worker in workers)  # noqa: E731
+    eventually(stopped, 60.0, "workers that stop themselves")
     change(model)
     for worker in workers:
         worker.resume()
@@ -86,4 +89,4 @@ def test_a_load_refuses_the_file_by_name(
     assert done.code == 2 and "Traceback" not in done.err
     last = done.err.splitlines()[-1]
     assert last.startswith("error: worker ") and str(model) in last and says in last
-    assert not line.left_running()
+    eventually(lambda: not line.left_running(), 60.0, "the end of every process")

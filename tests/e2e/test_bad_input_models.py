@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.clusters.command_line import CommandLine, command_line
+from support.clusters.command_line import CommandLine, command_line, eventually
 from support.models.hostile_models import HEADERS, damaged_files, tiny, unusable_files
 
 DAMAGED = [*HEADERS, "data cut short", "header cut short", "missing", "folder", "pipe", "loop of links"]
@@ -75,4 +75,4 @@ def test_a_tokenizer_that_is_not_supported_is_named_with_its_file(line: CommandL
     path = tiny(line.folder / "no tokenizer.gguf", extra={"tokenizer.ggml.model": "martian"})
     for error in refusals(line, path, "generate"):
         assert f"{path}: tokenizer.ggml.model: " in error and "'martian'" in error
-    assert not line.left_running()
+    eventually(lambda: not line.left_running(), 60.0, "the end of every process")

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -17,6 +19,7 @@ import psutil
 import pytest
 
 from support.clusters.command_line import Cluster, CommandLine, command_line, eventually, is_there, paused
+from support.clusters.faults.worker_program import run_in_workers
 from support.models.hostile_models import slow_to_load, tiny
 
 _SOON_S = 20.0  # Well below the 30 s that requests have to finish.
@@ -48,13 +51,13 @@ def events(reply: httpx.Response) -> Iterator[Any]:
 
 
 def nothing_left(line: CommandLine, name: str = "tiny") -> None:
-    assert not line.left_running()
+    eventually(lambda: not line.left_running(), 60.0, "the end of every process")
     folder = line.cluster_dir(name)
     assert not (folder / "cluster.json").exists() and not (folder / "run").exists()
 
 
 def test_a_killed_worker_is_a_pause_for_its_requests_and_the_cluster_says_so(line: CommandLine) -> None:
-    generation = LONG | {"max_tokens": 600, "seed": 7}
+    generation = LONG | {"max_tokens": 1900, "seed": 7}
 
     def text(stream: Iterator[Any]) -> str:
         return "".join(event["choices"][0]["text"] for event in stream if event != "[DONE]")
@@ -75,7 +78,8 @@ def test_a_killed_worker_is_a_pause_for_its_requests_and_the_cluster_says_so(lin
         assert line.run("down").code == 0
         ended = cluster.command.wait()
         assert ended.code == 0 and "Traceback" not in ended.err
-        assert "worker b (layers [2, 4)) is lost: its process was killed by signal 9" in ended.err
+        how = r"its (process was killed by signal 9|connection (broke|closed))"  # Either may be noticed first.
+        assert re.search(rf"worker b \(layers \[2, 4\)\) is lost: {how}", ended.err)
         assert "; its log has no error; 1 request waits\n" in ended.err
     nothing_left(line)
 
@@ -98,13 +102,13 @@ def test_a_signal_lets_requests_finish_and_ends_with_0(line: CommandLine, how: s
     with line.cluster("good.gguf") as cluster:
         assert cluster.http.post("/v1/chat/completions", json=CHAT).status_code == 200
         processes, b = cluster.processes, cluster.worker_pids["b"]
-        with cluster.http.stream("POST", COMPLETIONS, json={**LONG, "max_tokens": 300}) as reply:
-            stream = events(reply)
-            assert next(stream)
-            with paused(b):  # The request must not finish before the check.
+        with ExitStack() as pause:
+            pause.enter_context(paused(b))  # The request must not finish before the check.
+            with cluster.http.stream("POST", COMPLETIONS, json={**LONG, "max_tokens": 300}) as reply:
                 end(cluster, how)
                 eventually(lambda: cluster.http.get("/health").status_code == 503, 60.0, "draining")
-            assert list(stream)[-1] == "[DONE]"
+                pause.close()
+                assert list(events(reply))[-1] == "[DONE]"
         done = cluster.command.wait()
     assert done.code == 0 and "Traceback" not in done.err
     assert len(processes) == 3 and not any(map(is_there, processes))
@@ -121,14 +125,12 @@ def end(cluster: Cluster, how: str) -> None:
 def test_a_second_signal_ends_requests_too(line: CommandLine) -> None:
     with line.cluster("good.gguf") as cluster:
         b = cluster.worker_pids["b"]
+        os.kill(b, signal.SIGSTOP)  # The request must not finish before the second signal.
         with cluster.http.stream("POST", COMPLETIONS, json=LONG) as reply:
-            stream = events(reply)
-            assert next(stream)
-            os.kill(b, signal.SIGSTOP)  # The request must not finish before the second signal.
             end(cluster, "Ctrl-C")
             eventually(lambda: cluster.http.get("/health").status_code == 503, 60.0, "draining")
             end(cluster, "Ctrl-C")
-            *_, last = stream
+            *_, last = events(reply)
             assert "stopping" in last["error"]["message"]
         done = cluster.command.wait(_SOON_S)
     assert done.code == 0 and "Traceback" not in done.err
@@ -180,7 +182,10 @@ def test_ctrl_c_while_workers_start_ends_them_even_if_they_hang(line: CommandLin
     nothing_left(line)
 
 
-def test_a_worker_that_dies_before_it_joins_is_an_error_with_its_name(line: CommandLine) -> None:
+def test_a_worker_that_dies_before_it_joins_is_an_error_with_its_name(
+    line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_in_workers(monkeypatch, line.folder, "import time\ntime.sleep(600)", "b")
     running = line.start("up", line.cluster_file("good.gguf"))
     running.workers(2)["b"].kill()
     done = running.wait()
@@ -200,11 +205,11 @@ def test_a_detached_start_that_is_interrupted_leaves_nothing(line: CommandLine) 
 
 def test_a_worker_that_hangs_is_replaced(line: CommandLine) -> None:
     """A stopped worker sends no heartbeats and counts as lost after `timeouts.worker`."""
-    with line.cluster("good.gguf", timeouts={"worker": "1s"}) as cluster, ThreadPoolExecutor(1) as pool:
+    with line.cluster("good.gguf", timeouts={"worker": "10s"}) as cluster, ThreadPoolExecutor(1) as pool:
         psutil.Process(cluster.worker_pids["a"]).suspend()
-        reply = pool.submit(cluster.http.post, COMPLETIONS, json={"prompt": "a"}).result(60.0)
+        reply = pool.submit(cluster.http.post, COMPLETIONS, json={"prompt": "a"}, timeout=60.0).result(60.0)
         assert reply.status_code == 200
-        cluster.command.says("worker a (layers [0, 2)) is lost: no heartbeat for 1 s")
+        cluster.command.says("worker a (layers [0, 2)) is lost: no heartbeat for 10 s")
         cluster.command.says("worker a joined (pid ")
         assert line.run("down").code == 0
     nothing_left(line)

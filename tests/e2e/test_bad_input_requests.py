@@ -165,11 +165,13 @@ def test_a_full_queue_answers_429_and_takes_requests_again(cluster: Cluster) -> 
 
 def test_a_client_that_disconnects_frees_its_memory(cluster: Cluster) -> None:
     aborted = cluster.metric('llamaclust_requests_total{finish_reason="abort"}')
+    b = cluster.worker_pids["b"]
     with cluster.http.stream("POST", COMPLETIONS, json=LONG) as reply:
         lines = reply.iter_lines()
         assert next(lines)
-        assert cluster.metric('llamaclust_kv_blocks{state="used"}') > 0
-        assert cluster.status["requests"]["running"] == 1
+        with paused(b):  # The request must not finish before the checks.
+            assert cluster.metric('llamaclust_kv_blocks{state="used"}') > 0
+            assert cluster.status["requests"]["running"] == 1
     eventually(lambda: cluster.metric('llamaclust_kv_blocks{state="used"}') == 0, 60.0, "free KV memory")
     assert cluster.metric('llamaclust_requests_total{finish_reason="abort"}') == aborted + 1
     assert cluster.metric("llamaclust_requests_running") == 0

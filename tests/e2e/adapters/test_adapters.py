@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cluster_of(folder: Path, state_dir: Path, workers: int) -> ClusterConfig:
     adapters = [{"name": name, "path": str(folder / f"{name}.gguf")} for name in ("first", "second")]
-    return config(folder / "tiny.gguf", state_dir, workers, adapters=adapters)
+    return config(folder / "tiny.gguf", state_dir, workers, adapters=adapters, timeouts={"worker": "60s"})
 
 
 def requests(tokens: int = 90) -> tuple[GenerationRequest, ...]:

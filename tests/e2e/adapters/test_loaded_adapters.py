@@ -46,7 +46,7 @@ def cluster_of(folder: Path, state_dir: Path, workers: int, *, first: tuple[str,
     paths = {"first": folder / "first.gguf", "second": folder / "further" / "second.gguf"}
     adapters = [{"name": name, "path": str(paths[name])} for name in first]
     api = {"adapter_folder": str(folder / "further")}
-    return config(folder / "tiny.gguf", state_dir, workers, adapters=adapters, api=api)
+    return config(folder / "tiny.gguf", state_dir, workers, adapters=adapters, api=api, timeouts={"worker": "60s"})
 
 
 def requests(tokens: int = 90, scales: tuple[AdapterScales, ...] = _SCALES) -> tuple[GenerationRequest, ...]:
@@ -111,7 +111,7 @@ async def test_members_of_a_group_take_an_adapter_at_one_step(tmp_path: Path, mo
     async with recovering(config(model, tmp_path / "alone", 1, adapters=late)) as run:
         alone = [await run.start((request,))[0] for request in chosen]
     plan = [{"workers": ["a", "b"], "layers": [0, 2]}]
-    async with recovering(config(model, tmp_path / "group", 2, plan=plan, api=api)) as run:
+    async with recovering(config(model, tmp_path / "group", 2, plan=plan, api=api, timeouts={"worker": "60s"})) as run:
         loader, epoch, others = run.cluster.models[0].loader, run.cluster.supervisor.number, asyncio.Event()
         between: list[Answer] = []
 

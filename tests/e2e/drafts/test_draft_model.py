@@ -92,16 +92,19 @@ async def test_answers_go_on_when_the_draft_model_fails(
     async def fails(self: LoadedDraftModel, orders: list[object]) -> object:
         nonlocal asked
         asked += 1
-        if asked > 20:
+        if asked > 5:
             raise OSError("gone")
         return await drafting(self, orders)  # type: ignore[arg-type]
 
     monkeypatch.setattr(LoadedDraftModel, "draft", fails)
     client = LocalClient(model, threads=1, settings=LocalSettings(CONTEXT, draft_model=model))
     async with client._stage.serve() as service:
-        answering = [answer_of(service._engine.submit(request)) for request in REQUESTS]
-        assert await asyncio.gather(*answering) == expected, f"seed {SEED}"
-    assert asked == 21
+        for _ in range(10):  # A busy machine drafts less.
+            answering = [answer_of(service._engine.submit(request)) for request in REQUESTS]
+            assert await asyncio.gather(*answering) == expected, f"seed {SEED}"
+            if asked > 5:
+                break
+    assert asked == 6
     assert "the draft model failed and is disabled: OSError('gone')" in caplog.text
 
 

@@ -144,7 +144,7 @@ async def test_kinds_of_models(architecture: str, tmp_path: Path) -> None:
     model = build_architecture(tmp_path / "model.gguf", architecture)
     requests = generations(SEED, 24, 60)
     expected = await asyncio.to_thread(undisturbed, model, requests)
-    async with recovering(config(model, tmp_path, 2, plan=whole(model, (2, 1)))) as run:
+    async with recovering(config(model, tmp_path, 2, plan=whole(model, (2, 1)), timeouts={"worker": "60s"})) as run:
         assert await asyncio.gather(*run.start(requests)) == expected, f"seed {SEED}"
         assert run.cluster.supervisor.recoveries == 0, run.told
 

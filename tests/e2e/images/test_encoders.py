@@ -107,7 +107,7 @@ def test_a_cluster_loses_the_worker_that_encodes(tmp_path: Path) -> None:
     expected = undisturbed(tmp_path / "m.gguf", requests)
 
     async def run() -> None:
-        async with recovering(config(tmp_path / "m.gguf", tmp_path / "state")) as run:
+        async with recovering(config(tmp_path / "m.gguf", tmp_path / "state", timeouts={"worker": "60s"})) as run:
             engine, epoch = run.cluster.engine, run.cluster.supervisor.epoch
             assert engine.encoder is not None and epoch.pipeline.encoder is not None
             (holder,) = [worker for worker in epoch.workers if worker.stages[epoch.number][0].encoder is not None]

@@ -32,7 +32,7 @@ async def test_text_goes_on_without_the_encoder_until_a_worker_is_back(
     (model, path), tiles, requests = seeing_model(tmp_path, layers=6), random_tiles(), generations(SEED, tokens=60)
     expected = await asyncio.to_thread(undisturbed, model, requests)
     chosen = {"mmproj": str(path)} if is_chosen else {}
-    async with recovering(config(model, tmp_path, workers=2, **chosen)) as run:
+    async with recovering(config(model, tmp_path, workers=2, timeouts={"worker": "60s"}, **chosen)) as run:
         engine, launcher = run.cluster.engine, run.cluster.launcher
         assert isinstance(launcher, LocalLauncher)
         assert engine.encoder is not None

@@ -106,7 +106,7 @@ async def test_a_tile_that_never_ends_holds_up_another_model_only_for_a_time(
         encoder.serve(held)
         encoding = asyncio.create_task(encode(encoder, tiles))
         await found.run.until("a tile", lambda: len(held.begun) == 1)
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(100):
             assert await found.answer(1, request) == expected
             assert not held.gate.is_set()
             check_rows(path, tiles, await encoding)

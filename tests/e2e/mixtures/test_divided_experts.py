@@ -149,7 +149,7 @@ async def test_a_killed_worker_with_parts_of_layers_costs_a_pause(tmp_path: Path
     expected = await asyncio.to_thread(undisturbed_answers, model, requests)
     places = {"a": [0, 1.25], "b": [1.25, 3.75], "c": [3.75, 6]}
     plan = [{"worker": name, "layers": layers} for name, layers in places.items()]
-    async with recovering(config(model, tmp_path, plan=plan)) as cluster:
+    async with recovering(config(model, tmp_path, plan=plan, timeouts={"worker": "60s"})) as cluster:
         tasks = cluster.start(requests)
         await cluster.token(Random(SEED).randrange(1, 200))
         cluster.hurt("b")

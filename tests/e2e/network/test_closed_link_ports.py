@@ -26,7 +26,7 @@ TRIES = 3
 
 @contextmanager
 def workers(box: Box, model: Path, **keys: Any) -> Iterator[DistantCluster]:
-    with distant_cluster(box, model, timeouts={"worker": "2s"}, **keys) as cluster:
+    with distant_cluster(box, model, timeouts={"worker": "6s"}, **keys) as cluster:
         yield cluster
 
 

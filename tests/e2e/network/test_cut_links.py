@@ -25,8 +25,8 @@ from support.network.distant_cluster import (
 from support.network.link import Link
 
 GENERATIONS = eight(max_tokens=96)
-WORKER_S = 2.0  # The key timeouts.worker.
-WITHIN_S = WORKER_S + 10.0  # On an idle machine, WORKER_S and less than a second.
+WORKER_S = 6.0  # The key timeouts.worker. A worker that answers no ping for half of it counts as unreachable.
+WITHIN_S = WORKER_S + 20.0  # On an idle machine, WORKER_S and less than a second.
 BEFORE_TOKENS = 60  # Tokens of 768 at which the link is cut. Requests last longer, even on a busy machine.
 
 Strike = Callable[[Box], None]
@@ -63,7 +63,7 @@ def goes_on(cluster: DistantCluster, strike: Strike) -> list[Answer]:
     pause_s = time.monotonic() - begun
     print(f"requests went on after {pause_s:.2f} s")
     assert pause_s < WITHIN_S
-    answers = asked.result(60.0)
+    answers = asked.result(240.0)
     assert changes(cluster) == 1
     return answers
 
@@ -115,7 +115,7 @@ def test_where_it_takes_both_requests_wait_for_the_link(small_model: Path, small
         cluster.coordinator.says(f"waiting for a link; requests wait 120 s at most: {why}")
         assert cluster.get("/health").json()["status"] == "recovering"
         cluster.box.heal()
-        assert asked.result(60.0) == small_answers
+        assert asked.result(240.0) == small_answers
 
 
 GROUPS: dict[str, tuple[str, list[dict[str, Any]]]] = {
@@ -142,5 +142,5 @@ def test_members_of_a_group_are_cut_off(
         print(f"noticed after {pause_s:.2f} s")
         assert pause_s < WITHIN_S
         cluster.box.heal()
-        assert asked.result(60.0) == small_answers
+        assert asked.result(240.0) == small_answers
         assert all(worker["state"] != "lost" and worker["quarantine"] is None for worker in cluster.status["workers"])

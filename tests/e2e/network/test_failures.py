@@ -20,7 +20,7 @@ from support.network.link import Link
 GENERATIONS = eight(max_tokens=TOKENS)
 WORKERS = ("a", "b", "c")
 HEARTBEAT_TIMEOUT_S = 2.0
-DEAD_S = 10.0  # Less than a second on an idle machine.
+DEAD_S = 60.0  # Less than a second on an idle machine.
 SILENT_S = HEARTBEAT_TIMEOUT_S + DEAD_S
 BEFORE_TOKENS = 60  # Tokens of 192 at which the fault begins.
 
@@ -71,17 +71,18 @@ FAULTS = {
 def test_requests_go_on_with_the_same_bits(cluster: DistantCluster, small_answers: list[Answer], fault: Fault) -> None:
     eventually(lambda: states(cluster) == dict.fromkeys(WORKERS, "ready"), 60.0, "all workers are ready")
     asked = interrupted(cluster, fault)
-    assert asked.result(60.0) == small_answers
-    assert states(cluster) == dict.fromkeys(WORKERS, "ready") | {fault.lost: "lost"}
+    assert asked.result(240.0) == small_answers
+    expected = dict.fromkeys(WORKERS, "ready") | {fault.lost: "lost"}
+    eventually(lambda: states(cluster) == expected, 60.0, "the loss of one worker alone")
 
 
 def interrupted(cluster: DistantCluster, fault: Fault) -> Future[list[Answer]]:
     """Sends eight requests, and waits until they continue after a fault."""
     asked = cluster.asked(GENERATIONS)
     eventually(lambda: cluster.metric("llamaclust_generated_tokens_total") > BEFORE_TOKENS, 60.0, "some tokens")
-    begun = time.monotonic()
+    recoveries, begun = cluster.status["recoveries"], time.monotonic()
     fault.strike(cluster, fault.lost)
-    eventually(lambda: cluster.status["recoveries"] == 1, 60.0, "a recovery")
+    eventually(lambda: cluster.status["recoveries"] > recoveries, 120.0, "a recovery")
     pause_s = time.monotonic() - begun
     print(f"worker {fault.lost}: requests went on after {pause_s:.2f} s")
     assert pause_s < fault.within_s
@@ -95,6 +96,6 @@ def states(cluster: DistantCluster) -> dict[str, str]:
 def test_a_worker_that_was_cut_off_comes_back(cluster: DistantCluster, small_answers: list[Answer]) -> None:
     asked = interrupted(cluster, Fault("b", unplug, SILENT_S))
     cluster.box.heal()
-    assert asked.result(60.0) == small_answers
+    assert asked.result(240.0) == small_answers
     eventually(lambda: states(cluster) == dict.fromkeys(WORKERS, "ready"), 60.0, "its return")
     assert cluster.answers(GENERATIONS) == small_answers

@@ -53,7 +53,10 @@ def start(box: Box, line: CommandLine, name: str, hidden: Path, home: Path | Non
 
 def given_bytes(cluster: DistantCluster) -> dict[str, float]:
     """Returns the bytes of weights that each worker received."""
-    return {each["name"]: each["heartbeat"]["weight_bytes_received"] for each in cluster.status["workers"]}
+    return {
+        each["name"]: (each["heartbeat"] or {"weight_bytes_received": 0})["weight_bytes_received"]
+        for each in cluster.status["workers"]
+    }
 
 
 def test_workers_without_the_file_get_it_from_the_coordinator(small_model: Path, small_answers: list[Answer]) -> None:

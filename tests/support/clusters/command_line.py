@@ -26,7 +26,7 @@ from support.clusters.forking.forks import ForkedCommand, fork_server
 
 COMMAND = (sys.executable, "-P", "-m", "llamaclust")
 _START_S = 120.0
-_END_S = 20.0  # an idle machine needs two seconds
+_END_S = 60.0  # an idle machine needs two seconds
 _POLL_S = 0.01
 _MOST_SHOWN = 6000
 

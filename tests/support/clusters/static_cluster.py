@@ -60,7 +60,7 @@ def ready(coordinator: Running, line: CommandLine, name: str = "tiny") -> Iterat
         yield cluster
 
 
-def logged(running: Running, text: str, times: int = 1, within_s: float = 20.0) -> None:
+def logged(running: Running, text: str, times: int = 1, within_s: float = 120.0) -> None:
     eventually(
         lambda: running.err.read_text().count(text) >= times, within_s, f"{times} x {text!r}: {running.err.read_text()}"
     )

@@ -131,7 +131,7 @@ def test_the_pages_name_every_shape_and_key() -> None:
     (listed,) = re.findall(r"^- \*\*MODEL\*\* is (.*?);", PAGE, re.MULTILINE | re.DOTALL)
     assert {name.lower() for name in re.findall(r"`([^`:]+)`", listed)} == SHAPES.keys()
     page = (ROOT / "docs/command-line.md").read_text()
-    (keys,) = re.findall(r"^With `--assume`, `--set` takes (.*?)\.$", page, re.MULTILINE | re.DOTALL)
+    (keys,) = re.findall(r"^With `--assume`, `--set` accepts only (.*?)\.$", page, re.MULTILINE | re.DOTALL)
     assert {*KEYS} == {*re.findall(r"`(\w+)`", keys)} - {"m1", "m2"}
 
 

@@ -204,12 +204,12 @@ def test_a_detached_start_that_is_interrupted_leaves_nothing(line: CommandLine) 
 
 
 def test_a_worker_that_hangs_is_replaced(line: CommandLine) -> None:
-    """A stopped worker sends no heartbeats and counts as lost after `timeouts.worker`."""
+    """A stopped worker counts as lost after `timeouts.worker`, or earlier if a step waits for it too long."""
     with line.cluster("good.gguf", timeouts={"worker": "10s"}) as cluster, ThreadPoolExecutor(1) as pool:
         psutil.Process(cluster.worker_pids["a"]).suspend()
         reply = pool.submit(cluster.http.post, COMPLETIONS, json={"prompt": "a"}, timeout=60.0).result(60.0)
         assert reply.status_code == 200
-        cluster.command.says("worker a (layers [0, 2)) is lost: no heartbeat for 10 s")
+        cluster.command.says("worker a (layers [0, 2)) is lost: ")
         cluster.command.says("worker a joined (pid ")
         assert line.run("down").code == 0
     nothing_left(line)

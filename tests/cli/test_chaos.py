@@ -16,6 +16,7 @@ import pytest
 
 from llamaclust.cli.main import main
 from llamaclust.cluster.client.operations import ClusterApi
+from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.tools.chaos import load, received
 from llamaclust.tools.chaos.worker_faults import PRELOAD
 from support.clusters.command_line import Cluster, CommandLine, command_line, eventually
@@ -172,6 +173,7 @@ def test_the_coordinator_is_killed_where_a_standby_waits(line: CommandLine) -> N
     with line.cluster("good.gguf", **keys) as cluster:
         standby = line.start("up", line.cluster_file("good.gguf", **keys), "--standby")
         standby.says("this standby takes over")
+        eventually(lambda: ClusterDir(line.cluster_dir("tiny")).has_standby, 60.0, "a standby")
         words = ("--faults", "kill,stop,drain,coordinator-kill", "--seed", str(COORDINATOR), "--minutes", "0.08")
         done = line.start("chaos", *words, "--streams", "4").wait(120)
         assert done.code == 0, (done.out, done.err)

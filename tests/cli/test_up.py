@@ -60,7 +60,8 @@ def test_a_lost_worker_gets_a_line(line: CommandLine) -> None:
     with line.cluster("good.gguf") as cluster:
         os.kill(cluster.worker_pids["b"], signal.SIGKILL)
         cluster.command.says("worker b (layers [2, 4)) is lost: its process was killed by signal 9 (SIGKILL)")
-        cluster.command.says("its log has no error\nnew plan: a [0, 4), 2 to load\nrecovered in ")
+        cluster.command.says("its log has no error\nnew plan: a [0, 4), 2 to load\n")
+        cluster.command.says("recovered in ")
         cluster.command.says("worker b joined (pid ")
         cluster.command.press_ctrl_c()
         ended = cluster.command.wait()
@@ -103,7 +104,7 @@ def test_down_ends_a_start_and_no_process_with_the_pid_of_a_killed_cluster(line:
     folder.write_record(ClusterRecord("tiny", other.process.pid, "http://127.0.0.1:1", "m"))
     waiting = start_coordinator(line, Path("good.gguf"))
     waiting.says("worker --join ")
-    assert line.run("down").err == "tiny is stopped\n"
+    assert line.run("down").err.endswith("tiny is stopped\n")
     assert waiting.wait().code == 0 and other.process.poll() is None
 
 
@@ -128,7 +129,7 @@ def test_status_shows_a_start(line: CommandLine) -> None:
     }
     watching = line.start("status", "--watch")
     eventually(lambda: "tiny: starting" in watching.out.read_text(), 60, "a line of the start")
-    assert line.run("down").err == "tiny is stopped\n" and waiting.wait().code == 0
+    assert line.run("down").err.endswith("tiny is stopped\n") and waiting.wait().code == 0
     assert watching.wait().code == 0
 
 
@@ -151,7 +152,7 @@ def test_a_closed_terminal_ends_it_as_sigterm_does(line: CommandLine) -> None:
     """Checks that requests are finished although shell and kernel may both send the signal."""
     with line.cluster("good.gguf", name="terminal") as cluster:  # no earlier test left a request of this name
         processes, b = cluster.processes, cluster.worker_pids["b"]
-        with cluster.http.stream("POST", "/v1/completions", json={**LONG, "max_tokens": 300}) as reply:
+        with cluster.http.stream("POST", "/v1/completions", json={**LONG, "max_tokens": 1500}) as reply:
             text = reply.iter_lines()
             assert next(text)
             with paused(b):

@@ -153,10 +153,10 @@ async def test_a_silent_worker_is_lost_after_the_timeout(model: Path, tmp_path: 
 
 
 async def test_a_coordinator_that_was_busy_hears_the_heartbeats_that_waited(tmp_path: Path) -> None:
-    async with real_cluster(tmp_path, 2, heartbeat_timeout_s=1.0, deadlines=Deadlines(heartbeat_s=0.1)) as cluster:
+    async with real_cluster(tmp_path, 2, heartbeat_timeout_s=2.5, deadlines=Deadlines(heartbeat_s=0.1)) as cluster:
         await asyncio.sleep(0.2)
         for _ in range(2):
-            time.sleep(1.5)  # noqa: ASYNC251  the loop stands still
+            time.sleep(3.0)  # noqa: ASYNC251  the loop stands still
             await asyncio.sleep(0.2)
         assert {worker.state for worker in cluster.registry.workers.values()} == {WorkerState.JOINED}
 

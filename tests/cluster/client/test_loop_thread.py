@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -236,16 +236,33 @@ def test_a_stream_may_be_closed_while_another_thread_reads_it(thread: LoopThread
     assert list(thread.each(numbers(1000))) == [*range(1, 100)]
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_call_in_a_forked_process_is_refused(thread: LoopThread[str]) -> None:
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)
-        try:
-            thread.call(partial(asyncio.sleep, 0))
-        except LlamaclustError as error:
-            os._exit(7 if "make one in each process" in str(error) else 1)
-        finally:
-            os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    thread.call(partial(asyncio.sleep, 0))
+FORKED = """
+import asyncio, os, signal
+from contextlib import asynccontextmanager
+from functools import partial
+from llamaclust.cluster.client.base import LoopThread
+from llamaclust.core.errors import LlamaclustError
+
+@asynccontextmanager
+async def resource():
+    yield "resource"
+
+thread = LoopThread(resource)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    try:
+        thread.call(partial(asyncio.sleep, 0))
+    except LlamaclustError as error:
+        os._exit(7 if "make one in each process" in str(error) else 1)
+    finally:
+        os._exit(2)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+thread.call(partial(asyncio.sleep, 0))
+thread.close()
+"""
+
+
+def test_a_call_in_a_forked_process_is_refused() -> None:
+    """Runs in a process without gRPC, whose handlers of forks can abort the child."""
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=120)

@@ -83,7 +83,7 @@ def test_other_programs_are_told_apart_in_one_line(
 
 
 def test_an_answer_that_drips_has_an_end(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "_ANSWER_S", 0.3)
+    monkeypatch.setattr(operations, "_ANSWER_S", 2.0)
     with ClusterApi("cluster home", serve(b"{", 1 << 20), None) as api, pytest.raises(LlamaclustError) as caught:
         api.requests()
     assert str(caught.value) == "cluster home: the rest of the answer did not arrive in time"

@@ -20,7 +20,7 @@ def present(run: Recovering, name: str) -> bool:
 
 
 def has_recovered(run: Recovering, count: int) -> bool:
-    return run.cluster.supervisor.recoveries == count
+    return run.cluster.supervisor.recoveries >= count
 
 
 def is_told(run: Recovering, words: str) -> bool:

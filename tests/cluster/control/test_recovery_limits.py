@@ -264,7 +264,7 @@ async def test_requests_do_not_wait_for_loads_that_fail_again_and_again(
 
         with monkeypatch.context() as patched:
             patched.setattr(Epochs, "open", fails)
-            run.hurt("b")
+            run.cluster.engine.lane_lost(run.cluster.engine._lane, WorkerError("a failure"))
             (message,) = {str(answer) for answer in await asyncio.gather(*tasks, return_exceptions=True)}
             assert message.endswith("no plan could be loaded within 3 s (timeouts.recovery): layers do not load")
         await run.whole()

@@ -60,7 +60,7 @@ async def test_loads_that_hang_and_workers_that_stop_while_they_load_change_no_t
     expected = await asyncio.to_thread(undisturbed, model, requests)
     victims = {"c"}
     hang_once(monkeypatch, victims)
-    async with recovering(config(model, tmp_path, timeouts={"worker": "1500ms", "load": "2500ms"})) as run:
+    async with recovering(config(model, tmp_path, timeouts={"worker": "10s", "load": "2500ms"})) as run:
         assert not victims  # lost in the load of the first epoch
         said = (
             r"is lost: it hangs: worker c made no progress with layers \[4, 6\) for 2\.5 s "
@@ -69,7 +69,7 @@ async def test_loads_that_hang_and_workers_that_stop_while_they_load_change_no_t
         assert re.search(said, run.told[0]), run.told[0]
 
         def stop_another(text: str) -> None:
-            if text.startswith("new plan") and "a" not in run.cluster.registry.present and not stopped:
+            if text.startswith("new plan") and not stopped:
                 stopped.append("b")
                 run.hurt("b", signal.SIGSTOP)
 
@@ -77,17 +77,18 @@ async def test_loads_that_hang_and_workers_that_stop_while_they_load_change_no_t
         for on_event in (lambda text: None, stop_another):
             await run.whole()
             victims.add("c")  # lost in a recovery, too
-            run.on_event = on_event
             tasks, before = run.start(requests), run.tokens
             await run.token(before + 40)
             run.hurt("a")
+            run.on_event = on_event
             assert await asyncio.gather(*tasks) == expected
             assert not victims
             hangs = sum("it hangs: worker c" in text for text in run.told)
             assert hangs in (2, 2 + len(stopped)), "b's loss cancels its load, unless that stalls before"
         assert stopped
         await run.whole()
-        assert any("worker b (layers" in text and "no heartbeat for 1.5 s" in text for text in run.told)
+        reasons = ("no heartbeat for 10 s", "it hangs: worker b")  # Either limit may be exceeded first.
+        assert any("worker b " in text and any(reason in text for reason in reasons) for text in run.told)
 
 
 Asked = Callable[[WorkerHandle], Awaitable[object]]

@@ -14,6 +14,7 @@ from llamaclust.cluster.state.events import Event, Notice, Waiting, WorkerJoined
 from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, LlamaclustError, WorkerError
 from llamaclust.wire.control.messages import CoordinatorMessage
 from llamaclust.wire.security.credentials import Insecure
+from support.event_loop import pass_time
 from support.wire.control_messages import REGISTER
 
 SHORT = InsufficientMemoryError("12 MiB are missing")
@@ -115,11 +116,12 @@ async def test_a_start_that_waits_in_vain_names_the_missing_workers_and_the_shor
         await waiting
 
 
-async def test_a_start_uses_drained_workers_only_after_it_waited_for_others() -> None:
-    start = Start(enough=2, awaited=replace(ABC, wait_s=0.3), drained=("c",))
+async def test_a_start_uses_drained_workers_only_after_it_waited_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = Start(enough=2, awaited=replace(ABC, wait_s=3600.0), drained=("c",))
     waiting = start.wait()
     start.join("a", "c")
     await start.reported(Waiting)
+    pass_time(monkeypatch, 3600.0)
     async with asyncio.timeout(60):
         await waiting
     assert start.asked == 2

@@ -190,7 +190,7 @@ def layers(cluster: Cluster) -> list[list[int] | None]:
 def test_a_start_goes_on_without_an_absent_worker_which_is_used_once_it_joins(
     line: CommandLine, model: Path, undisturbed: Answers
 ) -> None:
-    coordinator = start_coordinator(line, model, timeouts={"worker": "3s"})
+    coordinator = start_coordinator(line, model, timeouts={"worker": "10s"})
     port = join_port(coordinator)
     workers = [start_worker(line, port, name) for name in ("a", "b")]
     with ready(coordinator, line) as cluster:

@@ -31,7 +31,7 @@ async def test_members_count_the_same_gathers(shares: tuple[int, ...], tmp_path:
     model, names = model_in(tmp_path), "abc"[: len(shares)]
     plan = [{"workers": [*names], "layers": [0, 6], "shares": [*shares]}]
     prompt = tuple((SEED + place) % 300 + 3 for place in range(30))
-    settings = config(model, tmp_path, len(shares), plan=plan, speculative="off")
+    settings = config(model, tmp_path, len(shares), plan=plan, speculative="off", timeouts={"worker": "60s"})
     async with recovering(settings) as run:
         await answer_of(run.cluster.engine.submit(GenerationRequest("one", prompt, TOKENS)))
         await run.until("counters of all steps", lambda: all(steps(run, name) == TOKENS for name in names))

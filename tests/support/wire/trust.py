@@ -47,7 +47,7 @@ class Echo:
 
 
 @asynccontextmanager
-async def echo(credentials: Credentials, handshake_s: float = 0.3) -> AsyncIterator[Echo]:
+async def echo(credentials: Credentials, handshake_s: float = 2.0) -> AsyncIterator[Echo]:
     callers: list[Principal | None] = []
 
     async def handler(stream: ServerStream) -> None:

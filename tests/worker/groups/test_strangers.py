@@ -78,11 +78,10 @@ async def test_impostors_get_no_link(
 
 @needs_tls
 async def test_the_true_member_gets_its_link_after_others_have_tried(
-    trust: Authority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    trust: Authority, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Silent connections, wrong hellos, half-open handshakes, a replayed beginning and impostors do not prevent the
     link."""
-    monkeypatch.setattr(link_opener, "_HANDSHAKE_S", SOON_S / 4)
     hello = Hello(GROUP, 1, 0).encode()
     async with listeners(2) as started:
         order = order_of(started)
@@ -196,7 +195,7 @@ async def test_who_replays_a_hello_keeps_no_member_out(
             attack.cancel()
         await asyncio.wait(attacks)
         await assert_gathers([*members])
-    assert len(attempts) <= (1 if who == "another host" else 20)
+    assert who != "another host" or len(attempts) == 1
 
 
 def _relay(

@@ -185,7 +185,7 @@ def test_ctrl_c_while_workers_start_ends_them_even_if_they_hang(line: CommandLin
 def test_a_worker_that_dies_before_it_joins_is_an_error_with_its_name(
     line: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_in_workers(monkeypatch, line.folder, "import time\ntime.sleep(600)", "b")
+    run_in_workers(monkeypatch, line.folder, "import signal\nsignal.pause()", "b")
     running = line.start("up", line.cluster_file("good.gguf"))
     running.workers(2)["b"].kill()
     done = running.wait()

@@ -56,7 +56,7 @@ def coordinator(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[ps
 
 
 def _wait_until_gone(workers: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(workers, timeout=20.0)  # two seconds on an idle machine
+    _, alive = psutil.wait_procs(workers, timeout=60.0)  # two seconds on an idle machine
     assert alive == []
 
 
@@ -137,7 +137,7 @@ def test_the_registry_ends_its_workers_and_calls_none_lost(tmp_path: Path) -> No
             lost = losses(cluster.registry)
             workers = [psutil.Process(pid) for pid in cluster.pids.values()]
             await cluster.registry.__aexit__()
-            psutil.wait_procs(workers, timeout=20.0)  # two seconds on an idle machine
+            psutil.wait_procs(workers, timeout=60.0)  # two seconds on an idle machine
             return workers
 
     assert not any(worker.is_running() for worker in asyncio.run(run()))

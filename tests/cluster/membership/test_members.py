@@ -82,7 +82,7 @@ async def test_a_worker_that_poses_as_another_is_refused_and_logged_once(
         first = there.workers["a"]
         for register in (SECOND, REGISTER):  # A newcomer may also claim the member's own pid and address.
             joining = asyncio.create_task(join(there, trust.identity(A), register))
-            async with deadline("a refusal", 4):
+            async with deadline("a refusal", 60):
                 while not joining.done():
                     await member.say(ALIVE)
                     await asyncio.wait((joining,), timeout=0.05)

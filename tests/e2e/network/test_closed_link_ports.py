@@ -36,7 +36,8 @@ def said(cluster: DistantCluster, text: str) -> int:
 
 def names_the_port_once(cluster: DistantCluster, box: Box, closed: str, refuses: bool) -> None:
     """Waits for more attempts to connect, and checks that the log has one line. An attempt sends one packet if it is
-    refused, and several packets if they are dropped."""
+    refused, and several packets if they are dropped. Each end of a link that was open when the port was closed may
+    report it first as a link that is broken."""
     line = f"cannot connect to worker {closed} at {box[closed].address}:{PORT}, its port for group links: open"
     cluster.coordinator.says(line, 60.0)
     cluster.coordinator.says(f"until then, plans put worker {closed} in no group")
@@ -44,8 +45,9 @@ def names_the_port_once(cluster: DistantCluster, box: Box, closed: str, refuses:
     packets = TRIES if refuses else 3 * TRIES
     eventually(lambda: box.filtered(closed) >= before + packets, 120.0, "more tries")
     assert said(cluster, f"until then, plans put worker {closed} in no group") == 1
-    assert said(cluster, "plans do not make them neighbours until the link works") <= 1
-    assert said(cluster, "reach each other again") <= 1
+    ends = 2 * (len(cluster.workers) - 1)
+    assert said(cluster, "plans do not make them neighbours until the link works") <= ends
+    assert said(cluster, "reach each other again") <= ends
 
 
 @pytest.mark.parametrize("refuses", [False, True], ids=["dropped", "refused"])
@@ -59,7 +61,7 @@ def test_requests_of_a_group_by_hand_wait_for_the_port(
         box.close_port(closed, PORT, refuses=refuses)
         asked = cluster.asked(GENERATIONS)
         names_the_port_once(cluster, box, closed, refuses)
-        assert said(cluster, "waiting for a link; requests wait 120 s at most") >= 1
+        cluster.coordinator.says("waiting for a link; requests wait 120 s at most")
         box.heal()
         assert asked.result(120.0) == small_answers
         assert said(cluster, f"the port for group links of worker {closed} is open again") == 1

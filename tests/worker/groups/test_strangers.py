@@ -140,7 +140,7 @@ async def test_a_recorded_connection_is_worth_nothing(trust: Authority) -> None:
         )
         await assert_gathers([*true])
         relay.close()
-        again = asyncio.create_task(LinkOpener(order, a, started[0]).open(GATHER_S, SOON_S))
+        again = asyncio.create_task(LinkOpener(order, a, started[0]).open(GATHER_S, 4 * SOON_S))
         host, _, at = started[0].address.rpartition(":")
         _, writer = await asyncio.open_connection(host, int(at))
         writer.write(bytes(recorded))

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
+from llamaclust.cluster.server.telemetry import exporter as exporter_module
 from llamaclust.cluster.server.telemetry import otlp_client
 from llamaclust.cluster.server.telemetry.exporter import ExportCounts, Exporter
 from llamaclust.cluster.server.telemetry.records import MetricFamilies, ServedRequest
@@ -32,8 +33,9 @@ def collector() -> Iterator[OtlpCollector]:
 
 
 @pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+def _pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(otlp_client, "_PAUSES_S", (0.01, 0.02))
+    monkeypatch.setattr(exporter_module, "_FLUSH_S", float(DEADLINE_S))
 
 
 class Running:
@@ -118,10 +120,10 @@ async def test_a_message_that_is_refused_is_dropped_at_once(
 async def test_a_collector_that_is_absent_is_named_once_and_costs_one_attempt_each(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     attempts = counted_attempts(monkeypatch)
-    with caplog.at_level(logging.INFO, "llamaclust"):
+    with socket.socket() as deaf, caplog.at_level(logging.INFO, "llamaclust"):
+        deaf.bind(("127.0.0.1", 0))  # The port is taken, and refuses connections.
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
         async with exporting(url) as running:
             for number in range(1, 4):
                 running.exporter.put_record(record())
@@ -157,7 +159,7 @@ async def test_a_slow_collector_holds_up_nothing_and_what_finds_no_room_is_count
 async def test_the_end_does_not_wait_for_a_collector_that_hangs(
     collector: OtlpCollector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llamaclust.cluster.server.telemetry.exporter._FLUSH_S", 0.1)
+    monkeypatch.setattr(exporter_module, "_FLUSH_S", 0.1)
     collector.gate.clear()
     begun_s = monotonic()
     async with exporting(collector.url) as running:
@@ -182,7 +184,7 @@ async def test_a_mistake_of_one_record_is_logged_and_the_next_one_is_sent(
 
     async with exporting(collector.url) as running:
         with monkeypatch.context() as patched:
-            patched.setattr("llamaclust.cluster.server.telemetry.exporter.spans_of", broken)
+            patched.setattr(exporter_module, "spans_of", broken)
             running.exporter.put_record(record())
             await until(lambda: running.count("dropped") == 1)
         running.exporter.put_record(record())

@@ -267,7 +267,7 @@ def test_counters() -> None:
 
 def test_what_links_name_in_errors() -> None:
     """Errors name the member at fault, even if another member waits for it as well."""
-    links = linked(3, SHORT_S)
+    links = linked(3, 10 * SHORT_S)  # Both have to send within the deadline.
     with ThreadPoolExecutor(2) as pool:
         failing = [
             pool.submit(links[member].gather, 0, ROWS, np.zeros((1, 48), np.float32), [0, 16, 32, 48])

@@ -318,7 +318,7 @@ def test_keys_and_defaults_are_those_of_the_schema(heading: str, definition: str
     prefix = "" if definition is None else f"{heading}.{'0.' if is_list else ''}"
     listed = {names(row[0])[0]: row[1] for row in rows(section(ROOT / "docs/cluster-file.md", heading))}
     assert listed.keys() == part["properties"].keys()
-    assert {key for key, default in listed.items() if default == "needed"} == set(part.get("required", ()))
+    assert {key for key, default in listed.items() if default == "required"} == set(part.get("required", ()))
     if definition == "ModelEntry":
         minimal.write_text(MINIMAL.replace("model: smollm2-135m-instruct", "models: [{model: smollm2-135m-instruct}]"))
     else:

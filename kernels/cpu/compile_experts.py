@@ -18,7 +18,8 @@ from llamaclust.model.steps.options import Gating
 
 @dataclass(frozen=True, slots=True)
 class CompiledLines:
-    """A compiled plan. For mixture i, part 2 * i chooses experts, and part 2 * i + 1 computes one expert per line."""
+    """A compiled plan. For mixture i, part 2 * i chooses experts, and part 2 * i + 1 computes the expert of each line.
+    A line is a row of a microbatch and one of its experts."""
 
     plan: Plan
     choice: int  # The buffer with the ids of each row's experts, followed by their weights.

@@ -188,7 +188,7 @@ class ReplyBudget:
         owner = current_owner.get()
         if not self.shares.fits(owner, units):
             held = _mib(self.shares.held.total())
-            raise QueueFullError(f"too little memory is left: running replies may take {held} MiB; try again", _RETRY_S)
+            raise QueueFullError(f"too little memory is left: running replies reserve {held} MiB; try again", _RETRY_S)
         return self.shares.holding(owner, units)
 
 

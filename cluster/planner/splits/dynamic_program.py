@@ -63,11 +63,11 @@ class Bounds(Protocol):
     """Lower bounds of the cost of layers. `workers` has the numbers of available workers by class."""
 
     def together(self, workers: Counts) -> Table:
-        """Returns a table of lower bounds. Entry n is for layers [0, n), computed by all `workers` as one group."""
+        """Returns lower bounds of costs. Entry n is for layers [0, n), computed by all `workers` as one group."""
         ...
 
     def of_rest(self, workers: Counts) -> Table:
-        """Returns a table of lower bounds. Entry n is for layers [n, end), with `workers` in groups or alone."""
+        """Returns lower bounds of costs. Entry n is for layers [n, end), with `workers` in groups or alone."""
         ...
 
 

@@ -25,7 +25,7 @@ class Copy:
         self._end, self._place = len(tokens), place
 
     def resumption(self, tokens: Sequence[int]) -> Resumption | None:
-        """Returns where the text continues the copied passage after a few tokens that differ, or None."""
+        """Returns where in the copied passage the text resumes after a few tokens that differ, or None."""
         if self._place < 0 or len(tokens) - self._end > _MOST_SINCE:
             return None
         while self._end < len(tokens) and tokens[self._end] == tokens[self._place + 1]:

@@ -39,7 +39,7 @@ class KvTransfers:
 
     def begin_restore(self, sequence: Sequence, end: int, reserve: int) -> Transfer | None:
         """Prepares to restore `end` blocks: pins the cached ones and takes free blocks for the others. Returns None if
-        all are cached or too few are free. Microbatches in flight may still use the taken blocks."""
+        all are cached or too few are free. Write to them only after the microbatches in flight."""
         found, idle = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
         if found >= end or end - found + idle + reserve > self._blocks.available:
             return None

@@ -52,7 +52,8 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class ObjectCalls:
-    """Calls that are JSON objects, single or in a list. If the frame has no markers, the answer begins with a call."""
+    """Calls that are JSON objects, single or in a list. If `frame` has no markers, only an answer that begins with
+    a call has calls."""
 
     frame: Frame
     name_key: str = "name"

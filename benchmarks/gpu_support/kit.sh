@@ -14,8 +14,9 @@ python=$root/.venv/bin/python
 pip=("$python" -m pip --disable-pip-version-check -q)
 usage="usage: $0 OUT [--python 3.12] [--architecture 90] [--nvrtc 13.0] [--wheel FILE] [PACKAGE ...]"
 version=3.12 architecture=90 nvrtc=13.0 wheel='' out=''
-packages=(annotated-types cffi cryptography cuda-pathfinder ifaddr llguidance nanobind-backend protobuf pydantic pydantic-core
-  pycparser pytest-asyncio starlette typer typing-inspection uvicorn zeroconf)
+packages=(annotated-types cffi cryptography cuda-pathfinder execnet ifaddr llguidance nanobind-backend pillow protobuf
+  psutil pycparser pydantic pydantic-core pytest-asyncio pytest-timeout pytest-xdist starlette typer typing-inspection
+  uvicorn zeroconf)
 
 fail() { echo "$usage" >&2; exit 2; }
 while [ $# -gt 0 ]; do

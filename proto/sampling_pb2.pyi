@@ -271,6 +271,7 @@ class MatcherStart(_message.Message):
     REASONING_FIELD_NUMBER: _builtins.int
     MAY_FORCE_FIELD_NUMBER: _builtins.int
     DRAFTS_FORCED_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     key: _builtins.int
     """Key of the answer, which is unique in an epoch."""
     grammar: _builtins.int
@@ -281,6 +282,8 @@ class MatcherStart(_message.Message):
     """
     drafts_forced: _builtins.bool
     """True if tokens that must follow a sampled token are returned as a draft. A draft is computed like any other tokens."""
+    owner: _builtins.int
+    """Number of the client that the answer is for. Clients share the CPU time in which the last stage makes matchers."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens of the answer so far."""
@@ -298,10 +301,11 @@ class MatcherStart(_message.Message):
         reasoning: Global___Reasoning | None = ...,
         may_force: _builtins.bool = ...,
         drafts_forced: _builtins.bool = ...,
+        owner: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_grammar", b"_grammar", "_reasoning", b"_reasoning", "grammar", b"grammar", "reasoning", b"reasoning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grammar", b"_grammar", "_reasoning", b"_reasoning", "drafts_forced", b"drafts_forced", "grammar", b"grammar", "key", b"key", "may_force", b"may_force", "reasoning", b"reasoning", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grammar", b"_grammar", "_reasoning", b"_reasoning", "drafts_forced", b"drafts_forced", "grammar", b"grammar", "key", b"key", "may_force", b"may_force", "owner", b"owner", "reasoning", b"reasoning", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__grammar: _TypeAlias = _typing.Literal["grammar"]  # noqa: Y015
     _WhichOneofArgType__grammar: _TypeAlias = _typing.Literal["_grammar", b"_grammar"]  # noqa: Y015

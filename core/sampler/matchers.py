@@ -61,3 +61,4 @@ class MatcherStart:
     reasoning: Reasoning | None = None
     may_force: bool = False  # True if tokens that must follow a sampled token are returned with that token.
     drafts_forced: bool = False  # True if such tokens are returned as a draft, which is then verified.
+    owner: int = 0  # Number of the client. Clients share the time in which matchers are made.

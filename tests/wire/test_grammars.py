@@ -56,7 +56,7 @@ def test_grammars_arrive_as_they_were_sent_and_equal_ones_are_sent_once() -> Non
     started = (
         MatcherStart(1, free),
         MatcherStart(2, lazy, (5, 6, 7), may_force=True),
-        MatcherStart(4, free, drafts_forced=True),
+        MatcherStart(4, free, drafts_forced=True, owner=(1 << 32) - 1),
     )
     inputs = SamplingInputs(1, 0, (row(1, 0), row(3, 9)), (7, 8), started)
     data = encode_inputs(inputs)

@@ -24,6 +24,7 @@ class _Start:
     reasoning: Reasoning | None
     may_force: bool
     drafts_forced: bool
+    owner: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,8 @@ def starts_out(starts: Iterable[MatcherStart]) -> sampling_proto.MatcherStarts:
     sent = []
     for start in starts:
         grammar = None if start.grammar is None else grammars.setdefault(start.grammar, len(grammars))
-        sent.append(_Start(start.key, grammar, start.tokens, start.reasoning, start.may_force, start.drafts_forced))
+        rest = start.tokens, start.reasoning, start.may_force, start.drafts_forced, start.owner
+        sent.append(_Start(start.key, grammar, *rest))
     message = sampling_proto.MatcherStarts()
     write(_Starts(tuple(grammars), tuple(sent)), message)
     return message
@@ -55,6 +57,6 @@ def starts_in(data: bytes) -> tuple[MatcherStart, ...]:
     found = []
     for start in message.starts:
         grammar = None if start.grammar is None else message.grammars[start.grammar]
-        rest = start.tokens, start.reasoning, start.may_force, start.drafts_forced
+        rest = start.tokens, start.reasoning, start.may_force, start.drafts_forced, start.owner
         found.append(MatcherStart(start.key, grammar, *rest))
     return tuple(found)

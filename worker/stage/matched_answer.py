@@ -31,6 +31,8 @@ _TOKEN_NS: Final = 50_000_000
 _GUARD_NS: Final = 2_000_000_000
 """CPU time that an answer may use beyond `_TOKEN_NS` per token. The limits in matcher.py normally apply earlier."""
 _TOKENS_AT_ONCE: Final = 64
+_TOKEN_CHARACTERS: Final = 16
+"""Characters of a grammar that compile in the time in which a matcher takes a token."""
 
 DEFERRED: Final = RowResult(-1, nan, is_deferred=True)
 
@@ -54,6 +56,7 @@ class MatchedAnswer:
     """An answer with a matcher. The thread that makes the matcher owns the answer until `ready` is done."""
 
     def __init__(self, start: MatcherStart) -> None:
+        self.owner = start.owner
         self.ready: Future[None] = Future()
         self.is_released = False  # True if no matcher needs to be made any more.
         self._due: int | None = None  # Position of a deferred row that must come again.
@@ -69,7 +72,13 @@ class MatchedAnswer:
         self._row_ns = _TOLD_NS  # CPU time of the newest row. The first row counts as slow.
         self._held = 0  # Number of consecutive steps that had no time left for the answer.
 
-    # -- the thread that makes matchers ----------------------------------------------------------------------------
+    # -- the threads that make matchers ----------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """An estimate of the time to make the matcher, in characters of a grammar."""
+        grammar = self._start.grammar
+        return (0 if grammar is None else len(grammar.definition)) + _TOKEN_CHARACTERS * len(self._tokens)
 
     def make_matcher(self, read_vocabulary: Callable[[], GrammarVocabulary]) -> None:
         """Makes a matcher and feeds it the answer's tokens. An error fails only this answer."""

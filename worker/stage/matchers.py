@@ -1,12 +1,14 @@
-"""Matchers apply grammars and reasoning budgets to answers at the last stage. A thread makes matchers when sampling
-inputs arrive. A row whose matcher is not ready is deferred, and the coordinator sends it again."""
+"""Matchers apply grammars and reasoning budgets to answers at the last stage. Threads, which clients share, make
+matchers when sampling inputs arrive. A row whose matcher is not ready is deferred, and the coordinator sends it
+again."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
+from functools import partial
 from threading import Lock
 from typing import Final
 
@@ -14,12 +16,15 @@ from llamaclust.core.errors import ProtocolError
 from llamaclust.core.sampler.matchers import AllowedTokens
 from llamaclust.core.sampler.results import RowResult
 from llamaclust.core.sampler.tasks import MatcherRow
+from llamaclust.core.sharing.fair_threads import FairThreads
 from llamaclust.kernels._native import SamplingTasks
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.worker.stage.dependencies import MOST_IN_FLIGHT
 from llamaclust.worker.stage.matched_answer import DEFERRED, MatchedAnswer, MatcherTime
 from llamaclust.worker.stage.step_inputs import StepInputs
 
+_THREADS: Final = 2
+"""Number of threads that make matchers. With two, no client waits for another client's large grammar."""
 _ALONE_S: Final = 0.05
 """Maximum wait in seconds if no row of the step is ready."""
 _FIRST_S: Final = 0.01
@@ -32,6 +37,7 @@ class StageMatchers:
     def __init__(self, vocabulary: Callable[[], GrammarVocabulary], most: int) -> None:
         """`vocabulary` is called once, by `prepare` or for the first matcher. `most` limits the number of answers."""
         self._read_vocabulary = vocabulary
+        self._reading = Lock()  # Held while the vocabulary is read.
         self._vocabulary: GrammarVocabulary | None = None
         self._most = most
         self._lock = Lock()  # Protects `_answers` and `_changes`.
@@ -43,7 +49,7 @@ class StageMatchers:
         self._deferred: list[int] = []  # Indices of the step's rows that must be computed again.
         self._last: dict[MatchedAnswer, int] = {}  # Index of the step's last row that gave the answer a token.
         self._time = MatcherTime()
-        self._thread = ThreadPoolExecutor(1, "matchers")
+        self._threads = FairThreads(_THREADS, "matchers")
 
     def clear(self) -> None:
         with self._lock:
@@ -54,12 +60,12 @@ class StageMatchers:
 
     def close(self) -> None:
         self.clear()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
         self._vocabulary = None
 
     def prepare(self) -> None:
         """Reads the vocabulary before an answer needs it, because a large vocabulary takes most of a second."""
-        self._thread.submit(self._prepare)
+        self._threads.submit(0, 0, self._prepare)
 
     def receive(self, inputs: StepInputs) -> None:
         """Drops the matchers of released answers, and starts new matchers. Raises ProtocolError if too many start."""
@@ -186,11 +192,12 @@ class StageMatchers:
             raise ProtocolError(f"{len(self._answers)} answers have grammar matchers; the limit is {self._most}")
 
     def _make(self, answer: MatchedAnswer) -> None:
-        answer.ready = self._thread.submit(answer.make_matcher, self._prepare)
+        answer.ready = self._threads.submit(answer.owner, answer.size, partial(answer.make_matcher, self._prepare))
 
     def _prepare(self) -> GrammarVocabulary:
-        vocabulary = self._vocabulary
-        if vocabulary is None:
-            vocabulary = self._vocabulary = self._read_vocabulary()
-            vocabulary.native  # noqa: B018  builds the native vocabulary
-        return vocabulary
+        with self._reading:
+            vocabulary = self._vocabulary
+            if vocabulary is None:
+                vocabulary = self._vocabulary = self._read_vocabulary()
+                vocabulary.native  # noqa: B018  builds the native vocabulary
+            return vocabulary

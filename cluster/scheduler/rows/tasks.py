@@ -13,6 +13,9 @@ from llamaclust.core.sampler.tasks import MatcherRow, RowTask, SampleTask, Score
 if TYPE_CHECKING:
     from llamaclust.cluster.scheduler.sequences import Sequence
 
+_OWNER_BITS = (1 << 32) - 1
+"""Bits of an owner's number, which workers get instead of a key's digest or a client's address."""
+
 
 def prompt_tasks(sequence: Sequence, start: int, end: int) -> tuple[RowTask, ...]:
     score_end = min(end, sequence.prompt_length - 1)
@@ -76,7 +79,12 @@ def matcher_start(sequence: Sequence, *, may_draft: bool) -> MatcherStart | None
         return None
     sequence.matcher.is_started = True
     request, answer = sequence.request, tuple(sequence.tokens[sequence.prompt_length :])
-    drafts_forced = may_draft and request.with_logprobs and request.max_drafted != 0
     return MatcherStart(
-        sequence.key, request.grammar, answer, request.reasoning, not request.with_logprobs, drafts_forced=drafts_forced
+        sequence.key,
+        request.grammar,
+        answer,
+        request.reasoning,
+        may_force=not request.with_logprobs,
+        drafts_forced=may_draft and request.with_logprobs and request.max_drafted != 0,
+        owner=hash(request.owner) & _OWNER_BITS,
     )

@@ -52,6 +52,18 @@ def test_a_grammar_is_sent_with_the_first_tokens_and_released_at_the_end() -> No
     assert run.microbatches[len(starts)].inputs.released == (key,)
 
 
+def test_a_start_has_its_owners_number() -> None:
+    """Equal owners have equal numbers, which fit into 32 bits and are not parts of their names."""
+    run = simulated()
+    names = ["12345", "10.0.0.7", "ab" * 16]
+    for name in (*names, *names):
+        run.add(generation(f"{name} {len(run.scheduler.queues.waiting)}", 4, owner=name))
+    run.finish()
+    owners = [start.owner for sent in run.microbatches for start in sent.inputs.starts]
+    assert owners[:3] == owners[3:] and len(set(owners)) == 3
+    assert all(0 <= number < 1 << 32 and str(number) not in names for number in owners)
+
+
 def test_a_preempted_answer_starts_again_from_its_tokens() -> None:
     run = simulated()
     key = run.add(generation("a", 30))

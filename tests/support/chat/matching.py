@@ -44,10 +44,11 @@ def task(
     drafts_forced: bool = False,
     min_tokens: bool = False,
     reasoning: Reasoning | None = None,
+    owner: int = 0,
 ) -> Task:
     start = None
     if grammar is not None or reasoning is not None:
-        start = MatcherStart(key, grammar, tuple(said.encode()), reasoning, may_force, drafts_forced)
+        start = MatcherStart(key, grammar, tuple(said.encode()), reasoning, may_force, drafts_forced, owner)
     suppressed, row = (END,) if min_tokens else (), MatcherRow(key, place)
     return Task(SampleTask(SamplingParams(), 0, 0, 9, suppressed=suppressed, matcher=row), start)
 

@@ -104,7 +104,7 @@ def test_a_release_is_seen_while_a_step_admits_what_it_releases(stage: StageMatc
 def test_a_closed_stage_keeps_no_vocabulary() -> None:
     stage = StageMatchers(lambda: VOCABULARY, most=3)
     stage.prepare()
-    stage._thread.submit(lambda: None).result(_WAIT_S)
+    stage._threads.submit(0, 0, lambda: None).result(_WAIT_S)
     assert stage._vocabulary is VOCABULARY
     stage.close()
     assert stage._vocabulary is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -213,7 +214,7 @@ def test_a_grammar_that_is_not_ready_in_time_fails_its_answer(
 def test_matchers_of_answers_that_are_released_are_not_made(stage: StageMatchers) -> None:
     """Rows of released answers are deferred, and later rows do not wait for them."""
     go_on = threading.Event()
-    stage._thread.submit(go_on.wait, 30)
+    stage._threads.submit(0, 0, partial(go_on.wait, 30))
     first, second = inputs_of(0, task(1, 0, ABC), task(2, 0, ABC)), inputs_of(1, task(2, 0, ABC), released=(1, 2))
     stage.receive(first)
     stage.receive(second)
@@ -229,7 +230,7 @@ def test_matchers_of_answers_that_are_released_are_not_made(stage: StageMatchers
 
 def test_no_matchers_of_an_epoch_that_is_over_are_made(stage: StageMatchers) -> None:
     go_on = threading.Event()
-    stage._thread.submit(go_on.wait, 30)
+    stage._threads.submit(0, 0, partial(go_on.wait, 30))
     stage.receive(inputs_of(0, task(1, 0, ABC)))
     (answer,) = stage._changes.values()
     assert answer is not None
@@ -243,7 +244,7 @@ def test_rows_whose_matcher_is_not_ready_are_deferred_and_the_others_go_on(stage
     """The row after a deferred row is also deferred, since it was sent before the deferral was known."""
     step(stage, 0, task(2, 0, ABC), says="a")
     go_on = threading.Event()
-    stage._thread.submit(go_on.wait, 30)
+    stage._threads.submit(0, 0, partial(go_on.wait, 30))
     stage.receive(inputs_of(1, task(1, 0, ABC)))
     for number, row in enumerate((0, 0, 1), start=1):
         inputs = inputs_of(number, task(1, row), task(2, number))
@@ -262,7 +263,7 @@ def test_rows_whose_matcher_is_not_ready_are_deferred_and_the_others_go_on(stage
 def test_no_row_passes_a_deferred_one(stage: StageMatchers) -> None:
     """An answer that begins with forced tokens is also deferred, since the next row would repeat them."""
     go_on = threading.Event()
-    stage._thread.submit(go_on.wait, 30)
+    stage._threads.submit(0, 0, partial(go_on.wait, 30))
     grammar = definitions.of_regex("ca[de]", "guided_regex")
     inputs = inputs_of(0, task(1, 0, grammar, may_force=True))
     stage.receive(inputs)
@@ -277,7 +278,7 @@ def test_a_step_without_other_rows_waits_for_matchers(stage: StageMatchers, monk
     monkeypatch.setattr(matchers, "_ALONE_S", 30)
     monkeypatch.setattr(matchers, "_FIRST_S", 0)
     inputs, go_on = inputs_of(0, task(1, 0, ABC)), threading.Event()
-    stage._thread.submit(go_on.wait, 30)
+    stage._threads.submit(0, 0, partial(go_on.wait, 30))
     stage.receive(inputs)
 
     async def ready() -> None:

@@ -69,6 +69,10 @@ class BodyContext:
         self.images = images
 
 
+def takes_images(context: object) -> bool:
+    return isinstance(context, BodyContext) and context.images is not None
+
+
 class LenientContext(BodyContext):
     """Validation context that accepts fields that have no effect here, and collects their names in `ignored`."""
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Final
 
-from llamaclust.cluster.front.schema import LenientContext
+from llamaclust.cluster.front.schema import LenientContext, takes_images
+from llamaclust.cluster.front.text.images import Omission
 from llamaclust.model.chat.tools.argument_values import arguments_object
 
 _MEDIA: Final = ("image", "audio", "video", "screenshot", "document", "file", "container")
@@ -26,13 +27,23 @@ def is_media(kind: str) -> bool:
     return any(word in kind for word in _MEDIA)
 
 
-def media_text(kind: str, context: object) -> str:
+def is_image(kind: str) -> bool:
+    return "image" in kind or "screenshot" in kind
+
+
+def media_text(kind: str, context: object) -> Omission:
     """Returns the text that replaces a media part. Raises ValueError unless `context` is a `LenientContext`."""
     word = next(word for word in _MEDIA if word in kind)
     if not isinstance(context, LenientContext):
         raise ValueError(f"{word} input is not supported by this server; remove it")
     context.ignore(f"content.{kind}")
-    return f"[{word} omitted: this model reads text only]"
+    if not takes_images(context):
+        reason = "this model reads text only"
+    elif is_image(kind):
+        reason = "images are not read in this place"
+    else:
+        reason = "this model reads text and images only"
+    return Omission(f"[{word} omitted: {reason}]")
 
 
 def leave_out(place: str, kind: str, context: object) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Final
+from itertools import takewhile
+from typing import Any, Final
 
 from llamaclust.cluster.front.images.urls import WEB
-from llamaclust.cluster.front.text.images import MAX_IMAGES, MAX_IMAGES_BYTES, image_urls
+from llamaclust.cluster.front.text.images import MAX_IMAGES, MAX_IMAGES_BYTES, Omission, image_urls
 from llamaclust.cluster.front.text.request import ChatRequest
 from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.errors import ParameterError, RequestFailedError
@@ -16,7 +17,9 @@ MAX_JOURNALLED_BYTES: Final = 16 << 20
 
 
 async def with_images(chat: ChatRequest, context: RequestContext | None = None) -> ChatRequest:
-    """Fetches a chat's images into the returned chat and into `context`. Raises ParameterError or DeadlineError."""
+    """Fetches a chat's images into the returned chat and into `context`. Raises ParameterError or DeadlineError, also
+    if the model can read nothing of the question."""
+    _check_question(chat.messages)
     urls = image_urls(chat.messages)
     if not urls:
         return chat
@@ -30,6 +33,15 @@ async def with_images(chat: ChatRequest, context: RequestContext | None = None) 
         context.images = images
         context.image_bytes = held_bytes + sum(len(images[url]) for url in missing)
     return replace(chat, images=images)
+
+
+def _check_question(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ParameterError if the model can read nothing of the last messages of the user, which it is to answer."""
+    question = [*takewhile(lambda message: message["role"] == "user", reversed(messages))]
+    if question and all(isinstance(message.get("content"), Omission) for message in question):
+        texts = "; ".join(str(message["content"]) for message in reversed(question))
+        reason = f"the model can read nothing of the last message: {texts[:200]}"
+        raise ParameterError("messages", f"{reason}; add a text, or use a model that reads images")
 
 
 def checked_bytes(urls: Sequence[str], param: str, fetched_bytes: int = 0) -> int:

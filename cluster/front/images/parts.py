@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable
-from typing import Final, ParamSpec, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Final, ParamSpec, TypeVar
 
 from llamaclust.cluster.front.images.urls import WEB
-from llamaclust.cluster.front.schema import BodyContext, PlacedError
+from llamaclust.cluster.front.schema import BodyContext, PlacedError, takes_images
 from llamaclust.cluster.front.text.images import DETAILS, Part, image_part
-from llamaclust.cluster.front.tools import media_text
+from llamaclust.cluster.front.tools import is_image, media_text
 from llamaclust.cluster.scheduler.validation import shown
 from llamaclust.model.images.settings import MAX_IMAGE_BYTES
 
@@ -20,8 +20,37 @@ _Arguments = ParamSpec("_Arguments")
 _Made = TypeVar("_Made")
 
 
-def takes_images(context: object) -> bool:
-    return isinstance(context, BodyContext) and context.images is not None
+_DATA: Final = "data:"
+_SCHEME: Final = len(max(WEB, key=len))  # Maximum number of characters of a scheme, which may have capitals.
+_URLS: Final = ("image_url", "url", "file_url")
+_BYTES: Final = ("data", "base64", "image", "file_data")
+_OBJECTS: Final = ("image_url", "source", "file", "image")
+_MEDIA_TYPES: Final = ("media_type", "mimeType", "mime_type", "mediaType")
+
+
+def media_part(part: Mapping[str, Any], context: object) -> Part:
+    """Reads an image in the form of any API: OpenAI's `image_url` and `input_image`, Anthropic's `source`, MCP's
+    `data`, an image file, or the image or its URL alone. Other media become a text. Raises ValueError for an image in
+    an unknown form, or for other media unless `context` is a `LenientContext`."""
+    kind = str(part["type"])
+    if not takes_images(context):
+        return media_text(kind, context)
+    place, fields = next(((name, part[name]) for name in _OBJECTS if isinstance(part.get(name), dict)), (kind, part))
+    detail = part.get("detail", fields.get("detail"))
+    if not is_image(kind) and not _is_image_file(part, fields):
+        return media_text(kind, context)
+    for name in (*_URLS, *_BYTES):
+        if (image := fields.get(name)) is not None:
+            return (url_part if name in _URLS else base64_part)(place, image, context, detail)
+    forms = "`image_url` or `url` (a data URL or an http(s) URL), or `data` (base64)"
+    raise ValueError(f"{place}: expected the image in one of the fields {forms}, found {', '.join(fields)[:200]}")
+
+
+def _is_image_file(part: Mapping[str, Any], fields: Mapping[str, Any]) -> bool:
+    data = fields.get("file_data")
+    types = [each.get(name) for each in (part, fields) for name in _MEDIA_TYPES]
+    types += [data[len(_DATA) : _SCHEME + len(_DATA)]] if isinstance(data, str) else []
+    return any(isinstance(each, str) and each[:6].lower() == "image/" for each in types)
 
 
 def url_part(kind: str, url: object, context: object, detail: object = None) -> Part:
@@ -30,15 +59,14 @@ def url_part(kind: str, url: object, context: object, detail: object = None) -> 
         return media_text(kind, context)
     if not isinstance(url, str):
         raise ValueError(f"{kind}: expected the image as a URL, found {shown(url)}")
-    if detail not in (None, *DETAILS):
-        raise ValueError(f"detail: expected one of {', '.join(DETAILS)}, found {shown(detail)}")
-    chosen = str(detail or DETAILS[0])
+    url = url[:_SCHEME].lower() + url[_SCHEME:]
+    chosen = checked_detail(detail)
     if url.startswith(WEB):
         assert isinstance(context, BodyContext) and context.images is not None
         context.images.check(url)
         return image_part(url, chosen)
     head, comma, data = url.partition(",")
-    if not (head.startswith("data:") and comma and head.endswith(";base64")):
+    if not (comma and head.startswith(_DATA) and head.lower().endswith(";base64")):
         forms = "a data URL with base64 (data:image/png;base64,...) or an http(s) URL"
         raise ValueError(f"expected {forms}, found {shown(url[:60])}")
     return image_part(f"{head},{checked_base64(data)}", chosen)
@@ -51,15 +79,21 @@ def placed(place: str, read: Callable[_Arguments, _Made], *given: _Arguments.arg
         raise PlacedError(f"{place}: {error}") from error
 
 
-def base64_part(kind: str, data: object, context: object) -> Part:
+def base64_part(kind: str, data: object, context: object, detail: object = None) -> Part:
     """Reads an image from base64, and detects its format from its bytes. Raises ValueError if the data is invalid."""
     if not takes_images(context):
         return media_text(kind, context)
     if not isinstance(data, str):
         raise ValueError(f"{kind}: expected the image as base64, found {shown(data)}")
-    if data.startswith("data:"):
-        return url_part(kind, data, context)
-    return image_part(f"data:;base64,{checked_base64(data)}")
+    if data[:_SCHEME].lower().startswith((_DATA, *WEB)):
+        return url_part(kind, data, context, detail)
+    return image_part(f"data:;base64,{checked_base64(data)}", checked_detail(detail))
+
+
+def checked_detail(detail: object) -> str:
+    if detail not in (None, *DETAILS):
+        raise ValueError(f"detail: expected one of {', '.join(DETAILS)}, found {shown(detail)}")
+    return str(detail or DETAILS[0])
 
 
 def checked_base64(data: str) -> str:

@@ -27,6 +27,14 @@ DETAILS: Final = ("auto", "low", "high", "original")
 _STEP: Final = 1 << 18  # Number of base64 characters to decode at a time, a multiple of 4.
 Part = str | dict[str, Any]
 """A part of a message. It is a text, or an image in OpenAI's form."""
+
+
+class Omission(str):
+    """A text that replaces a part of a message that the model cannot read. `joined` keeps it apart from other texts."""
+
+    __slots__ = ()
+
+
 Content = str | list[dict[str, Any]]
 """Content of a message. If it has images, it is a list of OpenAI parts of the types `text` and `image_url`."""
 
@@ -67,10 +75,13 @@ def text_part(text: str) -> dict[str, Any]:
 
 
 def joined(parts: Sequence[Part]) -> Content:
-    """Makes the content of a message from texts and images. If there are no images, line breaks join the texts."""
+    """Makes the content of a message from texts and images. If there are no images, line breaks join the texts. The
+    content is an `Omission` if the model can read none of its parts."""
     texts = [part for part in parts if isinstance(part, str)]
     if len(texts) == len(parts):
-        return "\n".join(texts)
+        is_omitted = any(isinstance(text, Omission) for text in texts)
+        has_text = any(text.strip() and not isinstance(text, Omission) for text in texts)
+        return Omission("\n".join(texts)) if is_omitted and not has_text else "\n".join(texts)
     return [text_part(part) if isinstance(part, str) else part for part in parts]
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field, ValidationInfo, WithJsonSchema
 
 from llamaclust.cluster.front.foreign_fields import ANTHROPIC_TOOL, MESSAGES, THINKING
-from llamaclust.cluster.front.images.parts import base64_part, placed, takes_images, url_part
+from llamaclust.cluster.front.images.parts import media_part, placed
 from llamaclust.cluster.front.schema import Body, LimitField, StopField, read_part
 from llamaclust.cluster.front.shared_fields import AnswerFields, ReasoningFields
 from llamaclust.cluster.front.text.images import Part, joined, text_part
@@ -238,21 +238,12 @@ def _block(role: str, block: Any, context: object) -> Turn:
 def _parts_of(block: Any, context: object) -> list[Part]:
     """Returns the texts and images of a block of a message or of a tool result."""
     kind, source = (block.get("type"), block.get("source")) if isinstance(block, dict) else (None, None)
-    if kind == "image" and takes_images(context):
-        return [_image(block, context)]
-    if kind == "document" and isinstance(source, dict) and source.get("type") == "content":
+    inner = source.get("type") if isinstance(source, dict) else None
+    if kind == "document" and isinstance(source, dict) and inner == "content":
         return _parts(source.get("content"), context)
+    if isinstance(kind, str) and is_media(kind) and inner != "text":
+        return [media_part(block, context)]
     return [_text_of(block, context)]
-
-
-def _image(block: dict[str, Any], context: object) -> Part:
-    source = block.get("source")
-    kind = source.get("type") if isinstance(source, dict) else None
-    if not isinstance(source, dict) or kind not in ("base64", "url"):
-        raise ValueError("source: an image must have a 'source' of type base64 (with 'data') or url (with 'url')")
-    if kind == "url":
-        return url_part("image", source.get("url"), context)
-    return base64_part("image", source.get("data"), context)
 
 
 def _text_of(block: Any, context: object) -> str:

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any, Final
 
 from llamaclust.cluster.front.dialects.openai.tools import BUILT_IN
-from llamaclust.cluster.front.images.parts import placed, takes_images, url_part
+from llamaclust.cluster.front.images.parts import media_part, placed
 from llamaclust.cluster.front.schema import LenientContext
 from llamaclust.cluster.front.text.images import Content, Part, image_part, joined, parts_of
 from llamaclust.cluster.front.tools import (
@@ -134,7 +134,10 @@ def _content_of(content: str | list[Item]) -> Content:
 
 
 def _chat_part(part: Item) -> Part:
-    return image_part(part["image_url"], part["detail"]) if part["type"] == IMAGE else str(part["text"])
+    if part["type"] == IMAGE:
+        return image_part(part["image_url"], part["detail"])
+    text: str = part["text"]
+    return text
 
 
 def _items(value: Any, context: object) -> list[Item]:
@@ -188,10 +191,8 @@ def _output(kind: str, value: Item, context: object) -> str | list[Item]:
     if is_text or (isinstance(output, list) and all(_is_part(part) for part in output)):
         return _parts(output, context)
     inner = output.get("type") if isinstance(output, dict) else None
-    if isinstance(output, dict) and inner in (IMAGE, "computer_screenshot") and takes_images(context):
-        return [_image(url_part(inner, output.get("image_url"), context, output.get("detail")))]
-    if isinstance(inner, str) and is_media(inner):
-        return media_text(inner, context)
+    if isinstance(output, dict) and isinstance(inner, str) and is_media(inner):
+        return [_media(output, context)]
     rest = {name: item for name, item in value.items() if name != "output"}
     return item_text(rest) if output is None else readable(output)
 
@@ -243,18 +244,23 @@ def _part(place: int, part: Any, context: object, kinds: Sequence[str]) -> Item:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "refusal":
         return {"type": "output_text", "text": _string(part, "refusal")}
-    if kind == IMAGE and kinds == _TEXTS and takes_images(context):
-        return _image(placed(f"content[{place}]", url_part, IMAGE, part.get("image_url"), context, part.get("detail")))
     if isinstance(kind, str) and is_media(kind):
-        return {"type": "input_text", "text": media_text(kind, context)}
+        is_read = kinds == _TEXTS
+        return placed(f"content[{place}]", _media, part, context) if is_read else _text(media_text(kind, context))
     if kind not in kinds:
         raise ValueError(f"parts of type {str(kind)[:60]!r} are not supported")
     return {"type": kind, "text": _string(part, "text")}
 
 
-def _image(part: Part) -> Item:
-    assert isinstance(part, dict)
+def _media(value: Item, context: object) -> Item:
+    part = media_part(value, context)
+    if isinstance(part, str):
+        return _text(part)
     return {"type": IMAGE, "detail": part["image_url"]["detail"], "image_url": part["image_url"]["url"]}
+
+
+def _text(text: str) -> Item:
+    return {"type": "input_text", "text": text}
 
 
 def _string(value: Item, name: str) -> str:

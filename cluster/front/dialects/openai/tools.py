@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
-from llamaclust.cluster.front.images.parts import placed, takes_images, url_part
+from llamaclust.cluster.front.images.parts import media_part, placed
 from llamaclust.cluster.front.shared_fields import ReasoningFields
 from llamaclust.cluster.front.text.images import Content, Part, joined
 from llamaclust.cluster.front.text.request import ToolMode, ToolUse
@@ -21,7 +21,6 @@ from llamaclust.cluster.front.tools import (
     function_tool,
     is_media,
     leave_out,
-    media_text,
     present,
     text_tool,
 )
@@ -42,12 +41,8 @@ def _part(place: int, part: Any, context: object) -> Part:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         raise ValueError("a part must be an object with a 'type'")
     kind = part["type"]
-    if kind == "image_url" and takes_images(context):
-        image = part.get("image_url")
-        url, detail = (image.get("url"), image.get("detail")) if isinstance(image, dict) else (image, None)
-        return placed(f"[{place}]", url_part, kind, url, context, detail)
     if is_media(kind):
-        return media_text(kind, context)
+        return placed(f"[{place}]", media_part, part, context)
     field = "refusal" if kind == "refusal" else "text"
     if kind not in ("text", "refusal"):
         raise ValueError(f"parts of type {kind[:60]!r} are not supported, only 'text'")

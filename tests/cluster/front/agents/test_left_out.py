@@ -40,13 +40,21 @@ def said(*parts: Any, role: str = "user") -> list[dict[str, Any]]:
     return [{"role": role, "content": [*parts]}]
 
 
+HI, IN = {"type": "text", "text": "Hi"}, {"type": "input_text", "text": "Hi"}
+
+
 PARTS: list[tuple[str, dict[str, Any], str, str]] = [
-    (CHAT, {"messages": said({"type": "image_url", "image_url": {"url": "data:"}})}, "content.image_url", "[image"),
-    (CHAT, {"messages": said({"type": "input_audio", "input_audio": {"data": ""}})}, "content.input_audio", "[audio"),
-    (CHAT, {"messages": said({"type": "video_url", "video_url": {"url": "x"}})}, "content.video_url", "[video"),
-    (CHAT, {"messages": said({"type": "file", "file": {"file_id": "x"}})}, "content.file", "[file"),
-    (RESPONSES, {"input": said({"type": "input_image", "image_url": "data:"})}, "content.input_image", "[image"),
-    (RESPONSES, {"input": said({"type": "input_file", "file_id": "x"})}, "content.input_file", "[file"),
+    (CHAT, {"messages": said(HI, {"type": "image_url", "image_url": {"url": "data:"}})}, "content.image_url", "[image"),
+    (
+        CHAT,
+        {"messages": said(HI, {"type": "input_audio", "input_audio": {"data": ""}})},
+        "content.input_audio",
+        "[audio",
+    ),
+    (CHAT, {"messages": said(HI, {"type": "video_url", "video_url": {"url": "x"}})}, "content.video_url", "[video"),
+    (CHAT, {"messages": said(HI, {"type": "file", "file": {"file_id": "x"}})}, "content.file", "[file"),
+    (RESPONSES, {"input": said(IN, {"type": "input_image", "image_url": "data:"})}, "content.input_image", "[image"),
+    (RESPONSES, {"input": said(IN, {"type": "input_file", "file_id": "x"})}, "content.input_file", "[file"),
     (
         RESPONSES,
         {
@@ -58,11 +66,16 @@ PARTS: list[tuple[str, dict[str, Any], str, str]] = [
         "content.computer_screenshot",
         "[screenshot",
     ),
-    (MESSAGES, {"messages": said({"type": "image", "source": {}})}, "content.image", "[image"),
-    (MESSAGES, {"messages": said({"type": "document", "source": {"type": "base64"}})}, "content.document", "[document"),
+    (MESSAGES, {"messages": said(HI, {"type": "image", "source": {}})}, "content.image", "[image"),
     (
         MESSAGES,
-        {"messages": said({"type": "container_upload", "file_id": "x"})},
+        {"messages": said(HI, {"type": "document", "source": {"type": "base64"}})},
+        "content.document",
+        "[document",
+    ),
+    (
+        MESSAGES,
+        {"messages": said(HI, {"type": "container_upload", "file_id": "x"})},
         "content.container_upload",
         "[container",
     ),

@@ -253,7 +253,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": [said({"type": "image_url", "image_url": {"url": "https://a.example/a"}})]}, "api.image_urls"),
     (RESPONSES, {"input": [said({"type": "input_image", "file_id": "f"})]}, "input: [0]: content[0]: "),
     (MESSAGES, {"messages": [said({"type": "image", "source": {"type": "file"}})]}, "messages[0]: content[0]: source"),
-    (MESSAGES, {"messages": [said(text("a"), {"type": "image"})]}, "messages[0]: content[1]: source"),
+    (MESSAGES, {"messages": [said(text("a"), {"type": "image"})]}, "messages[0]: content[1]: image: "),
     (
         MESSAGES,
         {
@@ -269,7 +269,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         },
         "messages[0]: content[0]: content[1]: ",
     ),
-    (MESSAGES, {"messages": [said(document({"type": "image"}))]}, "messages[0]: content[0]: content[0]: source"),
+    (MESSAGES, {"messages": [said(document({"type": "image"}))]}, "messages[0]: content[0]: content[0]: image: "),
     (OLLAMA, {"messages": [{"role": "user", "content": "a", "images": ["aGk=", "?"]}]}, "messages[0]: images[1]: "),
     (OLLAMA, {"messages": [{"role": "user", "content": "a", "images": "aGk="}]}, "messages[0]: images: must be a list"),
     (GENERATE, {"prompt": "a", "images": [5]}, "images[0]: "),

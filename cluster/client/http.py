@@ -28,7 +28,14 @@ from llamaclust.cluster.client.http_codec import (
     sampling_options,
     vectors_of,
 )
-from llamaclust.cluster.client.web_access import DEFAULT_URL, Verify, explain_refusal, http_options, timeouts
+from llamaclust.cluster.client.web_access import (
+    DEFAULT_URL,
+    Verify,
+    explain_refusal,
+    http_options,
+    proxy_note,
+    timeouts,
+)
 from llamaclust.cluster.front.text.answer import Answer, TextChunk
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import LlamaclustError, ProtocolError
@@ -299,8 +306,8 @@ def _may_pass(error: httpx.HTTPError | LlamaclustError) -> bool:
 def unreachable(url: httpx.URL, error: httpx.HTTPError) -> LlamaclustError:
     where, reason = str(url).rstrip("/"), _reason(error)
     what = "ended the connection in the middle of an answer" if isinstance(error, _BROKEN) else "does not answer"
-    advice = f"{where} {what} ({reason}); is the cluster up? see `llamaclust status`"
-    return LlamaclustError(explain_refusal(where, error) or advice)
+    advice = proxy_note(error) or "; is the cluster up? see `llamaclust status`"
+    return LlamaclustError(explain_refusal(where, error) or f"{where} {what} ({reason}){advice}")
 
 
 def _reason(error: httpx.HTTPError) -> str:

@@ -10,7 +10,7 @@ from urllib.parse import quote, urlencode
 import httpx
 
 from llamaclust.cluster.client.http_codec import field_of, reply_error
-from llamaclust.cluster.client.web_access import explain_refusal, http_options
+from llamaclust.cluster.client.web_access import explain_refusal, http_options, proxy_note
 from llamaclust.cluster.state.api_keys import first_key
 from llamaclust.cluster.state.directory import ClusterRecord
 from llamaclust.core.errors import LlamaclustError, ProtocolError
@@ -96,7 +96,7 @@ class ClusterApi:
                         raise ProtocolError(f"{self._where}: the rest of the answer did not arrive in time")
         except httpx.HTTPError as error:
             refusal = explain_refusal(self._where, error)
-            raise LlamaclustError(refusal or f"{self._where} does not answer: {error}") from error
+            raise LlamaclustError(refusal or f"{self._where} does not answer: {error}{proxy_note(error)}") from error
         if answer.status_code == httpx.codes.OK:
             return bytes(body)
         failure = reply_error(answer.status_code, None, bytes(body))

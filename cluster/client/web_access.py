@@ -9,6 +9,7 @@ from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from urllib.request import proxy_bypass_environment
 
 import httpx
 
@@ -178,6 +179,22 @@ class _PinnedContext(ssl.SSLContext):
             with suppress(OSError):  # A missing file means that the server is not trusted.
                 context.load_verify_locations(file)
         return context
+
+
+def proxy_note(error: httpx.HTTPError) -> str:
+    """Returns a text that names the proxy of the failed request and the variable that sets it, or "" without one."""
+    try:
+        url = error.request.url
+    except RuntimeError:  # The error belongs to no request.
+        return ""
+    variables = {name.lower(): (name, value) for name, value in proxy_variables().items()}
+    name, value = variables.get(f"{url.scheme}_proxy") or variables.get("all_proxy") or ("", "")
+    is_excluded = proxy_bypass_environment(url.host, {"no": variables.get("no_proxy", ("", ""))[1]})
+    if not name or is_excluded or _is_this_machine(url.host):
+        return ""
+    proxy = httpx.URL(value if "://" in value else f"http://{value}")
+    shown = f"{proxy.scheme}://{proxy.netloc.decode()}"  # `netloc` excludes the password.
+    return f"; the request went through the proxy {shown} of the variable {name}: check it, or unset the variable"
 
 
 def explain_refusal(where: str, error: httpx.HTTPError) -> str | None:

@@ -115,7 +115,7 @@ async def open_cluster(
         launcher = stack.enter_context(launching(config, folder, report))
         record = ControlRecord.begin(folder.control)
         registry = registry_of(config, launcher, record)
-        models = await open_models(stack, config, model_paths, launcher, report)
+        config, models = await open_models(stack, config, model_paths, launcher, report)
         # The draft model is loaded first. Workers on this machine get the memory that it leaves.
         drafts = await drafting(stack, models, report)
         adapter_record = AdapterRecord(folder.adapters)

@@ -69,7 +69,7 @@ async def measure_workers(
         stack.enter_context(short_slices())
         launcher = stack.enter_context(launching(config, folder, report))
         registry = registry_of(config, launcher, ControlRecord.begin(folder.control))
-        models = await open_models(stack, config, paths, launcher, report)
+        config, models = await open_models(stack, config, paths, launcher, report)
         await stack.enter_async_context(launcher)
         await stack.enter_async_context(registry)
         await launcher.start(worker_settings(config), registry.address, registry.process_exited)

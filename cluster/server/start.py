@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.environment import environment
+from llamaclust.cluster.config.sections import ModelEntry
 from llamaclust.cluster.control.limits import check_distinct, check_plan
 from llamaclust.cluster.control.resources.link_profiling import MeasureLinks, measure_links, needs_links
 from llamaclust.cluster.launchers.base import Launcher
@@ -22,7 +24,7 @@ from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Notice, Report
-from llamaclust.core.errors import InsufficientMemoryError, UsageError
+from llamaclust.core.errors import InsufficientMemoryError, ModelFileError, UsageError
 from llamaclust.core.profile import Profile
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import WeightCache
@@ -35,23 +37,35 @@ _HEARTBEATS = 5
 
 async def open_models(
     stack: AsyncExitStack, config: ClusterConfig, paths: Sequence[Path], launcher: Launcher, report: Report
-) -> list[tuple[ClusterConfig, Model]]:
-    """Opens each model with its own configuration, and reports unused projectors. Raises UsageError if a model cannot
-    run with its configuration on any workers."""
-    models = []
-    for own, path in zip(config.of_each_model(), paths, strict=True):
+) -> tuple[ClusterConfig, list[tuple[ClusterConfig, Model]]]:
+    """Opens each model with its own configuration, and reports unused projectors. Of several models, those whose files
+    are refused are reported and left out of the returned configuration. Raises ModelFileError if no model is left, and
+    UsageError if a model cannot run with its configuration on any workers."""
+    models, refusals, entries = [], list[str](), list[ModelEntry]()
+    for own, path, entry in zip_longest(config.of_each_model(), paths, config.models):
         adapters = [adapter.path for adapter in own.adapters]
-        model, unused = await asyncio.to_thread(open_with_projector, path, own.mmproj, own.chat_template, adapters)
+        try:
+            model, unused = await asyncio.to_thread(open_with_projector, path, own.mmproj, own.chat_template, adapters)
+        except ModelFileError as error:
+            if not config.models:
+                raise
+            refusals.append(f"{own.model_name} is not served: {error}")
+            continue
+        entries += [] if entry is None else [entry]
         stack.callback(model.close)
         if unused is not None:
             report(Notice(f"{own.model_name}: {unused}"))
         models.append((own, model))
+    if not models:
+        raise ModelFileError("; ".join(refusals))
+    for refusal in refusals:
+        report(Notice(refusal))
     for own, model in models:
         with named_errors(own):
             check_plan(own, model)
             launcher.check(worker_settings(config), model)
     check_distinct((own.model_name, model.model_id) for own, model in models)
-    return models
+    return config.model_copy(update={"models": tuple(entries)}), models
 
 
 @contextmanager

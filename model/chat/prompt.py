@@ -81,10 +81,7 @@ def _with_field(key: str, value: Any, guard: Guard) -> Any:
 
 def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
     """Returns the token ids of a rendered prompt, including control tokens. BOS is added if the model needs it."""
-    ids = encode_text(tokenizer, rendered)
-    if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
-        return [tokenizer.bos_id, *ids]
-    return ids
+    return tokenizer.with_bos(encode_text(tokenizer, rendered))
 
 
 def encode_text(tokenizer: Tokenizer, rendered: str) -> list[int]:

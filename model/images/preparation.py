@@ -38,6 +38,10 @@ _MAX_ERROR_CHARACTERS: Final = 300
 _log = logging.getLogger(__name__)
 
 
+class RefusedImageError(RequestError):
+    """An image cannot be decoded, or exceeds a limit."""
+
+
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
     """Limits of image preparation. A child process's memory may grow by `memory_bytes`. `cpu_seconds` and `wall_s`
@@ -100,11 +104,11 @@ class ImagePreparation:
             yield
 
     async def tiles(self, image: bytes, settings: ImageSettings) -> ImageTiles:
-        """Prepares an image. Callers must hold a `turn`. Raises RequestError if the image is refused, and DeadlineError
-        if the work takes too long or is stopped. If cancelled, waits until the work has ended."""
+        """Prepares an image. Callers must hold a `turn`. Raises RefusedImageError, or DeadlineError if the work takes
+        too long or is stopped. If cancelled, waits until the work has ended."""
         most = self._limits.max_bytes
         if len(image) > most:
-            raise RequestError(f"the image has {len(image)} bytes; the limit is {most}: send a smaller image")
+            raise RefusedImageError(f"the image has {len(image)} bytes; the limit is {most}: send a smaller image")
         work = asyncio.wrap_future(self._least_busy().submit(image, settings))
         try:
             return await asyncio.shield(work)
@@ -135,10 +139,12 @@ class _Preparer:
             raise DeadlineError(f"the preparation of the image was stopped: {failure}; try again") from None
         except ChildEndedError as failure:
             most = f"{self._limits.cpu_seconds} s of CPU time and {self._limits.memory_bytes >> 20} MiB"
-            raise RequestError(f"the image was refused: {failure}; the limit is {most}: send a smaller image") from None
+            raise RefusedImageError(
+                f"the image was refused: {failure}; the limit is {most}: send a smaller image"
+            ) from None
         self._report(self.child.first_reply["unconfined"])
         if "error" in reply:
-            raise RequestError(f"the image was refused: {_line(reply['error'])}")
+            raise RefusedImageError(f"the image was refused: {_line(reply['error'])}")
         return _tiles(reply, pixels, settings)
 
     def _report(self, unconfined: str | None) -> None:
@@ -148,7 +154,7 @@ class _Preparer:
 
 
 def _tiles(reply: dict[str, Any], pixels: bytes, settings: ImageSettings) -> ImageTiles:
-    """Converts a child's reply. Raises RequestError for an inconsistent reply, which a malicious image may cause."""
+    """Converts a child's reply. Raises RefusedImageError for an inconsistent reply, as of a malicious image."""
     try:
         sizes = [(int(width), int(height)) for width, height in reply["sizes"]]
         columns, rows = int(reply["columns"]), int(reply["rows"])
@@ -167,8 +173,8 @@ def _tiles(reply: dict[str, Any], pixels: bytes, settings: ImageSettings) -> Ima
     return ImageTiles(tuple(tiles), prompt_of(settings, sizes, columns, rows))
 
 
-def _damaged() -> RequestError:
-    return RequestError("the image was refused: the child process sent an invalid reply; send another image")
+def _damaged() -> RefusedImageError:
+    return RefusedImageError("the image was refused: the child process sent an invalid reply; send another image")
 
 
 def _line(text: object) -> str:

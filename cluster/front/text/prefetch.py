@@ -9,6 +9,8 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 from llamaclust.cluster.front.text.image_rows import RowMemoryError
 from llamaclust.cluster.front.text.images import ImageSource
+from llamaclust.core.errors import RequestError
+from llamaclust.model.images.preparation import RefusedImageError
 
 _SIDE_BY_SIDE: Final = 2
 """Number of images to prepare at a time for one prompt."""
@@ -33,13 +35,20 @@ class Prefetch(Generic[_Result]):
     ) -> None:
         """`room(own_bytes, size)` waits for `size` bytes for a request that has `own_bytes`. Raises RowMemoryError."""
         self._sources = deque(sources)
+        self._count = len(self._sources)
         self._begin = begin
         self._room = room
         self._tasks: deque[asyncio.Task[_Result]] = deque()
 
     async def next(self, own_bytes: int) -> _Result:
+        """Returns the next image's result. Raises RequestError, which names the image, if an image is refused."""
         self._begin_tasks(_SIDE_BY_SIDE)
-        result = await self.with_room(self._first, own_bytes)
+        try:
+            result = await self.with_room(self._first, own_bytes)
+        except RefusedImageError as error:
+            if self._count == 1:
+                raise
+            raise RequestError(f"image {self._count - len(self._sources) + 1} of {self._count}: {error}") from None
         self._sources.popleft()
         self._tasks.popleft()
         self._begin_tasks(_SIDE_BY_SIDE)

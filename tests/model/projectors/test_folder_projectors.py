@@ -37,8 +37,13 @@ def test_only_projectors_that_fit_are_found(text: Path) -> None:
     build_tiny_model(text.with_name("mmproj-text.gguf"), hidden=TEXT_WIDTH, heads=4, layers=1)
     text.with_name("mmproj-notes.txt").write_text("GGUF")
     text.with_name("mmproj-folder.gguf").mkdir()
-    write_gguf(text.with_name("mmproj-odd.gguf"), {"general.architecture": np.array([1, 2], np.uint32)}, [])
-    assert found(text) == ([], None)
+    names, unused = found(text)
+    assert not names and unused is not None and "'mmproj-text.gguf' is not a projector" in unused and "llama" in unused
+    text.with_name("mmproj-text.gguf").unlink()
+    odd = text.with_name("mmproj-odd.gguf")
+    write_gguf(odd, {"general.architecture": np.array([1, 2], np.uint32)}, [])
+    assert "'mmproj-odd.gguf' is not a projector" in str(found(text)[1])
+    odd.unlink()
     build_projector(text.with_name("mmproj-deep.gguf"), "qwen3vl_merger")
     names, unused = found(text)
     assert not names and unused is not None and "mmproj-deep.gguf" in unused and "rows for 2 first layers" in unused

@@ -10,6 +10,8 @@ import pytest
 from llamaclust.cluster.front.text.image_rows import RowCache, RowLimits, RowMemoryError
 from llamaclust.cluster.front.text.images import ImageSource
 from llamaclust.cluster.front.text.prefetch import Prefetch
+from llamaclust.core.errors import RequestError
+from llamaclust.model.images.preparation import RefusedImageError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,3 +51,26 @@ async def test_rows_get_the_memory_of_the_next_images(held_bytes: int, is_enough
             tiles.release()
     assert not is_enough or cache.held_bytes == 0
     assert not is_enough or (len({*begun}) == 3 and len(begun) > 3)
+
+
+@pytest.mark.parametrize(
+    ("count", "refused", "named"), [(1, 0, "it is"), (3, 1, "image 2 of 3: it is"), (2, 0, "1 of 2")]
+)
+async def test_an_error_names_the_image(count: int, refused: int, named: str) -> None:
+    cache = RowCache()
+
+    async def begin(source: ImageSource) -> Tiles:
+        if source.data == bytes([refused]):
+            raise RefusedImageError("it is damaged")
+        cache.use(100)
+        return Tiles(cache)
+
+    async def room(*_: int) -> None:
+        raise AssertionError("memory is not short")
+
+    async with aclosing(Prefetch([ImageSource(bytes([at])) for at in range(count)], begin, room)) as images:
+        for _ in range(refused):
+            (await images.next(0)).release()
+        with pytest.raises(RequestError) as error:
+            await images.next(0)
+    assert named in str(error.value) and str(error.value).endswith("it is damaged") and not cache.held_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import string
 from collections.abc import Sequence
@@ -35,13 +36,26 @@ def cluster_source(
 
 
 def _is_model(source: str) -> bool:
-    if _has_model_form(source) or _is_folder(source):
+    if _has_model_form(source) or _is_folder(source) or _is_gguf(source):
         return True
     return "/" not in source and Path(source).suffix not in _FILES and not _is_there(Path(source))
 
 
 def _is_folder(source: str) -> bool:
     return source != "" and _is_there(Path(source)) and Path(source).is_dir()
+
+
+def _is_gguf(source: str) -> bool:
+    """Returns True for a model file, whatever its name is. Ollama's files have no ending."""
+    try:
+        if not Path(source).is_file():  # A pipe can be read only once.
+            return False
+        from llamaclust.model.gguf.header import MAGIC
+
+        with Path(source).open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except (OSError, ValueError):
+        return False
 
 
 def _is_there(path: Path) -> bool:
@@ -66,16 +80,25 @@ def _served(spec: str) -> list[str]:
 
     found = locate(spec)
     path = found.path if isinstance(found, WantedFile) else found
-    model = spec if isinstance(found, WantedFile) else str(found.absolute())
-    name = path.stem if _has_model_form(spec) or _is_folder(spec) else spec
+    model = spec if isinstance(found, WantedFile) else _text_of(found.absolute())
+    name = path.stem if _has_model_form(spec) or _is_folder(spec) or _is_gguf(spec) else spec
     return [f"name={_cluster_name(name)}", f"model={json.dumps(model)}"]
 
 
 def mmproj_override(choice: str | None) -> list[str]:
     if choice is None:
         return []
-    is_path = choice.endswith(".gguf") and not choice.startswith(_remote_prefixes())
-    return [f"mmproj={json.dumps(str(Path(choice).expanduser().absolute()) if is_path else choice)}"]
+    is_path = (choice.endswith(".gguf") or _is_gguf(choice)) and not choice.startswith(_remote_prefixes())
+    return [f"mmproj={json.dumps(_text_of(Path(choice).expanduser().absolute()) if is_path else choice)}"]
+
+
+def _text_of(path: Path) -> str:
+    """Returns a path for a cluster file. Raises UsageError if the path is not UTF-8, which cluster files must be."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: the path is not UTF-8: rename the file, or give a link to it") from None
+    return str(path)
 
 
 def _cluster_name(text: str) -> str:

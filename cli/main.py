@@ -6,6 +6,7 @@ import os
 import sys
 from typing import Any
 
+from llamaclust.cli.init_process import adopt_orphans
 from llamaclust.cli.interrupts import end_at_once, ends_at_once, obey_signals
 from llamaclust.cli.terminal import print_error
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
@@ -17,6 +18,7 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Runs the command. Exit codes: 0 success, 1 failure, 2 bad usage or file, 3 too little memory, 130 interrupted."""
+    adopt_orphans()
     obey_signals()
     open_standard_streams()
     escape_what_locales_lack()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -156,7 +157,11 @@ def override(document: Document, overrides: Sequence[str]) -> Document:
         option = f"--set {' '.join(text.split())[:_MOST_SHOWN]}"
         if not separator or not key.strip():
             raise UsageError(f"{option} must be KEY=VALUE, for example timeouts.request=60s")
-        parsed, _ = parse_yaml(value, option)
+        try:
+            parsed, _ = parse_yaml(value, option)
+        except UsageError as error:
+            quoted = json.dumps(value[:_MOST_SHOWN], ensure_ascii=False)
+            raise UsageError(f"{error}; put text in quotes: --set '{key.strip()}={quoted}'") from error
         place = _place(document.values, tuple(key.strip().split(".")), option)
         around = {at: origin for at, origin in document.origins.items() if at[: len(place)] != place}
         origins = around | {place: option}

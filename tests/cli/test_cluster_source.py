@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -210,3 +211,36 @@ def test_plans_and_figures_of_a_model_with_a_projector(line: CommandLine) -> Non
     refused = line.run("up", model, "--mmproj", model)
     assert refused.code == 2 and "a projector has 'clip'" in refused.err and other.is_file()
     assert line.run("plan", "--assume", "16GB", "--mmproj", other).code == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["sha256-60e05f2100071479f596b964f89f510f057ce397ea22f2833a0cfe029bfc2463", "model.bin", "a.yaml"]
+)
+def test_a_model_file_needs_no_ending(tmp_path: Path, name: str) -> None:
+    tiny(tmp_path / name)
+    config = described(str(tmp_path / name))
+    assert config.model == str(tmp_path / name) and config.name == Path(name).stem[:63]
+    build_projector(tmp_path / "projector", "gemma3")
+    assert mmproj_override(str(tmp_path / "projector")) == [f'mmproj="{tmp_path / "projector"}"']
+
+
+@pytest.mark.parametrize("name", [b"a\xff.gguf", b"\xe9t\xe9.gguf", b"\xc3(.gguf", b"no ending \x80"])
+def test_a_path_that_is_not_utf_8_is_named(tmp_path: Path, name: bytes) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/" + name)
+    tiny(Path(path))
+    with pytest.raises(UsageError, match="is not UTF-8: rename the file"):
+        described(path)
+    with pytest.raises(UsageError, match="is not UTF-8: rename the file"):
+        mmproj_override(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["listen=[::]:8080", "name=[a", "model={b", "listen=@home", "name=a: b: c", "model=*x"]
+)
+def test_a_value_that_is_no_yaml_is_shown_in_quotes(text: str) -> None:
+    with pytest.raises(UsageError) as error:
+        described(None, None, text)
+    key, _, value = text.partition("=")
+    quoted = f"--set '{key}=\"{value}\"'"
+    assert str(error.value).endswith(f"put text in quotes: {quoted}") and "\n" not in str(error.value)
+    assert getattr(described(None, None, f'{key}="{value}"') if key == "model" else None, "model", value) == value

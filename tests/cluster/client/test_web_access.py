@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 
 import certifi
 import httpx
 import pytest
 
 from llamaclust import AsyncClient, Client
-from llamaclust.cluster.client.web_access import web_options
+from llamaclust.cluster.client.http import unreachable
+from llamaclust.cluster.client.web_access import proxy_note, web_options
 from llamaclust.core.errors import UsageError
 from llamaclust.core.interfaces import own_addresses
+from llamaclust.tools.hub.web_client import failure
 
 ELSEWHERE = "https://192.0.2.1:9"
 VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")
@@ -108,3 +114,56 @@ async def test_requests_do_not_wait_for_the_connections_of_others() -> None:
         replies = await asyncio.gather(*(client.tokenize("a") for _ in range(most)))
     server.close()
     assert replies == [[7]] * most
+
+
+@contextmanager
+def proxy_that_answers(reply: bytes) -> Iterator[int]:
+    """Serves a proxy on loopback that answers each connection's first request with `reply`."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    with connection:
+                        connection.recv(4096)
+                        connection.sendall(reply)
+
+        thread = Thread(target=serve, daemon=True)
+        thread.start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join(10)
+
+
+@pytest.mark.parametrize(
+    ("variable", "url", "reply"),
+    [
+        ("http_proxy", "http://llamaclust.invalid:9", b""),
+        ("HTTPS_PROXY", "https://llamaclust.invalid:9", b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n"),
+        ("https_proxy", "https://192.0.2.1:9", b"HTTP/1.1 502 Bad Gateway\r\n\r\n"),
+        ("ALL_PROXY", "https://llamaclust.invalid", b"SSH-2.0-x\r\n"),
+    ],
+)
+def test_an_error_names_the_proxy_without_its_password(
+    variable: str, url: str, reply: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with proxy_that_answers(reply) as port:
+        monkeypatch.setenv(variable, f"http://user:secret@127.0.0.1:{port}")
+        client = httpx.Client(timeout=20, **web_options(httpx.URL(url)))
+        with client, pytest.raises(httpx.HTTPError) as failed:
+            client.get(url)
+        for text in (str(unreachable(httpx.URL(url), failed.value)), failure(failed.value)):
+            assert f"proxy http://127.0.0.1:{port} of the variable {variable}" in text and "secret" not in text
+            assert "is the cluster up?" not in text
+        monkeypatch.setenv("no_proxy", httpx.URL(url).host)
+        assert proxy_note(failed.value) == ""
+
+
+def test_no_proxy_is_named_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+    with httpx.Client(**web_options(httpx.URL(url))) as client, pytest.raises(httpx.ConnectError) as failed:
+        client.get(url)
+    assert "proxy" not in str(unreachable(httpx.URL(url), failed.value))

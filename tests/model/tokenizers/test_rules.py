@@ -365,3 +365,26 @@ def test_long_monotonous_texts_are_quick(kind: str, unit: str) -> None:
     tokenizer = RANDOM[kind]
     text = unit * (200_000 // len(unit)) + "b"
     assert tokenizer.decode(tokenizer.encode(text)).endswith("b")
+
+
+@pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize(
+    ("metadata", "bos", "eos"),
+    [
+        (spm({"a": 1}), "<s>", "</s>"),
+        (bpe(words={"<|start|>": 3, "<|end|>": 3}, bos_token_id=256, eos_token_id=257), "<|start|>", "<|end|>"),
+        (bpe(words={"<bos>": 4, "<eos>": 4}, bos_token_id=256, eos_token_id=257), "<bos>", "<eos>"),
+    ],
+)
+def test_special_tokens_that_the_text_spells_are_not_doubled(
+    metadata: dict[str, Any], bos: str, eos: str, *, begins: bool, ends: bool
+) -> None:
+    flags = {"tokenizer.ggml.add_bos_token": begins, "tokenizer.ggml.add_eos_token": ends}
+    tokenizer = load_tokenizer(metadata | flags)
+    plain = tokenizer.encode("a", parse_special=True)
+    body = tokenizer.encode("a", add_special=False)
+    assert plain == [*[tokenizer.bos_id] * begins, *body, *[tokenizer.eos_id] * ends]
+    spelled = [tokenizer.bos_id, *body, tokenizer.eos_id]
+    assert tokenizer.encode(f"{bos}a{eos}", parse_special=True) == spelled
+    assert tokenizer.encode(f"{bos}{bos}a{eos}", parse_special=True) == [tokenizer.bos_id, *spelled]

@@ -9,7 +9,7 @@ from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
-from urllib.request import proxy_bypass_environment
+from urllib.request import proxy_bypass
 
 import httpx
 
@@ -189,7 +189,7 @@ def proxy_note(error: httpx.HTTPError) -> str:
         return ""
     variables = {name.lower(): (name, value) for name, value in proxy_variables().items()}
     name, value = variables.get(f"{url.scheme}_proxy") or variables.get("all_proxy") or ("", "")
-    is_excluded = proxy_bypass_environment(url.host, {"no": variables.get("no_proxy", ("", ""))[1]})
+    is_excluded = proxy_bypass(url.host, {"no": variables.get("no_proxy", ("", ""))[1]})
     if not name or is_excluded or _is_this_machine(url.host):
         return ""
     proxy = httpx.URL(value if "://" in value else f"http://{value}")

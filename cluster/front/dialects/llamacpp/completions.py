@@ -16,7 +16,7 @@ from llamaclust.cluster.front.dialects.openai.endpoints import TextCompletions
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.foreign_fields import LLAMACPP
 from llamaclust.cluster.front.images.chat_images import checked_bytes
-from llamaclust.cluster.front.images.parts import base64_part, placed, takes_images
+from llamaclust.cluster.front.images.parts import base64_part, placed
 from llamaclust.cluster.front.json_text import shown_progress, shown_timings
 from llamaclust.cluster.front.models import ApiModel
 from llamaclust.cluster.front.replies.reply import Event, Reply, View
@@ -28,6 +28,7 @@ from llamaclust.cluster.front.schema import (
     is_int,
     is_token_id,
     prompt_string,
+    takes_images,
 )
 from llamaclust.cluster.front.shared_fields import (
     AdapterFields,

@@ -17,7 +17,7 @@ from llamaclust.cluster.front.foreign_fields import (
     anything,
     only,
 )
-from llamaclust.cluster.front.images.parts import base64_part, placed, takes_images
+from llamaclust.cluster.front.images.parts import base64_part, placed
 from llamaclust.cluster.front.schema import (
     Body,
     ForeignFields,
@@ -26,6 +26,7 @@ from llamaclust.cluster.front.schema import (
     WholeLimitField,
     read_part,
     strings,
+    takes_images,
 )
 from llamaclust.cluster.front.shared_fields import (
     ReasoningFields,

@@ -36,8 +36,9 @@ DAMAGED = {"cut": _cut, "unknown": _unknown, "text": _text}
 
 def config_of(folder: Path, names: list[str], **entry: Any) -> tuple[ClusterConfig, list[Path]]:
     paths = [folder / f"{name}.gguf" for name in names]
-    for path in paths:
-        (DAMAGED.get(path.stem) or build_tiny_model)(path)
+    for seed, path in enumerate(paths):
+        damaged = DAMAGED.get(path.stem)
+        damaged(path) if damaged is not None else build_tiny_model(path, seed=seed)
     values = {"models": [{"model": str(path), **entry} for path in paths], "workers": [{"name": "a"}]}
     return ClusterConfig.model_validate(values), paths
 

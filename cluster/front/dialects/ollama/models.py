@@ -28,8 +28,8 @@ from llamaclust.cluster.front.json_text import to_json
 from llamaclust.cluster.front.models import ApiModel, ModelRouter
 from llamaclust.cluster.front.text.service import TextSettings
 
-API_VERSION: Final = "0.12.11"
-"""The version of Ollama whose API this server implements. Clients compare it with their minimum version."""
+API_VERSION: Final = "0.22.0"
+"""The first version of Ollama with all that this server serves of its API. Clients require a minimum version."""
 _NEVER: Final = "2318-12-31T00:00:00Z"
 _UNITS: Final = ((1_000_000_000_000, "T"), (1_000_000_000, "B"), (1_000_000, "M"), (1_000, "K"))
 _MOST_ITEMS: Final = 1 << 10

@@ -11,20 +11,22 @@ import httpx
 import ollama
 import pytest
 
-from llamaclust.cluster.front.dialects.ollama.models import ModelDetails
+from llamaclust.cluster.front.dialects.ollama.models import API_VERSION, ModelDetails
 from llamaclust.cluster.front.settings import MAX_COPIES
 from llamaclust.cluster.front.text.service import TextSettings
+from llamaclust.model.chat.template import ChatTemplate
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
 from llamaclust.model.ranking import Ranking
 from llamaclust.model.tokenizers.pairs import PairForm
-from support.clusters import served
+from support.clusters import served, tool_chats
 from support.clusters.served import CONTEXT, MODEL, ScriptedEngine, client, make_app, says, serving
 from support.models.tiny_adapter import build_adapter
 from support.models.tiny_model import build_tiny_model
 
 HI = [{"role": "user", "content": "Hi"}]
+THINKING = tool_chats.TEMPLATE.replace("opens and", "")
 
 
 def opened(**settings: Any) -> httpx.AsyncClient:
@@ -39,8 +41,44 @@ async def test_a_client_finds_the_server() -> None:
     async with opened() as http:
         assert (await http.get("/")).text == "Ollama is running"
         assert (await http.head("/")).status_code == 200
-        version = (await http.get("/api/version")).json()["version"]
-        assert [part.isdigit() for part in version.split(".")] == [True] * 3
+        for path in ("/api/version", "/api/tags"):
+            assert (await http.head(path)).status_code == 200
+
+
+CLIENT_MINIMUMS = {
+    "codex --oss": "0.13.4",  # openai/codex: codex-rs/ollama/src/lib.rs, min_responses_version
+    "VS Code's Copilot Chat": "0.6.4",  # microsoft/vscode: ollamaProvider.ts, MINIMUM_OLLAMA_VERSION
+    "1Code": "0.14.2",  # 21st-dev/1code: agents-beta-tab.tsx, MINIMUM_OLLAMA_VERSION
+}
+"""The least version of Ollama that each client accepts from `/api/version`."""
+FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "0.12.11": ("/api/chat", {"messages": HI, "stream": False, "logprobs": True}),
+    "0.13.3": ("/v1/responses", {"input": "Hi"}),
+    "0.14.0": ("/v1/messages", {"messages": HI, "max_tokens": 8}),
+    "0.15.5": ("/v1/messages/count_tokens", {"messages": HI}),
+    "0.22.0": ("/api/chat", {"messages": HI, "stream": False, "think": "max"}),
+}
+"""Requests by the first version of Ollama whose `server/routes.go` and `api/types.go` have them."""
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+async def test_the_version_is_at_least_the_minimum_of_each_client() -> None:
+    async with opened() as http:
+        version = numbers((await http.get("/api/version")).json()["version"])
+    assert len(version) == 3
+    assert [client for client, least in CLIENT_MINIMUMS.items() if version < numbers(least)] == []
+
+
+async def test_the_version_is_the_first_that_has_what_is_served() -> None:
+    with ChatTemplate(THINKING, "", "") as template:
+        async with client(make_app(ScriptedEngine(says("Hi.")), template)) as http:
+            for path, body in FEATURES.values():
+                reply = await http.post(path, json={"model": MODEL} | body)
+                assert reply.status_code == 200, reply.text
+    assert numbers(API_VERSION) == max(map(numbers, FEATURES))
 
 
 async def test_the_served_model_is_listed_with_its_aliases() -> None:

@@ -1,5 +1,5 @@
-"""Checks answers, whole and streamed, to recorded requests of coding agents in their default configuration and to call
-results, with strict templates and large vocabularies. The recordings lack the agents' texts."""
+"""Checks answers to recorded requests of coding agents in their default configuration, and to the results of calls,
+with strict templates, large vocabularies and a context of 32k tokens."""
 
 from __future__ import annotations
 
@@ -16,51 +16,47 @@ from llamaclust.cluster.front.body import HEADER
 from llamaclust.model.chat.template import ChatTemplate
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
+from support.chat.agents.agents import AGENTS
+from support.chat.agents.recordings import RecordedRequest, recorded
+from support.chat.sample_templates import TEMPLATES as NOTATIONS
 from support.chat.strict_templates import STRICT_TEMPLATES
 from support.clusters import served
 from support.clusters.served import ScriptedEngine, client, events_of, make_app, says
 from support.clusters.tool_chats import TEMPLATE
 from support.models.tiny_tokenizers import byte_level
-from support.paths import DATA
 
 LARGE = 262_144
-CLIENTS = ("codex", "claude-code", "opencode")
+SMALL = 4096
+CALLING = [name for name, agent in AGENTS.items() if agent.calls]
 TEMPLATES = {name: STRICT_TEMPLATES[name] for name in ("gemma", "mistral", "llama-2")} | {"tools": TEMPLATE}
-CALLS = {
-    "codex": ("exec_command", {"cmd": "cat a.txt"}),
-    "claude-code": ("Bash", {"command": "cat a.txt"}),
-    "opencode": ("bash", {"command": "cat a.txt"}),
-}
+_HOSTED = {"tools.web_search", "include.reasoning.encrypted_content", "content.input_image"}
+LEFT_OUT = {"codex": _HOSTED, "codex-oss": _HOSTED, "claude-code": {"display", "content.image"}}
 
 
 @cache
-def recorded(name: str) -> list[dict[str, Any]]:
-    """Returns a client's recorded requests with their tools, each of which is in the file once."""
-    record = json.loads((DATA / f"agents/{name}.json").read_text())
-    requests: list[dict[str, Any]] = record["requests"]
-    for body in (request["body"] for request in requests):
-        body |= {"tools": [record["tools"][tool] for tool in body["tools"]]} if "tools" in body else {}
-    return requests
+def tokenizer_of(vocabulary: int) -> Tokenizer:
+    return load_tokenizer(byte_level(vocabulary))
 
 
-@cache
-def large_tokenizer() -> Tokenizer:
-    return load_tokenizer(byte_level(LARGE))
+def use_vocabulary(vocabulary: int, context: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "CONTEXT", context)
+    monkeypatch.setattr(served, "tokenizer", lambda: tokenizer_of(vocabulary))
+    monkeypatch.setattr(served, "VOCABULARY", vocabulary)
+    monkeypatch.setattr(served, "END", vocabulary - 1)
 
 
-@pytest.fixture(params=["few words", "262 thousand words"], autouse=True)
-def _vocabulary(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served, "CONTEXT", 1 << 17)
-    if request.param != "few words":
-        monkeypatch.setattr(served, "tokenizer", large_tokenizer)
-        monkeypatch.setattr(served, "VOCABULARY", LARGE)
-        monkeypatch.setattr(served, "END", LARGE - 1)
+@pytest.fixture(params=[*((SMALL, name) for name in TEMPLATES), (LARGE, "tools")], ids=str)
+def template(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Sets the size of the vocabulary and returns a chat template."""
+    vocabulary, name = request.param
+    use_vocabulary(vocabulary, 1 << 17, monkeypatch)
+    return TEMPLATES[name]
 
 
 @asynccontextmanager
 async def serving(template: str, answer: str) -> AsyncIterator[tuple[ScriptedEngine, httpx.AsyncClient]]:
     engine = ScriptedEngine(says(answer))
-    with ChatTemplate(TEMPLATES[template], "<s>", "</s>") as rendered:
+    with ChatTemplate(template, "<s>", "</s>") as rendered:
         async with client(make_app(engine, rendered, strict_model=False)) as http:
             yield engine, http
 
@@ -69,13 +65,21 @@ def prompt_of(engine: ScriptedEngine) -> str:
     return served.tokenizer().decode(engine.submitted[-1].prompt)
 
 
-async def send(http: httpx.AsyncClient, request: dict[str, Any], *, stream: bool) -> httpx.Response:
-    body = request["body"] | {"stream": stream}
+async def send(http: httpx.AsyncClient, request: RecordedRequest) -> httpx.Response:
+    """Sends a request as it was recorded, and checks that its answer or stream is not an error."""
+    content = json.dumps(request.body).encode() if request.body else None
+    reply = await http.request(request.method, request.path, content=content, headers=request.headers)
+    assert reply.status_code == 200, reply.text
+    if request.body.get("stream"):
+        assert all("error" not in event for event in shown(reply))
+    return reply
+
+
+async def ask(http: httpx.AsyncClient, request: RecordedRequest, body: dict[str, Any], stream: bool) -> httpx.Response:
+    body = body | {"stream": stream}
     if not stream:
         body.pop("stream_options", None)
-    reply = await http.post(request["path"], json=body, headers=request["headers"])
-    assert reply.status_code == 200, reply.text
-    return reply
+    return await send(http, RecordedRequest(request.method, request.path, request.headers, body))
 
 
 def shown(reply: httpx.Response) -> list[dict[str, Any]]:
@@ -92,57 +96,63 @@ def texts_of(value: Any) -> Iterator[str]:
         yield from texts_of(item)
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-@pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("name", CLIENTS)
-async def test_recorded_requests_are_answered(name: str, template: str, stream: bool) -> None:
+@pytest.mark.parametrize("name", AGENTS)
+async def test_recorded_requests_are_answered(name: str, template: str) -> None:
     async with serving(template, "Done.") as (engine, http):
         for request in recorded(name):
-            await send(http, request, stream=stream)
-            texts = [*texts_of(request["body"].get("input") or request["body"]["messages"])]
-            prompt = prompt_of(engine)
-            assert all(text.strip() in prompt for text in texts)
+            await send(http, request)
+            body = request.body
+            texts = [*texts_of(body.get("input") or body.get("messages"))]
+            assert all(text.strip() in prompt_of(engine) for text in texts)
 
 
-async def test_what_is_left_out_is_named() -> None:
-    async with serving("tools", "Done.") as (_, http):
-        named = [
-            (await send(http, request, stream=False)).headers.get(HEADER, "")
-            for name in CLIENTS[:2]
-            for request in recorded(name)
-        ]
-    assert "tools.web_search" in named[0] and "content.input_image" in named[1]
-    assert "content.image" in named[3] and "tools.web_search_20250305" in named[4]
+@pytest.mark.parametrize("notation", ["hermes", "coder", "glm", "llama"])
+@pytest.mark.parametrize("name", AGENTS)
+async def test_default_requests_fit_a_context_of_32k(name: str, notation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_vocabulary(SMALL, 1 << 15, monkeypatch)
+    async with serving(NOTATIONS[notation], "Done.") as (engine, http):
+        for request in recorded(name):
+            await send(http, request)
+        assert any("one of many" in request for request in map(str, recorded(name)))
+    assert max(len(request.prompt) for request in engine.submitted) < 1 << 15
+
+
+@pytest.mark.parametrize("name", AGENTS)
+async def test_what_is_left_out_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_vocabulary(SMALL, 1 << 17, monkeypatch)
+    async with serving(TEMPLATE, "Done.") as (_, http):
+        named = [(await send(http, request)).headers.get(HEADER) for request in recorded(name)]
+    assert {field for line in named if line for field in line.split(", ")} == LEFT_OUT.get(name, set())
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-@pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("name", CLIENTS)
+@pytest.mark.parametrize("name", CALLING)
 async def test_a_call_and_its_result(name: str, template: str, stream: bool) -> None:
-    function, arguments = CALLS[name]
+    function, arguments = AGENTS[name].calls[0]
     answer = f"<tool_call>{json.dumps({'name': function, 'arguments': arguments})}</tool_call>"
-    first = next(request for request in recorded(name) if request["body"].get("tools"))
+    first = next(request for request in recorded(name) if request.offers_tools)
     async with serving(template, answer) as (engine, http):
-        reply = await send(http, first, stream=stream)
-        followed = {
-            "codex": follow_responses,
-            "claude-code": follow_messages,
-            "opencode": follow_chat,
-        }[name](first["body"], reply, stream=stream)
-        await send(http, {**first, "body": followed}, stream=stream)
+        reply = await ask(http, first, first.body, stream)
+        (made, more) = _FOLLOWED[AGENTS[name].path](reply, stream)
+        assert made == (function, arguments)
+        place = "input" if "input" in first.body else "messages"
+        await ask(http, first, first.body | {place: [*first.body[place], *more]}, stream)
         prompt = prompt_of(engine)
-    assert function in prompt and "cat a.txt" in prompt and "one of many" in prompt
+    assert function in prompt and "a.txt" in prompt and "one of many" in prompt
 
 
-def follow_responses(body: dict[str, Any], reply: httpx.Response, *, stream: bool) -> dict[str, Any]:
-    response = reply.json() if not stream else shown(reply)[-1]["response"]
+Followed = tuple[tuple[str, dict[str, Any]], list[dict[str, Any]]]
+
+
+def follow_responses(reply: httpx.Response, stream: bool) -> Followed:
+    """Returns the call of a reply, and the items of the call and its result."""
+    response = shown(reply)[-1]["response"] if stream else reply.json()
     (call,) = response["output"]
-    assert (call["type"], call["name"], json.loads(call["arguments"])) == ("function_call", *CALLS["codex"])
     result = {"type": "function_call_output", "call_id": call["call_id"], "output": "one of many"}
-    return {**body, "input": [*body["input"], call, result]}
+    return (call["name"], json.loads(call["arguments"])), [call, result]
 
 
-def follow_messages(body: dict[str, Any], reply: httpx.Response, *, stream: bool) -> dict[str, Any]:
+def follow_messages(reply: httpx.Response, stream: bool) -> Followed:
     if stream:
         events = shown(reply)
         start = next(event for event in events if event["type"] == "content_block_start")
@@ -150,13 +160,12 @@ def follow_messages(body: dict[str, Any], reply: httpx.Response, *, stream: bool
         block = {**start["content_block"], "input": json.loads("".join(pieces))}
     else:
         (block,) = reply.json()["content"]
-    assert (block["type"], block["name"], block["input"]) == ("tool_use", *CALLS["claude-code"])
     result = {"type": "tool_result", "tool_use_id": block["id"], "content": "one of many"}
     more = [{"role": "assistant", "content": [block]}, {"role": "user", "content": [result]}]
-    return {**body, "messages": [*body["messages"], *more]}
+    return (block["name"], block["input"]), more
 
 
-def follow_chat(body: dict[str, Any], reply: httpx.Response, *, stream: bool) -> dict[str, Any]:
+def follow_chat(reply: httpx.Response, stream: bool) -> Followed:
     if stream:
         calls = [
             call
@@ -169,6 +178,9 @@ def follow_chat(body: dict[str, Any], reply: httpx.Response, *, stream: bool) ->
     else:
         (call,) = reply.json()["choices"][0]["message"]["tool_calls"]
     function = call["function"]
-    assert (function["name"], json.loads(function["arguments"])) == CALLS["opencode"]
     result = {"role": "tool", "tool_call_id": call["id"], "content": "one of many"}
-    return {**body, "messages": [*body["messages"], {"role": "assistant", "content": "", "tool_calls": [call]}, result]}
+    more = [{"role": "assistant", "content": "", "tool_calls": [call]}, result]
+    return (function["name"], json.loads(function["arguments"])), more
+
+
+_FOLLOWED = {"/v1/responses": follow_responses, "/v1/messages": follow_messages, "/v1/chat/completions": follow_chat}

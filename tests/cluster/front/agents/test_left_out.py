@@ -120,7 +120,10 @@ TOOLS: list[tuple[str, dict[str, Any], str]] = [
     *((RESPONSES, {"type": kind}, kind) for kind in ("file_search", "mcp", "code_interpreter", "image_generation")),
     (RESPONSES, {"type": "computer_use_preview", "display_width": 9}, "computer_use_preview"),
     (RESPONSES, {"type": "shell", "environment": {"type": "container_auto"}}, "shell"),
-    *((MESSAGES, {"type": kind, "name": "a"}, kind) for kind in ("web_fetch_20250910", "computer_20250124")),
+    *(
+        (MESSAGES, {"type": kind, "name": "a"}, kind)
+        for kind in ("web_fetch_20250910", "web_search_20250305", "computer_20250124")
+    ),
     *((MESSAGES, {"type": kind, "name": "a"}, kind) for kind in ("code_execution_20250825", "mcp_toolset")),
     *((CHAT, {"type": kind}, kind) for kind in ("web_search", "browser_20260101", "openrouter:web_search")),
 ]

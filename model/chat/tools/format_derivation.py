@@ -32,7 +32,8 @@ from llamaclust.model.chat.tools.template_probe import (
     first_markup,
     last_markup,
 )
-from llamaclust.model.chat.tools.tool_format import Calls, ReasoningTags, TaggedCalls, ToolFormat
+from llamaclust.model.chat.tools.thoughts import named_thoughts, thought_parts
+from llamaclust.model.chat.tools.tool_format import Calls, ChannelCalls, ReasoningTags, TaggedCalls, ToolFormat
 
 _ARGUMENTS: Final = {KEYS[0]: VALUES[0]}
 
@@ -42,7 +43,7 @@ def derive_format(source: str, render: Render) -> ToolFormat:
     messages, and compares the results."""
     known = next((form for form in KNOWN_FORMATS if all(mark in source for mark in form.marks)), KnownFormat(()))
     plain = Probe(render, _takes_text(Probe(render)))
-    reasoning = known.reasoning or _derived_reasoning(plain) or _shown_reasoning(source, plain)
+    reasoning = None if isinstance(known.calls, ChannelCalls) else known.reasoning or _reasoning(source, plain)
     probe = replace(plain, reasoning=reasoning)
     calls = known.calls or derived_calls(probe) or _shown_calls(source) or GENERIC_CALLS
     if isinstance(calls, TaggedCalls) and "CDATA" in source:
@@ -59,8 +60,33 @@ def derive_format(source: str, render: Render) -> ToolFormat:
         takes_tool_role=RESULT in shown,
         takes_call_messages=VALUES[0] in probe.text(message),
         takes_system_role=SYSTEM in probe.with_system(SYSTEM),
+        takes_thought_parts=_takes_thought_parts(probe),
+        takes_text_beside_thoughts=_takes_text_beside_thoughts(probe),
         call_id_length=len(CALL_IDS[0]) if shown and not probe.text(*_call_and_result(probe, OTHER_CALL_ID)) else 0,
     )
+
+
+def _reasoning(source: str, probe: Probe) -> ReasoningTags | None:
+    return _derived_reasoning(probe) or _shown_reasoning(source, probe)
+
+
+def _takes_thought_parts(probe: Probe) -> bool:
+    """Returns True if the template shows thoughts that are parts of the content, but none beside the content."""
+    call, result = _call_and_result(probe, CALL_IDS[0])
+    thoughts = named_thoughts(REASONING)
+    beside = probe.text({"role": "assistant", "content": CONTENT, **thoughts}) + probe.text(
+        {**call, **thoughts}, result
+    )
+    inside = probe.text({"role": "assistant", "content": thought_parts(REASONING, CONTENT)})
+    is_dumped = "'thinking'" in inside or '"thinking"' in inside
+    return REASONING not in beside and REASONING in inside and CONTENT in inside and not is_dumped
+
+
+def _takes_text_beside_thoughts(probe: Probe) -> bool:
+    """Returns False if a message with a call may have either thoughts or content, but not both."""
+    message = call_message([_ARGUMENTS], text_arguments=probe.text_arguments)
+    thoughts, content = named_thoughts(REASONING), {"content": CONTENT}
+    return not probe.text({**message, **thoughts}) or bool(probe.text({**message, **thoughts, **content}))
 
 
 def _call_and_result(probe: Probe, call_id: str) -> tuple[Message, Message]:
@@ -83,12 +109,10 @@ def _shown_calls(source: str) -> Calls | None:
 
 
 def _derived_reasoning(probe: Probe) -> ReasoningTags | None:
-    fields = {"reasoning_content": REASONING, "reasoning": REASONING, "thinking": REASONING, "thought": REASONING}
-    parts = [{"type": "thinking", "thinking": REASONING}, {"type": "text", "text": CONTENT}]
     header = probe.content_text().partition(CONTENT)[0].rpartition(QUESTION)[2]
     prompt = probe.text(prompt=True)
     opening = prompt.rstrip().rpartition("\n")[2] if not last_markup(prompt) else ""
-    for message in ({"content": CONTENT, **fields}, {"content": parts}):
+    for message in ({"content": CONTENT, **named_thoughts(REASONING)}, {"content": thought_parts(REASONING, CONTENT)}):
         text = probe.text({"role": "assistant", **message})
         before, _, behind = text.partition(REASONING)
         between, has_content, _ = behind.partition(CONTENT)

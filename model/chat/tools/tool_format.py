@@ -139,6 +139,8 @@ class ToolFormat:
     takes_tool_role: bool = True
     takes_call_messages: bool = True  # True if the template renders messages with `tool_calls`.
     takes_system_role: bool = True
+    takes_thought_parts: bool = False  # True if the template reads thoughts only from parts of the content.
+    takes_text_beside_thoughts: bool = True  # False if it refuses thoughts and content in a message with calls.
     call_id_length: int = 0  # Number of letters and digits that a call id must have. 0 means any id.
 
     @property

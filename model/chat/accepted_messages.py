@@ -12,12 +12,13 @@ Messages = list[dict[str, Any]]
 _BREAK: Final = "\n\n"
 _MERGED: Final = ("system", "user", "assistant")
 _SHOWN: Final = 64
+_OF_ANSWERS: Final = ("content", "tool_calls", "reasoning_content")
 
 
 def accepted_forms(messages: Sequence[Message]) -> Iterator[Messages]:
-    """Yields versions of the chat, each with one more change: later system messages move into user messages, adjacent
-    messages with the same role are merged, an empty user message is put first, and finally the first system messages
-    move into the first user message."""
+    """Yields versions of the chat, each with one more change: later system messages move into user messages, answers
+    without text and calls are left out, adjacent messages with the same role are merged, an empty user message is put
+    first, and finally the first system messages move into the first user message."""
     before = [dict(message) for message in messages]
     for change in _CHANGES:
         changed = change(before)
@@ -53,6 +54,10 @@ def _with_late_systems_joined(messages: Messages) -> Messages:
     return [*joined, _user(*waiting)] if waiting else joined
 
 
+def _without_empty_answers(messages: Messages) -> Messages:
+    return [message for message in messages if message["role"] != "assistant" or any(map(message.get, _OF_ANSWERS))]
+
+
 def _with_equal_roles_merged(messages: Messages) -> Messages:
     merged: Messages = []
     for role, group in groupby(messages, lambda message: message["role"]):
@@ -85,6 +90,7 @@ def _without_systems(messages: Messages) -> Messages:
 
 _CHANGES: Final[tuple[Callable[[Messages], Messages], ...]] = (
     _with_late_systems_joined,
+    _without_empty_answers,
     _with_equal_roles_merged,
     _with_a_user_first,
     _without_systems,

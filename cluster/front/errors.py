@@ -86,6 +86,15 @@ class ErrorShape:
     """Name and `type` of the event that ends a stream with an error. Empty if the API has no such event."""
     schema_name: str = "Error"
     schema: Mapping[str, Any] = field(default_factory=lambda: _SCHEMA)
+    last_events: Callable[[Failure, Mapping[str, Any]], list[dict[str, Any]]] | None = None
+    """Makes the events that end a stream, each with a `type`, from `View.error_fields`. None: `body` is the event."""
+
+    def ending(self, failure: Failure, fields: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+        """Returns the names and values of the events that end a stream with an error."""
+        if self.last_events is not None:
+            return [(event["type"], event) for event in self.last_events(failure, fields)]
+        kind = {"type": self.event_name} if self.event_name else {}
+        return [(self.event_name, {**kind, **self.body(failure), **fields})]
 
 
 def _error_type(failure: Failure, types: Mapping[int, str], of_server: str = "server_error") -> str:
@@ -116,8 +125,30 @@ def _anthropic(failure: Failure) -> dict[str, Any]:
     return {"type": "error", "error": error}
 
 
+def response_error(failure: Failure) -> dict[str, str]:
+    """Returns the `error` of a failed response. Clients repeat a request unless the code says that it is invalid."""
+    code = (
+        "rate_limit_exceeded"
+        if failure.status == 429
+        else "server_error"
+        if failure.status >= 500
+        else "invalid_prompt"
+    )
+    return {"code": failure.code if failure.numbers else code, "message": failure.message}
+
+
+def _response_events(failure: Failure, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    error = {"type": "error", "code": failure.code, "message": failure.message, "param": failure.param}
+    response = {"object": "response", "output": [], **fields.get("response", {})}
+    failed = {"type": "response.failed", "response": {**response, "status": "failed", "error": response_error(failure)}}
+    events = [*fields.get("events", ()), error, failed]
+    return [
+        {**event, "sequence_number": number} for number, event in enumerate(events, fields.get("sequence_number", 0))
+    ]
+
+
 OPENAI: Final = ErrorShape(_openai)
-RESPONSES: Final = ErrorShape(_openai, "error")
+RESPONSES: Final = ErrorShape(_openai, last_events=_response_events)
 ANTHROPIC: Final = ErrorShape(_anthropic, "error")
 LLAMACPP: Final = ErrorShape(_llamacpp)
 OLLAMA: Final = ErrorShape(_ollama, schema_name="OllamaError", schema=_OLLAMA_SCHEMA)

@@ -7,7 +7,6 @@ import logging
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from enum import Enum
-from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -47,10 +46,9 @@ class StreamFormat(Enum):
         return b"%bdata: %b\n\n" % ((f"{head}event: {name}\n" if name else head).encode(), data)
 
     def error(self, scope: Scope, error: LlamaclustError, fields: Mapping[str, Any]) -> bytes:
-        """Renders an error, with additional fields, as the last part of a stream."""
-        shape, failure = shape_of(scope), failure_of(error)
-        kind = {"type": shape.event_name} if shape.event_name else {}
-        return self.part(to_json({**kind, **shape.body(failure), **fields}), shape.event_name)
+        """Renders an error as the last part of a stream. `fields` are those of `View.error_fields`."""
+        events = shape_of(scope).ending(failure_of(error), fields)
+        return b"".join(self.part(to_json(value), name) for name, value in events)
 
 
 class PartsResponse(Response):
@@ -90,9 +88,9 @@ class EventResponse(PartsResponse):
         parts: AsyncGenerator[bytes, None],
         close: Close,
         form: StreamFormat,
-        error_fields: Mapping[str, Any] = MappingProxyType({}),
+        error_fields: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
-        """`error_fields` are added to an error that ends the stream. The caller may change them during the stream."""
+        """`error_fields` returns `View.error_fields` for an error that ends the stream."""
         self.media_type = form.value
         super().__init__(parts, close, _HEADERS)
         self._form = form
@@ -108,11 +106,11 @@ class EventResponse(PartsResponse):
                 if self._is_cut:  # The server accepts data even after the client has disconnected.
                     return
         except LlamaclustError as error:
-            last = self._form.error(scope, error, self._error_fields)
+            last = self._form.error(scope, error, self._error_fields())
         # An internal error must end the stream visibly, or the client would suspect the network.
         except Exception:  # noqa: BLE001
             _log.exception("a stream of %s failed", scope["path"])
-            last = self._form.error(scope, internal_error(), self._error_fields)
+            last = self._form.error(scope, internal_error(), self._error_fields())
         self._is_sent = True
         if writer is not None:
             writer.flush()

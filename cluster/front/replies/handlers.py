@@ -142,7 +142,9 @@ class Replies:
 
     def _stream(self, request: Request, kept: KeptReply, framing: Framing) -> Response:
         shape_errors(request.scope, kept.context.endpoint)
-        return EventResponse(kept.stream(framing), partial(self.cache.left, kept), framing.form, framing.error_fields)
+        return EventResponse(
+            kept.stream(framing), partial(self.cache.left, kept), framing.form, framing.fields_of_error
+        )
 
     def _form(self, kept: KeptReply) -> StreamFormat:
         return self._forms.get(kept.context.endpoint, StreamFormat.EVENTS)

@@ -134,6 +134,7 @@ class KeptReply:
             on_disk = None if admitted is None else self._owner.admit(self, admitted)
             self.context.images = {}  # The images are encoded, or the journal has them.
         except BaseException as error:
+            self._view = reply.view  # It renders the error.
             self.end(_as_ended(error))
             await self._computing.aclose()
             raise
@@ -238,14 +239,11 @@ class KeptReply:
         if self._timer is not None:
             self._timer.cancel()
         self.end(RequestCancelledError())
-        if self._beginning is not None:
-            self._beginning.cancel()
-            await asyncio.wait([self._beginning])
-            self._beginning = None
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-            self._task = None  # Breaks a reference cycle: the task's error refers to this object.
+        tasks = [task for task in (self._beginning, self._task) if task is not None]
+        self._beginning = self._task = None  # Breaks reference cycles: a task's error refers to this object.
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # The log has their errors.
         # A task that is cancelled before its first step does not run its `finally` block.
         await self._computing.aclose()
 
@@ -309,7 +307,8 @@ class KeptReply:
                 if entry is None:
                     await reader.wait(comment_s - loop.time() if comment else None)
                     continue
-                view, size = view or self._new_view(), sizes.next(*entry)
+                view = framing.view = view or self._new_view()
+                size = sizes.next(*entry)
                 cost += _ENTRY_COST + size
                 if cost > _TURN_COST:
                     cost = _ENTRY_COST + size
@@ -322,9 +321,7 @@ class KeptReply:
                     yield part
                     comment_s = loop.time() + framing.keepalive_s
             if view is None and self._view is not None:
-                view = self._new_view()
-            if view is not None:
-                framing.error_fields.update(view.error_fields)
+                view = framing.view = self._new_view()
             self.log.raise_error()
             assert view is not None
             for part in framing.parts(view.closing()):

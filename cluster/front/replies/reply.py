@@ -102,6 +102,7 @@ class View(ABC):
 
     @property
     def error_fields(self) -> Mapping[str, Any]:
+        """Fields of the events that end the stream with an error. The API's `ErrorShape` decides what they mean."""
         return {}
 
     def closing(self) -> Iterable[Event]:
@@ -188,8 +189,11 @@ class Framing:
     with_ids: bool = True
     with_comments: bool = True
     skipped_bytes: int = 0  # Number of bytes still to skip because the client has them.
-    error_fields: dict[str, Any] = field(default_factory=dict)  # Fields to add to an error that ends the stream.
+    view: View | None = None  # The view that rendered the stream so far.
     _numbers: Position = field(default_factory=Counter)
+
+    def fields_of_error(self) -> Mapping[str, Any]:
+        return {} if self.view is None else self.view.error_fields
 
     def shown(self, view: View, prompt: int, item: LogItem, *, is_large: bool = False) -> list[bytes]:
         """Renders the events of the next log entry, in pieces if `is_large`."""

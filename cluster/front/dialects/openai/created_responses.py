@@ -14,7 +14,7 @@ from llamaclust.cluster.front.dialects.openai.response_schema import (
     Status,
 )
 from llamaclust.cluster.front.dialects.openai.response_store import ResponseStore, stored_response
-from llamaclust.cluster.front.errors import HttpError
+from llamaclust.cluster.front.errors import HttpError, failure_of, response_error
 from llamaclust.cluster.front.http.gates import owner
 from llamaclust.cluster.front.http.responses import EVENTS, JSON, JsonResponse, QueryParameter, Route
 from llamaclust.cluster.front.http.sse import rendered
@@ -149,8 +149,7 @@ def _unended(kept: KeptReply, response_id: str) -> dict[str, Any]:
     if isinstance(kept.error, ClusterStoppingError):  # The next coordinator continues the computation.
         raise kept.error
     if kept.error is not None:
-        error = {"code": "server_error", "message": str(kept.error)}
-        return {**shown, "status": Status.FAILED, "error": error}
+        return {**shown, "status": Status.FAILED, "error": response_error(failure_of(kept.error))}
     return {**shown, "status": Status.QUEUED if known is None else Status.IN_PROGRESS}
 
 

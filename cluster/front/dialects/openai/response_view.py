@@ -164,7 +164,7 @@ class OutputItems:
 def _call(name: str, tool: ClientTool | None) -> tuple[str, dict[str, Any]]:
     if tool is not None and tool.kind in BUILT_IN:
         built_in = BUILT_IN[tool.kind]
-        return f"{tool.kind}_call", {built_in.field: dict(built_in.fixed)}
+        return f"{tool.kind}_call", {**built_in.marks, built_in.field: dict(built_in.fixed)}
     namespaced = {} if tool is None or tool.namespace is None else {"namespace": tool.namespace}
     named = {"name": name if tool is None else tool.name, **namespaced}
     if tool is not None and tool.kind == "custom":
@@ -222,8 +222,10 @@ class ResponseView(View):
         yield Event(1, {**shown, **more}, shown["type"])
 
     @property
-    def error_fields(self) -> dict[str, int]:
-        return {"sequence_number": self._events}
+    def error_fields(self) -> dict[str, Any]:
+        before = [] if self._events else self._head.first_events
+        response = self._head.shown(Status.FAILED, self._items.items)
+        return {"sequence_number": self._events, "events": before, "response": response}
 
     def _events_of(self, chunk: TextChunk) -> Iterator[Event]:
         timings = {}

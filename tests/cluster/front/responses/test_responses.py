@@ -19,7 +19,6 @@ from llamaclust.cluster.front.dialects.openai.response_store import ResponseStor
 from llamaclust.cluster.front.dialects.openai.response_view import OutputItems, ReasoningCount
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.text import service as service_module
-from llamaclust.core.errors import WorkerError
 from llamaclust.model.chat.template import ChatTemplate
 from support.clusters.served import MODEL, ScriptedEngine, events_of, make_app, says, serving, tokenizer
 from support.clusters.tool_chats import CALL, TEMPLATE, served
@@ -326,15 +325,6 @@ async def test_refusals(fields: dict[str, Any], named: str) -> None:
     reply, prompt = await respond(**fields)
     assert reply.status_code == 400 and prompt == ""
     assert named in reply.json()["error"]["message"]
-
-
-async def test_a_stream_that_fails_ends_with_an_error() -> None:
-    engine = ScriptedEngine(says("Yes."), failure=WorkerError("lost"), failure_after=2)
-    async with served(engine) as http:
-        reply = await http.post(PATH, json={"input": "Hi", "stream": True})
-    *before, last = events_of(reply.text)
-    assert last["type"] == "error" and last["error"]["message"] == "lost"
-    assert [event["sequence_number"] for event in (*before, last)] == list(range(len(before) + 1))
 
 
 # -- the official client -----------------------------------------------------------------------------------------------

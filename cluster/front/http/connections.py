@@ -67,6 +67,7 @@ class HttpConnection(h11.Connection):
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._chunks = self._body_bytes = 0
+            _check_version(event)
             return _in_origin_form(event)
         if isinstance(event, h11.Data):
             self._events_left -= 1
@@ -100,6 +101,12 @@ class HttpConnection(h11.Connection):
             headers = [(canonical_name(name), value) for name, value in event.headers]
             event = h11.Response(status_code=event.status_code, headers=headers, reason=event.reason)
         return super().send(event)
+
+
+def _check_version(request: h11.Request) -> None:
+    if not request.http_version.startswith(b"1."):
+        what = f"HTTP/{request.http_version.decode()} is not supported; use HTTP/1.1"
+        raise h11.RemoteProtocolError(what, error_status_hint=505)
 
 
 def _in_origin_form(request: h11.Request) -> h11.Request:

@@ -35,7 +35,7 @@ _GRACE_S = 1
 """Seconds during which a stopping server still sends data. uvicorn requires a whole number."""
 _MOST_EARLY = 64  # Maximum number of connections while the cluster starts.
 _HEAD_BYTES = 65536
-_NO_HTTP = {431: "head_too_large", 501: "not_supported"}
+_NO_HTTP = {431: "head_too_large", 501: "not_supported", 505: "http_version_not_supported"}
 
 
 def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: int | None = None) -> uvicorn.Config:

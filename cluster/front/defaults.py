@@ -9,11 +9,13 @@ from operator import ne
 from typing import Any, Final
 
 from llamaclust.cluster.front.structured_output import CONSTRAINTS, constrains
+from llamaclust.cluster.front.thought_switches import SWITCHES, has_switch
 
 _Refuses = Callable[[Any, Any], bool]
 """A predicate of two fields' values (None if absent). It returns True if one request cannot have both values."""
 
 _LOGPROBS: Final = "message.output_text.logprobs"
+_KWARGS: Final = "chat_template_kwargs"
 
 
 def _is_empty(value: Any) -> bool:
@@ -44,8 +46,10 @@ _EXCLUDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     ("ignore_eos", "stop_token_ids", _both),
     ("continue_final_message", "add_generation_prompt", _both),
     ("background", "store", lambda background, store: background is True and store is False),
-    *(("suffix", other, _both) for other in ("raw", "context", "system")),
+    *(("suffix", other, _both) for other in ("raw", "context", "system", "echo")),
     ("raw", "system", _both),
+    *((one, other, lambda _, __: True) for one, other in combinations(SWITCHES, 2) if _KWARGS not in (one, other)),
+    *((_KWARGS, other, lambda variables, _: has_switch(variables)) for other in SWITCHES if other != _KWARGS),
     *((one, other, partial(_both_constrain, one, other)) for one, other in combinations(CONSTRAINTS, 2)),
 )
 """Pairs of fields, with a predicate that is True if their two values cannot be in one request."""

@@ -107,7 +107,7 @@ MESSAGE: Final = ForeignFields(
 """Fields of chat messages. A client may send an answer back as a message, with fields that another server added."""
 
 COMPLETION: Final = ForeignFields(
-    refused={**_REFUSED, **_names("suffix prompt_embeds", only()), "n_cmpl": number(1)},
+    refused={**_REFUSED, **_names("prompt_embeds", only()), "n_cmpl": number(1)},
     hints=_HINTS,
     other_names={**_OPENAI_NAMES, **_SLOT_NAME, "n_probs": "logprobs"},
 )
@@ -184,7 +184,11 @@ MESSAGES: Final = ForeignFields(
 )
 """Anthropic's fields. The ignored fields concern costs, caches, regions, and the shortening of chats."""
 
-THINKING: Final = ForeignFields(hints={"display": only("summarized")})
+SWITCH: Final = ForeignFields(
+    hints={"display": only("summarized"), "exclude": only(False), **_names("keep clear_thinking", only())},
+    other_names={"max_tokens": "budget_tokens"},
+)
+"""Keys of the objects `thinking` and `reasoning`."""
 
 ANTHROPIC_TOOL: Final = ForeignFields(
     hints=_names("cache_control strict defer_loading allowed_callers input_examples eager_input_streaming", anything)
@@ -211,7 +215,7 @@ OLLAMA_GENERATE: Final = ForeignFields(
 OLLAMA: Final = replace(OLLAMA_GENERATE, refused={**OLLAMA_GENERATE.refused, "images": only()})
 """Fields of Ollama's requests. `truncate` and `shift` have no effect, because this server never shortens prompts."""
 
-OLLAMA_MESSAGE: Final = ForeignFields(other_names={"name": "tool_name", "reasoning_content": "thinking"})
+OLLAMA_MESSAGE: Final = ForeignFields(other_names={"name": "tool_name"})
 
 OF_ADAPTERS: Final = ForeignFields(
     refused=_names("load_inplace is_3d_lora_weight", only(False)), hints=_names("lora_int_id", anything)

@@ -254,6 +254,15 @@ def strings(value: Any) -> tuple[str, ...]:
     return tuple(given)
 
 
+def _stops(value: Any) -> tuple[str, ...]:
+    """Reads stop strings without empty ones, which some clients send for none."""
+    return tuple(filter(None, strings(value)))
+
+
+def _dimensions(value: Any) -> Any:
+    return None if value == 0 and is_int(value) else value
+
+
 def _prompts(value: Any) -> tuple[Prompt, ...]:
     if isinstance(value, list) and value and all(isinstance(item, str | list) for item in value):
         if len(value) > MAX_PROMPTS:
@@ -313,7 +322,9 @@ WholeLimitField = Annotated[int, BeforeValidator(_without_end), Field(ge=-2)]
 """Maximum number of tokens of an answer, for fields whose default is -1 instead of null."""
 SeedField = Annotated[int | None, BeforeValidator(_seed), WithJsonSchema({"type": "integer"})]
 """A seed. None (in JSON also -1, as in llama.cpp) means a random seed."""
-StopField = Annotated[tuple[str, ...], BeforeValidator(strings), WithJsonSchema(_STRINGS)]
+StopField = Annotated[tuple[str, ...], BeforeValidator(_stops), WithJsonSchema(_STRINGS)]
+DimensionsField = Annotated[int | None, BeforeValidator(_dimensions), WithJsonSchema({"type": "integer", "minimum": 0})]
+"""The number of dimensions of an embedding. None (in JSON also 0) means all."""
 PromptsField = Annotated[tuple[Any, ...], BeforeValidator(_prompts), WithJsonSchema(_PROMPTS)]
 BiasField = Annotated[
     tuple[tuple[int, float], ...],

@@ -13,12 +13,7 @@ from llamaclust.cluster.config.values import shown, switched
 from llamaclust.cluster.front.foreign_fields import CHAT
 from llamaclust.cluster.front.schema import Body, LenientContext, Prompt, SeedField
 from llamaclust.cluster.front.text.images import PromptImages
-from llamaclust.cluster.front.text.request import (
-    MAX_MESSAGE_CHARACTERS,
-    MAX_SALT_CHARACTERS,
-    CompletionRequest,
-    ReasoningBudget,
-)
+from llamaclust.cluster.front.text.request import MAX_SALT_CHARACTERS, CompletionRequest
 from llamaclust.cluster.scheduler.dry_breakers import DEFAULT_BREAKERS
 from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 from llamaclust.cluster.scheduler.validation import check_chain
@@ -97,20 +92,6 @@ SCALES_SCHEMA: dict[str, Any] = {
 class AdapterFields(Body):
     lora: Annotated[AdapterScales | None, BeforeValidator(read_scales), WithJsonSchema(SCALES_SCHEMA)] = None
     """Adapters to use: [{"id": N, "scale": scale}, ...]. The default is the scales set by `POST /lora-adapters`."""
-
-
-class ReasoningFields(Body):
-    reasoning_budget: Annotated[int, Field(ge=-1)] = -1
-    """Maximum number of reasoning tokens. 0 for no reasoning, -1 for no limit."""
-    reasoning_budget_message: Annotated[str, Field(max_length=MAX_MESSAGE_CHARACTERS)] = ""
-    """Text to insert before the end of reasoning if the budget forces the end."""
-
-    @property
-    def answer_budget(self) -> ReasoningBudget | None:
-        return self.budget_of(self.reasoning_budget)
-
-    def budget_of(self, tokens: int) -> ReasoningBudget | None:
-        return None if tokens < 0 else ReasoningBudget(tokens, self.reasoning_budget_message)
 
 
 _FORMS: Final = f'give true, false, a number of drafted tokens from 0 to {MAX_WINDOW}, or {{"n_max": NUMBER}}'

@@ -80,10 +80,10 @@ def response_format_grammar(value: dict[str, Any], origin: str) -> Grammar | Non
             schema, is_strict = value.get("schema") or {"type": "object"}, False
         case "json_schema":
             wrapped = value.get("json_schema", value)
-            schema = wrapped.get("schema") if isinstance(wrapped, dict) else None
-            is_strict = isinstance(wrapped, dict) and wrapped.get("strict") is True
-            if schema is None:
-                raise ParameterError(f"{origin}.json_schema.schema", "is missing")
+            if not isinstance(wrapped, dict):
+                raise ParameterError(f"{origin}.json_schema", "must be an object with a 'schema'")
+            schema, is_strict = wrapped.get("schema"), wrapped.get("strict") is True
+            schema = {"type": "object"} if schema is None else schema
         case _:
             reason = f"must be 'text', 'json_object' or 'json_schema', not {str(kind)[:60]!r}"
             raise ParameterError(f"{origin}.type", reason)

@@ -18,7 +18,7 @@ from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.foreign_fields import EMBEDDING, RERANK
 from llamaclust.cluster.front.http.sse import JsonParts, rendered, unless_disconnected
 from llamaclust.cluster.front.json_text import is_large, json_body
-from llamaclust.cluster.front.schema import is_int, prompt_string
+from llamaclust.cluster.front.schema import DimensionsField, is_int, prompt_string
 from llamaclust.cluster.front.shared_fields import SaltFields
 from llamaclust.cluster.front.text.embedder import EUCLIDEAN, Embedding, EmbeddingOptions, Rank, Vector
 from llamaclust.cluster.front.text.service import TextService
@@ -78,7 +78,7 @@ class EmbeddingFields(SaltFields, foreign=EMBEDDING):
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     """The form of a vector. `float` is a list of numbers, `base64` a base64 text of little-endian float32 values."""
-    dimensions: int | None = Field(default=None, ge=1, le=_MAX_DIMENSIONS)
+    dimensions: DimensionsField = Field(default=None, ge=1, le=_MAX_DIMENSIONS)
     """The number of dimensions to return, from the beginning of the vector. The default is all dimensions."""
     pooling: Literal["none", "mean", "cls", "last"] | None = None
     """The method that combines the tokens' hidden states. The default is the model file's method, or else `last`."""

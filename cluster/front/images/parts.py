@@ -97,7 +97,8 @@ def checked_detail(detail: object) -> str:
 
 
 def checked_base64(data: str) -> str:
-    """Removes line breaks from base64. Raises ValueError if the text is not base64 or the image is too large."""
+    """Returns base64 without line breaks and with padding. Raises ValueError if the text is not base64 or the image is
+    too large."""
     try:
         data.encode("ascii")  # With other characters, `translate` would block the interpreter for up to a second.
     except UnicodeEncodeError as error:
@@ -111,6 +112,6 @@ def checked_base64(data: str) -> str:
     digits = data.removesuffix("=").removesuffix("=").encode("ascii")
     if others := digits.translate(None, _DIGITS):
         raise ValueError(f"expected an image in base64, found the character {chr(others[0])!r}")
-    if len(data) % 4:
-        raise ValueError(f"expected an image in base64, with a multiple of 4 characters, found {len(data)}")
-    return data
+    if len(digits) % 4 == 1:
+        raise ValueError(f"expected an image in base64, found a part of one: {len(digits)} characters without padding")
+    return digits.decode("ascii") + "=" * (-len(digits) % 4)

@@ -30,6 +30,7 @@ from llamaclust.model.chat.tools.begun_answer import continuation, ended_reasoni
 from llamaclust.model.chat.tools.format_derivation import derive_format
 from llamaclust.model.chat.tools.history import template_messages
 from llamaclust.model.chat.tools.known_formats import GENERIC_CALLS
+from llamaclust.model.chat.tools.thoughts import with_shown_thoughts
 from llamaclust.model.chat.tools.tool_format import ChannelCalls, ToolFormat
 from llamaclust.model.grammars.reasoning import Place, ReasoningScanner
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
@@ -78,13 +79,13 @@ class ChatFormat:
     async def text(self, chat: ChatRequest) -> str:
         """Returns the rendered prompt, with llama.cpp's media marker in place of each image."""
         markers = ImageMarkers()
-        text, _ = await self._rendered(replace(chat, messages=markers.mark(chat.messages)))
+        text, _ = await self._rendered(replace(chat, messages=markers.mark(chat.messages, self._template.source or "")))
         return markers.public(unguarded(text))
 
     async def completion(self, chat: ChatRequest, check: Callable[[int], None]) -> CompletionRequest:
         """Returns the completion request of a chat. `check` raises an error if the prompt has too many characters."""
         markers = ImageMarkers()
-        chat = replace(chat, messages=markers.mark(chat.messages))
+        chat = replace(chat, messages=markers.mark(chat.messages, self._template.source or ""))
         check(await run_on(TOKENIZING, chat.count_characters))
         text, reading = await self._rendered(chat)
         check(len(unguarded(text)))
@@ -107,7 +108,7 @@ class ChatFormat:
     async def _rendered(self, chat: ChatRequest) -> tuple[str, AnswerParsing | None]:
         """Returns the rendered prompt, which may contain GUARD (see `_guarded`), and how to parse the answer."""
         form = await self.get()
-        taken = _TEMPLATE_ARGUMENTS & chat.variables.keys()
+        taken = _TEMPLATE_ARGUMENTS & (chat.variables.keys() | chat.thoughts.variables.keys())
         if taken:
             raise ParameterError("chat_template_kwargs", f"{min(taken)!r} cannot be set by a request; remove it")
         if chat.end is PromptEnd.LAST_MESSAGE and chat.messages[-1].get("tool_calls"):
@@ -130,20 +131,21 @@ class ChatFormat:
         more |= {"now_s": chat.created}
         if chat.end is not PromptEnd.LAST_MESSAGE:
             is_open = chat.end is PromptEnd.GENERATION_PROMPT
-            text = await self._accepted_text(messages, {**more, "add_generation_prompt": is_open})
-            begun = "" if chat.may_reason or not is_open else ended_reasoning(form, text)
+            text = await self._accepted_text(form, messages, {**more, "add_generation_prompt": is_open})
+            begun = "" if chat.thoughts.are_allowed or not is_open else ended_reasoning(form, text)
             return text + begun, chat.reading(form, opened_reasoning(form, text) + begun)
         *before, last = messages
-        text = await self._accepted_text(before, {**more, "add_generation_prompt": True})
+        text = await self._accepted_text(form, before, {**more, "add_generation_prompt": True})
         content, thoughts = str(last.get("content") or ""), str(last.get("reasoning_content") or "")
         begun = continuation(form, text, thoughts, content, in_reasoning=bool(thoughts) and not content)
         return text + begun, chat.reading(form, opened_reasoning(form, text) + unguarded(begun))
 
-    async def _accepted_text(self, messages: list[dict[str, Any]], more: dict[str, Any]) -> str:
+    async def _accepted_text(self, form: ToolFormat, messages: list[dict[str, Any]], more: dict[str, Any]) -> str:
         """Renders the messages in a form that the template accepts. Raises TemplateRefusalError if there is none."""
         refusal, shortened = None, None
         for accepted in chain([messages], accepted_forms(messages)):
-            shown = [*map(_with_parts, accepted)] if self._takes_parts else accepted
+            shown = [with_shown_thoughts(form, message) for message in accepted]
+            shown = [*map(_with_parts, shown)] if self._takes_parts else shown
             try:
                 async with TEMPLATES.turn():
                     text = await self._template.render_async(shown, **more)
@@ -164,7 +166,7 @@ class ChatFormat:
         variables = {
             "date_string": today.strftime("%d %b %Y"),
             "datetime": today.strftime("%b %d %Y"),
-            "enable_thinking": chat.may_reason,
+            **chat.thoughts.template_variables,
             **chat.variables,
             "tools": [*tools] or None,
         }

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from llamaclust.cluster.engine.request_stream import SubmittedRequest
@@ -14,6 +13,8 @@ from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, Timed
 from llamaclust.cluster.front.text.request import AnswerParsing
 from llamaclust.cluster.front.text.sharing import when_free
+from llamaclust.cluster.front.text.stop_strings import AnswerStops, StopPattern, StopStrings
+from llamaclust.cluster.front.text.thought_scanner import thought_scanner
 from llamaclust.cluster.scheduler.requests import (
     Event,
     Finished,
@@ -218,24 +219,31 @@ class ChoiceText:
         stop: Sequence[StopPattern],
         min_tokens: int,
         reading: AnswerParsing | None = None,
+        stop_ids: frozenset[int] = frozenset(),
     ) -> None:
-        """`reading` describes how to parse the answer to a chat, and is None for other answers."""
+        """`reading` describes how to parse the answer to a chat, and is None for other answers. The engine ends the
+        answer at `end_ids`. This object ends it at `stop_ids`, but not in its thoughts."""
         self._index = index
         self._detokenizer = Detokenizer(tokenizer, shown=frozenset() if reading is None else reading.shown_control_ids)
         self._parser = None if reading is None else reading.parser()
         self._end_ids = end_ids
+        self._tokenizer = tokenizer
         self._model_ends = tokenizer.end_of_generation
-        self._stop = StopStrings(stop)
+        self._stop_ids = stop_ids
+        self._stop: StopStrings | AnswerStops = StopStrings(stop)
+        if reading is not None and reading.form.knows_reasoning and (stop or stop_ids):
+            self._stop = AnswerStops(stop, thought_scanner(reading))
         self._min_tokens = min_tokens
         self.tokens = 0  # Number of tokens that the engine has delivered.
         self._characters = 0
         self._end_token: int | None = None
+        self._stop_token: int | None = None  # The token of `stop_ids` that ended the answer.
         self._scored: list[RowResult] = []  # Rows of prompt tokens that are not in a chunk yet.
         self._scored_start = 0  # Position in the prompt of the first row in `_scored`.
 
     @property
     def is_stopped(self) -> bool:
-        return self._stop.matched is not None
+        return self._stop.matched is not None or self._stop_token is not None
 
     def take(self, event: Event) -> Sequence[TextChunk]:
         if isinstance(event, TokenSampled):
@@ -266,20 +274,26 @@ class ChoiceText:
         text = ""
         if row.token in self._end_ids:
             self._end_token = row.token
+        elif self._stops_at(row.token):
+            self._stop_token = row.token
         else:
             text = self._shown(self._detokenizer.push(row.token))
         text, events = self._read(text)
         return TextChunk(self._index, text, (row,), (offset,), events=events)
 
+    def _stops_at(self, token: int) -> bool:
+        is_stop = token in self._stop_ids and self.tokens > self._min_tokens
+        return is_stop and self._stop.takes(self._tokenizer.token_bytes(token).decode(errors="replace"))
+
     def _shown(self, text: str) -> str:
         self._characters += len(text)
-        return text if self.tokens <= self._min_tokens else self._stop.push(text)
+        return self._stop.push(text, may_stop=self.tokens > self._min_tokens)
 
     def finished(self, reason: FinishReason, timings: Timings) -> TextChunk:
         """Returns the last chunk of the choice. Its finish reason is `reason`, or STOP if a stop string was found."""
         text = self._stop.push(self._detokenizer.flush()) + self._stop.flush()
         text, events = self._read(text, is_last=True)
-        stop = self._stop.matched
+        stop = self._stop_token if self._stop.matched is None else self._stop.matched
         return TextChunk(
             self._index,
             text,
@@ -297,62 +311,3 @@ class ChoiceText:
             is_cut = self.is_stopped or self._end_token not in self._model_ends
             events = [*events, *self._parser.end(is_cut=is_cut)]
         return "".join(event.text for event in events if isinstance(event, ContentText)), tuple(events)
-
-
-class StopPattern:
-    """A stop string with its table for Knuth-Morris-Pratt search. A state is the number of characters that match."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        # Failure table: entry i is the length of the longest proper prefix of text[: i + 1] that is also its suffix.
-        self._fallback = array("I", bytes(4 * len(text)))
-        length = 0
-        for i in range(1, len(text)):
-            while length and text[i] != text[length]:
-                length = self._fallback[length - 1]
-            length += text[i] == text[length]
-            self._fallback[i] = length
-
-    def next_state(self, state: int, character: str) -> int:
-        """Returns the next state. The stop string is complete if the state equals its length."""
-        while state and character != self.text[state]:
-            state = self._fallback[state - 1]
-        return state + (character == self.text[state])
-
-
-@lru_cache(maxsize=8)
-def stop_patterns(strings: tuple[str, ...]) -> tuple[StopPattern, ...]:
-    return tuple(map(StopPattern, strings))
-
-
-class StopStrings:
-    """Finds stop strings in text that arrives in pieces."""
-
-    def __init__(self, patterns: Sequence[StopPattern]) -> None:
-        self._patterns = patterns
-        self._states = [0] * len(patterns)
-        self._held = ""
-        self.matched: str | None = None  # The stop string that was found. It ends the text.
-
-    def push(self, text: str) -> str:
-        """Returns text that is certainly not part of a stop string, and holds back the rest."""
-        if not self._patterns or self.matched is not None:
-            return "" if self.matched is not None else text
-        text = self._held + text
-        for at in range(len(self._held), len(text)):
-            if complete := self._step(text[at]):
-                self.matched = max(complete, key=len)
-                return text[: at + 1 - len(self.matched)]
-        keep = max(self._states)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def _step(self, character: str) -> list[str]:
-        pairs = zip(self._patterns, self._states, strict=True)
-        self._states = [pattern.next_state(state, character) for pattern, state in pairs]
-        pairs = zip(self._patterns, self._states, strict=True)
-        return [pattern.text for pattern, state in pairs if state == len(pattern.text)]
-
-    def flush(self) -> str:
-        rest, self._held = self._held, ""
-        return rest if self.matched is None else ""

@@ -105,10 +105,13 @@ class ImageMarkers:
         self._pattern = re.compile(rf"{self._word}(\d+)e")
         self._parts: list[dict[str, Any]] = []
 
-    def mark(self, messages: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-        """Replaces images with markers, so that the content of each message becomes one text."""
+    def mark(self, messages: Iterable[Mapping[str, Any]], template: str = "") -> tuple[Mapping[str, Any], ...]:
+        """Replaces images with markers, so that the content of each message becomes one text. Texts with keys that
+        occur in the chat template stay parts."""
         return tuple(
-            {**each, "content": self._text(content)} if isinstance(content := each.get("content"), list) else each
+            {**each, "content": self._text(content)}
+            if isinstance(content := each.get("content"), list) and not _are_known(content, template)
+            else each
             for each in messages
         )
 
@@ -139,6 +142,12 @@ class ImageMarkers:
 
     def public(self, rendered: str) -> str:
         return self._pattern.sub(MEDIA_MARKER, rendered)
+
+
+def _are_known(parts: Sequence[Mapping[str, Any]], template: str) -> bool:
+    """Returns True if all parts are texts, and the template knows a key of its own in one of them."""
+    own = {key for part in parts for key in part.keys() - {"type", "text"}}
+    return all(part["type"] == "text" for part in parts) and any(key in template for key in own)
 
 
 def source_of(part: Mapping[str, Any], images: Mapping[str, bytes]) -> ImageSource:

@@ -101,6 +101,12 @@ class CompletionRequest(AnswerOptions):
     slot: int | None = None  # Slot that records the tokens, if slots are kept.
 
     @property
+    def answer_stop_ids(self) -> frozenset[int]:
+        """The tokens of `stop_token_ids` if the answer may have thoughts, which they do not end."""
+        has_thoughts = self.reading is not None and self.reading.form.knows_reasoning
+        return self.stop_token_ids if has_thoughts else frozenset()
+
+    @property
     def begun_characters(self) -> int:
         """Number of characters of the continued message in the prompt, counted once for each choice."""
         return 0 if self.reading is None else len(self.reading.begun) * self.n
@@ -177,6 +183,53 @@ class PromptEnd(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class ReasoningBudget:
+    """Limits the number of reasoning tokens. At the limit, the engine forces `message` and the closing tag."""
+
+    tokens: int
+    message: str = ""
+
+
+_OFF_VARIABLES: Final = {
+    "enable_thinking": False,
+    "thinking": False,
+    "reasoning": False,
+    "thinking_mode": "disabled",
+    "thinking_budget": 0,
+}
+_ON_VARIABLES: Final = {"enable_thinking": True, "thinking": True, "reasoning": True, "thinking_mode": "enabled"}
+"""Variables of chat templates that switch reasoning off or on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Thoughts:
+    """Whether and how much a model reasons before its answer."""
+
+    is_on: bool | None = None  # None: the chat template decides.
+    effort: str | None = None  # Amount of reasoning, such as `low`. The chat template decides what it means.
+    budget: ReasoningBudget | None = None
+    variables: Variables = field(default_factory=dict)  # Variables that override those of the other fields.
+
+    @property
+    def are_allowed(self) -> bool:
+        return self.is_on is not False and (self.budget is None or self.budget.tokens > 0)
+
+    @property
+    def limit(self) -> ReasoningBudget | None:
+        """The limit that the engine applies. Thoughts that are off end at their first token."""
+        return ReasoningBudget(0) if self.is_on is False else self.budget
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        if not self.are_allowed:
+            return {**_OFF_VARIABLES, **self.variables}
+        budget = {} if self.budget is None else {"thinking_budget": self.budget.tokens}
+        effort = {} if self.effort is None else {"reasoning_effort": self.effort, "thinking_effort": self.effort}
+        switched = _ON_VARIABLES if self.is_on or effort else {"enable_thinking": True}
+        return {**switched, **budget, **effort, **self.variables}
+
+
+@dataclass(frozen=True, slots=True)
 class ChatRequest:
     messages: tuple[Variables, ...]  # In the form that chat templates expect, with role, content and so on.
     # Options of the answer. The rendered chat replaces its prompt.
@@ -186,8 +239,7 @@ class ChatRequest:
     end: PromptEnd = PromptEnd.GENERATION_PROMPT
     tool_use: ToolUse = field(default_factory=ToolUse)
     splits_reasoning: bool = True  # True to separate reasoning from the content.
-    may_reason: bool = True  # False: the prompt ends any reasoning that it begins.
-    reasoning_budget: ReasoningBudget | None = None
+    thoughts: Thoughts = field(default_factory=Thoughts)
     created: float = field(default_factory=time.time)  # Unix time in seconds. It is the current time for templates.
     # Fetched images by the http(s) URLs in the messages.
     images: Mapping[str, bytes] = field(default_factory=dict, repr=False)
@@ -228,26 +280,12 @@ class ChatRequest:
     def count_characters(self) -> int:
         """Counts the characters of contents, reasoning, tool calls and tools."""
         contents = [message.get(name) for message in self.messages for name in ("content", "reasoning_content")]
+        contents += [part.get("text") for each in contents if isinstance(each, list) for part in each]
         calls = (call for message in self.messages for call in message.get("tool_calls") or ())
         texts = [*contents, *(call["function"].get("arguments") for call in calls)]
         tools = self.offered_tools
         written = len(json.dumps(tools, ensure_ascii=False)) if tools else 0
         return written + sum(len(text) for text in texts if isinstance(text, str))
-
-
-@dataclass(frozen=True, slots=True)
-class ReasoningBudget:
-    """Limits the number of reasoning tokens. At the limit, the engine forces `message` and the closing tag."""
-
-    tokens: int
-    message: str = ""
-
-
-def effort_variables(effort: str | None) -> dict[str, Any]:
-    """Returns template variables for an effort such as `low`. The template decides what the effort means."""
-    if effort is None:
-        return {}
-    return {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
 
 
 def prompt_end(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogContent
 from llamaclust.cluster.front.text.call_constraint import answer_grammar
 from llamaclust.cluster.front.text.chat import ChatFormat, answer_reasoning
-from llamaclust.cluster.front.text.completion import Choice, ChoiceText, Completion, stop_patterns
+from llamaclust.cluster.front.text.completion import Choice, ChoiceText, Completion
 from llamaclust.cluster.front.text.embedder import Embedder, Embedding, EmbeddingOptions, Rank
 from llamaclust.cluster.front.text.image_rows import RowLeases
 from llamaclust.cluster.front.text.images import PromptImages
@@ -28,6 +28,7 @@ from llamaclust.cluster.front.text.sharing import (
     tokenizing,
 )
 from llamaclust.cluster.front.text.slots import Slots
+from llamaclust.cluster.front.text.stop_strings import stop_patterns
 from llamaclust.cluster.front.text.vision import ImagePrompt, Vision
 from llamaclust.cluster.scheduler.dry_breakers import Breakers, BreakerTokens
 from llamaclust.cluster.scheduler.requests import GenerationRequest
@@ -167,7 +168,9 @@ class TextService:
                     choice=index,
                     answered=request.answered.get(index, ()),
                 ),
-                ChoiceText(index, self.tokenizer, ends, stop, request.min_tokens, request.reading),
+                ChoiceText(
+                    index, self.tokenizer, ends, stop, request.min_tokens, request.reading, request.answer_stop_ids
+                ),
             )
             for index in range(request.n)
         ]
@@ -248,6 +251,15 @@ class TextService:
         threads = tokenizing(gap.characters)
         return tuple(await run_on(threads, fill_in_prompt, self.tokenizer, tokens, gap, room))
 
+    async def fill_suffix(self, prompt: object, suffix: str, max_new_tokens: int | None) -> tuple[int, ...]:
+        """Returns the prompt for a gap between `prompt` and `suffix`. Raises ParameterError if this is not possible."""
+        if self.tokenizer.vocabulary.fill_in is None:
+            name = repr(self.settings.model_name)
+            raise ParameterError("suffix", f"{name} does not support insert: no token marks a suffix; remove the field")
+        if not isinstance(prompt, str):
+            raise ParameterError("suffix", "requires a prompt that is a text, not token ids")
+        return await self.fill_in(Gap(prompt, suffix), max_new_tokens)
+
     async def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         if len(text) <= _BLOCKING_CHARACTERS:
             return self.tokenizer.encode(text, add_special, parse_special)
@@ -273,7 +285,7 @@ class TextService:
         with self._counted():
             grammar = await answer_grammar(chat, unconstrained.reading, self.tokenizer, self._grammars)
         own = None if chat.tool_use.mode is ToolMode.REQUIRED else grammar
-        followed = partial(answer_reasoning, unconstrained.reading, chat.reasoning_budget, own, self.tokenizer)
+        followed = partial(answer_reasoning, unconstrained.reading, chat.thoughts.limit, own, self.tokenizer)
         is_long = unconstrained.begun_characters > _BLOCKING_CHARACTERS
         reasoning = await run_on(TOKENIZING, followed) if is_long else followed()
         return replace(unconstrained, grammar=grammar, reasoning=reasoning)
@@ -378,7 +390,7 @@ class TextService:
             max_new_tokens=max_new_tokens,
             params=self._params(request),
             seed=draw_seed() if request.seed is None else request.seed % SEEDS,
-            stop_token_ids=self.tokenizer.end_of_generation | request.stop_token_ids,
+            stop_token_ids=self.tokenizer.end_of_generation | (request.stop_token_ids - request.answer_stop_ids),
             min_tokens=max_new_tokens if request.ignore_eos else request.min_tokens,
             penalty_window=context if request.penalty_window is None else request.penalty_window,
             dry_window=context if request.dry_window is None else request.dry_window,

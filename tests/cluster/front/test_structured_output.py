@@ -85,7 +85,10 @@ def test_every_form_is_one_grammar(fields: dict[str, Any], grammar: Grammar | No
             {"response_format": {"type": "xml"}},
             "response_format.type: must be 'text', 'json_object' or 'json_schema', not 'xml'",
         ),
-        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema: is missing"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": 5}},
+            "response_format.json_schema: must be an object",
+        ),
         ({"response_format": {"type": "json_object", "schema": 3}}, "response_format: a JSON schema must be an object"),
         ({"guided_json": "{"}, "guided_json: is not JSON"),
         ({"guided_choice": []}, "guided_choice: expected a list of one or more non-empty texts"),

@@ -11,18 +11,19 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field, ValidationInfo, WithJsonSchema
 
-from llamaclust.cluster.front.foreign_fields import ANTHROPIC_TOOL, MESSAGES, THINKING
+from llamaclust.cluster.front.foreign_fields import ANTHROPIC_TOOL, MESSAGES
 from llamaclust.cluster.front.images.parts import media_part, placed
 from llamaclust.cluster.front.schema import Body, LimitField, StopField, read_part
-from llamaclust.cluster.front.shared_fields import AnswerFields, ReasoningFields
+from llamaclust.cluster.front.sent_thoughts import sent_thoughts
+from llamaclust.cluster.front.shared_fields import AnswerFields
 from llamaclust.cluster.front.text.images import Part, joined, text_part
 from llamaclust.cluster.front.text.request import (
     ChatRequest,
     ToolMode,
     ToolUse,
-    effort_variables,
     prompt_end,
 )
+from llamaclust.cluster.front.thought_switches import BudgetFields, SwitchFields
 from llamaclust.cluster.front.tools import (
     MAX_TOOLS,
     function_tool,
@@ -91,12 +92,6 @@ class ToolChoice(Body):
         return ToolUse.of(_MODES[self.type], self.name, is_parallel)
 
 
-class Thinking(Body, foreign=THINKING):
-    type: Literal["enabled", "adaptive", "between_tools", "disabled"]
-    budget_tokens: Annotated[int, Field(ge=0)] | None = None
-    """The maximum number of thinking tokens, after which the server ends the thinking. The default is no limit."""
-
-
 class OutputConfig(Body):
     format: Any = None
     """The format of the answer: `{"type": "json_schema", "schema": {...}}`. The default is plain text."""
@@ -129,17 +124,9 @@ def _tool(value: Any, info: ValidationInfo) -> Any:
     return function_tool({"name": value.get("name"), **known})
 
 
-def _thinking(value: Any, info: ValidationInfo) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError("must be an object with a 'type'")
-    return read_part(Thinking, value, info.context)
-
-
 _TOOL_SCHEMA: Final = WithJsonSchema({"type": "object", "required": ["name"]})
-_THINKING_SCHEMA: Final = WithJsonSchema({"type": "object", "required": ["type"]})
 _ToolField = Annotated[Any, BeforeValidator(_tool), _TOOL_SCHEMA]
 ToolsField = Annotated[list[_ToolField], Field(max_length=MAX_TOOLS), AfterValidator(present)]
-ThinkingField = Annotated[Thinking, BeforeValidator(_thinking), _THINKING_SCHEMA]
 
 
 _BILLING: Final = re.compile(r"x-anthropic-billing-header:(?:[ \t]*\w+=[^;\s]*(?:;|(?=\n)|\Z))*[ \t]*\n?")
@@ -174,7 +161,7 @@ class Turn:
         yield from self.results
         content = joined(self.parts)
         if self.role == "assistant":
-            more = {"reasoning_content": "\n".join(self.thoughts), "tool_calls": [*self.calls]}
+            more = {"reasoning_content": "\n".join(filter(None, self.thoughts)), "tool_calls": [*self.calls]}
             yield {"role": self.role, "content": content, **{name: value for name, value in more.items() if value}}
         elif self.parts or not self.results:
             yield {"role": self.role, "content": content}
@@ -221,10 +208,8 @@ def _block(role: str, block: Any, context: object) -> Turn:
     match role, kind:
         case _, "text":
             return Turn(role, parts=(_text(block, "text"),))
-        case "assistant", "thinking":
-            return Turn(role, thoughts=(_text(block, "thinking"),))
-        case "assistant", "redacted_thinking":  # The thinking is encrypted for the model that wrote it.
-            return Turn(role)
+        case "assistant", "thinking" | "redacted_thinking":
+            return Turn(role, thoughts=(sent_thoughts(block),))
         case "assistant", "tool_use":
             return Turn(role, calls=(_call(block),))
         case "user", "tool_result":
@@ -243,13 +228,17 @@ def _parts_of(block: Any, context: object) -> list[Part]:
         return _parts(source.get("content"), context)
     if isinstance(kind, str) and is_media(kind) and inner != "text":
         return [media_part(block, context)]
-    return [_text_of(block, context)]
+    text = _text_of(block, context)
+    return [] if text is None else [text]
 
 
-def _text_of(block: Any, context: object) -> str:
+def _text_of(block: Any, context: object) -> str | None:
+    """Returns a block as text, or None for a block of an unknown type, which is left out."""
     kind = block.get("type") if isinstance(block, dict) else None
     if kind == "text":
         return _text(block, "text")
+    if kind == "compaction":  # The summary of earlier messages.
+        return str(block.get("content") or "")
     if kind == "tool_reference":  # A tool search found this tool. The model gets all tools anyway.
         return _text(block, "tool_name")
     if kind == "search_result":
@@ -263,7 +252,12 @@ def _text_of(block: Any, context: object) -> str:
         return "\n".join(_texts(source.get("content"), context))
     if isinstance(kind, str) and is_media(kind):
         return media_text(kind, context)
-    raise ValueError(f"blocks of type {str(kind)[:60]!r} are not supported in this field")
+    if not isinstance(kind, str):
+        raise ValueError("a block must be an object with a 'type'")
+    if isinstance(block.get("text"), str):
+        return str(block["text"])
+    leave_out("content", kind, context)
+    return None
 
 
 def _call(block: dict[str, Any]) -> dict[str, Any]:
@@ -287,7 +281,8 @@ def _parts(content: Any, context: object) -> list[Part]:
 
 
 def _texts(content: Any, context: object) -> list[str]:
-    return [_text_of(block, context) for block in _blocks(content)]
+    texts = (_text_of(block, context) for block in _blocks(content))
+    return [text for text in texts if text is not None]
 
 
 def _blocks(content: Any) -> list[Any]:
@@ -315,7 +310,7 @@ _TurnField = Annotated[Any, BeforeValidator(read_turn), WithJsonSchema(_MESSAGE)
 _SystemField = Annotated[str, BeforeValidator(read_system), WithJsonSchema(_CONTENT)]
 
 
-class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
+class MessagesBody(AnswerFields, BudgetFields, SwitchFields, foreign=MESSAGES):
     model: str | None = None
     """Name of the model. With one model and without `api.strict_model`, any name is accepted."""
     messages: Annotated[list[_TurnField], FailFast(), Field(min_length=1, max_length=16_384)]
@@ -332,8 +327,6 @@ class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
     """Functions of the client, and Anthropic's tools bash_*, text_editor_* and memory_*. Other tools are removed."""
     tool_choice: ToolChoice | None = None
     """The choice of tools that the model can or must call."""
-    thinking: ThinkingField | None = None
-    """Thinking before the answer. Type `disabled` switches thinking off. Otherwise, the model decides."""
     output_config: OutputConfig | None = None
     output_format: Any = None
     """The older name for `output_config.format`."""
@@ -353,17 +346,10 @@ class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
             (*system, *(message for turn in turns for message in turn.messages())),
             self.completion((), self.max_tokens, stop=self.stop_sequences, grammar=self._grammar()),
             tuple(self.tools),
-            effort_variables(effort),
-            prompt_end([turn.role for turn in turns], None, None),
-            self.tool_use,
-            may_reason=self._budget_tokens != 0 and (self.thinking is None or self.thinking.type != "disabled"),
-            reasoning_budget=self.budget_of(self._budget_tokens),
+            end=prompt_end([turn.role for turn in turns], None, None),
+            tool_use=self.tool_use,
+            thoughts=self.thoughts(self, {"output_config.effort": effort}),
         )
-
-    @property
-    def _budget_tokens(self) -> int:
-        tokens = None if self.thinking is None else self.thinking.budget_tokens
-        return self.reasoning_budget if tokens is None else tokens
 
     def _grammar(self) -> Grammar | None:
         grammar = None if self.output_config is None else self.output_config.grammar()

@@ -90,6 +90,7 @@ class TemplateBody(ChatFields, foreign=TEXT_ONLY):
             variables=self.template_variables,
             end=self.prompt_end,
             tool_use=self.choice.use,
+            thoughts=self.thoughts(self),
         )
 
 

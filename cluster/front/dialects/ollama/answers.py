@@ -47,7 +47,6 @@ from llamaclust.model.chat.tools.events import (
     ToolCall,
 )
 from llamaclust.model.pooling import Pooling
-from llamaclust.model.tokenizers.gaps import Gap
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _NS_OF_MS: Final = 1_000_000
@@ -255,14 +254,11 @@ class Generate(OllamaDialect[GenerateBody]):
         return replace(request, prompt=PromptImages((whole, *others)) if others else whole)
 
     async def _fill_in(self, body: GenerateBody) -> CompletionRequest:
-        service = self.service
-        if service.tokenizer.vocabulary.fill_in is None:
-            message = f"{service.settings.model_name!r} does not support insert; remove the field suffix"
-            raise HttpError(400, "unsupported_parameter", message, param="suffix")
         if body.raw or body.context or body.system:
             raise ParameterError("suffix", "cannot be used together with raw, context or system")
-        request, gap = await converted(body, body.completion), Gap(body.prompt, body.suffix)
-        return replace(request, prompt=await service.fill_in(gap, request.max_new_tokens))
+        request = await converted(body, body.completion)
+        prompt = await self.service.fill_suffix(body.prompt, body.suffix, request.max_new_tokens)
+        return replace(request, prompt=prompt)
 
 
 class OllamaEmbedding(Endpoint[AnyEmbedding]):
@@ -302,7 +298,8 @@ class Embed(OllamaEmbedding[EmbedBody]):
             }
 
         options = EmbeddingOptions(self.pooling(body), EUCLIDEAN, body.dimensions, body.cache_salt)
-        return await self.embedded(request, body.input, options, shape)
+        texts = () if body.input == ("",) else body.input  # Ollama gives an empty text no embedding.
+        return await self.embedded(request, texts, options, shape)
 
 
 class Embeddings(OllamaEmbedding[EmbeddingsBody]):

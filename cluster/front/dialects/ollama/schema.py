@@ -20,6 +20,7 @@ from llamaclust.cluster.front.foreign_fields import (
 from llamaclust.cluster.front.images.parts import base64_part, placed
 from llamaclust.cluster.front.schema import (
     Body,
+    DimensionsField,
     ForeignFields,
     SeedField,
     StopField,
@@ -28,8 +29,8 @@ from llamaclust.cluster.front.schema import (
     strings,
     takes_images,
 )
+from llamaclust.cluster.front.sent_thoughts import with_thoughts
 from llamaclust.cluster.front.shared_fields import (
-    ReasoningFields,
     Requested,
     SaltFields,
     SamplerFields,
@@ -37,7 +38,8 @@ from llamaclust.cluster.front.shared_fields import (
     sampled,
 )
 from llamaclust.cluster.front.text.images import Part, joined
-from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest, ToolUse, effort_variables, prompt_end
+from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest, Thoughts, ToolUse, prompt_end
+from llamaclust.cluster.front.thought_switches import BudgetFields, SwitchFields
 from llamaclust.cluster.front.tools import media_text
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_TOP_LOGPROBS
@@ -46,12 +48,11 @@ from llamaclust.core.sampler.fields import Dialect
 from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.model.grammars.definitions import of_object, of_schema
 
-_EFFORTS: Final = ("low", "medium", "high", "max")
 _MESSAGES: Final = 16_384
 
 
 @sampled(Dialect.OLLAMA)
-class Options(SamplerFields, ReasoningFields, SpeculativeFields, foreign=OLLAMA_OPTIONS):
+class Options(SamplerFields, BudgetFields, SpeculativeFields, foreign=OLLAMA_OPTIONS):
     takes_recommended: ClassVar = True
 
     num_predict: WholeLimitField = -1
@@ -74,12 +75,6 @@ def _format(value: Any) -> Any:
     raise ValueError("must be 'json' or an object with a JSON schema")
 
 
-def _think(value: Any) -> Any:
-    if isinstance(value, bool) or value in _EFFORTS:
-        return value
-    raise ValueError(f"must be a boolean or one of {', '.join(_EFFORTS)}")
-
-
 def _images(value: Any, info: ValidationInfo) -> tuple[Part, ...]:
     if value in ([], {}, ""):
         return ()
@@ -96,12 +91,9 @@ _FormatField = Annotated[Any, BeforeValidator(_format), WithJsonSchema(_FORMATS)
 _ImagesField = Annotated[
     tuple[Part, ...], PlainValidator(_images), WithJsonSchema({"type": "array", "items": {"type": "string"}})
 ]
-_ThinkField = Annotated[
-    Any, BeforeValidator(_think), WithJsonSchema({"anyOf": [{"type": "boolean"}, {"enum": list(_EFFORTS)}]})
-]
 
 
-class OllamaAnswerFields(SaltFields):
+class OllamaAnswerFields(SaltFields, SwitchFields):
     model: str
     """Name of the model, with or without `:latest`. Any name is valid with one model and without `api.strict_model`."""
     keep_alive: Any = None
@@ -110,8 +102,6 @@ class OllamaAnswerFields(SaltFields):
     """True to reply with a stream of JSON lines, false to reply with one JSON object."""
     format: _FormatField = None
     """The format of the answer: `json` for a JSON object, or a JSON schema."""
-    think: _ThinkField = None
-    """True or an amount of reasoning such as `low`, if the model supports reasoning. False for no reasoning."""
     options: _OptionsField = Field(default_factory=Options)
     """Settings of the samplers, and the maximum length of the answer."""
     logprobs: bool = False
@@ -145,7 +135,11 @@ class OllamaAnswerFields(SaltFields):
 
     @property
     def wants_reasoning(self) -> bool:
-        return self.think not in (None, False)
+        return self.think is not None and self._thoughts.is_on is not False
+
+    @property
+    def _thoughts(self) -> Thoughts:
+        return self.thoughts(self.options)
 
     def _grammar(self) -> Grammar | None:
         if self.format in (None, ""):
@@ -157,10 +151,8 @@ class OllamaAnswerFields(SaltFields):
             messages,
             self.completion(),
             tools,
-            effort_variables(self.think if isinstance(self.think, str) else None),
-            prompt_end([message["role"] for message in messages], None, None),
-            may_reason=self.think is not False and self.options.reasoning_budget != 0,
-            reasoning_budget=self.options.answer_budget,
+            end=prompt_end([message["role"] for message in messages], None, None),
+            thoughts=self._thoughts,
         )
 
 
@@ -227,7 +219,7 @@ class OllamaMessage(Body, foreign=OLLAMA_MESSAGE):
 def _message(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, dict):
         raise ValueError("a message must be an object with 'role' and 'content'")
-    message = read_part(OllamaMessage, value, info.context)
+    message = read_part(OllamaMessage, with_thoughts(value, "thinking"), info.context)
     if message.role not in ("system", "user", "assistant", "tool"):
         raise ValueError(f"role: must be system, user, assistant or tool, not {message.role[:60]!r}")
     if message.tool_calls and message.role != "assistant":
@@ -322,7 +314,7 @@ class EmbeddingFields(ModelBody, SaltFields, foreign=_EMBEDDING):
 class EmbedBody(EmbeddingFields):
     input: Annotated[tuple[str, ...], BeforeValidator(_texts), WithJsonSchema(_TEXTS)]
     """A text, or a list of texts."""
-    dimensions: int | None = Field(default=None, ge=1)
+    dimensions: DimensionsField = Field(default=None, ge=1)
     """The number of dimensions to return, from the beginning of the vector. The default is all dimensions."""
 
 

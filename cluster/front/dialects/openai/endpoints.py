@@ -59,8 +59,11 @@ class TextCompletions(_Generating[CompletionBody]):
     body, view = CompletionBody, CompletionView
 
     async def _requests(self, parsed: ParsedRequest[CompletionBody]) -> list[CompletionRequest]:
-        requests = await converted(parsed.body, parsed.body.requests)
-        return [replace(request, adapters=parsed.adapters) for request in requests]
+        body, fill = parsed.body, self.service.fill_suffix
+        requests = [replace(each, adapters=parsed.adapters) for each in await converted(body, body.requests)]
+        if not body.suffix:
+            return requests
+        return [replace(each, prompt=await fill(each.prompt, body.suffix, each.max_new_tokens)) for each in requests]
 
 
 class ChatCompletions(_Generating[ChatBody]):
@@ -139,6 +142,7 @@ class Responses(_Continuing[ResponsesBody]):
     async def reply(self, parsed: ParsedRequest[ResponsesBody]) -> Reply:
         body, context = parsed.body, parsed.context
         items, messages = await self._chat(body, context)
+        body = await converted(body, body.offering, messages)
         chat = await parsed.chat(body.request, messages)
         head = ResponseHead(context.id, context.created, parsed.model, body)
         begun = head.begun
@@ -165,4 +169,5 @@ class Responses(_Continuing[ResponsesBody]):
         """Counts the tokens of a response's prompt. No answer is generated."""
         body = await self.read(request)
         _, messages = await self._resolved(body, owner(request.headers, self.settings.api_keys))
+        body = await converted(body, body.offering, messages)
         return await self.counted(request, await converted(body, body.request, messages), object=_COUNT)

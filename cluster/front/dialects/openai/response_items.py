@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, groupby
 from typing import Any, Final
 
-from llamaclust.cluster.front.dialects.openai.tools import BUILT_IN
+from llamaclust.cluster.front.dialects.openai.tools import BUILT_IN, read_tools
 from llamaclust.cluster.front.images.parts import media_part, placed
 from llamaclust.cluster.front.schema import LenientContext
+from llamaclust.cluster.front.sent_thoughts import sent_thoughts
 from llamaclust.cluster.front.text.images import Content, Part, image_part, joined, parts_of
 from llamaclust.cluster.front.tools import (
     arguments_of_text,
@@ -35,6 +36,10 @@ _SUMMARY_FORMAT: Final = "llamaclust summary 1:"
 _SUMMARY: Final = "Summary of the conversation so far:"
 _UNREADABLE_SUMMARY: Final = "(The conversation before was summarized by another server and cannot be read.)"
 _CALL: Final = "_call"
+_SEARCH: Final = "tool_search"
+ADDITIONAL: Final = "additional_tools"
+TOOLS: Final = "tools"
+"""The role of a chat's entries that hold tools, which the request offers besides its own."""
 _OUTPUT: Final = "_output"
 _STRINGS: Final = {
     REFERENCE: ("id",),
@@ -83,8 +88,13 @@ def messages_of(items: Iterable[Item]) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     for is_answer, group in groupby(items, _is_answer):
         run = [*group]
-        messages += [_answer(run)] if is_answer else map(_other_message, run)
+        messages += [_answer(run)] if is_answer else chain.from_iterable(map(_other_messages, run))
     return messages
+
+
+def without_tools(messages: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Removes the entries that hold the tools of a chat."""
+    return [message for message in messages if message["role"] != TOOLS]
 
 
 def _is_answer(item: Item) -> bool:
@@ -98,12 +108,12 @@ def _answer(items: Iterable[Item]) -> dict[str, Any]:
         if item["type"] == "message":
             parts += parts_of(_content_of(item["content"]))
         elif item["type"] == "reasoning":
-            thoughts += [part["text"] for part in item.get("content") or item.get("summary") or ()]
+            thoughts.append(sent_thoughts(item.get("content") or item.get("summary") or ""))
         elif isinstance(item.get("call_id"), str):
             calls.append({"id": item["call_id"], "type": "function", "function": _function(item)})
         else:  # The call has no id, because another server ran the tool.
             parts.append(tool_text(item["type"], item))
-    more = {"reasoning_content": "\n".join(thoughts), "tool_calls": calls}
+    more = {"reasoning_content": "\n".join(filter(None, thoughts)), "tool_calls": calls}
     given = {name: value for name, value in more.items() if value}
     return {"role": "assistant", "content": joined(parts), **given}
 
@@ -117,8 +127,16 @@ def _function(item: Item) -> dict[str, str]:
     name = kind.removesuffix(_CALL)
     if (built_in := BUILT_IN.get(name)) is None:
         return {"name": name, "arguments": item_text(item)}
-    given = {key: value for key in built_in.properties if (value := item[built_in.field].get(key)) is not None}
+    keys = built_in.properties if built_in.fixed else item[built_in.field]
+    given = {key: value for key in keys if (value := item[built_in.field].get(key)) is not None}
     return {"name": name, "arguments": json.dumps(given, ensure_ascii=False)}
+
+
+def _other_messages(item: Item) -> Iterator[dict[str, Any]]:
+    if item["type"] != ADDITIONAL:
+        yield _other_message(item)
+    if item.get("tools"):
+        yield {"role": TOOLS, "tools": item["tools"]}
 
 
 def _other_message(item: Item) -> dict[str, Any]:
@@ -158,11 +176,23 @@ def _items(value: Any, context: object) -> list[Item]:
             return [_call(kind, value, context)]
         case str() if kind.endswith(_OUTPUT):
             call_id = _string(value, "id" if value.get("call_id") is None else "call_id")
-            return [_item(kind, value, call_id=call_id, output=_output(kind, value, context))]
+            found = {"tools": _tools(value, context)} if kind == f"{_SEARCH}{_OUTPUT}" else {}
+            return [_item(kind, value, call_id=call_id, output=_output(kind, value, context), **found)]
+        case "additional_tools":
+            return [_item(kind, value, role="developer", tools=_tools(value, context))]
     if not isinstance(kind, str) or "content" in value:
         raise ValueError(f"items of type {str(kind)[:60]!r} are not supported")
     leave_out("input", kind, context)
     return []
+
+
+def _tools(value: Item, context: object) -> list[Item]:
+    tools = value.get("tools") or []
+    try:
+        read_tools(tools, context)
+    except ValueError as error:
+        raise ValueError(f"tools: {error}") from error
+    return [*tools]
 
 
 def _item(kind: str, value: Item, **more: Any) -> Item:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import takewhile
@@ -10,14 +10,15 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
-from llamaclust.cluster.front.dialects.openai.response_items import Item, read_items
+from llamaclust.cluster.front.dialects.openai.response_items import Item, read_items, without_tools
 from llamaclust.cluster.front.dialects.openai.tools import MODES, ToolChoice, ToolSet, read_choice, read_tools
 from llamaclust.cluster.front.foreign_fields import COMPACTION, RESPONSES
 from llamaclust.cluster.front.schema import Body, LenientContext, LimitField, StopField, strings
-from llamaclust.cluster.front.shared_fields import AdapterFields, AnswerFields, ReasoningFields, Requested, SaltFields
+from llamaclust.cluster.front.shared_fields import AdapterFields, AnswerFields, Requested, SaltFields
 from llamaclust.cluster.front.structured_output import response_format_grammar
 from llamaclust.cluster.front.text.images import joined, parts_of
-from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest, ReasoningBudget, effort_variables
+from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest, Thoughts
+from llamaclust.cluster.front.thought_switches import BudgetFields, SwitchFields
 from llamaclust.cluster.front.tools import MAX_TOOLS
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_TOP_LOGPROBS
@@ -77,15 +78,6 @@ _IncludeField = Annotated[
 _MetadataField = Annotated[dict[str, str], BeforeValidator(_metadata), WithJsonSchema({"type": "object"})]
 
 
-class Reasoning(Body):
-    effort: str | None = None
-    """The amount of reasoning, for the chat template. `none` sets the template's `enable_thinking` to false."""
-    summary: Literal["auto", "concise", "detailed"] | None = None
-    """Accepted without effect, because reasoning is always shown in full."""
-    generate_summary: Literal["auto", "concise", "detailed"] | None = None
-    """The older name for `summary`."""
-
-
 class TextConfig(Body):
     format: dict[str, Any] = Field(default_factory=lambda: {"type": "text"})
     """`{"type": "json_schema", "name": ..., "schema": ...}`, `{"type": "json_object"}` or `{"type": "text"}`."""
@@ -98,7 +90,7 @@ class StreamOptions(Body):
     """Accepted without effect, because events are never padded."""
 
 
-class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
+class ResponsesBody(AnswerFields, BudgetFields, SwitchFields, foreign=RESPONSES):
     model: str | None = None
     """Name of the model. Names of models that are not served are refused, unless `api.strict_model` is false."""
     input: InputField = Field(default_factory=list)
@@ -124,7 +116,6 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
     or "required", "tools": [{"type": "function", "name": ...}]}` to offer only some of the tools."""
     parallel_tool_calls: bool | None = None
     """True to allow several tool calls in an answer. The default is true, unless `tool_choice` requires a call."""
-    reasoning: Reasoning = Field(default_factory=Reasoning)
     text: TextConfig = Field(default_factory=TextConfig)
     metadata: _MetadataField = Field(default_factory=dict)
     """Texts that are copied to the response."""
@@ -148,13 +139,21 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
     def shown(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _REPEATED.split()} | {
             "parallel_tool_calls": self.choice.use.is_parallel,
-            "reasoning": {"effort": self.reasoning.effort, "summary": None},
+            "reasoning": {
+                "effort": self.reasoning_effort or (self.reasoning and self.reasoning.effort),
+                "summary": None,
+            },
             "text": {"format": self.text.format},
             "tools": [*self.tools.shown],
         }
 
+    def offering(self, holders: Iterable[Mapping[str, Any]]) -> ResponsesBody:
+        """Adds the tools in the key `tools` of items or messages."""
+        found = self.tools.with_found(holders)
+        return self if found.client == self.tools.client else self.model_copy(update={"tools": found})
+
     def check(self) -> None:
-        self.choice.check()
+        self.offering(self.input).choice.check()
         if self.top_logprobs and _LOGPROBS not in self.include:
             raise ParameterError("top_logprobs", f"requires include: [{_LOGPROBS!r}]")
         if self.background and not self.store:
@@ -172,13 +171,11 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
             with_logprobs=self.with_logprobs,
         )
         return ChatRequest(
-            _chat(self.instructions, messages),
+            _chat(self.instructions, without_tools(messages)),
             answer,
             self.choice.offered,
-            effort_variables(self.reasoning.effort),
             tool_use=self.choice.use,
-            may_reason=self.reasoning_budget != 0,
-            reasoning_budget=self.answer_budget,
+            thoughts=self.thoughts(self),
         )
 
 
@@ -268,11 +265,12 @@ class CompactionBody(AdapterFields, SaltFields, foreign=COMPACTION):
 
     def request(self, messages: Sequence[Mapping[str, Any]]) -> ChatRequest:
         """Returns a chat that asks the model to summarize `messages`, with greedy sampling and without reasoning."""
+        messages = without_tools(messages)
         if not messages:
             raise ParameterError("input", "is missing")
         answer = CompletionRequest((), MAX_SUMMARY_TOKENS, cache_salt=self.cache_salt)
         chat = _chat(self.instructions, _with_task(messages))
-        return ChatRequest(chat, answer, may_reason=False, reasoning_budget=ReasoningBudget(0))
+        return ChatRequest(chat, answer, thoughts=Thoughts(is_on=False))
 
 
 def _with_task(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -20,6 +20,7 @@ from llamaclust.cluster.front.schema import (
     StopField,
     read_part,
 )
+from llamaclust.cluster.front.sent_thoughts import with_thoughts
 from llamaclust.cluster.front.shared_fields import (
     AdapterFields,
     Requested,
@@ -36,7 +37,6 @@ from llamaclust.cluster.front.text.request import (
     ChatRequest,
     CompletionRequest,
     PromptEnd,
-    effort_variables,
     prompt_end,
 )
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, shown
@@ -65,7 +65,7 @@ class Message(Body, foreign=MESSAGE):
     name: str | None = None
     """A name that the chat template receives."""
     reasoning_content: str | None = None
-    """The reasoning of an earlier answer. The chat template receives it."""
+    """The reasoning of an earlier answer, also as `reasoning` or `thinking`. The chat template receives it."""
 
     tool_calls: list[CallField] | None = None
     tool_call_id: str | None = None
@@ -86,7 +86,7 @@ class Message(Body, foreign=MESSAGE):
 def _message(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, dict):
         raise ValueError("a message must be an object with 'role' and 'content'")
-    message = read_part(Message, value, info.context)
+    message = read_part(Message, with_thoughts(value), info.context)
     if "content" not in message.model_fields_set and message.role not in ("assistant", "tool"):
         raise ValueError("content: is missing")
     if message.tool_calls and message.role != "assistant":
@@ -101,12 +101,8 @@ MessagesField = Annotated[
 
 class ChatFields(ToolFields):
     messages: MessagesField
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Additional variables for the chat template. They override variables that other fields set."""
     documents: list[dict[str, Any]] = Field(default_factory=list, max_length=1024)
     """Documents for the chat template, each an object such as `{"title": ..., "text": ...}`."""
-    reasoning_effort: str | None = None
-    """The amount of reasoning, for the chat template. `none` sets the template's `enable_thinking` to false."""
     add_generation_prompt: bool | None = None
     """True to end the prompt with the beginning of a new answer. The default is true, unless a message is continued."""
     continue_final_message: bool | None = None
@@ -118,8 +114,7 @@ class ChatFields(ToolFields):
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        documents = {"documents": self.documents} if self.documents else {}
-        return effort_variables(self.reasoning_effort) | documents | self.chat_template_kwargs
+        return {"documents": self.documents} if self.documents else {}
 
     @property
     def prompt_end(self) -> PromptEnd:
@@ -225,14 +220,15 @@ class ChatBody(GenerationBody, ChatFields, foreign=CHAT):
             self.prompt_end,
             self.choice.use,
             self.reasoning_format != "none",
-            self.reasoning_budget != 0,
-            self.answer_budget,
+            self.thoughts(self),
         )
 
 
 class CompletionBody(GenerationBody, foreign=COMPLETION):
     prompt: PromptsField
     """One prompt (text or token ids), or a list of prompts."""
+    suffix: str = ""
+    """The text after the gap that the answer fills. The model must support infilling, and the prompts must be texts."""
     max_tokens: LimitField = DEFAULT_COMPLETION_TOKENS
     """The maximum number of tokens in an answer, or -1 for as many as fit into the context. 0 generates no tokens."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -260,6 +256,8 @@ class CompletionBody(GenerationBody, foreign=COMPLETION):
         super().check()
         if self.best_of not in (None, self.n):
             raise ParameterError("best_of", f"is {shown(self.best_of)}, but must equal n, which is {shown(self.n)}")
+        if self.suffix and self.echo:
+            raise ParameterError("suffix", "cannot be used together with echo")
         if self.score_from is not None and (not self.echo or self.logprobs is None):
             raise ParameterError("score_from", "requires echo and logprobs")
         if self.answers > MAX_CHOICES:

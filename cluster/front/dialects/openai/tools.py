@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
 from llamaclust.cluster.front.images.parts import media_part, placed
-from llamaclust.cluster.front.shared_fields import ReasoningFields
+from llamaclust.cluster.front.schema import LenientContext
 from llamaclust.cluster.front.text.images import Content, Part, joined
 from llamaclust.cluster.front.text.request import ToolMode, ToolUse
+from llamaclust.cluster.front.thought_switches import BudgetFields, SwitchFields
 from llamaclust.cluster.front.tools import (
     MAX_TOOLS,
     ClientTool,
@@ -26,6 +28,10 @@ from llamaclust.cluster.front.tools import (
 )
 from llamaclust.core.errors import ParameterError
 
+_TEXT_KEYS: Final = frozenset(
+    ("type", "text", "refusal", "id", "cache_control", "annotations", "citations", "logprobs")
+)
+"""Keys of a text. Other keys may be known to the chat template, such as the languages of a translation."""
 _PARTS: Final = {"type": "array", "items": {"type": "object", "required": ["type"]}}
 
 
@@ -48,7 +54,7 @@ def _part(place: int, part: Any, context: object) -> Part:
         raise ValueError(f"parts of type {kind[:60]!r} are not supported, only 'text'")
     if not isinstance(part.get(field), str):
         raise ValueError(f"a {kind} part needs the field {field!r}")
-    return str(part[field])
+    return dict(part) if part.keys() - _TEXT_KEYS else str(part[field])
 
 
 ContentField = Annotated[Content, PlainValidator(_content), WithJsonSchema({"anyOf": [{"type": "string"}, _PARTS]})]
@@ -138,7 +144,7 @@ _CHOICE: Final = {"anyOf": [{"enum": [*MODES]}, {"type": "object"}]}
 _ChoiceField = Annotated[Any, BeforeValidator(_choice), WithJsonSchema(_CHOICE)]
 
 
-class ToolFields(ReasoningFields):
+class ToolFields(BudgetFields, SwitchFields):
     tools: _ToolsField = Field(default_factory=list)
     """Tools of type `function` or `custom` that the model can call. Tools of other types are ignored."""
     tool_choice: _ChoiceField = "auto"
@@ -234,6 +240,7 @@ class BuiltInTool:
     description: str
     properties: Mapping[str, Any]
     required: tuple[str, ...]
+    marks: Mapping[str, Any]  # Other fields of a call's item.
 
 
 BUILT_IN: Final = {
@@ -243,6 +250,7 @@ BUILT_IN: Final = {
         "Runs a command on the user's machine.",
         {"command": _STRINGS, "working_directory": _STRING, "timeout_ms": _NUMBER},
         ("command",),
+        {},
     ),
     "shell": BuiltInTool(
         "action",
@@ -250,6 +258,7 @@ BUILT_IN: Final = {
         "Runs commands in a shell on the user's machine.",
         {"commands": _STRINGS, "timeout_ms": _NUMBER, "max_output_length": _NUMBER},
         ("commands",),
+        {},
     ),
     "apply_patch": BuiltInTool(
         "operation",
@@ -257,6 +266,15 @@ BUILT_IN: Final = {
         "Creates, changes or deletes a file; `diff` is in the V4A format.",
         {"type": {"enum": ["create_file", "update_file", "delete_file"]}, "path": _STRING, "diff": _STRING},
         ("type", "path"),
+        {},
+    ),
+    "tool_search": BuiltInTool(
+        "arguments",
+        {},
+        "Finds more tools, which can then be called.",
+        {"query": _STRING},
+        ("query",),
+        {"execution": "client"},
     ),
 }
 
@@ -267,6 +285,17 @@ class ToolSet:
 
     client: tuple[ClientTool, ...] = ()
     shown: tuple[dict[str, Any], ...] = ()  # Definitions of the tools that the response repeats.
+
+    def with_found(self, holders: Iterable[Mapping[str, Any]]) -> ToolSet:
+        """Adds the client-side tools in the key `tools` of items or messages. Tools of the same name are one tool."""
+        names = {tool.function_name for tool in self.client}
+        found: dict[str, ClientTool] = {}
+        for tool in chain.from_iterable(holder.get("tools") or () for holder in holders):
+            own = {each.function_name: each for each in _client_tools(tool, None, LenientContext())}
+            found |= {name: each for name, each in own.items() if name not in names}
+        if len(self.client) + len(found) > MAX_TOOLS:
+            raise ParameterError("input", f"more than {MAX_TOOLS} tools, including those in the input")
+        return ToolSet((*self.client, *found.values()), self.shown)
 
 
 def read_tools(value: Any, context: object) -> ToolSet:
@@ -306,13 +335,19 @@ def _client_tools(tool: Any, namespace: str | None, context: object) -> Iterator
     elif kind in BUILT_IN and not _is_hosted(tool):
         built_in = BUILT_IN[kind]
         schema = {"type": "object", "properties": built_in.properties, "required": [*built_in.required]}
-        fields = {"name": kind, "description": built_in.description, "parameters": schema}
-        yield ClientTool(kind, kind, function_tool(fields))
+        fields = {"description": tool.get("description") or built_in.description, "parameters": schema}
+        yield ClientTool(kind, kind, function_tool({**fields, **_own_parameters(tool), "name": kind}))
     else:
         leave_out("tools", kind, context)
 
 
+def _own_parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
+    return {"parameters": tool["parameters"]} if tool.get("parameters") else {}
+
+
 def _is_hosted(tool: Mapping[str, Any]) -> bool:
+    if tool["type"] == "tool_search":
+        return tool.get("execution") != "client"
     environment = tool.get("environment")
     return isinstance(environment, dict) and environment.get("type") in _HOSTED_ENVIRONMENTS
 

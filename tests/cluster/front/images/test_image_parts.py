@@ -246,7 +246,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": [said({"type": "image_url", "image_url": "data:,a"})]}, "messages[0]: content[0]: "),
     (CHAT, {"messages": [said({"type": "image_url", "image_url": {"url": "data:;base64,a b="}})]}, "character ' '"),
     (CHAT, {"messages": [said({"type": "image_url", "image_url": {"url": "data:;base64,aGk\né"}})]}, "character 'é'"),
-    (CHAT, {"messages": [said({"type": "image_url", "image_url": {"url": "data:;base64,aGk"}})]}, "multiple of 4"),
+    (CHAT, {"messages": [said({"type": "image_url", "image_url": {"url": "data:;base64,aGkxa"}})]}, "without padding"),
     (CHAT, {"messages": [said({"type": "image_url", "image_url": {"url": "data:;base64,a==="}})]}, "character '='"),
     (CHAT, {"messages": [said({"type": "image_url", "image_url": {"url": "data:;base64,"}})]}, "no bytes"),
     (CHAT, {"messages": [said({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}})]}, "data URL"),

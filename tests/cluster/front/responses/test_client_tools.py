@@ -61,6 +61,18 @@ TOOLS: list[tuple[dict[str, Any], str, dict[str, Any], dict[str, Any]]] = [
         {"type": "delete_file", "path": "a"},
         {"type": "apply_patch_call", "operation": {"type": "delete_file", "path": "a", "diff": ""}},
     ),
+    (
+        {"type": "tool_search", "execution": "client", "description": "Finds."},
+        "tool_search",
+        {"query": "maps"},
+        {"type": "tool_search_call", "execution": "client", "arguments": {"query": "maps"}},
+    ),
+    (
+        {"type": "tool_search", "execution": "client", "parameters": {"type": "object", "properties": {"words": {}}}},
+        "tool_search",
+        {"words": ["a", "b"]},
+        {"type": "tool_search_call", "execution": "client", "arguments": {"words": ["a", "b"]}},
+    ),
 ]
 
 
@@ -152,3 +164,56 @@ async def test_a_call_that_was_cut_has_the_text_so_far() -> None:
         reply = await http.post(PATH, json=body)
     assert HEADER not in reply.headers
     assert reply.json()["output"][0]["input"].startswith('{"input":')
+
+
+FOUND: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+    ({"type": "function", "name": "plan", "parameters": {}}, "plan", {"type": "function_call", "name": "plan"}),
+    (MAPS, "maps__find", {"type": "function_call", "name": "find", "namespace": "maps"}),
+    ({"type": "custom", "name": "run"}, "run", {"type": "custom_tool_call", "name": "run"}),
+]
+
+
+@pytest.mark.parametrize("kind", ["tool_search_output", "additional_tools"])
+@pytest.mark.parametrize(("tool", "function", "wanted"), FOUND)
+async def test_tools_in_the_input_can_be_called(
+    tool: dict[str, Any], function: str, wanted: dict[str, Any], kind: str
+) -> None:
+    """Checks that such tools are offered, are called in their own form, and stay with a stored response."""
+    arguments = {"input": "a"} if tool["type"] == "custom" else {}
+    engine = ScriptedEngine(says(f"<tool_call>{json.dumps({'name': function, 'arguments': arguments})}</tool_call>"))
+    search = {"type": "tool_search_call", "call_id": "s1", "arguments": {"query": "a"}, "execution": "client"}
+    holder: dict[str, Any] = {"type": kind, "tools": [tool, tool]}
+    found = [search, {**holder, "call_id": "s1"}] if kind == "tool_search_output" else [{**holder, "role": "developer"}]
+    async with served(engine) as http:
+        body = {"input": [{"role": "user", "content": "Hi"}, *found], "tools": [{"type": "function", "name": "own"}]}
+        reply = await http.post(PATH, json=body)
+        assert reply.status_code == 200 and HEADER not in reply.headers, reply.text
+        shown = reply.json()
+        more = {"previous_response_id": shown["id"], "tools": body["tools"]}
+        result = {"type": f"{wanted['type']}_output", "call_id": shown["output"][0]["call_id"], "output": "R"}
+        again = await http.post(PATH, json=more | {"input": [result]})
+        assert again.status_code == 200, again.text
+        chosen = {"type": tool["type"], "name": wanted["name"]}
+        if tool["type"] != "namespace":
+            assert (await http.post(PATH, json=body | {"tool_choice": chosen})).status_code == 200
+    for response in (shown, again.json()):
+        assert wanted.items() <= response["output"][0].items()
+        assert [each["name"] for each in response["tools"]] == ["own"]
+    prompts = [tokenizer().decode(request.prompt) for request in engine.submitted]
+    assert all(prompt.startswith(f"+own+{function}<") for prompt in prompts[:2])
+
+
+async def test_hosted_searches_and_tools_are_left_out_and_named() -> None:
+    holder = {"type": "additional_tools", "role": "developer", "tools": [{"type": "web_search"}]}
+    async with served(ScriptedEngine(says("a"))) as http:
+        body = {"input": [holder, {"role": "user", "content": "Hi"}], "tools": [{"type": "tool_search"}]}
+        reply = await http.post(PATH, json=body)
+    assert reply.status_code == 200
+    assert {*reply.headers[HEADER].split(", ")} == {"tools.tool_search", "tools.web_search"}
+
+
+@pytest.mark.parametrize("tools", [5, [{"type": "function"}], ["a"]])
+async def test_tools_of_a_wrong_form_in_the_input_are_refused(tools: Any) -> None:
+    async with served(ScriptedEngine(says("a"))) as http:
+        reply = await http.post(PATH, json={"input": [{"type": "additional_tools", "tools": tools}]})
+    assert reply.status_code == 400 and "[0]: tools: " in reply.text

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaclust.cluster.front.text.completion import StopPattern, StopStrings
 from llamaclust.cluster.front.text.image_rows import RowLeases
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
+from llamaclust.cluster.front.text.stop_strings import StopPattern, StopStrings
 from support.clusters.served import ScriptedEngine, make_service, says
 
 GENERATION = CompletionRequest("Hello", seed=7)

@@ -150,3 +150,38 @@ async def test_a_model_without_the_tokens_is_refused(missing: str, monkeypatch: 
     monkeypatch.setattr(served, "tokenizer", lambda: made)
     reply = await post("/infill", {"input_prefix": "a", "input_suffix": "b"}, ScriptedEngine(says("x")))
     assert (reply.status_code, reply.json()["error"]["code"]) == (501, "not_supported")
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/completions"])
+@pytest.mark.parametrize("prompts", ["def ", ["def ", "class "]])
+async def test_suffix_of_openai(tokenizer: Tokenizer, path: str, prompts: str | list[str]) -> None:
+    engine = ScriptedEngine(says("x"))
+    reply = await post(path, {"model": MODEL, "prompt": prompts, "suffix": "end"}, engine)
+    assert reply.status_code == 200 and reply.json()["choices"][0]["text"] == "x"
+    given = [prompts] if isinstance(prompts, str) else prompts
+    marked = [f"<|fim_prefix|>{each}<|fim_suffix|>end<|fim_middle|>" for each in given]
+    assert [tokenizer.decode(each.prompt) for each in engine.submitted] == marked
+
+
+@pytest.mark.parametrize("suffix", ["", None])
+async def test_an_empty_suffix_is_none(tokenizer: Tokenizer, suffix: str | None) -> None:
+    engine = ScriptedEngine(says("x"))
+    assert (await post("/v1/completions", {"prompt": "def ", "suffix": suffix}, engine)).status_code == 200
+    assert tokenizer.decode(engine.submitted[0].prompt) == "def "
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [({"prompt": [1, 2]}, "not token ids"), ({"echo": True}, "echo"), ({"prompt": ["a", [3]]}, "not token ids")],
+)
+async def test_a_suffix_that_cannot_be_used_is_refused(
+    tokenizer: Tokenizer, fields: dict[str, Any], reason: str
+) -> None:
+    reply = await post("/v1/completions", {"prompt": "a", "suffix": "b"} | fields, ScriptedEngine(says("x")))
+    assert reply.status_code == 400 and reason in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", {}), ("/api/generate", {"model": MODEL})])
+async def test_a_model_that_fills_no_gaps_says_so(path: str, body: dict[str, Any]) -> None:
+    reply = await post(path, {"prompt": "a", "suffix": "b"} | body, ScriptedEngine(says("x")))
+    assert reply.status_code == 400 and "does not support insert" in reply.text

@@ -38,7 +38,7 @@ async def test_embeddings_have_the_length_that_the_model_gave_them() -> None:
     [
         ({}, "input"),
         ({"input": [1]}, "input"),
-        ({"input": "a", "dimensions": 0}, "dimensions"),
+        ({"input": "a", "dimensions": -1}, "dimensions"),
         ({"input": "a" * 5000}, "input"),
         ({"input": "a", "pooling": "none"}, "a vector for each token"),
     ],

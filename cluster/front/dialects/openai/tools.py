@@ -28,9 +28,7 @@ from llamaclust.cluster.front.tools import (
 )
 from llamaclust.core.errors import ParameterError
 
-_TEXT_KEYS: Final = frozenset(
-    ("type", "text", "refusal", "id", "cache_control", "annotations", "citations", "logprobs")
-)
+_TEXT_KEYS: Final = frozenset(("type", "text", "id", "cache_control", "annotations", "citations", "logprobs"))
 """Keys of a text. Other keys may be known to the chat template, such as the languages of a translation."""
 _PARTS: Final = {"type": "array", "items": {"type": "object", "required": ["type"]}}
 
@@ -54,7 +52,7 @@ def _part(place: int, part: Any, context: object) -> Part:
         raise ValueError(f"parts of type {kind[:60]!r} are not supported, only 'text'")
     if not isinstance(part.get(field), str):
         raise ValueError(f"a {kind} part needs the field {field!r}")
-    return dict(part) if part.keys() - _TEXT_KEYS else str(part[field])
+    return dict(part) if kind == "text" and part.keys() - _TEXT_KEYS else str(part[field])
 
 
 ContentField = Annotated[Content, PlainValidator(_content), WithJsonSchema({"anyOf": [{"type": "string"}, _PARTS]})]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from llamaclust.model.chat.tools.thoughts import NAMES, THOUGHTS
+from llamaclust.model.chat.thoughts import NAMES, THOUGHTS
 
 _BLOCK_NAMES: Final = ("reasoning_text", "thinking_blocks", "reasoning_details")
 _ALL_NAMES: Final = (*NAMES, *_BLOCK_NAMES)

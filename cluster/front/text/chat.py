@@ -26,11 +26,11 @@ from llamaclust.core.sampler.matchers import Grammar, Reasoning
 from llamaclust.model.chat.accepted_messages import accepted_forms, lacks_system
 from llamaclust.model.chat.prompt import encode_chat, encode_text, guard_messages, unguarded
 from llamaclust.model.chat.template import ChatTemplate, TemplateRefusalError
+from llamaclust.model.chat.thoughts import with_shown_thoughts
 from llamaclust.model.chat.tools.begun_answer import continuation, ended_reasoning, opened_reasoning
 from llamaclust.model.chat.tools.format_derivation import derive_format
 from llamaclust.model.chat.tools.history import template_messages
 from llamaclust.model.chat.tools.known_formats import GENERIC_CALLS
-from llamaclust.model.chat.tools.thoughts import with_shown_thoughts
 from llamaclust.model.chat.tools.tool_format import ChannelCalls, ToolFormat
 from llamaclust.model.grammars.reasoning import Place, ReasoningScanner
 from llamaclust.model.tokenizers.tokenizer import Tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from llamaclust.model.chat.thoughts import named_thoughts, thought_parts
 from llamaclust.model.chat.tools.call_derivation import derived_calls
 from llamaclust.model.chat.tools.known_formats import (
     GENERIC_CALLS,
@@ -32,7 +33,6 @@ from llamaclust.model.chat.tools.template_probe import (
     first_markup,
     last_markup,
 )
-from llamaclust.model.chat.tools.thoughts import named_thoughts, thought_parts
 from llamaclust.model.chat.tools.tool_format import Calls, ChannelCalls, ReasoningTags, TaggedCalls, ToolFormat
 
 _ARGUMENTS: Final = {KEYS[0]: VALUES[0]}

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from llamaclust.model.chat.thoughts import with_shown_thoughts
 from llamaclust.model.chat.tools.format_derivation import derive_format
 from llamaclust.model.chat.tools.history import template_messages
-from llamaclust.model.chat.tools.thoughts import with_shown_thoughts
 from llamaclust.model.chat.tools.tool_format import ChannelCalls
 from support.chat.llama_cpp_source import PACKAGE, find_source
 from support.chat.sample_templates import form_of, render_with

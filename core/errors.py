@@ -72,8 +72,10 @@ class ParameterError(RequestError):
 class ContextLengthError(ParameterError):
     """A prompt does not fit into the context. The message has OpenAI's words, because clients look for these words."""
 
-    def __init__(self, has: str, prompt_tokens: int, context_length: int, param: str = "prompt") -> None:
-        reason = f"{has}, but this model's maximum context length is {context_length} tokens; shorten it"
+    def __init__(
+        self, has: str, prompt_tokens: int, context_length: int, param: str = "prompt", advice: str = "shorten it"
+    ) -> None:
+        reason = f"{has}, but this model's maximum context length is {context_length} tokens; {advice}"
         super().__init__(param, reason, "context_length_exceeded")
         self.prompt_tokens = prompt_tokens  # A lower bound if the prompt was not tokenized.
         self.context_length = context_length

@@ -14,7 +14,7 @@ from typing import Self
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.adapters import adapted, check_adapter_weights, read_adapter, unread_adapter_tensor, with_adapters
 from llamaclust.model.architectures import as_programs_read, build_program
-from llamaclust.model.architectures.tensors import FACTOR_TENSORS, idle_kv_tensors, nextn_tensors
+from llamaclust.model.architectures.tensors import FACTOR_TENSORS, FACTORS, LONG_FACTORS, idle_kv_tensors, nextn_tensors
 from llamaclust.model.chat.template import ChatTemplate, load_chat_template
 from llamaclust.model.chat.template_choice import chosen_template
 from llamaclust.model.costs import (
@@ -128,6 +128,14 @@ class Model:
     @property
     def layer_count(self) -> int:
         return self.hyperparameters.block_count
+
+    @property
+    def short_rope_context(self) -> int | None:
+        """The longest context that takes the file's RoPE factors for short contexts. None if all contexts take the same
+        factors."""
+        if LONG_FACTORS not in self.file.tensors or FACTORS in self.file.tensors:
+            return None
+        return self.hyperparameters.rope.original_context_length
 
     def program(
         self,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.limits import capacity_of, kv_tokens
+from llamaclust.cluster.control.limits import CONTEXT_TOKENS, capacity_of, kv_tokens
 from llamaclust.cluster.launchers.models.projectors import open_with_projector
 from llamaclust.cluster.scheduler.capacity import BlockCounts, blocks_of
 from llamaclust.cluster.scheduler.kv.groups import KvGroups, KvSizes
@@ -53,7 +53,7 @@ def fit(path: Path, available_bytes: int, threads: int, context_length: int | No
     with model:
         config = ClusterConfig.model_validate({"model": str(path), "workers": [{"name": "a"}]})
         trained, count = model.hyperparameters.context_length, model.layer_count
-        context = min(context_length or config.context_length, trained)
+        context = min(context_length or CONTEXT_TOKENS, trained)
         costs = {kv_type: model.costs(kv_type) for kv_type in KvType}
 
         def limits(tokens: int) -> StageLimits:

@@ -81,8 +81,9 @@ class ClusterConfig(Section):
     """Projector (image encoder), given like `model`. auto uses the only one in the model's folder. off uses none."""
     adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=MAX_ADAPTERS, strict=False)] = ()
     """LoRA adapters that requests can use, numbered from 0. Workers with GPUs do not support adapters."""
-    context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] = 4096
-    """Maximum number of tokens in a sequence, including its prompt and its answer."""
+    context_length: Annotated[Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] | None, OrAuto()] = None
+    """Maximum number of tokens in a sequence, including its prompt and its answer. auto: the model's own, or as much as
+    memory allows, but at least 4,096 tokens or the model's own."""
     launcher: LauncherName = "local"
     """Launcher of the workers. local starts processes on this machine, ray uses Ray, and mpi uses mpirun. With static,
     you run `llamaclust worker` on each machine."""

@@ -354,8 +354,8 @@ class ModelEntry(Section):
     """Name of a built-in chat template, or a Jinja file, like the cluster's key `chat_template`."""
     mmproj: Mmproj = None
     """Projector of this model, like the cluster's key `mmproj`."""
-    context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] | None = None
-    """Maximum number of tokens in a sequence. Defaults to the cluster's `context_length`."""
+    context_length: Annotated[Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] | None, OrAuto()] = None
+    """Maximum number of tokens in a sequence. auto uses the cluster's `context_length`."""
     kv_memory: Annotated[Size | None, OrAuto()] = None
     """Maximum KV memory of each device of a worker: RAM, or a GPU. auto uses the cluster's `kv_memory`."""
     keep_alive: Annotated[Duration | None, OrAuto()] = None

@@ -11,7 +11,7 @@ from llamaclust.cluster.control import observations
 from llamaclust.cluster.control import reconcile as act
 from llamaclust.cluster.control.cluster_state import ClusterState, Expulsion, PipelineLoss
 from llamaclust.cluster.control.epochs import Epoch, Epochs, StageLoadError
-from llamaclust.cluster.control.notices import awake_text, images_text, moving_text, recovered_text
+from llamaclust.cluster.control.notices import awake_text, images_text, kv_memory_text, moving_text, recovered_text
 from llamaclust.cluster.control.observations import Incarnation
 from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.control.state_store import StateStore
@@ -216,8 +216,11 @@ class ActionRunner:
         assert epoch is not None
         if (text := images_text(self.plan, epoch.plan)) is not None:
             self._notice(text)
+        if (text := kv_memory_text(self.plan, epoch.plan)) is not None:
+            self._notice(text)
         self.epoch, self._loaded = epoch, None
         self.plan = epoch.plan
+        self.planner.kept_context = epoch.plan.context_length
         if self.engine is not None:
             retirement = self.engine.resume(epoch.pipeline, epoch.settings)
             if retirement is not None:

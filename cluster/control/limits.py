@@ -9,18 +9,20 @@ from fractions import Fraction
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.resources.groups import check_groups
 from llamaclust.cluster.control.resources.placement import check_placement
+from llamaclust.cluster.planner.context import ContextBound, ContextBounds
 from llamaclust.cluster.planner.manual import Assignment, checked
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.scheduler.capacity import BlockCounts, Capacity, microbatch_rows
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.drafting.shared import SharedDrafters
-from llamaclust.cluster.scheduler.kv.groups import window_group
+from llamaclust.cluster.scheduler.kv.groups import WindowGroup, window_group
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.draft_model import DraftModel
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.core.errors import UsageError
 from llamaclust.core.gpus import UNUSED_BY_PARTS, gpu_names
 from llamaclust.core.limits import StageLimits
+from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS
 from llamaclust.model.costs import ModelCosts
 from llamaclust.model.loader import Model
 from llamaclust.model.nextn.program import check_nextn, has_nextn
@@ -30,14 +32,35 @@ from llamaclust.wire.microbatch.frames import MAX_FRAME_BYTES
 
 _OUTPUTS = 64
 _KV_TOKENS = 8192
+CONTEXT_TOKENS = 4096
+"""Context length, or less if the model's own is shorter, that a model must have room for. Without `context_length`,
+plans place layers for it, and then choose a longer one if the memory that is left suffices."""
 
 
-def context_length(config: ClusterConfig, model: Model) -> int:
-    trained = model.hyperparameters.context_length
-    if "context_length" in config.model_fields_set and config.context_length > trained:
-        cause = f"context_length is {config.context_length}"
-        raise UsageError(f"{cause}, but the model was trained for {trained} tokens; set {trained} or less")
-    return min(config.context_length, trained)
+def context_bounds(config: ClusterConfig, model: Model) -> ContextBounds:
+    """Returns the context lengths among which plans choose. Raises UsageError if `context_length` is too long."""
+    trained, tokens = model.hyperparameters.context_length, config.context_length
+    if tokens is not None:
+        if tokens > trained:
+            cause = f"context_length is {tokens}"
+            raise UsageError(f"{cause}, but the model was trained for {trained} tokens; set {trained} or less")
+        return ContextBounds(tokens, tokens, trained, ContextBound.KEY)
+    least = min(CONTEXT_TOKENS, trained)
+    lengths = {
+        ContextBound.MODEL: min(trained, MAX_CONTEXT_TOKENS),
+        ContextBound.ROPE: model.short_rope_context or trained,
+        ContextBound.ENCODER: trained if model.is_causal else least,
+        ContextBound.KV_DISK: _context_on_disk(config, model) or trained,
+    }
+    bound = min(lengths, key=lengths.__getitem__)
+    return ContextBounds(least, max(least, lengths[bound]), trained, bound)
+
+
+def _context_on_disk(config: ClusterConfig, model: Model) -> int | None:
+    """Returns the longest context with which `kv_disk` can keep all layers. None if there is no limit."""
+    if model.window is None or all(worker.kv_disk is None for worker in config.workers):
+        return None
+    return WindowGroup(model.window, max_batch_tokens(config, model.projector)).shared_context
 
 
 def check_distinct(models: Iterable[tuple[str, str]]) -> None:
@@ -50,7 +73,7 @@ def check_distinct(models: Iterable[tuple[str, str]]) -> None:
 
 def check_plan(config: ClusterConfig, model: Model) -> None:
     """Raises UsageError if the cluster file does not fit the model, for example if its context is too long."""
-    context_length(config, model)
+    context_bounds(config, model)
     _check_frames(config, model)
     _check_kv_disk(config, model)
     _check_mtp(config, model)
@@ -112,7 +135,7 @@ def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping
 def _check_kv_disk(config: ClusterConfig, model: Model) -> None:
     if all(worker.kv_disk is None for worker in config.workers):
         return
-    group = window_group(model.window, context_length(config, model), max_batch_tokens(config, model.projector))
+    group = window_group(model.window, context_bounds(config, model).least, max_batch_tokens(config, model.projector))
     if group is not None:
         why = f"KV memory of layers with a window ({group.window} tokens) is not kept on disk"
         raise UsageError(f"kv_disk: {why}, but this model has such layers; remove kv_disk")
@@ -159,12 +182,14 @@ def capacity_of(config: ClusterConfig, context_length: int, projector: Projector
 
 
 def max_batch_tokens(config: ClusterConfig, projector: Projector | None) -> int:
-    return capacity_of(config, config.context_length, projector).max_batch_tokens
+    return capacity_of(config, CONTEXT_TOKENS, projector).max_batch_tokens
 
 
 def kv_tokens(config: ClusterConfig) -> int | None:
-    """Returns the number of tokens to plan KV memory for. None if the user set `max_sequences` instead."""
-    return None if "max_sequences" in config.model_fields_set else _KV_TOKENS
+    """Returns the number of tokens to plan KV memory for. None stands for `max_sequences` full-length sequences."""
+    if "max_sequences" not in config.model_fields_set:
+        return _KV_TOKENS
+    return config.max_sequences * CONTEXT_TOKENS if config.context_length is None else None
 
 
 def uses_mtp(config: ClusterConfig) -> bool:
@@ -181,7 +206,7 @@ def unused_mtp(config: ClusterConfig, model: Model) -> str | None:
 def model_costs(config: ClusterConfig, model: Model, expert_shards: int = 1) -> ModelCosts:
     """Returns the model's memory and compute costs for the planner. Raises UsageError if `speculative.mtp` is set, but
     the model has no MTP head."""
-    return capacity_of(config, config.context_length).costs(model, expert_shards)
+    return capacity_of(config, CONTEXT_TOKENS).costs(model, expert_shards)
 
 
 def plan_limits(config: ClusterConfig, plan: Plan, projector: Projector | None = None) -> StageLimits:

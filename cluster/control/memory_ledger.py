@@ -38,6 +38,9 @@ class MemoryLedger:
         """Records a model's plans that are loaded or will be loaded next. Without plans, the model uses no memory."""
         self._plans[model_id] = tuple(plans)
 
+    def holds(self, model_id: str) -> bool:
+        return bool(self._plans.get(model_id))
+
     def copy(self) -> MemoryLedger:
         scratch = MemoryLedger()
         scratch._plans = dict(self._plans)

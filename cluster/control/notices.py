@@ -6,6 +6,7 @@ from llamaclust.cluster.planner.format import shares_text, stage_name
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.limits import layer_span
+from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 def lost_text(error: LlamaclustError, requests: Mapping[str, int]) -> str:
@@ -33,6 +34,15 @@ def images_text(before: Plan | None, plan: Plan) -> str | None:
     if bool(plan.no_images) == (before is not None and bool(before.no_images)):
         return None
     return refused_images(plan.no_images) if plan.no_images else "images are accepted again"
+
+
+def kv_memory_text(before: Plan | None, plan: Plan) -> str | None:
+    if plan.lacks_kv_memory == (before is not None and before.lacks_kv_memory):
+        return None
+    if not plan.lacks_kv_memory:
+        return f"sequences of {plan.context_length} tokens are computed again"
+    room = f"KV memory holds {plan.kv_blocks * KV_BLOCK_TOKENS} of the context's {plan.context_length} tokens"
+    return f"{room}: longer sequences wait for more memory"
 
 
 def refused_images(why: str) -> str:

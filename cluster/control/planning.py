@@ -14,7 +14,7 @@ from llamaclust.cluster.control.limits import (
     capacity_of,
     check_division,
     check_parts_on_gpus,
-    context_length,
+    context_bounds,
     kv_tokens,
     manual_plan,
     manual_shards,
@@ -74,6 +74,7 @@ class ClusterResources:
     """Bytes of memory that are reserved for image embeddings on this machine. `free_bytes` does not include them."""
     encodes: bool = True
     """True if a plan must give the model's image encoder, if there is one, to a worker."""
+    kept_context: int | None = None  # Context length that was chosen at the cluster's start. None: plans choose it.
 
 
 def plan_cluster(
@@ -106,7 +107,7 @@ def _in_wide_tiles(config: ClusterConfig, model: Model, resources: ClusterResour
         return None
     with suppress(InsufficientMemoryError, NetworkPartitionError):
         plan = replace(_divided_plan(config, *_widened(config, model, resources), 1), wide_tiles=True)
-        if is_clearly_faster(plan, own) and 2 * plan.kv_blocks >= own.kv_blocks:
+        if is_clearly_faster(plan, own) and 2 * plan.least_kv_blocks >= own.least_kv_blocks:
             return plan
     return None
 
@@ -157,7 +158,7 @@ def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources,
 
 
 def _have_room(config: ClusterConfig, model: Model, resources: ClusterResources) -> bool:
-    length, costs = context_length(config, model), StageCosts.of(model_costs(config, model))
+    length, costs = context_bounds(config, model).least, StageCosts.of(model_costs(config, model))
     capacity = capacity_of(config, length, model.projector)
     workspace = workspace_of(model, capacity.stage_limits(BlockCounts(1)))
     left = costs.weight_bytes(0, model.layer_count)
@@ -170,7 +171,7 @@ def _have_room(config: ClusterConfig, model: Model, resources: ClusterResources)
 
 def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResources, expert_shards: int) -> Plan:
     check_division(config, model, expert_shards)
-    length, facts = context_length(config, model), _worker_facts(config, resources)
+    bounds, facts = context_bounds(config, model), _worker_facts(config, resources)
     if config.plan is not None:
         gpus = {worker.name: [gpu.device for gpu in worker.gpus] for worker in facts}
         check_parts_on_gpus(config, expert_shards, gpus)
@@ -178,9 +179,9 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
     unused = _unused_gpus(facts) if expert_shards > 1 else ()
     if expert_shards > 1:
         facts = [replace(worker, gpus=(), gpu_layers=None) for worker in facts]
-    capacity = capacity_of(config, length, model.projector)
+    capacity = capacity_of(config, bounds.least, model.projector)
     request = PlanRequest(
-        context_length=length,
+        context_length=bounds.least,
         max_sequences=config.max_sequences,
         workspace=workspace_of(model, capacity.stage_limits(BlockCounts(1), expert_shards)),
         objective=config.objective,
@@ -196,6 +197,8 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
         largest_group=largest_group(config, model) if expert_shards == 1 else 1,
         no_groups=_NO_DIVIDED_MIXTURES if expert_shards > 1 else no_groups(config, model),
         kv_tokens=kv_tokens(config),
+        context_bounds=bounds,
+        kept_context=None if config.context_length is not None else resources.kept_context,
         max_window=0 if config.speculative is None or not model.generates else config.speculative.max_window,
     )
     wanted = placements(config, model, {worker.name: [gpu.device for gpu in worker.gpus] for worker in facts})
@@ -320,6 +323,7 @@ class ClusterPlanner:
     free_bytes: int | None = None  # Same as in `ClusterResources`.
     row_bytes: int = 0  # Same as in `ClusterResources`.
     encodes: bool = True  # False if the model reads only text, because its image encoder did not fit at the start.
+    kept_context: int | None = None  # Same as in `ClusterResources`. It is set when the first epoch serves.
     links: Links = UNKNOWN
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
     unfit: dict[str, str] = field(default_factory=dict, init=False)
@@ -389,4 +393,5 @@ class ClusterPlanner:
             held,
             self.row_bytes,
             self.encodes,
+            self.kept_context,
         )

@@ -259,6 +259,9 @@ class Engine:
 
     def _expire(self, key: int) -> None:
         limit = f"the request took longer than {self.deadlines.request_s:g} s (timeouts.request)"
+        if any(sequence.key == key for sequence in self.scheduler.queues.too_long):
+            room = self.scheduler.settings.max_sequence_tokens
+            limit += f": it waited for workers, since KV memory of those left holds only {room} tokens"
         self._abort(key, DeadlineError(limit))
 
     # -- lanes -----------------------------------------------------------------------------------------------------

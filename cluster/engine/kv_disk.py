@@ -77,7 +77,8 @@ class KvDisk:
     def arrived(self, sequence: Sequence) -> None:
         if self._disks is None or not self._is_running or self._scheduler.strikes.isolated is not None:
             return
-        if len(self._transfers.missing(sequence)) >= _LEAST_BLOCKS:
+        is_ready = sequence in self._scheduler.queues.waiting
+        if is_ready and len(self._transfers.missing(sequence)) >= _LEAST_BLOCKS:
             self._scheduler.queues.begin_restore(sequence)
             self._begin(self._restore_prompt(self._disks, sequence))
 

@@ -21,6 +21,7 @@ from llamaclust.cluster.launchers.models.draft_model import open_device, open_dr
 from llamaclust.cluster.launchers.models.local_encoder import LocalEncoder
 from llamaclust.cluster.launchers.models.projectors import open_with_projector
 from llamaclust.cluster.launchers.models.row_memory import row_limits
+from llamaclust.cluster.planner.context import ContextBound, ContextBounds
 from llamaclust.cluster.scheduler.capacity import ROWS, BlockCounts, Capacity, blocks_of, microbatch_rows
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.kv.groups import WindowGroup
@@ -176,6 +177,7 @@ class LocalStage:
                     generates=self.model.generates,
                     max_drafted=scheduling.max_drafted,
                     recommended=recommended_sampling(self.model.file),
+                    context_bounds=self._context_bounds,
                 )
                 async with ImagePreparation() as preparation:
                     vision = vision_of(self.model, engine.encoder, preparation, RowCache(self._row_limits))
@@ -184,6 +186,11 @@ class LocalStage:
                         yield service
         finally:
             await asyncio.to_thread(self.close)
+
+    @property
+    def _context_bounds(self) -> ContextBounds:
+        tokens = self.scheduling.context_length
+        return ContextBounds(tokens, tokens, self.model.hyperparameters.context_length, ContextBound.KEY)
 
     def _open_encoder(self, device: Device, settings: LocalSettings, opened: ExitStack) -> LocalEncoder | None:
         if self.model.projector is None:

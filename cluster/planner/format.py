@@ -24,9 +24,10 @@ _SPARSE = 0.75
 def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> dict[str, Any]:
     values, predicted, other = asdict(plan), plan.prediction, plan.without_groups
     gains = _gains(plan, acceptances)
-    del values["prediction"]
+    del values["prediction"], values["least_kv_blocks"]
     values |= {
         **choice_json(plan),
+        "context_length": plan.context_length,
         "token_ms": predicted and 1e3 * predicted.token_s,
         "links_ms": predicted and 1e3 * predicted.links_s,
         "gathers_ms": predicted and 1e3 * predicted.gathers_s,
@@ -51,9 +52,15 @@ def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> d
 
 
 def choice_json(plan: Plan) -> dict[str, Any]:
-    rejected = plan.rejected_group
+    rejected, context = plan.rejected_group, plan.context
     return {
         "objective": plan.objective,
+        "context": {
+            "tokens": context.tokens,
+            "trained": context.bounds.trained,
+            "missing_bytes": context.missing_bytes,
+            "text": context.text,
+        },
         "prompt_tokens": plan.prompt_tokens,
         "rejected_group": rejected
         and {
@@ -73,6 +80,7 @@ def choice_lines(values: Mapping[str, Any]) -> Iterator[str]:
         "latency": f"objective: latency (a request alone: {work})",
         "throughput": f"objective: throughput ({TOGETHER} requests at once, each {work})",
     }.get(values["objective"], "objective: none (the plan is by hand)")
+    yield f"context: {values['context']['text']}"
     if group := values["rejected_group"]:
         who = f"{'+'.join(group['workers'])} in shares {shares_text(group['shares'])}"
         one, many = number_text(1e3 / group["token_ms"]), number_text(group["tokens_per_s"])
@@ -132,9 +140,9 @@ def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> 
     without = [f"  without groups: {', '.join(single)}"] if single else []
     unknown = ["  ?: not measured yet; the first `llamaclust up` measures"] if "?" in predicted else []
     gains = _gain_lines(plan, acceptances)
-    objective, *group = (f"  {line}" for line in choice_lines(values))
+    objective, context, *group = (f"  {line}" for line in choice_lines(values))
     speeds = (predicted, *without, *group, *unknown, *gains, *bound)
-    return ("plan:", *lines, *idle_workers, *unused_gpus, *tiles, kv, objective, *speeds)
+    return ("plan:", *lines, *idle_workers, *unused_gpus, *tiles, kv, context, objective, *speeds)
 
 
 def _prompts_and_requests(prompt_tokens: int, values: Mapping[str, Any]) -> list[str]:

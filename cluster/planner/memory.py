@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 
 from llamaclust.cluster.planner.adjacency import Pairs
+from llamaclust.cluster.planner.context import ContextBounds
 from llamaclust.cluster.planner.costs import Counts, StageCosts, Table, WorkerFacts, sums
 from llamaclust.cluster.planner.devices import DeviceNeeds, Division, MoeLayers, PlannedLayers, devices_of, divide
 from llamaclust.cluster.planner.links import UNKNOWN, Links
@@ -20,6 +21,12 @@ from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 from llamaclust.core.limits import MAX_KV_BLOCKS
 from llamaclust.model.groups.portion import Portion
 from llamaclust.model.program import KV_BLOCK_TOKENS
+
+_KV_SHARE = 2
+"""Divisor of the memory that weights and workspace leave free: KV memory takes this part, unless one sequence of the
+shortest context needs more."""
+_CACHED_KV_SHARE = 4
+"""Like `_KV_SHARE`, for the choice of a context on a GPU that uses free memory to cache experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,10 @@ class PlanRequest:
     no_groups: str = ""  # Reason why automatic plans have no groups, even if workers could form them.
     # Maximum number of tokens to plan KV memory for if `kv_memory_bytes` is None. None: `context_length` per sequence.
     kv_tokens: int | None = None
+    # Context lengths among which the plan chooses after its layers are placed for `context_length`. None: no choice.
+    context_bounds: ContextBounds | None = None
+    kept_context: int | None = None  # Context length that was chosen earlier. It replaces the choice.
+    least_window_blocks: int = 0  # Minimum number of blocks for layers with a sliding window, if they have their own.
 
     @property
     def most_blocks(self) -> int:
@@ -115,7 +126,8 @@ class MemoryModel:
     @property
     def kv_groups(self) -> KvGroups:
         stages, request = self.stages, self.request
-        return KvGroups.of(stages.model, request.context_length, request.max_sequences, request.max_batch_tokens)
+        groups = KvGroups.of(stages.model, request.context_length, request.max_sequences, request.max_batch_tokens)
+        return replace(groups, least_window_blocks=request.least_window_blocks)
 
     @property
     def max_drafted(self) -> int:
@@ -166,10 +178,7 @@ class MemoryModel:
     def kv_blocks(self, split: Sequence[PlannedLayers]) -> int:
         """Returns how many KV blocks fit on every device, at most `most_blocks` if the user has not set `kv_memory`."""
         most = self.request.most_blocks
-        beside: dict[tuple[str, str], int] = {}
-        for held in split:
-            if held.is_experts:
-                beside[held.place] = beside.get(held.place, 0) + sum(self.parts(held, 0).values())
+        beside = self._beside(split)
         return min((self._held_blocks(held, beside.get(held.place, 0), most) for held in split), default=0)
 
     def _held_blocks(self, held: PlannedLayers, beside_bytes: int, most: int) -> int:
@@ -182,7 +191,30 @@ class MemoryModel:
         if given is not None:
             return self._blocks_in(held.start, held.end, min(given, left), MAX_KV_BLOCKS)
         least = min(self.context_bytes(held.start, held.end), left)
-        return self._blocks_in(held.start, held.end, max(least, left // 2), most)
+        return self._blocks_in(held.start, held.end, max(least, left // _KV_SHARE), most)
+
+    def context_shortfall(self, split: Sequence[PlannedLayers]) -> int:
+        """Returns the bytes that devices lack for a full-length sequence in the usual share of the memory that weights
+        and workspace leave. If the user has set `kv_memory`, the sequence may take all of it."""
+        beside = self._beside(split)
+        return sum(self._context_shortfall(held, beside.get(held.place, 0)) for held in split if not held.is_experts)
+
+    def _context_shortfall(self, held: PlannedLayers, beside_bytes: int) -> int:
+        kv, given = self.context_bytes(held.start, held.end), self.request.kv_memory_bytes
+        memory_bytes = held.device.memory_bytes
+        over = 0 if given is None else max(0, kv - given)
+        if memory_bytes is None:
+            return over
+        share = 1 if given is not None else _CACHED_KV_SHARE if held.cpu_moe else _KV_SHARE
+        return max(over, beside_bytes + sum(self.parts(held, 0).values()) + share * kv - memory_bytes)
+
+    def _beside(self, split: Sequence[PlannedLayers]) -> Mapping[tuple[str, str], int]:
+        """Returns the bytes of experts in RAM by worker and device. Other layers may share the RAM with them."""
+        beside: dict[tuple[str, str], int] = {}
+        for held in split:
+            if held.is_experts:
+                beside[held.place] = beside.get(held.place, 0) + sum(self.parts(held, 0).values())
+        return beside
 
     def shortfall_table(self, worker: WorkerFacts, contexts: int) -> Table:
         """Returns the bytes that stages lack for `contexts` full-length sequences, or infinity for empty stages."""

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
 
+from llamaclust.cluster.planner.context import ContextChoice
 from llamaclust.core.gpus import DeviceLayers
+from llamaclust.model.program import KV_BLOCK_TOKENS
 
 _PROMPT_TOKENS = 512
 ANSWER_TOKENS: Final = 128
@@ -126,9 +128,11 @@ class Plan:
 
     stages: tuple[StagePlan, ...]
     kv_blocks: int
-    context_length: int
+    context: ContextChoice
     idle_workers: tuple[IdleWorker, ...]
     prediction: Prediction | None  # None if some value was not measured.
+    # Number of KV blocks that the plan would have with the shortest context, for comparisons of plans.
+    least_kv_blocks: int = 0
     # Number of blocks for layers with a sliding window, if they have separate blocks.
     window_blocks: int = 0
     state_blocks: int = 0
@@ -143,6 +147,15 @@ class Plan:
     rejected_group: RejectedGroup | None = field(default=None, compare=False)  # Set only in plans without groups.
     no_group: str = field(default="", compare=False)  # Reason why no group is possible.
     no_images: str = field(default="", compare=False)  # Reason why no worker holds the image encoder.
+
+    @property
+    def context_length(self) -> int:
+        return self.context.tokens
+
+    @property
+    def lacks_kv_memory(self) -> bool:
+        """True if KV memory holds no full-length sequence, because workers were lost after the context was chosen."""
+        return self.kv_blocks * KV_BLOCK_TOKENS < self.context_length
 
     @property
     def has_encoder(self) -> bool:

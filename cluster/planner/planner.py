@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from llamaclust.cluster.planner.adjacency import Pairs, violated_pair
 from llamaclust.cluster.planner.chain import Chain, is_measured
+from llamaclust.cluster.planner.context_choice import with_context
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.devices import PlannedLayers, devices_of
 from llamaclust.cluster.planner.explain import idle_workers, model_memory_error, split_memory_error
@@ -36,6 +37,15 @@ _NOMINAL_GPU = DeviceProfile(read_bytes_s=500e9, int8_macs_s=50e12)
 def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRequest) -> Plan:
     """Makes a plan. Raises UsageError if a manual plan is invalid, InsufficientMemoryError if the model does not fit,
     and NetworkPartitionError if every plan needs a link between workers that cannot reach each other."""
+    plan, kept = _plan(costs, workers, request), request.kept_context
+    if kept is not None and kept > request.context_length and plan.lacks_kv_memory:
+        # Other places of the layers may leave the memory.
+        with suppress(InsufficientMemoryError, NetworkPartitionError):
+            return _plan(costs, workers, replace(request, context_length=kept))
+    return plan
+
+
+def _plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRequest) -> Plan:
     stages = StageCosts.of(costs)
     sizes = MemoryModel(stages, request)
     if request.manual is not None:
@@ -47,18 +57,22 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRe
         found = _automatic(sizes, workers)
     by_name = {worker.name: worker for worker in workers}
     chain = Chain.of(sizes, found.entries, by_name, found.contexts)
-    held, kv_blocks = chain.members, chain.kv_blocks
+    if chain.kv_blocks < request.context_blocks:
+        raise split_memory_error(sizes, chain.members)
+    served, context = with_context(chain)
+    served_sizes, held, kv_blocks = served.sizes, served.members, served.kv_blocks
     if kv_blocks < request.context_blocks:
-        raise split_memory_error(sizes, held)
+        raise split_memory_error(served_sizes, held)
     rejected = None if request.manual is not None else rejected_group(chain, workers, found.contexts)
     return Plan(
-        stages=tuple(_stage(sizes, by_name[stage.worker], stage, kv_blocks) for stage in held),
+        stages=tuple(_stage(served_sizes, by_name[stage.worker], stage, kv_blocks) for stage in held),
         kv_blocks=kv_blocks,
-        window_blocks=sizes.kv_groups.window_blocks(kv_blocks),
-        state_blocks=sizes.kv_groups.state_blocks(kv_blocks),
-        context_length=request.context_length,
+        least_kv_blocks=chain.kv_blocks,
+        window_blocks=served_sizes.kv_groups.window_blocks(kv_blocks),
+        state_blocks=served_sizes.kv_groups.state_blocks(kv_blocks),
+        context=context,
         idle_workers=idle_workers(sizes, workers, {stage.worker for stage in held}, found.contexts),
-        prediction=chain.prediction,
+        prediction=served.prediction,
         objective=None if request.manual is not None else request.objective,
         without_groups=_without_groups(sizes, by_name, found),
         rejected_group=rejected if isinstance(rejected, RejectedGroup) else None,

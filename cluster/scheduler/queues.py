@@ -41,6 +41,8 @@ class SequenceQueues:
         self.running: list[Sequence] = []  # Running sequences in order of arrival.
         self.waiting: deque[Sequence] = deque()
         self.restoring: list[Sequence] = []  # Sequences that wait until their KV blocks are read from disk.
+        # Waiting sequences that are longer than KV memory, which became smaller. They wait for `restart`.
+        self.too_long: list[Sequence] = []
         # Running sequences with slow matchers that must skip the next microbatch.
         self.held: frozenset[Sequence] = frozenset()
         self.released: list[int] = []  # Keys of sequences whose matchers the last stage can drop.
@@ -80,15 +82,22 @@ class SequenceQueues:
         self.memory = memory
         self.max_running = max_running
         self.running.clear()
-        self.waiting = deque(sequences)
+        self.waiting.clear()
         self.restoring.clear()
+        self.too_long.clear()
         self.released.clear()
-        for sequence in self.waiting:
+        self.take(sequences)
+
+    def take(self, sequences: Iterable[Sequence]) -> None:
+        """Queues sequences that another scheduler or pipeline had, in order of arrival."""
+        for sequence in sequences:
             sequence.restart()
+            (self.waiting if self.memory.can_hold(sequence) else self.too_long).append(sequence)
+        self.waiting = deque(sorted(self.waiting, key=_by_arrival))
 
     def check_room(self, owner: str, most_waiting: int) -> None:
         """Raises QueueFullError if the owner has too many waiting sequences. The limit falls when other owners wait."""
-        waiting = [*self.waiting, *self.restoring]
+        waiting = [*self.waiting, *self.restoring, *self.too_long]
         own = sum([other.request.owner == owner for other in waiting])
         limit = largest_share(own, len(waiting), most_waiting + self.max_running - len(self.running))
         if own >= limit:
@@ -179,7 +188,10 @@ class SequenceQueues:
 
     def grow(self, sequence: Sequence) -> None:
         while sequence.phase is _DECODE and not self.memory.grow(sequence):
-            self._preempt_one()
+            if self.memory.can_hold(sequence):
+                self._preempt_one()
+            else:
+                self.preempt(sequence)
 
     def extend(self, sequence: Sequence) -> None:
         while sequence.phase is _PREFILL and not self.memory.extend(sequence):
@@ -204,7 +216,10 @@ class SequenceQueues:
         self.running.remove(sequence)
         self._release(sequence)
         sequence.phase = phase
-        self.waiting.appendleft(sequence)
+        if self.memory.can_hold(sequence):
+            self.waiting.appendleft(sequence)
+        else:
+            self.too_long.append(sequence)
 
     def recompute(self, sequence: Sequence) -> None:
         if sequence.is_running:
@@ -232,6 +247,8 @@ class SequenceQueues:
             self.running.remove(sequence)
         elif sequence in self.restoring:
             self.restoring.remove(sequence)
+        elif sequence in self.too_long:
+            self.too_long.remove(sequence)
         else:
             self.waiting.remove(sequence)
         sequence.phase = Phase.FINISHED

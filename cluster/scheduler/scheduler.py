@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
 from dataclasses import replace
 from itertools import accumulate, islice
 from operator import attrgetter
@@ -43,7 +43,6 @@ _SHARED, _SHARED_ROWS = 4, 32
 """Divisor of the prefill time limit, and maximum rows of a chunk, while another pipeline uses the same workers."""
 
 _by_remaining = attrgetter("remaining")
-_by_arrival = attrgetter("key")
 _next_rows = attrgetter("next_rows")
 
 
@@ -74,7 +73,7 @@ class Scheduler:
         blocks = self.queues.memory.blocks
         return Counts(
             running=len(self.queues.running),
-            waiting=len(self.queues.waiting) + len(self.queues.restoring),
+            waiting=len(self.queues.waiting) + len(self.queues.restoring) + len(self.queues.too_long),
             in_flight=len(self.in_flight),
             kv_blocks=blocks.count,
             kv_blocks_held=blocks.held,
@@ -136,13 +135,14 @@ class Scheduler:
 
     @property
     def movable(self) -> list[Sequence]:
-        return [sequence for sequence in self.queues.waiting if not sequence.in_flight]
+        waiting = (*self.queues.waiting, *self.queues.too_long)
+        return [sequence for sequence in waiting if not sequence.in_flight]
 
     def put_back(self, sequence: Sequence) -> None:
         if sequence.is_running:
             self.queues.put_back(sequence)
 
-    def take_over(self, other: Scheduler, sequences: Iterable[Sequence]) -> None:
+    def take_over(self, other: Scheduler, sequences: Items[Sequence]) -> None:
         """Moves sequences from another scheduler to this scheduler. The sequences must be in the other scheduler's
         `movable`, unless its pipeline is lost."""
         for sequence in sequences:
@@ -151,11 +151,9 @@ class Scheduler:
             other.strikes.move(sequence, self.strikes)
             if other.speculation is not None:
                 other.speculation.forget(sequence)
-            sequence.restart()
             self._sequences[sequence.key] = sequence
-            self.queues.waiting.append(sequence)
+        self.queues.take(sequences)
         self._sequences = dict(sorted(self._sequences.items()))
-        self.queues.waiting = deque(sorted(self.queues.waiting, key=_by_arrival))
 
     def has_room_for(self, sequence: Sequence) -> bool:
         queues = self.queues
@@ -168,7 +166,8 @@ class Scheduler:
 
     def next_microbatch(self, now_ns: int) -> ScheduledMicrobatch | None:
         self.queues.memory.begin_microbatch()
-        if (isolated := self.strikes.isolated) is not None:
+        isolated = self.strikes.isolated
+        if isolated is not None and isolated not in self.queues.too_long:
             is_busy = len(self.in_flight) or self.queues.restoring or self.queues.memory.transfers.are_under_way
             return None if is_busy else self._next_alone(isolated, now_ns)
         # One extra microbatch in flight keeps stages busy after a short chunk, but delays tokens if sequences decode.

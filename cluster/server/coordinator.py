@@ -35,6 +35,7 @@ from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.cluster.server.adapter_loader import AdapterLoader, OpenedModel, fixed_names
+from llamaclust.cluster.server.contexts import choose_contexts, keep_contexts
 from llamaclust.cluster.server.drafting import drafting
 from llamaclust.cluster.server.start import launching, link_meter, named_errors, open_models, registry_of, weight_cache
 from llamaclust.cluster.server.worker_metrics import WorkerMetrics
@@ -68,6 +69,10 @@ class ServedModel:
     @property
     def plan(self) -> Plan | None:
         return self.supervisor.plan
+
+    @property
+    def context_length(self) -> int:
+        return self.engine.scheduler.settings.context_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +140,16 @@ async def open_cluster(
         of_rows = row_bytes(limits, (of.model for of in opened))
         meter = await _measured(planners, registry, launcher, folder, report, drafts.unused_bytes, of_rows)
         await _choose_images(planners, _undrained(registry, record.drained), report)
+        keep_contexts(planners, record.contexts if folder.has_requests else {})
+        if config.models:
+            await choose_contexts(planners, _undrained(registry, record.drained))
         start_s = 0.0 if config.launcher_facts.is_local else config.join.wait
         supervised = SupervisedWorkers(registry, launcher, record, start_s, meter)
         pool = await stack.enter_async_context(_supervised(config, supervised, report))
         served = await _served(
             stack, opened, planners, drafts.settings, pool=pool, adapter_record=adapter_record, report=report
         )
+        await record.keep_contexts({one.model.model_id: one.context_length for one in served})
         metrics = _cluster_metrics(served, registry)
         lifecycles = {one.name: _lifecycle(one, entry) for one, entry in zip_longest(served, config.models)}
         rotation = ModelRotation(lifecycles)
@@ -246,6 +255,7 @@ async def _served(
     supervisors = []
     for planner, plan, speculation in zip(planners, plans, speculations, strict=True):
         planner.ledger = ledger
+        planner.kept_context = planner.kept_context if plan is None else plan.context_length
         epochs = Epochs(planner.config, planner.model, epoch_workers, speculation)
         is_asleep = plan is not None
         supervisors.append(Supervisor(planner.config, epochs, planner, pool, report=report, is_asleep=is_asleep))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.limits import speculation_settings, unused_mtp
+from llamaclust.cluster.control.limits import CONTEXT_TOKENS, speculation_settings, unused_mtp
 from llamaclust.cluster.launchers.models.draft_model import (
     DraftModelPlan,
     SharedDraftModel,
@@ -91,7 +91,7 @@ def _planned(models: Models) -> DraftModelPlan | None:
     own = models[0][0].speculative
     if own is None or own.model is None:
         return None
-    context = max(config.context_length for config, _ in models)
+    context = max(config.context_length or CONTEXT_TOKENS for config, _ in models)
     with of_draft_model():
         path = resolve_model(own.model)
     return plan_draft_model(path, [model for _, model in models], own.threads, context)

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.errors import hint
+from llamaclust.cluster.control.limits import context_bounds
 from llamaclust.cluster.front.app import ENDPOINTS
 from llamaclust.cluster.front.dialects.llamacpp.endpoints import DetokenizeBody, TemplateBody, TokenizeBody
 from llamaclust.cluster.front.dialects.openai.response_schema import CompactionBody, ResponsesBody
@@ -221,7 +222,7 @@ def _text_service(served: ServedModel, preparation: ImagePreparation, rows: RowC
     model, config, engine = served.model, served.config, served.engine
     text = TextSettings(
         served.name,
-        engine.scheduler.settings.context_length,
+        served.context_length,
         config.max_sequences,
         str(model.file.path),
         model.plain,
@@ -233,6 +234,7 @@ def _text_service(served: ServedModel, preparation: ImagePreparation, rows: RowC
         adapters=served.adapters,
         max_drafted=engine.scheduler.settings.max_drafted,
         recommended=recommended_sampling(model.file),
+        context_bounds=context_bounds(config, model),
     )
     vision = vision_of(model, engine.encoder, preparation, rows)
     return TextService(engine, model.tokenizer, model.chat_template, text, vision)

@@ -13,8 +13,8 @@ from llamaclust.model.model_keys import NEXTN_KEY, SHARED_KV_KEY, ModelKeys
 from llamaclust.model.program import Buffer, MatMul, Slice
 from llamaclust.model.quant_types import QuantType
 
-_FACTORS, _SHORT_FACTORS, _LONG_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
-FACTOR_TENSORS = (_FACTORS, _SHORT_FACTORS, _LONG_FACTORS)
+FACTORS, _SHORT_FACTORS, LONG_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+FACTOR_TENSORS = (FACTORS, _SHORT_FACTORS, LONG_FACTORS)
 """Names of the tensors with RoPE factors, whose values become part of the program."""
 
 
@@ -66,8 +66,8 @@ class CheckedTensors:
     def rope_factors(self, rope: RopeParameters, context_tokens: int) -> tuple[float, ...] | None:
         """Returns the divisors of RoPE frequencies, or None if the file has none. If the file has long and short
         divisors, `context_tokens` decides which are returned."""
-        by_context = _LONG_FACTORS if context_tokens > rope.original_context_length else _SHORT_FACTORS
-        name = _FACTORS if self.has(_FACTORS) else by_context
+        by_context = LONG_FACTORS if context_tokens > rope.original_context_length else _SHORT_FACTORS
+        name = FACTORS if self.has(FACTORS) else by_context
         if not self.has(name):
             return None
         self.vector(name, rope.dimension_count // 2)

@@ -30,6 +30,7 @@ from llamaclust.cluster.front.text.sharing import (
 from llamaclust.cluster.front.text.slots import Slots
 from llamaclust.cluster.front.text.stop_strings import stop_patterns
 from llamaclust.cluster.front.text.vision import ImagePrompt, Vision
+from llamaclust.cluster.planner.context import ContextBounds, ContextChoice
 from llamaclust.cluster.scheduler.dry_breakers import Breakers, BreakerTokens
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.validation import NO_TEXT
@@ -76,6 +77,11 @@ class TextSettings:
     adapters: ServedAdapters = field(default_factory=ServedAdapters)
     max_drafted: int = 0  # Maximum number of tokens drafted for a sequence in a step. 0: no drafting.
     recommended: Mapping[str, Any] = field(default_factory=dict)  # Sampling fields that the model file recommends.
+    context_bounds: ContextBounds | None = None  # Bounds of the context length. None: it is the model's own.
+
+    @property
+    def context(self) -> ContextChoice:
+        return ContextChoice(self.context_length, self.context_bounds or ContextBounds.fixed(self.context_length))
 
 
 class TextService:
@@ -123,8 +129,9 @@ class TextService:
                 self._engine.prepare_matchers()
                 request = replace(request, grammar=await self._grammars.check(request.grammar, current_owner.get()))
             prompt, images = await self._prompt(request, leases)
-            if len(prompt) > self.settings.context_length:
-                raise ContextLengthError(f"has {len(prompt)} tokens", len(prompt), self.settings.context_length)
+            if len(prompt) + (request.max_new_tokens != 0) > self.settings.context_length:
+                room = " with no room for an answer" if len(prompt) == self.settings.context_length else ""
+                raise self._too_long(f"has {len(prompt)} tokens{room}", len(prompt))
             breakers = await self._breakers(request)
         return replace(self._generation(request, prompt, breakers), images=images)
 
@@ -228,7 +235,7 @@ class TextService:
             ids = await run_on(TOKENIZING, read, document)
             if len(ids) > context:
                 what = "has" if param == "query" else "one document with the query has"
-                raise ContextLengthError(f"{what} {len(ids)} tokens", len(ids), context, param)
+                raise self._too_long(f"{what} {len(ids)} tokens", len(ids), param)
             return ids
 
         return prompt
@@ -239,7 +246,7 @@ class TextService:
         if not ids:
             raise ParameterError("input", "a prompt has no tokens; give at least one token")
         if len(ids) > context:
-            raise ContextLengthError(f"a prompt has {len(ids)} tokens", len(ids), context, "input")
+            raise self._too_long(f"a prompt has {len(ids)} tokens", len(ids), "input")
         return ids
 
     async def fill_in(self, gap: Gap, max_new_tokens: int | None) -> tuple[int, ...]:
@@ -355,9 +362,13 @@ class TextService:
         """Raises an error if `tokens`, a lower bound of the number of tokens, exceeds the limit."""
         context = self.settings.context_length
         if most_tokens is None and tokens > context:
-            raise ContextLengthError(f"{has} (at least {tokens} tokens)", tokens, context, param)
+            raise self._too_long(f"{has} (at least {tokens} tokens)", tokens, param)
         if most_tokens is not None and tokens > most_tokens:
             raise ParameterError(param, f"{has} (at least {tokens} tokens); the limit is {most_tokens}; shorten it")
+
+    def _too_long(self, has: str, tokens: int, param: str = "prompt") -> ContextLengthError:
+        context = self.settings.context
+        return ContextLengthError(has, tokens, context.tokens, param, context.advice(tokens))
 
     async def _breakers(self, request: CompletionRequest) -> Breakers:
         chain = request.params.chain

@@ -65,7 +65,7 @@ def _is_faster(plan: Plan, other: Plan) -> bool:
     new, old = plan.prediction, other.prediction
     if new is None or old is None:
         return False
-    most = _FASTER if plan.kv_blocks >= other.kv_blocks else _MUCH_FASTER
+    most = _FASTER if plan.least_kv_blocks >= other.least_kv_blocks else _MUCH_FASTER
     if plan.objective == "throughput":
         return old.tokens_per_s < most * new.tokens_per_s
     return new.answer_s < most * old.answer_s

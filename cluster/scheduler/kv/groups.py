@@ -42,6 +42,11 @@ class WindowGroup:
         return (self.window + KV_BLOCK_TOKENS - 3) // KV_BLOCK_TOKENS + 3
 
     @property
+    def shared_context(self) -> int:
+        """The longest context for which separate blocks would save no memory."""
+        return (self.sequence_blocks + self.row_blocks) * KV_BLOCK_TOKENS
+
+    @property
     def drafted_rows(self) -> int:
         return KV_BLOCK_TOKENS
 
@@ -94,6 +99,7 @@ class KvGroups:
     states: StateGroup | None
     context_length: int
     sequences: int
+    least_window_blocks: int = 0
 
     @classmethod
     def of(cls, costs: ModelCosts, context_length: int, sequences: int, rows: int) -> KvGroups:
@@ -101,7 +107,10 @@ class KvGroups:
         return cls(window_group(costs.window, context_length, rows), states, context_length, sequences)
 
     def window_blocks(self, kv_blocks: int) -> int:
-        return 0 if self.window is None else self.window.blocks_beside(kv_blocks, self.context_length, self.sequences)
+        if self.window is None:
+            return 0
+        blocks = self.window.blocks_beside(kv_blocks, self.context_length, self.sequences)
+        return max(blocks, self.least_window_blocks)
 
     def state_blocks(self, kv_blocks: int) -> int:
         return 0 if self.states is None else self.states.blocks_beside(kv_blocks, self.sequences)
@@ -124,7 +133,7 @@ def window_group(window: int | None, context_length: int, rows: int) -> WindowGr
     if window is None:
         return None
     group = WindowGroup(window, rows)
-    return group if group.sequence_blocks + group.row_blocks < _blocks(context_length) else None
+    return group if context_length > group.shared_context else None
 
 
 def _blocks(tokens: int) -> int:

@@ -65,6 +65,10 @@ class KvMemory:
         sequence.rewind(found * KV_BLOCK_TOKENS)
         return True
 
+    def can_hold(self, sequence: Sequence) -> bool:
+        """True if the sequence fits when no other sequence uses memory."""
+        return sequence.target <= self.blocks.count * KV_BLOCK_TOKENS
+
     def has_room_for(self, sequences: tuple[Sequence, ...], reserve: int) -> bool:
         has_window = self.window is None or self.window.can_begin(sequences, reserve)
         has_states = self.states is None or self.states.can_begin(len(sequences))

@@ -23,6 +23,7 @@ NAME = (
     "beginning and ending with a letter or digit"
 )
 COUNT = "give a whole number from 1 to"
+AUTO = COUNT.replace("give a", "give auto or a")
 ADDRESS = "is not an address; write it like 127.0.0.1:8080 or [::1]:8080"
 DECIMAL = "is not a decimal number; write it in decimal digits, or put it in quotes"
 ORIGIN = "is not an origin of web pages; write it like https://chat.example"
@@ -35,12 +36,12 @@ TOP_KEYS = {
     "zzz: 5": f"unknown key 'zzz'; known: {', '.join(ClusterConfig.model_fields)}",
     "lease: {names: brain}": "unknown key 'names' in lease; did you mean 'name'?",
     "timeouts: {requests: 5s}": "unknown key 'requests' in timeouts; did you mean 'request'?",
-    "context_length: 0": f"context_length: 0 is not possible; {COUNT} 1048576",
-    "context_length: 1048577": f"context_length: 1048577 is not possible; {COUNT} 1048576",
-    "context_length: yes": f"context_length: true is not possible; {COUNT} 1048576",
-    "context_length: 4k": f"context_length: '4k' is not possible; {COUNT} 1048576",
-    "context_length: 1.5": f"context_length: 1.5 is not possible; {COUNT} 1048576",
-    "context_length: null": f"context_length: an empty value is not possible; {COUNT} 1048576",
+    "context_length: 0": f"context_length: 0 is not possible; {AUTO} 1048576",
+    "context_length: 1048577": f"context_length: 1048577 is not possible; {AUTO} 1048576",
+    "context_length: yes": f"context_length: true is not possible; {AUTO} 1048576",
+    "context_length: 4k": f"context_length: '4k' is not possible; {AUTO} 1048576",
+    "context_length: 1.5": f"context_length: 1.5 is not possible; {AUTO} 1048576",
+    "max_sequences: null": f"max_sequences: an empty value is not possible; {COUNT} 1024",
     "context_length: 2024-13-45": "not valid YAML: '2024-13-45' is not a number or date; put it in quotes",
     "context_length: 0777": f"not valid YAML: '0777' {DECIMAL}",
     "context_length: 0x1F": f"not valid YAML: '0x1F' {DECIMAL}",

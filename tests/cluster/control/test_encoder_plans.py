@@ -16,6 +16,7 @@ from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster, plan_with_optional_encoder
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.planner.context import ContextBounds, ContextChoice
 from llamaclust.cluster.planner.plan import Plan, StagePlan
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.model.loader import Model
@@ -145,7 +146,10 @@ def test_a_loaded_stage_is_known_by_its_encoder() -> None:
     """The plans of a move may differ in the encoder alone."""
     figures = {"touched_bytes": 0, "kv_bytes": 3, "workspace_bytes": 2, "memory_bytes": None, "weight_bytes": 1}
     apart = StagePlan(worker="a", start=0, end=4, **figures)  # type: ignore[arg-type]
-    plans = [Plan((stage,), 1, 16, (), None) for stage in (apart, replace(apart, encoder_bytes=10))]
+    plans = [
+        Plan((stage,), 1, ContextChoice(16, ContextBounds.fixed(16)), (), None)
+        for stage in (apart, replace(apart, encoder_bytes=10))
+    ]
     handle, ledger = WorkerHandle(REGISTER, _nothing, lambda: "", Insecure()), MemoryLedger()
     order = replace(LOAD, model_id="m", start=0, end=4, devices=(), group=None, encoder=None)
     ledger.enter("m", plans)

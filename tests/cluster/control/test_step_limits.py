@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.control.pool.membership_watch import MembershipWatch, stage_limit_s
+from llamaclust.cluster.planner.context import ContextBounds, ContextChoice
 from llamaclust.cluster.planner.links import UNKNOWN
 from llamaclust.cluster.planner.plan import Plan, Prediction, StagePlan, StagePrediction
 from llamaclust.cluster.scheduler.requests import GenerationRequest
@@ -25,7 +26,7 @@ SIZES: dict[str, Any] = dict.fromkeys(
     ("weight_bytes", "touched_bytes", "kv_bytes", "workspace_bytes", "memory_bytes"), 1
 )
 HELD = tuple(StagePlan(worker=name, start=start, end=start + 1, **SIZES) for start, name in enumerate("ab"))
-UNMEASURED = Plan(HELD, 40, 200, (), None)
+UNMEASURED = Plan(HELD, 40, ContextChoice(200, ContextBounds.fixed(200)), (), None)
 STAGES = (StagePrediction(0.001, 0.002), StagePrediction(0.1, 0.04))
 MEASURED = replace(UNMEASURED, prediction=Prediction(STAGES, 0, 0, 0, 0, "b"))
 

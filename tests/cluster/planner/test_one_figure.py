@@ -80,7 +80,14 @@ def test_what_fits_to_the_byte_is_not_refused(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("keys", "tokens"),
-    [({}, 8192), ({"context_length": 12_288}, 12_288), ({"max_sequences": 5}, 20_480), ({"max_sequences": 1}, 4096)],
+    [
+        ({}, 16_384),
+        ({"context_length": 4096}, 8192),
+        ({"context_length": 12_288}, 12_288),
+        ({"max_sequences": 5}, 20_480),
+        ({"max_sequences": 5, "context_length": 8192}, 40_960),
+        ({"max_sequences": 1}, 16_384),
+    ],
     ids=str,
 )
 def test_kv_memory_is_for_one_or_two_users_unless_their_number_is_given(

@@ -324,8 +324,8 @@ def test_every_figure_of_a_plan_is_in_its_json(measured: bool) -> None:
     values = json.loads(json.dumps(plan_json(make_plan(SMALL, workers, REQUEST))))
     predicted_keys = {"token_ms", "links_ms", "gathers_ms", "ttft_ms", "tokens_per_s", "bottleneck", "speculation"}
     assert values.keys() == predicted_keys | {
-        "stages", "kv_blocks", "window_blocks", "state_blocks", "context_length", "idle_workers", "optimality_gap",
-        "unused_gpus", "prompt_tokens", "wide_tiles", "without_groups",
+        "stages", "kv_blocks", "window_blocks", "state_blocks", "context_length", "context",
+        "idle_workers", "optimality_gap", "unused_gpus", "prompt_tokens", "wide_tiles", "without_groups",
         "objective", "rejected_group", "no_group", "no_images",
     }  # fmt: skip
     assert values["stages"][0].keys() == {

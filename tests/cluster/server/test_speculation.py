@@ -116,7 +116,7 @@ async def test_memory_that_drafts_have_not_written_to_is_not_for_workers(
     monkeypatch.setattr("llamaclust.cluster.launchers.local.available_memory_bytes", lambda: FREE_BYTES)
     settings = config(model, tmp_path, 1, speculative={"model": str(model), "threads": 1})
     with Model.open(model) as opened:
-        kv_bytes = plan_draft_model(model, [opened], 1, settings.context_length).memory.kv_bytes
+        kv_bytes = plan_draft_model(model, [opened], 1, settings.context_length or 0).memory.kv_bytes
     async with recovering(settings) as run:
         (stage,) = run.cluster.plan.stages
     assert stage.memory_bytes == FREE_BYTES - kv_bytes and kv_bytes > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from llamaclust.cluster.planner.context import ContextBounds, ContextChoice
 from llamaclust.cluster.planner.links import Link, Links
 from llamaclust.cluster.planner.plan import Plan, StagePlan
 from llamaclust.cluster.scheduler.requests import GenerationRequest
@@ -59,7 +60,7 @@ def test_the_list_of_requests_is_bounded() -> None:
 
 
 def test_links_lead_through_the_stages_and_back() -> None:
-    plan = Plan((stage("a"), stage("b")), 1, 256, (), None)
+    plan = Plan((stage("a"), stage("b")), 1, ContextChoice(256, ContextBounds.fixed(256)), (), None)
     measured = {frozenset(("a", "b")): Link(one_way_s=1e-4, byte_s=1e-9), frozenset(("", "a")): Link(5e-5, 0.0)}
     links = links_json(plan, Links(measured))
     assert [(link["from"], link["to"]) for link in links] == [("", "a"), ("a", "b"), ("b", "")]

@@ -122,7 +122,7 @@ def test_what_gpus_do_not_compute_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_keys_of_the_cluster_file_are_obeyed() -> None:
     usual, long = plan_assumed("32GB@40GB/s", "8b", ()), plan_assumed("32GB@40GB/s", "8b", ("context_length=32768",))
-    assert (usual.plan.context_length, long.plan.context_length) == (4096, 32768)
+    assert (usual.plan.context_length, long.plan.context_length) == (98_304, 32_768)
     small = plan_assumed("32GB@40GB/s", "8b", ("kv_memory=1GiB",)).plan.stages[0]
     half = plan_assumed("32GB@40GB/s", "8b", ("kv_memory=1GiB", "kv_type=q8_0")).plan
     assert small.kv_bytes <= GIB and half.kv_blocks > 1.8 * small.kv_bytes / (16 * 128 * KIB)

@@ -81,6 +81,7 @@ class ModelEndpoints:
             "created": self._created,
             "owned_by": "llamaclust",
             "max_model_len": model.service.settings.context_length,
+            "context": model.service.settings.context.text,
             "chat_sampling": chat_sampling(settings.recommended, settings.defaults),
         }
         if model.service.vision is not None:

@@ -123,7 +123,7 @@ def test_plans_with_groups_of_one_worker_or_by_hand_have_no_line() -> None:
     unmeasured = planned([replace(able(name), profile=None) for name in "ab"])
     for plan in (grouped, alone, by_hand, unmeasured):
         assert (plan.rejected_group, plan.no_group) == (None, "")
-        assert len([*choice_lines(plan_json(plan))]) == 1
+        assert len([*choice_lines(plan_json(plan))]) == 2, "the objective and the context"
     assert (grouped.objective, by_hand.objective) == ("latency", None)
 
 

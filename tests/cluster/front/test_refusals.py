@@ -172,6 +172,7 @@ async def test_the_error_of_a_too_long_prompt_has_both_lengths() -> None:
     assert error["code"] == "context_length_exceeded"
     assert f"has {CONTEXT + 7} tokens" in error["message"]
     assert f"this model's maximum context length is {CONTEXT} tokens" in error["message"], "litellm looks for that"
+    assert "the model allows no more; shorten it" in error["message"]
 
 
 async def test_clients_of_llamacpp_get_its_error_of_a_too_long_prompt() -> None:

@@ -107,7 +107,8 @@ def _in_wide_tiles(config: ClusterConfig, model: Model, resources: ClusterResour
         return None
     with suppress(InsufficientMemoryError, NetworkPartitionError):
         plan = replace(_divided_plan(config, *_widened(config, model, resources), 1), wide_tiles=True)
-        if is_clearly_faster(plan, own) and 2 * plan.least_kv_blocks >= own.least_kv_blocks:
+        is_roomy = 2 * plan.least_kv_blocks >= own.least_kv_blocks and plan.lacks_kv_memory <= own.lacks_kv_memory
+        if is_roomy and is_clearly_faster(plan, own):
             return plan
     return None
 

@@ -191,7 +191,8 @@ def _improve(state: ClusterState) -> Action:
     """Chooses the next action while a pipeline runs: to load a better plan if there is one, or to wait."""
     serving, planning = state.serving, state.planning
     assert serving is not None and planning is not None
-    must_move = any(name in state.pool.drained for name, _ in serving.workers)
+    is_whole_again = serving.plan.lacks_kv_memory and planning.plan is not None and not planning.plan.lacks_kv_memory
+    must_move = is_whole_again or any(name in state.pool.drained for name, _ in serving.workers)
     if state.retiring is not None:
         return Wait(_quarantine_end_s(state))
     settled = Wait(_quarantine_end_s(state), is_settled=True)

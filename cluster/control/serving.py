@@ -22,8 +22,6 @@ class Serving:
         """True if a move of layers to `plan` would bring no clear gain."""
         if self.plan.has_encoder != plan.has_encoder:
             return self.plan.has_encoder
-        if self.plan.lacks_kv_memory and plan.kv_blocks > self.plan.kv_blocks:
-            return False
         return self.has_layers_as(plan) or self.is_as_good_as(plan)
 
     def has_layers_as(self, plan: Plan) -> bool:

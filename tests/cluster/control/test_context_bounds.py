@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.control import observations
 from llamaclust.cluster.control.limits import context_bounds
 from llamaclust.cluster.control.notices import kv_memory_text
-from llamaclust.cluster.planner.context import ContextBound, ContextBounds
+from llamaclust.cluster.control.reconcile import Interrupt, LoadEpoch, Wait
+from llamaclust.cluster.planner.context import ContextBound, ContextBounds, ContextChoice
 from llamaclust.cluster.state.control_record import ControlRecord
-from llamaclust.core.errors import UsageError
+from llamaclust.core.errors import InsufficientMemoryError, UsageError
+from support.plans.observed_cluster import BOTH, ONLY_A, Cluster
 
 BASE: dict[str, Any] = {"trained": 131_072, "short": None, "is_causal": True, "window": None}
 
@@ -83,3 +87,21 @@ def test_less_kv_memory_than_a_context_is_said_once() -> None:
     assert kv_memory_text(None, whole) is kv_memory_text(whole, whole) is kv_memory_text(short, short) is None
     assert "KV memory holds 4800 of the context's 8192 tokens" in str(kv_memory_text(whole, short))
     assert kv_memory_text(short, whole)
+
+
+def test_layers_move_for_a_whole_context_even_if_both_epochs_do_not_fit_together() -> None:
+    bounds_of = ContextBounds(1024, 8192, 8192)
+    short, whole = (
+        replace(plan, context=ContextChoice(8192, bounds_of), kv_blocks=blocks)
+        for plan, blocks in ((ONLY_A, 100), (BOTH, 512))
+    )
+    cluster = Cluster.serving()
+    cluster.see(observations.WorkerLost("b"))
+    cluster.lose_pipeline()
+    assert cluster.plan(short) == LoadEpoch(short, is_exclusive=True)
+    cluster.see(observations.Signal.EPOCH_LOADED, observations.Signal.EPOCH_SERVING)
+    assert isinstance(cluster.plan(replace(short, kv_blocks=110)), Wait)
+    cluster.see(observations.WorkerSeen("b", 3))
+    assert cluster.plan(whole) == LoadEpoch(whole, is_exclusive=False)
+    lacking = InsufficientMemoryError("both do not fit")
+    assert cluster.load_failed(lacking, is_exclusive=False) == Interrupt(lacking)

@@ -84,6 +84,8 @@ def plan_cluster(
     InsufficientMemoryError with the missing MiB, UsageError if a manual plan is invalid, and NetworkPartitionError if
     broken links prevent a plan."""
     plan = _plan_in_own_tiles(config, model, resources, max_expert_shards)
+    if plan.lacks_kv_memory and resources.held:
+        raise InsufficientMemoryError(f"other models leave no room for {plan.context_length} tokens of context")
     return _in_wide_tiles(config, model, resources, plan) or plan
 
 
@@ -278,9 +280,8 @@ def _worker_facts(config: ClusterConfig, resources: ClusterResources) -> list[Wo
     reaches = resources.links.reaches(names)
     facts = []
     for name in names:
-        profile = resources.profiles.get(name)
+        own, profile = resources.workers[name], resources.profiles.get(name)
         cpu = None if profile is None else profile.cpu
-        own = resources.workers[name]
         worker = WorkerFacts(name, memory[name], cpu, own.threads, reaches[name], joins_groups=own.joins_groups)
         facts.append(with_gpus(worker, _beside(gpus[name], name, held), profile))
     return facts
@@ -384,14 +385,13 @@ class ClusterPlanner:
 
     def resources(self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset()) -> ClusterResources:
         known = {name: WorkerResources.of(worker) for name, worker in workers.items()}
-        held = self.ledger.beside(self.model.model_id)
         return ClusterResources(
             known,
             self.profiles.of(workers),
             self.links,
             partitions,
             self.free_bytes,
-            held,
+            self.ledger.beside(self.model.model_id),
             self.row_bytes,
             self.encodes,
             self.kept_context,

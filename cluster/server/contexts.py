@@ -22,26 +22,44 @@ def keep_contexts(planners: Sequence[ClusterPlanner], contexts: Mapping[str, int
 async def choose_contexts(planners: Sequence[ClusterPlanner], workers: Mapping[str, WorkerHandle]) -> None:
     """Chooses the context length of each model that has none. Models that fit into memory together with their shortest
     contexts still do so afterwards. Leaves the choice to the first plan of a model that does not fit."""
-    together = MemoryLedger()
-    if planners[0].config.max_loaded_models != 1:
-        for planner in planners:
-            least = context_bounds(planner.config, planner.model).least
-            await _add(together, planner, workers, planner.kept_context or least)
+    together, takes_turns = MemoryLedger(), planners[0].config.max_loaded_models == 1
+    for planner in planners if not takes_turns else ():
+        await _add(together, planner, workers, planner.kept_context or _least(planner))
     for planner in planners:
-        if planner.kept_context is None:
-            is_beside = together.holds(planner.model.model_id)
-            plan = await _planned(planner, workers, together if is_beside else MemoryLedger(), None)
-            if plan is not None and is_beside:
-                together.enter(planner.model.model_id, (plan,))
-            planner.kept_context = None if plan is None else plan.context_length
+        if planner.kept_context is not None:
+            continue
+        if together.holds(planner.model.model_id):
+            planner.kept_context = await _add(together, planner, workers, None)
+        elif takes_turns or await _fits_only_alone(planner, planners, workers):
+            planner.kept_context = await _add(MemoryLedger(), planner, workers, None)
+        else:
+            planner.kept_context = _least(planner)
+
+
+def _least(planner: ClusterPlanner) -> int:
+    return context_bounds(planner.config, planner.model).least
+
+
+async def _fits_only_alone(
+    planner: ClusterPlanner, planners: Sequence[ClusterPlanner], workers: Mapping[str, WorkerHandle]
+) -> bool:
+    for other in planners:
+        beside = MemoryLedger()
+        fit = [await _add(beside, each, workers, _least(each)) for each in (other, planner) if other is not planner]
+        if fit and None not in fit:
+            return False
+    return True
 
 
 async def _add(
-    together: MemoryLedger, planner: ClusterPlanner, workers: Mapping[str, WorkerHandle], context: int
-) -> None:
-    plan = await _planned(planner, workers, together, context)
-    if plan is not None:
-        together.enter(planner.model.model_id, (plan,))
+    ledger: MemoryLedger, planner: ClusterPlanner, workers: Mapping[str, WorkerHandle], context: int | None
+) -> int | None:
+    """Adds the plan of a model to the ledger, and returns the plan's context length, or None if it does not fit."""
+    plan = await _planned(planner, workers, ledger, context)
+    if plan is None:
+        return None
+    ledger.enter(planner.model.model_id, (plan,))
+    return plan.context_length
 
 
 async def _planned(

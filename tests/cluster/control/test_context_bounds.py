@@ -78,7 +78,7 @@ async def test_the_next_coordinator_finds_the_context_lengths(tmp_path: Path) ->
     await record.keep_contexts({"a": 32_768, "b": 512})
     await record.drain(frozenset({"w"}))
     again = ControlRecord.begin(path)
-    assert (again.contexts, again.drained) == ({"a": 32_768, "b": 512}, {"w"})
+    assert (again.contexts, again.drained) == ({"a": 32_768, "b": 512}, frozenset({"w"}))
 
 
 def test_less_kv_memory_than_a_context_is_said_once() -> None:

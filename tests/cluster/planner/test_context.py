@@ -73,7 +73,7 @@ def test_what_runs_with_the_shortest_context_runs_with_the_chosen_one_in_the_sam
             "kv_memory_bytes": source.choice([None, None, 300 * MIB]),
             "max_batch_tokens": 544,
         }
-        fixed, chosen = (replace(request, **keys) for request in (FIXED, CHOSEN))
+        fixed, chosen = (replace(request, **keys) for request in (FIXED, CHOSEN))  # type: ignore[arg-type]
         try:
             before = make_plan(costs, workers, fixed)
         except InsufficientMemoryError as refused:

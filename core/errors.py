@@ -123,6 +123,14 @@ class WorkerError(LlamaclustError):
     code = "worker_failed"
 
 
+class DisputeError(WorkerError):
+    """A group broke, and its members' reports do not show which worker of `pair` is at fault."""
+
+    def __init__(self, message: str, pair: frozenset[str] = frozenset()) -> None:
+        super().__init__(message)
+        self.pair = pair
+
+
 class ClusterStartingError(LlamaclustError):
     """The cluster does not serve requests yet. `awaited` states what the cluster is waiting for, if that is known."""
 

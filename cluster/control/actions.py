@@ -23,7 +23,7 @@ from llamaclust.cluster.membership.worker_requests import ADAPTERS_S
 from llamaclust.cluster.planner.format import encoder_lines, plan_lines
 from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.cluster.state.events import Notice, PlanMade, Report, Waiting, WorkerLoading
-from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, UsageError, WorkerError
+from llamaclust.core.errors import DisputeError, InsufficientMemoryError, LlamaclustError, UsageError, WorkerError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.task_set import TaskSet
 
@@ -93,6 +93,8 @@ class ActionRunner:
                 await asyncio.gather(*(epoch.pipeline.close() for epoch in self.open_epochs))
                 self.retiring = None
                 await self._partitions.settled()
+                if (loss := self.store.state.loss) is not None and isinstance(loss.error, DisputeError):
+                    self._partitions.keep_apart(loss.error)
                 self.store.post(observations.Signal.PIPELINE_CLOSED)
             case act.Sleep(is_forced):
                 await self._sleep(is_forced=is_forced)

@@ -14,7 +14,7 @@ from llamaclust.cluster.membership.worker_requests import probe
 from llamaclust.cluster.planner.adjacency import Pair, Pairs
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.backoff import Backoff
-from llamaclust.core.errors import DeadlineError, WorkerError
+from llamaclust.core.errors import DeadlineError, DisputeError, WorkerError
 from llamaclust.wire.control.messages import PeerUnreachable
 from llamaclust.wire.rpc.task_set import TaskSet
 
@@ -68,6 +68,11 @@ class PartitionTracker:
             self._pending[caller, other] = pending
             pending.add_done_callback(lambda done: self._pending.pop((caller, other)))
 
+    def keep_apart(self, dispute: DisputeError) -> None:
+        """Treats the link of two workers that accuse each other as broken. With each dispute, for a longer time."""
+        if dispute.pair <= self._workers().keys() and dispute.pair not in self._partitions:
+            self._add(dispute.pair, str(dispute))
+
     async def settled(self) -> None:
         """Waits until all pending reports of broken links are confirmed or dismissed."""
         if self._pending:
@@ -117,13 +122,15 @@ class PartitionTracker:
         pair = frozenset((caller.name, other.name))
         is_new = pair not in self._partitions
         if is_new:
-            self._partitions[pair] = _Partition(self._earlier_probes(pair))
-            self._probing[pair] = self._tasks.start(self._probe_until_healed(pair))
-            what = f"workers {caller.name} and {other.name} cannot reach each other: {why}"
-            self._report(Notice(f"{what}; plans do not make them neighbours until the link works"))
-            self._on_change(self.pairs)
+            self._add(pair, f"workers {caller.name} and {other.name} cannot reach each other: {why}")
         self._partitions[pair].callers[caller.name] = other.name
         return is_new
+
+    def _add(self, pair: Pair, why: str) -> None:
+        self._partitions[pair] = _Partition(self._earlier_probes(pair))
+        self._probing[pair] = self._tasks.start(self._probe_until_healed(pair))
+        self._report(Notice(f"{why}; plans do not make them neighbours until the link works"))
+        self._on_change(self.pairs)
 
     def _earlier_probes(self, pair: Pair) -> int:
         if pair not in self._healed:

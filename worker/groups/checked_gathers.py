@@ -11,8 +11,11 @@ from llamaclust.model.program import Program
 from llamaclust.model.steps.across import Gather
 
 
-def checked_gathers(links: Gatherer, program: Program, rows: int, accuse: Callable[[int], None]) -> PythonGatherer:
-    """Returns a gatherer that calls `accuse` with the index of a member that sent NaN or infinity."""
+def checked_gathers(
+    links: Gatherer, program: Program, rows: int, member: int, accuse: Callable[[int], None]
+) -> PythonGatherer:
+    """Returns a gatherer of member `member` that calls `accuse` with the index of a member that sent NaN or infinity,
+    which may be `member` itself."""
     gathers = [step for step in program.steps if isinstance(step, Gather)]
     bands = bands_of(program, rows, links.bands)
 
@@ -20,6 +23,8 @@ def checked_gathers(links: Gatherer, program: Program, rows: int, accuse: Callab
         step = gathers[number // bands]
         borders = borders_in(step, whole.shape[1])
         links.gather(number, own, whole, borders, step.to)
+        if step.to not in (None, member):
+            return
         are_finite = finite_members(step, whole)
         with_columns = [place for place in range(len(are_finite)) if borders[place] < borders[place + 1]]
         wrong = [place for place in with_columns if not are_finite[place]]

@@ -7,10 +7,12 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, WorkerError
-from llamaclust.kernels._native import LinkError, Links
+from llamaclust.kernels._native import Gatherer, LinkError, Links
+from llamaclust.model.program import Program
 from llamaclust.wire.control.groups import GroupCounters, GroupFault, GroupOrder
 from llamaclust.wire.control.messages import Deadlines, PeerUnreachable
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.worker.groups.checked_gathers import checked_gathers
 from llamaclust.worker.groups.link_opener import LinkOpener, MemberLostError
 
 _LOADS_S = 86400.0
@@ -101,6 +103,24 @@ class MemberLinks:
             steps, waited_s = self._one_row
             self._one_row = steps + 1, waited_s + self._links.counters().waited_s - begun_s
 
+    @contextmanager
+    def checking(self, program: Program | None, rows: int, gather_by: Callable[[Gatherer], None]) -> Iterator[None]:
+        """Wraps one step. If `program` (the stage's) is given, a LinkError names a member that sends NaN or infinity.
+        All members check, because one report alone does not show who is at fault."""
+        links = self._links
+        if program is None or links is None:
+            yield
+            return
+
+        def accuse(place: int) -> None:
+            raise self._not_finite(place)
+
+        gather_by(checked_gathers(links, program, rows, self._order.member, accuse))
+        try:
+            yield
+        finally:
+            gather_by(links)
+
     def close(self) -> None:
         """Closes the links. This also ends a gather in progress on another thread."""
         self._is_closed = True
@@ -129,7 +149,7 @@ class MemberLinks:
         text = str(error) if isinstance(error, LlamaclustError) else f"{type(error).__name__}: {error}"
         return GroupFault(self._epoch, own, "failed", text)
 
-    def not_finite(self, place: int) -> LinkError:
+    def _not_finite(self, place: int) -> LinkError:
         error = LinkError(f"worker {self._order.members[place].worker} twice computed numbers that are not finite")
         error.place, error.kind = place, "wrong"
         return error

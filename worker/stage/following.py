@@ -92,9 +92,10 @@ class FollowingStage:
                 f"the leader announced something that is not a microbatch of epoch {epoch_text(self.epoch)}"
             )
         self._counters.received_bytes += len(data)
-        begun_ns = perf_counter_ns()
+        begun_ns, rows = perf_counter_ns(), arrival.frame.rows
+        checked = self.runner.program if arrival.frame.checked_chunks else None
         try:
-            with self._member_links.step(arrival.frame.rows):
+            with self._member_links.step(rows), self._member_links.checking(checked, rows, self.runner.gather_by):
                 if self.runner.program.is_first:
                     tokens.fill(arrival.frame)
                 self.runner.run_frame(arrival.frame)

@@ -15,7 +15,6 @@ from llamaclust.model.program import Program
 from llamaclust.wire.microbatch.codec import encode_sampled_tokens
 from llamaclust.wire.microbatch.messages import SampledTokens
 from llamaclust.worker.groups.bands import BandChoice
-from llamaclust.worker.groups.checked_gathers import checked_gathers
 from llamaclust.worker.groups.member_links import MemberLinks
 from llamaclust.worker.stage.arrival import Arrival
 from llamaclust.worker.stage.dependencies import MOST_IN_FLIGHT, SampledTokensBox, read_sampled_tokens
@@ -59,7 +58,7 @@ class Leader:
         self._steps += 1
         waited_s, begun_s = self._links.counters().waited_s, perf_counter()
         try:
-            with self._member_links.step(rows), self._checking(checked, rows):
+            with self._member_links.step(rows), self._member_links.checking(checked, rows, self._gather_by):
                 yield
             waited_s = self._links.counters().waited_s - waited_s
             if not is_whole:
@@ -68,23 +67,6 @@ class Leader:
             raise
         except Exception as error:
             raise MemberFailedError(f"{type(error).__name__}: {error}") from error
-
-    @contextmanager
-    def _checking(self, program: Program | None, rows: int) -> Iterator[None]:
-        links = self._links
-        if program is None or links is None:
-            yield
-            return
-
-        def accuse(place: int) -> None:
-            links.close()
-            raise self._member_links.not_finite(place)
-
-        self._gather_by(checked_gathers(links, program, rows, accuse))
-        try:
-            yield
-        finally:
-            self._gather_by(links)
 
 
 def encode_step(frame: bytes, followed: Sequence[SampledTokens], bands: int, adapters: bytes) -> bytes:

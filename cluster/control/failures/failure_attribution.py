@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Sequence
 
-from llamaclust.cluster.control.failures.group_verdict import judge
+from llamaclust.cluster.control.failures.group_verdict import dispute, judge
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.core.errors import LlamaclustError, WorkerError
+from llamaclust.core.errors import DisputeError, LlamaclustError, WorkerError
 from llamaclust.wire.control.groups import GroupFault
 
 _ATTRIBUTION_S = 1.0
@@ -67,8 +67,9 @@ async def attribute_failure(
         return cause.error
     if (cut := _cut_members(epoch, workers)) is not None:
         return WorkerError(f"workers {' and '.join(cut)} of a group cannot reach each other")
-    if (fault := judge(_reports(epoch, workers))) is not None:
-        return WorkerError(f"the group of worker {fault.worker} broke: {fault.reason}", worker=fault.worker)
+    for members in groups_of(epoch, workers):
+        if (error := _verdict(epoch, members, ended)) is not None:
+            return error
     stages = (stage_of(epoch, worker) for worker in workers)
     names = ", ".join(f"{stage.worker} [{stage.start}, {stage.end})" for stage in stages)
     worker = None if ended is None else ended.worker
@@ -87,6 +88,22 @@ def groups_of(epoch: int, workers: Sequence[WorkerHandle]) -> list[list[WorkerHa
 def _reports(epoch: int, workers: Sequence[WorkerHandle]) -> dict[str, GroupFault]:
     faults = ((worker.name, worker.group_faults(epoch).fault) for worker in workers)
     return {name: fault for name, fault in faults if fault is not None}
+
+
+def _verdict(epoch: int, members: Sequence[WorkerHandle], ended: LlamaclustError | None) -> WorkerError | None:
+    order = members[0].stages[epoch][0].group
+    assert order is not None, "a group's members have its order"
+    reports, leader = _reports(epoch, members), order.members[0].worker
+    if ended is not None and ended.worker != leader and _is_among(ended.worker, members):
+        # The leader's stream is no better a witness than its report.
+        reports = {leader: GroupFault(epoch, str(ended.worker), "closed", str(ended)), **reports}
+    if (fault := judge(reports, len(order.members))) is not None:
+        return WorkerError(f"the group of worker {fault.worker} broke: {fault.reason}", worker=fault.worker)
+    if (disputed := dispute(reports)) is None:
+        return None
+    name, fault = disputed
+    what = f"the group of workers {name} and {fault.worker} broke, and too few members say which of them is at fault"
+    return DisputeError(f"{what}: {fault.reason}", pair=frozenset((name, fault.worker)))
 
 
 def _cut_members(epoch: int, workers: Sequence[WorkerHandle]) -> tuple[str, str] | None:
@@ -118,7 +135,7 @@ async def _can_be_judged(epoch: int, members: Sequence[WorkerHandle]) -> bool:
             reports = _reports(epoch, members)
             late = {fault.worker for fault in reports.values() if fault.kind == "late"}
             cut_off = {member.name for member in members if member.unreachable_peer(epoch).reported.is_set()}
-            has_failed_itself = any(fault.kind == "failed" for fault in reports.values())
+            has_failed_itself = any(fault.worker == name for name, fault in reports.items())
             if has_failed_itself or names <= reports.keys() | late | cut_off:
                 return True
     finally:

@@ -1,4 +1,4 @@
-"""Decides which member caused a group's failure, from the reports of its members."""
+"""Decides which member caused a group's failure, from the reports of its members, of which some may be false."""
 
 from __future__ import annotations
 
@@ -7,19 +7,36 @@ from collections.abc import Mapping
 
 from llamaclust.wire.control.groups import GroupFault
 
-# A member that closed its link may have done so because a third member failed.
 _STRONGEST_FIRST = ("failed", "wrong", "late", "closed")
 
 
-def judge(reports: Mapping[str, GroupFault]) -> GroupFault | None:
-    """Returns the report that most likely names the member at fault, or None if there are no reports."""
-    accusers = Counter((fault.kind, fault.worker) for name, fault in reports.items() if fault.worker != name)
-    return min(
-        reports.values(),
-        key=lambda fault: (
-            _STRONGEST_FIRST.index(fault.kind),
-            -accusers[fault.kind, fault.worker],
-            fault.worker in reports,
-        ),
-        default=None,
-    )
+def judge(reports: Mapping[str, GroupFault], size: int) -> GroupFault | None:
+    """Returns a report about the member at fault, or None if the reports do not show who it is.
+
+    `reports` are by sender, the leader's first. A member that reports itself is at fault. Otherwise it is the member
+    that more than half of the others accuse, by whatever kind of report; in a group of two, the accusation of the
+    strongest kind decides, then the leader's."""
+    admissions = [fault for name, fault in reports.items() if fault.worker == name]
+    if admissions or size <= 2:
+        return _strongest(admissions or [*reports.values()])
+    accused = Counter(fault.worker for fault in reports.values() if not _is_explained(fault, reports))
+    for name, accusers in accused.items():
+        # Another member may be accused as often only if half of the members send false reports.
+        if 2 * accusers > size - 1 and [*accused.values()].count(accusers) == 1:
+            return _strongest([fault for fault in reports.values() if fault.worker == name])
+    return None
+
+
+def dispute(reports: Mapping[str, GroupFault]) -> tuple[str, GroupFault] | None:
+    """Returns the sender and the report of the strongest accusation, for reports that `judge` cannot decide."""
+    accusations = sorted(reports.items(), key=lambda report: _is_explained(report[1], reports))
+    return min(accusations, key=lambda report: _STRONGEST_FIRST.index(report[1].kind), default=None)
+
+
+def _is_explained(fault: GroupFault, reports: Mapping[str, GroupFault]) -> bool:
+    """Returns True if the accused has closed its links because it accuses another member."""
+    return fault.kind == "closed" and fault.worker in reports
+
+
+def _strongest(faults: list[GroupFault]) -> GroupFault | None:
+    return min(faults, key=lambda fault: _STRONGEST_FIRST.index(fault.kind), default=None)

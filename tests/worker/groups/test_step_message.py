@@ -58,7 +58,9 @@ def test_rows_that_see_later_ones_are_one_band(has_groups: bool) -> None:
         sent.append(decode_step(data)[2])
 
     links: Any = SimpleNamespace(counters=lambda: counters, send_step=send_step)
-    members: Any = SimpleNamespace(open=lambda start: start(links), step=lambda _: nullcontext())
+    members: Any = SimpleNamespace(
+        open=lambda start: start(links), step=lambda _: nullcontext(), checking=lambda *_: nullcontext()
+    )
     arrival: Any = SimpleNamespace(frame=SimpleNamespace(rows=rows), has_groups=has_groups, data=b"")
     leader = Leader(1, members, lambda _: None)
     with leader.step(arrival, [], bytes(32)):

@@ -18,7 +18,7 @@ from llamaclust.cluster.control.failures.failure_attribution import (
 )
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.core.errors import ProtocolError, WorkerError
+from llamaclust.core.errors import DisputeError, ProtocolError, WorkerError
 from llamaclust.core.limits import GROUP_ID_BYTES
 from llamaclust.wire.control.codec import encode_coordinator_message
 from llamaclust.wire.control.groups import FAULTS, GroupFault, GroupMember, GroupOrder
@@ -166,7 +166,8 @@ async def test_a_member_reports_others_of_its_group_and_by_itself_that_it_failed
     if sender in "abc" and accused in "abc" and (kind != "failed" or accused == sender):
         workers[sender].receive(report)
         error = await attribute_failure(3, [workers[sender]], None)
-        assert error.worker == accused
+        assert error.worker == (accused if accused == sender else None)
+        assert isinstance(error, DisputeError) == (accused != sender)
     else:
         with pytest.raises(ProtocolError, match=rf"worker {sender} \(.*\) must not report worker {accused} as {kind}"):
             workers[sender].receive(report)

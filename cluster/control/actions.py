@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -129,30 +129,40 @@ class ActionRunner:
             self._registry.mark_lost(self._registry.workers[name], expulsion.reason)
 
     async def _make_plan(self, inputs: observations.PlanInputs) -> None:
-        """Plans with the workers that are not quarantined, and adds quarantined workers only if necessary."""
+        """Plans with workers that are neither quarantined nor silent, and adds others only if necessary."""
         present = self._registry.present
         usable = {name: present[name] for name, _ in inputs.workers if name in present}
-        excluded = self.store.state.pool.quarantine.worst_first(inputs.quarantined & usable.keys())
         needs_images = self.engine is None and self.planner.config.mmproj is not None
         plan, failure = None, None
+        measured_first = sorted(present.keys() - self.store.state.pool.present.keys())
         async with self.planner.ledger.lock:
             self.planner.ledger.planned(self.epochs.model_id)
-            for count in range(len(excluded), -1, -1):
-                workers = {name: worker for name, worker in usable.items() if name not in excluded[:count]}
-                if count and not workers:
-                    continue
+            for workers in self._choices(usable, inputs.quarantined):
                 try:
                     plan = await self.planner.plan(workers, inputs.partitions, needs_images=needs_images)
                     failure = None
                     break
                 except (InsufficientMemoryError, UsageError, WorkerError) as error:
-                    failure = error
+                    names = ", ".join(measured_first)
+                    failure = WorkerError(f"still measuring: {names}") if names and not usable else error
             self._name_unfit(inputs.workers)
             is_beside = bool(self.planner.ledger.beside(self.epochs.model_id))
             if plan is not None and self.store.state.loss is not None:
                 self._enter(plan)
         served = None if plan is None else await self._predict_served(usable)
         self.store.post(observations.Planned(inputs, plan, failure, served, is_beside))
+
+    def _choices(
+        self, usable: Mapping[str, WorkerHandle], quarantined: frozenset[str]
+    ) -> Iterator[dict[str, WorkerHandle]]:
+        """Yields the workers to plan with, in the order of preference. The last choice has all workers."""
+        answering = {name: worker for name, worker in usable.items() if not worker.channel.is_silent}
+        for of in (answering, usable) if len(answering) < len(usable) else (usable,):
+            excluded = self.store.state.pool.quarantine.worst_first(quarantined & of.keys())
+            for count in range(len(excluded), -1, -1):
+                workers = {name: worker for name, worker in of.items() if name not in excluded[:count]}
+                if workers or (of is usable and not count):
+                    yield workers
 
     def _name_unfit(self, workers: tuple[Incarnation, ...]) -> None:
         self.unfit.intersection_update(workers)
@@ -194,7 +204,9 @@ class ActionRunner:
             await self.ending.join()
         is_start = self.engine is None
         if is_start:
-            self._report(PlanMade((*plan_lines(plan), *encoder_lines(plan, self.planner.model.projector))))
+            unknown = self.planner.unknown_speeds(self._registry.present)
+            lines = plan_lines(plan, unknown=unknown)
+            self._report(PlanMade((*lines, *encoder_lines(plan, self.planner.model.projector))))
         else:
             self._notice(moving_text(plan, self.epochs.held_layers))
         report, links = self._report if is_start else None, self.planner.links

@@ -81,13 +81,13 @@ async def load_stages(
     names = [handle.name for handle in handles]
     request = FindWeights(loads.model.path, loads.model.model_id)
     wanted = WantedBytes(request, loads.own, keeps_kv, loads.links, timeout_s)
+    for handle in handles:
+        handle.channel.ask_again()
     weights = await weight_sources(names, workers, wanted, report)
+    _check_present(handles, timeout_s)
     adapters = await adapter_files(loads.adapters, names, workers)
     encoders = await encoder_files(loads.encoder, loads.encoding, workers, report)
-
-    lost = tuple(Suspect(handle.name, handle.error) for handle in handles if handle.loss is not None)
-    if lost:  # Loads of the other workers would be useless, so the error is raised before.
-        raise StageLoadError(lost[0].error, lost)
+    _check_present(handles, timeout_s)
 
     try:
         orders = load_orders(loads, handles, weights, adapters, encoders)
@@ -121,6 +121,19 @@ async def load_stages(
             await _discard(loads.epoch, handles)
         raise StageLoadError(suspects[0].error, suspects)
     return handles
+
+
+def _check_present(handles: Sequence[WorkerHandle], timeout_s: float) -> None:
+    """Raises StageLoadError if workers are lost or silent, because loads of the other workers would be useless."""
+    absent: list[Suspect] = []
+    for handle in handles:
+        if handle.loss is not None:
+            absent.append(Suspect(handle.name, handle.error))
+        elif handle.channel.is_silent:
+            what = f"worker {handle.name} did not say within {timeout_s:g} s (timeouts.load) which weights it has"
+            absent.append(Suspect(handle.name, StalledError(what)))
+    if absent:
+        raise StageLoadError(absent[0].error, tuple(absent))
 
 
 async def _gives_up(worker: WorkerHandle, epoch: int) -> bool:

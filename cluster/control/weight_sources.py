@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from math import inf, log
 
 from llamaclust.cluster.control.remote.model_copies import OwnCopy, chosen_manifest, other_copies
+from llamaclust.cluster.membership.worker_channel import SilentError
 from llamaclust.cluster.membership.worker_handle import PROGRESS_TIMEOUT_S, WorkerHandle
 from llamaclust.cluster.membership.worker_requests import find_weights
 from llamaclust.cluster.planner.links import UNKNOWN, Links
@@ -58,7 +59,9 @@ async def weight_sources(
     """Returns, for each connected worker in `loading`, the file's manifest and the machines that can send the file.
     Returns {} if all these workers have the same copy, or if no copy can be described."""
     members = {name: worker for name, worker in workers.items() if worker.loss is None}
-    found = await _find(members.values(), lambda worker: find_weights(worker, wanted.request))
+    found = await _find(
+        members.values(), lambda worker: find_weights(worker, wanted.request, None, wanted.progress_timeout_s)
+    )
     if not _are_compared(wanted, [found[name] for name in loading if name in found]):
         return {}
 
@@ -184,7 +187,8 @@ async def _find(
         if isinstance(answer, WeightsFound):
             found[worker.name] = answer
         elif isinstance(answer, LlamaclustError):
-            _log.warning("weights are not taken from worker %s: %s", worker.name, answer)
+            level = logging.DEBUG if isinstance(answer, SilentError) else logging.WARNING
+            _log.log(level, "weights are not taken from worker %s: %s", worker.name, answer)
         else:
             raise answer
     return found

@@ -29,11 +29,18 @@ _ANSWERS: Mapping[type[WorkerRequest], type[messages.WorkerMessage]] = {
     SetAdapters: AdaptersSet,
 }
 
+_SILENT_S = 600.0
+"""Seconds after a missed deadline in which a worker that has answered nothing since is asked no more questions."""
+
 Send = Callable[[CoordinatorMessage], Awaitable[None]]
 Progress = LoadProgress | FindWeightsProgress
 OnProgress = Callable[[Any], None] | None
 Key = str | int
 Request = Callable[[deadline], Awaitable[Any]]
+
+
+class SilentError(DeadlineError):
+    """A question is not asked, because the worker has missed a deadline and answered nothing since then."""
 
 
 class ProgressDeadline:
@@ -56,6 +63,8 @@ class ProgressDeadline:
     async def wait(self, request: Request) -> Any:
         try:
             return await request(self._limit)
+        except SilentError:
+            raise
         except DeadlineError as error:
             done_bytes, total_bytes = self._at
             at = f"{mib(done_bytes)} of {mib(total_bytes)} MiB"
@@ -71,9 +80,35 @@ class WorkerChannel:
         self._ids = count(1)
         self._locks: dict[str, asyncio.Lock] = {}
         self._error: LlamaclustError | None = None  # Error that all requests raise after the worker is lost.
+        self._missed: tuple[DeadlineError, float] | None = None  # The missed deadline of a question, and its time.
+        self._late: set[Key] = set()  # Keys of requests whose deadlines have passed.
 
     def one_at_a_time(self, what: str) -> asyncio.Lock:
         return self._locks.setdefault(what, asyncio.Lock())
+
+    @property
+    def is_silent(self) -> bool:
+        """True if the worker has missed a deadline within the last ten minutes and answered nothing since then."""
+        return self._missed is not None and asyncio.get_running_loop().time() - self._missed[1] < _SILENT_S
+
+    def miss(self, error: DeadlineError) -> None:
+        self._missed = error, asyncio.get_running_loop().time()
+
+    def ask_again(self) -> None:
+        """Ends the silence, for a worker without which the others do not suffice."""
+        self._missed = None
+
+    async def ask(self, request: WorkerRequest, limit: deadline) -> Any:
+        """Sends a question of a start, like `request`. Raises SilentError at once if the worker is silent, because a
+        start may have many questions, and would wait for each of them."""
+        if self._missed is not None and self.is_silent:
+            raise SilentError(f"it is not asked, because it has not answered before: {self._missed[0]}")
+        try:
+            return await self.request(request, limit)
+        except DeadlineError as error:
+            if limit.is_expired:
+                self.miss(error)
+            raise
 
     async def request(self, request: WorkerRequest, limit: deadline) -> Any:
         """Sends a request and returns its answer. Raises the error that the worker reports, WorkerError if the worker
@@ -82,6 +117,9 @@ class WorkerChannel:
         self._expected[request_id] = _ANSWERS[type(request)]
         try:
             return await self.order(request_id, replace(request, request_id=request_id), limit)
+        except DeadlineError:
+            self._late.add(request_id)
+            raise
         finally:
             del self._expected[request_id]
 
@@ -100,6 +138,9 @@ class WorkerChannel:
     def answer(self, key: Key, answer: object) -> None:
         """Completes the request `key`. Ignores a late answer. Raises ProtocolError if the answer has the wrong type."""
         pending = self._pending.get(key)
+        if pending is not None or key in self._late:
+            self._missed = None
+            self._late.clear()
         if pending is None or pending.done():
             return
         if isinstance(answer, Exception):

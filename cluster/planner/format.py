@@ -16,6 +16,7 @@ from llamaclust.core.sizes import MIB
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.model.projectors.projector import Projector
 
+_NOT_YET = "not measured yet; the first `llamaclust up` measures"
 _MOST_SHARE = 12
 _SPARSE = 0.75
 """The bytes read per token are printed only if they are less than this share of the weight bytes."""
@@ -105,7 +106,10 @@ def _in_layers(stage: dict[str, Any], plan: Plan) -> dict[str, Any]:
     return stage | places | devices
 
 
-def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> tuple[str, ...]:
+def plan_lines(
+    plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES, unknown: str = _NOT_YET
+) -> tuple[str, ...]:
+    """Returns a plan as text. `unknown` says why speeds are unknown, if they are."""
     values = plan_json(plan)
     waits = {"between stages": values["links_ms"]} if len(plan.leaders) > 1 else {}
     if any(stage.shares for stage in plan.stages):
@@ -138,10 +142,10 @@ def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> 
     lines = (line for stage, decode_ms in stages for line in _stage_lines(plan, stage, decode_ms))
     predicted = f"  predicted: {', '.join(expected)}"
     without = [f"  without groups: {', '.join(single)}"] if single else []
-    unknown = ["  ?: not measured yet; the first `llamaclust up` measures"] if "?" in predicted else []
+    unknowns = [f"  ?: {unknown}"] if "?" in predicted else []
     gains = _gain_lines(plan, acceptances)
     objective, context, *group = (f"  {line}" for line in choice_lines(values))
-    speeds = (predicted, *without, *group, *unknown, *gains, *bound)
+    speeds = (predicted, *without, *group, *unknowns, *gains, *bound)
     return ("plan:", *lines, *idle_workers, *unused_gpus, *tiles, kv, context, objective, *speeds)
 
 

@@ -21,7 +21,7 @@ from llamaclust.cluster.state.directory import read_values, write_private
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.cluster.state.measurements import newest
 from llamaclust.core.addresses import is_loopback, split_address
-from llamaclust.core.errors import LlamaclustError
+from llamaclust.core.errors import DeadlineError, LlamaclustError
 from llamaclust.core.profile import Profile
 from llamaclust.core.this_machine import machine_id
 from llamaclust.wire.control.messages import Register
@@ -66,13 +66,16 @@ async def measure_links(
         report(Notice(f"worker {name} listens at {address}, which no other machine can reach: {what}"))
     keys = _keys(_places(registered))
     known, attempted = _read(state_dir), set[Pair]()
+    silent = {name for name, worker in workers.items() if worker.channel.is_silent}
     wanted = _wanted(keys, sorted(workers))
     if anew:
         known = {key: link for key, link in known.items() if key not in {keys[pair] for pair in wanted}}
-    while missing := [pair for pair in wanted if keys[pair] not in known and pair not in attempted]:
+    while missing := [
+        pair for pair in wanted if keys[pair] not in known and pair not in attempted and silent.isdisjoint(pair)
+    ]:
         concurrent = _disjoint(missing, keys)
         attempted.update(concurrent)
-        found = await asyncio.gather(*(_measured(pair, workers, credentials, report) for pair in concurrent))
+        found = await asyncio.gather(*(_measured(pair, workers, credentials, report, silent) for pair in concurrent))
         known |= {keys[pair]: link for pair, link in zip(concurrent, found, strict=True) if link is not None}
     if attempted:
         kept = _LINKS.dump_json(newest(known, keys.values(), _MOST_KEPT)).decode()
@@ -159,8 +162,9 @@ def _links(keys: Mapping[Pair, str], known: Mapping[str, Link]) -> Links:
 
 
 async def _measured(
-    pair: Pair, workers: Mapping[str, WorkerHandle], credentials: Credentials, report: Report
+    pair: Pair, workers: Mapping[str, WorkerHandle], credentials: Credentials, report: Report, silent: set[str]
 ) -> Link | None:
+    """Measures a link. On failure, reports it and returns None. Adds a worker that did not answer to `silent`."""
     source, target = pair
     try:
         if source == COORDINATOR:
@@ -168,6 +172,10 @@ async def _measured(
         else:
             speed = await profile_link(workers[source], workers[target])
     except LlamaclustError as error:
+        if isinstance(error, DeadlineError):
+            silent.add(source if source != COORDINATOR and workers[source].channel.is_silent else target)
+            if source == COORDINATOR:
+                workers[target].channel.miss(error)
         report(Notice(f"the link between {source or 'the coordinator'} and {target} could not be measured: {error}"))
         return None
     return _link(speed)

@@ -27,6 +27,8 @@ from llamaclust.core.profile import DeviceProfile, Profile, mean_profile
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.profiles import ProfileWorker
 
+MEASURED_AGAIN = "when it joins again, or at the next `llamaclust up`"
+
 
 class WorkerProfiles:
     """Finds each worker's speed: in the cluster file, in stored profiles of equal hardware, or by a measurement."""
@@ -47,6 +49,7 @@ class WorkerProfiles:
         self._loads = {} if anew else read_other_loads(state_dir)  # Loads by other programs, by `measurement_key`.
         # Profiles by machine and its fingerprint. A worker's profile stays the same when other workers come and go.
         self._used: dict[tuple[str, str], Profile] = {}
+        self._failures: dict[str, str] = {}  # Reasons of failed measurements, by worker name.
 
     def of(self, workers: Mapping[str, WorkerHandle]) -> dict[str, Profile]:
         found = {name: self._profile(worker, workers) for name, worker in workers.items()}
@@ -55,11 +58,16 @@ class WorkerProfiles:
     async def measure(self, names: Collection[str], workers: Mapping[str, WorkerHandle]) -> None:
         """Measures the workers in `names` that have no profile yet, all at once. The workers should be idle."""
         known = self.of(workers)
-        missing = [name for name in names if name not in known]
+        missing = [name for name in names if name not in known and not workers[name].channel.is_silent]
         if missing:
             await self._measure(missing, workers)
         if note := disturbance(self.other_loads(names, workers).values()):
             self._report(Notice(note))
+
+    def unmeasured(self, workers: Mapping[str, WorkerHandle]) -> dict[str, str]:
+        """Returns the workers without a profile, and why they have none."""
+        measured = self.of(workers)
+        return {name: self._failures.get(name, "no measurement yet") for name in workers if name not in measured}
 
     def other_loads(self, names: Iterable[str], workers: Mapping[str, WorkerHandle]) -> dict[str, OtherLoad]:
         keys = {name: _key(workers[name], workers, self._model_id) for name in names if name not in self.stated}
@@ -98,6 +106,7 @@ class WorkerProfiles:
         measuring = _Measuring({name: workers[name] for name in names}, keys, self._order, self._report, self._limit_s)
         meter = LoadMeter()
         new = await measuring.profiles()
+        self._failures |= measuring.errors
         load = meter.measure() if self._has_own_processes else None
         self._known = newest(self._known | new, new, MAX_PROFILES)
         self._loads |= {} if load is None else dict.fromkeys(new, load)
@@ -145,6 +154,7 @@ class _Measuring:
     _report: Report
     _limit_s: float
     _silent: set[str] = field(default_factory=set)  # Names of workers that did not answer in time.
+    errors: dict[str, str] = field(default_factory=dict)  # Errors of workers without any profile, by name.
     failed: set[str] = field(default_factory=set)  # Keys of workers on which the model's steps could not be timed.
 
     async def profiles(self) -> dict[str, Profile]:
@@ -181,9 +191,10 @@ class _Measuring:
 
     def _report_unmeasured(self, worker: WorkerHandle, error: LlamaclustError) -> None:
         limit = " (timeouts.load)" if isinstance(error, DeadlineError) else ""
+        self.errors[worker.name] = f"{error}{limit}"
         consequence = "plans treat all workers as equally fast, or use it only if the other workers do not suffice"
-        what = f"worker {worker.name} is not measured; {consequence}"
-        self._report(Notice(f"{what}: {error}{limit}"))
+        again = f"it is measured again {MEASURED_AGAIN}"
+        self._report(Notice(f"worker {worker.name} is not measured: {error}{limit}; {consequence}; {again}"))
 
     async def _isolated(self, names: list[str]) -> dict[str, DeviceProfile]:
         first_of_key = {self._keys[name]: self._workers[name] for name in reversed(names)}

@@ -320,7 +320,7 @@ class Joined:
     ("answer", "told"),
     [
         (PROFILED, ["worker x has been measured"]),
-        (None, ["worker x is not measured"] * 2),
+        (None, ["worker x is not measured: worker x: measurement took longer than 1 s (timeouts.load)"]),
         ("its process was killed", []),  # The cluster reports the loss.
     ],
     ids=["measured", "silent", "lost"],

@@ -13,11 +13,14 @@ from contextlib import nullcontext
 from datetime import UTC, datetime
 from enum import StrEnum
 from threading import Lock, Timer
+from time import monotonic
 
-_TEXT = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (?P<level>[A-Z]+) (?P<message>.*)")
+_TEXT = re.compile(r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) (?P<level>[A-Z]+) (?P<message>.*)")
 _FIELD = re.compile(r'(?P<key>[a-z_]+)=(?P<value>"(?:[^"\\]|\\.)*"|\S*)(?: |$)')
 _PLAIN = re.compile(r"[A-Za-z0-9_.:/@+-]+")
 
+RECENT_S = 5.0
+"""An error that a worker logged longer than this before its loss is not the cause."""
 _OWN = "llamaclust"
 _KEPT_LINES = 1000
 _KEPT_CHARACTERS = 2000  # Maximum number of characters of a kept line.
@@ -62,13 +65,13 @@ class _Memory(logging.Handler):
         super().__init__()
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self.count = 0  # Number of all lines, including lines that are no longer kept.
-        self.trouble = ""
+        self.trouble = "", 0.0  # The last warning or error, and its time on the monotonic clock.
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             is_own = record.name.partition(".")[0] == _OWN
             if record.levelno >= (logging.WARNING if is_own else logging.ERROR):
-                self.trouble = record.getMessage()
+                self.trouble = record.getMessage(), monotonic()
             for line in self.format(record).splitlines():
                 self.lines.append(line[:_KEPT_CHARACTERS])
                 self.count += 1
@@ -123,14 +126,16 @@ def count_file_shortages() -> None:
 
 
 def name_cluster(name: str) -> None:
-    _memory.trouble = ""
+    _memory.trouble = "", 0.0
     for handler in logging.getLogger().handlers:
         if isinstance(handler.formatter, _Fields):
             handler.formatter.name_cluster(name)
 
 
-def last_trouble() -> str:
-    return _memory.trouble
+def recent_trouble() -> str:
+    """Returns the last warning or error of this process, or "" if it is older than `RECENT_S` seconds."""
+    text, at_s = _memory.trouble
+    return text if monotonic() - at_s <= RECENT_S else ""
 
 
 def last_lines() -> tuple[tuple[str, ...], int]:
@@ -151,6 +156,16 @@ def read_line(line: str) -> tuple[str, str] | None:
     # The last line of a traceback contains the error.
     last = str(error).strip().rpartition("\n")[2] if error else message
     return level.upper(), last
+
+
+def logged_at_s(line: str) -> float | None:
+    """Returns the time of a log line in any format, in seconds since 1970. None if no logger wrote the line."""
+    text = _TEXT.fullmatch(line)
+    written = text["time"] if text is not None else _fields_of(line).get("time")
+    try:
+        return datetime.fromisoformat(str(written).replace(",", ".")).timestamp()
+    except (ValueError, OverflowError):
+        return None
 
 
 def _fields_of(line: str) -> dict[str, object]:

@@ -11,7 +11,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
 from llamaclust.core.errors import DeadlineError, DeviceLostError, ProtocolError, RefusedError, UsageError, WorkerError
-from llamaclust.core.logs import last_trouble, name_cluster
+from llamaclust.core.logs import name_cluster, recent_trouble
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control import messages
 from llamaclust.wire.control.codec import decode_coordinator_message, encode_worker_message
@@ -192,7 +192,7 @@ class Member:
                     sent_bytes=counters.sent_bytes,
                     weight_bytes_sent=weights.giver.sent_bytes,
                     weight_bytes_received=weights.received_bytes,
-                    last_error=last_trouble(),
+                    last_error=recent_trouble(),
                     gpu_free_bytes=tuple(gpu.free_bytes for gpu in device.gpus),
                     computing_s=max(self._worker.compute.computing_s, service.computing_s),
                     kv_disk_written_bytes=0 if kv_disk is None else kv_disk.traffic.written_bytes,

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from llamaclust.core.bounds import one_line
-from llamaclust.core.errors import DeviceLostError, LlamaclustError
+from llamaclust.core.errors import DeviceLostError, LlamaclustError, LoadCancelledError
 from llamaclust.wire.control.messages import Deadlines, Failure, LoadFailed, WorkerMessage
 from llamaclust.wire.control.weights import WeightSource
 from llamaclust.wire.rpc.client import Peer
@@ -36,7 +36,8 @@ class Session:
         try:
             answer = await work
         except Exception as error:  # noqa: BLE001  the answer reports any error
-            _log.error("%s: %s", what, error)
+            level = logging.INFO if isinstance(error, LoadCancelledError) else logging.ERROR
+            _log.log(level, "%s: %s", what, error)
             if isinstance(error, DeviceLostError):
                 self.worker.compute.give_up(error)
                 return

@@ -75,4 +75,4 @@ class Launcher(ABC):
 
     @abstractmethod
     def last_error(self, name: str) -> str:
-        """Returns the last error in a worker's log, or an empty text."""
+        """Returns the last error in a worker's log, or an empty text if it is older than a few seconds."""

@@ -21,7 +21,7 @@ from llamaclust.cluster.launchers.worker_process import (
     worker_environment,
     worker_input,
 )
-from llamaclust.cluster.membership.log_tail import last_error
+from llamaclust.cluster.membership.log_tail import recent_error
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.state.directory import open_log
 from llamaclust.core.errors import DeadlineError, LlamaclustError
@@ -96,7 +96,7 @@ class LocalLauncher(Launcher):
         return available_memory_bytes()
 
     def last_error(self, name: str) -> str:
-        return last_error(self._log_file(name), self._log_starts.get(name, 0))
+        return recent_error(self._log_file(name), self._log_starts.get(name, 0))
 
     def _log_file(self, name: str) -> Path:
         return self._logs / f"{name}.log"

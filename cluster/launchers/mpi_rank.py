@@ -32,7 +32,7 @@ from llamaclust.cluster.launchers.mpi_messages import (
     to_bytes,
 )
 from llamaclust.cluster.launchers.worker_process import describe_exit
-from llamaclust.cluster.membership.log_tail import last_error
+from llamaclust.cluster.membership.log_tail import recent_error
 from llamaclust.cluster.state.directory import ClusterDir, open_log
 from llamaclust.cluster.state.log_files import limit_log
 from llamaclust.core.addresses import split_address
@@ -192,7 +192,7 @@ class _Rank:
         settings = replace(settings, threads=threads, join=_reachable(order.addresses, settings.token))
 
         def ended(code: int) -> None:
-            error = last_error(log, start_bytes) if code else ""
+            error = recent_error(log, start_bytes) if code else ""
             self.ends.put(WorkerEnded(order.rank, describe_exit(code), error))
 
         with os.fdopen(open_log(log, anew=self._child is None), "ab") as file:

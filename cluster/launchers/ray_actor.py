@@ -15,7 +15,7 @@ from ray.exceptions import ActorDiedError, RayError
 
 from llamaclust.cluster.launchers.child import Child
 from llamaclust.cluster.launchers.worker_process import describe_exit
-from llamaclust.cluster.membership.log_tail import last_error
+from llamaclust.cluster.membership.log_tail import recent_error
 from llamaclust.core.errors import UsageError
 from llamaclust.worker.settings import WorkerSettings
 
@@ -68,7 +68,7 @@ class WorkerActor:
             time.sleep(_LOOK_S)
             self._start()
             return
-        self._how = (describe_exit(code), last_error(_LOG) if code else "")
+        self._how = (describe_exit(code), recent_error(_LOG) if code else "")
         self._over.set()
         time.sleep(_WAIT_S)
         if code < 0:

@@ -6,9 +6,10 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from time import time
 
 from llamaclust.core.bounds import line, one_line
-from llamaclust.core.logs import read_line
+from llamaclust.core.logs import RECENT_S, logged_at_s, read_line
 from llamaclust.core.regular_file import open_regular
 
 _READ_BYTES = 1 << 16
@@ -28,18 +29,36 @@ _OTHER_LOGGERS = (
 _OF_ERRORS = "EFC"
 
 
-def last_error(log: Path, start: int = 0) -> str:
+def recent_error(log: Path, start: int = 0) -> str:
+    """Returns the last error of a log that is at most `RECENT_S` seconds old, or ""."""
+    return last_error(log, start, time() - RECENT_S)
+
+
+def last_error(log: Path, start: int = 0, since_s: float = 0.0) -> str:
     """Returns the last warning, error or traceback line in a worker's log, or "". Reads the log from byte `start`, or
-    the whole log if it has become shorter than `start`."""
+    the whole log if it has become shorter than `start`. Ignores lines from before `since_s` (seconds since 1970)."""
     try:
         with open_regular(log) as file:
-            size = os.fstat(file.fileno()).st_size
+            facts = os.fstat(file.fileno())
+            size = facts.st_size
             file.seek(max(start if start <= size else 0, size - _READ_BYTES))
             lines = file.read(_READ_BYTES).decode("utf-8", "replace").splitlines()
     except OSError:
         return ""
-    words = next(filter(None, map(_trouble, reversed([*_without_warnings(lines)]))), "")
+    recent = _since(since_s, reversed([*_without_warnings(lines)]), facts.st_mtime)
+    words = next(filter(None, map(_trouble, recent)), "")
     return line("last error", one_line(words))
+
+
+def _since(since_s: float, newest_first: Iterator[str], at_s: float) -> Iterator[str]:
+    """Yields lines that were written at `since_s` or later. `at_s` is the time of the newest line. A line without a
+    time is as old as the line after it."""
+    for text in newest_first:
+        own_s = logged_at_s(text)
+        at_s = at_s if own_s is None else own_s
+        if at_s < since_s:
+            return
+        yield text
 
 
 def _trouble(text: str) -> str:

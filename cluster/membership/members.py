@@ -56,7 +56,7 @@ class Members:
         self._workers: dict[str, WorkerHandle] = {}
         self._lost: dict[str, None] = {}  # Names of lost workers, in the order of their losses.
         self._numbers = count(1)
-        self._exits: dict[str, str] = {}
+        self._exits: dict[str, tuple[str, str]] = {}  # How processes ended, and the last errors of their logs.
         self._changed = asyncio.Event()
         self._subscribers: list[Callable[[MembershipEvent], None]] = []
         self.losing = TaskSet()
@@ -94,14 +94,14 @@ class Members:
     def check_exits(self, names: Collection[str]) -> None:
         for name in names:
             if name in self._exits:
-                raise _start_failed(name, self._exits[name], self.read_last_error(name))
+                raise _start_failed(name, *self._exits[name])
 
     def _set_changed(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
     def process_exited(self, name: str, how: str) -> None:
-        self._exits[name] = how
+        self._exits[name] = how, self.read_last_error(name)
         if name in self._workers:
             self.mark_lost(self._workers[name], how)
         self._set_changed()

@@ -67,7 +67,7 @@ class WorkerState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """The loss of a worker. `number` is larger for later losses. `last_error` is the last error in the worker's log."""
+    """The loss of a worker. `number` is larger for later losses. The worker logged `last_error` shortly before."""
 
     reason: str
     number: int
@@ -224,7 +224,7 @@ class WorkerHandle:
         if self.registration.log:
             text += f"; look at {self.registration.log} on {self.registration.host}"
         why = self.loss or "no reason is known"
-        message = f"worker {self.name}{layers} is lost: {why}{text or '; its log has no error'}"
+        message = f"worker {self.name}{layers} is lost: {why}{text or '; its log has no recent error'}"
         return WorkerError(message, worker=self.name)
 
     @property

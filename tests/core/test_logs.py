@@ -18,13 +18,15 @@ import pytest
 
 from llamaclust.cluster.membership.log_tail import last_error
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.core import logs
 from llamaclust.core.logs import (
+    RECENT_S,
     FileShortage,
     LogFormat,
     last_lines,
-    last_trouble,
     name_cluster,
     read_line,
+    recent_trouble,
     start_logging,
 )
 from llamaclust.wire.control.messages import CoordinatorMessage, Heartbeat
@@ -75,12 +77,12 @@ def test_a_worker_that_joins_names_its_cluster_from_then_on(
 ) -> None:
     with logging_as(form, cluster="", worker="a") as log:
         log.warning("before")
-        assert last_trouble() == "before"
+        assert recent_trouble() == "before"
         name_cluster("home")
-        assert last_trouble() == ""
+        assert recent_trouble() == ""
         log.error("after %d", 1)
         log.info("later")
-        assert last_trouble() == "after 1"
+        assert recent_trouble() == "after 1"
     before, after, _ = capsys.readouterr().err.splitlines()
     assert "cluster" not in before and "home" in after and "worker" in after
     assert re.search(r"cluster\W+home\W+worker\W+a\W", after)
@@ -91,9 +93,9 @@ def test_warnings_of_other_programs_loggers_are_no_last_error(name: str) -> None
     with logging_as(LogFormat.TEXT) as log:
         log.warning("ours")
         logging.getLogger(name).warning("Tip: In future versions ...")
-        assert last_trouble() == "ours"
+        assert recent_trouble() == "ours"
         logging.getLogger(name).error("no memory")
-        assert last_trouble() == "no memory"
+        assert recent_trouble() == "no memory"
 
 
 def test_the_last_lines_are_kept_as_they_were_written(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,6 +108,16 @@ def test_the_last_lines_are_kept_as_they_were_written(capsys: pytest.CaptureFixt
     shown = capsys.readouterr().err.splitlines()
     assert len(lines) == 1000 and list(lines) == shown[-1000:] and lines[-1] == "lines"
     assert before + len(lines) == written + 1502
+
+
+def test_an_error_is_recent_for_a_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr(logs, "monotonic", lambda: now_s[0])
+    with logging_as(LogFormat.TEXT) as log:
+        log.error("no memory")
+        for later_s, words in ((0.0, "no memory"), (RECENT_S, "no memory"), (0.1, ""), (600.0, "")):
+            now_s[0] += later_s
+            assert recent_trouble() == words
 
 
 def test_the_last_words_of_a_worker_elsewhere_are_those_of_its_last_sign_of_life() -> None:

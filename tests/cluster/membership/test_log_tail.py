@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from datetime import UTC, datetime
 from pathlib import Path
+from time import time
+from typing import Any
 
 import pytest
 
-from llamaclust.cluster.membership.log_tail import last_error
+from llamaclust.cluster.membership.log_tail import last_error, recent_error
+from llamaclust.core.errors import LlamaclustError, LoadCancelledError, ModelFileError, WorkerError
+from llamaclust.core.logs import RECENT_S
+from llamaclust.wire.control.messages import Deadlines, LoadFailed, WorkerMessage
+from llamaclust.wire.security.credentials import Insecure
+from llamaclust.worker.session import Session
+from llamaclust.worker.stage.counters import Counters
 
 OWN = "2026-01-01 10:00:01,123 ERROR layer 7 does not fit"
 TRACE = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\n    f()\nValueError: seven'
@@ -80,3 +91,67 @@ def test_a_log_that_was_emptied_is_read_from_its_beginning(start: int, words: st
     log = tmp_path / "a.log"
     log.write_text("after\n\n")
     assert last_error(log, start) == words
+
+
+def _text(at_s: float, level: str, words: str) -> str:
+    return f"{datetime.fromtimestamp(at_s).strftime('%Y-%m-%d %H:%M:%S')},000 {level} {words}"
+
+
+def _logfmt(at_s: float, level: str, words: str) -> str:
+    return f'time={datetime.fromtimestamp(at_s, UTC).isoformat()} level={level.lower()} msg="{words}"'
+
+
+def _json(at_s: float, level: str, words: str) -> str:
+    at = datetime.fromtimestamp(at_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return f'{{"time": "{at}", "level": "{level.lower()}", "msg": "{words}"}}'
+
+
+@pytest.mark.parametrize("form", [_text, _logfmt, _json])
+@pytest.mark.parametrize("old", ["ProfileWorker: cancelled", "epoch 0.1: no memory", "the link to b broke"])
+def test_an_old_error_is_no_cause(form: Any, old: str, log: Path) -> None:
+    now_s = time()
+    before_s = now_s - RECENT_S - 60
+    old_line, traceback = form(before_s, "ERROR", old), TRACE
+    log.write_text(f"{old_line}\n")
+    assert last_error(log) == old and recent_error(log) == ""
+    log.write_text(f"{old_line}\n{form(now_s, 'INFO', 'goes on')}\n")
+    assert recent_error(log) == ""
+    log.write_text(f"{traceback}\n{form(before_s, 'INFO', 'goes on')}\n")
+    assert recent_error(log) == "", "a line without a time is as old as the line after it"
+    log.write_text(f"{old_line}\n{form(now_s, 'ERROR', 'the disk is full')}\n")
+    assert recent_error(log) == "the disk is full"
+    log.write_text(f"{old_line}\n{traceback}\n")
+    assert recent_error(log) == "ValueError: seven", "the process wrote the traceback when it ended"
+    os.utime(log, (before_s, before_s))
+    assert recent_error(log) == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "is_error"),
+    [
+        (LoadCancelledError("the measurement was cancelled"), False),
+        (LoadCancelledError("the load was cancelled"), False),
+        (ModelFileError("m.gguf is damaged"), True),
+        (WorkerError("no connection to worker b"), True),
+        (ValueError("seven"), True),
+    ],
+)
+async def test_work_that_the_coordinator_cancels_is_no_error_of_the_worker(
+    error: Exception, is_error: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[WorkerMessage] = []
+
+    async def send(message: WorkerMessage) -> None:
+        told.append(message)
+
+    async def fails() -> WorkerMessage:
+        raise error
+
+    worker: Any = None
+    caplog.set_level(logging.INFO)
+    session = Session(worker, Insecure(), Deadlines(), Counters(), send)
+    await session.answer(fails(), lambda failure: LoadFailed(3, failure), "ProfileWorker")
+    (record,), (answer,) = caplog.records, told
+    assert (record.levelno >= logging.WARNING) == is_error
+    kind = type(error) if isinstance(error, LlamaclustError) else LlamaclustError
+    assert isinstance(answer, LoadFailed) and answer.failure.kind == kind.__name__

@@ -160,6 +160,7 @@ def _view(state: State) -> Group:
     workers = state["workers"]
     groups = state.get("groups", ())  # Older coordinators report no groups.
     lines = (
+        *version_lines(state),
         *_quarantine_lines(workers),
         *closed_port_lines(workers),
         *group_lines(groups),
@@ -214,6 +215,14 @@ def _quarantine_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
             pause = f"is quarantined for {quarantine['left_s']:.0f} s unless the model needs it"
             reason = quarantine["reason"]
             yield f"{worker['name']}: {pause}: it failed {quarantine['failures']} times, last: {reason}"
+
+
+def version_lines(state: State) -> Iterator[str]:
+    """Yields the versions of the coordinator and its workers, if they differ."""
+    of = {"coordinator": state["version"], **{worker["name"]: worker["version"] for worker in state["workers"]}}
+    if len({*of.values()}) > 1:
+        versions = ", ".join(f"{name} {version}" for name, version in of.items())
+        yield f"versions of llamaclust differ: {versions}; finish the upgrade, one machine after the other"
 
 
 def closed_port_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
@@ -272,7 +281,7 @@ def _speed(speed: dict[str, Any]) -> str:
 def _workers(workers: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("worker", no_wrap=True, overflow="fold")  # Users copy the names of workers.
-    for title in ("pid", "device", "layers", "state"):
+    for title in ("pid", "version", "device", "layers", "state"):
         table.add_column(title, overflow="fold")
     for title in ("MiB now", "planned", "busy", "tok/s", "ms/token", "predicted"):
         table.add_column(title, justify="right", overflow="fold")
@@ -287,7 +296,9 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
         times = (number_text(worker["decode_ms"]), number_text(worker["predicted_decode_ms"]))
         marks = [mark for mark, is_set in _marks(worker) if is_set]
         what = ", ".join((worker["state"], *marks))
-        table.add_row(worker["name"], str(worker["pid"]), worker["device"], layers, what, *figures, *times)
+        table.add_row(
+            worker["name"], str(worker["pid"]), worker["version"], worker["device"], layers, what, *figures, *times
+        )
     return table
 
 

@@ -310,6 +310,7 @@ class Register(_message.Message):
     CLUSTER_FIELD_NUMBER: _builtins.int
     IS_AWAITED_FIELD_NUMBER: _builtins.int
     LINK_ADDRESS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the worker in the cluster file. It is unique in the cluster."""
     pid: _builtins.int
@@ -356,6 +357,8 @@ class Register(_message.Message):
     """True if the worker waits for a coordinator of `cluster` and must not join another cluster."""
     link_address: _builtins.str
     """Address for links from other members of a group, HOST:PORT or unix:PATH. Empty if the worker cannot be in a group."""
+    version: _builtins.str
+    """Version of the worker's program, shown to users."""
     @_builtins.property
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___Gpu]:
         """GPUs that the worker uses in addition to its processor."""
@@ -391,10 +394,11 @@ class Register(_message.Message):
         cluster: _builtins.str = ...,
         is_awaited: _builtins.bool = ...,
         link_address: _builtins.str = ...,
+        version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "gpu_layers", b"gpu_layers", "term_proof", b"term_proof"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "address", b"address", "cluster", b"cluster", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "gpu_layers", b"gpu_layers", "gpus", b"gpus", "host", b"host", "is_awaited", b"is_awaited", "kv_disk_bytes", b"kv_disk_bytes", "largest_term", b"largest_term", "link_address", b"link_address", "log", b"log", "machine", b"machine", "machine_free_bytes", b"machine_free_bytes", "memory_group", b"memory_group", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_version", b"protocol_version", "term_proof", b"term_proof", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "address", b"address", "cluster", b"cluster", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "gpu_layers", b"gpu_layers", "gpus", b"gpus", "host", b"host", "is_awaited", b"is_awaited", "kv_disk_bytes", b"kv_disk_bytes", "largest_term", b"largest_term", "link_address", b"link_address", "log", b"log", "machine", b"machine", "machine_free_bytes", b"machine_free_bytes", "memory_group", b"memory_group", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_version", b"protocol_version", "term_proof", b"term_proof", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gpu_layers: _TypeAlias = _typing.Literal["gpu_layers"]  # noqa: Y015
     _WhichOneofArgType__gpu_layers: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers"]  # noqa: Y015

@@ -2,11 +2,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.format import shares_text, stage_name
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.limits import layer_span
+from llamaclust.core.version import VERSION
 from llamaclust.model.program import KV_BLOCK_TOKENS
+
+
+def version_text(worker: WorkerHandle) -> str:
+    """Returns a notice if a worker runs another version than this coordinator, or ""."""
+    version = worker.registration.version
+    if version == VERSION:
+        return ""
+    what = f"worker {worker.name} runs llamaclust {version}, this coordinator {VERSION}"
+    return f"{what}: they work together with the same results; finish the upgrade"
 
 
 def lost_text(error: LlamaclustError, requests: Mapping[str, int]) -> str:

@@ -9,6 +9,7 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.core.errors import DeadlineError, UsageError
 from llamaclust.core.limits import MAX_WORKERS, NUMERICS_VERSION
+from llamaclust.core.version import VERSION
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control.messages import Deadlines, Register
 from llamaclust.wire.rpc.deadlines import deadline
@@ -57,7 +58,7 @@ class JoinRules:
         name = register.name
         if peer is not None and peer.worker != name:
             return f"the certificate of {peer} cannot register worker {name}"
-        same = "install the same version of llamaclust everywhere"
+        same = f"install the same version of llamaclust everywhere ({register.version} there, {VERSION} here)"
         if register.protocol_version != PROTOCOL_VERSION:
             theirs = f"protocol {register.protocol_version}"
             return f"worker {name} speaks {theirs}, this coordinator {PROTOCOL_VERSION}: {same}"

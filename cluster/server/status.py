@@ -24,6 +24,7 @@ from llamaclust.cluster.server.groups_status import groups_json
 from llamaclust.cluster.state.directory import ClusterRecord
 from llamaclust.core.epochs import epoch_text
 from llamaclust.core.gpus import UNUSED_BY_PARTS
+from llamaclust.core.version import VERSION
 
 if TYPE_CHECKING:
     from llamaclust.cluster.control.supervisor import Supervisor
@@ -86,6 +87,7 @@ def _status(cluster: Cluster, record: ClusterRecord, served: ServedModel) -> dic
     predicted, model_id = _predicted_stages(served.plan), served.model.model_id
     return {
         "name": record.name,
+        "version": VERSION,
         "api": record.api,
         "pid": record.pid,
         "state": str(engine.state),
@@ -158,6 +160,7 @@ def worker_json(
     unused = UNUSED_BY_PARTS if order is not None and order.limits.expert_shards > 1 else None
     return {
         "name": handle.name,
+        "version": handle.registration.version,
         "pid": handle.registration.pid,
         "address": handle.registration.address,
         "link_address": handle.registration.link_address or None,

@@ -28,6 +28,7 @@ from llamaclust.core.epochs import MAX_TERM
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
+from llamaclust.core.version import VERSION
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control.groups import GroupCounters, GroupFault, GroupOrder
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv
@@ -79,6 +80,7 @@ class Register:
     link_address: Address = ""  # Address for links between group members, or "" if the worker takes part in no group.
     protocol_version: int = PROTOCOL_VERSION
     numerics_version: int = NUMERICS_VERSION
+    version: Annotated[str, Line(64)] = VERSION  # Version of the worker's program.
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +228,7 @@ class Heartbeat:
     sent_bytes: int = 0  # Bytes of microbatches and results that were sent.
     weight_bytes_sent: int = 0  # Bytes of weights sent to other workers.
     weight_bytes_received: int = 0  # Bytes of weights received from other workers.
-    last_error: Reason = ""  # Last warning or error that the worker logged since it joined.
+    last_error: Reason = ""  # Last warning or error of the worker's log, if it is a few seconds old.
     # Free bytes of each GPU, in the order of `Register.gpus`.
     gpu_free_bytes: Annotated[tuple[MemoryBytes, ...], Size(0, MAX_GPUS)] = ()
     computing_s: Annotated[float, Real(0.0, 1e9)] = 0.0  # Seconds since the current step began, or 0 if no step runs.

@@ -10,7 +10,7 @@ from llamaclust.cluster.control import observations
 from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.epochs import Epoch
 from llamaclust.cluster.control.failures.overdue import OverdueResults, PendingResult, delaying_stage
-from llamaclust.cluster.control.notices import lost_text
+from llamaclust.cluster.control.notices import lost_text, version_text
 from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.control.pool.newcomers import Newcomers
 from llamaclust.cluster.launchers.base import Launcher
@@ -42,6 +42,7 @@ class MembershipWatch:
         registry = self._registry
         self._first_joins = frozenset(registry.joins[name] for name in registry.present)
         for worker in registry.present.values():
+            self._note_version(worker)
             self._newcomers.take(worker)
         # These workers were lost while machines were measured.
         for name in registry.workers.keys() - registry.present.keys():
@@ -62,9 +63,14 @@ class MembershipWatch:
             if self._registry.joins[worker.name] in self._first_joins:
                 return  # The worker was present when `start` ran. It has only now learned of its admission.
             self._report(Notice(f"worker {worker.name} joined (pid {worker.registration.pid})"))
+            self._note_version(worker)
             self._newcomers.joined(worker)
         else:
             self._lost(worker)
+
+    def _note_version(self, worker: WorkerHandle) -> None:
+        if text := version_text(worker):
+            self._report(Notice(text))
 
     def _check_steps(self, worker: WorkerHandle) -> None:
         """Marks workers as lost: `worker` if its step takes too long, and each worker that delays an overdue result."""

@@ -5,7 +5,7 @@ import { button, element, fill } from "../dom.js";
 import { bytes, layers, milliseconds, number, percent } from "./format.js";
 
 const DRAIN_MS = 630_000; // the reply comes once the layers are moved, within 600 s
-const COLUMNS = ["machine", "state", "layers", "device", "memory", "busy", "per token", "planned", "per prompt token", "planned", "tokens/s", "actions"];
+const COLUMNS = ["machine", "state", "layers", "device", "version", "memory", "busy", "per token", "planned", "per prompt token", "planned", "tokens/s", "actions"];
 
 export class WorkersTable {
   #rows = new Map();
@@ -56,6 +56,7 @@ class WorkerRow {
       worker.condition,
       layers(worker.layers, worker.share),
       worker.device ?? "",
+      worker.version,
       bytes(worker.memory_bytes),
       percent(worker.busy),
       milliseconds(worker.decode_ms),

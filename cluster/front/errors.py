@@ -41,6 +41,10 @@ def internal_error() -> LlamaclustError:
     return LlamaclustError("internal error; the coordinator's log says more")
 
 
+MOST_CHARACTERS: Final = 4000
+"""Maximum length of an error's message. Errors quote at most this much of a request."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     status: int  # HTTP status.
@@ -48,6 +52,18 @@ class Failure:
     code: str
     param: str | None = None  # Name of the wrong field.
     numbers: Mapping[str, int] = field(default_factory=dict)  # Numbers for programs, such as llama.cpp's `n_ctx`.
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", _cut(self.message))
+        object.__setattr__(self, "param", self.param and _cut(self.param))
+
+
+def _cut(text: str) -> str:
+    """Leaves out the middle of a long text. An error may quote a method, a path or a value of any length."""
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    half = MOST_CHARACTERS // 2
+    return f"{text[:half]} ... {text[-half:]}"
 
 
 def failure_of(error: LlamaclustError) -> Failure:

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from llamaclust.cluster.front.errors import MOST_CHARACTERS
 from llamaclust.cluster.front.http import responses
 from llamaclust.cluster.state.api_keys import first_key, read_api_keys
 from llamaclust.core.errors import InsufficientMemoryError, UsageError, WorkerError
@@ -150,6 +151,30 @@ async def test_unknown_paths_and_methods() -> None:
         assert missing.status_code == 404 and missing.json()["error"]["code"] == "not_found"
         wrong = await http.get("/v1/completions")
         assert wrong.status_code == 405 and wrong.json()["error"]["code"] == "method_not_allowed"
+
+
+LONG = "X" * 60_000
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "headers"),
+    [
+        (LONG, "/v1/completions", None, {}),
+        ("GET", f"/{LONG}", None, {}),
+        ("POST", f"/cluster/workers/{LONG}/drain", None, {}),
+        ("POST", "/v1/completions", {"prompt": "a", "temperature": LONG}, {}),
+        ("POST", "/v1/chat/completions", {"model": LONG, "messages": [{"role": LONG, "content": "a"}]}, {}),
+        ("POST", "/v1/completions", {"prompt": "a", "n": LONG}, {}),
+        ("POST", "/v1/messages", {"model": "m", "max_tokens": LONG, "messages": []}, {"anthropic-version": LONG}),
+        ("POST", "/api/show", {"model": LONG}, {}),
+    ],
+)
+async def test_an_error_quotes_little_of_a_request(
+    method: str, path: str, body: object, headers: dict[str, str]
+) -> None:
+    async with client(app(workers=Workers())) as http:
+        reply = await http.request(method, path, json=body, headers=headers)
+    assert reply.status_code >= 400 and len(reply.content) < 2 * MOST_CHARACTERS + 500, reply.text[:200]
 
 
 async def test_api_keys() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from functools import partial
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from socket import SOCK_STREAM, getaddrinfo
 from threading import BoundedSemaphore
 from typing import Final
@@ -28,9 +28,16 @@ _LOOKUPS: Final = BoundedSemaphore(32)
 _ONE_USE: Final = httpx.Limits(max_keepalive_connections=0)
 """Connections are not reused. Hosts may share an address, and a certificate is checked only when a connection opens."""
 _INTERNET: Final = IPv6Network("2000::/3")
-"""IPv6 addresses on the internet. Python's `is_global` also accepts addresses of a local NAT64 translator."""
-_DOCUMENTATION: Final = IPv6Network("3fff::/20")
+"""IPv6 addresses on the internet, except for `_SPECIAL`."""
 _NAT64: Final = IPv6Network("64:ff9b::/96")
+_SPECIAL: Final = (
+    *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
+    *("192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24", "192.168.0.0/16", "192.175.48.0/24"),
+    *("198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/3"),
+    *("2001::/23", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20"),
+)
+"""All blocks of the IANA registries of special-purpose and multicast addresses within IPv4 and `_INTERNET`. Blocks that
+the registries call global are included, because they have relays and name servers, but no images."""
 _PLAIN: Final = "identity"
 _HEADERS: Final = {"accept": "image/*", "accept-encoding": _PLAIN, "user-agent": f"llamaclust/{VERSION}"}
 
@@ -116,20 +123,11 @@ def _look_up(url: ImageUrl) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """Returns True if the address is on the internet. An IPv4 address inside an IPv6 address must be public too."""
-    parsed = ip_address(address.partition("%")[0])
-    if isinstance(parsed, IPv6Address) and (
-        parsed in _DOCUMENTATION or (parsed not in _INTERNET and parsed not in _NAT64)
-    ):
+    """Returns True if the address is on the internet, or is the NAT64 form of such an address. Mapped, 6to4 and Teredo
+    addresses are never public."""
+    parsed: IPv4Address | IPv6Address = ip_address(address.partition("%")[0])
+    if parsed in _NAT64:
+        parsed = IPv4Address(int(parsed) & 0xFFFFFFFF)
+    if isinstance(parsed, IPv6Address) and parsed not in _INTERNET:
         return False
-    return all(each.is_global and not each.is_multicast for each in (parsed, *_embedded(parsed)))
-
-
-def _embedded(address: IPv4Address | IPv6Address) -> list[IPv4Address]:
-    """Returns the IPv4 addresses to which an IPv6 address may lead: mapped, 6to4, Teredo and NAT64 addresses."""
-    if isinstance(address, IPv4Address):
-        return []
-    inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
-    if address in _NAT64:
-        inner.append(IPv4Address(int(address) & 0xFFFFFFFF))
-    return [each for each in inner if each is not None]
+    return not any(parsed in ip_network(block) for block in _SPECIAL)

@@ -39,7 +39,7 @@ _MIN_KEY_BYTES = 8 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 _FIRST_CHUNK_BYTES = 1 << 16
-_MAX_HEADER_BYTES = 1 << 28
+_MAX_HEADER_BYTES = 1 << 26  # The largest vocabularies need a quarter of it.
 _MAX_STRINGS = 1 << 22
 
 _SCALARS = {number: Struct(code) for number, code in NUMBER_FORMATS.items()}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from struct import pack
 
 import pytest
@@ -28,8 +30,10 @@ from support.models.gguf_bytes import (
     tensor,
     text,
 )
+from support.seed import SEED
 
 HUGE = (1 << 64) - 1
+MOST_PEAK_BYTES = 192 << 20
 NESTED = pack("<IQ", ARRAY, 1)
 
 HOSTILE: dict[str, tuple[bytes, str]] = {
@@ -137,8 +141,55 @@ def test_a_sparse_file_does_not_buy_memory(tmp_path: Path) -> None:
     path = tmp_path / "sparse.gguf"
     path.write_bytes(gguf([array("a", STRING, 1 << 22, pack("<Q", 1 << 30))]))
     os.truncate(path, 1 << 40)
-    with pytest.raises(ModelFileError, match="the header is longer than 256 MiB"):
+    with pytest.raises(ModelFileError, match="the header is longer than 64 MiB"):
         open_model(path)
+
+
+def _random_array(drawn: Random, count: int) -> bytes:
+    return array("a", drawn.choice((INT32, FLOAT32, UINT32)), count, drawn.randbytes(64))
+
+
+DAMAGES: dict[str, Callable[[Random], bytes]] = {
+    "an array of numbers": lambda drawn: gguf([_random_array(drawn, drawn.randint(1 << 24, 1 << 28))]),
+    "one long string": lambda drawn: gguf([array("a", STRING, 3, pack("<Q", drawn.randint(1 << 27, 1 << 30)))]),
+    "many strings": lambda drawn: gguf(
+        [array("a", STRING, drawn.randint((1 << 22) + 1, 1 << 30), pack("<Q", 1 << 20) * 9)]
+    ),
+    "a text": lambda drawn: gguf([key("a", STRING, pack("<Q", drawn.randint(1 << 24, 1 << 62)))]),
+    "nested arrays": lambda drawn: gguf([array("a", ARRAY, drawn.randint(1 << 13, 1 << 40), NESTED * 40)]),
+    "counts of keys and tensors": lambda drawn: gguf(
+        key_count=drawn.randint(1, 1 << 17), tensor_count=drawn.randint(1 << 10, 1 << 17)
+    ),
+    "any byte": lambda drawn: _flipped(drawn, gguf([_random_array(drawn, 16), number("b", 2)], [tensor("x", [8])])),
+}
+
+
+def _flipped(drawn: Random, content: bytes) -> bytes:
+    damaged = bytearray(content)
+    for _ in range(4):
+        damaged[drawn.randrange(8, len(damaged))] = drawn.randrange(256)
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_header_of_a_large_file_takes_little_memory(damage: str, tmp_path: Path) -> None:
+    """The file is as large as a model; its counts and lengths fit into its size."""
+    print(f"seed {SEED}")
+    path, refused = tmp_path / "damaged.gguf", 0
+    for number_ in range(5):
+        path.write_bytes(DAMAGES[damage](Random(f"{SEED} {damage} {number_}")))
+        os.truncate(path, 1 << 33)
+        tracemalloc.start()
+        try:
+            open_model(path)
+        except ModelFileError as error:
+            refused += 1
+            assert str(path) in str(error)
+        finally:
+            peak_bytes = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert peak_bytes < MOST_PEAK_BYTES, f"{peak_bytes >> 20} MiB"
+    assert refused or damage == "any byte"
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "loop", "nul"])

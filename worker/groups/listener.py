@@ -64,6 +64,8 @@ class LinkListener:
         self.address = ""  # Address at which it listens, or "" if it does not listen.
         self.refusals = RefusalLog(_log)  # Logs errors of accepting, and of connections with an expected hello.
         self._strangers = RefusalLog(_log, apart_s=1.0)
+        # Members may connect before this worker knows their group.
+        self._early = RefusalLog(_log, apart_s=1.0, level=logging.INFO)
         self._requested = ""
         self._listening: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
@@ -147,9 +149,11 @@ class LinkListener:
             if (take := self._expected.get(hello)) is not None:
                 take(connection)
                 is_taken = True
-            # Other connections are probes, or belong to a group that is not known yet.
-            elif hello and not hello.startswith(_VERSION):
-                self._strangers.tell(f"a connection from {host} to {self.address}: no hello of a member")
+            elif hello:  # A connection without bytes is a probe.
+                is_member = hello.startswith(_VERSION)
+                what = "of a group that is not known here (yet)" if is_member else "no hello of a member"
+                refusals = self._early if is_member else self._strangers
+                refusals.tell(f"a connection from {host} to {self.address}: {what}")
         except (DeadlineError, OSError) as error:
             self._strangers.tell(f"a connection from {host} to {self.address}: {error}")
         finally:

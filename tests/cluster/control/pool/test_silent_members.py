@@ -229,18 +229,6 @@ def ignores(member, message, *_):
 
 Member._dispatch = ignores
 """
-_SLOW = """
-import time
-from llamaclust.worker.requests import Requests
-
-profile = Requests._profile
-
-def slow(requests, *given):
-    time.sleep(6.0)
-    return profile(requests, *given)
-
-Requests._profile = slow
-"""
 
 
 @pytest.mark.parametrize("is_stated", [True, False], ids=["speed in the cluster file", "speed to measure"])
@@ -259,22 +247,3 @@ def test_a_cluster_serves_without_a_worker_that_answers_nothing_but_heartbeats(
     ignored = re.findall(r"ignored (\w+)", mute.err.read_text())
     assert "Load" not in ignored, coordinator.err.read_text()
     assert is_stated or ignored == ["ProfileWorker"], coordinator.err.read_text()
-
-
-def test_a_start_says_which_speeds_are_unknown_and_when_they_are_measured_again(
-    line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The only worker answers the measurement later than `timeouts.load`, as on a busy machine."""
-    run_in_workers(monkeypatch, tmp_path, _SLOW, "a")
-    model = build_tiny_model(tmp_path / "tiny.gguf", layers=3, context=256)
-    coordinator = start_coordinator(line, model, workers=[{"name": "a"}], timeouts={"load": 5.0})
-    start_worker(line, join_port(coordinator), "a")
-    with ready(coordinator, line):
-        pass
-    told = coordinator.err.read_text()
-    why = "worker a: measurement took longer than 5 s (timeouts.load)"
-    again = "measured again when it joins again, or at the next `llamaclust up`"
-    assert f"worker a is not measured: {why}; plans treat all workers as equally fast" in told
-    assert f"  ?: could not be measured: a ({why}); {again}" in told
-    assert told.count("is not measured") == 1 and told.count("measuring worker a") == 1
-    assert "no worker is left" not in told and "first `llamaclust up`" not in told

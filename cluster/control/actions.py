@@ -204,7 +204,7 @@ class ActionRunner:
             await self.ending.join()
         is_start = self.engine is None
         if is_start:
-            unknown = self.planner.unknown_speeds(self._registry.present)
+            unknown = self.planner.profiles.unknown_speeds(self._registry.present)
             lines = plan_lines(plan, unknown=unknown)
             self._report(PlanMade((*lines, *encoder_lines(plan, self.planner.model.projector))))
         else:

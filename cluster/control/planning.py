@@ -25,7 +25,7 @@ from llamaclust.cluster.control.limits import (
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.resources.groups import check_groups, largest_group, no_groups
 from llamaclust.cluster.control.resources.placement import check_obeyed, placements
-from llamaclust.cluster.control.resources.profiling import MEASURED_AGAIN, WorkerProfiles
+from llamaclust.cluster.control.resources.profiling import WorkerProfiles
 from llamaclust.cluster.control.resources.resource_shares import (
     WorkerResources,
     machine_shares,
@@ -336,12 +336,6 @@ class ClusterPlanner:
     @property
     def reads_images(self) -> bool:
         return self.encodes and self.model.projector is not None
-
-    def unknown_speeds(self, workers: Mapping[str, WorkerHandle]) -> str:
-        """Says which speeds of a start's plan are unknown, why, and when they are measured again."""
-        unmeasured = self.profiles.unmeasured(workers)
-        why = "; ".join(f"{name} ({reason})" for name, reason in unmeasured.items()) or "some links"
-        return f"could not be measured: {why}; measured again {MEASURED_AGAIN}"
 
     def update(self, links: Links) -> bool:
         changed, self.links = links != self.links, links

@@ -64,10 +64,11 @@ class WorkerProfiles:
         if note := disturbance(self.other_loads(names, workers).values()):
             self._report(Notice(note))
 
-    def unmeasured(self, workers: Mapping[str, WorkerHandle]) -> dict[str, str]:
-        """Returns the workers without a profile, and why they have none."""
-        measured = self.of(workers)
-        return {name: self._failures.get(name, "no measurement yet") for name in workers if name not in measured}
+    def unknown_speeds(self, workers: Mapping[str, WorkerHandle]) -> str:
+        """Says which speeds of a start's plan are unknown, why, and when they are measured again."""
+        unmeasured = workers.keys() - self.of(workers).keys()
+        reasons = (f"{name} ({self._failures.get(name, 'no measurement yet')})" for name in sorted(unmeasured))
+        return f"could not be measured: {'; '.join(reasons) or 'some links'}; measured again {MEASURED_AGAIN}"
 
     def other_loads(self, names: Iterable[str], workers: Mapping[str, WorkerHandle]) -> dict[str, OtherLoad]:
         keys = {name: _key(workers[name], workers, self._model_id) for name in names if name not in self.stated}

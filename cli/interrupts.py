@@ -17,26 +17,6 @@ _REPEAT_S = 0.01
 """Seconds until a signal handler is called again if Python discarded its exception."""
 
 
-_FIRST_PROCESS = 1
-
-
-def unhandled() -> Callable[[int, FrameType | None], None] | signal.Handlers:
-    """Returns a signal handler that ends this process, as signals do by default."""
-    # SIG_DFL does not suffice in the first process of a container: the kernel drops signals without a handler.
-    return _end_by_signal if os.getpid() == _FIRST_PROCESS else signal.SIG_DFL
-
-
-def _end_by_signal(number: int, frame: FrameType | None) -> NoReturn:
-    os._exit(128 + number)
-
-
-def obey_signals() -> None:
-    """Lets SIGTERM and SIGHUP end this process, even if it is the first process in a container."""
-    for number in (signal.SIGTERM, signal.SIGHUP) if os.getpid() == _FIRST_PROCESS else ():
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, _end_by_signal)
-
-
 @contextmanager
 def ends_at_once() -> Iterator[None]:
     """Lets Ctrl-C end the process without KeyboardInterrupt, for example while modules are imported."""
@@ -44,7 +24,7 @@ def ends_at_once() -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    signal.signal(signal.SIGINT, unhandled())
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     finally:
@@ -66,7 +46,7 @@ Held = Callable[[], AbstractContextManager[None]]
 @contextmanager
 def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Calls `handle` for the signal that arrives first, and ignores later signals."""
-    handled = [number for number in numbers if signal.getsignal(number) is unhandled()]
+    handled = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
     received: list[int] = []
     usual_hook = sys.unraisablehook
 
@@ -94,7 +74,7 @@ def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameTy
         # If a signal was received, the process ends, and a second signal must not change its exit code.
         if not received:
             for number in handled:
-                signal.signal(number, unhandled())
+                signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from llamaclust.cli.init_process import adopt_orphans
-from llamaclust.cli.interrupts import end_at_once, ends_at_once, obey_signals
+from llamaclust.cli.interrupts import end_at_once, ends_at_once
 from llamaclust.cli.terminal import print_error
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
 from llamaclust.core.process_settings import collect_rarely, escape_what_locales_lack, open_standard_streams
@@ -19,7 +19,6 @@ _INTERRUPTED = 130
 def main() -> None:
     """Runs the command. Exit codes: 0 success, 1 failure, 2 bad usage or file, 3 too little memory, 130 interrupted."""
     adopt_orphans()
-    obey_signals()
     open_standard_streams()
     escape_what_locales_lack()
     collect_rarely()

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from llamaclust.cli import terminal
 from llamaclust.cli.drafts import accepted_text
+from llamaclust.cli.progress import own_address
 from llamaclust.cluster.client.operations import ClusterApi
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.planner.format import choice_lines, number_text, shares_text
@@ -132,7 +133,7 @@ def _starting(name: str, record: ClusterRecord | None, start: ClusterStartingErr
 
 
 def _starting_line(state: State) -> str:
-    what = f", {state['model']} at {state['api']} (pid {state['pid']})" if "pid" in state else ""
+    what = f", {state['model']} at {own_address(state['api'])} (pid {state['pid']})" if "pid" in state else ""
     return f"{state['name']}: {_STARTING}{what}{f'; it waits for {reason}' if (reason := state['reason']) else ''}"
 
 
@@ -175,7 +176,8 @@ def _view(state: State) -> Group:
 def _head(state: State) -> Iterator[str]:
     model, models = state["model"], state.get("models", ())
     is_ready = state["state"] == "asleep" and any(each["state"] == "ready" for each in models)
-    yield f"{state['name']}: {'ready' if is_ready else state['state']}, {model} at {state['api']} (pid {state['pid']})"
+    place = f"{own_address(state['api'])} (pid {state['pid']})"
+    yield f"{state['name']}: {'ready' if is_ready else state['state']}, {model} at {place}"
     if state["insecure"]:
         yield "INSECURE: links between machines are neither encrypted nor authenticated"
     if state["reason"] is not None:

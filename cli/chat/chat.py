@@ -20,6 +20,7 @@ from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.values import expand_home
 from llamaclust.cluster.scheduler.requests import Timings
 from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.core.sizes import counted
 
 _HELP: Final = '''\
 /again        answer the last message again
@@ -155,7 +156,7 @@ class Chat:
     def _undo(self) -> None:
         removed = self._session.undo()
         self._timings = None
-        _print_notice(f"took back {len(removed)} messages; {len(self._session.messages)} are left")
+        _print_notice(f"took back {counted(len(removed), 'message')}; {len(self._session.messages)} are left")
 
     def _clear(self) -> None:
         self._session.clear()
@@ -182,12 +183,12 @@ class Chat:
         if path.is_file() and not is_conversation(path):
             raise UsageError(f"/save: {name} exists and is not a conversation; remove the file, or give another name")
         self._session.save(path)
-        _print_notice(f"saved {len(self._session.messages)} messages to {name}")
+        _print_notice(f"saved {counted(len(self._session.messages), 'message')} to {name}")
 
     def _load(self, name: str) -> None:
         self._session.load(_given(name, "/load"))
         self._timings = None
-        _print_notice(f"loaded {len(self._session.messages)} messages from {name}")
+        _print_notice(f"loaded {counted(len(self._session.messages), 'message')} from {name}")
 
 
 def _given(name: str, command: str) -> str:

@@ -124,10 +124,12 @@ def parse_source(spec: str) -> Path | RemoteSource:
 
 
 def default_name(spec: str) -> str:
-    """Returns the default name of a served model: its file's name without .gguf, or a catalog name."""
+    """Returns the default name of a served model: its file's name without .gguf and spaces, or a catalog name."""
     source = parse_source(spec)
     name = source.name if isinstance(source, Path) else source.file_name
-    return name[: -len(_SUFFIX)] if name.lower().endswith(_SUFFIX) else spec
+    if not name.lower().endswith(_SUFFIX):
+        return "-".join(name.split()) if isinstance(source, Path) else spec
+    return "-".join(name[: -len(_SUFFIX)].split())
 
 
 def shortened(spec: str) -> str:

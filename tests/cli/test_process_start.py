@@ -99,3 +99,23 @@ def test_a_container_ends_during_its_imports(number: signal.Signals) -> None:
             assert process.wait(60) == 128 + number
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["llamaclust.cli.main", "llamaclust.cli.terminal", "llamaclust.core.process_settings", "llamaclust.cli.app"],
+)
+def test_ctrl_c_while_modules_are_imported_shows_no_traceback(module: str) -> None:
+    program = f"""
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+sys.argv = ["llamaclust", "--version"]
+from llamaclust.__main__ import main
+main()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == -signal.SIGINT and ended.stdout == ended.stderr == ""

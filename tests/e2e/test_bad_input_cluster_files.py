@@ -25,7 +25,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "context too long": ({"context_length": 4096}, "the model was trained for 2048 tokens"),
     "open to everybody": ({"listen": "0.0.0.0:0"}, "set api_keys_file as well"),
     "keys that others may read": ({"api_keys_file": "keys"}, "chmod 600"),
-    "keys that are not there": ({"api_keys_file": "no-keys"}, "no-keys: cannot read the API keys"),
+    "keys that are not there": (
+        {"api_keys_file": "no-keys"},
+        "no-keys: there is no file of API keys; make a key: llamaclust keys add",
+    ),
     "a chat template that is not there": ({"chat_template": "no-template"}, "no-template"),
 }
 

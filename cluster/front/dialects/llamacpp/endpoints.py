@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import BeforeValidator, FailFast, Field, RootModel, WithJsonSchema
@@ -146,7 +147,7 @@ class AdapterList:
         scales = dict(adapters.default)
         return JsonResponse(
             [
-                {"id": number, "name": adapter.name, "path": adapter.path, "scale": scales.get(number, 0.0)}
+                {"id": number, "name": adapter.name, "path": Path(adapter.path).name, "scale": scales.get(number, 0.0)}
                 for number, adapter in adapters.numbered
             ]
         )

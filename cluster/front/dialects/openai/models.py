@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -87,13 +88,20 @@ class ModelEndpoints:
         if model.service.vision is not None:
             entry |= {"capabilities": {"vision": True}, "max_request_bytes": settings.max_body_bytes}
         if adapter is not None:
-            entry |= {"id": adapter.name, "aliases": (), "parent": model.name, "root": adapter.path}
+            entry |= {"id": adapter.name, "aliases": (), "parent": model.name, "root": Path(adapter.path).name}
         return {**entry, "status": {"value": _status(model)}} if self._can_unload else entry
 
 
 def _capabilities(model: ApiModel) -> dict[str, Any]:
-    """Returns a model's entry in llama.cpp's format. The entry shows whether the model accepts images."""
-    capabilities = ["completion", *(["multimodal"] if model.service.vision is not None else [])]
+    """Returns a model's entry in llama.cpp's format. The entry shows what the model can be asked for."""
+    service = model.service
+    known = {
+        "completion": service.settings.generates,
+        "embedding": service.settings.ranking is None and not service.settings.generates,
+        "rerank": service.settings.ranking is not None,
+        "multimodal": service.vision is not None,
+    }
+    capabilities = [name for name, is_there in known.items() if is_there]
     return {"name": model.name, "model": model.name, "type": "model", "capabilities": capabilities}
 
 

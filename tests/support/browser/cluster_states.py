@@ -100,15 +100,17 @@ def bring_back(cluster: dict[str, Any], name: str) -> None:
 
 
 def group(cluster: dict[str, Any], shares: dict[str, int]) -> None:
-    """Makes the first workers hold the first layers together."""
+    """Makes neighbouring workers hold the layers of the first of them together."""
     stages, workers = cluster["plan"]["stages"], cluster["status"]["workers"]
     whole = sum(shares.values())
-    for member, (stage, worker) in enumerate(zip(stages[: len(shares)], workers, strict=False)):
-        stage |= {"start": 0, "end": LAYERS, "shares": [*shares.values()], "member": member}
-        worker |= {"layers": [0, LAYERS], "share": shares[worker["name"]] / whole}
+    own = [(stage, worker) for stage, worker in zip(stages, workers, strict=True) if worker["name"] in shares]
+    start, end = own[0][0]["start"], own[0][0]["end"]
+    for member, (stage, worker) in enumerate(own):
+        stage |= {"start": start, "end": end, "shares": [*shares.values()], "member": member}
+        worker |= {"layers": [start, end], "share": shares[worker["name"]] / whole}
     members = [{"worker": name, "share": share, "waited_for_s": 1.0} for name, share in shares.items()]
     figures = {"gathers_ms": 1.5, "predicted_gathers_ms": 1.2, "waits_most_for": [*shares][-1]}
-    cluster["status"]["groups"] = [{"layers": [0, LAYERS], "members": members, **figures}]
+    cluster["status"]["groups"] = [{"layers": [start, end], "members": members, **figures}]
     leaders = [stage["worker"] for stage in stages if stage.get("member", 0) == 0]
     cluster["links"] = [
         {"from": sender, "to": receiver, "round_trip_ms": 0.4, "bytes_per_s": 1.1e9}

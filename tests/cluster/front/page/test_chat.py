@@ -309,11 +309,43 @@ async def test_the_chats_of_a_phone_have_the_whole_screen(browser: Browser) -> N
         assert not await page.get_by_role("navigation", name="Chats").is_visible()
         height = await page.locator(".talk").evaluate("node => node.clientHeight")
         assert height > 0.85 * 740
-        await page.get_by_role("button", name="Chats").click()
+        await page.get_by_role("button", name="Chats", exact=True).click()
         await page.get_by_role("button", name="Hi", exact=True).click()
         assert await answers(page) == ["Yes"]
         width = await page.evaluate("document.documentElement.scrollWidth")
         assert width <= 360
+        seen.check()
+
+
+@pytest.mark.parametrize("way", ["escape", "beside", "button", "turned"])
+async def test_the_list_of_chats_closes_on_a_phone(browser: Browser, way: str) -> None:
+    app = make_app(ScriptedEngine(says("Yes")))
+    async with (
+        serving(app) as address,
+        opened(browser, address, viewport=PHONE, is_mobile=True, has_touch=True) as seen,
+    ):
+        page = seen.page
+        await send(page, "Hi")
+        await ended(page)
+        chats = page.get_by_role("navigation", name="Chats")
+        for _ in range(2):
+            await page.get_by_role("button", name="Chats", exact=True).click()
+            await chats.wait_for(state="visible")
+            box = await chats.bounding_box()
+            assert box is not None and box["width"] < PHONE["width"]  # The rest of the screen shows the chat.
+            if way == "escape":
+                await page.keyboard.press("Escape")
+            elif way == "beside":
+                await page.touchscreen.tap(PHONE["width"] - 8, PHONE["height"] / 2)
+            elif way == "button":
+                await page.get_by_role("button", name="Close the list").click()
+            else:
+                await page.set_viewport_size({"width": 1000, "height": 700})
+                await page.set_viewport_size(PHONE)
+            await chats.wait_for(state="hidden")
+            assert await answers(page) == ["Yes"]
+        await send(page, "More")
+        await ended(page)
         seen.check()
 
 

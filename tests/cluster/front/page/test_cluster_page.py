@@ -22,7 +22,7 @@ from support.clusters.static_cluster import named
 from support.models.tiny_model import build_tiny_model
 
 if TYPE_CHECKING:
-    from playwright.async_api import Browser
+    from playwright.async_api import Browser, Page
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -76,12 +76,53 @@ async def test_members_of_a_group_are_shown_with_their_shares(browser: Browser) 
         page = seen.page
         await page.locator(".picture .stage.ready").nth(2).wait_for()
         assert await page.locator(".picture .link.active").count() == 3, "to a, to c and back"
+        assert await partners(page) == [("a", "b")]
         machines = await page.get_by_role("region", name="Machines").inner_text()
         picture = await page.locator(".picture svg").text_content() or ""
         for text in (machines, picture):
             assert "67 % of layers 0–5" in text and "33 % of layers 0–5" in text
         figures = await page.get_by_role("region", name="Figures").inner_text()
         assert "gathers of a+b" in figures and "1.50 ms" in figures and "plan 1.20 ms, mostly for b" in figures
+        seen.check()
+
+
+async def partners(page: Page) -> list[tuple[str, str]]:
+    """Returns the names of the machines in the picture that a line of a group joins."""
+    ends = """() => [...document.querySelectorAll(".picture .partner")].map((line) => {
+      const boxes = [...document.querySelectorAll(".picture .stage .box")];
+      const matrix = line.getScreenCTM();
+      return [0, line.getTotalLength()].map((at) => {
+        const { x, y } = line.getPointAtLength(at).matrixTransform(matrix);
+        const touches = (box) => x > box.left - 3 && x < box.right + 3 && y > box.top - 3 && y < box.bottom + 3;
+        return boxes.find((box) => touches(box.getBoundingClientRect()))?.parentNode.querySelector(".name").textContent;
+      });
+    })"""
+    return [(first, last) for first, last in await page.evaluate(ends)]
+
+
+@pytest.mark.parametrize("width", [1200, 360])
+@pytest.mark.parametrize(
+    ("groups", "joined"),
+    [
+        ([{"a": 2, "b": 1}, {"c": 1, "d": 1}], [("a", "b"), ("c", "d")]),
+        ([{"a": 1, "b": 1, "c": 1}], [("a", "b"), ("a", "c")]),
+        ([{"b": 1, "c": 3, "d": 1}], [("b", "c"), ("b", "d")]),
+        ([], []),
+    ],
+)
+async def test_lines_join_the_members_of_a_group(
+    browser: Browser, groups: list[dict[str, int]], joined: list[tuple[str, str]], width: int
+) -> None:
+    cluster = cluster_of("a", "b", "c", "d")
+    for shares in groups:
+        group(cluster, shares)
+    size = {"width": width, "height": 900}
+    async with (
+        serving(cluster_app(lambda: cluster)) as address,
+        opened(browser, f"{address}/#cluster", viewport=size) as seen,
+    ):
+        await seen.page.locator(".picture .stage.ready").nth(3).wait_for()
+        assert await partners(seen.page) == joined
         seen.check()
 
 

@@ -225,6 +225,17 @@ CODE: dict[tuple[str, str], list[list[str]]] = {
     ("sql", "SELECT a -- b"): [["keyword", "SELECT"], ["comment", "-- b"]],
     ("js", "`a\n${b}` // c"): [["string", "`a\n${b}`"], ["comment", "// c"]],
     ("html", "<!-- if --> <p>"): [["comment", "<!-- if -->"]],
+    ("py", '"""Return if not "x" for ""a.\n\n  It\'s."""\nreturn'): [
+        ["string", '"""Return if not "x" for ""a.\n\n  It\'s."""'],
+        ["keyword", "return"],
+    ],
+    ("python", "s = '''while \\''' \\n is''' or 1"): [
+        ["string", "'''while \\''' \\n is'''"],
+        ["keyword", "or"],
+        ["number", "1"],
+    ],
+    ("kotlin", '"""if\nelse'): [["string", '"""if\nelse']],
+    ("js", 'f("", "") || "if"'): [["string", '""'], ["string", '""'], ["string", '"if"']],
     ("rust", "let s = 'open"): [["keyword", "let"], ["string", "'open"]],
     ("text", "if x"): [],
     ("", "if x"): [],

@@ -9,20 +9,24 @@ export class ChatBar {
   #model = element("select", { "aria-label": "Model", change: () => this.#models.choose(this.#model.value) });
   #renameButton = button("Rename", () => this.#rename(), { class: "quiet" });
   #conversation = null;
+  #list = button("Chats", () => this.#actions.openList(), { class: "list-toggle" });
   #actions;
 
-  /** `models`: ServedModels; `actions`: toggleList(), rename(title). */
+  /** `models`: ServedModels; `actions`: openList(), rename(title). */
   constructor(models, actions) {
     this.#models = models;
     this.#actions = actions;
-    const list = button("Chats", () => actions.toggleList(), { class: "list-toggle" });
     const saves = [
       button("Save as Markdown", () => this.#save("md", "text/markdown"), { class: "quiet", symbol: "↓ .md" }),
       button("Save for llamaclust chat", () => this.#save("json", "application/json"), { class: "quiet", symbol: "↓ .json" }),
     ];
-    this.node = element("div", { class: "bar" }, list, this.#title, this.#renameButton, saves, this.#model);
+    this.node = element("div", { class: "bar" }, this.#list, this.#title, this.#renameButton, saves, this.#model);
     models.addEventListener("change", () => this.#showModels());
     this.#showModels();
+  }
+
+  focusList() {
+    this.#list.focus();
   }
 
   show(conversation) {

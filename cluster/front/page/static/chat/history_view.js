@@ -5,13 +5,20 @@ import { button, element, fill } from "../dom.js";
 export class HistoryView {
   #list = element("ul", { class: "conversations" });
   #note = element("p", { class: "note", hidden: true }, "This browser cannot keep chats: they end with the page.");
+  #close;
   #actions;
 
-  /** `actions`: open(id), create(), remove(id). */
+  /** `actions`: open(id), create(), remove(id), close(), which narrow screens need. */
   constructor(actions) {
     this.#actions = actions;
     const create = button("New chat", () => actions.create(), { class: "primary" });
-    this.node = element("nav", { class: "history", "aria-label": "Chats" }, create, this.#list, this.#note);
+    this.#close = button("Close the list", () => actions.close(), { class: "list-toggle", symbol: "×" });
+    const head = element("div", { class: "history-head" }, create, this.#close);
+    this.node = element("nav", { class: "history", "aria-label": "Chats" }, head, this.#list, this.#note);
+  }
+
+  focus() {
+    this.#close.focus();
   }
 
   show(conversations, openId, isKept) {

@@ -1,6 +1,6 @@
 // The chat: the conversations of this browser, the one that is open, and its running answer.
 
-import { element, fill } from "../dom.js";
+import { element, fill, pressedKey } from "../dom.js";
 import { Answering } from "./answering.js";
 import { ChatBar } from "./bar.js";
 import { Composer } from "./composer.js";
@@ -28,9 +28,10 @@ export class ChatView {
   #messages = element("div", { class: "messages" });
   #scroll = element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Messages" }, this.#messages);
   #status = element("p", { class: "unseen", role: "status" });
-  #list = new HistoryView({ open: (id) => this.#open(id), create: () => this.#create(), remove: (id) => this.#remove(id) });
+  #list = new HistoryView({ open: (id) => this.#open(id), create: () => this.#create(), remove: (id) => this.#remove(id), close: () => this.#closeList() });
   #composer = new Composer({ send: (text, images) => this.#send(text, images), stop: () => this.#stop() });
   #models;
+  #talk;
   #bar;
   #dialog;
 
@@ -40,15 +41,35 @@ export class ChatView {
     this.#models = models;
     this.#dialog = settingsDialog(this.#settings, models, () => this.#onSettings());
     this.#bar = new ChatBar(models, {
-      toggleList: () => this.node.classList.toggle("shows-list"),
+      openList: () => this.#openList(),
       rename: (title) => this.#rename(title),
     });
     this.#answering = new Answering(history, (conversation, message) => this.#onAnswer(conversation, message));
     const drop = ({ dataTransfer }) => this.#composer.drop(dataTransfer);
     const parts = [this.#bar.node, this.#scroll, this.#composer.node, this.#status];
-    const talk = element("section", { class: "talk", "aria-label": "Chat", drop }, parts);
+    this.#talk = element("section", { class: "talk", "aria-label": "Chat", drop }, parts);
     models.addEventListener("change", () => this.#showModel());
-    this.node = element("div", { class: "chat" }, this.#list.node, talk, this.#dialog);
+    this.node = element("div", { class: "chat" }, this.#list.node, this.#talk, this.#dialog);
+    this.node.addEventListener("click", ({ target }) => target === this.node && this.#closeList()); // beside the list
+    matchMedia("(max-width: 760px)").addEventListener("change", () => this.#showsList(false)); // of style.css
+    this.node.addEventListener("keydown", (event) => pressedKey(event) === "Escape" && this.#closeList());
+  }
+
+  /** Shows or hides the list on narrow screens. While it is shown, only the list takes clicks and keys. */
+  #showsList(isShown) {
+    this.node.classList.toggle("shows-list", isShown);
+    this.#talk.inert = isShown;
+  }
+
+  #openList() {
+    this.#showsList(true);
+    this.#list.focus();
+  }
+
+  #closeList() {
+    if (!this.#talk.inert) return;
+    this.#showsList(false);
+    this.#bar.focusList();
   }
 
   openSettings() {
@@ -98,7 +119,7 @@ export class ChatView {
 
   async #show() {
     if (this.#composer.keep()) this.#status.textContent = KEPT;
-    this.node.classList.remove("shows-list");
+    this.#showsList(false);
     this.#resume(this.#conversation);
     this.#render();
     this.#scroll.scrollTop = this.#scroll.scrollHeight;

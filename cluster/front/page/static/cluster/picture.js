@@ -19,7 +19,7 @@ export class Picture {
 
   show(state) {
     const names = [...state.stages, ...state.others].map(({ name }) => name);
-    const shape = JSON.stringify([names, state.stages.length, NARROW.matches]);
+    const shape = JSON.stringify([names, state.stages.length, state.sharedStages, NARROW.matches]);
     if (shape !== this.#shape) this.#build(state);
     this.#shape = shape;
     for (const worker of [...state.stages, ...state.others]) this.#boxes.get(worker.name).update(worker, state.layerCount);
@@ -27,15 +27,16 @@ export class Picture {
     this.#links.forEach((link, index) => link.update(state.links[index], state.stages[index - 1]?.sentRate, isMoving));
   }
 
-  #build({ stages, others, status }) {
-    const layout = pictureLayout(stages.length, others.length, NARROW.matches);
+  #build({ stages, others, sharedStages, status }) {
+    const layout = pictureLayout(stages.length, others.length, sharedStages, NARROW.matches);
     const corners = [...layout.stages, ...layout.others];
     const boxes = [...stages, ...others].map(({ name }, index) => [name, new StageBox(name, ...corners[index])]);
     this.#boxes = new Map(boxes);
     this.#links = layout.links.map((link) => new LinkLine(link));
     const { width, height } = layout.size;
     const label = `Cluster ${status.name}: the table below has the same figures`;
-    const parts = [this.#links.map(({ node }) => node), hub(...layout.hub), boxes.map(([, box]) => box.node)];
+    const partners = layout.partners.map((path) => svg("path", { class: "partner", d: path }));
+    const parts = [partners, this.#links.map(({ node }) => node), hub(...layout.hub), boxes.map(([, box]) => box.node)];
     fill(this.parent, svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label }, parts));
   }
 }

@@ -5,13 +5,14 @@ import { BOX } from "./stage_box.js";
 export const HUB = Object.freeze({ width: 118, height: 64 });
 const ROW = BOX.height + 26;
 
-/** `{size, hub, stages, others, links}` for so many stages and idle machines. `hub`, `stages` and `others` are corners [x, y];
- *  a link is `{path, x, y, anchor}`, with the place of its labels, from the coordinator through all stages and back. */
-export function pictureLayout(stages, others, isNarrow) {
-  return isNarrow ? below(stages, others) : beside(stages, others);
+/** `{size, hub, stages, others, links, partners}` for so many stages and other machines. `sharedStages` has the index of the
+ *  stage that each of the first other machines shares. `hub`, `stages` and `others` are corners [x, y]; a link is `{path, x, y,
+ *  anchor}`, with the place of its labels, from the coordinator through all stages and back; partners are paths, too. */
+export function pictureLayout(stages, others, sharedStages, isNarrow) {
+  return isNarrow ? below(stages, others, sharedStages) : beside(stages, others, sharedStages);
 }
 
-function beside(count, others) {
+function beside(count, others, sharedStages) {
   const [gap, top] = [112, 28];
   const middle = top + BOX.height / 2;
   const back = top + BOX.height + 26;
@@ -27,16 +28,22 @@ function beside(count, others) {
     const path = `M${end} ${top + BOX.height} V${back} H${hub} V${middle + HUB.height / 2}`;
     links.push({ path, x: (hub + left(0)) / 2 + 40, y: back, anchor: "middle", isReturn: true });
   }
+  const corner = (index) => [left(index % columns), start + ROW * Math.floor(index / columns)];
   return {
     size: { width: left(columns) - gap + 8, height: start + Math.ceil(others / columns) * ROW },
     hub: [2, middle - HUB.height / 2],
     stages: range(count).map((index) => [left(index), top]),
-    others: range(others).map((index) => [left(index % columns), start + ROW * Math.floor(index / columns)]),
+    others: range(others).map(corner),
     links,
+    partners: sharedStages.map((stage, index) => {
+      const [x, y] = corner(index);
+      const half = BOX.width / 2 + 24; // beside the return link
+      return `M${left(stage) + half} ${top + BOX.height} L${x + half} ${y}`;
+    }),
   };
 }
 
-function below(count, others) {
+function below(count, others, sharedStages) {
   const [gap, margin] = [62, 26];
   const x = margin + BOX.width / 2;
   const top = (index) => 2 + HUB.height + gap + index * (BOX.height + gap);
@@ -56,6 +63,10 @@ function below(count, others) {
     stages: range(count).map((index) => [margin, top(index)]),
     others: range(others).map((index) => [margin, start + index * ROW]),
     links,
+    partners: sharedStages.map((stage, index) => {
+      const [right, from, to] = [margin + BOX.width, top(stage) + BOX.height / 2, start + index * ROW + BOX.height / 2];
+      return `M${right} ${from} h14 V${to} h-14`;
+    }),
   };
 }
 

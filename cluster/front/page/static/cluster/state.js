@@ -20,14 +20,18 @@ export function viewState({ at, cluster }, before = null) {
   }));
   const byName = new Map(workers.map((worker) => [worker.name, worker]));
   const of = (stage) => byName.get(stage.worker) ?? absentWorker(stage);
+  const leaders = plan.stages.filter(leads);
+  const followers = plan.stages.filter((stage) => !leads(stage));
   return {
     status,
     plan,
     links,
     sequences,
     layerCount: Math.max(0, ...plan.stages.map((stage) => stage.end)),
-    stages: plan.stages.filter(leads).map(of),
-    others: [...plan.stages.filter((stage) => !leads(stage)).map(of), ...workers.filter((worker) => !planned.has(worker.name))],
+    stages: leaders.map(of),
+    others: [...followers.map(of), ...workers.filter((worker) => !planned.has(worker.name))],
+    /** For each of the first `others`, the index of the stage that it shares: members follow their group's leader. */
+    sharedStages: followers.map((stage) => leaders.findLastIndex((leader) => plan.stages.indexOf(leader) < plan.stages.indexOf(stage))),
     workers,
     notices: notices(status),
   };

@@ -13,6 +13,7 @@ const KEYWORDS = new Set(
 const HASH_COMMENTS = /^(?:py|python|sh|bash|zsh|shell|rb|ruby|yaml|yml|toml|perl|pl|r|make|makefile|dockerfile|ini|conf|nix)$/i;
 const DASH_COMMENTS = /^(?:sql|lua|haskell|hs|ada)$/i;
 const SLASH_STRINGS = String.raw`"(?:[^"\\\n]|\\.)*"?|'(?:[^'\\\n]|\\.)*'?|\x60(?:[^\x60\\]|\\[^])*\x60?`;
+const LONG_STRINGS = String.raw`"""(?:[^"\\]|\\[^]|"(?!""))*(?:"""|$)|'''(?:[^'\\]|\\[^]|'(?!''))*(?:'''|$)`; // of Python, Kotlin, Swift, TOML
 const MOST_CHARACTERS = 20_000; // a growing text is coloured anew with each frame
 
 /** Parts of a code text as `{kind, text}`; `kind` is "" for plain text. */
@@ -37,7 +38,7 @@ function patternOf(language) {
   else if (DASH_COMMENTS.test(language)) comment = "--[^\\n]*";
   else if (/^(?:html|xml|svg|md|markdown)$/i.test(language)) comment = "<!--(?:[^-]|-(?!->))*(?:-->)?";
   return new RegExp(
-    `(?<comment>${comment})|(?<string>${SLASH_STRINGS})|(?<number>\\b\\d[\\w.]*)|(?<word>[A-Za-z_$][\\w$]*)`,
+    `(?<comment>${comment})|(?<string>${LONG_STRINGS}|${SLASH_STRINGS})|(?<number>\\b\\d[\\w.]*)|(?<word>[A-Za-z_$][\\w$]*)`,
     "g",
   );
 }

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -104,7 +105,8 @@ class ClusterConfig(Section):
         Field(min_length=1, max_length=MAX_WORKERS, strict=False),
         OrCount(AnyWorker, MAX_WORKERS),
     ]
-    """The workers, in the order of their layers. With launcher static, a number such as 3 waits for any 3 workers."""
+    """The workers, in the order of their layers. A number such as 3 starts 3 workers, or, with launcher static,
+    waits for any 3."""
     plan: Annotated[tuple[PlanEntry, ...] | None, Field(min_length=1, max_length=256, strict=False), OrAuto()] = None
     """Layers of each worker. auto lets the planner choose them."""
     objective: Literal["latency", "throughput"] = "latency"
@@ -202,6 +204,21 @@ class ClusterConfig(Section):
         first = models[0]
         return {**values, "model": first.get("model", "") if isinstance(first, dict) else ""}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _counted_workers(cls, values: Any) -> Any:
+        """Names the workers that a launcher starts if only their number is given."""
+        if not isinstance(values, dict) or not isinstance(launcher := values.get("launcher", "local"), str):
+            return values
+        count, facts = values.get("workers"), {**LAUNCHERS}.get(launcher)
+        is_count = isinstance(count, int) and not isinstance(count, bool) and 1 <= count <= MAX_WORKERS
+        if facts is None or not facts.starts_workers or not is_count:
+            return values
+        names = (
+            ascii_lowercase if count <= len(ascii_lowercase) else [f"worker-{index}" for index in range(1, count + 1)]
+        )
+        return {**values, "workers": [{"name": name} for name in names[:count]]}
+
     @model_validator(mode="after")
     def _check_models(self) -> Self:
         for key, instead in _KEYS_WITHOUT_MODELS.items() if self.models else ():
@@ -254,11 +271,6 @@ class ClusterConfig(Section):
             )
         if not facts.starts_workers:
             return self
-        if self.awaits_any:
-            names = ", ".join(f"{{name: {name}}}" for name in "abcdefgh"[: len(self.workers)])
-            more = ", ..." if len(self.workers) > 8 else ""
-            why = f"`launcher: {self.launcher}` does not accept a number"
-            raise PlaceError(("workers",), f"{why}; list them: `workers: [{names}{more}]`")
         if self.join.addresses:
             raise PlaceError(("join", "addresses"), f"is for `launcher: static`; {self.launcher} starts workers itself")
         if facts.is_local and self.join != Join():

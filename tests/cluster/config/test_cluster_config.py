@@ -373,3 +373,13 @@ def test_names_that_are_one_for_clients_of_ollama(tmp_path: Path, name: str, oth
 )
 def test_a_model_has_the_name_of_its_file(tmp_path: Path, model: str, name: str) -> None:
     assert load(tmp_path, SMALL.replace("model: m", f"model: {model!r}")).model_name == name
+
+
+@pytest.mark.parametrize("launcher", ["local", "ray", "mpi"])
+@pytest.mark.parametrize(("count", "names"), [(1, ["a"]), (3, ["a", "b", "c"]), (27, ["worker-1", "worker-27"])])
+def test_a_number_of_workers_names_them(tmp_path: Path, launcher: str, count: int, names: list[str]) -> None:
+    config = load(tmp_path, f"model: m\nlauncher: {launcher}\nworkers: {count}")
+    given = [worker.name for worker in config.workers]
+    assert len(given) == count and not config.awaits_any
+    assert [*dict.fromkeys([*given[: len(names) - 1], given[-1]])] == names
+    assert load(tmp_path, f"model: m\nlauncher: static\nworkers: {count}").awaits_any

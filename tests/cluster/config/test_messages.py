@@ -248,10 +248,7 @@ def test_mistakes_in_workers_have_their_own_line(tmp_path: Path, worker: str, li
         ("model: m", "FILE: key 'workers' is missing"),
         ("model: ''\nworkers: [{name: a}]", "FILE:1: model: '' is not possible; give text of 1 to 4096 characters"),
         ("model: m\nworkers: []", "FILE:2: workers: [] is not possible; give a list of 1 to 256 items"),
-        (
-            "model: m\nworkers: 2",
-            "FILE:2: workers: `launcher: local` does not accept a number; list them: `workers: [{name: a}, {name: b}]`",
-        ),
+        ("model: m\nworkers: 0", "FILE:2: workers: 0 is not possible; give 1 to 256"),
         (
             "model: m\nworkers:\n",
             "FILE:2: workers: an empty value is not possible; "

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from llamaclust.cli.init_process import adopt_orphans
+from llamaclust.core.init_process import adopt_orphans
 from llamaclust.cli.interrupts import end_at_once, ends_at_once
 from llamaclust.cli.terminal import print_error
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError

@@ -375,7 +375,7 @@ def test_a_model_has_the_name_of_its_file(tmp_path: Path, model: str, name: str)
     assert load(tmp_path, SMALL.replace("model: m", f"model: {model!r}")).model_name == name
 
 
-@pytest.mark.parametrize("launcher", ["local", "ray", "mpi"])
+@pytest.mark.parametrize("launcher", ["local", "mpi"])
 @pytest.mark.parametrize(("count", "names"), [(1, ["a"]), (3, ["a", "b", "c"]), (27, ["worker-1", "worker-27"])])
 def test_a_number_of_workers_names_them(tmp_path: Path, launcher: str, count: int, names: list[str]) -> None:
     config = load(tmp_path, f"model: m\nlauncher: {launcher}\nworkers: {count}")

@@ -16,7 +16,7 @@ import pytest
 UNSHARE = shutil.which("unshare")
 FIRST = """
 import os, signal, subprocess, sys, time
-from llamaclust.cli.init_process import adopt_orphans
+from llamaclust.core.init_process import adopt_orphans
 adopt_orphans()
 """
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or UNSHARE is None, reason="PID namespaces need root and unshare")

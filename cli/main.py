@@ -6,10 +6,10 @@ import os
 import sys
 from typing import Any
 
-from llamaclust.core.init_process import adopt_orphans
 from llamaclust.cli.interrupts import end_at_once, ends_at_once
 from llamaclust.cli.terminal import print_error
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
+from llamaclust.core.init_process import adopt_orphans
 from llamaclust.core.process_settings import collect_rarely, escape_what_locales_lack, open_standard_streams
 
 _INTERRUPTED = 130

@@ -8,7 +8,7 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import MAX_TILE_PATCHES, MAX_TILE_PIXELS
 from llamaclust.model.architectures.vision import FAMILIES
 from llamaclust.model.architectures.vision.family import Positions, VisionFamily
-from llamaclust.model.architectures.vision.layers import VisionHyperparameters
+from llamaclust.model.architectures.vision.layers import POSITIONS, VisionHyperparameters
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.hyperparameters import MAX_LAYERS, PROJECTOR_ARCHITECTURE
@@ -76,8 +76,9 @@ def read_hyperparameters(keys: ModelKeys, family: VisionFamily) -> VisionHyperpa
     if width % heads or (family.turns and width // heads % 4):
         what = f"{heads} heads do not divide a width of {width}" + " into multiples of 4 channels" * family.turns
         raise keys.error("vision.attention.head_count", what)
+    has_positions = POSITIONS in keys.model.tensors or not family.optional_positions
     for key in _UNSUPPORTED:
-        if keys.has(key):
+        if keys.has(key) and key not in family.unused_keys:
             raise keys.error(key, "the key is not supported")
     return VisionHyperparameters(
         block_count=keys.count("vision.block_count", maximum=MAX_LAYERS),
@@ -87,7 +88,7 @@ def read_hyperparameters(keys: ModelKeys, family: VisionFamily) -> VisionHyperpa
         activation=_activation(keys, family),
         patch_size=keys.count("vision.patch_size", maximum=_MAX_PATCH_SIZE),
         merge=keys.count(family.merge_key, family.merge, maximum=_MAX_MERGE),
-        added_width=0 if family.positions is Positions.NONE else width,
+        added_width=width if has_positions and family.positions is not Positions.NONE else 0,
     )
 
 

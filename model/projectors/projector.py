@@ -15,6 +15,7 @@ from llamaclust.model.architectures.vision.family import Positions, VisionFamily
 from llamaclust.model.architectures.vision.layers import (
     PATCH_BIAS,
     PATCH_WEIGHT,
+    POSITIONS,
     SECOND_PATCH_WEIGHT,
     VisionBuilder,
     VisionHyperparameters,
@@ -34,7 +35,7 @@ from llamaclust.model.projectors.keys import (
 )
 from llamaclust.model.projectors.positions import check_readable
 
-POSITIONS, CLASS_ROW = "v.position_embd.weight", "v.class_embd"
+CLASS_ROW = "v.class_embd"
 _AUDIO = ("a.", "mm.a.")
 _DEEPSTACK_KEY = "n_deepstack_layers"
 
@@ -159,7 +160,7 @@ def encoder_program(file: ModelFile, family: VisionFamily, hyperparameters: Visi
 
 
 def _as_program_reads(file: ModelFile, family: VisionFamily, hp: VisionHyperparameters) -> ModelFile:
-    tensors = dict(file.tensors)
+    tensors = {name: _without_outer_ones(tensor) for name, tensor in file.tensors.items()}
     for name in (PATCH_WEIGHT, SECOND_PATCH_WEIGHT):
         if name in tensors:
             tensors[name] = _flattened(tensors[name])
@@ -170,6 +171,14 @@ def _as_program_reads(file: ModelFile, family: VisionFamily, hp: VisionHyperpara
         if name in tensors:
             tensors[name] = replace(tensors[name], shape=(1, prod(tensors[name].shape)))
     return replace(file, tensors=MappingProxyType(tensors))
+
+
+def _without_outer_ones(tensor: Tensor) -> Tensor:
+    """Drops outer dimensions of 1, which files may have and ggml ignores."""
+    shape = tensor.shape
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return replace(tensor, shape=shape)
 
 
 def _flattened(tensor: Tensor) -> Tensor:
@@ -211,7 +220,7 @@ def _read_for_inputs(projector: Projector) -> Iterator[str]:
     family, hp = projector.family, projector.hyperparameters
     tensors = CheckedTensors(projector.file)
     wanted: dict[str, tuple[int, ...]] = {}
-    if family.positions is not Positions.NONE:
+    if hp.added_width:
         wanted[POSITIONS] = (*_table_shape(projector), hp.embedding_length)
     if family.class_place is not None:
         wanted[CLASS_ROW] = (hp.embedding_length,)

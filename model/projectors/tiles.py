@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.model.architectures.vision.family import Positions
-from llamaclust.model.architectures.vision.layers import CHANNELS, PATCH_BIAS
+from llamaclust.model.architectures.vision.layers import CHANNELS, PATCH_BIAS, POSITIONS
 from llamaclust.model.projectors.order import Int32, PatchOrder, in_groups, in_windows
 from llamaclust.model.projectors.positions import Float32, interpolated, interpolation_bytes, of_axes, read_floats
-from llamaclust.model.projectors.projector import CLASS_ROW, POSITIONS, Projector
+from llamaclust.model.projectors.projector import CLASS_ROW, Projector
 
 _COLOUR_VALUES = 256
 _PATCHES_AT_ONCE = 1024
@@ -47,7 +47,7 @@ def input_bytes(projector: Projector) -> int:
     floats = (rows + _PATCHES_AT_ONCE) * (width + hp.added_width) + _PATCHES_AT_ONCE * width
     if projector.family.class_place is not None:
         floats += rows * width  # The patches are copied to append the class row.
-    if projector.family.positions is Positions.NONE:
+    if not hp.added_width:
         return pixel_bytes + 4 * floats
     side = isqrt(projector.file.tensor(POSITIONS).shape[0])
     return pixel_bytes + 4 * floats + interpolation_bytes(side, hp.added_width)
@@ -59,7 +59,8 @@ class TileReader:
     def __init__(self, projector: Projector) -> None:
         self._projector = projector
         family, file = projector.family, projector.file
-        self._table = None if family.positions is Positions.NONE else read_floats(file.tensor(POSITIONS))
+        has_positions = projector.hyperparameters.added_width > 0
+        self._table = read_floats(file.tensor(POSITIONS)) if has_positions else None
         self._class_row: Float32 | None = None  # Input of the class row [1, channels].
         if family.class_place is not None:
             self._set_class_row(family.class_place)

@@ -36,6 +36,7 @@ FAMILIES: Mapping[str, VisionFamily] = MappingProxyType(
             _MERGE_KEY,
             2,
             positions=Positions.BICUBIC,
+            optional_positions=True,
             turns=True,
             sections=True,
             tokens=(8, 4096),
@@ -67,7 +68,14 @@ FAMILIES: Mapping[str, VisionFamily] = MappingProxyType(
             unread=("v.token_embd.img_break",),
         ),
         "qwen2.5vl_merger": VisionFamily(
-            qwen.qwen25vl, _MERGE_KEY, 2, turns=True, windows=True, sections=True, tokens=(8, 4096)
+            qwen.qwen25vl,
+            _MERGE_KEY,
+            2,
+            turns=True,
+            windows=True,
+            sections=True,
+            tokens=(8, 4096),
+            unused_keys=("vision.feature_layer", "vision.image_grid_pinpoints", "vision.mm_patch_merge_type"),
         ),
         "qwen3vl_merger": VisionFamily(
             qwen.qwen3vl,

@@ -20,9 +20,11 @@ class Rotation:
 @dataclass(frozen=True, slots=True)
 class VisionAttention:
     """Options of an attention block of an image encoder. If `grouped`, a patch attends only to its own window. A
-    `scale` of None means 1 / sqrt(head_dim). If `unit_values`, each head's values have an RMS norm without weights."""
+    `scale` of None means 1 / sqrt(head_dim). If `unit_values`, each head's values have an RMS norm without weights. If
+    not `post_norm`, a tensor `attn_post_norm` does not belong to the attention block."""
 
     rotation: Rotation | None = None
     grouped: bool = False
     scale: float | None = None
     unit_values: bool = False
+    post_norm: bool = True

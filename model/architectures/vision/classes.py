@@ -31,13 +31,15 @@ def internvl(builder: VisionBuilder) -> Buffer:
 
 
 def llama4(builder: VisionBuilder) -> Buffer:
-    """Builds Llama 4. RoPE uses a patch's row and column, counted from 1. The projector has three linear layers."""
+    """Builds Llama 4. RoPE uses a patch's row and column, counted from 1. The projector has three linear layers. Some
+    files name the norm before a feed-forward block as Gemma 4's norm after attention."""
     hp = builder.hyperparameters
     rotation = halves(hp.head_dim, _ROPE_BASE, RopeStyle.NORM, (WIDTH, HEIGHT))
+    norm = "ln2" if builder.has("v.blk.0.ln2.weight") else "attn_post_norm"
     builder.embed(bias=False)
     for layer in range(hp.block_count):
-        builder.attention(layer, VisionAttention(rotation, grouped=True))
-        builder.feed_forward(layer)
+        builder.attention(layer, VisionAttention(rotation, grouped=True, post_norm=False))
+        builder.feed_forward(layer, norm=norm)
     builder.norm("v.post_ln", builder.hidden, builder.hidden)
     merged = builder.merge(builder.hidden)
     inner = builder.perceptron(merged, ("mm.model.mlp.1", "mm.model.mlp.2"), ActivationFunction.GELU_ERF, "adapted")

@@ -30,6 +30,7 @@ class VisionFamily:
 
     merge_key: the key for the side of a merge group in patches. merge: its default, or None if the key is required.
     gelu: the activation of files with `use_gelu`. plain: that of files with neither `use_gelu` nor `use_silu`.
+    optional_positions: True if files without learned positions are valid.
     turns: True if the program has RoPE by row and column. windows: True if attention is divided into windows.
     bidirectional: True if rows of the same image attend to each other in the text model.
     sections: True if the text model's RoPE uses the row and column of each image token (M-RoPE).
@@ -41,6 +42,7 @@ class VisionFamily:
     transposed: names of tensors that the program reads transposed. The flag is True if the tensor is the convolution of
         a merge group, with the shape [out, channels, height, width], and False if it is a matrix.
     as_row: names of vectors that the program reads as matrices of one row.
+    unused_keys: LLaVA's keys that old converters also wrote for this family, whose encoder does not use them.
     unread: names of tensors that llama.cpp needs. Programs do not read them, because the text model has them too."""
 
     emit: Callable[[VisionBuilder], Buffer]
@@ -49,6 +51,7 @@ class VisionFamily:
     gelu: ActivationFunction = ActivationFunction.GELU_TANH
     plain: ActivationFunction = ActivationFunction.GELU_QUICK
     positions: Positions = Positions.NONE
+    optional_positions: bool = False
     turns: bool = False
     windows: bool = False
     bidirectional: bool = False
@@ -60,4 +63,5 @@ class VisionFamily:
     signed: bool = False
     transposed: tuple[tuple[str, bool], ...] = ()
     as_row: tuple[str, ...] = ()
+    unused_keys: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()

@@ -15,11 +15,12 @@ _MERGER = "mm.patch_merger"
 
 
 def glm4v(builder: VisionBuilder) -> Buffer:
-    """Builds GLM-4.1V and later. Patches are normed before positions are added, and merged by a convolution."""
+    """Builds GLM-4.1V and later, and GLM-OCR. Patches are merged by a convolution. GLM-4V norms patches and then adds
+    positions; GLM-OCR has neither."""
     builder.rms = True
     hp = builder.hyperparameters
     rotation = halves(hp.head_dim, _ROPE_BASE, RopeStyle.NEOX, (HEIGHT, WIDTH))
-    builder.embed(norm="v.norm_embd")
+    builder.embed(norm="v.norm_embd" if hp.added_width else None)
     for layer in range(hp.block_count):
         builder.attention(layer, VisionAttention(rotation))
         builder.feed_forward(layer)

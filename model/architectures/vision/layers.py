@@ -15,6 +15,7 @@ from llamaclust.model.program import Buffer, Program
 from llamaclust.model.steps.options import ActivationFunction
 
 PATCH_WEIGHT, SECOND_PATCH_WEIGHT, PATCH_BIAS = "v.patch_embd.weight", "v.patch_embd.weight.1", "v.patch_embd.bias"
+POSITIONS = "v.position_embd.weight"
 CHANNELS = 3
 _PLAIN = VisionAttention()
 
@@ -105,7 +106,7 @@ class VisionBuilder(CheckedTensors):
             self.append(steps.RmsNorm(value, value, None, hp.epsilon, hp.head_count))
         self.append(self._attend((query, key, value, attended), variant))
         self.append(self.product(f"{prefix}.attn_out", attended, projected))
-        self._add(projected, f"{prefix}.ls1", f"{prefix}.attn_post_norm")
+        self._add(projected, f"{prefix}.ls1", f"{prefix}.attn_post_norm" if variant.post_norm else None)
 
     def _attend(self, buffers: tuple[Buffer, Buffer, Buffer, Buffer], variant: VisionAttention) -> steps.Attention:
         hp = self.hyperparameters
@@ -148,11 +149,12 @@ class VisionBuilder(CheckedTensors):
         first, second = halves
         self.append(steps.Join(first, second, x, heads))
 
-    def feed_forward(self, layer: int, *, out: Buffer | None = None) -> None:
+    def feed_forward(self, layer: int, *, out: Buffer | None = None, norm: str = "ln2") -> None:
         """Appends the steps of hidden += down(activation(up)), or of hidden += down(activation(gate) * up) if the file
-        has a gate. If `out` is given, it gets the sum and becomes the hidden state."""
+        has a gate. If `out` is given, it gets the sum and becomes the hidden state. `norm` names the norm before the
+        block."""
         prefix, activation = f"v.blk.{layer}", self.hyperparameters.activation
-        normed = self._normed(f"{prefix}.ln2")
+        normed = self._normed(f"{prefix}.{norm}")
         up_name, down_name = self._inner_names(prefix)
         up = Buffer("up", self.width(up_name))
         inner = Buffer("inner", up.width)
@@ -170,18 +172,21 @@ class VisionBuilder(CheckedTensors):
         self._add(projected, f"{prefix}.ls2", f"{prefix}.ffn_post_norm", out)
 
     def _inner_names(self, prefix: str) -> tuple[str, str]:
-        """Returns the names of the up and down tensors, which are exchanged in files from before April 2025."""
+        """Returns the names of the up and down tensors. Only exchanged names fit the widths of old SigLIP files. Equal
+        widths fit both, but no old file has equal widths."""
         names = f"{prefix}.ffn_up", f"{prefix}.ffn_down"
-        down = self.model.tensor(f"{names[1]}.weight")
-        return names[::-1] if down.shape[-1] == self.hyperparameters.embedding_length else names
+        fits = [
+            self.model.tensor(f"{name}.weight").shape[-1] == self.hyperparameters.embedding_length for name in names
+        ]
+        return names[::-1] if fits == [False, True] else names
 
     def _normed(self, name: str) -> Buffer:
         normed = Buffer("normed", self.hidden.width)
         self.norm(name, self.hidden, normed)
         return normed
 
-    def _add(self, x: Buffer, scale: str, norm: str, out: Buffer | None = None) -> None:
-        if self.has(f"{norm}.weight"):
+    def _add(self, x: Buffer, scale: str, norm: str | None, out: Buffer | None = None) -> None:
+        if norm is not None and self.has(f"{norm}.weight"):
             self.norm(norm, x, x)
         if self.has(f"{scale}.weight"):
             self.append(steps.ScaleByWeight(x, x, self.vector(f"{scale}.weight", x.width), by_channel=True))

@@ -64,9 +64,48 @@ def test_tensors_of_an_encoder_of_sound_are_left_alone(tmp_path: Path) -> None:
     assert sound.name not in open_projector(path).tensors
 
 
-def test_up_and_down_may_be_exchanged(tmp_path: Path) -> None:
+def test_keys_of_llava_do_not_matter_to_qwen_2_5(tmp_path: Path) -> None:
+    """Checks keys that early converters wrote."""
+    name = "qwen2.5vl_merger"
+    keys: dict[str, WritableValue] = {
+        "vision.feature_layer": np.array([1, 3], np.int32),
+        "vision.image_grid_pinpoints": np.array([336, 672, 672, 336], np.int32),
+        "vision.mm_patch_merge_type": "spatial_unpad",
+    }
+    paths = build_projector(tmp_path / "p.gguf", name), build_projector(tmp_path / "keys.gguf", name, keys=keys)
+    plain, with_keys = (encoded(ReferenceBackend(), path, tile_of(name)) for path in paths)
+    np.testing.assert_array_equal(plain, with_keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("gemma3", "v.post_ln.weight"),
+        ("gemma4v", "v.std_bias"),
+        ("internvl", "v.position_embd.weight"),
+        ("kimivl", "mm.1.weight"),
+        ("lfm2", "v.position_embd.weight"),
+        ("llama4", "v.class_embd"),
+        ("pixtral", "mm.input_norm.weight"),
+        ("qwen3vl_merger", "v.blk.1.attn_qkv.bias"),
+    ],
+)
+@pytest.mark.parametrize("added", [1, 2])
+def test_outer_dimensions_of_1_are_ignored(name: str, tensor: str, added: int, tmp_path: Path) -> None:
+    file = open_model(build_projector(tmp_path / "p.gguf", name))
+    sources = [
+        TensorSource(each.name, each.quant_type, (1,) * (added if each.name == tensor else 0) + each.shape, each.read)
+        for each in file.tensors.values()
+    ]
+    write_gguf(tmp_path / "ones.gguf", file.metadata, sources)
+    plain, ones = (encoded(ReferenceBackend(), tmp_path / each, tile_of(name)) for each in ("p.gguf", "ones.gguf"))
+    np.testing.assert_array_equal(plain, ones)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "idefics3", "qwen2.5vl_merger"])
+def test_up_and_down_may_be_exchanged(name: str, tmp_path: Path) -> None:
     """Checks files from before April 2025, which have the two exchanged."""
-    file = open_model(build_projector(tmp_path / "p.gguf", "idefics3"))
+    file = open_model(build_projector(tmp_path / "p.gguf", name))
     parts = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
     old = re.compile("|".join(parts))
     sources = [
@@ -75,7 +114,7 @@ def test_up_and_down_may_be_exchanged(tmp_path: Path) -> None:
     ]
     write_gguf(tmp_path / "old.gguf", file.metadata, sources)
     assert open_model(tmp_path / "old.gguf").tensor("v.blk.0.ffn_up.weight").shape == (WIDTH, FFN)
-    new, rows = (encoded(ReferenceBackend(), tmp_path / name, tile_of("idefics3")) for name in ("p.gguf", "old.gguf"))
+    new, rows = (encoded(ReferenceBackend(), tmp_path / each, tile_of(name)) for each in ("p.gguf", "old.gguf"))
     np.testing.assert_array_equal(new, rows)
 
 

@@ -23,10 +23,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.model.architectures.vision.layers import POSITIONS
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
-from llamaclust.model.projectors.projector import POSITIONS, open_projector
+from llamaclust.model.projectors.projector import open_projector
 from llamaclust.model.quant_types import QuantType
 from support.models.vision.tiny_projectors import HEADS, PATCH, PROJECTORS, WIDTH, build_projector, tile_of
 from support.paths import DATA

@@ -50,7 +50,8 @@ _FILES: Mapping[ImageFormat, Callable[[BytesIO], Image]] = MappingProxyType(
 
 def decode(data: bytes, max_pixels: int) -> Image:
     """Returns an upright RGB image (the first frame of an animation). Transparent parts become white, as in
-    transformers. Raises ImageError if the bytes cannot be decoded, and MemoryError if memory is short."""
+    transformers' image processors; transformers' `load_image` drops transparency. Raises ImageError if the bytes cannot
+    be decoded, and MemoryError if memory is short."""
     kind = format_of(data)
     if kind is None:
         *first, last = (each.value for each in ImageFormat)

@@ -11,7 +11,7 @@ from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.sizes import gigabytes
 from llamaclust.tools.assume import rates
 from llamaclust.tools.assume.assumed_model import AssumedModel
-from llamaclust.tools.assume.machines import MAX_MACHINES, AssumedMachines, Device, Network
+from llamaclust.tools.assume.machines import MAX_MACHINES, AssumedMachines, Machine, Network
 from llamaclust.tools.assume.planning import AssumedCluster, prediction_of, room_bytes
 
 _GIB = 1 << 30
@@ -59,7 +59,7 @@ def what_fits(cluster: AssumedCluster, model: AssumedModel, error: InsufficientM
     least = max(1, ceil(error.missing_bytes / room_bytes(last)))
     for count in range(least, min(least + _FURTHER, MAX_MACHINES - len(machines)) + 1):
         if cluster.with_machines(count).fitting_plan(model) is not None:
-            yield f"{count} more of {_memory(last.cpu)}"
+            yield f"{count} more of {_memory(last)}"
             return
 
 
@@ -138,11 +138,12 @@ def _remark(model: AssumedModel) -> str:
 def _one_more(assumed: AssumedMachines) -> str:
     *others, last = assumed.machines
     is_like_all = all(machine == last for machine in others)
-    return "one more such machine" if is_like_all else f"one more like m{len(others) + 1} ({_memory(last.cpu)})"
+    return "one more such machine" if is_like_all else f"one more like m{len(others) + 1} ({_memory(last)})"
 
 
-def _memory(device: Device) -> str:
-    return f"{device.memory_bytes / _GIB:g} GB"
+def _memory(machine: Machine) -> str:
+    cpu, *gpus = (f"{device.memory_bytes / _GIB:g} GB" for device in (machine.cpu, *machine.gpus))
+    return cpu if not gpus else f"{cpu} with {' and '.join(f'a GPU of {gpu}' for gpu in gpus)}"
 
 
 def shown_speed(value: float) -> str:

@@ -164,6 +164,7 @@ def _view(state: State) -> Group:
         *version_lines(state),
         *_quarantine_lines(workers),
         *closed_port_lines(workers),
+        *idle_lines(workers),
         *group_lines(groups),
         *gpu_lines(workers),
         *_kv_disk_lines(workers),
@@ -225,6 +226,12 @@ def version_lines(state: State) -> Iterator[str]:
     if len({*of.values()}) > 1:
         versions = ", ".join(f"{name} {version}" for name, version in of.items())
         yield f"versions of llamaclust differ: {versions}; finish the upgrade, one machine after the other"
+
+
+def idle_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
+    for worker in workers:
+        if reason := worker.get("idle_reason"):  # Older coordinators report none.
+            yield f"{worker['name']}: not used: {reason}"
 
 
 def closed_port_lines(workers: list[dict[str, Any]]) -> Iterator[str]:

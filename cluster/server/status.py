@@ -85,6 +85,7 @@ def _status(cluster: Cluster, record: ClusterRecord, served: ServedModel) -> dic
     counts, error, retiring = engine.counts, engine.error, supervisor.retiring_epoch
     reports = {report.worker: report for report in engine.metrics.stage_report()}
     predicted, model_id = _predicted_stages(served.plan), served.model.model_id
+    idle = {} if served.plan is None else {each.worker: each.reason for each in served.plan.idle_workers}
     return {
         "name": record.name,
         "version": VERSION,
@@ -96,7 +97,11 @@ def _status(cluster: Cluster, record: ClusterRecord, served: ServedModel) -> dic
         "insecure": cluster.config.insecure,
         "workers": [
             worker_json(workers[name], model_id, reports, predicted.get(name))
-            | {"drained": name in cluster.pool.operations.drained, "quarantine": _quarantine(supervisor, name)}
+            | {
+                "drained": name in cluster.pool.operations.drained,
+                "quarantine": _quarantine(supervisor, name),
+                "idle_reason": idle.get(name),
+            }
             for name in in_order(cluster.config, workers)
         ],
         "groups": groups_json(workers.values(), model_id, predicted),

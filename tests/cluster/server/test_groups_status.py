@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from llamaclust.cli.status import closed_port_lines, group_lines
+from llamaclust.cli.status import closed_port_lines, group_lines, idle_lines
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.plan import StagePrediction
 from llamaclust.cluster.server.groups_status import groups_json
@@ -83,3 +83,10 @@ def test_workers_whose_port_is_closed_are_named(closed: str) -> None:
     assert [value["closed_port"] is not None for value in values] == [worker.name in closed for worker in workers]
     shown = [f"{name}: in no group of an automatic plan: worker x cannot connect to worker {name}" for name in closed]
     assert [line.partition(": open it")[0] for line in closed_port_lines(values)] == sorted(shown)
+
+
+def test_idle_workers_are_listed_with_their_reasons() -> None:
+    reasons = {"a": None, "b": "too little memory: it has 5 MiB, a stage of one layer needs 9 MiB", "c": "it is slower"}
+    workers = [{"name": name, "idle_reason": reason} for name, reason in reasons.items()]
+    expected = [f"{name}: not used: {reason}" for name, reason in reasons.items() if reason]
+    assert [*idle_lines([*workers, {"name": "older"}])] == expected

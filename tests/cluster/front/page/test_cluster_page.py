@@ -86,6 +86,16 @@ async def test_members_of_a_group_are_shown_with_their_shares(browser: Browser) 
         seen.check()
 
 
+async def test_an_idle_machine_is_shown_with_its_reason(browser: Browser) -> None:
+    cluster = cluster_of("a", "b")
+    cluster["status"]["workers"][1] |= {"layers": None, "idle_reason": "with this worker, the plan would be slower"}
+    async with serving(cluster_app(lambda: cluster)) as address, opened(browser, f"{address}/#cluster") as seen:
+        machines = seen.page.get_by_role("region", name="Machines")
+        await machines.get_by_text("not used: with this worker, the plan would be slower").wait_for()
+        assert (await machines.inner_text()).count("not used") == 1
+        seen.check()
+
+
 async def partners(page: Page) -> list[tuple[str, str]]:
     """Returns the names of the machines in the picture that a line of a group joins."""
     ends = """() => [...document.querySelectorAll(".picture .partner")].map((line) => {

@@ -54,7 +54,7 @@ class WorkerRow {
     this.#drain.setAttribute("aria-disabled", this.#isMoving); // a disabled button would lose the focus
     const texts = [
       worker.condition,
-      layers(worker.layers, worker.share),
+      worker.idle_reason ? `not used: ${worker.idle_reason}` : layers(worker.layers, worker.share),
       worker.device ?? "",
       worker.version,
       bytes(worker.memory_bytes),

@@ -17,6 +17,7 @@ from llamaclust.model.steps.rows import (
     Add,
     AddPosition,
     AddRow,
+    Clamp,
     Embed,
     GaussianTopK,
     GivenRows,
@@ -50,6 +51,7 @@ __all__ = [
     "AddRow",
     "Attention",
     "Buffer",
+    "Clamp",
     "Convolution",
     "Decay",
     "DeltaRule",
@@ -103,6 +105,7 @@ RowStep = (
     | Mul
     | Scale
     | ScaleByWeight
+    | Clamp
     | Mix
     | MatchMagnitude
     | GaussianTopK

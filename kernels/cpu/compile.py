@@ -192,6 +192,10 @@ class Compiler:
                 plan.scale_channels(x, out, self._weights[step.weight].vector)
             case ir.ScaleByWeight():
                 plan.elementwise("scale", x, x, out, float(self._weights[step.weight].vector[0]))
+            case ir.Clamp():
+                low, high = (float(self._weights[name].vector[0]) for name in (step.low, step.high))
+                plan.elementwise("at_least", x, x, out, low)
+                plan.elementwise("at_most", out, out, out, high)
             case ir.GivenRows():
                 plan.add_given(x, out, step.level, step.adds)
             case ir.Mix():

@@ -112,6 +112,10 @@ def run_step(step: ir.Step, state: State) -> None:
             state[step.out] = state[step.x] * np.float32(step.factor)
         case ir.ScaleByWeight():
             state[step.out] = state[step.x] * state.weights[step.weight]
+        case ir.Clamp():
+            x, low, high = state[step.x], state.weights[step.low], state.weights[step.high]
+            raised = np.where(low > x, low, x)
+            state[step.out] = np.where(high < raised, high, raised)
         case ir.PositionScale():
             factors = 1 + step.factor * np.log1p((state.batch.positions + step.offset) // step.length)
             state[step.out] = state[step.x] * factors[:, None].astype(np.float32)

@@ -25,7 +25,7 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.hyperparameters import Hyperparameters
 from llamaclust.model.model_keys import ModelKeys
-from llamaclust.model.program import Program
+from llamaclust.model.program import Clamp, Program
 from llamaclust.model.projectors.keys import (
     ImageNumbers,
     family_name,
@@ -76,8 +76,10 @@ class Projector:
 
     @property
     def is_bidirectional(self) -> bool:
-        """True if the rows of an image attend to each other in the text model."""
-        return self.family.bidirectional
+        """True if the rows of an image attend to each other in the text model. Rows of Gemma 4 E2B and E4B, whose
+        encoders have clamps, do not."""
+        has_clamps = any(isinstance(step, Clamp) for step in self.program.steps)
+        return self.family.bidirectional and not has_clamps
 
     @property
     def read_names(self) -> tuple[str, ...]:

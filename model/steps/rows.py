@@ -203,6 +203,18 @@ class ScaleByWeight(UnaryStep):
 
 
 @dataclass(frozen=True, slots=True)
+class Clamp(UnaryStep):
+    """out = min(max(x, low), high), NaN for NaN. low and high are weights [1]. out may alias x."""
+
+    low: str
+    high: str
+
+    @property
+    def weights(self) -> tuple[StepWeight, ...]:
+        return StepWeight(self.low, (1,)), StepWeight(self.high, (1,))
+
+
+@dataclass(frozen=True, slots=True)
 class Mix(BinaryStep):
     """Adds a weighted sum of the parts of x to each part of y, where parts have `width` channels: out_i = y_i + the sum
     over j of (coefficients[i, j] + offset) * x_j. Without coefficients, each part of x is added with weight 1. The

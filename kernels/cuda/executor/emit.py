@@ -237,6 +237,9 @@ class Emitter:
                 yield elementwise.scale_by_position(step, x, self._factors(step), positions, out, rows)
             case ir.ScaleByWeight():
                 yield mixing.scale_by_weight(step, x, self.ops.vector(step.weight), out, rows)
+            case ir.Clamp():
+                limits = self.ops.vector(step.low), self.ops.vector(step.high)
+                yield elementwise.elementwise("clamp", (x, *limits), out, width, rows)
             case ir.Mix():
                 yield mixing.mix(step, (x, *others), out, rows)
             case ir.MatchMagnitude():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llamaclust.model import program as steps
 from llamaclust.model.architectures.tensors import CheckedTensors
@@ -91,6 +91,20 @@ class VisionBuilder(CheckedTensors):
                 steps.Add(embedded, second, embedded),
             )
 
+    def linear(self, name: str, x: Buffer, out: Buffer) -> None:
+        """Appends out = x @ weight (+ bias). If the file has limits for the matrix, x and out are clamped to them."""
+        product = self.product(name, x, out)
+        if not self.has(f"{name}.input_min"):
+            self.append(product)
+            return
+        inner = Buffer(f"clamped {x.name}", x.width)
+        self.append(self._clamp(f"{name}.input", x, inner), replace(product, x=inner))
+        self.append(self._clamp(f"{name}.output", out, out))
+
+    def _clamp(self, name: str, x: Buffer, out: Buffer) -> steps.Clamp:
+        low, high = (self.vector(f"{name}_{end}", 1) for end in ("min", "max"))
+        return steps.Clamp(x, out, low, high)
+
     def attention(self, layer: int, variant: VisionAttention = _PLAIN) -> None:
         hp, prefix = self.hyperparameters, f"v.blk.{layer}"
         query, key, value, attended, projected = (
@@ -105,7 +119,7 @@ class VisionBuilder(CheckedTensors):
         if variant.unit_values:
             self.append(steps.RmsNorm(value, value, None, hp.epsilon, hp.head_count))
         self.append(self._attend((query, key, value, attended), variant))
-        self.append(self.product(f"{prefix}.attn_out", attended, projected))
+        self.linear(f"{prefix}.attn_out", attended, projected)
         self._add(projected, f"{prefix}.ls1", f"{prefix}.attn_post_norm" if variant.post_norm else None)
 
     def _attend(self, buffers: tuple[Buffer, Buffer, Buffer, Buffer], variant: VisionAttention) -> steps.Attention:
@@ -127,7 +141,7 @@ class VisionBuilder(CheckedTensors):
             self.append(*self.product_parts(f"{prefix}.attn_qkv", normed, parts))
             return
         for name, out in zip(("attn_q", "attn_k", "attn_v"), parts, strict=True):
-            self.append(self.product(f"{prefix}.{name}", normed, out))
+            self.linear(f"{prefix}.{name}", normed, out)
 
     def _norm_heads(self, prefix: str, query: Buffer, key: Buffer) -> None:
         for name, x in (("attn_q_norm", query), ("attn_k_norm", key)):
@@ -158,17 +172,14 @@ class VisionBuilder(CheckedTensors):
         up_name, down_name = self._inner_names(prefix)
         up = Buffer("up", self.width(up_name))
         inner = Buffer("inner", up.width)
-        self.append(self.product(up_name, normed, up))
+        self.linear(up_name, normed, up)
         if self.has(f"{prefix}.ffn_gate.weight"):
-            self.append(
-                self.product(f"{prefix}.ffn_gate", normed, inner),
-                steps.Activate(inner, inner, activation),
-                steps.Mul(inner, up, inner),
-            )
+            self.linear(f"{prefix}.ffn_gate", normed, inner)
+            self.append(steps.Activate(inner, inner, activation), steps.Mul(inner, up, inner))
         else:
             self.append(steps.Activate(up, inner, activation))
         projected = Buffer("projected", self.hidden.width)
-        self.append(self.product(down_name, inner, projected))
+        self.linear(down_name, inner, projected)
         self._add(projected, f"{prefix}.ls2", f"{prefix}.ffn_post_norm", out)
 
     def _inner_names(self, prefix: str) -> tuple[str, str]:

@@ -13,11 +13,14 @@ import pytest
 from numpy.typing import NDArray
 
 from llamaclust.kernels.reference.steps import State, gelu_erf, gelu_tanh, run_step
+from llamaclust.model.gguf.model_file import open_model
+from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.program import (
     Activate,
     Add,
     Attention,
     Buffer,
+    Clamp,
     GaussianTopK,
     MatchMagnitude,
     MatMul,
@@ -36,9 +39,19 @@ from llamaclust.model.program import (
 )
 from llamaclust.model.quant_types import QuantType
 from llamaclust.model.steps.options import ActivationFunction, ExpertOptions
+from support.arithmetic.backends import BACKENDS
 from support.arithmetic.batches import batch_of
 from support.arithmetic.conformance_cases import EXACT, attention_case, generator_of, moe_case
-from support.arithmetic.single_steps import Case, Weight, check_conformance, normal, program_of, rows_at, splitter
+from support.arithmetic.single_steps import (
+    Case,
+    Weight,
+    check_conformance,
+    normal,
+    program_of,
+    rows_at,
+    run_case,
+    splitter,
+)
 
 Float32 = NDArray[np.float32]
 
@@ -108,6 +121,29 @@ def test_a_factor_of_the_file(tmp_path: Path) -> None:
         [normal(generator_of(5), 9, 100)],
     )
     check_conformance(tmp_path, case, EXACT)
+
+
+@pytest.mark.parametrize("limits", [(-0.5, 0.75), (-0.25, 2.0), (-2.0, np.inf), (-np.inf, 0.5)])
+@pytest.mark.parametrize(("width", "in_place"), [(40, True), (100, False), (512, True)])
+def test_clamps(tmp_path: Path, limits: tuple[float, float], width: int, in_place: bool) -> None:
+    x, other = Buffer("x", width), Buffer("out", width)
+    out = x if in_place else other
+    weights = {name: Weight(np.array([limit], np.float32)) for name, limit in zip("ab", limits, strict=True)}
+    hidden = [normal(generator_of(str(limits)), rows, width) for rows in (1, 9, 40)]
+    check_conformance(tmp_path, case_of(program_of(x, out, Clamp(x, out, "a", "b")), weights, hidden), EXACT)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_clamps_keep_what_is_not_a_number(name: str, tmp_path: Path) -> None:
+    """Checks that numbers which are not finite are found after a clamp, so that their rows are computed again."""
+    x, rows = Buffer("x", 40), np.zeros((2, 40), np.float32)
+    rows[0, 3], rows[1, 39], rows[1, 0], rows[1, 1] = np.nan, np.nan, np.inf, -np.inf
+    limits = {"a": Weight(np.array([-1.0], np.float32)), "b": Weight(np.array([2.0], np.float32))}
+    write_gguf(tmp_path / "limits.gguf", {}, [limit.source(name) for name, limit in limits.items()])
+    case = case_of(program_of(x, x, Clamp(x, x, "a", "b")), limits, [rows])
+    (found,) = run_case(BACKENDS[name](), case, open_model(tmp_path / "limits.gguf").tensors)
+    np.testing.assert_array_equal(np.argwhere(np.isnan(found)), [[0, 3], [1, 39]])
+    assert (found[1, 0], found[1, 1], found[0, 0]) == (2, -1, 0)
 
 
 @pytest.mark.parametrize("in_place", [True, False])

@@ -20,6 +20,7 @@ from llamaclust.model.program import (
     Activate,
     Add,
     Buffer,
+    Clamp,
     Embed,
     GaussianTopK,
     Join,
@@ -232,6 +233,19 @@ def test_scale_by_a_weight(bench: Bench, width: int) -> None:
         step = ScaleByWeight(hidden, hidden, "w", by_channel=len(weight) > 1)
         bench.device.launch(mixing.scale_by_weight(step, there.at(), bench.put(weight).at(), out.at(), rows))
         wanted = on_cpu(program_of(hidden, hidden, step), {"w": Weight(weight)}, rows_at(range(ROWS)), x)
+        same_bits(bench.get(out, x.shape), wanted)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_clamps(bench: Bench, width: int) -> None:
+    x, hidden = awkward(random_source(), ROWS, width), Buffer("x", width)
+    there, rows, out = bench.put(x), count(bench), bench.room(x.nbytes)
+    for low, high in ((-0.5, 0.75), (0.0, np.inf), (-np.inf, -1e-3)):
+        limits = {name: np.array([limit], np.float32) for name, limit in (("a", low), ("b", high))}
+        places = [bench.put(limit).at() for limit in limits.values()]
+        bench.device.launch(elementwise.elementwise("clamp", (there.at(), *places), out.at(), width, rows))
+        program = program_of(hidden, hidden, Clamp(hidden, hidden, "a", "b"))
+        wanted = on_cpu(program, {name: Weight(limit) for name, limit in limits.items()}, rows_at(range(ROWS)), x)
         same_bits(bench.get(out, x.shape), wanted)
 
 

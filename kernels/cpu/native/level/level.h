@@ -16,9 +16,10 @@ namespace llamaclust {
 enum class RopeStyle : int32_t { Norm = 0, Neox = 1 };
 
 // Elementwise operations of one row x, or of two rows x and y, with a number: x + y, x * y, x * number, tanh(x /
-// number) * number, silu(x) * y, clamped_swiglu(x, y, number), and the activation functions of x.
+// number) * number, max(x, number) and min(x, number) (NaN for NaN), silu(x) * y, clamped_swiglu(x, y, number), and the
+// activation functions of x.
 #define LLAMACLUST_ROW_OPS(X) \
-  X(add) X(mul) X(scale) X(soft_cap) X(silu_mul) X(clamped_swiglu) LLAMACLUST_ACTIVATIONS(X)
+  X(add) X(mul) X(scale) X(soft_cap) X(at_least) X(at_most) X(silu_mul) X(clamped_swiglu) LLAMACLUST_ACTIVATIONS(X)
 
 #define NAME(name) name,
 enum class RowOp : int32_t { LLAMACLUST_ROW_OPS(NAME) };

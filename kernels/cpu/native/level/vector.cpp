@@ -127,6 +127,9 @@ void elementwise(RowOp op, const float* x, const float* y, float number, int n, 
     case RowOp::mul: return map(x, y, n, out, [](F32x16 a, F32x16 b) { return mul(a, b); });
     case RowOp::scale: return map(x, n, out, [by](F32x16 a) { return mul(a, by); });
     case RowOp::soft_cap: return map(x, n, out, [by](F32x16 a) { return soft_cap(a, by); });
+    // If an operand is NaN, the second one is returned.
+    case RowOp::at_least: return map(x, n, out, [by](F32x16 a) { return max(by, a); });
+    case RowOp::at_most: return map(x, n, out, [by](F32x16 a) { return min(by, a); });
     case RowOp::silu_mul: return map(x, y, n, out, [](F32x16 a, F32x16 b) { return mul(silu(a), b); });
     case RowOp::clamped_swiglu:
       return map(x, y, n, out, [by](F32x16 a, F32x16 b) { return clamped_swiglu(a, b, by); });

@@ -39,6 +39,12 @@ KERNEL(256, scale_by_weight_rows, const float* x, const float* by, int32_t width
   each(width, rows, out, [factor = *by](float a) { return mul(a, factor); }, x);
 }
 
+// out = min(max(x, *low), *high), NaN for NaN.
+KERNEL(256, clamp_rows, const float* x, const float* low, const float* high, int32_t width, const int32_t* rows,
+       float* out) {
+  each(width, rows, out, [from = *low, to = *high](float a) { return min(to, max(from, a)); }, x);
+}
+
 // out[row] = x[row] * factors[(positions[row] + offset) / length].
 KERNEL(256, scale_by_position_rows, const float* x, const float* factors, const int32_t* positions, int32_t offset,
        int32_t length, int32_t width, const int32_t* rows, float* out) {

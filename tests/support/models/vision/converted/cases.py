@@ -146,6 +146,13 @@ CASES: Mapping[str, Case] = MappingProxyType(
             (6, 10),
             text=_SECTIONS,
         ),
+        "gemma4v-clamped": Case(
+            "Gemma4ForConditionalGeneration",
+            "places",
+            _GEMMA4 | _WIDE | {"use_clipped_linears": True},
+            (6, 9),
+            text=_PLAIN_TEXT,
+        ),
         "glm-ocr": Case("GlmOcrForConditionalGeneration", "frames", _GLM, (6, 10), text=_SECTIONS),
         "pixtral-12b": Case(
             "LlavaForConditionalGeneration",

@@ -22,3 +22,8 @@ def test_rows_are_those_of_transformers(name: str, backend: str) -> None:
     found = encoded(BACKENDS[backend](), FOLDER / f"{name}.gguf", CASES[name].random_tile())
     wanted = np.frombuffer((FOLDER / f"{name}.f32").read_bytes(), "<f4").reshape(found.shape)
     assert ((found - wanted) ** 2).sum() <= 1e-6 * (wanted**2).sum()
+
+
+def test_rows_of_gemma_attend_to_each_other_unless_its_encoder_has_clamps() -> None:
+    found = {name for name in CASES if open_projector(FOLDER / f"{name}.gguf").is_bidirectional}
+    assert found == {"gemma3", "gemma4v"} and "gemma4v-clamped" in CASES

@@ -179,6 +179,20 @@ def test_refused(name: str, keys: dict[str, WritableValue], without: str, messag
     assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("present", "message"),
+    [
+        (("input_min",), "v.blk.1.ffn_down.input_max': missing"),
+        (("input_min", "input_max", "output_max"), "v.blk.1.ffn_down.output_min': missing"),
+        (("output_max",), "v.blk.1.ffn_down.output_max': projector gemma4v has no such tensor"),
+    ],
+)
+def test_some_limits_without_others_are_refused(present: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    limits = tuple(RandomTensor(f"v.blk.1.ffn_down.{end}", (1,), 1.0, exact=True) for end in present)
+    with pytest.raises(ModelFileError, match=re.escape(message)):
+        open_projector(build_projector(tmp_path / "p.gguf", "gemma4v", added=limits))
+
+
 def test_levels_of_another_width_are_refused(tmp_path: Path) -> None:
     name, kept = "v.deepstack.1.fc2", WIDTH * 4
     narrow = (matrix(name, TEXT_WIDTH // 2, kept), RandomTensor(f"{name}.bias", (TEXT_WIDTH // 2,), 0.2, exact=True))

@@ -57,7 +57,7 @@ def fit(path: Path, available_bytes: int, threads: int, context_length: int | No
         costs = {kv_type: model.costs(kv_type) for kv_type in KvType}
 
         def limits(tokens: int) -> StageLimits:
-            return capacity_of(config, tokens, model.projector).stage_limits(BlockCounts(blocks_of(tokens)))
+            return capacity_of(config, tokens, model).stage_limits(BlockCounts(blocks_of(tokens)))
 
         def weights(layers: int) -> int:
             tensors = model.tensors_for(model_program(model, 0, layers, limits(KV_BLOCK_TOKENS)))
@@ -67,7 +67,7 @@ def fit(path: Path, available_bytes: int, threads: int, context_length: int | No
             return planned_workspace_bytes(model, 0, layers, limits(tokens), threads)
 
         def needed(layers: int, tokens: int, kv_tokens: int) -> int:
-            groups = capacity_of(config, tokens, model.projector).groups(costs[KvType.F16])
+            groups = capacity_of(config, tokens, model).groups(costs[KvType.F16])
             kv_bytes = _kv_bytes(groups, costs[KvType.F16], layers, kv_tokens)
             return weights(layers) + workspace(layers, tokens) + kv_bytes
 

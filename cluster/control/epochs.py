@@ -353,7 +353,7 @@ class Epochs:
             number,
             [_stage_info(stage, plan.expert_shards) for stage in plan.stages],
             self._reference,
-            plan_limits(self._config, plan, self._model.projector),
+            plan_limits(self._config, plan, self._model),
             is_exclusive=is_exclusive,
             links=links,
             progress_timeout_s=self._config.timeouts.load,

@@ -12,7 +12,7 @@ from llamaclust.cluster.control.resources.placement import check_placement
 from llamaclust.cluster.planner.context import ContextBound, ContextBounds
 from llamaclust.cluster.planner.manual import Assignment, checked
 from llamaclust.cluster.planner.plan import Plan
-from llamaclust.cluster.scheduler.capacity import BlockCounts, Capacity, microbatch_rows
+from llamaclust.cluster.scheduler.capacity import BlockCounts, Capacity, longest_context, microbatch_rows
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.drafting.shared import SharedDrafters
 from llamaclust.cluster.scheduler.kv.groups import WindowGroup, window_group
@@ -26,7 +26,6 @@ from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS
 from llamaclust.model.costs import ModelCosts
 from llamaclust.model.loader import Model
 from llamaclust.model.nextn.program import check_nextn, has_nextn
-from llamaclust.model.projectors.projector import Projector
 from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES
 from llamaclust.wire.microbatch.frames import MAX_FRAME_BYTES
 
@@ -40,12 +39,15 @@ plans place layers for it, and then choose a longer one if the memory that is le
 def context_bounds(config: ClusterConfig, model: Model) -> ContextBounds:
     """Returns the context lengths among which plans choose. Raises UsageError if `context_length` is too long."""
     trained, tokens = model.hyperparameters.context_length, config.context_length
+    longest = longest_context(model)
     if tokens is not None:
-        if tokens > trained:
-            cause = f"context_length is {tokens}"
-            raise UsageError(f"{cause}, but the model was trained for {trained} tokens; set {trained} or less")
+        if tokens > longest:
+            limit = (
+                "the model was trained for" if longest == trained else "an encoder computes a prompt at once, at most"
+            )
+            raise UsageError(f"context_length is {tokens}, but {limit} {longest} tokens; set {longest} or less")
         return ContextBounds(tokens, tokens, trained, ContextBound.KEY)
-    least = min(CONTEXT_TOKENS, trained)
+    least = min(CONTEXT_TOKENS, longest)
     lengths = {
         ContextBound.MODEL: min(trained, MAX_CONTEXT_TOKENS),
         ContextBound.ROPE: model.short_rope_context or trained,
@@ -60,7 +62,7 @@ def _context_on_disk(config: ClusterConfig, model: Model) -> int | None:
     """Returns the longest context with which `kv_disk` can keep all layers. None if there is no limit."""
     if model.window is None or all(worker.kv_disk is None for worker in config.workers):
         return None
-    return WindowGroup(model.window, max_batch_tokens(config, model.projector)).shared_context
+    return WindowGroup(model.window, max_batch_tokens(config, model)).shared_context
 
 
 def check_distinct(models: Iterable[tuple[str, str]]) -> None:
@@ -93,7 +95,7 @@ def _check_frames(config: ClusterConfig, model: Model) -> None:
     if len(config.workers) < 2 or not (token_bytes := model.hidden_bytes):
         return
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // token_bytes
-    if (most := max_batch_tokens(config, model.projector)) > room:
+    if (most := max_batch_tokens(config, model)) > room:
         cause = f"prefill_chunk and max_sequences allow microbatches of {most} tokens"
         what = f"a message between workers holds only {room} tokens of {token_bytes} bytes"
         raise UsageError(f"{cause}, but {what}; lower one of the keys")
@@ -117,7 +119,7 @@ def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> N
         raise UsageError("kv_disk needs stages of whole layers, but the plan divides some layers; remove kv_disk")
     row_bytes = model.costs(config.kv_type, expert_shards).cut_bytes
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // max(row_bytes, 1)
-    if (most := max_batch_tokens(config, model.projector)) > room:
+    if (most := max_batch_tokens(config, model)) > room:
         cause = f"prefill_chunk and max_sequences allow microbatches of {most} tokens"
         what = f"a message between the parts of a divided layer holds only {room} tokens of {row_bytes} bytes"
         raise UsageError(f"{cause}, but {what}; lower one of the keys")
@@ -135,7 +137,7 @@ def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping
 def _check_kv_disk(config: ClusterConfig, model: Model) -> None:
     if all(worker.kv_disk is None for worker in config.workers):
         return
-    group = window_group(model.window, context_bounds(config, model).least, max_batch_tokens(config, model.projector))
+    group = window_group(model.window, context_bounds(config, model).least, max_batch_tokens(config, model))
     if group is not None:
         why = f"KV memory of layers with a window ({group.window} tokens) is not kept on disk"
         raise UsageError(f"kv_disk: {why}, but this model has such layers; remove kv_disk")
@@ -167,12 +169,12 @@ def manual_shards(config: ClusterConfig) -> int:
     return max((Fraction(place).denominator for place in places), default=1)
 
 
-def capacity_of(config: ClusterConfig, context_length: int, projector: Projector | None = None) -> Capacity:
+def capacity_of(config: ClusterConfig, context_length: int, model: Model | None = None) -> Capacity:
     return Capacity(
         context_length=context_length,
         max_sequences=config.max_sequences,
         max_outputs=max(_OUTPUTS, config.max_sequences),
-        rows=microbatch_rows(projector),
+        rows=microbatch_rows(model, context_length),
         prefill_chunk=config.prefill_chunk,
         kv_type=config.kv_type,
         prefix_cache=config.prefix_cache,
@@ -181,8 +183,8 @@ def capacity_of(config: ClusterConfig, context_length: int, projector: Projector
     )
 
 
-def max_batch_tokens(config: ClusterConfig, projector: Projector | None) -> int:
-    return capacity_of(config, CONTEXT_TOKENS, projector).max_batch_tokens
+def max_batch_tokens(config: ClusterConfig, model: Model) -> int:
+    return capacity_of(config, config.context_length or CONTEXT_TOKENS, model).max_batch_tokens
 
 
 def kv_tokens(config: ClusterConfig) -> int | None:
@@ -209,8 +211,8 @@ def model_costs(config: ClusterConfig, model: Model, expert_shards: int = 1) -> 
     return capacity_of(config, CONTEXT_TOKENS).costs(model, expert_shards)
 
 
-def plan_limits(config: ClusterConfig, plan: Plan, projector: Projector | None = None) -> StageLimits:
-    capacity = capacity_of(config, plan.context_length, projector)
+def plan_limits(config: ClusterConfig, plan: Plan, model: Model | None = None) -> StageLimits:
+    capacity = capacity_of(config, plan.context_length, model)
     return capacity.stage_limits(_blocks(plan), plan.expert_shards, wide_tiles=plan.wide_tiles)
 
 
@@ -235,6 +237,6 @@ def scheduler_settings(
 ) -> SchedulerSettings:
     """Returns scheduler settings with the same limits as the plan's stages. `adapters` maps adapter numbers to digests.
     It defaults to the model's adapters."""
-    capacity = capacity_of(config, plan.context_length, model.projector)
+    capacity = capacity_of(config, plan.context_length, model)
     settings = capacity.scheduler_settings(model, _blocks(plan), speculation)
     return settings if adapters is None else replace(settings, adapters=adapters)

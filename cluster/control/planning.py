@@ -162,7 +162,7 @@ def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources,
 
 def _have_room(config: ClusterConfig, model: Model, resources: ClusterResources) -> bool:
     length, costs = context_bounds(config, model).least, StageCosts.of(model_costs(config, model))
-    capacity = capacity_of(config, length, model.projector)
+    capacity = capacity_of(config, length, model)
     workspace = workspace_of(model, capacity.stage_limits(BlockCounts(1)))
     left = costs.weight_bytes(0, model.layer_count)
     for worker in _worker_facts(config, resources):
@@ -182,7 +182,7 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
     unused = _unused_gpus(facts) if expert_shards > 1 else ()
     if expert_shards > 1:
         facts = [replace(worker, gpus=(), gpu_layers=None) for worker in facts]
-    capacity = capacity_of(config, bounds.least, model.projector)
+    capacity = capacity_of(config, bounds.least, model)
     request = PlanRequest(
         context_length=bounds.least,
         max_sequences=config.max_sequences,

@@ -22,7 +22,14 @@ from llamaclust.cluster.launchers.models.local_encoder import LocalEncoder
 from llamaclust.cluster.launchers.models.projectors import open_with_projector
 from llamaclust.cluster.launchers.models.row_memory import row_limits
 from llamaclust.cluster.planner.context import ContextBound, ContextBounds
-from llamaclust.cluster.scheduler.capacity import ROWS, BlockCounts, Capacity, blocks_of, microbatch_rows
+from llamaclust.cluster.scheduler.capacity import (
+    ROWS,
+    BlockCounts,
+    Capacity,
+    blocks_of,
+    longest_context,
+    microbatch_rows,
+)
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.kv.groups import WindowGroup
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
@@ -86,10 +93,10 @@ class LocalSettings:
 
 
 def local_capacity(model: Model, settings: LocalSettings) -> Capacity:
-    trained = model.hyperparameters.context_length
-    context = settings.context_length or min(trained, _CONTEXT_TOKENS)
-    if not 0 < context <= trained:
-        raise UsageError(f"context_length is {context}, but the model allows only 1 to {trained} tokens")
+    longest = longest_context(model)
+    context = settings.context_length or min(longest, _CONTEXT_TOKENS)
+    if not 0 < context <= longest:
+        raise UsageError(f"context_length is {context}, but the model allows only 1 to {longest} tokens")
     for name, value, most in (
         ("max_sequences", settings.max_sequences, OUTPUTS),
         ("prefill_chunk", settings.prefill_chunk, MAX_BATCH_TOKENS - settings.max_sequences),
@@ -103,7 +110,7 @@ def local_capacity(model: Model, settings: LocalSettings) -> Capacity:
         context_length=context,
         max_sequences=settings.max_sequences,
         max_outputs=OUTPUTS,
-        rows=microbatch_rows(model.projector),
+        rows=microbatch_rows(model, context),
         prefill_chunk=settings.prefill_chunk,
         kv_type=KvType(settings.kv_type),
         prefix_cache=settings.prefix_cache,

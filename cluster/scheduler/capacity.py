@@ -11,13 +11,24 @@ from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.nextn.costs import with_nextn
 from llamaclust.model.program import KV_BLOCK_TOKENS
-from llamaclust.model.projectors.projector import Projector
 
 ROWS = 512
 
 
-def microbatch_rows(projector: Projector | None) -> int:
-    """Returns the number of rows that a microbatch must be able to hold, in addition to one row per sequence."""
+def longest_context(model: Model) -> int:
+    """Returns the maximum number of tokens in a sequence. An encoder computes a prompt in one microbatch."""
+    trained = model.hyperparameters.context_length
+    if model.is_causal:
+        return trained
+    return min(trained, MAX_BATCH_TOKENS, max_embedded_rows(model.hyperparameters.embedding_length))
+
+
+def microbatch_rows(model: Model | None, context_length: int) -> int:
+    """Returns the number of rows that a microbatch must be able to hold, in addition to one row per sequence. They hold
+    a whole prompt of an encoder, and an image whose rows attend to each other."""
+    if model is not None and not model.is_causal:
+        return max(ROWS, min(context_length, longest_context(model)))
+    projector = None if model is None else model.projector
     if projector is None or not projector.is_bidirectional:
         return ROWS
     return max(ROWS, min(projector.max_rows, MAX_BATCH_TOKENS // 2))
@@ -51,7 +62,7 @@ class Capacity:
 
     @property
     def max_batch_tokens(self) -> int:
-        return max(self.rows, self.prefill_chunk or 0) + self.max_sequences
+        return min(max(self.rows, self.prefill_chunk or 0) + self.max_sequences, MAX_BATCH_TOKENS)
 
     def costs(self, model: Model, expert_shards: int = 1) -> ModelCosts:
         """Returns the model's costs, with its MTP head if `mtp` is set. Raises UsageError if that head is missing."""

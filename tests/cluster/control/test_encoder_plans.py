@@ -131,7 +131,7 @@ def test_a_whole_image_fits_into_a_microbatch_if_its_rows_see_each_other(
     rows = max(1120, prefill_chunk or 0)
     settings = scheduler_settings(config, of_many_rows, plan, None)
     assert settings.max_group_rows == rows and settings.prefill_chunk == prefill_chunk
-    limits = plan_limits(config, plan, of_many_rows.projector)
+    limits = plan_limits(config, plan, of_many_rows)
     assert limits.max_batch_tokens == settings.max_batch_tokens == rows + SEQUENCES
 
 

@@ -42,9 +42,7 @@ def context_bounds(config: ClusterConfig, model: Model) -> ContextBounds:
     longest = longest_context(model)
     if tokens is not None:
         if tokens > longest:
-            limit = (
-                "the model was trained for" if longest == trained else "an encoder computes a prompt at once, at most"
-            )
+            limit = "the model was trained for" if longest == trained else "this encoder can compute at once only"
             raise UsageError(f"context_length is {tokens}, but {limit} {longest} tokens; set {longest} or less")
         return ContextBounds(tokens, tokens, trained, ContextBound.KEY)
     least = min(CONTEXT_TOKENS, longest)

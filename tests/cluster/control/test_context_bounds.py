@@ -25,7 +25,7 @@ BASE: dict[str, Any] = {"trained": 131_072, "short": None, "is_causal": True, "w
 def bounds(keys: dict[str, Any] | None = None, **model: Any) -> ContextBounds:
     of = BASE | model
     fake: Any = SimpleNamespace(
-        hyperparameters=SimpleNamespace(context_length=of["trained"]),
+        hyperparameters=SimpleNamespace(context_length=of["trained"], embedding_length=64),
         short_rope_context=of["short"],
         is_causal=of["is_causal"],
         window=of["window"],

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from string import ascii_lowercase
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -51,6 +50,7 @@ from llamaclust.cluster.config.values import (
     expand_home,
     tagged,
 )
+from llamaclust.cluster.config.worker_count import with_named_workers
 from llamaclust.core.addresses import is_loopback, joined_address, split_address
 from llamaclust.core.errors import UsageError
 from llamaclust.core.limits import MAX_ADAPTERS, MAX_BATCH_TOKENS, MAX_SEQUENCES, MAX_WORKERS
@@ -196,28 +196,16 @@ class ClusterConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _first_model(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or not isinstance(models := values.get("models"), list | tuple) or not models:
+    def _completed(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = with_named_workers(values)
+        if not isinstance(models := values.get("models"), list | tuple) or not models:
             return values
         if "model" in values:
             raise PlaceError(("model",), "cannot be set with `models`; move it into `models`, or remove `models`")
         first = models[0]
         return {**values, "model": first.get("model", "") if isinstance(first, dict) else ""}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _counted_workers(cls, values: Any) -> Any:
-        """Names the workers that a launcher starts if only their number is given."""
-        if not isinstance(values, dict) or not isinstance(launcher := values.get("launcher", "local"), str):
-            return values
-        count, facts = values.get("workers"), {**LAUNCHERS}.get(launcher)
-        is_count = isinstance(count, int) and not isinstance(count, bool) and 1 <= count <= MAX_WORKERS
-        if facts is None or not facts.starts_workers or not is_count:
-            return values
-        names = (
-            ascii_lowercase if count <= len(ascii_lowercase) else [f"worker-{index}" for index in range(1, count + 1)]
-        )
-        return {**values, "workers": [{"name": name} for name in names[:count]]}
 
     @model_validator(mode="after")
     def _check_models(self) -> Self:

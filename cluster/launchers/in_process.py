@@ -15,7 +15,8 @@ from llamaclust.cluster.config.values import OFF, parse_device
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import PipelineEncoder, StageInfo
 from llamaclust.cluster.front.text.image_rows import RowCache
-from llamaclust.cluster.front.text.service import TextService, TextSettings
+from llamaclust.cluster.front.text.service import TextService
+from llamaclust.cluster.front.text.text_settings import TextSettings
 from llamaclust.cluster.front.text.vision import vision_of
 from llamaclust.cluster.launchers.models.draft_model import open_device, open_draft_model, plan_draft_model
 from llamaclust.cluster.launchers.models.local_encoder import LocalEncoder

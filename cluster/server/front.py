@@ -26,7 +26,8 @@ from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.schema import Body, field_error, parts_of
 from llamaclust.cluster.front.settings import KEPT_REPLIES, ApiSettings
 from llamaclust.cluster.front.text.image_rows import RowCache
-from llamaclust.cluster.front.text.service import TextService, TextSettings
+from llamaclust.cluster.front.text.service import TextService
+from llamaclust.cluster.front.text.text_settings import TextSettings
 from llamaclust.cluster.front.text.vision import vision_of
 from llamaclust.cluster.server.telemetry.settings import TelemetrySettings
 from llamaclust.cluster.state.api_keys import LiveKeys

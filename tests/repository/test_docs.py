@@ -23,7 +23,8 @@ from llamaclust.cli.app import app
 from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.front.app import create_app
-from llamaclust.cluster.front.text.service import TextService, TextSettings
+from llamaclust.cluster.front.text.service import TextService
+from llamaclust.cluster.front.text.text_settings import TextSettings
 from llamaclust.cluster.launchers.in_process import LocalPipeline, LocalSettings, LocalStage
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.model.architectures import ARCHITECTURES

@@ -14,7 +14,8 @@ import numpy as np
 
 from llamaclust.cluster.client.local import OpenService
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.front.text.service import TextService, TextSettings
+from llamaclust.cluster.front.text.service import TextService
+from llamaclust.cluster.front.text.text_settings import TextSettings
 from llamaclust.cluster.scheduler.requests import GenerationRequest, TokenSampled
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.state.directory import ClusterDir

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogContent
 from llamaclust.cluster.front.text.call_constraint import answer_grammar
@@ -29,20 +29,17 @@ from llamaclust.cluster.front.text.sharing import (
 )
 from llamaclust.cluster.front.text.slots import Slots
 from llamaclust.cluster.front.text.stop_strings import stop_patterns
+from llamaclust.cluster.front.text.text_settings import TextSettings
 from llamaclust.cluster.front.text.vision import ImagePrompt, Vision
-from llamaclust.cluster.planner.context import ContextBounds, ContextChoice
 from llamaclust.cluster.scheduler.dry_breakers import Breakers, BreakerTokens
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.validation import NO_TEXT
-from llamaclust.cluster.state.adapters import ServedAdapters
 from llamaclust.core.errors import ContextLengthError, ParameterError
 from llamaclust.core.sampler.bounds import MAX_BIAS
 from llamaclust.core.sampler.params import SamplerChain, SamplingParams
 from llamaclust.model.chat.template import ChatTemplate
-from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.grammars.checker import GrammarChecker
-from llamaclust.model.pooling import DEFAULT, Pooling
-from llamaclust.model.ranking import PairTemplate, Ranking
+from llamaclust.model.ranking import PairTemplate
 from llamaclust.model.tokenizers.gaps import Gap, fill_in_prompt
 from llamaclust.model.tokenizers.pairs import PairForm
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
@@ -58,30 +55,6 @@ _TOO_MANY_PAIRS = (
 )
 _ANSWER_SHARE = 4
 """Infilling without `max_new_tokens` keeps a quarter (1 / 4) of the context free for the answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class TextSettings:
-    """Name and limits of a served model, and settings from its file."""
-
-    model_name: str
-    context_length: int  # Maximum number of tokens of a sequence, prompt and answer together.
-    max_sequences: int = 32
-    model_path: str = ""  # Path of the model file, or empty if there is none.
-    file: ModelFile | None = None  # None if there is no model file.
-    embedding_length: int = 0  # Number of channels of an embedding.
-    pooling: Pooling = DEFAULT  # Pooling of embeddings if a request names none.
-    ranking: Ranking | None = None  # None if the model does not rank documents.
-    generates: bool = True
-    slots: int = 0  # Number of slots that record the tokens of requests.
-    adapters: ServedAdapters = field(default_factory=ServedAdapters)
-    max_drafted: int = 0  # Maximum number of tokens drafted for a sequence in a step. 0: no drafting.
-    recommended: Mapping[str, Any] = field(default_factory=dict)  # Sampling fields that the model file recommends.
-    context_bounds: ContextBounds | None = None  # Bounds of the context length. None: it is the model's own.
-
-    @property
-    def context(self) -> ContextChoice:
-        return ContextChoice(self.context_length, self.context_bounds or ContextBounds.fixed(self.context_length))
 
 
 class TextService:

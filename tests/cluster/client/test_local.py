@@ -24,7 +24,8 @@ from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.front.app import create_app
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer import Answer, TextChunk, join
-from llamaclust.cluster.front.text.service import TextService, TextSettings
+from llamaclust.cluster.front.text.service import TextService
+from llamaclust.cluster.front.text.text_settings import TextSettings
 from llamaclust.cluster.launchers.in_process import LocalPipeline, LocalSettings, LocalStage
 from llamaclust.core.errors import (
     InsufficientMemoryError,

@@ -25,8 +25,8 @@ from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
 from llamaclust.cluster.front.text.image_rows import RowLeases
 from llamaclust.cluster.front.text.request import CompletionRequest
-from llamaclust.cluster.front.text.service import TextSettings
 from llamaclust.cluster.front.text.sharing import ReplyBudget
+from llamaclust.cluster.front.text.text_settings import TextSettings
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Instant, RequestContext, read_journal

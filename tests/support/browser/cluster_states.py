@@ -9,7 +9,8 @@ from starlette.applications import Starlette
 
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.front.app import create_app
-from llamaclust.cluster.front.text.service import TextService, TextSettings
+from llamaclust.cluster.front.text.service import TextService
+from llamaclust.cluster.front.text.text_settings import TextSettings
 from support.clusters.fakes import FakePipeline
 from support.clusters.served import CONTEXT, MODEL, SETTINGS, ScriptedEngine, chat_template, says, tokenizer
 from support.several_models.api_models import api_model

@@ -29,7 +29,8 @@ from llamaclust.cluster.front.models import AdapterControl
 from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer import Answer, TextChunk, join
-from llamaclust.cluster.front.text.service import TextService, TextSettings
+from llamaclust.cluster.front.text.service import TextService
+from llamaclust.cluster.front.text.text_settings import TextSettings
 from llamaclust.cluster.front.text.vision import Vision
 from llamaclust.cluster.scheduler.requests import (
     Event,

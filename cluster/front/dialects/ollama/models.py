@@ -26,7 +26,7 @@ from llamaclust.cluster.front.http.responses import JsonResponse, Route, unsuppo
 from llamaclust.cluster.front.http.sse import EventResponse, StreamFormat, unless_disconnected
 from llamaclust.cluster.front.json_text import to_json
 from llamaclust.cluster.front.models import ApiModel, ModelRouter
-from llamaclust.cluster.front.text.service import TextSettings
+from llamaclust.cluster.front.text.text_settings import TextSettings
 
 API_VERSION: Final = "0.22.0"
 """The first version of Ollama with all that this server serves of its API. Clients require a minimum version."""

@@ -13,7 +13,7 @@ import pytest
 
 from llamaclust.cluster.front.dialects.ollama.models import API_VERSION, ModelDetails
 from llamaclust.cluster.front.settings import MAX_COPIES
-from llamaclust.cluster.front.text.service import TextSettings
+from llamaclust.cluster.front.text.text_settings import TextSettings
 from llamaclust.model.chat.template import ChatTemplate
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.loader import Model

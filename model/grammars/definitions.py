@@ -12,8 +12,9 @@ from llamaclust.core.sampler.matchers import Grammar
 from llamaclust.model.grammars.normal_schema import normal_schema
 
 GUIDANCE = "x-guidance"
-JSON_TEXT = {"whitespace_pattern": r" |\n{1,2}[ \t]{0,20}"}
-"""Options that limit white space in JSON text, as in llama.cpp. A small model might write white space without end."""
+JSON_TEXT = {"whitespace_pattern": r" |\n{1,2}[ \t]{0,40}", "json_allow_general_unicode_escapes": True}
+"""Options of JSON text. White space is limited, because a small model might write it without end. Texts may have any
+\\u escape. llguidance has no option for an escaped slash or an unescaped U+007F."""
 _MOST_PLACES = 8
 _MAX_GBNF_BYTES = 1 << 17
 """The maximum size of a GBNF grammar. Converting one rule of this size takes about a second."""

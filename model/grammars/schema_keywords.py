@@ -29,8 +29,9 @@ _NUMBERS: Final = (
 )
 _LOOK_AROUND: Final = re.compile(r"\(\?(?:=|!|<=|<!)|\\[1-9]|\\k<")
 _ANY_TEXT: Final = frozenset(("", ".*", "^.*$", "^(.*)$", r"[\s\S]*", r"^[\s\S]*$"))
-MOST_OF_AN_INTEGER: Final = 10**16 - 1
-"""The largest integer. It has sixteen digits, as in llama.cpp, because a small model might write digits without end."""
+MOST_OF_AN_INTEGER: Final = 2**63 - 1024
+"""The largest integer, because a small model might write digits without end. llguidance's bounds are float64 numbers
+below 2^63."""
 
 
 def normal_types(given: Any) -> tuple[list[str], bool]:
@@ -89,7 +90,7 @@ def text_forms(schema: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
 
 def bounds(schema: Mapping[str, Any], types: Sequence[str]) -> dict[str, Any]:
     """Returns the numeric limits of a schema. Draft 4's Boolean limits become numbers. A missing minimum or
-    maximum of an integer becomes a number of sixteen digits."""
+    maximum of an integer becomes `MOST_OF_AN_INTEGER`."""
     made: dict[str, Any] = {}
     for limit, exclusive, sign in (("minimum", "exclusiveMinimum", -1), ("maximum", "exclusiveMaximum", 1)):
         value, other = schema.get(limit), schema.get(exclusive)

@@ -16,7 +16,7 @@ _UNIONS: Final = ("anyOf", "oneOf", "allOf")
 _MAX_DEPTH: Final = 8
 _MAX_LITERAL_CHARACTERS: Final = 1 << 14
 """The maximum length of a text that Python's parser reads. The parser needs 100 times as much memory as the text."""
-_CONSTANTS: Final = {"True": "true", "False": "false", "None": "null"}
+PYTHON_WORDS: Final = {"True": "true", "False": "false", "None": "null"}
 _NAMES: Final = {"true": True, "false": False, "null": None}
 _HEX: Final = "[0-9a-fA-F]"
 _BACKSLASHES: Final = re.compile(
@@ -80,12 +80,12 @@ def type_name(value: Any) -> str:
 
 
 def json_of(text: str, types: frozenset[str]) -> str:
-    """Returns `text` itself if it is JSON of one of the types, or else `text` as a JSON string. An empty set of types
-    means any type."""
+    """Returns `text` itself if it is JSON of one of the types, the JSON of a Python list or dict, or else `text` as a
+    JSON string. An empty set of types means any type."""
     if types == STRING:
         return string(text)
     bare = text.strip()
-    for candidate in (bare, _CONSTANTS.get(bare, "")):
+    for candidate in (bare, PYTHON_WORDS.get(bare, "")):
         try:
             kind = type_name(json.loads(candidate, parse_constant=_refuse))
         except (ValueError, RecursionError):
@@ -94,6 +94,8 @@ def json_of(text: str, types: frozenset[str]) -> str:
             return string(text) if kind == "string" and "string" in types else candidate
         if "string" not in types:
             return candidate
+    if "string" not in types and bare[:1] in ("[", "{"):
+        return _json_of_literal(bare) or string(text)
     return string(text)
 
 
@@ -107,14 +109,21 @@ def string_inside(text: str) -> str:
 
 def json_of_python(text: str) -> str:
     text = text.strip()
+    if found := _json_of_literal(text):
+        return found
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    return string(_ESCAPE.sub(_unescaped, text[1:-1]) if is_quoted else text)
+
+
+def _json_of_literal(text: str) -> str:
+    """Converts JSON or a Python literal to JSON. Returns "" if the text is neither."""
     readers = (json.loads, _literal) if len(text) <= _MAX_LITERAL_CHARACTERS else (json.loads,)
     for read in readers:
         try:
             return json.dumps(read(text), ensure_ascii=False, allow_nan=False)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
-    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
-    return string(_ESCAPE.sub(_unescaped, text[1:-1]) if is_quoted else text)
+    return ""
 
 
 def _unescaped(escape: re.Match[str]) -> str:

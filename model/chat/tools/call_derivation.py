@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from llamaclust.model.chat.tools.template_probe import (
     CALL_IDS,
@@ -22,6 +23,9 @@ from llamaclust.model.chat.tools.tool_format import Calls, Frame, NamedCalls, Ob
 
 _BOTH = dict(zip(KEYS, VALUES, strict=True))
 _MAX_CALL_CHARS = 1 << 16
+_WORD_AT_END: Final = re.compile(r"\w+$")
+_WORD_AT_BEGIN: Final = re.compile(r"^\w+")
+_ID_KEYS: Final = ("tool_call_id", "call_id", "id")
 
 
 def derived_calls(probe: Probe) -> Calls | None:
@@ -57,7 +61,7 @@ def _object_form(call: Mapping[str, Any], frame: Frame, *, is_list: bool) -> Obj
     arguments = next((key for key, item in inner.items() if KEYS[0] in str(item)), None)
     if NAMES[0] not in keys or arguments is None:
         return None
-    id_key = keys.get(CALL_IDS[0], "")
+    id_key = keys.get(CALL_IDS[0]) or next((key for key in _ID_KEYS if isinstance(inner.get(key), str)), "")
     return ObjectCalls(frame, keys[NAMES[0]], arguments, id_key, wrapper, is_list)
 
 
@@ -69,8 +73,13 @@ def _named_calls(probe: Probe, text: str) -> NamedCalls | None:
     _, begin, end = found
     pair = probe.call_text(_BOTH, _BOTH)
     second = pair.find(NAMES[1])
-    frame = _frame(text[:name], pair[end:second] if second > end else "", text[end:])
+    gap = pair[end:second] if second > end else ""
     name_end = text[name + len(NAMES[0]) : begin]
+    head, has_first_id, name_begin = text[:name].rpartition(CALL_IDS[0])
+    if has_first_id:
+        frame = _frame(head, gap.rpartition(CALL_IDS[1])[0], text[end:])
+        return NamedCalls(frame, name_end.strip(), name_begin=name_begin.strip())
+    frame = _frame(text[:name], gap, text[end:])
     id_begin, has_id, behind_id = name_end.partition(CALL_IDS[0])
     if has_id:
         return NamedCalls(frame, behind_id.strip(), id_begin.strip())
@@ -103,6 +112,7 @@ def _tagged_calls(probe: Probe, text: str) -> TaggedCalls | None:
         attribute,
         _space_at_end(value_begin or key_end),
         value_end[: len(value_end) - len(value_end.lstrip())],
+        has_python_values=f"{{'{KEYS[1]}'" in probe.call_text({KEYS[0]: {KEYS[1]: VALUES[1]}}),
     )
 
 
@@ -119,8 +129,8 @@ def _around_key(probe: Probe, gap: str) -> tuple[str, str, str]:
     other = text[key + len(KEYS[0]) : value] if -1 < key < value else gap
     if other == gap:
         return gap, "", ""
-    key_end = shared_begin(gap, other)
-    value_begin = shared_end(gap[len(key_end) :], other[len(key_end) :])
+    key_end = _WORD_AT_END.sub("", shared_begin(gap, other))
+    value_begin = _WORD_AT_BEGIN.sub("", shared_end(gap[len(key_end) :], other[len(key_end) :]))
     return key_end, gap[len(key_end) : len(gap) - len(value_begin)], value_begin
 
 

@@ -9,11 +9,10 @@ from llamaclust.model.chat.tools.argument_values import STRING, TextValue, json_
 from llamaclust.model.chat.tools.call_sink import MAX_NAME_CHARACTERS, CallSink
 from llamaclust.model.chat.tools.json_reading import raw_value
 from llamaclust.model.chat.tools.text_source import Markers, Reading, TextSource
-from llamaclust.model.chat.tools.tool_format import NamedCalls, TaggedCalls
+from llamaclust.model.chat.tools.tool_format import CDATA_BEGIN, CDATA_END, NamedCalls, TaggedCalls
 
 _NAME: Final = re.compile(r"[\w.\-/: ]+")
 _NAME_IN_ID: Final = re.compile(r"(?:functions\.)?(.+?)(?::\d+)?")
-_CDATA: Final = ("<![CDATA[", "]]>")
 
 
 class NamedReader:
@@ -26,11 +25,11 @@ class NamedReader:
         self._name_markers = Markers((calls.id_begin, first_end, "{", *calls.frame.ends))
 
     def read(self) -> Reading[bool]:
+        call_id = yield from self._first_id()
         name = yield from self._source.word(self._name_markers, MAX_NAME_CHARACTERS)
         name = (name or "").strip()
         if not _NAME.fullmatch(name):
             return False
-        call_id = ""
         if self._calls.has_name_in_id:
             call_id, found = name, _NAME_IN_ID.fullmatch(name)
             name = found[1] if found else name
@@ -47,6 +46,15 @@ class NamedReader:
         self._sink.end(call_id, is_read=not first or any(end.startswith(first) for end in self._calls.frame.ends))
         return True
 
+    def _first_id(self) -> Reading[str]:
+        begin = self._calls.name_begin
+        if not begin:
+            return ""
+        call_id = yield from self._source.word(Markers((begin, "{")), MAX_NAME_CHARACTERS)
+        yield from self._source.take_literal((begin,))
+        yield from self._source.skip_space()
+        return (call_id or "").strip()
+
 
 class TaggedReader:
     def __init__(self, source: TextSource, sink: CallSink, calls: TaggedCalls) -> None:
@@ -60,7 +68,9 @@ class TaggedReader:
             self._name_end[:1] or (self._argument_begin[0], "\n", *(end for end in calls.frame.ends))
         )
         self._first_markers = Markers((self._argument_begin[0], *calls.frame.ends))
-        self._value_end = Markers((calls.value_end.strip(),))
+        value_end = calls.value_end.strip()
+        self._value_end = Markers((value_end,))
+        self._cdata_end = Markers(tuple(f"{CDATA_END}{space}{value_end}" for space in ("", " ", "\n")))
 
     def read(self) -> Reading[bool]:
         name = yield from self._source.word(self._name_markers, MAX_NAME_CHARACTERS)
@@ -101,16 +111,15 @@ class TaggedReader:
 
     def _value(self, types: frozenset[str]) -> Reading[None]:
         calls = self._calls
-        if calls.has_cdata and (yield from self._source.take_literal(_CDATA[:1])):
-            yield from self._text_value(Markers(_CDATA[1:]), "", "")
-            yield from self._source.until(self._value_end, lambda _: None)
-        elif types == STRING:
-            yield from self._text_value(self._value_end, calls.value_indent, calls.value_dedent)
+        is_cdata = calls.has_cdata and bool((yield from self._source.take_literal((CDATA_BEGIN,))))
+        end = self._cdata_end if is_cdata else self._value_end
+        indent, dedent = ("", "") if is_cdata else (calls.value_indent, calls.value_dedent)
+        if types == STRING:
+            yield from self._text_value(end, indent, dedent)
         else:
             pieces: list[str] = []
-            yield from self._source.until(self._value_end, pieces.append)
-            text = "".join(pieces).removeprefix(calls.value_indent).removesuffix(calls.value_dedent)
-            self._sink.argument(json_of(text, types))
+            yield from self._source.until(end, pieces.append)
+            self._sink.argument(json_of("".join(pieces).removeprefix(indent).removesuffix(dedent), types))
 
     def _text_value(self, end: Markers, indent: str, dedent: str) -> Reading[None]:
         value = TextValue(self._sink.argument, indent, dedent)

@@ -6,7 +6,14 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from llamaclust.model.chat.tools.argument_values import json_of, json_of_python, property_schema, string, types_of
+from llamaclust.model.chat.tools.argument_values import (
+    PYTHON_WORDS,
+    json_of,
+    json_of_python,
+    property_schema,
+    string,
+    types_of,
+)
 from llamaclust.model.chat.tools.call_sink import MAX_NAME_CHARACTERS, CallSink, Schema
 from llamaclust.model.chat.tools.text_source import Markers, Reading, TextSource
 from llamaclust.model.chat.tools.tool_format import NotatedCalls, Notation
@@ -17,6 +24,8 @@ _KEY_PART: Final = re.compile(r"[\w.\-\s]")
 _PLAIN: Final = re.compile(r"""[^"'(){}\[\],\\]+""")
 _GEMMA_KEY: Final = re.compile(r"(?<![^\s{}\[\],:\"])([^\s{}\[\],:\"]++)\s*+:")
 """Matches a whole key. Possessive quantifiers make sure that a long word is scanned only once."""
+_GEMMA_WORD: Final = re.compile(r"(?<=[:,\[])(\s*)(True|False|None)(?=\s*(?:[,\]]|$))")
+"""Matches a value that Gemma's template writes as in Python, such as None for null."""
 _MAX_DEPTH: Final = 64
 _EMPTY: Final = {"array": "[]", "object": "{}"}
 
@@ -125,7 +134,8 @@ class NotatedReader:
         while depth:
             plain: list[str] = []
             marker = yield from self._source.until(brackets, plain.append)
-            pieces.append(_GEMMA_KEY.sub(r'"\1":', "".join(plain)))
+            keyed = _GEMMA_KEY.sub(r'"\1":', "".join(plain))
+            pieces.append(_GEMMA_WORD.sub(lambda word: word[1] + PYTHON_WORDS[word[2]], keyed))
             if not marker:
                 break
             if marker == self._mark:

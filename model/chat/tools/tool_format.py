@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum, auto
 from typing import Final
 
+CDATA_BEGIN: Final = "<![CDATA["
+CDATA_END: Final = "]]>"
 _BETWEEN_TAGS: Final = re.compile(r"\n|(?<=[>`])(?=<)")
 
 
@@ -66,11 +68,13 @@ class ObjectCalls:
 
 @dataclass(frozen=True, slots=True)
 class NamedCalls:
-    """Tool calls of the form NAME id_begin ID name_end ARGUMENTS. ARGUMENTS is a JSON object."""
+    """Tool calls of the form NAME id_begin ID name_end ARGUMENTS, or ID name_begin NAME name_end ARGUMENTS. ARGUMENTS is
+    a JSON object."""
 
     frame: Frame
     name_end: str = ""
-    id_begin: str = ""  # Empty if there is no id.
+    id_begin: str = ""  # Empty if no id follows the name.
+    name_begin: str = ""  # Empty if no id precedes the name.
     has_name_in_id: bool = False  # True if `functions.NAME:0` replaces the name.
 
 
@@ -86,9 +90,12 @@ class TaggedCalls:
     value_end: str
     value_begin: str = ""
     string_attribute: str = ""
-    value_indent: str = ""  # White space, such as a line break, that the format adds before a value.
-    value_dedent: str = ""  # White space that the format adds after a value.
-    has_cdata: bool = False  # True if values may be CDATA sections.
+    value_indent: str = (
+        ""  # White space, such as a line break, that the format adds before a value. Answers may omit it.
+    )
+    value_dedent: str = ""  # White space that the format adds after a value. Answers may omit it.
+    has_cdata: bool = False  # True if texts may be CDATA sections.
+    has_python_values: bool = False  # True if the format writes lists and objects like Python's `repr`.
 
 
 class Notation(Enum):

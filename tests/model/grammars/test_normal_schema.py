@@ -16,7 +16,7 @@ from llamaclust.model.grammars.normal_schema import normal_schema
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
 BYTES = GrammarVocabulary([*(bytes([byte]) for byte in range(256)), b"\xff<end>"], [256], lambda text: [*text.encode()])
-MOST = 10**16 - 1
+MOST = 2**63 - 1024
 
 
 def allows(grammar: Grammar, *texts: str) -> list[bool]:
@@ -109,8 +109,9 @@ def test_references_to_nothing_are_named(reference: str) -> None:
 @pytest.mark.parametrize(
     "schema", [{"type": "integer"}, {"type": ["integer", "null"]}, {"type": "integer", "minimum": 3}]
 )
-def test_integers_end_after_sixteen_digits(schema: dict[str, Any]) -> None:
-    assert allows(definitions.of_schema(schema, "s"), "9" * 16, "9" * 17) == [True, False]
+def test_integers_have_at_most_nineteen_digits(schema: dict[str, Any]) -> None:
+    texts = ("9" * 18, str(2**53 + 1), str(MOST), "9" * 19, "9" * 20)
+    assert allows(definitions.of_schema(schema, "s"), *texts) == [True, True, True, False, False]
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
 
-from llamaclust.model.chat.tools.argument_values import STRING, types_of
 from llamaclust.model.chat.tools.call_sink import Schema, Tools
-from llamaclust.model.chat.tools.constraint.lark_rules import SPACE, LarkRules, Split, joined
+from llamaclust.model.chat.tools.constraint.lark_rules import SPACE, LarkRules, Split, joined, json_value, marker
 from llamaclust.model.chat.tools.constraint.notated_calls import notated_section
+from llamaclust.model.chat.tools.constraint.tagged_calls import tagged_call
 from llamaclust.model.chat.tools.tool_format import (
     ChannelCalls,
     NamedCalls,
@@ -22,14 +20,17 @@ from llamaclust.model.chat.tools.tool_format import (
     TaggedCalls,
     ToolFormat,
 )
-from llamaclust.model.grammars.definitions import GUIDANCE, JSON_TEXT, quoted
+from llamaclust.model.grammars.definitions import JSON_TEXT, quoted
 
 FramedCalls = ObjectCalls | NamedCalls | TaggedCalls | NotatedCalls
 _ID: Final = r'/"[a-zA-Z0-9_-]{1,40}"/'
-_JSON_PART: Final = re.compile(r'"(?:[^"\\]|\\.)*"|\s+|.')
-_ANY_KEY: Final = r'/[^<>"=\s]{1,64}/'
-_OPTIONS: Final = {**JSON_TEXT, "coerce_one_of": True}
-"""Options for schemas. `oneOf` is treated like `anyOf`, as in llama.cpp, because alternatives rarely overlap."""
+_NAMED_ID: Final = "/[a-zA-Z0-9_-]{1,40}/"
+_LAYOUT: Final = f"/({JSON_TEXT['whitespace_pattern']})?/"
+"""White space in JSON, as llguidance allows it for schemas."""
+_COMMA: Final = f'{_LAYOUT} "," {_LAYOUT}'
+_MOST_REORDERED: Final = 8
+"""The maximum number of tools whose calls may have the arguments before the name. All their schemas are then followed
+at once."""
 
 
 class CallStart(Enum):
@@ -64,7 +65,7 @@ def call_grammar(
     section = _section(rules, calls, tools, is_parallel=is_parallel)
     if start in (CallStart.ANSWER, CallStart.THOUGHT):
         thoughts = _reasoning(rules, form.reasoning, is_thinking=start is CallStart.THOUGHT)
-        return CallGrammar(rules.lark(joined(thoughts, section)))
+        return CallGrammar(rules.lark(joined(SPACE, thoughts, section)))
     return CallGrammar(rules.lark(section), calls.frame.lines[:1] if start is CallStart.TRIGGER else ())
 
 
@@ -80,89 +81,59 @@ def _section(rules: LarkRules, calls: FramedCalls, tools: Tools, *, is_parallel:
     if isinstance(calls, NotatedCalls):
         return notated_section(rules, calls, tools, is_parallel=is_parallel)
     is_list = isinstance(calls, ObjectCalls) and calls.is_list
-    bodies = [rules.rule(_call(rules, calls, name, schema)) for name, schema in tools.items()]
-    head, tail = _marker(rules, frame.call_begin), _marker(rules, frame.call_end)
+    may_reorder = len(tools) <= _MOST_REORDERED
+    bodies = [rules.rule(_call(rules, calls, tool, may_reorder=may_reorder)) for tool in tools.items()]
+    head, tail = marker(rules, frame.call_begin), marker(rules, frame.call_end)
     inner = rules.rule(" | ".join(bodies))
     call = rules.rule(inner if is_list else joined(head, inner, SPACE, tail))
-    separator = '"," ' + SPACE if is_list else SPACE
-    several = f"{call} ({separator} {call})*" if is_parallel else call
+    several = f"{call} ({_COMMA if is_list else SPACE} {call})*" if is_parallel else call
     if is_list:
-        several = joined('"["', SPACE, several, SPACE, '"]"')
-    return joined(_marker(rules, frame.section_begin), several, _marker(rules, frame.section_end))
+        several = f'"[" {_LAYOUT} {several} {_LAYOUT} "]" {SPACE}'
+    return joined(marker(rules, frame.section_begin), several, marker(rules, frame.section_end))
 
 
-def _marker(rules: LarkRules, text: str) -> str:
-    lines = [rules.literal(line.strip()) for line in text.split("\n") if line.strip()]
-    opens_name = text.rstrip().endswith(("=", '"', ":", "."))
-    return f" {SPACE} ".join(lines) + ("" if opens_name or not lines else f" {SPACE}")
-
-
-def _call(rules: LarkRules, calls: ObjectCalls | NamedCalls | TaggedCalls, name: str, schema: Schema) -> str:
+def _call(
+    rules: LarkRules, calls: ObjectCalls | NamedCalls | TaggedCalls, tool: tuple[str, Schema], *, may_reorder: bool
+) -> str:
+    name, schema = tool
     match calls:
         case ObjectCalls():
-            return _object(rules, calls, name, schema)
+            return _object(calls, name, json_value(rules, schema), may_reorder=may_reorder)
         case NamedCalls():
-            shown = quoted(f"functions.{name}:") + " /[0-9]{1,3}/" if calls.has_name_in_id else quoted(name)
-            call_id = f"({rules.literal(calls.id_begin)} /[a-zA-Z0-9_-]{{1,40}}/)?" if calls.id_begin else ""
-            return joined(shown, call_id, _marker(rules, calls.name_end) or SPACE, _json(rules, schema), SPACE)
+            return _named(rules, calls, name, json_value(rules, schema))
         case TaggedCalls():
-            return _tagged(rules, calls, name, schema)
+            return tagged_call(rules, calls, name, schema)
 
 
-def _object(rules: LarkRules, calls: ObjectCalls, name: str, schema: Schema) -> str:
-    arguments = _json(rules, schema)
-    shown = quoted if calls.frame.lines else _json_parts
+def _named(rules: LarkRules, calls: NamedCalls, name: str, arguments: str) -> str:
+    before = f"{_NAMED_ID} {marker(rules, calls.name_begin)}" if calls.name_begin else ""
+    shown = quoted(f"functions.{name}:") + " /[0-9]{1,3}/" if calls.has_name_in_id else quoted(name)
+    behind = f"({rules.literal(calls.id_begin)} {_NAMED_ID})?" if calls.id_begin else ""
+    return joined(before, shown, behind, SPACE, marker(rules, calls.name_end), arguments, SPACE)
+
+
+def _object(calls: ObjectCalls, name: str, arguments: str, *, may_reorder: bool) -> str:
     if calls.name_is_key:
-        return joined(shown("{" + json.dumps(name) + ": "), arguments, '"}"')
-    key, given = json.dumps(calls.name_key), json.dumps(calls.arguments_key)
-    head = shown(f"{{{key}: {json.dumps(name, ensure_ascii=False)}, {given}: ")
-    call_id = f"({shown(f', {json.dumps(calls.id_key)}: ')} {_ID} )?" if calls.id_key else ""
-    members = joined(head, arguments, call_id, SPACE, '"}"')
-    if calls.wrapper_key:
-        return joined(shown(f"{{{json.dumps(calls.wrapper_key)}: "), members, '"}"')
-    return members
+        return _braced(_member(name, arguments))
+    named, given = _member(calls.name_key, _json_text(name)), _member(calls.arguments_key, arguments)
+    orders = [(named, given), (given, named)] if may_reorder else [(named, given)]
+    if calls.id_key:
+        call_id = _member(calls.id_key, _ID)
+        orders = [(call_id, *orders[0]), *((*order, call_id) for order in orders), *orders]
+    members = " | ".join(f" {_COMMA} ".join(order) for order in orders)
+    return _braced(_member(calls.wrapper_key, _braced(members)) if calls.wrapper_key else members)
 
 
-def _json_parts(text: str) -> str:
-    # The terminals are like those that llguidance makes for JSON schemas.
-    return joined(*map(quoted, _JSON_PART.findall(text)))
+def _braced(members: str) -> str:
+    return f'"{{" {_LAYOUT} ({members}) {_LAYOUT} "}}"'
 
 
-def _tagged(rules: LarkRules, calls: TaggedCalls, name: str, schema: Schema) -> str:
-    properties = schema.get("properties")
-    required = schema.get("required")
-    needed = {key for key in required if isinstance(key, str)} if isinstance(required, list) else set()
-    known = properties if isinstance(properties, Mapping) else {}
-    ordered = [*(key for key in known if key in needed), *(key for key in known if key not in needed)]
-    shared = {"$defs": schema["$defs"]} if "$defs" in schema else {}
-    parts = []
-    for key in ordered:
-        value = {**known[key], **shared} if isinstance(known[key], Mapping) else {}
-        argument = rules.rule(_argument(rules, calls, quoted(key), value))
-        parts.append(argument if key in needed else f"({argument})?")
-    if schema.get("additionalProperties") is not False:
-        parts.append(f"({rules.rule(_argument(rules, calls, _ANY_KEY, {}))})*")
-    attributes = f'/[^<>"]{{0,20}}"[^<>"]{{0,20}}/ {rules.literal(calls.value_begin)}' if calls.name_end == '"' else ""
-    return joined(quoted(name), _marker(rules, calls.name_end) or SPACE, attributes, *parts)
+def _member(key: str, value: str) -> str:
+    return f'{_json_text(key)} {_LAYOUT} ":" {_LAYOUT} {value}'
 
 
-def _argument(rules: LarkRules, calls: TaggedCalls, key: str, schema: Schema) -> str:
-    types = types_of(schema)
-    is_text = not types or "string" in types
-    head = [_marker(rules, calls.argument_begin), key, _marker(rules, calls.key_end.rstrip())]
-    if calls.value_begin:
-        attribute = quoted(calls.string_attribute) if is_text and types else "/[a-z]{1,12}/"
-        head += [attribute, rules.literal(calls.value_begin)]
-    values = schema.get("enum")
-    if types == STRING and isinstance(values, list) and values:
-        choices = " | ".join(quoted(str(value)) for value in values)
-        value = f"({choices}) {SPACE} {rules.literal(calls.value_end)}"
-    elif is_text:
-        value = rules.text_until(calls.value_end)
-    else:
-        value = f"{_json(rules, schema)} {SPACE} {rules.literal(calls.value_end)}"
-    indent = f"{quoted(calls.value_indent)}" if calls.value_indent else ""
-    return joined(*head, indent, value, SPACE)
+def _json_text(text: str) -> str:
+    return quoted(json.dumps(text, ensure_ascii=False))
 
 
 def _channel_call(rules: LarkRules, calls: ChannelCalls, tools: Tools, *, reasons: bool) -> str:
@@ -170,7 +141,7 @@ def _channel_call(rules: LarkRules, calls: ChannelCalls, tools: Tools, *, reason
     for name, schema in tools.items():
         header = rules.literal(calls.call_header.format(name=name) + calls.header_end)
         body = (
-            _json(rules, schema)
+            json_value(rules, schema)
             if calls.calls is None
             else _section(rules, calls.calls, {name: schema}, is_parallel=False)
         )
@@ -181,7 +152,3 @@ def _channel_call(rules: LarkRules, calls: ChannelCalls, tools: Tools, *, reason
     thoughts = rules.text_until(calls.message_ends[0])
     begin = rules.literal(calls.reasoning_header + calls.header_end)
     return f"({begin} {thoughts} {rules.literal(calls.message_begin)})? {call}"
-
-
-def _json(rules: LarkRules, schema: Schema) -> str:
-    return rules.rule(f"%json {json.dumps({**schema, GUIDANCE: _OPTIONS})}")

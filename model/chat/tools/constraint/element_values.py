@@ -11,6 +11,9 @@ from llamaclust.model.chat.tools.constraint.lark_rules import LarkRules, joined
 from llamaclust.model.chat.tools.constraint.schema_parts import alternatives, constants, kinds, number, properties
 from llamaclust.model.grammars.definitions import quoted
 
+_ANY_TEXT: Final = "/(?s:.*)/"
+_ANY_BEGIN: Final = r"/<[^\/<>\s][^<>]{0,63}>/"
+_ANY_END: Final = r"/<\/[^<>]{1,64}>/"
 _TAG: Final = re.compile(r"[^/<>\s][^<>]*")
 
 
@@ -29,7 +32,17 @@ class ElementValues:
         try:
             return joined(self._members(schema, 0), self._literal(closing))
         except _FreeValue:
+            return self._free(closing)
+
+    def _free(self, closing: str) -> str:
+        """Returns a rule for any text and elements before `closing`. A text cannot contain a mark that is a token."""
+        mark = self._rules.literal(self._mark)
+        if not mark.startswith("<["):
             return self._text(closing)
+        content = self._rules.recursive(
+            lambda name: f"{_ANY_TEXT} ({mark} {_ANY_BEGIN} {name} {mark} {_ANY_END} {_ANY_TEXT})*"
+        )
+        return f"{content} {self._literal(closing)}"
 
     def _members(self, schema: Schema, depth: int) -> str:
         found = properties(schema)

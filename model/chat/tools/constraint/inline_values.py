@@ -107,7 +107,7 @@ class PythonValues(InlineValues):
 
     @property
     def text(self) -> str:
-        return r"""(/"([^"\\\n]|\\.)*"/ | /'([^'\\\n]|\\.)*'/)"""
+        return r"""(/"([^"\\]|\\(?s:.))*"/ | /'([^'\\]|\\(?s:.))*'/)"""
 
     @property
     def any_key(self) -> str:
@@ -161,7 +161,8 @@ class GemmaValues(InlineValues):
     def constant(self, value: Any) -> str:
         if isinstance(value, str):
             return self.rules.literal(f"{self._mark}{value}{self._mark}")
-        return quoted(json.dumps(value))
+        forms = dict.fromkeys((json.dumps(value), repr(value)))  # The template writes null as None.
+        return f"({' | '.join(map(quoted, forms))})"
 
     def ordered(self, found: list[tuple[str, Any, bool]]) -> list[tuple[str, Any, bool]]:
         return sorted(found, key=lambda entry: entry[0].lower())

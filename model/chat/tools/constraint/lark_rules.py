@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from llamaclust.model.grammars.definitions import quoted
+from llamaclust.model.chat.tools.call_sink import Schema
+from llamaclust.model.grammars.definitions import GUIDANCE, JSON_TEXT, quoted
 
 Split = Callable[[str], Sequence[str | int]]
 """A function that splits a text into strings and the ids of control tokens."""
 
-SPACE: Final = r"/[ \n]{0,2}/"
+SPACE: Final = r"/[ \n]{0,2}[ \t]{0,20}/"
+"""White space between markers. llguidance reads as much of it as possible, so it must not precede a literal or a value
+that may begin with white space."""
+_OPTIONS: Final = {**JSON_TEXT, "coerce_one_of": True}
+"""Options for schemas. `oneOf` is treated like `anyOf`, as in llama.cpp, because alternatives rarely overlap."""
 _TEXT: Final = "/(?s:.*)/"
 
 
@@ -25,12 +31,13 @@ class LarkRules:
         pieces = (quoted(piece) if isinstance(piece, str) else f"<[{piece}]>" for piece in self.split(text) if piece)
         return " ".join(pieces)
 
-    def text_until(self, end: str) -> str:
+    def text_until(self, end: str, text: str = _TEXT) -> str:
+        """Returns a rule for the shortest text that ends with `end`. What precedes `end` matches `text`."""
         first, *rest = [piece for piece in self.split(end) if piece != ""]
         if isinstance(first, int):
-            return f"{self.rule(_TEXT)} {self.literal(end)}"
+            return f"{self.rule(text)} {self.literal(end)}"
         parts = "".join(f" {quoted(piece) if isinstance(piece, str) else f'<[{piece}]>'}" for piece in rest)
-        return self.rule(_TEXT, f"suffix={quoted(first)}") + parts
+        return self.rule(text, f"suffix={quoted(first)}") + parts
 
     def rule(self, body: str, attributes: str = "") -> str:
         text = f"{f'[{attributes}]' if attributes else ''}: {body}"
@@ -52,3 +59,14 @@ class LarkRules:
 
 def joined(*parts: str) -> str:
     return " ".join(part for part in parts if part)
+
+
+def marker(rules: LarkRules, text: str) -> str:
+    """Returns the rule for a marker. White space may follow each of its lines, but not the beginning of a name."""
+    lines = [rules.literal(line.strip()) for line in text.split("\n") if line.strip()]
+    opens_name = text.rstrip().endswith(("=", '"', ":", "."))
+    return f" {SPACE} ".join(lines) + ("" if opens_name or not lines else f" {SPACE}")
+
+
+def json_value(rules: LarkRules, schema: Schema) -> str:
+    return rules.rule(f"%json {json.dumps({**schema, GUIDANCE: _OPTIONS})}")

@@ -26,6 +26,7 @@ def test_tagged_arguments() -> None:
         value_end="</parameter>",
         value_indent="\n",
         value_dedent="\n",
+        has_python_values=True,
     )
     assert form.calls_end_reasoning
 

@@ -68,8 +68,8 @@ class ObjectCalls:
 
 @dataclass(frozen=True, slots=True)
 class NamedCalls:
-    """Tool calls of the form NAME id_begin ID name_end ARGUMENTS, or ID name_begin NAME name_end ARGUMENTS. ARGUMENTS is
-    a JSON object."""
+    """Tool calls of the form NAME id_begin ID name_end ARGUMENTS, or ID name_begin NAME name_end ARGUMENTS. ARGUMENTS
+    is a JSON object."""
 
     frame: Frame
     name_end: str = ""

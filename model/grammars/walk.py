@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llamaclust.core.errors import RequestError
 from llamaclust.core.sampler.matchers import AllowedTokens, Grammar
@@ -34,6 +35,7 @@ class GrammarWalk:
             for preferred in (_FIRST, _PREFERRED)
         )
         self._ends = np.array(vocabulary.end_ids)
+        self._spaces = np.array([token for token, word in enumerate(words) if word.isspace()], dtype=np.int64)
 
     def run(self, definition: str, names: Sequence[str] = ()) -> None:
         """Follows a grammar for some tokens, preferably keys in `names`. Raises RequestError if the grammar fails."""
@@ -63,11 +65,19 @@ class GrammarWalk:
         return self._any(allowed) if token is None else [token]
 
     def _any(self, allowed: AllowedTokens) -> list[int]:
-        words = allowed.copy()
-        np.bitwise_and.at(words, self._ends // 32, ~(np.uint32(1) << (self._ends % 32).astype(np.uint32)))
+        """Returns the first allowed token, preferably other than white space, of which JSON may have much."""
+        words = _without(allowed, self._ends)
+        if np.any(others := _without(words, self._spaces)):
+            words = others
         place = int(np.argmax(words != 0))
         word = int(words[place])
         return [] if not word else [place * 32 + (word & -word).bit_length() - 1]
+
+
+def _without(allowed: AllowedTokens, tokens: NDArray[np.int64]) -> AllowedTokens:
+    words = allowed.copy()
+    np.bitwise_and.at(words, tokens // 32, ~(np.uint32(1) << (tokens % 32).astype(np.uint32)))
+    return words
 
 
 def _key(name: str) -> bytes:

@@ -31,6 +31,8 @@ MODES: Final = ("auto", "required", "named")
 _USER: Final = {"role": "user", "content": "Question"}
 _END: Final = 256
 _CONTROL: Final = re.compile(r"<\|[^<>|]+\|>|</?tool_call>|<｜[^<>｜]+｜>|\[[A-Z_]+\]|]<]minimax\[>\[")
+_RESULT_BEGIN: Final = "<|tool_response>"
+"""Gemma's template begins the result behind a call. The answer ends there."""
 _AFTER_CALLS: Final = re.compile(r"(<\|(call|eot|eot_id|im_end|tool_response|eom_id)\|>|\s)*")
 
 
@@ -57,6 +59,7 @@ class RenderedCalls:
             assert whole.startswith(prompt)
             return whole[len(prompt) :]
         text = difference(whole, self._rendered([_USER, {"role": "assistant", "content": "Zqcontent9"}]))
+        text = text.removesuffix(_RESULT_BEGIN)
         tags = self.form.reasoning
         return re.sub(rf"^\s*{re.escape(tags.begin)}\s*{re.escape(tags.end)}", "", text) if tags else text
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
 
-from llamaclust.model.chat.tools.call_sink import Schema, Tools
-from llamaclust.model.chat.tools.constraint.lark_rules import SPACE, LarkRules, Split, joined, json_value, marker
+from llamaclust.model.chat.tools.call_sink import Tools
+from llamaclust.model.chat.tools.constraint.lark_rules import (
+    COMMA,
+    LAYOUT,
+    SPACE,
+    LarkRules,
+    Split,
+    joined,
+    json_value,
+    marker,
+)
 from llamaclust.model.chat.tools.constraint.notated_calls import notated_section
+from llamaclust.model.chat.tools.constraint.object_calls import object_call
 from llamaclust.model.chat.tools.constraint.tagged_calls import tagged_call
 from llamaclust.model.chat.tools.tool_format import (
     ChannelCalls,
@@ -20,17 +29,10 @@ from llamaclust.model.chat.tools.tool_format import (
     TaggedCalls,
     ToolFormat,
 )
-from llamaclust.model.grammars.definitions import JSON_TEXT, quoted
+from llamaclust.model.grammars.definitions import quoted
 
 FramedCalls = ObjectCalls | NamedCalls | TaggedCalls | NotatedCalls
-_ID: Final = r'/"[a-zA-Z0-9_-]{1,40}"/'
 _NAMED_ID: Final = "/[a-zA-Z0-9_-]{1,40}/"
-_LAYOUT: Final = f"/({JSON_TEXT['whitespace_pattern']})?/"
-"""White space in JSON, as llguidance allows it for schemas."""
-_COMMA: Final = f'{_LAYOUT} "," {_LAYOUT}'
-_MOST_REORDERED: Final = 8
-"""The maximum number of tools whose calls may have the arguments before the name. All their schemas are then followed
-at once."""
 
 
 class CallStart(Enum):
@@ -81,59 +83,32 @@ def _section(rules: LarkRules, calls: FramedCalls, tools: Tools, *, is_parallel:
     if isinstance(calls, NotatedCalls):
         return notated_section(rules, calls, tools, is_parallel=is_parallel)
     is_list = isinstance(calls, ObjectCalls) and calls.is_list
-    may_reorder = len(tools) <= _MOST_REORDERED
-    bodies = [rules.rule(_call(rules, calls, tool, may_reorder=may_reorder)) for tool in tools.items()]
     head, tail = marker(rules, frame.call_begin), marker(rules, frame.call_end)
-    inner = rules.rule(" | ".join(bodies))
+    inner = rules.rule(_calls(rules, calls, tools))
     call = rules.rule(inner if is_list else joined(head, inner, SPACE, tail))
-    several = f"{call} ({_COMMA if is_list else SPACE} {call})*" if is_parallel else call
+    several = f"{call} ({COMMA if is_list else SPACE} {call})*" if is_parallel else call
     if is_list:
-        several = f'"[" {_LAYOUT} {several} {_LAYOUT} "]" {SPACE}'
+        several = f'"[" {LAYOUT} {several} {LAYOUT} "]" {SPACE}'
     return joined(marker(rules, frame.section_begin), several, marker(rules, frame.section_end))
 
 
-def _call(
-    rules: LarkRules, calls: ObjectCalls | NamedCalls | TaggedCalls, tool: tuple[str, Schema], *, may_reorder: bool
-) -> str:
-    name, schema = tool
+def _calls(rules: LarkRules, calls: ObjectCalls | NamedCalls | TaggedCalls, tools: Tools) -> str:
+    """Returns the rule for a call of any tool. Tools differ as late as possible, because llguidance follows all."""
     match calls:
         case ObjectCalls():
-            return _object(calls, name, json_value(rules, schema), may_reorder=may_reorder)
+            return object_call(rules, calls, tools)
         case NamedCalls():
-            return _named(rules, calls, name, json_value(rules, schema))
+            before = f"{_NAMED_ID} {marker(rules, calls.name_begin)}" if calls.name_begin else ""
+            bodies = (_named(rules, calls, name, json_value(rules, schema)) for name, schema in tools.items())
+            return f"{before} ({' | '.join(map(rules.rule, bodies))})"
         case TaggedCalls():
-            return tagged_call(rules, calls, name, schema)
+            return " | ".join(rules.rule(tagged_call(rules, calls, name, schema)) for name, schema in tools.items())
 
 
 def _named(rules: LarkRules, calls: NamedCalls, name: str, arguments: str) -> str:
-    before = f"{_NAMED_ID} {marker(rules, calls.name_begin)}" if calls.name_begin else ""
     shown = quoted(f"functions.{name}:") + " /[0-9]{1,3}/" if calls.has_name_in_id else quoted(name)
     behind = f"({rules.literal(calls.id_begin)} {_NAMED_ID})?" if calls.id_begin else ""
-    return joined(before, shown, behind, SPACE, marker(rules, calls.name_end), arguments, SPACE)
-
-
-def _object(calls: ObjectCalls, name: str, arguments: str, *, may_reorder: bool) -> str:
-    if calls.name_is_key:
-        return _braced(_member(name, arguments))
-    named, given = _member(calls.name_key, _json_text(name)), _member(calls.arguments_key, arguments)
-    orders = [(named, given), (given, named)] if may_reorder else [(named, given)]
-    if calls.id_key:
-        call_id = _member(calls.id_key, _ID)
-        orders = [(call_id, *orders[0]), *((*order, call_id) for order in orders), *orders]
-    members = " | ".join(f" {_COMMA} ".join(order) for order in orders)
-    return _braced(_member(calls.wrapper_key, _braced(members)) if calls.wrapper_key else members)
-
-
-def _braced(members: str) -> str:
-    return f'"{{" {_LAYOUT} ({members}) {_LAYOUT} "}}"'
-
-
-def _member(key: str, value: str) -> str:
-    return f'{_json_text(key)} {_LAYOUT} ":" {_LAYOUT} {value}'
-
-
-def _json_text(text: str) -> str:
-    return quoted(json.dumps(text, ensure_ascii=False))
+    return joined(shown, behind, SPACE, marker(rules, calls.name_end), arguments, SPACE)
 
 
 def _channel_call(rules: LarkRules, calls: ChannelCalls, tools: Tools, *, reasons: bool) -> str:

@@ -16,6 +16,9 @@ Split = Callable[[str], Sequence[str | int]]
 SPACE: Final = r"/[ \n]{0,2}[ \t]{0,20}/"
 """White space between markers. llguidance reads as much of it as possible, so it must not precede a literal or a value
 that may begin with white space."""
+LAYOUT: Final = f"/({JSON_TEXT['whitespace_pattern']})?/"
+"""White space in JSON, as llguidance allows it for schemas."""
+COMMA: Final = f'{LAYOUT} "," {LAYOUT}'
 _OPTIONS: Final = {**JSON_TEXT, "coerce_one_of": True}
 """Options for schemas. `oneOf` is treated like `anyOf`, as in llama.cpp, because alternatives rarely overlap."""
 _TEXT: Final = "/(?s:.*)/"

@@ -253,4 +253,4 @@ EXCEPTIONS: Mapping[tuple[str, str], str] = {
     **{(name, "control"): _NO_RAW_DELETE for name in JSON_NOTATIONS if name != "escapes"},
     **{("minimax-m3", label): _NO_ITEM_TYPES for label in ("mixed-list", "nested-lists")},
 }
-"""Why a notation and a sample of `argument_samples` do not fit together."""
+"""The reason why a notation cannot express a sample of `argument_samples`. Keys are their names."""

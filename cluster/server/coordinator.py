@@ -43,6 +43,7 @@ from llamaclust.cluster.state.adapters import AdapterRecord, ServedAdapters
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Notice, Report
+from llamaclust.cluster.state.journal_records import has_unanswered
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, WorkerError
 from llamaclust.model.loader import Model
 from llamaclust.model.projectors.projector import Projector
@@ -120,7 +121,8 @@ async def open_cluster(
         launcher = stack.enter_context(launching(config, folder, report))
         record = ControlRecord.begin(folder.control)
         registry = registry_of(config, launcher, record)
-        config, models = await open_models(stack, config, model_paths, launcher, report)
+        owes_answers = await asyncio.to_thread(has_unanswered, folder.journal)
+        config, models = await open_models(stack, config, model_paths, launcher, report, needs_all=owes_answers)
         # The draft model is loaded first. Workers on this machine get the memory that it leaves.
         drafts = await drafting(stack, models, report)
         adapter_record = AdapterRecord(folder.adapters)

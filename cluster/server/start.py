@@ -36,30 +36,33 @@ _HEARTBEATS = 5
 
 
 async def open_models(
-    stack: AsyncExitStack, config: ClusterConfig, paths: Sequence[Path], launcher: Launcher, report: Report
+    stack: AsyncExitStack,
+    config: ClusterConfig,
+    paths: Sequence[Path],
+    launcher: Launcher,
+    report: Report,
+    *,
+    needs_all: bool = False,
 ) -> tuple[ClusterConfig, list[tuple[ClusterConfig, Model]]]:
     """Opens each model with its own configuration, and reports unused projectors. Of several models, those whose files
-    are refused are reported and left out of the returned configuration. Raises ModelFileError if no model is left, and
-    UsageError if a model cannot run with its configuration on any workers."""
-    models, refusals, entries = [], list[str](), list[ModelEntry]()
+    are refused are reported and left out of the returned configuration, except the first, which answers requests that
+    name no model, and all if `needs_all`. Raises ModelFileError if a needed file is refused, and UsageError if a model
+    cannot run with its configuration on any workers."""
+    models, entries = [], list[ModelEntry]()
     for own, path, entry in zip_longest(config.of_each_model(), paths, config.models):
         adapters = [adapter.path for adapter in own.adapters]
         try:
             model, unused = await asyncio.to_thread(open_with_projector, path, own.mmproj, own.chat_template, adapters)
         except ModelFileError as error:
-            if not config.models:
+            if needs_all or not models:
                 raise
-            refusals.append(f"{own.model_name} is not served: {error}")
+            report(Notice(f"{own.model_name} is not served: {error}"))
             continue
         entries += [] if entry is None else [entry]
         stack.callback(model.close)
         if unused is not None:
             report(Notice(f"{own.model_name}: {unused}"))
         models.append((own, model))
-    if not models:
-        raise ModelFileError("; ".join(refusals))
-    for refusal in refusals:
-        report(Notice(refusal))
     for own, model in models:
         with named_errors(own):
             check_plan(own, model)

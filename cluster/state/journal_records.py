@@ -279,6 +279,14 @@ def left_unanswered(journal: Path) -> str:
     return f"{_counted(number)} computed again at the next start" if number else ""
 
 
+def has_unanswered(path: Path) -> bool:
+    """Returns True if the journal has requests that a coordinator accepted and did not answer completely."""
+    try:
+        return _unanswered(read_journal(path, Instant.now())) > 0
+    except (OSError, ValueError, TypeError, KeyError):  # The journal is reported as unreadable when it is restored.
+        return False
+
+
 def found_unanswered(requests: Sequence[RequestContext], restored: Sequence[RequestContext]) -> str:
     number = _unanswered(restored)
     dropped = _unanswered(requests) - number

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.run_directory import run_directory
 from llamaclust.cluster.server.start import open_models
 from llamaclust.cluster.state.events import Event, Notice
+from llamaclust.cluster.state.journal_records import Instant, has_unanswered, read_journal
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.writer import write_gguf
+from support.clusters.journals import admission, journal
 from support.models.tiny_model import build_tiny_model
 
 
@@ -43,18 +47,20 @@ def config_of(folder: Path, names: list[str], **entry: Any) -> tuple[ClusterConf
     return ClusterConfig.model_validate(values), paths
 
 
-async def opened(config: ClusterConfig, paths: list[Path], folder: Path) -> tuple[list[str], list[str], list[str]]:
+async def opened(
+    config: ClusterConfig, paths: list[Path], folder: Path, *, needs_all: bool = False
+) -> tuple[list[str], list[str], list[str]]:
     """Returns the names of the remaining models' configurations, of the opened models, and the notices."""
     events: list[Event] = []
     async with AsyncExitStack() as stack:
         launcher = LocalLauncher(stack.enter_context(run_directory(folder / "run")), folder / "logs")
-        kept, models = await open_models(stack, config, paths, launcher, events.append)
+        kept, models = await open_models(stack, config, paths, launcher, events.append, needs_all=needs_all)
         notices = [event.text for event in events if isinstance(event, Notice)]
         return [own.model_name for own in kept.of_each_model()], [own.model_name for own, _ in models], notices
 
 
 @pytest.mark.parametrize(
-    "names", [["a", "cut", "b"], ["unknown", "a"], ["text", "a", "cut", "b", "unknown"], ["b", "text"]]
+    "names", [["a", "cut", "b"], ["a", "unknown"], ["a", "text", "cut", "b", "unknown"], ["b", "text"]]
 )
 async def test_the_other_models_are_served(tmp_path: Path, names: list[str]) -> None:
     kept, models, notices = await opened(*config_of(tmp_path, names), tmp_path)
@@ -73,7 +79,30 @@ async def test_a_projector_that_is_refused_stops_only_its_model(tmp_path: Path) 
     assert kept == ["a"] and "b is not served" in notices[0]
 
 
-async def test_a_cluster_without_any_model_names_each_refusal(tmp_path: Path) -> None:
-    with pytest.raises(ModelFileError) as error:
-        await opened(*config_of(tmp_path, ["cut", "text"]), tmp_path)
-    assert "cut is not served" in str(error.value) and "text is not served" in str(error.value)
+@pytest.mark.parametrize("damage", DAMAGED)
+async def test_the_model_of_requests_that_name_none_must_open(tmp_path: Path, damage: str) -> None:
+    with pytest.raises(ModelFileError, match=damage):
+        await opened(*config_of(tmp_path, [damage, "a"]), tmp_path)
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+async def test_all_models_must_open_while_accepted_requests_are_unanswered(tmp_path: Path, damage: str) -> None:
+    with pytest.raises(ModelFileError, match=damage):
+        await opened(*config_of(tmp_path, ["a", damage]), tmp_path, needs_all=True)
+
+
+async def test_the_journal_tells_whether_requests_are_unanswered(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    assert not has_unanswered(path)
+    path.write_bytes(b"of another version\n")
+    assert not has_unanswered(path)
+    path.unlink()
+    async with journal(path) as writing:
+        requests = [replace(admission(number), admitted=Instant.now(), limit_s=600.0) for number in range(3)]
+        await asyncio.gather(*map(writing.admit, requests))
+    assert has_unanswered(path)
+    for number, is_left in enumerate((True, True, False)):
+        async with journal(path) as writing:
+            await writing.restore(read_journal(path, Instant.now()))
+            writing.end(f"id{number}")
+        assert has_unanswered(path) == is_left

@@ -164,6 +164,10 @@ class Engine:
     def submit(self, request: GenerationRequest) -> RequestStream:
         return RequestStream(partial(self.begin, request))
 
+    def check_room(self, owner: str, more: int) -> None:
+        """Raises QueueFullError if the queue has no room for `more` sequences of an owner."""
+        self.scheduler.check_room(owner, more)
+
     def begin(self, request: GenerationRequest, sink: Sink) -> SubmittedRequest:
         """Queues a request. Raises RequestError if it is invalid, QueueFullError if the queue is full, and WorkerError
         if the engine refuses requests."""

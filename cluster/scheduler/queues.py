@@ -95,14 +95,16 @@ class SequenceQueues:
             (self.waiting if self.memory.can_hold(sequence) else self.too_long).append(sequence)
         self.waiting = deque(sorted(self.waiting, key=_by_arrival))
 
-    def check_room(self, owner: str, most_waiting: int) -> None:
-        """Raises QueueFullError if the owner has too many waiting sequences. The limit falls when other owners wait."""
+    def check_room(self, owner: str, most_waiting: int, more: int = 1) -> None:
+        """Raises QueueFullError if `more` waiting sequences of the owner are too many. The limit falls when other
+        owners wait, and rises by the number of sequences that can start at once."""
         waiting = [*self.waiting, *self.restoring, *self.too_long]
-        own = sum([other.request.owner == owner for other in waiting])
-        limit = largest_share(own, len(waiting), most_waiting + self.max_running - len(self.running))
-        if own >= limit:
+        own, free = sum([other.request.owner == owner for other in waiting]), self.max_running - len(self.running)
+        limit = largest_share(own, len(waiting), most_waiting + free)
+        if own + more > limit:
             raise QueueFullError(
-                f"{own} sequences of this API key or client address wait; the limit is now {limit}: try again later"
+                f"{own} sequences of this API key or client address wait, and {more} more are too many: max_waiting is "
+                f"{most_waiting}, {free} more can run, and other clients have {len(waiting) - own}: try again later"
             )
 
     def add(self, sequence: Sequence, most_waiting: int) -> None:

@@ -91,6 +91,10 @@ class Scheduler:
     def by_key(self) -> Mapping[int, Sequence]:
         return self._sequences
 
+    def check_room(self, owner: str, more: int) -> None:
+        """Raises QueueFullError if the queue has no room for `more` sequences of an owner."""
+        self.queues.check_room(owner, self.settings.max_waiting, more)
+
     def add(self, request: GenerationRequest, now_ns: int) -> Sequence:
         """Makes a sequence and queues it if it needs computation. Raises QueueFullError or ParameterError."""
         settings = self.settings

@@ -102,9 +102,15 @@ class Dialect(Endpoint[AnyBody]):
     async def make(self, data: bytes, context: RequestContext) -> Reply:
         body = await parse_body(data, self.body, self.settings, self.images)
         adapters = self._adapters(body, context.scales)
+        if not context.is_restored:  # A restored request waits for room.
+            self.service.check_queue(self.sequences(body))
         parsed = ParsedRequest(body, context, adapters, self.models.shown(self.named(body)))
         async with deadline("reading the request (timeouts.request)", self.settings.request_s):
             return await self.reply(parsed)
+
+    def sequences(self, body: AnyBody) -> int:
+        """Returns the number of sequences that need room in the queue at once: the first answer to each prompt."""
+        return 1
 
     async def answer(self, request: Request) -> Response:
         return await self._answer(request)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -110,13 +110,16 @@ class Embedder:
     async def embed(self, prompts: Sequence[tuple[int, ...]], options: EmbeddingOptions) -> list[Embedding]:
         """Returns the embeddings in order. Raises ParameterError, QueueFullError, DeadlineError or WorkerError."""
         group = secrets.token_hex(12)
-        requests = [_request(f"{group}-{index}", group, prompt, options) for index, prompt in enumerate(prompts)]
-        first = self._engine.submit(requests[0])
+        head_request, *later_requests = (
+            partial(_request, f"{group}-{index}", group, prompt, options) for index, prompt in enumerate(prompts)
+        )
+        request = head_request()
+        first = self._engine.submit(request)
         places, limit_s = asyncio.Semaphore(_MOST_SUBMITTED), self._engine.deadlines.request_s
         try:
             async with first, deadline("the request (timeouts.request)", limit_s), asyncio.TaskGroup() as tasks:
-                later = [tasks.create_task(self._run(places, request, options)) for request in requests[1:]]
-                head = tasks.create_task(_pooled(first, requests[0], options))
+                later = [tasks.create_task(self._run(places, make, options)) for make in later_requests]
+                head = tasks.create_task(_pooled(first, request, options))
         except BaseExceptionGroup as errors:
             raise _first(errors) from None
         return [head.result(), *(task.result() for task in later)]
@@ -125,8 +128,11 @@ class Embedder:
         found = await self.embed(pairs, EmbeddingOptions(ranking.pooling, norm=-1, cache_salt=cache_salt))
         return [Rank(ranking.score(embedding.vectors[0].tolist()), embedding.prompt_tokens) for embedding in found]
 
-    async def _run(self, places: asyncio.Semaphore, request: GenerationRequest, options: EmbeddingOptions) -> Embedding:
+    async def _run(
+        self, places: asyncio.Semaphore, make: Callable[[], GenerationRequest], options: EmbeddingOptions
+    ) -> Embedding:
         async with places:  # The request was accepted, so it waits while the queue is full.
+            request = make()
             return await _pooled(await when_free(partial(self._engine.submit, request)), request, options)
 
 

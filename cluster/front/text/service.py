@@ -86,6 +86,12 @@ class TextService:
     async def aclose(self) -> None:
         await asyncio.to_thread(self._grammars.close)
 
+    def check_queue(self, sequences: int) -> None:
+        """Raises QueueFullError if the queue has no room for the client's sequences. Callers call it before any work on
+        texts, because a client may send many requests that are refused."""
+        if sequences:
+            self._engine.check_room(current_owner.get(), sequences)
+
     async def start(self, request: CompletionRequest) -> Completion:
         """Prepares and submits a request. The caller reads the log of the completion, and must close the completion."""
         with RowLeases() as leases:
@@ -168,6 +174,7 @@ class TextService:
                 "dimensions",
                 f"expected at most {length}, the size of this model's embeddings, found {options.dimensions}",
             )
+        self.check_queue(1)  # Later prompts wait until the queue has room.
         with self._counted():
             ids = [tuple(await self._input_ids(prompt)) for prompt in prompts]
             vectors = sum(options.pooling.vectors(len(prompt)) for prompt in ids)
@@ -179,6 +186,7 @@ class TextService:
         ranking, budget = self.settings.ranking, self.budget
         if ranking is None:
             raise ParameterError("model", "this model does not rank documents")
+        self.check_queue(1)
         with self._counted():
             pair = await self._pair_reader(ranking.prompts, query)
             least = len(await pair("", "query")) * len(documents)

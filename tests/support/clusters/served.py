@@ -146,6 +146,9 @@ class ScriptedEngine:
     def prepare_matchers(self) -> None:
         """Does nothing, since no worker has matchers."""
 
+    def check_room(self, owner: str, more: int) -> None:
+        """Does nothing, since the queue has room for everything."""
+
     def begin(self, generation: GenerationRequest, sink: Sink) -> ScriptedRequest:
         if self.refusal is not None:
             raise self.refusal

@@ -255,6 +255,9 @@ class LlamaCppCompletion(Dialect[LlamaCppBody]):
     paths = ("/completion",)
     body: type[LlamaCppBody] = LlamaCppBody
 
+    def sequences(self, body: LlamaCppBody) -> int:
+        return 0 if body.max_new_tokens == 0 else len(body.prompt)
+
     async def reply(self, parsed: ParsedRequest[LlamaCppBody]) -> Reply:
         body = parsed.body
         return Reply(

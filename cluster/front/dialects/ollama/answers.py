@@ -187,6 +187,9 @@ class OllamaDialect(Dialect[AnyAnswer]):
     async def request(self, parsed: ParsedRequest[AnyAnswer]) -> CompletionRequest:
         """Converts a request's body to a completion request."""
 
+    def sequences(self, body: AnyAnswer) -> int:
+        return 0 if body.is_load else 1
+
     async def reply(self, parsed: ParsedRequest[AnyAnswer]) -> Reply:
         body, end = parsed.body, self._load_reason(parsed.body)
         # The time of admission stays the same if the reply is computed again.

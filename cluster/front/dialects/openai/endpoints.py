@@ -58,6 +58,9 @@ class TextCompletions(_Generating[CompletionBody]):
     paths = ("/v1/completions",)
     body, view = CompletionBody, CompletionView
 
+    def sequences(self, body: CompletionBody) -> int:
+        return 0 if body.max_tokens == 0 else len(body.prompt)
+
     async def _requests(self, parsed: ParsedRequest[CompletionBody]) -> list[CompletionRequest]:
         body, fill = parsed.body, self.service.fill_suffix
         requests = [replace(each, adapters=parsed.adapters) for each in await converted(body, body.requests)]

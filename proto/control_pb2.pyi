@@ -49,6 +49,7 @@ class WorkerMessage(_message.Message):
     KV_DONE_FIELD_NUMBER: _builtins.int
     GROUP_FAULT_FIELD_NUMBER: _builtins.int
     ADAPTERS_SET_FIELD_NUMBER: _builtins.int
+    QUIET_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def register(self) -> Global___Register:
         """The first message of the stream, which identifies the worker."""
@@ -125,6 +126,10 @@ class WorkerMessage(_message.Message):
     def adapters_set(self) -> _loading_pb2.AdaptersSet:
         """The answer to SetAdapters."""
 
+    @_builtins.property
+    def quiet(self) -> Global___Quiet:
+        """The worker may send no heartbeats for a while."""
+
     def __init__(
         self,
         *,
@@ -147,12 +152,13 @@ class WorkerMessage(_message.Message):
         kv_done: _kv_disk_pb2.KvDone | None = ...,
         group_fault: _loading_pb2.GroupFault | None = ...,
         adapters_set: _loading_pb2.AdaptersSet | None = ...,
+        quiet: Global___Quiet | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapters_set", b"adapters_set", "find_weights_progress", b"find_weights_progress", "group_fault", b"group_fault", "heartbeat", b"heartbeat", "kind", b"kind", "kv_done", b"kv_done", "link_profiles", b"link_profiles", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "log_tail", b"log_tail", "peer_unreachable", b"peer_unreachable", "probe_result", b"probe_result", "register", b"register", "renew_certificate", b"renew_certificate", "request_failed", b"request_failed", "unload_failed", b"unload_failed", "unloaded", b"unloaded", "weights_found", b"weights_found", "worker_profile", b"worker_profile"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapters_set", b"adapters_set", "find_weights_progress", b"find_weights_progress", "group_fault", b"group_fault", "heartbeat", b"heartbeat", "kind", b"kind", "kv_done", b"kv_done", "link_profiles", b"link_profiles", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "log_tail", b"log_tail", "peer_unreachable", b"peer_unreachable", "probe_result", b"probe_result", "quiet", b"quiet", "register", b"register", "renew_certificate", b"renew_certificate", "request_failed", b"request_failed", "unload_failed", b"unload_failed", "unloaded", b"unloaded", "weights_found", b"weights_found", "worker_profile", b"worker_profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters_set", b"adapters_set", "find_weights_progress", b"find_weights_progress", "group_fault", b"group_fault", "heartbeat", b"heartbeat", "kind", b"kind", "kv_done", b"kv_done", "link_profiles", b"link_profiles", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "log_tail", b"log_tail", "peer_unreachable", b"peer_unreachable", "probe_result", b"probe_result", "register", b"register", "renew_certificate", b"renew_certificate", "request_failed", b"request_failed", "unload_failed", b"unload_failed", "unloaded", b"unloaded", "weights_found", b"weights_found", "worker_profile", b"worker_profile"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters_set", b"adapters_set", "find_weights_progress", b"find_weights_progress", "group_fault", b"group_fault", "heartbeat", b"heartbeat", "kind", b"kind", "kv_done", b"kv_done", "link_profiles", b"link_profiles", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "log_tail", b"log_tail", "peer_unreachable", b"peer_unreachable", "probe_result", b"probe_result", "quiet", b"quiet", "register", b"register", "renew_certificate", b"renew_certificate", "request_failed", b"request_failed", "unload_failed", b"unload_failed", "unloaded", b"unloaded", "weights_found", b"weights_found", "worker_profile", b"worker_profile"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "worker_profile", "load_progress", "loaded", "load_failed", "unloaded", "heartbeat", "request_failed", "renew_certificate", "link_profiles", "weights_found", "find_weights_progress", "peer_unreachable", "probe_result", "log_tail", "unload_failed", "kv_done", "group_fault", "adapters_set"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "worker_profile", "load_progress", "loaded", "load_failed", "unloaded", "heartbeat", "request_failed", "renew_certificate", "link_profiles", "weights_found", "find_weights_progress", "peer_unreachable", "probe_result", "log_tail", "unload_failed", "kv_done", "group_fault", "adapters_set", "quiet"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -603,6 +609,28 @@ class RequestFailed(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RequestFailed: _TypeAlias = RequestFailed  # noqa: Y015
+
+@_typing.final
+class Quiet(_message.Message):
+    """Announces work during which a live worker may send no heartbeats, because the work holds the interpreter's lock."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECONDS_FIELD_NUMBER: _builtins.int
+    seconds: _builtins.float
+    """Seconds by which the coordinator extends the heartbeat timeout until the next Quiet message. 0 ends the extension."""
+    def __init__(
+        self,
+        *,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Quiet: _TypeAlias = Quiet  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):

@@ -25,6 +25,7 @@ from llamaclust.wire.control.messages import (
     LoadFailed,
     LoadProgress,
     PeerUnreachable,
+    Quiet,
     Unload,
     Unloaded,
     UnloadFailed,
@@ -48,6 +49,9 @@ from llamaclust.worker.weights.weights import Progress
 
 _KV_DISK_S = 55.0
 """Time limit for a disk with KV memory. It is shorter than the time after which a load without progress fails."""
+
+_QUIET_S = 50.0
+"""Time limit for reading a grammar vocabulary, which the process may spend without heartbeats on a busy machine."""
 
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
@@ -174,6 +178,7 @@ class Loads:
             if runner is None:
                 reserved_bytes = 0 if encoder is None else encoder.encoder.reserved_bytes
                 runner = await self._new_stage(order, held, progress, reserved_bytes)
+            await self._prepare_matchers(runner)
             if self._has_ended:
                 raise LoadCancelledError("the membership has ended")
             self._worker.service.add(self._held(order, runner, links), encoder)
@@ -190,6 +195,17 @@ class Loads:
     async def _new_stage(self, order: Load, held: list[object], progress: Progress, reserved_bytes: int) -> StageRunner:
         place = self._worker.device, progress, self._worker.weights, self._session.source
         return await self._with_room(held, lambda: load_stage(order, *place, reserved_bytes))
+
+    async def _prepare_matchers(self, runner: StageRunner) -> None:
+        """Reads the grammar vocabulary before the stage serves. An error fails answers with grammars, not the load."""
+        if not runner.samples or runner.matchers.has_vocabulary:
+            return
+        await self._session.send(Quiet(_QUIET_S))
+        try:
+            await asyncio.wait([asyncio.wrap_future(runner.matchers.prepare())], timeout=_QUIET_S)
+        finally:
+            with contextlib.suppress(WorkerError):
+                await self._session.send(Quiet(0.0))
 
     async def _has_adapted(self, runner: StageRunner, adapters: AdapterFiles) -> bool:
         """Replaces a kept stage's adapters. Returns False if free memory does not suffice for a second workspace."""

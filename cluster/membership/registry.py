@@ -186,7 +186,7 @@ class Registry(Members):
     async def _listen_to(self, handle: WorkerHandle, stream: ServerStream) -> str:
         reading, lost = asyncio.create_task(stream.read()), asyncio.create_task(handle.lost.wait())
         try:
-            while await self._has_message(reading, lost):
+            while await self._has_message(reading, lost, self._settings.heartbeat_timeout_s + handle.quiet_s):
                 if handle.lost.is_set():
                     return "it is no longer a member"
                 data = reading.result()
@@ -203,7 +203,7 @@ class Registry(Members):
                         self.publish(PeerReported(handle, message))
                     if isinstance(message, messages.Heartbeat):
                         self.publish(HeartbeatReceived(handle))
-            silent = f"no heartbeat for {self._settings.heartbeat_timeout_s:g} s"
+            silent = f"no heartbeat for {self._settings.heartbeat_timeout_s + handle.quiet_s:g} s"
             self.mark_lost(handle, silent)  # The launcher has reported no exit, so there is nothing to wait for.
             return silent
         finally:
@@ -218,11 +218,11 @@ class Registry(Members):
         except ProtocolError as error:
             return messages.RenewalFailed(messages.Failure(ProtocolError.__name__, str(error)))
 
-    async def _has_message(self, reading: asyncio.Task[bytes | None], lost: asyncio.Task[bool]) -> bool:
+    async def _has_message(
+        self, reading: asyncio.Task[bytes | None], lost: asyncio.Task[bool], timeout_s: float
+    ) -> bool:
         tasks = (reading, lost)
-        done, _ = await asyncio.wait(
-            tasks, timeout=self._settings.heartbeat_timeout_s, return_when=asyncio.FIRST_COMPLETED
-        )
+        done, _ = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         clock, late = asyncio.get_running_loop().time, True
         while late and not done:
             begun = clock()

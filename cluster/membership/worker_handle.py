@@ -132,6 +132,7 @@ class WorkerHandle:
         # Reason why other workers cannot connect to the port for group links. Empty if they can.
         self.closed_port = ""
         self.heartbeat: Heartbeat | None = None
+        self.quiet_s = 0.0  # Seconds by which the heartbeat timeout is extended.
         self.lost = asyncio.Event()
         self.loss: Loss | None = None
         self.left = False
@@ -301,6 +302,8 @@ class WorkerHandle:
         match message:
             case Heartbeat():
                 self.heartbeat = message
+            case messages.Quiet(seconds):
+                self.quiet_s = seconds
             case LoadProgress() | FindWeightsProgress():
                 self.channel.observe(message)
             case (

@@ -74,7 +74,7 @@ async def test_weights_of_freed_stages_stay_in_memory_while_there_is_room(
         has_waited = has_tiles and len(found) > 1
         if not (has_room or has_waited or (fits and held() is None)):
             raise SHORT
-        return SimpleNamespace(memory=SimpleNamespace(weight_bytes=1, kv_bytes=2, workspace_bytes=3))
+        return SimpleNamespace(memory=SimpleNamespace(weight_bytes=1, kv_bytes=2, workspace_bytes=3), samples=False)
 
     async def send(message: WorkerMessage) -> None:
         answers.append(message)
@@ -108,7 +108,7 @@ async def test_a_kept_stage_without_room_for_its_adapters_is_loaded_anew(monkeyp
 
     async def load_stage(*_: Any) -> Any:
         assert freed
-        return SimpleNamespace(memory=SimpleNamespace(weight_bytes=1, kv_bytes=2, workspace_bytes=3))
+        return SimpleNamespace(memory=SimpleNamespace(weight_bytes=1, kv_bytes=2, workspace_bytes=3), samples=False)
 
     async def send(message: WorkerMessage) -> None:
         answers.append(message)

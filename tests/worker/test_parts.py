@@ -331,7 +331,7 @@ async def test_a_load_that_is_not_needed_ends_soon(monkeypatch: pytest.MonkeyPat
             for _ in range(order.seconds * 100):
                 progress.add(1)
                 time.sleep(0.01)
-        return SimpleNamespace(memory=SimpleNamespace(weight_bytes=1, kv_bytes=2, workspace_bytes=3))
+        return SimpleNamespace(memory=SimpleNamespace(weight_bytes=1, kv_bytes=2, workspace_bytes=3), samples=False)
 
     async def send(message: WorkerMessage) -> None:
         answers.append(message)

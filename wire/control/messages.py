@@ -218,6 +218,11 @@ class StageProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class Quiet:
+    seconds: Annotated[float, Real(0.0, 120.0)]  # Extension of the heartbeat timeout until the next such message.
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
     busy: Annotated[float, Real(0.0, 1.0)]  # Share of the last interval that the worker spent computing.
     microbatches: int
@@ -302,6 +307,7 @@ WorkerMessage = (
     | FindWeightsProgress
     | PeerUnreachable
     | GroupFault
+    | Quiet
     | ProbeResult
     | LogTail
     | KvDone

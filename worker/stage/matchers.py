@@ -63,9 +63,14 @@ class StageMatchers:
         self._threads.close()
         self._vocabulary = None
 
-    def prepare(self) -> None:
-        """Reads the vocabulary before an answer needs it, because a large vocabulary takes most of a second."""
-        self._threads.submit(0, 0, self._prepare)
+    @property
+    def has_vocabulary(self) -> bool:
+        return self._vocabulary is not None
+
+    def prepare(self) -> Future[None]:
+        """Reads the vocabulary before an answer needs it. A large vocabulary takes more than a second, and in part
+        blocks all other threads."""
+        return self._threads.submit(0, 0, self._prepare)
 
     def receive(self, inputs: StepInputs) -> None:
         """Drops the matchers of released answers, and starts new matchers. Raises ProtocolError if too many start."""

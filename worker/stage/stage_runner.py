@@ -214,6 +214,10 @@ class StageRunner:
             self._nextn = NextnDrafter(options.nextn_backend or backend, model, limits, self._sampler, progress)
 
     @property
+    def samples(self) -> bool:
+        return self._sampler is not None
+
+    @property
     def memory(self) -> StageMemory:
         stage = self._newest
         memory = StageMemory(stage.weight_bytes, stage.kv_bytes, stage.workspace_bytes)

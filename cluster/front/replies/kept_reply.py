@@ -177,10 +177,7 @@ class KeptReply:
             numbers = {number for request in requests for number, _ in request.adapters}
             self._take_adapters(service.settings.adapters.marks(numbers))
             leases = computing.enter_context(RowLeases())
-            generations = []
-            for request in requests:
-                await asyncio.sleep(0)  # Preparing a short text does not wait, and there may be many.
-                generations.append(await service.prepare(request, leases))
+            generations = [await service.prepare(request, leases) for request in requests]
             computing.enter_context(service.budget.reserve(reply.sizes(requests, generations)))
             self.log.begin(generations, reply.content(is_kept=self.is_kept))
             if is_recorded and (journal := self._owner.journal) is not None:

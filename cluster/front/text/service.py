@@ -101,6 +101,7 @@ class TextService:
 
     async def prepare(self, request: CompletionRequest, leases: RowLeases) -> GenerationRequest:
         """Returns the request of the first choice, and adds leases of image rows to `leases`. Raises RequestError."""
+        await asyncio.sleep(0)  # Preparing a short text does not wait, and there may be many.
         request.check_text()
         self.slots.check(request.slot, has_images=isinstance(request.prompt, PromptImages))
         with self._counted():

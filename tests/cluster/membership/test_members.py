@@ -30,6 +30,7 @@ from llamaclust.wire.control.messages import (
     CertificateRenewed,
     CoordinatorMessage,
     Heartbeat,
+    Quiet,
     Rejected,
     RenewalFailed,
     RenewCertificate,
@@ -89,6 +90,23 @@ async def test_a_worker_that_poses_as_another_is_refused_and_logged_once(
             _, second = joining.result()
             assert isinstance(second, Rejected) and "is a member already" in second.reason
             assert there.present == {"a": first}
+
+
+@pytest.mark.parametrize("extensions", [(120.0,), (0.0, 60.0), (30.0, 120.0)])
+async def test_a_worker_may_be_silent_for_as_long_as_it_has_announced(
+    trust: Authority, extensions: tuple[float, ...]
+) -> None:
+    """A heartbeat in between does not end the extension. A `Quiet` message with 0 seconds does."""
+    async with registry(trust, heartbeat_timeout_s=0.5) as there:
+        worker, _ = await join(there, trust.identity(A), REGISTER)
+        for seconds in extensions:
+            await worker.say(Quiet(seconds))
+        await worker.say(ALIVE)
+        await asyncio.sleep(2.0)  # Four times the heartbeat timeout.
+        assert there.workers["a"].loss is None
+        await worker.say(Quiet(0.0))
+        async with deadline("the loss of a silent worker", 60):
+            await there.workers["a"].lost.wait()
 
 
 async def test_who_hangs_is_waited_for_and_then_replaced_by_who_joins_under_its_name(trust: Authority) -> None:

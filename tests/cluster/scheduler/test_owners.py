@@ -73,7 +73,10 @@ def test_a_queue_that_one_fills_has_places_for_others(first: int, room: int) -> 
     others = [added(queue, owner, 300) for owner in "bcde"]
     assert all(others), "each of the others finds some"
     assert len(queue.queues.waiting) <= 2 * room
-    with pytest.raises(QueueFullError, match=r"^\d+ sequences of .* wait, and 1 more are too many: max_waiting is \d+, .*: try again later$"):
+    with pytest.raises(
+        QueueFullError,
+        match=r"^\d+ sequences of .* wait, and 1 more are too many: max_waiting is \d+, .*: try again later$",
+    ):
         queue.add(request(999, "b"), 0)
 
 

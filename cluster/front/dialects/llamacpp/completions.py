@@ -102,9 +102,7 @@ def _marked_prompt(value: dict[str, Any], context: object) -> MarkedPrompt:
     if len(texts) != len(data) + 1:
         found = f"has {len(texts) - 1} media markers for {len(data)} images"
         raise ValueError(f"{found}; for each image, put the `media_marker` from GET /props in `prompt_string`")
-    parts = (
-        placed(f".multimodal_data[{place}]", base64_part, "image", each, context) for place, each in enumerate(data)
-    )
+    parts = [placed(f".multimodal_data[{at}]", base64_part, "image", each, context) for at, each in enumerate(data)]
     return MarkedPrompt(tuple(texts), tuple(part for part in parts if isinstance(part, dict)))
 
 
@@ -365,8 +363,7 @@ class _AnswerView:
 
     def _end(self, part: TextChunk) -> dict[str, Any]:
         assert part.timings is not None
-        word = part.stopped_by if isinstance(part.stopped_by, str) else ""
-        stop_type = "word" if isinstance(part.stopped_by, str) else "eos"
+        word, stop_type = (part.stopped_by, "word") if isinstance(part.stopped_by, str) else ("", "eos")
         return {
             **self._counts(self._predicted),
             "stop": True,

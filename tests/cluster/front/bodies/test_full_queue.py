@@ -63,7 +63,7 @@ class Stretches:
     longest_s = 0.0
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        run = asyncio.events.Handle._run  # type: ignore[attr-defined]
+        run = asyncio.events.Handle._run
 
         def timed(handle: asyncio.Handle) -> None:
             began_s = time.thread_time()
@@ -88,7 +88,7 @@ async def test_a_full_queue_refuses_a_request_before_any_work_on_its_texts(
 ) -> None:
     """The queue has no room at all, or room for fewer sequences than prompts."""
     path, body = (_MANY | _OTHERS)[kind]
-    if running and not path.endswith(("completions", "completion")) or kind in ("choices", "tools"):
+    if (running and not path.endswith(("completions", "completion"))) or kind in ("choices", "tools"):
         running = 0  # Such a request begins with one sequence.
     worked: list[str] = []
     for place, name in (

@@ -48,7 +48,7 @@ async def open_models(
     are refused are reported and left out of the returned configuration, except the first, which answers requests that
     name no model, and all if `needs_all`. Raises ModelFileError if a needed file is refused, and UsageError if a model
     cannot run with its configuration on any workers."""
-    models, entries = [], list[ModelEntry]()
+    models, entries = list[tuple[ClusterConfig, Model]](), list[ModelEntry]()
     for own, path, entry in zip_longest(config.of_each_model(), paths, config.models):
         adapters = [adapter.path for adapter in own.adapters]
         try:

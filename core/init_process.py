@@ -12,7 +12,7 @@ _ABOUT_THIS_PROCESS: Final = frozenset({signal.SIGTSTP, signal.SIGTTIN, signal.S
 
 
 def adopt_orphans() -> None:
-    """If this process has the id 1, returns in a child process. The parent forwards signals to the child, reaps the
+    """Continues in a child process if this process has the id 1. The parent forwards signals to the child, reaps the
     processes that lose their own parent, and ends with the child's exit code."""
     if os.getpid() != 1:
         return

@@ -11,8 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from llamaclust.cluster.planner.adjacency import Pairs, violated_pair
-from llamaclust.cluster.planner.chain import Chain, is_measured
-from llamaclust.cluster.planner.context_choice import with_context
+from llamaclust.cluster.planner.chain import Chain, is_measured, with_context
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.devices import PlannedLayers, devices_of
 from llamaclust.cluster.planner.explain import idle_workers, model_memory_error, split_memory_error

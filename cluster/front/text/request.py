@@ -203,7 +203,7 @@ _ON_VARIABLES: Final = {"enable_thinking": True, "thinking": True, "reasoning": 
 
 @dataclass(frozen=True, slots=True)
 class Thoughts:
-    """Whether and how much a model reasons before its answer."""
+    """A request for reasoning before the answer, or against it, and its amount."""
 
     is_on: bool | None = None  # None: the chat template decides.
     effort: str | None = None  # Amount of reasoning, such as `low`. The chat template decides what it means.

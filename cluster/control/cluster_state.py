@@ -9,7 +9,7 @@ from llamaclust.cluster.control import observations
 from llamaclust.cluster.control.failures.quarantine import Quarantine
 from llamaclust.cluster.control.observations import Incarnation, PlanInputs
 from llamaclust.cluster.control.serving import Serving
-from llamaclust.cluster.planner.adjacency import Pairs, violated_pair
+from llamaclust.cluster.planner.links import Pairs, violated_pair
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
 

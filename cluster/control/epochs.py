@@ -82,7 +82,7 @@ async def load_stages(
     request = FindWeights(loads.model.path, loads.model.model_id)
     wanted = WantedBytes(request, loads.own, keeps_kv, loads.links, timeout_s)
     for handle in handles:
-        handle.channel.ask_again()
+        handle.channel.end_silence()
     weights = await weight_sources(names, workers, wanted, report)
     _check_present(handles, timeout_s)
     adapters = await adapter_files(loads.adapters, names, workers)

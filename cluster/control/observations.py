@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from llamaclust.cluster.planner.adjacency import Pairs
+from llamaclust.cluster.planner.links import Pairs
 from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.core.errors import LlamaclustError
 

@@ -11,7 +11,7 @@ from typing import Self
 from llamaclust.cluster.control.pool.closed_ports import ClosedPorts
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import probe
-from llamaclust.cluster.planner.adjacency import Pair, Pairs
+from llamaclust.cluster.planner.links import Pair, Pairs
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, DisputeError, WorkerError

@@ -35,9 +35,8 @@ from llamaclust.cluster.control.resources.resource_shares import (
 from llamaclust.cluster.control.serving import is_clearly_faster
 from llamaclust.cluster.control.stage_memory import encoder_of, rounding_of, workspace_of
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.planner.costs import GpuFacts, StageCosts, WorkerFacts
-from llamaclust.cluster.planner.links import UNKNOWN, Links
+from llamaclust.cluster.planner.links import UNKNOWN, Links, Pairs
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.memory import PlanRequest, StagePlace
 from llamaclust.cluster.planner.plan import Plan, Prediction, UnusedGpu

@@ -94,11 +94,11 @@ class WorkerChannel:
     def miss(self, error: DeadlineError) -> None:
         self._missed = error, asyncio.get_running_loop().time()
 
-    def ask_again(self) -> None:
+    def end_silence(self) -> None:
         """Ends the silence, for a worker without which the others do not suffice."""
         self._missed = None
 
-    async def ask(self, request: WorkerRequest, limit: deadline) -> Any:
+    async def send_request(self, request: WorkerRequest, limit: deadline) -> Any:
         """Sends a question of a start, like `request`. Raises SilentError at once if the worker is silent, because a
         start may have many questions, and would wait for each of them."""
         if self._missed is not None and self.is_silent:

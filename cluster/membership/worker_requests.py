@@ -41,7 +41,7 @@ async def profile_worker(worker: WorkerHandle, request: ProfileWorker, deadline_
     """Measures a worker's machine, which should be idle. Raises ProtocolError if the number of GPUs is wrong, or
     if the profile has matrix products that were not requested."""
     limit = deadline(f"worker {worker.name}: measurement", deadline_s)
-    measured: profiles.WorkerProfile = await worker.channel.ask(request, limit)
+    measured: profiles.WorkerProfile = await worker.channel.send_request(request, limit)
     gpus, measured_gpus = len(worker.registration.gpus), len(measured.profile.gpus)
     if measured_gpus != gpus:
         raise ProtocolError(f"worker {worker.name} measured {measured_gpus} GPUs, but it has {gpus}")
@@ -65,7 +65,7 @@ async def profile_link(worker: WorkerHandle, other: WorkerHandle, deadline_s: fl
     own = other.registration
     end = profiles.LinkEnd(other.name, own.address, worker.permit(other.name), own.link_address)
     request = profiles.ProfileLinks((end,))
-    measured: profiles.LinkProfiles = await worker.channel.ask(request, limit)
+    measured: profiles.LinkProfiles = await worker.channel.send_request(request, limit)
     if len(measured.links) != 1:
         raise ProtocolError(f"worker {worker.name} measured {len(measured.links)} links instead of one")
     return measured.links[0]
@@ -140,7 +140,7 @@ async def find_weights(
         key = request.file_id, request.describe
         if key not in worker.weights_found:
             what = f"worker {worker.name} made no progress with reading {request.path}"
-            limit, requested = ProgressDeadline(what, progress_timeout_s), partial(worker.channel.ask, request)
+            limit, requested = ProgressDeadline(what, progress_timeout_s), partial(worker.channel.send_request, request)
             found = await worker.channel.with_progress(FindWeightsProgress, requested, limit, on_reading)
             worker.weights_found[key] = found
         return worker.weights_found[key]

@@ -9,6 +9,9 @@ from itertools import combinations, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+Pair = frozenset[str]
+Pairs = frozenset[Pair]
+
 COORDINATOR = ""
 
 _NOISE_S = 5e-5
@@ -94,3 +97,11 @@ def _alike(values: NDArray[np.float64], noise: float) -> list[float]:
 
 
 UNKNOWN = Links()
+
+
+def violated_pair(stages: Sequence[Sequence[str]], partitions: Pairs) -> Pair | None:
+    """Returns two workers that must exchange data but cannot reach each other, or None."""
+    leaders = [workers[0] for workers in stages]
+    neighbours = [*zip(leaders, (leaders[-1:] + leaders), strict=False)]
+    neighbours += [pair for workers in stages for pair in combinations(workers, 2)]
+    return next((pair for pair in map(frozenset, neighbours) if pair in partitions), None)

@@ -9,11 +9,10 @@ from functools import partial
 
 import numpy as np
 
-from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.planner.context import ContextBounds
 from llamaclust.cluster.planner.costs import Counts, StageCosts, Table, WorkerFacts, sums
 from llamaclust.cluster.planner.devices import DeviceNeeds, Division, MoeLayers, PlannedLayers, devices_of, divide
-from llamaclust.cluster.planner.links import UNKNOWN, Links
+from llamaclust.cluster.planner.links import UNKNOWN, Links, Pairs
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.stage_parts import GroupCostsOf
 from llamaclust.cluster.scheduler.kv.groups import KvGroups, KvSizes
@@ -26,7 +25,7 @@ _KV_SHARE = 2
 """Divisor of the memory that weights and workspace leave free: KV memory takes this part, unless one sequence of the
 shortest context needs more."""
 _CACHED_KV_SHARE = 4
-"""Like `_KV_SHARE`, for the choice of a context on a GPU that uses free memory to cache experts."""
+"""Divisor in place of `_KV_SHARE` for the choice of a context on a GPU that uses free memory to cache experts."""
 
 
 @dataclass(frozen=True, slots=True)

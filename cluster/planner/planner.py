@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from llamaclust.cluster.planner.adjacency import Pairs, violated_pair
 from llamaclust.cluster.planner.chain import Chain, is_measured, with_context
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.devices import PlannedLayers, devices_of
 from llamaclust.cluster.planner.explain import idle_workers, model_memory_error, split_memory_error
 from llamaclust.cluster.planner.groups.best_chain import Found, best_chain
 from llamaclust.cluster.planner.groups.rejected import rejected_group
+from llamaclust.cluster.planner.links import Pairs, violated_pair
 from llamaclust.cluster.planner.manual import Assignment, check_possible, checked
 from llamaclust.cluster.planner.memory import MemoryModel, PlanRequest
 from llamaclust.cluster.planner.plan import DevicePlan, Plan, Prediction, RejectedGroup, StagePlan

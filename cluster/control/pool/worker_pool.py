@@ -16,7 +16,7 @@ from llamaclust.cluster.control.pool.newcomers import Newcomers
 from llamaclust.cluster.control.resources.link_profiling import LinkMonitor, MeasureLinks
 from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.membership.registry import Registry
-from llamaclust.cluster.planner.adjacency import Pairs
+from llamaclust.cluster.planner.links import Pairs
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.wire.rpc.task_set import TaskSet

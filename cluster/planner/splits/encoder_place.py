@@ -8,8 +8,8 @@ from dataclasses import replace
 from math import inf
 from typing import Protocol
 
-from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.planner.costs import WorkerFacts
+from llamaclust.cluster.planner.links import Pairs
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.plan import HeldLayers, Plan, StagePlan
 from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionError, UsageError

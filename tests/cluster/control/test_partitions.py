@@ -12,7 +12,7 @@ from llamaclust.cluster.control import partitions
 from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.control.pool.closed_ports import ClosedPorts
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.cluster.planner.adjacency import Pairs
+from llamaclust.cluster.planner.links import Pairs
 from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DisputeError

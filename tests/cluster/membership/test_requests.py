@@ -80,7 +80,7 @@ async def test_an_answer_after_its_deadline_is_not_taken_for_the_next_ones(what:
     worker = handle_of()
     with pytest.raises(DeadlineError):
         await send(worker, _PASSES_S)
-    worker.channel.ask_again()
+    worker.channel.end_silence()
     asking = asyncio.ensure_future(send(worker, _LASTS_S))
     await asyncio.sleep(0)
     await asyncio.sleep(0)

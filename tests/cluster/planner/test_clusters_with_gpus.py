@@ -12,8 +12,8 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.limits import check_plan
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources
-from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.planner.format import plan_json, plan_lines
+from llamaclust.cluster.planner.links import Pairs
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.gpus import Gpu

@@ -12,8 +12,8 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.limits import model_costs, plan_limits
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster, predict_served
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources
-from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.planner.format import plan_json, plan_lines
+from llamaclust.cluster.planner.links import Pairs
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.roofline import retimed
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, ProtocolError

@@ -12,7 +12,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.planning import ClusterPlanner, ClusterResources
 from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.cluster.planner.adjacency import Pairs
+from llamaclust.cluster.planner.links import Pairs
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.state.directory import ClusterDir

@@ -75,7 +75,7 @@ async def send(http: httpx.AsyncClient, request: RecordedRequest) -> httpx.Respo
     return reply
 
 
-async def ask(http: httpx.AsyncClient, request: RecordedRequest, body: dict[str, Any], stream: bool) -> httpx.Response:
+async def post(http: httpx.AsyncClient, request: RecordedRequest, body: dict[str, Any], stream: bool) -> httpx.Response:
     body = body | {"stream": stream}
     if not stream:
         body.pop("stream_options", None)
@@ -132,11 +132,11 @@ async def test_a_call_and_its_result(name: str, template: str, stream: bool) -> 
     answer = f"<tool_call>{json.dumps({'name': function, 'arguments': arguments})}</tool_call>"
     first = next(request for request in recorded(name) if request.offers_tools)
     async with serving(template, answer) as (engine, http):
-        reply = await ask(http, first, first.body, stream)
+        reply = await post(http, first, first.body, stream)
         (made, more) = _FOLLOWED[AGENTS[name].path](reply, stream)
         assert made == (function, arguments)
         place = "input" if "input" in first.body else "messages"
-        await ask(http, first, first.body | {place: [*first.body[place], *more]}, stream)
+        await post(http, first, first.body | {place: [*first.body[place], *more]}, stream)
         prompt = prompt_of(engine)
     assert function in prompt and "a.txt" in prompt and "one of many" in prompt
 

@@ -14,8 +14,8 @@ from llamaclust.cluster.control.limits import check_plan
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources
 from llamaclust.cluster.control.serving import Serving
-from llamaclust.cluster.planner.adjacency import violated_pair
 from llamaclust.cluster.planner.format import plan_json, plan_lines
+from llamaclust.cluster.planner.links import violated_pair
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan

@@ -118,7 +118,7 @@ async def test_default_requests_fit_a_context_of_32k(name: str, notation: str, m
 
 
 @pytest.mark.parametrize("name", AGENTS)
-async def test_what_is_left_out_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_ignored_fields_are_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_vocabulary(SMALL, 1 << 17, monkeypatch)
     async with serving(TEMPLATE, "Done.") as (_, http):
         named = [(await send(http, request)).headers.get(HEADER) for request in recorded(name)]

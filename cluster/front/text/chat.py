@@ -8,9 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, Final
 
-from llamaclust.cluster.front.text.images import ImageMarkers, ImageSource, Part, PromptImages, source_of, text_part
+from llamaclust.cluster.front.text.images import (
+    ImageMarkers,
+    ImageSource,
+    Part,
+    PromptImages,
+    own_fields,
+    source_of,
+    text_part,
+)
 from llamaclust.cluster.front.text.request import (
     AnswerParsing,
     ChatRequest,
@@ -44,6 +53,9 @@ _HINTS: Final = ("tool", "think", "reason", "channel", "function", "response", "
 _PART_TYPES: Final = ("'type'", '"type"', ".type")
 """A template that reads contents as lists of parts contains one of these texts."""
 _PROBE: Final = "probe of a content"
+_UNKNOWN: Final = "probe_of_a_field"
+_MAX_PROBES: Final = 16
+_NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 _MAX_DERIVATION_S: Final = 60.0
 """Maximum seconds for deriving the format of answers. After a failure, the next chat tries again."""
 _MAX_WAIT_S: Final = 120.0
@@ -79,19 +91,24 @@ class ChatFormat:
     async def text(self, chat: ChatRequest) -> str:
         """Returns the rendered prompt, with llama.cpp's media marker in place of each image."""
         markers = ImageMarkers()
-        text, _ = await self._rendered(replace(chat, messages=markers.mark(chat.messages, self._template.source or "")))
+        text, _ = await self._rendered(await self._marked(chat, markers))
         return markers.public(unguarded(text))
 
     async def completion(self, chat: ChatRequest, check: Callable[[int], None]) -> CompletionRequest:
         """Returns the completion request of a chat. `check` raises an error if the prompt has too many characters."""
         markers = ImageMarkers()
-        chat = replace(chat, messages=markers.mark(chat.messages, self._template.source or ""))
+        chat = await self._marked(chat, markers)
         check(await run_on(TOKENIZING, chat.count_characters))
         text, reading = await self._rendered(chat)
         check(len(unguarded(text)))
         prompt = await run_on(tokenizing(len(text)), self._encoded, markers.split(text), chat.images)
         reading = reading and replace(reading, shown_control_ids=self._control_ids)
         return replace(chat.answer, prompt=prompt, reading=reading, operation=Operation.CHAT)
+
+    async def _marked(self, chat: ChatRequest, markers: ImageMarkers) -> ChatRequest:
+        fields = own_fields(chat.messages)
+        keeps_texts = bool(fields) and await run_on(RENDERING, self._reads, fields, chat)
+        return replace(chat, messages=markers.mark(chat.messages, keeps_texts=keeps_texts))
 
     def _encoded(self, pieces: Sequence[Part], images: Mapping[str, bytes]) -> tuple[int, ...] | PromptImages:
         first, *others = pieces
@@ -143,7 +160,8 @@ class ChatFormat:
     async def _accepted_text(self, form: ToolFormat, messages: list[dict[str, Any]], more: dict[str, Any]) -> str:
         """Renders the messages in a form that the template accepts. Raises TemplateRefusalError if there is none."""
         refusal, shortened = None, None
-        for accepted in chain([messages], accepted_forms(messages)):
+        has_parts = any(isinstance(message.get("content"), list) for message in messages)
+        for accepted in chain([messages], () if has_parts else accepted_forms(messages)):
             shown = [with_shown_thoughts(form, message) for message in accepted]
             shown = [*map(_with_parts, shown)] if self._takes_parts else shown
             try:
@@ -182,9 +200,22 @@ class ChatFormat:
         with_text, with_parts = (_PROBE in self._rendered_or_empty(messages) for messages in forms)
         return with_parts and not with_text
 
-    def _rendered_or_empty(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def _reads(self, fields: Sequence[Mapping[str, Any]], chat: ChatRequest) -> bool:
+        """Returns True if the template shows a text, and shows it otherwise with some of its own fields. A template
+        that also shows a field which no template can know writes out the whole list."""
+        more = {**chat.variables, "now_s": chat.created}
+
+        def shown(own: Mapping[str, Any]) -> str:
+            part = {_UNKNOWN: _UNKNOWN, **own, **text_part(_PROBE)}
+            return self._rendered_or_empty([{"role": "user", "content": [part]}], more)
+
+        without = shown({})
+        with_fields = map(shown, fields[:_MAX_PROBES])
+        return any(_PROBE in each and _UNKNOWN not in each and each != without for each in with_fields)
+
+    def _rendered_or_empty(self, messages: Sequence[Mapping[str, Any]], more: Mapping[str, Any] = _NOTHING) -> str:
         try:
-            return self._template.render(messages)
+            return self._template.render(messages, **more)
         except RequestError:
             return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from binascii import a2b_base64
 from collections import Counter
@@ -105,12 +106,14 @@ class ImageMarkers:
         self._pattern = re.compile(rf"{self._word}(\d+)e")
         self._parts: list[dict[str, Any]] = []
 
-    def mark(self, messages: Iterable[Mapping[str, Any]], template: str = "") -> tuple[Mapping[str, Any], ...]:
-        """Replaces images with markers, so that the content of each message becomes one text. Texts with keys that
-        occur in the chat template stay parts."""
+    def mark(
+        self, messages: Iterable[Mapping[str, Any]], *, keeps_texts: bool = False
+    ) -> tuple[Mapping[str, Any], ...]:
+        """Replaces images with markers, so that the content of each message becomes one text. If `keeps_texts`,
+        contents without images stay lists of parts."""
         return tuple(
             {**each, "content": self._text(content)}
-            if isinstance(content := each.get("content"), list) and not _are_known(content, template)
+            if isinstance(content := each.get("content"), list) and not (keeps_texts and _are_texts(content))
             else each
             for each in messages
         )
@@ -144,10 +147,16 @@ class ImageMarkers:
         return self._pattern.sub(MEDIA_MARKER, rendered)
 
 
-def _are_known(parts: Sequence[Mapping[str, Any]], template: str) -> bool:
-    """Returns True if all parts are texts, and the template knows a key of its own in one of them."""
-    own = {key for part in parts for key in part.keys() - {"type", "text"}}
-    return all(part["type"] == "text" for part in parts) and any(key in template for key in own)
+def own_fields(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the different fields of texts that chat templates may know, such as the languages of a translation."""
+    contents = (message.get("content") for message in messages)
+    texts = (part for each in contents if isinstance(each, list) and _are_texts(each) for part in each)
+    fields = ({key: value for key, value in part.items() if key not in ("type", "text")} for part in texts)
+    return [*{json.dumps(each, sort_keys=True): each for each in fields if each}.values()]
+
+
+def _are_texts(parts: Sequence[Mapping[str, Any]]) -> bool:
+    return all(part["type"] == "text" for part in parts)
 
 
 def source_of(part: Mapping[str, Any], images: Mapping[str, bytes]) -> ImageSource:

@@ -62,6 +62,76 @@ async def test_a_template_gets_the_keys_that_it_knows(template: str, parts: list
     assert await prompt_of(template, user(*parts)) == shown
 
 
+STRINGS = (
+    "{% for m in messages %}{{ '<' + m.role + ('>' if m.name is undefined else ':' + m.name + '>') + m.content }}"
+    "{% if loop.index0 > 9 %}{{ source_lang_code }}{% endif %}{% endfor %}"
+)
+BRANCHES = (
+    "{% for m in messages %}{# name role index source_lang_code #}<{{ m.role }}>"
+    "{% if m.content is string %}{{ m.content }}{% endif %}{% if loop.index0 < 0 %}{{ m.name }}{% endif %}{% endfor %}"
+)
+DUMPS = "{% for m in messages %}{# name index source_lang_code #}<{{ m.role }}>{{ m.content FILTER }}{% endfor %}"
+PARTS = (
+    "{% for m in messages %}{# name index source_lang_code #}<{{ m.role }}>{% if m.content is string %}"
+    "{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% endfor %}"
+)
+LISTS = (
+    "{% for m in messages %}{# name index source_lang_code #}<{{ m.role }}>{% for p in m.content %}"
+    "{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+PLAINLY = (STRINGS, BRANCHES, DUMPS.replace(" FILTER", ""), DUMPS.replace("FILTER", "| string"), PARTS, LISTS)
+FIELDS: tuple[dict[str, Any], ...] = (
+    {"index": 0},
+    {"name": "Ann"},
+    {"role": "user"},
+    {"source_lang_code": "cs"},
+    {"content": "x"},
+    {"index": 1, "name": "Bob", "lang": {"a": [1]}},
+)
+
+
+@pytest.mark.parametrize("template", PLAINLY)
+async def test_texts_are_joined_unless_the_template_reads_their_fields(template: str) -> None:
+    for own in FIELDS:
+        assert await prompt_of(template, user(text("hello", **own))) == "<user>hello", own
+        assert await prompt_of(template, user(text("A"), text("B", **own))) == "<user>A\nB", own
+
+
+@pytest.mark.parametrize(
+    ("template", "parts", "shown"),
+    [
+        (TRANSLATES, [text("Ahoj", source_lang_code="cs", target_lang_code="de", index=0)], "<cs:de>Ahoj"),
+        (TRANSLATES, [text("Ahoj", name="N", source_lang_code="cs", target_lang_code="de")], "<cs:de>Ahoj"),
+        (TONES, [text("A", tone="plain", role="user"), text("B", tone="calm")], "[plain]A[calm]B"),
+        (QUOTES, [text("A", quoted=False), text("B", quoted=True, index=1)], "A>B"),
+    ],
+)
+async def test_other_fields_beside_those_that_the_template_reads_change_nothing(
+    template: str, parts: list[Any], shown: str
+) -> None:
+    assert await prompt_of(template, user(*parts)) == shown
+
+
+LANGUAGES = "{% set names = {'cs': 'Czech', 'de': 'German'} %}" + TRANSLATES.replace(
+    "{{ p.source_lang_code }}",
+    "{% if p.source_lang_code not in names %}{{ raise_exception('no language') }}{% endif %}"
+    "{{ names[p.source_lang_code] }}",
+)
+
+
+async def test_a_template_that_refuses_other_values_gets_those_that_it_knows() -> None:
+    parts = text("Ahoj", source_lang_code="cs", target_lang_code="de")
+    assert await prompt_of(LANGUAGES, user(parts)) == "<Czech:de>Ahoj"
+
+
+async def test_lists_of_parts_are_never_merged_as_if_they_were_texts() -> None:
+    strict = "{% if messages | length > 1 and messages[0].role == messages[1].role %}{{ raise_exception('alternate') }}"
+    template = strict + "{% endif %}" + QUOTES
+    messages = [user(text("A", quoted=True)), user(text("B", quoted=True))]
+    with pytest.raises(AssertionError, match="alternate"):
+        await prompt_of(template, *messages)
+
+
 A = {"role": "assistant", "content": ""}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -63,7 +64,7 @@ def test_all_apis_name_the_longest_input(
     tmp_path: Path, name: str, trained: int, context_length: int | None, limit: int
 ) -> None:
     model = build_encoder(tmp_path / f"{name}.gguf", name, keys={"context_length": trained})
-    keys = {} if context_length is None else {"context_length": context_length}
+    keys: dict[str, Any] = {} if context_length is None else {"context_length": context_length}
     with command_line() as line, line.cluster(model, workers=named("a"), **keys) as cluster:
         with httpx.Client(base_url=cluster.api, timeout=120) as http:
             listed = http.get("/v1/models").json()

@@ -49,7 +49,7 @@ class ElementValues:
         if found is None or not all(_TAG.fullmatch(key) for key, _, _ in found):
             raise _FreeValue
         elements = [(self._element(key, part, depth), is_needed) for key, part, is_needed in found]
-        return joined(*(element if is_needed else f"({element})?" for element, is_needed in elements))
+        return self._rules.in_any_order(elements) if elements else ""
 
     def _element(self, tag: str, schema: Any, depth: int) -> str:
         return self._rules.rule(joined(self._literal(f"<{tag}>"), self._value(schema, f"</{tag}>", depth + 1)))

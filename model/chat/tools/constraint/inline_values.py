@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any, Final
 
 from llamaclust.model.chat.tools.call_sink import Schema
@@ -60,12 +59,9 @@ class InlineValues(ABC):
         if found is None or not all(self.key(key) for key, _, _ in found):
             pair = self.rules.rule(joined(self.any_key, self.any_value()))
             return f"({pair} ({_COMMA} {pair})*)?"
-        ordered = self.ordered(found)
-        bodies = (joined(self.key(key), self.value(part, depth + 1)) for key, part, _ in ordered)
-        return self._sequence([(self.rules.rule(body), entry[2]) for body, entry in zip(bodies, ordered, strict=True)])
-
-    def ordered(self, found: list[tuple[str, Any, bool]]) -> list[tuple[str, Any, bool]]:
-        return found
+        bodies = (joined(self.key(key), self.value(part, depth + 1)) for key, part, _ in found)
+        members = [(self.rules.rule(body), entry[2]) for body, entry in zip(bodies, found, strict=True)]
+        return self.rules.in_any_order(members, _COMMA) if members else ""
 
     def _of_kind(self, kind: str, schema: Schema, depth: int) -> str:
         match kind:
@@ -90,16 +86,6 @@ class InlineValues(ABC):
         whole_number = self.rules.rule(number("number", {}))
         members = _object_of(f"({pair} ({_COMMA} {pair})*)?")
         return f"{self.text} | {whole_number} | {words} | {_list_of(name)} | {members}"
-
-    def _sequence(self, members: Sequence[tuple[str, bool]]) -> str:
-        # Rules for the members read so far: `first` if the object begins with them, `behind` if they follow others.
-        first, behind = "", ""
-        for member, is_needed in reversed(members):
-            alone, following = joined(member, behind), f"{_COMMA} {member}"
-            first = f"{alone} | {first}" if first and not is_needed else alone
-            behind = joined(following if is_needed else f"({following})?", behind)
-            first, behind = self.rules.rule(first), self.rules.rule(behind)
-        return f"({first})?" if first and not any(is_needed for _, is_needed in members) else first
 
 
 class PythonValues(InlineValues):
@@ -141,7 +127,7 @@ class PythonArguments(PythonValues):
 
 
 class GemmaValues(InlineValues):
-    """Values in Gemma's notation: <|"|>text<|"|>, 1, true, null, [1,2], {key:1}. Gemma's template sorts object keys."""
+    """Values in Gemma's notation: <|"|>text<|"|>, 1, true, null, [1,2], {key:1}."""
 
     def __init__(self, rules: LarkRules, mark: str) -> None:
         super().__init__(rules)
@@ -163,9 +149,6 @@ class GemmaValues(InlineValues):
             return self.rules.literal(f"{self._mark}{value}{self._mark}")
         forms = dict.fromkeys((json.dumps(value), repr(value)))  # The template writes null as None.
         return f"({' | '.join(map(quoted, forms))})"
-
-    def ordered(self, found: list[tuple[str, Any, bool]]) -> list[tuple[str, Any, bool]]:
-        return sorted(found, key=lambda entry: entry[0].lower())
 
 
 def _list_of(item: str) -> str:

@@ -21,6 +21,8 @@ LAYOUT: Final = f"/({JSON_TEXT['whitespace_pattern']})?/"
 COMMA: Final = f'{LAYOUT} "," {LAYOUT}'
 _OPTIONS: Final = {**JSON_TEXT, "coerce_one_of": True}
 """Options for schemas. `oneOf` is treated like `anyOf`, as in llama.cpp, because alternatives rarely overlap."""
+_BITS: Final = 64
+"""The number of bits of a parameter in llguidance. Further members may occur more than once, or not at all."""
 _TEXT: Final = "/(?s:.*)/"
 
 
@@ -43,11 +45,11 @@ class LarkRules:
         return self.rule(text, f"suffix={quoted(first)}") + parts
 
     def rule(self, body: str, attributes: str = "") -> str:
-        text = f"{f'[{attributes}]' if attributes else ''}: {body}"
-        if text not in self.names:
-            self.names[text] = f"r{len(self.rules)}"
-            self.rules.append(self.names[text] + text)
-        return self.names[text]
+        return self._named("r", f"{f'[{attributes}]' if attributes else ''}: {body}")
+
+    def terminal(self, expression: str) -> str:
+        """Returns a rule for combined regular expressions, such as `/a/ & ~/b/`. Names of such rules are upper-case."""
+        return self._named("R", f": {expression}")
 
     def recursive(self, body: Callable[[str], str]) -> str:
         name = f"n{len(self.rules)}"
@@ -56,8 +58,30 @@ class LarkRules:
         self.rules[place] = f"{name}: {body(name)}"
         return name
 
+    def in_any_order(self, members: Sequence[tuple[str, bool]], separator: str = "", free: str = "") -> str:
+        """Returns a rule for rules in any order, each at most once. A member's flag tells whether it must occur. A rule
+        `free` may occur any number of times. The rule's parameter has a bit for each member that has occurred."""
+        ordered = sorted(members, key=lambda member: not member[1])
+        needed = sum(is_needed for _, is_needed in ordered)
+        first, behind = f"o{len(self.rules)}", f"o{len(self.rules) + 1}"
+        choices = [
+            f"{rule} {behind}::set_bit({bit}) %if bit_clear({bit})" for bit, (rule, _) in enumerate(ordered[:_BITS])
+        ]
+        choices += [f"{rule} {behind}::_" for rule in (*(rule for rule, _ in ordered[_BITS:]), free) if rule]
+        has_all = f" %if is_ones([0:{min(needed, _BITS)}])" if needed else ""
+        has_more = "" if free or len(ordered) > _BITS else f" %if not(is_ones([0:{len(ordered)}]))"
+        self.rules.append(f"{first}::_: {' | '.join(choices)}")
+        self.rules.append(f'{behind}::_: ""{has_all} | {joined(separator, first)}::_{has_more}')
+        return f"{first}::0" if needed else f"({first}::0)?"
+
     def lark(self, start: str) -> str:
         return "\n".join([f"start: {start}", *self.rules])
+
+    def _named(self, letter: str, text: str) -> str:
+        if text not in self.names:
+            self.names[text] = f"{letter}{len(self.rules)}"
+            self.rules.append(self.names[text] + text)
+        return self.names[text]
 
 
 def joined(*parts: str) -> str:

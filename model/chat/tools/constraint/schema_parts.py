@@ -37,10 +37,9 @@ def number(kind: str, schema: Schema) -> str:
 
 
 def properties(schema: Schema) -> list[tuple[str, Any, bool]] | None:
-    """Returns (name, schema, is required) for each property, required ones first, or None if others are allowed too."""
+    """Returns (name, schema, is required) for each property, or None if others are allowed too."""
     named, required = schema.get("properties"), schema.get("required")
     if not isinstance(named, Mapping) or schema.get("additionalProperties") is not False:
         return None
     needed = {key for key in required if isinstance(key, str)} if isinstance(required, list) else set[str]()
-    found = [(str(key), part, key in needed) for key, part in named.items()]
-    return sorted(found, key=lambda entry: not entry[2])
+    return [(str(key), part, key in needed) for key, part in named.items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from llamaclust.model.chat.tools.argument_values import STRING, type_name, types_of
@@ -13,7 +13,7 @@ from llamaclust.model.chat.tools.constraint.lark_rules import SPACE, LarkRules, 
 from llamaclust.model.chat.tools.tool_format import CDATA_BEGIN, CDATA_END, TaggedCalls
 from llamaclust.model.grammars.definitions import quoted
 
-_ANY_KEY: Final = r'/[^<>"=\s]{1,64}/'
+_ANY_KEY: Final = re.compile(r'[^<>"=\s]{1,64}')
 _ANY_TYPE: Final = "/[a-z]{1,12}/"
 _PYTHON_WORDS: Final = (True, False, None)
 _IN_CDATA: Final = f"/{re.escape(CDATA_BEGIN)}(?s:.*)/"
@@ -21,21 +21,29 @@ _NO_CDATA: Final = f"/(?s:.*)/ & ~{_IN_CDATA}"
 
 
 def tagged_call(rules: LarkRules, calls: TaggedCalls, name: str, schema: Schema) -> str:
-    properties = schema.get("properties")
-    required = schema.get("required")
-    needed = {key for key in required if isinstance(key, str)} if isinstance(required, list) else set()
-    known = properties if isinstance(properties, Mapping) else {}
-    ordered = [*(key for key in known if key in needed), *(key for key in known if key not in needed)]
-    shared = {"$defs": schema["$defs"]} if "$defs" in schema else {}
-    parts = []
-    for key in ordered:
-        value = {**known[key], **shared} if isinstance(known[key], Mapping) else {}
-        argument = rules.rule(_argument(rules, calls, quoted(key), value))
-        parts.append(argument if key in needed else f"({argument})?")
-    if schema.get("additionalProperties") is not False:
-        parts.append(f"({rules.rule(_argument(rules, calls, _ANY_KEY, {}))})*")
     attributes = f'/[^<>"]{{0,20}}"[^<>"]{{0,20}}/ {rules.literal(calls.value_begin)}' if calls.name_end == '"' else ""
-    return joined(quoted(name), marker(rules, calls.name_end) or SPACE, attributes, *parts)
+    return joined(quoted(name), marker(rules, calls.name_end) or SPACE, attributes, _arguments(rules, calls, schema))
+
+
+def _arguments(rules: LarkRules, calls: TaggedCalls, schema: Schema) -> str:
+    properties, required = schema.get("properties"), schema.get("required")
+    known = properties if isinstance(properties, Mapping) else {}
+    shared = {"$defs": schema["$defs"]} if "$defs" in schema else {}
+    members = []
+    for key, part in known.items():
+        value = {**part, **shared} if isinstance(part, Mapping) else {}
+        argument = rules.rule(_argument(rules, calls, quoted(key), value))
+        members.append((argument, isinstance(required, list) and key in required))
+    if schema.get("additionalProperties") is False:
+        return rules.in_any_order(members) if members else ""
+    free = rules.rule(_argument(rules, calls, rules.terminal(_other_key(known)), {}))
+    return rules.in_any_order(members, free=free)
+
+
+def _other_key(known: Iterable[str]) -> str:
+    """Returns the rule for any key that is not in `known`."""
+    excluded = "|".join(re.escape(key).replace("/", r"\/") for key in known if _ANY_KEY.fullmatch(key))
+    return f"/{_ANY_KEY.pattern}/" + (f" & ~/{excluded}/" if excluded else "")
 
 
 def _argument(rules: LarkRules, calls: TaggedCalls, key: str, schema: Schema) -> str:

@@ -9,6 +9,7 @@ from hashlib import sha256
 from typing import Any, Final
 
 from llamaclust.model.chat.tools.tool_format import ToolFormat
+from llamaclust.model.chat.tools.written_calls import written_calls
 
 Message = Mapping[str, Any]
 
@@ -74,8 +75,11 @@ def _id_of(given: str, length: int) -> str:
 def _call_message(form: ToolFormat, message: Message) -> dict[str, Any]:
     calls = [call["function"] for call in message["tool_calls"]]
     if not form.takes_call_messages:
-        texts = [f"<tool_call>\n{_dumped({**call, 'arguments': _arguments(call)})}\n</tool_call>" for call in calls]
-        content = "\n".join([*filter(None, [message.get("content")]), *texts])
+        shown = [
+            {"id": call.get("id", ""), "function": {"name": function["name"], "arguments": _arguments(function)}}
+            for call, function in zip(message["tool_calls"], calls, strict=True)
+        ]
+        content = "\n".join(filter(None, [message.get("content"), written_calls(form.calls, shown)]))
         return {key: value for key, value in message.items() if key != "tool_calls"} | {"content": content}
     shaped = [
         {**call, "function": {**function, "arguments": _shaped(form, function)}}

@@ -99,7 +99,7 @@ async def test_no_stage_is_added_after_the_end(when: str, monkeypatch: pytest.Mo
         while not loaded.is_set():
             with suppress(asyncio.CancelledError):
                 await loaded.wait()
-        return SimpleNamespace(close=lambda: closed.append("stage"))
+        return SimpleNamespace(close=lambda: closed.append("stage"), samples=False)
 
     async def send(message: WorkerMessage) -> None:
         answers.append(message)

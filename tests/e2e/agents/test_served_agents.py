@@ -24,7 +24,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     shape: dict[str, Any] = {"hidden": 64, "layers": 2, "heads": 2, "kv_heads": 1, "ffn": 64, "vocabulary": 1024}
     template = {"tokenizer.chat_template": TEMPLATES["hermes"]}
     build_tiny_model(path, architecture="qwen2", context=CONTEXT, extra=template, **shape)
-    with command_line() as line, line.cluster(path, context_length=CONTEXT) as cluster:
+    with command_line() as line, line.cluster(path) as cluster:
         yield cluster
 
 

@@ -94,7 +94,8 @@ class ActionRunner:
                 self.retiring = None
                 await self._partitions.settled()
                 if (loss := self.store.state.loss) is not None and isinstance(loss.error, DisputeError):
-                    self._partitions.keep_apart(loss.error)
+                    record = self.store.state.pool.disputes.records[loss.error.pair]
+                    self._notice(f"{loss.error}; plans keep them in different groups for {record.pause_s:g} s")
                 self.store.post(observations.Signal.PIPELINE_CLOSED)
             case act.Sleep(is_forced):
                 await self._sleep(is_forced=is_forced)
@@ -139,7 +140,9 @@ class ActionRunner:
             self.planner.ledger.planned(self.epochs.model_id)
             for workers in self._choices(usable, inputs.quarantined):
                 try:
-                    plan = await self.planner.plan(workers, inputs.partitions, needs_images=needs_images)
+                    plan = await self.planner.plan(
+                        workers, inputs.partitions, disputes=inputs.disputes, needs_images=needs_images
+                    )
                     failure = None
                     break
                 except (InsufficientMemoryError, UsageError, WorkerError) as error:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from llamaclust.cluster.control import observations
+from llamaclust.cluster.control.failures.disputes import Disputes
 from llamaclust.cluster.control.failures.quarantine import Quarantine
 from llamaclust.cluster.control.observations import Incarnation, PlanInputs
 from llamaclust.cluster.control.serving import Serving
-from llamaclust.cluster.planner.links import Pairs, violated_pair
+from llamaclust.cluster.planner.links import Pairs, disputed_pair, violated_pair
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
 
@@ -25,21 +26,31 @@ class PoolState:
     links: int = 0
     memory: int = 0
     quarantine: Quarantine = field(default_factory=Quarantine)
+    disputes: Disputes = field(default_factory=Disputes)
 
     @property
     def usable(self) -> tuple[Incarnation, ...]:
         return tuple((name, join) for name, join in self.present.items() if name not in self.drained)
 
     def inputs(self, now_s: float) -> PlanInputs:
-        return PlanInputs(self.usable, self.quarantine.names(now_s), self.partitions, self.links, self.memory)
+        return PlanInputs(
+            self.usable,
+            self.quarantine.names(now_s),
+            self.partitions,
+            self.disputes.pairs(now_s),
+            self.links,
+            self.memory,
+        )
 
     def may_exclude_more(self, now_s: float) -> bool:
         excluded = self.quarantine.names(now_s)
         others = [name for name, _ in self.usable if name not in excluded]
         return len(others) > 1 and not self.quarantine.ignores_rows(now_s)
 
-    def is_partitioned(self, plan: Plan) -> bool:
-        return violated_pair(plan.chain, self.partitions) is not None
+    def forbids(self, plan: Plan, now_s: float) -> bool:
+        """Returns True if the plan needs a link that does not work, or a group whose members accuse each other."""
+        is_disputed = disputed_pair(plan.chain, self.disputes.pairs(now_s)) is not None
+        return is_disputed or violated_pair(plan.chain, self.partitions) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +189,9 @@ class ClusterState:
     def is_plan_useless(self) -> bool:
         planning = self.planning
         return (
-            planning is not None and planning.plan is not None and is_useless(planning.plan, planning.inputs, self.pool)
+            planning is not None
+            and planning.plan is not None
+            and is_useless(planning.plan, planning.inputs, self.pool, self.tick.now_s)
         )
 
     @property
@@ -197,7 +210,7 @@ class ClusterState:
         return any(self.pool.present.get(name) != join for name, join in workers)
 
 
-def is_useless(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
+def is_useless(plan: Plan, inputs: PlanInputs, pool: PoolState, now_s: float) -> bool:
     planned = {stage.worker for stage in plan.stages}
     lost = any(worker not in pool.usable for worker in inputs.workers if worker[0] in planned)
-    return lost or pool.is_partitioned(plan)
+    return lost or pool.forbids(plan, now_s)

@@ -20,6 +20,7 @@ class PlanInputs:
     workers: tuple[Incarnation, ...] = ()  # Workers that may hold layers.
     quarantined: frozenset[str] = frozenset()
     partitions: Pairs = frozenset()
+    disputes: Pairs = frozenset()  # Pairs of workers that must not be in one group.
     links: int = 0  # Number of times that link measurements have changed.
     memory: int = 0  # Number of times that memory was freed, or taken by other models.
 

@@ -14,7 +14,7 @@ from llamaclust.cluster.membership.worker_requests import probe
 from llamaclust.cluster.planner.links import Pair, Pairs
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.backoff import Backoff
-from llamaclust.core.errors import DeadlineError, DisputeError, WorkerError
+from llamaclust.core.errors import DeadlineError, WorkerError
 from llamaclust.wire.control.messages import PeerUnreachable
 from llamaclust.wire.rpc.task_set import TaskSet
 
@@ -67,11 +67,6 @@ class PartitionTracker:
             pending = self._tasks.start(self._investigate(caller, other, message))
             self._pending[caller, other] = pending
             pending.add_done_callback(lambda done: self._pending.pop((caller, other)))
-
-    def keep_apart(self, dispute: DisputeError) -> None:
-        """Treats the link of two workers that accuse each other as broken. With each dispute, for a longer time."""
-        if dispute.pair <= self._workers().keys() and dispute.pair not in self._partitions:
-            self._add(dispute.pair, str(dispute))
 
     async def settled(self) -> None:
         """Waits until all pending reports of broken links are confirmed or dismissed."""

@@ -66,6 +66,7 @@ class ClusterResources:
     profiles: Mapping[str, Profile]
     links: Links = UNKNOWN
     partitions: Pairs = frozenset()  # Pairs of workers that cannot reach each other.
+    disputes: Pairs = frozenset()  # Pairs of workers that accuse each other and must not be in one group.
     free_bytes: int | None = None
     """Free memory of this machine before its workers held layers. None if each worker reports its own free memory."""
     held: Mapping[tuple[str, str], int] = field(default_factory=dict)
@@ -191,6 +192,7 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
         kv_memory_bytes=config.kv_memory,
         links=resources.links,
         partitions=resources.partitions,
+        disputes=resources.disputes,
         max_batch_tokens=capacity.max_batch_tokens,
         rounding=rounding_of(model) if expert_shards == 1 else lambda device: 0,
         rest_rounding=rounding_of(model, experts=False) if expert_shards == 1 else lambda device: 0,
@@ -346,6 +348,7 @@ class ClusterPlanner:
         partitions: Pairs = frozenset(),
         beside: MemoryLedger | None = None,
         *,
+        disputes: Pairs = frozenset(),
         needs_images: bool = False,
     ) -> Plan:
         """Makes a plan in a thread. Leaves out workers that cannot obey the placement rules. Unless `needs_images` is
@@ -363,7 +366,7 @@ class ClusterPlanner:
             closed = [workers[name].closed_port for name in entry.workers or ()]
             if why := next(filter(None, closed), ""):
                 raise NetworkPartitionError(why)
-        resources = self.resources(workers, partitions)
+        resources = replace(self.resources(workers, partitions), disputes=disputes)
         if beside is not None:
             resources = replace(resources, held=beside.beside(self.model.model_id))
         make: MakeClusterPlan = plan_cluster if needs_images or resources.held else plan_with_optional_encoder
@@ -389,9 +392,9 @@ class ClusterPlanner:
             self.profiles.of(workers),
             self.links,
             partitions,
-            self.free_bytes,
-            self.ledger.beside(self.model.model_id),
-            self.row_bytes,
-            self.encodes,
-            self.kept_context,
+            free_bytes=self.free_bytes,
+            held=self.ledger.beside(self.model.model_id),
+            row_bytes=self.row_bytes,
+            encodes=self.encodes,
+            kept_context=self.kept_context,
         )

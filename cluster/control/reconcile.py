@@ -8,7 +8,7 @@ from llamaclust.cluster.control.cluster_state import ClusterState, Expulsion
 from llamaclust.cluster.control.memory_ledger import ModelLimitError
 from llamaclust.cluster.control.observations import PlanInputs
 from llamaclust.cluster.planner.plan import Plan
-from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, NetworkPartitionError
+from llamaclust.core.errors import DisputeError, InsufficientMemoryError, LlamaclustError, NetworkPartitionError
 from llamaclust.core.sizes import mib
 
 
@@ -156,20 +156,22 @@ def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
     is_link = isinstance(why, NetworkPartitionError)
     if state.is_start and state.planning.error is not None and state.is_whole and not is_link:
         return Abort(why)
+    is_dispute = isinstance(why, DisputeError)
     what, waits = (
-        "a link" if is_link else _absent_workers(state),
+        "a link" if is_link else "the end of a dispute" if is_dispute else _absent_workers(state),
         "the start waits" if state.is_start else "requests wait",
     )
     if (text := f"waiting for {what}; {waits} {state.wait_s:g} s at most: {why}") != state.waits_for:
         return Notify(text)
     if state.tick.now_s < state.deadline_s:
-        return Wait(_earliest(state.deadline_s, _quarantine_end_s(state)))
+        return Wait(_earliest(state.deadline_s, _exclusion_end_s(state)))
     if state.is_start:
         return Abort(why)
-    late = f"no {'link' if is_link else 'worker'} came back within {state.wait_s:g} s (timeouts.recovery): {why}"
+    awaited = "dispute ended" if is_dispute else "link came back" if is_link else "worker came back"
+    late = f"no {awaited} within {state.wait_s:g} s (timeouts.recovery): {why}"
     if late != loss.failed_because:
         return FailRequests(late)
-    return Wait(_quarantine_end_s(state))
+    return Wait(_exclusion_end_s(state))
 
 
 def _wait_for_memory(state: ClusterState, why: LlamaclustError) -> Action:
@@ -178,7 +180,7 @@ def _wait_for_memory(state: ClusterState, why: LlamaclustError) -> Action:
     text = f"waiting for memory that other models hold{missing}: they free it at the end of their turns"
     if isinstance(why, ModelLimitError):
         text = f"waiting until another model is unloaded at the end of its turn: {why}"
-    return Notify(text) if text != state.waits_for else Wait(_quarantine_end_s(state))
+    return Notify(text) if text != state.waits_for else Wait(_exclusion_end_s(state))
 
 
 def _absent_workers(state: ClusterState) -> str:
@@ -194,12 +196,14 @@ def _improve(state: ClusterState) -> Action:
     is_whole_again = serving.plan.lacks_kv_memory and planning.plan is not None and not planning.plan.lacks_kv_memory
     must_move = is_whole_again or any(name in state.pool.drained for name, _ in serving.workers)
     if state.retiring is not None:
-        return Wait(_quarantine_end_s(state))
-    settled = Wait(_quarantine_end_s(state), is_settled=True)
+        return Wait(_exclusion_end_s(state))
+    settled = Wait(_exclusion_end_s(state), is_settled=True)
     if planning.plan is None:
         text = f"layers cannot be moved now: {planning.error}"
         return Notify(text) if must_move and not planning.is_noticed else settled
-    is_broken = state.has_lost_workers or state.pool.is_partitioned(serving.plan) or state.has_failing_workers
+    is_broken = (
+        state.has_lost_workers or state.pool.forbids(serving.plan, state.tick.now_s) or state.has_failing_workers
+    )
     may_stay = not (must_move or is_broken)
     if may_stay and serving.is_worth_keeping(planning.plan):
         return settled
@@ -214,8 +218,10 @@ def _move_failed(error: LlamaclustError, *, must_move: bool, is_noticed: bool) -
     return None if is_noticed else Notify(f"layers stay where they are: {error}")
 
 
-def _quarantine_end_s(state: ClusterState) -> float | None:
-    return state.pool.quarantine.next_end_s(state.tick.now_s)
+def _exclusion_end_s(state: ClusterState) -> float | None:
+    pool, now_s = state.pool, state.tick.now_s
+    ends_s = (pool.quarantine.next_end_s(now_s), pool.disputes.next_end_s(now_s))
+    return min((end_s for end_s in ends_s if end_s is not None), default=None)
 
 
 def _earliest(first_s: float, second_s: float | None) -> float:

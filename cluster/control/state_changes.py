@@ -22,6 +22,7 @@ from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import (
     DeadlineError,
+    DisputeError,
     InsufficientMemoryError,
     LoadCancelledError,
     ModelFileError,
@@ -60,7 +61,9 @@ def observe(state: ClusterState, observation: observations.Observation) -> Clust
         case observations.PipelineLost(error, requests, causes, is_repeated):
             planning = planning and replace(planning, rejected=None, is_noticed=False)
             loss = PipelineLoss(state.tick.now_s, error, requests, causes, is_repeated)
-            return replace(state, loss=loss, planning=planning)
+            if isinstance(error, DisputeError):
+                pool = replace(pool, disputes=pool.disputes.add(error.pair, state.tick.now_s))
+            return replace(state, loss=loss, planning=planning, pool=pool)
         case observations.RequestsStruckOut(keys):
             return replace(state, pool=replace(pool, quarantine=pool.quarantine.exonerate(keys)))
         case observations.RowsFailed(key):
@@ -159,7 +162,7 @@ def _load_failed(state: ClusterState, failed: observations.EpochLoadFailed) -> C
         error = failed.error_of(worker[0])
         if is_lost and error is not None and not isinstance(error, LoadCancelledError):
             state = _worker_failed(state, worker, str(error), frozenset())
-    if hanging or _is_outdated(planning.plan, planning.inputs, state.pool):
+    if hanging or _is_outdated(planning.plan, planning.inputs, state.pool, state.tick.now_s):
         return _expel(state, planning.inputs, hanging)
     if not failed.is_exclusive:
         return state if state.loss else _move_failed(state, planning, failed)
@@ -192,9 +195,9 @@ def _move_failed(state: ClusterState, planning: Planning, failed: observations.E
     return state if state.is_alone else _exclude(state, planning.inputs, _unfit(state, failed))
 
 
-def _is_outdated(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
-    is_other_network = inputs.links != pool.links
-    return is_useless(plan, inputs, pool) or is_other_network or not set(pool.usable) <= set(inputs.workers)
+def _is_outdated(plan: Plan, inputs: PlanInputs, pool: PoolState, now_s: float) -> bool:
+    has_changed = inputs.links != pool.links or not set(pool.usable) <= set(inputs.workers)
+    return has_changed or is_useless(plan, inputs, pool, now_s)
 
 
 def _unfit(state: ClusterState, failed: observations.EpochLoadFailed) -> dict[str, str]:

@@ -105,3 +105,8 @@ def violated_pair(stages: Sequence[Sequence[str]], partitions: Pairs) -> Pair | 
     neighbours = [*zip(leaders, (leaders[-1:] + leaders), strict=False)]
     neighbours += [pair for workers in stages for pair in combinations(workers, 2)]
     return next((pair for pair in map(frozenset, neighbours) if pair in partitions), None)
+
+
+def disputed_pair(stages: Sequence[Sequence[str]], disputes: Pairs) -> Pair | None:
+    """Returns two workers of one group that accuse each other, or None."""
+    return next((pair for pair in sorted(disputes, key=sorted) if any(pair <= {*workers} for workers in stages)), None)

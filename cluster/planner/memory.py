@@ -58,6 +58,7 @@ class PlanRequest:
     kv_memory_bytes: int | None = None
     links: Links = UNKNOWN
     partitions: Pairs = frozenset()  # Pairs of workers that cannot reach each other.
+    disputes: Pairs = frozenset()  # Pairs of workers that accuse each other and must not be in one group.
     max_batch_tokens: int = 0  # Maximum number of rows in a microbatch.
     rounding: Rounding = lambda device: 0
     rest_rounding: Rounding = lambda device: 0  # Rounding of layers without their experts.
@@ -73,6 +74,11 @@ class PlanRequest:
     context_bounds: ContextBounds | None = None
     kept_context: int | None = None  # Context length that was chosen earlier. It replaces the choice.
     least_window_blocks: int = 0  # Minimum number of blocks for layers with a sliding window, if they have their own.
+
+    @property
+    def ungrouped(self) -> Pairs:
+        """Pairs of workers that must not be in one group."""
+        return self.partitions | self.disputes
 
     @property
     def most_blocks(self) -> int:

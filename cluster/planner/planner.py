@@ -16,12 +16,12 @@ from llamaclust.cluster.planner.devices import PlannedLayers, devices_of
 from llamaclust.cluster.planner.explain import idle_workers, model_memory_error, split_memory_error
 from llamaclust.cluster.planner.groups.best_chain import Found, best_chain
 from llamaclust.cluster.planner.groups.rejected import rejected_group
-from llamaclust.cluster.planner.links import Pairs, violated_pair
+from llamaclust.cluster.planner.links import Pairs, disputed_pair, violated_pair
 from llamaclust.cluster.planner.manual import Assignment, check_possible, checked
 from llamaclust.cluster.planner.memory import MemoryModel, PlanRequest
 from llamaclust.cluster.planner.plan import DevicePlan, Plan, Prediction, RejectedGroup, StagePlan
 from llamaclust.cluster.planner.stage_parts import StageParts
-from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionError
+from llamaclust.core.errors import DisputeError, InsufficientMemoryError, NetworkPartitionError
 from llamaclust.core.gpus import cache_room
 from llamaclust.core.profile import DeviceProfile
 from llamaclust.model.costs import ModelCosts
@@ -51,6 +51,7 @@ def _plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanReques
         by_hand = checked(request.manual, [worker.name for worker in workers], stages.layers, stages.expert_shards)
         check_possible(by_hand, stages.possible, stages.expert_shards)
         _check_adjacency(by_hand, request.partitions)
+        _check_disputes(by_hand, request.disputes)
         found = Found(by_hand, contexts=1)
     else:
         found = _automatic(sizes, workers)
@@ -137,6 +138,13 @@ def _check_adjacency(split: Sequence[Assignment], partitions: Pairs) -> None:
         raise NetworkPartitionError(
             f"workers {' and '.join(sorted(pair))} cannot reach each other, but are neighbours in every plan"
         )
+
+
+def _check_disputes(split: Sequence[Assignment], disputes: Pairs) -> None:
+    if (pair := disputed_pair([entry.workers for entry in split], disputes)) is not None:
+        workers = " and ".join(sorted(pair))
+        why = f"workers {workers} accuse each other, but are in one group of the `plan`: change the plan, or wait"
+        raise DisputeError(why, pair=pair)
 
 
 def _automatic(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> Found:

@@ -102,8 +102,13 @@ def _verdict(epoch: int, members: Sequence[WorkerHandle], ended: LlamaclustError
     if (disputed := dispute(reports)) is None:
         return None
     name, fault = disputed
-    what = f"the group of workers {name} and {fault.worker} broke, and too few members say which of them is at fault"
-    return DisputeError(f"{what}: {fault.reason}", pair=frozenset((name, fault.worker)))
+    answer = reports.get(fault.worker)
+    is_mutual = answer is not None and answer.worker == name
+    what = (
+        "accuse each other" if is_mutual else f"disagree: {name} accuses {fault.worker}, which too few members confirm"
+    )
+    workers = " and ".join(sorted((name, fault.worker)))
+    return DisputeError(f"workers {workers} of a group {what}: {fault.reason}", pair=frozenset((name, fault.worker)))
 
 
 def _cut_members(epoch: int, workers: Sequence[WorkerHandle]) -> tuple[str, str] | None:

@@ -77,8 +77,11 @@ class WorkerOperations:
             scratch = ledger.copy()
             for runner in self._runners:
                 if not runner.store.state.is_asleep:
-                    reads_images, pairs = runner.store.state.reads_images, self._partitions.pairs
-                    plan = await runner.planner.plan(workers, pairs, scratch, needs_images=reads_images)
+                    state = runner.store.state
+                    pairs, disputes = self._partitions.pairs, state.inputs.disputes
+                    plan = await runner.planner.plan(
+                        workers, pairs, scratch, disputes=disputes, needs_images=state.reads_images
+                    )
                     scratch.enter(runner.epochs.model_id, (plan,))
 
     def undrain(self, name: str) -> None:

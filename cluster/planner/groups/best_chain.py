@@ -10,6 +10,7 @@ from llamaclust.cluster.planner.groups.fitting import fitted
 from llamaclust.cluster.planner.groups.search import Group, GroupSearch
 from llamaclust.cluster.planner.groups.tables import GroupTables
 from llamaclust.cluster.planner.groups.worker_links import split_by_links
+from llamaclust.cluster.planner.links import Pairs
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.memory import MemoryModel
 from llamaclust.cluster.planner.plan import usual_prompt_tokens
@@ -42,7 +43,7 @@ def best_chain(sizes: MemoryModel, workers: Sequence[WorkerFacts], contexts: Seq
     """Returns the best chain of stages for the objective, or None if the model does not fit. Tries to reserve KV
     memory for each number of full-length sequences in `contexts`, and prefers the first number."""
     works = works_of(sizes.request.objective, usual_prompt_tokens(sizes.request.context_length))
-    unlike = frozenset[str]().union(*sizes.request.partitions)
+    unlike = frozenset[str]().union(*sizes.request.ungrouped)
     found: Found | None = None
     before: list[WorkerClass] = []
     for count in contexts:
@@ -85,9 +86,11 @@ class _Search:
 
     @property
     def _partitions(self) -> Partitions:
+        return self._places(self.sizes.request.partitions)
+
+    def _places(self, pairs: Pairs) -> Partitions:
         places = {worker.name: place for place, worker in enumerate(self.workers)}
-        pairs = (pair for pair in self.sizes.request.partitions if pair <= places.keys())
-        return frozenset(frozenset(places[name] for name in pair) for pair in pairs)
+        return frozenset(frozenset(places[name] for name in pair) for pair in pairs if pair <= places.keys())
 
     def _single(self) -> Iterator[Sequence[SplitSearch]]:
         return worker_searches(self.classes, self.works, self._partitions)
@@ -98,7 +101,9 @@ class _Search:
             return None
         classes = [part for one in self.classes for part in split_by_links(one, self.workers, request.links)]
         tables = GroupTables(self.sizes, request.group_costs, self.contexts, allow_unrounded)
-        return GroupSearch(self.sizes, self.workers, classes, self.works, tables, self._partitions).best(below, known)
+        apart = self._places(request.ungrouped)
+        search = GroupSearch(self.sizes, self.workers, classes, self.works, tables, self._partitions, apart)
+        return search.best(below, known)
 
     def _fitted(self, found: Found) -> Found | None:
         by_name = {worker.name: worker for worker in self.workers}

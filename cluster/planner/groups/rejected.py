@@ -57,9 +57,10 @@ def _obstacle(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> str | None:
         kind = ("has a GPU", "have a GPU") if all(worker.gpus for worker in others) else _NO_LINKS
         return f"{', '.join(worker.name for worker in others)} {kind[len(others) > 1]}"
     pairs = [*combinations([worker.name for worker in able], 2)]
-    if all(frozenset(pair) in request.partitions for pair in pairs):
-        return f"{' and '.join(pairs[0])} cannot reach each other"
-    if not any(request.links.are_known(pair) for pair in pairs if frozenset(pair) not in request.partitions):
+    if all(frozenset(pair) in request.ungrouped for pair in pairs):
+        is_disputed = frozenset(pairs[0]) in request.disputes
+        return f"{' and '.join(pairs[0])} {'accuse' if is_disputed else 'cannot reach'} each other"
+    if not any(request.links.are_known(pair) for pair in pairs if frozenset(pair) not in request.ungrouped):
         return f"the link between {' and '.join(pairs[0])} is not measured"
     return None
 
@@ -75,7 +76,7 @@ def _sets(plan: Chain, workers: Sequence[WorkerFacts]) -> Iterator[list[tuple[Wo
 
 
 def _reach_each_other(request: PlanRequest, names: Sequence[str]) -> bool:
-    return request.links.are_known(names) and not any(pair <= {*names} for pair in request.partitions)
+    return request.links.are_known(names) and not any(pair <= {*names} for pair in request.ungrouped)
 
 
 def _group(sizes: MemoryModel, members: Sequence[WorkerFacts], contexts: int) -> _Candidate | None:

@@ -73,6 +73,7 @@ class GroupSearch:
     works: Sequence[Work]
     tables: GroupTables
     partitions: Partitions
+    ungrouped: Partitions  # Pairs of workers that must not be in one group.
     holders: list[Holder] = field(default_factory=list, init=False)
     _numbers: dict[tuple[int, ...], int | None] = field(default_factory=dict, init=False)
     _costs: dict[tuple[int, ...], GroupTable] = field(default_factory=dict, init=False)
@@ -183,7 +184,7 @@ class GroupSearch:
         request, facts = self.sizes.request, [self.workers[member] for member in members]
         if len(members) > request.largest_group or not all(worker.joins_groups for worker in facts):
             return False
-        if any(pair <= {*members} for pair in self.partitions):
+        if any(pair <= {*members} for pair in self.ungrouped):
             return False
         if not request.links.are_known([each.name for each in facts]):
             return False

@@ -15,7 +15,6 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.links import Pairs
 from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.core.backoff import Backoff
-from llamaclust.core.errors import DisputeError
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
     Heartbeat,
@@ -113,20 +112,6 @@ async def test_only_who_is_alive_is_cut_off() -> None:
         assert members.tracker.pairs == {frozenset("ac")} and members.changes == 1
         why = "workers c and a cannot reach each other: silence; plans do not make them neighbours until the link works"
         assert members.told == [why]
-
-
-async def test_workers_that_accuse_each_other_are_kept_apart_for_longer_each_time() -> None:
-    members = Members()
-    with members.tracker:
-        for number in range(3):
-            members.tracker.keep_apart(DisputeError("the group broke", pair=AB))
-            members.tracker.keep_apart(DisputeError("the group broke again", pair=AB))
-            assert members.tracker.pairs == {AB}
-            assert members.tracker._partitions[AB].probes == number
-            assert members.told[-1].startswith("the group broke; plans do not make them neighbours")
-            await members.until_apart(frozenset())
-        members.tracker.keep_apart(DisputeError("a worker has left", pair=frozenset("az")))
-        assert not members.tracker.pairs
 
 
 async def test_reports_about_unknown_workers_and_about_the_sender_are_ignored() -> None:

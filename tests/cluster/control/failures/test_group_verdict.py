@@ -48,7 +48,9 @@ def of(text: str) -> dict[str, GroupFault]:
         ("b: a wrong; c: b late; d: b wrong; e: b closed; a: b late", 5, "b"),
         ("c: b closed; d: b closed; e: b late; f: c closed", 6, "b"),
         ("a: b closed", 2, "b"),
-        ("a: b closed; b: a wrong", 2, "a"),
+        ("b: a wrong", 2, "a"),
+        ("b: b failed; a: b late", 2, "b"),
+        ("b: b wrong; a: a failed", 2, "a"),
     ],
 )
 def test_the_member_at_fault(text: str, size: int, guilty: str) -> None:
@@ -66,6 +68,9 @@ def test_the_member_at_fault(text: str, size: int, guilty: str) -> None:
         ("b: a late; c: a wrong", 5, "ca"),
         ("a: b wrong; b: a wrong; c: b wrong; d: a wrong", 4, "ab"),
         ("e: f closed; f: e late", 7, "fe"),
+        ("a: b late; b: a wrong", 2, "ab"),
+        ("a: b closed; b: a wrong", 2, "ab"),
+        ("a: b closed; b: a closed", 2, "ab"),
     ],
 )
 def test_reports_that_show_a_dispute_alone(text: str, size: int, pair: str) -> None:
@@ -74,10 +79,23 @@ def test_reports_that_show_a_dispute_alone(text: str, size: int, pair: str) -> N
     assert disputed is not None and {disputed[0], disputed[1].worker} == {*pair}
 
 
-def test_the_leader_is_believed_in_a_group_of_two() -> None:
-    for kind in ("wrong", "late", "closed"):
-        verdict = judge({"a": fault("b", kind), "b": fault("a", kind)}, 2)
-        assert verdict is not None and verdict.worker == "b"
+@pytest.mark.parametrize("number", range(20))
+async def test_two_members_that_accuse_each_other_are_never_quarantined(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failure_attribution, "_ATTRIBUTION_S", 0.0)
+    monkeypatch.setattr(failure_attribution, "_REPORTS_S", 0.0)
+    print(f"seed {SEED}")
+    drawn = Random(f"{SEED} {number}")
+    lies = Lies(drawn, 2)
+    for name in drawn.sample("ab", 2):
+        lies.say(name, "ab".replace(name, ""), drawn.choice(("wrong", "late", "closed")))
+    handles = members(lies)
+    for name, message in lies.messages:
+        handles[name].receive(message)
+    error = await attribute_failure(3, [*handles.values()], None)
+    assert isinstance(error, DisputeError) and error.worker is None and error.pair == {*"ab"}
+    assert str(error).startswith("workers a and b of a group accuse each other: ")
 
 
 def test_nobody_without_reports() -> None:

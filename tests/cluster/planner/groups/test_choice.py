@@ -15,6 +15,7 @@ from llamaclust.cluster.planner.links import Link, Links
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.plan import ANSWER_TOKENS, Plan
 from llamaclust.cluster.planner.planner import make_plan
+from llamaclust.core.errors import NetworkPartitionError
 from llamaclust.core.sizes import MIB
 from llamaclust.model.groups.costs import GatherCost, GroupCosts
 from llamaclust.model.quant_types import ActivationFormat
@@ -205,3 +206,16 @@ def test_throughput_keeps_stages_that_share_the_work_evenly() -> None:
     workers = [able(name) for name in "abcd"]
     plan = planned(workers, objective="throughput")
     assert plan == planned(workers, objective="throughput", largest_group=1)
+
+
+@pytest.mark.parametrize("pairs", [("ab",), ("ab", "cd"), ("ab", "ac", "ad")])
+def test_pairs_that_accuse_each_other_are_in_no_group_but_may_be_neighbours(pairs: Sequence[str]) -> None:
+    workers, disputes = [able(name) for name in "abcd"], frozenset(map(frozenset, pairs))
+    chain = planned(workers, disputes=disputes).chain
+    assert not any({*pair} <= {*members} for pair in pairs for members in chain)
+    assert max(map(len, chain)) == max(map(len, planned(workers, partitions=disputes).chain))
+    two = [able(name, memory_mib=800) for name in "ab"]
+    chain = planned(two, disputes=frozenset({frozenset("ab")})).chain
+    assert sorted(map(len, chain)) == [1, 1], "each holds a stage"
+    with pytest.raises(NetworkPartitionError):
+        planned(two, partitions=frozenset({frozenset("ab")}))

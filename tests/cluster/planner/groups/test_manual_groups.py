@@ -19,7 +19,7 @@ from llamaclust.cluster.planner.links import violated_pair
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
-from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionError, UsageError
+from llamaclust.core.errors import DisputeError, InsufficientMemoryError, NetworkPartitionError, UsageError
 from llamaclust.core.sizes import MIB
 from llamaclust.model.loader import Model
 from support.models.tiny_architectures import build_architecture
@@ -109,6 +109,16 @@ def test_members_and_leaders_are_neighbours() -> None:
             assert (violated_pair(chain, frozenset({pair})) == pair) == expected, pair
     with pytest.raises(NetworkPartitionError, match="workers a and b"):
         make_plan(SMALL, WORKERS, replace(GROUPED, manual=MIXED, partitions=frozenset({frozenset("ab")})))
+
+
+@pytest.mark.parametrize(("pair", "is_refused"), [("ab", True), ("de", True), ("bc", False), ("ad", False)])
+def test_members_that_accuse_each_other_are_refused(pair: str, *, is_refused: bool) -> None:
+    request = replace(GROUPED, manual=MIXED, disputes=frozenset({frozenset(pair)}))
+    if is_refused:
+        with pytest.raises(DisputeError, match=f"workers {pair[0]} and {pair[1]} accuse each other, but are in one"):
+            make_plan(SMALL, WORKERS, request)
+    else:
+        assert make_plan(SMALL, WORKERS, request).chain == planned(*MIXED).chain
 
 
 def test_another_plan_by_shares_is_another_plan() -> None:

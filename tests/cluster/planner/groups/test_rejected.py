@@ -81,6 +81,7 @@ def off(workers: Sequence[WorkerFacts]) -> dict[str, Any]:
 
 OBSTACLES: dict[str, Callable[[Sequence[WorkerFacts]], dict[str, Any]]] = {
     "the link between a and b is not measured": without_links,
+    "a and b accuse each other": lambda workers: {"disputes": cut(workers)["partitions"]},
     "`groups` is off": off,
 }
 

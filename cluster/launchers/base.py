@@ -74,5 +74,6 @@ class Launcher(ABC):
         return None
 
     @abstractmethod
-    def last_error(self, name: str) -> str:
-        """Returns the last error in a worker's log, or an empty text if it is older than a few seconds."""
+    def last_error(self, name: str, silent_s: float) -> str:
+        """Returns the last error in a worker's log, or an empty text if the worker logged it more than a few seconds
+        before its last sign of life, `silent_s` seconds ago."""

@@ -95,8 +95,8 @@ class LocalLauncher(Launcher):
     def free_memory_bytes(self) -> int:
         return available_memory_bytes()
 
-    def last_error(self, name: str) -> str:
-        return recent_error(self._log_file(name), self._log_starts.get(name, 0))
+    def last_error(self, name: str, silent_s: float) -> str:
+        return recent_error(self._log_file(name), self._log_starts.get(name, 0), silent_s)
 
     def _log_file(self, name: str) -> Path:
         return self._logs / f"{name}.log"

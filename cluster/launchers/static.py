@@ -86,7 +86,7 @@ class StaticLauncher(Launcher):
     async def end(self, name: str) -> None:
         """Does nothing. A lost worker unloads its stages when it learns that it is no longer a member."""
 
-    def last_error(self, name: str) -> str:
+    def last_error(self, name: str, silent_s: float) -> str:
         return ""
 
     def refusal(self, name: str) -> str | None:
@@ -144,7 +144,7 @@ class RestartingLauncher(StaticLauncher):
     def reset_restarts(self) -> None:
         self._restarts.reset_restarts()
 
-    def last_error(self, name: str) -> str:
+    def last_error(self, name: str, silent_s: float) -> str:
         return self._last_errors.get(name, "")
 
     @property

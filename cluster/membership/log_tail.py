@@ -29,9 +29,10 @@ _OTHER_LOGGERS = (
 _OF_ERRORS = "EFC"
 
 
-def recent_error(log: Path, start: int = 0) -> str:
-    """Returns the last error of a log that is at most `RECENT_S` seconds old, or ""."""
-    return last_error(log, start, time() - RECENT_S)
+def recent_error(log: Path, start: int = 0, silent_s: float = 0.0) -> str:
+    """Returns the last error of a log, or "" if its worker logged it more than `RECENT_S` seconds before its last sign
+    of life, which was `silent_s` seconds ago."""
+    return last_error(log, start, time() - silent_s - RECENT_S)
 
 
 def last_error(log: Path, start: int = 0, since_s: float = 0.0) -> str:

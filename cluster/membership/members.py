@@ -46,11 +46,16 @@ class HeartbeatReceived:
 MembershipEvent = MemberJoined | MemberLost | PeerReported | HeartbeatReceived
 
 
+ReadLastError = Callable[[str, float], str]
+"""Returns the last error in a worker's log, or "" if the worker logged it long before its last sign of life. Takes the
+worker's name, and the seconds since this sign."""
+
+
 class Members:
     """Workers by name. A lost worker stays in the list until a new worker with the same name joins, or until
     `MAX_LOST_WORKERS` more workers are lost."""
 
-    def __init__(self, read_last_error: Callable[[str], str]) -> None:
+    def __init__(self, read_last_error: ReadLastError) -> None:
         self.read_last_error = read_last_error
         self.joins: dict[str, int] = {}
         self._workers: dict[str, WorkerHandle] = {}
@@ -101,9 +106,10 @@ class Members:
         self._changed = asyncio.Event()
 
     def process_exited(self, name: str, how: str) -> None:
-        self._exits[name] = how, self.read_last_error(name)
-        if name in self._workers:
-            self.mark_lost(self._workers[name], how)
+        handle = self._workers.get(name)
+        self._exits[name] = how, self.read_last_error(name, 0.0 if handle is None else handle.silent_s)
+        if handle is not None:
+            self.mark_lost(handle, how)
         self._set_changed()
 
     def admit(self, handle: WorkerHandle) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from llamaclust.cluster.membership.join_rules import HANDSHAKE_S, JoinRules, JoinSettings
-from llamaclust.cluster.membership.members import HeartbeatReceived, Members, PeerReported
+from llamaclust.cluster.membership.members import HeartbeatReceived, Members, PeerReported, ReadLastError
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import DeadlineError, ProtocolError, SupersededError, UsageError
@@ -43,7 +43,7 @@ class Registry(Members):
         self,
         listen: str,
         credentials: Credentials,
-        read_last_error: Callable[[str], str],
+        read_last_error: ReadLastError,
         settings: JoinSettings,
         giver: WeightGiver | None = None,
     ) -> None:
@@ -157,7 +157,7 @@ class Registry(Members):
     async def _serve(self, register: Register, stream: ServerStream) -> None:
         name = register.name
         send = _serial_sender(stream)
-        handle = WorkerHandle(register, send, lambda: self.read_last_error(name), self._credentials)
+        handle = WorkerHandle(register, send, lambda: self.read_last_error(name, handle.silent_s), self._credentials)
         self.admit(handle)
         reason = "its connection broke"
         try:

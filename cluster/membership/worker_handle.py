@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from itertools import count
+from time import monotonic
 
 from llamaclust.cluster.membership.worker_channel import ProgressDeadline, Send, WorkerChannel
 from llamaclust.core.epochs import epoch_text
@@ -138,6 +139,7 @@ class WorkerHandle:
         self.left = False
         self._read_last_error = read_last_error
         self._message = asyncio.Event()
+        self._message_at_s = monotonic()
         self._unreachable: dict[int, UnreachablePeer] = {}
         self._faults: dict[int, GroupFaults] = {}
 
@@ -160,6 +162,11 @@ class WorkerHandle:
         if self.loading is not None:
             return WorkerState.LOADING
         return WorkerState.READY if self.stages else WorkerState.JOINED
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the worker's last message, or since it joined."""
+        return monotonic() - self._message_at_s
 
     @property
     def layers(self) -> tuple[float, float] | None:
@@ -297,6 +304,7 @@ class WorkerHandle:
 
     def receive(self, message: messages.WorkerMessage) -> None:
         """Processes a message. Raises ProtocolError if the message is not allowed after registration."""
+        self._message_at_s = monotonic()
         self._message.set()
         self._message = asyncio.Event()
         match message:

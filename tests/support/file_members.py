@@ -95,7 +95,7 @@ class Members:
 async def members(folder: Path) -> AsyncIterator[Members]:
     folder.mkdir(exist_ok=True)  # noqa: ASYNC240
     with run_directory(folder) as run:
-        registry = Registry(run.coordinator, run.token, lambda name: "", JoinSettings(5.0, Deadlines(heartbeat_s=0.05)))
+        registry = Registry(run.coordinator, run.token, lambda *_: "", JoinSettings(5.0, Deadlines(heartbeat_s=0.05)))
         async with registry:
             yield Members(folder, run, registry)
 

@@ -253,9 +253,9 @@ def test_a_link_to_somewhere_else_is_removed_and_not_followed(tmp_path: Path) ->
 def test_last_words_are_one_safe_line(tmp_path: Path) -> None:
     with run_directory(tmp_path) as run:
         launcher = LocalLauncher(run, tmp_path)
-        assert launcher.last_error("a") == ""
+        assert launcher.last_error("a", 0.0) == ""
         (tmp_path / "a.log").write_bytes(b"x" * 10_000 + b"\nfirst\nlast \x1b[31mwords\xff\n\n  \n")
-        assert launcher.last_error("a") == "last [31mwords\ufffd"
+        assert launcher.last_error("a", 0.0) == "last [31mwords\ufffd"
 
 
 def test_ends_of_processes_are_described() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from datetime import UTC, datetime
@@ -11,13 +12,18 @@ from typing import Any
 
 import pytest
 
+from llamaclust.cluster.membership import log_tail
+from llamaclust.cluster.membership.join_rules import JoinSettings
 from llamaclust.cluster.membership.log_tail import last_error, recent_error
+from llamaclust.cluster.membership.registry import Registry
 from llamaclust.core.errors import LlamaclustError, LoadCancelledError, ModelFileError, WorkerError
 from llamaclust.core.logs import RECENT_S
 from llamaclust.wire.control.messages import Deadlines, LoadFailed, WorkerMessage
 from llamaclust.wire.security.credentials import Insecure
 from llamaclust.worker.session import Session
 from llamaclust.worker.stage.counters import Counters
+from support.clusters.members import join
+from support.wire.control_messages import REGISTER
 
 OWN = "2026-01-01 10:00:01,123 ERROR layer 7 does not fit"
 TRACE = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\n    f()\nValueError: seven'
@@ -155,3 +161,40 @@ async def test_work_that_the_coordinator_cancels_is_no_error_of_the_worker(
     assert (record.levelno >= logging.WARNING) == is_error
     kind = type(error) if isinstance(error, LlamaclustError) else LlamaclustError
     assert isinstance(answer, LoadFailed) and answer.failure.kind == kind.__name__
+
+
+@pytest.mark.parametrize("form", [_text, _logfmt, _json])
+@pytest.mark.parametrize("silent_s", [0.0, 5.0, 30.0, 600.0])
+def test_an_error_shortly_before_the_last_sign_of_life_is_a_cause(form: Any, silent_s: float, log: Path) -> None:
+    sign_s = time() - silent_s
+    log.write_text(f"{form(sign_s - 1, 'ERROR', 'the disk fails')}\n")
+    os.utime(log, (sign_s - 1, sign_s - 1))
+    assert recent_error(log, silent_s=silent_s) == "the disk fails"
+    log.write_text(f"{form(sign_s - RECENT_S - 60, 'ERROR', 'the disk fails')}\n")
+    assert recent_error(log, silent_s=silent_s) == ""
+
+
+@pytest.mark.parametrize(("age_s", "words"), [(0.0, "the disk fails"), (60.0, "")])
+@pytest.mark.parametrize("is_killed", [False, True], ids=["it hangs", "it is killed"])
+async def test_a_loss_has_the_error_before_the_last_heartbeat(
+    age_s: float, words: str, log: Path, monkeypatch: pytest.MonkeyPatch, *, is_killed: bool
+) -> None:
+    """The time without heartbeats is longer than an error is recent."""
+    monkeypatch.setattr(log_tail, "RECENT_S", 0.2)
+
+    def read(name: str, silent_s: float) -> str:
+        return recent_error(log, 0, silent_s)
+
+    def write() -> None:
+        log.write_text(f"{_json(time() - age_s, 'ERROR', 'the disk fails')}\n")
+
+    async with Registry("127.0.0.1:0", Insecure(), read, JoinSettings(1.0)) as registry:
+        await join(registry, Insecure(), REGISTER)
+        write()
+        handle = registry.workers["a"]
+        if is_killed:
+            registry.process_exited("a", "killed")
+        async with asyncio.timeout(60):
+            await handle.lost.wait()
+        assert handle.loss is not None and handle.loss.last_error == words
+        assert str(handle.loss) == ("killed" if is_killed else "no heartbeat for 1 s")

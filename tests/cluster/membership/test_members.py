@@ -63,7 +63,7 @@ async def test_only_a_port_in_use_is_wrong_usage(trust: Authority, host: str, co
     with socket.create_server(("127.0.0.1", 0)) as used:
         port = used.getsockname()[1]
         with pytest.raises(LlamaclustError, match=f"{host} port {port}: .*; choose .* `join.members`") as late:
-            await Registry(f"{host}:{port}", trust.identity(), str, JoinSettings(5.0)).__aenter__()
+            await Registry(f"{host}:{port}", trust.identity(), lambda *_: "", JoinSettings(5.0)).__aenter__()
     assert late.value.exit_code == code
 
 
@@ -373,7 +373,7 @@ async def test_methods_that_there_are_not_are_refused(trust: Authority) -> None:
 
 def test_the_earliest_lost_workers_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(members, "MAX_LOST_WORKERS", 2)
-    known = Members(lambda name: "")
+    known = Members(lambda *_: "")
 
     async def send(message: CoordinatorMessage) -> None:
         raise AssertionError(message)

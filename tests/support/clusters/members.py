@@ -26,7 +26,7 @@ ANY = "127.0.0.1:0"
 
 def registry_of(credentials: Credentials, settings: JoinSettings) -> Registry:
     """Creates a registry whose workers have no logs."""
-    return Registry(ANY, credentials, lambda name: "", settings)
+    return Registry(ANY, credentials, lambda name, silent_s: "", settings)
 
 
 @asynccontextmanager

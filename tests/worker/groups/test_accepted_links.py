@@ -81,7 +81,7 @@ def joined(coordinator: Registry) -> Register:
 
 @asynccontextmanager
 async def insecure(listen: str = HERE) -> AsyncIterator[Registry]:
-    async with Registry(listen, Insecure(), lambda name: "", JoinSettings(5.0)) as coordinator:
+    async with Registry(listen, Insecure(), lambda name, silent_s: "", JoinSettings(5.0)) as coordinator:
         yield coordinator
 
 
@@ -213,7 +213,7 @@ async def test_the_port_moves_with_the_address(monkeypatch: pytest.MonkeyPatch) 
 
 async def test_a_local_worker_has_a_socket_beside_that_of_its_stages(tmp_path: Path) -> None:
     token = ClusterToken.create()
-    async with Registry(f"unix:{tmp_path}/c.sock", token, lambda name: "", JoinSettings(5.0)) as coordinator:
+    async with Registry(f"unix:{tmp_path}/c.sock", token, lambda name, silent_s: "", JoinSettings(5.0)) as coordinator:
         join, listen = coordinator.address, f"unix:{tmp_path}/w0.sock"
         settings = replace(SETTINGS, join=join, listen=listen, static=False, token=token.value)
         worker = asyncio.create_task(_run_started_worker(settings))

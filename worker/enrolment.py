@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from llamaclust.core.addresses import JOIN_PORT, joined_address
 from llamaclust.core.errors import LlamaclustError, ProtocolError, RefusedError, UsageError, WorkerError
+from llamaclust.core.version import VERSION
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.security import enrolment
@@ -82,7 +83,8 @@ async def pinned(host: str, port: int, token: JoinToken, where: str) -> bytes:
         raise UsageError(f"the coordinator at {where} does not belong to the token's cluster: {why}")
     if challenge.protocol_version != PROTOCOL_VERSION:
         versions = f"speaks protocol {challenge.protocol_version}, this worker {PROTOCOL_VERSION}"
-        raise UsageError(f"the coordinator at {where} {versions}: install the same version of llamaclust everywhere")
+        same = f"install the same version of llamaclust everywhere ({VERSION} here)"
+        raise UsageError(f"the coordinator at {where} {versions}: {same}")
     return challenge.ca_certificate
 
 

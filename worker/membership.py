@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from llamaclust.core.errors import DeadlineError, DeviceLostError, ProtocolError, RefusedError, UsageError, WorkerError
 from llamaclust.core.logs import name_cluster, recent_trouble
+from llamaclust.core.version import VERSION
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control import messages
 from llamaclust.wire.control.codec import decode_coordinator_message, encode_worker_message
@@ -108,8 +109,9 @@ class Member:
         if not isinstance(answer, messages.Admitted):
             raise ProtocolError(f"the coordinator answered {type(answer).__name__} to a registration")
         if answer.protocol_version != PROTOCOL_VERSION:
-            versions = f"{answer.protocol_version}, but this worker speaks version {PROTOCOL_VERSION}"
-            raise UsageError(f"the coordinator speaks protocol version {versions}; install the same version on both")
+            versions = f"speaks protocol {answer.protocol_version}, this worker {PROTOCOL_VERSION}"
+            same = f"install the same version of llamaclust everywhere ({VERSION} here)"
+            raise UsageError(f"the coordinator {versions}: {same}")
         cluster = ClusterKey(self._authority, answer.cluster)
         self._worker.terms.enter(cluster, answer.term, answer.term_proof)
         self._deadlines = answer.deadlines

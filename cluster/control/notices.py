@@ -16,7 +16,8 @@ def version_text(worker: WorkerHandle) -> str:
     version = worker.registration.version
     if version == VERSION:
         return ""
-    what = f"worker {worker.name} runs llamaclust {version}, this coordinator {VERSION}"
+    program = f"llamaclust {version}" if version else "an older version of llamaclust"
+    what = f"worker {worker.name} runs {program}, this coordinator {VERSION}"
     return f"{what}: they work together with the same results; finish the upgrade"
 
 

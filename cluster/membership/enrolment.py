@@ -14,6 +14,7 @@ from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.join_rules import RefusalReason
 from llamaclust.core.addresses import bounded_host, split_address
 from llamaclust.core.errors import LlamaclustError, ProtocolError
+from llamaclust.core.version import VERSION
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.listening import listener
 from llamaclust.wire.rpc.deadlines import deadline
@@ -124,7 +125,8 @@ class EnrolmentServer:
             return protocol.Refusal("its token belongs to another cluster or was rotated; copy the token file again")
         if request.protocol_version != PROTOCOL_VERSION:
             versions = f"{request.protocol_version}, this coordinator {PROTOCOL_VERSION}"
-            return protocol.Refusal(f"it speaks protocol {versions}: install the same version of llamaclust")
+            same = f"install the same version of llamaclust everywhere ({VERSION} here)"
+            return protocol.Refusal(f"it speaks protocol {versions}: {same}")
         if self._refusal is not None and (why := self._refusal(request.name)) is not None:
             return protocol.Refusal(why)
         try:

@@ -58,7 +58,7 @@ class JoinRules:
         name = register.name
         if peer is not None and peer.worker != name:
             return f"the certificate of {peer} cannot register worker {name}"
-        same = f"install the same version of llamaclust everywhere ({register.version} there, {VERSION} here)"
+        same = f"install the same version of llamaclust everywhere ({register.shown_version} there, {VERSION} here)"
         if register.protocol_version != PROTOCOL_VERSION:
             theirs = f"protocol {register.protocol_version}"
             return f"worker {name} speaks {theirs}, this coordinator {PROTOCOL_VERSION}: {same}"

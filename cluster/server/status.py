@@ -165,7 +165,7 @@ def worker_json(
     unused = UNUSED_BY_PARTS if order is not None and order.limits.expert_shards > 1 else None
     return {
         "name": handle.name,
-        "version": handle.registration.version,
+        "version": handle.registration.shown_version,
         "pid": handle.registration.pid,
         "address": handle.registration.address,
         "link_address": handle.registration.link_address or None,

@@ -80,7 +80,11 @@ class Register:
     link_address: Address = ""  # Address for links between group members, or "" if the worker takes part in no group.
     protocol_version: int = PROTOCOL_VERSION
     numerics_version: int = NUMERICS_VERSION
-    version: Annotated[str, Line(64)] = VERSION  # Version of the worker's program.
+    version: Annotated[str, Line(64)] = VERSION  # Version of the worker's program. "" if the program does not send it.
+
+    @property
+    def shown_version(self) -> str:
+        return self.version or "an older version"
 
 
 @dataclass(frozen=True, slots=True)

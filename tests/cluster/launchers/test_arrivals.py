@@ -27,7 +27,7 @@ class Start:
 
     enough: int
     awaited: Awaited = ABC
-    registry: Members = field(default_factory=lambda: Members(lambda name: ""))
+    registry: Members = field(default_factory=lambda: Members(lambda *_: ""))
     events: list[Event] = field(default_factory=list)
     asked: int = 0
     drained: tuple[str, ...] = ()

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llamaclust.cli.status import version_lines
 from llamaclust.cluster.control.notices import version_text
+from llamaclust.cluster.membership.join_rules import JoinRules, JoinSettings
+from llamaclust.cluster.membership.members import Members
+from llamaclust.cluster.server.status import worker_json
 from llamaclust.core.version import VERSION
+from llamaclust.proto import control_pb2
+from llamaclust.wire.control.codec import decode_worker_message, encode_worker_message
+from llamaclust.wire.control.messages import Register
+from llamaclust.wire.security.credentials import Insecure
 from support.clusters.command_line import CommandLine
 from support.clusters.faults.worker_program import run_in_workers
 from support.clusters.static_cluster import join_port, named, ready, start_coordinator, start_worker
 from support.models.tiny_model import build_tiny_model
+from support.wire.control_messages import REGISTER
 from support.wire.worker_handles import handle_of
 
 NEWER = "0.9.7+test"
@@ -65,3 +75,29 @@ def test_equal_versions_are_not_mentioned() -> None:
     assert [*version_lines(state)] == []
     (text,) = version_lines({**state, "version": "0.2.0"})
     assert text.startswith(f"versions of llamaclust differ: coordinator 0.2.0, a {VERSION}")
+
+
+@pytest.mark.parametrize("name", ["b", "worker-9", "east"])
+def test_a_worker_that_sends_no_version_is_of_an_older_one(name: str) -> None:
+    """Programs from before the field leave it out of the message."""
+    sent = control_pb2.WorkerMessage()
+    sent.ParseFromString(encode_worker_message(replace(REGISTER, name=name)))
+    sent.register.ClearField("version")
+    register = decode_worker_message(sent.SerializeToString())
+    assert isinstance(register, Register) and register.version == ""
+    worker = handle_of(name)
+    worker.registration = register
+    assert version_text(worker).startswith(
+        f"worker {name} runs an older version of llamaclust, this coordinator {VERSION}: they work together"
+    )
+    shown = worker_json(worker, "m", {}, None)["version"]
+    (text,) = version_lines({"version": VERSION, "workers": [{"name": name, "version": shown}]})
+    assert text.startswith(f"versions of llamaclust differ: coordinator {VERSION}, {name} an older version; ")
+
+
+@pytest.mark.parametrize("change", [{"protocol_version": 5}, {"protocol_version": 99}, {"numerics_version": 99}])
+async def test_a_refusal_names_the_versions_that_are_known(change: dict[str, Any]) -> None:
+    rules = JoinRules(Members(lambda *_: ""), JoinSettings(5.0), Insecure())
+    for version, shown in (("", "an older version"), ("0.0.9", "0.0.9"), (NEWER, NEWER)):
+        refusal = await rules.refusal(replace(REGISTER, version=version, **change), None)
+        assert refusal is not None and refusal.endswith(f"everywhere ({shown} there, {VERSION} here)")

@@ -17,7 +17,7 @@ from support.several_models.runner import supervised
 
 @pytest.mark.parametrize("error", [LlamaclustError("no plan is left"), ClusterStoppingError("the cluster is stopping")])
 async def test_a_preload_ends_when_the_engine_is_shut_down(error: LlamaclustError) -> None:
-    pool, supervisor = supervised(Members(lambda name: ""))
+    pool, supervisor = supervised(Members(lambda *_: ""))
     async with asyncio.timeout(20), Engine(NoPipeline(), SETTINGS, owner=supervisor) as engine:
         lifecycle = ModelLifecycle("a", supervisor.store, engine, None)
         preloading = asyncio.create_task(lifecycle.preload())

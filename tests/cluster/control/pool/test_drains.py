@@ -40,7 +40,7 @@ UNPARTITIONED: Any = SimpleNamespace(pairs=frozenset())
 
 
 async def test_closing_waits_for_the_action_and_for_the_end_of_lost_workers() -> None:
-    (pool, supervisor), ended = supervised(Members(lambda name: "")), list[str]()
+    (pool, supervisor), ended = supervised(Members(lambda *_: "")), list[str]()
 
     async def hang(what: str) -> None:
         try:
@@ -64,7 +64,7 @@ async def test_a_worker_that_is_admitted_while_the_supervisor_starts_joins_once(
     async def no_loop(supervisor: Supervisor, *, is_start: bool) -> None: ...
 
     monkeypatch.setattr(Supervisor, "_loop", no_loop)
-    registry = Members(lambda name: "")
+    registry = Members(lambda *_: "")
     (pool, supervisor), handle = supervised(registry), worker_handle("a")
     supervisor._runner.epoch = ANYTHING
     registry.admit(handle)

@@ -40,11 +40,12 @@ def context_bounds(config: ClusterConfig, model: Model) -> ContextBounds:
     """Returns the context lengths among which plans choose. Raises UsageError if `context_length` is too long."""
     trained, tokens = model.hyperparameters.context_length, config.context_length
     longest = longest_context(model)
+    longest_key = MAX_CONTEXT_TOKENS if longest == trained else longest
     if tokens is not None:
         if tokens > longest:
             limit = "the model was trained for" if longest == trained else "this encoder can compute at once only"
             raise UsageError(f"context_length is {tokens}, but {limit} {longest} tokens; set {longest} or less")
-        return ContextBounds(tokens, tokens, trained, ContextBound.KEY)
+        return ContextBounds(tokens, tokens, trained, ContextBound.KEY, longest_key)
     least = min(CONTEXT_TOKENS, longest)
     lengths = {
         ContextBound.MODEL: min(trained, MAX_CONTEXT_TOKENS),
@@ -53,7 +54,7 @@ def context_bounds(config: ClusterConfig, model: Model) -> ContextBounds:
         ContextBound.KV_DISK: _context_on_disk(config, model) or trained,
     }
     bound = min(lengths, key=lengths.__getitem__)
-    return ContextBounds(least, max(least, lengths[bound]), trained, bound)
+    return ContextBounds(least, max(least, lengths[bound]), trained, bound, longest_key)
 
 
 def _context_on_disk(config: ClusterConfig, model: Model) -> int | None:

@@ -36,6 +36,7 @@ from llamaclust.cluster.control.serving import is_clearly_faster
 from llamaclust.cluster.control.stage_memory import encoder_of, rounding_of, workspace_of
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.costs import GpuFacts, StageCosts, WorkerFacts
+from llamaclust.cluster.planner.explain import other_models_error
 from llamaclust.cluster.planner.links import UNKNOWN, Links, Pairs
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.memory import PlanRequest, StagePlace
@@ -67,13 +68,11 @@ class ClusterResources:
     links: Links = UNKNOWN
     partitions: Pairs = frozenset()  # Pairs of workers that cannot reach each other.
     disputes: Pairs = frozenset()  # Pairs of workers that accuse each other and must not be in one group.
+    # Free memory of this machine before its workers held layers. None if each worker reports its own free memory.
     free_bytes: int | None = None
-    """Free memory of this machine before its workers held layers. None if each worker reports its own free memory."""
     held: Mapping[tuple[str, str], int] = field(default_factory=dict)
-    row_bytes: int = 0
-    """Bytes of memory that are reserved for image embeddings on this machine. `free_bytes` does not include them."""
-    encodes: bool = True
-    """True if a plan must give the model's image encoder, if there is one, to a worker."""
+    row_bytes: int = 0  # Bytes that are reserved for image embeddings on this machine, and not part of `free_bytes`.
+    encodes: bool = True  # True if a plan must give the model's image encoder, if there is one, to a worker.
     kept_context: int | None = None  # Context length that was chosen at the cluster's start. None: plans choose it.
 
 
@@ -85,7 +84,7 @@ def plan_cluster(
     broken links prevent a plan."""
     plan = _plan_in_own_tiles(config, model, resources, max_expert_shards)
     if plan.lacks_kv_memory and resources.held:
-        raise InsufficientMemoryError(f"other models leave no room for {plan.context_length} tokens of context")
+        raise other_models_error(plan)
     return _in_wide_tiles(config, model, resources, plan) or plan
 
 
@@ -329,8 +328,8 @@ class ClusterPlanner:
     kept_context: int | None = None  # Same as in `ClusterResources`. It is set when the first epoch serves.
     links: Links = UNKNOWN
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
+    # Workers that the last plan left out because they cannot obey the placement rules, with the reasons.
     unfit: dict[str, str] = field(default_factory=dict, init=False)
-    """Workers that the last plan left out because they cannot obey the placement rules, with the reasons."""
     _thread: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "planner"), init=False)
     """Planning has its own thread, so that a recovery does not wait for other work."""
 
@@ -350,25 +349,25 @@ class ClusterPlanner:
         *,
         disputes: Pairs = frozenset(),
         needs_images: bool = False,
+        context: int | None = None,
     ) -> Plan:
-        """Makes a plan in a thread. Leaves out workers that cannot obey the placement rules. Unless `needs_images` is
-        set or other models use memory, also leaves out an image encoder that does not fit. Raises the errors of
-        `plan_cluster`, ModelLimitError if too many models are loaded, and WorkerError if a worker is absent."""
+        """Makes a plan in a thread, with `context` tokens of context, or else `kept_context`. Leaves out workers that
+        cannot obey the placement rules. Unless `needs_images` is set or other models use memory, also leaves out an
+        image encoder that does not fit. Raises the errors of `plan_cluster`, ModelLimitError if too many models are
+        loaded, and WorkerError if a worker is absent."""
         self.unfit = {}
         (beside or self.ledger).check_count(self.model.model_id)
         planned = (name for entry in self.config.plan or () for name in entry.names)
-        missing = [name for name in planned if name not in workers]
-        if missing:
+        if missing := [name for name in planned if name not in workers]:
             raise WorkerError(f"the plan needs workers that are not connected: {', '.join(missing)}")
         if not workers:
             raise WorkerError("no worker is left")
-        for entry in self.config.plan or ():
-            closed = [workers[name].closed_port for name in entry.workers or ()]
-            if why := next(filter(None, closed), ""):
-                raise NetworkPartitionError(why)
-        resources = replace(self.resources(workers, partitions), disputes=disputes)
-        if beside is not None:
-            resources = replace(resources, held=beside.beside(self.model.model_id))
+        closed = (workers[name].closed_port for entry in self.config.plan or () for name in entry.workers or ())
+        if why := next(filter(None, closed), ""):
+            raise NetworkPartitionError(why)
+        held = (beside or self.ledger).beside(self.model.model_id)
+        kept, resources = context or self.kept_context, self.resources(workers, partitions)
+        resources = replace(resources, disputes=disputes, held=held, kept_context=kept)
         make: MakeClusterPlan = plan_cluster if needs_images or resources.held else plan_with_optional_encoder
         loop = asyncio.get_running_loop()
         while True:

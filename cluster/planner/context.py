@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
+from llamaclust.core.sampler.bounds import MAX_CONTEXT_TOKENS
 from llamaclust.core.sizes import mib
 
 _STEPS = 4
@@ -26,6 +27,12 @@ class ContextBound(StrEnum):
     KV_DISK = "kv_disk"
 
 
+_CHOOSERS = {
+    ContextBound.MODEL: "the model file",
+    ContextBound.ROPE: "the model file",
+    ContextBound.ENCODER: "the model, which computes a prompt in one batch",
+    ContextBound.KV_DISK: "`kv_disk`, which keeps a sliding window only up to this length",
+}
 _WHY = {
     ContextBound.KEY: "`context_length` sets it",
     ContextBound.MODEL: "a context has at most this many tokens",
@@ -43,6 +50,7 @@ class ContextBounds:
     most: int
     trained: int  # Context length of the model.
     bound: ContextBound = ContextBound.MODEL
+    longest_key: int = MAX_CONTEXT_TOKENS  # Largest value of `context_length`.
 
     @classmethod
     def fixed(cls, tokens: int) -> Self:
@@ -91,17 +99,18 @@ class ContextChoice:
 
     def advice(self, prompt_tokens: int) -> str:
         """Says what can be done about a prompt with this many tokens, which is too long for the context."""
-        trained = self.bounds.trained
-        if self.tokens >= trained:
-            return "the model allows no more; shorten it"
-        if prompt_tokens >= trained:
-            return f"the model allows no more than {trained}; shorten it"
-        wanted = min(trained, (-(-prompt_tokens // _ANSWER_TOKENS) + 1) * _ANSWER_TOKENS)
-        return f"shorten it, or set `context_length` to {wanted} or more ({self._origin}; the model allows {trained})"
+        trained, longest = self.bounds.trained, min(self.bounds.trained, self.bounds.longest_key)
+        limit = "the model allows" if longest == trained else "`context_length` allows"
+        if self.tokens >= longest:
+            return f"{limit} no more; shorten it"
+        if prompt_tokens >= longest:
+            return f"{limit} no more than {longest}; shorten it"
+        wanted = min(longest, (-(-prompt_tokens // _ANSWER_TOKENS) + 1) * _ANSWER_TOKENS)
+        return f"shorten it, or set `context_length` to {wanted} or more ({self._origin}; {limit} {longest})"
 
     @property
     def _origin(self) -> str:
         if self.bounds.bound is ContextBound.KEY:
             return f"it is set to {self.tokens}"
-        chooser = "memory" if self.tokens < self.bounds.most else "the model file"
+        chooser = "memory" if self.tokens < self.bounds.most else _CHOOSERS[self.bounds.bound]
         return f"the default of {self.tokens} is due to {chooser}"

@@ -11,7 +11,7 @@ import numpy as np
 from llamaclust.cluster.planner.costs import WorkerFacts
 from llamaclust.cluster.planner.devices import PlannedLayers, devices_of
 from llamaclust.cluster.planner.memory import MemoryModel
-from llamaclust.cluster.planner.plan import IdleWorker
+from llamaclust.cluster.planner.plan import IdleWorker, Plan
 from llamaclust.cluster.planner.splits.holders import StageTable, worker_classes
 from llamaclust.cluster.planner.splits.orders import least_total
 from llamaclust.cluster.planner.stage_parts import StageParts
@@ -19,6 +19,7 @@ from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.gpus import ranges
 from llamaclust.core.limits import layer_span
 from llamaclust.core.sizes import MIB, mib, missing, needed
+from llamaclust.model.program import KV_BLOCK_TOKENS
 
 _CONTEXT_STEP = 256
 
@@ -64,6 +65,18 @@ def model_memory_error(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> In
     smaller = f"set context_length to {fitting_context} or less" if fitting_context else "take a smaller model"
     error = InsufficientMemoryError(f"{problem}. Add a worker, give the workers more memory, or {smaller}")
     error.problem, error.missing_bytes, error.fitting_context = problem, missing_bytes, fitting_context
+    return error
+
+
+def other_models_error(plan: Plan) -> InsufficientMemoryError:
+    fitting, missing_bytes = plan.kv_blocks * KV_BLOCK_TOKENS, plan.missing_kv_bytes
+    problem = (
+        f"other models leave room for {fitting} of {plan.context_length} tokens of context; "
+        f"{mib(missing_bytes)} MiB are missing"
+    )
+    cures = f"Unload another model, give the workers more memory, or set context_length to {fitting} or less"
+    error = InsufficientMemoryError(f"{problem}. {cures}")
+    error.problem, error.missing_bytes, error.fitting_context = problem, missing_bytes, fitting
     return error
 
 

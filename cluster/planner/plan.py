@@ -158,6 +158,12 @@ class Plan:
         return self.kv_blocks * KV_BLOCK_TOKENS < self.context_length
 
     @property
+    def missing_kv_bytes(self) -> int:
+        """Bytes of KV memory that a sequence of full length needs in addition."""
+        missing_blocks = max(0, -(-self.context_length // KV_BLOCK_TOKENS) - self.kv_blocks)
+        return missing_blocks * -(-sum(stage.kv_bytes for stage in self.stages) // max(1, self.kv_blocks))
+
+    @property
     def has_encoder(self) -> bool:
         return any(stage.encoder_bytes for stage in self.stages)
 

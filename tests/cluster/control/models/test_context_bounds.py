@@ -56,6 +56,7 @@ def test_the_default_never_takes_the_rope_factors_of_long_contexts(short: int) -
 
 def test_encoders_and_kv_on_disk_bound_the_default() -> None:
     assert bounds(is_causal=False, trained=8192) == ContextBounds(4096, 4096, 8192, ContextBound.ENCODER)
+    assert bounds(is_causal=False, trained=1 << 20).longest_key < 1 << 20, "a batch is limited"
     on_disk = {"workers": [{"name": "a", "kv_disk": "1GiB"}]}
     assert bounds(on_disk) == bounds()
     with_window = bounds(on_disk, window=4096)

@@ -10,12 +10,13 @@ import pytest
 
 from llamaclust.cluster.planner.context import ContextBound, ContextBounds, ContextChoice
 from llamaclust.cluster.planner.costs import GpuFacts, WorkerFacts
+from llamaclust.cluster.planner.explain import other_models_error
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.memory import PlanRequest, StagePlace
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import InsufficientMemoryError
-from llamaclust.core.sizes import MIB
+from llamaclust.core.sizes import MIB, mib
 from llamaclust.model.costs import LayerCost, ModelCosts
 from support.plans.plan_inputs import SMALL, profile, worker
 from support.seed import SEED
@@ -206,6 +207,29 @@ def test_plans_say_what_was_chosen_and_which_key_changes_it() -> None:
             "(the default of 4096 is due to the model file; the model allows 131072)",
         ),
         (ContextChoice(4096, ContextBounds(4096, 8192, 8192), MIB), 8100, "to 8192 or more"),
+        (
+            ContextChoice(4096, ContextBounds(4096, 4096, 32_768, ContextBound.KV_DISK)),
+            9000,
+            "to 10240 or more (the default of 4096 is due to `kv_disk`, which keeps a sliding window only up to this",
+        ),
+        (
+            ContextChoice(4096, ContextBounds(4096, 4096, 32_768, ContextBound.ENCODER, 8192)),
+            5000,
+            "to 6144 or more (the default of 4096 is due to the model, which computes a prompt in one batch; "
+            "`context_length` allows 8192)",
+        ),
+        (
+            ContextChoice(4096, ContextBounds(4096, 4096, 32_768, ContextBound.ENCODER, 8192)),
+            9000,
+            "`context_length` allows no more than 8192; shorten it",
+        ),
+        (ContextChoice(4096, ContextBounds(4096, 1 << 20, 10 << 20), MIB), 1_048_000, f"to {1 << 20} or more"),
+        (
+            ContextChoice(4096, ContextBounds(4096, 1 << 20, 10 << 20), MIB),
+            2_000_000,
+            f"`context_length` allows no more than {1 << 20}",
+        ),
+        (ContextChoice(1 << 20, ContextBounds(4096, 1 << 20, 10 << 20)), 2_000_000, "allows no more; shorten it"),
         (ContextChoice(4096, ContextBounds(4096, 8192, 8192), MIB), 9000, "the model allows no more than 8192"),
         (ContextChoice(1024, ContextBounds.fixed(1024)), 2000, "the model allows no more; shorten it"),
     ],
@@ -214,3 +238,21 @@ def test_errors_of_long_prompts_name_the_key_and_a_length_that_suffices(
     choice: ContextChoice, prompt: int, advice: str
 ) -> None:
     assert advice in choice.advice(prompt)
+
+
+@pytest.mark.parametrize("tokens", [1000, 4096, 65_536])
+@pytest.mark.parametrize("has_blocks", [1, 30, 62])
+def test_models_that_take_too_much_memory_are_told_by_the_missing_mib(tokens: int, has_blocks: int) -> None:
+    whole = make_plan(SMALL, [worker("a", 10_000)], replace(CHOSEN, kept_context=tokens))
+    block_bytes = sum(stage.kv_bytes for stage in whole.stages) // whole.kv_blocks
+    short = replace(
+        whole,
+        kv_blocks=has_blocks,
+        stages=tuple(replace(stage, kv_bytes=has_blocks * block_bytes) for stage in whole.stages),
+    )
+    missing_bytes = (-(-tokens // 16) - has_blocks) * block_bytes
+    error = other_models_error(short)
+    assert error.missing_bytes == missing_bytes and error.exit_code == 3 and error.fitting_context == 16 * has_blocks
+    assert f"; {mib(missing_bytes)} MiB are missing. Unload another model, " in str(error)
+    assert str(error).endswith(f"or set context_length to {16 * has_blocks} or less")
+    assert whole.missing_kv_bytes == 0

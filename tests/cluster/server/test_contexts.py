@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +33,7 @@ class OneModel:
     layers: int = 12
     most_loaded: int | None = None
     kept_context: int | None = None
+    plans: int = 0
     model: Any = field(init=False)
     config: Any = field(init=False)
 
@@ -49,11 +51,14 @@ class OneModel:
             keys if self.most_loaded is None else keys | {"max_loaded_models": self.most_loaded}
         )
 
-    async def plan(self, workers: Mapping[str, Any], beside: MemoryLedger, *, needs_images: bool) -> Plan:
+    async def plan(
+        self, workers: Mapping[str, Any], beside: MemoryLedger, *, needs_images: bool, context: int | None = None
+    ) -> Plan:
+        self.plans += 1
         held = beside.beside(self.name)["a", "cpu"]
         machine = replace(worker("a"), memory_bytes=self.memory_mib * MIB - held)
         costs = replace(SMALL, layers=SMALL.layers[:1] * self.layers)
-        return make_plan(costs, [machine], replace(REQUEST, kept_context=self.kept_context))
+        return make_plan(costs, [machine], replace(REQUEST, kept_context=context or self.kept_context))
 
 
 async def chosen(*planners: OneModel) -> list[int | None]:
@@ -107,3 +112,27 @@ async def test_a_context_of_an_earlier_coordinator_is_kept_and_the_others_make_r
     first, second = await chosen(*planners)
     assert second == 20_480 and first is not None and first >= 4096
     await together(*planners)
+
+
+@pytest.mark.parametrize("memory_mib", [1000, 1400, 2400])
+@pytest.mark.parametrize("count", [3, 8, 16])
+async def test_the_number_of_plans_grows_with_the_number_of_models_alone(count: int, memory_mib: int) -> None:
+    planners = [OneModel(f"m{number}", memory_mib, layers=12 + 10 * (number % 3)) for number in range(count)]
+    await chosen(*planners)
+    assert max(planner.plans for planner in planners) <= 4
+
+
+@pytest.mark.parametrize(("count", "limit"), [(3, 2), (4, 2), (5, 3)])
+@pytest.mark.parametrize("memory_mib", [3500, 4000, 9000])
+async def test_a_limit_of_loaded_models_leaves_the_memory_of_the_others(
+    count: int, limit: int, memory_mib: int
+) -> None:
+    """As many models as may be loaded fit together, whichever they are."""
+    planners = [OneModel(f"m{number}", memory_mib, most_loaded=limit) for number in range(count)]
+    contexts = await chosen(*planners)
+    for some in permutations(planners, limit):
+        await together(*some)
+    unlimited = await chosen(*(OneModel(f"m{number}", memory_mib) for number in range(count)))
+    as_many = await chosen(*(OneModel(f"m{number}", memory_mib) for number in range(limit)))
+    assert None not in contexts and sum(filter(None, contexts)) > sum(filter(None, unlimited))
+    assert contexts[:limit] == as_many

@@ -59,6 +59,7 @@ class GenerationRequest(AnswerOptions):
     seed: int = 0
     choice: int = 0
     stop_token_ids: frozenset[int] = frozenset()
+    late_token_ids: frozenset[int] = frozenset()  # Tokens that do not end the answer. `min_tokens` delays them too.
     min_tokens: int = 0  # Stop tokens are suppressed until this many tokens are generated.
     penalty_window: int = 64  # Number of preceding tokens (prompt and answer) that penalties count.
     dry_window: int = 0  # Number of preceding tokens that DRY searches.
@@ -72,6 +73,11 @@ class GenerationRequest(AnswerOptions):
     owner: str = field(default="", compare=False)  # Client that sent the request. Owners take turns.
     # First tokens of the answer, known from an earlier run. Not used with Mirostat.
     answered: tuple[RowResult, ...] = ()
+
+    @property
+    def delayed_ids(self) -> tuple[int, ...]:
+        """The tokens that are suppressed until `min_tokens` tokens are generated, in ascending order."""
+        return tuple(sorted(self.stop_token_ids | self.late_token_ids))
 
     @property
     def needs_matcher(self) -> bool:

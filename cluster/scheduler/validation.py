@@ -47,8 +47,8 @@ def validate(request: GenerationRequest, settings: SchedulerSettings, *, is_prom
         first, end = request.embedded
         assert 0 <= first < end <= len(request.prompt) and request.max_new_tokens == 0, request.embedded
     assert len(request.answered) <= request.max_new_tokens, "an earlier run had the same bounds"
-    _check_tokens("stop_token_ids", request.stop_token_ids, vocabulary)
-    if request.min_tokens and len(request.stop_token_ids) == vocabulary:
+    _check_tokens("stop_token_ids", request.stop_token_ids | request.late_token_ids, vocabulary)
+    if request.min_tokens and len(request.delayed_ids) == vocabulary:
         reason = f"is {request.min_tokens}, but stop_token_ids has all {vocabulary} tokens: none is left to generate"
         raise ParameterError("min_tokens", reason)
     _check_params(request.params, vocabulary)

@@ -384,6 +384,7 @@ class TextService:
             params=self._params(request),
             seed=draw_seed() if request.seed is None else request.seed % SEEDS,
             stop_token_ids=self.tokenizer.end_of_generation | (request.stop_token_ids - request.answer_stop_ids),
+            late_token_ids=request.answer_stop_ids,
             min_tokens=max_new_tokens if request.ignore_eos else request.min_tokens,
             penalty_window=context if request.penalty_window is None else request.penalty_window,
             dry_window=context if request.dry_window is None else request.dry_window,

@@ -10,7 +10,7 @@ from llamaclust.core.sampler.results import RowResult
 
 
 class SamplingState:
-    __slots__ = ("_seen", "breakers", "is_plain", "mu", "stop_ids", "window")
+    __slots__ = ("_seen", "breakers", "delayed_ids", "is_plain", "mu", "window")
 
     def __init__(self, request: GenerationRequest) -> None:
         params = request.params
@@ -18,7 +18,7 @@ class SamplingState:
         self.is_plain = not (uses_tokens or request.needs_matcher)
         self.window = request.history_window
         self._seen = _text_of(request) if self.window else array("i")
-        self.stop_ids = tuple(sorted(request.stop_token_ids))
+        self.delayed_ids = request.delayed_ids
         self.breakers = SeenBreakers(request.breakers, request.prompt)
         self.mu = 0.0 if params.chain is None else params.chain.first_mu
 

@@ -58,7 +58,7 @@ def _task(
     sequence: Sequence, history: Items[int], unknown: int, drafted: tuple[int, ...] = (), *, follows: bool = False
 ) -> SampleTask:
     request, sampler, end = sequence.request, sequence.sampler, len(sequence.tokens) + unknown
-    suppressed = sampler.stop_ids if end - len(request.prompt) < request.min_tokens else ()
+    suppressed = sampler.delayed_ids if end - len(request.prompt) < request.min_tokens else ()
     row = request.params, request.seed, request.choice, end, history, suppressed, request.top_logprobs
     if sampler.is_plain:
         return SampleTask(*row)

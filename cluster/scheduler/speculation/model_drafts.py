@@ -133,8 +133,6 @@ class ModelDrafts:
 
 def _order(sequence: Sequence, most: int) -> DraftOrder:
     request, length = sequence.request, len(sequence.tokens)
-    stops = request.stop_token_ids if sequence.generated < request.min_tokens else ()
-    task = SampleTask(
-        request.params.for_drafts, request.seed, request.choice, position=length, suppressed=tuple(sorted(stops))
-    )
+    delayed = request.delayed_ids if sequence.generated < request.min_tokens else ()
+    task = SampleTask(request.params.for_drafts, request.seed, request.choice, position=length, suppressed=delayed)
     return DraftOrder(sequence.key, sequence.tokens, length, most, task)

@@ -217,6 +217,15 @@ def test_nothing_to_compute_is_no_work() -> None:
         ({"score_from": -1}, "score_from: must be .*, is -1"),
         ({"stop_token_ids": frozenset({500})}, "stop_token_ids: token id 500"),
         ({"stop_token_ids": frozenset(range(101)), "min_tokens": 1}, "stop_token_ids has all 101 tokens"),
+        (
+            {
+                "stop_token_ids": frozenset(range(50)),
+                "late_token_ids": frozenset(range(50, 101)),
+                "min_tokens": 1,
+            },
+            "stop_token_ids has all 101 tokens",
+        ),
+        ({"late_token_ids": frozenset({101})}, "token id 101 is outside"),
         ({"params": SamplingParams(temperature=float("nan"))}, "temperature: must be .*, is nan"),
         ({"params": SamplingParams(top_p=1.5)}, r"top_p: must be a number within 0\.\.1, is 1\.5"),
         ({"params": SamplingParams(repetition_penalty=0.0)}, "repetition_penalty: must be .*, is 0.0"),

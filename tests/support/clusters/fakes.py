@@ -295,7 +295,7 @@ def expected(
     mu = chain.first_mu if chain else 0.0
     while len(rows) < generation.max_new_tokens and len(tokens) < context_length:
         history = tuple(tokens[-generation.history_window :]) if generation.history_window else ()
-        suppressed = tuple(sorted(generation.stop_token_ids)) if len(rows) < generation.min_tokens else ()
+        suppressed = generation.delayed_ids if len(rows) < generation.min_tokens else ()
         task_now = SampleTask(
             generation.params,
             generation.seed,

@@ -72,6 +72,7 @@ def random_request(random_: random.Random) -> GenerationRequest:
         seed=random_.randint(0, 3),
         score_from=random_.choice([None, 0, 5, 20, 60]) if max_new_tokens else random_.choice([0, 1]),
         stop_token_ids=frozenset(random_.sample(range(VOCABULARY), random_.choice([0, 3]))),
+        late_token_ids=frozenset(random_.sample(range(VOCABULARY), random_.choice([0, 3]))),
         min_tokens=random_.choice([0, 0, 4]),
         params=random_.choice([SamplingParams(), SamplingParams(repetition_penalty=1.1), MIROSTAT, DRY]),
         penalty_window=random_.choice([3, 64]),

@@ -13,7 +13,7 @@ from llamaclust.cluster.front.text.stop_strings import AnswerStops, StopPattern
 from llamaclust.cluster.front.text.thought_scanner import thought_scanner
 from llamaclust.model.chat.tools.known_formats import GENERIC_CALLS, KNOWN_FORMATS, KNOWN_REASONING
 from llamaclust.model.chat.tools.tool_format import ReasoningTags, ToolFormat
-from support.clusters.served import MODEL, ScriptedEngine, says, tokenizer
+from support.clusters.served import MODEL, ScriptedEngine, real_engine, says, tokenizer
 from support.clusters.tool_chats import served
 from support.seed import SEED
 
@@ -97,6 +97,22 @@ async def test_content_and_finish_reason(fields: dict[str, Any]) -> None:
     message = choice["message"]
     assert (message["reasoning_content"], message["content"]) == ("One. Two.", "Three")
     assert choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("text", [".", "Four", "Three"])
+@pytest.mark.parametrize("least", [0, 1, 40])
+async def test_min_tokens_delay_stop_tokens_of_chats_with_thoughts(text: str, least: int) -> None:
+    first, last = tokenizer().encode(text, add_special=False)[0], tokenizer().end_of_generation
+    engine = ScriptedEngine(says(ANSWER))
+    async with real_engine() as (real, _), served(engine) as scripted, served(real) as http:
+        body = CHAT | {"stop_token_ids": [first], "min_tokens": least}
+        assert (await scripted.post("/v1/chat/completions", json=body)).status_code == 200
+        reply = await http.post("/v1/chat/completions", json=body | {"temperature": 1, "logprobs": True})
+    (generation,) = engine.submitted
+    assert (generation.stop_token_ids, generation.late_token_ids) == (last, {first})
+    assert generation.delayed_ids == tuple(sorted({first} | last)) and generation.min_tokens == least
+    entries = reply.json()["choices"][0]["logprobs"]["content"]
+    assert len(entries) >= least and all(entry["id"] not in generation.delayed_ids for entry in entries[:least])
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/completion"])

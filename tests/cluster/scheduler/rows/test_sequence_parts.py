@@ -71,8 +71,10 @@ def test_outputs_of_a_prompt_are_sent_once_and_again_after_a_loss() -> None:
 
 
 def test_samplers_keep_what_tokens_change() -> None:
-    plain = SamplingState(GenerationRequest("r", PROMPT, 4, stop_token_ids=frozenset({9, 3})))
-    assert plain.is_plain and plain.window == 0 and plain.stop_ids == (3, 9)
+    plain = SamplingState(
+        GenerationRequest("r", PROMPT, 4, stop_token_ids=frozenset({9, 3}), late_token_ids=frozenset({5}))
+    )
+    assert plain.is_plain and plain.window == 0 and plain.delayed_ids == (3, 5, 9)
     repeating = SamplingParams(repetition_penalty=1.1)
     assert SamplingState(GenerationRequest("r", PROMPT, 4, repeating, penalty_window=7)).window == 7
     chain = SamplerChain(mirostat=2)

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 
-from llamaclust.cluster.front.text.thought_scanner import ThoughtScanner
+from llamaclust.cluster.front.text.thought_scanner import Part, ThoughtScanner
 
 
 class StopPattern:
@@ -91,13 +91,13 @@ class AnswerStops:
 
     def push(self, text: str, *, may_stop: bool = True) -> str:
         """Returns text that is certainly not part of a stop string, and holds back the rest."""
-        return "".join(
-            self._pushed(part, may_stop=may_stop and is_answer) for part, is_answer in self._scanner.feed(text)
-        )
+        return self._all_pushed(self._scanner.feed(text), may_stop=may_stop)
 
     def flush(self) -> str:
-        text, is_answer = self._scanner.flush()
-        return self._pushed(text, may_stop=is_answer) + self._stops.flush()
+        return self._all_pushed(self._scanner.flush(), may_stop=True) + self._stops.flush()
+
+    def _all_pushed(self, parts: Sequence[Part], *, may_stop: bool) -> str:
+        return "".join(self._pushed(part, may_stop=may_stop and is_answer) for part, is_answer in parts)
 
     def _pushed(self, text: str, *, may_stop: bool) -> str:
         if may_stop or self.matched is not None:

@@ -14,7 +14,7 @@ from llamaclust.model.chat.tools.text_run import TextRun
 from llamaclust.model.chat.tools.text_source import Markers, Reading, TextSource
 from llamaclust.model.chat.tools.tool_format import ChannelCalls
 
-_CUT_HEADER: Final = re.compile(r"\s*(<\||to=|<?$|to?$)")
+CUT_HEADER: Final = re.compile(r"\s*(<\||to=|<?$|to?$)")
 """Matches the beginning of a header that the token limit may have cut. Content may lack a header."""
 
 
@@ -52,7 +52,7 @@ class ChannelReader:
             return (yield from self._source.until(self._ends, content.push))
         end = yield from self._source.take_literal((self._calls.header_end,))
         may_be_content = self._calls.header_end == "\n"
-        if not (end or may_be_content or _CUT_HEADER.match(header)):
+        if not (end or may_be_content or CUT_HEADER.match(header)):
             content.push(header)
             return (yield from self._source.until(self._ends, content.push))
         recipient = re.search(self._calls.recipient, header)

@@ -9,7 +9,7 @@ from operator import ne
 from typing import Any, Final
 
 from llamaclust.cluster.front.structured_output import CONSTRAINTS, constrains
-from llamaclust.cluster.front.thought_switches import SWITCHES, has_switch
+from llamaclust.cluster.front.thought_switches import SWITCHES, has_budget, has_switch
 
 _Refuses = Callable[[Any, Any], bool]
 """A predicate of two fields' values (None if absent). It returns True if one request cannot have both values."""
@@ -50,6 +50,10 @@ _EXCLUDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     ("raw", "system", _both),
     *((one, other, lambda _, __: True) for one, other in combinations(SWITCHES, 2) if _KWARGS not in (one, other)),
     *((_KWARGS, other, lambda variables, _: has_switch(variables)) for other in SWITCHES if other != _KWARGS),
+    *(
+        ("reasoning_budget", other, lambda _, switch: has_budget(switch))
+        for other in ("thinking", "think", "reasoning")
+    ),
     *((one, other, partial(_both_constrain, one, other)) for one, other in combinations(CONSTRAINTS, 2)),
 )
 """Pairs of fields, with a predicate that is True if their two values cannot be in one request."""

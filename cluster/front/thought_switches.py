@@ -9,7 +9,14 @@ from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema
 
 from llamaclust.cluster.front.foreign_fields import SWITCH
 from llamaclust.cluster.front.schema import Body, read_part
-from llamaclust.cluster.front.text.request import MAX_MESSAGE_CHARACTERS, ReasoningBudget, Thoughts
+from llamaclust.cluster.front.text.request import (
+    BUDGET_VARIABLE,
+    EFFORT_VARIABLES,
+    MAX_MESSAGE_CHARACTERS,
+    SWITCH_VARIABLES,
+    ReasoningBudget,
+    Thoughts,
+)
 from llamaclust.core.errors import ParameterError
 
 _OFF: Final = ("none", "off", "disabled", "no_think")
@@ -17,8 +24,6 @@ _ON: Final = ("on", "enabled")
 _UNDECIDED: Final = ("auto", "default", "adaptive")
 _AMOUNTS: Final = ("minimal", "low", "medium", "high", "xhigh", "max")
 _WORDS: Final = (*_OFF, *_ON, *_UNDECIDED, *_AMOUNTS)
-_VARIABLES: Final = ("enable_thinking", "thinking")
-"""Names of the switch in chat templates."""
 
 
 class Switch(Body, foreign=SWITCH):
@@ -97,12 +102,13 @@ class SwitchFields(Body):
             {"enable_thinking": self.enable_thinking, **{name: _switched(each) for name, each in efforts.items()}}
             | inner
         )
-        tokens = _agreed({f"{name}.budget_tokens": switch.budget_tokens for name, switch in switches.items()})
-        limit = budget.reasoning_budget if tokens is None else tokens
+        own = None if budget.reasoning_budget < 0 else budget.reasoning_budget
+        budgets = {f"{name}.budget_tokens": switch.budget_tokens for name, switch in switches.items()}
+        tokens = _agreed({"reasoning_budget": own, **budgets})
         return Thoughts(
             _of_template(self.chat_template_kwargs, is_on),
             _agreed({name: _amount(effort) for name, effort in efforts.items()}),
-            None if limit < 0 else ReasoningBudget(limit, budget.reasoning_budget_message),
+            None if tokens is None else ReasoningBudget(tokens, budget.reasoning_budget_message),
             self.chat_template_kwargs,
         )
 
@@ -119,12 +125,22 @@ def _agreed(values: Mapping[str, Any]) -> Any:
     return given[0][1] if given else None
 
 
+def has_budget(switch: Any) -> bool:
+    return isinstance(switch, dict) and any(switch.get(name) is not None for name in ("budget_tokens", "max_tokens"))
+
+
 def has_switch(variables: Any) -> bool:
     return isinstance(variables, dict) and _of_template(variables, None) is not None
 
 
 def _of_template(variables: Mapping[str, Any], is_on: bool | None) -> bool | None:
-    """Returns the switch that the template's variables set, or else `is_on`."""
-    given = [variables[name] for name in _VARIABLES if isinstance(variables.get(name), bool)]
-    given += [False] if _switched(variables.get("reasoning_effort")) is False else []
-    return all(given) if given else is_on
+    """Returns the switch that the template's variables set, or else `is_on`. Off precedes on."""
+    texts = (variables.get(name) for name in EFFORT_VARIABLES)
+    switched = [_switched(each) if _amount(each) is None else True for each in texts if isinstance(each, str)]
+    for name, values in SWITCH_VARIABLES.items():
+        switched += [
+            is_equal for is_equal, value in zip((False, True), values, strict=True) if variables.get(name) == value
+        ]
+    switched += [False] if variables.get(BUDGET_VARIABLE) == 0 else []
+    decided = [each for each in switched if each is not None]
+    return all(decided) if decided else is_on

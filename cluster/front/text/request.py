@@ -190,15 +190,15 @@ class ReasoningBudget:
     message: str = ""
 
 
-_OFF_VARIABLES: Final = {
-    "enable_thinking": False,
-    "thinking": False,
-    "reasoning": False,
-    "thinking_mode": "disabled",
-    "thinking_budget": 0,
+SWITCH_VARIABLES: Final[Mapping[str, tuple[Any, Any]]] = {
+    "enable_thinking": (False, True),
+    "thinking": (False, True),
+    "reasoning": (False, True),
+    "thinking_mode": ("disabled", "enabled"),
 }
-_ON_VARIABLES: Final = {"enable_thinking": True, "thinking": True, "reasoning": True, "thinking_mode": "enabled"}
-"""Variables of chat templates that switch reasoning off or on."""
+"""Variables of chat templates that switch reasoning: their values for off and on."""
+BUDGET_VARIABLE: Final = "thinking_budget"
+EFFORT_VARIABLES: Final = ("reasoning_effort", "thinking_effort")
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,11 +222,15 @@ class Thoughts:
     @property
     def template_variables(self) -> dict[str, Any]:
         if not self.are_allowed:
-            return {**_OFF_VARIABLES, **self.variables}
-        budget = {} if self.budget is None else {"thinking_budget": self.budget.tokens}
-        effort = {} if self.effort is None else {"reasoning_effort": self.effort, "thinking_effort": self.effort}
-        switched = _ON_VARIABLES if self.is_on or effort else {"enable_thinking": True}
+            return {**_switched(is_on=False), BUDGET_VARIABLE: 0, **self.variables}
+        budget = {} if self.budget is None else {BUDGET_VARIABLE: self.budget.tokens}
+        effort = {} if self.effort is None else dict.fromkeys(EFFORT_VARIABLES, self.effort)
+        switched = _switched(is_on=True) if self.is_on or effort else {"enable_thinking": True}
         return {**switched, **budget, **effort, **self.variables}
+
+
+def _switched(*, is_on: bool) -> dict[str, Any]:
+    return {name: values[is_on] for name, values in SWITCH_VARIABLES.items()}
 
 
 @dataclass(frozen=True, slots=True)

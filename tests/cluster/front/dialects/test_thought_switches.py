@@ -37,6 +37,14 @@ OFF: list[dict[str, Any]] = [
     {"chat_template_kwargs": {"thinking": False}},
     {"thinking": {"type": "disabled"}, "reasoning_effort": "high"},
     {"enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}},
+    {"chat_template_kwargs": {"thinking_budget": 0}},
+    {"chat_template_kwargs": {"thinking_mode": "disabled"}},
+    {"chat_template_kwargs": {"reasoning": False}},
+    {"chat_template_kwargs": {"thinking_effort": "none"}},
+    {"chat_template_kwargs": {"reasoning_effort": "high", "thinking_mode": "disabled"}},
+    {"think": "high", "chat_template_kwargs": {"thinking_budget": 0}},
+    {"reasoning_budget": 0},
+    {"thinking": {"budget_tokens": 0}, "reasoning_budget": 0},
 ]
 AMOUNTS: list[tuple[dict[str, Any], str | None, int | None]] = [
     ({"reasoning_effort": "low"}, "low", None),
@@ -51,6 +59,9 @@ AMOUNTS: list[tuple[dict[str, Any], str | None, int | None]] = [
 
 async def sent(path: str, fields: dict[str, Any], **settings: Any) -> tuple[Any, str, ScriptedEngine]:
     engine = ScriptedEngine(says("Yes."))
+    if path.startswith("/api/"):  # Ollama's limits are options.
+        options = {name: value for name, value in fields.items() if name.endswith("_budget")}
+        fields = {name: value for name, value in fields.items() if name not in options} | {"options": options}
     with ChatTemplate(OPENS, "", "") as made:
         async with client(make_app(engine, made, **settings)) as http:
             reply = await http.post(path, json=PATHS[path] | fields)
@@ -94,6 +105,9 @@ async def test_a_chat_without_a_switch_leaves_the_template_its_own(path: str) ->
         ({"thinking": {"type": "enabled"}, "reasoning": {"enabled": False}}, "thinking.type"),
         ({"reasoning_effort": "low", "reasoning": {"effort": "high"}}, "reasoning_effort"),
         ({"thinking": {"budget_tokens": 5}, "reasoning": {"max_tokens": 9}}, "thinking.budget_tokens"),
+        ({"thinking": {"budget_tokens": 100}, "reasoning_budget": 0}, "reasoning_budget"),
+        ({"think": {"budget_tokens": 0}, "thinking_budget": 7}, "reasoning_budget"),
+        ({"reasoning": {"max_tokens": 8}, "reasoning_budget": 9}, "reasoning_budget"),
     ],
 )
 async def test_two_fields_that_contradict_each_other_are_both_named(
@@ -118,6 +132,31 @@ async def test_a_switch_of_the_request_precedes_the_cluster_files(default: dict[
     assert (await sent(path, {}, defaults=default))[1].endswith("</think>\n\n")
     for fields in ({"reasoning_effort": "high"}, {"thinking": {"type": "enabled"}}, {"enable_thinking": True}):
         assert (await sent(path, fields, defaults=default))[1].endswith("<think>\n")
+
+
+@pytest.mark.parametrize(
+    ("fields", "variables"),
+    [
+        ({"reasoning_effort": "none"}, {"reasoning_effort": "high"}),
+        ({"thinking": False}, {"thinking_mode": "enabled"}),
+        ({"enable_thinking": False}, {"reasoning": True}),
+        ({"think": "off"}, {"thinking_effort": "low"}),
+    ],
+)
+async def test_variables_of_the_template_override_a_switch_that_is_off(
+    fields: dict[str, Any], variables: dict[str, Any]
+) -> None:
+    reply, prompt, engine = await sent("/v1/chat/completions", fields | {"chat_template_kwargs": variables})
+    assert reply.status_code == 200 and "[True," in prompt and prompt.endswith("]<think>\n")
+    assert engine.submitted[0].reasoning is None
+
+
+async def test_a_budget_of_the_request_precedes_the_cluster_files() -> None:
+    for fields in ({"thinking": {"budget_tokens": 5}}, {"reasoning": {"max_tokens": 5}}, {"reasoning_budget": 5}):
+        reply, _, engine = await sent("/v1/chat/completions", fields, defaults={"reasoning_budget": 100})
+        assert reply.status_code == 200, reply.text
+        reasoning = engine.submitted[0].reasoning
+        assert reasoning is not None and reasoning.budget == 5
 
 
 async def test_effort_of_an_output_config_is_an_amount() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from llamaclust.cluster.front.schema import LenientContext
 from llamaclust.model.chat.thoughts import NAMES, THOUGHTS
 
 _BLOCK_NAMES: Final = ("reasoning_text", "thinking_blocks", "reasoning_details")
@@ -38,9 +39,11 @@ def sent_thoughts(value: Any, depth: int = 0) -> str:
     raise ValueError("thoughts must be a text or a list of blocks with a 'text'")
 
 
-def with_thoughts(message: Mapping[str, Any], name: str = THOUGHTS) -> dict[str, Any]:
-    """Moves an assistant's thoughts, whatever their name, into the field `name`. Raises ValueError, which names the
-    field that has another form."""
+def with_thoughts(message: Mapping[str, Any], context: object, name: str = THOUGHTS) -> dict[str, Any]:
+    """Moves an assistant's thoughts, whatever their name, into the field `name`. Thoughts of other roles are ignored.
+    Raises ValueError, which names the field that has another form."""
+    if message.get("role") != "assistant":
+        return _without_thoughts(message, context)
     rest = {key: value for key, value in message.items() if key not in _ALL_NAMES}
     texts = [_placed(key, message[key]) for key in _ALL_NAMES if message.get(key) is not None]
     content = message.get("content")
@@ -49,6 +52,19 @@ def with_thoughts(message: Mapping[str, Any], name: str = THOUGHTS) -> dict[str,
         rest["content"] = [part for part in content if not is_thought(part)]
     thoughts = next(filter(None, texts), "")
     return {**rest, name: thoughts} if thoughts else rest
+
+
+def _without_thoughts(message: Mapping[str, Any], context: object) -> dict[str, Any]:
+    if not isinstance(context, LenientContext):
+        return dict(message)
+    rest, content = {key: value for key, value in message.items() if key not in _ALL_NAMES}, message.get("content")
+    for name in message.keys() - rest.keys():
+        if message[name] is not None:
+            context.ignore(name)
+    if isinstance(content, list) and any(map(is_thought, content)):
+        context.ignore("content.thinking")
+        rest["content"] = [part for part in content if not is_thought(part)]
+    return rest
 
 
 def _placed(name: str, value: Any) -> str:

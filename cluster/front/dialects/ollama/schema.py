@@ -219,7 +219,7 @@ class OllamaMessage(Body, foreign=OLLAMA_MESSAGE):
 def _message(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, dict):
         raise ValueError("a message must be an object with 'role' and 'content'")
-    message = read_part(OllamaMessage, with_thoughts(value, "thinking"), info.context)
+    message = read_part(OllamaMessage, with_thoughts(value, info.context, "thinking"), info.context)
     if message.role not in ("system", "user", "assistant", "tool"):
         raise ValueError(f"role: must be system, user, assistant or tool, not {message.role[:60]!r}")
     if message.tool_calls and message.role != "assistant":

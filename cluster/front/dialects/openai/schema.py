@@ -86,7 +86,7 @@ class Message(Body, foreign=MESSAGE):
 def _message(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, dict):
         raise ValueError("a message must be an object with 'role' and 'content'")
-    message = read_part(Message, with_thoughts(value), info.context)
+    message = read_part(Message, with_thoughts(value, info.context), info.context)
     if "content" not in message.model_fields_set and message.role not in ("assistant", "tool"):
         raise ValueError("content: is missing")
     if message.tool_calls and message.role != "assistant":

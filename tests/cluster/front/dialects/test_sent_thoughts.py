@@ -96,3 +96,31 @@ async def test_thoughts_of_another_form_are_refused_by_name(value: Any) -> None:
     async with client(make_app(ScriptedEngine(says("ok")))) as http:
         reply = await http.post(_CHAT, json=_chat({"thinking": value}))
     assert reply.status_code == 400 and "thinking: thoughts must be" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", [_CHAT, _OLLAMA])
+@pytest.mark.parametrize("role", ["user", "system", "tool"])
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking", "thinking_blocks"])
+async def test_thoughts_of_other_roles_are_ignored_and_named(path: str, role: str, name: str) -> None:
+    engine = ScriptedEngine(says("ok"))
+    messages = [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT]
+    message = {"role": role, "content": "Q", name: "T"} | ({"tool_call_id": "c1"} if role == "tool" else {})
+    place = {"user": 0, "system": 0, "tool": 2}[role]
+    messages[place : place + (role != "system")] = [message]
+    with ChatTemplate(TEMPLATES["thinking"], "", "") as made:
+        async with client(make_app(engine, made)) as http:
+            reply = await http.post(path, json={"model": MODEL, "stream": False, "messages": messages})
+    assert reply.status_code == 200 and reply.headers["x-llamaclust-ignored"] == name, reply.text
+    assert "T" not in tokenizer().decode(engine.submitted[0].prompt)
+
+
+@pytest.mark.parametrize("kind", ["thinking", "reasoning"])
+async def test_parts_with_thoughts_of_other_roles_are_ignored_and_named(kind: str) -> None:
+    engine = ScriptedEngine(says("ok"))
+    content = [{"type": kind, kind: "T"}, {"type": "text", "text": "Q"}]
+    with ChatTemplate(TEMPLATES["thinking"], "", "") as made:
+        async with client(make_app(engine, made)) as http:
+            body = {"model": MODEL, "messages": [{"role": "user", "content": content}]}
+            reply = await http.post(_CHAT, json=body)
+    assert reply.status_code == 200 and reply.headers["x-llamaclust-ignored"] == "content.thinking", reply.text
+    assert tokenizer().decode(engine.submitted[0].prompt) == "<user>Q"

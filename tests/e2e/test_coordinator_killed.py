@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from llamaclust.cluster.state.directory import ClusterDir
@@ -71,6 +72,41 @@ async def test_requests_outlive_a_coordinator(line: CommandLine, model: Path, en
             assert await asking == expected
         assert line.run("down").code == 0
         assert len(read_journal(folder.journal, Instant.now())) <= answered
+
+
+@pytest.mark.parametrize(("memory", "more"), [("192MiB", "384MiB"), ("384MiB", "192MiB"), ("256MiB", "1GiB")])
+async def test_a_coordinator_keeps_the_context_of_its_predecessor(
+    line: CommandLine, tmp_path: Path, memory: str, more: str
+) -> None:
+    """The context is chosen by memory. With other memory, a start chooses another one only if no requests remain."""
+    model = build_tiny_model(tmp_path / "long.gguf", layers=4, vocabulary=320, context=1 << 20)
+    port, drawn = free_port(), random.Random(SEED)
+
+    def keys(each: str) -> dict[str, Any]:
+        speed = {"threads": 1, "memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0, "memory": each}
+        return {"listen": f"127.0.0.1:{port}", "workers": [{"name": name, **speed} for name in "ab"]}
+
+    def context() -> int:
+        (entry,) = httpx.get(f"http://127.0.0.1:{port}/v1/models", trust_env=False).json()["data"]
+        return int(entry["max_model_len"])
+
+    with line.cluster(model, **keys(memory)) as cluster:
+        first, expected, arrived = context(), await undisturbed(cluster.api, model), [0] * STREAMS
+        assert 4096 < first < 1 << 20
+        asking = asyncio.create_task(answers(cluster.api, arrived))
+        wanted = drawn.randrange(STREAMS, STREAMS * TOKENS // 2)
+        async with asyncio.timeout(60):
+            while sum(arrived) < wanted and not asking.done():  # noqa: ASYNC110  counted by other tasks
+                await asyncio.sleep(0.001)
+        await asyncio.to_thread(end_coordinator, ClusterDir(line.cluster_dir("tiny")), [signal.SIGKILL])
+        again = await asyncio.to_thread(line.start, "up", line.cluster_file(model, "tiny", **keys(more)))
+        await asyncio.to_thread(again.says, "tiny is ready")
+        assert await asyncio.to_thread(context) == first
+        async with asyncio.timeout(120):
+            assert await asking == expected
+        assert line.run("down").code == 0
+    with line.cluster(model, **keys(more)):
+        assert await asyncio.to_thread(context) != first
 
 
 def test_a_standby_ends_with_a_cluster_that_is_stopped_in_order(line: CommandLine, model: Path) -> None:

@@ -36,6 +36,7 @@ class MembershipWatch:
     _ending: TaskSet
     _report: Report
     _first_joins: frozenset[int] = field(default=frozenset(), init=False)
+    _silent: set[WorkerHandle] = field(default_factory=set, init=False)  # Silent workers that send heartbeats.
     _overdue: OverdueResults = field(default_factory=OverdueResults, init=False)
 
     def start(self) -> None:
@@ -59,6 +60,7 @@ class MembershipWatch:
         elif isinstance(event, HeartbeatReceived):
             self._check_steps(worker)
             self._check_memory(worker)
+            self._check_silence(worker)
         elif isinstance(event, MemberJoined):
             if self._registry.joins[worker.name] in self._first_joins:
                 return  # The worker was present when `start` ran. It has only now learned of its admission.
@@ -92,6 +94,15 @@ class MembershipWatch:
             for runner in short:
                 runner.store.post(observations.Signal.MEMORY_FREED)
 
+    def _check_silence(self, worker: WorkerHandle) -> None:
+        """Requests new plans when a worker that was left out for its silence can be used again."""
+        if worker.channel.is_silent:
+            self._silent.add(worker)
+        elif worker in self._silent:
+            self._silent.discard(worker)
+            for runner in self._runners:
+                runner.store.post(observations.Signal.LINKS_CHANGED)
+
     def _check_result(self, runner: ActionRunner, epoch: Epoch, number: int, rows: int, now_s: float) -> None:
         chain = epoch.chain
         stage = delaying_stage(number, [worker.progress(epoch.number) for worker in chain])
@@ -114,6 +125,7 @@ class MembershipWatch:
         return [limit_s for runner in served for limit_s in _limits_s(runner, worker)]
 
     def _lost(self, worker: WorkerHandle) -> None:
+        self._silent.discard(worker)
         requests = {runner.planner.config.model_name: _requests(runner, worker) for runner in self._runners}
         self._report(Notice(lost_text(worker.error, requests)))
         self._ending.start(self._launcher.end(worker.name))

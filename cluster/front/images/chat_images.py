@@ -41,7 +41,8 @@ def _check_question(messages: Sequence[Mapping[str, Any]]) -> None:
     if question and all(isinstance(message.get("content"), Omission) for message in question):
         texts = "; ".join(str(message["content"]) for message in reversed(question))
         reason = f"the model can read nothing of the last message: {texts[:200]}"
-        raise ParameterError("messages", f"{reason}; add a text, or use a model that reads images")
+        other_model = ", or use a model that reads images" if "[image omitted" in texts else ""
+        raise ParameterError("messages", f"{reason}; add a text{other_model}")
 
 
 def checked_bytes(urls: Sequence[str], param: str, fetched_bytes: int = 0) -> int:

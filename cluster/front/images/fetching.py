@@ -28,9 +28,9 @@ _LOOKUPS: Final = BoundedSemaphore(32)
 _ONE_USE: Final = httpx.Limits(max_keepalive_connections=0)
 """Connections are not reused. Hosts may share an address, and a certificate is checked only when a connection opens."""
 _INTERNET: Final = IPv6Network("2000::/3")
-"""IPv6 addresses on the internet, except for `_SPECIAL`."""
+"""IPv6 addresses on the internet, except for `_BLOCKS`."""
 _NAT64: Final = IPv6Network("64:ff9b::/96")
-_SPECIAL: Final = (
+_BLOCKS: Final = (
     *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
     *("192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24", "192.168.0.0/16", "192.175.48.0/24"),
     *("198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/3"),
@@ -38,6 +38,7 @@ _SPECIAL: Final = (
 )
 """All blocks of the IANA registries of special-purpose and multicast addresses within IPv4 and `_INTERNET`. Blocks that
 the registries call global are included, because they have relays and name servers, but no images."""
+_SPECIAL: Final = tuple(map(ip_network, _BLOCKS))
 _PLAIN: Final = "identity"
 _HEADERS: Final = {"accept": "image/*", "accept-encoding": _PLAIN, "user-agent": f"llamaclust/{VERSION}"}
 
@@ -130,4 +131,4 @@ def is_public(address: str) -> bool:
         parsed = IPv4Address(int(parsed) & 0xFFFFFFFF)
     if isinstance(parsed, IPv6Address) and parsed not in _INTERNET:
         return False
-    return not any(parsed in ip_network(block) for block in _SPECIAL)
+    return not any(parsed in block for block in _SPECIAL)

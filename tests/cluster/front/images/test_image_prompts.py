@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from llamaclust.cluster.front.images.chat_images import with_images
 from llamaclust.cluster.front.text.chat import ChatFormat
 from llamaclust.cluster.front.text.images import (
     PLAIN_MARKER,
     ImageMarkers,
     ImageSource,
+    Omission,
     PromptImages,
     image_part,
     media_marker,
@@ -104,3 +106,11 @@ def test_the_time_for_markers_grows_linearly_with_the_prompt() -> None:
     start = time.process_time()
     assert media_marker(prompt, 2) == PLAIN_MARKER
     assert time.process_time() - start < 2  # about 0.02 s; 4 s and more if it were quadratic
+
+
+@pytest.mark.parametrize(("word", "helps"), [("image", True), ("audio", False), ("file", False), ("video", False)])
+async def test_another_model_is_advised_only_for_images(word: str, helps: bool) -> None:
+    omitted = Omission(f"[{word} omitted: this model reads text only]")
+    with pytest.raises(ParameterError, match="add a text") as error:
+        await with_images(ChatRequest(({"role": "user", "content": omitted},)))
+    assert ("a model that reads images" in str(error.value)) == helps

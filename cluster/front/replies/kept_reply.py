@@ -239,6 +239,9 @@ class KeptReply:
         if self._timer is not None:
             self._timer.cancel()
         self.end(RequestCancelledError())
+        if self._beginning is not None:  # It may still start the other task.
+            self._beginning.cancel()
+            await asyncio.wait([self._beginning])
         tasks = [task for task in (self._beginning, self._task) if task is not None]
         self._beginning = self._task = None  # Breaks reference cycles: a task's error refers to this object.
         for task in tasks:

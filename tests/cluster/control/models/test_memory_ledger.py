@@ -118,9 +118,7 @@ async def test_a_drain_is_refused_where_the_others_suffice_for_each_model_but_no
     assert len(old.stages) == 2
 
     def runner_of(model_id: str) -> Any:
-        async def plan(
-            workers: Mapping[str, object], _: object, beside: MemoryLedger = ledger, *, needs_images: bool = False
-        ) -> Plan:
+        async def plan(workers: Mapping[str, object], _: object, beside: MemoryLedger = ledger, **__: object) -> Plan:
             held = beside.beside(model_id)
             return make_plan(SMALL, [worker(name, 420 - held[name, "cpu"] // MIB - 1) for name in workers], REQUEST)
 

@@ -45,7 +45,7 @@ class ReasoningMatcher:
             return _only(forced, self._vocabulary)
         if grammar is not None and (allowed := grammar.try_take(token)) is not None:
             return allowed
-        if grammar is None and self._runs_over(token):
+        if grammar is None and self._leaves_out_grammar(token):
             return self._ends_within()
         self._add(token)
         return None
@@ -96,13 +96,18 @@ class ReasoningMatcher:
         if is_delayed and self._grammar is not None and self._grammar.is_free and not self._state.is_inside:
             self._grammar.take((token,))
 
-    def _runs_over(self, token: int) -> bool:
+    def _leaves_out_grammar(self, token: int) -> bool:
+        """Returns True for a token that ends the answer, or runs over the end tag, before a grammar that must follow
+        the reasoning has begun."""
         grammar = self._grammar
-        return grammar is not None and not grammar.is_free and self._state.runs_over(token)
+        if grammar is None or grammar.is_free:
+            return False
+        return token in self._vocabulary.end_ids or self._state.runs_over(token)
 
     def _ends_within(self) -> AllowedTokens:
         bits = np.full(self._vocabulary.mask_words, (1 << 32) - 1, np.uint32)
-        for token in filter(self._state.runs_over, chain.from_iterable(self._may_run_over)):
+        over = filter(self._state.runs_over, chain.from_iterable(self._may_run_over))
+        for token in chain(over, self._vocabulary.end_ids):
             bits[token // 32] &= ~np.uint32(1 << token % 32)
         return bits
 

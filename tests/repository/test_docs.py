@@ -48,7 +48,6 @@ FOLDERS = (*PACKAGES, "src", "tests", "benchmarks", "examples", "deploy", "docs"
 MINIMAL = "model: smollm2-135m-instruct\nworkers: [{name: a}]\n"
 NEEDED = {"placement": "[{tensors: exps, device: ram}]", "adapters": "[{name: a, path: a.gguf}]", "lease": "{name: a}"}
 """Values of sections with required keys."""
-
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

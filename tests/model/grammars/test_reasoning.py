@@ -255,11 +255,23 @@ def test_white_space_of_the_end_tags_token_is_no_part_of_the_grammar() -> None:
     assert token_set(made.allowed()) == {*ids("{")}
 
 
+@pytest.mark.parametrize("text", ["", "a", "abc", "ab</"])
+def test_no_answer_ends_before_the_grammar_that_reasoning_delays(text: str) -> None:
+    made = matcher(reasoning(None, delays=True), JSON)
+    made.take(ids(text))
+    allowed = made.try_take(VOCABULARY.end_ids[0])
+    assert allowed is not None and not token_set(allowed) & {*VOCABULARY.end_ids}
+    assert made.position == len(text) and made.try_take(ids("a")[0]) is None
+    free = matcher(reasoning(None, delays=True), None)
+    assert free.try_take(VOCABULARY.end_ids[0]) is None
+
+
 def test_no_token_runs_over_the_end_of_reasoning_that_delays_a_grammar() -> None:
     made = matcher(reasoning(None, delays=True), JSON)
     made.take(ids("ab</t"))
     allowed = made.try_take(piece(b">{"))
-    assert allowed is not None and token_set(allowed) & {*range(len(WORDS))} == {*range(len(WORDS))} - {piece(b">{")}
+    refused = {piece(b">{"), *VOCABULARY.end_ids}
+    assert allowed is not None and token_set(allowed) & {*range(len(WORDS))} == {*range(len(WORDS))} - refused
     assert made.position == 5
     free = matcher(reasoning(None), None)
     free.take(ids("ab</t"))

@@ -38,6 +38,7 @@ _UNREADABLE_SUMMARY: Final = "(The conversation before was summarized by another
 _CALL: Final = "_call"
 _SEARCH: Final = "tool_search"
 ADDITIONAL: Final = "additional_tools"
+_TOOL_HOLDERS: Final = (ADDITIONAL, f"{_SEARCH}_output")
 TOOLS: Final = "tools"
 """The role of a chat's entries that hold tools, which the request offers besides its own."""
 _OUTPUT: Final = "_output"
@@ -132,10 +133,15 @@ def _function(item: Item) -> dict[str, str]:
     return {"name": name, "arguments": json.dumps(given, ensure_ascii=False)}
 
 
+def tools_of(item: Item) -> list[Item]:
+    """Returns the tools that an item offers besides those of the request."""
+    return item["tools"] if item["type"] in _TOOL_HOLDERS else []
+
+
 def _other_messages(item: Item) -> Iterator[dict[str, Any]]:
     if item["type"] != ADDITIONAL:
         yield _other_message(item)
-    if item.get("tools"):
+    if tools_of(item):
         yield {"role": TOOLS, "tools": item["tools"]}
 
 

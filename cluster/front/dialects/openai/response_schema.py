@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
-from llamaclust.cluster.front.dialects.openai.response_items import Item, read_items, without_tools
+from llamaclust.cluster.front.dialects.openai.response_items import Item, read_items, tools_of, without_tools
 from llamaclust.cluster.front.dialects.openai.tools import MODES, ToolChoice, ToolSet, read_choice, read_tools
 from llamaclust.cluster.front.foreign_fields import COMPACTION, RESPONSES
 from llamaclust.cluster.front.schema import Body, LenientContext, LimitField, StopField, strings
@@ -148,12 +148,12 @@ class ResponsesBody(AnswerFields, BudgetFields, SwitchFields, foreign=RESPONSES)
         }
 
     def offering(self, holders: Iterable[Mapping[str, Any]]) -> ResponsesBody:
-        """Adds the tools in the key `tools` of items or messages."""
+        """Adds the tools in the key `tools` of messages."""
         found = self.tools.with_found(holders)
         return self if found.client == self.tools.client else self.model_copy(update={"tools": found})
 
     def check(self) -> None:
-        self.offering(self.input).choice.check()
+        self.offering({"tools": tools_of(item)} for item in self.input).choice.check()
         if self.top_logprobs and _LOGPROBS not in self.include:
             raise ParameterError("top_logprobs", f"requires include: [{_LOGPROBS!r}]")
         if self.background and not self.store:

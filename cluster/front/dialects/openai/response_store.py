@@ -94,7 +94,8 @@ class ResponseStore:
         if not references:
             return items
         named = self._named(owner, references)
-        if missing := next((item_id for item_id in references if item_id not in named), None):
+        missing = next((item_id for item_id in references if item_id not in named), None)
+        if missing is not None:
             raise HttpError(
                 400, "item_not_found", f"input: item {missing[:60]!r} is not stored on this server", param="input"
             )

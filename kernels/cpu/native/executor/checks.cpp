@@ -111,8 +111,8 @@ struct Plan::Checks {
     check_alike(step.x, step.out);
     const bool in_place = step.x == step.out && step.y == step.out;
     require(in_place || buffer(step.out).private_copy, "an elementwise step from one shared buffer to another");
-    const bool is_limit = step.op == RowOp::at_least || step.op == RowOp::at_most;
-    require(is_limit ? !std::isnan(step.number) : std::isfinite(step.number), "a factor that is no number");
+    const bool may_be_infinite = step.op == RowOp::at_least || step.op == RowOp::at_most;
+    require(std::isfinite(step.number) || (may_be_infinite && !std::isnan(step.number)), "a factor that is no number");
     require(step.op != RowOp::soft_cap || step.number > 0, "a soft cap that is no positive number");
     return {{step.x, step.y}, {step.out}, true};
   }

@@ -17,6 +17,7 @@ from support.clusters.served import ScriptedEngine, events_of, says, tokenizer
 from support.clusters.tool_chats import served
 
 PATH = "/v1/responses"
+LOOK = {"type": "function", "name": "look", "parameters": {"type": "object"}}
 PATCH = '*** Begin Patch\n+"two"\n*** End Patch'
 MAPS = {
     "type": "namespace",
@@ -217,3 +218,23 @@ async def test_tools_of_a_wrong_form_in_the_input_are_refused(tools: Any) -> Non
     async with served(ScriptedEngine(says("a"))) as http:
         reply = await http.post(PATH, json={"input": [{"type": "additional_tools", "tools": tools}]})
     assert reply.status_code == 400 and "[0]: tools: " in reply.text
+
+
+@pytest.mark.parametrize("kind", ["web_search_call", "mcp_call", "code_interpreter_call", "image_generation_call"])
+@pytest.mark.parametrize("tools", [1, True, {"a": 1}, ["x"], [{}], [{"type": "namespace"}], [LOOK]])
+async def test_other_items_offer_no_tools(kind: str, tools: Any) -> None:
+    item = {"type": kind, "id": "a", "tools": tools}
+    async with served(ScriptedEngine(says("Yes."))) as http:
+        for path in ("/v1/responses", "/v1/responses/input_tokens"):
+            reply = await http.post(path, json={"input": [item, {"role": "user", "content": "Hi"}]})
+            assert reply.status_code == 200, reply.text
+        required = {"input": [item, {"role": "user", "content": "Hi"}], "tool_choice": "required"}
+        reply = await http.post("/v1/responses", json=required)
+    assert reply.status_code == 400 and "tool_choice" in reply.text
+
+
+async def test_an_empty_id_is_a_reference_to_an_unknown_item() -> None:
+    async with served(ScriptedEngine(says("Yes."))) as http:
+        for item in ({"type": "", "id": ""}, {"type": "item_reference", "id": ""}, {"id": ""}):
+            reply = await http.post("/v1/responses", json={"input": [item]})
+            assert reply.status_code == 400 and "is not stored on this server" in reply.text

@@ -92,7 +92,8 @@ class ContextChoice:
             why = f"the model's own is {bounds.trained}; {_WHY[bounds.bound]}"
         elif self.missing_bytes:
             own = "the model's own " if bounds.most == bounds.trained else ""
-            why = f"{own}{bounds.most} would need {mib(self.missing_bytes)} MiB more memory"
+            needed = f"{own}{bounds.most} would need {mib(self.missing_bytes)} MiB more"
+            why = f"{needed}, as it is to leave half of the memory beside the weights free"
         else:
             why = f"the model's own is {bounds.trained}; memory allowed no more at the start"
         return f"{why}; `context_length` changes it"

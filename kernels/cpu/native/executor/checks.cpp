@@ -12,7 +12,6 @@ namespace llamaclust {
 struct Plan::Checks {
   static constexpr int kMaxMerged = 1 << 12, kMaxLevels = 1 << 6;
   Plan& plan;
-
   const Buffer& buffer(BufferId id) const { return plan.buffer(id); }
   bool is_line(BufferId id) const { return buffer(id).multiple == 1; }
 

@@ -162,7 +162,8 @@ def test_lengths_are_few_round_numbers_between_the_bounds() -> None:
         (ContextChoice(8192, ContextBounds(4096, 8192, 8192)), "8192 tokens (the model's own context length)"),
         (
             ContextChoice(6144, ContextBounds(4096, 40_960, 40_960), 300 * MIB),
-            "6144 tokens (the model's own 40960 would need 300 MiB more memory; `context_length` changes it)",
+            "6144 tokens (the model's own 40960 would need 300 MiB more, as it is to leave half of the memory "
+            "beside the weights free; `context_length` changes it)",
         ),
         (
             ContextChoice(4096, ContextBounds(4096, 4096, 131_072, ContextBound.ROPE)),

@@ -139,7 +139,8 @@ def test_a_feature_level_that_is_not_there_is_refused_before_a_worker_starts(
 @pytest.mark.parametrize(("workers", "refused"), [(1, False), (2, True)])
 def test_microbatches_that_fit_in_no_message_are_refused(tiny: Path, workers: int, refused: bool) -> None:
     hyperparameters = SimpleNamespace(embedding_length=1 << 16, context_length=256)
-    model: Any = SimpleNamespace(hyperparameters=hyperparameters, hidden_bytes=4 << 17, layer_count=1, projector=None)
+    facts = {"hidden_bytes": 4 << 17, "layer_count": 1, "projector": None, "is_causal": True}
+    model: Any = SimpleNamespace(hyperparameters=hyperparameters, **facts)
     values = {"model": "m", "context_length": 256, "workers": [{"name": f"w{index}"} for index in range(workers)]}
     config = ClusterConfig.model_validate(values)
     with pytest.raises(UsageError, match=r"544 tokens, but .* holds only 448 ") if refused else nullcontext():

@@ -77,8 +77,7 @@ def section(page: Path, heading: str) -> str:
 
 def rows(text: str) -> list[list[str]]:
     """Returns the cells of a table without its header."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"][2:]
 
 
 def names(cell: str) -> list[str]:

@@ -14,14 +14,13 @@ struct Plan::Checks {
   Plan& plan;
   const Buffer& buffer(BufferId id) const { return plan.buffer(id); }
   bool is_line(BufferId id) const { return buffer(id).multiple == 1; }
+  const ActivationSlot& slot(int index) const { return slot_of(plan, index); }
 
   template <typename T>
   static const T& at(int index, const std::vector<T>& list, const char* otherwise) {
     require(index >= 0 && static_cast<size_t>(index) < list.size(), otherwise);
     return list[index];
   }
-
-  const ActivationSlot& slot(int index) const { return slot_of(plan, index); }
 
   void check_alike(BufferId a, BufferId b) const {
     require(buffer(a).width == buffer(b).width && buffer(a).multiple == buffer(b).multiple, "widths that differ");

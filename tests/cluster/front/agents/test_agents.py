@@ -30,7 +30,7 @@ SMALL = 4096
 CALLING = [name for name, agent in AGENTS.items() if agent.calls]
 TEMPLATES = {name: STRICT_TEMPLATES[name] for name in ("gemma", "mistral", "llama-2")} | {"tools": TEMPLATE}
 _HOSTED = {"tools.web_search", "include.reasoning.encrypted_content", "content.input_image"}
-LEFT_OUT = {"codex": _HOSTED, "codex-oss": _HOSTED, "claude-code": {"display", "content.image"}}
+OMITTED = {"codex": _HOSTED, "codex-oss": _HOSTED, "claude-code": {"display", "content.image"}}
 
 
 @cache
@@ -122,7 +122,7 @@ async def test_ignored_fields_are_named(name: str, monkeypatch: pytest.MonkeyPat
     use_vocabulary(SMALL, 1 << 17, monkeypatch)
     async with serving(TEMPLATE, "Done.") as (_, http):
         named = [(await send(http, request)).headers.get(HEADER) for request in recorded(name)]
-    assert {field for line in named if line for field in line.split(", ")} == LEFT_OUT.get(name, set())
+    assert {field for line in named if line for field in line.split(", ")} == OMITTED.get(name, set())
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])

@@ -21,7 +21,7 @@ long lost_cores() {
   return usage.ru_nivcsw;
 }
 
-bool parks_in_the_middle() { return parks_after((kShortWaitNs + kLongWaitNs) / 2, kLongWaitNs); }
+bool parks_in_the_middle() { return parks_after((kShortWaitNs + kLongWaitNs) / 2, WaitFor::Gather); }
 
 // A new thread that has lost no core: it parks only after long waits. Tried again where it loses its core meanwhile.
 bool keeps_a_core_of_its_own() {
@@ -30,8 +30,9 @@ bool keeps_a_core_of_its_own() {
     std::thread([&] {
       const long before = lost_cores();
       parks_in_the_middle();
-      parked = parks_in_the_middle() || parks_after(0, kLongWaitNs) || parks_after(kShortWaitNs - 1, kLongWaitNs) ||
-               parks_after(kLongWaitNs - 1, kLongWaitNs) || !parks_after(kLongWaitNs, kLongWaitNs);
+      parked = parks_in_the_middle() || parks_after(0, WaitFor::Gather) ||
+               parks_after(kShortWaitNs - 1, WaitFor::Gather) || parks_after(kLongWaitNs - 1, WaitFor::Gather) ||
+               !parks_after(kLongWaitNs, WaitFor::Gather);
       lost = lost_cores() != before;
     }).join();
     if (!lost) return !parked;
@@ -64,7 +65,7 @@ bool leaves_a_shared_core() {
     while (lost_cores() == before && std::chrono::steady_clock::now() < limit) {
     }
     if (!parks_in_the_middle()) is_right = false;     // too long now
-    if (parks_after(kShortWaitNs - 1, kLongWaitNs)) is_right = false;  // as short as ever
+    if (parks_after(kShortWaitNs - 1, WaitFor::Gather)) is_right = false;  // as short as ever
     ends = true;
     other.join();
     bool is_forgotten = false;
@@ -80,9 +81,16 @@ bool leaves_a_shared_core() {
 
 }  // namespace
 
+// With many rows, a thread that waits for another one does not let the scheduler bring that one to its core.
+bool keeps_its_core_for_many_rows() {
+  return !parks_after(kLongestWaitNs - 1, WaitFor::ManyRows) && parks_after(kLongestWaitNs, WaitFor::ManyRows) &&
+         !parks_after(kShortWaitNs - 1, WaitFor::FewRows) && parks_after(kShortWaitNs, WaitFor::FewRows);
+}
+
 int main() {
   if (!keeps_a_core_of_its_own()) std::puts("a thread that has lost no core parks early");
   else if (!leaves_a_shared_core()) std::puts("a thread that has lost its core does not park, or parks for ever");
+  else if (!keeps_its_core_for_many_rows()) std::puts("a thread parks early with many rows, or late with few");
   else return 0;
   return 1;
 }

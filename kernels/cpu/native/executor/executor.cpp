@@ -205,7 +205,7 @@ void Worker::enter(const Band& band) {
 bool Worker::run(size_t begin, size_t last) {
   const std::vector<PlannedStep>& steps = stage_.plan.steps;
   for (size_t at = begin, end; at < last; at = end) {
-    if (const std::optional<int> adapter = steps[at].adapter; adapter && !(stage_.adapters >> *adapter & 1u)) {
+    if (!stage_.computes(steps[at])) {
       end = at + 1;
       continue;
     }
@@ -217,7 +217,7 @@ bool Worker::run(size_t begin, size_t last) {
       synchronize(after_gather);
     if (after_gather && ++joins_ >= stage_.ends_at.load(std::memory_order_relaxed)) return false;
     for (end = at + 1; end < last && steps[at].row_by_row; end++)
-      if (!steps[end].row_by_row || steps[end].before != Sync::None || steps[end].adapter != steps[at].adapter) break;
+      if (!steps[end].row_by_row || steps[end].before != Sync::None) break;
     compute(at, end);
   }
   return true;
@@ -262,18 +262,18 @@ void Worker::fail() {
 
 // Consecutive row by row steps process a few rows at a time, which then are still in the cache.
 void Worker::compute(size_t begin, size_t end) {
-  constexpr int kRowsAtOnce = 4;
   const std::vector<PlannedStep>& steps = stage_.plan.steps;
   const auto shared = [this](const auto& step) {
     if constexpr (requires { execute(step); }) execute(step);
   };
   if (!steps[begin].row_by_row) return std::visit(shared, steps[begin].step);
-  const Range mine = own_rows();
-  for (int first = mine.begin; first < mine.end; first += kRowsAtOnce)
+  share_rows([&](int first, int last) {
     for (size_t i = begin; i < end; i++) {
+      if (!stage_.computes(steps[i])) continue;
       lookahead_.fetch();
-      for (int row = first; row < std::min(first + kRowsAtOnce, mine.end); row++) compute_row(steps[i].step, row);
+      for (int row = first; row < last; row++) compute_row(steps[i].step, row);
     }
+  });
 }
 
 Stage::Stage(Plan given, const Level& level, int threads, const Stage* shares_kv)

@@ -137,6 +137,9 @@ struct Stage {
     return own.data() + static_cast<size_t>(row) * 2 * static_cast<size_t>(all.pairs());
   }
 
+  // Returns whether runs compute the step: all but those of adapters that are not chosen.
+  bool computes(const PlannedStep& step) const { return !step.adapter || (adapters >> *step.adapter & 1u); }
+
   const Plan plan;
   const Level& level;
   Workspace workspace;

@@ -50,7 +50,7 @@ void Worker::execute(const MatmulStep& step) {
       multiply_tiles(step, kPanelTiles * from, std::min(kPanelTiles * to, tiles), rows);
     }
   };
-  share(parts * panels, 1, parts * panels / 2, multiply_panels, speeds_.measures());
+  share(parts * panels, 1, multiply_panels);
 }
 
 namespace {

@@ -110,7 +110,8 @@ int Plan::unpacked_cols(const UnpackStep& step) const {
 }
 
 // Rows are divided among the threads, or if there are few, each thread computes all of them for itself. In both cases
-// consecutive row by row steps need no synchronization. A shared step must wait until the rows of other threads are
+// consecutive row by row steps of the same rows need no synchronization, because a thread computes all of them for a
+// row. A shared step must wait until the rows of other threads are
 // computed (if they were divided), and until slow threads have read what it overwrites.
 Sync Plan::sync_before(const Access& access, bool waits) {
   Sync sync = after_shared_ ? Sync::Always : Sync::None;
@@ -204,7 +205,8 @@ void Plan::add(Step step) {
   }
   follow(step, access);
   const bool is_select = std::holds_alternative<SelectStep>(step) || std::holds_alternative<MergeStep>(step);
-  const Sync before = sync_before(access, is_select || in_place);
+  const Sync before = sync_before(access, is_select || in_place || after_selection_);
+  after_selection_ = is_select;
   after_shared_ = after_shared_ || in_place;  // A later step must not read what another thread is still writing.
   steps.push_back({std::move(step), before, access.row_by_row && !is_select, adapter_});
 }

@@ -392,6 +392,7 @@ class Plan {
   int stretch_ = 0;
   size_t choosable_ = 0;              // Number of experts that a choice may name.
   bool after_shared_ = false;         // The last step was computed by all threads together.
+  bool after_selection_ = false;      // The last step has changed the number of rows.
   bool after_rows_ = false;           // There were row by row steps since the threads synchronized.
   std::vector<BufferId> read_since_;  // Buffers that those steps read.
 };

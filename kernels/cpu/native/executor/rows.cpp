@@ -285,32 +285,34 @@ void Worker::execute(const SelectStep& step) {
   const float* x = line(step.x, 0);
   const size_t width = static_cast<size_t>(line_width(step.x));
   set_rows(static_cast<int>(batch().output_rows.size()));
-  const Range rows = own_rows();
-  for (int row = rows.begin; row < rows.end; row++) {
-    const size_t from = static_cast<size_t>(batch().output_rows[row]);
-    memcpy(line(step.out, row), x + from * width, width * sizeof(float));
-  }
+  share_rows([&](int begin, int end) {
+    for (int row = begin; row < end; row++) {
+      const size_t from = static_cast<size_t>(batch().output_rows[row]);
+      memcpy(line(step.out, row), x + from * width, width * sizeof(float));
+    }
+  });
 }
 
 void Worker::execute(const MergeStep& step) {
-  const float* x = line(step.x, 0);
+  const float* first = line(step.x, 0);
   const int width = line_width(step.x);
   first_ /= step.factor;
   set_rows(rows_ / step.factor);
-  const Range rows = own_rows();
-  x += int64_t{rows.begin} * step.factor * width;
-  for (int row = rows.begin; row < rows.end; row++) {
-    float* out = line(step.out, row);
-    for (int i = 0; i < step.factor; i++, x += width) {
-      const bool adds = step.is_mean && i > 0;
-      if (adds)
-        stage_.level.vector.elementwise(RowOp::add, out, x, 0, width, out);
-      else
-        memcpy(out + (step.is_mean ? 0 : i * width), x, static_cast<size_t>(width) * sizeof(float));
+  share_rows([&](int begin, int end) {
+    const float* x = first + int64_t{begin} * step.factor * width;
+    for (int row = begin; row < end; row++) {
+      float* out = line(step.out, row);
+      for (int i = 0; i < step.factor; i++, x += width) {
+        const bool adds = step.is_mean && i > 0;
+        if (adds)
+          stage_.level.vector.elementwise(RowOp::add, out, x, 0, width, out);
+        else
+          memcpy(out + (step.is_mean ? 0 : i * width), x, static_cast<size_t>(width) * sizeof(float));
+      }
+      if (step.is_mean)
+        stage_.level.vector.elementwise(RowOp::scale, out, out, 1.0f / static_cast<float>(step.factor), width, out);
     }
-    if (step.is_mean)
-      stage_.level.vector.elementwise(RowOp::scale, out, out, 1.0f / static_cast<float>(step.factor), width, out);
-  }
+  });
 }
 
 }  // namespace llamaclust

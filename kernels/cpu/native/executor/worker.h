@@ -120,15 +120,9 @@ class Worker {
     return rows_ <= kPrivateRows ? stage_.workspace.own_slot(index, thread_) : stage_.workspace.shared_slot(index);
   }
 
-  // Rows that this thread computes in row by row steps.
-  Range own_rows() const {
-    if (alone_) return {0, rows_};
-    return {static_cast<int>(speeds_.begin(rows_, thread_)), static_cast<int>(speeds_.begin(rows_, thread_ + 1))};
-  }
-
   void synchronize(bool after_gather = false) {
-    const int64_t spin_ns = after_gather ? kLongWaitNs : kShortWaitNs;
-    barrier_.arrive([this] { return lookahead_.fetch(); }, !after_gather, spin_ns);
+    const WaitFor work = rows_ <= kFewRows ? WaitFor::FewRows : WaitFor::ManyRows;
+    barrier_.arrive([this] { return lookahead_.fetch(); }, after_gather ? WaitFor::Gather : work);
   }
 
   // Returns the start of a thread's part of the first `fixed` units.
@@ -162,6 +156,24 @@ class Worker {
     }
   }
 
+  // Shares with half of the units assigned in advance for few rows, where memory is the bottleneck. For many rows, none
+  // is: a thread that loses its core then leaves the work to the others.
+  template <typename F>
+  void share(int64_t count, int64_t grain, F f) {
+    share(count, grain, rows_ <= kFewRows ? count / 2 : 0, f);
+  }
+
+  // Calls f(begin, end) so that the threads together cover all rows; if each thread computes all rows for itself, for
+  // all of them.
+  template <typename F>
+  void share_rows(F f) {
+    constexpr int kRowsAtOnce = 4;
+    for (int row = 0; alone_ && row < rows_; row += kRowsAtOnce) f(row, std::min(row + kRowsAtOnce, rows_));
+    if (alone_) return;
+    const int grain = std::clamp(rows_ / (2 * threads_), 1, kRowsAtOnce);
+    share(rows_, grain, [&](int64_t begin, int64_t end) { f(static_cast<int>(begin), static_cast<int>(end)); });
+  }
+
   // While gathers are in flight, works in small pieces, between which bytes are sent and received in time.
   template <typename F>
   void cover(int64_t begin, int64_t end, int64_t grain, F f) {
@@ -172,12 +184,6 @@ class Worker {
       f(begin, std::min(end, begin + piece));
       stage_.gatherer->advance();
     }
-  }
-
-  // Shares with half of the units assigned in advance.
-  template <typename F>
-  void share(int64_t count, int64_t grain, F f) {
-    share(count, grain, count / 2, f);
   }
 
   friend class AttentionWork;

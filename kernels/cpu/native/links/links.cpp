@@ -167,7 +167,7 @@ void Links::move(F is_ready, int64_t until_ns, const std::function<void()>& idle
       looked_ns = now;
     }
     if (moved) waits_from_ns = now;
-    else if (parks_after(now - waits_from_ns, kLongWaitNs)) park(std::min(until_ns, now + look_ns));
+    else if (parks_after(now - waits_from_ns, WaitFor::Gather)) park(std::min(until_ns, now + look_ns));
     else idle();
   }
 }

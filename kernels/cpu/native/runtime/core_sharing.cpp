@@ -22,8 +22,10 @@ bool has_lost_core_lately() {
 
 }  // namespace
 
-bool parks_after(int64_t waited_ns, int64_t most_ns) {
-  return waited_ns >= most_ns || (waited_ns >= kShortWaitNs && has_lost_core_lately());
+bool parks_after(int64_t waited_ns, WaitFor what) {
+  if (what == WaitFor::FewRows) return waited_ns >= kShortWaitNs;
+  if (what == WaitFor::ManyRows) return waited_ns >= kLongestWaitNs;
+  return waited_ns >= kLongWaitNs || (waited_ns >= kShortWaitNs && has_lost_core_lately());
 }
 
 }  // namespace llamaclust

@@ -32,7 +32,7 @@ int64_t now_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
 }
 
-int64_t wait_while_equal(const std::atomic<int32_t>& word, int32_t old, int64_t spin_ns) {
+int64_t wait_while_equal(const std::atomic<int32_t>& word, int32_t old, WaitFor what) {
   const auto spin = [&] {
     for (int i = 0; i < kSpinsPerLook; i++, pause())
       if (word.load(std::memory_order_acquire) != old) return true;
@@ -40,11 +40,14 @@ int64_t wait_while_equal(const std::atomic<int32_t>& word, int32_t old, int64_t 
   };
   if (spin()) return 0;
   const int64_t start = now_ns();
-  while (!spin())
-    if (parks_after(now_ns() - start, spin_ns)) {
+  while (!spin()) {
+    const int64_t waited_ns = now_ns() - start;
+    if (parks_after(waited_ns, what)) {
       word.wait(old, std::memory_order_acquire);
       break;
     }
+    if (waited_ns >= kLongWaitNs) std::this_thread::yield();
+  }
   return now_ns() - start;
 }
 
@@ -52,7 +55,7 @@ ThreadPool::ThreadPool(int threads, bool yields)
     : threads_(threads >= 1 && threads <= 1024 ? threads : throw std::invalid_argument("threads must be 1 to 1024")),
       yields_(yields),
       contention_(threads),
-      speeds_of_{ThreadSpeeds(threads), ThreadSpeeds(threads)},
+      speeds_(threads),
       calls_(std::make_unique<Call[]>(static_cast<size_t>(threads))) {
   others_.reserve(static_cast<size_t>(threads));
   try {
@@ -65,7 +68,7 @@ ThreadPool::ThreadPool(int threads, bool yields)
 
 void ThreadPool::set_speeds(const std::vector<double>& speeds) {
   const std::lock_guard<std::mutex> lock(job_mutex_);
-  for (ThreadSpeeds& of : speeds_of_) of.set(speeds);
+  speeds_.set(speeds);
 }
 
 ThreadPool::~ThreadPool() { stop(); }
@@ -94,18 +97,17 @@ void ThreadPool::run(const Job& job, int rows) {
   job_ = &job;
   active_threads_ = yields_ ? contention_.threads(rows) : threads_;
   barrier_.open(active_threads_);
-  speeds_ = &speeds_of_[rows > CoreContention::kFewRows];
-  speeds_->open(active_threads_);
+  speeds_.open(active_threads_);
   for (int thread = 1; thread < active_threads_; thread++) call(thread);
   work(0);
-  speeds_->close();
+  speeds_.close();
   if (yields_) contention_.report(rows, start, now_ns(), barrier_.waited_ns());
 }
 
 void ThreadPool::serve(int thread) {
   const FloatMode mode;
   for (int32_t seen = 0;; seen++) {
-    wait_while_equal(calls_[thread].count, seen);
+    wait_while_equal(calls_[thread].count, seen, WaitFor::FewRows);
     if (job_ == nullptr) return;
     work(thread);
   }

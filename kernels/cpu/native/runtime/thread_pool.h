@@ -1,5 +1,5 @@
-// Threads that work on one job together and synchronize at barriers. A waiting thread spins for some microseconds and
-// then sleeps in the kernel, so that two workers on one machine do not occupy each other's cores.
+// Threads that work on one job together and synchronize at barriers. A waiting thread spins for a while and then sleeps
+// in the kernel, so that two workers on one machine do not occupy each other's cores.
 #pragma once
 
 #include <algorithm>
@@ -23,9 +23,8 @@ namespace llamaclust {
 // Time of a monotonic clock, in nanoseconds.
 int64_t now_ns();
 
-// Waits until `word` differs from `old`: spins for up to `spin_ns` nanoseconds, then parks. Returns the nanoseconds
-// waited, or 0 for a short wait.
-int64_t wait_while_equal(const std::atomic<int32_t>& word, int32_t old, int64_t spin_ns = kShortWaitNs);
+// Waits until `word` differs from `old`: spins, then parks. Returns the nanoseconds waited, or 0 for a short wait.
+int64_t wait_while_equal(const std::atomic<int32_t>& word, int32_t old, WaitFor what);
 
 // A barrier: arrive() returns once all participating threads have called it.
 class Barrier {
@@ -37,10 +36,10 @@ class Barrier {
     waited_.store(opening_ << kWaitedBits, std::memory_order_relaxed);
   }
 
-  // `idle` is called repeatedly while the caller waits, until it returns false. If `counts`, this wait is added to
-  // waited_ns(). `spin_ns` is the parameter of wait_while_equal().
+  // `idle` is called repeatedly while the caller waits, until it returns false. Waits for a thread are added to
+  // waited_ns().
   template <typename Idle = bool (*)()>
-  void arrive(Idle idle = [] { return false; }, bool counts = true, int64_t spin_ns = kShortWaitNs) {
+  void arrive(Idle idle = [] { return false; }, WaitFor what = WaitFor::FewRows) {
     // Read before the increment, because the next open() may change it afterwards.
     const int threads = threads_;
     if (threads == 1) return;
@@ -48,8 +47,8 @@ class Barrier {
     const int32_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < threads) {
       while (phase_.load(std::memory_order_acquire) == phase && idle()) {}
-      const int64_t waited_ns = wait_while_equal(phase_, phase, spin_ns);
-      if (waited_ns > 0 && counts) add_waited(opening, static_cast<uint64_t>(waited_ns));
+      const int64_t waited_ns = wait_while_equal(phase_, phase, what);
+      if (waited_ns > 0 && what != WaitFor::Gather) add_waited(opening, static_cast<uint64_t>(waited_ns));
       return;
     }
     arrived_.store(0, std::memory_order_relaxed);
@@ -207,7 +206,7 @@ class ThreadPool {
   int active_threads() const { return active_threads_; }
   Barrier& barrier() { return barrier_; }
   // Speeds of the threads in the running job.
-  ThreadSpeeds& speeds() { return *speeds_; }
+  ThreadSpeeds& speeds() { return speeds_; }
   // Sets initial speeds, which measurements replace. Throws std::invalid_argument unless there is one positive speed
   // per thread.
   void set_speeds(const std::vector<double>& speeds);
@@ -233,9 +232,7 @@ class ThreadPool {
   Barrier barrier_;
   const Job* job_ = nullptr;  // Null tells a woken thread to end.
   int active_threads_ = 1;
-  // Two sets of speeds: for few rows, where memory is the bottleneck, and for many.
-  std::array<ThreadSpeeds, 2> speeds_of_;
-  ThreadSpeeds* speeds_ = speeds_of_.data();
+  ThreadSpeeds speeds_;
   const std::unique_ptr<Call[]> calls_;
   std::vector<std::thread> others_;
 };

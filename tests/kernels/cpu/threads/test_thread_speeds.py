@@ -1,4 +1,4 @@
-"""Tests of work divided among threads of unequal speed: cores with a simulated clock, and the bits of uneven parts."""
+"""Tests of work divided among threads of unequal speed: cores with a simulated clock, and the bits of results."""
 
 from __future__ import annotations
 
@@ -100,6 +100,21 @@ def test_speeds_of_threads_change_no_bit(name: str) -> None:
         backend._pool.set_speeds([random.uniform(0.05, 1) for _ in range(threads)])
         with Model.open(DATA / f"{name}.gguf") as model:
             chain = Chain(backend, model)
-            found.append(chain.logits([5, 9, 200, 31, 7] * 12, 50).tobytes())
+            found.append(chain.logits([5, 9, 200, 31, 7] * 12, (50, 7, 3)).tobytes())
             chain.close()
     assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize("name", ["tiny/llama", "quant/Q4_K_M", "quant/mixed-experts", "tiny/qwen2"])
+def test_threads_that_lose_their_cores_change_no_bit(name: str) -> None:
+    """More threads than cores lose them in the middle of a piece of work, so each run divides the work differently."""
+    random = Random(SEED)
+    tokens = random.choices(range(3, 300), k=100)
+    chunks = (64, 5, 9, 1, 21)
+    found = set()
+    with Model.open(DATA / f"{name}.gguf") as model:
+        for threads in (1, *(random.randint(5, 16) for _ in range(8))):
+            chain = Chain(CpuBackend(threads, yields=False), model)
+            found.add(chain.logits(tokens, chunks).tobytes())
+            chain.close()
+    assert len(found) == 1

@@ -306,7 +306,14 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
         marks = [mark for mark, is_set in _marks(worker) if is_set]
         what = ", ".join((worker["state"], *marks))
         table.add_row(
-            worker["name"], str(worker["pid"]), worker["version"], worker["device"], layers, what, *figures, *times
+            worker["name"],
+            str(worker["pid"]),
+            worker.get("version", "?"),
+            worker["device"],
+            layers,
+            what,
+            *figures,
+            *times,
         )
     return table
 

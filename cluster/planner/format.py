@@ -81,7 +81,8 @@ def choice_lines(values: Mapping[str, Any]) -> Iterator[str]:
         "latency": f"objective: latency (a request alone: {work})",
         "throughput": f"objective: throughput ({TOGETHER} requests at once, each {work})",
     }.get(values["objective"], "objective: none (the plan is by hand)")
-    yield f"context: {values['context']['text']}"
+    if context := values.get("context"):  # Older coordinators report none.
+        yield f"context: {context['text']}"
     if group := values["rejected_group"]:
         who = f"{'+'.join(group['workers'])} in shares {shares_text(group['shares'])}"
         one, many = number_text(1e3 / group["token_ms"]), number_text(group["tokens_per_s"])

@@ -137,7 +137,9 @@ def _keys_of(path: Path) -> list[str]:
 def _lines_of(path: Path) -> list[str]:
     try:
         if not path.exists():
-            raise UsageError(f"{path}: there is no file of API keys; make a key: llamaclust keys add --file {path}")
+            raise UsageError(
+                f"{path}: cannot read the API keys: no such file; make one: llamaclust keys add --file {path}"
+            )
         if not path.is_file():
             raise UsageError(f"{path}: cannot read the API keys: not a regular file")
         return [line.strip() for line in read_text(path, _MOST_KEY_BYTES).splitlines()]

@@ -27,7 +27,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "keys that others may read": ({"api_keys_file": "keys"}, "chmod 600"),
     "keys that are not there": (
         {"api_keys_file": "no-keys"},
-        "no-keys: there is no file of API keys; make a key: llamaclust keys add",
+        "no-keys: cannot read the API keys: no such file; make one: llamaclust keys add",
     ),
     "a chat template that is not there": ({"chat_template": "no-template"}, "no-template"),
 }

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from llamaclust.model.chat.tools.template_probe import (
+from llamaclust.model.chat.template_probe import (
     CALL_IDS,
     KEYS,
     NAMES,

@@ -5,16 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from llamaclust.model.chat.thoughts import named_thoughts, thought_parts
-from llamaclust.model.chat.tools.call_derivation import derived_calls
-from llamaclust.model.chat.tools.known_formats import (
-    GENERIC_CALLS,
-    KNOWN_FORMATS,
-    KNOWN_REASONING,
-    SHOWN_CALLS,
-    KnownFormat,
-)
-from llamaclust.model.chat.tools.template_probe import (
+from llamaclust.model.chat.template_probe import (
     CALL_IDS,
     CONTENT,
     KEYS,
@@ -32,6 +23,15 @@ from llamaclust.model.chat.tools.template_probe import (
     common_begin,
     first_markup,
     last_markup,
+)
+from llamaclust.model.chat.thoughts import named_thoughts, thought_parts
+from llamaclust.model.chat.tools.call_derivation import derived_calls
+from llamaclust.model.chat.tools.known_formats import (
+    GENERIC_CALLS,
+    KNOWN_FORMATS,
+    KNOWN_REASONING,
+    SHOWN_CALLS,
+    KnownFormat,
 )
 from llamaclust.model.chat.tools.tool_format import Calls, ChannelCalls, ReasoningTags, TaggedCalls, ToolFormat
 

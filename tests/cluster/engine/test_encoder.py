@@ -188,7 +188,11 @@ async def test_a_move_does_not_disturb_a_tile_in_progress(projector: Projector) 
 
 
 async def test_the_old_stages_of_a_move_are_freed_after_their_tile(projector: Projector) -> None:
-    first, second, plan = FakePipeline(200), FakePipeline(200), SimpleNamespace(no_images="")
+    first, second, plan = (
+        FakePipeline(200),
+        FakePipeline(200),
+        SimpleNamespace(no_images="", lacks_kv_memory=False, context_length=64, kv_blocks=4),
+    )
     first.encoder, second.encoder = FakeEncoder(hangs=frozenset((1,))), FakeEncoder()
     old, new = (SimpleNamespace(plan=plan, pipeline=of, settings=SETTINGS) for of in (first, second))
     store = new_store()

@@ -129,7 +129,7 @@ async def post(model: Path, path: str, fields: dict[str, Any], context_length: i
             return await http.post(path, json=fields)
 
 
-CHAT = {"messages": [{"role": "user", "content": "say"}], "temperature": 0, "max_tokens": 100}
+CHAT = {"messages": [{"role": "user", "content": "say"}], "temperature": 0, "max_tokens": 200}
 
 
 @pytest.mark.parametrize("logprobs", [False, True])

@@ -127,7 +127,7 @@ async def test_the_number_of_plans_grows_with_the_number_of_models_alone(count: 
 async def test_a_limit_of_loaded_models_leaves_the_memory_of_the_others(
     count: int, limit: int, memory_mib: int
 ) -> None:
-    """As many models as may be loaded fit together, whichever they are."""
+    """Any models that may be loaded at the same time fit together."""
     planners = [OneModel(f"m{number}", memory_mib, most_loaded=limit) for number in range(count)]
     contexts = await chosen(*planners)
     for some in permutations(planners, limit):

@@ -13,11 +13,11 @@ import jinja2
 
 from llamaclust.core.errors import RequestError
 from llamaclust.model.chat.template_child import environment, functions_of
+from llamaclust.model.chat.template_probe import Message, Render
 from llamaclust.model.chat.tools.answer_parser import AnswerParser
 from llamaclust.model.chat.tools.begun_answer import continuation, opened_reasoning
 from llamaclust.model.chat.tools.events import AnswerEvent, ParsedAnswer
 from llamaclust.model.chat.tools.format_derivation import derive_format
-from llamaclust.model.chat.tools.template_probe import Message, Render
 from llamaclust.model.chat.tools.tool_format import ToolFormat
 from support.chat.llama_cpp_cases import Case
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 from llguidance import LLMatcher
 
 from llamaclust.core.errors import RequestError
+from llamaclust.model.chat.template_probe import Render, difference, tools
 from llamaclust.model.chat.tools.answer_parser import AnswerParser
 from llamaclust.model.chat.tools.argument_values import type_name
 from llamaclust.model.chat.tools.constraint.arguments_schema import arguments_schema
@@ -20,7 +21,6 @@ from llamaclust.model.chat.tools.constraint.call_grammar import CallStart, call_
 from llamaclust.model.chat.tools.events import ParsedAnswer
 from llamaclust.model.chat.tools.format_derivation import derive_format
 from llamaclust.model.chat.tools.history import template_messages
-from llamaclust.model.chat.tools.template_probe import Render, difference, tools
 from llamaclust.model.chat.tools.tool_format import ChannelCalls, ToolFormat
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from support.chat.sample_templates import render_with

@@ -9,8 +9,8 @@ import jinja2
 
 from llamaclust.core.errors import RequestError
 from llamaclust.model.chat.template_child import environment
+from llamaclust.model.chat.template_probe import Message, Render
 from llamaclust.model.chat.tools.format_derivation import derive_format
-from llamaclust.model.chat.tools.template_probe import Message, Render
 from llamaclust.model.chat.tools.tool_format import ToolFormat
 
 _CHATML = (

@@ -56,7 +56,12 @@ async def test_what_a_load_cannot_serve_is_known_before_it_or_freed(
         memory = SimpleNamespace(weight_bytes=1, kv_bytes=2, workspace_bytes=3)
         portion = SimpleNamespace(leads=fails == "as the leader")
         return SimpleNamespace(
-            memory=memory, portion=portion, gather_by=None, close=lambda: loaded.append("freed"), model_id="m"
+            memory=memory,
+            portion=portion,
+            gather_by=None,
+            close=lambda: loaded.append("freed"),
+            model_id="m",
+            samples=False,
         )
 
     class Failing:

@@ -178,8 +178,8 @@ ITEMS: list[tuple[dict[str, Any], str]] = [
 async def test_items_of_other_servers_are_text(item: dict[str, Any], text: str) -> None:
     reply, prompt = await post(RESPONSES, input=[{"role": "user", "content": "Hi"}, item])
     assert reply.status_code == 200 and text in prompt and "AA==" not in prompt
-    refused, _ = await post(RESPONSES, is_strict=True, input=[{"role": "user", "content": "Hi"}, item])
-    assert refused.status_code == 400
+    strict, _ = await post(RESPONSES, is_strict=True, input=[{"role": "user", "content": "Hi"}, item])
+    assert strict.status_code == (200 if item["type"] == "tool_search_call" else 400)  # Clients may search tools.
 
 
 @pytest.mark.parametrize("kind", ["function_call_output", "tool_search_output"])
@@ -195,7 +195,7 @@ async def test_items_that_say_nothing_are_named(kind: str) -> None:
     assert reply.status_code == 200 and reply.headers[HEADER] == f"input.{kind}" and prompt == "<user>Hi<assistant>"
     more = {"type": "additional_tools", "role": "developer", "tools": [FLAT]}
     reply, _ = await post(RESPONSES, input=[more, {"role": "user", "content": "Hi"}])
-    assert reply.status_code == 200 and reply.headers[HEADER] == "input.additional_tools"
+    assert reply.status_code == 200 and HEADER not in reply.headers
     reply, _ = await post(RESPONSES, input=[{"type": "mesage", "role": "user", "content": "Hi"}])
     assert reply.status_code == 400 and "mesage" in reply.text
 

@@ -103,7 +103,7 @@ async def test_embeddings_are_the_models_alone(path: str) -> None:
 async def test_lists_have_the_adapters() -> None:
     async with client(make_app(ScriptedEngine(says("So.")), adapters=ServedAdapters(ADAPTERS))) as http:
         listed = (await http.get("/lora-adapters")).json()
-        assert listed[1] == {"id": 1, "name": "clerk", "path": "/models/clerk.gguf", "scale": 0.0}
+        assert listed[1] == {"id": 1, "name": "clerk", "path": "clerk.gguf", "scale": 0.0}
         models = (await http.get("/v1/models")).json()["data"]
         assert [(model["id"], model.get("parent")) for model in models] == [
             (MODEL, None),

@@ -291,7 +291,7 @@ def test_an_actor_gives_the_coordinator_time_to_restart_it(monkeypatch: pytest.M
         remove_placement_group=lambda group: done.append("removed"),
     )
     monkeypatch.setattr(ray_actor, "ray", SimpleNamespace(util=util))
-    monkeypatch.setattr(ray_actor, "last_error", lambda path: "")
+    monkeypatch.setattr(ray_actor, "recent_error", lambda *_: "")
     monkeypatch.setattr(ray_actor, "time", SimpleNamespace(sleep=lambda s: done.append("waited")))
     monkeypatch.setattr(ray_actor, "os", SimpleNamespace(_exit=lambda status: done.append("ended")))
     monkeypatch.setattr(WorkerActor, "__init__", lambda self: None)

@@ -75,6 +75,13 @@ class FairThreads:
         with self._lock:
             self._running.remove(job.owner)
             self._used_ns[job.owner] += used_ns
-            if not (self._running or self._waiting):
-                self._used_ns.clear()
-                self._served_ns = 0
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drops the times of owners that have no jobs, where `submit` would begin with at least the same time."""
+        busy = {*self._running, *(job.owner for job in self._waiting)}
+        if not busy:
+            self._served_ns = 0
+        for owner in self._used_ns.keys() - busy:
+            if not busy or self._used_ns[owner] <= self._served_ns:
+                del self._used_ns[owner]
